@@ -1,0 +1,2 @@
+def main():
+    """Run the command line."""
