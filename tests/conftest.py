@@ -1,0 +1,126 @@
+"""What every test of the suite gets: private caches, no network, fixed seeds, and the interpreter tests.
+
+Importing this file sets environment variables, before any test module imports torch or transformers, because those
+libraries read them once. Child processes inherit them.
+"""
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+# Nothing is read from or left in the caches of whoever runs the tests, and one run compiles each thing once: the
+# folder is shared by pytest-xdist's workers and by every process a test starts. LEANSTEP_TEST_CACHE=DIR keeps it.
+_OWN_CACHE = "LEANSTEP_TEST_CACHE" not in os.environ
+if _OWN_CACHE:
+    os.environ["LEANSTEP_TEST_CACHE"] = tempfile.mkdtemp(prefix="leanstep-tests-")
+CACHE = Path(os.environ["LEANSTEP_TEST_CACHE"])
+os.environ["LEANSTEP_CACHE"] = str(CACHE / "leanstep")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
+os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+os.environ["HF_HOME"] = str(CACHE / "huggingface")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The tensors are small: a second thread costs more than it brings, and sums stay in one order on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
+from network import refuse_network  # noqa: E402
+
+_session = pytest.StashKey[InterpreterSession]()
+
+
+def pytest_unconfigure(config):
+    """End the interpreter process when the run is interrupted, and remove the caches this run made."""
+    if _session in config.stash:
+        config.stash[_session].close()
+    if _OWN_CACHE and not hasattr(config, "workerinput"):
+        shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Skip GPU tests where there is no GPU, and give the interpreter tests to their own process."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+    if in_interpreter():
+        return
+    # last, so that the process which runs them has been at work beside this one for as long as possible
+    items.sort(key=lambda item: item.get_closest_marker("interpret") is not None)
+
+
+def pytest_collection_finish(session):
+    """Start the interpreter process as soon as it is known which of its tests are wanted."""
+    wanted = [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+    if wanted and not in_interpreter() and not session.config.option.collectonly:
+        session.config.stash[_session] = InterpreterSession(session.config, wanted, CACHE)
+
+
+def pytest_runtest_protocol(item, nextitem):
+    """Report what an interpreter test did in the other process; run every other test here."""
+    session = item.config.stash.get(_session, None)
+    if session is None or not item.get_closest_marker("interpret"):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in session.reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Refuse every connection that leaves this machine, and fail the test that tried, even if it caught the error.
+
+    Yields the list of refused addresses. A test about an unreachable network clears it.
+    """
+    refused = refuse_network(monkeypatch)
+    yield refused
+    assert not refused, f"this test reached for the network: {', '.join(map(str, refused))}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Start every test from the same random state, and put back what it changed of torch's global settings."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def dirty_memory():
+    """Fill uninitialised memory: NaN in floating tensors, the largest value in integer ones.
+
+    torch does it itself in its deterministic mode, for empty, empty_like, empty_strided and resize_. What a kernel
+    forgets to write is then seen at once, instead of being yesterday's right answer by luck.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _dirty_interpreter(request):
+    """Every interpreter test runs on dirty memory; others ask for the fixture by name."""
+    if in_interpreter() and request.node.get_closest_marker("interpret"):
+        request.getfixturevalue("dirty_memory")

@@ -1,0 +1,105 @@
+"""The suite's own machinery (conftest.py), tried on a small suite in a folder of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+SMALL_SUITE = """
+import os, socket
+import pytest, torch
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["a", "b c"])
+def test_runs_in_the_interpreter_on_dirty_memory(name):
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert torch.empty(3).isnan().all()
+
+@pytest.mark.interpret
+def test_interpreted_failure():
+    assert "left" == "right"
+
+@pytest.mark.interpret
+def test_interpreted_skip():
+    pytest.skip("said why")
+
+@pytest.mark.interpret
+def test_interpreted_crash():
+    os._exit(3)
+
+@pytest.mark.interpret
+def test_after_the_crash():
+    pass
+
+def test_runs_here():
+    assert "TRITON_INTERPRET" not in os.environ
+
+def test_asks_for_the_network():
+    try:
+        socket.create_connection(("192.0.2.1", 80))
+    except OSError:
+        pass
+
+def test_dirty_memory(dirty_memory):
+    assert torch.empty_like(torch.ones(2)).isnan().all()
+    assert torch.empty(2, dtype=torch.int32).tolist() == [2**31 - 1] * 2
+
+def test_dirty_memory_is_over():
+    assert not torch.are_deterministic_algorithms_enabled()
+
+def test_caches_belong_to_the_run():
+    folder = os.environ["LEANSTEP_TEST_CACHE"]
+    for name in ("LEANSTEP_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME"):
+        assert os.environ[name].startswith(folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> dict[str, str]:
+    """Run the small suite; return what pytest said of each test, and everything it said."""
+    root = tmp_path_factory.mktemp("small suite")
+    (root / "tests").mkdir()
+    shutil.copy(TESTS.parent / "pyproject.toml", root)
+    shutil.copy(TESTS / "conftest.py", root / "tests")
+    shutil.copytree(TESTS / "helpers", root / "tests" / "helpers")
+    (root / "tests" / "test_small.py").write_text(SMALL_SUITE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-rA"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    said = {}
+    for line in run.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word in {"PASSED", "FAILED", "ERROR", "SKIPPED"} and "::" in rest:
+            said[rest.split("::")[1].split(" - ")[0]] = word
+    return said | {"output": run.stdout + run.stderr}
+
+
+def test_interpreter_tests_are_reported_one_by_one(outcome):
+    for name in ("a", "b c"):
+        assert outcome[f"test_runs_in_the_interpreter_on_dirty_memory[{name}]"] == "PASSED"
+    assert outcome["test_interpreted_failure"] == "FAILED"
+    assert "assert 'left' == 'right'" in outcome["output"]
+    assert "said why" in outcome["output"]
+    assert outcome["test_runs_here"] == "PASSED"
+
+
+def test_a_dead_interpreter_fails_every_test_it_still_owed(outcome):
+    assert outcome["test_interpreted_crash"] == "FAILED"
+    assert outcome["test_after_the_crash"] == "FAILED"
+    assert "exit code 3" in outcome["output"]
+
+
+def test_the_network_is_refused_even_if_the_error_is_caught(outcome):
+    assert outcome["test_asks_for_the_network"] == "ERROR"
+    assert "reached for the network: 192.0.2.1" in outcome["output"]
+
+
+def test_uninitialised_memory_and_caches(outcome):
+    for name in ("test_dirty_memory", "test_dirty_memory_is_over", "test_caches_belong_to_the_run"):
+        assert outcome[name] == "PASSED", outcome["output"]
