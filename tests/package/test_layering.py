@@ -1,0 +1,53 @@
+"""torch <- kernels <- optimizers <- recipes, and Triton in one folder only."""
+
+import pytest
+from layering import FOLDERS, ROOT, package_files, problems
+
+GOOD = {
+    "kernels/_backend.py": "import torch\nfrom leanstep.kernels.reference import lion_step",
+    "kernels/triton_impl/lion_step.py": "import triton\nimport triton.language as tl",
+    "kernels/audit.py": "from leanstep.kernels.triton_impl import _common",
+    "optimizers/lion.py": "from leanstep.kernels import lion_step\nfrom leanstep.optimizers import _state",
+    "recipes/build.py": "from leanstep.optimizers import Lion",
+    "recipes/checkpoint.py": "from leanstep._version import __version__",
+    "leanstep/__init__.py": "from leanstep.optimizers import Lion",
+    "leanstep/cli.py": "def main():\n    from leanstep.recipes import launch",
+    "leanstep/__main__.py": "from leanstep.cli import main",
+}
+BAD = {
+    "bare import": ("optimizers/x.py", "import kernels"),
+    "bare import of a module": ("recipes/x.py", "from optimizers.lion import Lion"),
+    "relative import": ("optimizers/x.py", "from . import lion"),
+    "upwards": ("kernels/x.py", "from leanstep.optimizers import Lion"),
+    "upwards by another form": ("kernels/x.py", "from leanstep import optimizers"),
+    "upwards through the root": ("kernels/x.py", "from leanstep import Lion"),
+    "upwards, whole root": ("optimizers/x.py", "import leanstep"),
+    "upwards, late": ("optimizers/x.py", "def f():\n    import leanstep.recipes.train"),
+    "upwards, by string": ("optimizers/x.py", "import importlib\nimportlib.import_module('leanstep.recipes')"),
+    "recipes from the root": ("leanstep/__init__.py", "from leanstep.recipes import train"),
+    "command line from a recipe": ("recipes/x.py", "from leanstep.cli import main"),
+    "Triton in an optimizer": ("optimizers/x.py", "import triton"),
+    "Triton in a kernel front": ("kernels/x.py", "from triton import language"),
+    "Triton in the audit": ("kernels/audit.py", "from triton.compiler import ASTSource"),
+    "tests": ("recipes/x.py", "from tests.helpers import cases"),
+}
+
+
+def test_the_package_keeps_its_layers():
+    files = package_files()
+    assert {path.relative_to(ROOT).parts[0] for path in files} == set(FOLDERS)
+    found = [
+        problem for path in files for problem in problems(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_what_the_layers_allow(path):
+    assert problems(path, GOOD[path]) == []
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_the_layers_forbid(case):
+    path, source = BAD[case]
+    assert len(problems(path, source)) == 1

@@ -1,0 +1,159 @@
+"""The wheel: built from a clean copy, installed away from the repository, and every module of it imported."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+OUTSIDE = {"tests", "benchmarks", "docs"}
+SKIPPED = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "dist", "runs", "tests")
+
+
+def run(*command: object, cwd: Path, **more: str) -> str:
+    """Run a command in a folder; return what it printed, or fail with it."""
+    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTEST_ADDOPTS"}}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment | more, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Folder with the sdist and the wheel, the wheel built from the unpacked sdist."""
+    base = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, base / "source", ignore=SKIPPED)
+    run(sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", base / "dist", base / "source", cwd=base)
+    return base / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel, tmp_path_factory) -> Path:
+    """Python of a new environment with the wheel in it and, beneath, the libraries of this one but not its leanstep."""
+    base = tmp_path_factory.mktemp("clean")
+    venv.create(base / "ve", with_pip=False)
+    python = base / "ve" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=base)
+    # a folder named in a .pth file is searched, but its own .pth files are not read: the editable install stays out
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=base).strip())
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "libraries.pth").write_text("\n".join(sorted(libraries)))
+    return python
+
+
+def modules_of(wheel: Path) -> list[str]:
+    """Dotted names of all Python modules in the wheel."""
+    names = [Path(name) for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
+    return sorted(".".join(p.parent.parts if p.name == "__init__.py" else p.with_suffix("").parts) for p in names)
+
+
+def test_every_package_folder_is_listed():
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("**/__init__.py")
+        if path.relative_to(ROOT).parts[0] not in OUTSIDE | {"build"}
+        and not any(part.startswith(".") or part in {"venv", "site-packages"} for part in path.relative_to(ROOT).parts)
+    }
+    mapping = SETUPTOOLS["package-dir"]
+    assert sorted(SETUPTOOLS["packages"]) == sorted(mapping)
+    assert {mapping[name] for name in SETUPTOOLS["packages"]} == folders
+    for name, folder in mapping.items():
+        expected = "leanstep" if folder == "leanstep" else "leanstep." + folder.replace("/", ".")
+        assert name == expected
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for name, folder in SETUPTOOLS["package-dir"].items():
+        home = name.replace(".", "/")
+        for path in (ROOT / folder).iterdir():
+            if path.is_file() and path.suffix in {".py", ".yaml", ".typed"}:
+                assert f"{home}/{path.name}" in inside
+    assert "leanstep/py.typed" in inside
+    assert any(name.startswith("leanstep/recipes/") and name.endswith(".yaml") for name in inside)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in inside)
+    tops = {name.split("/")[0] for name in inside}
+    assert all(top == "leanstep" or top.endswith(".dist-info") for top in tops), tops
+
+
+def test_the_sdist_is_complete(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "recipes/loader.py", "kernels/__init__.py"} <= inside
+
+
+def test_every_module_of_the_wheel_imports_in_a_clean_environment(wheel, clean_python, tmp_path):
+    modules = [name for name in modules_of(wheel) if not name.endswith("__main__")]
+    assert "leanstep.recipes.loader" in modules
+    assert "leanstep.kernels.reference" in modules
+    code = (
+        "import importlib, pathlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    module = importlib.import_module(name)\n"
+        "    assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module.__file__\n"
+        "import leanstep\n"
+        "print(leanstep.__version__)\n"
+    )
+    printed = run(clean_python, "-P", "-W", "error::SyntaxWarning", "-c", code, *modules, cwd=tmp_path)
+    assert printed.strip() == wheel.name.split("-")[1]
+
+
+def test_the_command_runs_in_a_clean_environment(clean_python, tmp_path):
+    command = clean_python.with_name("leanstep")
+    assert "usage: leanstep" in run(command, "--help", cwd=tmp_path)
+    assert "llama-nano-sinkgd" in run(command, "recipes", "list", cwd=tmp_path)
+    assert "usage: leanstep" in run(clean_python, "-P", "-m", "leanstep", "--help", cwd=tmp_path)
+
+
+def test_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    core = {r.name for r in requirements if r.marker is None or "extra" not in str(r.marker)}
+    assert core == {"torch", "triton", "numpy", "safetensors"}
+    assert set(metadata.get_all("Provides-Extra")) == {"recipes", "demo", "bench", "dev"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    for requirement in requirements:
+        assert "==" not in str(requirement.specifier), f"{requirement} is a pin; the package gives ranges"
+        assert requirement.specifier or requirement.name == "leanstep", f"{requirement} has no lower bound"
+
+
+@pytest.mark.parametrize(
+    "platform", [("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "arm64", False)]
+)
+def test_triton_is_asked_for_where_it_exists(platform):
+    system, machine, wanted = platform
+    (triton,) = (Requirement(r) for r in PROJECT["project"]["dependencies"] if r.startswith("triton"))
+    assert triton.marker.evaluate({"sys_platform": system, "platform_machine": machine}) is wanted
+
+
+def test_the_source_is_python_3_11():
+    oldest = tuple(map(int, PROJECT["project"]["requires-python"].removeprefix(">=").split(".")))
+    assert oldest == (3, 11)
+    for folder in SETUPTOOLS["package-dir"].values():
+        for path in (ROOT / folder).glob("*.py"):
+            ast.parse(path.read_text("utf-8"), str(path), feature_version=oldest)
