@@ -1,0 +1,109 @@
+"""The README does what it says: its commands parse, its code runs, its paths exist."""
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCE.findall(README)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+TWO_COMMANDS = [
+    "pip install -e '.[demo]' && leanstep train llama-nano-sinkgd",
+    "pip install -e '.[dev]' && pytest",
+]
+
+
+def leanstep_arguments(line: str) -> list[str] | None:
+    """The arguments of the leanstep command in a shell line, if there is one."""
+    last = line.split(" && ")[-1].split(" | ")[0]
+    words = shlex.split(last, comments=True)
+    return words[1:] if words and words[0] == "leanstep" else None
+
+
+LEANSTEP = [arguments for line in COMMANDS if (arguments := leanstep_arguments(line)) is not None]
+
+
+def test_the_first_block_is_the_two_commands():
+    assert BLOCKS[0] == ("bash", "\n".join(TWO_COMMANDS) + "\n")
+    assert [line for line in COMMANDS if "pip install" in line and "[bench]" not in line] == TWO_COMMANDS
+
+
+def test_the_ci_script_runs_the_second_command_as_it_stands():
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert """test_command=$(grep -m1 -F "pip install -e '.[dev]' && " README.md)""" in script
+    assert '\neval "$test_command"\n' in script
+    matching = [line for line in README.splitlines() if "pip install -e '.[dev]' && " in line]
+    assert matching[0] == TWO_COMMANDS[1]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_examples():
+    assert len(PYTHON) >= 4
+    assert {"train", "recipes", "check", "eval", "info", "audit"} <= {arguments[0] for arguments in LEANSTEP}
+
+
+@pytest.mark.parametrize("arguments", LEANSTEP, ids=" ".join)
+def test_leanstep_commands_parse(arguments):
+    from leanstep.cli import build_parser
+
+    build_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] in {"train", "check"}], ids=" ".join)
+def test_recipes_and_overrides_are_valid(arguments):
+    from leanstep.cli import build_parser
+    from leanstep.recipes import loader
+
+    parsed = build_parser().parse_args(arguments)
+    loader.load(parsed.recipe, list(parsed.overrides))
+
+
+def test_paths_in_code_spans_exist():
+    spans = re.findall(r"`([\w./-]+)`", README)
+    paths = [span for span in spans if "/" in span and span.split("/")[0] in {p.name for p in ROOT.iterdir()}]
+    assert "kernels/audit.py" in paths
+    assert [path for path in paths if not (ROOT / path).exists() and not path.startswith("runs/")] == []
+
+
+def test_links_to_files_exist():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_no_path_of_one_machine(name):
+    text = (ROOT / name).read_text("utf-8")
+    assert not re.search(r"(?<![\w.:/`])/(home|root|work|tmp|Users|opt|mnt)/", text)
+
+
+def test_tables_are_filled_from_benchmarks():
+    """A table marker has a partner, and what is between them names the command that prints it."""
+    opened = re.findall(r"<!-- table:([\w-]+) -->", README)
+    assert opened == re.findall(r"<!-- /table:([\w-]+) -->", README)
+    assert len(set(opened)) == len(opened)
+    for name in opened:
+        text = README.split(f"<!-- table:{name} -->")[1].split(f"<!-- /table:{name} -->")[0].strip()
+        if text:
+            assert re.search(r"python (-P )?benchmarks/\w+\.py|leanstep \w+", text), f"table {name} names no command"
+
+
+def test_every_available_method_is_exported():
+    import leanstep
+
+    named = re.findall(r"\| `leanstep\.(\w+)` \|.*\| available \|", README)
+    assert set(named) == {"Lion", "SinkGD"}
+    assert set(named) <= set(leanstep.__all__)
