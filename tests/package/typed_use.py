@@ -2,8 +2,9 @@
 
 from typing import assert_type
 
-import leanstep
 import torch
+
+import leanstep
 from leanstep import Lion, SinkGD
 from leanstep.kernels import use_backend
 
