@@ -1,0 +1,159 @@
+"""What ends a run early, and what a reader is told about it: which checkpoint is good, and what to type next."""
+
+import errno
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanstep.recipes.checkpoint import find_checkpoints, free_bytes
+from leanstep.recipes.config import RunConfig
+
+__all__ = [
+    "EXIT_BAD_CONFIG",
+    "EXIT_DONE",
+    "EXIT_MEMORY",
+    "EXIT_NAN",
+    "RunFailure",
+    "disk_trouble",
+    "is_out_of_memory",
+    "layer_norms",
+    "memory_message",
+    "nonfinite_message",
+    "write_nan_dump",
+]
+
+EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
+
+# the file systems' ways to say that nothing more fits: no space, over quota
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class RunFailure(Exception):
+    """Ends the run: ``reason`` goes to status.json as ``failed:<reason>``, the text to the reader."""
+
+    def __init__(self, reason: str, exit_code: int, message: str) -> None:
+        self.reason, self.exit_code = reason, exit_code
+        super().__init__(message)
+
+
+def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
+    """Say what happened at ``step``, which checkpoint is good, and what to try, in the order of cost."""
+    lines = [
+        f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"  last good checkpoint: {_last(folder)}",
+        f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
+        f"  longer warm-up:       schedule.warmup_fraction={min(1.0, max(0.05, 2 * config.schedule.warmup_fraction)):g}",
+    ]
+    if config.max_grad_norm is None and not config.release_gradients:
+        lines.append("  clip the gradient:    max_grad_norm=1.0")
+    if config.precision != "fp32":
+        lines.append("  more precision:       precision=fp32")
+    lines.append("  These change the recipe, so start anew with out=ANOTHER_FOLDER (and model.init_from=CHECKPOINT/hf).")
+    return "\n".join(lines)
+
+
+def memory_message(config: RunConfig, folder: Path, step: int, table: str = "") -> str:
+    """Say where memory ran out and what to change, the settings that keep the maths first."""
+    micro = config.batch.micro_batch_size
+    lines = [f"step {step}: out of memory ({_peak()})."]
+    if table:
+        lines.append(table.rstrip())
+    lines.append("  Try, in this order:")
+    if micro > 1:
+        lines.append(f"    batch.micro_batch_size={micro // 2}        the same maths in more passes; may be resumed")
+    if not config.activation_checkpointing:
+        lines.append("    activation_checkpointing=true     the same maths, about a third slower; may be resumed")
+    if config.precision in ("fp32",):
+        lines.append("    precision=bf16                    activations at half the size")
+    elif config.precision in ("bf16", "fp16"):
+        lines.append("    precision=bf16-pure               weights, gradients and optimizer state at half the size")
+    if config.optimizer.name == "adamw":
+        lines.append("    a recipe with optimizer.name=lion or sinkgd   one state tensor or none, where AdamW has two")
+    elif config.optimizer.name == "lion":
+        lines.append("    a recipe with optimizer.name=sinkgd   no state for matrices, where Lion has one tensor")
+    lines.append(f"  last good checkpoint: {_last(folder)}")
+    return "\n".join(lines)
+
+
+def _last(folder: Path) -> str:
+    found = find_checkpoints(folder / "checkpoints")
+    return str(found[-1]) if found else "none yet"
+
+
+def _peak() -> str:
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} of {total / 2**30:.2f} GiB"
+    import resource
+
+    # Linux counts this in KiB
+    return f"this process had {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at its peak"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's GPU error, for Python's MemoryError, and for what torch's CPU allocator raises."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
+    """Say what kept a checkpoint from being written, or None when the error is no matter of the disk.
+
+    The writers raise what they like on a full disk (RuntimeError, SafetensorError, CheckpointException), so the free
+    space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+    text = str(error)
+    if "No space left" in text or "os error 28" in text or "quota" in text.lower():
+        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+    if isinstance(error, Exception) and not isinstance(error, OSError) and free_bytes(folder) < needed:
+        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+    if isinstance(error, OSError):
+        return f"cannot write: {error}"
+    return None
+
+
+def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:
+    """Norms of each parameter and its gradient (fp32); None where there is no gradient."""
+    table: dict[str, dict[str, float | None]] = {}
+    for name, parameter in named_parameters:
+        gradient = None if parameter.grad is None else _norm(parameter.grad)
+        table[name] = {"weight": _norm(parameter), "gradient": gradient}
+    return table
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
+    # a sharded tensor's norm is a collective call: every process comes through here
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(full.item())
+
+
+def write_nan_dump(folder: Path, facts: dict[str, Any], batches: dict[str, torch.Tensor]) -> Path:
+    """Write ``nan_dump/report.json`` (step, positions, learning rates, norms) and ``batch.safetensors``.
+
+    JSON knows no NaN: non-finite numbers are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / "nan_dump"
+    target.mkdir(exist_ok=True)
+    (target / "report.json").write_text(json.dumps(_plain(facts), indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, target / "batch.safetensors")
+    return target
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
