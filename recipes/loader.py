@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from leanstep.recipes.catalog import recipe_names, recipe_path
+from leanstep.recipes.catalog import ALIASES, recipe_names, recipe_path
 from leanstep.recipes.config import RunConfig, joint_problems, range_problem
 from leanstep.recipes.rules import group_problems, model_problems, optimizer_problems, text_problem, unknown_key
 from leanstep.recipes.signatures import Accepts
@@ -65,7 +65,7 @@ def dump(config: RunConfig) -> str:
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a shipped recipe or of a path. Raises ConfigError that names the nearest recipes."""
     text = os.fspath(name_or_path)
-    if text in recipe_names():
+    if text in ALIASES or text in recipe_names():
         return recipe_path(text)
     path = Path(text)
     if path.is_file():
@@ -74,8 +74,8 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         inner = path / "config.yaml"
         hint = f"; its recipe is {inner}" if inner.is_file() else ""
         raise ConfigError([f"{text} is a folder, not a recipe{hint}"])
-    near = get_close_matches(path.stem, recipe_names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "`leanstep recipes list` shows all."
+    near = get_close_matches(path.stem, [*ALIASES, *recipe_names()], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "`leanstep recipes list` shows all"
     what = "no such file" if path.suffix in (".yaml", ".yml") or "/" in text else "no recipe or file of that name"
     raise ConfigError([f"{text}: {what}; {hint}"])
 
