@@ -81,7 +81,7 @@ def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int | 
     """Number of weights by the formula of the family, without building the model; tied weights count once.
 
     LLaMA with vocabulary V, width h, MLP width m, L layers, q query and k key-value heads of size d:
-    ``V h (2 if untied) + L (2 h q d + 2 h k d + 3 h m + 2 h) + h`` (and biases where they are switched on). GPT-2 with P
+    ``V h (2 if untied) + L (2 h q d + 2 h k d + 3 h m + 2 h) + h``, and biases where switched on. GPT-2 with P
     positions: ``V h + P h + L (4 h^2 + 2 h m + 9 h + m) + 2 h``. None when the vocabulary is not known or the model
     comes from a folder.
     """
