@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from leanstep.recipes.config import DataConfig
 
-__all__ = ["IGNORED", "LoadedData", "PackedSequences", "PaddedDocuments", "epoch_order", "load_data"]
+__all__ = [
+    "IGNORED",
+    "LoadedData",
+    "PackedSequences",
+    "PaddedDocuments",
+    "as_sequence",
+    "cut_document",
+    "epoch_order",
+    "load_data",
+    "load_validation",
+]
 
 IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
 
@@ -49,7 +59,7 @@ class PackedSequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = _checked(index, self.length)
         begin = self.start + index * self.seq_len
-        return _sequence(self.file.tokens[begin : min(begin + self.seq_len, self.stop)], self.seq_len, self.pad_id)
+        return as_sequence(self.file.tokens[begin : min(begin + self.seq_len, self.stop)], self.seq_len, self.pad_id)
 
 
 class PaddedDocuments(Dataset):
@@ -68,7 +78,7 @@ class PaddedDocuments(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         document = self.start + _checked(index, len(self))
         begin, end = (int(self.file.ends[document - 1]) if document else 0), int(self.file.ends[document])
-        return _sequence(cut_document(self.file.tokens[begin:end], self.seq_len), self.seq_len, self.pad_id)
+        return as_sequence(cut_document(self.file.tokens[begin:end], self.seq_len), self.seq_len, self.pad_id)
 
 
 def cut_document(tokens: np.ndarray, seq_len: int) -> np.ndarray:
@@ -82,7 +92,8 @@ def _checked(index: int, length: int) -> int:
     return index % length
 
 
-def _sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
+def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Make ``input_ids`` and ``labels`` of at most ``seq_len`` tokens, padded on the right, padding labelled -100."""
     input_ids = torch.from_numpy(tokens.astype(np.int64))
     labels = input_ids.clone()
     missing = seq_len - len(tokens)

