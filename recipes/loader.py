@@ -146,10 +146,10 @@ class _Reader:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        whole = OmegaConf.create(_overlay(_defaults(self.stem), self.value))
-        for path, text in list(_leaves(self.value)):
-            if not isinstance(text, str):
-                continue
+        texts = [(path, text) for path, text in _leaves(self.value) if isinstance(text, str)]
+        referring = any("${" in text for _, text in texts)
+        whole = OmegaConf.create(_overlay(_defaults(self.stem), self.value)) if referring else None
+        for path, text in texts:
             if text == "???":
                 self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
             elif "${" in text:
