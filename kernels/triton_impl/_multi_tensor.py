@@ -1,0 +1,174 @@
+"""One launch for many tensors: tables of pointers and sizes, and a map from programs to pieces of tensors.
+
+A launch reads two int64 arrays on the device:
+
+- `rows`: one fixed-length row per tensor: addresses, sizes, strides, alignment, as the kernel wants them;
+- `programs`: one entry per program, `tensor << 32 | piece`, so that program k works on a piece of one tensor.
+  A tensor of no elements gets no program.
+
+Both are built on the host, uploaded through pinned memory without waiting, and kept, keyed by their content. In a
+steady state, with gradients at the addresses of the step before, nothing is uploaded. When only addresses change,
+only the rows (a few bytes per tensor) are uploaded, never the map.
+
+Under CUDA graph capture an array that is new is uploaded by the graph itself, so both its copies are kept for good.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: the widest access of one thread
+_CACHE_BYTES = 32 << 20  # device memory that the kept arrays may take before the least recently used ones go
+
+
+@dataclass
+class _Upload:
+    host: Tensor
+    device: Tensor
+    event: Any = None
+    stream: Any = None
+
+
+class _UploadCache:
+    """Device copies of int64 arrays by content, least recently used first."""
+
+    def __init__(self, capacity: int = _CACHE_BYTES):
+        self.capacity = capacity
+        self.uploads = 0
+        self._kept: OrderedDict[Hashable, _Upload] = OrderedDict()
+        self._captured: list[_Upload] = []
+        self._bytes = 0
+        # gradients released in backward are stepped from autograd's threads
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, build: Callable[[], np.ndarray], device: torch.device) -> Tensor:
+        """The device copy of `build()`, which must depend on `key` alone."""
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with self._lock:
+            found = self._kept.get((device, key))
+            if found is None:
+                return self._add((device, key), _upload(build(), device, capturing), capturing)
+            self._kept.move_to_end((device, key))
+            if capturing:
+                # the graph reads this memory at every replay, long after the cache has forgotten it. The warm-up that
+                # uploaded it also wrote the tensors it points at, so whoever replays is ordered after it already
+                self._captured.append(found)
+            elif found.event is not None:
+                _order_after(found, device)
+            return found.device
+
+    def _add(self, key: Hashable, made: _Upload, capturing: bool) -> Tensor:
+        self.uploads += 1
+        if capturing:
+            # its content exists only once the graph has run, so no eager launch may find it
+            self._captured.append(made)
+            return made.device
+        self._kept[key] = made
+        self._bytes += made.device.nbytes
+        while self._bytes > self.capacity and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= dropped.device.nbytes
+        return made.device
+
+
+def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Upload:
+    host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).reshape(-1))
+    if device.type != "cuda":
+        return _Upload(host, host.to(device))
+    pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    pinned.copy_(host)
+    with torch.cuda.device(device):
+        made = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
+        if not capturing:
+            made.event = torch.cuda.Event()
+            made.event.record(made.stream)
+    return made
+
+
+def _order_after(found: _Upload, device: torch.device) -> None:
+    stream = torch.cuda.current_stream(device)
+    if stream != found.stream:
+        stream.wait_event(found.event)
+        found.device.record_stream(stream)
+
+
+_uploads = _UploadCache()
+
+
+def device_rows(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """The rows of integers, one per tensor and all of one length, as a flat int64 tensor on `device`."""
+    key = tuple(rows)
+    return _uploads.get(("rows", key), lambda: np.array(key, dtype=np.int64), device)
+
+
+def device_programs(pieces: Sequence[int], device: torch.device) -> Tensor | None:
+    """The map of a launch in which tensor i gets `pieces[i]` programs; None if there is nothing to launch."""
+    key = tuple(pieces)
+    if not any(key):
+        return None
+    return _uploads.get(("programs", key), lambda: _program_map(key), device)
+
+
+def _program_map(pieces: tuple[int, ...]) -> np.ndarray:
+    counts = np.array(pieces, dtype=np.int64)
+    tensor = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    piece = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    return tensor << 32 | piece
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether each tensor's first element lies on a 16-byte boundary."""
+    return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make `device` the current one for a launch; Triton launches on the current device only."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def warps(threads: int) -> int:
+    """Number of warps that make up `threads`: 32 wide on NVIDIA, 64 on AMD's data-centre devices."""
+    return threads // (64 if torch.version.hip else 32)
+
+
+def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
+    """For each distinct key, in order of first appearance, which positions have it."""
+    return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
+
+
+class Staging:
+    """Contiguous stand-ins, in a dtype that a kernel takes, for tensors that are not; written back at the end.
+
+    A dense tensor stands for itself. Others cost a copy of their size until `finish`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._written: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`tensor`, or a contiguous copy of it in `dtype`, alive until `finish`: tables hold bare addresses."""
+        staged = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        self._kept.append(staged)
+        return staged
+
+    def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `read`, for a tensor that the kernel changes in place."""
+        staged = self.read(tensor, dtype)
+        if staged.data_ptr() != tensor.data_ptr() or staged.dtype != tensor.dtype:
+            self._written.append((tensor.detach(), staged))
+        return staged
+
+    def finish(self) -> None:
+        """Copy what the kernel changed back to where it belongs, and let go of the copies."""
+        for tensor, staged in self._written:
+            tensor.copy_(staged)
+        self._written.clear()
+        self._kept.clear()
