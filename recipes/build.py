@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from leanstep.optimizers import Lion, SinkGD, param_groups
-from leanstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from leanstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
 
 __all__ = [
     "FAMILIES",
@@ -52,11 +52,11 @@ def wants_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
 
 
-def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
+def build_accelerator(config: RunConfig) -> Accelerator:
     """The Accelerator of a run: device, mixed precision, accumulation, sharding and trackers, all from the recipe.
 
     The recipe decides these, so what an ``accelerate config`` file says about them has no effect. Raises ValueError
-    for fp16 or FSDP2 on a CPU and for a tracker that is not installed.
+    for fp16 or FSDP2 on a CPU, for a tracker that is not installed, and when ``batch.tokens_per_step`` does not divide.
     """
     cpu = wants_cpu(config.device)
     if cpu:
@@ -68,17 +68,19 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     if plugin is not None and cpu:
         raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take distributed.strategy=ddp")
     _check_trackers(config.log.trackers)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED_PRECISION[config.precision],
         # the loop hands over whole windows of micro batches, so the end of the loader is never the end of a window
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         fsdp_plugin=plugin,
         # one schedule step is one optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
         project_dir=config.out,
     )
+    accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)
+    return accelerator
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -100,13 +102,16 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
 
 
-def build_model(config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32, end_token: int | None = None
+) -> PreTrainedModel:
     """Build the transformers model of ``config`` with random weights, or read it from ``config.init_from``.
 
     Args:
         config: Family and configuration keys. Without ``vocab_size`` among them, the model gets the tokenizer's.
         vocab_size: Number of tokens the tokenizer can produce.
         dtype: Of the weights. Random weights are drawn in fp32 and rounded.
+        end_token: The token that begins and ends documents, which generation starts from and stops at.
 
     Weights are drawn from torch's global generator: seed it first.
 
@@ -122,9 +127,13 @@ def build_model(config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch
     unknown = sorted(set(config.config) - known)
     if unknown:
         raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
-    settings = {"vocab_size": vocab_size, **config.config}
+    # no pad_token_id: an embedding with a padding index would keep that token from learning in a later training
+    settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
-    return model_class(config_class(**settings)).to(dtype)
+    model = model_class(config_class(**settings)).to(dtype)
+    # not every class name tells transformers which loss it has, and then it warns
+    model.loss_type = "ForCausalLM"
+    return model
 
 
 def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:

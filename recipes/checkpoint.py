@@ -23,6 +23,7 @@ from leanstep.recipes.config import RunConfig
 __all__ = [
     "CheckpointError",
     "TrainState",
+    "checkpoint_name",
     "clean_leftovers",
     "commit",
     "config_differences",
@@ -33,7 +34,7 @@ __all__ = [
     "point",
     "prune",
     "read_state",
-    "size_bytes",
+    "set_aside",
     "staging",
     "verify",
     "write_state",
@@ -59,7 +60,8 @@ class CheckpointError(ValueError):
 class TrainState:
     """What a run knows besides tensors: ``tokens`` counts predicted ones, ``elapsed_s`` training over all starts.
 
-    ``eval_pending`` marks a checkpoint written because a signal came during the evaluation of its step.
+    ``nonfinite`` counts steps left out because of a non-finite loss or gradient. ``eval_pending`` marks a checkpoint
+    written because a signal came during the evaluation of its step.
     """
 
     step: int = 0
@@ -69,6 +71,7 @@ class TrainState:
     best_loss: float | None = None
     best_step: int | None = None
     eval_pending: bool = False
+    nonfinite: int = 0
     world_size: int = 1
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -164,14 +167,14 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: the content of {name} is not what was written")
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes :func:`verify`, and what is wrong with any newer one."""
-    problems: list[str] = []
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that passes :func:`verify`, and what is wrong with each newer one."""
+    problems: dict[Path, str] = {}
     for path in reversed(find_checkpoints(folder)):
         try:
             verify(path)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems[path] = str(error)
             continue
         return path, problems
     return None, problems
@@ -186,6 +189,14 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     return removed
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Rename ``step-000100`` to ``WORD-step-000100``, so that it is kept but no longer counted as a checkpoint."""
+    target = path.with_name(f"{word}-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
+    return target
 
 
 def point(link: Path, target: Path) -> None:
@@ -240,11 +251,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
-
-
-def size_bytes(path: Path) -> int:
-    """Bytes in all files below ``path``."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def free_bytes(path: Path) -> int:

@@ -66,10 +66,6 @@ class RunFolder:
         self._text = _Lines(root / "train.log")
         self._lock: TextIO | None = None
 
-    def holds_run(self) -> bool:
-        """True when something other than our lock file is in the folder."""
-        return self.root.is_dir() and any(entry.name != ".lock" for entry in self.root.iterdir())
-
     def claim(self) -> None:
         """Create the folder and lock it. Raises FolderError when it is a file or another process trains there.
 
