@@ -1,0 +1,215 @@
+"""How much memory a run needs, found without allocating it: the model is built and stepped with fake tensors.
+
+Weights, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward pass
+of one micro batch, each counted once; the allocator's rounding and the kernels' workspaces are not in it, so the peak
+adds a margin.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from leanstep.kernels import use_backend
+from leanstep.recipes.build import build_model, build_optimizer
+from leanstep.recipes.config import RunConfig
+
+__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
+
+MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process. ``logits`` is the fp32 copy of one micro batch's logits that the loss needs for a moment.
+
+    Attributes:
+        weights, gradients, optimizer_state: exact, tied weights once. With FSDP2 their shard of ``1 / world_size``.
+        activations: saved for the backward pass of one micro batch.
+        logits: ``4 * micro_batch_size * seq_len * vocab_size``.
+        exchange: the buckets in which DDP sends gradients; 0 on one process.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    logits: int
+    exchange: int = 0
+
+    @property
+    def peak(self) -> int:
+        """All of it and a margin of a tenth."""
+        parts = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
+        return int(sum(parts) * (1 + MARGIN))
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Name and bytes of each part, for printing."""
+        named = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer state", self.optimizer_state),
+            ("activations", self.activations),
+            ("logits in fp32", self.logits),
+            ("gradient exchange", self.exchange),
+            ("peak, with a margin of 10 %", self.peak),
+        ]
+        return [(name, size) for name, size in named if size or name != "gradient exchange"]
+
+
+class SavedStorages:
+    """Context manager that counts what autograd saves: distinct storages other than a model's weights and buffers.
+
+    Works on fake and on real tensors. The storages are kept alive while it counts, so that none is missed because it
+    took the address of one that was freed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._saved: dict[int, torch.UntypedStorage] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedStorages":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage._cdata not in self._known:
+            self._saved.setdefault(storage._cdata, storage)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the saved storages' sizes."""
+        return sum(storage.nbytes() for storage in self._saved.values())
+
+
+def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
+    """Estimate the memory of one process of a run with a tokenizer of ``vocab_size`` tokens.
+
+    Takes a second or so and a few megabytes, whatever the size of the model. ``device`` is where the tensors pretend to
+    be, which decides the attention kernel; it must exist.
+
+    Raises ValueError for a model or an optimizer that cannot be built.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(config, vocab_size, device)
+        optimizer = build_optimizer(config.optimizer, model)
+        activations = _activation_bytes(config, model, device)
+        weights = unique_bytes(model.parameters())
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradient = unique_bytes(gradients)
+        if config.release_gradients:
+            gradient = max((tensor.nbytes for tensor in gradients), default=0)
+        state = optimizer_state_bytes(optimizer)
+    sharded = config.distributed.strategy == "fsdp2" and world_size > 1
+    shards = world_size if sharded else 1
+    return MemoryEstimate(
+        weights=-(-weights // shards),
+        gradients=-(-gradient // shards),
+        optimizer_state=-(-state // shards),
+        activations=activations,
+        logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
+        exchange=gradient if world_size > 1 and not sharded else 0,
+    )
+
+
+def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
+    """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
+    model = meta_model(config, vocab_size)
+    _replace_tensors(model, device)
+    if config.activation_checkpointing:
+        _checkpoint_activations(model)
+    return model.train()
+
+
+def meta_model(config: RunConfig, vocab_size: int) -> Any:
+    """The run's model on the meta device: names and shapes without memory. Reads only config.json of ``init_from``."""
+    dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    # outside of any fake mode: the casts inside would fail on fake parameters
+    with unset_fake_temporarily(), torch.device("meta"):
+        if config.model.init_from is None:
+            return build_model(config.model, vocab_size, dtype)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Switch on recomputation under the name that this transformers release has for it."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _replace_tensors(model: nn.Module, device: str) -> None:
+    """Put an uninitialised tensor in the place of each parameter and buffer; what was tied stays tied."""
+    new: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in new:
+                    made = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    new[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+                tensors[name] = new[id(old)]
+
+
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state after a step with a gradient for every parameter, on real or fake parameters.
+
+    The step is made where the optimizer has no state yet; gradients that are missing are made empty, so that on real
+    parameters the step writes rubbish into them: give it fake ones.
+    """
+    if not optimizer.state:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+        with use_backend("reference"):
+            optimizer.step()
+    return unique_bytes(_tensors(list(optimizer.state.values())))
+
+
+def unique_bytes(tensors: Any) -> int:
+    """Bytes of distinct storages, so that tied weights and views count once."""
+    storages = {_storage(tensor)._cdata: _storage(tensor) for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
+    """Run forward and backward of one micro batch and count what was saved; leaves the gradients in place."""
+    shape = (config.batch.micro_batch_size, config.data.seq_len)
+    input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
+    with SavedStorages(model) as saved, context:
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    loss.backward()
+    return saved.bytes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
