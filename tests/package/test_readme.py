@@ -1,6 +1,7 @@
 """The README does what it says: its commands parse, its code runs, its paths exist."""
 
 import argparse
+import importlib.util
 import re
 import shlex
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from leanstep import cli
-from leanstep.recipes import loader
+from leanstep.recipes import evaluate, loader
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -78,10 +79,28 @@ def test_a_command_that_does_not_exist_does_not_parse(capsys):
     assert "did you mean 'train'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] == "eval"], ids=" ".join)
+def test_eval_commands_parse(arguments):
+    evaluate._parser().parse_args(arguments[1:])
+
+
 @pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] in {"train", "check"}], ids=" ".join)
 def test_recipes_and_overrides_are_valid(arguments):
     options, overrides = parse(arguments)
     loader.load(options.recipe, overrides, world_size=options.nproc)
+
+
+def test_modules_and_recipes_of_other_launchers_exist():
+    launched = [re.search(r" -m (leanstep[.\w]*) ([\w-]+)$", line) for line in COMMANDS if " -m leanstep" in line]
+    assert len(launched) == 2
+    for match in launched:
+        assert importlib.util.find_spec(match[1]) is not None
+        loader.load(match[2], [])
+
+
+def test_scripts_exist():
+    scripts = [word for line in COMMANDS for word in line.split() if word.endswith((".py", ".sh"))]
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
 def test_paths_in_code_spans_exist():
