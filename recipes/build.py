@@ -30,6 +30,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_schedule",
+    "checkpoint_activations",
     "schedule_factor",
     "wants_cpu",
 ]
@@ -142,6 +143,16 @@ def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
             f"{where}: the model has {model_size} tokens, the tokenizer produces {tokenizer_size}; "
             f"take a vocabulary of at least {tokenizer_size}, or leave vocab_size out to fit it to the tokenizer"
         )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let ``model`` recompute each layer's activations in backward instead of keeping them; same numbers, less memory."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        # older transformers know it by this name only
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ __all__ = [
     "EXIT_NAN",
     "RunFailure",
     "disk_trouble",
+    "format_bytes",
     "is_out_of_memory",
     "layer_norms",
     "memory_message",
@@ -101,6 +102,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
+def format_bytes(size: float) -> str:
+    """``12.3 KiB``, ``12.3 MiB``, ``12.3 GiB``."""
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} GiB"
+
+
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     """Say what kept a checkpoint from being written, or None when the error is no matter of the disk.
 
@@ -108,12 +118,12 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
     """
     if isinstance(error, OSError) and error.errno in _FULL:
-        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+        return f"disk full, {format_bytes(free_bytes(folder))} free"
     text = str(error)
     if "No space left" in text or "os error 28" in text or "quota" in text.lower():
-        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+        return f"disk full, {format_bytes(free_bytes(folder))} free"
     if isinstance(error, Exception) and not isinstance(error, OSError) and free_bytes(folder) < needed:
-        return f"disk full, {free_bytes(folder) / 2**20:.0f} MiB free"
+        return f"disk full, {format_bytes(free_bytes(folder))} free"
     if isinstance(error, OSError):
         return f"cannot write: {error}"
     return None

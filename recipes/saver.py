@@ -24,7 +24,7 @@ from leanstep.recipes.checkpoint import (
     write_state,
 )
 from leanstep.recipes.config import CheckpointConfig
-from leanstep.recipes.failures import disk_trouble
+from leanstep.recipes.failures import disk_trouble, format_bytes
 from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.world import all_agree, main_does
 
@@ -133,7 +133,7 @@ class Saver:
         free = free_bytes(self._folder.root)
         if free >= needed:
             return None
-        return f"disk full, {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+        return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free"
 
     def _expected_bytes(self) -> int:
         """Weights and optimizer state as they are in memory; the rest of a checkpoint is small."""
@@ -151,6 +151,8 @@ class Saver:
         accelerator = self._accelerator
         trainer = path / "trainer"
         accelerator.load_state(str(trainer))
+        # Accelerate restores its count of passes too, which is off when the accumulation changed: windows begin at 0
+        accelerator.step = 0
         if state.world_size == accelerator.num_processes:
             self._check_generators(trainer)
         streams = sorted(trainer.glob("stream_*.pt"))

@@ -88,7 +88,7 @@ def _newest_here(config: RunConfig, folder: RunFolder, notes: list[str]) -> Path
     """The newest whole checkpoint of the run in ``out``; None when it never came to save one."""
     chosen, problems = newest(folder.checkpoints)
     if chosen is None and problems:
-        raise CheckpointError("no checkpoint in the output folder can be used.\n" + "\n".join(problems))
+        raise CheckpointError("no checkpoint in the output folder can be used.\n" + "\n".join(problems.values()))
     for path, problem in problems.items():
         notes.append(f"WARNING: {problem}")
         notes.append(f"WARNING: it is kept as {set_aside(path, 'damaged').name}; going back to an older checkpoint")

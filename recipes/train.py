@@ -22,7 +22,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from leanstep._version import __version__
 from leanstep.recipes.batches import Batch, Windows
-from leanstep.recipes.build import build_accelerator, build_model, build_optimizer, build_schedule
+from leanstep.recipes.build import (
+    build_accelerator,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    checkpoint_activations,
+)
 from leanstep.recipes.checkpoint import TrainState, read_state
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.data import LoadedData, load_data
@@ -184,7 +190,7 @@ class _Run:
         model = build_model(config.model, len(tokenizer), dtype, tokenizer.eos_token_id)
         _check_positions(model, config)
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         if config.compile:
             model.compile()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -288,9 +294,7 @@ class _Run:
         norm = None
         if not config.release_gradients:
             norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
-        hours = config.stop.max_hours
-        late = hours is not None and self.clock.here_s > 3600 * hours
-        loss, norm_value, number = share(accelerator, part, norm, self.stop.received, late)
+        loss, norm_value, number = share(accelerator, part, norm, self.stop.received, self.out_of_time())
         result = StepResult(loss, norm_value, targets, number)
         self.update(window, result)
         self.state.step += 1
@@ -433,13 +437,18 @@ class _Run:
     def interrupted(self, number: int) -> int:
         """Say how to continue; returns the exit code of the signal."""
         self.write_status("interrupted")
-        name = signal.Signals(number).name
-        if self.saver.trouble:
-            self.say(f"stopped by {name} after step {self.state.step}; {self.saver.trouble}")
-        else:
-            self.say(f"stopped by {name} after step {self.state.step}, saved. The same command continues it")
+        why = signal.Signals(self.stop.received or number).name
+        if self.out_of_time():
+            why = f"stop.max_hours ({self.config.stop.max_hours:g})"
+        outcome = self.saver.trouble or "saved. The same command continues it"
+        self.say(f"stopped by {why} after step {self.state.step}: {outcome}")
         self.accelerator.end_training()
         return EXIT_CODES[signal.Signals(number)]
+
+    def out_of_time(self) -> bool:
+        """Whether this start of the run has lasted longer than ``stop.max_hours``."""
+        hours = self.config.stop.max_hours
+        return hours is not None and self.clock.here_s > 3600 * hours
 
     def write_status(self, status: str, *, any_process: bool = False) -> None:
         """Write status.json, from the first process or, for a failure of one process, from that one."""

@@ -24,7 +24,9 @@ _WORDS = (
 _RECIPE = """\
 recipe: pretrain
 steps: 24
-model: {family: gpt2, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32}}
+model:
+  family: gpt2
+  config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, resid_pdrop: 0.0, attn_pdrop: 0.0, embd_pdrop: 0.0}
 data: {source: text, path: %s, tokenizer: "train:300", seq_len: 32, val_tokens: 300}
 batch: {tokens_per_step: 256, micro_batch_size: 4}
 optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.1}
@@ -35,15 +37,15 @@ log: {every: 1}
 """
 
 
-def write_text(path: Path, words: int = 1500, seed: int = 0) -> Path:
-    """Documents of made-up sentences; 1,500 words are about 90 sequences of 32 tokens at 300 BPE entries."""
+def write_text(path: Path, words: int = 1000, seed: int = 0) -> Path:
+    """Documents of made-up sentences; 1,000 words are about 85 sequences of 32 tokens at 300 BPE entries."""
     chance = random.Random(seed)
     path.write_text(" ".join(chance.choice(_WORDS) for _ in range(words)))
     return path
 
 
 def write_recipe(folder: Path, text: str = _RECIPE) -> Path:
-    """A tiny GPT-2 recipe over a text made beside it: 8 sequences of 32 tokens a step in passes of 4."""
+    """A tiny GPT-2 recipe over a text made beside it: 8 sequences of 32 tokens a step in passes of 4, no dropout."""
     corpus = write_text(folder / "text.txt")
     recipe = folder / "tiny.yaml"
     recipe.write_text(text % corpus)

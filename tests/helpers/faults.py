@@ -1,0 +1,177 @@
+"""Faults for training processes to suffer: each function runs in the process before it trains.
+
+They stand in a module of their own because a process imports them by name.
+"""
+
+import os
+import signal
+import time
+import types
+
+
+def die_before_the_marker():
+    """Leave the way ``kill -9`` does in the middle of writing the second checkpoint."""
+    from leanstep.recipes import checkpoint, saver
+
+    def commit(staged):
+        if staged.name.endswith("step-000006"):
+            os.truncate(staged / "trainer" / "optimizer.bin", 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return checkpoint.commit(staged)
+
+    saver.commit = commit
+
+
+def die_before_the_rename():
+    """The same, with everything written but the name."""
+    from leanstep.recipes import checkpoint
+
+    replace = os.replace
+
+    def die(source, target):
+        if str(target).endswith("step-000006"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": die})
+
+
+def slowly():
+    """Make each step take long enough to be caught in it."""
+    from leanstep.recipes import train
+
+    backward = train.backward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return backward(*args, **kwargs)
+
+    train.backward = slow
+
+
+def explode_after_step_6():
+    from leanstep.recipes import build
+
+    factor = build.schedule_factor
+    build.schedule_factor = lambda config, steps: lambda made: 300.0 if made >= 6 else factor(config, steps)(made)
+
+
+def nan_at_step_3():
+    """Make the loss of the third step NaN, as a bad batch does."""
+    from leanstep.recipes import train
+
+    backward, steps = train.backward, []
+
+    def poisoned(accelerator, model, window, **options):
+        part, targets = backward(accelerator, model, window, **options)
+        steps.append(1)
+        return (part * float("nan") if len(steps) == 3 else part), targets
+
+    train.backward = poisoned
+
+
+def infinite_gradient_at_step_3():
+    """Leave the loss as it is and make one element of one gradient infinite."""
+    from leanstep.recipes import train
+
+    backward, steps = train.backward, []
+
+    def poisoned(accelerator, model, window, **options):
+        result = backward(accelerator, model, window, **options)
+        steps.append(1)
+        if len(steps) == 3:
+            next(model.parameters()).grad.view(-1)[0] = float("inf")
+        return result
+
+    train.backward = poisoned
+
+
+def out_of_memory_at_step_3():
+    """Raise what torch raises when a GPU's memory is used up."""
+    import torch
+
+    from leanstep.recipes import train
+
+    backward, steps = train.backward, []
+
+    def exhausted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return backward(*arguments, **options)
+
+    train.backward = exhausted
+
+
+def signal_in_step_4(number):
+    """Send this process a signal in the middle of its fourth step."""
+    from leanstep.recipes import train
+
+    backward, steps = train.backward, []
+
+    def signalled(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), number)
+        return backward(*arguments, **options)
+
+    train.backward = signalled
+
+
+def signal_in_evaluation(number):
+    """Send this process a signal in the middle of its first evaluation."""
+    from leanstep.recipes import validation
+
+    batch, calls = validation._batch, []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return batch(*arguments)
+
+    validation._batch = signalled
+
+
+def disk_fills_up_at_the_second_checkpoint():
+    """Write as a full disk lets one write: a part of the file, then ENOSPC; from the third checkpoint on all is well."""
+    import errno
+
+    import torch
+
+    save, calls = torch.save, []
+
+    def full(content, file, *arguments, **options):
+        if str(file).endswith("optimizer.bin"):
+            calls.append(file)
+            if len(calls) == 2:
+                with open(file, "wb") as part:
+                    part.write(b"x" * 100)
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return save(content, file, *arguments, **options)
+
+    torch.save = full
+
+
+def hang_in_step_4():
+    """Stay in the fourth step for ever, and say when a signal was noted."""
+    from leanstep.recipes import train
+
+    backward, steps = train.backward, []
+
+    def hanging(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            print("hanging", flush=True)
+            handler = signal.getsignal(signal.SIGINT)
+
+            def noted(*details):
+                handler(*details)
+                print("noted", flush=True)
+
+            signal.signal(signal.SIGINT, noted)
+            while True:
+                time.sleep(0.01)
+        return backward(*arguments, **options)
+
+    train.backward = hanging

@@ -1,0 +1,262 @@
+"""What goes wrong ends in a message, an exit code and a checkpoint, or does not end the run at all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from functools import partial
+
+import faults
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import Training, numbers, read_log, run, status, write_recipe
+
+from leanstep.recipes.checkpoint import find_checkpoints
+from leanstep.recipes.config import BatchConfig, OptimizerConfig, RunConfig
+from leanstep.recipes.failures import disk_trouble, is_out_of_memory, memory_message
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    training = run(recipe, ["steps=8", "checkpoint.every=2"], out)
+    assert training.codes == [0], training.text()
+    return out
+
+
+# -- not finite ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("fault", [faults.nan_at_step_3, faults.infinite_gradient_at_step_3])
+def test_a_non_finite_step_stops_before_the_update(recipe, tmp_path, fault, world):
+    out = tmp_path / "run"
+    options = ["steps=8", "checkpoint={every: 2}", f"batch.micro_batch_size={4 // world}"]
+    failed = run(recipe, options, out, world=world, prepare=fault)
+    assert failed.codes == [3] * world, failed.text()
+    assert status(out)["status"] == "failed:nan" and status(out)["step"] == 2
+    text = failed.text()
+    assert "step 3: " in text and ("loss is nan" in text or "gradient norm is inf" in text)
+    assert text.count("last good checkpoint") == 1, "one process speaks"
+    for hint in ("step-000002", "optimizer.lr=0.0005", "schedule.warmup_fraction=0.1", "max_grad_norm=1.0"):
+        assert hint in text
+    report = json.loads((out / "nan_dump" / "report.json").read_text())
+    assert report["step"] == 3 and report["sequences"] == [16, 23] and report["lr"]
+    layers = report["layers"]
+    assert "transformer.h.1.mlp.c_fc.weight" in layers and all(row["gradient"] is not None for row in layers.values())
+    batch = load_file(out / "nan_dump" / "batch.safetensors")
+    assert batch["input_ids.0"].shape == (4 // world, 32)
+    assert [entry["step"] for entry in read_log(out)] == [1, 2], "the bad step is not logged as a step"
+
+
+def test_the_run_goes_on_from_the_last_good_checkpoint(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    assert run(recipe, ["steps=8", "checkpoint.every=2"], out, prepare=faults.nan_at_step_3).codes == [3]
+    again = run(recipe, ["steps=8", "checkpoint.every=2"], out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(whole)
+
+
+def test_stop_nan_off_leaves_the_step_out_and_counts_it(recipe, tmp_path):
+    out = tmp_path / "run"
+    options = ["steps=6", "stop.nan=false", "checkpoint.every=0"]
+    training = run(recipe, options, out, prepare=faults.infinite_gradient_at_step_3)
+    assert training.codes == [0], training.text()
+    entries = [entry for entry in read_log(out) if entry["kind"] == "train"]
+    assert [entry["nonfinite"] for entry in entries] == [0, 0, 1, 1, 1, 1]
+    assert all(map(torch.isfinite, map(torch.tensor, [entry["loss"] for entry in entries])))
+
+
+def test_a_loss_above_the_limit_stops(recipe, tmp_path):
+    failed = run(recipe, ["stop.loss_above=5.0"], tmp_path / "run")
+    assert failed.codes == [3] and "is above stop.loss_above 5" in failed.text()
+    assert status(tmp_path / "run")["status"] == "failed:loss_above"
+
+
+def test_max_hours_saves_and_stops(recipe, tmp_path):
+    stopped = run(recipe, ["stop.max_hours=1e-9", "steps=4"], tmp_path / "run")
+    assert stopped.codes == [143], stopped.text()
+    assert "stop.max_hours" in stopped.text() and status(tmp_path / "run")["status"] == "interrupted"
+    assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"]
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_names_what_to_change(recipe, tmp_path):
+    out = tmp_path / "run"
+    failed = run(recipe, ["checkpoint.every=2"], out, prepare=faults.out_of_memory_at_step_3)
+    assert failed.codes == [4] and status(out)["status"] == "failed:out of memory"
+    text = failed.text()
+    hints = ["batch.micro_batch_size=2", "activation_checkpointing=true", "precision=bf16", "optimizer.name=lion"]
+    places = [text.index(hint) for hint in hints]
+    assert places == sorted(places), "the cheapest first"
+    assert "step-000002" in text and "GiB" in text
+    # and the first of them continues the run
+    again = run(recipe, ["checkpoint.every=2", "batch.micro_batch_size=2", "steps=24"], out)
+    assert again.codes == [0], again.text()
+
+
+def test_memory_hints_leave_out_what_is_already_done():
+    from pathlib import Path
+
+    small = RunConfig(
+        batch=BatchConfig(micro_batch_size=1),
+        activation_checkpointing=True,
+        precision="bf16-pure",
+        optimizer=OptimizerConfig(name="sinkgd"),
+    )
+    text = memory_message(small, Path("nowhere"), 1)
+    assert "micro_batch_size" not in text and "activation_checkpointing" not in text and "precision" not in text
+
+
+def test_which_errors_are_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# -- disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    fault = faults.disk_fills_up_at_the_second_checkpoint
+    training = run(recipe, ["steps=8", "checkpoint={every: 2, keep_last: 3}"], out, prepare=fault)
+    assert training.codes == [0], training.text()
+    text = training.text()
+    assert "WARNING: checkpoint at step 4 failed: disk full" in text
+    assert "newest complete checkpoint: step-000002" in text
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("step ") and "gnorm" in line}
+    assert "[checkpoint at step 4 failed" in lines["5/8"] and "[checkpoint at step 4 failed" in lines["6/8"]
+    assert "failed" not in lines["4/8"] and "failed" not in lines["7/8"], "until the next one succeeds"
+    names = [path.name for path in find_checkpoints(out / "checkpoints")]
+    assert names == ["step-000002", "step-000006", "step-000008"]
+    assert not list((out / "checkpoints").glob(".*"))
+    assert numbers(out) == numbers(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 640 KiB, mounted for real; where mounting is not allowed the tests that need it say so and are left out."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_small_disk_for_real(recipe, small_disk):
+    # one checkpoint of this model is about 0.5 MB: neither a second one nor the final model fits beside it
+    out = small_disk / "run"
+    training = run(recipe, ["steps=8", "checkpoint={every: 2, keep_last: 3}"], out)
+    text = training.text()
+    assert training.codes == [1], text
+    assert "failed: disk full" in text and "KiB free" in text and "Make room and start the same command" in text
+    assert status(out)["status"] == "failed:disk" and status(out)["step"] == 8
+    assert [path.name for path in find_checkpoints(out / "checkpoints")] == ["step-000002"]
+    assert [entry["step"] for entry in read_log(out) if entry["kind"] == "train"] == list(range(1, 9))
+    # with room, the same command goes on from the checkpoint that was kept
+    shutil.move(out, small_disk.parent / "run")
+    again = run(recipe, ["steps=8", "checkpoint.every=2"], small_disk.parent / "run")
+    assert again.codes == [0] and "step-000002, step 2 of 8" in again.text()
+
+
+def test_which_errors_are_the_disk(tmp_path):
+    enough = 0
+    assert "disk full" in disk_trouble(OSError(28, "No space left on device"), tmp_path, enough)
+    assert "disk full" in disk_trouble(OSError(122, "Disk quota exceeded"), tmp_path, enough)
+    # what safetensors says
+    assert "disk full" in disk_trouble(Exception("I/O error: No space left on device (os error 28)"), tmp_path, enough)
+    # torch.save's message does not say so; the free space does
+    unsaid = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 534")
+    assert "disk full" in disk_trouble(unsaid, tmp_path, needed=2**62)
+    assert disk_trouble(unsaid, tmp_path, enough) is None
+    assert "cannot write" in disk_trouble(PermissionError(13, "Permission denied"), tmp_path, enough)
+
+
+# -- signals -------------------------------------------------------------------------------------------------------
+
+CODES = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_in_a_step_finishes_it_and_saves(recipe, whole, tmp_path, number, code):
+    out = tmp_path / "run"
+    options = ["steps=8", "checkpoint.every=0"]
+    stopped = run(recipe, options, out, prepare=partial(faults.signal_in_step_4, number))
+    assert stopped.codes == [code], stopped.text()
+    assert status(out)["status"] == "interrupted" and status(out)["step"] == 4
+    assert [path.name for path in find_checkpoints(out / "checkpoints")] == ["step-000004"]
+    assert "The same command continues it" in stopped.text()
+    again = run(recipe, options, out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(whole)
+
+
+def test_a_signal_in_the_evaluation_saves_and_evaluates_again(recipe, tmp_path):
+    options = ["steps=8", "checkpoint.every=0", "eval.every=3", "batch.micro_batch_size=2"]
+    straight = run(recipe, options, tmp_path / "straight")
+    assert straight.codes == [0]
+    out = tmp_path / "run"
+    stopped = run(recipe, options, out, prepare=partial(faults.signal_in_evaluation, signal.SIGTERM))
+    assert stopped.codes == [143], stopped.text()
+    assert status(out)["step"] == 3 and not [entry for entry in read_log(out) if entry["kind"] == "eval"]
+    again = run(recipe, options, out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(tmp_path / "straight")
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(recipe, tmp_path):
+    options = ["steps=100000", "checkpoint.every=0", "eval.every=0", "batch.micro_batch_size=2"]
+    training = Training(recipe, options, tmp_path / "run", world=2)
+    training.wait_for(lambda seen: seen.last_step() >= 3)
+    os.kill(training.processes[1].pid, signal.SIGTERM)
+    assert training.wait() == [143, 143], training.text()
+    saved = find_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved] == [f"step-{status(tmp_path / 'run')['step']:06d}"]
+    assert sorted(path.name for path in saved[0].glob("trainer/random*")) == [
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    ]
+
+
+def test_a_second_interrupt_leaves_at_once(recipe, tmp_path):
+    training = Training(recipe, ["steps=8", "checkpoint.every=0"], tmp_path / "run", prepare=faults.hang_in_step_4)
+    training.wait_for(lambda seen: "hanging" in seen.text())
+    os.kill(training.processes[0].pid, signal.SIGINT)
+    training.wait_for(lambda seen: "noted" in seen.text())
+    os.kill(training.processes[0].pid, signal.SIGINT)
+    assert training.wait() == [130]
+    assert "left at once" in training.text()
+    assert not find_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_without_on_signal_the_process_ends_as_usual(recipe, tmp_path):
+    options = ["steps=8", "checkpoint={every: 0, on_signal: false}"]
+    stopped = run(recipe, options, tmp_path / "run", prepare=partial(faults.signal_in_step_4, signal.SIGTERM))
+    assert stopped.codes == [-signal.SIGTERM]
+
+
+def test_old_handlers_come_back():
+    from leanstep.recipes.signals import StopFlag
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.received == signal.SIGUSR1
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    assert {number: signal.getsignal(number) for number in before} == before

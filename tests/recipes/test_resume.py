@@ -1,0 +1,281 @@
+"""A run that was killed and continued is the run that was never stopped, to the last bit."""
+
+import json
+import math
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from faults import die_before_the_marker, die_before_the_rename, explode_after_step_6, slowly
+from safetensors.torch import load_file
+from training import Training, numbers, read_log, run, status, write_recipe
+
+from leanstep.recipes.checkpoint import find_checkpoints
+
+# dropout in every place GPT-2 has it
+MODEL = "n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, resid_pdrop: 0.1, attn_pdrop: 0.1, embd_pdrop: 0.1"
+OPTIMIZERS = {
+    "adamw": ["optimizer={name: adamw, lr: 1e-3, weight_decay: 0.1}"],
+    "lion": ["optimizer={name: lion, lr: 3e-4, weight_decay: 0.1}"],
+    "sinkgd": ["optimizer={name: sinkgd, lr: 1e-2}"],
+    "sinkgd-momentum": ["optimizer={name: sinkgd, lr: 1e-2, args: {momentum: 0.9}}"],
+    "lion-bf16-stochastic": [
+        "optimizer={name: lion, lr: 3e-4, args: {rounding: stochastic}}",
+        "precision=bf16-pure",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def settings(optimizer: str, world: int) -> list[str]:
+    # 8 sequences a step: accumulation 2 on either number of processes
+    return [f"model.config={{{MODEL}}}", f"batch.micro_batch_size={4 // world}", *OPTIMIZERS[optimizer]]
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return load_file(out / "final" / "model.safetensors")
+
+
+CASES = [(name, world) for name in OPTIMIZERS for world in (1, 2) if world == 1 or "-" not in name]
+
+
+def sequences(training: Training) -> int:
+    """Training sequences in an epoch, as the run itself reports them."""
+    return int(re.search(r"training +(\d+) sequences", training.text())[1])
+
+
+@pytest.mark.parametrize(("optimizer", "world"), CASES)
+def test_kill_9_at_a_random_step_changes_nothing(recipe, tmp_path, optimizer, world):
+    options = settings(optimizer, world)
+    whole = run(recipe, options, tmp_path / "whole", world=world)
+    assert whole.codes == [0] * world, whole.text()
+    epoch = sequences(whole) / 8
+    chance = random.SystemRandom()
+    step, victim = chance.randrange(math.ceil(epoch) + 1, 17), chance.randrange(world)
+
+    broken = Training(recipe, options, tmp_path / "broken", world=world)
+    broken.wait_for(lambda training: training.last_step() >= step)
+    broken.kill(victim)
+    codes = broken.wait()
+    assert codes[victim] == -9 and 0 not in codes
+    left = broken.last_step()
+    assert epoch < left < 2 * epoch, "it was to be killed inside the second epoch"
+
+    again = run(recipe, options, tmp_path / "broken", world=world)
+    assert again.codes == [0] * world, again.text()
+    saved = int(again.text().rsplit("resuming from", 1)[1].split("step-")[1][:6])
+    assert left - 6 <= saved <= left, "it was to continue from its newest checkpoint"
+    found, expected = numbers(tmp_path / "broken"), numbers(tmp_path / "whole")
+    assert found == expected, f"killed process {victim} at step {left}, continued from {saved}"
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "broken")[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run of 12 steps that nothing disturbed: checkpoints at 9 and 12."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    training = run(recipe, ["steps=12"], out)
+    assert training.codes == [0], training.text()
+    return out
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """The same run as it was just after step 9: its last checkpoint and what follows are gone."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints" / "step-000012")
+    (out / "status.json").write_text('{"status": "running", "step": 9}')
+    return out
+
+
+def test_the_run_folder_holds_what_it_should(whole):
+    present = {path.name for path in whole.iterdir()} - {".lock", "report.html"}
+    names = "config.yaml command.txt env.json status.json log.jsonl train.log checkpoints last final"
+    assert present == set(names.split())
+    assert [path.name for path in find_checkpoints(whole / "checkpoints")] == ["step-000009", "step-000012"]
+    assert (whole / "last").resolve() == whole / "checkpoints" / "step-000012"
+    assert {path.name for path in (whole / "last").iterdir()} == {"hf", "trainer", "COMPLETE"}
+    facts = json.loads((whole / "env.json").read_text())
+    assert facts["seed"] == 0 and facts["world_size"] == 1 and facts["versions"]["torch"]
+    assert status(whole)["status"] == "done" and status(whole)["step"] == 12
+    kinds = [entry["kind"] for entry in read_log(whole)]
+    assert kinds.count("train") == 12 and kinds.count("eval") == 2 and kinds[-1] == "sample"
+
+
+def test_a_finished_run_is_left_as_it_is(recipe, whole):
+    before = numbers(whole)
+    again = run(recipe, ["steps=12"], whole)
+    assert again.codes == [0] and "this run is done" in again.text()
+    assert numbers(whole) == before
+
+
+def test_a_run_killed_before_it_wrote_final_only_writes_that(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    shutil.rmtree(out / "final")
+    (out / "status.json").write_text('{"status": "running", "step": 12}')
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(whole) and status(out)["status"] == "done"
+    assert status(out)["val_loss"] == status(whole)["val_loss"]
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(recipe, unfinished):
+    before = numbers(unfinished)
+    other = run(recipe, ["steps=12", "optimizer.lr=2e-3", "data.seq_len=16", "log.every=2"], unfinished)
+    assert other.codes == [2]
+    assert "optimizer.lr: 0.001 in the checkpoint, 0.002 now" in other.text()
+    assert "data.seq_len: 32 in the checkpoint, 16 now" in other.text()
+    assert "log.every" not in other.text(), "how often it logs is free to differ"
+    assert "out=ANOTHER_FOLDER" in other.text()
+    assert numbers(unfinished) == before and status(unfinished)["step"] == 9
+
+
+def test_what_only_rounds_differently_may_change(recipe, unfinished, whole):
+    again = run(recipe, ["steps=12", "batch.micro_batch_size=2", "eval.every=3"], unfinished)
+    assert again.codes == [0], again.text()
+    assert "same maths but not the same rounding: batch.micro_batch_size" in again.text()
+    assert [entry["step"] for entry in read_log(unfinished) if entry["kind"] == "eval"] == [6, 12]
+    losses = [entry["loss"] for entry in read_log(unfinished) if entry["kind"] == "train"]
+    expected = [entry["loss"] for entry in read_log(whole) if entry["kind"] == "train"]
+    assert losses == pytest.approx(expected, rel=1e-5) and losses != expected
+
+
+def test_another_number_of_processes_continues_and_says_so(recipe, unfinished, whole):
+    again = run(recipe, ["steps=12"], unfinished, world=2)
+    assert again.codes == [0, 0], again.text()
+    assert "2 processes go on where 1 stopped" in again.text()
+    losses = [entry["loss"] for entry in read_log(unfinished) if entry["kind"] == "train"]
+    # no dropout here, so that only the order of additions differs
+    expected = [entry["loss"] for entry in read_log(whole) if entry["kind"] == "train"]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_steps_are_possible_when_the_rate_does_not_depend_on_them(recipe, tmp_path):
+    schedule = "schedule={name: constant, warmup_steps: 2}"
+    assert run(recipe, ["steps=6", schedule], tmp_path / "run").codes == [0]
+    longer = run(recipe, ["steps=9", schedule], tmp_path / "run")
+    assert longer.codes == [0], longer.text()
+    straight = run(recipe, ["steps=9", schedule], tmp_path / "straight")
+    assert straight.codes == [0]
+    losses, expected = ([e["loss"] for e in read_log(tmp_path / name) if e["kind"] == "train"] for name in ("run", "straight"))
+    assert losses == expected
+    cosine = run(recipe, ["steps=12"], tmp_path / "run")
+    assert cosine.codes == [2] and "schedule.name" in cosine.text() and "steps: 9 in" in cosine.text()
+
+
+def test_resume_never_names_the_two_ways_out(recipe, unfinished):
+    refused = run(recipe, ["steps=12", "checkpoint.resume=never"], unfinished)
+    assert refused.codes == [2]
+    assert "already holds a run" in refused.text()
+    assert "--resume" in refused.text() and "out=ANOTHER_FOLDER" in refused.text()
+
+
+def test_a_folder_with_other_things_in_it_is_refused(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    refused = run(recipe, [], tmp_path / "run")
+    assert refused.codes == [2] and "holds no run" in refused.text()
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"thesis.tex", ".lock"}
+
+
+def test_a_second_process_in_the_same_folder_is_refused(recipe, tmp_path):
+    first = Training(recipe, ["steps=100000"], tmp_path / "run")
+    first.wait_for(lambda training: training.last_step() >= 1)
+    second = run(recipe, ["steps=100000"], tmp_path / "run")
+    assert second.codes == [2] and "another process is training" in second.text()
+    first.kill()
+    assert first.wait() == [-9]
+
+
+def truncate(path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip])
+@pytest.mark.parametrize("file", ["hf/model.safetensors", "trainer/optimizer.bin"])
+def test_a_damaged_checkpoint_is_passed_over(recipe, whole, tmp_path, file, damage):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    (out / "status.json").write_text('{"status": "running", "step": 12}')
+    damage(out / "checkpoints" / "step-000012" / file)
+    asked = run(recipe, ["steps=12", f"checkpoint.resume={out}/checkpoints/step-000012"], out)
+    assert asked.codes == [2] and f"damaged: " in asked.text() and file in asked.text()
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0], again.text()
+    assert "WARNING" in again.text() and "damaged-step-000012" in again.text()
+    assert "step-000009, step 9 of 12" in again.text()
+    assert numbers(out) == numbers(whole)
+
+
+def test_no_usable_checkpoint_is_an_error_not_a_new_beginning(recipe, unfinished):
+    truncate(unfinished / "checkpoints" / "step-000009" / "hf" / "model.safetensors")
+    refused = run(recipe, ["steps=12"], unfinished)
+    assert refused.codes == [2], refused.text()
+    assert "no checkpoint in the output folder can be used" in refused.text()
+
+
+def test_a_path_takes_that_checkpoint_and_sets_later_ones_aside(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    (out / "status.json").write_text('{"status": "running", "step": 12}')
+    again = run(recipe, ["steps=12", f"checkpoint.resume={out}/checkpoints/step-000009"], out)
+    assert again.codes == [0], again.text()
+    assert (out / "checkpoints" / "abandoned-step-000012").is_dir()
+    assert numbers(out) == numbers(whole)
+    # into a folder of its own, from a run folder: the newest there
+    elsewhere = run(recipe, ["steps=12", f"checkpoint.resume={whole}"], tmp_path / "elsewhere")
+    assert elsewhere.codes == [0] and "step 12 of 12" in elsewhere.text()
+    missing = run(recipe, ["checkpoint.resume=/nowhere/step-000001"], tmp_path / "third")
+    assert missing.codes == [2] and "/nowhere/step-000001 does not exist" in missing.text()
+
+
+@pytest.mark.parametrize("die", [die_before_the_marker, die_before_the_rename])
+def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path, die):
+    broken = run(recipe, ["steps=12"], tmp_path / "run", prepare=die)
+    assert broken.codes == [-9]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"step-000003", ".writing-step-000006"}
+    again = run(recipe, ["steps=12"], tmp_path / "run")
+    assert again.codes == [0], again.text()
+    assert "removed what an interrupted save left: .writing-step-000006" in again.text()
+    assert "step-000003, step 3 of 12" in again.text()
+    assert numbers(tmp_path / "run") == numbers(whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_killed_before_the_first_checkpoint_begins_again(recipe, whole, tmp_path):
+    broken = Training(recipe, ["steps=12", "checkpoint.every=0"], tmp_path / "run", prepare=slowly)
+    broken.wait_for(lambda training: training.last_step() >= 2)
+    broken.kill()
+    assert broken.wait() == [-9]
+    again = run(recipe, ["steps=12"], tmp_path / "run")
+    assert again.codes == [0], again.text()
+    assert "beginning again at step 0" in again.text()
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_the_best_checkpoint_is_kept(recipe, tmp_path):
+    # the rate explodes after step 6: the validation loss is best there and never again
+    options = ["steps=15", "eval.every=3", "checkpoint={every: 3, keep_last: 1, keep_best: true}"]
+    kept = run(recipe, options, tmp_path / "run", prepare=explode_after_step_6)
+    assert kept.codes == [0], kept.text()
+    assert status(tmp_path / "run")["best_step"] == 6
+    assert (tmp_path / "run" / "best").resolve().name == "step-000006"
+    assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000006", "step-000015"]
