@@ -258,7 +258,7 @@ def _free_memory(device: str) -> int | None:
 
 
 def disk_need(config: RunConfig, weights: int, optimizer_state: int) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, the final model."""
+    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, final model."""
     checkpoint = weights + optimizer_state
     kept = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
     return checkpoint, kept * checkpoint + weights

@@ -281,12 +281,21 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
-    yield from _position_problems(config)
+    yield from _size_problems(config)
 
 
-def _position_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """A sequence longer than the model's positions, and a vocabulary smaller than the tokenizer to be trained."""
+def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Sizes of the model that do not fit each other, the sequences, or the tokenizer to be trained."""
     sizes, tokenizer = config.model.config, config.data.tokenizer
+    for whole, part in (
+        ("hidden_size", "num_attention_heads"),
+        ("n_embd", "n_head"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        free = whole == "hidden_size" and sizes.get("head_dim")
+        if sizes.get(whole) and sizes.get(part) and not free and sizes[whole] % sizes[part]:
+            keys = (f"model.config.{whole}", f"model.config.{part}")
+            yield keys, f"{sizes[whole]} must be a multiple of {part} {sizes[part]}"
     key, default = ("n_positions", 1024) if config.model.family == "gpt2" else ("max_position_embeddings", 2048)
     positions = sizes.get(key, default)
     if not config.model.init_from and isinstance(positions, int) and config.data.seq_len > positions:

