@@ -1,0 +1,234 @@
+"""The Lion step on lists of tensors."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels._compile import EXACT_CASTS, LANES, ONE_LOOP, alias, share_layout, variant
+from leanstep.kernels.reference import lion_step as reference
+
+_LOW = (torch.bfloat16, torch.float16)
+_WIDE = {torch.float32, None}
+
+
+def lion_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    extras: list[Tensor],
+    *,
+    hyper: Tensor,
+    rounding: str = "nearest",
+    cautious_scale: Tensor | None = None,
+    decay_where_aligned: bool = False,
+    maximize: bool = False,
+    skip_nonfinite: bool = True,
+    seeds: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """One Lion step (Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, Algorithm 2).
+
+    For every tensor, in fp32 (fp64 for fp64 parameters), elementwise::
+
+        c = beta1 * m + (1 - beta1) * g
+        u = sign(c)                                   # sign(0) = 0
+        u = u * scale if u * g > 0 else 0             # only with cautious_scale
+        p = p * (1 - lr * weight_decay) - lr * u
+        m = beta2 * m + (1 - beta2) * g
+
+    Args:
+        params: tensors of one device and dtype, any shape; updated in place.
+        grads: same shapes; any floating dtype; not written.
+        exp_avgs: momenta m, same shapes, any floating dtype; updated in place.
+        extras: empty, or one tensor per parameter for ``rounding`` "kahan" (parameter's dtype) and "master" (fp32).
+        hyper: 1-D tensor of 6 on the device: [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
+        rounding: how the new value meets the parameter's dtype: "nearest", "stochastic", "kahan" or "master"; see
+            ``leanstep.kernels.reference.rounding``.
+        cautious_scale: fp32 [len(params)]; factor of agreeing entries (Liang et al., arXiv 2411.16085). None: off.
+        decay_where_aligned: decay only entries with u * p >= 0 (Chen et al., arXiv 2510.12402).
+        maximize: ascend instead.
+        skip_nonfinite: entries with a non-finite gradient keep parameter, momentum and extra as they are.
+        seeds: int64 [len(params)] of unsigned 32-bit values, for "stochastic".
+        offsets: int64 [len(params)]: index of each tensor's first element in its whole tensor, where it is a shard.
+
+    Returns:
+        int32 [len(params)]: 1 where the gradient had a non-finite entry.
+
+    Raises:
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. No temporary of a tensor's size on the fast
+        paths. All backends agree bit for bit (products and sums are not contracted).
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.lion_step(
+            params, grads, exp_avgs, extras, hyper, rounding, cautious_scale, decay_where_aligned, maximize,
+            skip_nonfinite, seeds, offsets,
+        )  # fmt: skip
+    return _run(
+        params, grads, exp_avgs, extras, hyper, rounding, cautious_scale, decay_where_aligned, maximize,
+        skip_nonfinite, seeds, offsets,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _run(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    extras: list[Tensor],
+    hyper: Tensor,
+    rounding: str,
+    cautious_scale: Tensor | None,
+    decay_where_aligned: bool,
+    maximize: bool,
+    skip_nonfinite: bool,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    if not params:
+        return torch.zeros(0, dtype=torch.int32)
+    backend = choose("lion_step", params[0].device, params[0].dtype).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import lion_step as triton_lion
+
+        return triton_lion.lion_step(
+            params, grads, exp_avgs, extras, hyper=hyper, rounding=rounding, cautious_scale=cautious_scale,
+            decay_where_aligned=decay_where_aligned, maximize=maximize, skip_nonfinite=skip_nonfinite,
+            seeds=seeds, offsets=offsets,
+        )  # fmt: skip
+    step = _compiled_step if backend == "compiled" else reference.lion_step
+    flags = []
+    for i, param in enumerate(params):
+        flag = step(
+            param,
+            grads[i],
+            exp_avgs[i],
+            extras[i] if extras else None,
+            hyper=hyper,
+            rounding=rounding,
+            cautious_scale=None if cautious_scale is None else cautious_scale[i],
+            decay_where_aligned=decay_where_aligned,
+            maximize=maximize,
+            skip_nonfinite=skip_nonfinite,
+            seed=None if seeds is None else seeds[i],
+            offset=0 if offsets is None else offsets[i],
+        )
+        flags.append(torch.zeros((), dtype=torch.bool, device=param.device) if flag is None else flag)
+    return torch.stack(flags).to(torch.int32)
+
+
+def _compiled_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    extra: Tensor | None,
+    *,
+    skip_nonfinite: bool,
+    seed: Tensor | None,
+    offset: Tensor | int,
+    **options,
+) -> Tensor | None:
+    """The reference, compiled, on the whole rows of the flattened tensors; the rest runs uncompiled."""
+    rows, rest = divmod(param.numel(), LANES)
+    tensors = [param, grad, exp_avg, extra]
+    stochastic = options["rounding"] == "stochastic"
+    if rows < 2 or not share_layout(tensors, row_major=stochastic):
+        return reference.lion_step(
+            param, grad, exp_avg, extra, skip_nonfinite=skip_nonfinite, seed=seed, offset=offset, **options
+        )
+    # 16-bit gradients: looking first and then running without masks beats one masked loop. The sum is finite unless
+    # an entry is not (or it overflows: then the masked loop runs, and is right as well).
+    masked = skip_nonfinite and not (grad.dtype in _LOW and math.isfinite(grad.sum()))
+    flat = [None if t is None else alias(t, (rows, LANES)) for t in tensors]
+    if not stochastic:
+        seed, offset = None, 0
+    elif not isinstance(offset, Tensor):
+        offset = torch.tensor(offset)
+    dtypes = tuple(None if t is None else t.dtype for t in tensors)
+    flags = (options["rounding"], options["cautious_scale"] is None, options["decay_where_aligned"])
+    inductor = EXACT_CASTS if options["rounding"] == "kahan" else ONE_LOOP if set(dtypes) <= _WIDE else {}
+    flag = variant(reference.lion_step, (dtypes, flags, options["maximize"], masked), flat, inductor)(
+        *flat, skip_nonfinite=masked, seed=seed, offset=offset, **options
+    )
+    torch.autograd.graph.increment_version([t for t in tensors[:1] + tensors[2:] if t is not None])
+    if rest:
+        tail = [None if t is None else alias(t, (rest,), rows * LANES) for t in tensors]
+        tail_flag = reference.lion_step(
+            *tail, skip_nonfinite=masked, seed=seed, offset=offset + rows * LANES, **options
+        )
+        flag = flag | tail_flag if masked else None
+    return flag
+
+
+def lion_agreement(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    *,
+    hyper: Tensor,
+    maximize: bool = False,
+    skip_nonfinite: bool = True,
+) -> Tensor:
+    """Count, per tensor, the entries whose Lion update agrees in sign with the gradient.
+
+    Cautious Lion scales the agreeing entries by numel / count. Under sharding the counts are summed over the shards
+    before the scale is formed.
+
+    Args:
+        grads, exp_avgs, hyper, maximize, skip_nonfinite: as for :func:`lion_step`.
+
+    Returns:
+        fp32 [len(grads)] (exact up to 2**24 on backends that count in fp32; integer counts are converted once).
+
+    Notes:
+        Reads g and m once each.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.lion_agreement(grads, exp_avgs, hyper, maximize, skip_nonfinite)
+    return _run_agreement(grads, exp_avgs, hyper, maximize, skip_nonfinite)
+
+
+@torch.no_grad()
+def _run_agreement(
+    grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, maximize: bool, skip_nonfinite: bool
+) -> Tensor:
+    if not grads:
+        return torch.zeros(0)
+    backend = choose("lion_agreement", grads[0].device, hyper.dtype).backend
+    options = {"hyper": hyper, "maximize": maximize, "skip_nonfinite": skip_nonfinite}
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import lion_step as triton_lion
+
+        return triton_lion.lion_agreement(grads, exp_avgs, **options)
+    count = _compiled_agreement if backend == "compiled" else reference.lion_agreement
+    return torch.stack([count(g, m, **options) for g, m in zip(grads, exp_avgs, strict=True)])
+
+
+def _compiled_agreement(grad: Tensor, exp_avg: Tensor, **options) -> Tensor:
+    rows, rest = divmod(grad.numel(), LANES)
+    if rows < 2 or not share_layout([grad, exp_avg], row_major=False):
+        return reference.lion_agreement(grad, exp_avg, **options)
+    flat = [alias(t, (rows, LANES)) for t in (grad, exp_avg)]
+    key = (grad.dtype, exp_avg.dtype, options["maximize"], options["skip_nonfinite"])
+    count = variant(reference.lion_agreement, key, flat)(*flat, **options)
+    if rest:
+        tail = [alias(t, (rest,), rows * LANES) for t in (grad, exp_avg)]
+        count = count + reference.lion_agreement(*tail, **options)
+    return count
+
+
+_step_op = torch.library.custom_op("leanstep::lion_step", _run, mutates_args=("params", "exp_avgs", "extras"))
+_agreement_op = torch.library.custom_op("leanstep::lion_agreement", _run_agreement, mutates_args=())
+
+
+@_step_op.register_fake
+def _(params, grads, exp_avgs, extras, hyper, *_):
+    return hyper.new_empty(len(params), dtype=torch.int32)
+
+
+@_agreement_op.register_fake
+def _(grads, exp_avgs, hyper, *_):
+    return hyper.new_empty(len(grads), dtype=torch.float32)

@@ -1,0 +1,154 @@
+"""The parameter update p <- p * decay - step * r_i c_j G_ij on lists of matrices."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels._compile import EXACT_CASTS, LANES, alias, share_layout, variant
+from leanstep.kernels.reference import scaled_step as reference
+
+
+def scaled_step(
+    params: list[Tensor],
+    mats: list[Tensor],
+    rows: list[Tensor],
+    cols: list[Tensor],
+    extras: list[Tensor],
+    *,
+    hyper: Tensor,
+    rounding: str = "nearest",
+    skip_nonfinite: bool = True,
+    seeds: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Apply scaled matrices to parameters, elementwise in fp32 (fp64 for fp64 parameters)::
+
+        p = p * decay - step * ((r_i * G_ij) * c_j)
+
+    Args:
+        params: parameters [..., m, n] of one device and dtype; updated in place.
+        mats: matrices G, same shapes, any floating dtype; not written.
+        rows, cols: scales [..., m] and [..., n] of every matrix, fp32, cut from two flat buffers in list order
+            (:func:`leanstep.kernels.sinkhorn` returns such lists).
+        extras: as for :func:`leanstep.kernels.lion_step`.
+        hyper: 1-D tensor of 2 on the device: [step, decay].
+        rounding, seeds, offsets: as for :func:`leanstep.kernels.lion_step`.
+        skip_nonfinite: leave a matrix alone whose column scales hold a NaN (its gradient was not finite).
+
+    Returns:
+        int32 [len(params)]: 1 where a matrix was not finite.
+
+    Raises:
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads G and p and writes p once each: 12 bytes per fp32 element.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.scaled_step(
+            params, mats, rows, cols, extras, hyper, rounding, skip_nonfinite, seeds, offsets
+        )
+    return _run(params, mats, rows, cols, extras, hyper, rounding, skip_nonfinite, seeds, offsets)
+
+
+@torch.no_grad()
+def _run(
+    params: list[Tensor],
+    mats: list[Tensor],
+    rows: list[Tensor],
+    cols: list[Tensor],
+    extras: list[Tensor],
+    hyper: Tensor,
+    rounding: str,
+    skip_nonfinite: bool,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    if not params:
+        return torch.zeros(0, dtype=torch.int32)
+    backend = choose("scaled_step", params[0].device, params[0].dtype).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import scaled_step as triton_step
+
+        return triton_step.scaled_step(
+            params, mats, [r.reshape(-1) for r in rows], [c.reshape(-1) for c in cols], extras, hyper=hyper,
+            rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
+        )  # fmt: skip
+    step = _compiled_step if backend == "compiled" else _reference_step
+    flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
+    for i, param in enumerate(params):
+        bad = torch.isnan(cols[i]).any(dim=-1)
+        if skip_nonfinite:
+            flags[i] = bad.any()
+        step(
+            param,
+            mats[i],
+            rows[i],
+            cols[i],
+            extras[i] if extras else None,
+            bad if skip_nonfinite else None,
+            hyper=hyper,
+            rounding=rounding,
+            seed=None if seeds is None else seeds[i],
+            offset=0 if offsets is None else offsets[i],
+        )
+    return flags
+
+
+def _reference_step(
+    param: Tensor, mat: Tensor, rows: Tensor, cols: Tensor, extra: Tensor | None, bad: Tensor | None, **options
+) -> None:
+    """The reference, with the old contents put back where a matrix was not finite."""
+    written = [param] if extra is None else [param, extra]
+    old = [t.clone() for t in written] if bad is not None and bool(bad.any()) else None
+    reference.scaled_step(param, mat, rows.unsqueeze(-1), cols.unsqueeze(-2), extra, **options)
+    if old is not None:
+        for tensor, before in zip(written, old, strict=True):
+            tensor.copy_(torch.where(bad[..., None, None], before, tensor))
+
+
+def _compiled_step(
+    param: Tensor,
+    mat: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    extra: Tensor | None,
+    bad: Tensor | None,
+    *,
+    hyper: Tensor,
+    rounding: str,
+    seed: Tensor | None,
+    offset: Tensor | int,
+) -> None:
+    options = {"hyper": hyper, "rounding": rounding, "seed": seed, "offset": offset}
+    tensors = [param, mat, extra]
+    n = param.shape[-1]
+    if (
+        (bad is not None and bool(bad.any()))
+        or n % LANES
+        or n // LANES < 2
+        or rows.numel() < 2
+        or not share_layout(tensors, row_major=True)
+        or (param.dim() > 2 and param.shape[:-2].numel() > 1)
+    ):
+        _reference_step(param, mat, rows, cols, extra, bad, **options)
+        return
+    if rounding != "stochastic":
+        options["seed"], options["offset"] = None, 0
+    elif not isinstance(offset, Tensor):
+        options["offset"] = torch.tensor(offset)
+    m, blocks = rows.numel(), n // LANES
+    flat = [None if t is None else alias(t, (m, blocks, LANES)) for t in tensors]
+    flat[2:2] = [alias(rows, (m, 1, 1)), alias(cols, (1, blocks, LANES))]
+    dtypes = tuple(None if t is None else t.dtype for t in tensors)
+    inductor = EXACT_CASTS if rounding == "kahan" else {}
+    variant(reference.scaled_step, (dtypes, rounding), flat, inductor)(*flat, **options)
+    torch.autograd.graph.increment_version([t for t in (param, extra) if t is not None])
+
+
+_step_op = torch.library.custom_op("leanstep::scaled_step", _run, mutates_args=("params", "extras"))
+
+
+@_step_op.register_fake
+def _(params, mats, rows, cols, extras, hyper, *_):
+    return hyper.new_empty(len(params), dtype=torch.int32)

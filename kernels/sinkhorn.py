@@ -1,0 +1,214 @@
+"""Square-root Sinkhorn row and column scales of lists of matrices."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.reference import sinkhorn as reference
+from leanstep.kernels.reference.sinkhorn import finish_columns
+
+
+class Scales(NamedTuple):
+    """Row scales [B, m] and column scales [B, n] of every matrix, as views of two flat buffers."""
+
+    rows: list[Tensor]
+    cols: list[Tensor]
+    flat_rows: Tensor
+    flat_cols: Tensor
+
+
+def as_batch(mat: Tensor) -> Tensor:
+    """[m, n] or [..., m, n] as a batch [B, m, n]."""
+    return mat.reshape(-1, *mat.shape[-2:]) if mat.dim() != 2 else mat.unsqueeze(0)
+
+
+def sinkhorn(
+    mats: Sequence[Tensor],
+    num_iters: int,
+    *,
+    end_with_rows: bool = False,
+    rows_total: Sequence[int] | None = None,
+    cols_total: Sequence[int] | None = None,
+    all_reduce: Callable[[Tensor], None] | None = None,
+) -> Scales:
+    """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
+
+    One iteration scales every row to norm sqrt(n), then every column to norm sqrt(m) (Scetbon, Ma, Gong, Meeds,
+    "Gradient Multi-Normalization for Stateless and Scalable LLM Training", arXiv 2502.06742, SR-Sinkhorn). Rows are
+    dimension -2 and come first; after L iterations the columns are exact. Zero rows and columns keep scale 0.
+
+    Args:
+        mats: matrices [..., m, n] of one device, any strides, bf16, fp16, fp32 or fp64; not written. Leading
+            dimensions are independent matrices (fused experts).
+        num_iters: L >= 0; 0 leaves r = 1 / max|row| (with ``end_with_rows``: one row half-iteration alone).
+        end_with_rows: append one row half-iteration.
+        rows_total, cols_total: m and n of the whole matrices, where ``mats`` are shards of rows.
+        all_reduce: sums a flat fp32 buffer over the shards, in place; called once per iteration with the column means
+            of all matrices. None: the matrices are whole.
+
+    Returns:
+        :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
+
+    Raises:
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Sums run in fp32. Rows are first scaled by their largest entry, so gradients of any finite size work; an entry
+        1e-19 times smaller than the largest of its row counts as zero in fp32.
+        Memory: on a CPU, one fp32 matrix of scratch (the largest of the list); on a GPU, partial column sums.
+        On a GPU one launch per iteration reads every matrix from memory once.
+    """
+    if not mats:
+        empty = torch.zeros(0)
+        return Scales([], [], empty, empty)
+    if torch.compiler.is_compiling() and all_reduce is None:
+        rows, cols = torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows)
+        return _scales(mats, rows, cols)
+    return _run(mats, num_iters, end_with_rows, rows_total, cols_total, all_reduce)
+
+
+def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
+    """Cut the flat buffers into one [..., m] and one [..., n] view a matrix."""
+    rows = flat_rows.split([m.shape[:-1].numel() for m in mats])
+    cols = flat_cols.split([m.shape[:-2].numel() * m.shape[-1] for m in mats])
+    return Scales(
+        [r.view(m.shape[:-1]) for r, m in zip(rows, mats, strict=True)],
+        [c.view(*m.shape[:-2], m.shape[-1]) for c, m in zip(cols, mats, strict=True)],
+        flat_rows,
+        flat_cols,
+    )
+
+
+def _new_scales(mats: Sequence[Tensor]) -> Scales:
+    first = mats[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
+    cols = torch.ones(sum(m.shape[:-2].numel() * m.shape[-1] for m in mats), dtype=wide, device=first.device)
+    return _scales(mats, rows, cols)
+
+
+@torch.no_grad()
+def _run(
+    mats: Sequence[Tensor],
+    num_iters: int,
+    end_with_rows: bool,
+    rows_total: Sequence[int] | None,
+    cols_total: Sequence[int] | None,
+    all_reduce: Callable[[Tensor], None] | None,
+) -> Scales:
+    backend = choose("sinkhorn", mats[0].device, mats[0].dtype).backend
+    scales = _new_scales(mats)
+    if backend == "triton" or all_reduce is not None:
+        rows_total = rows_total or [m.shape[-2] for m in mats]
+        cols_total = cols_total or [m.shape[-1] for m in mats]
+        _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, all_reduce, backend)
+        return scales
+    scratch = _Scratch() if backend == "compiled" else None
+    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+        if mat.numel() == 0:
+            continue
+        batch = as_batch(mat)
+        if scratch is None:
+            r, c = reference.sinkhorn(batch, num_iters, end_with_rows=end_with_rows)
+        else:
+            squares, prescale = scratch.squares(batch)
+            r, c = reference.iterate(squares, prescale, num_iters, end_with_rows=end_with_rows)
+        rows.copy_(r.view(rows.shape))
+        cols.copy_(c.view(cols.shape))
+    return scales
+
+
+def _iterate_together(
+    mats: Sequence[Tensor],
+    scales: Scales,
+    num_iters: int,
+    end_with_rows: bool,
+    rows_total: Sequence[int],
+    cols_total: Sequence[int],
+    all_reduce: Callable[[Tensor], None] | None,
+    backend: str,
+) -> None:
+    """All matrices one iteration at a time: one launch (GPU) and one all-reduce (shards) per iteration."""
+    one_pass = _triton_pass if backend == "triton" else _reference_pass
+    for iteration in range(num_iters + end_with_rows):
+        colmeans = one_pass(mats, scales, rows_total, cols_total, iteration == 0)
+        if iteration == num_iters:  # the closing row half-iteration needs no columns
+            break
+        if all_reduce is not None:
+            all_reduce(colmeans)
+        scales.flat_cols.copy_(finish_columns(colmeans))
+
+
+def _triton_pass(
+    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
+) -> Tensor:
+    from leanstep.kernels.triton_impl import sinkhorn as triton_sinkhorn
+
+    return triton_sinkhorn.sinkhorn_pass(
+        [as_batch(m) for m in mats],
+        scales.flat_rows,
+        scales.flat_cols,
+        rows_total=list(rows_total),
+        cols_total=list(cols_total),
+        first=first,
+    )
+
+
+def _reference_pass(
+    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
+) -> Tensor:
+    colmeans = torch.zeros_like(scales.flat_cols)
+    for mat, rows, cols, out, m, n in zip(
+        mats, scales.rows, scales.cols, _scales(mats, scales.flat_rows, colmeans).cols, rows_total, cols_total,
+        strict=True,
+    ):  # fmt: skip
+        if mat.numel() == 0:
+            continue
+        batch = as_batch(mat)
+        r, means = reference.sinkhorn_pass(
+            batch,
+            rows.view(batch.shape[:-1]),
+            cols.view(batch.shape[0], -1),
+            rows_total=m,
+            cols_total=n,
+            first=first,
+        )
+        rows.copy_(r.view(rows.shape))
+        out.copy_(means.view(out.shape))
+    return colmeans
+
+
+class _Scratch:
+    """One fp32 buffer for the squares, as large as the largest matrix seen: fresh pages cost more than the sums."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def squares(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """(H, r0) of a batch [B, m, n]; H lives until the next call."""
+        if self._buffer.numel() < batch.numel():
+            self._buffer = torch.empty(batch.numel(), dtype=torch.float32)
+        out = self._buffer[: batch.numel()].view(batch.shape)
+        torch.abs(batch, out=out) if batch.dtype == torch.float32 else out.copy_(batch).abs_()
+        prescale = reference.reciprocal_or_zero(out.amax(dim=-1))
+        out.mul_(prescale.unsqueeze(-1)).square_()
+        return out, prescale
+
+
+def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:
+    scales = _run(mats, num_iters, end_with_rows, None, None, None)
+    return scales.flat_rows, scales.flat_cols
+
+
+_sinkhorn_op = torch.library.custom_op("leanstep::sinkhorn", _op, mutates_args=())
+
+
+@_sinkhorn_op.register_fake
+def _(mats, num_iters, end_with_rows):
+    wide = torch.float64 if mats[0].dtype == torch.float64 else torch.float32
+    rows = sum(m.shape[:-1].numel() for m in mats)
+    cols = sum(m.shape[:-2].numel() * m.shape[-1] for m in mats)
+    return mats[0].new_empty(rows, dtype=wide), mats[0].new_empty(cols, dtype=wide)
