@@ -1,0 +1,337 @@
+"""The report: every number it shows is in the log, nothing in it runs or loads, and it survives dead runs."""
+
+import json
+import math
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+from run_folders import write_run
+
+from leanstep.recipes.curves import Series, chart, compact, smooth
+from leanstep.recipes.report import MOST_BYTES, write_report
+from leanstep.recipes.runlog import duration, read_run
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and collects text, tags and attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def report(tmp_path, *folders):
+    out = write_report(list(folders), tmp_path / "out" / "report.html")
+    assert out == tmp_path / "out" / "report.html"
+    assert [file.name for file in out.parent.iterdir()] == ["report.html"], "left something beside it"
+    raw = out.read_bytes()
+    assert len(raw) < MOST_BYTES
+    html = raw.decode()
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg)
+    return html, Page(html)
+
+
+def final_loss(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "eval"][-1]
+
+
+def test_one_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    html, page = report(tmp_path, run)
+    loss = final_loss(run)
+    for text in (
+        "llama-nano-sinkgd",
+        "done",
+        f"{loss:.4f}",
+        f"{math.exp(loss):.2f}",
+        f"{loss / math.log(2) / 3.03:.4f}",
+        "expected 4.45 ± 0.1: met",
+        "The Congress of the United States.",
+        "tokens_per_step: 4096",
+        "versions.torch",
+        "2.13.0",
+        "leanstep train llama-nano-sinkgd",
+        "1,050,000 parameters",
+        "1 min 42 s",
+    ):
+        assert text in page.text, text
+    for title in ("Loss", "Training loss over tokens", "Training loss over time", "Validation bits per byte"):
+        assert f"<h3>{title}</h3>" in html
+    for title in ("Learning rate", "Gradient norm", "Tokens per second"):
+        assert f"<h3>{title}</h3>" in html
+    assert "Peak device memory" not in html, "nothing was logged about it"
+    assert 'class="notes' not in html, "a clean run has no warnings"
+
+
+def test_nothing_runs_and_nothing_is_loaded(tmp_path):
+    html, page = report(tmp_path, write_run(tmp_path / "run"))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "href", "xlink:href"} & names
+    assert not [name for name in names if name.startswith("on")]
+    assert "@import" not in html
+    assert [url for url in re.findall(r"url\((.*?)\)", html) if not url.startswith("#")] == []
+    assert "default-src 'none'" in html
+
+
+def test_light_dark_and_print(tmp_path):
+    html, _ = report(tmp_path, write_run(tmp_path / "run"))
+    assert "@media screen and (prefers-color-scheme:dark)" in html, "dark is for screens, print stays light"
+    assert "@media print" in html
+    used = set(re.findall(r"var\((--[\w-]+)\)", html))
+    light, dark = (html.split(":root{")[i].split("}")[0] for i in (1, 2))
+    for variable in used:
+        assert f"{variable}:" in light and f"{variable}:" in dark, variable
+
+
+def test_everything_is_escaped(tmp_path):
+    attack = "<script>alert('x')</script> & \"quotes\" </style></pre>"
+    run = write_run(tmp_path / "run", sample=attack)
+    config = (run / "config.yaml").read_text() + f"note: |\n  {attack}\n"
+    (run / "config.yaml").write_text(config.replace("description: 1M", f"description: {attack} 1M"))
+    (run / "env.json").write_text(json.dumps({"device": attack, "started": attack}))
+    (run / "train.log").write_text(f"WARNING: {attack}\n")
+    (run / "command.txt").write_text(attack)
+    (run / "status.json").write_text(json.dumps({"status": f"failed:{attack}", "step": 1, "steps": 2}))
+    other = write_run(tmp_path / "<b>other", name="'<i>name'")
+    for folders in ([run], [run, other]):
+        html, page = report(tmp_path, *folders)
+        assert "<script" not in html
+        assert attack in page.text
+        assert html.count("</style>") == 1
+        assert "<i>name" not in html
+
+
+def test_comparison(tmp_path):
+    runs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", "llama-nano-lion", optimizer="lion", lr=4e-4, floor=4.6, expect="null", seed=1),
+        write_run(tmp_path / "c", "llama-nano-adamw", optimizer="adamw", lr=4e-3, floor=4.3, expect="null", seed=2),
+    ]
+    html, page = report(tmp_path, *runs)
+    assert "Comparison of 3 runs" in page.text
+    losses = [final_loss(run) for run in runs]
+    found = [page.text.index(f"{loss:.4f}") for loss in sorted(losses)]
+    assert found == sorted(found), "sorted by validation loss"
+    assert re.search(rf'class="n best">{min(losses):.4f}<', html)
+    assert html.count('class="n best"') == 1
+    for name in ("llama-nano-sinkgd", "llama-nano-lion", "llama-nano-adamw"):
+        assert name in page.text
+    # what differs is shown, what does not is not
+    differs = page.text.split("What differs")[1].split("Where they ran")[0]
+    assert "optimizer.lr" in differs
+    assert "tokens_per_step" not in differs
+    validation = re.search(r"<h3>Validation loss</h3>.*?</figure>", html, re.DOTALL)[0]
+    assert len(re.findall("<path", validation)) == 3
+    assert {f"c{i}" for i in range(3)} <= set(re.findall(r'path class="(c\d)', validation))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / where / "run") for where in ("first", "second")]
+    _, page = report(tmp_path, *runs)
+    assert "first/run" in page.text and "second/run" in page.text
+
+
+def test_a_failed_run_says_what_happened(tmp_path):
+    run = write_run(tmp_path / "run", made=420, status="failed:nan", nonfinite=3, expect="3.0", sample=None)
+    (run / "nan_dump").mkdir()
+    (run / "train.log").write_text("step 400\nWARNING: the disk is full\nWARNING: the disk is full\n")
+    _, page = report(tmp_path, run)
+    for text in (
+        "failed: nan",
+        "The run failed (nan) at step 420 of 600.",
+        "nan_dump",
+        "3 steps with a loss or gradient that was not finite.",
+        "is not the expected 3 ± 0.1",
+        "WARNING: the disk is full",
+    ):
+        assert page.text.count(text) == 1, text
+    assert "sample" not in page.text
+
+
+def test_interrupted_and_overfitted_runs(tmp_path):
+    run = write_run(tmp_path / "run", made=200, status="interrupted")
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 200, "kind": "eval", "loss": 9.0, "perplexity": 8103.1, "bits_per_byte": 4.3}))
+    _, page = report(tmp_path, run)
+    assert "The run is not done (interrupted): step 200 of 600." in page.text
+    assert re.search(r"The validation loss rose from 4\.\d+ at step 200 to 9\.0000", page.text)
+
+
+def test_nonfinite_numbers_break_the_curve(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "log.jsonl").read_text().splitlines()
+    entry = {"kind": "train", "loss": math.nan, "lr": 0.1, "grad_norm": math.inf, "tokens_per_s": 1, "tokens": 9}
+    lines += [json.dumps({**entry, "step": 601, "elapsed_s": 100}), json.dumps({"step": 602, "kind": "train"})]
+    (run / "log.jsonl").write_text("\n".join(lines))
+    html, page = report(tmp_path, run)
+    assert "The training loss is not finite in 2 logged steps." in page.text
+    assert not re.search(r'd="[^"]*(nan|inf)', html)
+
+
+def test_a_run_just_begun_and_damaged_files(tmp_path):
+    run = write_run(tmp_path / "run")
+    log = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text('[1]\n{"kind": "train"}\n\n' + log[: len(log) // 2])
+    (run / "status.json").write_text("{broken")
+    (run / "env.json").unlink()
+    (run / "config.yaml").write_text("a: [1\nb: }")
+    _, page = report(tmp_path, run)
+    assert "3 lines of log.jsonl could not be read and are left out" in page.text
+    assert "status.json cannot be understood" in page.text
+    assert "env.json is missing" in page.text
+    assert "config.yaml cannot be understood" in page.text
+    (run / "log.jsonl").write_text("")
+    _, page = report(tmp_path, run)
+    assert "Nothing was logged yet." in page.text
+    report(tmp_path, run, write_run(tmp_path / "other"))
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="'.*' is not a folder; expected a run folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(ValueError, match="is not a run folder: it has neither log.jsonl nor config.yaml"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(ValueError, match="at least one run folder"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_long_and_many_runs_stay_small(tmp_path):
+    run = write_run(tmp_path / "run", steps=20_000, every=1)
+    with open(run / "config.yaml", "a") as config:
+        config.write("".join(f"extra_{i}: {'x' * 50}\n" for i in range(5000)))
+    report(tmp_path, run)
+    short = write_run(tmp_path / "short", sample="words " * 5000, steps=1000, every=1)
+    folders = []
+    for number in range(30):
+        folders.append(shutil.copytree(short, tmp_path / f"run-{number}"))
+    report(tmp_path, *folders)
+
+
+def test_an_older_report_is_replaced_whole(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    out = write_report([run], tmp_path / "out" / "report.html")
+    before = out.read_bytes()
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report([run], out)
+    assert out.read_bytes() == before
+    assert [file.name for file in out.parent.iterdir()] == ["report.html"]
+
+
+# -- the pieces -----------------------------------------------------------------------------------------------------
+
+
+def path_points(html, color=0):
+    data = re.search(rf'<path class="c{color} line" d="([^"]*)"', html)[1]
+    return [tuple(map(float, point.removesuffix("h.1").split())) for point in re.split("[ML]", data) if point], data
+
+
+def test_curve_coordinates_follow_the_axes():
+    html = chart([Series("y", [0, 5, 10], [1.0, 3.0, 2.0])], title="t", x_label="x")
+    points, _ = path_points(html)
+    # linear in both directions, upside down as drawings are
+    assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.11)
+    assert (points[0][1] - points[2][1]) * 2 == pytest.approx(points[0][1] - points[1][1], abs=0.31)
+    assert points[0][1] > points[2][1] > points[1][1]
+    # ticks sit on the same scale
+    ticks = {float(t): float(y) - 4 for y, t in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', html)}
+    assert ticks[1.0] == pytest.approx(points[0][1], abs=0.11)
+    assert ticks[3.0] == pytest.approx(points[1][1], abs=0.11)
+
+
+def test_logarithmic_axis_is_logarithmic():
+    html = chart([Series("y", [0, 1, 2, 3], [1.0, 10.0, 100.0, 0.0])], title="t", x_label="x", log_y=True)
+    points, _ = path_points(html)
+    assert len(points) == 3, "what is not positive is left out"
+    assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.11)
+
+
+def test_gaps_single_points_and_nothing():
+    _, data = path_points(chart([Series("y", [0, 1, 2, 3], [1.0, None, 2.0, math.nan])], title="t", x_label="x"))
+    assert data.count("M") == 2 and data.count("L") == 0
+    assert data.count("h.1") == 2, "points alone are dots"
+    assert path_points(chart([Series("y", [7], [1.0])], title="t", x_label="x"))[1].endswith("h.1")
+    assert chart([Series("y", [], [])], title="t", x_label="x") == ""
+    assert chart([Series("y", [1], [None])], title="t", x_label="x") == ""
+    assert "<path" in chart([Series("y", [0, 1], [0.0, 0.0])], title="t", x_label="x")
+
+
+def test_thinning_keeps_spikes():
+    ys = [1.0 + 0.001 * (i % 7) for i in range(10_000)]
+    ys[5003] = 1.5
+    html = chart([Series("y", range(10_000), ys)], title="t", x_label="x", most_points=100)
+    points, _ = path_points(html)
+    assert len(points) <= 102
+    top = min(y for _, y in points)
+    assert sum(y == top for _, y in points) == 1
+
+
+def test_a_rare_outlier_does_not_flatten_the_rest():
+    ys = [5.0 - 0.01 * i for i in range(100)]
+    calm, _ = path_points(chart([Series("y", range(100), ys)], title="t", x_label="x"))
+    ys[50] = 1e6
+    wild, _ = path_points(chart([Series("y", range(100), ys)], title="t", x_label="x"))
+    assert wild[0][1] - wild[-1][1] != 0
+    assert abs(wild[0][1] - wild[-1][1]) > 0.5 * abs(calm[0][1] - calm[-1][1])
+    assert min(y for _, y in wild) < 0, "it leaves the picture"
+
+
+def test_smoothing_has_no_lag_and_keeps_gaps():
+    line = [float(i) for i in range(20)]
+    assert smooth(line, 4) == pytest.approx(line)
+    assert smooth([1.0, None, 3.0], 1) == [1.0, None, 3.0]
+    assert smooth([1.0, math.nan, math.inf, 1e30, 3.0], 2) == [1.0, None, None, None, 3.0]
+    assert smooth([1.0, 4.0, 1.0], 1)[1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1.5, "1.5"), (1250, "1250"), (12_500, "12.5K"), (1.25e6, "1.25M"), (3e9, "3B"), (4e-5, "4e-5")],
+)
+def test_compact_numbers(value, text):
+    assert compact(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.25, "4.2 s"), (59.94, "59.9 s"), (102, "1 min 42 s"), (7500, "2 h 05 min"), (None, "-"), (math.nan, "-")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_yaml_numbers_written_as_text_are_numbers(tmp_path):
+    run = write_run(tmp_path / "run", expect="445e-2")
+    assert read_run(run).expectation() == (4.45, 0.1, True)
