@@ -1,0 +1,197 @@
+"""What every leanstep optimizer shares: checks, state that survives a reload, and the count of skipped updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NONFINITE = ("skip", "raise", "pass")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient has an infinite or NaN entry, and the optimizer was built with ``nonfinite="raise"``."""
+
+
+class LeanOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose state keeps its dtype when loaded and whose non-finite skips are counted.
+
+    All state lives in ``self.state`` and ``self.param_groups``; nothing else is on ``self``, so deepcopy, pickle,
+    ``state_dict`` and ``torch.distributed.checkpoint`` see all of it.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after its settings have been checked as the constructor's are."""
+        merged = {**self.defaults, **param_group}
+        self._check_group(merged)
+        super().add_param_group(param_group)
+        for position, param in enumerate(self.param_groups[-1]["params"]):
+            if param.is_complex():
+                name = describe(self.param_groups[-1], position)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is complex ({param.dtype}); expected a real floating dtype. "
+                    "Give torch.view_as_real(parameter) to the optimizer or use another one."
+                )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError when a group's settings are out of range."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, keeping the dtype each tensor was saved in.
+
+        torch casts floating state to the parameter's dtype on load; fp32 state beside a bf16 parameter would lose
+        half its bits. Here it is put back bit for bit, before any hook of the user sees it.
+        """
+        final: dict[str, Any] = {}
+
+        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            final.update(loaded)
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            restore_dtypes(optimizer, final)
+
+        before = self.register_load_state_dict_pre_hook(remember)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def nonfinite_count(self) -> int:
+        """How many updates of a tensor met a non-finite gradient so far (reads the device)."""
+        return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors held now."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    def _raise_on_nonfinite(self) -> None:
+        """The policy "raise": look at all gradients (one wait) before anything is changed."""
+        named = [
+            (describe(group, position), local(param.grad))
+            for group in self.param_groups
+            if group["nonfinite"] == "raise"
+            for position, param in enumerate(group["params"])
+            if param.grad is not None and not param.grad.is_sparse
+        ]
+        if not named:
+            return
+        finite = torch.stack([torch.isfinite(grad).all().to("cpu", non_blocking=True) for _, grad in named])
+        bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
+        if bad:
+            raise NonFiniteGradientError(
+                f"{type(self).__name__}: non-finite gradient in {', '.join(bad[:5])}"
+                f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; nothing was updated. "
+                'Lower the learning rate, clip, or build the optimizer with nonfinite="skip".'
+            )
+
+
+def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
+    """Add the flagged tensors of a step to the group's counter, on the device."""
+    if flags.numel() == 0:
+        return
+    total = flags.sum()
+    if isinstance(group.get("nonfinite_count"), Tensor):
+        group["nonfinite_count"].add_(total.to(group["nonfinite_count"].device))
+    else:
+        group["nonfinite_count"] = total + group.get("nonfinite_count", 0)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
+    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, param in zip(saved_ids, params, strict=True):
+        for key, saved in loaded["state"].get(saved_id, {}).items():
+            current = optimizer.state[param].get(key)
+            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
+                continue
+            device = current.device if key == "step" else param.device
+            if current.dtype != saved.dtype or current.device != device:
+                optimizer.state[param][key] = saved.detach().clone().to(device=device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def describe(group: dict[str, Any], position: int) -> str:
+    """Name of a parameter for messages: its own name, if the group knows it, and its shape."""
+    names = group.get("param_names")
+    name = names[position] if names else f"parameter {position} of group {group.get('name', '(unnamed)')!r}"
+    return f"{name} {tuple(group['params'][position].shape)}"
+
+
+def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
+    """The gradient of a parameter, refused when it is sparse."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
+            "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
+        )
+    return grad
+
+
+def new_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros like the parameter, sharded like it, in ``dtype`` or the parameter's."""
+    return torch.zeros_like(param, dtype=dtype or param.dtype, memory_format=torch.preserve_format)
+
+
+def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Positions of the parameters of every (device, dtype) set, in order."""
+    sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, param in enumerate(params):
+        sets.setdefault((param.device, param.dtype), []).append(position)
+    return sets
+
+
+def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False) -> None:
+    """Raise unless low <= value <= high (< high, if open). Tensors of one element are numbers."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{owner}: {name} as a tensor must have one element, got shape {tuple(value.shape)}")
+        if value.device.type not in ("cpu", "meta"):
+            return  # reading it would wait for the device
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
+        end = ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
+
+
+def check_betas(owner: str, betas: Any) -> None:
+    """Raise unless betas are two numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; {owner} expects two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        check_number(owner, f"beta parameter at index {i}", beta, 0.0, 1.0, open_high=True)
+
+
+def call_closure(closure: Callable[[], Any] | None) -> Any:
+    """Evaluate a closure with gradients on, as torch's optimizers do."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,0 +1,262 @@
+"""Lion: sign of an interpolated momentum, with decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels import lion_agreement, lion_step, use_backend
+from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.optimizers._base import (
+    NONFINITE,
+    LeanOptimizer,
+    by_device_and_dtype,
+    call_closure,
+    check_betas,
+    check_choice,
+    check_number,
+    count_nonfinite,
+    dense_gradient,
+    local,
+    new_state,
+)
+from leanstep.optimizers._rounding import STATE_KEY, check_rounding, effective, init_rounding, seeds_for
+from leanstep.optimizers._sharding import all_reduce_sum, shard_of
+
+# the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
+_MIN_AGREEMENT = 1e-5
+
+
+class Lion(LeanOptimizer):
+    r"""Lion (evolved sign momentum).
+
+    For every parameter, in fp32, with the momentum m starting at 0::
+
+        c = beta1 * m + (1 - beta1) * g
+        p = p * (1 - lr * weight_decay) - lr * sign(c)        # decay first, sign(0) = 0
+        m = beta2 * m + (1 - beta2) * g
+
+    Every entry moves by lr (or not at all), so a good lr is 3 to 10 times smaller than AdamW's and a good
+    ``weight_decay`` 3 to 10 times larger. In plain bf16 small updates are lost to rounding: choose ``rounding``.
+
+    Args:
+        params: parameters, named parameters, or groups (see :func:`leanstep.optimizers.param_groups`).
+        lr: step size, a number or a one-element tensor.
+        betas: (beta1, beta2), of the interpolation and of the momentum.
+        weight_decay: decoupled: ``p *= 1 - lr * weight_decay``.
+        cautious: move only where the update agrees in sign with the gradient, scaled by numel / agreeing
+            (arXiv 2411.16085). Needs one more read of gradient and momentum.
+        cautious_decay: decay only where the update and the parameter agree in sign (arXiv 2510.12402).
+        rounding: how the fp32 result meets bf16 or fp16 parameters: "nearest", "stochastic" (bf16; reproducible from
+            ``seed``), "kahan" (a compensation in the parameter's dtype) or "master" (fp32 weights in the state).
+        momentum_dtype: dtype of m; None is the parameter's.
+        seed: of stochastic rounding.
+        nonfinite: "skip": entries with a non-finite gradient keep parameter and momentum, and the tensor is counted
+            (:meth:`nonfinite_count`); "raise": check before anything is changed (waits for the device);
+            "pass": the gradient is used as it is.
+        maximize: ascend.
+        foreach: None or True: one call for all tensors of a device and dtype; False: the definition, a tensor at a
+            time. Bit for bit the same.
+
+    Raises:
+        ValueError, TypeError: settings out of range.
+        RuntimeError: a sparse gradient.
+        NonFiniteGradientError: see ``nonfinite``.
+
+    Notes:
+        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16), plus ``kahan_compensation`` (2 bytes)
+        or ``master_param`` (4 bytes) and ``step`` where ``rounding`` needs them. A step allocates nothing of a
+        parameter's size. Sharded parameters (FSDP2) need no communication, except cautious: one all-reduce of one
+        number per tensor.
+
+    References:
+        Chen, Liang, Huang, Real, Wang, Liu, Pham, Dong, Luong, Hsieh, Lu, Le, "Symbolic Discovery of Optimization
+        Algorithms", arXiv 2302.06675, Algorithm 2.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        cautious: bool = False,
+        cautious_decay: bool = False,
+        rounding: str = "nearest",
+        momentum_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        nonfinite: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "cautious": cautious,
+            "cautious_decay": cautious_decay,
+            "rounding": rounding,
+            "momentum_dtype": momentum_dtype,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("Lion", "learning rate", group["lr"], 0.0)
+        check_betas("Lion", group["betas"])
+        check_number("Lion", "weight_decay value", group["weight_decay"], 0.0)
+        check_choice("Lion", "nonfinite", group["nonfinite"], NONFINITE)
+        check_rounding("Lion", group)
+        dtype = group["momentum_dtype"]
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype or None, got {dtype!r}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in settings that an older state does not have."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        roundings: list[str],
+        indices: list[int],
+        first_index: int,
+    ) -> None:
+        """Collect the parameters that have a gradient, creating their state."""
+        for position, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            grads.append(dense_gradient("Lion", group, position, param))
+            params.append(param)
+            state = self.state[param]
+            if "exp_avg" not in state:
+                state["exp_avg"] = new_state(param, group["momentum_dtype"])
+            exp_avgs.append(state["exp_avg"])
+            rounding = effective("Lion", group, position, param)
+            init_rounding(state, param, rounding)
+            roundings.append(rounding)
+            indices.append(first_index + position)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        loss = call_closure(closure)
+        self._raise_on_nonfinite()
+        first_index = 0
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            roundings: list[str] = []
+            indices: list[int] = []
+            self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index)
+            first_index += len(group["params"])
+            states = [self.state[p] for p in params]
+            for (device, dtype), members in by_device_and_dtype(params).items():
+                flags = lion(
+                    [params[i] for i in members],
+                    [grads[i] for i in members],
+                    [exp_avgs[i] for i in members],
+                    [states[i] for i in members],
+                    indices=[indices[i] for i in members],
+                    group=group,
+                    rounding=roundings[members[0]],
+                    hyper=lion_hyper(group, device, dtype),
+                )
+                count_nonfinite(group, flags)
+        return loss
+
+
+def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scalars of a group as the kernels take them: [lr, decay, beta1, 1 - beta1, beta2, 1 - beta2]."""
+    beta1, beta2 = group["betas"]
+    decay = decay_factor(group["lr"], group["weight_decay"])
+    return pack([group["lr"], decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2], device, compute_dtype(dtype))
+
+
+def lion(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    states: list[dict[str, Any]],
+    *,
+    indices: list[int],
+    group: dict[str, Any],
+    rounding: str,
+    hyper: Tensor,
+) -> Tensor:
+    """Functional Lion over tensors of one device and dtype: parameters, momenta and rounding state in place.
+
+    Returns:
+        int32 [len(params)]: 1 where the gradient was not finite (always 0 with ``nonfinite="pass"``).
+    """
+    shards = [shard_of(p) for p in params]
+    local_params, local_grads, local_avgs = ([local(t) for t in ts] for ts in (params, grads, exp_avgs))
+    device = local_params[0].device
+    skip = group["nonfinite"] != "pass"
+    scale = None
+    if group["cautious"]:
+        scale = _cautious_scale(params, local_grads, local_avgs, hyper, group, shards)
+    seeds = offsets = None
+    if rounding == "stochastic":
+        steps = [s["step"] for s in states]
+        torch._foreach_add_(steps, 1)
+        seeds = seeds_for(steps, indices, group["seed"], device)
+        offsets = torch.tensor([s.offset for s in shards], device=device)
+    extras = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+    options = {
+        "hyper": hyper,
+        "rounding": rounding,
+        "cautious_scale": scale,
+        "decay_where_aligned": group["cautious_decay"],
+        "maximize": group["maximize"],
+        "skip_nonfinite": skip,
+        "seeds": seeds,
+        "offsets": offsets,
+    }
+    if group["foreach"] is False:
+        with use_backend("reference"):
+            return lion_step(local_params, local_grads, local_avgs, extras, **options)
+    return lion_step(local_params, local_grads, local_avgs, extras, **options)
+
+
+def _cautious_scale(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: dict[str, Any],
+    shards: list,
+) -> Tensor:
+    """1 / mean(mask) of every whole tensor, in fp32: the mean is at least 1e-5."""
+    counts = lion_agreement(
+        grads, exp_avgs, hyper=hyper, maximize=group["maximize"], skip_nonfinite=group["nonfinite"] != "pass"
+    )
+    groups = {id(s.process_group): s.process_group for s in shards if s.process_group is not None}
+    for key, process_group in groups.items():
+        members = [i for i, s in enumerate(shards) if id(s.process_group) == key]
+        summed = counts[members]
+        all_reduce_sum(summed, process_group)
+        counts[members] = summed
+    sizes = torch.tensor([max(p.numel(), 1) for p in params], dtype=counts.dtype, device=counts.device)
+    return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(hyper.dtype)
