@@ -2,5 +2,6 @@
 
 from leanstep.optimizers._base import NonFiniteGradientError
 from leanstep.optimizers.lion import Lion
+from leanstep.optimizers.sinkgd import SinkGD
 
-__all__ = ["Lion", "NonFiniteGradientError"]
+__all__ = ["Lion", "NonFiniteGradientError", "SinkGD"]

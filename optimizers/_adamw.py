@@ -1,0 +1,149 @@
+"""The AdamW rule for the tensors a matrix method does not take: torch's own functional, fed and guarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local, new_state
+from leanstep.optimizers._rounding import STATE_KEY, seeds_for
+from leanstep.optimizers._sharding import shard_of
+
+
+def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
+    """Create step, exp_avg and exp_avg_sq as torch does; in fp32 where the update is rounded with care."""
+    if "exp_avg" in state:
+        return
+    device = local(param).device if uses_fused(param, group) else torch.device("cpu")
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+    dtype = None if rounding == "nearest" else torch.float32
+    state["exp_avg"] = new_state(param, dtype)
+    state["exp_avg_sq"] = new_state(param, dtype)
+
+
+def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether torch's fused kernel runs: asked for, or possible and not refused."""
+    if group["fused"] is not None:
+        return group["fused"]
+    possible = param.is_floating_point() and param.device.type in _get_fused_kernels_supported_devices()
+    return possible and not torch.compiler.is_compiling() and group["foreach"] is None
+
+
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    roundings: list[str],
+    indices: list[int],
+    group: dict[str, Any],
+) -> None:
+    """Decoupled Adam on a list of tensors with a gradient; bit-equal to ``torch.optim.AdamW`` with the same flags.
+
+    A non-finite gradient anywhere in a (device, dtype) set skips the whole set, on the device: one check, no wait.
+    """
+    for (device, _), members in by_device_and_dtype(params).items():
+        chosen = [local(params[i]) for i in members]
+        chosen_grads = [local(grads[i]) for i in members]
+        found = None
+        if group["nonfinite"] == "skip":
+            flags = nonfinite_flags(chosen_grads, [shard_of(params[i]).process_group for i in members])
+            count_nonfinite(group, flags)
+            found = flags.any()
+            if device.type == "cpu" and not torch.compiler.is_compiling():
+                if found:
+                    continue
+                found = None
+        rounding = roundings[members[0]]
+        run = _plain if rounding == "nearest" else _rounded
+        kept = [states[i] for i in members]
+        run(chosen, chosen_grads, kept, group, found, rounding, [indices[i] for i in members],
+            [shard_of(params[i]).offset for i in members])  # fmt: skip
+
+
+def nonfinite_flags(grads: list[Tensor], process_groups: list[Any]) -> Tensor:
+    """int32 [n]: 1 where a gradient (any shard of it) has a non-finite entry.
+
+    On a CPU a finite sum proves it finite in the fastest pass there is; only a sum that is not leads to a second look.
+    """
+    if grads and grads[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        flags = torch.tensor(
+            [not torch.isfinite(g.sum()) and not bool(torch.isfinite(g).all()) for g in grads], dtype=torch.int32
+        )
+    else:
+        flags = torch.stack([~torch.isfinite(g).all() for g in grads]).to(torch.int32)
+    for group in {id(g): g for g in process_groups if g is not None}.values():
+        mine = torch.tensor([g is group for g in process_groups], device=flags.device)
+        shared = torch.where(mine, flags, 0)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
+        flags = torch.where(mine, shared, flags)
+    return flags
+
+
+def _plain(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    found: Tensor | None,
+    *_: Any,
+) -> None:
+    """torch's functional AdamW on the parameters themselves."""
+    beta1, beta2 = group["betas"]
+    fused = uses_fused(params[0], group)
+    kept = None
+    if found is not None and not fused:  # no kernel to tell: put back what was there
+        written = [*params, *(local(s[k]) for s in states for k in ("exp_avg", "exp_avg_sq", "step"))]
+        kept = [(t, t.clone()) for t in written]
+    adamw(
+        params,
+        grads,
+        [local(s["exp_avg"]) for s in states],
+        [local(s["exp_avg_sq"]) for s in states],
+        [],
+        [s["step"] for s in states],
+        foreach=group["foreach"],
+        fused=fused,
+        capturable=fused and params[0].device.type != "cpu",
+        found_inf=found.to(torch.float32) if found is not None and fused else None,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    if kept is not None:
+        for tensor, before in kept:
+            tensor.copy_(torch.where(found.to(tensor.device), before, tensor))
+
+
+def _rounded(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    found: Tensor | None,
+    rounding: str,
+    indices: list[int],
+    offsets: list[int],
+) -> None:
+    """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the set."""
+    extras = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
+    wide = [widen(p, e, rounding) for p, e in zip(params, extras, strict=True)]
+    _plain(wide, [g.float() for g in grads], states, group, found)
+    seeds: Any = [None] * len(params)
+    if rounding == "stochastic":
+        seeds = seeds_for([s["step"] for s in states], indices, group["seed"], params[0].device)
+    for param, extra, value, seed, offset in zip(params, extras, wide, seeds, offsets, strict=True):
+        new_param, new_extra = narrow(value, param, rounding, seed, offset)
+        if found is not None:
+            new_param = torch.where(found, param.to(new_param.dtype), new_param)
+        param.copy_(new_param)
+        if extra is not None and new_extra is not None and extra is not value:
+            extra.copy_(new_extra)

@@ -1,0 +1,293 @@
+"""SinkGD: the gradient, normalised over rows and columns alternately, is the update. No state for matrices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.optimizers import _normalized
+from leanstep.optimizers._adamw import adamw_step, init_adamw
+from leanstep.optimizers._base import (
+    NONFINITE,
+    LeanOptimizer,
+    by_device_and_dtype,
+    call_closure,
+    check_betas,
+    check_choice,
+    check_number,
+    dense_gradient,
+    describe,
+    new_state,
+)
+from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
+
+ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
+SPECTRAL = (None, "unit", "muon")
+
+
+class SinkGD(LeanOptimizer):
+    r"""SinkGD: stateless descent along the square-root Sinkhorn normalisation of the gradient.
+
+    For a matrix G (m, n), rows first, ``num_iters`` times::
+
+        X[i, :] = sqrt(n) * X[i, :] / ||X[i, :]||      every row
+        X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column
+        p = p * (1 - lr * scale * weight_decay) - lr * scale * X
+
+    X keeps the signs of G and has root mean square 1, so ``lr * scale`` is the root mean square of the update, whatever
+    the size of the gradient: clipping by norm and loss scaling change nothing for these tensors.
+
+    One object serves a whole model. Every group has an ``algorithm``:
+
+    * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of four
+      and more dimensions flattened to (m, rest).
+    * "balanced": for embeddings and heads: the momentum's look-ahead ``beta * M + (1 - beta) * G``, rows below
+      ``row_mask_tau`` times the mean row norm dropped, ``num_iters`` iterations and one more row step, so that every
+      token's update has the same size. Replaces AdamW there at half its state (or none, with ``momentum=0``).
+    * "adamw": ``torch.optim.AdamW``, bit for bit, with the group's lr, betas, eps and weight_decay.
+    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest; said once in a warning, because embeddings
+      and heads belong elsewhere. :func:`leanstep.optimizers.param_groups` makes better groups.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: global step size eta, a number or a one-element tensor. AdamW groups use it without ``scale``.
+        scale: alpha; 0.05 with lr 0.02 is the published pair, 0.2 suits an lr tuned for AdamW.
+        num_iters: L, the number of (row, column) iterations.
+        weight_decay: decoupled; multiplied by lr * scale for normalised tensors, by lr for AdamW's.
+        momentum: weight of the old buffer; 0 keeps no state.
+        momentum_order: "pre": normalise the momentum; "post": average the normalised gradients.
+        nesterov: look ahead by one gradient.
+        row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
+        base_width: shrink the step of a matrix by base_width / n, to carry lr from one width to another.
+        spectral: pin the operator norm of the update by a warm-started power iteration: "unit" to 1, "muon" to
+            sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State: n values.
+        betas, eps: of the AdamW groups.
+        fused: of the AdamW groups; None: where torch has a fused kernel.
+        foreach: None or True: lists at once; False: the definition, a tensor at a time.
+        rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
+        nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
+            device are left alone together; "raise" and "pass" as for Lion.
+
+    Raises:
+        ValueError, TypeError: settings out of range; a vector in a group whose algorithm takes matrices.
+        RuntimeError: a sparse gradient.
+        NonFiniteGradientError: see ``nonfinite``.
+
+    Notes:
+        State: none for matrices (``momentum_buffer``, ``power_vector``, ``step``, ``kahan_compensation`` or
+        ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory of a step: on a CPU one
+        fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all column sums per
+        iteration, no matrix is gathered.
+        Differs from the paper only in form: row and column scales instead of rewriting X.
+
+    References:
+        Scetbon, Ma, Gong, Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
+        arXiv 2502.06742 (SR-Sinkhorn and SinkGD).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "algorithm": "sinkgd"},
+        ...           {"params": [p for p in model.parameters() if p.dim() < 2], "algorithm": "adamw", "lr": 1e-3}]
+        >>> optimizer = SinkGD(groups, lr=2e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-2,
+        scale: float = 0.05,
+        num_iters: int = 5,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.0,
+        momentum_order: str = "pre",
+        nesterov: bool = False,
+        row_mask_tau: float = 0.0,
+        base_width: int | None = None,
+        spectral: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+        algorithm: str = "auto",
+        rounding: str = "nearest",
+        momentum_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        nonfinite: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "scale": scale,
+            "num_iters": num_iters,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "momentum_order": momentum_order,
+            "nesterov": nesterov,
+            "row_mask_tau": row_mask_tau,
+            "base_width": base_width,
+            "spectral": spectral,
+            "betas": betas,
+            "eps": eps,
+            "fused": fused,
+            "algorithm": algorithm,
+            "rounding": rounding,
+            "momentum_dtype": momentum_dtype,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+        _say_how_auto_routes(self.param_groups)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("SinkGD", "learning rate", group["lr"], 0.0)
+        check_number("SinkGD", "scale", group["scale"], 0.0)
+        check_number("SinkGD", "weight decay value", group["weight_decay"], 0.0)
+        check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
+        check_number("SinkGD", "row_mask_tau", group["row_mask_tau"], 0.0)
+        check_number("SinkGD", "epsilon value", group["eps"], 0.0)
+        check_betas("SinkGD", group["betas"])
+        check_choice("SinkGD", "momentum_order", group["momentum_order"], ("pre", "post"))
+        check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
+        check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
+        check_choice("SinkGD", "nonfinite", group["nonfinite"], NONFINITE)
+        check_rounding("SinkGD", group)
+        iters = group["num_iters"]
+        if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
+            raise ValueError(f"Invalid num_iters: {iters!r}; SinkGD expects an int of at least 1")
+        if group["base_width"] is not None:
+            check_number("SinkGD", "base_width", group["base_width"], 1)
+            if group["spectral"] == "muon":
+                raise ValueError("SinkGD: base_width and spectral='muon' both correct for width; choose one")
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("SinkGD: nesterov needs momentum > 0")
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("SinkGD: `fused` and `foreach` cannot be True together")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; a vector in a group whose algorithm takes matrices is an error."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["algorithm"] not in ("sinkgd", "balanced"):
+            return
+        for position, param in enumerate(group["params"]):
+            if param.dim() < 2 or (group["algorithm"] == "balanced" and param.dim() != 2):
+                name = describe(group, position)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} with {param.dim()} dimensions. "
+                    "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
+                    "(Parameters flattened by a sharding engine have lost their rows and cannot be normalised.)"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in settings that an older state does not have; step counts become tensors."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for param in group["params"]:
+                step = self.state.get(param, {}).get("step")
+                if step is not None and not torch.is_tensor(step):
+                    self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        algorithms: list[str],
+        roundings: list[str],
+        indices: list[int],
+        first_index: int,
+    ) -> None:
+        """Collect the parameters that have a gradient, creating the state their algorithm needs."""
+        for position, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            grads.append(dense_gradient("SinkGD", group, position, param))
+            params.append(param)
+            algorithms.append(algorithm_of(group, param))
+            rounding = effective("SinkGD", group, position, param)
+            roundings.append(rounding)
+            indices.append(first_index + position)
+            if algorithms[-1] == "adamw":
+                init_adamw(self.state[param], param, group, rounding)
+                init_rounding(self.state[param], param, rounding)
+            elif group["momentum"] or group["spectral"] or rounding != "nearest":
+                state = self.state[param]
+                init_rounding(state, param, rounding)
+                if group["momentum"] and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
+                if group["spectral"]:
+                    _normalized.init_power_vector(state, param)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        loss = call_closure(closure)
+        self._raise_on_nonfinite()
+        first_index = 0
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            algorithms: list[str] = []
+            roundings: list[str] = []
+            indices: list[int] = []
+            self._init_group(group, params, grads, algorithms, roundings, indices, first_index)
+            first_index += len(group["params"])
+            states = [self.state[p] if p in self.state else {} for p in params]
+            rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
+            if rest:
+                adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group)
+            matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
+            for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
+                chosen = _pick(matrices, members)
+                _normalized.step(
+                    *(_pick(x, chosen) for x in (params, grads, states, indices)),
+                    group=group,
+                    algorithm=algorithms[chosen[0]],
+                    rounding=roundings[chosen[0]],
+                    hyper=sinkgd_hyper(group, device, dtype),
+                )
+        return loss
+
+
+def sinkgd_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scalars of a group as the kernels take them: [lr * scale, 1 - lr * scale * weight_decay]."""
+    lr = group["lr"]
+    step = (lr.to(torch.float64) if isinstance(lr, Tensor) else lr) * group["scale"]
+    return pack([step, decay_factor(step, group["weight_decay"])], device, compute_dtype(dtype))
+
+
+def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
+    """The rule that a group applies to a parameter."""
+    if group["algorithm"] != "auto":
+        return group["algorithm"]
+    return "sinkgd" if param.dim() >= 2 else "adamw"
+
+
+def _pick(values: list, positions: list[int]) -> list:
+    return [values[i] for i in positions]
+
+
+def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
+    auto = [p for group in groups if group["algorithm"] == "auto" for p in group["params"]]
+    matrices = sum(p.dim() >= 2 for p in auto)
+    if matrices and matrices < len(auto):
+        warnings.warn(
+            f"SinkGD: {matrices} parameters of two or more dimensions are taken as matrices, {len(auto) - matrices} "
+            "others go to AdamW. Embeddings and heads are matrices here too; "
+            "leanstep.optimizers.param_groups(model) routes them by module.",
+            stacklevel=3,
+        )
