@@ -35,6 +35,7 @@ IGNORED = -100  # label of a position without a target, as torch's cross_entropy
 # While the tokenizer is trained nobody knows yet where the last val_tokens tokens begin. So many bytes a token are
 # kept from it at the end of the text: more than any vocabulary here reaches (5.1 at 16,384 on English prose).
 _BYTES_HELD_OUT = 8
+_MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more would change few merges and take minutes
 
 
 class PackedSequences(Dataset):
@@ -194,24 +195,36 @@ def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) ->
         file = tokenise(corpus, tokenizer, config.cache_dir)
         _check_held_out(corpus, file, val_tokens)
         return tokenizer, file
-    total = sum(len(text.encode("utf-8", "surrogatepass")) for text in corpus.documents())
-    held_out = min(val_tokens * _BYTES_HELD_OUT, total // 2)
+    spare = val_tokens * _BYTES_HELD_OUT
+    counted = _count_bytes(corpus.documents(), _MOST_TRAINED_ON + 2 * spare)
+    held_out = min(spare, counted // 2)
     while True:
-        identity = f"{corpus.fingerprint} without {held_out}"
-        keep = total - held_out
+        keep = min(counted - held_out, _MOST_TRAINED_ON)
+        identity = f"first {keep} bytes of {corpus.fingerprint}"
         tokenizer = load_tokenizer(
             config.tokenizer, lambda keep=keep: _first_bytes(corpus.documents(), keep), identity, config.cache_dir
         )
         file = tokenise(corpus, tokenizer, config.cache_dir)
         _check_held_out(corpus, file, val_tokens)
-        if _text_bytes_after(file, tokenizer, _boundary(config, file, val_tokens)) <= held_out:
+        after = _text_bytes_after(file, tokenizer, _boundary(config, file, val_tokens))
+        if keep <= int(file.text_bytes.sum()) - after:
             return tokenizer, file
-        if held_out == total // 2:
+        if held_out == counted // 2:
             raise ValueError(
                 f"data.val_tokens: the last {val_tokens:,} tokens are more than half of the text of "
                 f"'{corpus.label}' ({len(file):,} tokens); lower it, or give data.val_path"
             )
-        held_out = min(2 * held_out, total // 2)
+        held_out = min(2 * held_out, counted // 2)
+
+
+def _count_bytes(texts: "Any", most: int) -> int:
+    """Count the UTF-8 bytes of texts, up to the text with which ``most`` is reached."""
+    count = 0
+    for text in texts:
+        count += len(text.encode("utf-8", "surrogatepass"))
+        if count >= most:
+            break
+    return count
 
 
 def _first_bytes(texts: "Any", keep: int) -> "Iterator[str]":

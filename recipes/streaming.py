@@ -6,8 +6,10 @@ so that a position is: epoch, place in the order of shards, documents read of th
 the block is used. Restoring it reads one shard from its start at most.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +81,9 @@ class StreamedSequences(IterableDataset):
             rank, world_size = world_of_process()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
-        self.rows, self.tokenizer, self.seq_len, self.text_key, self.packing = (
-            rows,
-            tokenizer,
-            seq_len,
-            text_key,
-            packing,
-        )
+        # a copy of the tokenizer, because blocks are made in a thread
+        self.rows, self.tokenizer, self.seq_len = rows, copy.deepcopy(tokenizer), seq_len
+        self.text_key, self.packing = text_key, packing
         self.seed, self.rank, self.world_size, self.epochs = seed, rank, world_size, epochs
         self.block_documents = block_documents
         self.num_shards = int(rows.num_shards)
@@ -128,19 +126,28 @@ class StreamedSequences(IterableDataset):
                 "streamed data is read in the main process, so that its position can be saved; use num_workers=0"
             )
         texts = self._texts()
-        while True:
-            start = self._block
-            batch = list(islice(texts, self.block_documents))
-            if not batch:
-                return
-            sequences, left_over = self._sequences([text for text, _ in batch], start["left_over"])
-            order = _block_order(len(sequences), self.seed, self.rank, start["block"])
-            after = {**batch[-1][1], "block": start["block"] + 1, "left_over": left_over}
-            while self._given < len(sequences):
-                item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id)
-                self._given += 1
-                yield item
-            self._block, self._given = after, 0
+        # the next block is read and tokenised (outside Python's lock) while this one is given away
+        with ThreadPoolExecutor(1, thread_name_prefix="leanstep-stream") as ahead:
+            coming = ahead.submit(self._prepare, texts, self._block)
+            while (block := coming.result()) is not None:
+                sequences, after = block
+                order = _block_order(len(sequences), self.seed, self.rank, self._block["block"])
+                coming = ahead.submit(self._prepare, texts, after)
+                while self._given < len(sequences):
+                    item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id)
+                    self._given += 1
+                    yield item
+                self._block, self._given = after, 0
+
+    def _prepare(
+        self, texts: Iterator[tuple[str, dict[str, int]]], start: dict[str, Any]
+    ) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+        """Make the sequences of the block that starts at ``start``, and the start of the next; None at the end."""
+        batch = list(islice(texts, self.block_documents))
+        if not batch:
+            return None
+        sequences, left_over = self._sequences([text for text, _ in batch], start["left_over"])
+        return sequences, {**batch[-1][1], "block": start["block"] + 1, "left_over": left_over}
 
     def _texts(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield this process's texts from ``self._block`` on, each with the position after it."""

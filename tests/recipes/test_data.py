@@ -17,7 +17,7 @@ from leanstep.recipes.cache import build_once, cache_root
 from leanstep.recipes.config import DataConfig
 from leanstep.recipes.data import IGNORED, epoch_order, load_data
 from leanstep.recipes.shards import read_shard, write_shard
-from leanstep.recipes.tokenizer import encode
+from leanstep.recipes.tokenizer import encode, train_bpe
 
 DOCUMENTS = texts.documents(60)
 
@@ -414,3 +414,15 @@ def test_cache_of_two_processes_at_once(corpus, tmp_path):
     assert [process.returncode for process in running] == [0, 0]
     tokens = load_data(config, seed=0).train.file.tokens.astype("int64")
     assert outputs[0] == outputs[1] == [str(tokens.sum()), str(len(load_data(config, seed=0).train))]
+
+
+def test_a_large_text_trains_its_tokenizer_on_the_beginning(corpus, monkeypatch):
+    monkeypatch.setattr("leanstep.recipes.data._MOST_TRAINED_ON", 3000)
+    data = load_data(corpus(), seed=0)
+    beginning, size = [], 0
+    for document in DOCUMENTS:
+        beginning.append(document[: 3000 - size])
+        size += len(beginning[-1])
+        if size == 3000:
+            break
+    assert data.tokenizer.backend_tokenizer.to_str() == train_bpe(beginning, 400).to_str()
