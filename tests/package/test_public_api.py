@@ -49,6 +49,26 @@ def test_public_names_say_what_they_are(package):
             assert len(inspect.getdoc(value) or "") > 40, f"{package}.{name} has no docstring worth the name"
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_signatures_are_annotated(package):
+    module = importlib.import_module(package)
+    bare = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) and "__init__" not in vars(value):
+            continue  # exceptions, named tuples
+        if inspect.isclass(value) or inspect.isfunction(value):
+            signature = inspect.signature(value.__init__ if inspect.isclass(value) else value)
+            bare += [
+                f"{package}.{name}({parameter.name})"
+                for parameter in signature.parameters.values()
+                if parameter.name != "self" and parameter.annotation is parameter.empty
+            ]
+            if signature.return_annotation is signature.empty and inspect.isfunction(value):
+                bare.append(f"{package}.{name} -> ?")
+    assert not bare
+
+
 def test_every_optimizer_name_is_a_name_of_leanstep():
     optimizers = importlib.import_module("leanstep.optimizers")
     assert set(optimizers.__all__) <= set(leanstep.__all__)
