@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin, LoggerType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
@@ -93,13 +94,13 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 def _check_trackers(names: list[str]) -> None:
     """Accelerate only warns when a tracker is missing, and then records nothing; here it is an error."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    shipped = {item.value for item in LoggerType} - {"all"}
+    # classes that somebody registered with Accelerate are there by being registered
+    installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
     for name in names:
-        if name not in available:
-            known = ", ".join(sorted(str(getattr(key, "value", key)) for key in LOGGER_TYPE_TO_CLASS))
-            hint = f"pip install {name}" if name in known.split(", ") else f"known trackers are {known}"
+        if name not in installed:
+            hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
             raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
 
 
@@ -172,9 +173,20 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
         raise ValueError(f"optimizer.args: {cls.__name__} takes no argument {', '.join(map(repr, unknown))}")
     if config.name == "adamw":
         options.setdefault("fused", True)
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     groups = list(_groups(config, model))
-    return cls(groups, **options)
+    return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
+
+
+def _python_value(key: str, value: Any) -> Any:
+    """What YAML cannot say: tuples, and dtypes by their names."""
+    if isinstance(value, list):
+        return tuple(value)
+    if key.endswith("dtype") and isinstance(value, str):
+        dtype = getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"optimizer.args.{key}: torch has no dtype {value!r}; take float32 or bfloat16")
+        return dtype
+    return value
 
 
 def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
@@ -210,7 +222,7 @@ class _Rule:
         if (self.match is None) == (self.role is None):
             raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
         self.text = f"match {self.match!r}" if self.match is not None else f"role {self.role!r}"
-        self.options = {key: value for key, value in entry.items() if key not in ("match", "role")}
+        self.options = {key: _python_value(key, value) for key, value in entry.items() if key not in ("match", "role")}
         self.used = False
 
     def selects(self, name: str, role: str) -> bool:

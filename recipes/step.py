@@ -52,7 +52,7 @@ def backward(
         with accelerator.accumulate(model):
             loss = model(**batch, use_cache=False, num_items_in_batch=divisor).loss
             if check and not torch.isfinite(loss):
-                raise NonFinite(float(loss))
+                raise NonFinite(float(loss.detach()))
             accelerator.backward(loss * factor)
         total += loss.detach()
     return total, int(targets)

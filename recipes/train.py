@@ -362,7 +362,7 @@ class _Run:
             "tokens_per_s": self.clock.rate_now,
             "tokens": state.tokens,
             "elapsed_s": round(self.clock.elapsed_s, 3),
-            "nonfinite": state.nonfinite,
+            "nonfinite": state.nonfinite + self.left_out() if wanted else state.nonfinite,
         }
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -373,6 +373,11 @@ class _Run:
                 self.accelerator.log({k: v for k, v in numbers.items() if v is not None}, step=state.step)
         notes = [self.saver.trouble] if self.saver.trouble else []
         self.progress.line(state.step, format_line(entry, config.steps, self.eta(), notes), wanted or first_here)
+
+    def left_out(self) -> int:
+        """How often the optimizer itself left a tensor out because its gradient was not finite (Lion, SinkGD)."""
+        count = getattr(self.optimizer.optimizer, "nonfinite_count", None)
+        return 0 if count is None else int(count())
 
     def eta(self) -> float | None:
         """Seconds to the end by the measured cost of steps, evaluations and saves."""

@@ -33,9 +33,9 @@ def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None
     if environ.get("WORLD_SIZE", "").isdigit():
         asked["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
     command = _parent_command() if parent is None else parent
-    found = re.search(r"accelerate\S*\s.*\blaunch\b.*--num[_-]processes[= ](\d+)", command)
+    found = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
     if found:
-        asked["accelerate launch --num_processes"] = int(found[1])
+        asked["accelerate launch --num_processes"] = int(found[2])
     return asked
 
 

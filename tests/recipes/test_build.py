@@ -1,0 +1,182 @@
+"""From configuration to objects."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+import leanstep.optimizers
+from leanstep.recipes import build
+from leanstep.recipes.build import OPTIMIZERS, build_accelerator, build_model, build_optimizer, build_schedule
+from leanstep.recipes.config import (
+    BatchConfig,
+    DataConfig,
+    DistributedConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+LLAMA = ModelConfig(
+    config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+)
+GPT2 = ModelConfig(family="gpt2", config={"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32})
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in classes: give each test an empty one."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def test_families_and_dtypes():
+    llama = build_model(LLAMA, 300, end_token=0)
+    assert isinstance(llama, LlamaForCausalLM) and llama.config.vocab_size == 300 and llama.config.eos_token_id == 0
+    gpt2 = build_model(GPT2, 300, torch.bfloat16)
+    assert isinstance(gpt2, GPT2LMHeadModel) and gpt2.config.n_layer == 2
+    assert {parameter.dtype for parameter in gpt2.parameters()} == {torch.bfloat16}
+
+
+def test_random_weights_follow_the_seed():
+    torch.manual_seed(5)
+    first = build_model(LLAMA, 300)
+    torch.manual_seed(5)
+    second = build_model(LLAMA, 300)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_weights_from_a_folder(tmp_path):
+    model = build_model(GPT2, 300)
+    model.save_pretrained(tmp_path)
+    again = build_model(ModelConfig(init_from=str(tmp_path)), 300)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight) and again.config.n_layer == 2
+    with pytest.raises(ValueError, match=r"the model has 300 tokens, the tokenizer produces 301"):
+        build_model(ModelConfig(init_from=str(tmp_path)), 301)
+
+
+def test_vocabulary_and_unknown_keys():
+    assert build_model(ModelConfig(config={**LLAMA.config, "vocab_size": 320}), 300).config.vocab_size == 320
+    with pytest.raises(ValueError, match=r"model.config.vocab_size: the model has 200 tokens.* produces 300"):
+        build_model(ModelConfig(config={**LLAMA.config, "vocab_size": 200}), 300)
+    with pytest.raises(ValueError, match=r"LlamaConfig has no key 'hidden_sizes'"):
+        build_model(ModelConfig(config={"hidden_sizes": 32}), 300)
+
+
+def groups_of(optimizer, model) -> dict[str, dict]:
+    """The group of each parameter, by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_the_table_of_optimizers_is_that_of_the_package():
+    assert OPTIMIZERS["adamw"] is torch.optim.AdamW
+    own = {cls for name, cls in vars(leanstep.optimizers).items() if isinstance(cls, type)}
+    own = {cls for cls in own if issubclass(cls, torch.optim.Optimizer)}
+    assert own <= set(OPTIMIZERS.values()) and own
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("family", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_every_optimizer_steps_every_parameter(name, family):
+    model = build_model(family, 300)
+    optimizer = build_optimizer(OptimizerConfig(name=name, lr=1e-2, weight_decay=0.1), model)
+    assert type(optimizer) is OPTIMIZERS[name]
+    found = groups_of(optimizer, model)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for parameter_name, group in found.items():
+        decayed = "layers" in parameter_name or ".h." in parameter_name or parameter_name == "lm_head.weight"
+        decayed &= "norm" not in parameter_name and "ln_" not in parameter_name and "bias" not in parameter_name
+        assert group["weight_decay"] == (0.1 if decayed else 0.0), parameter_name
+    before = {parameter_name: parameter.detach().clone() for parameter_name, parameter in model.named_parameters()}
+    ids = torch.randint(300, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and p.grad.abs().sum() > 0]
+    assert not still
+
+
+def test_adamw_is_fused_unless_told_otherwise():
+    model = build_model(LLAMA, 300)
+    assert build_optimizer(OptimizerConfig(), model).defaults["fused"] is True
+    assert build_optimizer(OptimizerConfig(args={"fused": False}), model).defaults["fused"] is False
+
+
+def test_arguments_reach_the_class():
+    model = build_model(LLAMA, 300)
+    lion = build_optimizer(OptimizerConfig(name="lion", args={"betas": [0.95, 0.98], "momentum_dtype": "bfloat16"}), model)
+    assert lion.defaults["betas"] == (0.95, 0.98) and lion.defaults["momentum_dtype"] is torch.bfloat16
+    with pytest.raises(ValueError, match=r"Lion takes no argument 'momentun'"):
+        build_optimizer(OptimizerConfig(name="lion", args={"momentun": 0.9}), model)
+    with pytest.raises(ValueError, match=r"torch has no dtype 'bfloat'"):
+        build_optimizer(OptimizerConfig(name="lion", args={"momentum_dtype": "bfloat"}), model)
+
+
+def test_groups_override_by_name_and_role_and_the_first_wins():
+    model = build_model(GPT2, 300)
+    rules = [{"match": r"h\.0\.attn", "lr": 1e-5}, {"role": "hidden", "lr": 1e-3, "weight_decay": 0.5}]
+    found = groups_of(build_optimizer(OptimizerConfig(lr=1e-2, groups=rules), model), model)
+    assert found["transformer.h.0.attn.c_attn.weight"]["lr"] == 1e-5
+    assert found["transformer.h.0.attn.c_attn.bias"]["lr"] == 1e-5
+    assert found["transformer.h.1.attn.c_attn.weight"]["lr"] == 1e-3
+    assert found["transformer.h.1.attn.c_attn.weight"]["weight_decay"] == 0.5
+    assert found["transformer.wte.weight"]["lr"] == 1e-2
+
+
+def test_groups_that_select_nothing_or_say_nothing():
+    model = build_model(LLAMA, 300)
+    with pytest.raises(ValueError, match=r"optimizer.groups\[0\]: match 'embedd' selects no parameter"):
+        build_optimizer(OptimizerConfig(groups=[{"match": "embedd", "lr": 1.0}]), model)
+    with pytest.raises(ValueError, match=r"optimizer.groups\[0\]: expected either 'match' or 'role'"):
+        build_optimizer(OptimizerConfig(groups=[{"lr": 1.0}]), model)
+
+
+def test_the_schedule_multiplies_each_groups_rate():
+    model = build_model(LLAMA, 300)
+    rules = [{"role": "embedding", "lr": 5e-3}]
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-2, groups=rules), model)
+    schedule = build_schedule(ScheduleConfig(name="linear", warmup_steps=1, final_fraction=0.0), optimizer, 5)
+    seen = []
+    for _ in range(5):
+        seen.append({group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    factors = [0.5, 1, 2 / 3, 1 / 3, 0]
+    assert [rates["hidden"] for rates in seen] == pytest.approx([1e-2 * factor for factor in factors])
+    assert [rates["embedding"] for rates in seen] == pytest.approx([5e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [("bf16", "bf16"), ("fp32", "no"), ("bf16-pure", "no")])
+def test_the_recipe_decides_the_precision(monkeypatch, precision, mixed):
+    # what an accelerate config file would hand down
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    accelerator = build_accelerator(RunConfig(precision=precision, device="cpu"))
+    assert accelerator.mixed_precision == mixed and accelerator.device.type == "cpu"
+
+
+def test_accumulation_follows_from_tokens_per_step():
+    batch = BatchConfig(tokens_per_step=4096, micro_batch_size=2)
+    config = RunConfig(batch=batch, data=DataConfig(seq_len=256), device="cpu")
+    assert build_accelerator(config).gradient_accumulation_steps == 8
+
+
+def test_what_this_machine_cannot_do(monkeypatch):
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device: 'cuda' was asked for.*device=cpu"):
+        build_accelerator(RunConfig(device="cuda"))
+    with pytest.raises(ValueError, match=r"precision: fp16 needs a GPU.*precision=bf16"):
+        build_accelerator(RunConfig(device="cpu", precision="fp16"))
+    with pytest.raises(ValueError, match=r"fsdp2 needs GPUs.*distributed.strategy=ddp"):
+        build_accelerator(RunConfig(device="cpu", distributed=DistributedConfig(strategy="fsdp2")))
+    with pytest.raises(ValueError, match=r"log.trackers: 'comet_ml' is not available here"):
+        build_accelerator(RunConfig(device="cpu", log=LogConfig(trackers=["comet_ml"])))

@@ -1,0 +1,145 @@
+"""Every way to start a run gives the same run, and a start that would go wrong says so instead."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training import numbers, read_log, run, status, write_recipe
+
+from leanstep.recipes import launch
+from leanstep.recipes.world import WorldError, asked_world_size, check_world
+
+OPTIONS = ["steps=12", "batch.micro_batch_size=2", "checkpoint.every=0"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def expected(recipe, tmp_path_factory):
+    """What two connected processes compute."""
+    out = tmp_path_factory.mktemp("expected") / "run"
+    assert run(recipe, OPTIONS, out, world=2).codes == [0, 0]
+    return numbers(out)
+
+
+def start(*command, **environment) -> subprocess.Popen:
+    # without what another launcher may have left
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "LEANSTEP_NPROC"))}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_signal_to_the_launcher_then_torchrun_continues(recipe, tmp_path, expected):
+    out = tmp_path / "run"
+    options = [f"out={out}", *OPTIONS]
+    first = start("-m", "leanstep", "train", recipe, *options, "--nproc", 2)
+    deadline = time.monotonic() + 90
+    while not read_log(out) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGUSR1)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == 143, said
+    assert "world size 2, backend gloo, device cpu" in said.splitlines()[0] and "wrapping DDP" in said.splitlines()[0]
+    stopped = status(out)["step"]
+    assert status(out)["status"] == "interrupted" and 1 <= stopped < 12
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    second = start(*torchrun, "-m", "leanstep.recipes.train", recipe, *options)
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, said
+    assert f"step {stopped} of 12" in said and said.count("world size 2") == 1
+    assert numbers(out) == expected
+
+
+def test_accelerate_launch_connects_its_processes_on_a_cpu(recipe, tmp_path, expected):
+    # by itself Accelerate starts two processes here that do not know of each other
+    out = tmp_path / "run"
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    process = start(*command, "-m", "leanstep.recipes.train", recipe, f"out={out}", *OPTIONS)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert said.count("world size 2, backend gloo") == 1
+    assert numbers(out) == expected
+
+
+def test_accelerate_launch_that_starts_too_few_is_stopped(recipe, tmp_path):
+    out = tmp_path / "run"
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+    process = start(*command, "-m", "leanstep.recipes.train", recipe, f"out={out}", *OPTIONS)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "asks for 2 processes, but Accelerate connected 1" in said and "leanstep train ... --nproc 2" in said
+    assert not (out / "log.jsonl").exists()
+
+
+def test_world_size_that_nobody_connected_is_stopped():
+    check_world(2, {"WORLD_SIZE": 2, "--nproc": 2})
+    for asked in ({"WORLD_SIZE": 2}, {"--nproc": 2}, {"WORLD_SIZE": 1, "accelerate launch --num_processes": 4}):
+        with pytest.raises(WorldError, match=r"asks for [24] processes, but Accelerate connected 1"):
+            check_world(1, asked)
+
+
+@pytest.mark.parametrize(
+    ("parent", "number"),
+    [
+        ("/usr/bin/python3 /usr/local/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml", 2),
+        ("python /venv/bin/accelerate launch --num_processes=8 train.py", 8),
+        ("python -m accelerate.commands.launch --cpu --num-processes 3 train.py", 3),
+        ("accelerate launch train.py", None),
+        ("bash -c train --num_processes 4", None),
+    ],
+)
+def test_reading_the_parents_command_line(parent, number):
+    expected = {} if number is None else {"accelerate launch --num_processes": number}
+    assert asked_world_size({}, parent) == expected
+
+
+def test_asked_world_size_reads_the_environment():
+    assert asked_world_size({"WORLD_SIZE": "4", "LEANSTEP_NPROC": "2"}, "") == {"WORLD_SIZE": 4, "--nproc": 2}
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    code = launch.run(str(recipe), [f"out={out}", "steps=12", "optimizer.lr=5e-4"], nproc=2, resume="never", dry_run=True)
+    assert code == 0 and not out.exists()
+    printed = capsys.readouterr().out
+    assert "lr: 0.0005" in printed and "resume: never" in printed
+    assert "8 sequences of 32 = 2 processes x 1 passes x 4 sequences" in printed
+    tail = shlex.join([str(recipe), f"out={out}", "steps=12", "optimizer.lr=5e-4", "checkpoint.resume=never"])
+    assert f"torchrun --standalone --nproc_per_node 2 -m leanstep.recipes.train {tail}" in printed
+    assert f"accelerate launch --multi_gpu --num_processes 2 -m leanstep.recipes.train {tail}" in printed
+    # the plan is a recipe: it can be saved and run
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(printed)
+    assert launch.run(str(plan), [], dry_run=True) == 0
+
+
+def test_bad_recipes_and_numbers_are_exit_code_2(recipe, capsys):
+    assert launch.run(str(recipe), ["stepz=3"]) == 2
+    assert "stepz" in capsys.readouterr().err
+    assert launch.run(str(recipe), [], nproc=0) == 2
+    assert "--nproc" in capsys.readouterr().err
+    # 256 tokens a step do not divide by 3 processes
+    assert launch.run(str(recipe), [], nproc=3) == 2
+    assert re.search(r"tokens_per_step.*does not divide", capsys.readouterr().err, re.S)
+
+
+def test_one_process_that_cannot_start_leaves_exit_code_2(recipe, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert launch._worst([-15, 3]) == 3 and launch._worst([-9, -15]) == 1 and launch._worst([2, 2]) == 2
+    refused = run(recipe, OPTIONS, tmp_path / "out", world=2)
+    assert refused.codes == [2, 2] and "is a file, expected a folder" in refused.text()
+    assert refused.text().count("is a file") == 1

@@ -1,0 +1,360 @@
+"""What a step computes: the loss and gradient of one big batch, on any number of processes, at the scheduled rate."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import GradientAccumulationPlugin
+from faults import compile_without_a_compiler, with_a_tracker
+from safetensors.torch import load_file
+from training import numbers, read_log, run, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from leanstep.recipes.batches import MicroBatches, count_targets
+from leanstep.recipes.build import schedule_factor
+from leanstep.recipes.config import ExpectConfig, ScheduleConfig
+from leanstep.recipes.data import epoch_order
+from leanstep.recipes.finish import compare, sample
+from leanstep.recipes.folder import RunFolder
+from leanstep.recipes.progress import Clock, Progress, format_duration, format_line, format_rate
+from leanstep.recipes.step import NonFinite, backward, gradient_norm
+from leanstep.recipes.train import flat_scalars
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its state in classes: give each test an empty one."""
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def tiny(family: str) -> torch.nn.Module:
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+
+
+def sequences_with_unequal_targets(count: int) -> dict[str, torch.Tensor]:
+    """Sequences of 16 tokens of which 3, 5, 7, ... are real and the rest is padding."""
+    input_ids = torch.randint(50, (count, 16))
+    labels = input_ids.clone()
+    for row in range(count):
+        labels[row, 3 + 2 * row :] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def part(batch: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_accumulation_over_unequal_batches_equals_one_big_batch(family, fresh_accelerate):
+    model, batch = tiny(family), sequences_with_unequal_targets(6)
+    total = int((batch["labels"][:, 1:] != -100).sum())
+    logits = model(input_ids=batch["input_ids"]).logits
+    targets = batch["labels"][:, 1:].reshape(-1)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 50), targets, reduction="none")
+    expected = losses.sum() / total
+    expected.backward()
+    losses, expected = losses.detach(), expected.detach()
+    expected_gradients = gradients(model)
+
+    plugin = GradientAccumulationPlugin(num_steps=3, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model = accelerator.prepare(model)
+    model.zero_grad()
+    window = [part(batch, slice(first, first + 2)) for first in (0, 2, 4)]
+    loss, seen = backward(accelerator, model, window, check=False)
+    assert seen == total == int(count_targets(window))
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(gradients(model), expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    # the mean of the micro batches' means is another number: this test can tell
+    means = [losses.view(6, -1)[2 * i : 2 * i + 2].sum() / count_targets([window[i]]) for i in range(3)]
+    assert abs(float(sum(means) / 3 - expected)) > 1e-3
+
+    norm = gradient_norm(accelerator, model, None)
+    together = torch.cat([gradient.flatten() for gradient in expected_gradients])
+    torch.testing.assert_close(norm, together.norm(), rtol=1e-5, atol=0)
+    before = gradients(model)
+    assert gradient_norm(accelerator, model, limit=1e-3) == norm
+    torch.testing.assert_close(gradient_norm(accelerator, model, None), torch.tensor(1e-3), rtol=1e-2, atol=0)
+    assert not torch.equal(before[0], gradients(model)[0])
+
+
+def test_a_non_finite_loss_can_be_caught_before_backward(fresh_accelerate):
+    accelerator = Accelerator(cpu=True)
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    model = accelerator.prepare(model)
+    with pytest.raises(NonFinite):
+        backward(accelerator, model, [sequences_with_unequal_targets(2)], check=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_two_processes_compute_what_one_does(recipe, tmp_path):
+    # without packing, each document is cut or padded: 8 documents a step with unequal numbers of tokens
+    documents = recipe.parent / "documents.jsonl"
+    words = (recipe.parent / "text.txt").read_text().split()
+    with documents.open("w") as file:
+        for index in range(90):
+            text = " ".join(words[7 * index : 7 * index + 2 + index % 11])
+            file.write(json.dumps({"text": text}) + "\n")
+    data = f"data={{source: json, path: {documents}, tokenizer: 'train:300', seq_len: 32, packing: false, val_tokens: 150}}"
+    options = [data, "steps=12"]
+    one = run(recipe, [*options, "batch.micro_batch_size=8"], tmp_path / "one")
+    assert one.codes == [0], one.text()
+    two = run(recipe, [*options, "batch.micro_batch_size=2"], tmp_path / "two", world=2)
+    assert two.codes == [0, 0], two.text()
+    left, right = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    # kind, step, loss, lr, gradient norm, tokens, perplexity; the sample at the end depends on every bit
+    for a, b in zip(left[:-1], right[:-1], strict=True):
+        assert a[:2] == b[:2] and a[3] == b[3] and a[5] == b[5]
+        assert a[2] == pytest.approx(b[2], rel=1e-5)
+        assert a[4] is None or a[4] == pytest.approx(b[4], rel=1e-3)
+    tokens = [entry["tokens"] for entry in read_log(tmp_path / "one") if entry["kind"] == "train"]
+    steps = {after - before for before, after in zip(tokens, tokens[1:], strict=False)}
+    assert len(steps) > 3, "the steps were to have unequal numbers of targets"
+
+
+def test_the_rate_follows_the_schedule_whatever_the_processes(recipe, tmp_path):
+    options = ["steps=10", "schedule={name: cosine, warmup_steps: 3, final_fraction: 0.2}", "batch.micro_batch_size=1"]
+    assert run(recipe, options, tmp_path / "run", world=2).codes == [0, 0]
+    rates = [entry["lr"] for entry in read_log(tmp_path / "run") if entry["kind"] == "train"]
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * place / 6)) / 2 for place in range(7)]
+    assert rates == pytest.approx([1e-3 * factor for factor in [0.25, 0.5, 0.75, *cosine]])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedule_shapes(name):
+    factor = schedule_factor(ScheduleConfig(name=name, warmup_fraction=0.1, final_fraction=0.1), 100)
+    values = [factor(made) for made in range(100)]
+    assert values[:11] == pytest.approx([(made + 1) / 11 for made in range(11)])
+    assert values[99] == pytest.approx(1.0 if name == "constant" else 0.1)
+    assert all(0 < value <= 1 for value in values)
+    if name == "linear":
+        assert values[10] - values[50] == pytest.approx(40 * (values[50] - values[51]))
+    # all warm-up, and none
+    assert schedule_factor(ScheduleConfig(warmup_fraction=1.0), 4)(3) == pytest.approx(4 / 5)
+    assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 4)(0) == 1
+    assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 1)(0) == 1
+
+
+def test_the_order_is_a_function_of_the_position():
+    whole = [index for batch in MicroBatches(10, seed=3, batch_size=4, start=0, count=10) for index in batch]
+    assert whole[:10] == epoch_order(10, 3, 0).tolist() and whole[10:20] == epoch_order(10, 3, 1).tolist()
+    assert sorted(whole[30:40]) == list(range(10))
+    later = [index for batch in MicroBatches(10, seed=3, batch_size=2, start=14, count=5) for index in batch]
+    assert later == whole[14:24]
+
+
+# -- the result ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def finished(request, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    llama = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, tie_word_embeddings: true}"
+    model = [f"model={{family: llama, config: {llama}}}"] if request.param == "llama" else []
+    training = run(recipe, ["steps=10", "precision=bf16", "expect={val_loss: 1.0, tolerance: 0.1}", *model], out)
+    assert training.codes == [0], training.text()
+    return training
+
+
+def test_the_result_opens_in_transformers_with_the_same_logits(finished):
+    folder = finished.out / "final"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the state of the union", return_tensors="pt").input_ids
+    found = model(input_ids=ids).logits
+    # built by hand from the configuration and the weights of the last checkpoint
+    family = type(model)
+    other = family(family.config_class.from_pretrained(folder))
+    missing = other.load_state_dict(load_file(finished.out / "last" / "hf" / "model.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    other.tie_weights()
+    assert torch.equal(found, other.eval()(input_ids=ids).logits)
+    assert found.shape[-1] == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == model.config.bos_token_id
+    assert tokenizer.decode(ids[0]) == "the state of the union"
+
+
+def test_the_sample_is_reproducible_and_logged(finished):
+    state = torch.get_rng_state()
+    text = sample(finished.out / "final", 0, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state), "it draws from generators of its own"
+    logged = read_log(finished.out)[-1]
+    assert logged["kind"] == "sample" and logged["text"] == text and len(text) > 10
+    assert sample(finished.out / "final", 1, torch.device("cpu")) != text
+
+
+def test_what_was_expected_is_compared_and_never_fatal(finished):
+    assert "NOT as expected, 1.0000 +- 0.1" in finished.text()
+    assert compare(2.0, ExpectConfig()) == "validation loss 2.0000, perplexity 7.39"
+    inside = compare(2.05, ExpectConfig(val_loss=2.0, tolerance=0.1, source="seed 0"))
+    assert "as expected" in inside and "NOT" not in inside and "seed 0" in inside and "+0.0500" in inside
+
+
+def test_the_report_was_written(finished):
+    page = (finished.out / "report.html").read_text()
+    assert "<svg" in page and len(page) < 300_000
+
+
+def test_the_console_and_train_log_tell_the_same(finished):
+    printed = finished.text().splitlines()
+    assert re.match(r"leanstep \S+: tiny, world size 1, backend none, device cpu, wrapping none", printed[0])
+    assert (finished.out / "train.log").read_text().splitlines() == printed
+    line = next(line for line in printed if line.startswith("step 5/10"))
+    assert re.fullmatch(r"step 5/10  loss \d\.\d{4}  lr \S+  gnorm \S+  \S+ tok/s  eta \d+:\d\d", line)
+
+
+def test_validation_in_the_run_is_that_of_the_evaluator(finished, recipe):
+    from leanstep.recipes.data import load_data
+    from leanstep.recipes.evaluate import evaluate
+    from leanstep.recipes.loader import load
+
+    data = load_data(load(str(recipe)).data, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(finished.out / "final")
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    expected = evaluate(model, data.validation, autocast=autocast, bytes_per_token=data.bytes_per_token)
+    logged = [entry for entry in read_log(finished.out) if entry["kind"] == "eval"][-1]
+    assert logged["tokens"] == expected.tokens
+    # the batches differ, and with them the rounding of bf16
+    assert logged["loss"] == pytest.approx(expected.loss, rel=2e-3)
+    assert logged["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def straight(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert run(recipe, ["steps=4", "checkpoint.every=0"], out).codes == [0]
+    return numbers(out)
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing=true", "max_grad_norm=1e9", "compile=true"])
+def test_options_that_must_not_change_the_numbers(recipe, straight, tmp_path, option):
+    training = run(recipe, ["steps=4", "checkpoint.every=0", option], tmp_path / "run", prepare=compile_without_a_compiler)
+    assert training.codes == [0], training.text()
+    assert ("graph captured" in training.text()) == (option == "compile=true")
+    left, right = straight[:-1], numbers(tmp_path / "run")[:-1]
+    assert [entry[2] for entry in left] == pytest.approx([entry[2] for entry in right], rel=1e-5)
+
+
+def test_eval_at_start_and_on_fewer_batches(recipe, tmp_path):
+    options = ["steps=2", "eval={every: 0, at_start: true, batches: 1}", "checkpoint.every=0"]
+    assert run(recipe, options, tmp_path / "run").codes == [0]
+    evaluations = [entry for entry in read_log(tmp_path / "run") if entry["kind"] == "eval"]
+    assert [entry["step"] for entry in evaluations] == [0, 2]
+    assert evaluations[0]["tokens"] == 4 * 31
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------
+
+
+def test_numbers_for_people():
+    assert [format_rate(rate) for rate in (850, 12_400, 1_200_000)] == ["850 tok/s", "12.4k tok/s", "1.20M tok/s"]
+    assert [format_duration(s) for s in (42, 760, 4360, 263_560)] == ["0:42", "12:40", "1:12:40", "3d 1:12:40"]
+    entry = {"step": 3, "loss": 3.4121, "lr": 9.1e-4, "grad_norm": None, "tokens_per_s": None, "nonfinite": 2}
+    assert format_line(entry, 10, None, ["disk full"]) == "step 3/10  loss 3.4121  lr 9.10e-04  nonfinite 2  [disk full]"
+
+
+def test_the_clock_leaves_pauses_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("leanstep.recipes.progress.time.perf_counter", lambda: now[0])
+    clock = Clock(elapsed_s=100.0)
+    assert clock.eta(5, 1, 1) is None
+    for _ in range(2):
+        now[0] += 2.0
+        clock.stepped(1000)
+    with clock.pause("eval"):
+        now[0] += 50.0
+    with clock.pause("save") as spent:
+        now[0] += 7.0
+    clock.measure()
+    assert clock.rate_now == 500.0 and spent() == 7.0
+    assert clock.eta(steps=10, evals=2, saves=1) == 10 * 2.0 + 2 * 50.0 + 7.0
+    assert clock.elapsed_s == 161.0 and clock.here_s == 61.0
+
+
+def test_the_live_line_follows_every_step(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    with Progress(folder, 10, active=True, live=True) as progress:
+        progress.line(1, "step 1/10  loss 4.0000", wanted=True)
+        progress.line(2, "step 2/10  loss 3.9000", wanted=False)
+        progress.say("[brackets] are not markup")
+    assert (tmp_path / "train.log").read_text() == "step 1/10  loss 4.0000\n[brackets] are not markup\n"
+    printed = capsys.readouterr().out
+    assert "[brackets] are not markup" in printed and "step 2/10  loss 3.9000" in printed
+
+
+def test_other_processes_are_silent(tmp_path, capsys):
+    with Progress(RunFolder(tmp_path), 10, active=False) as progress:
+        progress.say("nothing")
+        progress.line(1, "nothing", wanted=True)
+    assert capsys.readouterr().out == "" and not (tmp_path / "train.log").exists()
+
+
+def test_log_lines_wait_for_room(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 1})
+    monkeypatch.setattr("pathlib.Path.open", lambda *arguments, **options: (_ for _ in ()).throw(OSError(28, "full")))
+    folder.log({"step": 2})
+    monkeypatch.undo()
+    folder.log({"step": 3})
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_rewinding_the_log_drops_what_is_computed_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')
+    folder.rewind_log(2)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+
+
+def test_the_recipe_for_trackers_is_flat():
+    tree = {"a": {"b": {"c": 1.5}}, "d": None, "e": [1, 2], "f": True, "g": {}}
+    assert flat_scalars(tree) == {"a.b.c": 1.5, "d": "None", "e": "[1, 2]", "f": True}
+
+
+def test_trackers_get_the_recipe_and_the_numbers(recipe, tmp_path):
+    out = tmp_path / "run"
+    training = run(recipe, ["steps=4", "log={every: 2, trackers: [notebook]}"], out, prepare=with_a_tracker)
+    assert training.codes == [0], training.text()
+    kept = [json.loads(line) for line in (out / "notebook.jsonl").read_text().splitlines()]
+    assert kept[0]["config"]["optimizer.lr"] == 1e-3 and kept[0]["config"]["model.family"] == "gpt2"
+    logged = {entry["step"]: entry for entry in read_log(out) if entry["kind"] == "train"}
+    for entry in kept[1:-1]:
+        if "loss" in entry["values"]:
+            assert entry["values"]["loss"] == logged[entry["step"]]["loss"]
+    assert any("val_loss" in entry["values"] for entry in kept[1:-1]) and kept[-1] == {"end": True}
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(recipe, tmp_path):
+    refused = run(recipe, ["log.trackers=[comet_ml]"], tmp_path / "run")
+    assert refused.codes == [2] and "pip install comet_ml" in refused.text()
+    unknown = run(recipe, ["log.trackers=[tensorbord]"], tmp_path / "run")
+    assert unknown.codes == [2] and "tensorboard" in unknown.text()
