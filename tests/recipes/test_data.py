@@ -425,4 +425,7 @@ def test_a_large_text_trains_its_tokenizer_on_the_beginning(corpus, monkeypatch)
         size += len(beginning[-1])
         if size == 3000:
             break
-    assert data.tokenizer.backend_tokenizer.to_str() == train_bpe(beginning, 400).to_str()
+    model, expected = (
+        json.loads(t.to_str())["model"] for t in (data.tokenizer.backend_tokenizer, train_bpe(beginning, 400))
+    )
+    assert model == expected
