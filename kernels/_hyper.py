@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +40,9 @@ def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype)
             plain.append(0.0)
         else:
             plain.append(float(value))
-    packed = _constant(tuple(plain), device, dtype)
+    # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
+    make = _constant if _get_current_dispatch_mode() is None else _constant.__wrapped__
+    packed = make(tuple(plain), device, dtype)
     if on_device:
         packed = packed.clone()
         for position, value in on_device.items():
