@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
-    from leanstep.kernels import backend_table, use_backend
-    from leanstep.optimizers import Lion, SinkGD, param_groups, release_gradients
+    from leanstep.kernels import BackendError, backend_table, use_backend
+    from leanstep.optimizers import Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
 
 __all__ = [
+    "BackendError",
     "Lion",
+    "NonFiniteGradientError",
     "SinkGD",
     "__version__",
     "backend_table",
@@ -30,7 +32,9 @@ __all__ = [
 ]
 
 _OWNERS = {
+    "BackendError": "leanstep.kernels",
     "Lion": "leanstep.optimizers",
+    "NonFiniteGradientError": "leanstep.optimizers",
     "SinkGD": "leanstep.optimizers",
     "backend_table": "leanstep.kernels",
     "param_groups": "leanstep.optimizers",
