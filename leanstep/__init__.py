@@ -17,12 +17,22 @@ from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
-    from leanstep.optimizers import Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
+    from leanstep.optimizers import (
+        GradientRelease,
+        Lion,
+        NonFiniteGradientError,
+        ParamGroups,
+        SinkGD,
+        param_groups,
+        release_gradients,
+    )
 
 __all__ = [
     "BackendError",
+    "GradientRelease",
     "Lion",
     "NonFiniteGradientError",
+    "ParamGroups",
     "SinkGD",
     "__version__",
     "backend_table",
@@ -33,8 +43,10 @@ __all__ = [
 
 _OWNERS = {
     "BackendError": "leanstep.kernels",
+    "GradientRelease": "leanstep.optimizers",
     "Lion": "leanstep.optimizers",
     "NonFiniteGradientError": "leanstep.optimizers",
+    "ParamGroups": "leanstep.optimizers",
     "SinkGD": "leanstep.optimizers",
     "backend_table": "leanstep.kernels",
     "param_groups": "leanstep.optimizers",
