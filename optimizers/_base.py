@@ -25,6 +25,8 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after its settings have been checked as the constructor's are."""
+        # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
+        param_group.setdefault("nonfinite_count", 0)
         merged = {**self.defaults, **param_group}
         self._check_group(merged)
         super().add_param_group(param_group)
@@ -40,6 +42,17 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError when a group's settings are out of range."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with the count of non-finite updates as a plain int (reads the device).
+
+        A value that is a number before the first step and a tensor after it could not be loaded by
+        ``torch.distributed.checkpoint``, which wants the same kinds on both sides.
+        """
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group["nonfinite_count"] = int(group.get("nonfinite_count", 0))
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the dtype each tensor was saved in.
@@ -160,11 +173,14 @@ def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.
     return sets
 
 
-def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False) -> None:
+def check_number(
+    owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
+) -> None:
     """Raise unless low <= value <= high (< high, if open). Tensors of one element are numbers."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{owner}: {name} as a tensor must have one element, got shape {tuple(value.shape)}")
+            label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
+            raise ValueError(f"{label} must be 1-element; {owner} got shape {tuple(value.shape)}")
         if value.device.type not in ("cpu", "meta"):
             return  # reading it would wait for the device
         value = value.item()
