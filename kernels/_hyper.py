@@ -31,7 +31,8 @@ def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype)
     alone are kept in a small cache, so that a captured CUDA graph finds them in place.
     """
     if torch.compiler.is_compiling():
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]).to(dtype)
+        wide = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]
+        return torch.stack(wide).to(dtype)
     plain: list[float] = []
     on_device: dict[int, Tensor] = {}
     for position, value in enumerate(values):

@@ -2,6 +2,16 @@
 
 from leanstep.optimizers._base import NonFiniteGradientError
 from leanstep.optimizers.lion import Lion
+from leanstep.optimizers.param_groups import ParamGroups, param_groups
+from leanstep.optimizers.release import GradientRelease, release_gradients
 from leanstep.optimizers.sinkgd import SinkGD
 
-__all__ = ["Lion", "NonFiniteGradientError", "SinkGD"]
+__all__ = [
+    "GradientRelease",
+    "Lion",
+    "NonFiniteGradientError",
+    "ParamGroups",
+    "SinkGD",
+    "param_groups",
+    "release_gradients",
+]

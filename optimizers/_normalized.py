@@ -67,7 +67,10 @@ def _step(
         if group["nonfinite"] == "skip":
             bad = nonfinite_flags(gradients, [s.process_group for s in shards])
         if group["momentum_order"] == "pre" or algorithm == "balanced":
-            mats = [_average(s, g, group, algorithm, _flag(bad, i)) for i, (s, g) in enumerate(zip(states, gradients, strict=True))]
+            mats = [
+                _average(state, gradient, group, algorithm, _flag(bad, i))
+                for i, (state, gradient) in enumerate(zip(states, gradients, strict=True))
+            ]
     if group["row_mask_tau"] > 0:
         mats = mask_rows(mats, params, shards, group["row_mask_tau"])
     scales = normalise(mats, params, shards, group["num_iters"], end_with_rows=algorithm == "balanced")

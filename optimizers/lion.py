@@ -141,9 +141,11 @@ class Lion(LeanOptimizer):
         roundings: list[str],
         indices: list[int],
         first_index: int,
+        only: int | None,
     ) -> None:
-        """Collect the parameters that have a gradient, creating their state."""
-        for position, param in enumerate(group["params"]):
+        """Collect the parameters that have a gradient (or just the one at position ``only``), creating their state."""
+        for position in range(len(group["params"])) if only is None else (only,):
+            param = group["params"][position]
             if param.grad is None:
                 continue
             grads.append(dense_gradient("Lion", group, position, param))
@@ -164,27 +166,31 @@ class Lion(LeanOptimizer):
         self._raise_on_nonfinite()
         first_index = 0
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            exp_avgs: list[Tensor] = []
-            roundings: list[str] = []
-            indices: list[int] = []
-            self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index)
+            self._step_group(group, first_index)
             first_index += len(group["params"])
-            states = [self.state[p] for p in params]
-            for (device, dtype), members in by_device_and_dtype(params).items():
-                flags = lion(
-                    [params[i] for i in members],
-                    [grads[i] for i in members],
-                    [exp_avgs[i] for i in members],
-                    [states[i] for i in members],
-                    indices=[indices[i] for i in members],
-                    group=group,
-                    rounding=roundings[members[0]],
-                    hyper=lion_hyper(group, device, dtype),
-                )
-                count_nonfinite(group, flags)
         return loss
+
+    def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
+        """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        roundings: list[str] = []
+        indices: list[int] = []
+        self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index, only)
+        states = [self.state[p] for p in params]
+        for (device, dtype), members in by_device_and_dtype(params).items():
+            flags = lion(
+                [params[i] for i in members],
+                [grads[i] for i in members],
+                [exp_avgs[i] for i in members],
+                [states[i] for i in members],
+                indices=[indices[i] for i in members],
+                group=group,
+                rounding=roundings[members[0]],
+                hyper=lion_hyper(group, device, dtype),
+            )
+            count_nonfinite(group, flags)
 
 
 def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:

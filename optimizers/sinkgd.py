@@ -44,8 +44,8 @@ class SinkGD(LeanOptimizer):
 
     One object serves a whole model. Every group has an ``algorithm``:
 
-    * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of four
-      and more dimensions flattened to (m, rest).
+    * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of
+      four and more dimensions flattened to (m, rest).
     * "balanced": for embeddings and heads: the momentum's look-ahead ``beta * M + (1 - beta) * G``, rows below
       ``row_mask_tau`` times the mean row norm dropped, ``num_iters`` iterations and one more row step, so that every
       token's update has the same size. Replaces AdamW there at half its state (or none, with ``momentum=0``).
@@ -185,7 +185,7 @@ class SinkGD(LeanOptimizer):
                 name = describe(group, position)
                 self.param_groups.pop()
                 raise ValueError(
-                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} with {param.dim()} dimensions. "
+                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} of {param.dim()} dimensions. "
                     "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalised.)"
                 )
@@ -210,9 +210,11 @@ class SinkGD(LeanOptimizer):
         roundings: list[str],
         indices: list[int],
         first_index: int,
+        only: int | None,
     ) -> None:
-        """Collect the parameters that have a gradient, creating the state their algorithm needs."""
-        for position, param in enumerate(group["params"]):
+        """Collect the parameters that have a gradient (or just the one at ``only``), creating the state they need."""
+        for position in range(len(group["params"])) if only is None else (only,):
+            param = group["params"][position]
             if param.grad is None:
                 continue
             grads.append(dense_gradient("SinkGD", group, position, param))
@@ -239,28 +241,33 @@ class SinkGD(LeanOptimizer):
         self._raise_on_nonfinite()
         first_index = 0
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            algorithms: list[str] = []
-            roundings: list[str] = []
-            indices: list[int] = []
-            self._init_group(group, params, grads, algorithms, roundings, indices, first_index)
+            self._step_group(group, first_index)
             first_index += len(group["params"])
-            states = [self.state[p] if p in self.state else {} for p in params]
-            rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
-            if rest:
-                adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group)
-            matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
-            for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
-                chosen = _pick(matrices, members)
-                _normalized.step(
-                    *(_pick(x, chosen) for x in (params, grads, states, indices)),
-                    group=group,
-                    algorithm=algorithms[chosen[0]],
-                    rounding=roundings[chosen[0]],
-                    hyper=sinkgd_hyper(group, device, dtype),
-                )
         return loss
+
+    def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
+        """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        algorithms: list[str] = []
+        roundings: list[str] = []
+        indices: list[int] = []
+        self._init_group(group, params, grads, algorithms, roundings, indices, first_index, only)
+        # looking a parameter up in self.state would create an entry: stateless ones must have none
+        states = [self.state.get(p, {}) for p in params]
+        rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
+        if rest:
+            adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group)
+        matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
+        for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
+            chosen = _pick(matrices, members)
+            _normalized.step(
+                *(_pick(x, chosen) for x in (params, grads, states, indices)),
+                group=group,
+                algorithm=algorithms[chosen[0]],
+                rounding=roundings[chosen[0]],
+                hyper=sinkgd_hyper(group, device, dtype),
+            )
 
 
 def sinkgd_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -47,10 +47,9 @@ def lion_step(
     if cautious_scale is not None:
         update = torch.where(update * gradient > 0, update * cautious_scale, 0.0)
     weight = widen(param, extra, rounding)
+    decayed = weight * hyper[1]
     if decay_where_aligned:
-        decayed = torch.where(update * weight >= 0, weight * hyper[1], weight)
-    else:
-        decayed = weight * hyper[1]
+        decayed = torch.where(update * weight >= 0, decayed, weight)
     new_weight = decayed - hyper[0] * update
     new_momentum = hyper[4] * momentum + hyper[5] * gradient
     new_param, new_extra = narrow(new_weight, param, rounding, seed, offset)

@@ -68,7 +68,7 @@ def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
 def narrow(
     value: Tensor, param: Tensor, rounding: str, seed: Tensor | int | None = None, offset: Tensor | int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """New contents of (parameter, extra) for the updated fp32 ``value``, to be written with ``copy_`` (which rounds)."""
+    """New contents of (parameter, extra) for the fp32 ``value``, to be written with ``copy_`` (which rounds)."""
     if rounding == "stochastic" and param.dtype == torch.bfloat16:
         assert seed is not None
         return round_stochastic(value, hash32(element_index(value, offset), seed)), None
