@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
-        added = to.add_parser(name, help=text, description=text, allow_abbrev=False)
+        # `eval` hands everything on, --help included, to the parser that has its options
+        added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=name != "eval")
         added.set_defaults(run=run)
         return added
 

@@ -1,4 +1,7 @@
-"""Evaluate a language model: loss per predicted token, perplexity, bits per byte; and the command ``leanstep eval``."""
+"""Evaluate a language model: loss per predicted token, perplexity, bits per byte; and the command ``leanstep eval``.
+
+torch is imported when something is evaluated: the command's help and its mistakes need none.
+"""
 
 import argparse
 import json
@@ -8,15 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.data import default_collate
+from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config import DataConfig
-from leanstep.recipes.data import IGNORED, load_data, load_validation
 from leanstep.recipes.sources import open_validation, require
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["EvalResult", "evaluate", "find_model_folder", "main"]
 
@@ -39,13 +40,12 @@ class EvalResult:
     tokens: int
 
 
-@torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
+    model: "torch.nn.Module",
     dataset: Any,
     *,
     micro_batch_size: int = 8,
-    device: torch.device | str | None = None,
+    device: "torch.device | str | None" = None,
     autocast: Callable[[], AbstractContextManager] | None = None,
     bytes_per_token: float | None = None,
     batches: int | None = None,
@@ -68,6 +68,12 @@ def evaluate(
     Raises:
         ValueError: nothing to evaluate, or a size below 1.
     """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import default_collate
+
+    from leanstep.recipes.data import IGNORED
+
     if micro_batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError(f"micro_batch_size and batches must be at least 1, got {micro_batch_size} and {batches}")
     device = device or next(model.parameters()).device
@@ -79,7 +85,7 @@ def evaluate(
         for first in range(0, count, micro_batch_size):
             batch = default_collate([dataset[i] for i in range(first, min(first + micro_batch_size, count))])
             labels = batch["labels"][:, 1:].to(device)
-            with autocast() if autocast else nullcontext():
+            with torch.no_grad(), autocast() if autocast else nullcontext():
                 logits = model(input_ids=batch["input_ids"].to(device)).logits
             # one sequence at a time: the logits of a whole batch in fp32 would be the peak of memory
             losses = [
@@ -198,6 +204,7 @@ def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
+    from leanstep.recipes.data import load_data, load_validation
     from leanstep.recipes.tokenizer import open_tokenizer
 
     folder = find_model_folder(options.checkpoint)
@@ -234,7 +241,9 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _device(asked: str | None) -> torch.device:
+def _device(asked: str | None) -> "torch.device":
+    import torch
+
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -105,7 +105,7 @@ td{overflow-wrap:anywhere}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.best{font-weight:700;color:var(--good)}
 tbody th i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:8px;vertical-align:-1px}
-pre{margin:0;padding:14px 16px;white-space:pre-wrap;overflow-wrap:anywhere;
+pre{margin:0;padding:14px 16px;columns:2 400px;column-gap:28px;white-space:pre-wrap;overflow-wrap:anywhere;
 font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 blockquote{margin:0;padding:14px 18px;white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid var(--accent)}
 footer{margin-top:36px;color:var(--muted);font-size:12.5px;overflow-wrap:anywhere}

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import texts
@@ -202,6 +204,16 @@ def test_refusals(trained, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from leanstep.recipes.evaluate import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as done: assert done.code == 0 and 'torch' not in sys.modules, 'torch was imported'"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--seq-len" in out
 
 
 def test_unusable_numbers(trained):
