@@ -48,7 +48,7 @@ def variant(
         _variants[name] = torch.compile(twin, fullgraph=True, options={**_DYNAMIC_THREADS, **(options or {})})
         for tensor in flat:
             for dim in range(0 if tensor is None else tensor.dim() - 1):
-                if tensor.shape[dim] != 1:
+                if tensor is not None and tensor.shape[dim] != 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
     return _variants[name]
 

@@ -1,6 +1,7 @@
 """The Lion step on lists of tensors."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def _compiled_step(
     )
     torch.autograd.graph.increment_version([t for t in tensors[:1] + tensors[2:] if t is not None])
     if rest:
-        tail = [None if t is None else alias(t, (rest,), rows * LANES) for t in tensors]
+        tail: list[Any] = [None if t is None else alias(t, (rest,), rows * LANES) for t in tensors]
         tail_flag = reference.lion_step(
             *tail, skip_nonfinite=masked, seed=seed, offset=offset + rows * LANES, **options
         )
@@ -198,7 +199,7 @@ def _run_agreement(
     if not grads:
         return torch.zeros(0)
     backend = choose("lion_agreement", grads[0].device, hyper.dtype).backend
-    options = {"hyper": hyper, "maximize": maximize, "skip_nonfinite": skip_nonfinite}
+    options: dict[str, Any] = {"hyper": hyper, "maximize": maximize, "skip_nonfinite": skip_nonfinite}
     if backend == "triton":
         from leanstep.kernels.triton_impl import lion_step as triton_lion
 

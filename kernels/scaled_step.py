@@ -102,7 +102,7 @@ def _reference_step(
     written = [param] if extra is None else [param, extra]
     old = [t.clone() for t in written] if bad is not None and bool(bad.any()) else None
     reference.scaled_step(param, mat, rows.unsqueeze(-1), cols.unsqueeze(-2), extra, **options)
-    if old is not None:
+    if old is not None and bad is not None:
         for tensor, before in zip(written, old, strict=True):
             tensor.copy_(torch.where(bad[..., None, None], before, tensor))
 

@@ -17,15 +17,10 @@ from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
-    from leanstep.optimizers import (
-        GradientRelease,
-        Lion,
-        NonFiniteGradientError,
-        ParamGroups,
-        SinkGD,
-        param_groups,
-        release_gradients,
-    )
+    from leanstep.optimizers import GradientRelease, Lion, NonFiniteGradientError, SinkGD, release_gradients
+
+    # by its module: type checkers take the package's attribute of that name for the module
+    from leanstep.optimizers.param_groups import ParamGroups, param_groups
 
 __all__ = [
     "BackendError",

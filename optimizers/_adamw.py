@@ -118,7 +118,7 @@ def _plain(
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    if kept is not None:
+    if kept is not None and found is not None:
         for tensor, before in kept:
             tensor.copy_(torch.where(found.to(tensor.device), before, tensor))
 

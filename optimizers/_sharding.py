@@ -6,10 +6,13 @@ SinkGD needs the column sums of its matrices from the other parts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Shard(NamedTuple):
@@ -41,7 +44,7 @@ def shard_of(param: Tensor) -> Shard:
             f"leanstep optimizers take parameters that are replicated, or sharded along dimension 0 over one mesh "
             f"dimension (fully_shard's default); got placements {param.placements} for shape {tuple(param.shape)}"
         )
-    group = param.device_mesh.get_group(sharded[0])
+    group = cast("DTensor", param).device_mesh.get_group(sharded[0])
     size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     chunk = -(-rows // size)  # DTensor cuts like torch.chunk
     start = min(rank * chunk, rows)

@@ -257,7 +257,14 @@ class SinkGD(LeanOptimizer):
         states = [self.state.get(p, {}) for p in params]
         rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
         if rest:
-            adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group)
+            adamw_step(
+                _pick(params, rest),
+                _pick(grads, rest),
+                _pick(states, rest),
+                _pick(roundings, rest),
+                _pick(indices, rest),
+                group,
+            )
         matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
         for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
             chosen = _pick(matrices, members)
