@@ -1,19 +1,24 @@
-"""Compiling a kernel for a named target on a machine without one, and taking the result apart.
+"""Compiling kernels for a named target on a machine without one: what the audit needs from Triton.
 
-Everything the audit needs from Triton is here, so that `leanstep.kernels.audit` itself imports without it.
+`leanstep.kernels.audit` measures what this module returns and imports without Triton itself.
 """
 
-import re
+import importlib
+import pkgutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import leanstep.kernels.triton_impl as package
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,9 +32,18 @@ TARGETS = {
 class AuditCase:
     """One configuration of one kernel, as its launcher would ask for it.
 
-    `elements` is the number of elements that one turn of the main loop handles; `read` and `written` are the bytes per
-    element that the launcher's docstring promises; `sweeps` is how often the loop body of such a tile is entered with
-    data that is in the cache already (it reads no memory then). `wide` promises 128-bit accesses in the main loop.
+    Attributes:
+        kernel, label: the `triton.jit` function, and the configuration in words.
+        arguments: type of every runtime argument, in Triton's spelling.
+        constants: value of every constexpr argument.
+        threads: threads per program.
+        fp_fusion: whether multiply-adds may be contracted.
+        elements: elements that one turn of a main loop handles.
+        read, written: bytes per element that the launcher's docstring promises to move from and to memory.
+        cached: bytes per element read besides, from what the program has just read or written.
+        sweeps: main loops that every element goes through; further loops of the same kind are alternatives.
+        wide: whether the main loop's accesses of tensors are 128 bits wide.
+        flat: whether it accesses nothing else.
     """
 
     kernel: Any
@@ -41,9 +55,76 @@ class AuditCase:
     elements: int
     read: float
     written: float
-    wide: bool
+    cached: float = 0.0
+    sweeps: int = 1
+    wide: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled kernel as text: intermediate code, machine code and the tool's table of resources."""
+
+    key: str
+    ttir: str
+    machine_code: str
+    resources: str
+    shared: int
 
 
 def pointer(dtype: str) -> str:
-    """Signature of a pointer argument that comes from a torch allocation."""
+    """Type of an argument that points to a torch allocation."""
     return "*" + dtype
+
+
+@cache
+def modules() -> list[ModuleType]:
+    """The modules of this package that define kernels."""
+    names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    loaded = [importlib.import_module(name) for name in sorted(names)]
+    return [module for module in loaded if hasattr(module, "audit_cases")]
+
+
+@cache
+def cases() -> list[AuditCase]:
+    """Every configuration that a launcher of this package can pick."""
+    return [case for module in modules() for case in module.audit_cases()]
+
+
+def compile_case(case: AuditCase, target: str) -> Any:
+    """Triton's compiled kernel for a target that need not be here."""
+    types = dict(case.arguments) | dict.fromkeys(case.constants, "constexpr")
+    signature = {name: types[name] for name in case.kernel.arg_names}
+    # torch allocations are aligned at least so, and Triton specialises on it at launch
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=aligned)
+    gpu = TARGETS[target]
+    options = {"num_warps": case.threads // gpu.warp_size, "enable_fp_fusion": case.fp_fusion}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def disassemble(compiled: Any, machine_code: bool = True) -> Build:
+    """Take a compiled kernel apart with the tools that ship in Triton's wheel.
+
+    Without `machine_code` that text is empty for NVIDIA's targets, which halves the time.
+    """
+    asm = compiled.asm
+    if "amdgcn" in asm:
+        text = resources = asm["amdgcn"]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(asm["cubin"])
+            text = _tool("nvdisasm", "-c", "-ndf", str(cubin)) if machine_code else ""
+            resources = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    return Build(compiled.hash, asm["ttir"], text, resources, compiled.metadata.shared)
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiled (TRITON_CACHE_DIR)."""
+    return Path(triton.knobs.cache.dir)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout

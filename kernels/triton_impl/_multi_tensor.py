@@ -128,6 +128,12 @@ def is_aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
 
 
+def has_aligned_rows(mat: Tensor) -> bool:
+    """Whether every row of [B, m, n] is dense, starts on a 16-byte boundary and fills whole 8-element accesses."""
+    stride_b, stride_m, stride_n = mat.stride()
+    return stride_n == 1 and is_aligned(mat) and all(step % 8 == 0 for step in (mat.shape[2], stride_m, stride_b))
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Make `device` the current one for a launch; Triton launches on the current device only."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -20,24 +20,25 @@ from torch import Tensor
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, pointer
 from leanstep.kernels.triton_impl._multi_tensor import (
-    ALIGNMENT,
     by_key,
     device_programs,
     device_rows,
-    is_aligned,
+    has_aligned_rows,
     on_device,
     warps,
 )
 
 # columns of a register tile -> (rows of the tile, threads): 16 elements per thread, which no target spills
-TILES = {256: (16, 256), 512: (8, 256), 1024: (4, 256), 2048: (2, 256), 4096: (1, 256), 8192: (1, 512)}
+TILES = {512: (8, 256), 1024: (4, 256), 2048: (2, 256), 4096: (1, 256), 8192: (1, 512)}
 MAX_TILE = max(TILES)
+# fewer for rows that are not aligned, where one element per access costs more than the idle part of a tile
+UNALIGNED_TILES = (1024, 4096, 8192)
+WIDER = 0
 WIDE, WIDE_ROWS, WIDE_THREADS = 2048, 2, 512
 ROWS = 64  # rows of a block, at least
 MAX_BLOCKS = 512  # of row blocks per matrix, so that the second kernel has a short way to go
 REDUCE_ROWS, REDUCE_COLS, REDUCE_THREADS = 16, 128, 256
 
-_FIELDS = 16
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -65,8 +66,8 @@ def _inverse(total):
 def _matrix(row, batch, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to a matrix of the batch, its number of columns and its strides.
 
-    An aligned matrix has rows of unit stride that start on 16-byte boundaries; rounding the numbers down to multiples of
-    8 changes nothing for it, but proves the alignment, and that the column mask never splits a 128-bit access.
+    An aligned matrix has rows of unit stride that start on 16-byte boundaries; rounding the numbers down to multiples
+    of 8 changes nothing for it, but proves the alignment, and that the column mask never splits a 128-bit access.
     """
     n = tl.load(row + 2).to(tl.int32)
     stride_b = tl.load(row + 3)
@@ -96,8 +97,8 @@ def sinkhorn_tile_kernel(
 ):  # fmt: skip
     """A block of rows of at most BLOCK_N columns, BLOCK_M rows at a time in registers.
 
-    A row of the table is (address, m, n, stride_b, stride_m, stride_n, rows offset, cols offset, partial offset, blocks,
-    rows per block, cols_total, rows_total, partial pitch, column blocks, 0).
+    A row of the table is (address, m, n, stride_b, stride_m, stride_n, rows offset, cols offset, partial offset,
+    blocks, rows per block, cols_total, rows_total, partial pitch, column blocks, 0).
     """
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 16
@@ -142,7 +143,8 @@ def _sweep_for_largest(g_ptr, mask_m, n, stride_n, BLOCK_M: tl.constexpr, BLOCK_
     for j in range(0, n, BLOCK_N):
         offs_n = j + tl.arange(0, BLOCK_N)
         mask = mask_m[:, None] & (offs_n < n)[None, :]
-        largest = tl.maximum(largest, tl.abs(to_float(tl.load(g_ptr + offs_n[None, :] * stride_n, mask=mask, other=0.0))))
+        g = to_float(tl.load(g_ptr + offs_n[None, :] * stride_n, mask=mask, other=0.0))
+        largest = tl.maximum(largest, tl.abs(g))
     return tl.max(largest, 1)
 
 
@@ -289,7 +291,8 @@ def _table(mats: Sequence[Tensor], rows_total: Sequence[int], cols_total: Sequen
             (mat.data_ptr(), m, n, *mat.stride(), row_offset, col_offset, partial_offset, row_blocks, per_block,
              n_total, m_total, pitch, n_blocks, 0)
         )  # fmt: skip
-        keys.append((mat.dtype, _has_aligned_rows(mat), next((width for width in TILES if n <= width), 0)))
+        aligned = has_aligned_rows(mat)
+        keys.append((mat.dtype, aligned, next((width for width in _widths(aligned) if n <= width), WIDER)))
         blocks.append(b * row_blocks)
         column_blocks.append(b * n_blocks)
         row_offset += b * m
@@ -298,12 +301,8 @@ def _table(mats: Sequence[Tensor], rows_total: Sequence[int], cols_total: Sequen
     return table, keys, blocks, column_blocks, partial_offset
 
 
-def _has_aligned_rows(mat: Tensor) -> bool:
-    """Whether every row of [B, m, n] is dense, starts on a 16-byte boundary and fills whole 8-element accesses."""
-    _, stride_m, stride_n = mat.stride()
-    per_access = max(8, ALIGNMENT // mat.element_size())
-    steps = (mat.shape[2], stride_m, mat.stride(0))
-    return stride_n == 1 and is_aligned(mat) and all(step % per_access == 0 for step in steps)
+def _widths(aligned: bool) -> tuple[int, ...]:
+    return tuple(TILES) if aligned else UNALIGNED_TILES
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -311,9 +310,9 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _configuration(dtype: torch.dtype, aligned: bool, width: int):
-    """Kernel, constants and threads for matrices of a tile width; width 0 is for rows wider than any tile."""
+    """Kernel, constants and threads for matrices of a tile width; WIDER is for rows that fit in no tile."""
     constants = {"DTYPE": TL_DTYPE[dtype], "ALIGNED": aligned}
-    if width == 0:
+    if width == WIDER:
         return sinkhorn_wide_kernel, constants | {"BLOCK_M": WIDE_ROWS, "BLOCK_N": WIDE}, WIDE_THREADS
     block_m, threads = TILES[width]
     return sinkhorn_tile_kernel, constants | {"BLOCK_M": block_m, "BLOCK_N": width}, threads
@@ -321,12 +320,19 @@ def _configuration(dtype: torch.dtype, aligned: bool, width: int):
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that `sinkhorn_pass` can pick."""
-    cases = [_pass_case(d, aligned, width) for d in TL_DTYPE for aligned in (True, False) for width in (*TILES, 0)]
+    cases = [
+        _pass_case(d, aligned, width)
+        for d in TL_DTYPE
+        for aligned in (True, False)
+        for width in (*_widths(aligned), WIDER)
+    ]
     return [*cases, _reduce_case()]
 
 
 def _pass_case(dtype: torch.dtype, aligned: bool, width: int) -> AuditCase:
     kernel, constants, threads = _configuration(dtype, aligned, width)
+    # wide rows: G again for the rows' sums and for the columns', c, and the partial sums so far
+    again = 0 if width else 2 * dtype.itemsize + 8 / WIDE_ROWS
     return AuditCase(
         kernel=kernel,
         label=f"g {dtype} {'aligned' if aligned else 'any strides'} {width or 'wider'}".replace("torch.", ""),
@@ -339,7 +345,10 @@ def _pass_case(dtype: torch.dtype, aligned: bool, width: int) -> AuditCase:
         fp_fusion=True,
         elements=constants["BLOCK_M"] * constants["BLOCK_N"],
         read=dtype.itemsize,
-        written=0,
+        # wide rows: the partial sums, which stay in the cache
+        written=0 if width else 4 / WIDE_ROWS,
+        cached=again,
+        sweeps=1 if width else 3,
         wide=aligned,
     )  # fmt: skip
 
@@ -348,12 +357,13 @@ def _reduce_case() -> AuditCase:
     return AuditCase(
         kernel=sinkhorn_reduce_kernel,
         label="partial sums",
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), colmeans=pointer("fp32")),
+        arguments=dict(
+            table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), colmeans=pointer("fp32")
+        ),
         constants=dict(BLOCK_M=REDUCE_ROWS, BLOCK_N=REDUCE_COLS),
         threads=REDUCE_THREADS,
         fp_fusion=True,
         elements=REDUCE_ROWS * REDUCE_COLS,
         read=4,
         written=0,
-        wide=False,
-    )
+    )  # fmt: skip

@@ -1,0 +1,307 @@
+"""What the Triton kernels become: registers, spills, shared memory, access widths and bytes moved, without a GPU.
+
+Every configuration that a launcher can pick is compiled for sm_80, sm_90, sm_100 and gfx942, and its machine code is
+read. `python -m leanstep.kernels.audit` (or `leanstep audit`) prints a table and fails where a kernel spills, uses the
+stack, makes narrow accesses where it promises 128 bits, or moves more bytes per element than its docstring says.
+
+Compiled kernels and measurements are kept in Triton's cache folder (TRITON_CACHE_DIR). This module imports without
+Triton.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from leanstep.kernels._backend import has_triton
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# a row's scale is read and written along with its elements, and is not worth a promise
+_SLACK = 0.07
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One kernel configuration on one target.
+
+    Widths map bits per access to the number of instructions: in the whole kernel (`loads`, `stores`), and in the main
+    loop (`main_loads`, `main_stores`), the innermost one with the most bytes in 128-bit accesses; empty where the audit
+    was told not to disassemble. `read` and `written` are bytes per element as issued; `spills`
+    counts registers (gfx942) or bytes of local memory.
+    """
+
+    kernel: str
+    label: str
+    target: str
+    threads: int
+    elements: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    main_loads: dict[int, int]
+    main_stores: dict[int, int]
+    read: float
+    written: float
+    promised_read: float
+    promised_written: float
+    cached: float
+    wide: bool
+    flat: bool
+
+
+def measure(
+    targets: Sequence[str] = TARGETS, match: str = "", processes: int | None = None, all_widths: bool = True
+) -> list[Measurement]:
+    """Compile and measure, in parallel processes, the configurations whose "kernel label" contains `match`.
+
+    Without `all_widths`, widths are measured only where 128 bits are promised, which saves a third of the time.
+
+    Raises:
+        RuntimeError: if Triton is not installed.
+    """
+    if not has_triton():
+        raise RuntimeError("the kernel audit needs the triton package (Linux on x86-64), and it is not installed")
+    # spawned, because torch has threads; and so Triton is imported without the interpreter, whatever this process did
+    context = multiprocessing.get_context("spawn")
+    processes = processes or os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
+        names = pool.submit(_names).result()
+        chosen = [i for i, name in enumerate(names) if match in name]
+        tasks = [(i, target, all_widths) for i in chosen for target in targets]
+        return list(pool.map(_measure, tasks, chunksize=4))
+
+
+def problems(found: Measurement) -> list[str]:
+    """What is wrong with a kernel, in words; empty if nothing is."""
+    wrong = []
+    if found.spills or found.stack:
+        wrong.append(f"spills {found.spills}, stack {found.stack} bytes")
+    if found.wide:
+        wrong += _narrow(found, "loads", found.main_loads, found.promised_read)
+        wrong += _narrow(found, "stores", found.main_stores, found.promised_written)
+    if found.read - found.cached > found.promised_read + _SLACK:
+        wrong.append(f"reads {found.read:.2f} bytes per element, promised {found.promised_read + found.cached:.2f}")
+    if found.written > found.promised_written + _SLACK:
+        wrong.append(f"writes {found.written:.2f} bytes per element, promised {found.promised_written:.2f}")
+    return wrong
+
+
+def _narrow(found: Measurement, what: str, widths: dict[int, int], promised: float) -> list[str]:
+    wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * found.threads
+    if wide < promised * found.elements:
+        return [f"128-bit {what} cover {wide} of {promised * found.elements:.0f} bytes per turn of the main loop"]
+    if found.flat and any(bits < 128 for bits in widths):
+        return [f"narrow {what} in the main loop: {widths}"]
+    return []
+
+
+def _leave_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _names() -> list[str]:
+    from leanstep.kernels.triton_impl import _compile
+
+    return [f"{case.kernel.__name__} {case.label}" for case in _compile.cases()]
+
+
+def _measure(task: tuple[int, str, bool]) -> Measurement:
+    from leanstep.kernels.triton_impl import _compile
+
+    index, target, all_widths = task
+    case = _compile.cases()[index]
+    compiled = _compile.compile_case(case, target)
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    disassembled = case.wide or all_widths
+    kept = _compile.cache_folder() / "leanstep-audit" / f"{compiled.hash}-{code}-{disassembled:d}.json"
+    if kept.exists():
+        values = json.loads(kept.read_text())
+    else:
+        build = _compile.disassemble(compiled, disassembled)
+        values = {"shared": build.shared} | _resources(build.resources) | _widths(build.machine_code)
+        values["loops"] = loop_traffic(build.ttir)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(values))
+        unfinished.replace(kept)
+    loops = sorted(values.pop("loops"), reverse=True)[: case.sweeps]
+    for name in ("loads", "stores", "main_loads", "main_stores"):
+        values[name] = {int(bits): count for bits, count in values[name].items()}
+    return Measurement(
+        kernel=case.kernel.__name__,
+        label=case.label,
+        target=target,
+        threads=case.threads,
+        elements=case.elements,
+        read=sum(read for read, _ in loops) / case.elements,
+        written=sum(written for _, written in loops) / case.elements,
+        promised_read=case.read,
+        promised_written=case.written,
+        cached=case.cached,
+        wide=case.wide,
+        flat=case.flat,
+        **values,
+    )
+
+
+def _resources(text: str) -> dict[str, int]:
+    """Registers, spills and stack, from cuobjdump's table or from the metadata at the end of AMD's assembly."""
+    nvidia = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if nvidia:
+        registers, stack, local = map(int, nvidia.groups())
+        return {"registers": registers, "spills": local, "stack": stack}
+    amd = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    return {
+        "registers": amd["vgpr_count"],
+        "spills": amd["vgpr_spill_count"] + amd["sgpr_spill_count"],
+        "stack": amd["private_segment_fixed_size"],
+    }
+
+
+_LABEL = re.compile(r"^(\.L\w+):")
+_BRANCH = re.compile(r"(?:\bBRA\b.*`\((\.L\w+)\)|\bs_c?branch\w*\s+(\.L\w+))")
+_ACCESS = re.compile(r"\b(LDG|STG|LDL|STL)\.E?([\w.]*)|\b(?:global|buffer|flat|scratch)_(load|store)_(\w+)")
+_AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "sshort": 16, "short": 16}
+
+
+def _widths(text: str) -> dict[str, dict[int, int]]:
+    """Widths of the global accesses in SASS or AMD assembly: of the kernel, and of its loop with the widest ones."""
+    lines = text.splitlines()
+    accesses = [_access(line) for line in lines]
+    loads, stores = _count(accesses)
+    # shortest first: of loops with the same wide accesses the innermost is meant. A loop inside need not be one of the
+    # source: gfx942 moves the bodies of masked accesses out of line and branches back
+    spans = sorted(_loops(lines), key=lambda span: span[1] - span[0])
+    loops = [_count(accesses[first : last + 1]) for first, last in spans]
+    main = max(loops, key=lambda loop: _wide_bytes(loop[0]) + _wide_bytes(loop[1]), default=(Counter(), Counter()))
+    return {"loads": loads, "stores": stores, "main_loads": main[0], "main_stores": main[1]}
+
+
+def _access(line: str) -> tuple[bool, int] | None:
+    """(is a load, bits) of a global access."""
+    found = _ACCESS.search(line)
+    if found is None:
+        return None
+    nvidia, modifiers, amd, suffix = found.groups()
+    if nvidia:
+        width = re.search(r"\.(?:[US])?(256|128|64|16|8)(?:\.|$)", "." + modifiers)
+        return nvidia.startswith("LD"), int(width[1]) if width else 32
+    name = suffix.split("_")[0]
+    return amd == "load", _AMD_BITS.get(name, 8)
+
+
+def _count(accesses: Iterable[tuple[bool, int] | None]) -> tuple[Counter[int], Counter[int]]:
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for access in accesses:
+        if access is not None:
+            (loads if access[0] else stores)[access[1]] += 1
+    return loads, stores
+
+
+def _wide_bytes(widths: Counter[int]) -> int:
+    return sum(bits * count for bits, count in widths.items() if bits >= 128)
+
+
+def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
+    """First and last line of every loop: from a label to the last branch back to it."""
+    labels: dict[str, int] = {}
+    loops: dict[str, tuple[int, int]] = {}
+    for number, line in enumerate(lines):
+        if label := _LABEL.match(line.strip()):
+            labels[label[1]] = number
+        elif branch := _BRANCH.search(line):
+            name = branch[1] or branch[2]
+            if name in labels and number - labels[name] > 1:
+                loops[name] = (labels[name], number)
+    return list(loops.values())
+
+
+_TENSOR = re.compile(r"tt\.(load|store)\b.*: tensor<([\dx]+)x!tt\.ptr<([a-z]+)(\d+)")
+
+
+def loop_traffic(ttir: str) -> list[tuple[int, int]]:
+    """Bytes read and written per turn of every innermost loop, from Triton's intermediate code."""
+    loops: list[list[int]] = []
+    # open regions: index of the loop they belong to
+    stack: list[int | None] = []
+    for line in ttir.splitlines():
+        text = re.sub(r"\s*loc\(.*$", "", line).strip()
+        if text.startswith("}") and stack:
+            stack.pop()
+        if text.endswith("{") or text.endswith("({"):
+            inner = len(loops) if "scf.for" in text or "scf.while" in text else (stack[-1] if stack else None)
+            if inner == len(loops):
+                loops.append([0, 0])
+            stack.append(inner)
+        access = _TENSOR.search(text)
+        if access and stack and stack[-1] is not None:
+            size = int(access[4]) // 8
+            for dim in access[2].split("x"):
+                size *= int(dim)
+            loops[stack[-1]][access[1] == "store"] += size
+    return [(read, written) for read, written in loops]
+
+
+def table(found: Sequence[Measurement]) -> str:
+    """The measurements as aligned text, one line per configuration and target."""
+    head = ("kernel", "configuration", "target", "reg", "spill", "stack", "shared", "loads", "stores",
+            "read B/elem (cached, promised)", "written (promised)", "")  # fmt: skip
+    rows = [head]
+    for m in found:
+        rows.append((
+            m.kernel, m.label, m.target, str(m.registers), str(m.spills), str(m.stack), str(m.shared),
+            _shown(m.main_loads or m.loads), _shown(m.main_stores or m.stores),
+            f"{m.read:.2f} ({m.cached:g}, {m.promised_read:g})", f"{m.written:.2f} ({m.promised_written:g})",
+            "; ".join(problems(m)),
+        ))  # fmt: skip
+    sizes = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows
+    )
+
+
+def _shown(widths: dict[int, int]) -> str:
+    return " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), reverse=True)) or "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the audit; 1 if a kernel has a problem, 2 if it cannot run here."""
+    parser = argparse.ArgumentParser(
+        prog="leanstep audit",
+        description="Compile every Triton kernel for every target, without a GPU, and print what came out. "
+        "Loads and stores are those of the main loop: count x bits.",
+    )
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
+    parser.add_argument("--match", default="", help='only configurations whose "kernel label" contains this')
+    parser.add_argument("--processes", type=int, help="compile in this many processes (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    try:
+        found = measure(arguments.target or TARGETS, arguments.match, arguments.processes)
+    except RuntimeError as error:
+        sys.stderr.write(f"leanstep audit: {error}\n")
+        return 2
+    wrong = sum(bool(problems(m)) for m in found)
+    if arguments.json:
+        text = json.dumps([asdict(m) | {"problems": problems(m)} for m in found], indent=1)
+    else:
+        text = f"{table(found)}\n\n{len(found)} kernels compiled, {wrong} with problems"
+    sys.stdout.write(text + "\n")
+    return 1 if wrong or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
