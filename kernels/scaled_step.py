@@ -71,7 +71,7 @@ def _run(
         from leanstep.kernels.triton_impl import scaled_step as triton_step
 
         return triton_step.scaled_step(
-            params, mats, [r.reshape(-1) for r in rows], [c.reshape(-1) for c in cols], extras, hyper=hyper,
+            params, mats, _joined(rows), _joined(cols), extras, hyper=hyper,
             rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
         )  # fmt: skip
     step = _compiled_step if backend == "compiled" else _reference_step
@@ -93,6 +93,11 @@ def _run(
             offset=0 if offsets is None else offsets[i],
         )
     return flags
+
+
+def _joined(scales: list[Tensor]) -> Tensor:
+    """Scale vectors of all matrices behind one another, as the Triton kernels read them."""
+    return torch.cat([scale.reshape(-1) for scale in scales])
 
 
 def _reference_step(
