@@ -5,6 +5,7 @@ of one micro batch, each counted once; the allocator's rounding and the kernels'
 adds a margin.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -173,12 +174,19 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     parameters the step writes rubbish into them: give it fake ones.
     """
     if not optimizer.state:
+        before = [dict(group) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
+            # what asks for values, and what only repeats work, changes nothing about the state
+            group.update({key: value for key, value in (("nonfinite", "pass"), ("num_iters", 1)) if key in group})
             for parameter in group["params"]:
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
-        with use_backend("reference"):
+        with use_backend("reference"), warnings.catch_warnings():
+            # comparing the addresses of two fake tensors, which are equal, is harmless here
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             optimizer.step()
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.update(old)
     return unique_bytes(_tensors(list(optimizer.state.values())))
 
 

@@ -1,0 +1,237 @@
+"""``leanstep check``: what it reports of a run that can start, and what stops one that cannot."""
+
+import shutil
+
+import pytest
+import torch
+
+from leanstep.recipes import check as module
+from leanstep.recipes.catalog import describe, recipe_names
+from leanstep.recipes.check import check, disk_need, inspect, routing_rows
+from leanstep.recipes.loader import load
+from leanstep.recipes.vocabulary import vocabulary_size
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A small recipe over a text file; its overrides as keyword text."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def load_with(*overrides, name="llama-nano-adamw"):
+        small = [
+            "data.source=text",
+            f"data.path={tmp_path / 'text.txt'}",
+            "data.tokenizer=train:300",
+            "data.seq_len=32",
+            "data.val_tokens=300",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "batch={tokens_per_step: 128, micro_batch_size: 4}",
+            f"out={tmp_path / 'out'}",
+        ]
+        return load(name, [*small, *overrides])
+
+    return load_with
+
+
+def section(config, title, **options):
+    return next(part for part in inspect(config, **options) if part.title == title)
+
+
+def problems(config, **options):
+    return [f"{part.title}: {problem}" for part in inspect(config, **options) for problem in part.problems]
+
+
+@pytest.mark.parametrize(
+    "name", [f"{family}-nano-{o}" for family in ("llama", "gpt") for o in ("adamw", "lion", "sinkgd")]
+)
+def test_a_run_that_can_start(run, name, capsys, tmp_path):
+    config = run(name=name)
+    assert check(config) == 0
+    out = capsys.readouterr().out
+    for title in ("Recipe", "Device", "Trackers", "Data", "Length", "Parameter groups", "Memory", "Disk", "Output"):
+        assert f"\n{title}\n" in out
+    assert "tokens_per_step: 128" in out
+    assert "76,800 (128 a step)" in out
+    assert "optimizer state" in out and "GiB" in out
+    assert "ready: leanstep train" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_epochs_count_the_sequences_of_the_text(run):
+    from leanstep.recipes.data import load_data
+
+    config = run()
+    sequences = len(load_data(config.data, seed=0).train)
+    lines = section(config, "Length").lines
+    assert lines[-1].split() == ["epochs", f"{600 * 4 / sequences:.2f}"]
+    assert any(
+        "4 sequences of 32: 2 processes x 1 passes x 2 sequences" in line
+        for line in section(run("batch.micro_batch_size=2"), "Length", world_size=2).lines
+    )
+
+
+def test_the_routing_table_accounts_for_every_weight(run):
+    from leanstep.recipes.build import build_optimizer
+    from leanstep.recipes.memory import meta_model
+
+    config = run("optimizer.groups=[{match: 'layers.0', lr: 0.5, weight_decay: 0.25}]")
+    model = meta_model(config, 300)
+    header, *rows = routing_rows(build_optimizer(config.optimizer, model))
+    assert header[:4] == ("group", "algorithm", "tensors", "elements")
+    assert sum(int(row[3].replace(",", "")) for row in rows) == sum(p.numel() for p in model.parameters())
+    assert sum(int(row[2]) for row in rows) == len(list(model.parameters()))
+    chosen = [row for row in rows if row[4:6] == ("0.5", "0.25")]
+    assert chosen and all(row[6].startswith("model.layers.0") for row in chosen)
+    assert any("embed" in row[6] for row in rows)
+
+
+def test_sinkgd_shows_which_parameters_go_to_the_fallback(run):
+    lines = section(run(name="llama-nano-sinkgd"), "Parameter groups").lines
+    matrices = [line for line in lines if "q_proj" in line]
+    embedding = [line for line in lines if "embed_tokens" in line]
+    assert len(matrices) == len(embedding) == 1
+    assert "sinkgd" in matrices[0] and "adamw" in embedding[0]
+
+
+def bad_text(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return f"data.path={path}"
+
+
+def test_texts_that_are_not_there_or_no_text(run, tmp_path):
+    for override, message in (
+        (f"data.path={tmp_path / 'texd.txt'}", "does not exist; did you mean"),
+        (bad_text(tmp_path, "nothing.txt", b""), "empty"),
+        (bad_text(tmp_path, "bytes.txt", bytes(range(256)) * 50), "binary"),
+        ("data.val_tokens=1000000", "cannot be held out"),
+        (f"data.val_path={tmp_path / 'no.txt'}", "no.txt"),
+        ("data.tokenizer=nowhere/at-all", "data.tokenizer"),
+    ):
+        found = [problem for problem in problems(run(override)) if problem.startswith("Data: ")]
+        assert len(found) == 1 and message in found[0], (override, found)
+
+
+def test_too_little_text_for_one_step(run):
+    found = problems(run("batch={tokens_per_step: 65536, micro_batch_size: 4}"))
+    assert len(found) == 1
+    assert found[0].startswith("Length: one step takes 2048 sequences, the text has ")
+
+
+def test_a_hub_recipe_offline_names_those_that_need_no_network():
+    found = problems(load("llama-60m"))
+    assert any("t5-base" in problem for problem in found)
+    found = problems(load("llama-60m", ["data.tokenizer=train:300"]))
+    assert len(found) == 1
+    assert "llama-nano-sinkgd" in found[0]
+
+
+def test_a_vocabulary_that_does_not_fit(run, tmp_path):
+    from leanstep.recipes.data import load_data
+
+    folder = tmp_path / "tokenizer"
+    load_data(run().data, seed=0).tokenizer.save_pretrained(folder)
+    config = run(f"data.tokenizer={folder}", "model.config.vocab_size=290")
+    found = problems(config)
+    assert any("produces 300 tokens, model.config.vocab_size is 290" in problem for problem in found)
+    assert problems(run(f"data.tokenizer={folder}", "model.config.vocab_size=300")) == []
+
+
+def test_sentinels_that_text_never_produces_need_no_weights(run):
+    from leanstep.recipes.data import load_data
+
+    tokenizer = load_data(run().data, seed=0).tokenizer
+    assert vocabulary_size(tokenizer) == len(tokenizer) == 300
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})
+    assert len(tokenizer) == 400
+    assert vocabulary_size(tokenizer) == 300
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert vocabulary_size(tokenizer) == 401
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there(run):
+    (found,) = problems(run("device=cuda"))
+    assert found.startswith("Device: device: 'cuda' was asked for")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_what_a_cpu_cannot_do(run):
+    assert any("fp16 needs a GPU" in problem for problem in problems(run("precision=fp16")))
+    assert any("fsdp2 needs GPUs" in problem for problem in problems(run("distributed.strategy=fsdp2")))
+
+
+def test_trackers_are_looked_for(run, monkeypatch):
+    from accelerate import tracking
+
+    (found,) = problems(run("log.trackers=[wandbb]"))
+    assert found.startswith("Trackers: 'wandbb' is not a tracker of Accelerate, which has ")
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["trackio"])
+    assert problems(run("log.trackers=[trackio]")) == []
+    (found,) = problems(run("log.trackers=[wandb]"))
+    assert "wandb is not installed: pip install wandb" in found
+
+
+def test_an_optimizer_that_refuses_its_arguments_is_a_problem(run):
+    found = problems(run("optimizer.groups=[{match: nothing_like_it, lr: 1}]"))
+    assert any(problem.startswith("Parameter groups: ") and "selects no parameter" in problem for problem in found)
+
+
+def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
+    config = run("checkpoint.keep_last=3", "checkpoint.keep_best=true")
+    assert disk_need(config, weights=100, optimizer_state=200) == (300, 5 * 300 + 100)
+    memory = section(config, "Memory")
+    assert memory.problems == []
+    full = shutil.disk_usage(".")._replace(free=1_000_000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: full)
+    (found,) = problems(config)
+    assert found.startswith("Disk: the run needs 0.0") and "lower checkpoint.keep_last" in found
+
+
+def test_memory_that_is_not_there(run, monkeypatch):
+    monkeypatch.setattr(module, "_free_memory", lambda device: 2_000_000)
+    (found,) = problems(run())
+    assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
+
+
+def test_output_folders(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert problems(run()) == []
+    (out / "notes.txt").write_text("mine")
+    (found,) = problems(run())
+    assert found.startswith("Output: ") and "is not empty and holds no run" in found
+    (out / "config.yaml").write_text("steps: 3")
+    assert problems(run()) == []
+    assert any("continues" in line for line in section(run(), "Output").lines)
+    (found,) = problems(run("checkpoint.resume=never"))
+    assert "already holds a run" in found
+    shutil.rmtree(out)
+    out.write_text("a file")
+    (found,) = problems(run())
+    assert found.startswith("Output: ") and "is a file" in found
+
+
+def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
+    assert check(run("log.trackers=[wandbb]", "optimizer.groups=[{match: zzz, lr: 1}]")) == 1
+    out = capsys.readouterr().out
+    listed = out[out.index(" problems\n") :]
+    assert "- trackers: 'wandbb'" in listed and "- parameter groups: " in listed
+    assert "ready" not in out
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
+    from leanstep.recipes.check import _Facts, _groups, _memory
+
+    # one sequence at a time: what is checked is that model and optimizer can be built and stepped
+    config = load(name, [f"batch.tokens_per_step={load(name).data.seq_len}", "batch.micro_batch_size=1"])
+    facts = _Facts(vocabulary=config.model.config.get("vocab_size", 2048))
+    groups, memory = module.Section("groups"), module.Section("memory")
+    _groups(config, groups, facts)
+    assert len(groups.lines) > 2
+    if describe(config).parameters < 100e6:  # the larger ones differ in size only
+        _memory(config, 1, memory, facts)
+        assert facts.memory.weights > 1_000_000
