@@ -36,3 +36,10 @@ def write_c4(folder: Path, texts: list[str], shards: int, split: str = "train") 
                 row = {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org/"}
                 stream.write(json.dumps(row) + "\n")
     return folder
+
+
+def small_blocks() -> None:
+    """Let streams of this process have blocks of 16 documents, so that a short run uses several."""
+    from leanstep.recipes.streaming import StreamedSequences
+
+    StreamedSequences.__init__.__kwdefaults__["block_documents"] = 16

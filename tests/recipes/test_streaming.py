@@ -9,6 +9,7 @@ import sys
 import pytest
 import texts
 import torch
+import training
 from torch.utils.data import DataLoader
 
 from leanstep.recipes import streaming
@@ -271,3 +272,27 @@ print([next(it)["input_ids"].tolist() for _ in range(40)])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == take(stream(), 40)
+
+
+@pytest.mark.parametrize(("world", "packing"), [(1, "true"), (2, "false")])
+def test_a_killed_run_continues_in_mid_stream(c4, tmp_path, world, packing):
+    """Real training processes, killed by ``kill -9``: every later loss is that of the run that was never stopped."""
+    recipe = training.write_recipe(tmp_path)
+    options = [
+        "steps=12",
+        f"data={{source: local_c4, path: {c4}, streaming: true, packing: {packing}, tokenizer: 'train:300', "
+        f"seq_len: 32, val_tokens: 300, cache_dir: {tmp_path / 'cache'}}}",
+        f"batch.micro_batch_size={4 // world}",
+    ]
+    whole = training.run(recipe, options, tmp_path / "whole", world=world, prepare=texts.small_blocks)
+    assert whole.codes == [0] * world, whole.text()
+    assert "streamed: 5 shards" in whole.text()
+    broken = training.Training(recipe, options, tmp_path / "broken", world=world, prepare=texts.small_blocks)
+    broken.wait_for(lambda run: run.last_step() >= 7)
+    broken.kill()
+    assert broken.wait() == [-9] * world
+    again = training.run(recipe, options, tmp_path / "broken", world=world, prepare=texts.small_blocks)
+    assert again.codes == [0] * world, again.text()
+    assert "resuming from" in again.text()
+    assert training.numbers(tmp_path / "broken") == training.numbers(tmp_path / "whole")
+    assert len(training.numbers(tmp_path / "whole")) >= 12
