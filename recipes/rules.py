@@ -9,20 +9,27 @@ from difflib import get_close_matches
 from typing import Any
 
 from leanstep.recipes.config import range_problem
-from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments
+from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
 
 __all__ = ["group_problems", "model_problems", "optimizer_problems", "text_problem", "unknown_key"]
 
 Problem = tuple[tuple[str, ...], str]
 
-ROLES = ("hidden", "embedding", "head", "position", "norm", "bias", "conv", "expert", "lora", "other")
+# Where the classes keep the words that a text argument may be; read from there, so that they are written once.
+CHOICES = {
+    "role": ("leanstep.optimizers", "param_groups.py", "ROLES"),
+    "algorithm": ("leanstep.optimizers", "sinkgd.py", "ALGORITHMS"),
+    "spectral": ("leanstep.optimizers", "sinkgd.py", "SPECTRAL"),
+    "nonfinite": ("leanstep.optimizers", "_base.py", "NONFINITE"),
+    "rounding": ("leanstep.kernels", "reference/rounding.py", "ROUNDINGS"),
+}
 OWN_KEYS = {"params": "comes from the model", "lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay"}
 # Ranges that the optimizer classes enforce on construction, repeated so that they are known before torch is imported.
 ARGUMENT_BOUNDS: dict[str, dict[str, float]] = {
     "lr": {"at_least": 0},
     "weight_decay": {"at_least": 0},
     "eps": {"at_least": 0},
-    "scale": {"above": 0},
+    "scale": {"at_least": 0},
     "num_iters": {"at_least": 1},
     "momentum": {"at_least": 0, "below": 1},
     "betas": {"at_least": 0, "below": 1},
@@ -79,8 +86,7 @@ def group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
         accepted = {
             **(arguments or {key: Accepts(anything=True) for key in entry}),
             "match": Accepts.of(str),
-            "role": Accepts(choices=ROLES),
-            "algorithm": Accepts.of(str),
+            "role": Accepts.of(str),
             "lr": Accepts.of(float),
             "weight_decay": Accepts.of(float),
         }
@@ -131,6 +137,11 @@ def _entry_problems(
         yield path, unknown_key(path, listed)
         return
     problem = accepted[key].problem(value)
+    choices = string_constants(*CHOICES[key]) if key in CHOICES and isinstance(value, str) else None
+    if choices and not problem:
+        near = get_close_matches(str(value), choices, n=1)
+        problem = Accepts(choices=choices).problem(value)
+        problem = f"{problem}; did you mean {near[0]!r}?" if problem and near else problem
     if problem:
         yield path, f"{full}: {problem}"
         return

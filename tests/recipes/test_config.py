@@ -217,6 +217,10 @@ WRONG = {
     "no selector": ("optimizer.groups=[{lr: 1}]", "optimizer.groups.0 must select parameters by 'match'"),
     "two selectors": ("optimizer.groups=[{match: a, role: head, lr: 1}]", "optimizer.groups.0 must select parameters"),
     "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role: expected one of 'hidden'"),
+    "algorithm": (
+        "optimizer.groups=[{role: head, algorithm: sinkd}]",
+        "unknown key 'optimizer.groups.0.algorithm'",
+    ),
     "empty group": ("optimizer.groups=[{role: head}]", "optimizer.groups.0 selects parameters but sets nothing"),
     "group option": ("optimizer.groups=[{role: head, lrr: 1}]", "unknown key 'optimizer.groups.0.lrr'; did you mean"),
     "group range": ("optimizer.groups=[{role: head, lr: -1}]", "optimizer.groups.0.lr must be at least 0, got -1"),
@@ -229,6 +233,28 @@ def test_each_kind_of_mistake(recipe, override, message):
     assert len(found) == 1, found
     assert message in found[0]
     assert found[0].startswith("override: ")
+
+
+CHOICES = {
+    "rounding=stochastik": "optimizer.args.rounding: expected one of 'nearest', 'stochastic', 'kahan', 'master', got "
+    "'stochastik'; did you mean 'stochastic'?",
+    "nonfinite=ignore": "optimizer.args.nonfinite: expected one of 'skip', 'raise', 'pass', got 'ignore'",
+    "algorithm=sinkg": "optimizer.args.algorithm: expected one of 'auto', 'sinkgd', 'balanced', 'adamw', got 'sinkg'; "
+    "did you mean 'sinkgd'?",
+    "spectral=norm": "optimizer.args.spectral: expected one of 'unit', 'muon', got 'norm'",
+    "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
+    "momentum_dtype=fp32": "optimizer.args.momentum_dtype: expected one of 'float16', 'bfloat16', 'float32', 'float64'",
+}
+
+
+@pytest.mark.parametrize(("argument", "message"), CHOICES.items(), ids=CHOICES.keys())
+def test_words_that_an_argument_may_be_are_those_of_the_class(recipe, argument, message):
+    (found,) = problems_of(recipe(), ["optimizer={name: sinkgd, lr: 1e-2}", f"optimizer.args.{argument}"])
+    assert message in found
+    allowed = {"rounding": "kahan", "nonfinite": "raise", "algorithm": "balanced", "spectral": "muon"}
+    key = argument.partition("=")[0]
+    if key in allowed:
+        load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2}", f"optimizer.args.{key}={allowed[key]}"])
 
 
 def test_release_gradients_excludes_accumulation_and_clipping(recipe):
