@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

@@ -149,6 +149,13 @@ def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
 
 
+def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
+    """How parameters of `dtype` are rounded where `rounding` is asked for: wide ones, and some, to nearest only."""
+    if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
+        return "nearest"
+    return rounding
+
+
 class Staging:
     """Contiguous stand-ins, in a dtype that a kernel takes, for tensors that are not; written back at the end.
 
@@ -161,9 +168,12 @@ class Staging:
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`tensor`, or a contiguous copy of it in `dtype`, alive until `finish`: tables hold bare addresses."""
-        staged = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        self._kept.append(staged)
-        return staged
+        return self.hold(tensor.detach().to(dtype or tensor.dtype).contiguous())
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself, alive until `finish`."""
+        self._kept.append(tensor)
+        return tensor
 
     def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """As `read`, for a tensor that the kernel changes in place."""
@@ -172,9 +182,25 @@ class Staging:
             self._written.append((tensor.detach(), staged))
         return staged
 
+    def rounded(self, param: Tensor, extra: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
+        """The tensor that a kernel updates, what it keeps beside it, and how it rounds; as `rounding` means for them.
+
+        Stochastic rounding is defined for bfloat16, and an fp32 parameter needs nothing beside it: nothing is left of
+        an fp32 value rounded to fp32, and a master copy is updated in the parameter's place and copied to it.
+        """
+        if extra is not None and param.dtype == torch.float32:
+            if rounding == "master":
+                self._written.append((param.detach(), extra.detach()))
+                return extra, None, "nearest"
+            param.detach().add_(extra.detach())
+            extra.detach().zero_()
+            return param, None, "nearest"
+        return param, extra, effective_rounding(rounding, param.dtype)
+
     def finish(self) -> None:
         """Copy what the kernel changed back to where it belongs, and let go of the copies."""
-        for tensor, staged in self._written:
+        # last first: a master copy may itself have had a stand-in
+        for tensor, staged in reversed(self._written):
             tensor.copy_(staged)
         self._written.clear()
         self._kept.clear()

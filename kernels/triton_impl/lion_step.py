@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import (
+    ROUNDINGS,
     TL_DTYPE,
     aligned_pointer,
     load_tile,
@@ -28,6 +29,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     by_key,
     device_programs,
     device_rows,
+    effective_rounding,
     is_aligned,
     on_device,
     warps,
@@ -52,7 +54,7 @@ def _step_tile(
     p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
     ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile; `mask` is None for a whole one. Returns 1 where the gradient is not finite."""
+    """Update one tile; `mask` is None for a whole one. Returns 1 where the gradient is not finite and is skipped."""
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -61,8 +63,7 @@ def _step_tile(
         e_old = load_tile(e_ptr + offs, mask)
 
     g = tl.where((mode & 1) != 0, -g, g)
-    nonfinite = ~(tl.abs(g) < float("inf"))
-    skip = ((mode & 2) != 0) & nonfinite
+    skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
     m = to_float(m_old)
     u = _sign(beta1 * m + omb1 * g)
     u = tl.where(((mode & 8) == 0) | (u * g > 0), u * scale, 0.0)
@@ -78,7 +79,7 @@ def _step_tile(
         tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
     m = round_to(beta2 * m + omb2 * g, m_old.dtype)
     tl.store(m_ptr + offs, tl.where(skip, m_old, m), mask=mask)
-    return nonfinite.to(tl.int32)
+    return skip.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["mode"])
@@ -186,7 +187,7 @@ def lion_step(
     seeds: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """Update `params`, `exp_avgs` and `extras` in place; int32 flags say which gradients had a non-finite entry.
+    """Update `params`, `exp_avgs` and `extras` in place; int32 flags say which tensors had entries skipped.
 
     The definition is `leanstep.kernels.reference.lion_step`; results are equal to it bit for bit.
     """
@@ -196,15 +197,16 @@ def lion_step(
     keeps_extra = rounding in ("kahan", "master")
     rows, keys, pieces = [], [], []
     for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
+        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
         p = staging.write(p)
         g = staging.read(g, _native_dtype(g.dtype, p.dtype))
         m = staging.write(m, _native_dtype(m.dtype, p.dtype, torch.bfloat16))
-        e = staging.write(extras[i]) if keeps_extra else None
+        e = None if e is None else staging.write(e)
         aligned = is_aligned(p, g, m, e)
         rows.append(
             (p.data_ptr(), g.data_ptr(), m.data_ptr(), 0 if e is None else e.data_ptr(), p.numel(), aligned, i, 0)
         )
-        keys.append((p.dtype, g.dtype, m.dtype, p.dtype if e is None else e.dtype))
+        keys.append((p.dtype, g.dtype, m.dtype, p.dtype if e is None else e.dtype, rounds))
         pieces.append(triton.cdiv(p.numel(), BLOCK * TILES))
     if not any(pieces):
         return flags
@@ -213,7 +215,7 @@ def lion_step(
     mode |= (cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
-        for dtypes, members in by_key(keys).items():
+        for (*dtypes, rounds), members in by_key(keys).items():
             programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
             if programs is None:
                 continue
@@ -221,7 +223,7 @@ def lion_step(
             lion_step_kernel[(programs.numel(),)](
                 table, programs, hyper, hyper if cautious_scale is None else cautious_scale,
                 zeros if seeds is None else seeds, zeros if offsets is None else offsets, flags, mode,
-                *(TL_DTYPE[d] for d in dtypes), ROUNDING=_rounding(rounding, dtypes[0]), BLOCK=BLOCK, TILES=TILES,
+                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -263,17 +265,12 @@ def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *others: torch.d
     return dtype if dtype in native else torch.float32
 
 
-def _rounding(rounding: str, param_dtype: torch.dtype) -> str:
-    """Stochastic rounding is defined for bfloat16; every other dtype is rounded to nearest, as in the definition."""
-    return "nearest" if rounding == "stochastic" and param_dtype != torch.bfloat16 else rounding
-
-
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
     cases = []
     for p in TL_DTYPE:
         for g, m in _dtype_pairs(p):
-            for rounding in dict.fromkeys(_rounding(r, p) for r in ("nearest", "stochastic", "kahan", "master")):
+            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
                 e = torch.float32 if rounding == "master" else p
                 cases.append(_step_case(p, g, m, e, rounding))
     for g in TL_DTYPE:

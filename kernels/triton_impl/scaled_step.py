@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import (
+    ROUNDINGS,
     TL_DTYPE,
     aligned_pointer,
     load_tile,
@@ -23,9 +24,11 @@ from leanstep.kernels.triton_impl._common import (
 )
 from leanstep.kernels.triton_impl._compile import AuditCase, pointer
 from leanstep.kernels.triton_impl._multi_tensor import (
+    Staging,
     by_key,
     device_programs,
     device_rows,
+    effective_rounding,
     has_aligned_rows,
     on_device,
     warps,
@@ -39,13 +42,13 @@ SCAN, SCAN_THREADS = 1024, 128
 
 
 @triton.jit
-def column_nan_kernel(table, programs, cols, bad, flags, BLOCK: tl.constexpr):
+def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
     """Whether a matrix has a NaN among its column scales: into `bad` per matrix of the batch, `flags` per tensor."""
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 24
     batch = entry & 0xFFFFFFFF
     n = tl.load(row + 4)
-    c_ptr = cols + tl.load(row + 15) + batch * n
+    c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
     seen = tl.zeros([BLOCK], dtype=tl.int32)
     for j in range(0, n.to(tl.int32), BLOCK):
         offs = j + tl.arange(0, BLOCK)
@@ -78,14 +81,14 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def scaled_step_kernel(
-    table, programs, rows, cols, hyper, seeds, offsets, bad,
+    table, programs, hyper, seeds, offsets, bad,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a strip of BLOCK_N columns.
 
-    A row of the table is (p, g, extra addresses, m, n, strides of p, of g, of extra, rows offset, cols offset, row
-    blocks, column blocks, bad offset, index, 0, 0, 0, 0).
+    A row of the table is (p, g, extra addresses, m, n, strides of p, of g, of extra, row scales, column scales
+    addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
     """
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 24
@@ -100,8 +103,9 @@ def scaled_step_kernel(
         start = (strip % row_blocks).to(tl.int64) * ROWS
         count = tl.minimum(m - start, ROWS).to(tl.int32)
         offs_n = (piece % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        c = tl.load(cols + tl.load(row + 15) + batch * n + offs_n, mask=offs_n < n, other=0.0)
-        r_ptr = rows + tl.load(row + 14) + batch * m + start
+        c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
+        c = tl.load(c_ptr + offs_n, mask=offs_n < n, other=0.0)
+        r_ptr = tl.load(row + 14).to(tl.pointer_type(tl.float32)) + batch * m + start
         p_ptr, p_stride_m, p_stride_n = _strided(row, 5, batch, start, 0, P_DTYPE, ALIGNED)
         g_ptr, g_stride_m, g_stride_n = _strided(row, 8, batch, start, 1, G_DTYPE, ALIGNED)
         e_ptr, e_stride_m, e_stride_n = _strided(row, 11, batch, start, 2, E_DTYPE, ALIGNED)
@@ -140,8 +144,8 @@ def scaled_step_kernel(
 def scaled_step(
     params: Sequence[Tensor],
     mats: Sequence[Tensor],
-    rows: Tensor,
-    cols: Tensor,
+    rows: Tensor | Sequence[Tensor],
+    cols: Tensor | Sequence[Tensor],
     extras: Sequence[Tensor],
     *,
     hyper: Tensor,
@@ -152,75 +156,79 @@ def scaled_step(
 ) -> Tensor:
     """Update `params` and `extras` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
-    `rows` and `cols` are laid out as for `sinkhorn_pass`; `hyper` is fp32 [step, decay] on the device. Returns int32
-    flags: 1 where a matrix of the tensor has a NaN column scale; with `skip_nonfinite` such matrices are left as they
-    are. The definition is `leanstep.kernels.reference.scaled_step`; results are equal to it bit for bit.
+    `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
+    `sinkhorn_pass`, or a list. `hyper` is fp32 [step, decay] on the device. Returns int32 flags: with `skip_nonfinite`,
+    1 where a matrix of the tensor has a NaN column scale; such matrices are left as they are. The definition is
+    `leanstep.kernels.reference.scaled_step`; results are equal to it bit for bit.
     """
     device = hyper.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
-    table, keys, pieces, batches, _kept = _table(params, mats, extras if rounding in ("kahan", "master") else [])
+    staging = Staging()
+    scales = [_addresses(rows, params, -2), _addresses(cols, params, -1)]
+    table, keys, pieces, batches = _table(params, mats, extras, scales, rounding, staging)
     if not any(pieces):
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
     zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
     device_table = device_rows(table, device)
     with on_device(device):
-        scans = device_programs(batches, device)
-        assert scans is not None  # there are pieces, so there are matrices
-        column_nan_kernel[(scans.numel(),)](
-            device_table, scans, cols, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
-        )
-        if not skip_nonfinite:
-            bad.zero_()
-        for (p_dtype, g_dtype, e_dtype, aligned), members in by_key(keys).items():
+        scans = device_programs(batches, device) if skip_nonfinite else None
+        if scans is not None:
+            column_nan_kernel[(scans.numel(),)](
+                device_table, scans, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
+            )
+        for key, members in by_key(keys).items():
             programs = device_programs([k * member for k, member in zip(pieces, members, strict=True)], device)
             if programs is not None:
                 # fused multiply-adds would round differently from the definition
                 scaled_step_kernel[(programs.numel(),)](
-                    device_table, programs, rows, cols, hyper, zeros if seeds is None else seeds,
-                    zeros if offsets is None else offsets, bad,
-                    **_constants(p_dtype, g_dtype, e_dtype, _rounding(rounding, p_dtype), aligned),
-                    num_warps=warps(THREADS), enable_fp_fusion=False,
+                    device_table, programs, hyper, zeros if seeds is None else seeds,
+                    zeros if offsets is None else offsets, bad, **_constants(*key), num_warps=warps(THREADS),
+                    enable_fp_fusion=False,
                 )  # fmt: skip
+    staging.finish()
     return flags
 
 
-def _table(params: Sequence[Tensor], mats: Sequence[Tensor], extras: Sequence[Tensor]):
-    """Per tensor: its row of the table, its configuration, its number of programs and of matrices, and its G.
+def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim: int) -> list[int]:
+    """Where each tensor's row scales (dim -2) or column scales (dim -1) start."""
+    if not isinstance(scales, Tensor):
+        return [s.data_ptr() for s in scales]
+    sizes = [p.shape[:-2].numel() * p.shape[dim] for p in params]
+    return [scales.data_ptr() + scales.element_size() * sum(sizes[:i]) for i in range(len(sizes))]
 
-    The table holds bare addresses, so the caller must keep the G that were cast until it has launched.
-    """
-    table, keys, pieces, batches, kept = [], [], [], [], []
-    row_offset = col_offset = 0
+
+def _table(
+    params: Sequence[Tensor],
+    mats: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    scales: list[list[int]],
+    rounding: str,
+    staging: Staging,
+):
+    """Per tensor: its row of the table, its configuration, its number of programs and of matrices."""
+    table, keys, pieces, batches = [], [], [], []
+    keeps_extra = rounding in ("kahan", "master")
     for i, (p, g) in enumerate(zip(params, mats, strict=True)):
-        e = extras[i] if extras else p
-        g = g.to(_native_dtype(g.dtype, p.dtype))
-        p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, e))
+        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
+        p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
-        aligned = all(has_aligned_rows(t) for t in (p, g, e))
         row_blocks, column_blocks = triton.cdiv(m, ROWS), triton.cdiv(n, BLOCK_N)
         table.append(
-            (p.data_ptr(), g.data_ptr(), e.data_ptr(), m, n, *p.stride(), *g.stride(), *e.stride(), row_offset,
-             col_offset, row_blocks, column_blocks, sum(batches), i, 0, 0, 0, 0)
+            (p.data_ptr(), g.data_ptr(), e.data_ptr(), m, n, *p.stride(), *g.stride(), *e.stride(), scales[0][i],
+             scales[1][i], row_blocks, column_blocks, sum(batches), i, 0, 0, 0, 0)
         )  # fmt: skip
-        kept.append(g)
-        keys.append((p.dtype, g.dtype, e.dtype, aligned))
+        keys.append((p.dtype, g.dtype, e.dtype, rounds, all(has_aligned_rows(t) for t in (p, g, e))))
         pieces.append(b * row_blocks * column_blocks)
         batches.append(b)
-        row_offset += b * m
-        col_offset += b * n
-    return table, keys, pieces, batches, kept
+    return table, keys, pieces, batches
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the kernel takes G: its own if compiled for, else fp32 through a copy, which is exact."""
     native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
     return dtype if dtype in native else torch.float32
-
-
-def _rounding(rounding: str, param_dtype: torch.dtype) -> str:
-    """Stochastic rounding is defined for bfloat16; every other dtype is rounded to nearest, as in the definition."""
-    return "nearest" if rounding == "stochastic" and param_dtype != torch.bfloat16 else rounding
 
 
 def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, aligned: bool):
@@ -235,7 +243,7 @@ def audit_cases() -> list[AuditCase]:
     cases = [_scan_case()]
     for p in TL_DTYPE:
         for g in dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE):
-            for rounding in dict.fromkeys(_rounding(r, p) for r in ("nearest", "stochastic", "kahan", "master")):
+            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
                 cases += [_step_case(p, g, rounding, aligned) for aligned in (True, False)]
     return cases
 
@@ -248,7 +256,7 @@ def _step_case(p: torch.dtype, g: torch.dtype, rounding: str, aligned: bool) -> 
         kernel=scaled_step_kernel,
         label=f"p {p} g {g} {rounding} {rows}".replace("torch.", ""),
         arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), rows=pointer("fp32"), cols=pointer("fp32"),
+            table=pointer("i64"), programs=pointer("i64"),
             hyper=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
         ),
         constants=_constants(p, g, e, rounding, aligned),
@@ -266,7 +274,7 @@ def _scan_case() -> AuditCase:
         kernel=column_nan_kernel,
         label="column scales",
         arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), cols=pointer("fp32"), bad=pointer("i32"),
+            table=pointer("i64"), programs=pointer("i64"), bad=pointer("i32"),
             flags=pointer("i32"),
         ),
         constants=dict(BLOCK=SCAN),
