@@ -199,7 +199,11 @@ def _groups(config: RunConfig, section: Section, facts: _Facts) -> None:
     from leanstep.recipes.build import build_optimizer
     from leanstep.recipes.memory import meta_model
 
-    optimizer = build_optimizer(config.optimizer, meta_model(config, facts.vocabulary))
+    vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
+    if not vocabulary:
+        section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
+        return
+    optimizer = build_optimizer(config.optimizer, meta_model(config, vocabulary))
     section.lines.extend(_table(routing_rows(optimizer)))
 
 
@@ -226,7 +230,11 @@ def _memory(config: RunConfig, world_size: int, section: Section, facts: _Facts)
     """Bytes of one process, and whether they fit the device."""
     from leanstep.recipes.memory import estimate
 
-    facts.memory = estimate(config, facts.vocabulary, world_size=world_size, device=facts.device)
+    vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
+    if not vocabulary:
+        section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
+        return
+    facts.memory = estimate(config, vocabulary, world_size=world_size, device=facts.device)
     section.lines.extend(_table([(name, f"{size / GIB:.3f} GiB") for name, size in facts.memory.rows()]))
     free = _free_memory(facts.device)
     if free is None:

@@ -206,14 +206,14 @@ def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     from leanstep.recipes.data import load_data, load_validation
     from leanstep.recipes.tokenizer import open_tokenizer
+    from leanstep.recipes.vocabulary import vocabulary_size
 
     folder = find_model_folder(options.checkpoint)
     model = _open_model(folder)
     tokenizer = open_tokenizer(str(folder))
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in '{folder}' has {len(tokenizer)} tokens, the model {model.config.vocab_size}"
-        )
+    needed = vocabulary_size(tokenizer)
+    if needed > model.config.vocab_size:
+        raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {model.config.vocab_size}")
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
     if options.data == "sotu":
