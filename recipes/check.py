@@ -16,7 +16,7 @@ from leanstep.recipes.loader import dump
 __all__ = ["Section", "check", "disk_need", "inspect", "routing_rows"]
 
 LOAD_LIMIT = 64 * 2**20  # local text up to this size is tokenised to count its tokens; the run finds it in the cache
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass
@@ -53,7 +53,7 @@ def check(config: RunConfig, *, world_size: int = 1) -> int:
         print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}")
         print("\n".join(f"  - {problem}" for problem in problems))
         return 1
-    print(f"\nready: leanstep train {config.source_file or config.name}")
+    print("\nready to train")
     return 0
 
 
@@ -149,7 +149,9 @@ def _data(config: RunConfig, section: Section, facts: _Facts) -> None:
     from leanstep.recipes.data import load_data
 
     loaded = load_data(data, seed=config.seed, rank=0, world_size=1)
-    section.lines.extend(loaded.summary().splitlines())
+    for name, fact in loaded.facts.items():
+        if name != "tokenizer":
+            section.add(name, fact)
     facts.train_sequences = len(loaded.train)
 
 
@@ -235,18 +237,18 @@ def _memory(config: RunConfig, world_size: int, section: Section, facts: _Facts)
         section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
         return
     facts.memory = estimate(config, vocabulary, world_size=world_size, device=facts.device)
-    section.lines.extend(_table([(name, f"{size / GIB:.3f} GiB") for name, size in facts.memory.rows()]))
+    section.lines.extend(_table([(name, _size(size)) for name, size in facts.memory.rows()]))
     free = _free_memory(facts.device)
     if free is None:
         return
     # processes on a CPU share its memory, devices do not
     need = facts.memory.peak * (world_size if facts.device == "cpu" else 1)
-    section.add("free now", f"{free / GIB:.3f} GiB on {facts.device}")
+    section.add("free now", f"{_size(free)} on {facts.device}")
     if need > free:
         half = max(1, config.batch.micro_batch_size // 2)
         ways = [f"batch.micro_batch_size={half} (same maths)", "activation_checkpointing=true", "precision=bf16-pure"]
         section.problems.append(
-            f"{need / GIB:.2f} GiB do not fit the {free / GIB:.2f} GiB that are free on {facts.device}; in this order: "
+            f"{_size(need)} do not fit the {_size(free)} that are free on {facts.device}; in this order: "
             + ", ".join(ways)
         )
 
@@ -278,7 +280,7 @@ def _disk(config: RunConfig, section: Section, facts: _Facts) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    section.add("free", f"{free / GIB:.2f} GiB in {place}")
+    section.add("free", f"{_size(free)} in {place}")
     if not os.access(place, os.W_OK):
         section.problems.append(f"{place} cannot be written to; choose another with out=FOLDER")
     if facts.memory is None:
@@ -286,11 +288,11 @@ def _disk(config: RunConfig, section: Section, facts: _Facts) -> None:
         return
     shards = facts.memory
     one, need = disk_need(config, shards.weights, shards.optimizer_state)
-    section.add("checkpoint", f"{one / GIB:.3f} GiB, {config.checkpoint.keep_last} kept and one being written")
-    section.add("needed", f"{need / GIB:.3f} GiB with the final model")
+    section.add("checkpoint", f"{_size(one)}, {config.checkpoint.keep_last} kept and one being written")
+    section.add("needed", f"{_size(need)} with the final model")
     if need > free:
         section.problems.append(
-            f"the run needs {need / GIB:.2f} GiB, {place} has {free / GIB:.2f}; lower checkpoint.keep_last "
+            f"the run needs {_size(need)}, {place} has {_size(free)}; lower checkpoint.keep_last "
             "or choose another disk with out=FOLDER"
         )
 
@@ -311,6 +313,11 @@ def _output(config: RunConfig, section: Section) -> None:
     section.add("found", "a run, which `train` continues from its newest complete checkpoint")
     if config.checkpoint.resume == "never":
         section.problems.append(f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER")
+
+
+def _size(size: int) -> str:
+    """Bytes in MiB or GiB with as many digits as matter."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
