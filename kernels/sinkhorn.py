@@ -1,6 +1,6 @@
 """Square-root Sinkhorn row and column scales of lists of matrices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,55 @@ def _new_scales(mats: Sequence[Tensor]) -> Scales:
     return _scales(mats, rows, cols)
 
 
+def sinkhorn_of_rows(
+    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
+) -> Generator[tuple[Tensor, str], None, Scales]:
+    """:func:`sinkhorn` of shards of rows, as a generator for callers that reduce for several lists at once.
+
+    Yields (flat buffer, "sum") once per iteration: the column means of all matrices, to be summed over the shards in
+    place before it goes on.
+    """
+    backend = choose("sinkhorn", mats[0].device, mats[0].dtype).backend
+    scales = _new_scales(mats)
+    cols_total = [m.shape[-1] for m in mats]
+    for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+        yield sums, "sum"
+    return scales
+
+
+def sinkhorn_of_columns(
+    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, cols_total: Sequence[int]
+) -> Generator[tuple[Tensor, str], None, Scales]:
+    """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
+
+    Yields (flat buffer, "max") once, the largest entries of all rows, then (flat buffer, "sum") once per row
+    half-iteration, the row means: to be reduced over the shards in place before it goes on.
+    """
+    scales = _new_scales(mats)
+    batches = [as_batch(m) for m in mats]
+    sums = torch.zeros_like(scales.flat_rows)
+    parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
+    cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
+    for batch, part in zip(batches, parts, strict=True):
+        if batch.numel():
+            part.copy_(batch.abs().amax(dim=-1))
+    yield sums, "max"
+    prescale = reference.reciprocal_or_zero(sums)
+    first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
+    for iteration in range(num_iters + end_with_rows):
+        for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
+            part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        yield sums, "sum"
+        sums.copy_(reference.reciprocal_or_zero(sums))
+        scales.flat_rows.copy_(prescale * sums.sqrt())
+        if iteration == num_iters:
+            break
+        for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
+            squares = reference.scaled_squares(batch, r0)
+            c.copy_(finish_columns(reference.column_half(squares, part, batch.shape[-2])))
+    return scales
+
+
 @torch.no_grad()
 def _run(
     mats: Sequence[Tensor],
@@ -104,7 +153,9 @@ def _run(
     if backend == "triton" or all_reduce is not None:
         rows_total = rows_total or [m.shape[-2] for m in mats]
         cols_total = cols_total or [m.shape[-1] for m in mats]
-        _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, all_reduce, backend)
+        for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+            if all_reduce is not None:
+                all_reduce(sums)
         return scales
     scratch = _Scratch() if backend == "compiled" else None
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
@@ -128,17 +179,18 @@ def _iterate_together(
     end_with_rows: bool,
     rows_total: Sequence[int],
     cols_total: Sequence[int],
-    all_reduce: Callable[[Tensor], None] | None,
     backend: str,
-) -> None:
-    """All matrices one iteration at a time: one launch (GPU) and one all-reduce (shards) per iteration."""
+) -> Generator[Tensor, None, None]:
+    """All matrices one iteration at a time: one launch (GPU) per iteration, after which the column means are yielded.
+
+    Where the matrices are shards of rows, the caller sums them over the shards, in place, before going on.
+    """
     one_pass = _triton_pass if backend == "triton" else _reference_pass
     for iteration in range(num_iters + end_with_rows):
         colmeans = one_pass(mats, scales, rows_total, cols_total, iteration == 0)
         if iteration == num_iters:  # the closing row half-iteration needs no columns
             break
-        if all_reduce is not None:
-            all_reduce(colmeans)
+        yield colmeans
         scales.flat_cols.copy_(finish_columns(colmeans))
 
 

@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local, new_state
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
-from leanstep.optimizers._sharding import shard_of
+from leanstep.optimizers._sharding import Shard, Steps, offsets_of, shard_of, sum_over_shards
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -41,7 +41,7 @@ def adamw_step(
     roundings: list[str],
     indices: list[int],
     group: dict[str, Any],
-) -> None:
+) -> Steps[None]:
     """Decoupled Adam on a list of tensors with a gradient; bit-equal to ``torch.optim.AdamW`` with the same flags.
 
     A non-finite gradient anywhere in a (device, dtype) set skips the whole set, on the device: one check, no wait.
@@ -51,7 +51,8 @@ def adamw_step(
         chosen_grads = [local(grads[i]) for i in members]
         found = None
         if group["nonfinite"] == "skip":
-            flags = nonfinite_flags(chosen_grads, [shard_of(params[i]).process_group for i in members])
+            flags = nonfinite_flags(chosen_grads)
+            yield from share_flags(flags, [shard_of(params[i]) for i in members])
             count_nonfinite(group, flags)
             found = flags.any()
             if device.type == "cpu" and not torch.compiler.is_compiling():
@@ -62,11 +63,20 @@ def adamw_step(
         run = _plain if rounding == "nearest" else _rounded
         kept = [states[i] for i in members]
         run(chosen, chosen_grads, kept, group, found, rounding, [indices[i] for i in members],
-            [shard_of(params[i]).offset for i in members])  # fmt: skip
+            [shard_of(params[i]) for i in members])  # fmt: skip
 
 
-def nonfinite_flags(grads: list[Tensor], process_groups: list[Any]) -> Tensor:
-    """int32 [n]: 1 where a gradient (any shard of it) has a non-finite entry.
+def share_flags(flags: Tensor, shards: list[Shard]) -> Steps[None]:
+    """Raise a flag where any shard of the tensor has raised it, in place."""
+    if not any(s.groups for s in shards):
+        return
+    total = flags.to(torch.float32)  # in fp32 they travel with the column sums
+    yield from sum_over_shards(total, shards)
+    flags.copy_(total > 0)
+
+
+def nonfinite_flags(grads: list[Tensor]) -> Tensor:
+    """int32 [n]: 1 where a gradient has a non-finite entry.
 
     On a CPU a finite sum proves it finite in the fastest pass there is; only a sum that is not leads to a second look.
     """
@@ -76,11 +86,6 @@ def nonfinite_flags(grads: list[Tensor], process_groups: list[Any]) -> Tensor:
         )
     else:
         flags = torch.stack([~torch.isfinite(g).all() for g in grads]).to(torch.int32)
-    for group in {id(g): g for g in process_groups if g is not None}.values():
-        mine = torch.tensor([g is group for g in process_groups], device=flags.device)
-        shared = torch.where(mine, flags, 0)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
-        flags = torch.where(mine, shared, flags)
     return flags
 
 
@@ -131,14 +136,16 @@ def _rounded(
     found: Tensor | None,
     rounding: str,
     indices: list[int],
-    offsets: list[int],
+    shards: list[Shard],
 ) -> None:
     """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the set."""
     extras = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
     wide = [widen(p, e, rounding) for p, e in zip(params, extras, strict=True)]
     _plain(wide, [g.float() for g in grads], states, group, found)
     seeds: Any = [None] * len(params)
+    offsets: Any = [0] * len(params)
     if rounding == "stochastic":
+        offsets = offsets_of(shards, params[0].device)
         seeds = seeds_for([s["step"] for s in states], indices, group["seed"], params[0].device)
     for param, extra, value, seed, offset in zip(params, extras, wide, seeds, offsets, strict=True):
         new_param, new_extra = narrow(value, param, rounding, seed, offset)

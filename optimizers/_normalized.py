@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from leanstep.kernels import Scales, scaled_step, sinkhorn, use_backend
 from leanstep.kernels.reference.scaled_step import scaled_update
-from leanstep.optimizers._adamw import nonfinite_flags
+from leanstep.kernels.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
+from leanstep.optimizers._adamw import nonfinite_flags, share_flags
 from leanstep.optimizers._base import count_nonfinite, local
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
-from leanstep.optimizers._sharding import Shard, all_reduce_sum, shard_of
+from leanstep.optimizers._sharding import Reduction, Shard, Steps, cut, like_rows, offsets_of, shard_of, together
 
 # power iterations at the first step, when the vector is a guess, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
@@ -29,21 +31,19 @@ def step(
     algorithm: str,
     rounding: str,
     hyper: Tensor,
-) -> None:
+) -> Steps[None]:
     """Normalise and apply, for matrices of one device and dtype; parameters and state in place."""
     shards = [shard_of(p) for p in params]
-    if group["foreach"] is False and len(params) > 1:
-        for i in range(len(params)):
-            step(
-                [params[i]], [grads[i]], [states[i]], [indices[i]],
-                group=group, algorithm=algorithm, rounding=rounding, hyper=hyper,
-            )  # fmt: skip
+    if group["foreach"] is not False:
+        yield from _step(params, grads, states, indices, shards, group, algorithm, rounding, hyper)
         return
-    if group["foreach"] is False:
-        with use_backend("reference"):
-            _step(params, grads, states, indices, shards, group, algorithm, rounding, hyper)
-        return
-    _step(params, grads, states, indices, shards, group, algorithm, rounding, hyper)
+    for p, g, state, index, shard in zip(params, grads, states, indices, shards, strict=True):
+        yield from _step([p], [g], [state], [index], [shard], group, algorithm, rounding, hyper)
+
+
+def _backend(group: dict[str, Any]) -> AbstractContextManager[object]:
+    """The backend a group asks for. Never held while a rule waits: others run meanwhile."""
+    return use_backend("reference") if group["foreach"] is False else nullcontext()
 
 
 def _step(
@@ -56,7 +56,8 @@ def _step(
     algorithm: str,
     rounding: str,
     hyper: Tensor,
-) -> None:
+) -> Steps[None]:
+    cuts = [cut(s) for s in shards]
     weights = [local(p) for p in params]
     gradients = [as_matrices(local(g)) for g in grads]
     if group["maximize"]:
@@ -65,20 +66,30 @@ def _step(
     mats = gradients
     if group["momentum"]:
         if group["nonfinite"] == "skip":
-            bad = nonfinite_flags(gradients, [s.process_group for s in shards])
+            bad = nonfinite_flags(gradients)
+            yield from share_flags(bad, shards)
         if group["momentum_order"] == "pre" or algorithm == "balanced":
             mats = [
                 _average(state, gradient, group, algorithm, _flag(bad, i))
                 for i, (state, gradient) in enumerate(zip(states, gradients, strict=True))
             ]
     if group["row_mask_tau"] > 0:
-        mats = mask_rows(mats, params, shards, group["row_mask_tau"])
-    scales = normalise(mats, params, shards, group["num_iters"], end_with_rows=algorithm == "balanced")
+        norms = [torch.linalg.vector_norm(mat, dim=-1, dtype=torch.float32) for mat in mats]
+        totals = [n.sum(dim=-1, keepdim=True) for n in norms]
+        if any(cuts):
+            yield from share_norms(norms, totals, shards, cuts)
+        mats = mask_rows(mats, norms, totals, shards, group["row_mask_tau"])
+    end_with_rows = algorithm == "balanced"
+    if any(cuts):
+        scales = yield from normalise(mats, shards, cuts, group, end_with_rows=end_with_rows)
+    else:
+        with _backend(group):
+            scales = sinkhorn(mats, group["num_iters"], end_with_rows=end_with_rows)
     if group["spectral"] is not None:
-        scales = pin_operator_norm(mats, scales, states, params, shards, group["spectral"])
+        yield from pin_operator_norm(mats, scales, states, shards, cuts, group["spectral"])
     if group["base_width"] is not None:
-        for rows, mat in zip(scales.rows, mats, strict=True):
-            rows.mul_(group["base_width"] / mat.shape[-1])
+        for rows, shard in zip(scales.rows, shards, strict=True):
+            rows.mul_(group["base_width"] / matrix_shape(shard)[1])
     if bad is not None:
         for cols, flag in zip(scales.cols, bad, strict=True):
             cols.masked_fill_(flag > 0, math.nan)
@@ -123,41 +134,50 @@ def _average_after(
     return updates, scales
 
 
-def rows_shared(param: Tensor, shard: Shard) -> bool:
-    """Whether the matrices of a shard are cut: rows of one matrix lie on several processes."""
-    return shard.process_group is not None and param.dim() != 3
+def matrix_shape(shard: Shard) -> tuple[int, int]:
+    """(m, n) of the whole matrices of a parameter."""
+    shape = shard.shape
+    return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
 def normalise(
-    mats: list[Tensor], params: list[Tensor], shards: list[Shard], num_iters: int, *, end_with_rows: bool
-) -> Scales:
-    """Row and column scales; matrices whose rows are spread over processes share one all-reduce per iteration."""
-    cut = [i for i, (p, s) in enumerate(zip(params, shards, strict=True)) if rows_shared(p, s)]
-    if not cut:
-        return sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
-    whole = [i for i in range(len(mats)) if i not in set(cut)]
-    parts: list[tuple[list[int], Scales]] = []
-    if whole:
-        parts.append((whole, sinkhorn([mats[i] for i in whole], num_iters, end_with_rows=end_with_rows)))
-    groups = {id(shards[i].process_group): shards[i].process_group for i in cut}
-    for key, process_group in groups.items():
-        members = [i for i in cut if id(shards[i].process_group) == key]
+    mats: list[Tensor], shards: list[Shard], cuts: list[str | None], group: dict[str, Any], *, end_with_rows: bool
+) -> Steps[Scales]:
+    """Row and column scales; matrices that are cut the same way share one reduction per iteration."""
+    alike: dict[Any, list[int]] = {}
+    for i, (how, shard) in enumerate(zip(cuts, shards, strict=True)):
+        alike.setdefault((how, shard.groups if how else ()), []).append(i)
+    parts = [
+        _normalise_alike([mats[i] for i in members], [shards[i] for i in members], how, group, end_with_rows)
+        for (how, _), members in alike.items()
+    ]
+    found = yield from together(parts)
+    if len(found) == 1:
+        return found[0]
+    return _merge(list(zip(alike.values(), found, strict=True)), len(mats))
 
-        def reduce(flat: Tensor, process_group: Any = process_group) -> None:
-            all_reduce_sum(flat, process_group)
 
-        scales = sinkhorn(
-            [mats[i] for i in members],
-            num_iters,
-            end_with_rows=end_with_rows,
-            rows_total=[shards[i].rows_total for i in members],
-            cols_total=[mats[i].shape[-1] for i in members],
-            all_reduce=reduce,
-        )
-        parts.append((members, scales))
-    if len(parts) == 1:
-        return parts[0][1]
-    return _merge(parts, len(mats))
+def _normalise_alike(
+    mats: list[Tensor], shards: list[Shard], how: str | None, group: dict[str, Any], end_with_rows: bool
+) -> Steps[Scales]:
+    """Scales of matrices that are all whole, or all cut the same way over the same processes."""
+    num_iters = group["num_iters"]
+    if how is None:
+        with _backend(group):
+            return sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
+    if how == "rows":
+        rows_total = [matrix_shape(s)[0] for s in shards]
+        rule = sinkhorn_of_rows(mats, num_iters, end_with_rows=end_with_rows, rows_total=rows_total)
+    else:
+        cols_total = [matrix_shape(s)[1] for s in shards]
+        rule = sinkhorn_of_columns(mats, num_iters, end_with_rows=end_with_rows, cols_total=cols_total)
+    while True:
+        try:
+            with _backend(group):
+                partial, op = next(rule)
+        except StopIteration as end:
+            return end.value
+        yield [Reduction(partial, shards[0].groups[0], op)]
 
 
 def _merge(parts: list[tuple[list[int], Scales]], count: int) -> Scales:
@@ -174,68 +194,101 @@ def _merge(parts: list[tuple[list[int], Scales]], count: int) -> Scales:
     return Scales(views[0], views[1], flat_rows, flat_cols)
 
 
-def mask_rows(mats: list[Tensor], params: list[Tensor], shards: list[Shard], tau: float) -> list[Tensor]:
+def share_norms(norms: list[Tensor], totals: list[Tensor], shards: list[Shard], cuts: list[str | None]) -> Steps[None]:
+    """Make norms of rows and their totals those of the whole matrices, in place."""
+    columns = [i for i, how in enumerate(cuts) if how == "columns"]
+    if columns:
+        for i in columns:
+            norms[i].square_()
+        yield [Reduction(norms[i], shards[i].groups[0]) for i in columns]
+        for i in columns:
+            norms[i].sqrt_()
+            totals[i].copy_(norms[i].sum(dim=-1, keepdim=True))
+    rows = [i for i, how in enumerate(cuts) if how == "rows"]
+    if rows:
+        yield [Reduction(totals[i], shards[i].groups[0]) for i in rows]
+
+
+def mask_rows(
+    mats: list[Tensor], norms: list[Tensor], totals: list[Tensor], shards: list[Shard], tau: float
+) -> list[Tensor]:
     """Copies in which rows of norm at most tau * (mean row norm of the matrix) are zero."""
     masked = []
-    for mat, param, shard in zip(mats, params, shards, strict=True):
-        norms = torch.linalg.vector_norm(mat, dim=-1, dtype=torch.float32)
-        total = norms.sum(dim=-1, keepdim=True)
-        count = mat.shape[-2]
-        if rows_shared(param, shard):
-            all_reduce_sum(total, shard.process_group)
-            count = shard.rows_total
-        keep = ~(norms <= tau * total / count)  # NaN norms are kept: the matrix is skipped later
+    for mat, norm, total, shard in zip(mats, norms, totals, shards, strict=True):
+        keep = ~(norm <= tau * total / matrix_shape(shard)[0])  # NaN norms are kept: the matrix is skipped later
         masked.append(mat * keep.unsqueeze(-1))
     return masked
 
 
 def init_power_vector(state: dict[str, Any], param: Tensor) -> None:
-    """Start of the power iteration: the same for every matrix, no direction favoured by sign patterns."""
+    """Start of the power iteration: the same for every matrix, no direction favoured by sign patterns.
+
+    Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is cut along its matrices has
+    its vectors cut with it.
+    """
     if "power_vector" in state:
         return
-    like = as_matrices(local(param))
+    shard = shard_of(param)
+    columns = matrix_shape(shard)[1]
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(like.shape[-1], generator=generator).to(like.device)
-    state["power_vector"] = vector.expand(*like.shape[:-2], like.shape[-1]).clone()
+    vector = torch.randn(columns, generator=generator).to(local(param).device)
+    if len(shard.shape) != 3:
+        state["power_vector"] = vector
+        return
+    vector = vector.expand(local(param).shape[0], columns).clone()
+    if shard.groups and shard.dim == 0:
+        vector = like_rows(param, vector)
+    state["power_vector"] = vector
 
 
 def pin_operator_norm(
     mats: list[Tensor],
     scales: Scales,
     states: list[dict[str, Any]],
-    params: list[Tensor],
     shards: list[Shard],
+    cuts: list[str | None],
     spectral: str,
-) -> Scales:
+) -> Steps[None]:
     """Multiply the row scales so that the operator norm of every update is 1 ("unit") or sqrt(m / n) ("muon").
 
     The norm is estimated from below by power iteration on diag(r) G diag(c), warm-started from the last step.
     """
+    if "columns" in cuts:
+        raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
+    parts: list[Steps[None]] = []
     for i, (mat, rows, cols, state) in enumerate(zip(mats, scales.rows, scales.cols, states, strict=True)):
-        cut = rows_shared(params[i], shards[i])
         first = "power_steps" not in state
         state.setdefault("power_steps", torch.zeros((), dtype=torch.float32))
         state["power_steps"] += 1
-        vector = state["power_vector"]
-        update = scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
-        norm = vector.new_zeros(())
-        new = vector
-        for _ in range(_FIRST_POWER_STEPS if first else _POWER_STEPS):
-            unit = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30)
-            image = (update @ unit.unsqueeze(-1)).squeeze(-1)
-            square = image.square().sum(dim=-1, keepdim=True)
-            new = (image.unsqueeze(-2) @ update).squeeze(-2)
-            if cut:
-                both = torch.cat([square, new])
-                all_reduce_sum(both, shards[i].process_group)
-                square, new = both[:1], both[1:]
-            norm = square.sqrt()
-        finite = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
-        vector.copy_(torch.where(finite, new, vector))
-        m = shards[i].rows_total if mat.dim() == 2 else mat.shape[-2]
-        target = 1.0 if spectral == "unit" else math.sqrt(m / mat.shape[-1])
-        rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
-    return scales
+        rounds = _FIRST_POWER_STEPS if first else _POWER_STEPS
+        group = shards[i].groups[0] if cuts[i] else None
+        m, n = matrix_shape(shards[i])
+        target = 1.0 if spectral == "unit" else math.sqrt(m / n)
+        parts.append(_pin_one(mat, rows, cols, local(state["power_vector"]), group, rounds, target))
+    yield from together(parts)
+
+
+def _pin_one(
+    mat: Tensor, rows: Tensor, cols: Tensor, vector: Tensor, process_group: Any, rounds: int, target: float
+) -> Steps[None]:
+    """Multiply ``rows`` so that diag(rows) mat diag(cols) has norm ``target``; ``vector`` is the iterate, in place.
+
+    ``process_group``: whose shards of rows make up the matrix; None when it is whole.
+    """
+    update = scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
+    norm = vector.new_zeros(())
+    new = vector
+    for _ in range(rounds):
+        unit = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30)
+        image = (update @ unit.unsqueeze(-1)).squeeze(-1)
+        new = (image.unsqueeze(-2) @ update).squeeze(-2)
+        square = image.square().sum(dim=-1, keepdim=True)
+        if process_group is not None:
+            yield [Reduction(square, process_group), Reduction(new, process_group)]
+        norm = square.sqrt()
+    finite = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
+    vector.copy_(torch.where(finite, new, vector))
+    rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
 
 
 def _apply(
@@ -257,11 +310,12 @@ def _apply(
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         seeds = seeds_for(steps, indices, group["seed"], weights[0].device)
-        offsets = torch.tensor([s.offset for s in shards], device=weights[0].device)
-    flags = scaled_step(
-        matrices, mats, scales.rows, scales.cols, extras,
-        hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
-    )  # fmt: skip
+        offsets = offsets_of(shards, weights[0].device)
+    with _backend(group):
+        flags = scaled_step(
+            matrices, mats, scales.rows, scales.cols, extras,
+            hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
+        )  # fmt: skip
     for weight, matrix in zip(weights, matrices, strict=True):
         if matrix.data_ptr() != weight.data_ptr():  # flattening had to copy (a permuted convolution)
             weight.copy_(matrix.view_as(weight))

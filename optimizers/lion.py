@@ -24,7 +24,7 @@ from leanstep.optimizers._base import (
     new_state,
 )
 from leanstep.optimizers._rounding import STATE_KEY, check_rounding, effective, init_rounding, seeds_for
-from leanstep.optimizers._sharding import all_reduce_sum, shard_of
+from leanstep.optimizers._sharding import Steps, offsets_of, run, shard_of, sum_over_shards, together
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -70,7 +70,7 @@ class Lion(LeanOptimizer):
         State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16), plus ``kahan_compensation`` (2 bytes)
         or ``master_param`` (4 bytes) and ``step`` where ``rounding`` needs them. A step allocates nothing of a
         parameter's size. Sharded parameters (FSDP2) need no communication, except cautious: one all-reduce of one
-        number per tensor.
+        number per tensor. ``nonfinite_count`` counts the parts a process holds.
 
     References:
         Chen, Liang, Huang, Real, Wang, Liu, Pham, Dong, Luong, Hsieh, Lu, Le, "Symbolic Discovery of Optimization
@@ -164,14 +164,19 @@ class Lion(LeanOptimizer):
         """Update all parameters that have a gradient; returns the closure's value, if one is given."""
         loss = call_closure(closure)
         self._raise_on_nonfinite()
+        parts: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            self._step_group(group, first_index)
+            parts.append(self._group_steps(group, first_index))
             first_index += len(group["params"])
+        run(together(parts))
         return loss
 
     def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
         """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
+        run(self._group_steps(group, first_index, only))
+
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> Steps[None]:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -180,7 +185,7 @@ class Lion(LeanOptimizer):
         self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index, only)
         states = [self.state[p] for p in params]
         for (device, dtype), members in by_device_and_dtype(params).items():
-            flags = lion(
+            yield from lion(
                 [params[i] for i in members],
                 [grads[i] for i in members],
                 [exp_avgs[i] for i in members],
@@ -190,7 +195,6 @@ class Lion(LeanOptimizer):
                 rounding=roundings[members[0]],
                 hyper=lion_hyper(group, device, dtype),
             )
-            count_nonfinite(group, flags)
 
 
 def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -210,25 +214,24 @@ def lion(
     group: dict[str, Any],
     rounding: str,
     hyper: Tensor,
-) -> Tensor:
-    """Functional Lion over tensors of one device and dtype: parameters, momenta and rounding state in place.
-
-    Returns:
-        int32 [len(params)]: 1 where the gradient was not finite (always 0 with ``nonfinite="pass"``).
-    """
+) -> Steps[None]:
+    """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
     shards = [shard_of(p) for p in params]
     local_params, local_grads, local_avgs = ([local(t) for t in ts] for ts in (params, grads, exp_avgs))
     device = local_params[0].device
     skip = group["nonfinite"] != "pass"
     scale = None
     if group["cautious"]:
-        scale = _cautious_scale(params, local_grads, local_avgs, hyper, group, shards)
+        counts = lion_agreement(local_grads, local_avgs, hyper=hyper, maximize=group["maximize"], skip_nonfinite=skip)
+        if any(s.groups for s in shards):
+            yield from sum_over_shards(counts, shards)
+        scale = _cautious_scale(counts, params, hyper)
     seeds = offsets = None
     if rounding == "stochastic":
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         seeds = seeds_for(steps, indices, group["seed"], device)
-        offsets = torch.tensor([s.offset for s in shards], device=device)
+        offsets = offsets_of(shards, device)
     extras = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
     options = {
         "hyper": hyper,
@@ -242,27 +245,13 @@ def lion(
     }
     if group["foreach"] is False:
         with use_backend("reference"):
-            return lion_step(local_params, local_grads, local_avgs, extras, **options)
-    return lion_step(local_params, local_grads, local_avgs, extras, **options)
+            flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+    else:
+        flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+    count_nonfinite(group, flags)
 
 
-def _cautious_scale(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hyper: Tensor,
-    group: dict[str, Any],
-    shards: list,
-) -> Tensor:
+def _cautious_scale(counts: Tensor, params: list[Tensor], hyper: Tensor) -> Tensor:
     """1 / mean(mask) of every whole tensor, in fp32: the mean is at least 1e-5."""
-    counts = lion_agreement(
-        grads, exp_avgs, hyper=hyper, maximize=group["maximize"], skip_nonfinite=group["nonfinite"] != "pass"
-    )
-    groups = {id(s.process_group): s.process_group for s in shards if s.process_group is not None}
-    for key, process_group in groups.items():
-        members = [i for i, s in enumerate(shards) if id(s.process_group) == key]
-        summed = counts[members]
-        all_reduce_sum(summed, process_group)
-        counts[members] = summed
     sizes = torch.tensor([max(p.numel(), 1) for p in params], dtype=counts.dtype, device=counts.device)
     return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(hyper.dtype)

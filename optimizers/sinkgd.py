@@ -25,6 +25,7 @@ from leanstep.optimizers._base import (
     new_state,
 )
 from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
+from leanstep.optimizers._sharding import Steps, run, together
 
 ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
 SPECTRAL = (None, "unit", "muon")
@@ -82,7 +83,8 @@ class SinkGD(LeanOptimizer):
         State: none for matrices (``momentum_buffer``, ``power_vector``, ``step``, ``kahan_compensation`` or
         ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory of a step: on a CPU one
         fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all column sums per
-        iteration, no matrix is gathered.
+        iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is gathered. Columns
+        sharded: row sums instead, and one more for the rows' largest entries.
         Differs from the paper only in form: row and column scales instead of rewriting X.
 
     References:
@@ -239,14 +241,20 @@ class SinkGD(LeanOptimizer):
         """Update all parameters that have a gradient; returns the closure's value, if one is given."""
         loss = call_closure(closure)
         self._raise_on_nonfinite()
+        parts: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            self._step_group(group, first_index)
+            parts += self._group_steps(group, first_index)
             first_index += len(group["params"])
+        run(together(parts))
         return loss
 
     def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
         """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
+        run(together(self._group_steps(group, first_index, only)))
+
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+        """The rules that update a group, ready to be run."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         algorithms: list[str] = []
@@ -256,25 +264,22 @@ class SinkGD(LeanOptimizer):
         # looking a parameter up in self.state would create an entry: stateless ones must have none
         states = [self.state.get(p, {}) for p in params]
         rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
+        parts: list[Steps[None]] = []
         if rest:
-            adamw_step(
-                _pick(params, rest),
-                _pick(grads, rest),
-                _pick(states, rest),
-                _pick(roundings, rest),
-                _pick(indices, rest),
-                group,
-            )
+            parts.append(adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group))
         matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
         for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
             chosen = _pick(matrices, members)
-            _normalized.step(
-                *(_pick(x, chosen) for x in (params, grads, states, indices)),
-                group=group,
-                algorithm=algorithms[chosen[0]],
-                rounding=roundings[chosen[0]],
-                hyper=sinkgd_hyper(group, device, dtype),
+            parts.append(
+                _normalized.step(
+                    *(_pick(x, chosen) for x in (params, grads, states, indices)),
+                    group=group,
+                    algorithm=algorithms[chosen[0]],
+                    rounding=roundings[chosen[0]],
+                    hyper=sinkgd_hyper(group, device, dtype),
+                )
             )
+        return parts
 
 
 def sinkgd_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
