@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from leanstep.kernels._compile import is_dense
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local, new_state
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
@@ -104,11 +105,10 @@ def _plain(
     if found is not None and not fused:  # no kernel to tell: put back what was there
         written = [*params, *(local(s[k]) for s in states for k in ("exp_avg", "exp_avg_sq", "step"))]
         kept = [(t, t.clone()) for t in written]
+    columns = [params, grads, *([local(s[k]) for s in states] for k in ("exp_avg", "exp_avg_sq"))]
+    fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
     adamw(
-        params,
-        grads,
-        [local(s["exp_avg"]) for s in states],
-        [local(s["exp_avg_sq"]) for s in states],
+        *([row[i] for row in fed] for i in range(4)),
         [],
         [s["step"] for s in states],
         foreach=group["foreach"],
@@ -123,9 +123,24 @@ def _plain(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+    if fused:
+        for row, used in zip(zip(*columns, strict=True), fed, strict=True):
+            if used is not row and used[0] is not row[0]:
+                for i in (0, 2, 3):
+                    row[i].copy_(used[i])
+            else:
+                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernel does not
     if kept is not None and found is not None:
         for tensor, before in kept:
             tensor.copy_(torch.where(found.to(tensor.device), before, tensor))
+
+
+def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, or contiguous copies where their layouts differ: torch's fused CPU kernel walks plain memory."""
+    first = row[0]
+    if all(t.is_contiguous() for t in row) or (is_dense(first) and all(t.stride() == first.stride() for t in row)):
+        return row
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
 
 
 def _rounded(

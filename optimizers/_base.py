@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep.optimizers._sharding import run, shard_of, sum_over_shards
+
 NONFINITE = ("skip", "raise", "pass")
 
 
@@ -92,7 +94,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _raise_on_nonfinite(self) -> None:
         """The policy "raise": look at all gradients (one wait) before anything is changed."""
         named = [
-            (describe(group, position), local(param.grad))
+            (describe(group, position), param)
             for group in self.param_groups
             if group["nonfinite"] == "raise"
             for position, param in enumerate(group["params"])
@@ -100,8 +102,11 @@ class LeanOptimizer(torch.optim.Optimizer):
         ]
         if not named:
             return
-        finite = torch.stack([torch.isfinite(grad).all().to("cpu", non_blocking=True) for _, grad in named])
-        bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
+        flags = torch.stack([~torch.isfinite(local(p.grad)).all().to(named[0][1].device) for _, p in named]).float()
+        shards = [shard_of(p) for _, p in named]
+        if any(s.groups for s in shards):  # all processes raise, or none
+            run(sum_over_shards(flags, shards))
+        bad = [name for (name, _), flag in zip(named, flags.tolist(), strict=True) if flag]
         if bad:
             raise NonFiniteGradientError(
                 f"{type(self).__name__}: non-finite gradient in {', '.join(bad[:5])}"
@@ -195,6 +200,12 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> N
     """Raise unless the value is one of the choices."""
     if value not in tuple(choices):
         raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
+
+
+def check_dtype(owner: str, name: str, dtype: Any) -> None:
+    """Raise unless the value is a floating dtype or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{owner}: {name} must be a floating torch.dtype or None, got {dtype!r}")
 
 
 def check_betas(owner: str, betas: Any) -> None:

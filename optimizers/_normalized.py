@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales, scaled_step, sinkhorn, use_backend
+from leanstep.kernels._hyper import compute_dtype
 from leanstep.kernels.reference.scaled_step import scaled_update
 from leanstep.kernels.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
 from leanstep.optimizers._adamw import nonfinite_flags, share_flags
@@ -74,7 +75,7 @@ def _step(
                 for i, (state, gradient) in enumerate(zip(states, gradients, strict=True))
             ]
     if group["row_mask_tau"] > 0:
-        norms = [torch.linalg.vector_norm(mat, dim=-1, dtype=torch.float32) for mat in mats]
+        norms = [torch.linalg.vector_norm(mat, dim=-1, dtype=compute_dtype(mat.dtype)) for mat in mats]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
         if any(cuts):
             yield from share_norms(norms, totals, shards, cuts)

@@ -17,6 +17,7 @@ from leanstep.optimizers._base import (
     call_closure,
     check_betas,
     check_choice,
+    check_dtype,
     check_number,
     count_nonfinite,
     dense_gradient,
@@ -121,9 +122,7 @@ class Lion(LeanOptimizer):
         check_number("Lion", "weight_decay value", group["weight_decay"], 0.0)
         check_choice("Lion", "nonfinite", group["nonfinite"], NONFINITE)
         check_rounding("Lion", group)
-        dtype = group["momentum_dtype"]
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype or None, got {dtype!r}")
+        check_dtype("Lion", "momentum_dtype", group["momentum_dtype"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have."""

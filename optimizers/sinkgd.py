@@ -19,6 +19,7 @@ from leanstep.optimizers._base import (
     call_closure,
     check_betas,
     check_choice,
+    check_dtype,
     check_number,
     dense_gradient,
     describe,
@@ -164,6 +165,7 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
         check_choice("SinkGD", "nonfinite", group["nonfinite"], NONFINITE)
         check_rounding("SinkGD", group)
+        check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         iters = group["num_iters"]
         if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
             raise ValueError(f"Invalid num_iters: {iters!r}; SinkGD expects an int of at least 1")
@@ -228,7 +230,8 @@ class SinkGD(LeanOptimizer):
             if algorithms[-1] == "adamw":
                 init_adamw(self.state[param], param, group, rounding)
                 init_rounding(self.state[param], param, rounding)
-            elif group["momentum"] or group["spectral"] or rounding != "nearest":
+            else:
+                # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
                 state = self.state[param]
                 init_rounding(state, param, rounding)
                 if group["momentum"] and "momentum_buffer" not in state:
@@ -261,8 +264,7 @@ class SinkGD(LeanOptimizer):
         roundings: list[str] = []
         indices: list[int] = []
         self._init_group(group, params, grads, algorithms, roundings, indices, first_index, only)
-        # looking a parameter up in self.state would create an entry: stateless ones must have none
-        states = [self.state.get(p, {}) for p in params]
+        states = [self.state[p] for p in params]
         rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
         parts: list[Steps[None]] = []
         if rest:
