@@ -56,4 +56,4 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
     """One 32-bit seed per tensor, from the optimizer's seed, the tensor's index and its step count; [n] int64."""
     index = torch.tensor(indices, dtype=torch.int64, device=device)
     count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
-    return hash32(count, hash32(index, seed))
+    return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 
-_U32 = 0xFFFFFFFF
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit
 
 
 def widen(param: Tensor, extra: Tensor | None, rounding: str) -> Tensor:
@@ -31,38 +31,42 @@ def widen(param: Tensor, extra: Tensor | None, rounding: str) -> Tensor:
     return wide
 
 
+def as_int32(value: Tensor | int, device: torch.device) -> Tensor:
+    """The low 32 bits as int32."""
+    return torch.as_tensor(value, device=device).to(torch.int32)
+
+
 def hash32(index: Tensor, seed: Tensor | int) -> Tensor:
-    """32 well-mixed bits for each index: two rounds of xor-shift and multiply, in int64 arithmetic modulo 2**32.
+    """32 well-mixed bits for each index, as int32: two rounds of xor-shift and multiply, modulo 2**32.
 
     Args:
-        index: int64 tensor of element indices; the low 32 bits count.
-        seed: int64 tensor (0-d) or int holding an unsigned 32-bit value.
+        index: integer tensor of element indices; the low 32 bits count.
+        seed: integer tensor (0-d or of the index's shape) or int; the low 32 bits count.
     """
-    x = (index & _U32) ^ seed
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _U32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _U32
-    return x ^ (x >> 16)
+    # int32 products wrap; an arithmetic shift is made a logical one by masking the bits that came in
+    x = index.to(torch.int32) ^ as_int32(seed, index.device)
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _MULTIPLIERS[0]
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _MULTIPLIERS[1]
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up with the probability of the dropped fraction.
+    """Round fp32 to bf16, up with the probability of the dropped fraction; the result is still fp32.
 
     The low 16 of ``bits`` are added to the fp32 pattern, then the upper half is kept: E[result] = value. Infinities
     and NaN pass unchanged.
     """
-    pattern = value.view(torch.int32).to(torch.int64) & _U32
-    pattern = (pattern + (bits & 0xFFFF)) & 0xFFFF0000
-    # two's complement: values of 2**31 and more are negative int32
-    pattern = torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32)
-    rounded = pattern.view(torch.float32)
-    return torch.where(torch.isfinite(value), rounded, value).to(torch.bfloat16)
+    pattern = (value.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return torch.where(torch.isfinite(value), pattern.view(torch.float32), value)
 
 
 def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
-    """Row-major index of every element of ``like``, plus ``offset`` (where this shard starts in the whole tensor)."""
-    return torch.arange(like.numel(), device=like.device).view(like.shape) + offset
+    """Row-major index of every element of ``like``, plus ``offset`` (where this shard starts), modulo 2**32."""
+    dtype = torch.int32 if like.numel() < 2**31 else torch.int64
+    index = torch.arange(like.numel(), dtype=dtype, device=like.device).to(torch.int32)
+    return index.view(like.shape) + as_int32(offset, like.device)
 
 
 def narrow(
