@@ -46,6 +46,8 @@ _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 def _row_scale(r_prev, sum_of_squares, inv_cols):
     """r_prev / sqrt(mean square), 0 for a zero row; NaN stays NaN; a subnormal row must not give an infinity."""
     q = sum_of_squares * inv_cols
+    # an infinite sum would give a scale of 0: make it NaN
+    q += q - q
     r = r_prev / tl.sqrt(tl.where(q == 0, 1.0, q))
     return tl.where(q == 0, 0.0, tl.where(r > _FP32_MAX, _FP32_MAX, r))
 

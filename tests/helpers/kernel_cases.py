@@ -1,0 +1,59 @@
+"""Tensors that kernels tend to get wrong: odd, empty, unaligned and non-contiguous ones."""
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else str(dtype)
+
+
+def tensors(dtype, generator, device="cpu"):
+    """Tensors of every awkward layout: one element, empty, transposed, at an odd address, more than one tile."""
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    return [
+        randn(1),
+        randn(()),
+        randn(7, 3),
+        randn(0),
+        randn(4, 0, 2),
+        randn(2048 * 4 + 5),
+        randn(50, 70).t(),
+        randn(33, 8)[:, ::3],
+        randn(2053)[3:],
+    ]
+
+
+def matrices(dtype, generator, device="cpu", wide=False):
+    """Matrices [m, n] and batches [B, m, n] of every awkward layout; `wide` adds rows that fit in no register tile."""
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    return [
+        randn(1, 1),
+        randn(1, 7),
+        randn(9, 1),
+        randn(3, 7),
+        randn(70, 70),
+        randn(34, 136),
+        randn(3, 33, 24),
+        randn(0, 5),
+        randn(5, 0),
+        randn(0, 3, 5),
+        randn(20, 5, 6),
+        randn(3, 280),
+        randn(40, 30).t(),
+        randn(20, 513)[:, 1:],
+        randn(4, 16, 300)[1:3, ::3, ::2],
+        *([randn(3, 1400), randn(2, 8200), randn(3, 8195)] if wide else []),
+    ]
+
+
+def bits_equal(actual, expected):
+    """Assert equality of every element, with NaN equal to NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,157 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+from leanstep.kernels import audit
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return audit.measure(all_widths=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", audit.TARGETS)
+def test_no_kernel_spills_or_moves_more_than_promised(found, target):
+    here = [m for m in found if m.target == target]
+    assert len(here) > 50
+    assert {f"{m.kernel} {m.label}": audit.problems(m) for m in here if audit.problems(m)} == {}
+
+
+@pytest.mark.slow
+def test_the_promises_are_those_of_the_methods(found):
+    def bytes_of(kernel, label):
+        return {
+            (m.promised_read, m.promised_written) for m in found if m.kernel == kernel and m.label.startswith(label)
+        }
+
+    # Lion: p, g, m in, p, m out; SinkGD: G once per iteration, then G and p in and p out
+    assert bytes_of("lion_step_kernel", "p float32 g float32 m float32 nearest") == {(12, 8)}
+    assert bytes_of("lion_step_kernel", "p bfloat16 g bfloat16 m bfloat16 nearest") == {(6, 4)}
+    assert bytes_of("sinkhorn_tile_kernel", "g bfloat16 aligned") == {(2, 0)}
+    assert bytes_of("scaled_step_kernel", "p bfloat16 g bfloat16 nearest aligned") == {(4, 2)}
+
+
+def test_every_kernel_of_the_package_is_audited():
+    script = """
+import json
+from leanstep.kernels.triton_impl import _compile
+print(json.dumps([[[name, value.__module__] for name, value in vars(m).items()
+    if type(value).__name__ == "JITFunction" and name.endswith("_kernel")] for m in _compile.modules()]))
+print(json.dumps(sorted({c.kernel.__name__ for c in _compile.cases()})))
+"""
+    lines = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    defined = {name for module in json.loads(lines[0]) for name, _ in module}
+    assert len(defined) >= 6
+    assert defined == set(json.loads(lines[1]))
+
+
+def test_every_jit_function_is_a_kernel_or_reached_from_one():
+    from leanstep.kernels.triton_impl import _common, _compile
+
+    source = "".join(inspect.getsource(m) for m in [*_compile.modules(), _common])
+    for module in [*_compile.modules(), _common]:
+        for name, value in vars(module).items():
+            if type(value).__name__ in ("JITFunction", "InterpretedFunction") and not name.endswith("_kernel"):
+                assert source.count(f"{name}(") > 1, f"{module.__name__}.{name} is never called"
+
+
+SASS = """
+.L_x_1:
+        /*0850*/                   LDG.E.128 R8, desc[UR14][R26.64] ;
+        /*0860*/                   LDG.E.128.CONSTANT R20, desc[UR14][R4.64] ;
+        /*0870*/                   STG.E.128 desc[UR14][R26.64], R4 ;
+        /*20f0*/               @P4 BRA `(.L_x_1) ;
+.L_x_3:
+        /*2750*/              @!P6 LDG.E.U16 R46, desc[UR12][R64.64+0x100] ;
+        /*2760*/                   LDG.E R46, desc[UR12][R64.64] ;
+        /*48a0*/               @P4 BRA `(.L_x_3) ;
+"""
+
+AMDGCN = """
+.LBB0_4:                                ; %.lr.ph
+	global_load_dwordx4 v[10:13], v[18:19], off
+	global_load_ushort v33, v5, s[12:13]
+	buffer_store_dwordx4 v[2:5], v14, s[0:3], 0 offen
+	s_cbranch_scc1 .LBB0_4
+	global_store_short v5, v9, s[8:9]
+"""
+
+TTIR = """
+    %a = tt.load %p : !tt.ptr<i64> loc(#loc1)
+    scf.for %t = %c0 to %n step %c1  : i32 {
+      %x = tt.load %g : tensor<4x512x!tt.ptr<bf16>> loc(#loc2)
+      scf.if %b {
+        tt.store %r, %v : tensor<4x!tt.ptr<f32>> loc(#loc3)
+      } else {
+        tt.store %r, %v : tensor<4x!tt.ptr<f32>> loc(#loc3)
+      } loc(#loc4)
+    } loc(#loc5)
+    tt.store %s, %w : tensor<512x!tt.ptr<f32>> loc(#loc6)
+"""
+
+
+def test_machine_code_is_read_right():
+    assert audit._widths(SASS) == {
+        "loads": {128: 2, 16: 1, 32: 1},
+        "stores": {128: 1},
+        "main_loads": {128: 2},
+        "main_stores": {128: 1},
+    }
+    assert audit._widths(AMDGCN) == {
+        "loads": {128: 1, 16: 1},
+        "stores": {128: 1, 16: 1},
+        "main_loads": {128: 1, 16: 1},
+        "main_stores": {128: 1},
+    }
+
+
+def test_traffic_counts_what_a_turn_of_the_loop_moves():
+    assert audit.loop_traffic(TTIR) == [(4 * 512 * 2, 2 * 4 * 4)]
+
+
+def measurement(**changes):
+    values = dict(
+        kernel="k", label="l", target="sm_90", threads=256, elements=2048, registers=40, spills=0, stack=0, shared=0,
+        loads={128: 1}, stores={128: 1}, main_loads={128: 1}, main_stores={128: 1}, read=2.0, written=2.0,
+        promised_read=2, promised_written=2, cached=0, wide=True, flat=True,
+    )  # fmt: skip
+    return audit.Measurement(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"spills": 1}, "spills 1"),
+        ({"stack": 8}, "stack 8"),
+        ({"main_loads": {64: 2}}, "128-bit loads cover 0 of 4096"),
+        ({"main_stores": {128: 1, 16: 1}}, "narrow stores"),
+        ({"read": 3.0}, "reads 3.00"),
+        ({"written": 2.5}, "writes 2.50"),
+    ],
+)
+def test_the_audit_complains(changes, complaint):
+    assert audit.problems(measurement()) == []
+    (problem,) = audit.problems(measurement(**changes))
+    assert complaint in problem
+
+
+def test_the_command_prints_json_and_a_table(capsys):
+    assert audit.main(["--match", "column_nan", "--target", "sm_90", "--target", "gfx942", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["target"] for row in rows] == ["sm_90", "gfx942"] and all(row["registers"] > 0 for row in rows)
+    assert audit.main(["--match", "no such kernel"]) == 1
+    assert "0 kernels compiled" in capsys.readouterr().out
+
+
+def test_without_triton_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(audit, "has_triton", lambda: False)
+    assert audit.main([]) == 2
+    assert "triton package" in capsys.readouterr().err
