@@ -103,7 +103,7 @@ class Windows:
             yield window
 
     def positions(self, step: int) -> list[int] | None:
-        """First and last place in the row of sequences that the window after ``step`` steps takes; None for a stream."""
+        """First and last place in the row that the window after ``step`` steps takes; None for a stream."""
         if self._data.stream:
             return None
         return [step * self.sequences, (step + 1) * self.sequences - 1]

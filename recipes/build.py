@@ -42,8 +42,6 @@ FAMILIES: dict[str, tuple[type, type]] = {
 }
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "lion": Lion, "sinkgd": SinkGD}
 
-# roles of :func:`leanstep.optimizers.param_groups` whose weights shrink under weight decay by default
-_DECAYED = {"hidden", "head", "conv", "expert", "lora", "other"}
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
 
 
@@ -68,7 +66,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
     plugin = _fsdp_plugin() if config.distributed.strategy == "fsdp2" else None
     if plugin is not None and cpu:
-        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take distributed.strategy=ddp")
+        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp")
     _check_trackers(config.log.trackers)
     accelerator = Accelerator(
         cpu=cpu,
@@ -147,7 +145,7 @@ def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let ``model`` recompute each layer's activations in backward instead of keeping them; same numbers, less memory."""
+    """Let ``model`` recompute each layer's activations in backward instead of keeping them: less memory."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -198,8 +196,6 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         if config.name != "sinkgd":
             # which algorithm a role gets is a matter of SinkGD and its fallback
             common.pop("algorithm", None)
-        if role not in _DECAYED:
-            common.setdefault("weight_decay", 0.0)
         members: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             chosen = next((rule.index for rule in rules if rule.selects(name, role)), None)
@@ -262,3 +258,24 @@ def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, ste
     """
     return LambdaLR(optimizer, schedule_factor(config, steps))
 
+
+def check_positions(model: PreTrainedModel, seq_len: int) -> None:
+    """Raise ValueError when sequences of ``seq_len`` tokens are longer than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
+            "model.config.max_position_embeddings (gpt2: n_positions)"
+        )
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """``hidden 28 tensors, 850,000 elements, lr 0.004; ...``."""
+    parts = []
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        settings = [f"lr {group['lr']:g}", f"weight decay {group['weight_decay']:g}"]
+        if "algorithm" in group:
+            settings.insert(0, str(group["algorithm"]))
+        parts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
+    return "; ".join(parts)

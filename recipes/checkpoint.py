@@ -48,7 +48,13 @@ _CHECKSUM_LIMIT = 256 * 1024**2
 # what may differ between a checkpoint and the run that continues it. The first set changes no computed number but
 # which are computed, shown or kept; the second keeps the maths and changes the order of additions.
 _FREE = {"name", "description", "source_file", "expect", "out", "eval", "checkpoint", "log", "stop", "device"}
-_ROUNDING = {"batch.micro_batch_size", "activation_checkpointing", "compile", "release_gradients", "distributed.strategy"}
+_ROUNDING = {
+    "batch.micro_batch_size",
+    "activation_checkpointing",
+    "compile",
+    "release_gradients",
+    "distributed.strategy",
+}
 _DATA_PLACE = {"data.cache_dir"}
 
 

@@ -43,17 +43,18 @@ class RunFailure(Exception):
 
 def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
     """Say what happened at ``step``, which checkpoint is good, and what to try, in the order of cost."""
+    warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
     lines = [
         f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
-        f"  longer warm-up:       schedule.warmup_fraction={min(1.0, max(0.05, 2 * config.schedule.warmup_fraction)):g}",
+        f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",
     ]
     if config.max_grad_norm is None and not config.release_gradients:
         lines.append("  clip the gradient:    max_grad_norm=1.0")
     if config.precision != "fp32":
         lines.append("  more precision:       precision=fp32")
-    lines.append("  These change the recipe, so start anew with out=ANOTHER_FOLDER (and model.init_from=CHECKPOINT/hf).")
+    lines.append("  These change the recipe: start anew with out=ANOTHER_FOLDER (and model.init_from=CHECKPOINT/hf).")
     return "\n".join(lines)
 
 

@@ -18,7 +18,11 @@ _SHUTDOWN_S = 300
 
 
 def run(
-    config_ref: str, overrides: Sequence[str] = (), nproc: int | None = None, resume: str | None = None, dry_run: bool = False
+    config_ref: str,
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+    resume: str | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Train a recipe and return the exit code (see :func:`leanstep.recipes.train.train`).
 
@@ -51,12 +55,12 @@ def run(
 def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: int) -> str:
     """The resolved recipe, what a step consists of, and the command lines that do the same."""
     passes = accumulation_steps(config, world)
-    sequences = config.batch.tokens_per_step // config.data.seq_len
+    tokens = config.batch.tokens_per_step
+    sequences = tokens // config.data.seq_len
     lines = [
         dump(config).rstrip(),
         "",
-        f"# {config.steps} steps of {config.batch.tokens_per_step:,} tokens, {config.steps * config.batch.tokens_per_step:,} "
-        "tokens in all",
+        f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all",
         f"# a step: {sequences} sequences of {config.data.seq_len} = {world} processes x {passes} passes x "
         f"{config.batch.micro_batch_size} sequences",
         f"# output: {Path(config.out)}",
@@ -85,7 +89,7 @@ def _has_gpu() -> bool:
 
 
 def _several(config_ref: str, overrides: Sequence[str], world: int) -> int:
-    """Start the workers through torchrun's own code, in this process, and turn what became of them into an exit code."""
+    """Start the workers through torchrun's own code, in this process; what became of them makes the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser

@@ -9,7 +9,7 @@ from typing import Any
 
 from leanstep.recipes.folder import RunFolder
 
-__all__ = ["Clock", "Progress", "format_duration", "format_line", "format_rate"]
+__all__ = ["Clock", "Progress", "flat_scalars", "format_duration", "format_line", "format_rate"]
 
 
 def format_rate(tokens_per_s: float) -> str:
@@ -161,3 +161,14 @@ class Progress:
                 self._folder.text(text)
         elif wanted:
             self.say(text)
+
+
+def flat_scalars(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Dotted keys and plain values, because some trackers take nothing else; other values become text."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flat_scalars(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

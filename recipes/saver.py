@@ -176,7 +176,7 @@ class Saver:
             raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
-        """Accelerate's hook before it loads a state: take the weights from ``hf/`` and leave none for it to look for."""
+        """Before Accelerate loads a state: take the weights from ``hf/`` and leave none for it to look for."""
         model = self._accelerator.unwrap_model(models[0])
         files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
         if not files:
@@ -199,4 +199,3 @@ class Saver:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-

@@ -20,7 +20,7 @@ class StopFlag:
     """Context manager that turns SIGTERM, SIGUSR1 and SIGINT into :attr:`received`; restores the old handlers.
 
     A second SIGINT leaves at once with exit code 130 and saves nothing: checkpoints are written aside and renamed, so
-    there is none to damage. Only the main thread may install handlers; elsewhere this raises ValueError, as Python does.
+    there is none to damage. Only the main thread may install handlers; elsewhere ValueError is raised, by Python.
     With ``enabled=False`` it installs nothing and the signals keep their usual effect.
     """
 

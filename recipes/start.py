@@ -58,7 +58,7 @@ def _is_empty(folder: RunFolder) -> bool:
 
 def _ways_out() -> str:
     return (
-        "Either continue it (--resume, with its own recipe) or write elsewhere (out=ANOTHER_FOLDER; or remove the folder)"
+        "Either continue it (--resume, with its own recipe) or write elsewhere (out=ANOTHER_FOLDER, or remove this one)"
     )
 
 
@@ -123,4 +123,3 @@ def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: l
         )
     if rounding:
         notes.append("differs from the checkpoint, same maths but not the same rounding: " + "; ".join(rounding))
-

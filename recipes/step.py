@@ -1,4 +1,4 @@
-"""One optimizer step over a window of micro batches: loss per token, gradient norm, and the checks before the update."""
+"""One optimizer step over a window of micro batches: the loss per token, the gradient norm, and what all agree on."""
 
 import math
 import signal
@@ -96,4 +96,3 @@ def describe_nonfinite(loss: float, norm: float | None) -> str:
     if not math.isfinite(loss):
         return f"loss is {loss}"
     return f"the gradient norm is {norm} (loss {loss:.4f})"
-

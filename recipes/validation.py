@@ -1,4 +1,4 @@
-"""Validation loss during a run: the held-out sequences dealt out to the processes, and a way out when a signal comes."""
+"""Validation loss during a run: held-out sequences dealt out to the processes, and a way out when a signal comes."""
 
 import math
 from collections.abc import Callable

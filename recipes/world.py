@@ -1,16 +1,27 @@
 """Several processes acting as one: do they know of each other, and what do they agree on."""
 
 import os
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-__all__ = ["WorldError", "all_agree", "asked_world_size", "check_world", "describe_world", "main_does", "maximum"]
+__all__ = [
+    "WorldError",
+    "all_agree",
+    "asked_world_size",
+    "check_world",
+    "describe_world",
+    "main_does",
+    "maximum",
+    "seed_process",
+]
 
 NPROC_VARIABLE = "LEANSTEP_NPROC"
 T = TypeVar("T")
@@ -52,10 +63,10 @@ def check_world(world_size: int, asked: Mapping[str, int]) -> None:
     for where, number in asked.items():
         if number != world_size:
             raise WorldError(
-                f"{where} asks for {number} processes, but Accelerate connected {world_size}: several would train the "
-                f"same model side by side and overwrite each other. Start with 'leanstep train ... --nproc {number}', or "
-                f"'torchrun --standalone --nproc_per_node {number} -m leanstep.recipes.train ...' (on a CPU, accelerate "
-                "launch needs ACCELERATE_USE_CPU=true and --multi_gpu to start several processes)"
+                f"{where} asks for {number} processes, but Accelerate connected {world_size}: several would "
+                f"train the same model side by side. Start with 'leanstep train ... --nproc {number}', or 'torchrun "
+                f"--standalone --nproc_per_node {number} -m leanstep.recipes.train ...' (on a CPU, accelerate launch "
+                "needs ACCELERATE_USE_CPU=true and --multi_gpu to start several processes)"
             )
 
 
@@ -67,7 +78,9 @@ def describe_world(accelerator: Accelerator) -> str:
     backend = "none"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         backend = torch.distributed.get_backend()
-    return f"world size {accelerator.num_processes}, backend {backend}, device {accelerator.device}, wrapping {wrapping}"
+    return (
+        f"world size {accelerator.num_processes}, backend {backend}, device {accelerator.device}, wrapping {wrapping}"
+    )
 
 
 def maximum(accelerator: Accelerator, value: int) -> int:
@@ -97,3 +110,16 @@ def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if isinstance(outcome[1], ValueError):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def seed_process(seed: int, *more: int) -> None:
+    """Seed Python's, numpy's and torch's generators from these numbers together."""
+    words = np.random.SeedSequence([seed, *more]).generate_state(2, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0] % 2**32))
+    torch.manual_seed(int(words[1] % 2**63))
+
+
+def device_name(device: torch.device) -> str:
+    """``cuda:0 (NVIDIA H100)`` or ``cpu``."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -38,15 +38,15 @@ def die_before_the_rename():
 
 def slowly():
     """Make each step take long enough to be caught in it."""
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward = train.backward
+    backward = run.backward
 
     def slow(*args, **kwargs):
         time.sleep(0.05)
         return backward(*args, **kwargs)
 
-    train.backward = slow
+    run.backward = slow
 
 
 def explode_after_step_6():
@@ -58,23 +58,23 @@ def explode_after_step_6():
 
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def poisoned(accelerator, model, window, **options):
         part, targets = backward(accelerator, model, window, **options)
         steps.append(1)
         return (part * float("nan") if len(steps) == 3 else part), targets
 
-    train.backward = poisoned
+    run.backward = poisoned
 
 
 def infinite_gradient_at_step_3():
     """Leave the loss as it is and make one element of one gradient infinite."""
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def poisoned(accelerator, model, window, **options):
         result = backward(accelerator, model, window, **options)
@@ -83,16 +83,16 @@ def infinite_gradient_at_step_3():
             next(model.parameters()).grad.view(-1)[0] = float("inf")
         return result
 
-    train.backward = poisoned
+    run.backward = poisoned
 
 
 def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch
 
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def exhausted(*arguments, **options):
         steps.append(1)
@@ -100,14 +100,14 @@ def out_of_memory_at_step_3():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return backward(*arguments, **options)
 
-    train.backward = exhausted
+    run.backward = exhausted
 
 
 def signal_in_step_4(number):
     """Send this process a signal in the middle of its fourth step."""
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def signalled(*arguments, **options):
         steps.append(1)
@@ -115,7 +115,7 @@ def signal_in_step_4(number):
             os.kill(os.getpid(), number)
         return backward(*arguments, **options)
 
-    train.backward = signalled
+    run.backward = signalled
 
 
 def signal_in_evaluation(number):
@@ -134,7 +134,7 @@ def signal_in_evaluation(number):
 
 
 def disk_fills_up_at_the_second_checkpoint():
-    """Write as a full disk lets one write: a part of the file, then ENOSPC; from the third checkpoint on all is well."""
+    """Write as a full disk lets one write: a part of the file, then ENOSPC; the third checkpoint is written again."""
     import errno
 
     import torch
@@ -155,9 +155,9 @@ def disk_fills_up_at_the_second_checkpoint():
 
 def hang_in_step_4():
     """Stay in the fourth step for ever, and say when a signal was noted."""
-    from leanstep.recipes import train
+    from leanstep.recipes import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def hanging(*arguments, **options):
         steps.append(1)
@@ -174,7 +174,7 @@ def hang_in_step_4():
                 time.sleep(0.01)
         return backward(*arguments, **options)
 
-    train.backward = hanging
+    run.backward = hanging
 
 
 def with_a_tracker():
@@ -224,3 +224,15 @@ def compile_without_a_compiler():
         return graph.forward
 
     torch.nn.Module.compile = lambda module: compile_in_place(module, backend=captured)
+
+
+def on_backend(name):
+    """Run the optimizers' operations on one backend. The reference needs no compiler, which takes longest of all."""
+    from leanstep import use_backend
+
+    # the context is never left: it must not be collected either
+    _kept.append(use_backend(name))
+    _kept[-1].__enter__()
+
+
+_kept = []

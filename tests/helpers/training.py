@@ -16,10 +16,44 @@ from pathlib import Path
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["leanstep.recipes.train", "leanstep.recipes.report", "transformers.models.gpt2"])
 
-_WORDS = (
-    "the union state congress people war peace government law nation great public year country world men power "
-    "treasury act states united constitution citizens of and to in a that for our which has been be it"
-).split()
+_WORDS = [
+    "the",
+    "union",
+    "state",
+    "congress",
+    "people",
+    "war",
+    "peace",
+    "government",
+    "law",
+    "nation",
+    "great",
+    "public",
+    "year",
+    "country",
+    "world",
+    "men",
+    "power",
+    "treasury",
+    "act",
+    "states",
+    "united",
+    "constitution",
+    "citizens",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "that",
+    "for",
+    "our",
+    "which",
+    "has",
+    "been",
+    "be",
+    "it",
+]
 
 _RECIPE = """\
 recipe: pretrain

@@ -147,7 +147,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 640 KiB, mounted for real; where mounting is not allowed the tests that need it say so and are left out."""
+    """A disk of 640 KiB, mounted for real; where mounting is not allowed, what needs it is skipped."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(

@@ -95,7 +95,10 @@ def test_world_size_that_nobody_connected_is_stopped():
 @pytest.mark.parametrize(
     ("parent", "number"),
     [
-        ("/usr/bin/python3 /usr/local/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml", 2),
+        (
+            "/usr/bin/python3 /usr/local/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml",
+            2,
+        ),
         ("python /venv/bin/accelerate launch --num_processes=8 train.py", 8),
         ("python -m accelerate.commands.launch --cpu --num-processes 3 train.py", 3),
         ("accelerate launch train.py", None),
@@ -113,7 +116,9 @@ def test_asked_world_size_reads_the_environment():
 
 def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     out = tmp_path / "run"
-    code = launch.run(str(recipe), [f"out={out}", "steps=12", "optimizer.lr=5e-4"], nproc=2, resume="never", dry_run=True)
+    code = launch.run(
+        str(recipe), [f"out={out}", "steps=12", "optimizer.lr=5e-4"], nproc=2, resume="never", dry_run=True
+    )
     assert code == 0 and not out.exists()
     printed = capsys.readouterr().out
     assert "lr: 0.0005" in printed and "resume: never" in printed

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
-from faults import compile_without_a_compiler, with_a_tracker
+from faults import compile_without_a_compiler, on_backend, with_a_tracker
 from safetensors.torch import load_file
 from training import numbers, read_log, run, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -20,9 +21,8 @@ from leanstep.recipes.config import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data import epoch_order
 from leanstep.recipes.finish import compare, sample
 from leanstep.recipes.folder import RunFolder
-from leanstep.recipes.progress import Clock, Progress, format_duration, format_line, format_rate
+from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_duration, format_line, format_rate
 from leanstep.recipes.step import NonFinite, backward, gradient_norm
-from leanstep.recipes.train import flat_scalars
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,7 @@ def test_two_processes_compute_what_one_does(recipe, tmp_path):
         for index in range(90):
             text = " ".join(words[7 * index : 7 * index + 2 + index % 11])
             file.write(json.dumps({"text": text}) + "\n")
-    data = f"data={{source: json, path: {documents}, tokenizer: 'train:300', seq_len: 32, packing: false, val_tokens: 150}}"
-    options = [data, "steps=12"]
+    options = ["data.source=json", f"data.path={documents}", "data.packing=false", "data.val_tokens=150", "steps=12"]
     one = run(recipe, [*options, "batch.micro_batch_size=8"], tmp_path / "one")
     assert one.codes == [0], one.text()
     two = run(recipe, [*options, "batch.micro_batch_size=2"], tmp_path / "two", world=2)
@@ -177,7 +176,7 @@ def test_the_order_is_a_function_of_the_position():
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def finished(request, recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
-    llama = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, tie_word_embeddings: true}"
+    llama = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
     model = [f"model={{family: llama, config: {llama}}}"] if request.param == "llama" else []
     training = run(recipe, ["steps=10", "precision=bf16", "expect={val_loss: 1.0, tolerance: 0.1}", *model], out)
     assert training.codes == [0], training.text()
@@ -256,11 +255,34 @@ def straight(recipe, tmp_path_factory):
 
 @pytest.mark.parametrize("option", ["activation_checkpointing=true", "max_grad_norm=1e9", "compile=true"])
 def test_options_that_must_not_change_the_numbers(recipe, straight, tmp_path, option):
-    training = run(recipe, ["steps=4", "checkpoint.every=0", option], tmp_path / "run", prepare=compile_without_a_compiler)
+    training = run(
+        recipe, ["steps=4", "checkpoint.every=0", option], tmp_path / "run", prepare=compile_without_a_compiler
+    )
     assert training.codes == [0], training.text()
     assert ("graph captured" in training.text()) == (option == "compile=true")
     left, right = straight[:-1], numbers(tmp_path / "run")[:-1]
     assert [entry[2] for entry in left] == pytest.approx([entry[2] for entry in right], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "sinkgd"])
+def test_released_gradients_change_nothing_but_memory(recipe, tmp_path, optimizer):
+    options = ["steps=4", f"optimizer.name={optimizer}", "checkpoint.every=0", "batch.micro_batch_size=8"]
+    backend = partial(on_backend, "reference")
+    kept = run(recipe, options, tmp_path / "kept", prepare=backend)
+    released = run(recipe, [*options, "release_gradients=true"], tmp_path / "released", prepare=backend)
+    assert kept.codes == released.codes == [0], released.text()
+    left, right = numbers(tmp_path / "kept"), numbers(tmp_path / "released")
+    assert [entry[:4] for entry in left] == [entry[:4] for entry in right]
+    assert all(entry[4] is None for entry in right) and left[0][4] is not None
+
+
+def test_released_gradients_are_refused_where_they_cannot_work(recipe, tmp_path):
+    options = ["release_gradients=true", "batch.micro_batch_size=8"]
+    refused = run(recipe, options, tmp_path / "adamw")
+    assert refused.codes == [2] and "release_gradients" in refused.text() and "AdamW" in refused.text()
+    options = ["release_gradients=true", "batch.micro_batch_size=4", "optimizer.name=lion"]
+    refused = run(recipe, options, tmp_path / "two", world=2)
+    assert refused.codes == [2, 2] and "needs one process and this run has 2" in refused.text()
 
 
 def test_eval_at_start_and_on_fewer_batches(recipe, tmp_path):
@@ -278,7 +300,9 @@ def test_numbers_for_people():
     assert [format_rate(rate) for rate in (850, 12_400, 1_200_000)] == ["850 tok/s", "12.4k tok/s", "1.20M tok/s"]
     assert [format_duration(s) for s in (42, 760, 4360, 263_560)] == ["0:42", "12:40", "1:12:40", "3d 1:12:40"]
     entry = {"step": 3, "loss": 3.4121, "lr": 9.1e-4, "grad_norm": None, "tokens_per_s": None, "nonfinite": 2}
-    assert format_line(entry, 10, None, ["disk full"]) == "step 3/10  loss 3.4121  lr 9.10e-04  nonfinite 2  [disk full]"
+    assert (
+        format_line(entry, 10, None, ["disk full"]) == "step 3/10  loss 3.4121  lr 9.10e-04  nonfinite 2  [disk full]"
+    )
 
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
