@@ -27,6 +27,7 @@ __all__ = [
     "range_problem",
 ]
 
+
 def _bounded(default: Any, **bounds: float) -> Any:
     """A dataclass field with a default and the range that :func:`range_problem` enforces."""
     return field(default=default, metadata=bounds)

@@ -149,5 +149,3 @@ def _entry_problems(
         problem = range_problem(bounds.get(key, {}), element)
         if problem:
             yield path, f"{full} {problem}"
-
-
