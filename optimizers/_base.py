@@ -94,7 +94,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _raise_on_nonfinite(self) -> None:
         """The policy "raise": look at all gradients (one wait) before anything is changed."""
         named = [
-            (describe(group, position), param)
+            (describe(group, position), param, param.grad)
             for group in self.param_groups
             if group["nonfinite"] == "raise"
             for position, param in enumerate(group["params"])
@@ -102,11 +102,12 @@ class LeanOptimizer(torch.optim.Optimizer):
         ]
         if not named:
             return
-        flags = torch.stack([~torch.isfinite(local(p.grad)).all().to(named[0][1].device) for _, p in named]).float()
-        shards = [shard_of(p) for _, p in named]
+        device = named[0][1].device
+        flags = torch.stack([~torch.isfinite(local(grad)).all().to(device) for *_, grad in named]).float()
+        shards = [shard_of(param) for _, param, _ in named]
         if any(s.groups for s in shards):  # all processes raise, or none
             run(sum_over_shards(flags, shards))
-        bad = [name for (name, _), flag in zip(named, flags.tolist(), strict=True) if flag]
+        bad = [name for (name, *_), flag in zip(named, flags.tolist(), strict=True) if flag]
         if bad:
             raise NonFiniteGradientError(
                 f"{type(self).__name__}: non-finite gradient in {', '.join(bad[:5])}"

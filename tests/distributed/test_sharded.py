@@ -1,0 +1,26 @@
+"""Optimizers on sharded and replicated parameters, in real gloo processes: the checks of distributed_cases.py."""
+
+import distributed_cases
+import pytest
+from distributed_world import CASES, run_world
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, request):
+    """Run every wanted check of every world size once; the error text of each, by (world size, name)."""
+    folder = tmp_path_factory.mktemp("worlds")
+    wanted = {item.callspec.id for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())}
+    found = {}
+    for size in distributed_cases.WORLDS:
+        names = [c.name for c in CASES.values() if size in c.worlds and f"{c.name}-{size}" in wanted]
+        if names:
+            errors = run_world(size, names, folder, distributed_cases.__name__)
+            found.update({(name, size): text for name, text in errors.items()})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param(c.name, size, id=f"{c.name}-{size}") for c in CASES.values() for size in c.worlds]
+)
+def test_check(outcomes, name, size):
+    assert not outcomes[name, size], outcomes[name, size]

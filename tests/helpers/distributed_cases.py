@@ -1,0 +1,208 @@
+"""Checks of sharded optimizers that run on every process of a world (see distributed_world.py)."""
+
+import contextlib
+import functools
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_world import World, add_case, case
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from leanstep.optimizers import Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
+
+WORLDS = (2, 1, 3, 4)  # 2 first: what it saves, the others load
+
+
+class Block(nn.Module):
+    """A norm, matrices with rows that do not divide, a matrix with two rows, three experts, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 10)
+        self.narrow = nn.Linear(10, 2)
+        self.back = nn.Linear(2, 6, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 7, 6) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(self.norm(x)))
+        mixed = torch.einsum("bti,eoi->bto", x, self.experts).tanh().mean(dim=-1, keepdim=True)
+        return x + self.back(self.narrow(hidden)) + mixed
+
+
+class Model(nn.Module):
+    """Embedding tied to the head, a convolution over (token, feature), two blocks; next-token loss."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        self.conv = nn.Conv2d(2, 5, (2, 3), padding="same")
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(6, 13, bias=False)
+        if tie:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.conv(torch.stack([x, x.square()], dim=1)).mean(dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.lm_head(x).flatten(0, 1).float(), tokens.roll(1, 1).flatten())
+
+
+def tokens(batch: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 11, (batch, 5), generator=torch.Generator().manual_seed(seed))
+
+
+def new_model(dtype: torch.dtype = torch.float32, tie: bool = True) -> Model:
+    torch.manual_seed(1)
+    return Model(tie).to(dtype)
+
+
+@functools.cache
+def mesh(size: int) -> Any:
+    return init_device_mesh("cpu", (size,))
+
+
+def shard(model: Model, size: int, **options: Any) -> Model:
+    """fully_shard every block and the root; the two uses of a tied weight stay one parameter of the root."""
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh(size), **options)
+    fully_shard(model, mesh=mesh(size), **options)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def set_grads(model: nn.Module, step: int) -> None:
+    """The same made-up gradients for any world: a function of the parameter's name and the step."""
+    for name, param in model.named_parameters():
+        seed = int(hashlib.sha256(f"{name} {step}".encode()).hexdigest()[:8], 16)
+        grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+        if param.dim() == 2:
+            grad *= torch.logspace(-3, 1, param.shape[0]).unsqueeze(1)
+        if name == "embed.weight":
+            grad[5:8] = 0.0
+        set_grad(param, grad.to(param.dtype))
+
+
+def set_grad(param: nn.Parameter, grad: Tensor) -> None:
+    param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
+
+
+def assert_same(sharded: nn.Module, plain: nn.Module, tolerance: float, note: str = "") -> None:
+    """Full parameters of both agree: bit for bit with tolerance 0, else relative to the largest entry."""
+    for (name, a), (_, b) in zip(sharded.named_parameters(), plain.named_parameters(), strict=True):
+        full = whole(a.detach())
+        error = (full.double() - b.double()).abs().max().item()
+        limit = tolerance * max(1.0, b.abs().max().item())
+        assert torch.equal(full, b) if tolerance == 0 else error <= limit, f"{name} {note}: differs by {error:.3g}"
+
+
+# ---- steps with the same gradients, sharded and not
+
+_BALANCED = {role: {"algorithm": "balanced", "momentum": 0.9, "row_mask_tau": 0.2} for role in ("embedding", "head")}
+
+# name -> (class, settings, group settings by role, dtype, largest difference)
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, float]] = {
+    "lion": (Lion, {"lr": 1e-2, "weight_decay": 0.1}, {}, torch.float32, 0),
+    "lion_cautious": (Lion, {"lr": 1e-2, "cautious": True, "weight_decay": 0.1}, {}, torch.float32, 0),
+    "lion_stochastic": (Lion, {"lr": 1e-3, "rounding": "stochastic"}, {}, torch.bfloat16, 0),
+    "lion_kahan": (Lion, {"lr": 1e-3, "rounding": "kahan"}, {}, torch.bfloat16, 0),
+    "lion_master": (Lion, {"lr": 1e-3, "rounding": "master"}, {}, torch.bfloat16, 0),
+    "sinkgd": (SinkGD, {"lr": 0.05, "scale": 0.2, "weight_decay": 0.1}, {}, torch.float32, 1e-6),
+    "sinkgd_foreach_off": (SinkGD, {"lr": 0.05, "scale": 0.2, "foreach": False}, {}, torch.float32, 1e-6),
+    "sinkgd_momentum": (SinkGD, {"lr": 0.05, "scale": 0.2, "momentum": 0.9, "nesterov": True}, {}, torch.float32, 1e-6),
+    "sinkgd_post": (
+        SinkGD, {"lr": 0.05, "scale": 0.2, "momentum": 0.9, "momentum_order": "post"}, {}, torch.float32, 1e-6,
+    ),
+    "sinkgd_balanced": (SinkGD, {"lr": 0.05, "scale": 0.2}, _BALANCED, torch.float32, 1e-6),
+    "sinkgd_unit": (SinkGD, {"lr": 0.05, "spectral": "unit"}, {}, torch.float32, 1e-6),
+    "sinkgd_muon": (SinkGD, {"lr": 0.05, "spectral": "muon", "momentum": 0.9}, {}, torch.float32, 1e-6),
+    "sinkgd_width": (SinkGD, {"lr": 0.05, "base_width": 8, "row_mask_tau": 0.1}, {}, torch.float32, 1e-6),
+    "sinkgd_master": (SinkGD, {"lr": 0.05, "rounding": "master"}, {}, torch.bfloat16, 2**-7),
+    "adamw": (SinkGD, {"lr": 1e-2, "algorithm": "adamw"}, {}, torch.float32, 1e-6),
+}  # fmt: skip
+
+
+def build(name: str, model: nn.Module, **more: Any) -> Any:
+    cls, settings, by_role, *_ = OPTIMIZERS[name]
+    if settings.get("algorithm") == "adamw":
+        return cls(model.parameters(), **settings, **more)
+    return cls(param_groups(model, by_role), **{**settings, **more})
+
+
+def follows_unsharded(name: str, world: World) -> None:
+    *_, dtype, tolerance = OPTIMIZERS[name]
+    plain, sharded = new_model(dtype), shard(new_model(dtype), world.size)
+    optimizers = [build(name, plain), build(name, sharded)]
+    for step in range(4):
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            set_grads(model, step)
+            optimizer.step()
+        assert_same(sharded, plain, tolerance, f"after step {step + 1}")
+    assert any(not torch.equal(p, q) for p, q in zip(plain.parameters(), new_model(dtype).parameters(), strict=True))
+    full, part = (o.state_dict()["state"] for o in optimizers)
+    assert {i: sorted(s) for i, s in full.items()} == {i: sorted(s) for i, s in part.items()}
+    for i, state in full.items():
+        for key, value in state.items():
+            torch.testing.assert_close(
+                whole(part[i][key]), value, rtol=1e-3 if key == "power_vector" else 1e-5, atol=1e-6, msg=key
+            )
+
+
+for _name in OPTIMIZERS:
+    add_case(f"{_name}_follows_unsharded", (1, 2, 3, 4), functools.partial(follows_unsharded, _name))
+
+
+def skips_together(name: str, world: World) -> None:
+    """A gradient entry is not finite in one shard, held by one process: all skip as one process would."""
+    *_, dtype, tolerance = OPTIMIZERS[name]
+    for bad in (math.nan, math.inf):
+        plain, sharded = new_model(dtype), shard(new_model(dtype), world.size)
+        optimizers = [build(name, plain), build(name, sharded)]
+        for step in range(3):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grads(model, step)
+                if step == 1:
+                    for poisoned in ("blocks.0.up.weight", "blocks.1.experts", "blocks.1.norm.bias", "conv.weight"):
+                        param = model.get_parameter(poisoned)
+                        grad = whole(param.grad).clone()
+                        grad[1].view(-1)[1 if grad.dim() > 1 else 0] = bad
+                        set_grad(param, grad)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"after step {step + 1} with {bad}")
+        for p in sharded.parameters():
+            assert torch.isfinite(whole(p.detach())).all()
+        mine = torch.tensor(float(optimizers[1].nonfinite_count()))
+        dist.all_reduce(mine)
+        assert mine >= optimizers[0].nonfinite_count() >= 4
+
+
+for _name in ("lion", "lion_cautious", "sinkgd", "sinkgd_momentum", "sinkgd_post", "sinkgd_balanced", "sinkgd_muon"):
+    add_case(f"{_name}_skips_together", (2, 4), functools.partial(skips_together, _name))
+
+
+@case(2, 3)
+def all_processes_raise_on_a_nonfinite_gradient(world: World) -> None:
+    sharded = shard(new_model(), world.size)
+    optimizer = build("sinkgd", sharded, nonfinite="raise")
+    set_grads(sharded, 0)
+    sharded.get_parameter("blocks.0.up.weight").grad.to_local()[:1] = math.nan if world.rank == 0 else 0.0
+    try:
+        optimizer.step()
+    except NonFiniteGradientError as error:
+        assert "blocks.0.up.weight (10, 6)" in str(error)
+    else:
+        raise AssertionError("this process went on alone")
+    assert_same(sharded, new_model(), 0)

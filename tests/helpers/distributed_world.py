@@ -1,0 +1,122 @@
+"""Real gloo processes for the tests of sharding: one start per world size, in which many checks run one by one.
+
+The checks live in distributed_cases.py and register themselves there; each runs on all processes of a world, and what
+it raised on any of them is what the test of that check reports.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["leanstep.optimizers", "torch.distributed.fsdp", "torch.distributed.tensor"])
+
+# the longest that processes wait for one another: a check that fails on one of them leaves the others waiting
+_PATIENCE = 45
+
+
+@dataclass(frozen=True)
+class World:
+    """What a check is given: its world, and a folder that all worlds of a test session share, in the order of WORLDS."""
+
+    rank: int
+    size: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Case:
+    """A check: its name, the world sizes it runs in, and the function."""
+
+    name: str
+    worlds: tuple[int, ...]
+    function: Callable[[World], object]
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(*worlds: int) -> Callable[[Callable[[World], object]], Callable[[World], object]]:
+    """Register a check for worlds of these sizes, under its function's name."""
+
+    def register(function: Callable[[World], object]) -> Callable[[World], object]:
+        add_case(function.__name__, worlds, function)
+        return function
+
+    return register
+
+
+def add_case(name: str, worlds: Iterable[int], function: Callable[[World], object]) -> None:
+    assert name not in CASES, f"two checks are called {name}"
+    CASES[name] = Case(name, tuple(worlds), function)
+
+
+def run_world(size: int, names: list[str], folder: Path, module: str) -> dict[str, str]:
+    """Run checks in a new world of ``size`` processes; the error text of each, "" where it passed on all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    receivers, processes = [], []
+    for rank in range(size):
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_work, args=(rank, size, port, names, folder, module, sender), daemon=True)
+        process.start()
+        sender.close()
+        receivers.append(receiver)
+        processes.append(process)
+    outcomes = [dict[str, str]() for _ in range(size)]
+    for rank, receiver in enumerate(receivers):
+        try:
+            while receiver.poll(_PATIENCE * 4):
+                name, text = receiver.recv()
+                outcomes[rank][name] = text
+        except EOFError:
+            pass
+    for process in processes:
+        process.join(5)
+        process.kill()
+    errors = {}
+    for name in names:
+        missing = "did not come to an end (an earlier check broke the world, or the process died)"
+        texts = [f"rank {rank}: {outcomes[rank].get(name, missing)}" for rank in range(size)]
+        errors[name] = "\n".join(text for rank, text in enumerate(texts) if outcomes[rank].get(name, missing))
+    return errors
+
+
+def _work(rank: int, size: int, port: int, names: list[str], folder: Path, module: str, sender: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
+    __import__(module)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_PATIENCE))
+    store = dist.distributed_c10d._get_default_store()
+    for name in names:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        text = ""
+        try:
+            CASES[name].function(World(rank, size, folder))
+        except Exception:
+            text = traceback.format_exc()
+        sender.send((name, text))
+        # wait without a collective, which an error on one side would have left in different places
+        store.set(f"{name}/{rank}", "failed" if text else "passed")
+        everyone = [store.get(f"{name}/{other}") for other in range(size)]
+        if b"failed" in everyone and not all(o == b"failed" for o in everyone):
+            break
+    sender.close()
+    dist.destroy_process_group()
