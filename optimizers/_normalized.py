@@ -232,7 +232,7 @@ def init_power_vector(state: dict[str, Any], param: Tensor) -> None:
     shard = shard_of(param)
     columns = matrix_shape(shard)[1]
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(columns, generator=generator).to(local(param).device)
+    vector = torch.randn(columns, generator=generator).to(local(param).device, compute_dtype(param.dtype))
     if len(shard.shape) != 3:
         state["power_vector"] = vector
         return
@@ -317,11 +317,9 @@ def _apply(
             matrices, mats, scales.rows, scales.cols, extras,
             hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
         )  # fmt: skip
-    for weight, matrix in zip(weights, matrices, strict=True):
-        if matrix.data_ptr() != weight.data_ptr():  # flattening had to copy (a permuted convolution)
-            weight.copy_(matrix.view_as(weight))
-    for i, extra in enumerate(extras):
-        kept = local(states[i][STATE_KEY[rounding]])
-        if extra.data_ptr() != kept.data_ptr():
-            kept.copy_(extra.view_as(kept))
+    flattened = list(zip(weights, matrices, strict=True))
+    flattened += [(local(s[STATE_KEY[rounding]]), extra) for s, extra in zip(states, extras, strict=False)]
+    for whole, matrix in flattened:
+        if whole.dim() > 3 and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
+            whole.copy_(matrix.view_as(whole))
     return flags
