@@ -1,0 +1,222 @@
+"""The table of optimizers: one row a variant. The battery of tests/optimizers/test_all_optimizers.py runs over it.
+
+An optimizer joins with one row in CASES; what its rule changes about the battery's expectations is in the row.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.optimizers import Lion, SinkGD
+
+# every kind of tensor: matrices that reach the compiled loops (with and without a tail), small ones, a stack of
+# matrices, a convolution, a vector, a scalar, one element, none
+SHAPES = ((66, 128), (9, 70), (5, 3), (2, 4, 6), (4, 2, 3, 3), (7,), (), (1,), (0, 3), (1, 1))
+SMALL_SHAPES = ((6, 5), (2, 3, 4), (4, 2, 3, 3), (7,), (), (1,), (0, 3))
+
+
+def _one_group(params: list[Any]) -> list[Any]:
+    return params
+
+
+def _balanced_groups(params: list[Any]) -> list[dict[str, Any]]:
+    """Matrices to the balanced rule, the rest to AdamW; ``params`` may be (name, parameter) pairs."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    tables = [p for p, t in zip(params, tensors, strict=True) if t.dim() == 2]
+    rest = [p for p, t in zip(params, tensors, strict=True) if t.dim() != 2]
+    groups = [{"params": tables, "algorithm": "balanced"}, {"params": rest, "algorithm": "auto"}]
+    return [g for g in groups if g["params"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCase:
+    """One optimizer with one set of options, and what may be expected of it.
+
+    Attributes:
+        name: the test's id.
+        cls, kwargs: how it is built; ``groups`` sorts parameters into the groups it needs.
+        dtype: of the parameters and gradients.
+        state: names of the state tensors of a matrix, with their dtypes.
+        elementwise: a non-finite gradient entry touches that entry alone; otherwise its whole tensor.
+        replayable: a skipped step leaves no trace at all, not even in a counter that seeds random rounding.
+        exact_foreach: ``foreach`` True and False agree bit for bit; otherwise to the order of sums.
+        large: the battery gives it matrices that reach the compiled loops, too (each costs a compilation).
+        extra_fp32: extra memory of a step, in fp32 copies of the largest matrix, beyond small vectors.
+    """
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    groups: Callable[[list[Any]], Any] = _one_group
+    dtype: torch.dtype = torch.float32
+    state: dict[str, torch.dtype] = field(default_factory=dict)
+    elementwise: bool = False
+    replayable: bool = True
+    exact_foreach: bool = True
+    large: bool = False
+    extra_fp32: float = 0.0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters of tests that look at every kind of tensor."""
+        return SHAPES if self.large else SMALL_SHAPES
+
+    def build(self, params: list[Any], **overrides: Any) -> Any:
+        """The optimizer over the parameters (or named ones), without the note on automatic routing."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="SinkGD: .* taken as matrices")
+            return self.cls(self.groups(params), **{**self.kwargs, **overrides})
+
+    def params(self, shapes: tuple[tuple[int, ...], ...] = SMALL_SHAPES, seed: int = 0) -> list[Tensor]:
+        """Parameters with normal entries, the same for the same seed."""
+        chance = torch.Generator().manual_seed(seed)
+        return [torch.randn(s, generator=chance).to(self.dtype).requires_grad_() for s in shapes]
+
+
+def fill_grads(params: list[Tensor], step: int) -> None:
+    """Normal gradients, the same for the same step number."""
+    chance = torch.Generator().manual_seed(1000 + step)
+    for param in params:
+        grad = torch.randn(param.shape, generator=chance).to(param.dtype)
+        if param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.copy_(grad)
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) -> None:
+    """Step through the gradients of the given step numbers."""
+    for step in steps:
+        fill_grads(params, step)
+        optimizer.step()
+
+
+_BF16 = torch.bfloat16
+_LION = {"exp_avg": torch.float32}
+_LION_BF16 = {"exp_avg": _BF16}
+
+CASES = (
+    OptimizerCase(
+        name="Lion", cls=Lion, kwargs={"lr": 1e-2, "weight_decay": 0.1}, state=_LION, elementwise=True, large=True
+    ),
+    OptimizerCase(
+        name="Lion-cautious",
+        cls=Lion,
+        kwargs={"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "cautious_decay": True},
+        state=_LION,
+    ),
+    OptimizerCase(
+        name="Lion-bf16", cls=Lion, kwargs={"lr": 1e-2}, dtype=_BF16, state=_LION_BF16, elementwise=True, large=True
+    ),
+    OptimizerCase(
+        name="Lion-bf16-fp32-momentum",
+        cls=Lion,
+        kwargs={"lr": 1e-2, "weight_decay": 0.1, "momentum_dtype": torch.float32},
+        dtype=_BF16,
+        state=_LION,
+        elementwise=True,
+    ),
+    OptimizerCase(
+        name="Lion-stochastic",
+        cls=Lion,
+        kwargs={"lr": 1e-3, "rounding": "stochastic", "seed": 3},
+        dtype=_BF16,
+        state={**_LION_BF16, "step": torch.float32},
+        elementwise=True,
+        replayable=False,
+    ),
+    OptimizerCase(
+        name="Lion-kahan",
+        cls=Lion,
+        kwargs={"lr": 1e-3, "rounding": "kahan"},
+        dtype=_BF16,
+        state={**_LION_BF16, "kahan_compensation": _BF16},
+        elementwise=True,
+    ),
+    OptimizerCase(
+        name="Lion-master",
+        cls=Lion,
+        kwargs={"lr": 1e-3, "rounding": "master", "weight_decay": 0.1},
+        dtype=_BF16,
+        state={**_LION_BF16, "master_param": torch.float32},
+        elementwise=True,
+    ),
+    OptimizerCase(
+        name="SinkGD", cls=SinkGD, kwargs={"weight_decay": 0.1}, exact_foreach=False, extra_fp32=1, large=True
+    ),
+    OptimizerCase(
+        name="SinkGD-momentum",
+        cls=SinkGD,
+        kwargs={"momentum": 0.9, "nesterov": True},
+        state={"momentum_buffer": torch.float32},
+        exact_foreach=False,
+        extra_fp32=4,
+    ),
+    OptimizerCase(
+        name="SinkGD-momentum-after",
+        cls=SinkGD,
+        kwargs={"momentum": 0.9, "momentum_order": "post", "base_width": 4},
+        state={"momentum_buffer": torch.float32},
+        exact_foreach=False,
+        extra_fp32=5,
+    ),
+    OptimizerCase(
+        name="SinkGD-spectral",
+        cls=SinkGD,
+        kwargs={"spectral": "muon", "row_mask_tau": 0.1},
+        state={"power_vector": torch.float32, "power_steps": torch.float32},
+        exact_foreach=False,
+        replayable=False,
+        extra_fp32=4,
+    ),
+    OptimizerCase(
+        name="SinkGD-balanced",
+        cls=SinkGD,
+        kwargs={"momentum": 0.95, "row_mask_tau": 0.1},
+        groups=_balanced_groups,
+        state={"momentum_buffer": torch.float32},
+        exact_foreach=False,
+        extra_fp32=5,
+    ),
+    OptimizerCase(
+        name="SinkGD-bf16",
+        cls=SinkGD,
+        kwargs={"weight_decay": 0.1},
+        dtype=_BF16,
+        exact_foreach=False,
+        extra_fp32=1,
+        large=True,
+    ),
+    OptimizerCase(
+        name="SinkGD-stochastic",
+        cls=SinkGD,
+        kwargs={"lr": 2e-3, "rounding": "stochastic"},
+        dtype=_BF16,
+        state={"step": torch.float32},
+        exact_foreach=False,
+        replayable=False,
+        extra_fp32=1,
+    ),
+    OptimizerCase(
+        name="SinkGD-kahan",
+        cls=SinkGD,
+        kwargs={"lr": 2e-3, "rounding": "kahan"},
+        dtype=_BF16,
+        state={"kahan_compensation": _BF16},
+        exact_foreach=False,
+        extra_fp32=1,
+    ),
+    OptimizerCase(
+        name="SinkGD-master",
+        cls=SinkGD,
+        kwargs={"lr": 2e-3, "rounding": "master"},
+        dtype=_BF16,
+        state={"master_param": torch.float32},
+        exact_foreach=False,
+        extra_fp32=1,
+    ),
+)

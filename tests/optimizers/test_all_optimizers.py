@@ -1,0 +1,592 @@
+"""The torch.optim contract, for every row of the table in tests/helpers/optimizer_cases.py."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
+
+import leanstep.optimizers
+from leanstep.optimizers import NonFiniteGradientError
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def assert_same(left, right, message=""):
+    """Bit for bit, NaN included."""
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{message} [{i}]: {m}")
+
+
+def snapshot(optimizer) -> list[torch.Tensor]:
+    """Copies of the parameters and all state tensors, in a fixed order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]
+    return [t.detach().clone() for t in (*params, *state)]
+
+
+def test_every_exported_optimizer_has_a_row():
+    exported = {name: getattr(leanstep.optimizers, name) for name in leanstep.optimizers.__all__}
+    optimizers = {c for c in exported.values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert optimizers == {case.cls for case in CASES}
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@every_case
+def test_loss_falls(case: OptimizerCase):
+    params = case.params(((6, 5), (2, 3, 4), (7,), ()))
+    optimizer = case.build(params, lr=case.kwargs.get("lr", 2e-2) * 3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = sum((p.float() - 0.3).square().sum() for p in params)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 0.97 * losses[0]
+    assert all(after < before + 1e-3 for before, after in zip(losses, losses[1:], strict=False))
+
+
+@every_case
+def test_closure(case: OptimizerCase):
+    with_closure, without = case.params(), case.params()
+    a, b = case.build(with_closure), case.build(without)
+    seen = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        fill_grads(with_closure, 0)
+        seen.append(1)
+        return torch.tensor(2.5)
+
+    assert a.step(closure) == 2.5 and seen == [1]
+    run(b, without, range(1))
+    assert_same(snapshot(a), snapshot(b))
+    assert b.step() is None
+
+
+@every_case
+def test_add_param_group_and_overrides(case: OptimizerCase):
+    first, second = case.params(((6, 5),)), case.params(((4, 3),), seed=1)
+    lr = case.kwargs.get("lr", 2e-2)
+    together = case.build(first)
+    algorithm = {k: v for k, v in together.param_groups[0].items() if k == "algorithm"}
+    together.add_param_group({"params": second, "lr": lr / 2, "maximize": True, **algorithm})
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        together.add_param_group({"params": second, **algorithm})
+    with pytest.raises(ValueError, match="[Ii]nvalid learning rate"):
+        together.add_param_group({"params": case.params(((2, 2),)), "lr": -1.0, **algorithm})
+    assert len(together.param_groups) == 2
+    run(together, [*first, *second], range(3))
+
+    if "seed" in case.kwargs or case.kwargs.get("rounding") == "stochastic":
+        return  # the place in the list is part of the random numbers
+    alone_first, alone_second = case.params(((6, 5),)), case.params(((4, 3),), seed=1)
+    a, b = case.build(alone_first), case.build(alone_second, lr=lr / 2, maximize=True)
+    for step in range(3):
+        fill_grads([*alone_first, *alone_second], step)
+        a.step()
+        b.step()
+    assert_same([*first, *second], [*alone_first, *alone_second])
+
+
+@every_case
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_learning_rate_schedulers(case: OptimizerCase, tensor_lr: bool):
+    lr = case.kwargs.get("lr", 2e-2)
+    scheduled, by_hand = case.params(), case.params()
+    a = case.build(scheduled, lr=torch.tensor(lr, dtype=torch.float64) if tensor_lr else lr)
+    b = case.build(by_hand, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(a, lambda step: 1 / (1 + step))
+    for step in range(4):
+        for group in b.param_groups:
+            group["lr"] = lr * (1 / (1 + step))
+        run(a, scheduled, range(step, step + 1))
+        run(b, by_hand, range(step, step + 1))
+        schedule.step()
+    assert isinstance(a.param_groups[0]["lr"], torch.Tensor) == tensor_lr
+    # torch's AdamW itself computes with a tensor lr in another order
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if case.dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(scheduled, by_hand, **(tolerance if tensor_lr else {"rtol": 0, "atol": 0}))
+
+
+@every_case
+def test_schedulers_that_move_more_than_the_rate(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    for step in range(4):
+        run(optimizer, params, range(step, step + 1))
+        schedule.step()
+        plateau.step(1.0)
+    assert all(torch.isfinite(p).all() for p in params)
+
+
+@every_case
+def test_maximize_is_minimize_of_the_negative(case: OptimizerCase):
+    up, down = case.params(), case.params()
+    a, b = case.build(up, maximize=True), case.build(down)
+    for step in range(3):
+        fill_grads(up, step)
+        fill_grads(down, step)
+        for param in down:
+            param.grad.neg_()
+        a.step()
+        b.step()
+    assert_same(up, down)
+
+
+@every_case
+def test_foreach_equals_the_loop(case: OptimizerCase):
+    results = []
+    for foreach in (False, True, None):
+        params = case.params(case.shapes)
+        # torch's AdamW differs from itself in the last bit between its loops; fused=False pins one of them
+        fused = {"fused": False} if "fused" in case.build(case.params()).defaults else {}
+        optimizer = case.build(params, foreach=foreach, **fused)
+        run(optimizer, params, range(3))
+        results.append(params)
+    for other in results[1:]:
+        if case.exact_foreach:
+            assert_same(results[0], other)
+        else:
+            unit = torch.finfo(case.dtype).eps
+            torch.testing.assert_close(results[0], other, rtol=4 * unit, atol=8 * unit)
+
+
+@every_case
+def test_hooks(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
+    run(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    assert calls == ["before", "after", "saving"] and saved["note"] == 1
+
+    other = case.build(case.params())
+    other.register_load_state_dict_pre_hook(lambda _, state: calls.append("loading"))
+
+    def look(loaded):
+        """A user's hook sees the state as it will be, not as torch cast it on the way."""
+        matrix = loaded.param_groups[0]["params"][0]
+        assert {k: v.dtype for k, v in loaded.state.get(matrix, {}).items()} == case.state
+        calls.append("loaded")
+
+    other.register_load_state_dict_post_hook(look)
+    other.load_state_dict(saved)
+    assert calls[3:] == ["loading", "loaded"]
+
+
+@every_case
+def test_state_is_as_the_table_says(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    assert not optimizer.state
+    run(optimizer, params, range(1))
+    state = optimizer.state[params[0]]
+    assert {key: value.dtype for key, value in state.items()} == case.state
+    for param, kept in optimizer.state.items():
+        for value in kept.values():
+            assert isinstance(value, torch.Tensor) and not value.requires_grad
+            assert value.device == param.device
+
+
+@every_case
+def test_zero_grad_and_missing_gradients(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(1))
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in params)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+    idle, busy = case.params(((6, 5),)), case.params(((4, 3),))
+    optimizer = case.build([*idle, *busy])
+    old = idle[0].detach().clone()
+    fill_grads(busy, 0)
+    optimizer.step()
+    assert idle[0] not in optimizer.state and idle[0].grad is None
+    assert torch.equal(idle[0], old)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_copies_continue_alike(case: OptimizerCase, duplicate):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(2))
+    twin = duplicate(optimizer)
+    twin_params = [p for group in twin.param_groups for p in group["params"]]
+    assert {k for k in vars(optimizer) if k[0] != "_"} == {k for k in vars(twin) if k[0] != "_"}
+    assert all(p is not q for p, q in zip(params, twin_params, strict=True))
+    own_order = [p for group in optimizer.param_groups for p in group["params"]]
+    run(optimizer, own_order, range(2, 4))
+    run(twin, twin_params, range(2, 4))
+    assert_same(snapshot(optimizer), snapshot(twin))
+
+
+@every_case
+def test_state_dict_round_trip_is_exact(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(3))
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+
+    resumed_params = [p.detach().clone().requires_grad_() for p in params]
+    resumed = case.build(resumed_params, lr=1.0)
+    resumed.load_state_dict(loaded)
+    assert_same(snapshot(optimizer), snapshot(resumed))
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    run(optimizer, params, range(3, 6))
+    run(resumed, resumed_params, range(3, 6))
+    assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+@every_case
+def test_state_moves_into_parameters_of_another_dtype_unchanged(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(2))
+    other_dtype = torch.float32 if case.dtype == torch.bfloat16 else torch.bfloat16
+    others = [p.detach().to(other_dtype).requires_grad_() for p in params]
+    other = case.build(others)
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert_same([v for _, v in sorted(a.items())], [v for _, v in sorted(b.items())])
+
+
+class _Model(torch.nn.Module):
+    """The parameters of a case under names."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.items = torch.nn.ParameterList(params)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_distributed_checkpoint_state_dict(case: OptimizerCase, flat: bool, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = _Model(case.params())
+    optimizer = case.build(list(model.items))
+    run(optimizer, list(model.items), range(2))
+    model.items[0].grad.fill_(float("nan"))
+    optimizer.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
+
+    resumed_model = copy.deepcopy(model)
+    resumed_model.zero_grad()
+    resumed = case.build(list(resumed_model.items), lr=1.0)
+    target = {"optimizer": get_optimizer_state_dict(resumed_model, resumed, options=options)}
+    assert_same(list(model.items), list(resumed_model.items), "asking for the state moved the parameters")
+    dcp.load(target, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(resumed_model, resumed, target["optimizer"], options=options)
+    assert resumed.nonfinite_count() == optimizer.nonfinite_count() == 1
+    assert_same(snapshot(optimizer), snapshot(resumed))
+    run(optimizer, list(model.items), range(3, 5))
+    run(resumed, list(resumed_model.items), range(3, 5))
+    assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+@every_case
+def test_grad_scaler_skips_an_overflow(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = snapshot(optimizer)
+    for step, finite in ((1, False), (2, True)):
+        scaler.scale(torch.tensor(0.0))
+        fill_grads(params, step)
+        for param in params:
+            param.grad.mul_(scaler.get_scale())
+        if not finite:
+            params[0].grad.view(-1)[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        if not finite:
+            assert_same(before, snapshot(optimizer))
+    assert scaler.get_scale() == 512.0
+    assert not torch.equal(params[0], before[0])
+
+
+@every_case
+def test_layouts_do_not_matter(case: OptimizerCase):
+    """Transposed, sliced, expanded and channels-last parameters and gradients step as contiguous ones do."""
+    rows, columns = (66, 128) if case.large else (6, 8)
+    plain = case.params(((6, columns), (rows, columns), (4, 2, 3, 3), (9,)))
+    odd = [
+        plain[0].detach().t().contiguous().t(),
+        torch.zeros(rows, 2 * columns, dtype=case.dtype)[:, ::2].copy_(plain[1].detach()),
+        plain[2].detach().to(memory_format=torch.channels_last),
+        torch.zeros(18, dtype=case.dtype)[::2].copy_(plain[3].detach()),
+    ]
+    for param in odd:
+        param.requires_grad_()
+    a, b = case.build(plain), case.build(odd)
+    for step in range(3):
+        fill_grads(plain, step)
+        for p, o in zip(plain, odd, strict=True):
+            o.grad = p.grad.mT.contiguous().mT if p.dim() > 1 and step else p.grad.clone()
+        a.step()
+        b.step()
+    unit = 0 if case.exact_foreach else torch.finfo(case.dtype).eps
+    torch.testing.assert_close(odd, plain, rtol=4 * unit, atol=8 * unit)
+
+    expanded = case.params(((6, 5),))
+    optimizer = case.build(expanded)
+    expanded[0].grad = torch.randn(6, 1).to(case.dtype).expand(6, 5)
+    optimizer.step()
+    assert torch.isfinite(expanded[0]).all()
+
+
+@every_case
+def test_a_whole_non_finite_gradient_leaves_no_trace(case: OptimizerCase):
+    for value in (float("nan"), float("inf"), float("-inf")):
+        hit, spared = case.params(case.shapes), case.params(case.shapes)
+        a, b = case.build(hit), case.build(spared)
+        run(a, hit, range(2))
+        run(b, spared, range(2))
+        before = [p.detach().clone() for p in hit]
+        for param in hit:
+            param.grad.fill_(value)
+        a.step()
+        assert_same(before, hit)
+        assert a.nonfinite_count() == sum(p.numel() > 0 for p in hit)
+        assert all(torch.isfinite(t).all() for t in snapshot(a))
+        run(a, hit, range(2, 4))
+        run(b, spared, range(2, 4))
+        if case.replayable:
+            assert_same(snapshot(a), snapshot(b))
+
+
+@every_case
+def test_one_non_finite_entry(case: OptimizerCase):
+    """What it touches is left alone and counted; the other tensors step as if nothing had been."""
+    hit, spared = case.params(case.shapes[:2]), case.params(case.shapes[:2])
+    a, b = case.build(hit), case.build(spared)
+    run(a, hit, range(2))
+    run(b, spared, range(2))
+    before = snapshot(a)
+    fill_grads(hit, 2)
+    fill_grads(spared, 2)
+    hit[0].grad[3, 4] = float("nan")
+    a.step()
+    b.step()
+    assert a.nonfinite_count() == 1
+    assert all(torch.isfinite(t).all() for t in snapshot(a))
+    assert torch.equal(hit[1], spared[1])
+    assert torch.equal(hit[0][3, 4], before[0][3, 4])
+    if not case.elementwise:
+        return
+    others = torch.ones(hit[0].shape, dtype=torch.bool)
+    others[3, 4] = False
+    assert torch.equal(hit[0][others], spared[0][others])
+    for key in case.state:
+        if key != "step":
+            assert torch.equal(a.state[hit[0]][key][others], b.state[spared[0]][key][others])
+
+
+@every_case
+def test_raise_changes_nothing(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build([(f"layer{i}", p) for i, p in enumerate(params)], nonfinite="raise")
+    run(optimizer, params, range(2))
+    before = snapshot(optimizer)
+    fill_grads(params, 2)
+    params[3].grad[2] = float("inf")
+    with pytest.raises(NonFiniteGradientError, match="layer3"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+    run(optimizer, params, range(2, 3))
+    assert not torch.equal(before[0], snapshot(optimizer)[0])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes(case: OptimizerCase, dtype: torch.dtype):
+    if case.kwargs.get("rounding") == "stochastic" and dtype == torch.float16:
+        params = [p.detach().to(dtype).requires_grad_() for p in case.params()]
+        optimizer = case.build(params)
+        fill_grads(params, 0)
+        with pytest.raises(ValueError, match="bfloat16.*float16"):
+            optimizer.step()
+        return
+    base = [p.detach().to(dtype) for p in case.params(case.shapes)]
+    params, wide = [p.clone().requires_grad_() for p in base], [p.double().requires_grad_() for p in base]
+    a, b = case.build(params), case.build(wide)
+    chance = torch.Generator().manual_seed(0)
+    for p, w in zip(params, wide, strict=True):
+        p.grad = torch.randn(p.shape, generator=chance).to(dtype)
+        w.grad = p.grad.double()
+    a.step()
+    b.step()
+    unit = torch.finfo(dtype).eps
+    for p, w in zip(params, wide, strict=True):
+        torch.testing.assert_close(p.double(), w, rtol=unit, atol=2 * unit)
+
+
+@every_case
+def test_gradients_are_never_written(case: OptimizerCase):
+    for kwargs in ({}, {"maximize": True}):
+        params = case.params(case.shapes)
+        optimizer = case.build(params, **kwargs)
+        run(optimizer, params, range(1))
+        fill_grads(params, 1)
+        params[0].grad[0, 0] = float("nan")
+        grads = [p.grad for p in params]
+        before = [(g.clone(), g._version) for g in grads]
+        optimizer.step()
+        for param, grad, (old, version) in zip(params, grads, before, strict=True):
+            assert param.grad is grad and grad._version == version
+            assert_same([grad], [old])
+
+
+@every_case
+def test_parameters_know_that_they_changed(case: OptimizerCase):
+    """autograd must refuse a backward pass through values that the step overwrote."""
+    params = case.params(case.shapes)
+    optimizer = case.build(params)
+    run(optimizer, params, range(1))
+    versions = [p._version for p in params]
+    run(optimizer, params, range(1, 2))
+    for param, version in zip(params, versions, strict=True):
+        assert param._version > version or param.numel() == 0
+
+
+@every_case
+def test_sparse_and_complex_are_refused(case: OptimizerCase):
+    param = case.params(((6, 5),))[0]
+    optimizer = case.build([("table", param)])
+    param.grad = torch.ones(6, 5, dtype=case.dtype).to_sparse()
+    with pytest.raises(RuntimeError, match="table.*sparse.*SparseAdam"):
+        optimizer.step()
+    number = torch.zeros(2, 2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError, match="number.*complex64.*view_as_real"):
+        case.build([("number", number)])
+
+
+@every_case
+def test_named_parameters(case: OptimizerCase):
+    named, plain = case.params(), case.params()
+    a = case.build([(f"layer{i}.weight", p) for i, p in enumerate(named)])
+    b = case.build(plain)
+    run(a, named, range(2))
+    run(b, plain, range(2))
+    assert_same(snapshot(a), snapshot(b))
+    saved = a.state_dict()
+    assert saved["param_groups"][0]["param_names"][0] == "layer0.weight"
+    b.load_state_dict(saved)
+    assert_same(snapshot(a), snapshot(b))
+
+
+@every_case
+def test_frozen_parameters_and_empty_groups(case: OptimizerCase):
+    params = case.params()
+    params[0].requires_grad_(False)
+    optimizer = case.build(params)
+    old = params[0].detach().clone()
+    fill_grads(params[1:], 0)
+    optimizer.step()
+    assert torch.equal(params[0], old) and params[0] not in optimizer.state
+    optimizer.add_param_group({"params": []})
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@every_case
+def test_bad_settings_are_errors(case: OptimizerCase):
+    for bad, message in (
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"weight_decay": -0.1}, "Invalid weight.decay value: -0.1"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9,)}, "two numbers"),
+        ({"rounding": "up"}, "Invalid rounding: 'up'.*stochastic"),
+        ({"nonfinite": "ignore"}, "Invalid nonfinite: 'ignore'.*skip"),
+        ({"seed": -1}, "Invalid seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.build(case.params(SMALL_SHAPES[:1]), **bad)
+    for bad in ({"lr": "1e-3"}, {"weight_decay": None}, {"momentum_dtype": "bf16"}, {"momentum_dtype": torch.int8}):
+        with pytest.raises(TypeError, match=next(iter(bad)).replace("lr", "learning rate").replace("_", ".")):
+            case.build(case.params(SMALL_SHAPES[:1]), **bad)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        case.cls([], **case.kwargs)
+
+
+@every_case
+def test_peak_memory_of_a_step(case: OptimizerCase):
+    """By torch's own record of its allocations; what is known as a small vector is a twentieth of a matrix here."""
+    params = case.params(((256, 512), (256, 512), (9,)))
+    optimizer = case.build(params)
+    run(optimizer, params, range(2))
+    extra = peak_of(optimizer.step)
+    matrix = 256 * 512 * 4
+    assert extra <= (case.extra_fp32 + 0.05) * matrix, f"{extra / matrix:.2f} fp32 matrices"
+
+
+def peak_of(call) -> int:
+    """Largest number of bytes allocated at once during a call, beyond what was there before."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    held = peak = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@every_case
+def test_compiles_as_one_graph(case: OptimizerCase):
+    """fullgraph, and at most two graphs (with and without state) in six steps of a schedule."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled_params, plain_params = case.params(), case.params()
+    lr = case.kwargs.get("lr", 2e-2)
+    compiled = case.build(compiled_params, lr=torch.tensor(lr))
+    plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
+    fill_grads(compiled_params, 0)
+    step = torch.compile(compiled.step, fullgraph=True, backend=count)
+    for i in range(6):
+        for optimizer in (compiled, plain):
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr / (1 + i))
+        fill_grads(compiled_params, i)
+        step()
+        run(plain, plain_params, range(i, i + 1))
+    assert len(graphs) <= 2
+    unit = torch.finfo(case.dtype).eps
+    torch.testing.assert_close(compiled_params, plain_params, rtol=8 * unit, atol=8 * unit)
+    torch._dynamo.reset()
