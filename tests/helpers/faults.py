@@ -236,3 +236,31 @@ def on_backend(name):
 
 
 _kept = []
+
+
+def fsdp2_on_cpu():
+    """Let Accelerate shard on the CPU. It can, but switches FSDP on for GPU types only: its state is told otherwise.
+
+    These are private attributes of Accelerate; when they move, this has to follow.
+    """
+    import dataclasses
+
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    from leanstep.recipes import build, train
+    from leanstep.recipes.config import DistributedConfig
+
+    accelerator_class, whole = build.Accelerator, train.build_accelerator
+
+    def accelerator(config):
+        plugin = build._fsdp_plugin()
+        build.Accelerator = lambda **options: accelerator_class(**{**options, "fsdp_plugin": plugin})
+        made = whole(dataclasses.replace(config, distributed=DistributedConfig(strategy="ddp")))
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        made.state.fsdp_plugin = plugin
+        return made
+
+    train.build_accelerator = accelerator
+    on_backend("reference")

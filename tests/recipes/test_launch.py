@@ -96,7 +96,7 @@ def test_world_size_that_nobody_connected_is_stopped():
     ("parent", "number"),
     [
         (
-            "/usr/bin/python3 /usr/local/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml",
+            "python3 /venv/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml",
             2,
         ),
         ("python /venv/bin/accelerate launch --num_processes=8 train.py", 8),
