@@ -1,6 +1,7 @@
 """SinkGD, Lion and AdamW at equal tokens on the nano recipes, each at its own tuned learning rate.
 
-    python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] [key=value ...]
+    python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] [--optimizers lion] \
+        [key=value ...]
 
 First every optimizer runs ``--tune-steps`` steps, with a schedule of that length, at each learning rate of its grid
 (seed 0); the rate with the lowest validation loss is kept, and a rate at the edge of the grid is reported as such. Then
@@ -64,7 +65,7 @@ def plot(out: Path, family: str, rates: dict[str, float], seeds: list[int]) -> N
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    for colour, (optimizer, lr) in zip(("#4c72b0", "#dd8452", "#55a868"), rates.items(), strict=True):
+    for colour, (optimizer, lr) in zip(("#4c72b0", "#dd8452", "#55a868"), rates.items(), strict=False):
         for i, seed in enumerate(seeds):
             tokens, losses = curve(out / f"{optimizer}-seed{seed}")
             label = f"{optimizer}, lr {lr:g}" if i == 0 else None
@@ -85,10 +86,11 @@ def main() -> None:
     parser.add_argument("--family", default="llama", choices=["llama", "gpt"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--only-tune", action="store_true", help="stop after the learning rates are chosen")
     options, extra = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    tuning = {name: tune(options.family, name, options.out, options.tune_steps, extra) for name in GRIDS}
+    tuning = {name: tune(options.family, name, options.out, options.tune_steps, extra) for name in options.optimizers}
     rates = {name: min(losses, key=losses.__getitem__) for name, losses in tuning.items()}
     for name, lr in rates.items():
         if lr in (GRIDS[name][0], GRIDS[name][-1]):
