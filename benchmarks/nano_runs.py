@@ -1,7 +1,7 @@
 """SinkGD, Lion and AdamW at equal tokens on the nano recipes, each at its own tuned learning rate.
 
-    python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] [--optimizers lion] \
-        [key=value ...]
+    python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] \
+        [--optimizers lion] [key=value ...]
 
 First every optimizer runs ``--tune-steps`` steps, with a schedule of that length, at each learning rate of its grid
 (seed 0); the rate with the lowest validation loss is kept, and a rate at the edge of the grid is reported as such. Then
