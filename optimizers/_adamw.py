@@ -111,7 +111,8 @@ def _plain(
         *([row[i] for row in fed] for i in range(4)),
         [],
         [s["step"] for s in states],
-        foreach=group["foreach"],
+        # torch's lists take no tensor as a rate
+        foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
         fused=fused,
         capturable=fused and params[0].device.type != "cpu",
         found_inf=found.to(torch.float32) if found is not None and fused else None,

@@ -128,8 +128,8 @@ class Lion(LeanOptimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
+                group.setdefault(key, self.defaults[key])
 
     def _init_group(
         self,

@@ -198,8 +198,8 @@ class SinkGD(LeanOptimizer):
         """Fill in settings that an older state does not have; step counts become tensors."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
+                group.setdefault(key, self.defaults[key])
             for param in group["params"]:
                 step = self.state.get(param, {}).get("step")
                 if step is not None and not torch.is_tensor(step):
@@ -247,7 +247,10 @@ class SinkGD(LeanOptimizer):
         parts: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            parts += self._group_steps(group, first_index)
+            if torch.compiler.is_compiling():  # tracing mixes up rules that wait for each other
+                self._step_group(group, first_index)
+            else:
+                parts += self._group_steps(group, first_index)
             first_index += len(group["params"])
         run(together(parts))
         return loss
