@@ -284,3 +284,30 @@ def test_the_best_checkpoint_is_kept(recipe, tmp_path):
     assert status(tmp_path / "run")["best_step"] == 6
     assert (tmp_path / "run" / "best").resolve().name == "step-000006"
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000006", "step-000015"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stream_continues_where_it_was_killed(recipe, tmp_path, world):
+    words = (recipe.parent / "text.txt").read_text().split()
+    for shard in range(2):
+        with (tmp_path / f"shard-{shard}.jsonl").open("w") as file:
+            for index in range(40):
+                first = 10 * index + 400 * shard
+                file.write(json.dumps({"text": " ".join(words[first : first + 5 + index % 13])}) + "\n")
+    options = [f"model.config={{{MODEL}}}", f"batch.micro_batch_size={4 // world}", "data.streaming=true"]
+    options += ["data.source=json", f"data.path={tmp_path}/shard-*.jsonl", f"data.val_path={recipe.parent}/text.txt"]
+    options += ["eval.batches=2"]
+    whole = run(recipe, options, tmp_path / "whole", world=world)
+    assert whole.codes == [0] * world, whole.text()
+    broken = Training(recipe, options, tmp_path / "broken", world=world)
+    broken.wait_for(lambda training: training.last_step() >= 11)
+    broken.kill(world - 1)
+    assert 0 not in broken.wait()
+    again = run(recipe, options, tmp_path / "broken", world=world)
+    assert again.codes == [0] * world, again.text()
+    assert "resuming from" in again.text()
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
+    if world == 2:
+        (tmp_path / "broken" / "status.json").write_text('{"status": "running"}')
+        alone = run(recipe, [*options, "checkpoint.every=0"], tmp_path / "broken")
+        assert alone.codes == [2] and "continue it with --nproc 2" in alone.text()
