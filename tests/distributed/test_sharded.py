@@ -1,7 +1,8 @@
 """Optimizers on sharded and replicated parameters, in real gloo processes: the checks of distributed_cases.py."""
 
-import distributed_cases
+import distributed_checkpoints
 import pytest
+from distributed_cases import WORLDS
 from distributed_world import CASES, run_world
 
 
@@ -11,10 +12,10 @@ def outcomes(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("worlds")
     wanted = {item.callspec.id for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())}
     found = {}
-    for size in distributed_cases.WORLDS:
+    for size in WORLDS:
         names = [c.name for c in CASES.values() if size in c.worlds and f"{c.name}-{size}" in wanted]
         if names:
-            errors = run_world(size, names, folder, distributed_cases.__name__)
+            errors = run_world(size, names, folder, distributed_checkpoints.__name__)
             found.update({(name, size): text for name, text in errors.items()})
     return found
 

@@ -1,11 +1,8 @@
 """Checks of sharded optimizers that run on every process of a world (see distributed_world.py)."""
 
-import contextlib
 import functools
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,7 +100,7 @@ def set_grad(param: nn.Parameter, grad: Tensor) -> None:
 def assert_same(sharded: nn.Module, plain: nn.Module, tolerance: float, note: str = "") -> None:
     """Full parameters of both agree: bit for bit with tolerance 0, else relative to the largest entry."""
     for (name, a), (_, b) in zip(sharded.named_parameters(), plain.named_parameters(), strict=True):
-        full = whole(a.detach())
+        full, b = whole(a.detach()), whole(b.detach())
         error = (full.double() - b.double()).abs().max().item()
         limit = tolerance * max(1.0, b.abs().max().item())
         assert torch.equal(full, b) if tolerance == 0 else error <= limit, f"{name} {note}: differs by {error:.3g}"
@@ -206,3 +203,267 @@ def all_processes_raise_on_a_nonfinite_gradient(world: World) -> None:
     else:
         raise AssertionError("this process went on alone")
     assert_same(sharded, new_model(), 0)
+
+
+# ---- communication
+
+
+class Collectives(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records every collective inside the block: (name, bytes of its tensors)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            leaves = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+            self.seen.append((func._opname, sum(t.numel() * t.element_size() for t in leaves)))
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(optimizer: torch.optim.Optimizer, model: nn.Module, step: int = 0) -> list[tuple[str, int]]:
+    set_grads(model, step)
+    with Collectives() as collectives:
+        optimizer.step()
+    return collectives.seen
+
+
+def columns(params: list[nn.Parameter]) -> int:
+    return sum(math.prod(p.shape[1:]) for p in params)
+
+
+@case(2, 3)
+def sinkgd_reduces_once_an_iteration(world: World) -> None:
+    """Column sums of the whole model, in one all-reduce per iteration; the AdamW flags ride in the first."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = shard(new_model(dtype), world.size)
+        groups = param_groups(model, overrides=[("narrow", {"lr": 0.1}), ("blocks.1.up", {"num_iters": 3})])
+        optimizer = SinkGD(groups, num_iters=5)
+        taken = [g for g in optimizer.param_groups if g["algorithm"] == "sinkgd"]
+        cut = [columns([p for p in g["params"] if p.dim() != 3]) for g in taken]
+        short = [columns([p for p in g["params"] if p.dim() != 3]) for g in taken if g["num_iters"] == 3]
+        assert len([c for c in cut if c]) >= 4 and sum(short) > 0
+        flags = sum(len(g["params"]) for g in optimizer.param_groups if g["algorithm"] == "adamw")
+        all_columns = 4 * sum(cut)
+        expected = [all_columns + 4 * flags] + [all_columns] * 2 + [all_columns - 4 * sum(short)] * 2
+        for step in range(2):
+            assert count_collectives(optimizer, model, step) == [("allreduce_", size) for size in expected]
+
+
+@case(2)
+def every_optimizer_reduces_as_documented(world: World) -> None:
+    """Number of all-reduces of a first and of a later step; nothing else, and nothing as large as a matrix."""
+    documented = {
+        "lion": (0, 0),
+        "lion_stochastic": (0, 0),
+        "lion_cautious": (1, 1),
+        "adamw": (1, 1),
+        "sinkgd": (5, 5),
+        "sinkgd_momentum": (6, 6),
+        "sinkgd_width": (6, 6),
+        "sinkgd_balanced": (7, 7),
+        "sinkgd_unit": (25, 6),
+    }
+    for name, counts in documented.items():
+        model = shard(new_model(OPTIMIZERS[name][3]), world.size)
+        optimizer = build(name, model)
+        found = [count_collectives(optimizer, model, step) for step in range(2)]
+        assert tuple(len(f) for f in found) == counts, f"{name}: {found}"
+        assert {op for f in found for op, _ in f} <= {"allreduce_"}, f"{name}: {found}"
+
+
+# ---- other ways to shard
+
+
+def by_hand(size: int, *placements: Any, dtype: torch.dtype = torch.float32, on: Any = None) -> Model:
+    """A model whose parameters of two and more dimensions are distributed with these placements, the rest copied."""
+    from torch.distributed.tensor import Replicate
+
+    model = new_model(dtype)
+    on = on or mesh(size)
+    for name, param in list(model.named_parameters()):
+        chosen = placements if param.dim() > 1 else [Replicate()] * len(placements)
+        owner, _, leaf = name.rpartition(".")
+        new = nn.Parameter(distribute_tensor(param.detach(), on, chosen))
+        setattr(model.get_submodule(owner), leaf, new)
+    model.lm_head.weight = model.embed.weight
+    return model
+
+
+@case(2, 3)
+def columns_may_be_sharded(world: World) -> None:
+    """Shard(1), uneven and empty: matrices by columns, stacks by rows, convolutions by input channels."""
+    for name in (
+        "sinkgd", "sinkgd_momentum", "sinkgd_post", "sinkgd_balanced", "sinkgd_width", "lion", "lion_cautious", "adamw",
+    ):  # fmt: skip
+        *_, dtype, tolerance = OPTIMIZERS[name]
+        plain, sharded = new_model(dtype), by_hand(world.size, Shard(1), dtype=dtype)
+        optimizers = [build(name, plain), build(name, sharded)]
+        for step in range(3):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grads(model, step)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} after step {step + 1}")
+    optimizer = build("sinkgd", sharded)
+    found = count_collectives(optimizer, sharded)
+    # the rows' largest entries, then row sums; the stack's column sums set out one earlier
+    assert len(found) == 2 + optimizer.defaults["num_iters"], found
+
+
+@case(2)
+def columns_of_stacks_may_be_sharded(world: World) -> None:
+    plain = nn.Parameter(torch.randn(3, 4, 5))
+    sharded = nn.Parameter(distribute_tensor(plain.detach(), mesh(world.size), [Shard(2)]))
+    for step in range(2):
+        for param in (plain, sharded):
+            torch.manual_seed(step)
+            set_grad(param, torch.randn(3, 4, 5))
+            SinkGD([{"params": [param], "algorithm": "sinkgd"}], lr=0.1, scale=1.0).step()
+    assert (whole(sharded.detach()) - plain).abs().max() < 1e-6
+
+
+@case(4)
+def two_mesh_dimensions(world: World) -> None:
+    """Replicated and sharded (HSDP) follows the unsharded run; sharded twice does so for elementwise rules."""
+    from torch.distributed.tensor import Replicate
+
+    grid = init_device_mesh("cpu", (2, 2))
+    for name, placements in (
+        ("lion_cautious", (Replicate(), Shard(0))), ("sinkgd", (Replicate(), Shard(0))),
+        ("lion_stochastic", (Replicate(), Shard(0))), ("sinkgd_balanced", (Replicate(), Shard(0))),
+        ("lion", (Shard(0), Shard(1))), ("lion_cautious", (Shard(0), Shard(1))), ("lion_kahan", (Shard(0), Shard(0))),
+        ("adamw", (Shard(0), Shard(1))),
+    ):  # fmt: skip
+        *_, dtype, tolerance = OPTIMIZERS[name]
+        plain, sharded = new_model(dtype), by_hand(4, *placements, dtype=dtype, on=grid)
+        optimizers = [build(name, plain), build(name, sharded)]
+        for step in range(2):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grads(model, step)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} {placements}")
+    for name, said in (("sinkgd", "sharded along one dimension"), ("lion_stochastic", "rounding='stochastic'")):
+        sharded = by_hand(4, Shard(0), Shard(1), dtype=OPTIMIZERS[name][3], on=grid)
+        before = [whole(p.detach()).clone() for p in sharded.parameters()]
+        set_grads(sharded, 0)
+        refused(ValueError, said, build(name, sharded).step)
+        assert all(torch.equal(whole(p.detach()), b) for p, b in zip(sharded.parameters(), before, strict=True))
+
+
+def refused(kind: type[Exception], said: str, function: Any) -> None:
+    try:
+        function()
+    except kind as error:
+        assert said in str(error), str(error)
+    else:
+        raise AssertionError(f"expected {kind.__name__} about {said!r}")
+
+
+@case(2)
+def what_cannot_be_normalised_is_refused(world: World) -> None:
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    for placement, said in (
+        (_StridedShard(0, split_factor=2), "sharded along one dimension"), (Partial(), "partial sums"),
+    ):  # fmt: skip
+        rows = 4 if isinstance(placement, Partial) else 2
+        param = nn.Parameter(DTensor.from_local(torch.ones(rows, 6), mesh(2), [placement], run_check=False))
+        param.grad = torch.ones_like(param)
+        refused(ValueError, said, SinkGD([{"params": [param], "algorithm": "sinkgd"}]).step)
+        assert torch.equal(param.to_local(), torch.ones(rows, 6))
+    sharded = by_hand(2, Shard(1))
+    set_grads(sharded, 0)
+    refused(ValueError, "spectral", build("sinkgd_unit", sharded).step)
+    refused(ValueError, "sharded parameters", lambda: release_gradients(sharded, build("lion", sharded)))
+
+
+# ---- real training
+
+
+def train(model: nn.Module, optimizer: Any, world: World | None, *, micro: int = 1, steps: int = 4) -> None:
+    """Steps on batches of 12 sequences, of which a process of ``world`` takes its part, in ``micro`` passes."""
+    for step in range(steps):
+        batch = tokens(12, seed=step)
+        part = batch if world is None else batch.chunk(world.size)[world.rank]
+        for chunk in part.chunk(micro):
+            (model(chunk) / micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+_TRAINED = ("lion", "lion_cautious", "sinkgd", "sinkgd_momentum", "sinkgd_balanced", "sinkgd_muon", "adamw")
+
+
+@case(1, 2, 3, 4)
+def fully_sharded_training_equals_one_process(world: World) -> None:
+    for name in _TRAINED:
+        plain, sharded = new_model(torch.float64), shard(new_model(torch.float64), world.size)
+        train(plain, build(name, plain), None)
+        train(sharded, build(name, sharded), world)
+        assert_same(sharded, plain, 1e-6, name)
+
+
+@case(2, 3)
+def data_parallel_training_equals_one_process(world: World) -> None:
+    for name in _TRAINED:
+        for view in (False, True):
+            plain, replica = new_model(torch.float64), new_model(torch.float64)
+            train(plain, build(name, plain), None)
+            parallel = nn.parallel.DistributedDataParallel(replica, gradient_as_bucket_view=view)
+            train(parallel, build(name, replica), world)
+            assert_same(replica, plain, 1e-6, name)
+            found = count_collectives(build(name, replica), replica)
+            assert found == [], f"{name}: replicated parameters need no communication, but {found}"
+
+
+@case(1, 2)
+def accumulated_gradients_equal_one_batch(world: World) -> None:
+    for name in _TRAINED:
+        plain, sharded = new_model(torch.float64), shard(new_model(torch.float64), world.size)
+        train(plain, build(name, plain), None)
+        train(sharded, build(name, sharded), world, micro=3)
+        assert_same(sharded, plain, 1e-6, name)
+
+
+@case(2)
+def released_gradients_are_refused_where_they_are_incomplete(world: World) -> None:
+    model = new_model()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    refused(ValueError, "DistributedDataParallel", lambda: release_gradients(parallel, build("lion", model)))
+    sharded = shard(new_model(), world.size)
+    refused(ValueError, "sharded parameters", lambda: release_gradients(sharded, build("sinkgd", sharded)))
+
+
+@case(2)
+def clipped_and_mixed_precision(world: World) -> None:
+    """clip_grad_norm_ on sharded gradients, and bf16 compute with fp32 parameters."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    losses = {}
+    for name in ("lion", "sinkgd"):
+        sharded = shard(new_model(), world.size, mp_policy=policy)
+        optimizer = build(name, sharded)
+        losses[name] = []
+        for _ in range(8):
+            loss = sharded(tokens(12).chunk(2)[world.rank])
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(sharded.parameters(), 0.5)
+            assert torch.isfinite(whole(norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+        assert losses[name][-1] < losses[name][0], losses
+    whole_run = {}
+    for clip in (None, 1e-3):  # SinkGD's matrices do not see the clipping
+        sharded = shard(new_model(torch.float64), world.size)
+        optimizer = build("sinkgd", sharded)
+        sharded(tokens(12).chunk(2)[world.rank]).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(sharded.parameters(), clip)
+        optimizer.step()
+        whole_run[clip] = {n: whole(p.detach()) for n, p in sharded.named_parameters() if "up.weight" in n}
+    for name, value in whole_run[None].items():
+        assert (value - whole_run[1e-3][name]).abs().max() < 1e-9, name

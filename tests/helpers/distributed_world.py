@@ -22,12 +22,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["leanstep.optimizers", "torch.distributed.fsdp", "torch.distributed.tensor"])
 
 # the longest that processes wait for one another: a check that fails on one of them leaves the others waiting
-_PATIENCE = 45
+_PATIENCE = 30
 
 
 @dataclass(frozen=True)
 class World:
-    """What a check is given: its world, and a folder that all worlds of a test session share, in the order of WORLDS."""
+    """What a check is given: its world, and a folder that the worlds of a test session share, one after the other."""
 
     rank: int
     size: int
@@ -116,7 +116,11 @@ def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modul
         # wait without a collective, which an error on one side would have left in different places
         store.set(f"{name}/{rank}", "failed" if text else "passed")
         everyone = [store.get(f"{name}/{other}") for other in range(size)]
-        if b"failed" in everyone and not all(o == b"failed" for o in everyone):
+        if b"failed" in everyone:  # the others' collectives may be out of step
             break
     sender.close()
+    # process 0 serves the store, and so goes last
+    store.set(f"gone/{rank}", "")
+    if rank == 0:
+        store.wait([f"gone/{other}" for other in range(size)])
     dist.destroy_process_group()
