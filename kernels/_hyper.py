@@ -7,6 +7,7 @@ rate that lives on the device is never read by the host.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1-D tensor of Python numbers, from a small cache: not to be written to.
+
+    On a GPU nothing is sent when the numbers are those of an earlier step, so that the step can be captured.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
+        return torch.tensor(tuple(values), dtype=dtype, device=device)
+    return _constant(tuple(values), device, dtype)
 
 
 def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -41,9 +53,7 @@ def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype)
             plain.append(0.0)
         else:
             plain.append(float(value))
-    # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
-    make = _constant if _get_current_dispatch_mode() is None else _constant.__wrapped__
-    packed = make(tuple(plain), device, dtype)
+    packed = constant(plain, device, dtype)
     if on_device:
         packed = packed.clone()
         for position, value in on_device.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep.kernels._hyper import constant
 from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
 from leanstep.optimizers._base import check_choice, describe, local
 
@@ -54,6 +55,6 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
 
 def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.device) -> Tensor:
     """One 32-bit seed per tensor, from the optimizer's seed, the tensor's index and its step count; [n] int64."""
-    index = torch.tensor(indices, dtype=torch.int64, device=device)
+    index = constant(indices, device, torch.int64)
     count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
     return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from leanstep.kernels._hyper import constant
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -119,7 +121,7 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
                 f"rounding='stochastic' needs parameters that are whole or sharded along dimension 0; got placements "
                 f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
             )
-    return torch.tensor([s.offset for s in shards], device=device)
+    return constant([s.offset for s in shards], device, torch.int64)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:

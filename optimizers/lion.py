@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import lion_agreement, lion_step, use_backend
-from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers._base import (
     NONFINITE,
     LeanOptimizer,
@@ -252,5 +252,5 @@ def lion(
 
 def _cautious_scale(counts: Tensor, params: list[Tensor], hyper: Tensor) -> Tensor:
     """1 / mean(mask) of every whole tensor, in fp32: the mean is at least 1e-5."""
-    sizes = torch.tensor([max(p.numel(), 1) for p in params], dtype=counts.dtype, device=counts.device)
+    sizes = constant([max(p.numel(), 1) for p in params], counts.device, counts.dtype)
     return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(hyper.dtype)
