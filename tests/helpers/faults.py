@@ -36,19 +36,6 @@ def die_before_the_rename():
     checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": die})
 
 
-def slowly():
-    """Make each step take long enough to be caught in it."""
-    from leanstep.recipes import run
-
-    backward = run.backward
-
-    def slow(*args, **kwargs):
-        time.sleep(0.05)
-        return backward(*args, **kwargs)
-
-    run.backward = slow
-
-
 def explode_after_step_6():
     from leanstep.recipes import build
 
@@ -264,3 +251,22 @@ def fsdp2_on_cpu():
 
     train.build_accelerator = accelerator
     on_backend("reference")
+
+
+def held_at(step, *others):
+    """After ``others``: take a moment for every step, and ten seconds for one, so that a kill comes in time.
+
+    Changes no number. A test that waits for an earlier step and kills then cannot come too late.
+    """
+    from leanstep.recipes import run
+
+    for other in others:
+        other()
+    backward, steps = run.backward, []
+
+    def held(*arguments, **options):
+        steps.append(1)
+        time.sleep(10.0 if len(steps) == step else 0.01)
+        return backward(*arguments, **options)
+
+    run.backward = held

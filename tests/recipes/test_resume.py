@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from faults import die_before_the_marker, die_before_the_rename, explode_after_step_6, on_backend, slowly
+from faults import die_before_the_marker, die_before_the_rename, explode_after_step_6, held_at, on_backend
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
@@ -62,7 +62,7 @@ def test_kill_9_at_a_random_step_changes_nothing(recipe, tmp_path, optimizer, wo
     chance = random.SystemRandom()
     step, victim = chance.randrange(math.ceil(epoch) + 1, 17), chance.randrange(world)
 
-    broken = Training(recipe, options, tmp_path / "broken", world=world, prepare=backend)
+    broken = Training(recipe, options, tmp_path / "broken", world=world, prepare=partial(held_at, 18, backend))
     broken.wait_for(lambda training: training.last_step() >= step)
     broken.kill(victim)
     codes = broken.wait()
@@ -266,7 +266,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path
 
 
 def test_killed_before_the_first_checkpoint_begins_again(recipe, whole, tmp_path):
-    broken = Training(recipe, ["steps=12", "checkpoint.every=0"], tmp_path / "run", prepare=slowly)
+    broken = Training(recipe, ["steps=12", "checkpoint.every=0"], tmp_path / "run", prepare=partial(held_at, 6))
     broken.wait_for(lambda training: training.last_step() >= 2)
     broken.kill()
     assert broken.wait() == [-9]
@@ -299,7 +299,7 @@ def test_a_stream_continues_where_it_was_killed(recipe, tmp_path, world):
     options += ["eval.batches=2"]
     whole = run(recipe, options, tmp_path / "whole", world=world)
     assert whole.codes == [0] * world, whole.text()
-    broken = Training(recipe, options, tmp_path / "broken", world=world)
+    broken = Training(recipe, options, tmp_path / "broken", world=world, prepare=partial(held_at, 18))
     broken.wait_for(lambda training: training.last_step() >= 11)
     broken.kill(world - 1)
     assert 0 not in broken.wait()

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from faults import fsdp2_on_cpu, on_backend
+from faults import fsdp2_on_cpu, held_at, on_backend
 from safetensors.torch import load_file
 from training import Training, numbers, run, write_recipe
 from transformers import AutoModelForCausalLM
@@ -25,7 +25,8 @@ def test_sharded_equals_replicated_and_resumes(recipe, tmp_path, optimizer):
     assert replicated.codes == [0, 0], replicated.text()
 
     options += ["distributed.strategy=fsdp2"]
-    sharded = Training(recipe, options, tmp_path / "sharded", world=2, prepare=fsdp2_on_cpu)
+    prepare = partial(held_at, 10, fsdp2_on_cpu)
+    sharded = Training(recipe, options, tmp_path / "sharded", world=2, prepare=prepare)
     sharded.wait_for(lambda training: training.last_step() >= 8)
     sharded.kill(1)
     assert 0 not in sharded.wait()
