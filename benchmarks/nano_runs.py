@@ -1,11 +1,11 @@
 """SinkGD, Lion and AdamW at equal tokens on the nano recipes, each at its own tuned learning rate.
 
     python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] \
-        [--optimizers lion] [key=value ...]
+        [--steps 300] [--optimizers lion] [key=value ...]
 
 First every optimizer runs ``--tune-steps`` steps, with a schedule of that length, at each learning rate of its grid
 (seed 0); the rate with the lowest validation loss is kept, and a rate at the edge of the grid is reported as such. Then
-the recipe runs whole at that rate with every seed. Further ``key=value`` pairs go to every run. Finished runs are not
+the recipe runs at that rate with every seed. Further ``key=value`` pairs go to every run. Finished runs are not
 repeated, so an interrupted call goes on where it stopped. Prints a markdown table; writes ``results.json`` and
 ``curves.svg`` into the output folder.
 """
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--family", default="llama", choices=["llama", "gpt"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, help="steps of the final runs; the recipe's if not given")
     parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--only-tune", action="store_true", help="stop after the learning rates are chosen")
     options, extra = parser.parse_known_args()
@@ -101,6 +102,8 @@ def main() -> None:
     for seed in options.seeds:
         for name, lr in rates.items():
             overrides = [f"optimizer.lr={lr}", f"seed={seed}", *extra]
+            if options.steps is not None:
+                overrides += [f"steps={options.steps}", f"eval.every={max(options.steps // 6, 1)}"]
             out = options.out / f"{name}-seed{seed}"
             results.setdefault(name, []).append(run(f"{options.family}-nano-{name}", out, overrides))
             print(f"{name} lr {lr} seed {seed}: validation loss {results[name][-1]:.4f}", flush=True)
