@@ -121,7 +121,7 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
                 f"rounding='stochastic' needs parameters that are whole or sharded along dimension 0; got placements "
                 f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
             )
-    return constant([s.offset for s in shards], device, torch.int64)
+    return constant([s.offset or 0 for s in shards], device, torch.int64)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
