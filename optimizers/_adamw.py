@@ -101,16 +101,17 @@ def _plain(
     """torch's functional AdamW on the parameters themselves."""
     beta1, beta2 = group["betas"]
     fused = uses_fused(params[0], group)
+    exp_avgs, exp_avg_sqs = ([local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq"))
+    steps = [s["step"] for s in states]
     kept = None
     if found is not None and not fused:  # no kernel to tell: put back what was there
-        written = [*params, *(local(s[k]) for s in states for k in ("exp_avg", "exp_avg_sq", "step"))]
-        kept = [(t, t.clone()) for t in written]
-    columns = [params, grads, *([local(s[k]) for s in states] for k in ("exp_avg", "exp_avg_sq"))]
+        kept = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
+    columns = [params, grads, exp_avgs, exp_avg_sqs]
     fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
     adamw(
         *([row[i] for row in fed] for i in range(4)),
         [],
-        [s["step"] for s in states],
+        steps,
         # torch's lists take no tensor as a rate
         foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
         fused=fused,

@@ -86,6 +86,8 @@ class SinkGD(LeanOptimizer):
         fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all column sums per
         iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is gathered. Columns
         sharded: row sums instead, and one more for the rows' largest entries.
+        ``torch.compile`` of the step makes one graph; with several groups, step once before compiling (the tracer
+        loses state that is created in a second group).
         Differs from the paper only in form: row and column scales instead of rewriting X.
 
     References:
@@ -227,12 +229,12 @@ class SinkGD(LeanOptimizer):
             rounding = effective("SinkGD", group, position, param)
             roundings.append(rounding)
             indices.append(first_index + position)
+            # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
+            state = self.state[param]
             if algorithms[-1] == "adamw":
-                init_adamw(self.state[param], param, group, rounding)
-                init_rounding(self.state[param], param, rounding)
+                init_adamw(state, param, group, rounding)
+                init_rounding(state, param, rounding)
             else:
-                # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
-                state = self.state[param]
                 init_rounding(state, param, rounding)
                 if group["momentum"] and "momentum_buffer" not in state:
                     state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
@@ -247,10 +249,7 @@ class SinkGD(LeanOptimizer):
         parts: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            if torch.compiler.is_compiling():  # tracing mixes up rules that wait for each other
-                self._step_group(group, first_index)
-            else:
-                parts += self._group_steps(group, first_index)
+            parts += self._group_steps(group, first_index)
             first_index += len(group["params"])
         run(together(parts))
         return loss
