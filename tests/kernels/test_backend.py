@@ -1,0 +1,73 @@
+"""Which backend runs, why, and what happens when the one asked for cannot."""
+
+import threading
+
+import pytest
+import torch
+
+from leanstep.kernels import BackendError, backend_table, lion_step, sinkhorn, use_backend
+from leanstep.kernels._backend import OPS, choose
+
+
+def lion_arguments(dtype=torch.float32):
+    tensors = [[torch.ones(4, dtype=dtype)] for _ in range(3)]
+    hyper = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01], dtype=torch.float64 if dtype == torch.float64 else None)
+    return (*tensors, []), {"hyper": hyper}
+
+
+def test_blocks_nest_and_reset():
+    cpu = torch.device("cpu")
+    with use_backend("reference"):
+        assert choose("lion_step", cpu) == ("reference", "asked for with use_backend")
+        with use_backend("compiled"):
+            assert choose("lion_step", cpu).backend == "compiled"
+        assert choose("lion_step", cpu).backend == "reference"
+        with pytest.raises(KeyError), use_backend("auto"):
+            raise KeyError
+        assert choose("lion_step", cpu).backend == "reference"
+        # another thread has not asked for anything
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(choose("lion_step", cpu).reason))
+        thread.start()
+        thread.join()
+        assert seen != ["asked for with use_backend"]
+    assert choose("lion_step", cpu).reason != "asked for with use_backend"
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="'cuda'.*|reference"), use_backend("cuda"):
+        pass
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args, kwargs = lion_arguments()
+    with use_backend("triton"):
+        with pytest.raises(BackendError, match="lion_step.*'triton'.*cpu.*GPU"):
+            lion_step(*args, **kwargs)
+        with pytest.raises(BackendError, match="sinkhorn.*GPU"):
+            sinkhorn([torch.ones(2, 2)], 1)
+    assert torch.equal(args[0][0], torch.ones(4))
+    monkeypatch.setattr("leanstep.kernels._backend.has_triton", lambda: False)
+    with use_backend("triton"), pytest.raises(BackendError, match="not installed"):
+        lion_step(*args, **kwargs)
+
+
+def test_without_a_compiler_the_definition_runs(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    for op, device, backend, reason in backend_table():
+        assert device != "cpu" or (op in OPS and backend == "reference" and "no C++ compiler" in reason)
+    args, kwargs = lion_arguments()
+    lion_step(*args, **kwargs)
+    assert torch.equal(args[0][0], torch.full((4,), 0.9))
+    with use_backend("compiled"), pytest.raises(BackendError, match="no C\\+\\+ compiler"):
+        lion_step(*args, **kwargs)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert choose("lion_step", torch.device("cpu")).backend == "reference"
+
+
+def test_the_table_covers_every_op():
+    assert {row[0] for row in backend_table()} == set(OPS)
+    assert all(reason for *_, reason in backend_table())
+    assert choose("lion_step", torch.device("cpu"), torch.float64).backend == "reference"

@@ -1,0 +1,213 @@
+"""lion_step and lion_agreement against the formula in fp64, on every backend that a CPU has."""
+
+import itertools
+
+import pytest
+import torch
+
+from leanstep.kernels import lion_agreement, lion_step, use_backend
+
+BACKENDS = ["reference", "compiled"]
+SETTINGS = (0.01, 0.999, 0.9, 0.1, 0.99, 0.01)
+SHAPES = [(), (1,), (0,), (0, 3), (63,), (128,), (129,), (5, 77), (33, 64), (3, 5, 41)]
+
+
+def hyper(dtype=torch.float32):
+    return torch.tensor(SETTINGS, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def tensors(shape, dtypes, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=chance).to(dtype) for dtype in dtypes]
+
+
+def oracle(p, g, m, *, maximize=False, scale=None, aligned=False):
+    """The update in fp64, with the fp32 scalars that the kernel is given, and c."""
+    lr, decay, b1, a1, b2, a2 = hyper().double().tolist()
+    p, g, m = p.double(), g.double(), m.double()
+    g = -g if maximize else g
+    c = b1 * m + a1 * g
+    u = torch.sign(c)
+    if scale is not None:
+        u = torch.where(u * g > 0, u * scale, 0.0)
+    kept = torch.where(u * p >= 0, p * decay, p) if aligned else p * decay
+    return kept - lr * u, b2 * m + a2 * g, c
+
+
+def check(p, g, m, old, **options):
+    """Within one rounding of the storage dtype and a few fp32 roundings; entries with c on the fence are not compared."""
+    new_p, new_m, c = oracle(old[0], g, old[1], **options)
+    sure = c.abs() > 1e-6
+    for got, want in ((p, new_p), (m, new_m)):
+        unit = torch.finfo(got.dtype).eps
+        bound = unit * want.abs() + 4 * torch.finfo(torch.float32).eps * (want.abs() + 1)
+        assert ((got.double() - want).abs() <= bound)[sure].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(backend, shape, dirty_memory):
+    p, g, m = tensors(shape, [torch.float32] * 3)
+    old = [p.clone(), m.clone()]
+    before = g.clone()
+    with use_backend(backend):
+        flags = lion_step([p], [g], [m], [], hyper=hyper())
+    assert flags.dtype == torch.int32 and flags.tolist() == [0]
+    assert torch.equal(g, before)
+    check(p, g, m, old)
+
+
+DTYPES = [
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.float64, torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(backend, dtypes):
+    p, g, m = tensors((5, 77), dtypes)
+    old, before = [p.clone(), m.clone()], g.clone()
+    with use_backend(backend):
+        lion_step([p], [g], [m], [], hyper=hyper(dtypes[0]))
+    assert torch.equal(g, before)
+    if dtypes[0] == torch.float64:
+        lr, decay, b1, a1, b2, a2 = SETTINGS
+        torch.testing.assert_close(p, old[0] * decay - lr * torch.sign(b1 * old[1] + a1 * g), rtol=1e-15, atol=1e-15)
+        return
+    check(p, g, m, old)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounding": "stochastic"},
+        {"rounding": "kahan"},
+        {"rounding": "master", "maximize": True},
+        {"cautious": True, "decay_where_aligned": True},
+    ],
+    ids=str,
+)
+def test_backends_agree_bit_for_bit(options):
+    """Every option, whole rows and tails; shards with an offset; a non-finite entry."""
+    options = dict(options)
+    rounding = options.get("rounding", "nearest")
+    results = []
+    for backend in BACKENDS:
+        params, grads, momenta = ([], [], [])
+        for i, shape in enumerate([(5, 77), (3, 128), (7,)]):
+            for held, t in zip((params, grads, momenta), tensors(shape, [torch.bfloat16] * 3, i), strict=True):
+                held.append(t)
+        grads[0][1, 3] = float("inf")
+        extras = []
+        if rounding == "kahan":
+            extras = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).bfloat16() / 512 for p in params]
+        if rounding == "master":
+            extras = [p.float() * 1.001 for p in params]
+        call = {k: v for k, v in options.items() if k != "cautious"}
+        if options.get("cautious"):
+            with use_backend(backend):
+                call["cautious_scale"] = 100 / lion_agreement(grads, momenta, hyper=hyper())
+        if rounding == "stochastic":
+            call |= {"seeds": torch.tensor([1, 2**32 - 1, 77]), "offsets": torch.tensor([0, 384, 5])}
+        with use_backend(backend):
+            flags = lion_step(params, grads, momenta, extras, hyper=hyper(), **call)
+        assert flags.tolist() == [1, 0, 0]
+        results.append([*params, *momenta, *extras])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend):
+    """Transposed, strided and unaligned tensors, alike and mixed, give what contiguous ones give."""
+    base = tensors((130, 66), [torch.float32] * 3)
+    want = [t.clone() for t in base]
+    with use_backend(backend):
+        lion_step(want[:1], want[1:2], want[2:], [], hyper=hyper())
+
+        def transposed(t):
+            return t.t().contiguous().t()
+
+        def strided(t):
+            return torch.zeros(130, 132)[:, ::2].copy_(t)
+
+        def unaligned(t):
+            return torch.zeros(130 * 66 + 1)[1:].view(130, 66).copy_(t)
+
+        for kinds in ([transposed] * 3, [strided] * 3, [unaligned] * 3, (transposed, unaligned, strided)):
+            p, g, m = (kind(t.clone()) for kind, t in zip(kinds, base, strict=True))
+            lion_step([p], [g], [m], [], hyper=hyper())
+            assert torch.equal(p, want[0]) and torch.equal(m, want[2]) and torch.equal(g, base[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_one_storage(backend):
+    """Parameters cut from one flat buffer, and a gradient that lies in the buffer of its parameter."""
+    flat = torch.randn(4 * 256)
+    want = [flat[:256].clone(), flat[256:512].clone(), flat[512:768].clone()]
+    p, g, m = (flat[i * 256 : (i + 1) * 256] for i in range(3))
+    rest = flat[768:].clone()
+    lion_step([want[0]], [want[1]], [want[2]], [], hyper=hyper())
+    with use_backend(backend):
+        lion_step([p], [g], [m], [], hyper=hyper())
+    assert torch.equal(flat, torch.cat([*want, rest]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_entries(backend):
+    p, g, m = tensors((5, 77), [torch.float32] * 3)
+    old = [p.clone(), m.clone()]
+    bad = [(0, 0, float("nan")), (2, 5, float("inf")), (4, 76, float("-inf"))]
+    for i, j, value in bad:
+        g[i, j] = value
+    with use_backend(backend):
+        flags = lion_step([p, torch.ones(3)], [g, torch.ones(3)], [m, torch.ones(3)], [], hyper=hyper())
+    assert flags.tolist() == [1, 0]
+    for i, j, _ in bad:
+        assert p[i, j] == old[0][i, j] and m[i, j] == old[1][i, j]
+    finite = torch.isfinite(g)
+    assert (p != old[0])[finite].all()
+    check(p[finite], g[finite], m[finite], [o[finite] for o in old])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(5, 77), (9,), (0,)])
+def test_agreement(backend, shape):
+    _, g, m = tensors(shape, [torch.float32] * 3)
+    if g.numel() > 9:
+        g[2, 2] = float("nan")
+    with use_backend(backend):
+        found = lion_agreement([g], [m], hyper=hyper())
+    c = 0.9 * m.double() + 0.1 * g.double()
+    assert found.dtype == torch.float32
+    assert found.item() == int(((torch.sign(c) * g > 0) & torch.isfinite(g)).sum())
+
+
+def test_empty_lists():
+    assert lion_step([], [], [], [], hyper=hyper()).numel() == 0
+    assert lion_agreement([], [], hyper=hyper()).numel() == 0
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+def test_opcheck(rounding):
+    params, grads, momenta = ([t] for t in tensors((3, 5), [torch.bfloat16] * 3))
+    extras = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
+    seeds = torch.tensor([3]) if rounding == "stochastic" else None
+    args = (params, grads, momenta, extras, hyper(), rounding, None, False, False, True, seeds, seeds)
+    torch.library.opcheck(torch.ops.leanstep.lion_step, args)
+    torch.library.opcheck(torch.ops.leanstep.lion_agreement, (grads, momenta, hyper(), False, True))
+
+
+def test_a_list_is_its_members():
+    """Tensors of many sizes in one call and one by one."""
+    together = [tensors(s, [torch.float32] * 3, i) for i, s in enumerate(SHAPES)]
+    alone = [[t.clone() for t in row] for row in together]
+    lion_step(*(list(x) for x in zip(*together, strict=True)), [], hyper=hyper())
+    for p, g, m in alone:
+        lion_step([p], [g], [m], [], hyper=hyper())
+    for a, b in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
+        assert torch.equal(a, b)

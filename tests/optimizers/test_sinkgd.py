@@ -1,0 +1,223 @@
+"""SinkGD against its formula, its invariances, its fallback and its routing."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from optimizer_cases import fill_grads, run
+
+from leanstep.optimizers import SinkGD
+
+
+def literal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
+    """SR-Sinkhorn as printed (arXiv 2502.06742): rows to norm sqrt(n), then columns to norm sqrt(m); in fp64."""
+    x = gradient.double().clone()
+    m, n = x.shape
+    for _ in range(iterations):
+        for i in range(m):
+            if x[i].any():
+                x[i] = math.sqrt(n) * x[i] / x[i].norm()
+        for j in range(n):
+            if x[:, j].any():
+                x[:, j] = math.sqrt(m) * x[:, j] / x[:, j].norm()
+    return x
+
+
+def matrix(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_one_step(weight_decay, lr):
+    param = matrix(7, 130)
+    before = param.detach().double()
+    optimizer = SinkGD([param], lr=lr, scale=0.2, weight_decay=weight_decay)
+    fill_grads([param], 0)
+    optimizer.step()
+    update = literal(param.grad, 5)
+    expected = before * (1 - 0.1 * 0.2 * weight_decay) - 0.1 * 0.2 * update
+    torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=1e-7)
+    if not weight_decay:
+        rms = (param.double() - before).square().mean().sqrt()
+        torch.testing.assert_close(rms, torch.tensor(0.02, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert not optimizer.state[param]
+    assert optimizer.state_bytes() == 0
+
+
+def test_stacks_and_convolutions():
+    """Experts (e, out, in) are matrices of their own; a convolution is one matrix (out, rest)."""
+    stack, kernel = matrix(3, 4, 6), matrix(4, 2, 3, 3)
+    old_stack, old_kernel = stack.detach().double(), kernel.detach().double()
+    optimizer = SinkGD([stack, kernel], lr=1.0, scale=1.0)
+    fill_grads([stack, kernel], 0)
+    stack.grad[1] *= 1e3
+    optimizer.step()
+    expected = torch.stack([literal(g, 5) for g in stack.grad])
+    torch.testing.assert_close(old_stack - stack.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = literal(kernel.grad.flatten(1), 5).view_as(kernel)
+    torch.testing.assert_close(old_kernel - kernel.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [-40, -7, 5, 40])
+def test_the_size_of_the_gradient_does_not_matter(power):
+    """Clipping and loss scaling change nothing: for powers of two, not one bit."""
+    one, other = matrix(9, 70), matrix(9, 70)
+    for param, factor in ((one, 1.0), (other, 2.0**power)):
+        optimizer = SinkGD([param])
+        fill_grads([param], 0)
+        param.grad.mul_(factor)
+        optimizer.step()
+    assert torch.equal(one, other)
+    clipped = matrix(9, 70)
+    optimizer = SinkGD([clipped])
+    fill_grads([clipped], 0)
+    torch.nn.utils.clip_grad_norm_([clipped], 1e-3)
+    optimizer.step()
+    torch.testing.assert_close(clipped, one, rtol=1e-6, atol=1e-8)
+
+
+def test_accumulation_of_micro_batches_is_one_batch():
+    x, y = torch.randn(8, 6), torch.randn(8, 5)
+    results = []
+    for parts in (1, 4):
+        param = matrix(5, 6)
+        optimizer = SinkGD([param])
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            ((a @ param.T - b).square().mean() / parts).backward()
+        optimizer.step()
+        results.append(param)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_before(nesterov):
+    param = matrix(6, 8)
+    expected, buffer = param.detach().double(), torch.zeros(6, 8, dtype=torch.float64)
+    optimizer = SinkGD([param], lr=0.1, scale=0.5, momentum=0.9, nesterov=nesterov)
+    for step in range(4):
+        run(optimizer, [param], range(step, step + 1))
+        gradient = param.grad.double()
+        buffer = 0.9 * buffer + 0.1 * gradient
+        look = 0.9 * buffer + 0.1 * gradient if nesterov else buffer
+        expected = expected - 0.05 * literal(look, 5)
+    torch.testing.assert_close(param.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_momentum_after():
+    param = matrix(6, 8)
+    expected, buffer = param.detach().double(), torch.zeros(6, 8, dtype=torch.float64)
+    optimizer = SinkGD([param], lr=0.1, scale=0.5, momentum=0.9, momentum_order="post")
+    for step in range(4):
+        run(optimizer, [param], range(step, step + 1))
+        buffer = 0.9 * buffer + 0.1 * literal(param.grad, 5)
+        expected = expected - 0.05 * buffer
+    torch.testing.assert_close(param.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_balanced_rows_have_one_size_and_quiet_rows_stand_still():
+    """Rows of an embedding that were barely seen are dropped; every other row moves by exactly lr * scale, in RMS."""
+    param = matrix(20, 16)
+    before = param.detach().clone()
+    optimizer = SinkGD([{"params": [param], "algorithm": "balanced"}], lr=1.0, scale=0.5, row_mask_tau=0.1)
+    fill_grads([param], 0)
+    param.grad[3] *= 1e-3
+    param.grad[7] = 0
+    param.grad[9] *= 1e3
+    param.grad[9] /= 1e3
+    optimizer.step()
+    moved = before - param.detach()
+    assert not moved[3].any() and not moved[7].any()
+    others = [i for i in range(20) if i not in (3, 7)]
+    rms = moved[others].square().mean(dim=1).sqrt()
+    torch.testing.assert_close(rms, torch.full_like(rms, 0.5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spectral", ["unit", "muon"])
+def test_spectral_pins_the_operator_norm(spectral):
+    param = matrix(24, 10)
+    optimizer = SinkGD([param], lr=1.0, scale=1.0, spectral=spectral)
+    chance = torch.Generator().manual_seed(0)
+    base = torch.randn(24, 10, generator=chance)
+    for _ in range(6):
+        before = param.detach().clone()
+        param.grad = base + 0.02 * torch.randn(24, 10, generator=chance)
+        optimizer.step()
+    norm = torch.linalg.matrix_norm(before - param.detach(), ord=2)
+    target = 1.0 if spectral == "unit" else math.sqrt(24 / 10)
+    assert 1.0 <= norm / target + 1e-5 < 1.05  # a power iteration finds the norm from below
+
+
+def test_base_width_shrinks_the_step():
+    wide, plain = matrix(4, 32), matrix(4, 32)
+    before = wide.detach().clone()
+    for param, width in ((wide, 8), (plain, None)):
+        optimizer = SinkGD([param], base_width=width)
+        run(optimizer, [param], range(1))
+    torch.testing.assert_close(before - wide, (before - plain) / 4, rtol=1e-4, atol=2.0**-22)
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fallback_is_torch_adamw_bit_for_bit(fused, dtype):
+    shapes = ((7,), (130,), (), (9, 20))
+    ours, theirs = ([matrix(*s, seed=i, dtype=dtype) for i, s in enumerate(shapes)] for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    a = SinkGD([{"params": ours, "algorithm": "adamw"}], **settings, fused=fused)
+    # None is torch's fused kernel where it has one
+    b = torch.optim.AdamW(theirs, **settings, fused=True if fused is None else fused)
+    for step in range(6):
+        for optimizer, params in ((a, ours), (b, theirs)):
+            fill_grads(params, step)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(a.state[p][key], b.state[q][key])
+    b.load_state_dict({"state": a.state_dict()["state"], "param_groups": b.state_dict()["param_groups"]})
+
+
+def test_bare_parameters_are_routed_by_dimension_and_it_is_said_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    with pytest.warns(UserWarning, match="1 parameters .* matrices, 3 others go to AdamW"):
+        optimizer = SinkGD(model.parameters())
+    run(optimizer, list(model.parameters()), range(1))
+    assert [len(optimizer.state[p]) for p in model.parameters()] == [0, 3, 3, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, list(model.parameters()), range(1, 2))
+        SinkGD([model[0].weight])
+        SinkGD([{"params": [model[0].weight]}, {"params": [model[0].bias], "algorithm": "adamw"}])
+
+
+@pytest.mark.parametrize("algorithm", ["sinkgd", "balanced"])
+def test_a_vector_is_no_matrix(algorithm):
+    with pytest.raises(ValueError, match=r"bias \(7,\).*adamw"):
+        SinkGD([{"params": [("bias", matrix(7))], "algorithm": algorithm}])
+    optimizer = SinkGD([matrix(3, 4)])
+    with pytest.raises(ValueError, match="flattened"):
+        optimizer.add_param_group({"params": [matrix(7)], "algorithm": algorithm})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_small_updates_of_bf16_matrices():
+    """Steps of 1e-4 on weights of 1: plain bf16 loses them all; stochastic rounding keeps the mean; master and Kahan all."""
+    ends = {}
+    for rounding in ("nearest", "stochastic", "kahan", "master"):
+        param = torch.ones(64, 128, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = SinkGD([param], lr=1e-3, scale=0.1, rounding=rounding)
+        param.grad = torch.ones_like(param)  # a constant matrix: the update is 1 everywhere
+        for _ in range(100):
+            optimizer.step()
+        ends[rounding] = param.float()
+        if rounding == "kahan":
+            ends[rounding] = param.float() + optimizer.state[param]["kahan_compensation"].float()
+        if rounding == "master":
+            ends[rounding] = optimizer.state[param]["master_param"]
+    assert torch.equal(ends["nearest"], torch.ones(64, 128))
+    deviation = 2**-8 * math.sqrt(100 * 0.25) / math.sqrt(64 * 128)
+    assert abs(ends["stochastic"].mean().item() - 0.99) < 3 * deviation
+    torch.testing.assert_close(ends["master"], torch.full((64, 128), 0.99), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ends["kahan"], torch.full((64, 128), 0.99), rtol=0, atol=1e-4)
