@@ -108,8 +108,12 @@ def _plain(
         kept = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
     columns = [params, grads, exp_avgs, exp_avg_sqs]
     fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
+    fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
     adamw(
-        *([row[i] for row in fed] for i in range(4)),
+        fed_params,
+        fed_grads,
+        fed_avgs,
+        fed_sqs,
         [],
         steps,
         # torch's lists take no tensor as a rate

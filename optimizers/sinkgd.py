@@ -270,7 +270,8 @@ class SinkGD(LeanOptimizer):
         rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
         parts: list[Steps[None]] = []
         if rest:
-            parts.append(adamw_step(*(_pick(x, rest) for x in (params, grads, states, roundings, indices)), group))
+            mine = [_pick(x, rest) for x in (params, grads, states, roundings, indices)]
+            parts.append(adamw_step(mine[0], mine[1], mine[2], mine[3], mine[4], group))
         matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
         for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
             chosen = _pick(matrices, members)
