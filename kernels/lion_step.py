@@ -11,6 +11,8 @@ from leanstep.kernels._compile import EXACT_CASTS, LANES, ONE_LOOP, alias, share
 from leanstep.kernels.reference import lion_step as reference
 
 _LOW = (torch.bfloat16, torch.float16)
+# the compiler chooses another way to sum up to 4096 elements, and would compile that as well
+_MIN_ROWS = 4096 // LANES + 1
 _WIDE = {torch.float32, None}
 
 
@@ -137,7 +139,7 @@ def _compiled_step(
     rows, rest = divmod(param.numel(), LANES)
     tensors = [param, grad, exp_avg, extra]
     stochastic = options["rounding"] == "stochastic"
-    if rows < 2 or not share_layout(tensors, row_major=stochastic):
+    if rows < _MIN_ROWS or not share_layout(tensors, row_major=stochastic):
         return reference.lion_step(
             param, grad, exp_avg, extra, skip_nonfinite=skip_nonfinite, seed=seed, offset=offset, **options
         )
@@ -210,7 +212,7 @@ def _run_agreement(
 
 def _compiled_agreement(grad: Tensor, exp_avg: Tensor, **options) -> Tensor:
     rows, rest = divmod(grad.numel(), LANES)
-    if rows < 2 or not share_layout([grad, exp_avg], row_major=False):
+    if rows < _MIN_ROWS or not share_layout([grad, exp_avg], row_major=False):
         return reference.lion_agreement(grad, exp_avg, **options)
     flat = [alias(t, (rows, LANES)) for t in (grad, exp_avg)]
     key = (grad.dtype, exp_avg.dtype, options["maximize"], options["skip_nonfinite"])
