@@ -33,7 +33,7 @@ def test_by_hand():
         assert optimizer.state[param]["exp_avg"].tolist() == momentum
 
 
-@pytest.mark.parametrize("shape", [(66, 128), (129,), (3, 5)])
+@pytest.mark.parametrize("shape", [(66, 128), (4500,), (3, 5)])
 @pytest.mark.parametrize("foreach", [None, False])
 def test_equals_the_published_formula_bit_for_bit(shape, foreach):
     """Algorithm 2 of arXiv 2302.06675 in fp32: decay first, then the sign of c, then the momentum."""
@@ -65,7 +65,7 @@ def test_every_entry_moves_by_the_rate():
 
 def test_the_weights_stay_in_the_box():
     """|w| <= 1 / weight_decay is invariant, since w' is a convex combination of w and -sign / weight_decay."""
-    param = (torch.rand(30, 128) * 4 - 2).requires_grad_()
+    param = (torch.rand(40, 128) * 4 - 2).requires_grad_()
     optimizer = Lion([param], lr=0.1, weight_decay=0.5)
     for _ in range(100):
         param.grad = torch.full_like(param, -1.0)
@@ -83,22 +83,22 @@ def test_decay_comes_before_the_move():
 
 
 def test_equal_betas_are_signum_and_zero_betas_sign_descent():
-    (param,) = parameters((20, 128))
-    twin, m = param.detach().clone(), torch.zeros(20, 128)
+    (param,) = parameters((40, 128))
+    twin, m = param.detach().clone(), torch.zeros(40, 128)
     optimizer = Lion([param], lr=1e-2, betas=(0.9, 0.9))
     for step in range(4):
         run(optimizer, [param], range(step, step + 1))
         m = m * 0.9 + param.grad * (1 - 0.9)
         twin = twin - torch.sign(m) * 1e-2
         assert torch.equal(param, twin)
-    (param,) = parameters((20, 128))
+    (param,) = parameters((40, 128))
     twin = param.detach().clone()
     optimizer = Lion([param], lr=1e-2, betas=(0.0, 0.0))
     run(optimizer, [param], range(1))
     assert torch.equal(param, twin - torch.sign(param.grad) * 1e-2)
 
 
-@pytest.mark.parametrize("shape", [(24, 128), (9,)])
+@pytest.mark.parametrize("shape", [(40, 128), (9,)])
 def test_cautious(shape):
     param = torch.zeros(shape, requires_grad=True)
     optimizer = Lion([param], lr=0.01, betas=(0.9, 0.99), cautious=True)
@@ -166,7 +166,7 @@ def test_small_updates_of_bf16_weights(rounding):
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_stochastic_rounding_is_a_function_of_the_seed_and_the_step(backend):
     def train(seed, steps, resume_at=None):
-        params = parameters((20, 128), (20, 128), dtype=torch.bfloat16)
+        params = parameters((40, 128), (40, 128), dtype=torch.bfloat16)
         with torch.no_grad():
             params[1].copy_(params[0])
         optimizer = Lion(params, lr=1e-4, rounding="stochastic", seed=seed)

@@ -203,7 +203,7 @@ def test_a_vector_is_no_matrix(algorithm):
 
 
 def test_small_updates_of_bf16_matrices():
-    """Steps of 1e-4 on weights of 1: plain bf16 loses them all; stochastic rounding keeps the mean; master and Kahan all."""
+    """Steps of 1e-4 from 1: plain bf16 loses them all; stochastic rounding keeps the mean, master and Kahan the sum."""
     ends = {}
     for rounding in ("nearest", "stochastic", "kahan", "master"):
         param = torch.ones(64, 128, dtype=torch.bfloat16, requires_grad=True)

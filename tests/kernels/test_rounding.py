@@ -1,0 +1,82 @@
+"""The ways an fp32 value meets bf16: their arithmetic, and the random bits of one of them."""
+
+import math
+
+import pytest
+import torch
+
+from leanstep.kernels.reference.rounding import element_index, hash32, narrow, round_stochastic, widen
+
+
+def unsigned(index, seed):
+    return hash32(index, seed).long() & 0xFFFFFFFF
+
+
+def test_hash_is_uniform_and_mixes():
+    index = torch.arange(1 << 16)
+    bits = unsigned(index, 7)
+    assert bits.unique().numel() == index.numel()  # every step of it can be undone
+    # 256 bins of 256 expected: chi-square with 255 degrees of freedom, in either half
+    for part in (bits & 0xFF, (bits >> 8) & 0xFF, bits >> 24):
+        counts = torch.bincount(part.long(), minlength=256).double()
+        chi = ((counts - 256).square() / 256).sum()
+        assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
+    # one bit of the index or of the seed changes half of the bits
+    for other in (unsigned(index ^ 1, 7), unsigned(index, 6), unsigned(index ^ (1 << 20), 7)):
+        changed = (bits ^ other).long()
+        ones = sum(((changed >> b) & 1).double().mean() for b in range(32))
+        assert abs(ones - 16) < 0.5
+    # neighbours are not correlated
+    x = bits.double() / 2**32 - 0.5
+    assert abs((x[1:] * x[:-1]).mean() * 12) < 5 / math.sqrt(x.numel())
+    assert torch.equal(unsigned(index[:5], torch.tensor(7)), bits[:5])
+    assert torch.equal(unsigned(index[:5] + 2**32, 7), bits[:5])
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 3.3e-5, 1e30, -7.77e-30, 0.0, 1.0])
+def test_stochastic_rounding_is_unbiased(value):
+    count = 1 << 15
+    exact = torch.full((count,), value)
+    rounded = round_stochastic(exact, hash32(torch.arange(count), 5)).double()
+    low, high = rounded.min(), rounded.max()
+    true = float(exact[0])
+    if low == high:
+        assert low == true  # bf16 holds it
+        return
+    assert low < true < high and rounded.unique().numel() == 2
+    up = (true - low) / (high - low)
+    deviation = (high - low) * math.sqrt(up * (1 - up) / count)
+    assert abs(rounded.mean() - true) < 3 * deviation + (high - low) * 2**-16
+
+
+def test_stochastic_rounding_passes_specials():
+    values = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
+    rounded = round_stochastic(values, torch.full((5,), 0xFFFF, dtype=hash32(torch.arange(1), 0).dtype))
+    torch.testing.assert_close(rounded.float(), values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_index_counts_rows_and_starts_at_the_offset():
+    assert element_index(torch.empty(2, 3), 10).tolist() == [[10, 11, 12], [13, 14, 15]]
+
+
+def test_a_shard_is_rounded_as_in_the_whole():
+    value, param = torch.randn(6, 5), torch.empty(6, 5, dtype=torch.bfloat16)
+    whole, _ = narrow(value, param, "stochastic", 9, 0)
+    part, _ = narrow(value[2:4], param[2:4], "stochastic", 9, 10)
+    assert torch.equal(part, whole[2:4])
+
+
+def test_kahan_carries_what_rounding_dropped():
+    value = torch.randn(1000) * torch.logspace(-3, 3, 1000)
+    param = torch.empty(1000, dtype=torch.bfloat16)
+    rounded, dropped = narrow(value, param, "kahan")
+    assert dropped.dtype == torch.bfloat16 and torch.equal(rounded, value.bfloat16())
+    back = widen(rounded, dropped, "kahan")
+    assert ((back - value).abs() <= value.abs() * 2**-16).all()
+
+
+def test_master_is_the_weight():
+    value, extra = torch.randn(5), torch.randn(5)
+    assert widen(torch.zeros(5, dtype=torch.float16), extra, "master") is extra
+    new_param, new_extra = narrow(value, torch.empty(5, dtype=torch.float16), "master")
+    assert new_param is value and new_extra is value

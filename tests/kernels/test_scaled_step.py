@@ -1,0 +1,119 @@
+"""scaled_step against its formula in fp64, on every backend that a CPU has."""
+
+import pytest
+import torch
+
+from leanstep.kernels import scaled_step, use_backend
+
+BACKENDS = ["reference", "compiled"]
+SHAPES = [(1, 1), (5, 7), (6, 128), (33, 192), (3, 4, 6), (2, 5, 128), (0, 3), (4, 0)]
+
+
+def arguments(shape, dtype=torch.float32, mat_dtype=None, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    p = torch.randn(shape, generator=chance).to(dtype)
+    g = torch.randn(shape, generator=chance).to(mat_dtype or dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = torch.rand(shape[:-1], generator=chance).to(wide)
+    cols = torch.rand((*shape[:-2], shape[-1]), generator=chance).to(wide)
+    return p, g, rows, cols
+
+
+def hyper(dtype=torch.float32):
+    return torch.tensor([0.125, 0.75], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_formula(backend, shape, dtype, dirty_memory):
+    p, g, rows, cols = arguments(shape, dtype)
+    old, untouched = p.double().clone(), [t.clone() for t in (g, rows, cols)]
+    with use_backend(backend):
+        flags = scaled_step([p], [g], [rows], [cols], [], hyper=hyper(dtype))
+    assert flags.dtype == torch.int32 and flags.tolist() == [0]
+    want = old * 0.75 - 0.125 * (rows.double().unsqueeze(-1) * g.double() * cols.double().unsqueeze(-2))
+    # one rounding of the storage dtype, and a few of the arithmetic
+    bound = torch.finfo(dtype).eps * want.abs() + 4 * torch.finfo(rows.dtype).eps * (want.abs() + 1)
+    assert ((p.double() - want).abs() <= bound).all()
+    for tensor, before in zip((g, rows, cols), untouched, strict=True):
+        assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master"])
+def test_backends_agree(rounding):
+    """To the last bit of the storage dtype, for every way of rounding, in one list of several shapes."""
+    results = []
+    for backend in BACKENDS:
+        rows = [arguments(s, torch.bfloat16, torch.float32, i) for i, s in enumerate([(6, 128), (5, 7), (2, 3, 128)])]
+        params, mats, r, c = (list(x) for x in zip(*rows, strict=True))
+        extras = []
+        if rounding == "kahan":
+            extras = [torch.zeros_like(p) + 1e-3 for p in params]
+        elif rounding == "master":
+            extras = [p.float() for p in params]
+        seeds = torch.tensor([5, 6, 7]) if rounding == "stochastic" else None
+        with use_backend(backend):
+            scaled_step(params, mats, r, c, extras, hyper=hyper(), rounding=rounding, seeds=seeds)
+        values = extras if rounding == "master" else params
+        if rounding == "kahan":
+            values = [p.float() + e.float() for p, e in zip(params, extras, strict=True)]
+        results.append(values)
+    for a, b in zip(*results, strict=True):
+        if rounding in ("nearest", "stochastic"):
+            assert (a != b).float().mean() < 0.01  # products in another order can cross a tie
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=0)
+        else:
+            torch.testing.assert_close(a, b, rtol=2**-15, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(6, 128), (5, 7)])
+def test_a_nan_column_leaves_the_matrix_alone(backend, shape):
+    bad, good = arguments(shape), arguments(shape, seed=1)
+    bad[3].fill_(float("nan"))
+    before, extra = bad[0].clone(), bad[0].clone()
+    with use_backend(backend):
+        params, mats, rows, cols = ([a, b] for a, b in zip(bad, good, strict=True))
+        flags = scaled_step(params, mats, rows, cols, [extra, good[0].clone()], hyper=hyper(), rounding="master")
+        assert flags.tolist() == [1, 0]
+        assert torch.equal(bad[0], before) and torch.equal(extra, before)
+        scaled_step(params, mats, rows, cols, [], hyper=hyper(), skip_nonfinite=False)
+    assert bad[0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_bad_matrix_of_a_stack(backend):
+    p, g, rows, cols = arguments((3, 4, 128))
+    cols[1] = float("nan")
+    before = p.clone()
+    with use_backend(backend):
+        assert scaled_step([p], [g], [rows], [cols], [], hyper=hyper()).tolist() == [1]
+    assert torch.equal(p[1], before[1])
+    assert (p[[0, 2]] != before[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend):
+    p, g, rows, cols = arguments((6, 128))
+    want = p.clone()
+    with use_backend(backend):
+        scaled_step([want], [g], [rows], [cols], [], hyper=hyper())
+        for odd in (
+            p.t().contiguous().t(),
+            torch.zeros(6, 256)[:, ::2].copy_(p),
+            torch.zeros(6 * 128 + 1)[1:].view(6, 128).copy_(p),
+        ):
+            scaled_step([odd], [g.t().contiguous().t()], [rows], [cols], [], hyper=hyper())
+            torch.testing.assert_close(odd, want, rtol=1e-6, atol=1e-7)
+
+
+def test_empty_list():
+    assert scaled_step([], [], [], [], [], hyper=hyper()).numel() == 0
+
+
+def test_opcheck():
+    p, g, rows, cols = arguments((3, 5), torch.bfloat16)
+    extra = p.float()
+    args = ([p], [g], [rows], [cols], [extra], hyper(), "master", True, None, None)
+    torch.library.opcheck(torch.ops.leanstep.scaled_step, args)
