@@ -5,6 +5,7 @@ it raised on any of them is what the test of that check reports.
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import traceback
@@ -19,7 +20,15 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["leanstep.optimizers", "torch.distributed.fsdp", "torch.distributed.tensor"])
+# imported once, before the processes are forked
+_PRELOAD = (
+    "leanstep.optimizers",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor",
+)
 
 # the longest that processes wait for one another: a check that fails on one of them leaves the others waiting
 _PATIENCE = 30
@@ -66,6 +75,9 @@ def run_world(size: int, names: list[str], folder: Path, module: str) -> dict[st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    # the server is shared with other tests, which have wishes of their own
+    wishes = [*multiprocessing.forkserver._forkserver._preload_modules, *_PRELOAD]
+    _CONTEXT.set_forkserver_preload(list(dict.fromkeys(wishes)))
     receivers, processes = [], []
     for rank in range(size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
@@ -106,7 +118,6 @@ def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modul
     store = dist.distributed_c10d._get_default_store()
     for name in names:
         torch.manual_seed(0)
-        torch._dynamo.reset()
         text = ""
         try:
             CASES[name].function(World(rank, size, folder))
