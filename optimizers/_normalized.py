@@ -58,9 +58,11 @@ def _step(
     rounding: str,
     hyper: Tensor,
 ) -> Steps[None]:
+    stored, transposed = shards, group["transposed"]
+    shards = [oriented(s, transposed) for s in stored]
     cuts = [cut(s) for s in shards]
     weights = [local(p) for p in params]
-    gradients = [as_matrices(local(g)) for g in grads]
+    gradients = [as_matrices(local(g), transposed) for g in grads]
     if group["maximize"]:
         gradients = [-g for g in gradients]
     bad = None
@@ -96,12 +98,35 @@ def _step(
             cols.masked_fill_(flag > 0, math.nan)
     if group["momentum"] and group["momentum_order"] == "post" and algorithm != "balanced":
         mats, scales = _average_after(mats, scales, states, group, bad)
-    count_nonfinite(group, _apply(weights, mats, scales, states, indices, shards, group, rounding, hyper))
+    if transposed:
+        mats, scales = [m.mT for m in mats], _swapped(scales)
+    count_nonfinite(group, _apply(weights, mats, scales, states, indices, stored, group, rounding, hyper))
 
 
-def as_matrices(tensor: Tensor) -> Tensor:
-    """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest)."""
+def as_matrices(tensor: Tensor, transposed: bool = False) -> Tensor:
+    """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest).
+
+    ``transposed``: the tensor is stored (n, m), as transformers' ``Conv1D`` does; returns its (m, n) view.
+    """
+    if transposed:
+        return tensor.mT
     return tensor.flatten(1) if tensor.dim() > 3 else tensor
+
+
+def oriented(shard: Shard, transposed: bool) -> Shard:
+    """The shard of the (m, n) view of a parameter that is stored (n, m)."""
+    if not transposed:
+        return shard
+    n, m = shard.shape
+    return shard._replace(shape=torch.Size((m, n)), dim=None if shard.dim is None else 1 - shard.dim)
+
+
+def _swapped(scales: Scales) -> Scales:
+    """Scales of the transposed matrices. A matrix that is not finite has NaN in all its columns: they keep that."""
+    bad = [torch.isnan(cols).any(dim=-1, keepdim=True) for cols in scales.cols]
+    for rows, flag in zip(scales.rows, bad, strict=True):
+        rows.masked_fill_(flag, math.nan)
+    return Scales(scales.cols, scales.rows, scales.flat_cols, scales.flat_rows)
 
 
 def _flag(bad: Tensor | None, i: int) -> Tensor | None:
@@ -110,12 +135,13 @@ def _flag(bad: Tensor | None, i: int) -> Tensor | None:
 
 def _average(state: dict[str, Any], grad: Tensor, group: dict[str, Any], algorithm: str, bad: Tensor | None) -> Tensor:
     """Update the momentum with the gradient (not with a non-finite one) and return what is to be normalised."""
-    buffer = as_matrices(local(state["momentum_buffer"]))
+    buffer = as_matrices(local(state["momentum_buffer"]), group["transposed"])
     weight = 1.0 - group["momentum"]
     new = buffer.lerp(grad.to(buffer.dtype), weight)
     if bad is not None:
         new = torch.where(bad, buffer, new)
-    local(state["momentum_buffer"]).copy_(new.view_as(local(state["momentum_buffer"])))
+    whole = local(state["momentum_buffer"])
+    whole.copy_(new.mT if group["transposed"] else new.view_as(whole))
     if not (group["nesterov"] or algorithm == "balanced"):
         return new
     return new.lerp(grad.to(new.dtype), weight)
@@ -221,7 +247,7 @@ def mask_rows(
     return masked
 
 
-def init_power_vector(state: dict[str, Any], param: Tensor) -> None:
+def init_power_vector(state: dict[str, Any], param: Tensor, transposed: bool) -> None:
     """Start of the power iteration: the same for every matrix, no direction favoured by sign patterns.
 
     Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is cut along its matrices has
@@ -229,7 +255,7 @@ def init_power_vector(state: dict[str, Any], param: Tensor) -> None:
     """
     if "power_vector" in state:
         return
-    shard = shard_of(param)
+    shard = oriented(shard_of(param), transposed)
     columns = matrix_shape(shard)[1]
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(columns, generator=generator).to(local(param).device, compute_dtype(param.dtype))

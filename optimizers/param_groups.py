@@ -70,7 +70,8 @@ def param_groups(
     * ``norm``: parameters of modules whose class is a norm; ``bias``: other vectors named ``bias``;
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
     * ``expert``: three-dimensional weights of fused experts (one matrix per expert);
-    * ``hidden``: every other matrix; ``other``: what is left (single vectors and scalars).
+    * ``hidden``: every other matrix (those of transformers' ``Conv1D``, stored (in, out), in a group with
+      ``transposed=True``); ``other``: what is left (single vectors and scalars).
 
     Args:
         model: any module.
@@ -100,7 +101,8 @@ def param_groups(
     rules = [(re.compile(pattern), dict(values)) for pattern, values in overrides]
     used = [False] * len(rules)
     roles = parameter_roles(model)
-    groups: dict[tuple[int, str], dict[str, Any]] = {}
+    transposed = _transposed(model)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -112,6 +114,8 @@ def param_groups(
             used[match] = True
             label = rules[match][0].pattern
             key, values = (len(ROLES) + match, role), {**chosen[role], **rules[match][1]}
+        if name in transposed and role == "hidden":
+            key, values = (*key, "transposed"), {**values, "transposed": True}
         groups.setdefault(key, {"name": label, **values, "params": []})["params"].append((name, param))
     for (pattern, _), was_used in zip(rules, used, strict=True):
         if not was_used:
@@ -132,6 +136,11 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
         name: _role(name, param, owners[id(param)], output)
         for name, param in model.named_parameters()
     }  # fmt: skip
+
+
+def _transposed(model: nn.Module) -> set[str]:
+    """Names of the weights of transformers' ``Conv1D``, which are stored (in, out)."""
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
 
 
 def _output_module(model: nn.Module) -> nn.Module | None:

@@ -71,6 +71,8 @@ class SinkGD(LeanOptimizer):
         betas, eps: of the AdamW groups.
         fused: of the AdamW groups; None: where torch has a fused kernel.
         foreach: None or True: lists at once; False: the definition, a tensor at a time.
+        transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's; they are
+            normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
             device are left alone together; "raise" and "pass" as for Lion.
@@ -121,6 +123,7 @@ class SinkGD(LeanOptimizer):
         eps: float = 1e-8,
         fused: bool | None = None,
         algorithm: str = "auto",
+        transposed: bool = False,
         rounding: str = "nearest",
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -143,6 +146,7 @@ class SinkGD(LeanOptimizer):
             "eps": eps,
             "fused": fused,
             "algorithm": algorithm,
+            "transposed": transposed,
             "rounding": rounding,
             "momentum_dtype": momentum_dtype,
             "seed": seed,
@@ -184,10 +188,11 @@ class SinkGD(LeanOptimizer):
         """Add a group; a vector in a group whose algorithm takes matrices is an error."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["algorithm"] not in ("sinkgd", "balanced"):
-            return
         for position, param in enumerate(group["params"]):
-            if param.dim() < 2 or (group["algorithm"] == "balanced" and param.dim() != 2):
+            if algorithm_of(group, param) == "adamw":
+                continue
+            flat = group["algorithm"] == "balanced" or group["transposed"]
+            if param.dim() < 2 or (flat and param.dim() != 2):
                 name = describe(group, position)
                 self.param_groups.pop()
                 raise ValueError(
@@ -239,7 +244,7 @@ class SinkGD(LeanOptimizer):
                 if group["momentum"] and "momentum_buffer" not in state:
                     state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
                 if group["spectral"]:
-                    _normalized.init_power_vector(state, param)
+                    _normalized.init_power_vector(state, param, group["transposed"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
