@@ -1,0 +1,213 @@
+"""Lion and SinkGD inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from leanstep.optimizers import Lion, SinkGD, param_groups
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
+
+OPTIMIZERS = {
+    "lion": (Lion, {"lr": 2e-3}),
+    "sinkgd": (SinkGD, {"lr": 2e-2}),
+}
+both = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=16, **sizes))
+
+
+class Counting(Dataset):
+    """Sequences that count up from a number, modulo the vocabulary: easy to learn."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, i):
+        ids = (torch.arange(12) + i) % 32
+        return {"input_ids": ids, "labels": ids}
+
+
+def build(name, model):
+    cls, options = OPTIMIZERS[name]
+    return cls(param_groups(model), **options)
+
+
+def arguments(folder, **options):
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        learning_rate=options.pop("learning_rate", 2e-3),
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@both
+def test_trainer_with_an_optimizer_object(name, tmp_path):
+    """The loss falls, and a run resumed from a checkpoint ends where the uninterrupted one does, bit for bit."""
+
+    def trainer(folder, **options):
+        model = tiny_llama()
+        settings = arguments(folder, **options)
+        return Trainer(model, settings, train_dataset=Counting(), optimizers=(build(name, model), None))
+
+    whole = trainer(tmp_path / "whole", max_steps=12, save_steps=6)
+    whole.train()
+    seen = losses(whole)
+    assert len(seen) == 12 and seen[-1] < 0.9 * seen[0]
+
+    resumed = trainer(tmp_path / "resumed", max_steps=12, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert losses(resumed)[-6:] == seen[-6:]
+
+
+@both
+def test_trainer_with_a_class(name, tmp_path):
+    cls, options = OPTIMIZERS[name]
+    settings = arguments(tmp_path, max_steps=10, save_strategy="no", learning_rate=options["lr"])
+    trainer = Trainer(
+        tiny_llama(), settings, train_dataset=Counting(), optimizer_cls_and_kwargs=(cls, {"lr": options["lr"]})
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < 0.95 * losses(trainer)[0]
+
+
+@both
+def test_accelerate(name, tmp_path):
+    """prepare, accumulation over two passes, clipping, save_state and load_state."""
+
+    def prepared():
+        model = tiny_llama()
+        optimizer = build(name, model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.02 * step))
+        loader = DataLoader(Counting(), batch_size=8)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        return accelerator, *accelerator.prepare(model, optimizer, loader, schedule)
+
+    def train(accelerator, model, optimizer, loader, schedule, epochs):
+        seen = []
+        for _ in range(epochs):
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                seen.append(loss.item())
+        return seen
+
+    first = prepared()
+    seen = train(*first, epochs=3)
+    first[0].save_state(str(tmp_path / "state"))
+    rest = train(*first, epochs=2)
+    assert rest[-1] < 0.9 * seen[0]
+
+    again = prepared()
+    again[0].load_state(str(tmp_path / "state"))
+    assert train(*again, epochs=2) == rest
+    for a, b in zip(first[1].parameters(), again[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def quadratic(seed):
+    """A random, badly scaled quadratic in a matrix; the loss of the start is 1."""
+    chance = torch.Generator().manual_seed(seed)
+    left = torch.diag(torch.logspace(-1, 1, 12))
+    target = torch.randn(12, 8, generator=chance)
+    start = torch.zeros(12, 8)
+    scale = (left @ target).square().sum()
+    return [start.requires_grad_()], lambda params: (left @ (params[0] - target)).square().sum() / scale
+
+
+def factorisation(seed):
+    """A rank-3 matrix as a product of two factors."""
+    chance = torch.Generator().manual_seed(seed)
+    target = torch.randn(16, 3, generator=chance) @ torch.randn(3, 12, generator=chance)
+    factors = [0.1 * torch.randn(s, generator=chance) for s in ((16, 3), (3, 12))]
+    scale = target.square().sum()
+    return [f.requires_grad_() for f in factors], lambda params: (params[0] @ params[1] - target).square().sum() / scale
+
+
+def final_loss(problem, seed, build_optimizer, steps=150):
+    params, loss_of = problem(seed)
+    optimizer = build_optimizer(copy.copy(params))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(params).backward()
+        optimizer.step()
+        schedule.step()
+    loss = loss_of(params).item()
+    return loss if loss == loss else float("inf")
+
+
+def language_model(seed):
+    """The tiny LLaMA on counting sequences."""
+    model = tiny_llama()
+    chance = torch.Generator().manual_seed(seed)
+    data = Counting()
+
+    def loss_of(_):
+        ids = torch.stack([data[int(i)]["input_ids"] for i in torch.randint(48, (8,), generator=chance)])
+        return model(input_ids=ids, labels=ids).loss
+
+    return list(model.parameters()), loss_of
+
+
+RATES = {
+    "sgd": (torch.optim.SGD, {}, (0.03, 0.1, 0.3, 1.0, 3.0)),
+    "lion": (Lion, {}, (0.01, 0.03, 0.1)),
+    "sinkgd": (SinkGD, {"scale": 1.0}, (0.03, 0.1, 0.3)),
+}
+
+
+def best_loss(name, problem, seed, rates=None, steps=150):
+    """Of a few rates, each falling to zero."""
+    cls, options, usual = RATES[name]
+    return min(
+        final_loss(problem, seed, lambda p, lr=lr: cls(p, lr=lr, **options), steps=steps) for lr in rates or usual
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_small_problems(seed):
+    """A quadratic scaled over four orders, where gradient descent crawls, and a factorisation, where it does not."""
+    slow = best_loss("sgd", quadratic, seed)
+    for name in ("lion", "sinkgd"):
+        assert best_loss(name, quadratic, seed) < slow
+        assert best_loss(name, factorisation, seed) < 0.01
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_language_model(seed):
+    slow = best_loss("sgd", language_model, seed, rates=(0.3, 0.6, 1.0, 1.5), steps=30)
+    assert best_loss("lion", language_model, seed, rates=(0.02, 0.04), steps=30) < slow
+    assert best_loss("sinkgd", language_model, seed, rates=(0.03, 0.06), steps=30) < slow
