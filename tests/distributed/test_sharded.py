@@ -1,9 +1,14 @@
-"""Optimizers on sharded and replicated parameters, in real gloo processes: the checks of distributed_cases.py."""
+"""Optimizers on sharded and replicated parameters, in real gloo processes.
 
-import distributed_checkpoints
+The checks are in distributed_cases.py, distributed_placements.py and distributed_checkpoints.py of tests/helpers.
+"""
+
 import pytest
 from distributed_cases import WORLDS
-from distributed_world import CASES, run_world
+from distributed_world import CASES, load_cases, run_world
+
+MODULES = ("distributed_cases", "distributed_placements", "distributed_checkpoints")
+load_cases(MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -11,11 +16,14 @@ def outcomes(tmp_path_factory, request):
     """Run every wanted check of every world size once; the error text of each, by (world size, name)."""
     folder = tmp_path_factory.mktemp("worlds")
     wanted = {item.callspec.id for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())}
+    # what is loaded in a world was saved by the world of two
+    if any(name.startswith("checkpoint_") for name in wanted):
+        wanted |= {f"{name}-2" for name in CASES if name.startswith("checkpoint_")}
     found = {}
     for size in WORLDS:
         names = [c.name for c in CASES.values() if size in c.worlds and f"{c.name}-{size}" in wanted]
         if names:
-            errors = run_world(size, names, folder, distributed_checkpoints.__name__)
+            errors = run_world(size, names, folder, MODULES)
             found.update({(name, size): text for name, text in errors.items()})
     return found
 

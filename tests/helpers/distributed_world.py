@@ -1,16 +1,17 @@
 """Real gloo processes for the tests of sharding: one start per world size, in which many checks run one by one.
 
-The checks live in distributed_cases.py and register themselves there; each runs on all processes of a world, and what
+The checks live in modules of their own and register themselves there; each runs on all processes of a world, and what
 it raised on any of them is what the test of that check reports.
 """
 
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +71,13 @@ def add_case(name: str, worlds: Iterable[int], function: Callable[[World], objec
     CASES[name] = Case(name, tuple(worlds), function)
 
 
-def run_world(size: int, names: list[str], folder: Path, module: str) -> dict[str, str]:
+def load_cases(modules: Sequence[str]) -> None:
+    """Import the modules whose checks register themselves."""
+    for module in modules:
+        importlib.import_module(module)
+
+
+def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str]) -> dict[str, str]:
     """Run checks in a new world of ``size`` processes; the error text of each, "" where it passed on all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,7 +88,7 @@ def run_world(size: int, names: list[str], folder: Path, module: str) -> dict[st
     receivers, processes = [], []
     for rank in range(size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_work, args=(rank, size, port, names, folder, module, sender), daemon=True)
+        process = _CONTEXT.Process(target=_work, args=(rank, size, port, names, folder, modules, sender), daemon=True)
         process.start()
         sender.close()
         receivers.append(receiver)
@@ -105,7 +112,7 @@ def run_world(size: int, names: list[str], folder: Path, module: str) -> dict[st
     return errors
 
 
-def _work(rank: int, size: int, port: int, names: list[str], folder: Path, module: str, sender: Any) -> None:
+def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modules: Sequence[str], sender: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true",
@@ -113,7 +120,7 @@ def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modul
     )  # fmt: skip
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    __import__(module)
+    load_cases(modules)
     dist.init_process_group("gloo", timeout=timedelta(seconds=_PATIENCE))
     store = dist.distributed_c10d._get_default_store()
     for name in names:

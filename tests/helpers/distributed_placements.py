@@ -1,0 +1,217 @@
+"""Checks of what sharded optimizers send, and of the other ways to spread a model."""
+
+import math
+from typing import Any
+
+import torch
+from distributed_cases import (
+    OPTIMIZERS,
+    Model,
+    assert_same,
+    build,
+    count_collectives,
+    mesh,
+    new_model,
+    refused,
+    set_grad,
+    set_grads,
+    shard,
+    train,
+    whole,
+)
+from distributed_world import World, case
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from leanstep.optimizers import Lion, SinkGD, param_groups, release_gradients
+
+# ---- communication
+
+
+def columns(params: list[nn.Parameter]) -> int:
+    return sum(math.prod(p.shape[1:]) for p in params)
+
+
+@case(2, 3)
+def sinkgd_reduces_once_an_iteration(world: World) -> None:
+    """Column sums of the whole model, in one all-reduce per iteration; the AdamW flags ride in the first."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = shard(new_model(dtype), world.size)
+        groups = param_groups(model, overrides=[("narrow", {"lr": 0.1}), ("blocks.1.up", {"num_iters": 3})])
+        optimizer = SinkGD(groups, num_iters=5)
+        taken = [g for g in optimizer.param_groups if g["algorithm"] == "sinkgd"]
+        cut = [columns([p for p in g["params"] if p.dim() != 3]) for g in taken]
+        short = [columns([p for p in g["params"] if p.dim() != 3]) for g in taken if g["num_iters"] == 3]
+        assert len([c for c in cut if c]) >= 4 and sum(short) > 0
+        flags = sum(len(g["params"]) for g in optimizer.param_groups if g["algorithm"] == "adamw")
+        all_columns = 4 * sum(cut)
+        expected = [all_columns + 4 * flags] + [all_columns] * 2 + [all_columns - 4 * sum(short)] * 2
+        for step in range(2):
+            assert count_collectives(optimizer, model, step) == [("allreduce_", size) for size in expected]
+
+
+@case(2)
+def every_optimizer_reduces_as_documented(world: World) -> None:
+    """Number of all-reduces of a first and of a later step; nothing else, and nothing as large as a matrix."""
+    documented = {
+        "lion": (0, 0),
+        "lion_stochastic": (0, 0),
+        "lion_cautious": (1, 1),
+        "adamw": (1, 1),
+        "sinkgd": (5, 5),
+        "sinkgd_momentum": (6, 6),
+        "sinkgd_width": (6, 6),
+        "sinkgd_balanced": (7, 7),
+        "sinkgd_unit": (25, 6),
+    }
+    for name, counts in documented.items():
+        model = shard(new_model(OPTIMIZERS[name][3]), world.size)
+        optimizer = build(name, model)
+        found = [count_collectives(optimizer, model, step) for step in range(2)]
+        assert tuple(len(f) for f in found) == counts, f"{name}: {found}"
+        assert {op for f in found for op, _ in f} <= {"allreduce_"}, f"{name}: {found}"
+
+
+# ---- other ways to shard
+
+
+def by_hand(size: int, *placements: Any, dtype: torch.dtype = torch.float32, on: Any = None) -> Model:
+    """A model whose parameters of two and more dimensions are distributed with these placements, the rest copied."""
+    from torch.distributed.tensor import Replicate
+
+    model = new_model(dtype)
+    on = on or mesh(size)
+    for name, param in list(model.named_parameters()):
+        chosen = placements if param.dim() > 1 else [Replicate()] * len(placements)
+        owner, _, leaf = name.rpartition(".")
+        new = nn.Parameter(distribute_tensor(param.detach(), on, chosen))
+        setattr(model.get_submodule(owner), leaf, new)
+    model.lm_head.weight = model.embed.weight
+    return model
+
+
+@case(2, 3)
+def columns_may_be_sharded(world: World) -> None:
+    """Shard(1), uneven and empty: matrices by columns, stacks by rows, convolutions by input channels."""
+    for name in (
+        "sinkgd", "sinkgd_momentum", "sinkgd_post", "sinkgd_balanced", "sinkgd_width", "lion", "lion_cautious", "adamw",
+    ):  # fmt: skip
+        *_, dtype, tolerance = OPTIMIZERS[name]
+        plain, sharded = new_model(dtype), by_hand(world.size, Shard(1), dtype=dtype)
+        optimizers = [build(name, plain), build(name, sharded)]
+        for step in range(3):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grads(model, step)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} after step {step + 1}")
+    optimizer = build("sinkgd", sharded)
+    found = count_collectives(optimizer, sharded)
+    # the rows' largest entries, then row sums; the stack's column sums set out one earlier
+    assert len(found) == 2 + optimizer.defaults["num_iters"], found
+
+
+@case(2)
+def columns_of_stacks_may_be_sharded(world: World) -> None:
+    plain = nn.Parameter(torch.randn(3, 4, 5))
+    sharded = nn.Parameter(distribute_tensor(plain.detach(), mesh(world.size), [Shard(2)]))
+    for step in range(2):
+        for param in (plain, sharded):
+            torch.manual_seed(step)
+            set_grad(param, torch.randn(3, 4, 5))
+            SinkGD([{"params": [param], "algorithm": "sinkgd"}], lr=0.1, scale=1.0).step()
+    assert (whole(sharded.detach()) - plain).abs().max() < 1e-6
+
+
+@case(4)
+def two_mesh_dimensions(world: World) -> None:
+    """Replicated and sharded (HSDP) follows the unsharded run; sharded twice does so for elementwise rules."""
+    from torch.distributed.tensor import Replicate
+
+    grid = init_device_mesh("cpu", (2, 2))
+    for name, placements in (
+        ("lion_cautious", (Replicate(), Shard(0))), ("sinkgd", (Replicate(), Shard(0))),
+        ("lion_stochastic", (Replicate(), Shard(0))), ("sinkgd_balanced", (Replicate(), Shard(0))),
+        ("lion", (Shard(0), Shard(1))), ("lion_cautious", (Shard(0), Shard(1))), ("lion_kahan", (Shard(0), Shard(0))),
+        ("adamw", (Shard(0), Shard(1))),
+    ):  # fmt: skip
+        *_, dtype, tolerance = OPTIMIZERS[name]
+        plain, sharded = new_model(dtype), by_hand(4, *placements, dtype=dtype, on=grid)
+        optimizers = [build(name, plain), build(name, sharded)]
+        for step in range(2):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grads(model, step)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} {placements}")
+    for name, said in (("sinkgd", "sharded along one dimension"), ("lion_stochastic", "rounding='stochastic'")):
+        sharded = by_hand(4, Shard(0), Shard(1), dtype=OPTIMIZERS[name][3], on=grid)
+        before = [whole(p.detach()).clone() for p in sharded.parameters()]
+        set_grads(sharded, 0)
+        refused(ValueError, said, build(name, sharded).step)
+        assert all(torch.equal(whole(p.detach()), b) for p, b in zip(sharded.parameters(), before, strict=True))
+
+
+@case(2)
+def what_cannot_be_normalised_is_refused(world: World) -> None:
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    for placement, said in (
+        (_StridedShard(0, split_factor=2), "sharded along one dimension"), (Partial(), "partial sums"),
+    ):  # fmt: skip
+        rows = 4 if isinstance(placement, Partial) else 2
+        param = nn.Parameter(DTensor.from_local(torch.ones(rows, 6), mesh(2), [placement], run_check=False))
+        param.grad = torch.ones_like(param)
+        refused(ValueError, said, SinkGD([{"params": [param], "algorithm": "sinkgd"}]).step)
+        assert torch.equal(param.to_local(), torch.ones(rows, 6))
+    sharded = by_hand(2, Shard(1))
+    set_grads(sharded, 0)
+    refused(ValueError, "spectral", build("sinkgd_unit", sharded).step)
+    refused(ValueError, "sharded parameters", lambda: release_gradients(sharded, build("lion", sharded)))
+
+
+# ---- other engines, larger matrices
+
+
+@case(2)
+def flattened_parameters_are_refused(world: World) -> None:
+    """Engines that flatten (FSDP's first version, ZeRO's later stages) leave vectors: rows and columns are lost."""
+    flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in new_model().parameters()]).chunk(2)[world.rank])
+    refused(ValueError, "flattened by a sharding engine", lambda: SinkGD([{"params": [flat], "algorithm": "sinkgd"}]))
+    refused(ValueError, "flattened by a sharding engine", lambda: SinkGD([{"params": [flat], "algorithm": "balanced"}]))
+    flat.grad = torch.ones_like(flat)
+    Lion([flat]).step()  # elementwise rules do not mind
+
+
+@case(2)
+def zero_redundancy_optimizer(world: World) -> None:
+    """torch's ZeRO-1 gives whole parameters to processes: same steps as one process."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for cls, settings in ((Lion, {"lr": 1e-2}), (SinkGD, {"lr": 0.05, "algorithm": "sinkgd"})):
+        plain, replica = new_model(torch.float64), new_model(torch.float64)
+        for model in (plain, replica):
+            for param in model.parameters():
+                param.requires_grad_(param.dim() > 1)
+        matrices = [[p for p in m.parameters() if p.requires_grad] for m in (plain, replica)]
+        train(plain, cls(matrices[0], **settings), None)
+        parallel = nn.parallel.DistributedDataParallel(replica)
+        train(parallel, ZeroRedundancyOptimizer(matrices[1], optimizer_class=cls, **settings), world)
+        assert_same(replica, plain, 1e-6, cls.__name__)
+
+
+@case(2)
+def large_matrices_on_the_compiled_path(world: World) -> None:
+    """Shards large enough for the compiled loops, in rows that do not divide, agree with whole matrices."""
+    for name, shape in (("lion", (301, 192)), ("lion_stochastic", (301, 192)), ("sinkgd", (301, 192))):
+        cls, settings, _, dtype, tolerance = OPTIMIZERS[name]
+        whole_param = nn.Parameter(torch.randn(shape).to(dtype))
+        part = nn.Parameter(distribute_tensor(whole_param.detach(), mesh(world.size), [Shard(0)]))
+        optimizers = [cls([p], **settings) for p in (whole_param, part)]
+        for step in range(2):
+            grad = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            for param, optimizer in zip((whole_param, part), optimizers, strict=True):
+                set_grad(param, grad)
+                optimizer.step()
+        difference = (whole(part.detach()).double() - whole_param.detach().double()).abs().max().item()
+        assert difference <= tolerance * 4, (name, difference)
