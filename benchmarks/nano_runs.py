@@ -22,7 +22,7 @@ from pathlib import Path
 # the grids are powers of two around the rates of the recipes
 GRIDS = {
     "adamw": [2e-3, 4e-3, 8e-3],
-    "lion": [5e-4, 1e-3, 2e-3],
+    "lion": [1e-3, 2e-3, 4e-3],
     "sinkgd": [1e-2, 2e-2, 4e-2],
 }
 
