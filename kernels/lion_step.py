@@ -1,6 +1,7 @@
 """The Lion step on lists of tensors."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,25 +104,62 @@ def _run(
             decay_where_aligned=decay_where_aligned, maximize=maximize, skip_nonfinite=skip_nonfinite,
             seeds=seeds, offsets=offsets,
         )  # fmt: skip
+    options: dict[str, Any] = {
+        "hyper": hyper,
+        "rounding": rounding,
+        "decay_where_aligned": decay_where_aligned,
+        "maximize": maximize,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    flags: list[Tensor | None] = [None] * len(params)
+    alone: Sequence[int] = range(len(params))
+    if backend == "compiled" and cautious_scale is None and rounding != "stochastic":
+        small = [i for i, p in enumerate(params) if p.numel() < _MIN_ROWS * LANES]
+        if len(small) > 1:
+            columns = [[ts[i] for i in small] for ts in (params, grads, exp_avgs, extras) if ts]
+            for i, flag in zip(small, _joined_step(columns, options), strict=True):
+                flags[i] = flag
+            alone = sorted(set(alone) - set(small))
     step = _compiled_step if backend == "compiled" else reference.lion_step
-    flags = []
-    for i, param in enumerate(params):
-        flag = step(
-            param,
+    for i in alone:
+        flags[i] = step(
+            params[i],
             grads[i],
             exp_avgs[i],
             extras[i] if extras else None,
-            hyper=hyper,
-            rounding=rounding,
             cautious_scale=None if cautious_scale is None else cautious_scale[i],
-            decay_where_aligned=decay_where_aligned,
-            maximize=maximize,
-            skip_nonfinite=skip_nonfinite,
             seed=None if seeds is None else seeds[i],
             offset=0 if offsets is None else offsets[i],
+            **options,
         )
-        flags.append(torch.zeros((), dtype=torch.bool, device=param.device) if flag is None else flag)
-    return torch.stack(flags).to(torch.int32)
+    quiet = torch.zeros((), dtype=torch.bool, device=params[0].device)
+    return torch.stack([quiet if flag is None else flag for flag in flags]).to(torch.int32)
+
+
+def _joined_step(columns: list[list[Tensor]], options: dict[str, Any]) -> list[Tensor | None]:
+    """Step small tensors as one: a call costs more than their arithmetic.
+
+    ``columns``: parameters, gradients, momenta and, where there are any, extras.
+    """
+    flags: list[Tensor | None] = [None] * len(columns[0])
+    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        alike.setdefault(tuple(t.dtype for t in row), []).append(i)
+    for members in alike.values():
+        chosen = [[column[i] for i in members] for column in columns]
+        joined = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in chosen]
+        param, grad, exp_avg = joined[:3]
+        extra = joined[3] if len(joined) > 3 else None
+        flag = _compiled_step(param, grad, exp_avg, extra, cautious_scale=None, seed=None, offset=0, **options)
+        sizes = [t.numel() for t in chosen[0]]
+        for k in range(len(chosen)):
+            if k != 1:  # gradients are not written
+                parts = zip(joined[k].split(sizes), chosen[k], strict=True)
+                torch._foreach_copy_(chosen[k], [part.view(t.shape) for part, t in parts])
+        if flag is not None and flag:
+            for i, grad in zip(members, chosen[1], strict=True):
+                flags[i] = ~torch.isfinite(grad).all()
+    return flags
 
 
 def _compiled_step(

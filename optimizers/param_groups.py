@@ -108,6 +108,7 @@ def param_groups(
             continue
         role = roles[name]
         match = next((i for i, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
+        key: tuple[Any, ...]
         if match is None:
             key, label, values = (ROLES.index(role), role), role, chosen[role]
         else:
