@@ -127,9 +127,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-# -- info, audit ----------------------------------------------------------------------------------------------------
-
-
 def _info(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     from leanstep.recipes.machine import collect, render
@@ -144,9 +141,6 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
 
     arguments = [*rest, *options.arguments]
     return int(audit.main([part for part in arguments if part != "--"]) or 0)
-
-
-# -- recipes --------------------------------------------------------------------------------------------------------
 
 
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
@@ -208,9 +202,6 @@ def _recipes_copy(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-# -- runs -----------------------------------------------------------------------------------------------------------
-
-
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     resume = options.resume
     if resume and "=" in resume and not Path(resume).exists():  # `--resume steps=3`: the value belongs to the recipe
@@ -263,9 +254,6 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
     print(f"{write_report(options.runs, options.out or options.runs[0] / 'report.html')} written")
     return 0
-
-
-# -- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -103,9 +103,6 @@ def evaluate(
     return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, tokens)
 
 
-# -- leanstep eval --------------------------------------------------------------------------------------------------
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep eval``; returns 0, or 2 after a message about input that cannot be used."""
     options = _parser().parse_args(argv)

@@ -96,8 +96,6 @@ class Run:
         self.accelerator.end_training()
         return EXIT_DONE
 
-    # -- beginning --------------------------------------------------------------------------------------------------
-
     def choose(self) -> Path | None:
         """Claim the folder, say who is here, and find the checkpoint to begin from; None for step 0."""
         config, accelerator = self.config, self.accelerator
@@ -205,8 +203,6 @@ class Run:
         if config.log.trackers:
             accelerator.init_trackers("leanstep", config=flat_scalars(dataclasses.asdict(config)))
 
-    # -- training ---------------------------------------------------------------------------------------------------
-
     def loop(self) -> int:
         """Train to the last step. Returns the signal that ended it early, saved, or 0."""
         config, state = self.config, self.state
@@ -293,8 +289,6 @@ class Run:
             except OSError as error:
                 self.say(f"WARNING: nan_dump could not be written: {error}")
         return RunFailure(reason, EXIT_NAN, nonfinite_message(self.config, self.folder.root, step, what))
-
-    # -- between steps ----------------------------------------------------------------------------------------------
 
     def log(self, result: StepResult) -> None:
         """Show the step; write log.jsonl, train.log and trackers at the first step and every ``log.every``."""

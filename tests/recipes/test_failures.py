@@ -31,9 +31,6 @@ def whole(recipe, tmp_path_factory):
     return out
 
 
-# -- not finite ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("fault", [faults.nan_at_step_3, faults.infinite_gradient_at_step_3])
 def test_a_non_finite_step_stops_before_the_update(recipe, tmp_path, fault, world):
@@ -87,9 +84,6 @@ def test_max_hours_saves_and_stops(recipe, tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"]
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
-
-
 def test_out_of_memory_names_what_to_change(recipe, tmp_path):
     out = tmp_path / "run"
     failed = run(recipe, ["checkpoint.every=2"], out, prepare=faults.out_of_memory_at_step_3)
@@ -123,9 +117,6 @@ def test_which_errors_are_out_of_memory():
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-# -- disk ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
@@ -187,8 +178,6 @@ def test_which_errors_are_the_disk(tmp_path):
     assert disk_trouble(unsaid, tmp_path, enough) is None
     assert "cannot write" in disk_trouble(PermissionError(13, "Permission denied"), tmp_path, enough)
 
-
-# -- signals -------------------------------------------------------------------------------------------------------
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 
