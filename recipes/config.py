@@ -277,6 +277,11 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         )
     if release and config.max_grad_norm is not None:
         yield ("release_gradients", "max_grad_norm"), "excludes max_grad_norm, which needs every gradient at once"
+    if release and config.precision == "fp16":
+        yield (
+            ("release_gradients", "precision"),
+            "steps inside backward, on gradients that fp16 has scaled up; take precision=bf16, or set it to false",
+        )
     if config.model.init_from and config.model.config:
         yield (
             ("model.config", "model.init_from"),

@@ -265,6 +265,13 @@ def test_release_gradients_excludes_accumulation_and_clipping(recipe):
     assert "release_gradients excludes max_grad_norm" in found
 
 
+def test_release_gradients_excludes_scaled_gradients(recipe):
+    path = recipe(BASE + "release_gradients: true\n")
+    load(path, ["precision=bf16"])
+    (found,) = problems_of(path, ["precision=fp16"])
+    assert "release_gradients steps inside backward, on gradients that fp16 has scaled up" in found
+
+
 def test_processes_share_the_step(recipe, monkeypatch):
     path = recipe()
     load(path)
