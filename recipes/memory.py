@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
-from leanstep.recipes.build import build_model, build_optimizer
+from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
 from leanstep.recipes.config import RunConfig
 
 __all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
@@ -128,7 +128,7 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
     model = meta_model(config, vocab_size)
     _replace_tensors(model, device)
     if config.activation_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model.train()
 
 
@@ -142,15 +142,6 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
-
-
-def _checkpoint_activations(model: Any) -> None:
-    """Switch on recomputation under the name that this transformers release has for it."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _replace_tensors(model: nn.Module, device: str) -> None:
