@@ -102,13 +102,17 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
+# on a CPU these are calls of the BLAS on reused scratch memory: nothing for torch.compile to improve, none needed
+_BLAS = ("sinkhorn",)
+
+
 def why_not(op: str, backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``device``; None when it can."""
     if backend not in OPS[op]:
         return f"{op} has no {backend} implementation"
     if backend == "triton":
         return _why_not_triton(device)
-    if backend == "compiled":
+    if backend == "compiled" and not (op in _BLAS and device.type == "cpu"):
         return _why_not_compiled(device)
     return None
 
@@ -122,6 +126,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     requested = _requested.get()
     if requested != "auto":
         reason = why_not(op, requested, device)
+        if requested == "triton" and dtype is torch.float64:
+            reason = "the Triton kernels compute in fp32, which float64 parameters would lose by"
         if reason is not None:
             raise BackendError(f"{op}: backend {requested!r} was asked for on {device}, but {reason}")
         return Choice(requested, "asked for with use_backend")
@@ -130,7 +136,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     if device.type == "cpu":
         reason = why_not(op, "compiled", device)
         if reason is None:
-            return Choice("compiled", "CPU with a C++ compiler")
+            return Choice("compiled", "BLAS products in reused memory" if op in _BLAS else "CPU with a C++ compiler")
         return Choice("reference", reason)
     reason = why_not(op, "triton", device)
     if reason is None:

@@ -21,7 +21,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
+
+
+# what a captured CUDA graph reads must outlive the cache
+_captured: list[Tensor] = []
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -32,7 +39,10 @@ def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) 
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
         return torch.tensor(tuple(values), dtype=dtype, device=device)
-    return _constant(tuple(values), device, dtype)
+    found = _constant(tuple(values), device, dtype)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
 
 
 def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,16 @@
 """The parameter update p <- p * decay - step * r_i c_j G_ij on lists of matrices."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels._compile import EXACT_CASTS, LANES, alias, share_layout, variant
 from leanstep.kernels.reference import scaled_step as reference
+
+# below this the call costs more than the arithmetic
+_MIN_ELEMENTS = 2048
 
 
 def scaled_step(
@@ -125,16 +130,24 @@ def _compiled_step(
     seed: Tensor | None,
     offset: Tensor | int,
 ) -> None:
-    options = {"hyper": hyper, "rounding": rounding, "seed": seed, "offset": offset}
+    """The reference, compiled, on [m, n / lanes, lanes]: a static inner dimension leaves the loop without a tail."""
+    options: dict[str, Any] = {"hyper": hyper, "rounding": rounding, "seed": seed, "offset": offset}
+    if param.dim() == 3 and (bad is None or not bool(bad.any())):
+        for i, part in enumerate(param):
+            options["offset"] = offset + i * part.numel()
+            rest = None if extra is None else extra[i]
+            _compiled_step(part, mat[i], rows[i], cols[i], rest, None, **options)
+        return
     tensors = [param, mat, extra]
-    n = param.shape[-1]
+    m, n = param.shape[-2:]
+    lanes = next(width for width in (LANES, LANES // 2, LANES // 4, 1) if n % width == 0)
     if (
         (bad is not None and bool(bad.any()))
-        or n % LANES
-        or n // LANES < 2
-        or rows.numel() < 2
+        or param.dim() != 2
+        or param.numel() < _MIN_ELEMENTS
+        or m < 2
+        or n // lanes < 2
         or not share_layout(tensors, row_major=True)
-        or (param.dim() > 2 and param.shape[:-2].numel() > 1)
     ):
         _reference_step(param, mat, rows, cols, extra, bad, **options)
         return
@@ -142,12 +155,12 @@ def _compiled_step(
         options["seed"], options["offset"] = None, 0
     elif not isinstance(offset, Tensor):
         options["offset"] = torch.tensor(offset)
-    m, blocks = rows.numel(), n // LANES
-    flat = [None if t is None else alias(t, (m, blocks, LANES)) for t in tensors]
-    flat[2:2] = [alias(rows, (m, 1, 1)), alias(cols, (1, blocks, LANES))]
+    blocks = n // lanes
+    flat = [None if t is None else alias(t, (m, blocks, lanes)) for t in tensors]
+    flat[2:2] = [alias(rows, (m, 1, 1)), alias(cols, (1, blocks, lanes))]
     dtypes = tuple(None if t is None else t.dtype for t in tensors)
     inductor = EXACT_CASTS if rounding == "kahan" else {}
-    variant(reference.scaled_step, (dtypes, rounding), flat, inductor)(*flat, **options)
+    variant(reference.scaled_step, (dtypes, rounding, lanes), flat, inductor)(*flat, **options)
     torch.autograd.graph.increment_version([t for t in (param, extra) if t is not None])
 
 

@@ -123,14 +123,14 @@ def sinkhorn_of_columns(
         if batch.numel():
             part.copy_(batch.abs().amax(dim=-1))
     yield sums, "max"
-    prescale = reference.reciprocal_or_zero(sums)
+    prescale = reference.inverse_of_largest(sums)
     first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
     for iteration in range(num_iters + end_with_rows):
         for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
             part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
         yield sums, "sum"
         sums.copy_(reference.reciprocal_or_zero(sums))
-        scales.flat_rows.copy_(prescale * sums.sqrt())
+        scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
         if iteration == num_iters:
             break
         for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
@@ -245,7 +245,7 @@ class _Scratch:
             self._buffer = torch.empty(batch.numel(), dtype=torch.float32)
         out = self._buffer[: batch.numel()].view(batch.shape)
         torch.abs(batch, out=out) if batch.dtype == torch.float32 else out.copy_(batch).abs_()
-        prescale = reference.reciprocal_or_zero(out.amax(dim=-1))
+        prescale = reference.inverse_of_largest(out.amax(dim=-1))
         out.mul_(prescale.unsqueeze(-1)).square_()
         return out, prescale
 

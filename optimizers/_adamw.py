@@ -18,7 +18,7 @@ from leanstep.optimizers._sharding import Shard, Steps, offsets_of, shard_of, su
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
     """Create step, exp_avg and exp_avg_sq as torch does; in fp32 where the update is rounded with care."""
-    if "exp_avg" in state:
+    if "exp_avg_sq" in state:
         return
     device = local(param).device if uses_fused(param, group) else torch.device("cpu")
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
@@ -172,6 +172,8 @@ def _rounded(
         new_param, new_extra = narrow(value, param, rounding, seed, offset)
         if found is not None:
             new_param = torch.where(found, param.to(new_param.dtype), new_param)
+            if extra is not None and new_extra is not None:
+                new_extra = torch.where(found, extra, new_extra)
         param.copy_(new_param)
         if extra is not None and new_extra is not None and extra is not value:
             extra.copy_(new_extra)

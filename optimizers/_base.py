@@ -56,6 +56,10 @@ class LeanOptimizer(torch.optim.Optimizer):
             group["nonfinite_count"] = int(group.get("nonfinite_count", 0))
         return packed
 
+    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
+        """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
+        return True
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the dtype each tensor was saved in.
 
@@ -67,8 +71,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
             final.update(loaded)
 
-        def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_dtypes(optimizer, final)
+        def restore(_: torch.optim.Optimizer) -> None:
+            restore_dtypes(self, final)
 
         before = self.register_load_state_dict_pre_hook(remember)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -127,18 +131,19 @@ def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
         group["nonfinite_count"] = total + group.get("nonfinite_count", 0)
 
 
-def restore_dtypes(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
     """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
     saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for saved_id, param in zip(saved_ids, params, strict=True):
+    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
         for key, saved in loaded["state"].get(saved_id, {}).items():
             current = optimizer.state[param].get(key)
             if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
                 continue
             device = current.device if key == "step" else param.device
-            if current.dtype != saved.dtype or current.device != device:
-                optimizer.state[param][key] = saved.detach().clone().to(device=device)
+            kept = optimizer._keeps_dtype(group, param, key)
+            if (kept and current.dtype != saved.dtype) or current.device != device:
+                optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -195,6 +200,14 @@ def check_number(
     if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high or high == math.inf else "]"
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
+
+
+def check_flags(owner: str, group: dict[str, Any], flags: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raise unless the named settings are True or False (or None, for the optional ones)."""
+    for name in (*flags, *optional):
+        if not isinstance(group[name], bool) and not (name in optional and group[name] is None):
+            expected = "True, False or None" if name in optional else "True or False"
+            raise TypeError(f"{owner}: {name} must be {expected}, got {group[name]!r}")
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -136,15 +136,16 @@ def _flag(bad: Tensor | None, i: int) -> Tensor | None:
 def _average(state: dict[str, Any], grad: Tensor, group: dict[str, Any], algorithm: str, bad: Tensor | None) -> Tensor:
     """Update the momentum with the gradient (not with a non-finite one) and return what is to be normalised."""
     buffer = as_matrices(local(state["momentum_buffer"]), group["transposed"])
+    wide = compute_dtype(buffer.dtype)  # rounded once, into the buffer; what is normalised is not rounded
     weight = 1.0 - group["momentum"]
-    new = buffer.lerp(grad.to(buffer.dtype), weight)
+    new = buffer.to(wide).lerp(grad.to(wide), weight)
     if bad is not None:
-        new = torch.where(bad, buffer, new)
+        new = torch.where(bad, buffer.to(wide), new)
     whole = local(state["momentum_buffer"])
     whole.copy_(new.mT if group["transposed"] else new.view_as(whole))
     if not (group["nesterov"] or algorithm == "balanced"):
         return new
-    return new.lerp(grad.to(new.dtype), weight)
+    return new.lerp(grad.to(wide), weight)
 
 
 def _average_after(

@@ -17,6 +17,7 @@ from leanstep.optimizers._base import (
     call_closure,
     check_betas,
     check_choice,
+    check_flags,
     check_dtype,
     check_number,
     count_nonfinite,
@@ -121,6 +122,7 @@ class Lion(LeanOptimizer):
         check_betas("Lion", group["betas"])
         check_number("Lion", "weight_decay value", group["weight_decay"], 0.0)
         check_choice("Lion", "nonfinite", group["nonfinite"], NONFINITE)
+        check_flags("Lion", group, ("cautious", "cautious_decay", "maximize"), ("foreach",))
         check_rounding("Lion", group)
         check_dtype("Lion", "momentum_dtype", group["momentum_dtype"])
 
@@ -166,16 +168,17 @@ class Lion(LeanOptimizer):
         parts: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            parts.append(self._group_steps(group, first_index))
+            parts += self._group_steps(group, first_index)
             first_index += len(group["params"])
         run(together(parts))
         return loss
 
     def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
         """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
-        run(self._group_steps(group, first_index, only))
+        run(together(self._group_steps(group, first_index, only)))
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> Steps[None]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+        """The rules that update a group, ready to be run; what is wrong with a gradient is raised here."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -183,8 +186,8 @@ class Lion(LeanOptimizer):
         indices: list[int] = []
         self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index, only)
         states = [self.state[p] for p in params]
-        for (device, dtype), members in by_device_and_dtype(params).items():
-            yield from lion(
+        return [
+            lion(
                 [params[i] for i in members],
                 [grads[i] for i in members],
                 [exp_avgs[i] for i in members],
@@ -194,6 +197,8 @@ class Lion(LeanOptimizer):
                 rounding=roundings[members[0]],
                 hyper=lion_hyper(group, device, dtype),
             )
+            for (device, dtype), members in by_device_and_dtype(params).items()
+        ]
 
 
 def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -93,6 +93,11 @@ def param_groups(
         >>> [group["name"] for group in param_groups(model)]
         ['hidden', 'embedding', 'norm', 'bias']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the modules tell what a "
+            "parameter is, so its parameters alone are not enough"
+        )
     chosen = {role: dict(DEFAULTS[role]) for role in ROLES}
     for role, values in (settings or {}).items():
         if role not in chosen:

@@ -38,7 +38,8 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
     Memory: gradients of the whole model never exist together; the peak is about one parameter's. The update equals
-    ``optimizer.step()`` after the backward pass bit for bit, as the rule treats every parameter alone.
+    ``optimizer.step()`` after the backward pass bit for bit, as the rule treats every parameter alone (AdamW tensors
+    with a non-finite gradient are skipped one by one here, and together there).
     ``optimizer.step()`` becomes a check that nothing is left to do, ``zero_grad()`` stays harmless, and learning-rate
     schedulers work as before.
 
@@ -58,8 +59,9 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
         RuntimeError: from ``backward()``, for a second pass before ``step()``.
 
     Notes:
-        Clipping by global norm needs all gradients at once and cannot be used (there is nothing left to clip after
-        ``backward()``). SinkGD does not need it: its update does not change with the gradient's size.
+        Clipping by global norm needs all gradients at once and cannot be used: after ``backward()`` there is nothing
+        left to clip, and ``clip_grad_norm_`` finds no gradient. Nor can ``GradScaler``: the hook would step on scaled
+        gradients. SinkGD does not need it: its update does not change with the gradient's size.
     """
     _refuse(model, optimizer)
     stepped: set[Tensor] = set()
@@ -67,6 +69,8 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
     first_index = 0
     for group in optimizer.param_groups:
         for position, param in enumerate(group["params"]):
+            if not param.requires_grad:
+                continue
             hook = _hook(optimizer, group, first_index, position, stepped)
             handles.append(param.register_post_accumulate_grad_hook(hook))
         first_index += len(group["params"])

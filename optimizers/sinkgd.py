@@ -19,6 +19,7 @@ from leanstep.optimizers._base import (
     call_closure,
     check_betas,
     check_choice,
+    check_flags,
     check_dtype,
     check_number,
     dense_gradient,
@@ -66,7 +67,8 @@ class SinkGD(LeanOptimizer):
         nesterov: look ahead by one gradient.
         row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
         base_width: shrink the step of a matrix by base_width / n, to carry lr from one width to another.
-        spectral: pin the operator norm of the update by a warm-started power iteration: "unit" to 1, "muon" to
+        spectral: hold the operator norm of the update near a target, by one warm-started power iteration per step
+            (20 at the first; an estimate from below, exact as gradients settle): "unit" at 1, "muon" at
             sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State: n values.
         betas, eps: of the AdamW groups.
         fused: of the AdamW groups; None: where torch has a fused kernel.
@@ -171,6 +173,7 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
         check_choice("SinkGD", "nonfinite", group["nonfinite"], NONFINITE)
         check_rounding("SinkGD", group)
+        check_flags("SinkGD", group, ("nesterov", "transposed", "maximize"), ("foreach", "fused"))
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         iters = group["num_iters"]
         if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
@@ -200,6 +203,11 @@ class SinkGD(LeanOptimizer):
                     "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalised.)"
                 )
+
+    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
+        """All but the moments of AdamW, where torch's own step runs on them and wants the parameter's dtype."""
+        plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
+        return not (plain and key in ("exp_avg", "exp_avg_sq"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""

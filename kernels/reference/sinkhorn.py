@@ -24,7 +24,19 @@ def row_prescale(mat: Tensor) -> Tensor:
     With rows scaled to 1, squares neither overflow nor vanish, whatever the size of the gradient.
     """
     wide = torch.float64 if mat.dtype == torch.float64 else torch.float32
-    return reciprocal_or_zero(mat.abs().amax(dim=-1).to(wide))
+    return inverse_of_largest(mat.abs().amax(dim=-1).to(wide))
+
+
+def inverse_of_largest(largest: Tensor) -> Tensor:
+    """1 / largest, finite for subnormal entries too; 0 for 0. NaN stays NaN."""
+    # half the smallest normal number is the smallest whose inverse is finite
+    smallest = torch.finfo(largest.dtype).tiny / 2
+    return torch.where(largest == 0, 0.0, largest.clamp(min=smallest).reciprocal())
+
+
+def finish_rows(prescale: Tensor, inverse: Tensor) -> Tensor:
+    """r = r0 * sqrt(inverse), kept finite: a row whose largest entry is subnormal may not reach full size."""
+    return (prescale * inverse.sqrt()).clamp(max=torch.finfo(prescale.dtype).max)
 
 
 def scaled_squares(mat: Tensor, rows: Tensor) -> Tensor:
@@ -55,7 +67,7 @@ def sinkhorn_pass(
         rows, cols = row_prescale(mat), torch.ones_like(cols)
     squares = scaled_squares(mat, rows)
     inverse = reciprocal_or_zero(row_half(squares, cols, cols_total))
-    return rows * inverse.sqrt(), column_half(squares, inverse, rows_total)
+    return finish_rows(rows, inverse), column_half(squares, inverse, rows_total)
 
 
 def sinkhorn(mat: Tensor, num_iters: int, *, end_with_rows: bool = False) -> tuple[Tensor, Tensor]:
@@ -77,4 +89,4 @@ def iterate(squares: Tensor, prescale: Tensor, num_iters: int, *, end_with_rows:
         cols = finish_columns(column_half(squares, inverse, m))
     if end_with_rows:
         inverse = reciprocal_or_zero(row_half(squares, cols, n))
-    return prescale * inverse.sqrt(), cols
+    return finish_rows(prescale, inverse), cols

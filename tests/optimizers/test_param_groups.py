@@ -121,6 +121,8 @@ def test_settings_and_overrides():
 
 
 def test_what_cannot_be_meant_is_an_error():
+    with pytest.raises(TypeError, match="expected the model"):
+        param_groups(Mixed().parameters())
     with pytest.raises(ValueError, match="unknown role 'hiden'"):
         param_groups(Mixed(), {"hiden": {}})
     with pytest.raises(ValueError, match="override 'nothing_like_it' matches no trainable parameter"):

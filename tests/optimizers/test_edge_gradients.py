@@ -1,0 +1,96 @@
+"""Gradients at the ends of the number range, and faults that must be seen before anything is changed."""
+
+import copy
+
+import pytest
+import torch
+
+from leanstep.kernels import sinkhorn, use_backend
+from leanstep.optimizers import Lion, SinkGD, release_gradients
+
+
+@pytest.mark.parametrize("algorithm", ["sinkgd", "balanced"])
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("size", [1e-30, 1e-37, 1.2e-38, 1e-39, 1e-42, 1e30, 1e37])
+def test_any_finite_gradient_leaves_finite_weights_and_is_not_counted(size, backend, algorithm):
+    param = torch.nn.Parameter(torch.zeros(64, 96))
+    param.grad = torch.randn(64, 96)
+    param.grad[3] = 0.0
+    param.grad[3, 5] = size  # a row that holds one entry
+    param.grad[7] *= size  # a row of that size
+    optimizer = SinkGD([param], lr=0.1, algorithm=algorithm, nonfinite="skip")
+    with use_backend(backend):
+        optimizer.step()
+    assert torch.isfinite(param).all()
+    assert optimizer.nonfinite_count() == 0
+    assert (param[0] != 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e38])
+def test_scales_are_finite_where_shards_of_columns_are_reduced(size):
+    mats = [torch.randn(8, 6) * size]
+    from leanstep.kernels.sinkhorn import sinkhorn_of_columns
+
+    rule = sinkhorn_of_columns(mats, 3, cols_total=[6])
+    try:
+        while True:
+            next(rule)
+    except StopIteration as end:
+        scales = end.value
+    assert torch.isfinite(scales.flat_rows).all() and torch.isfinite(scales.flat_cols).all()
+    if size > 1e-40:  # below, the entries have lost their digits
+        whole = sinkhorn(mats, 3)
+        torch.testing.assert_close(scales.flat_cols, whole.flat_cols, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("build", [Lion, SinkGD], ids=["lion", "sinkgd"])
+def test_a_sparse_gradient_anywhere_changes_nothing_before_it_raises(build):
+    first, second = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = build([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad = torch.ones(4, 4)
+    second.grad = torch.ones(4, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fp32_moments_loaded_beside_bf16_parameters_take_their_dtype_and_step(fused):
+    wide = torch.nn.Parameter(torch.randn(16))
+    wide.grad = torch.randn(16)
+    saved = SinkGD([wide], lr=0.1, algorithm="adamw", fused=fused)
+    saved.step()
+    narrow = torch.nn.Parameter(wide.detach().to(torch.bfloat16))
+    loaded = SinkGD([narrow], lr=0.1, algorithm="adamw", fused=fused)
+    control = torch.optim.AdamW([copy.deepcopy(narrow)], lr=0.1, weight_decay=0.0, fused=fused)
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    state = {k: v for k, v in saved.state_dict()["state"][0].items()}
+    control.load_state_dict({"state": {0: state}, "param_groups": control.state_dict()["param_groups"]})
+    other = control.param_groups[0]["params"][0]
+    narrow.grad = torch.randn(16).to(torch.bfloat16)
+    other.grad = narrow.grad.clone()
+    loaded.step()
+    control.step()
+    assert loaded.state[narrow]["exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(narrow, other)
+
+
+def test_frozen_parameters_are_passed_over_by_release():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    optimizer = Lion(model.parameters(), lr=0.1)
+    with release_gradients(model, optimizer):
+        before = model[1].weight.detach().clone()
+        model(torch.randn(2, 4)).sum().backward()
+    assert not torch.equal(before, model[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("build", "setting"),
+    [(Lion, {"foreach": "yes"}), (Lion, {"maximize": 3}), (Lion, {"cautious": "a"}), (SinkGD, {"nesterov": 1}),
+     (SinkGD, {"fused": "yes"}), (SinkGD, {"transposed": None})],
+)  # fmt: skip
+def test_flags_are_true_or_false(build, setting):
+    name = next(iter(setting))
+    with pytest.raises(TypeError, match=f"{name} must be True"):
+        build([torch.nn.Parameter(torch.zeros(2, 2))], **setting)
