@@ -42,7 +42,7 @@ from leanstep.recipes.loader import dump
 from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_line
 from leanstep.recipes.saver import Saver
 from leanstep.recipes.signals import EXIT_CODES, StopFlag
-from leanstep.recipes.start import choose_start
+from leanstep.recipes.start import choose_start, pass_over
 from leanstep.recipes.step import NonFinite, StepResult, backward, describe_nonfinite, gradient_norm, share
 from leanstep.recipes.validation import validate
 from leanstep.recipes.vocabulary import vocabulary_size
@@ -99,15 +99,16 @@ class Run:
     def choose(self) -> Path | None:
         """Claim the folder, say who is here, and find the checkpoint to begin from; None for step 0."""
         config, accelerator = self.config, self.accelerator
-        chosen, notes = main_does(accelerator, lambda: choose_start(config, self.folder))
+        self.start = main_does(accelerator, lambda: choose_start(config, self.folder))
         accumulation = accelerator.gradient_accumulation_steps
         self.say(
             f"leanstep {__version__}: {config.name}, {describe_world(accelerator)}, precision {config.precision}, "
             f"{accumulation} x {config.batch.micro_batch_size} sequences of {config.data.seq_len} per process and step"
         )
         self.say(f"output in {self.folder.root}")
-        for note in notes:
+        for note in self.start.notes:
             self.say(note)
+        chosen = self.start.checkpoint
         self.state = TrainState() if chosen is None else read_state(chosen)
         return chosen
 
@@ -187,6 +188,8 @@ class Run:
     def begin_folder(self, checkpoint: Path | None, parameters: int) -> None:
         """Write the files that describe the run, and start the trackers."""
         config, accelerator = self.config, self.accelerator
+        for note in main_does(accelerator, lambda: pass_over(self.start, self.folder)):
+            self.say(note)
         self.begun = True
         if self.main:
             self.folder.rewind_log(-1 if checkpoint is None else self.state.step)

@@ -1,5 +1,6 @@
 """Where a run begins: at step 0, or at a checkpoint that is whole and was made by the same recipe."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from leanstep.recipes.checkpoint import (
     config_differences,
     find_checkpoints,
     newest,
+    point,
     read_state,
     set_aside,
     verify,
@@ -16,14 +18,27 @@ from leanstep.recipes.checkpoint import (
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.folder import FolderError, RunFolder
 
-__all__ = ["choose_start"]
+__all__ = ["Start", "choose_start", "pass_over"]
 
 # files that a start which failed early leaves behind: no run yet
 _TRACES = {".lock", "train.log", "status.json"}
 
 
-def choose_start(config: RunConfig, folder: RunFolder) -> tuple[Path | None, list[str]]:
-    """Claim the output folder and choose the checkpoint to begin from; None means step 0. Returns it and what to say.
+@dataclass
+class Start:
+    """Where a run begins: at ``checkpoint``, or at step 0 when it is None; ``notes`` is what to say about it.
+
+    ``aside`` holds the newer checkpoints of the same folder that are passed over, and the word each is to be renamed
+    with. Nothing is renamed before the start can no longer be refused: see :func:`pass_over`.
+    """
+
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    aside: dict[Path, str] = field(default_factory=dict)
+
+
+def choose_start(config: RunConfig, folder: RunFolder) -> Start:
+    """Claim the output folder and choose the checkpoint to begin from. Every checkpoint keeps its name.
 
     ``checkpoint.resume``: ``auto`` takes the newest checkpoint in ``out`` that is whole, passing over damaged ones with
     a warning, and begins anew in an empty folder; ``never`` wants an empty folder; a path takes that checkpoint, or the
@@ -34,22 +49,36 @@ def choose_start(config: RunConfig, folder: RunFolder) -> tuple[Path | None, lis
         CheckpointError: The checkpoint asked for is missing or damaged, or its recipe differs from this one.
     """
     folder.claim()
-    notes = [f"removed what an interrupted save left: {name}" for name in clean_leftovers(folder.checkpoints)]
+    start = Start(
+        notes=[f"removed what an interrupted save left: {name}" for name in clean_leftovers(folder.checkpoints)]
+    )
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
-        chosen = _at_path(Path(resume), folder, notes)
+        start.checkpoint = _at_path(Path(resume), folder, start.aside)
     elif _is_empty(folder):
-        return None, notes
+        return start
     elif resume == "never":
         raise FolderError(f"out: {folder.root} already holds a run, and checkpoint.resume is 'never'. {_ways_out()}")
     else:
-        chosen = _newest_here(config, folder, notes)
-    if chosen is None:
-        return None, notes
-    state = read_state(chosen)
-    _check_recipe(state.config, config, str(chosen), notes)
-    notes.append(f"resuming from {chosen}, step {state.step} of {config.steps}")
-    return chosen, notes
+        start.checkpoint = _newest_here(config, folder, start)
+    if start.checkpoint is None:
+        return start
+    state = read_state(start.checkpoint)
+    _check_recipe(state.config, config, str(start.checkpoint), start.notes)
+    start.notes.append(f"resuming from {start.checkpoint}, step {state.step} of {config.steps}")
+    return start
+
+
+def pass_over(start: Start, folder: RunFolder) -> list[str]:
+    """Rename the checkpoints that ``start`` passes over, so that none is taken for the newest later; returns the news.
+
+    Call it once the checkpoint to begin from is loaded. ``last`` then leads to that checkpoint.
+    """
+    names = [set_aside(path, word).name for path, word in start.aside.items()]
+    last = folder.root / "last"
+    if names and start.checkpoint is not None and last.is_symlink():
+        point(last, start.checkpoint)
+    return [f"a checkpoint that was passed over is kept as {name}" for name in names]
 
 
 def _is_empty(folder: RunFolder) -> bool:
@@ -62,8 +91,8 @@ def _ways_out() -> str:
     )
 
 
-def _at_path(path: Path, folder: RunFolder, notes: list[str]) -> Path:
-    """The checkpoint that was asked for by its path; it must be whole."""
+def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
+    """The checkpoint that was asked for by its path, which must be whole; later ones, whole or not, go to ``aside``."""
     if not path.exists():
         raise CheckpointError(f"checkpoint.resume: {path} does not exist")
     path = path.resolve()
@@ -76,28 +105,27 @@ def _at_path(path: Path, folder: RunFolder, notes: list[str]) -> Path:
     if path.parent == folder.checkpoints.resolve():
         # the steps after it are computed again: what they left must not be taken for the newest state later
         step = read_state(path).step
-        for later in find_checkpoints(folder.checkpoints):
-            if read_state(later).step > step:
-                notes.append(f"set aside a later checkpoint as {set_aside(later, 'abandoned').name}")
+        found = find_checkpoints(folder.checkpoints)
+        aside.update({later: "abandoned" for later in found if int(later.name.removeprefix("step-")) > step})
     elif not _is_empty(folder):
         raise FolderError(f"out: {folder.root} already holds another run than that of {path}. {_ways_out()}")
     return path
 
 
-def _newest_here(config: RunConfig, folder: RunFolder, notes: list[str]) -> Path | None:
+def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | None:
     """The newest whole checkpoint of the run in ``out``; None when it never came to save one."""
     chosen, problems = newest(folder.checkpoints)
     if chosen is None and problems:
         raise CheckpointError("no checkpoint in the output folder can be used.\n" + "\n".join(problems.values()))
     for path, problem in problems.items():
-        notes.append(f"WARNING: {problem}")
-        notes.append(f"WARNING: it is kept as {set_aside(path, 'damaged').name}; going back to an older checkpoint")
+        start.notes.append(f"WARNING: {problem}; going back to an older checkpoint")
+        start.aside[path] = "damaged"
     if chosen is None:
         saved = folder.root / "config.yaml"
         if not saved.is_file():
             raise FolderError(f"out: {folder.root} is not empty and holds no run. Choose another with out=FOLDER")
-        _check_recipe(_read_yaml(saved), config, str(saved), notes)
-        notes.append(f"the run in {folder.root} stopped before its first checkpoint; beginning again at step 0")
+        _check_recipe(_read_yaml(saved), config, str(saved), start.notes)
+        start.notes.append(f"the run in {folder.root} stopped before its first checkpoint; beginning again at step 0")
     return chosen
 
 

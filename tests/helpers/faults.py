@@ -36,6 +36,36 @@ def die_before_the_rename():
     checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": die})
 
 
+def refuse_to_load():
+    """Let a checkpoint that looks whole fail while it is loaded."""
+    from leanstep.recipes.checkpoint import CheckpointError
+    from leanstep.recipes.saver import Saver
+
+    def load(saver, path, state):
+        raise CheckpointError("the checkpoint could not be loaded")
+
+    Saver.load = load
+
+
+def refuse_links_and_removal():
+    """Write as a file system does that knows no links and lets nothing be removed."""
+    import errno
+
+    from leanstep.recipes import saver
+
+    def refuse(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    saver.point = saver.prune = refuse
+
+
+def disk_of(free):
+    """Let the disk have ``free`` bytes left when the run starts."""
+    from leanstep.recipes import start
+
+    start.free_bytes = lambda path: free
+
+
 def explode_after_step_6():
     from leanstep.recipes import build
 

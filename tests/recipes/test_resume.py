@@ -9,7 +9,14 @@ from functools import partial
 
 import pytest
 import torch
-from faults import die_before_the_marker, die_before_the_rename, explode_after_step_6, held_at, on_backend
+from faults import (
+    die_before_the_marker,
+    die_before_the_rename,
+    explode_after_step_6,
+    held_at,
+    on_backend,
+    refuse_to_load,
+)
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
@@ -249,6 +256,46 @@ def test_a_path_takes_that_checkpoint_and_sets_later_ones_aside(recipe, whole, t
     assert elsewhere.codes == [0] and "step 12 of 12" in elsewhere.text()
     missing = run(recipe, ["checkpoint.resume=/nowhere/step-000001"], tmp_path / "third")
     assert missing.codes == [2] and "/nowhere/step-000001 does not exist" in missing.text()
+
+
+def checkpoint_names(out) -> set[str]:
+    return {path.name for path in (out / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("refusal", ["optimizer.lr=2e-3", "data.path=/nowhere.txt", "load"])
+def test_a_refused_start_renames_no_checkpoint(recipe, whole, tmp_path, refusal):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    before = checkpoint_names(out)
+    asked = ["steps=12", f"checkpoint.resume={out}/checkpoints/step-000009"]
+    if refusal == "load":
+        refused = run(recipe, asked, out, prepare=refuse_to_load)
+        assert "the checkpoint could not be loaded" in refused.text()
+    else:
+        refused = run(recipe, [*asked, refusal], out)
+    assert refused.codes == [2], refused.text()
+    assert checkpoint_names(out) == before
+    assert (out / "last").resolve().name == "step-000012"
+    # passing over a damaged one renames nothing either until the older one is taken
+    truncate(out / "checkpoints" / "step-000012" / "trainer" / "optimizer.bin")
+    (out / "status.json").write_text('{"status": "running", "step": 12}')
+    assert run(recipe, ["steps=12", "optimizer.lr=2e-3"], out).codes == [2]
+    assert checkpoint_names(out) == before
+
+
+def test_a_path_is_taken_although_a_later_checkpoint_is_unreadable(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    (out / "status.json").write_text('{"status": "running", "step": 12}')
+    truncate(out / "checkpoints" / "step-000012" / "trainer" / "state.json")
+    options = ["steps=12", "checkpoint.every=0", f"checkpoint.resume={out}/checkpoints/step-000009"]
+    held = Training(recipe, options, out, prepare=partial(held_at, 1))
+    held.wait_for(lambda training: "resuming from" in training.text() and "abandoned" in training.text())
+    # before anything new is saved, the link leads to the checkpoint this run came from
+    held.wait_for(lambda training: (out / "last").resolve().name == "step-000009")
+    held.kill()
+    held.wait()
+    assert checkpoint_names(out) == {"step-000009", "abandoned-step-000012"}
 
 
 @pytest.mark.parametrize("die", [die_before_the_marker, die_before_the_rename])
