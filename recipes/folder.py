@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets
 
 
 class FolderError(ValueError):
-    """The output folder cannot be used as asked: another run is in it, or another process is writing there."""
+    """The output folder cannot be used as asked: no one may write there, or another run or process does."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -67,14 +67,19 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def claim(self) -> None:
-        """Create the folder and lock it. Raises FolderError when it is a file or another process trains there.
+        """Create the folder and lock it. Raises FolderError when it cannot be written or another process trains there.
 
         The lock belongs to the process and goes with it, also after ``kill -9``.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise FolderError(f"out: {self.root} is a file, expected a folder; choose another with out=FOLDER")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.root / ".lock").open("w")
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise FolderError(f"out: {self.root} is a file, expected a folder; choose another with out=FOLDER")
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise FolderError(
+                f"out: the folder {self.root} cannot be written ({error.strerror}); choose another with out=FOLDER"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

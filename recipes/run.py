@@ -77,7 +77,7 @@ class Run:
             if self.nothing_left():
                 return EXIT_DONE
             self.build(checkpoint)
-        except (ValueError, ImportError, ConnectionError) as error:
+        except (ValueError, ImportError, OSError) as error:
             return refuse(error)
         with StopFlag(self.config.checkpoint.on_signal) as self.stop:
             try:

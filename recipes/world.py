@@ -98,16 +98,16 @@ def all_agree(accelerator: Accelerator, fine: bool) -> bool:
 
 
 def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run ``action`` in the first process and hand its result, or its ValueError, to all."""
+    """Run ``action`` in the first process and hand its result, or its ValueError or OSError, to all."""
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome[1] = error
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
-    if isinstance(outcome[1], ValueError):
+    if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
 
