@@ -84,9 +84,11 @@ class Saver:
         fine = all_agree(accelerator, failure is None)
         if fine and accelerator.is_main_process:
             try:
-                self._finish(commit(staged), state)
+                committed = commit(staged)
             except Exception as error:
                 problem, failure = disk_trouble(error, self._folder.root, needed), error
+            else:
+                self._finish(committed, state)
         fine = all_agree(accelerator, failure is None)
         if not fine and accelerator.is_main_process:
             discard(staged)
@@ -120,14 +122,25 @@ class Saver:
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:
-        point(self._folder.root / "last", path)
+        """Renew the links and remove old checkpoints. The new one is whole already: what fails here is only said."""
+        self._link("last", path)
         keep = []
         if self._config.keep_best and state.best_step is not None:
             best = self._folder.checkpoints / checkpoint_name(state.best_step)
             if best.is_dir():
-                point(self._folder.root / "best", best)
+                self._link("best", best)
                 keep.append(best)
-        prune(self._folder.checkpoints, self._config.keep_last, keep)
+        try:
+            prune(self._folder.checkpoints, self._config.keep_last, keep)
+        except OSError as error:
+            self._say(f"WARNING: older checkpoints could not be removed: {error}")
+
+    def _link(self, name: str, target: Path) -> None:
+        link = self._folder.root / name
+        try:
+            point(link, target)
+        except OSError as error:
+            self._say(f"WARNING: the link {link} could not be set to {target.name}: {error}")
 
     def _preflight(self, needed: int) -> str | None:
         free = free_bytes(self._folder.root)
