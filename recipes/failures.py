@@ -58,12 +58,14 @@ def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> 
     return "\n".join(lines)
 
 
-def memory_message(config: RunConfig, folder: Path, step: int, table: str = "") -> str:
-    """Say where memory ran out and what to change, the settings that keep the maths first."""
+def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tuple[str, int]] = ()) -> str:
+    """Say where memory ran out and what to change, the settings that keep the maths first.
+
+    ``rows`` are the parts of the memory estimate: name and bytes.
+    """
     micro = config.batch.micro_batch_size
     lines = [f"step {step}: out of memory ({_peak()})."]
-    if table:
-        lines.append(table.rstrip())
+    lines += [f"    {name:<28}  {format_bytes(size):>10}" for name, size in rows]
     lines.append("  Try, in this order:")
     if micro > 1:
         lines.append(f"    batch.micro_batch_size={micro // 2}        the same maths in more passes; may be resumed")

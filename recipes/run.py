@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ from leanstep.recipes.failures import (
 from leanstep.recipes.finish import finish, write_report
 from leanstep.recipes.folder import RunFolder, environment
 from leanstep.recipes.loader import dump
+from leanstep.recipes.memory import MemoryEstimate, estimate
 from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_line
 from leanstep.recipes.saver import Saver
 from leanstep.recipes.signals import EXIT_CODES, StopFlag
-from leanstep.recipes.start import choose_start, pass_over
+from leanstep.recipes.start import check_room, choose_start, pass_over
 from leanstep.recipes.step import NonFinite, StepResult, backward, describe_nonfinite, gradient_norm, share
 from leanstep.recipes.validation import validate
 from leanstep.recipes.vocabulary import vocabulary_size
@@ -85,7 +87,8 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                message = memory_message(self.config, self.folder.root, self.state.step + 1)
+                rows = self.memory.rows() if self.memory else ()
+                message = memory_message(self.config, self.folder.root, self.state.step + 1, rows)
                 raise RunFailure("out of memory", EXIT_MEMORY, message) from error
             if number:
                 return self.interrupted(number)
@@ -95,6 +98,18 @@ class Run:
             write_report(self.folder, self.say)
         self.accelerator.end_training()
         return EXIT_DONE
+
+    @cached_property
+    def memory(self) -> MemoryEstimate | None:
+        """The memory of one process as ``leanstep check`` estimates it; None where that cannot be told."""
+        config, accelerator = self.config, self.accelerator
+        vocabulary = vocabulary_size(self.data.tokenizer)
+        try:
+            return estimate(config, vocabulary, world_size=accelerator.num_processes, device=accelerator.device.type)
+        except Exception as error:
+            # whatever keeps the estimate from being made, after an out-of-memory error too, must not end or hide a run
+            self.say(f"WARNING: memory and disk could not be compared with what the run needs: {error}")
+            return None
 
     def choose(self) -> Path | None:
         """Claim the folder, say who is here, and find the checkpoint to begin from; None for step 0."""
@@ -128,6 +143,10 @@ class Run:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.data: LoadedData = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
         self.say(self.data.summary())
+        if self.state.step < config.steps:
+            warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
+            if warning:
+                self.say(warning)
         # the same weights in every process; later each one gets random numbers of its own
         seed_process(config.seed)
         dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanstep.recipes.check import disk_need
 from leanstep.recipes.checkpoint import (
     CheckpointError,
     clean_leftovers,
     config_differences,
     find_checkpoints,
+    free_bytes,
     newest,
     point,
     read_state,
@@ -16,9 +18,11 @@ from leanstep.recipes.checkpoint import (
     verify,
 )
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.failures import format_bytes
 from leanstep.recipes.folder import FolderError, RunFolder
+from leanstep.recipes.memory import MemoryEstimate
 
-__all__ = ["Start", "choose_start", "pass_over"]
+__all__ = ["Start", "check_room", "choose_start", "pass_over"]
 
 # files that a start which failed early leaves behind: no run yet
 _TRACES = {".lock", "train.log", "status.json"}
@@ -79,6 +83,37 @@ def pass_over(start: Start, folder: RunFolder) -> list[str]:
     if names and start.checkpoint is not None and last.is_symlink():
         point(last, start.checkpoint)
     return [f"a checkpoint that was passed over is kept as {name}" for name in names]
+
+
+def check_room(config: RunConfig, folder: RunFolder, memory: MemoryEstimate | None, world_size: int = 1) -> str | None:
+    """Compare the free disk with what the run will write there; returns a warning when not all of it will fit.
+
+    ``memory`` is that of one process; with None, nothing is known and nothing is said. Checkpoints that are there
+    already give way to new ones and count as room.
+
+    Raises:
+        FolderError: Not even one checkpoint fits, so that nothing of the run could be kept.
+    """
+    if memory is None:
+        return None
+    # sharded, each process holds a part of what is saved
+    shards = world_size if config.distributed.strategy == "fsdp2" else 1
+    one, need = disk_need(config, shards * memory.weights, shards * memory.optimizer_state)
+    free = free_bytes(folder.root)
+    if one > free:
+        raise FolderError(
+            f"out: one checkpoint needs {format_bytes(one)}, the disk of {folder.root} has {format_bytes(free)} free; "
+            "make room, or choose another disk with out=ANOTHER_FOLDER"
+        )
+    present = [*find_checkpoints(folder.checkpoints), folder.final]
+    room = free + sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
+    if need <= room:
+        return None
+    return (
+        f"WARNING: the run needs {format_bytes(need)} on the disk of {folder.root}, there is room for "
+        f"{format_bytes(room)}: saving will fail on the way. Make room, lower checkpoint.keep_last "
+        f"({config.checkpoint.keep_last}) or choose another disk with out=ANOTHER_FOLDER"
+    )
 
 
 def _is_empty(folder: RunFolder) -> bool:

@@ -1,5 +1,6 @@
 """What goes wrong ends in a message, an exit code and a checkpoint, or does not end the run at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
+from leanstep.recipes import start
 from leanstep.recipes.checkpoint import find_checkpoints
-from leanstep.recipes.config import BatchConfig, OptimizerConfig, RunConfig
+from leanstep.recipes.config import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
 from leanstep.recipes.failures import disk_trouble, is_out_of_memory, memory_message
+from leanstep.recipes.folder import FolderError, RunFolder
+from leanstep.recipes.memory import MemoryEstimate
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,11 @@ def test_out_of_memory_names_what_to_change(recipe, tmp_path):
     places = [text.index(hint) for hint in hints]
     assert places == sorted(places), "the cheapest first"
     assert "step-000002" in text and "GiB" in text
+    # the table of `leanstep check`, between what happened and what to do
+    rows = [
+        text.index(row) for row in ("out of memory (", "weights  ", "optimizer state ", "activations ", "peak, with")
+    ]
+    assert rows == sorted(rows) and rows[-1] < places[0]
     # and the first of them continues the run
     again = run(recipe, ["checkpoint.every=2", "batch.micro_batch_size=2", "steps=24"], out)
     assert again.codes == [0], again.text()
@@ -134,6 +143,65 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
     assert names == ["step-000002", "step-000006", "step-000008"]
     assert not list((out / "checkpoints").glob(".*"))
     assert numbers(out) == numbers(whole)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_start(recipe, tmp_path):
+    out = tmp_path / "run"
+    refused = run(recipe, ["steps=8"], out, prepare=partial(faults.disk_of, 1000))
+    assert refused.codes == [2], refused.text()
+    assert "one checkpoint needs" in refused.text() and "out=ANOTHER_FOLDER" in refused.text()
+    assert {path.name for path in out.iterdir()} <= {".lock", "train.log"}
+
+
+def test_a_disk_too_small_for_all_checkpoints_is_said_before_the_start(recipe, tmp_path):
+    out = tmp_path / "run"
+    training = run(
+        recipe, ["steps=2", "checkpoint={every: 0, keep_last: 3}"], out, prepare=partial(faults.disk_of, 10**6)
+    )
+    assert training.codes == [0], training.text()
+    warning, first_step = training.text().index("WARNING: the run needs"), training.text().index("step 1/2")
+    assert warning < first_step and "checkpoint.keep_last" in training.text()
+
+
+def test_room_counts_what_the_run_will_replace(tmp_path, monkeypatch):
+    memory = MemoryEstimate(weights=100, gradients=0, optimizer_state=200, activations=0, logits=0)
+    folder, config = RunFolder(tmp_path), RunConfig(checkpoint=CheckpointConfig(keep_last=2))
+    # two checkpoints kept and one being written, 300 bytes each, and the final model: 1000 bytes
+    monkeypatch.setattr(start, "free_bytes", lambda path: 600)
+    assert "needs 1.0 KiB" in start.check_room(config, folder, memory)
+    for name, size in (("checkpoints/step-000001/COMPLETE", 300), ("final/model.safetensors", 100)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert start.check_room(config, folder, memory) is None
+    sharded = dataclasses.replace(config, distributed=DistributedConfig(strategy="fsdp2"))
+    assert "needs 2.0 KiB" in start.check_room(sharded, folder, memory, world_size=2)
+    monkeypatch.setattr(start, "free_bytes", lambda path: 299)
+    with pytest.raises(FolderError, match="one checkpoint needs 0.3 KiB.*out=ANOTHER_FOLDER"):
+        start.check_room(config, folder, memory)
+    assert start.check_room(config, folder, None) is None
+
+
+def test_a_checkpoint_without_links_is_a_checkpoint(recipe, tmp_path):
+    out = tmp_path / "run"
+    training = run(recipe, ["steps=4", "checkpoint.every=2"], out, prepare=faults.refuse_links_and_removal)
+    assert training.codes == [0], training.text()
+    text = training.text()
+    assert "failed" not in text and "step 2/4  checkpoint saved" in text and "step 4/4  checkpoint saved" in text
+    assert text.count("WARNING: the link") == 2 and text.count("WARNING: older checkpoints could not be removed") == 2
+    assert [path.name for path in find_checkpoints(out / "checkpoints")] == ["step-000002", "step-000004"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("key", ["out", "data.cache_dir"])
+def test_a_folder_that_cannot_be_written_is_a_message(recipe, tmp_path, key, world):
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / "sub"
+    options = [f"{key}={place}", f"batch.micro_batch_size={4 // world}"]
+    failed = run(recipe, options, tmp_path / "run", world=world)
+    assert failed.codes == [2] * world, failed.text()
+    text = failed.text()
+    assert "Traceback" not in text and str(place) in text and key in text
+    assert text.count("error: ") == 1, "one process speaks"
 
 
 @pytest.fixture
