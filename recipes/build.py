@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,17 +22,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from leanstep.optimizers import Lion, SinkGD, param_groups
+from leanstep.optimizers import param_groups
 from leanstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from leanstep.recipes.signatures import OPTIMIZERS
 
 __all__ = [
     "FAMILIES",
-    "OPTIMIZERS",
     "build_accelerator",
     "build_model",
     "build_optimizer",
     "build_schedule",
     "checkpoint_activations",
+    "optimizer_class",
     "schedule_factor",
     "wants_cpu",
 ]
@@ -40,7 +42,8 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
 }
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "lion": Lion, "sinkgd": SinkGD}
+# What the optimizers that have an algorithm for matrices and AdamW for the rest call the former.
+_MATRIX_ALGORITHM = {"sinkgd": "sinkgd", "muon": "muon"}
 
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
 
@@ -154,6 +157,18 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that a recipe calls ``name``, imported when it is asked for. Raises ValueError if it is not there."""
+    package, file, cls = OPTIMIZERS[name]
+    module = f"{package}.{file.removesuffix('.py').replace('/', '.')}"
+    try:
+        return getattr(import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise
+        raise ValueError(f"optimizer.name: '{name}' is {module}.{cls}, which this installation does not have") from None
+
+
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the groups of :func:`leanstep.optimizers.param_groups`, one group per role.
 
@@ -162,9 +177,10 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     other option, for the parameters it selects; the first entry that selects a parameter wins.
 
     Raises:
-        ValueError: An argument the optimizer does not take, or an entry of ``groups`` that selects nothing.
+        ValueError: An optimizer that is not installed, an argument that it does not take, or an entry of ``groups``
+            that selects nothing.
     """
-    cls = OPTIMIZERS[config.name]
+    cls = optimizer_class(config.name)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
     unknown = sorted(set(options) - set(inspect.signature(cls.__init__).parameters))
     if unknown:
@@ -193,9 +209,9 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
     for base in param_groups(model):
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
-        if config.name != "sinkgd":
-            # which algorithm a role gets is a matter of SinkGD and its fallback
-            common.pop("algorithm", None)
+        algorithm = common.pop("algorithm", "adamw")
+        if config.name in _MATRIX_ALGORITHM:
+            common["algorithm"] = algorithm if algorithm == "adamw" else _MATRIX_ALGORITHM[config.name]
         members: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             chosen = next((rule.index for rule in rules if rule.selects(name, role)), None)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from leanstep.recipes.signatures import OPTIMIZERS
+
 __all__ = [
     "BatchConfig",
     "CheckpointConfig",
@@ -129,7 +131,7 @@ class OptimizerConfig(_Ranged):
     other option that may differ per group; the first entry that selects a parameter wins.
     """
 
-    name: Literal["adamw", "lion", "sinkgd"] = "adamw"
+    name: Literal[tuple(OPTIMIZERS)] = "adamw"
     lr: float = _bounded(1e-3, at_least=0)
     weight_decay: float = _bounded(0.0, at_least=0)
     args: dict[str, Any] = field(default_factory=dict)

@@ -13,16 +13,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Accepts", "model_config_fields", "optimizer_arguments", "string_constants"]
+__all__ = ["MODEL_CONFIGS", "OPTIMIZERS", "Accepts", "model_config_fields", "optimizer_arguments", "string_constants"]
 
 DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
 _SIMPLE = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
 _LISTS = {"list", "tuple", "Sequence", "Iterable", "set", "frozenset"}
 _MAPPINGS = {"dict", "Mapping", "MutableMapping"}
-OPTIMIZER_CLASSES = {
+# What `optimizer.name` may be, one row each: a package, the module's file in it, and the class.
+OPTIMIZERS = {
     "adamw": ("torch", "optim/adamw.py", "AdamW"),
     "lion": ("leanstep.optimizers", "lion.py", "Lion"),
     "sinkgd": ("leanstep.optimizers", "sinkgd.py", "SinkGD"),
+    "lanton": ("leanstep.optimizers", "lanton.py", "LANTON"),
+    "mfac": ("leanstep.optimizers", "mfac.py", "MFAC"),
+    "muon": ("leanstep.recipes", "muon.py", "MuonAdamW"),
+    "sgd": ("torch", "optim/sgd.py", "SGD"),
 }
 MODEL_CONFIGS = {
     "llama": ("transformers", "models/llama/configuration_llama.py", "LlamaConfig"),
@@ -120,7 +125,7 @@ class Accepts:
 
 def optimizer_arguments(name: str) -> dict[str, Accepts] | None:
     """Keyword arguments of the optimizer class a recipe calls ``name``; None when its source is not installed."""
-    return _arguments(*OPTIMIZER_CLASSES[name])
+    return _arguments(*OPTIMIZERS[name])
 
 
 def model_config_fields(family: str) -> dict[str, Accepts] | None:

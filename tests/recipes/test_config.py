@@ -150,7 +150,8 @@ def test_everything_at_once_with_lines(recipe):
         "mine.yaml:2: seed must be at least 0 and at most 9.22337e+18, got -1",
         "mine.yaml:3: unknown key 'lr'; did you mean 'optimizer.lr'?",
         "mine.yaml:5: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
-        "mine.yaml:6: optimizer.name: expected one of 'adamw', 'lion', 'sinkgd', got 'lionn'; did you mean 'lion'?",
+        "mine.yaml:6: optimizer.name: expected one of 'adamw', 'lion', 'sinkgd', 'lanton', 'mfac', 'muon', 'sgd', got "
+        "'lionn'; did you mean 'lion'?",
         "mine.yaml:10: model.config.n_embd 100 must be a multiple of n_head 3",
         "mine.yaml:12: unknown key 'model.config.n_layers'; did you mean 'model.config.n_layer'?",
         "mine.yaml:13: batch.tokens_per_step 4096 does not divide into data.seq_len 4000 * batch.micro_batch_size 16 = "
@@ -335,13 +336,13 @@ def test_files_that_cannot_be_read(tmp_path, recipe):
 # -- the classes behind the open parts ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd", "muon", "sgd"])
 def test_arguments_read_from_source_are_those_of_the_class(name):
     import inspect
 
-    from leanstep.recipes.build import OPTIMIZERS
+    from leanstep.recipes.build import optimizer_class
 
-    parameters = list(inspect.signature(OPTIMIZERS[name].__init__).parameters)
+    parameters = list(inspect.signature(optimizer_class(name).__init__).parameters)
     assert list(optimizer_arguments(name)) == parameters[1:]
 
 
@@ -349,7 +350,7 @@ def test_arguments_read_from_source_are_those_of_the_class(name):
 def test_ranges_known_before_torch_are_those_the_class_enforces(name):
     import torch
 
-    from leanstep.recipes.build import OPTIMIZERS
+    from leanstep.recipes.build import optimizer_class
 
     checked = 0
     for argument, bounds in ARGUMENT_BOUNDS.items():
@@ -359,7 +360,7 @@ def test_ranges_known_before_torch_are_those_the_class_enforces(name):
         for bound in bounds:
             value = wrong[bound] if bound != "at_least" else bounds[bound] - 1
             with pytest.raises(ValueError):
-                OPTIMIZERS[name](
+                optimizer_class(name)(
                     [torch.nn.Parameter(torch.ones(2, 2))],
                     **{argument: (value, 0.9) if argument == "betas" else value},
                 )
