@@ -1,15 +1,17 @@
-"""What every leanstep optimizer shares: checks, state that survives a reload, and the count of skipped updates."""
+"""What every leanstep optimizer shares: the frame of a step, checks, state that survives a reload, skipped updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from leanstep.optimizers._sharding import run, shard_of, sum_over_shards
+from leanstep.optimizers._sharding import Steps, run, shard_of, sum_over_shards, together
+
+T = TypeVar("T")
 
 NONFINITE = ("skip", "raise", "pass")
 
@@ -18,11 +20,32 @@ class NonFiniteGradientError(RuntimeError):
     """A gradient has an infinite or NaN entry, and the optimizer was built with ``nonfinite="raise"``."""
 
 
+class Batch(NamedTuple):
+    """Parameters of one group that have a gradient, in order, with what belongs to each."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    indices: list[int]  # of the parameter among those of all groups
+    positions: list[int]  # of the parameter in its group
+
+    def pick(self, chosen: list[int]) -> Batch:
+        """The members at the given places."""
+
+        def of(column: list[T]) -> list[T]:
+            return [column[i] for i in chosen]
+
+        return Batch(of(self.params), of(self.grads), of(self.states), of(self.indices), of(self.positions))
+
+
 class LeanOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose state keeps its dtype when loaded and whose non-finite skips are counted.
 
     All state lives in ``self.state`` and ``self.param_groups``; nothing else is on ``self``, so deepcopy, pickle,
     ``state_dict`` and ``torch.distributed.checkpoint`` see all of it.
+
+    The frame of a step is here. A method provides what differs: :meth:`_check_group`, :meth:`_init_state` and
+    :meth:`_group_steps`; or, where its rule spans groups, :meth:`_steps`.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -42,8 +65,87 @@ class LeanOptimizer(torch.optim.Optimizer):
                 )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError when a group's settings are out of range."""
+        """Raise ValueError or TypeError when a group's settings are out of range; those of all methods, here."""
+        owner = type(self).__name__
+        check_number(owner, "learning rate", group["lr"], 0.0)
+        check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
+        check_choice(owner, "nonfinite", group["nonfinite"], NONFINITE)
+        check_flags(owner, group, ("maximize",), ("foreach",))
+
+    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter that has a gradient, with what is missing in it created."""
         raise NotImplementedError
+
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+        """The rules that update a group, or its parameter at ``only``, ready to be run.
+
+        ``first_index`` counts the parameters of the groups before. What is wrong with a gradient is raised here:
+        nothing has been changed yet.
+        """
+        raise NotImplementedError
+
+    def _steps(self) -> list[Steps[None]]:
+        """The rules of a whole step. A method whose rule spans groups replaces this."""
+        parts: list[Steps[None]] = []
+        first_index = 0
+        for group in self.param_groups:
+            parts += self._group_steps(group, first_index)
+            first_index += len(group["params"])
+        return parts
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        loss = call_closure(closure)
+        self._raise_on_nonfinite()
+        if torch.compiler.is_compiling():
+            self._init_group()
+        run(together(self._steps()))
+        return loss
+
+    @torch.no_grad()
+    def _step_one(self, group: dict[str, Any], first_index: int, position: int) -> None:
+        """Update the parameter at ``position`` of a group; ``first_index`` as in :meth:`_group_steps`."""
+        run(together(self._group_steps(group, first_index, position)))
+
+    def _init_group(self) -> None:
+        """Create the state of all parameters that have a gradient.
+
+        The name is torch's: while torch.compile traces a step, a method of an optimizer that is called so is not traced
+        but called, and the state is looked at once, after it. State created later would not be seen.
+        """
+        for group in self.param_groups:
+            for position, param, _ in self._with_gradient(group):
+                self._init_state(group, position, param)
+
+    def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(position, parameter, gradient) of the parameters that have one, or just of that at ``only``.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        for position in range(len(group["params"])) if only is None else (only,):
+            param = group["params"][position]
+            if param.grad is not None:
+                yield position, param, dense_gradient(type(self).__name__, group, position, param)
+
+    def _batch(self, group: dict[str, Any], first_index: int, only: int | None = None) -> Batch:
+        """What :meth:`_group_steps` updates, with its state created."""
+        batch = Batch([], [], [], [], [])
+        for position, param, grad in self._with_gradient(group, only):
+            batch.params.append(param)
+            batch.grads.append(grad)
+            batch.states.append(self._init_state(group, position, param))
+            batch.indices.append(first_index + position)
+            batch.positions.append(position)
+        return batch
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in settings that an older state does not have."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
+                group.setdefault(key, self.defaults[key])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the count of non-finite updates as a plain int (reads the device).

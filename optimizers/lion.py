@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,22 +10,17 @@ from torch import Tensor
 from leanstep.kernels import lion_agreement, lion_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers._base import (
-    NONFINITE,
     LeanOptimizer,
     by_device_and_dtype,
-    call_closure,
     check_betas,
-    check_choice,
     check_dtype,
     check_flags,
-    check_number,
     count_nonfinite,
-    dense_gradient,
     local,
     new_state,
 )
 from leanstep.optimizers._rounding import STATE_KEY, check_rounding, effective, init_rounding, seeds_for
-from leanstep.optimizers._sharding import Steps, offsets_of, run, shard_of, sum_over_shards, together
+from leanstep.optimizers._sharding import Steps, offsets_of, shard_of, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -118,87 +112,31 @@ class Lion(LeanOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_number("Lion", "learning rate", group["lr"], 0.0)
+        super()._check_group(group)
         check_betas("Lion", group["betas"])
-        check_number("Lion", "weight_decay value", group["weight_decay"], 0.0)
-        check_choice("Lion", "nonfinite", group["nonfinite"], NONFINITE)
-        check_flags("Lion", group, ("cautious", "cautious_decay", "maximize"), ("foreach",))
+        check_flags("Lion", group, ("cautious", "cautious_decay"))
         check_rounding("Lion", group)
         check_dtype("Lion", "momentum_dtype", group["momentum_dtype"])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill in settings that an older state does not have."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
-                group.setdefault(key, self.defaults[key])
-
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        roundings: list[str],
-        indices: list[int],
-        first_index: int,
-        only: int | None,
-    ) -> None:
-        """Collect the parameters that have a gradient (or just the one at position ``only``), creating their state."""
-        for position in range(len(group["params"])) if only is None else (only,):
-            param = group["params"][position]
-            if param.grad is None:
-                continue
-            grads.append(dense_gradient("Lion", group, position, param))
-            params.append(param)
-            state = self.state[param]
-            if "exp_avg" not in state:
-                state["exp_avg"] = new_state(param, group["momentum_dtype"])
-            exp_avgs.append(state["exp_avg"])
-            rounding = effective("Lion", group, position, param)
-            init_rounding(state, param, rounding)
-            roundings.append(rounding)
-            indices.append(first_index + position)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
-        loss = call_closure(closure)
-        self._raise_on_nonfinite()
-        parts: list[Steps[None]] = []
-        first_index = 0
-        for group in self.param_groups:
-            parts += self._group_steps(group, first_index)
-            first_index += len(group["params"])
-        run(together(parts))
-        return loss
-
-    def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
-        """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
-        run(together(self._group_steps(group, first_index, only)))
+    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            state["exp_avg"] = new_state(param, group["momentum_dtype"])
+        init_rounding(state, param, effective("Lion", group, position, param))
+        return state
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        """The rules that update a group, ready to be run; what is wrong with a gradient is raised here."""
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        roundings: list[str] = []
-        indices: list[int] = []
-        self._init_group(group, params, grads, exp_avgs, roundings, indices, first_index, only)
-        states = [self.state[p] for p in params]
-        return [
-            lion(
-                [params[i] for i in members],
-                [grads[i] for i in members],
-                [exp_avgs[i] for i in members],
-                [states[i] for i in members],
-                indices=[indices[i] for i in members],
-                group=group,
-                rounding=roundings[members[0]],
-                hyper=lion_hyper(group, device, dtype),
+        batch = self._batch(group, first_index, only)
+        parts = []
+        for (device, dtype), members in by_device_and_dtype(batch.params).items():
+            params, grads, states, indices, positions = batch.pick(members)
+            rounding = effective("Lion", group, positions[0], params[0])
+            exp_avgs = [state["exp_avg"] for state in states]
+            hyper = lion_hyper(group, device, dtype)
+            parts.append(
+                lion(params, grads, exp_avgs, states, indices=indices, group=group, rounding=rounding, hyper=hyper)
             )
-            for (device, dtype), members in by_device_and_dtype(params).items()
-        ]
+        return parts
 
 
 def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:

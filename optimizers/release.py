@@ -93,8 +93,7 @@ def _hook(
                 "do without release_gradients."
             )
         stepped.add(param)
-        with torch.no_grad():
-            optimizer._step_group(group, first_index, position)
+        optimizer._step_one(group, first_index, position)
         param.grad = None
 
     return step_one

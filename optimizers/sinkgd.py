@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +12,18 @@ from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
 from leanstep.optimizers import _normalized
 from leanstep.optimizers._adamw import adamw_step, init_adamw
 from leanstep.optimizers._base import (
-    NONFINITE,
     LeanOptimizer,
     by_device_and_dtype,
-    call_closure,
     check_betas,
     check_choice,
     check_dtype,
     check_flags,
     check_number,
-    dense_gradient,
     describe,
     new_state,
 )
 from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
-from leanstep.optimizers._sharding import Steps, run, together
+from leanstep.optimizers._sharding import Steps
 
 ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
 SPECTRAL = (None, "unit", "muon")
@@ -90,8 +86,7 @@ class SinkGD(LeanOptimizer):
         fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all column sums per
         iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is gathered. Columns
         sharded: row sums instead, and one more for the rows' largest entries.
-        ``torch.compile`` of the step makes one graph; with several groups, step once before compiling (the tracer
-        loses state that is created in a second group).
+        ``torch.compile`` of the step makes one graph.
         Differs from the paper only in form: row and column scales instead of rewriting X.
 
     References:
@@ -161,9 +156,8 @@ class SinkGD(LeanOptimizer):
         _say_how_auto_routes(self.param_groups)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_number("SinkGD", "learning rate", group["lr"], 0.0)
+        super()._check_group(group)
         check_number("SinkGD", "scale", group["scale"], 0.0)
-        check_number("SinkGD", "weight decay value", group["weight_decay"], 0.0)
         check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
         check_number("SinkGD", "row_mask_tau", group["row_mask_tau"], 0.0)
         check_number("SinkGD", "epsilon value", group["eps"], 0.0)
@@ -171,9 +165,8 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "momentum_order", group["momentum_order"], ("pre", "post"))
         check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
-        check_choice("SinkGD", "nonfinite", group["nonfinite"], NONFINITE)
         check_rounding("SinkGD", group)
-        check_flags("SinkGD", group, ("nesterov", "transposed", "maximize"), ("foreach", "fused"))
+        check_flags("SinkGD", group, ("nesterov", "transposed"), ("fused",))
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         iters = group["num_iters"]
         if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
@@ -212,88 +205,45 @@ class SinkGD(LeanOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
-                group.setdefault(key, self.defaults[key])
-            for param in group["params"]:
-                step = self.state.get(param, {}).get("step")
-                if step is not None and not torch.is_tensor(step):
-                    self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32)
+        for kept in self.state.values():
+            if "step" in kept and not torch.is_tensor(kept["step"]):
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        algorithms: list[str],
-        roundings: list[str],
-        indices: list[int],
-        first_index: int,
-        only: int | None,
-    ) -> None:
-        """Collect the parameters that have a gradient (or just the one at ``only``), creating the state they need."""
-        for position in range(len(group["params"])) if only is None else (only,):
-            param = group["params"][position]
-            if param.grad is None:
-                continue
-            grads.append(dense_gradient("SinkGD", group, position, param))
-            params.append(param)
-            algorithms.append(algorithm_of(group, param))
-            rounding = effective("SinkGD", group, position, param)
-            roundings.append(rounding)
-            indices.append(first_index + position)
-            # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
-            state = self.state[param]
-            if algorithms[-1] == "adamw":
-                init_adamw(state, param, group, rounding)
-                init_rounding(state, param, rounding)
-            else:
-                init_rounding(state, param, rounding)
-                if group["momentum"] and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
-                if group["spectral"]:
-                    _normalized.init_power_vector(state, param, group["transposed"])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
-        loss = call_closure(closure)
-        self._raise_on_nonfinite()
-        parts: list[Steps[None]] = []
-        first_index = 0
-        for group in self.param_groups:
-            parts += self._group_steps(group, first_index)
-            first_index += len(group["params"])
-        run(together(parts))
-        return loss
-
-    def _step_group(self, group: dict[str, Any], first_index: int, only: int | None = None) -> None:
-        """Update a group, or one parameter of it; ``first_index`` counts the parameters of the groups before."""
-        run(together(self._group_steps(group, first_index, only)))
+    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
+        state = self.state[param]
+        rounding = effective("SinkGD", group, position, param)
+        if algorithm_of(group, param) == "adamw":
+            init_adamw(state, param, group, rounding)
+        elif group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
+        if group["spectral"] and algorithm_of(group, param) != "adamw":
+            _normalized.init_power_vector(state, param, group["transposed"])
+        init_rounding(state, param, rounding)
+        return state
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        """The rules that update a group, ready to be run."""
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        algorithms: list[str] = []
-        roundings: list[str] = []
-        indices: list[int] = []
-        self._init_group(group, params, grads, algorithms, roundings, indices, first_index, only)
-        states = [self.state[p] for p in params]
-        rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
+        batch = self._batch(group, first_index, only)
+        algorithms = [algorithm_of(group, p) for p in batch.params]
         parts: list[Steps[None]] = []
+        rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
         if rest:
-            mine = [_pick(x, rest) for x in (params, grads, states, roundings, indices)]
-            parts.append(adamw_step(mine[0], mine[1], mine[2], mine[3], mine[4], group))
+            chosen = batch.pick(rest)
+            roundings = [effective("SinkGD", group, i, p) for i, p in zip(chosen.positions, chosen.params, strict=True)]
+            parts.append(adamw_step(chosen.params, chosen.grads, chosen.states, roundings, chosen.indices, group))
         matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
-        for (device, dtype), members in by_device_and_dtype(_pick(params, matrices)).items():
-            chosen = _pick(matrices, members)
+        for (device, dtype), members in by_device_and_dtype([batch.params[i] for i in matrices]).items():
+            places = [matrices[i] for i in members]
+            chosen = batch.pick(places)
             parts.append(
                 _normalized.step(
-                    *(_pick(x, chosen) for x in (params, grads, states, indices)),
+                    chosen.params,
+                    chosen.grads,
+                    chosen.states,
+                    chosen.indices,
                     group=group,
-                    algorithm=algorithms[chosen[0]],
-                    rounding=roundings[chosen[0]],
+                    algorithm=algorithms[places[0]],
+                    rounding=effective("SinkGD", group, chosen.positions[0], chosen.params[0]),
                     hyper=sinkgd_hyper(group, device, dtype),
                 )
             )
@@ -312,10 +262,6 @@ def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
     if group["algorithm"] != "auto":
         return group["algorithm"]
     return "sinkgd" if param.dim() >= 2 else "adamw"
-
-
-def _pick(values: list, positions: list[int]) -> list:
-    return [values[i] for i in positions]
 
 
 def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:

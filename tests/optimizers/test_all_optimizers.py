@@ -571,7 +571,7 @@ def peak_of(call) -> int:
 
 @every_case
 def test_compiles_as_one_graph(case: OptimizerCase):
-    """fullgraph, and at most two graphs (with and without state) in six steps of a schedule."""
+    """fullgraph from the first step on, over two groups, and at most two graphs in six steps of a schedule."""
     graphs = []
 
     def count(graph, inputs):
@@ -580,12 +580,13 @@ def test_compiles_as_one_graph(case: OptimizerCase):
 
     torch._dynamo.reset()
     compiled_params, plain_params = case.params(), case.params()
+    more = [case.params(((5, 4), (3,)), seed=1) for _ in range(2)]
     lr = case.kwargs.get("lr", 2e-2)
     compiled = case.build(compiled_params, lr=torch.tensor(lr))
     plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
-    if len(compiled.param_groups) > 1:  # the tracer loses state that is created in a second group
-        run(compiled, compiled_params, range(1))
-        run(plain, plain_params, range(1))
+    for optimizer, params, added in zip((compiled, plain), (compiled_params, plain_params), more, strict=True):
+        optimizer.add_param_group({"params": added, "lr": torch.tensor(lr)})
+        params += added
     fill_grads(compiled_params, 0)
     step = torch.compile(compiled.step, fullgraph=True, backend=count)
     for i in range(6):

@@ -100,7 +100,7 @@ SINKGD = OptimizerInfo(
         _same({"lr": -0.5}, "Invalid learning rate: -0.5"),
         _same({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
         _same({"momentum": 1.0}, "Invalid momentum: 1.0"),
-        _same({"weight_decay": -1}, "Invalid weight decay value: -1"),
+        _same({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         _same({"num_iters": 0}, "Invalid num_iters: 0"),
         _same({"eps": -1.0}, "Invalid epsilon value: -1.0"),
         _same({"nesterov": True}, "nesterov needs momentum"),
