@@ -15,6 +15,12 @@ T = TypeVar("T")
 
 NONFINITE = ("skip", "raise", "pass")
 
+# settings that many optimizers have, and that do not tell whose a state is
+_COMMON_SETTINGS = frozenset(
+    ("lr", "betas", "weight_decay", "eps", "momentum", "nesterov", "maximize", "foreach", "fused", "capturable")
+    + ("differentiable", "rounding", "momentum_dtype", "seed", "nonfinite")
+)
+
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient has an infinite or NaN entry, and the optimizer was built with ``nonfinite="raise"``."""
@@ -49,12 +55,13 @@ class LeanOptimizer(torch.optim.Optimizer):
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after its settings have been checked as the constructor's are."""
+        """Add a group, after its settings have been checked as the constructor's are. The dict given is not changed."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
-        param_group.setdefault("nonfinite_count", 0)
-        merged = {**self.defaults, **param_group}
-        self._check_group(merged)
-        super().add_param_group(param_group)
+        group = {"nonfinite_count": 0, **param_group, "optimizer": self._method()}
+        self._check_group({**self.defaults, **group})
+        super().add_param_group(group)
         for position, param in enumerate(self.param_groups[-1]["params"]):
             if param.is_complex():
                 name = describe(self.param_groups[-1], position)
@@ -144,6 +151,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
+            group.setdefault("optimizer", self._method())
             for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
                 group.setdefault(key, self.defaults[key])
 
@@ -158,6 +166,27 @@ class LeanOptimizer(torch.optim.Optimizer):
             group["nonfinite_count"] = int(group.get("nonfinite_count", 0))
         return packed
 
+    @classmethod
+    def _method(cls) -> str:
+        """Whose state this is: the class right below LeanOptimizer, also for what a user derives from it."""
+        return next(
+            c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
+        )
+
+    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
+        own = self.defaults.keys() - _COMMON_SETTINGS
+        for group in state_dict["param_groups"]:
+            other = group.get("optimizer")
+            if other is None and 2 * len(own & group.keys()) < len(own):
+                missing = ", ".join(sorted(own - group.keys()))
+                other = f"another optimizer (its groups have no {missing})"
+            if other not in (None, self._method()):
+                raise ValueError(
+                    f"{type(self).__name__}: the state was saved by {other}, and {self._method()} cannot continue from "
+                    f"it; nothing was changed. Load it into the optimizer that saved it, or start without it."
+                )
+
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
         """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
         return True
@@ -167,10 +196,14 @@ class LeanOptimizer(torch.optim.Optimizer):
 
         torch casts floating state to the parameter's dtype on load; fp32 state beside a bf16 parameter would lose
         half its bits. Here it is put back bit for bit, before any hook of the user sees it.
+
+        Raises:
+            ValueError: the state of another optimizer, or of other groups; nothing was changed.
         """
         final: dict[str, Any] = {}
 
         def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._refuse_foreign(loaded)
             final.update(loaded)
 
         def restore(_: torch.optim.Optimizer) -> None:

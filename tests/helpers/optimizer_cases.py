@@ -67,9 +67,13 @@ class OptimizerCase:
 
     def build(self, params: list[Any], **overrides: Any) -> Any:
         """The optimizer over the parameters (or named ones), without the note on automatic routing."""
+        return self.build_from(self.groups(params), **overrides)
+
+    def build_from(self, groups: list[Any], **overrides: Any) -> Any:
+        """The optimizer over groups as they are, without the note on automatic routing."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="SinkGD: .* taken as matrices")
-            return self.cls(self.groups(params), **{**self.kwargs, **overrides})
+            return self.cls(groups, **{**self.kwargs, **overrides})
 
     def params(self, shapes: tuple[tuple[int, ...], ...] = SMALL_SHAPES, seed: int = 0) -> list[Tensor]:
         """Parameters with normal entries, the same for the same seed."""

@@ -1,6 +1,7 @@
 """The torch.optim contract, for every row of the table in tests/helpers/optimizer_cases.py."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -256,6 +257,65 @@ def test_state_dict_round_trip_is_exact(case: OptimizerCase):
     run(optimizer, params, range(3, 6))
     run(resumed, resumed_params, range(3, 6))
     assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+@every_case
+def test_the_state_of_another_optimizer_is_refused(case: OptimizerCase):
+    """By its mark, through torch.save too; an unmarked one by its settings; and nothing is changed."""
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(2))
+    before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    for other in {c.cls: c for c in CASES if c.cls is not case.cls}.values():
+        others = other.params()
+        source = other.build(others)
+        run(source, others, range(1))
+        buffer = io.BytesIO()
+        torch.save(source.state_dict(), buffer)
+        buffer.seek(0)
+        marked = torch.load(buffer, weights_only=True)
+        with pytest.raises(ValueError, match=f"{case.cls.__name__}: .* saved by {other.cls.__name__}, "):
+            optimizer.load_state_dict(marked)
+        for group in marked["param_groups"]:
+            del group["optimizer"]
+        with pytest.raises(ValueError, match=f"{case.cls.__name__}: .* saved by another optimizer"):
+            optimizer.load_state_dict(marked)
+    adamw = torch.optim.AdamW(case.params(), lr=1e-3)
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert_same(before, snapshot(optimizer))
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+@every_case
+def test_own_states_without_the_mark_and_of_derived_classes_are_taken(case: OptimizerCase):
+    class Derived(case.cls):
+        pass
+
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(1))
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        del group["optimizer"]
+    fresh = case.build(case.params())
+    fresh.load_state_dict(old)
+    assert fresh.state_dict()["param_groups"][0]["optimizer"] == case.cls.__name__
+    derived = dataclasses.replace(case, cls=Derived).build(case.params())
+    derived.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(derived.state_dict())
+
+
+@every_case
+def test_the_groups_given_are_not_changed(case: OptimizerCase):
+    """One list of groups serves several optimizers, and still prints after that."""
+    groups = case.groups([(f"layer{i}", p) for i, p in enumerate(case.params())])
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    before = [dict(group) for group in groups]
+    case.build_from(groups)
+    case.build_from(groups)
+    assert groups == before
 
 
 @every_case
