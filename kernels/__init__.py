@@ -1,17 +1,42 @@
 """Operations on lists of tensors: one name each, several backends (see ``leanstep.kernels._backend``)."""
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
+from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
+from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
 from leanstep.kernels.scaled_step import scaled_step
 from leanstep.kernels.sinkhorn import Scales, sinkhorn
+from leanstep.kernels.sparse_window import (
+    SparseLayout,
+    scatter,
+    sparse_gram_row,
+    sparse_layout,
+    sparse_linear_combination,
+    sparse_row_dots,
+    top_k,
+)
 
 __all__ = [
     "BackendError",
+    "Coefficients",
     "Scales",
+    "SparseLayout",
     "backend_table",
+    "gram_row",
+    "linear_combination",
     "lion_agreement",
     "lion_step",
+    "row_dots",
     "scaled_step",
+    "scatter",
     "sinkhorn",
+    "sparse_gram_row",
+    "sparse_layout",
+    "sparse_linear_combination",
+    "sparse_row_dots",
+    "top_k",
     "use_backend",
+    "window_coefficients",
+    "woodbury_coefficients",
+    "write_row",
 ]

@@ -30,6 +30,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "lion_agreement": BACKENDS,
     "sinkhorn": BACKENDS,
     "scaled_step": BACKENDS,
+    "row_dots": ("reference",),
+    "linear_combination": ("reference",),
+    "sparse_row_dots": ("reference",),
+    "sparse_linear_combination": ("reference",),
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
