@@ -106,7 +106,7 @@ def _step(
 def as_matrices(tensor: Tensor, transposed: bool = False) -> Tensor:
     """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest).
 
-    ``transposed``: the tensor is stored (n, m), as transformers' ``Conv1D`` does; returns its (m, n) view.
+    ``transposed``: the matrices are stored (n, m), as transformers' ``Conv1D`` does; returns their (m, n) view.
     """
     if transposed:
         return tensor.mT
@@ -117,8 +117,10 @@ def oriented(shard: Shard, transposed: bool) -> Shard:
     """The shard of the (m, n) view of a parameter that is stored (n, m)."""
     if not transposed:
         return shard
-    n, m = shard.shape
-    return shard._replace(shape=torch.Size((m, n)), dim=None if shard.dim is None else 1 - shard.dim)
+    *stack, n, m = shard.shape
+    first, second = len(stack), len(stack) + 1
+    dim = {first: second, second: first}.get(shard.dim, shard.dim) if shard.dim is not None else None
+    return shard._replace(shape=torch.Size((*stack, m, n)), dim=dim)
 
 
 def _swapped(scales: Scales) -> Scales:

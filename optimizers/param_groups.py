@@ -29,6 +29,8 @@ _POSITION_NAME = re.compile(r"(^|[._])(wpe|pos_emb|pos_embed|position_embeddings
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score|head)$")
 _LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)([._]|$)")
 _EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
+# modules of transformers that store their matrices (in, out); newer expert modules say so in `is_transposed`
+_TRANSPOSED_CLASSES = ("Conv1D", "Llama4TextExperts", "GptOssExperts")
 _NORM_CLASS = re.compile(r"(norm|LayerScale)", re.IGNORECASE)
 
 
@@ -67,11 +69,15 @@ def param_groups(
       position name (``wpe``, ``position_embeddings``, ...);
     * ``head``: the model's output embeddings (``get_output_embeddings()``), or an ``nn.Linear`` named ``lm_head``,
       ``classifier``, ``score``, ``head``, ...;
-    * ``norm``: parameters of modules whose class is a norm; ``bias``: other vectors named ``bias``;
+    * ``norm``: parameters of modules whose class is a norm; ``bias``: others whose name ends in ``bias`` (those of
+      fused experts, one row per expert, included);
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
     * ``expert``: three-dimensional weights of fused experts (one matrix per expert);
-    * ``hidden``: every other matrix (those of transformers' ``Conv1D``, stored (in, out), in a group with
-      ``transposed=True``); ``other``: what is left (single vectors and scalars).
+    * ``hidden``: every other matrix; ``other``: what is left (single vectors and scalars).
+
+    Matrices that are known to be stored (in, out) are in groups of their own with ``transposed=True``: those of
+    transformers' ``Conv1D`` (GPT-2), and expert weights of modules that say ``is_transposed`` or are known by class
+    (GPT-OSS, Aria, Llama 4). All others are taken as (out, in).
 
     Args:
         model: any module.
@@ -120,7 +126,7 @@ def param_groups(
             used[match] = True
             label = rules[match][0].pattern
             key, values = (len(ROLES) + match, role), {**chosen[role], **rules[match][1]}
-        if name in transposed and role == "hidden":
+        if id(param) in transposed and role in ("hidden", "expert"):
             key, values = (*key, "transposed"), {**values, "transposed": True}
         groups.setdefault(key, {"name": label, **values, "params": []})["params"].append((name, param))
     for (pattern, _), was_used in zip(rules, used, strict=True):
@@ -144,9 +150,15 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _transposed(model: nn.Module) -> set[str]:
-    """Names of the weights of transformers' ``Conv1D``, which are stored (in, out)."""
-    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+def _transposed(model: nn.Module) -> set[int]:
+    """Identities of the weights that are known to be stored (in, out), or (e, in, out)."""
+    return {
+        id(param)
+        for module in model.modules()
+        if type(module).__name__ in _TRANSPOSED_CLASSES or getattr(module, "is_transposed", False) is True
+        for param in module.parameters(recurse=False)
+        if param.dim() in (2, 3)
+    }
 
 
 def _output_module(model: nn.Module) -> nn.Module | None:
@@ -168,7 +180,7 @@ def _role(name: str, param: nn.Parameter, owners: list[tuple[str, nn.Module, str
     module_name, module, leaf = owners[0]
     if _NORM_CLASS.search(type(module).__name__):
         return "norm"
-    if leaf == "bias" or (param.dim() < 2 and leaf.endswith("bias")):
+    if leaf.endswith("bias"):
         return "bias"
     if param.dim() < 2:
         return "other"

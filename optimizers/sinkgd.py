@@ -69,8 +69,8 @@ class SinkGD(LeanOptimizer):
         betas, eps: of the AdamW groups.
         fused: of the AdamW groups; None: where torch has a fused kernel.
         foreach: None or True: lists at once; False: the definition, a tensor at a time.
-        transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's; they are
-            normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
+        transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's, or
+            stacked (e, in, out); they are normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
             device are left alone together; "raise" and "pass" as for Lion.
@@ -187,8 +187,8 @@ class SinkGD(LeanOptimizer):
         for position, param in enumerate(group["params"]):
             if algorithm_of(group, param) == "adamw":
                 continue
-            flat = group["algorithm"] == "balanced" or group["transposed"]
-            if param.dim() < 2 or (flat and param.dim() != 2):
+            most = 2 if group["algorithm"] == "balanced" else 3 if group["transposed"] else param.dim()
+            if not 2 <= param.dim() <= most:
                 name = describe(group, position)
                 self.param_groups.pop()
                 raise ValueError(
