@@ -27,6 +27,7 @@ __all__ = [
     "accumulation_steps",
     "joint_problems",
     "range_problem",
+    "targets_note",
 ]
 
 
@@ -248,6 +249,14 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
     raise ValueError(
         f"{batch.tokens_per_step} does not divide into data.seq_len {seq_len} * batch.micro_batch_size "
         f"{batch.micro_batch_size}{processes} = {unit} tokens; take {nearest}, or another micro_batch_size"
+    )
+
+
+def targets_note(seq_len: int) -> str:
+    """What a token is where losses, rates and token counts are told: the one explanation, for run, check and plan."""
+    return (
+        f"targets     loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
+        f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"
     )
 
 

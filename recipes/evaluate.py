@@ -1,15 +1,13 @@
-"""Evaluate a language model: loss per predicted token, perplexity, bits per byte; and the command ``leanstep eval``.
+"""The command ``leanstep eval``: loss per predicted token, perplexity and bits per byte of a checkpoint.
 
 torch is imported when something is evaluated: the command's help and its mistakes need none.
 """
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,88 +17,7 @@ from leanstep.recipes.sources import open_validation, require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EvalResult", "evaluate", "find_model_folder", "main"]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What an evaluation found.
-
-    Attributes:
-        loss: mean negative log likelihood per predicted token, in nats.
-        perplexity: ``exp(loss)``.
-        bits_per_byte: ``loss / ln 2 / bytes_per_token``, which compares models with different tokenizers; None when the
-            number of bytes is not known.
-        tokens: how many tokens were predicted.
-    """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    tokens: int
-
-
-def evaluate(
-    model: "torch.nn.Module",
-    dataset: Any,
-    *,
-    micro_batch_size: int = 8,
-    device: "torch.device | str | None" = None,
-    autocast: Callable[[], AbstractContextManager] | None = None,
-    bytes_per_token: float | None = None,
-    batches: int | None = None,
-) -> EvalResult:
-    """Mean loss of a causal model over all labels of a dataset that count, each with the same weight.
-
-    ``loss = sum_i -log p(x_i | x_<i) / #i`` over the labels other than -100, the first of each sequence left out, since
-    nothing comes before it. Batches weigh by their number of labels, so that a last batch of another size or sequences
-    with padding change nothing; logits are taken to fp32, sums are kept in fp64.
-
-    Args:
-        model: gives ``.logits`` ``[batch, seq_len, vocabulary]`` for ``input_ids``; its mode is put back afterwards.
-        dataset: map-style; items with ``input_ids`` and ``labels``, both int64 ``[seq_len]``.
-        micro_batch_size: sequences in a forward pass; decides memory and speed only.
-        device: where to run; None is where the model's parameters are.
-        autocast: makes the context of each forward pass, such as ``Accelerator.autocast``.
-        bytes_per_token: UTF-8 bytes of text per token, for bits per byte.
-        batches: evaluate so many batches only, from the first on.
-
-    Raises:
-        ValueError: nothing to evaluate, or a size below 1.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.utils.data import default_collate
-
-    from leanstep.recipes.data import IGNORED
-
-    if micro_batch_size < 1 or (batches is not None and batches < 1):
-        raise ValueError(f"micro_batch_size and batches must be at least 1, got {micro_batch_size} and {batches}")
-    device = device or next(model.parameters()).device
-    count = len(dataset) if batches is None else min(len(dataset), batches * micro_batch_size)
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(0, count, micro_batch_size):
-            batch = default_collate([dataset[i] for i in range(first, min(first + micro_batch_size, count))])
-            labels = batch["labels"][:, 1:].to(device)
-            with torch.no_grad(), autocast() if autocast else nullcontext():
-                logits = model(input_ids=batch["input_ids"].to(device)).logits
-            # one sequence at a time: the logits of a whole batch in fp32 would be the peak of memory
-            losses = [
-                cross_entropy(row[:-1].float(), target, ignore_index=IGNORED, reduction="sum")
-                for row, target in zip(logits, labels, strict=True)
-            ]
-            total += torch.stack(losses).double().sum().cpu()
-            tokens += int((labels != IGNORED).sum())
-    finally:
-        model.train(was_training)
-    if tokens == 0:
-        raise ValueError(f"nothing to evaluate: the dataset of {len(dataset)} sequences has no token to predict")
-    loss = float(total) / tokens
-    bits = None if not bytes_per_token else loss / math.log(2) / bytes_per_token
-    return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, tokens)
+__all__ = ["find_model_folder", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,6 +120,7 @@ def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     from leanstep.recipes.data import load_data, load_validation
     from leanstep.recipes.tokenizer import open_tokenizer
+    from leanstep.recipes.validation import evaluate
     from leanstep.recipes.vocabulary import vocabulary_size
 
     folder = find_model_folder(options.checkpoint)

@@ -16,8 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["FolderError", "RunFolder", "environment", "write_atomic"]
+__all__ = ["FolderError", "RunFolder", "environment", "is_held", "write_atomic"]
 
+# what a start that failed early leaves behind: no run yet
+_TRACES = {".lock", "train.log", "status.json"}
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -33,6 +35,21 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def is_held(root: Path) -> bool:
+    """Whether a process trains in the run folder ``root`` now: whether its lock is taken. Takes and leaves nothing.
+
+    False where the file system knows no locks, since then there is nothing to tell by.
+    """
+    try:
+        with (root / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class _Lines:
@@ -112,6 +129,10 @@ class RunFolder:
             write_atomic(self.root / "status.json", json.dumps(content, indent=2) + "\n")
         except OSError as error:
             print(f"status.json could not be written: {error}", file=sys.stderr)
+
+    def is_empty(self) -> bool:
+        """Whether no run was begun here: there is no folder, or only what a start that failed early leaves behind."""
+        return not self.root.is_dir() or all(entry.name in _TRACES for entry in self.root.iterdir())
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json, empty when there is none or it cannot be read."""

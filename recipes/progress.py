@@ -38,6 +38,8 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
         parts.append(f"gnorm {entry['grad_norm']:.3f}")
     if entry.get("tokens_per_s"):
         parts.append(format_rate(entry["tokens_per_s"]))
+    if entry.get("mfu"):
+        parts.append(f"mfu {entry['mfu']:.1%}")
     if entry.get("memory_gib"):
         parts.append(f"mem {entry['memory_gib']:.1f} GiB")
     if entry.get("nonfinite"):

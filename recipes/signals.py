@@ -6,6 +6,7 @@ be at another place. Here it only notes the signal; the loop agrees on it with t
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,13 +20,15 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 class StopFlag:
     """Context manager that turns SIGTERM, SIGUSR1 and SIGINT into :attr:`received`; restores the old handlers.
 
-    A second SIGINT leaves at once with exit code 130 and saves nothing: checkpoints are written aside and renamed, so
-    there is none to damage. Only the main thread may install handlers; elsewhere ValueError is raised, by Python.
+    A second SIGINT calls ``leaving`` and leaves at once with exit code 130, saving nothing: checkpoints are written
+    aside and renamed, so there is none to damage. Only the main thread may install handlers; elsewhere Python raises
+    ValueError.
     With ``enabled=False`` it installs nothing and the signals keep their usual effect.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
         self.received = 0
+        self._leaving = leaving
         self._enabled = enabled
         self._previous: dict[int, Any] = {}
 
@@ -46,5 +49,8 @@ class StopFlag:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
-            os._exit(EXIT_CODES[signal.SIGINT])
+            try:
+                self._leaving()
+            finally:
+                os._exit(EXIT_CODES[signal.SIGINT])
         self.received = number

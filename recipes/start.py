@@ -24,9 +24,6 @@ from leanstep.recipes.memory import MemoryEstimate
 
 __all__ = ["Start", "check_room", "choose_start", "pass_over"]
 
-# files that a start which failed early leaves behind: no run yet
-_TRACES = {".lock", "train.log", "status.json"}
-
 
 @dataclass
 class Start:
@@ -59,7 +56,7 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
         start.checkpoint = _at_path(Path(resume), folder, start.aside)
-    elif _is_empty(folder):
+    elif folder.is_empty():
         return start
     elif resume == "never":
         raise FolderError(f"out: {folder.root} already holds a run, and checkpoint.resume is 'never'. {_ways_out()}")
@@ -116,10 +113,6 @@ def check_room(config: RunConfig, folder: RunFolder, memory: MemoryEstimate | No
     )
 
 
-def _is_empty(folder: RunFolder) -> bool:
-    return all(entry.name in _TRACES for entry in folder.root.iterdir())
-
-
 def _ways_out() -> str:
     return (
         "Either continue it (--resume, with its own recipe) or write elsewhere (out=ANOTHER_FOLDER, or remove this one)"
@@ -142,7 +135,7 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
         step = read_state(path).step
         found = find_checkpoints(folder.checkpoints)
         aside.update({later: "abandoned" for later in found if int(later.name.removeprefix("step-")) > step})
-    elif not _is_empty(folder):
+    elif not folder.is_empty():
         raise FolderError(f"out: {folder.root} already holds another run than that of {path}. {_ways_out()}")
     return path
 

@@ -61,12 +61,12 @@ def train(config: RunConfig) -> int:
         try:
             return run.go()
         except RunFailure as failure:
-            run.write_status(f"failed:{failure.reason}", any_process=True)
+            run.journal.status(f"failed:{failure.reason}", run.state, any_process=True)
             progress.say(str(failure), error=True)
             return failure.exit_code
         except Exception as error:
             if run.begun:
-                run.write_status(f"failed:{type(error).__name__}", any_process=True)
+                run.journal.status(f"failed:{type(error).__name__}", run.state, any_process=True)
             raise
         finally:
             folder.release()

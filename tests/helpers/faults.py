@@ -230,6 +230,34 @@ def with_a_tracker():
     tracking.register_tracker_class(Notebook)
 
 
+def with_a_talking_optimizer(*others):
+    """After ``others``: give AdamW the two methods by which an optimizer reports on itself; both ask all processes."""
+    import torch
+
+    from leanstep.recipes import build
+
+    for other in others:
+        other()
+
+    class Talking(torch.optim.AdamW):
+        def diagnostics(self):
+            here = torch.ones(())
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(here)
+            self.asked = getattr(self, "asked", 0) + 1
+            return {"noise/layer.0": here, "noise/layer.1": 0.5, "asked": self.asked}
+
+        def noise_report(self):
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            return [
+                {"name": "layer.0", "H": torch.tensor(0.25), "lr": 1e-3},
+                {"name": "layer.1", "H": float("nan"), "group": "hidden"},
+            ]
+
+    build.optimizer_class = lambda name: Talking
+
+
 def compile_without_a_compiler():
     """Let torch.compile capture graphs and run them as they are: seconds instead of half a minute."""
     import torch

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from leanstep.recipes.config import DataConfig
 from leanstep.recipes.data import IGNORED, load_data
-from leanstep.recipes.evaluate import evaluate, find_model_folder, main
+from leanstep.recipes.evaluate import find_model_folder, main
+from leanstep.recipes.validation import evaluate
 
 
 def tiny_llama(vocab_size, **changes):

@@ -299,6 +299,7 @@ def test_a_second_interrupt_leaves_at_once(recipe, tmp_path):
     os.kill(training.processes[0].pid, signal.SIGINT)
     assert training.wait() == [130]
     assert "left at once" in training.text()
+    assert status(tmp_path / "run")["status"] == "interrupted" and status(tmp_path / "run")["step"] == 3
     assert not find_checkpoints(tmp_path / "run" / "checkpoints")
 
 

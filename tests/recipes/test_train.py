@@ -232,8 +232,8 @@ def test_the_console_and_train_log_tell_the_same(finished):
 
 def test_validation_in_the_run_is_that_of_the_evaluator(finished, recipe):
     from leanstep.recipes.data import load_data
-    from leanstep.recipes.evaluate import evaluate
     from leanstep.recipes.loader import load
+    from leanstep.recipes.validation import evaluate
 
     data = load_data(load(str(recipe)).data, seed=0)
     model = AutoModelForCausalLM.from_pretrained(finished.out / "final")

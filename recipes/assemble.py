@@ -1,0 +1,144 @@
+"""The objects of one start of a run, in the order in which they need each other, from recipe and checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from leanstep.recipes.batches import Windows
+from leanstep.recipes.build import (
+    build_model,
+    build_optimizer,
+    build_schedule,
+    check_positions,
+    checkpoint_activations,
+    describe_groups,
+)
+from leanstep.recipes.checkpoint import TrainState
+from leanstep.recipes.config import RunConfig, targets_note
+from leanstep.recipes.data import LoadedData, load_data
+from leanstep.recipes.flops import flops_per_token
+from leanstep.recipes.folder import RunFolder
+from leanstep.recipes.memory import MemoryEstimate, estimate
+from leanstep.recipes.saver import Saver
+from leanstep.recipes.start import check_room
+from leanstep.recipes.vocabulary import vocabulary_size
+from leanstep.recipes.world import main_does, seed_process
+
+__all__ = ["Parts", "assemble"]
+
+
+@dataclass
+class Parts:
+    """What a run trains with. ``model``, ``optimizer`` and ``schedule`` are Accelerate's; ``memory`` may be unknown."""
+
+    data: LoadedData
+    memory: MemoryEstimate | None
+    model: torch.nn.Module
+    optimizer: Any
+    schedule: Any
+    saver: Saver
+    windows: Windows
+    parameters: int
+    flops_per_token: int
+
+
+def assemble(
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    state: TrainState,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> Parts:
+    """Build everything and load ``checkpoint``, whose ``state`` is read already; ``state`` gets this run's recipe.
+
+    Raises ValueError, ImportError or OSError for what cannot be built here.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
+    say(data.summary())
+    say(targets_note(config.data.seq_len))
+    memory = None
+    if state.step < config.steps:
+        memory = _memory(config, accelerator, data, say)
+        warning = main_does(accelerator, lambda: check_room(config, folder, memory, world))
+        if warning:
+            say(warning)
+    # the same weights in every process; later each one gets random numbers of its own
+    seed_process(config.seed)
+    model = _model(config, data)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = flops_per_token(model, config.data.seq_len)
+    optimizer = build_optimizer(config.optimizer, model)
+    say(f"model       {type(model).__name__}, {parameters:,} parameters")
+    say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
+    # both in one call: sharding replaces the parameters, in the optimizer too
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    schedule = accelerator.prepare(build_schedule(config.schedule, optimizer.optimizer, config.steps))
+    saver = Saver(accelerator, folder, config.checkpoint, model, data.tokenizer, say)
+    # the step is part of the seed for a run that goes on with another number of processes
+    seed_process(config.seed, rank, state.step)
+    stream = None if checkpoint is None else saver.load(checkpoint, state)
+    if checkpoint is not None and state.world_size != world:
+        say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
+    windows = Windows(
+        accelerator,
+        data,
+        seed=config.seed,
+        micro_batch_size=config.batch.micro_batch_size,
+        accumulation=accelerator.gradient_accumulation_steps,
+        made=state.step,
+        steps=config.steps,
+        stream_state=stream,
+    )
+    state.config, state.world_size = dataclasses.asdict(config), world
+    _release_gradients(config, accelerator, model, optimizer)
+    return Parts(data, memory, model, optimizer, schedule, saver, windows, parameters, flops)
+
+
+def _memory(
+    config: RunConfig, accelerator: Accelerator, data: LoadedData, say: Callable[[str], None]
+) -> MemoryEstimate | None:
+    """The memory of one process as ``leanstep check`` estimates it; None where that cannot be told."""
+    vocabulary = vocabulary_size(data.tokenizer)
+    try:
+        return estimate(config, vocabulary, world_size=accelerator.num_processes, device=accelerator.device.type)
+    except Exception as error:
+        # whatever keeps the estimate from being made must not end a run
+        say(f"WARNING: memory and disk could not be compared with what the run needs: {error}")
+        return None
+
+
+def _model(config: RunConfig, data: LoadedData) -> torch.nn.Module:
+    dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    tokenizer = data.tokenizer
+    model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
+    check_positions(model, config.data.seq_len)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        model.compile()
+    return model
+
+
+def _release_gradients(config: RunConfig, accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    """Let the optimizer step inside backward, when the recipe asks for it."""
+    if not config.release_gradients:
+        return
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            "release_gradients: it updates weights before the processes exchange their gradients, so it needs "
+            f"one process and this run has {accelerator.num_processes}; set release_gradients=false"
+        )
+    from leanstep.optimizers import release_gradients
+
+    try:
+        release_gradients(accelerator.unwrap_model(model), optimizer.optimizer)
+    except TypeError as error:
+        raise ValueError(f"release_gradients: {error}") from None

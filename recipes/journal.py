@@ -1,0 +1,174 @@
+"""What a run writes down while it goes: its lines, log.jsonl, trackers, status.json, its optimizer's own numbers."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from leanstep.recipes.checkpoint import TrainState
+from leanstep.recipes.config import RunConfig
+from leanstep.recipes.flops import FORMULA, peak_flops
+from leanstep.recipes.folder import RunFolder, environment, write_atomic
+from leanstep.recipes.loader import dump
+from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_line
+from leanstep.recipes.step import StepResult
+from leanstep.recipes.validation import EvalResult
+from leanstep.recipes.world import describe_world, device_name
+
+__all__ = ["Journal"]
+
+OPTIMIZER_REPORT = "optimizer_report.json"
+
+
+class Journal:
+    """Writes in the first process. The others call it all the same: an optimizer may have to ask all of them.
+
+    An optimizer reports on itself by two methods, both optional and called in every process:
+
+    * ``diagnostics()``: a flat dict of numbers, read at log steps only. They go into ``log.jsonl`` as ``optimizer``, to
+      trackers as ``optimizer/KEY``, and into the report, where the keys ``A/x`` and ``A/y`` are lines of one chart A.
+    * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
+        self.config, self.accelerator, self.folder, self.progress = config, accelerator, folder, progress
+        self.main, self.say = accelerator.is_main_process, progress.say
+        self.clock = Clock()
+        self.flops_per_token = 0
+        self.tflops: float | None = None
+        peak = peak_flops(device_name(accelerator.device), config.precision)
+        self._peak = None if peak is None else peak * accelerator.num_processes
+
+    def begin(self, state: TrainState, resumed_from: Path | None, parameters: int, flops_per_token: int) -> None:
+        """Write the files that describe the run, start the trackers and the clock."""
+        config, accelerator = self.config, self.accelerator
+        self.clock, self.flops_per_token = Clock(state.elapsed_s), flops_per_token
+        if self.main:
+            self.folder.rewind_log(-1 if resumed_from is None else state.step)
+            facts = environment(
+                seed=config.seed,
+                world_size=accelerator.num_processes,
+                world=describe_world(accelerator),
+                device=device_name(accelerator.device),
+                parameters=parameters,
+                flops_per_token=flops_per_token,
+                flops_formula=FORMULA,
+                resumed_from=None if resumed_from is None else str(resumed_from),
+            )
+            self.folder.describe(dump(config), facts)
+        self.status("running", state)
+        if config.log.trackers:
+            accelerator.init_trackers("leanstep", config=flat_scalars(dataclasses.asdict(config)))
+
+    def step(
+        self, state: TrainState, result: StepResult, rate: float, optimizer: Any, notes: Sequence[str] = ()
+    ) -> None:
+        """Show the step; write log.jsonl, train.log and trackers at the first step and every ``log.every``."""
+        config = self.config
+        wanted = state.step == 1 or state.step % config.log.every == 0 or state.step == config.steps
+        reported = _diagnostics(optimizer) if wanted else {}
+        if not self.main:
+            return
+        first_here = self.clock.rate_now is None
+        if wanted or first_here:
+            self._measure()
+        entry = {
+            "step": state.step,
+            "kind": "train",
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.norm,
+            "tokens_per_s": self.clock.rate_now,
+            "tokens": state.tokens,
+            "elapsed_s": round(self.clock.elapsed_s, 3),
+            "nonfinite": state.nonfinite + (_left_out(optimizer) if wanted else 0),
+            "tflops": self.tflops,
+        }
+        if self._peak is not None and self.tflops is not None:
+            entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
+        if self.accelerator.device.type == "cuda":
+            entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        if wanted:
+            self.folder.log({**entry, "optimizer": reported} if reported else entry)
+            numbers = {key: value for key, value in entry.items() if key not in ("step", "kind")}
+            self._track({**numbers, **{f"optimizer/{key}": value for key, value in reported.items()}}, state.step)
+        line = format_line(entry, config.steps, self._eta(state.step), list(notes))
+        self.progress.line(state.step, line, wanted or first_here)
+
+    def evaluation(self, state: TrainState, found: EvalResult) -> None:
+        """Write and show what a validation found."""
+        numbers = dataclasses.asdict(found)
+        if self.main:
+            self.folder.log({"step": state.step, "kind": "eval", **numbers})
+            self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
+            per_byte = "" if found.bits_per_byte is None else f"  bits/byte {found.bits_per_byte:.4f}"
+            self.say(
+                f"step {state.step}/{self.config.steps}  validation loss {found.loss:.4f}  perplexity "
+                f"{found.perplexity:.2f}{per_byte}  ({found.tokens:,} targets)"
+            )
+        self.status("running", state)
+
+    def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
+        """Write status.json, from the first process or, for a failure of one process, from that one."""
+        if self.main or any_process:
+            self.folder.status(
+                status,
+                step=state.step,
+                steps=self.config.steps,
+                val_loss=state.val_loss,
+                best_loss=state.best_loss,
+                best_step=state.best_step,
+                tokens=state.tokens,
+                tflops=self.tflops,
+            )
+
+    def optimizer_report(self, optimizer: Any) -> None:
+        """Write the rows of the optimizer's ``noise_report()``, if it has one, to ``optimizer_report.json``."""
+        report = getattr(optimizer, "noise_report", None)
+        rows = report() if callable(report) else []
+        if not rows or not self.main:
+            return
+        try:
+            text = json.dumps(rows, indent=1, default=lambda value: value.tolist() if _is_array(value) else str(value))
+            write_atomic(self.folder.root / OPTIMIZER_REPORT, text + "\n")
+        except OSError as error:
+            self.say(f"WARNING: {OPTIMIZER_REPORT} could not be written: {error}")
+
+    def _measure(self) -> None:
+        """End the clock's window: tokens per second, and the model's operations per second of all processes."""
+        self.clock.measure()
+        if self.clock.step_s:
+            # the operations are spent on every position, also on those that are no target
+            done = self.flops_per_token * self.config.batch.tokens_per_step
+            self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
+
+    def _track(self, numbers: dict[str, Any], step: int) -> None:
+        if self.config.log.trackers:
+            self.accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=step)
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds to the end by the measured cost of steps, evaluations and saves."""
+        left = self.config.steps - step
+        evals, saves = (
+            left // every if every else 1 for every in (self.config.eval.every, self.config.checkpoint.every)
+        )
+        return self.clock.eta(left, evals, saves)
+
+
+def _diagnostics(optimizer: Any) -> dict[str, float]:
+    read = getattr(optimizer, "diagnostics", None)
+    return {str(key): float(value) for key, value in read().items()} if callable(read) else {}
+
+
+def _left_out(optimizer: Any) -> int:
+    """How often the optimizer itself left a tensor out because its gradient was not finite (Lion, SinkGD)."""
+    count = getattr(optimizer, "nonfinite_count", None)
+    return 0 if count is None else int(count())
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "tolist")
