@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ __all__ = ["main"]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+COMPARISON = "comparison.html"
 EXTRAS = {
     "recipes": ("omegaconf", "yaml", "rich"),
     "training": ("omegaconf", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
-    report.add_argument("--out", metavar="FILE", type=Path, help="default report.html in the first run")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, help=f"default report.html in the run; of several: {COMPARISON} here"
+    )
     return parser
 
 
@@ -250,10 +254,21 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     missing = [str(run) for run in options.runs if not (run / "log.jsonl").is_file()]
     if missing:
         raise UsageError(f"no run in {', '.join(missing)}: a run folder holds log.jsonl and config.yaml")
+    own = [str(run) for run in options.runs if options.out and options.out.resolve() == (run / "report.html").resolve()]
+    if own and len(options.runs) > 1:
+        raise UsageError(f"--out {options.out} is the report of {own[0]} alone; choose another file for the comparison")
     from leanstep.recipes.report import write_report
 
-    print(f"{write_report(options.runs, options.out or options.runs[0] / 'report.html')} written")
+    print(f"{write_report(options.runs, options.out or _report_file(options.runs))} written")
     return 0
+
+
+def _report_file(runs: list[Path]) -> Path:
+    """Where a report goes by itself: one run's into its folder, a comparison into a file that is not there yet."""
+    if len(runs) == 1:
+        return runs[0] / "report.html"
+    numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
+    return next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
 
 
 def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from leanstep.recipes.folder import is_held
+
 __all__ = ["Run", "duration", "flat", "read_run"]
 
 _SHOWN_WARNINGS = 8
@@ -30,11 +32,17 @@ class Run:
     env: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     problems: list[str] = field(default_factory=list)
+    optimizer_report: list[dict[str, Any]] = field(default_factory=list)
+    held: bool = False
 
     @property
     def state(self) -> str:
-        """``done``, ``running``, ``interrupted``, ``failed:<reason>``, or ``unknown``."""
-        return str(self.status.get("status", "unknown"))
+        """``done``, ``running``, ``interrupted``, ``crashed``, ``failed:<reason>``, or ``unknown``.
+
+        ``crashed`` is what says of itself that it runs while no process holds its folder: it was killed.
+        """
+        word = str(self.status.get("status", "unknown"))
+        return "crashed" if word == "running" and not self.held else word
 
     @property
     def final_eval(self) -> dict[str, Any]:
@@ -49,10 +57,24 @@ class Run:
         """The last known value of a number in the training lines."""
         return next((value for value in reversed(self.column(key)) if value is not None), None)
 
-    def speed(self) -> float | None:
-        """Median tokens per second."""
-        known = [value for value in self.column("tokens_per_s") if value is not None and math.isfinite(value)]
+    def median(self, key: str) -> float | None:
+        """Median of a number in the training lines."""
+        known = [value for value in self.column(key) if value is not None and math.isfinite(value)]
         return median(known) if known else None
+
+    def speed(self) -> float | None:
+        """Median targets per second."""
+        return self.median("tokens_per_s")
+
+    def optimizer_keys(self) -> list[str]:
+        """Names of the numbers that the optimizer reported while training, in the order in which they came."""
+        rows = (row.get("optimizer") for row in self.train)
+        return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+
+    def optimizer_column(self, key: str) -> list[float | None]:
+        """One of them for every line of the log."""
+        rows = (row.get("optimizer") for row in self.train)
+        return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
 
     def setting(self, path: str) -> Any:
         """A value of the configuration by its dotted path, None if it is not there."""
@@ -116,6 +138,9 @@ def read_run(folder: Path) -> Run:
     run.name = str(run.config.get("name") or run.name)
     run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
     run.command = _text(run, "command.txt", needed=False).strip()
+    run.held = is_held(folder)
+    rows = _json(run, "optimizer_report.json", needed=False, kind=list)
+    run.optimizer_report = [row for row in rows if isinstance(row, dict)]
     _read_log(run)
     run.problems = [*_judge(run), *run.problems]
     return run
@@ -144,14 +169,14 @@ def _yaml(run: Run) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _json(run: Run, name: str) -> dict[str, Any]:
-    text = _text(run, name)
+def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any:
+    text = _text(run, name, needed=needed)
     try:
-        content = json.loads(text) if text else {}
+        content = json.loads(text) if text else kind()
     except ValueError:
         run.problems.append(f"{name} cannot be understood")
-        content = {}
-    return content if isinstance(content, dict) else {}
+        content = kind()
+    return content if isinstance(content, kind) else kind()
 
 
 def _read_log(run: Run) -> None:
@@ -190,6 +215,11 @@ def _judge(run: Run) -> list[str]:
     steps, step = run.status.get("steps"), run.status.get("step")
     if run.state.startswith("failed"):
         found.append(f"The run failed ({run.state.partition(':')[2] or 'no reason given'}) at step {step} of {steps}.")
+    elif run.state == "crashed":
+        found.append(
+            f"The run is not done: status.json says that it is running, but no process holds the folder. It was killed "
+            f"after step {step} of {steps}; the same command continues it."
+        )
     elif run.state != "done":
         found.append(f"The run is not done ({run.state}): step {step} of {steps}.")
     if (run.folder / "nan_dump").is_dir():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_folders import write_run
 
 from leanstep.cli import main
 
@@ -202,6 +203,20 @@ def test_a_resume_path_is_checked_as_text_not_yaml(monkeypatch, tmp_path):
     path.mkdir()
     assert main(["train", "llama-nano-adamw", "--resume", str(path)]) == 0
     assert calls[0][3] == str(path)
+
+
+def test_a_comparison_never_takes_the_place_of_a_runs_own_report(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "a"]) == 0
+    assert capsys.readouterr().out == "a/report.html written\n"
+    own = (runs[0] / "report.html").read_text()
+    assert main(["report", "a", "b"]) == 0 and main(["report", "a", "b"]) == 0
+    assert capsys.readouterr().out == "comparison.html written\ncomparison-2.html written\n"
+    assert "Comparison of 2 runs" in (tmp_path / "comparison-2.html").read_text()
+    assert main(["report", "a", "b", "--out", "b/../a/report.html"]) == 2
+    assert "is the report of a alone; choose another file" in capsys.readouterr().err
+    assert (runs[0] / "report.html").read_text() == own and not (runs[1] / "report.html").exists()
 
 
 def test_info_names_versions_devices_and_backends(capsys):

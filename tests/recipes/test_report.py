@@ -11,6 +11,7 @@ import pytest
 from run_folders import write_run
 
 from leanstep.recipes.curves import Series, chart, compact, smooth
+from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.report import MOST_BYTES, write_report
 from leanstep.recipes.runlog import duration, read_run
 
@@ -174,6 +175,19 @@ def test_a_failed_run_says_what_happened(tmp_path):
     ):
         assert page.text.count(text) == 1, text
     assert "sample" not in page.text
+
+
+def test_a_run_that_says_it_runs_but_is_dead(tmp_path):
+    run = write_run(tmp_path / "run", made=200, status="running")
+    (run / ".lock").touch()
+    _, page = report(tmp_path, run)
+    assert "crashed" in page.text and "no process holds the folder. It was killed after step 200 of 600" in page.text
+    folder = RunFolder(run)
+    folder.claim()
+    _, page = report(tmp_path, run)
+    assert "crashed" not in page.text and "The run is not done (running): step 200 of 600." in page.text
+    folder.release()
+    assert read_run(run).state == "crashed"
 
 
 def test_interrupted_and_overfitted_runs(tmp_path):

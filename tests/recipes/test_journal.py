@@ -1,0 +1,136 @@
+"""What a run writes about itself: the work done, by formula, and what its optimizer reports."""
+
+import json
+from functools import partial
+
+import faults
+import pytest
+from run_folders import write_run
+from training import read_log, run, status, write_recipe
+
+from leanstep.recipes.build import build_model
+from leanstep.recipes.config import ModelConfig
+from leanstep.recipes.flops import flops_per_token, peak_flops
+from leanstep.recipes.progress import format_line
+from leanstep.recipes.report import write_report
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_operations_follow_the_formula(family, tied):
+    vocabulary, width, layers, mlp, positions, sequence = 300, 32, 2, 64, 48, 16
+    if family == "gpt2":
+        sizes = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_inner": mlp, "n_positions": positions}
+        layer = 4 * width * width + 2 * width * mlp + 9 * width + mlp
+        rest = 2 * width
+    else:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": mlp}
+        layer = 4 * width * width + 3 * width * mlp + 2 * width
+        rest = width
+    model = build_model(ModelConfig(family=family, config={**sizes, "tie_word_embeddings": tied}), vocabulary)
+    # the head multiplies whether it shares its table or not; looking a token or a position up does not
+    weights = vocabulary * width + layers * layer + rest
+    assert flops_per_token(model, sequence) == 6 * weights + 12 * layers * width * sequence
+
+
+def test_attention_counts_the_width_of_the_heads():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 64}
+    model = build_model(ModelConfig(config=sizes), 300)
+    assert flops_per_token(model, 20) - flops_per_token(model, 10) == 12 * 1 * 128 * 10
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("cuda:0 (NVIDIA H100 80GB HBM3)", "bf16", 989e12),
+        ("cuda:1 (NVIDIA H100 PCIe)", "bf16-pure", 756e12),
+        ("cuda:0 (NVIDIA L40S)", "fp16", 362e12),
+        ("cuda:0 (NVIDIA H100 80GB HBM3)", "fp32", None),
+        ("cuda:0 (NVIDIA H100 80GB HBM3 MIG 1g.10gb)", "bf16", None),
+        ("cuda:0 (Some Card 9000)", "bf16", None),
+        ("cpu", "bf16", None),
+    ],
+)
+def test_peaks_are_of_known_devices_only(device, precision, peak):
+    assert peak_flops(device, precision) == peak
+
+
+def test_utilisation_is_shown_where_it_is_known():
+    entry = {"step": 3, "loss": 3.4, "lr": 1e-3, "tokens_per_s": 12_400.0, "tflops": 1.2}
+    assert "mfu" not in format_line(entry, 10, None, [])
+    assert "12.4k tok/s  mfu 41.3%" in format_line({**entry, "mfu": 0.413}, 10, None, [])
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def talking(request, recipe, tmp_path_factory):
+    """A run whose optimizer reports on itself, with a tracker."""
+    out = tmp_path_factory.mktemp("talking") / "run"
+    options = ["steps=5", "log={every: 2, trackers: [notebook]}", f"batch.micro_batch_size={8 // request.param}"]
+    prepare = partial(faults.with_a_talking_optimizer, faults.with_a_tracker)
+    training = run(recipe, options, out, world=request.param, prepare=prepare)
+    assert training.codes == [0] * request.param, training.text()
+    training.world = request.param
+    return training
+
+
+def test_the_work_done_is_logged(talking):
+    facts = json.loads((talking.out / "env.json").read_text())
+    assert facts["flops_per_token"] > 6 * 25_000 and "6 N + 12 L h s" in facts["flops_formula"]
+    entries = [entry for entry in read_log(talking.out) if entry["kind"] == "train"]
+    for entry in entries:
+        assert entry["tflops"] > 0 and "mfu" not in entry, "no peak is known of a CPU"
+        # 256 positions a step of which 248 are targets
+        expected = facts["flops_per_token"] * entry["tokens_per_s"] * 256 / 248 / 1e12
+        assert entry["tflops"] == pytest.approx(expected, rel=2e-3)
+    assert status(talking.out)["tflops"] == entries[-1]["tflops"]
+    assert "mfu" not in talking.text()
+
+
+def test_what_the_optimizer_reports_is_logged_at_log_steps_only(talking):
+    entries = [entry for entry in read_log(talking.out) if entry["kind"] == "train"]
+    assert [entry["step"] for entry in entries] == [1, 2, 4, 5]
+    assert [entry["optimizer"]["asked"] for entry in entries] == [1, 2, 3, 4]
+    assert entries[0]["optimizer"] == {"noise/layer.0": talking.world, "noise/layer.1": 0.5, "asked": 1}
+    kept = [json.loads(line) for line in (talking.out / "notebook.jsonl").read_text().splitlines()]
+    tracked = [entry["values"] for entry in kept if "loss" in entry.get("values", {})]
+    assert [values["optimizer/noise/layer.0"] for values in tracked] == [talking.world] * 4
+    assert all("optimizer" not in values for values in tracked)
+
+
+def test_what_the_optimizer_reports_at_the_end_is_kept_and_shown(talking):
+    rows = json.loads((talking.out / "optimizer_report.json").read_text())
+    assert rows[0] == {"name": "layer.0", "H": 0.25, "lr": 1e-3} and rows[1]["group"] == "hidden"
+    page = (talking.out / "report.html").read_text()
+    assert "<h3>Optimizer: noise</h3>" in page and "<h3>Optimizer: asked</h3>" in page
+    assert "<h2>What the optimizer says</h2>" in page and "<th>layer.1</th>" in page
+
+
+def test_optimizers_that_say_nothing_leave_nothing(recipe, tmp_path):
+    training = run(recipe, ["steps=2", "checkpoint.every=0"], tmp_path / "run")
+    assert training.codes == [0], training.text()
+    assert all("optimizer" not in entry for entry in read_log(tmp_path / "run"))
+    assert not (tmp_path / "run" / "optimizer_report.json").exists()
+    assert "Optimizer: " not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_many_layers_and_damaged_reports(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line["optimizer"] = {f"H/layer.{i}": i / line["step"] for i in range(60)} | {"lonely": None, "odd": "text"}
+    lines[0]["optimizer"] = "damaged"
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "optimizer_report.json").write_text("{broken")
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "<h3>Optimizer: H (16 of 60)</h3>" in page
+    assert "Optimizer: lonely" not in page and "Optimizer: odd" not in page
+    assert "optimizer_report.json cannot be understood" in page
+    (folder / "optimizer_report.json").write_text(json.dumps([{"name": f"<u>{i}", "H": i} for i in range(3)] + [7]))
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "&lt;u&gt;2" in page and "<u>" not in page
