@@ -267,10 +267,11 @@ def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
 def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
     auto = [p for group in groups if group["algorithm"] == "auto" for p in group["params"]]
     matrices = sum(p.dim() >= 2 for p in auto)
-    if matrices and matrices < len(auto):
+    if matrices:
+        rest = len(auto) - matrices
         warnings.warn(
-            f"SinkGD: {matrices} parameters of two or more dimensions are taken as matrices, {len(auto) - matrices} "
-            "others go to AdamW. Embeddings and heads are matrices here too; "
-            "leanstep.optimizers.param_groups(model) routes them by module.",
+            f"SinkGD: {matrices} parameters of two or more dimensions are taken as matrices"
+            f"{f', {rest} others go to AdamW' if rest else ''}. Embeddings and heads are matrices here too: "
+            "leanstep.optimizers.param_groups(model) routes them by module; algorithm='sinkgd' means them all.",
             stacklevel=3,
         )

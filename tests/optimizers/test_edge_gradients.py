@@ -8,6 +8,9 @@ import torch
 from leanstep.kernels import sinkhorn, use_backend
 from leanstep.optimizers import Lion, SinkGD, release_gradients
 
+# the note on how bare parameters are routed has tests of its own
+pytestmark = pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices")
+
 
 @pytest.mark.parametrize("algorithm", ["sinkgd", "balanced"])
 @pytest.mark.parametrize("backend", ["reference", "compiled"])

@@ -9,6 +9,9 @@ from optimizer_cases import fill_grads, run
 
 from leanstep.optimizers import SinkGD
 
+# the note on how bare parameters are routed has tests of its own
+pytestmark = pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices")
+
 
 def literal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
     """SR-Sinkhorn as printed (arXiv 2502.06742): rows to norm sqrt(n), then columns to norm sqrt(m); in fp64."""
@@ -188,8 +191,19 @@ def test_bare_parameters_are_routed_by_dimension_and_it_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(optimizer, list(model.parameters()), range(1, 2))
-        SinkGD([model[0].weight])
-        SinkGD([{"params": [model[0].weight]}, {"params": [model[0].bias], "algorithm": "adamw"}])
+        SinkGD([model[0].weight], algorithm="sinkgd")
+        SinkGD([model[0].bias])
+        groups = [{"params": [model[0].weight], "algorithm": "balanced"}, {"params": [model[0].bias]}]
+        SinkGD(groups)
+
+
+def test_bare_matrices_alone_are_said_to_be_taken_too():
+    """An embedding and a head among them would go unnoticed."""
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False))
+    with pytest.warns(UserWarning, match="SinkGD: 2 parameters .* taken as matrices. Embeddings and heads") as said:
+        SinkGD(model.parameters())
+    assert len(said) == 1 and "AdamW" not in str(said[0].message)
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("algorithm", ["sinkgd", "balanced"])

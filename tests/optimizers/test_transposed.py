@@ -18,6 +18,9 @@ from transformers import (
 from leanstep.kernels import sinkhorn
 from leanstep.optimizers import SinkGD, param_groups
 
+# the note on how bare parameters are routed has tests of its own
+pytestmark = pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices")
+
 VARIANTS = {
     "plain": {},
     "one iteration": {"num_iters": 1},
