@@ -219,14 +219,19 @@ def large_matrices_on_the_compiled_path(world: World) -> None:
 
 @case(2)
 def matrices_stored_transposed(world: World) -> None:
-    """GPT-2's Conv1D weights (in, out): sharded along dimension 0 they are cut by columns of the (out, in) matrix."""
-    for settings in ({}, {"momentum": 0.9, "row_mask_tau": 0.1}, {"momentum": 0.9, "momentum_order": "post"}):
-        plain = nn.Parameter(torch.randn(7, 5))
-        sharded = nn.Parameter(distribute_tensor(plain.detach(), mesh(world.size), [Shard(0)]))
-        optimizers = [SinkGD([p], lr=0.1, scale=1.0, transposed=True, **settings) for p in (plain, sharded)]
-        for step in range(3):
-            grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
-            for param, optimizer in zip((plain, sharded), optimizers, strict=True):
-                set_grad(param, grad)
-                optimizer.step()
-        assert (whole(sharded.detach()) - plain).abs().max() < 1e-6, settings
+    """GPT-2's Conv1D weights (in, out): sharded along dimension 0 they are cut by columns of the (out, in) matrix.
+
+    Stacks of experts (e, in, out) are cut between matrices, or by columns.
+    """
+    variants = ({}, {"momentum": 0.9, "row_mask_tau": 0.1}, {"momentum": 0.9, "momentum_order": "post"})
+    for shape, dim in (((7, 5), 0), ((3, 7, 5), 0), ((3, 7, 5), 1), ((3, 7, 5), 2)):
+        for settings in variants:
+            plain = nn.Parameter(torch.randn(shape))
+            sharded = nn.Parameter(distribute_tensor(plain.detach(), mesh(world.size), [Shard(dim)]))
+            optimizers = [SinkGD([p], lr=0.1, scale=1.0, transposed=True, **settings) for p in (plain, sharded)]
+            for step in range(3):
+                grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+                for param, optimizer in zip((plain, sharded), optimizers, strict=True):
+                    set_grad(param, grad)
+                    optimizer.step()
+            assert (whole(sharded.detach()) - plain).abs().max() < 1e-6, (shape, dim, settings)
