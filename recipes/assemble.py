@@ -62,7 +62,7 @@ def assemble(
     rank, world = accelerator.process_index, accelerator.num_processes
     data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
     say(data.summary())
-    say(targets_note(config.data.seq_len))
+    say(f"targets     {targets_note(config.data.seq_len)}")
     memory = None
     if state.step < config.steps:
         memory = _memory(config, accelerator, data, say)

@@ -5,13 +5,19 @@ Nothing of the model's size is allocated. A section that cannot be worked out is
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leanstep.recipes.config import RunConfig, accumulation_steps
+from leanstep.recipes.checkpoint import find_checkpoints
+from leanstep.recipes.config import RunConfig, accumulation_steps, targets_note
+from leanstep.recipes.folder import RunFolder, is_held
+from leanstep.recipes.hub import check_hub, from_hub, offline, offline_recipes, unreachable
 from leanstep.recipes.loader import dump
+from leanstep.recipes.tokenizer import trained_size
+from leanstep.recipes.vocabulary import vocabulary_size
 
 __all__ = ["Section", "check", "disk_need", "inspect", "routing_rows"]
 
@@ -38,16 +44,18 @@ class _Facts:
 
     vocabulary: int = 0
     train_sequences: int | None = None
+    offline: bool = False
     device: str = "cpu"
     memory: Any = None
 
 
 def check(config: RunConfig, *, world_size: int = 1) -> int:
     """Print the report of :func:`inspect`. Returns 0, or 1 when there are problems, which are listed at the end."""
-    sections = inspect(config, world_size=world_size)
-    for section in sections:
-        print(f"\n{section.title}")
-        print("\n".join(f"  {line}" for line in section.lines))
+    sections = []
+    for section in _sections(config, world_size):
+        sections.append(section)
+        if section.lines:
+            print("\n".join([f"\n{section.title}", *(f"  {line}" for line in section.lines)]), flush=True)
     problems = [f"{section.title.lower()}: {problem}" for section in sections for problem in section.problems]
     if problems:
         print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}")
@@ -58,28 +66,63 @@ def check(config: RunConfig, *, world_size: int = 1) -> int:
 
 
 def inspect(config: RunConfig, *, world_size: int = 1) -> list[Section]:
-    """Work out every section of the report: config, device, trackers, data, length, groups, memory, disk, output."""
+    """Work out every section of the report, from the recipe and the device to what is in the output folder."""
+    return list(_sections(config, world_size))
+
+
+def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
     facts = _Facts()
     parts: list[tuple[str, Callable[[Section], None]]] = [
         ("Recipe", lambda section: section.lines.extend(dump(config).splitlines())),
         ("Device", lambda section: _device(config, world_size, section, facts)),
         ("Trackers", lambda section: _trackers(config, section)),
+        ("Network", lambda section: _network(config, section, facts)),
         ("Data", lambda section: _data(config, section, facts)),
         ("Length", lambda section: _length(config, world_size, section, facts)),
         ("Parameter groups", lambda section: _groups(config, section, facts)),
         ("Memory", lambda section: _memory(config, world_size, section, facts)),
-        ("Disk", lambda section: _disk(config, section, facts)),
+        ("Disk", lambda section: _disk(config, world_size, section, facts)),
         ("Output", lambda section: _output(config, section)),
     ]
-    sections = []
     for title, work in parts:
         section = Section(title)
         try:
-            work(section)
+            with offline() if facts.offline else nullcontext():
+                work(section)
         except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
             section.problems.append(str(error))
-        sections.append(section)
-    return sections
+        yield section
+
+
+def _network(config: RunConfig, section: Section, facts: _Facts) -> None:
+    """What comes from the hub, and whether it can come: asked once, so that nothing later waits for an answer."""
+    wanted = from_hub(config)
+    if not wanted:
+        return
+    section.add("from the hub", ", ".join(f"{name} ({key})" for key, name in wanted.items()))
+    reason = unreachable()
+    if reason is None:
+        section.add("hub", "can be reached")
+        return
+    facts.offline = True
+    with offline():
+        missing = {key: name for key, name in wanted.items() if not _is_cached(key, name)}
+    section.add("hub", f"cannot be reached ({reason})")
+    section.add("offline recipes", ", ".join(offline_recipes()))
+    if missing:
+        names = ", ".join(f"{name} ({key})" for key, name in missing.items())
+        section.problems.append(
+            f"needs the network: {names}; offline recipes: {', '.join(offline_recipes())}; or copy the data here and "
+            "set data.source, data.path and data.tokenizer"
+        )
+
+
+def _is_cached(key: str, name: str) -> bool:
+    """Whether a tokenizer or a model is in the hub's cache; of datasets that is not known before they are opened."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = {"data.tokenizer": ("tokenizer.json", "tokenizer_config.json"), "model.init_from": ("config.json",)}
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files.get(key, ()))
 
 
 def _device(config: RunConfig, world_size: int, section: Section, facts: _Facts) -> None:
@@ -121,8 +164,15 @@ def _trackers(config: RunConfig, section: Section) -> None:
 def _data(config: RunConfig, section: Section, facts: _Facts) -> None:
     """The text is there and is text, the tokenizer opens, and its vocabulary fits the model."""
     data = config.data
-    facts.vocabulary = _vocabulary(config)
-    section.add("tokenizer", f"{data.tokenizer}, {facts.vocabulary:,} tokens")
+    unknown = (
+        facts.offline and "data.tokenizer" in from_hub(config) and not _is_cached("data.tokenizer", data.tokenizer)
+    )
+    if unknown:
+        section.add("tokenizer", f"{data.tokenizer}, not in the hub's cache: its vocabulary is not known")
+    else:
+        facts.vocabulary = _vocabulary(config)
+        at_most = "" if trained_size(data.tokenizer) is None else "at most "
+        section.add("tokenizer", f"{data.tokenizer}, {at_most}{facts.vocabulary:,} tokens")
     wanted = config.model.config.get("vocab_size")
     if wanted is not None:
         section.add("model", f"vocabulary of {wanted:,}")
@@ -132,19 +182,20 @@ def _data(config: RunConfig, section: Section, facts: _Facts) -> None:
             f"{wanted:,}; raise it, or leave it out to take the tokenizer's"
         )
     if data.source == "hf":
-        from leanstep.recipes.sources import check_hub
-
+        if facts.offline:
+            section.add("source", f"hub dataset {data.name}, not looked for")
+            return
         check_hub(data.name or "")
         section.add("source", f"hub dataset {data.name} is there")
         return
-    if data.streaming or _text_size(config) > LOAD_LIMIT:
+    if data.streaming or unknown or _text_size(config) > LOAD_LIMIT:
         from leanstep.recipes.sources import open_corpus, open_stream
 
         if data.streaming:
             open_stream(data)
         else:
             open_corpus(data)
-        section.add("source", f"{data.source} {data.path}, read as text; too large to count its tokens here")
+        section.add("source", f"{data.source} {data.path}, read as text; its tokens are not counted here")
         return
     from leanstep.recipes.data import load_data
 
@@ -153,12 +204,15 @@ def _data(config: RunConfig, section: Section, facts: _Facts) -> None:
         if name != "tokenizer":
             section.add(name, fact)
     facts.train_sequences = len(loaded.train)
+    size = vocabulary_size(loaded.tokenizer)
+    if size < facts.vocabulary:
+        section.add("trained to", f"{size:,} tokens: the text gives no more")
+        facts.vocabulary = size
 
 
 def _vocabulary(config: RunConfig) -> int:
     """Number of ids that text can turn into, which the model must have."""
-    from leanstep.recipes.tokenizer import open_tokenizer, trained_size
-    from leanstep.recipes.vocabulary import vocabulary_size
+    from leanstep.recipes.tokenizer import open_tokenizer
 
     size = trained_size(config.data.tokenizer)
     return size if size is not None else vocabulary_size(open_tokenizer(config.data.tokenizer))
@@ -185,6 +239,7 @@ def _length(config: RunConfig, world_size: int, section: Section, facts: _Facts)
         f"{sequences} sequences of {seq_len}: {world_size} process{'es' if world_size > 1 else ''} x {accumulation} "
         f"passes x {batch.micro_batch_size} sequences",
     )
+    section.add("targets", targets_note(seq_len))
     if facts.train_sequences is None:
         section.add("epochs", "unknown: the text has not been counted")
         return
@@ -267,14 +322,18 @@ def _free_memory(device: str) -> int | None:
     return torch.cuda.mem_get_info()[0] if device.startswith("cuda") else None
 
 
-def disk_need(config: RunConfig, weights: int, optimizer_state: int) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, final model."""
-    checkpoint = weights + optimizer_state
+def disk_need(config: RunConfig, memory: Any, world_size: int = 1) -> tuple[int, int]:
+    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, final model.
+
+    ``memory`` is that of one process: sharded, each of the ``world_size`` processes writes the part that it holds.
+    """
+    shards = world_size if config.distributed.strategy == "fsdp2" else 1
+    checkpoint = shards * (memory.weights + memory.optimizer_state)
     kept = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    return checkpoint, kept * checkpoint + weights
+    return checkpoint, kept * checkpoint + shards * memory.weights
 
 
-def _disk(config: RunConfig, section: Section, facts: _Facts) -> None:
+def _disk(config: RunConfig, world_size: int, section: Section, facts: _Facts) -> None:
     """Room for the checkpoints where the run will write."""
     place = Path(config.out).absolute()
     while not place.exists():
@@ -286,8 +345,7 @@ def _disk(config: RunConfig, section: Section, facts: _Facts) -> None:
     if facts.memory is None:
         section.add("checkpoints", "unknown: the memory of the run is not known")
         return
-    shards = facts.memory
-    one, need = disk_need(config, shards.weights, shards.optimizer_state)
+    one, need = disk_need(config, facts.memory, world_size)
     section.add("checkpoint", f"{_size(one)}, {config.checkpoint.keep_last} kept and one being written")
     section.add("needed", f"{_size(need)} with the final model")
     if need > free:
@@ -304,15 +362,33 @@ def _output(config: RunConfig, section: Section) -> None:
     if out.exists() and not out.is_dir():
         section.problems.append(f"{out} is a file; choose another with out=FOLDER")
         return
-    if not out.is_dir() or not any(entry.name != ".lock" for entry in out.iterdir()):
-        section.add("found", "nothing: a new run begins")
+    if is_held(out):
+        section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
+        return
+    folder = RunFolder(out)
+    if folder.is_empty():
+        section.add("found", "no run: a new one begins")
         return
     if not (out / "config.yaml").is_file() and not (out / "checkpoints").is_dir():
         section.problems.append(f"{out} is not empty and holds no run; choose another with out=FOLDER")
         return
-    section.add("found", "a run, which `train` continues from its newest complete checkpoint")
+    section.add("found", _describe_run(folder))
     if config.checkpoint.resume == "never":
         section.problems.append(f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER")
+
+
+def _describe_run(folder: RunFolder) -> str:
+    """How far the run in a folder came, and what ``train`` would do with it."""
+    status = folder.read_status()
+    word, step = status.get("status", "a run without status.json"), status.get("step", "?")
+    if word == "done":
+        return f"a run that is done (step {step}): `train` leaves it as it is"
+    if word == "running":
+        word = "crashed: status.json says that it is running, but no process holds the folder"
+    saved = find_checkpoints(folder.checkpoints)
+    if not saved:
+        return f"a run at step {step} ({word}) without a complete checkpoint: `train` begins it again at step 0"
+    return f"a run at step {step} ({word}): `train` continues from its newest complete checkpoint, {saved[-1].name}"
 
 
 def _size(size: int) -> str:

@@ -255,7 +255,7 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
 def targets_note(seq_len: int) -> str:
     """What a token is where losses, rates and token counts are told: the one explanation, for run, check and plan."""
     return (
-        f"targets     loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
+        f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
         f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"
     )
 

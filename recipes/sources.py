@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.cache import cache_root
+from leanstep.recipes.hub import check_hub, no_network
 
 if TYPE_CHECKING:
     from leanstep.recipes.config import DataConfig
 
 __all__ = [
     "Corpus",
-    "check_hub",
     "find_files",
-    "offline_recipes",
     "open_corpus",
     "open_stream",
     "open_validation",
@@ -269,45 +268,6 @@ def _kind_of(path: str, default: str = "text") -> str:
 # -- the hub --------------------------------------------------------------------------------------------------------
 
 
-def offline_recipes() -> list[str]:
-    """Names of the shipped recipes that need no network."""
-    folder = importlib.resources.files("leanstep.recipes")
-    files = [item for item in folder.iterdir() if item.name.endswith(".yaml")]
-    return sorted(f.name.removesuffix(".yaml") for f in files if "source: sotu" in f.read_text(encoding="utf-8"))
-
-
-def _no_network(name: str, reason: str) -> ConnectionError:
-    names = ", ".join(offline_recipes()) or "those with data.source: sotu"
-    return ConnectionError(
-        f"data.source 'hf': the dataset '{name}' needs the network, and the hub cannot be reached ({reason}). "
-        f"Recipes that need no network: {names}. Or copy the data here and set data.source and data.path"
-    )
-
-
-def check_hub(name: str) -> None:
-    """Ask the hub once, without retries, whether it is there and has the dataset.
-
-    Raises:
-        ConnectionError: the hub cannot be reached or offline mode is on; names the recipes that need no network.
-        ValueError: the hub answers that there is no such dataset.
-    """
-    require("datasets")
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        raise _no_network(name, "HF_HUB_OFFLINE is set")
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except GatedRepoError as error:
-        message = f"data.name: '{name}' is gated; accept its terms on the hub and run `hf auth login`"
-        raise ValueError(message) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"data.name: the hub has no dataset '{name}'") from error
-    except Exception as error:  # each http library has its own family of connection errors
-        raise _no_network(name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-
-
 def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
     name = config.name or ""
     if not name:
@@ -324,7 +284,7 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
                 cache_dir=str(cache_root(config.cache_dir) / "datasets"),
             )
         except ConnectionError as error:
-            raise _no_network(name, str(error).splitlines()[0]) from error
+            raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
         except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
             raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
     _check_column(rows.column_names or list(next(iter(rows), {})), config.text_key, name)

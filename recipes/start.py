@@ -93,9 +93,7 @@ def check_room(config: RunConfig, folder: RunFolder, memory: MemoryEstimate | No
     """
     if memory is None:
         return None
-    # sharded, each process holds a part of what is saved
-    shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    one, need = disk_need(config, shards * memory.weights, shards * memory.optimizer_state)
+    one, need = disk_need(config, memory, world_size)
     free = free_bytes(folder.root)
     if one > free:
         raise FolderError(

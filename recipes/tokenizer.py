@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from leanstep.recipes.cache import build_once, cache_root
+from leanstep.recipes.hub import offline_unless_reached
 from leanstep.recipes.sources import require
 
 if TYPE_CHECKING:
@@ -128,7 +130,8 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     if not folder.is_dir() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
+        with nullcontext() if folder.is_dir() else offline_unless_reached():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
     except Exception as error:  # missing on the hub, no network, or a broken file: many types, one meaning
         what = "the folder" if folder.is_dir() else "the hub's"
         raise ValueError(
