@@ -17,12 +17,22 @@ from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
-    from leanstep.optimizers import GradientRelease, Lion, NonFiniteGradientError, SinkGD, release_gradients
+    from leanstep.optimizers import (
+        LANTON,
+        MFAC,
+        GradientRelease,
+        Lion,
+        NonFiniteGradientError,
+        SinkGD,
+        release_gradients,
+    )
 
     # by its module: type checkers take the package's attribute of that name for the module
     from leanstep.optimizers.param_groups import ParamGroups, param_groups
 
 __all__ = [
+    "LANTON",
+    "MFAC",
     "BackendError",
     "GradientRelease",
     "Lion",
@@ -39,7 +49,9 @@ __all__ = [
 _OWNERS = {
     "BackendError": "leanstep.kernels",
     "GradientRelease": "leanstep.optimizers",
+    "LANTON": "leanstep.optimizers",
     "Lion": "leanstep.optimizers",
+    "MFAC": "leanstep.optimizers",
     "NonFiniteGradientError": "leanstep.optimizers",
     "ParamGroups": "leanstep.optimizers",
     "SinkGD": "leanstep.optimizers",
