@@ -191,6 +191,10 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
         return True
 
+    def _stays_on_cpu(self, key: str) -> bool:
+        """Whether a state tensor is read by the host and therefore kept in its memory."""
+        return False
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the dtype each tensor was saved in.
 
@@ -276,6 +280,8 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
             if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
                 continue
             device = current.device if key == "step" else param.device
+            if optimizer._stays_on_cpu(key):
+                device = torch.device("cpu")
             kept = optimizer._keeps_dtype(group, param, key)
             if (kept and current.dtype != saved.dtype) or current.device != device:
                 optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)

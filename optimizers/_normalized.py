@@ -11,14 +11,16 @@ from torch import Tensor
 
 from leanstep.kernels import Scales, scaled_step, sinkhorn, use_backend
 from leanstep.kernels._hyper import compute_dtype
+from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.reference.scaled_step import scaled_update
 from leanstep.kernels.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
-from leanstep.optimizers._adamw import nonfinite_flags, share_flags
+from leanstep.kernels.nonfinite_flags import nonfinite_flags
+from leanstep.optimizers._adamw import share_flags
 from leanstep.optimizers._base import count_nonfinite, local
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
 from leanstep.optimizers._sharding import Reduction, Shard, Steps, cut, like_rows, offsets_of, shard_of, together
 
-# power iterations at the first step, when the vector is a guess, and at every later one
+# power iterations at the first usable gradient, when the vector is a guess, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
 
 
@@ -251,7 +253,7 @@ def mask_rows(
 
 
 def init_power_vector(state: dict[str, Any], param: Tensor, transposed: bool) -> None:
-    """Start of the power iteration: the same for every matrix, no direction favoured by sign patterns.
+    """Room for the vector of the power iteration; zero until a gradient was usable.
 
     Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is cut along its matrices has
     its vectors cut with it.
@@ -259,14 +261,10 @@ def init_power_vector(state: dict[str, Any], param: Tensor, transposed: bool) ->
     if "power_vector" in state:
         return
     shard = oriented(shard_of(param), transposed)
-    columns = matrix_shape(shard)[1]
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(columns, generator=generator).to(local(param).device, compute_dtype(param.dtype))
-    if len(shard.shape) != 3:
-        state["power_vector"] = vector
-        return
-    vector = vector.expand(local(param).shape[0], columns).clone()
-    if shard.groups and shard.dim == 0:
+    stacked = len(shard.shape) == 3
+    size = (local(param).shape[0],) if stacked else ()
+    vector = torch.zeros(*size, matrix_shape(shard)[1], device=local(param).device, dtype=compute_dtype(param.dtype))
+    if stacked and shard.groups and shard.dim == 0:
         vector = like_rows(param, vector)
     state["power_vector"] = vector
 
@@ -287,28 +285,35 @@ def pin_operator_norm(
         raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
     parts: list[Steps[None]] = []
     for i, (mat, rows, cols, state) in enumerate(zip(mats, scales.rows, scales.cols, states, strict=True)):
-        first = "power_steps" not in state
-        state.setdefault("power_steps", torch.zeros((), dtype=torch.float32))
-        state["power_steps"] += 1
-        rounds = _FIRST_POWER_STEPS if first else _POWER_STEPS
+        if shards[i].shape.numel() == 0:
+            continue
         group = shards[i].groups[0] if cuts[i] else None
         m, n = matrix_shape(shards[i])
         target = 1.0 if spectral == "unit" else math.sqrt(m / n)
-        parts.append(_pin_one(mat, rows, cols, local(state["power_vector"]), group, rounds, target))
+        parts.append(_pin_one(mat, rows, cols, state, group, target))
     yield from together(parts)
 
 
 def _pin_one(
-    mat: Tensor, rows: Tensor, cols: Tensor, vector: Tensor, process_group: Any, rounds: int, target: float
+    mat: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], process_group: Any, target: float
 ) -> Steps[None]:
-    """Multiply ``rows`` so that diag(rows) mat diag(cols) has norm ``target``; ``vector`` is the iterate, in place.
+    """Multiply ``rows`` so that diag(rows) mat diag(cols) has norm ``target``; the state's vector is the iterate.
 
-    ``process_group``: whose shards of rows make up the matrix; None when it is whole.
+    ``process_group``: whose shards of rows make up the matrix; None when it is whole. A matrix of a stack is cold
+    while its vector is zero. ``power_warm``, on the CPU, says that none is: then nothing is read from the device.
+    A trace cannot look: it takes the first step for the one that warms up, whatever its gradient.
     """
+    tracing = torch.compiler.is_compiling()
+    cold = "power_warm" not in state or (not tracing and not state["power_warm"])
+    vector = local(state["power_vector"])
+    known = vector.any(dim=-1, keepdim=True)
     update = scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
-    norm = vector.new_zeros(())
-    new = vector
-    for _ in range(rounds):
+    new = torch.where(known, vector, _first_vector(vector))
+    norm = usable = vector.new_zeros(())
+    for done in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
+        # no matrix is cold and has a gradient that would warm it up
+        if done == 1 and not tracing and not (usable & ~known).any():
+            break
         unit = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30)
         image = (update @ unit.unsqueeze(-1)).squeeze(-1)
         new = (image.unsqueeze(-2) @ update).squeeze(-2)
@@ -316,9 +321,17 @@ def _pin_one(
         if process_group is not None:
             yield [Reduction(square, process_group), Reduction(new, process_group)]
         norm = square.sqrt()
-    finite = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
-    vector.copy_(torch.where(finite, new, vector))
+        usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
+    vector.copy_(torch.where(usable, new, vector))
+    if cold:
+        state["power_warm"] = (known | usable).all().cpu()
     rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
+
+
+def _first_vector(like: Tensor) -> Tensor:
+    """Start of the power iteration: the same for every matrix, no direction favoured by sign patterns."""
+    index = torch.arange(like.shape[-1], device=like.device)
+    return (hash32(index, 0).to(like.dtype) / 2**31).expand_as(like)
 
 
 def _apply(

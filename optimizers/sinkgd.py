@@ -64,8 +64,9 @@ class SinkGD(LeanOptimizer):
         row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
         base_width: shrink the step of a matrix by base_width / n, to carry lr from one width to another.
         spectral: hold the operator norm of the update near a target, by one warm-started power iteration per step
-            (20 at the first; an estimate from below, exact as gradients settle): "unit" at 1, "muon" at
-            sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State: n values.
+            (20 at a matrix's first finite gradient that is not zero; an estimate from below, exact as gradients
+            settle): "unit" at 1, "muon" at sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State:
+            n values. Until all matrices of a tensor have had such a gradient, a step waits for the device.
         betas, eps: of the AdamW groups.
         fused: of the AdamW groups; None: where torch has a fused kernel.
         foreach: None or True: lists at once; False: the definition, a tensor at a time.
@@ -81,11 +82,11 @@ class SinkGD(LeanOptimizer):
         NonFiniteGradientError: see ``nonfinite``.
 
     Notes:
-        State: none for matrices (``momentum_buffer``, ``power_vector``, ``step``, ``kahan_compensation`` or
-        ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory of a step: on a CPU one
-        fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all column sums per
-        iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is gathered. Columns
-        sharded: row sums instead, and one more for the rows' largest entries.
+        State: none for matrices (``momentum_buffer``, ``power_vector`` and ``power_warm``, ``step``,
+        ``kahan_compensation`` or ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory
+        of a step: on a CPU one fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all
+        column sums per iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is
+        gathered. Columns sharded: row sums instead, and one more for the rows' largest entries.
         ``torch.compile`` of the step makes one graph.
         Differs from the paper only in form: row and column scales instead of rewriting X.
 
@@ -201,6 +202,9 @@ class SinkGD(LeanOptimizer):
         """All but the moments of AdamW, where torch's own step runs on them and wants the parameter's dtype."""
         plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
         return not (plain and key in ("exp_avg", "exp_avg_sq"))
+
+    def _stays_on_cpu(self, key: str) -> bool:
+        return key == "power_warm"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""

@@ -172,9 +172,8 @@ CASES = (
         name="SinkGD-spectral",
         cls=SinkGD,
         kwargs={"spectral": "muon", "row_mask_tau": 0.1},
-        state={"power_vector": torch.float32, "power_steps": torch.float32},
+        state={"power_vector": torch.float32, "power_warm": torch.bool},
         exact_foreach=False,
-        replayable=False,
         extra_fp32=4,
     ),
     OptimizerCase(

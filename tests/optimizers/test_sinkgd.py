@@ -1,11 +1,13 @@
 """SinkGD against its formula, its invariances, its fallback and its routing."""
 
+import io
 import math
 import warnings
 
 import pytest
 import torch
 from optimizer_cases import fill_grads, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanstep.optimizers import SinkGD
 
@@ -25,6 +27,18 @@ def literal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
             if x[:, j].any():
                 x[:, j] = math.sqrt(m) * x[:, j] / x[:, j].norm()
     return x
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func.overloadpacket in (torch.ops.aten.mv, torch.ops.aten.mm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
 
 
 def matrix(*shape, seed=0, dtype=torch.float32):
@@ -150,6 +164,62 @@ def test_spectral_pins_the_operator_norm(spectral):
     norm = torch.linalg.matrix_norm(before - param.detach(), ord=2)
     target = 1.0 if spectral == "unit" else math.sqrt(24 / 10)
     assert 1.0 <= norm / target + 1e-5 < 1.05  # a power iteration finds the norm from below
+
+
+@pytest.mark.parametrize("first", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_spectral_warms_up_at_the_first_usable_gradient(first, stacked):
+    """The second step is the same whether the first gradient was useless or there was none."""
+    shape = (3, 24, 10) if stacked else (24, 10)
+    moved = []
+    for useless in (True, False):
+        param = matrix(*shape)
+        optimizer = SinkGD([param], lr=1.0, scale=1.0, spectral="unit")
+        if useless:
+            param.grad = torch.full(shape, first)
+            optimizer.step()
+            assert not optimizer.state[param]["power_warm"]
+            buffer = io.BytesIO()
+            torch.save(optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            optimizer.load_state_dict(torch.load(buffer))
+        before = param.detach().clone()
+        fill_grads([param], 0)
+        optimizer.step()
+        assert optimizer.state[param]["power_warm"]
+        moved.append(before - param.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-6)
+    norms = torch.linalg.matrix_norm(moved[0], ord=2)
+    assert norms.min() > 0.999 and norms.max() < 1.02
+
+
+def test_every_expert_of_a_stack_warms_up_at_its_own_first_gradient():
+    """An expert that saw no token at first is pinned at its first gradient as the others were."""
+    param = matrix(3, 24, 10)
+    optimizer = SinkGD([param], lr=1.0, scale=1.0, spectral="unit")
+    for step, idle in enumerate(([1, 2], [2], [], [])):
+        fill_grads([param], 0)
+        param.grad[idle] = 0
+        before = param.detach().clone()
+        optimizer.step()
+        norms = torch.linalg.matrix_norm(before - param.detach(), ord=2)
+        assert optimizer.state[param]["power_warm"] == (step >= 2)
+        busy = [i for i in range(3) if i not in idle]
+        assert norms[busy].min() > 0.999 and norms.max() < 1.02
+        assert not norms[idle].any()
+
+
+def test_a_warm_power_iteration_is_two_products():
+    """One with the update and one with its transpose; twenty times as many at the first step."""
+    param = matrix(24, 10)
+    optimizer = SinkGD([param], spectral="unit")
+    products = []
+    for step in range(2):
+        fill_grads([param], step)
+        with CountProducts() as count:
+            optimizer.step()
+        products.append(count.products)
+    assert products == [40, 2]
 
 
 def test_base_width_shrinks_the_step():
