@@ -13,12 +13,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from leanstep.recipes.config import RunConfig
 
 __all__ = [
     "CheckpointError",
@@ -26,7 +24,6 @@ __all__ = [
     "checkpoint_name",
     "clean_leftovers",
     "commit",
-    "config_differences",
     "discard",
     "find_checkpoints",
     "free_bytes",
@@ -44,18 +41,6 @@ MARKER = "COMPLETE"
 _STAGING = ".writing-"
 _REPLACED = ".replaced-"
 _CHECKSUM_LIMIT = 256 * 1024**2
-
-# what may differ between a checkpoint and the run that continues it. The first set changes no computed number but
-# which are computed, shown or kept; the second keeps the maths and changes the order of additions.
-_FREE = {"name", "description", "source_file", "expect", "out", "eval", "checkpoint", "log", "stop", "device"}
-_ROUNDING = {
-    "batch.micro_batch_size",
-    "activation_checkpointing",
-    "compile",
-    "release_gradients",
-    "distributed.strategy",
-}
-_DATA_PLACE = {"data.cache_dir"}
 
 
 class CheckpointError(ValueError):
@@ -226,37 +211,6 @@ def read_state(path: Path) -> TrainState:
         return TrainState(**{key: value for key, value in content.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / 'trainer' / 'state.json'} cannot be read: {error}") from None
-
-
-def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[str], list[str]]:
-    """Compare the recipe in a checkpoint with the one that is to continue it.
-
-    Returns:
-        ``(forbidden, rounding)``, lines of the form ``optimizer.lr: 0.001 in the checkpoint, 0.002 now``. Keys that say
-        what is measured, shown or kept (``eval``, ``checkpoint``, ``log``, ``stop``, ``expect``, ``out``, names) may
-        differ and are in neither. ``rounding`` holds keys that leave the maths as it is but not its rounding. ``steps``
-        may differ when the rate does not depend on it: schedule ``constant`` with ``warmup_steps`` given.
-    """
-    before, now = dict(_flat(saved)), dict(_flat(dataclasses.asdict(config)))
-    free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None
-    forbidden, rounding = [], []
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key.split(".")[0] in _FREE or key in _DATA_PLACE:
-            continue
-        if key == "steps" and free_steps:
-            continue
-        line = f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        (rounding if key in _ROUNDING else forbidden).append(line)
-    return forbidden, rounding
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; lists and empty dicts are values. Passed through JSON, so that tuples equal lists."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
 
 
 def free_bytes(path: Path) -> int:

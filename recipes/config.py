@@ -68,7 +68,11 @@ class _Ranged:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectConfig(_Ranged):
-    """The result this recipe is known to give; compared and printed at the end, never fatal."""
+    """The result this recipe is known to give; compared and printed at the end, never fatal.
+
+    It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
+    expects nothing (see :func:`leanstep.recipes.loader.load`).
+    """
 
     val_loss: float | None = _bounded(None, above=0)
     tolerance: float = _bounded(0.1, at_least=0)

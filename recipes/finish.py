@@ -106,8 +106,11 @@ def compare(val_loss: float, expect: ExpectConfig) -> str:
     """One line: the validation loss, and whether it is what the recipe says it should be. Never fatal."""
     line = f"validation loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700.0)):.2f}"
     if expect.val_loss is None:
-        return line
+        return line + (f" (not compared: {expect.source})" if expect.source else "")
     difference = val_loss - expect.val_loss
     source = f" ({expect.source})" if expect.source else ""
-    verdict = "as expected" if abs(difference) <= expect.tolerance else "NOT as expected"
-    return f"{line}: {verdict}, {expect.val_loss:.4f} +- {expect.tolerance:g}{source}, difference {difference:+.4f}"
+    where = "within" if abs(difference) <= expect.tolerance else "NOT within"
+    return (
+        f"{line}: {where} the expected {expect.val_loss:.4f} +- {expect.tolerance:g}{source}, "
+        f"difference {difference:+.4f}"
+    )

@@ -6,7 +6,7 @@ typed merge stops at the first error and knows no lines.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from leanstep.recipes.catalog import ALIASES, recipe_names, recipe_path
-from leanstep.recipes.config import RunConfig, joint_problems, range_problem
+from leanstep.recipes.config import ExpectConfig, RunConfig, joint_problems, range_problem
+from leanstep.recipes.differences import expectation_breakers
 from leanstep.recipes.rules import group_problems, model_problems, optimizer_problems, text_problem, unknown_key
-from leanstep.recipes.signatures import Accepts
+from leanstep.recipes.signatures import MODEL_CONFIGS, OPTIMIZERS, Accepts
 
 __all__ = ["ConfigError", "dump", "load"]
 
@@ -39,6 +40,8 @@ def load(
 
     An override sets the value at its path, whole: ``optimizer.args={}`` empties it. Values are read as YAML. The name
     of a shipped recipe means that recipe, also where a file has the same name: write ``./NAME`` for the file.
+    The result that a recipe expects is its own: when overrides change what decides it, ``expect.val_loss`` becomes None
+    and ``expect.source`` says why, unless an override gives another expectation.
     ``world_size`` is the number of processes that share a step; by default the launcher's ``WORLD_SIZE``, or 1.
 
     Raises ConfigError with every problem found, in the order of the file; ImportError names the missing extra.
@@ -49,7 +52,8 @@ def load(
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = reader.build(world_size)
-    return replace(config, source_file=str(path))
+    expect = reader.expectation(config)
+    return replace(config, expect=expect, source_file=str(path))
 
 
 def dump(config: RunConfig) -> str:
@@ -100,6 +104,7 @@ class _Reader:
         for line, message in document.problems:
             self._add_line(line, message)
         self.value = document.value if document.value is not None else {}
+        self.written = deepcopy(self.value)
         if not isinstance(self.value, dict):
             self._add_line(1, f"not a recipe: {Accepts.of(dict).problem(self.value)}")
             raise ConfigError(self._report())
@@ -146,6 +151,21 @@ class _Reader:
             raise ConfigError(self._report())
         return config
 
+    def expectation(self, config: RunConfig) -> ExpectConfig:
+        """What is expected of ``config``, built here: what the file says of itself, if the overrides leave it so."""
+        expect = config.expect
+        if expect.val_loss is None or not self.overridden or any(path[0] == "expect" for path in self.overridden):
+            return expect
+        self.value, changed = self.written, self.value
+        self._resolve()
+        self.value, recipe = changed, _overlay(_defaults(self.stem), self.value)
+        breaking = expectation_breakers(recipe, config)
+        if not breaking:
+            return expect
+        names = ", ".join(breaking[:4]) + (f" and {len(breaking) - 4} more" if len(breaking) > 4 else "")
+        source = f"the recipe expects {expect.val_loss:g} without these changes: {names}"
+        return replace(expect, val_loss=None, source=source)
+
     def _resolve(self) -> None:
         """Replace every text with ``${...}`` by what it refers to, so that the checks see values."""
         from omegaconf import OmegaConf
@@ -191,17 +211,29 @@ class _Reader:
                 yield here, f"{full} {problem}"
 
     def _check_open_parts(self) -> None:
-        """The sections whose keys are another class's: they are checked when the name of that class is valid."""
+        """The sections whose keys are another class's.
+
+        Where the name of that class is wrong, they are checked against the one nearest to it, and where none is near,
+        what is wrong for all of them is told.
+        """
         optimizer, model = self._section("optimizer"), self._section("model")
-        name, family = optimizer.get("name", "adamw"), model.get("family", "llama")
-        found: list[tuple[Path_, str]] = []
-        if "optimizer.name" not in self.broken:
-            found += optimizer_problems(name, self._part(optimizer, "args", dict))
-            found += group_problems(name, self._part(optimizer, "groups", list))
-        if "model.family" not in self.broken:
-            found += model_problems(family, self._part(model, "config", dict))
+        args, groups = self._part(optimizer, "args", dict), self._part(optimizer, "groups", list)
+        sizes = self._part(model, "config", dict)
+        found = _wrong_for_all(
+            [*optimizer_problems(name, args), *group_problems(name, groups)]
+            for name in self._candidates("optimizer.name", optimizer.get("name", "adamw"), OPTIMIZERS)
+        ) + _wrong_for_all(
+            list(model_problems(family, sizes))
+            for family in self._candidates("model.family", model.get("family", "llama"), MODEL_CONFIGS)
+        )
         for path, message in found:
             self._add(path, message)
+
+    def _candidates(self, key: str, name: Any, table: Collection[str]) -> list[str]:
+        """The classes that ``name`` may mean: itself, else the nearest one, else all."""
+        if key not in self.broken:
+            return [name]
+        return get_close_matches(str(name).lower(), table, n=1) or list(table)
 
     def _section(self, name: str) -> dict[str, Any]:
         section = self.value.get(name)
@@ -246,6 +278,13 @@ class _Reader:
 
     def _report(self) -> list[str]:
         return [text for _, _, text in sorted(self.problems)]
+
+
+def _wrong_for_all(problems: Iterable[list[tuple[Path_, str]]]) -> list[tuple[Path_, str]]:
+    """The first list, without the problems at keys where another list has none."""
+    first, *others = problems
+    paths = [{path for path, _ in other} for other in others]
+    return [(path, message) for path, message in first if all(path in other for other in paths)]
 
 
 def _defaults(stem: str) -> dict[str, Any]:

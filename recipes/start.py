@@ -8,7 +8,6 @@ from leanstep.recipes.check import disk_need
 from leanstep.recipes.checkpoint import (
     CheckpointError,
     clean_leftovers,
-    config_differences,
     find_checkpoints,
     free_bytes,
     newest,
@@ -18,6 +17,7 @@ from leanstep.recipes.checkpoint import (
     verify,
 )
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.differences import config_differences
 from leanstep.recipes.failures import format_bytes
 from leanstep.recipes.folder import FolderError, RunFolder
 from leanstep.recipes.memory import MemoryEstimate
@@ -167,13 +167,13 @@ def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: l
     """Refuse to continue with another recipe; what changes rounding only is said."""
     forbidden, rounding = config_differences(saved, config)
     if forbidden:
+        keys = "1 key" if len(forbidden) == 1 else f"{len(forbidden)} keys"
         listed = "\n".join(f"  {line}" for line in forbidden)
+        weights = Path(where) / "hf"
+        also = f" (the weights alone can be taken over with model.init_from={weights})" if weights.is_dir() else ""
         raise CheckpointError(
-            f"{where} was made by another recipe, so this would not be the same run:\n{listed}\n"
-            f"Put these keys back to continue it, or write elsewhere with out=ANOTHER_FOLDER (the weights alone can be "
-            f"taken over with model.init_from={Path(where) / 'hf'})"
-            if "step-" in where
-            else f"{where} describes another run:\n{listed}\n{_ways_out()}"
+            f"{keys} of the recipe changed since {where} was written, so this would not be the same run:\n{listed}\n"
+            f"Put back what changed to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
         )
     if rounding:
         notes.append("differs from the checkpoint, same maths but not the same rounding: " + "; ".join(rounding))

@@ -41,6 +41,12 @@ def section(config, title, **options):
     return next(part for part in inspect(config, **options) if part.title == title)
 
 
+def output(config):
+    found = module.Section("Output")
+    module._output(config, found)
+    return found
+
+
 def problems(config, **options):
     return [f"{part.title}: {problem}" for part in inspect(config, **options) for problem in part.problems]
 
@@ -211,33 +217,33 @@ def test_memory_that_is_not_there(run, monkeypatch):
 def test_output_folders(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    assert problems(run()) == []
+    assert output(run()).problems == []
     (out / "notes.txt").write_text("mine")
-    (found,) = problems(run())
-    assert found.startswith("Output: ") and "is not empty and holds no run" in found
+    (found,) = output(run()).problems
+    assert "is not empty and holds no run" in found
     (out / "config.yaml").write_text("steps: 3")
-    assert problems(run()) == []
-    found = section(run(), "Output").lines[-1]
+    assert output(run()).problems == []
+    found = output(run()).lines[-1]
     assert "without a complete checkpoint: `train` begins it again at step 0" in found
     (out / "checkpoints" / "step-000004").mkdir(parents=True)
-    assert "without a complete checkpoint" in section(run(), "Output").lines[-1]
+    assert "without a complete checkpoint" in output(run()).lines[-1]
     (out / "checkpoints" / "step-000004" / "COMPLETE").touch()
     (out / "status.json").write_text('{"status": "running", "step": 6}')
-    found = section(run(), "Output").lines[-1]
+    found = output(run()).lines[-1]
     assert "a run at step 6 (crashed: " in found and found.endswith("newest complete checkpoint, step-000004")
     folder = RunFolder(out)
     folder.claim()
-    (found,) = problems(run())
-    assert found.startswith("Output: another process is training in ")
+    (found,) = output(run()).problems
+    assert found.startswith("another process is training in ")
     folder.release()
     (out / "status.json").write_text('{"status": "done", "step": 6}')
-    assert "a run that is done (step 6)" in section(run(), "Output").lines[-1]
-    (found,) = problems(run("checkpoint.resume=never"))
+    assert "a run that is done (step 6)" in output(run()).lines[-1]
+    (found,) = output(run("checkpoint.resume=never")).problems
     assert "already holds a run" in found
     shutil.rmtree(out)
     out.write_text("a file")
-    (found,) = problems(run())
-    assert found.startswith("Output: ") and "is a file" in found
+    (found,) = output(run()).problems
+    assert "is a file" in found
 
 
 def test_what_a_failed_start_leaves_is_no_foreign_folder(run, tmp_path):
@@ -246,7 +252,7 @@ def test_what_a_failed_start_leaves_is_no_foreign_folder(run, tmp_path):
     for name in (".lock", "train.log", "status.json"):
         (out / name).write_text("")
     assert problems(run()) == []
-    assert "a new one begins" in section(run(), "Output").lines[-1]
+    assert "a new one begins" in output(run()).lines[-1]
 
 
 def test_a_small_text_gives_the_vocabulary_that_it_gives(run):

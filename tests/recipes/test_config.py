@@ -81,6 +81,20 @@ def test_references_are_resolved(recipe, monkeypatch):
     assert load(recipe(BASE + "eval: {every: '${steps}'}\n")).eval.every == 10
 
 
+def test_an_expectation_is_of_the_recipe_as_it_is_written(recipe):
+    path = recipe(BASE + "expect: {val_loss: 4.5, source: measured}\nout: runs/${name}\n")
+    for harmless in ("seed=7", "log.every=3", "batch.micro_batch_size=1", "out=elsewhere", "steps=10", "eval.every=5"):
+        assert load(path, [harmless]).expect.val_loss == 4.5, harmless
+    for change in ("steps=11", "optimizer.lr=1", "data.val_tokens=1000", "eval.batches=3", "precision=bf16-pure"):
+        expect = load(path, [change]).expect
+        assert expect.val_loss is None
+        assert expect.source == f"the recipe expects 4.5 without these changes: {change.partition('=')[0]}"
+    assert load(path, ["steps=11", "expect.val_loss=4.8"]).expect.val_loss == 4.8
+    source = "{source: text, path: '???', seq_len: 64}"
+    open_path = recipe(BASE.replace("{source: sotu, seq_len: 64}", source) + "expect: {val_loss: 4.5}\n")
+    assert load(open_path, ["data.path=mine.txt"]).expect.val_loss == 4.5
+
+
 def test_dump_loads_back_to_an_equal_object(recipe, tmp_path):
     groups = "optimizer.groups=[{match: 'embed|norm', lr: 3e-5}]"
     config = load(recipe(), [groups, "stop.loss_above=1e3", "data.subset='1'", "description='1e-4'"])
@@ -166,6 +180,28 @@ def test_everything_at_once_with_lines(recipe):
         "override: unknown key 'optimizer.nam'; did you mean 'optimizer.name'?",
         "override: steps: expected a whole number, got 'x'",
     ]
+
+
+@pytest.mark.parametrize("family", ["llamma", "GPT", "5"])
+def test_what_follows_from_a_wrong_name_is_told_with_it(recipe, family):
+    found = problems_of(
+        recipe(),
+        [
+            f"model={{family: {family}, config: {{hiden_size: 64, n_layer: many, num_hidden_layers: 0}}}}",
+            "optimizer={name: lionn, lr: -1, args: {beta: 1, momentum_dtype: fp7}, groups: [{role: heads, lr: -1}]}",
+            "data.source=text",
+        ],
+    )
+    told = "\n".join(found)
+    assert "model.family: expected one of 'llama', 'gpt2'" in told
+    assert "unknown key 'model.config.hiden_size'" in told
+    assert ("model.config.num_hidden_layers must be at least 1, got 0" in told) == (family != "GPT")
+    assert ("model.config.n_layer: expected a whole number, got 'many'" in told) == (family == "GPT")
+    assert "optimizer.name: expected one of 'adamw', 'lion'" in told and "optimizer.lr must be at least 0" in told
+    assert "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'?" in told
+    assert "optimizer.args.momentum_dtype: expected one of" in told
+    assert "optimizer.groups.0.role: expected one of" in told and "optimizer.groups.0.lr must be at least 0" in told
+    assert "data.path is needed by data.source 'text'" in told
 
 
 WRONG = {

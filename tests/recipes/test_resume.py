@@ -143,11 +143,20 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(recipe, unfinished)
     before = numbers(unfinished)
     other = run(recipe, ["steps=12", "optimizer.lr=2e-3", "data.seq_len=16", "log.every=2"], unfinished)
     assert other.codes == [2]
-    assert "optimizer.lr: 0.001 in the checkpoint, 0.002 now" in other.text()
-    assert "data.seq_len: 32 in the checkpoint, 16 now" in other.text()
+    assert "error: 2 keys of the recipe changed since" in other.text()
+    assert "optimizer.lr: was 0.001, is 0.002 now" in other.text()
+    assert "data.seq_len: was 32, is 16 now" in other.text()
     assert "log.every" not in other.text(), "how often it logs is free to differ"
     assert "out=ANOTHER_FOLDER" in other.text()
     assert numbers(unfinished) == before and status(unfinished)["step"] == 9
+
+
+def test_more_steps_alone_are_told_as_such(recipe, unfinished):
+    refused = run(recipe, ["steps=24"], unfinished)
+    assert refused.codes == [2]
+    assert "error: 1 key of the recipe changed since" in refused.text() and "step-000009" in refused.text()
+    assert "steps: was 12, is 24 now" in refused.text() and "another recipe" not in refused.text()
+    assert f"model.init_from={unfinished}/checkpoints/step-000009/hf" in refused.text()
 
 
 def test_what_only_rounds_differently_may_change(recipe, unfinished, whole):
@@ -182,7 +191,8 @@ def test_more_steps_are_possible_when_the_rate_does_not_depend_on_them(recipe, t
     )
     assert losses == expected
     cosine = run(recipe, ["steps=12"], tmp_path / "run")
-    assert cosine.codes == [2] and "schedule.name" in cosine.text() and "steps: 9 in" in cosine.text()
+    assert cosine.codes == [2] and "schedule.name" in cosine.text()
+    assert "steps: was 9, is 12 now (schedule.name cosine plans the rate over all steps)" in cosine.text()
 
 
 def test_resume_never_names_the_two_ways_out(recipe, unfinished):

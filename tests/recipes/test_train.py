@@ -211,10 +211,24 @@ def test_the_sample_is_reproducible_and_logged(finished):
 
 
 def test_what_was_expected_is_compared_and_never_fatal(finished):
-    assert "NOT as expected, 1.0000 +- 0.1" in finished.text()
+    assert "NOT within the expected 1.0000 +- 0.1, difference +" in finished.text()
     assert compare(2.0, ExpectConfig()) == "validation loss 2.0000, perplexity 7.39"
     inside = compare(2.05, ExpectConfig(val_loss=2.0, tolerance=0.1, source="seed 0"))
-    assert "as expected" in inside and "NOT" not in inside and "seed 0" in inside and "+0.0500" in inside
+    assert inside.endswith("perplexity 7.77: within the expected 2.0000 +- 0.1 (seed 0), difference +0.0500")
+
+
+def test_a_changed_recipe_is_not_compared(recipe, tmp_path):
+    text = recipe.read_text().replace("steps: 24", "steps: 3\nexpect: {val_loss: 5.0, tolerance: 9.0, source: seed 0}")
+    own = tmp_path / "own.yaml"
+    own.write_text(text.replace("checkpoint: {every: 3}", "checkpoint: {every: 0}"))
+    same = run(own, ["seed=3", "log.every=2"], tmp_path / "same")
+    assert same.codes == [0] and "within the expected 5.0000 +- 9 (seed 0)" in same.text(), same.text()
+    shorter = run(own, ["steps=2", "optimizer.lr=2e-3"], tmp_path / "shorter")
+    assert shorter.codes == [0] and "within" not in shorter.text(), shorter.text()
+    assert "(not compared: the recipe expects 5 without these changes: optimizer.lr, steps)" in shorter.text()
+    assert "expected" not in (tmp_path / "shorter" / "report.html").read_text().split("Configuration")[0]
+    # the run's own recipe says so too, whoever loads it
+    assert "val_loss: null" in (tmp_path / "shorter" / "config.yaml").read_text()
 
 
 def test_the_report_was_written(finished):
