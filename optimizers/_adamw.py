@@ -28,10 +28,20 @@ def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], roun
 
 
 def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether torch's fused kernel runs: asked for, or possible and not refused."""
+    """Whether torch's fused kernel runs: asked for, or possible and not refused.
+
+    Raises:
+        RuntimeError: asked for where there is none.
+    """
+    supported = _get_fused_kernels_supported_devices()
+    possible = param.is_floating_point() and param.device.type in supported
+    if group["fused"] and not possible:
+        raise RuntimeError(
+            f"`fused=True` requires all the params to be floating point Tensors of supported devices: {supported}, got "
+            f"one of {param.dtype} on {param.device}; build SinkGD with fused=None, which uses the kernel where it is"
+        )
     if group["fused"] is not None:
         return group["fused"]
-    possible = param.is_floating_point() and param.device.type in _get_fused_kernels_supported_devices()
     return possible and not torch.compiler.is_compiling() and group["foreach"] is None
 
 

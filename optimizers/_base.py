@@ -230,6 +230,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         return sum(
             value.numel() * value.element_size()
             for state in self.state.values()
+            if isinstance(state, dict)  # hooks may leave values of their own beside the parameters' states
             for value in state.values()
             if isinstance(value, Tensor)
         )

@@ -209,8 +209,8 @@ class SinkGD(LeanOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""
         super().__setstate__(state)
-        for kept in self.state.values():
-            if "step" in kept and not torch.is_tensor(kept["step"]):
+        for kept in self.state.values():  # where hooks may leave values of their own
+            if isinstance(kept, dict) and "step" in kept and not torch.is_tensor(kept["step"]):
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
