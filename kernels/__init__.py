@@ -4,6 +4,7 @@ from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
+from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.scaled_step import scaled_step
 from leanstep.kernels.sinkhorn import Scales, sinkhorn
 from leanstep.kernels.sparse_window import (
@@ -17,6 +18,7 @@ from leanstep.kernels.sparse_window import (
 )
 
 __all__ = [
+    "COEFFICIENTS",
     "BackendError",
     "Coefficients",
     "Scales",
@@ -26,6 +28,8 @@ __all__ = [
     "linear_combination",
     "lion_agreement",
     "lion_step",
+    "newton_schulz",
+    "nuclear_norm",
     "row_dots",
     "scaled_step",
     "scatter",

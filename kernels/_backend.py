@@ -1,9 +1,10 @@
 """Which implementation of an op runs, and why.
 
-Every op has one name and up to three implementations:
+Every op has one name and up to four implementations:
 
 * ``reference``: plain torch, the definition; runs everywhere, in every dtype.
-* ``compiled``: the reference through ``torch.compile``; the fast path on a CPU with a C++ compiler.
+* ``cpp``: a small C++ file, compiled on first use; the fast path on a CPU, one call for all tensors of a list.
+* ``compiled``: the reference through ``torch.compile``; the fast path on a CPU for what the C++ files do not cover.
 * ``triton``: one launch for all tensors of a list; the fast path on a GPU.
 
 ``auto`` picks by device with the rules of :func:`choose`. A backend asked for by name with :func:`use_backend` that
@@ -16,13 +17,15 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "compiled", "triton")
+from leanstep.kernels.cpp_impl._build import TYPES, cpp_compiler, why_not_cpp
+
+BACKENDS = ("reference", "cpp", "compiled", "triton")
+_TORCH = ("reference", "compiled", "triton")
 
 # op name -> the backends that have an implementation of it
 OPS: dict[str, tuple[str, ...]] = {
@@ -30,10 +33,13 @@ OPS: dict[str, tuple[str, ...]] = {
     "lion_agreement": BACKENDS,
     "sinkhorn": BACKENDS,
     "scaled_step": BACKENDS,
-    "row_dots": ("reference",),
-    "linear_combination": ("reference",),
-    "sparse_row_dots": ("reference",),
-    "sparse_linear_combination": ("reference",),
+    "nonfinite_flags": ("reference", "cpp"),
+    "newton_schulz": _TORCH,
+    "nuclear_norm": _TORCH,
+    "row_dots": _TORCH,
+    "linear_combination": _TORCH,
+    "sparse_row_dots": _TORCH,
+    "sparse_linear_combination": _TORCH,
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
@@ -55,7 +61,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on the backend ``name``.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"cpp"``, ``"compiled"`` or ``"triton"``.
 
     Raises:
         ValueError: for any other name.
@@ -80,12 +86,6 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that ``torch.compile`` would use on a CPU, or None."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
 def _why_not_triton(device: torch.device) -> str | None:
     if not has_triton():
         return "the triton package is not installed"
@@ -106,46 +106,58 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
+def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if device.type != "cpu":
+        return f"C++ kernels run on the CPU, not on {device.type!r}"
+    foreign = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
+    if foreign:
+        return f"the C++ kernels take fp32 and bf16, not {', '.join(foreign)}"
+    return why_not_cpp()
+
+
 # on a CPU these are calls of the BLAS on reused scratch memory: nothing for torch.compile to improve, none needed
-_BLAS = ("sinkhorn",)
+_BLAS = ("sinkhorn", "newton_schulz", "nuclear_norm")
 
 
-def why_not(op: str, backend: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device``; None when it can."""
+def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device`` with tensors of ``dtypes``; None when it can."""
     if backend not in OPS[op]:
         return f"{op} has no {backend} implementation"
     if backend == "triton":
+        if torch.float64 in dtypes:
+            return "the Triton kernels compute in fp32, which float64 parameters would lose by"
         return _why_not_triton(device)
+    if backend == "cpp":
+        return _why_not_cpp(device, dtypes)
     if backend == "compiled" and not (op in _BLAS and device.type == "cpu"):
         return _why_not_compiled(device)
     return None
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
-    """Pick the backend of ``op`` for tensors of ``dtype`` on ``device``.
+def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
+    """Pick the backend of ``op`` for tensors of ``dtypes`` (the parameters' first) on ``device``.
 
     Raises:
         BackendError: when a backend was asked for with :func:`use_backend` and cannot run here.
     """
     requested = _requested.get()
     if requested != "auto":
-        reason = why_not(op, requested, device)
-        if requested == "triton" and dtype is torch.float64:
-            reason = "the Triton kernels compute in fp32, which float64 parameters would lose by"
+        reason = why_not(op, requested, device, *dtypes)
         if reason is not None:
             raise BackendError(f"{op}: backend {requested!r} was asked for on {device}, but {reason}")
         return Choice(requested, "asked for with use_backend")
-    if dtype is torch.float64:
+    if dtypes[:1] == (torch.float64,):
         return Choice("reference", "float64 is for checking: the definition runs")
-    if device.type == "cpu":
-        reason = why_not(op, "compiled", device)
-        if reason is None:
-            return Choice("compiled", "BLAS products in reused memory" if op in _BLAS else "CPU with a C++ compiler")
-        return Choice("reference", reason)
-    reason = why_not(op, "triton", device)
-    if reason is None:
-        return Choice("triton", f"{device.type} device with Triton")
-    return Choice("reference", reason)
+    if device.type != "cpu":
+        reason = why_not(op, "triton", device)
+        return Choice("reference", reason) if reason else Choice("triton", f"{device.type} device with Triton")
+    not_cpp = why_not(op, "cpp", device, *dtypes)
+    if not_cpp is None:
+        return Choice("cpp", "CPU with a C++ compiler")
+    reason = why_not(op, "compiled", device)
+    if reason is not None:
+        return Choice("reference", not_cpp if "cpp" in OPS[op] else reason)
+    return Choice("compiled", "BLAS products in reused memory" if op in _BLAS else f"torch.compile; {not_cpp}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:

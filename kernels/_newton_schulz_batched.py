@@ -1,0 +1,291 @@
+"""Newton-Schulz on batches of matrices of one shape: in the standard form, and in the Gram form.
+
+The public functions of ``leanstep.kernels.newton_schulz`` check, choose and collect; what is multiplied, in which
+order and into which memory is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.reference import newton_schulz as reference
+from leanstep.kernels.reference.newton_schulz import Triple
+
+# The Gram form carries A = X X^T from step to step, whose rounding errors grow by the square of the slopes a of the
+# steps between. It starts again from X where the product of the slopes passes this: in bf16 its error is then that of
+# the standard form (benchmarks/newton_schulz.py), and without it, after five steps, all digits may be lost.
+GROWTH = {torch.bfloat16: 12.0, torch.float16: 30.0, torch.float32: 150.0, torch.float64: 1e4}
+
+# whose inverse is a finite fp32 number
+_SMALLEST_NORM = 1e-38
+
+# Elements of the matrices that are multiplied as one batch. On a CPU a batch saves only the calls, which weigh on small
+# matrices; with large ones it loses the cache, and batched products of transposed matrices are slower than single ones.
+_CHUNK = {"cpu": 1 << 16}
+_GPU_CHUNK = 1 << 27
+
+
+def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
+    """Lengths of the runs of steps between which the Gram form starts again from X."""
+    runs: list[int] = []
+    slope = float("inf")
+    for a, _, _ in triples:
+        if slope > GROWTH[dtype]:
+            runs.append(0)
+            slope = 1.0
+        runs[-1] += 1
+        slope *= a
+    return runs
+
+
+def operations(m: int, n: int, runs: Sequence[int]) -> int:
+    """Multiplications and additions of the products in these runs on one matrix, with all entries counted."""
+    small, large = sorted((m, n))
+    return sum(4 * small**2 * large + (8 * run - 6) * small**3 for run in runs)
+
+
+def plan(triples: Sequence[Triple], dtype: torch.dtype, method: str, m: int, n: int) -> list[int]:
+    """Lengths of the runs for matrices [m, n]; runs of one step are the standard form."""
+    forms = {"standard": [1] * len(triples), "gram": lengths_of_runs(triples, dtype)}
+    if method == "auto":
+        return min(forms.values(), key=lambda runs: operations(m, n, runs))
+    return forms[method]
+
+
+class Products(NamedTuple):
+    """Products with symmetric results, of batches: how a backend computes them into ``out``."""
+
+    gram: Callable[[Tensor, Tensor], Tensor]  # (x, out): x x^T
+    # (base, left, right, beta, alpha, out): beta base + alpha left right, of symmetric matrices that commute
+    add: Callable[[Tensor, Tensor, Tensor, float, float, Tensor], Tensor]
+
+
+def _gram(x: Tensor, out: Tensor) -> Tensor:
+    return multiply(x, x.mT, out)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Left right, of batches or of two matrices, into ``out``."""
+    return torch.mm(left, right, out=out) if out.dim() == 2 else torch.bmm(left, right, out=out)
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """Beta base + alpha left right, of batches or of single matrices, into ``out``."""
+    add = torch.addmm if out.dim() == 2 else torch.baddbmm
+    return add(base, left, right, beta=beta, alpha=alpha, out=out)
+
+
+# every entry is computed: no BLAS has a batched product that fills one triangle, and halving by blocks gains nothing
+# on matrices of a few hundred rows
+TORCH_PRODUCTS = Products(_gram, add_product)
+
+
+class Scratch:
+    """Named buffers, each as large as the largest that was asked for: fresh pages cost as much as a product."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size], Tensor] = {}
+        self._options = {"dtype": dtype, "device": device}
+
+    def take(self, name: str, shape: torch.Size) -> Tensor:
+        """The buffer of this name, in this shape."""
+        view = self._views.get((name, shape))
+        if view is None:
+            size = shape.numel()
+            if name not in self._buffers or self._buffers[name].numel() < size:
+                self._buffers[name] = torch.empty(size, **self._options)
+                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
+            view = self._views[name, shape] = self._buffers[name][:size].view(shape)
+        return view
+
+    def others(self, shape: torch.Size, taken: Tensor | None) -> list[Tensor]:
+        """Three buffers of this shape, none of which is ``taken``."""
+        return [t for name in ("0", "1", "2", "3") if (t := self.take(name, shape)) is not taken][:3]
+
+
+class Job(NamedTuple):
+    """A few matrices of one shape: where they are in the list of all, and their common size."""
+
+    members: list[int]
+    m: int
+    n: int
+
+    def shape(self) -> torch.Size:
+        """Of the batch; a single matrix stays one, which saves a CPU a few calls per product."""
+        return torch.Size((self.m, self.n) if len(self.members) == 1 else (len(self.members), self.m, self.n))
+
+
+def gram_shape(shape: torch.Size) -> torch.Size:
+    """Of the Gram matrices on the smaller side."""
+    small = min(shape[-2:])
+    return torch.Size((*shape[:-2], small, small))
+
+
+def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
+    """All matrices [m, n] with entries, by shape and in handy numbers."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, mat in enumerate(singles):
+        if mat.numel():
+            by_shape.setdefault((mat.shape[0], mat.shape[1]), []).append(i)
+    for (m, n), members in by_shape.items():
+        count = max(1, _CHUNK.get(singles[0].device.type, _GPU_CHUNK) // (m * n))
+        for start in range(0, len(members), count):
+            yield Job(members[start : start + count], m, n)
+
+
+def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """All matrices [m, n], those of stacks one by one."""
+    return [one for mat in matrices for one in (mat.reshape(-1, *mat.shape[-2:]).unbind() if mat.dim() > 2 else [mat])]
+
+
+def norms_of(singles: Sequence[Tensor]) -> list[float] | Tensor:
+    """Frobenius norms in double precision: numbers on a CPU, and a tensor on a device that is not to be waited for.
+
+    Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range.
+    """
+    if singles[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(list(singles), 2, dtype=torch.float64))
+    norms = []
+    for mat in singles:
+        wide = torch.float64 if mat.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(mat, dtype=wide).item()
+        if not 1e-15 < norm < 1e18:
+            norm = torch.linalg.vector_norm(mat, dtype=torch.float64).item()
+        norms.append(norm)
+    return norms
+
+
+def scaled(singles: Sequence[Tensor], norms: list[float] | Tensor, job: Job, eps: float, out: Tensor) -> Tensor:
+    """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
+    floor = max(eps, _SMALLEST_NORM)
+    if isinstance(norms, Tensor):
+        chosen = norms[job.members]
+        scales = torch.where(chosen < float("inf"), chosen.clamp(min=floor).reciprocal(), float("nan"))
+        stack = reference.widen(torch.stack([singles[i] for i in job.members]))
+        torch.mul(stack, scales.to(stack.dtype).view(-1, 1, 1), out=out.view(stack.shape))
+        return out
+    for i, part in zip(job.members, out.unbind() if out.dim() == 3 else [out], strict=True):
+        scale = 1.0 / max(norms[i], floor) if norms[i] < float("inf") else float("nan")
+        if singles[i].dtype == part.dtype:
+            torch.mul(singles[i], scale, out=part)
+        elif part.dtype == torch.float16 or singles[i].dtype == torch.float64:
+            torch.mul(reference.widen(singles[i]), scale, out=part)  # the entries may not fit before they are scaled
+        else:
+            part.copy_(singles[i]).mul_(scale)  # faster than at once
+    return out
+
+
+def iterate(
+    x: Tensor,
+    triples: Sequence[Triple],
+    runs: Sequence[int],
+    products: Products,
+    scratch: Scratch,
+    out: Tensor,
+    gram: Tensor | None = None,
+) -> Tensor:
+    """The steps on normalised matrices [B, m, n] or [m, n], into ``out``; ``x`` is not written.
+
+    ``gram``: their Gram matrices where they are known already; written over.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    shape = gram_shape(x.shape)
+    remaining = iter(triples)
+    for number, length in enumerate(runs):
+        last = number == len(runs) - 1
+        result = out if last else scratch.take(f"x{number % 2}", x.shape)
+        if gram is None or number:
+            gram = products.gram(x.mT if tall else x, scratch.take("gram", shape))
+        factor, slope = _run_of_steps(gram, [next(remaining) for _ in range(length)], tall, products, scratch)
+        left, right = (x, factor) if tall else (factor, x)
+        x = add_product(x, left, right, slope, 1.0, result) if length == 1 else multiply(left, right, result)
+    return x
+
+
+def _run_of_steps(
+    gram: Tensor, triples: Sequence[Triple], tall: bool, products: Products, scratch: Scratch
+) -> tuple[Tensor, float]:
+    """(Q, slope) such that these steps take X to slope X + Q X (X Q where tall); writes over ``gram``, their A.
+
+    With q = a I + b A + c A^2, a step takes A to q A q and Q to q Q. The parts with a are added apart wherever that
+    goes without a further product: on the diagonal of q, their rounding would be larger than b A.
+    """
+    total: Tensor | None = None
+    for number, (a, b, c) in enumerate(triples):
+        first, second, *_ = scratch.others(gram.shape, total)
+        q = products.add(gram, gram, gram, b, c, first)
+        if len(triples) == 1:
+            return q, a
+        if number < len(triples) - 1:
+            half = products.add(gram, gram, q, a, 1.0, second)
+            products.add(half, half, q, a, 1.0, gram)
+        if total is None:
+            total = q
+            total.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            # rounded factors do not quite commute: the later one belongs on the side away from X
+            left, right = (total, q) if tall else (q, total)
+            total = products.add(total, left, right, a, 1.0, second)
+    assert total is not None
+    return total, 0.0
+
+
+def _trace_of_polar(gram: Tensor, triples: Sequence[Triple], products: Products, scratch: Scratch) -> Tensor:
+    """tr(A Q) for Q X the iterate that the steps make of X, as [B]; writes over ``gram``, which is A = X X^T.
+
+    Y = A Q is carried along. The last step needs no product of its own: tr(q Y) = a tr Y + <A, b Y + c A Y>.
+    """
+    y = gram
+    for a, b, c in triples[:-1]:
+        first, second, third = scratch.others(gram.shape, y)
+        q = products.add(gram, gram, gram, b, c, first)
+        half = products.add(gram, gram, q, a, 1.0, second)
+        y = half if y is gram else products.add(y, q, y, a, 1.0, third)
+        products.add(half, half, q, a, 1.0, gram)
+    trace = y.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide_of(gram))
+    if not triples:
+        return trace
+    a, b, c = triples[-1]
+    first, second, _ = scratch.others(gram.shape, y)
+    return a * trace + _inner(gram, products.add(y, gram, y, b, c, first), second)
+
+
+def _inner(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """<X, Y> of every matrix, as [B]; ``out`` is written over."""
+    return torch.mul(x, y, out=out).view(-1, x.shape[-2] * x.shape[-1]).sum(1, dtype=wide_of(x))
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    """The dtype of sums: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def estimate(x: Tensor, triples: Sequence[Triple], job: Job, products: Products, scratch: Scratch) -> Tensor:
+    """<X, P(X)> of a batch of Frobenius norm 1; writes over ``x``."""
+    gram = products.gram(x.mT if job.m > job.n else x, scratch.take("gram", gram_shape(x.shape)))
+    # the Frobenius norm of A is the square of the 4-norm of the singular values. As a list: a norm along dimensions of
+    # a batch takes a CPU five times as long
+    grams = list(gram.unbind()) if gram.dim() == 3 else [gram]
+    squares = torch.stack(torch._foreach_norm(grams, 2, dtype=wide_of(x))).view(-1, 1, 1)
+    inverse = torch.where(squares == 0, 0.0, squares.reciprocal())
+    # in the dtype of what they multiply, since mixed products are slow; the estimate is divided by what was used
+    if gram.dim() == 2:
+        inverse = inverse[0]
+    if len(lengths_of_runs(triples, x.dtype)) <= 1:
+        scale = inverse.to(x.dtype)
+        trace = _trace_of_polar(gram.mul_(scale), triples, products, scratch)
+        used = scale.to(wide_of(x)).sqrt()
+    else:
+        gram.mul_(inverse.to(x.dtype))
+        scale = inverse.sqrt().to(x.dtype)
+        x.mul_(scale)
+        polar = scratch.take("polar", x.shape)
+        iterate(x, triples, plan(triples, x.dtype, "auto", job.m, job.n), products, scratch, polar, gram)
+        trace = _inner(x, polar, polar)
+        used = scale.to(wide_of(x))
+    return torch.where(used.flatten() == 0, 0.0, trace / used.flatten())
