@@ -39,9 +39,14 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[list[Tensor]], 
         plan.append([problem.settings, home, rows, shapes, problem.numels])
     vectors = [v for p in problems for v in p.vectors]
     rates = [torch.as_tensor(p.rate, dtype=torch.float64) for p in problems]
-    *flat, flags, went = torch.ops.leanstep.mfac_directions(vectors, tensors, rates, json.dumps(plan))
+    *flat, flags, went = torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan))
     found = iter(flat)
     return [[next(found) for _ in p.vectors] for p in problems], flags, went
+
+
+@torch.compiler.assume_constant_result
+def _encoded(plan: list[Any]) -> str:
+    return json.dumps(plan)
 
 
 def _problems(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:

@@ -96,6 +96,8 @@ class Part:
     def write(self, index: int, slots: set[int]) -> None:
         """Store the new row at ``index``, in the slots given."""
         chosen = [i for i, slot in enumerate(self.slots) if slot in slots]
+        if not chosen:
+            return
         torch._foreach_copy_(
             [self.windows[i][index] for i in chosen],
             [self.rows[i].view(self.windows[i].shape[1:]) for i in chosen],

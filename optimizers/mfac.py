@@ -271,7 +271,7 @@ class MFAC(LeanOptimizer):
         index = 0
         for number, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param in self.state or param.grad is not None:
+                if param.numel() and (param in self.state or param.grad is not None):
                     state = self._init_state(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
                     member = Member(group, position, index, param, param.grad, state, columns)

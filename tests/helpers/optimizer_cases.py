@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers import Lion, SinkGD
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
 
 # every kind of tensor: matrices that reach the compiled loops (with and without a tail), small ones, a stack of
 # matrices, a convolution, a vector, a scalar, one element, none
@@ -32,6 +32,15 @@ def _balanced_groups(params: list[Any]) -> list[dict[str, Any]]:
     return [g for g in groups if g["params"]]
 
 
+def _norm_groups(params: list[Any]) -> list[dict[str, Any]]:
+    """Two-dimensional parameters to LANTON's rule for embeddings, the rest to those for matrices and vectors."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    tables = [p for p, t in zip(params, tensors, strict=True) if t.dim() == 2]
+    rest = [p for p, t in zip(params, tensors, strict=True) if t.dim() != 2]
+    groups = [{"params": tables, "norm": "sign"}, {"params": rest, "norm": "auto"}]
+    return [g for g in groups if g["params"]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerCase:
     """One optimizer with one set of options, and what may be expected of it.
@@ -44,6 +53,9 @@ class OptimizerCase:
         elementwise: a non-finite gradient entry touches that entry alone; otherwise its whole tensor.
         replayable: a skipped step leaves no trace at all, not even in a counter that seeds random rounding.
         exact_foreach: ``foreach`` True and False agree bit for bit; otherwise to the order of sums.
+        coupled: the step of a tensor depends on the other tensors; otherwise they may be stepped apart.
+        skips_together: a non-finite gradient of one tensor stops the step of all; otherwise that tensor's alone.
+        graphs: how many torch.compile makes of six steps: with and without state, and more where steps differ in kind.
         large: the battery gives it matrices that reach the compiled loops, too (each costs a compilation).
         extra_fp32: extra memory of a step, in fp32 copies of the largest matrix, beyond small vectors.
     """
@@ -57,6 +69,9 @@ class OptimizerCase:
     elementwise: bool = False
     replayable: bool = True
     exact_foreach: bool = True
+    coupled: bool = False
+    graphs: int = 2
+    skips_together: bool = False
     large: bool = False
     extra_fp32: float = 0.0
 
@@ -72,7 +87,7 @@ class OptimizerCase:
     def build_from(self, groups: list[Any], **overrides: Any) -> Any:
         """The optimizer over groups as they are, without the note on automatic routing."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="SinkGD: .* taken as matrices")
+            warnings.filterwarnings("ignore", message="(SinkGD|LANTON): .* taken as (hidden )?matrices")
             return self.cls(groups, **{**self.kwargs, **overrides})
 
     def params(self, shapes: tuple[tuple[int, ...], ...] = SMALL_SHAPES, seed: int = 0) -> list[Tensor]:
@@ -102,6 +117,11 @@ def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) ->
 _BF16 = torch.bfloat16
 _LION = {"exp_avg": torch.float32}
 _LION_BF16 = {"exp_avg": _BF16}
+_LANTON = {"momentum_buffer": torch.float32, "previous_grad": torch.float32}
+_LANTON_BF16 = {"momentum_buffer": _BF16, "previous_grad": _BF16}
+_NOISE = {"noise": torch.float64, "noise_steps": torch.float32}
+_MFAC_HOME = {"gram": torch.float64, "counts": torch.int64, "figures": torch.float64}
+_MFAC = {"window": torch.float32, **_MFAC_HOME}
 
 CASES = (
     OptimizerCase(
@@ -221,5 +241,192 @@ CASES = (
         state={"master_param": torch.float32},
         exact_foreach=False,
         extra_fp32=1,
+    ),
+    OptimizerCase(
+        name="LANTON",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "weight_decay": 0.1, "ns_dtype": torch.float32},
+        state={**_LANTON, **_NOISE},
+        exact_foreach=False,
+        coupled=True,
+        large=True,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-base",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "weight_decay": 0.1, "noise_adaptive": False, "ns_dtype": torch.float32},
+        state={"momentum_buffer": torch.float32},
+        exact_foreach=False,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-embeddings",
+        cls=LANTON,
+        kwargs={
+            "lr": 5e-3,
+            "alpha": "auto",
+            "decay_rate": "layer",
+            "weight_decay": 0.1,
+            "bias_correction": True,
+            "ns_dtype": torch.float32,
+        },  # fmt: skip
+        groups=_norm_groups,
+        state={**_LANTON, **_NOISE},
+        exact_foreach=False,
+        coupled=True,
+        extra_fp32=3,
+    ),
+    OptimizerCase(
+        name="LANTON-muon",
+        cls=LANTON,
+        kwargs={
+            "lr": 5e-3,
+            "scaling": "muon",
+            "nesterov": True,
+            "noise_every": 2,
+            "grouping": "shape",
+            "ns_dtype": torch.float32,
+        },  # fmt: skip
+        state={**_LANTON, **_NOISE},
+        exact_foreach=False,
+        coupled=True,
+        replayable=False,
+        graphs=3,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-bf16",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "weight_decay": 0.1},
+        dtype=_BF16,
+        state={**_LANTON_BF16, **_NOISE},
+        exact_foreach=False,
+        coupled=True,
+        large=True,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-stochastic",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "rounding": "stochastic", "momentum_dtype": torch.float32},
+        dtype=_BF16,
+        state={"momentum_buffer": torch.float32, "previous_grad": _BF16, **_NOISE, "step": torch.float32},
+        exact_foreach=False,
+        coupled=True,
+        replayable=False,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-kahan",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "rounding": "kahan", "noise_dtype": torch.float32, "nuclear": "svd"},
+        dtype=_BF16,
+        state={"momentum_buffer": _BF16, "previous_grad": torch.float32, **_NOISE, "kahan_compensation": _BF16},
+        exact_foreach=False,
+        coupled=True,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-master",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "rounding": "master", "weight_decay": 0.1, "nuclear": "frobenius"},
+        dtype=_BF16,
+        state={**_LANTON_BF16, **_NOISE, "master_param": torch.float32},
+        exact_foreach=False,
+        coupled=True,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="MFAC",
+        cls=MFAC,
+        kwargs={"lr": 2e-2, "window": 4, "damping": 1.0, "weight_decay": 0.1},
+        state=_MFAC,
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        large=True,
+        extra_fp32=5,
+    ),
+    OptimizerCase(
+        name="MFAC-layers",
+        cls=MFAC,
+        kwargs={"lr": 2e-2, "window": 3, "damping": 1.0, "scope": "layer", "momentum": 0.9, "scaling": "count"},
+        state={**_MFAC, "momentum_buffer": torch.float32},
+        exact_foreach=False,
+        extra_fp32=6,
+    ),
+    OptimizerCase(
+        name="MFAC-blocks",
+        cls=MFAC,
+        kwargs={"lr": 2e-2, "window": 3, "damping": 1.0, "scope": 20, "storage": "fp16"},
+        state={**_MFAC, "window": torch.float16, "window_scale": torch.float32},
+        exact_foreach=False,
+        extra_fp32=14,
+    ),
+    OptimizerCase(
+        name="MFAC-topk",
+        cls=MFAC,
+        kwargs={"lr": 6e-2, "window": 4, "damping": 1.0, "compression": "topk", "density": 0.4},
+        state={"window_values": _BF16, "window_indices": torch.int16, "error": torch.float32, **_MFAC_HOME},
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        extra_fp32=14,
+    ),
+    OptimizerCase(
+        name="MFAC-lowrank",
+        cls=MFAC,
+        kwargs={"lr": 2e-2, "window": 4, "damping": 1.0, "compression": "lowrank", "rank": 2, "scope": "group"},
+        state={**dict.fromkeys(("window_left", "window_right", "error", "basis"), torch.float32), **_MFAC_HOME},
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        extra_fp32=14,
+    ),
+    OptimizerCase(
+        name="MFAC-bf16",
+        cls=MFAC,
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "momentum": 0.5, "momentum_on": "gradient"},
+        dtype=_BF16,
+        state=_MFAC,
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        extra_fp32=6,
+    ),
+    OptimizerCase(
+        name="MFAC-stochastic",
+        cls=MFAC,
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "rounding": "stochastic", "storage": "bf16"},
+        dtype=_BF16,
+        state={**_MFAC, "window": _BF16, "step": torch.float32},
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        replayable=False,
+        extra_fp32=6,
+    ),
+    OptimizerCase(
+        name="MFAC-kahan",
+        cls=MFAC,
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "rounding": "kahan", "window_every": 2},
+        dtype=_BF16,
+        state={**_MFAC, "kahan_compensation": _BF16},
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        extra_fp32=8,
+    ),
+    OptimizerCase(
+        name="MFAC-master",
+        cls=MFAC,
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "rounding": "master", "decay": "coupled", "weight_decay": 0.1},
+        dtype=_BF16,
+        state={**_MFAC, "master_param": torch.float32},
+        coupled=True,
+        skips_together=True,
+        exact_foreach=False,
+        extra_fp32=8,
     ),
 )
