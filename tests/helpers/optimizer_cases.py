@@ -270,7 +270,7 @@ CASES = (
             "weight_decay": 0.1,
             "bias_correction": True,
             "ns_dtype": torch.float32,
-        },  # fmt: skip
+        },
         groups=_norm_groups,
         state={**_LANTON, **_NOISE},
         exact_foreach=False,
@@ -287,7 +287,7 @@ CASES = (
             "noise_every": 2,
             "grouping": "shape",
             "ns_dtype": torch.float32,
-        },  # fmt: skip
+        },
         state={**_LANTON, **_NOISE},
         exact_foreach=False,
         coupled=True,
