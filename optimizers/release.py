@@ -67,11 +67,11 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
     stepped: set[Tensor] = set()
     handles: list[Any] = []
     first_index = 0
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             if not param.requires_grad:
                 continue
-            hook = _hook(optimizer, group, first_index, position, stepped)
+            hook = _hook(optimizer, number, first_index, position, stepped)
             handles.append(param.register_post_accumulate_grad_hook(hook))
         first_index += len(group["params"])
 
@@ -83,7 +83,7 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
 
 
 def _hook(
-    optimizer: Lion | SinkGD, group: dict[str, Any], first_index: int, position: int, stepped: set[Tensor]
+    optimizer: Lion | SinkGD, number: int, first_index: int, position: int, stepped: set[Tensor]
 ) -> Callable[[Tensor], None]:
     def step_one(param: Tensor) -> None:
         if param in stepped:
@@ -93,7 +93,8 @@ def _hook(
                 "do without release_gradients."
             )
         stepped.add(param)
-        optimizer._step_one(group, first_index, position)
+        # looked up at every step: loading a state replaces the groups
+        optimizer._step_one(optimizer.param_groups[number], first_index, position)
         param.grad = None
 
     return step_one

@@ -48,6 +48,37 @@ def test_equals_the_whole_step_bit_for_bit(build):
     assert all(torch.equal(v, before[k]) for k, v in released.state_dict().items())
 
 
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
+def test_a_state_loaded_after_the_release_is_the_one_that_steps(build):
+    """Loading replaces the optimizer's groups: rate, seed and count of the loaded ones apply from then on."""
+    source = model_of()
+    saved = build(source)
+    for group in saved.param_groups:
+        group["lr"] *= 0.5
+    dtype = next(source.parameters()).dtype
+    source(torch.randn(4, 24, dtype=dtype)).square().mean().backward()
+    saved.step()
+    plain, released = model_of(), model_of()
+    first, second = build(plain), build(released)
+    for model in (plain, released):
+        model.load_state_dict(source.state_dict())
+    handle = release_gradients(released, second)
+    for optimizer in (first, second):
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in (first, second)]
+    for scale in (1.0, 1.0, float("nan")):
+        inputs = torch.randn(4, 24, dtype=dtype)
+        for model, optimizer, scheduler in zip((plain, released), (first, second), schedulers, strict=True):
+            optimizer.zero_grad()
+            (model(inputs).square().mean() * scale).backward()
+            optimizer.step()
+            scheduler.step()
+    for a, b in zip(plain.parameters(), released.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert first.nonfinite_count() == second.nonfinite_count() == 6
+    handle.remove()
+
+
 def test_gradients_never_exist_together():
     """At every hook at most the one parameter whose gradient is complete still has it."""
     model = model_of()
