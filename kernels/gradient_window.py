@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leanstep.kernels import _window_cpu
 from leanstep.kernels._backend import choose
 from leanstep.kernels.reference import gradient_window as reference
 
@@ -53,7 +54,7 @@ def row_dots(
     _check(windows, vectors, scales, groups, "row_dots", "vectors")
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.row_dots(list(windows), list(vectors), scales, _listed(groups))
-    return _run_dots(windows, vectors, scales, groups)
+    return _run_dots(windows, vectors, 0, scales, groups)
 
 
 def gram_row(
@@ -74,9 +75,11 @@ def gram_row(
     Notes:
         Reads every window once.
     """
+    _check(windows, None, scales, groups, "gram_row", "")
     _check_index(windows, index, "gram_row")
-    dots = row_dots(windows, [w[index] for w in windows], scales=scales, groups=groups)
-    return dots if scales is None else dots * scales[..., index : index + 1]
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.gram_row(list(windows), index, scales, _listed(groups))
+    return _run_dots(windows, None, index, scales, groups)
 
 
 def linear_combination(
@@ -202,14 +205,29 @@ def total_by_group(dots: Sequence[Tensor], groups: Sequence[int] | None) -> Tens
 
 @torch.no_grad()
 def _run_dots(
-    windows: Sequence[Tensor], vectors: Sequence[Tensor], scales: Tensor | None, groups: Sequence[int] | None
+    windows: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    index: int,
+    scales: Tensor | None,
+    groups: Sequence[int] | None,
 ) -> Tensor:
+    """Dots with the vectors, or with the windows' own row ``index`` where there are none."""
     flat_windows = [flat(w) for w in windows]
-    flat_vectors = [v.detach().reshape(-1) for v in vectors]
-    choose("row_dots", windows[0].device, windows[0].dtype)
-    parts = [reference.row_dots(w, v) for w, v in zip(flat_windows, flat_vectors, strict=True)]
-    dots = total_by_group(parts, groups)
-    return dots if scales is None else dots * scales
+    backend = choose("row_dots", windows[0].device, windows[0].dtype).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import gradient_window as triton_window
+
+        flat_vectors = None if vectors is None else [v.detach().reshape(-1) for v in vectors]
+        owners = [0] * len(windows) if groups is None else groups
+        dots = triton_window.row_dots(flat_windows, flat_vectors, index, owners, max(owners) + 1)
+        dots = dots[0] if groups is None else dots
+    else:
+        one = _window_cpu.row_dots if backend == "compiled" else reference.row_dots
+        others = [w[index] for w in flat_windows] if vectors is None else [v.detach().reshape(-1) for v in vectors]
+        dots = total_by_group([one(w, v) for w, v in zip(flat_windows, others, strict=True)], groups)
+    if scales is None:
+        return dots
+    return dots * scales if vectors is not None else dots * scales * scales[..., index : index + 1]
 
 
 @torch.no_grad()
@@ -221,9 +239,17 @@ def _run_combination(
     out: Sequence[Tensor],
 ) -> None:
     stored = scaled_coefficients(coefficients, scales)
-    choose("linear_combination", windows[0].device, windows[0].dtype)
-    for b, (window, result) in enumerate(zip(windows, out, strict=True)):
-        reference.linear_combination(flat(window), stored[0 if groups is None else groups[b]], result.view(-1))
+    flat_windows, flat_out = [flat(w) for w in windows], [o.view(-1) for o in out]
+    owners = [0] * len(windows) if groups is None else groups
+    backend = choose("linear_combination", windows[0].device, windows[0].dtype).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import gradient_window as triton_window
+
+        triton_window.linear_combination(flat_windows, stored.to(torch.float32), owners, flat_out)
+        return
+    one = _window_cpu.linear_combination if backend == "compiled" else reference.linear_combination
+    for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
+        one(window, stored[group], result)
 
 
 def _listed(groups: Sequence[int] | None) -> list[int] | None:
@@ -241,6 +267,8 @@ def _check(
     if not windows:
         raise ValueError(f"{name}: expected at least one window, got an empty list")
     m = windows[0].shape[0]
+    if m == 0:
+        raise ValueError(f"{name}: expected windows of at least one row, got shape {tuple(windows[0].shape)}")
     for b, window in enumerate(windows):
         if window.shape[0] != m or window.dtype != windows[0].dtype:
             raise ValueError(
@@ -291,7 +319,11 @@ def _check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: tor
 
 
 def _dots_op(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    return _run_dots(windows, vectors, scales, groups)
+    return _run_dots(windows, vectors, 0, scales, groups)
+
+
+def _gram_op(windows: list[Tensor], index: int, scales: Tensor | None, groups: list[int] | None) -> Tensor:
+    return _run_dots(windows, None, index, scales, groups)
 
 
 def _combination_op(
@@ -305,11 +337,13 @@ def _combination_op(
 
 
 _row_dots_op = torch.library.custom_op("leanstep::row_dots", _dots_op, mutates_args=())
+_gram_row_op = torch.library.custom_op("leanstep::gram_row", _gram_op, mutates_args=())
 _linear_combination_op = torch.library.custom_op("leanstep::linear_combination", _combination_op, mutates_args=("out",))
 
 
 @_row_dots_op.register_fake
-def _(windows, vectors, scales, groups):
+@_gram_row_op.register_fake
+def _(windows, other, scales, groups):
     m = windows[0].shape[0]
     shape = (m,) if groups is None else (max(groups) + 1, m)
     return windows[0].new_empty(shape, dtype=torch.float64)

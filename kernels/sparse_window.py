@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leanstep.kernels import _sparse_window_cpu
 from leanstep.kernels import gradient_window as dense
 from leanstep.kernels._backend import choose
 from leanstep.kernels.gradient_window import check_groups, scaled_coefficients, total_by_group
@@ -224,11 +225,16 @@ def _run_dots(
     layouts: Sequence[SparseLayout],
     groups: Sequence[int] | None,
 ) -> Tensor:
-    choose("sparse_row_dots", values[0].device, values[0].dtype)
-    parts = [
-        reference.row_dots(v.detach(), i, x.detach().reshape(-1), layout)
-        for v, i, x, layout in zip(values, indices, vectors, layouts, strict=True)
-    ]
+    backend = choose("sparse_row_dots", values[0].device, values[0].dtype).backend
+    flat_vectors = [v.detach().reshape(-1) for v in vectors]
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import sparse_window as triton_window
+
+        owners = [0] * len(values) if groups is None else groups
+        dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+        return dots[0] if groups is None else dots
+    one = _sparse_window_cpu.row_dots if backend == "compiled" else reference.row_dots
+    parts = [one(v.detach(), *rest) for v, *rest in zip(values, indices, flat_vectors, layouts, strict=True)]
     return total_by_group(parts, groups)
 
 
@@ -241,11 +247,17 @@ def _run_combination(
     groups: Sequence[int] | None,
     out: Sequence[Tensor],
 ) -> None:
-    choose("sparse_linear_combination", values[0].device, values[0].dtype)
-    stored = scaled_coefficients(coefficients, None)
-    for b, (v, i, layout, result) in enumerate(zip(values, indices, layouts, out, strict=True)):
-        c = stored[0 if groups is None else groups[b]]
-        reference.linear_combination(v.detach(), i, c, layout, result.view(-1))
+    backend = choose("sparse_linear_combination", values[0].device, values[0].dtype).backend
+    stored, flat_out = scaled_coefficients(coefficients, None), [o.view(-1) for o in out]
+    owners = [0] * len(values) if groups is None else groups
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import sparse_window as triton_window
+
+        triton_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+        return
+    one = _sparse_window_cpu.linear_combination if backend == "compiled" else reference.linear_combination
+    for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
+        one(v.detach(), i, stored[group], layout, result)
 
 
 def _listed(groups: Sequence[int] | None) -> list[int] | None:
@@ -275,6 +287,8 @@ def _check(
             f"{len(values)}"
         )
     m, dtype = values[0].shape[0], values[0].dtype
+    if m == 0:
+        raise ValueError(f"{name}: expected windows of at least one row, got shape {tuple(values[0].shape)}")
     for b, (v, i, layout) in enumerate(zip(values, indices, layouts, strict=True)):
         if v.shape != (m, layout.k) or v.dtype != dtype:
             raise ValueError(
