@@ -117,6 +117,8 @@ def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
 
 # on a CPU these are calls of the BLAS on reused scratch memory: nothing for torch.compile to improve, none needed
 _BLAS = ("sinkhorn", "newton_schulz", "nuclear_norm")
+# loops laid out for a CPU's caches and threads
+_CPU_LOOPS = ("row_dots", "linear_combination", "sparse_row_dots", "sparse_linear_combination")
 
 
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
@@ -129,6 +131,8 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
         return _why_not_triton(device)
     if backend == "cpp":
         return _why_not_cpp(device, dtypes)
+    if backend == "compiled" and op in _CPU_LOOPS and device.type != "cpu":
+        return "its compiled loops are written for a CPU"
     if backend == "compiled" and not (op in _BLAS and device.type == "cpu"):
         return _why_not_compiled(device)
     return None

@@ -108,12 +108,12 @@ def linear_combination(
         Reads every window once and writes ``out`` once. Sums run in fp32 over the rows.
     """
     _check(windows, None, scales, groups, "linear_combination", "")
-    _check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
+    check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
     if out is None:
         wide = reference.wide_dtype(windows[0].dtype)
         out = [torch.empty(w.shape[1:], dtype=wide, device=w.device) for w in windows]
     else:
-        _check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
+        check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
     if torch.compiler.is_compiling():
         torch.ops.leanstep.linear_combination(list(windows), coefficients, scales, _listed(groups), list(out))
     else:
@@ -301,13 +301,15 @@ def _check_index(windows: Sequence[Tensor], index: int, name: str) -> None:
         raise ValueError(f"{name}: index {index} is outside the window of {windows[0].shape[0]} rows")
 
 
-def _check_coefficients(coefficients: Tensor, m: int, groups: Sequence[int] | None, name: str) -> None:
+def check_coefficients(coefficients: Tensor, m: int, groups: Sequence[int] | None, name: str) -> None:
+    """Raise unless there is a coefficient for each of m rows (of each group)."""
     expected = (m,) if groups is None else (max(groups) + 1, m)
     if tuple(coefficients.shape) != expected:
         raise ValueError(f"{name}: expected coefficients of shape {expected}, got {tuple(coefficients.shape)}")
 
 
-def _check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torch.dtype, name: str) -> None:
+def check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torch.dtype, name: str) -> None:
+    """Raise unless ``out`` are contiguous tensors of these sizes in dtype ``wide``."""
     if len(out) != len(shapes):
         raise ValueError(f"{name}: expected one of out per window, got {len(out)} for {len(shapes)}")
     for b, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):

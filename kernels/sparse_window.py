@@ -18,7 +18,13 @@ from torch import Tensor
 from leanstep.kernels import _sparse_window_cpu
 from leanstep.kernels import gradient_window as dense
 from leanstep.kernels._backend import choose
-from leanstep.kernels.gradient_window import check_groups, scaled_coefficients, total_by_group
+from leanstep.kernels.gradient_window import (
+    check_coefficients,
+    check_groups,
+    check_out,
+    scaled_coefficients,
+    total_by_group,
+)
 from leanstep.kernels.reference import sparse_window as reference
 from leanstep.kernels.reference.gradient_window import wide_dtype
 from leanstep.kernels.reference.sparse_window import SparseLayout
@@ -200,12 +206,12 @@ def sparse_linear_combination(
         Dense layouts run as :func:`leanstep.kernels.linear_combination` of the values, and read no indices.
     """
     _check(values, indices, layouts, groups, "sparse_linear_combination")
-    dense._check_coefficients(coefficients, values[0].shape[0], groups, "sparse_linear_combination")
+    check_coefficients(coefficients, values[0].shape[0], groups, "sparse_linear_combination")
     wide = wide_dtype(values[0].dtype)
     if out is None:
         out = [torch.empty(layout.numel, dtype=wide, device=values[0].device) for layout in layouts]
     else:
-        dense._check_out(out, [(layout.numel,) for layout in layouts], wide, "sparse_linear_combination")
+        check_out(out, [(layout.numel,) for layout in layouts], wide, "sparse_linear_combination")
     if all(layout.is_dense for layout in layouts):
         return dense.linear_combination(values, coefficients, groups=groups, out=out)
     if torch.compiler.is_compiling():
