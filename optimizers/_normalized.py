@@ -11,10 +11,10 @@ from torch import Tensor
 
 from leanstep.kernels import Scales, scaled_step, sinkhorn, use_backend
 from leanstep.kernels._hyper import compute_dtype
+from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.reference.scaled_step import scaled_update
 from leanstep.kernels.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
-from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.optimizers._adamw import share_flags
 from leanstep.optimizers._base import count_nonfinite, local
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
@@ -60,11 +60,11 @@ def _step(
     rounding: str,
     hyper: Tensor,
 ) -> Steps[None]:
-    stored, transposed = shards, group["transposed"]
-    shards = [oriented(s, transposed) for s in stored]
+    stored, transposed, flatten = shards, group["transposed"], group["flatten"]
+    shards = [oriented(s, transposed, flatten) for s in stored]
     cuts = [cut(s) for s in shards]
     weights = [local(p) for p in params]
-    gradients = [as_matrices(local(g), transposed) for g in grads]
+    gradients = [as_matrices(local(g), transposed, flatten) for g in grads]
     if group["maximize"]:
         gradients = [-g for g in gradients]
     bad = None
@@ -105,18 +105,22 @@ def _step(
     count_nonfinite(group, _apply(weights, mats, scales, states, indices, stored, group, rounding, hyper))
 
 
-def as_matrices(tensor: Tensor, transposed: bool = False) -> Tensor:
+def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False) -> Tensor:
     """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest).
 
     ``transposed``: the matrices are stored (n, m), as transformers' ``Conv1D`` does; returns their (m, n) view.
+    ``flatten``: three dimensions are a convolution, too.
     """
     if transposed:
         return tensor.mT
-    return tensor.flatten(1) if tensor.dim() > 3 else tensor
+    return tensor.flatten(1) if flatten or tensor.dim() > 3 else tensor
 
 
-def oriented(shard: Shard, transposed: bool) -> Shard:
-    """The shard of the (m, n) view of a parameter that is stored (n, m)."""
+def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
+    """The shard of the matrices that :func:`as_matrices` makes of a parameter of up to three dimensions."""
+    if flatten and len(shard.shape) == 3:
+        shape = torch.Size((shard.shape[0], shard.shape[1] * shard.shape[2]))
+        return shard._replace(shape=shape, dim=None if shard.dim is None else min(shard.dim, 1))
     if not transposed:
         return shard
     *stack, n, m = shard.shape
@@ -139,7 +143,7 @@ def _flag(bad: Tensor | None, i: int) -> Tensor | None:
 
 def _average(state: dict[str, Any], grad: Tensor, group: dict[str, Any], algorithm: str, bad: Tensor | None) -> Tensor:
     """Update the momentum with the gradient (not with a non-finite one) and return what is to be normalised."""
-    buffer = as_matrices(local(state["momentum_buffer"]), group["transposed"])
+    buffer = as_matrices(local(state["momentum_buffer"]), group["transposed"], group["flatten"])
     wide = compute_dtype(buffer.dtype)  # rounded once, into the buffer; what is normalised is not rounded
     weight = 1.0 - group["momentum"]
     new = buffer.to(wide).lerp(grad.to(wide), weight)
@@ -252,7 +256,7 @@ def mask_rows(
     return masked
 
 
-def init_power_vector(state: dict[str, Any], param: Tensor, transposed: bool) -> None:
+def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Room for the vector of the power iteration; zero until a gradient was usable.
 
     Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is cut along its matrices has
@@ -260,7 +264,7 @@ def init_power_vector(state: dict[str, Any], param: Tensor, transposed: bool) ->
     """
     if "power_vector" in state:
         return
-    shard = oriented(shard_of(param), transposed)
+    shard = oriented(shard_of(param), group["transposed"], group["flatten"])
     stacked = len(shard.shape) == 3
     size = (local(param).shape[0],) if stacked else ()
     vector = torch.zeros(*size, matrix_shape(shard)[1], device=local(param).device, dtype=compute_dtype(param.dtype))
@@ -346,8 +350,10 @@ def _apply(
     hyper: Tensor,
 ) -> Tensor:
     """Write the update into the weights; returns the non-finite flags."""
-    matrices = [as_matrices(w) for w in weights]
-    extras = [as_matrices(local(s[STATE_KEY[rounding]])) for s in states] if rounding in STATE_KEY else []
+    flatten = group["flatten"]
+    matrices = [as_matrices(w, flatten=flatten) for w in weights]
+    wholes = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+    extras = [as_matrices(t, flatten=flatten) for t in wholes]
     seeds = offsets = None
     if rounding == "stochastic":
         steps = [s["step"] for s in states]
@@ -359,9 +365,7 @@ def _apply(
             matrices, mats, scales.rows, scales.cols, extras,
             hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
         )  # fmt: skip
-    flattened = list(zip(weights, matrices, strict=True))
-    flattened += [(local(s[STATE_KEY[rounding]]), extra) for s, extra in zip(states, extras, strict=False)]
-    for whole, matrix in flattened:
-        if whole.dim() > 3 and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
+    for whole, matrix in zip([*weights, *wholes], [*matrices, *extras], strict=True):
+        if whole.dim() != matrix.dim() and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
             whole.copy_(matrix.view_as(whole))
     return flags

@@ -10,18 +10,18 @@ from torch import nn
 
 ROLES = ("hidden", "expert", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
 
-# role -> settings of its group; "algorithm" is read by optimizers that have several and ignored by the rest
+# role -> settings of its group; "algorithm" (SinkGD's) and "norm" (LANTON's) are ignored by optimizers without them
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "hidden": {"algorithm": "sinkgd"},
-    "expert": {"algorithm": "sinkgd"},
-    "conv": {"algorithm": "sinkgd"},
-    "lora": {"algorithm": "sinkgd"},
-    "embedding": {"algorithm": "adamw", "weight_decay": 0.0},
-    "position": {"algorithm": "adamw", "weight_decay": 0.0},
-    "head": {"algorithm": "adamw"},
-    "norm": {"algorithm": "adamw", "weight_decay": 0.0},
-    "bias": {"algorithm": "adamw", "weight_decay": 0.0},
-    "other": {"algorithm": "adamw", "weight_decay": 0.0},
+    "hidden": {"algorithm": "sinkgd", "norm": "rms"},
+    "expert": {"algorithm": "sinkgd", "norm": "rms"},
+    "conv": {"algorithm": "sinkgd", "norm": "rms"},
+    "lora": {"algorithm": "sinkgd", "norm": "rms"},
+    "embedding": {"algorithm": "adamw", "norm": "sign", "weight_decay": 0.0},
+    "position": {"algorithm": "adamw", "norm": "sign", "weight_decay": 0.0},
+    "head": {"algorithm": "adamw", "norm": "sign"},
+    "norm": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
+    "bias": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
+    "other": {"algorithm": "adamw", "norm": "auto", "weight_decay": 0.0},
 }
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -77,7 +77,8 @@ def param_groups(
 
     Matrices that are known to be stored (in, out) are in groups of their own with ``transposed=True``: those of
     transformers' ``Conv1D`` (GPT-2), and expert weights of modules that say ``is_transposed`` or are known by class
-    (GPT-OSS, Aria, Llama 4). All others are taken as (out, in).
+    (GPT-OSS, Aria, Llama 4). All others are taken as (out, in). Weights (out, in, width) of one-dimensional
+    convolutions are in one with ``flatten=True``, as they are no stacks.
 
     Args:
         model: any module.
@@ -128,6 +129,10 @@ def param_groups(
             key, values = (len(ROLES) + match, role), {**chosen[role], **rules[match][1]}
         if id(param) in transposed and role in ("hidden", "expert"):
             key, values = (*key, "transposed"), {**values, "transposed": True}
+        elif role == "conv" and param.dim() == 3:
+            key, values = (*key, "flatten"), {**values, "flatten": True}
+        if values.get("norm") == "vector" and param.dim() > 1:  # biases of experts: a vector for each, in one table
+            key, values = (*key, "table"), {**values, "norm": "sign"}
         groups.setdefault(key, {"name": label, **values, "params": []})["params"].append((name, param))
     for (pattern, _), was_used in zip(rules, used, strict=True):
         if not was_used:

@@ -44,7 +44,7 @@ class SinkGD(LeanOptimizer):
     One object serves a whole model. Every group has an ``algorithm``:
 
     * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of
-      four and more dimensions flattened to (m, rest).
+      four and more dimensions flattened to (m, rest); with ``flatten`` also those of three.
     * "balanced": for embeddings and heads: the momentum's look-ahead ``beta * M + (1 - beta) * G``, rows below
       ``row_mask_tau`` times the mean row norm dropped, ``num_iters`` iterations and one more row step, so that every
       token's update has the same size. Replaces AdamW there at half its state (or none, with ``momentum=0``).
@@ -72,6 +72,8 @@ class SinkGD(LeanOptimizer):
         foreach: None or True: lists at once; False: the definition, a tensor at a time.
         transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's, or
             stacked (e, in, out); they are normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
+        flatten: of a group whose tensors of three dimensions are no stacks but one matrix (m, rest) each, as the
+            weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
             device are left alone together; "raise" and "pass" as for Lion.
@@ -122,6 +124,7 @@ class SinkGD(LeanOptimizer):
         fused: bool | None = None,
         algorithm: str = "auto",
         transposed: bool = False,
+        flatten: bool = False,
         rounding: str = "nearest",
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -145,6 +148,7 @@ class SinkGD(LeanOptimizer):
             "fused": fused,
             "algorithm": algorithm,
             "transposed": transposed,
+            "flatten": flatten,
             "rounding": rounding,
             "momentum_dtype": momentum_dtype,
             "seed": seed,
@@ -167,7 +171,7 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
         check_rounding("SinkGD", group)
-        check_flags("SinkGD", group, ("nesterov", "transposed"), ("fused",))
+        check_flags("SinkGD", group, ("nesterov", "transposed", "flatten"), ("fused",))
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         iters = group["num_iters"]
         if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
@@ -176,6 +180,10 @@ class SinkGD(LeanOptimizer):
             check_number("SinkGD", "base_width", group["base_width"], 1)
             if group["spectral"] == "muon":
                 raise ValueError("SinkGD: base_width and spectral='muon' both correct for width; choose one")
+        if group["transposed"] and group["flatten"]:
+            raise ValueError(
+                "SinkGD: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
+            )
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("SinkGD: nesterov needs momentum > 0")
         if group["fused"] and group["foreach"]:
@@ -222,7 +230,7 @@ class SinkGD(LeanOptimizer):
         elif group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
         if group["spectral"] and algorithm_of(group, param) != "adamw":
-            _normalized.init_power_vector(state, param, group["transposed"])
+            _normalized.init_power_vector(state, param, group)
         init_rounding(state, param, rounding)
         return state
 

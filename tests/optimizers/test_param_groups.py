@@ -93,6 +93,21 @@ def test_every_parameter_is_claimed_once_in_the_order_of_the_roles(model):
     assert order == sorted(order)
 
 
+def test_one_dimensional_convolutions_are_no_stacks_of_matrices():
+    """A depthwise convolution of a state-space model has weights (channels, 1, width)."""
+    model = nn.Sequential(nn.Conv1d(8, 8, 4, groups=8), nn.Conv1d(8, 6, 3), nn.Conv2d(6, 4, 3))
+    flags = {
+        name: g.get("flatten", False) for g in param_groups(model) if g["name"] == "conv" for name, _ in g["params"]
+    }
+    assert flags == {"0.weight": True, "1.weight": True, "2.weight": False}
+    optimizer = SinkGD(param_groups(model), lr=1.0, scale=1.0)
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.randn(8, 1, 4)
+    optimizer.step()
+    columns = (before - model[0].weight.detach()).flatten(1).square().mean(dim=0)
+    torch.testing.assert_close(columns, torch.ones(4), rtol=1e-5, atol=0)
+
+
 def test_frozen_parameters_are_left_out():
     model = Mixed()
     model.tok.weight.requires_grad_(False)

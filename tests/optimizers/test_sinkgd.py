@@ -77,6 +77,40 @@ def test_stacks_and_convolutions():
     torch.testing.assert_close(old_kernel - kernel.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+VARIANTS = (
+    {},
+    {"momentum": 0.9, "rounding": "kahan"},
+    {"momentum": 0.9, "momentum_order": "post", "base_width": 4, "rounding": "master"},
+    {"spectral": "muon", "row_mask_tau": 0.5},
+    {"foreach": False, "rounding": "stochastic"},
+)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_dimensional_convolutions_are_matrices_with_flatten(options, strided, dtype):
+    """(out, in, width) steps as the matrix (out, in * width) does, not as a stack of `out` small ones."""
+    flat = matrix(6, 15, dtype=dtype)
+    kernel = flat.detach().clone().view(6, 5, 3)
+    if strided:
+        kernel = kernel.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    kernel.requires_grad_()
+    a = SinkGD([flat], lr=0.1, scale=1.0, **options)
+    b = SinkGD([kernel], lr=0.1, scale=1.0, flatten=True, **options)
+    for step in range(3):
+        fill_grads([flat], step)
+        kernel.grad = flat.grad.clone().view_as(kernel)
+        a.step()
+        b.step()
+    torch.testing.assert_close(kernel.flatten(1), flat, rtol=1e-6, atol=1e-7)
+    for key, kept in a.state[flat].items():
+        other = b.state[kernel][key]
+        torch.testing.assert_close(other.flatten(1) if other.dim() == 3 else other, kept, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="choose one"):
+        SinkGD([kernel], flatten=True, transposed=True)
+
+
 @pytest.mark.parametrize("power", [-40, -7, 5, 40])
 def test_the_size_of_the_gradient_does_not_matter(power):
     """Clipping and loss scaling change nothing: for powers of two, not one bit."""
