@@ -1,0 +1,222 @@
+"""What M-FAC refuses, with words that help, and what it saves and loads."""
+
+import copy
+import io
+
+import pytest
+import torch
+from dense_fisher import new_params, set_grads
+
+from leanstep.optimizers import MFAC
+from leanstep.optimizers import _mfac_memory as memory
+
+SHAPES = ((4, 3), (5,))
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "message"),
+    [
+        ({"window": 0}, ValueError, "Invalid window: 0.*at least 1"),
+        ({"window": -3}, ValueError, "Invalid window: -3"),
+        ({"window": 2.5}, TypeError, "window must be an int, got 2.5"),
+        ({"damping": 0.0}, ValueError, "Invalid damping: 0.*greater than 0"),
+        ({"damping": -1e-5}, ValueError, "Invalid damping: -1e-05"),
+        ({"damping": float("nan")}, ValueError, "Invalid damping: nan"),
+        ({"damping": torch.tensor(0.1)}, TypeError, "damping must be a number"),
+        ({"scaling": "rows"}, ValueError, "Invalid scaling: 'rows'.*window.*count"),
+        ({"scope": "tensor"}, ValueError, "Invalid scope: 'tensor'.*model.*layer"),
+        ({"scope": 0}, ValueError, "Invalid scope: 0"),
+        ({"storage": "int8"}, ValueError, "Invalid storage: 'int8'.*bf16"),
+        ({"compression": "random"}, ValueError, "Invalid compression: 'random'.*topk.*lowrank"),
+        ({"density": 0.0}, ValueError, "Invalid density: 0"),
+        ({"density": 1.5}, ValueError, "Invalid density: 1.5"),
+        ({"rank": 0}, ValueError, "Invalid rank: 0"),
+        ({"momentum": 1.0}, ValueError, "Invalid momentum value: 1.0"),
+        ({"momentum_on": "rows"}, ValueError, "Invalid momentum_on"),
+        ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
+        ({"precondition": "all"}, ValueError, "Invalid precondition"),
+        ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
+        ({"warmup_steps": 9, "window": 8}, ValueError, "Invalid warmup_steps: 9.*never holds more than 8"),
+        ({"warmup_steps": -1}, ValueError, "Invalid warmup_steps: -1"),
+        ({"window_every": 0}, ValueError, "Invalid window_every: 0"),
+        ({"precondition_every": 0}, ValueError, "Invalid precondition_every: 0"),
+        ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
+        ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
+        ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
+        ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for whole rows"),
+        ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*whole rows"),
+        ({"momentum": 0.9, "momentum_on": "gradient", "window_every": 2}, ValueError, "needs window_every=1, got 2"),
+        ({"momentum": 0.9, "momentum_on": "gradient", "precondition": "gradient"}, ValueError, "precondition='row'"),
+        ({"shard_window": True}, ValueError, "not initialized; call init_process_group"),
+        ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
+        ({"masks": [None]}, ValueError, "masks belong to a group"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(bad, kind, message):
+    with pytest.raises(kind, match=message):
+        MFAC(new_params(SHAPES), **{"lr": 0.1, "window": 8, **bad})
+
+
+def test_masks_must_fit():
+    params = new_params(SHAPES)
+    for masks, said in (
+        ([None], "one entry per parameter"),
+        ([None, torch.ones(4, dtype=torch.bool)], "parameter 1.*must be a bool tensor of its shape"),
+        ([None, torch.ones(5)], "parameter 1.*got .5,. of torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MFAC([{"params": params, "masks": masks}], window=2)
+
+
+def test_groups_of_one_window_must_agree():
+    params = new_params(SHAPES)
+    with pytest.raises(ValueError, match="share a window .scope='model'. need one damping, got 1e-05 and 0.001"):
+        MFAC([{"params": params[:1]}, {"params": params[1:], "damping": 1e-3}], window=4)
+    apart = MFAC([{"params": params[:1]}, {"params": params[1:], "damping": 1e-3, "window": 2}], window=4, scope="group")
+    set_grads(params, 0)
+    apart.step()
+    assert [apart.state[p]["window"].shape[0] for p in params] == [4, 2]
+    optimizer = MFAC(params[:1], window=4)
+    with pytest.raises(ValueError, match="need one window, got 4 and 2"):
+        optimizer.add_param_group({"params": params[1:], "window": 2})
+    assert len(optimizer.param_groups) == 1
+
+
+# ---- memory
+
+
+def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * 2**30)
+    param = torch.zeros(1000, 1100, requires_grad=True)
+    with pytest.raises(ValueError) as error:
+        MFAC([param], window=1024)
+    text = str(error.value)
+    needed = 1024 * 1_100_000 * 4 + 8 * 1024**2
+    assert f"a window of 1024 gradients of 1,100,000 parameters takes {needed / 2**30:.1f} GiB on cpu" in text
+    assert "has 2.0 GiB left" in text
+    assert f"storage='bf16' takes {(needed - 1024 * 2_200_000) / 2**30:.1f} GiB" in text
+    assert "compression='topk' takes" in text and "window=128 takes" in text and "shard_window=True" in text
+    for smaller in ({"compression": "topk"}, {"window": 128}):
+        MFAC([param], **{"window": 1024, **smaller})
+    with pytest.raises(ValueError, match="scope='model' takes"):
+        MFAC([torch.zeros(3, requires_grad=True) for _ in range(400)], window=1024, scope="layer")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"storage": "fp16"}, {"scope": 7}, {"compression": "topk", "density": 0.2}, {"scope": "layer"},
+        {"compression": "lowrank", "rank": 2},
+    ],
+)  # fmt: skip
+def test_the_memory_that_is_announced_is_the_memory_that_is_held(options):
+    params = new_params(((6, 20), (5,), (), (3, 4, 2, 2), (2, 3, 10)), torch.float32)
+    optimizer = MFAC(params, window=6, **options)
+    announced = memory.needed_bytes(optimizer.param_groups)
+    set_grads(params, 0)
+    optimizer.step()
+    on_the_host = sum(s["counts"].nbytes for s in optimizer.state.values() if "counts" in s)
+    assert announced == {torch.device("cpu"): optimizer.state_bytes() - on_the_host}
+
+
+def test_adding_a_group_counts_what_is_held_already(monkeypatch):
+    params = [torch.zeros(100, 100, requires_grad=True) for _ in range(2)]
+    optimizer = MFAC(params[:1], window=10)
+    params[0].grad = torch.ones(100, 100)
+    optimizer.step()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 500_000)  # for one more window of 400 000 bytes
+    optimizer.add_param_group({"params": params[1:]})
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 300_000)
+    with pytest.raises(ValueError, match="window of 10 gradients"):
+        optimizer.add_param_group({"params": [torch.zeros(100, 100, requires_grad=True)]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_what_is_left_of_this_machine_is_known():
+    available = memory.available_bytes(torch.device("cpu"))
+    assert available is not None and available > 2**20
+    assert memory.available_bytes(torch.device("meta")) is None
+
+
+# ---- saving and loading
+
+
+def trained(options=None, shapes=SHAPES, names=("a", "b"), steps=3):
+    params = new_params(shapes, torch.float32)
+    optimizer = MFAC(list(zip(names, params, strict=True)), lr=0.1, **{"window": 2, "damping": 0.1, **(options or {})})
+    for step in range(steps):
+        set_grads(params, step)
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize(
+    ("options", "shapes", "names", "message"),
+    [
+        ({"window": 3}, SHAPES, ("a", "b"), "saved with window=2, here it is 3"),
+        ({"scope": "layer"}, SHAPES, ("a", "b"), "saved with scope='model', here it is 'layer'"),
+        ({"storage": "bf16"}, SHAPES, ("a", "b"), "saved with storage=None, here it is 'bf16'"),
+        ({"compression": "topk"}, SHAPES, ("a", "b"), "saved with compression=None, here it is 'topk'"),
+        ({}, SHAPES, ("b", "a"), "parameters in another order .'a' where 'b' is here."),
+        ({}, SHAPES, ("a", "c"), "'b' where 'c' is here"),
+        ({}, ((3, 4), (5,)), ("a", "b"), "saved window of a .3, 4. is of a parameter of shape .4, 3."),
+    ],
+)
+def test_another_window_or_other_parameters_are_refused_and_nothing_changes(options, shapes, names, message):
+    _, source = trained()
+    params, optimizer = trained(options, shapes, names)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"MFAC: .*{message}.*nothing was changed"):
+        optimizer.load_state_dict(source.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for number, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["state"][number][key])
+
+
+def test_another_order_without_names_is_seen_by_the_shapes():
+    params, swapped = new_params(SHAPES), new_params(SHAPES[::-1])
+    source, optimizer = MFAC(params, window=2), MFAC(swapped, window=2)
+    set_grads(params, 0)
+    source.step()
+    with pytest.raises(ValueError, match="saved window of parameter 0 .* is of a parameter of shape .4, 3."):
+        optimizer.load_state_dict(source.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"storage": "fp16"}, {"compression": "topk", "density": 0.4}, {"compression": "lowrank", "rank": 1},
+        {"scope": 5, "window_every": 2}, {"momentum": 0.9, "precondition_every": 3}, {"sparse": True},
+        {"damping_schedule": ("linear", 12, 0.01), "momentum": 0.5, "momentum_on": "gradient"},
+    ],
+)  # fmt: skip
+def test_ten_steps_after_loading_are_the_same_bit_for_bit(options):
+    """From the middle of the ring, and through it three times."""
+    params, optimizer = trained({"window": 4, **options}, steps=6)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    resumed = MFAC(list(zip("ab", twins, strict=True)), lr=1.0, **{"window": 4, "damping": 0.1, **options})
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(6, 16):
+        set_grads(params, step)
+        set_grads(twins, step)
+        optimizer.step()
+        resumed.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    assert optimizer.diagnostics() == resumed.diagnostics()
+
+
+def test_diagnostics_are_flat_numbers():
+    params, optimizer = trained(steps=0)
+    assert optimizer.diagnostics()["window_rows"] == 0
+    params, optimizer = trained(steps=3)
+    figures = optimizer.diagnostics()
+    assert all(isinstance(name, str) and type(value) is float for name, value in figures.items())
+    assert figures["window_rows"] == 2 and figures["damping"] == 0.1
+    assert figures["update_norm"] > 0 and figures["decrease"] > 0
+    assert figures["jittered"] == figures["eigen"] == figures["clipped"] == figures["nonfinite"] == 0

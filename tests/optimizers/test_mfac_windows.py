@@ -1,0 +1,217 @@
+"""The forms of M-FAC's window: rounded, sparse and low-rank rows."""
+
+import math
+
+import pytest
+import torch
+from dense_fisher import DenseFisher, flatten, moved, new_params, relative, set_grads, step_and_compare
+
+from leanstep.optimizers import MFAC
+
+SHAPES = ((6, 20), (5,), (3, 4, 2, 2), (2, 3, 10))
+LR = 0.1
+
+
+@pytest.mark.parametrize(("storage", "bound"), [("bf16", 1e-2), ("fp16", 2e-3)])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_rounded_rows_give_the_inverse_of_their_own_matrix(storage, bound, size):
+    """Exact for the rounded rows, near for the gradients, whatever their size."""
+    params = new_params(SHAPES, torch.float32)
+    damping = 1e-6 * size**2
+    optimizer = MFAC(params, lr=LR * size, window=4, damping=damping, storage=storage)
+    dense, rounded = DenseFisher(4, damping), DenseFisher(4, damping)
+    for step in range(7):
+        gradient = set_grads(params, step, size)
+        before = flatten(params)
+        optimizer.step()
+        found = moved(params, before, LR * size)
+        states = [optimizer.state[p] for p in params]
+        row = flatten([s["window"][step % 4] for s in states])
+        if storage == "fp16":
+            row = row * states[0]["window_scale"][0, step % 4].double()
+        assert relative(row, gradient) < bound
+        # parameters in fp32 show an update of this size to three or four digits
+        assert relative(found, rounded.update(row)) < 1e-3
+        assert relative(found, dense.update(gradient)) < 2 * bound
+    assert {s["window"].dtype for s in states} == {{"bf16": torch.bfloat16, "fp16": torch.float16}[storage]}
+
+
+def test_fp64_parameters_have_fp64_windows_unless_told_otherwise():
+    params = new_params(SHAPES)
+    for storage, dtype in ((None, torch.float64), ("fp32", torch.float32), ("fp64", torch.float64)):
+        optimizer = MFAC(params, lr=LR, window=2, storage=storage)
+        set_grads(params, 0)
+        optimizer.step()
+        assert optimizer.state[params[0]]["window"].dtype == dtype
+
+
+# ---- sparse rows
+
+
+def literal_top_k(total, density):
+    """The largest entries of every row of a matrix (of every filter of a convolution, a vector whole)."""
+    if total.dim() < 2:
+        return total.clone()
+    rows = total.flatten(0, -2) if total.dim() < 4 else total.flatten(1)
+    kept = torch.zeros_like(rows)
+    count = math.ceil(round(density * rows.shape[1], 9))
+    for row, out in zip(rows, kept, strict=True):
+        order = sorted(range(len(row)), key=lambda i: (-abs(float(row[i])), i))[:count]
+        out[order] = row[order]
+    return kept.view_as(total)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3])
+@pytest.mark.parametrize("precondition", ["row", "gradient"])
+def test_sparse_rows_with_error_feedback(density, precondition):
+    """c = TopK(e + g), e += g - c, u = F_c^-1 c (or g), literally; and nothing is lost."""
+    params = new_params(SHAPES)
+    optimizer = MFAC(
+        params, lr=LR, window=4, damping=0.1, compression="topk", density=density, storage="fp64",
+        precondition=precondition,
+    )  # fmt: skip
+    dense = DenseFisher(4, 0.1)
+    errors = [torch.zeros_like(p.detach()) for p in params]
+    sums = [torch.zeros_like(p.detach()) for p in params]
+    for step in range(10):
+        gradient = set_grads(params, step)
+        row = []
+        for i, param in enumerate(params):
+            total = errors[i] + param.grad
+            kept = literal_top_k(total, density)
+            errors[i] = total - kept
+            sums[i] += kept
+            row.append(kept)
+        dense.insert(flatten(row))
+        expected = dense.solve(flatten(row) if precondition == "row" else gradient)
+        assert step_and_compare(optimizer, params, expected, LR) < 1e-11
+        for param, error in zip(params, errors, strict=True):
+            if param.dim() > 1:
+                torch.testing.assert_close(optimizer.state[param]["error"], error, rtol=0, atol=1e-12)
+    total = [sum(new_grads(params, i, s) for s in range(10)) for i in range(len(params))]
+    for i, whole in enumerate(total):
+        torch.testing.assert_close(sums[i] + errors[i], whole, rtol=0, atol=1e-12)
+
+
+def new_grads(params, which, step):
+    """The gradient that ``set_grads`` gives a parameter at a step."""
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    set_grads(twins, step)
+    return twins[which].grad
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"scope": "layer"}, {"precondition": "gradient"}])
+def test_density_one_is_the_dense_window_bit_for_bit(options):
+    sparse, dense = new_params(SHAPES, torch.float32), new_params(SHAPES, torch.float32)
+    a = MFAC(sparse, lr=LR, window=3, damping=1e-3, compression="topk", density=1.0, storage="fp32", **options)
+    b = MFAC(dense, lr=LR, window=3, damping=1e-3, **options)
+    for step in range(7):
+        set_grads(sparse, step)
+        set_grads(dense, step)
+        a.step()
+        b.step()
+        assert all(torch.equal(p, q) for p, q in zip(sparse, dense, strict=True))
+
+
+def test_of_equal_entries_the_first_are_kept():
+    param = torch.zeros(2, 10, requires_grad=True)
+    optimizer = MFAC([param], lr=LR, window=2, damping=0.1, compression="topk", density=0.3)
+    param.grad = torch.tensor([[1.0] * 10, [-2.0, 2.0] * 5])
+    optimizer.step()
+    assert optimizer.state[param]["window_indices"][0].tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_bf16_values_feed_their_rounding_back():
+    params = new_params(((6, 20),), torch.float32)
+    optimizer = MFAC(params, lr=LR, window=4, damping=0.1, compression="topk", density=0.2)
+    total = torch.zeros(6, 20, dtype=torch.float64)
+    kept = torch.zeros(6, 20, dtype=torch.float64)
+    for step in range(12):
+        total += set_grads(params, step).view(6, 20)
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        values, places = state["window_values"][step % 4], state["window_indices"][step % 4].long()
+        kept.scatter_add_(1, places, values.double())
+    assert state["window_values"].dtype == torch.bfloat16 and state["window_indices"].dtype == torch.int16
+    torch.testing.assert_close(kept + state["error"].double(), total, rtol=0, atol=1e-5)
+
+
+def test_memory_of_sparse_rows():
+    """m rows of k values and places of 2 bytes each, and the error: 1 / 90 of the dense window here."""
+    m, k = 64, math.ceil(0.01 * 512)
+    params = [torch.zeros(256, 512, requires_grad=True)]
+    optimizer = MFAC(params, lr=LR, window=m, damping=0.1, compression="topk", density=0.01)
+    params[0].grad = torch.randn(256, 512)
+    optimizer.step()
+    home = m * m * 8 + 2 * 8 + 6 * 8
+    assert optimizer.state_bytes() == m * 256 * k * (2 + 2) + 256 * 512 * 4 + home
+    dense = m * 256 * 512 * 4
+    assert 20 * optimizer.state_bytes() < dense
+
+
+def test_rows_longer_than_a_block_of_16_bit_places():
+    param = torch.zeros(2, 70_000, requires_grad=True)
+    optimizer = MFAC([param], lr=LR, window=2, damping=0.1, compression="topk", density=0.001)
+    dense = DenseFisher(2, 0.1)
+    for step in range(3):
+        param.grad = torch.zeros(2, 70_000)
+        places = torch.arange(0, 70_000, 3500) + step
+        param.grad[:, places] = torch.randn(2, len(places)).to(torch.bfloat16).float()
+        expected = param.grad[:, places].double()
+        dense.insert(torch.cat([expected.flatten(), torch.zeros(0, dtype=torch.float64)]))
+        before = param.detach().clone()
+        optimizer.step()
+        found = (before - param.detach())[:, places] / LR
+        # rows of different steps have no place in common, so each is divided by damping + |g|^2 / m
+        assert relative(found, expected / (0.1 + expected.square().sum() / 2)) < 1e-5
+
+
+# ---- rows of low rank
+
+
+def test_full_rank_is_the_dense_window():
+    low, dense = new_params(SHAPES), new_params(SHAPES)
+    a = MFAC(low, lr=LR, window=3, damping=1e-2, compression="lowrank", rank=64)
+    b = MFAC(dense, lr=LR, window=3, damping=1e-2)
+    for step in range(5):
+        set_grads(low, step)
+        set_grads(dense, step)
+        a.step()
+        b.step()
+    assert all(torch.equal(p, q) for p, q in zip(low, dense, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rows_of_low_rank_with_error_feedback(rank):
+    """P = orth(a b), Q = a^T P, e = a - P Q^T, b = Q, literally; the update is the dense inverse of these rows."""
+    params = new_params(((6, 8), (5,)))
+    optimizer = MFAC(params, lr=LR, window=4, damping=0.1, compression="lowrank", rank=rank)
+    dense = DenseFisher(4, 0.1)
+    error, basis, total, kept = torch.zeros(6, 8, dtype=torch.float64), None, 0.0, 0.0
+    for step in range(10):
+        set_grads(params, step)
+        if basis is None:
+            basis = torch.randn(8, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        whole = error + params[0].grad
+        left, _ = torch.linalg.qr(whole @ basis)
+        basis = whole.T @ left
+        row = left @ basis.T
+        error = whole - row
+        total, kept = total + params[0].grad, kept + row
+        expected = dense.update(torch.cat([row.flatten(), params[1].grad]))
+        assert step_and_compare(optimizer, params, expected, LR) < 1e-10
+    state = optimizer.state[params[0]]
+    torch.testing.assert_close(kept + state["error"], total, rtol=0, atol=1e-12)
+    assert state["window_left"].shape == (4, 6, rank) and state["window_right"].shape == (4, 8, rank)
+
+
+def test_a_matrix_of_that_rank_is_kept_exactly():
+    param = torch.zeros(6, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = MFAC([param], lr=LR, window=3, damping=0.1, compression="lowrank", rank=2)
+    chance = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        param.grad = torch.randn(6, 2, generator=chance, dtype=torch.float64) @ torch.randn(
+            2, 8, generator=chance, dtype=torch.float64
+        )
+        optimizer.step()
+        assert optimizer.state[param]["error"].abs().max() < 1e-12
