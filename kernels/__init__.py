@@ -1,6 +1,7 @@
 """Operations on lists of tensors: one name each, several backends (see ``leanstep.kernels._backend``)."""
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
+from leanstep.kernels.block_inverse_fisher import BlockInverseFisher
 from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
@@ -20,6 +21,7 @@ from leanstep.kernels.sparse_window import (
 __all__ = [
     "COEFFICIENTS",
     "BackendError",
+    "BlockInverseFisher",
     "Coefficients",
     "Scales",
     "SparseLayout",
