@@ -175,7 +175,9 @@ def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world
         boundary = _boundary(config, file, config.val_tokens)
         train, validation = _split(config, tokenizer, file, boundary)
         bytes_per_token = _bytes_per_token(config, tokenizer, file, boundary)
-        facts["validation"] = _describe_tail(config, corpus, file, boundary, validation)
+        facts["validation"] = _describe_tail(corpus, file, boundary, validation)
+        if corpus.in_time_order and len(validation):
+            facts["held out"] = "newer than all training text, which is harder than a random split"
     if len(train) == 0:
         raise ValueError(
             f"data: '{corpus.label}' leaves {boundary:,} tokens to train on, fewer "
@@ -317,13 +319,11 @@ def _describe(config: "DataConfig", train: Any) -> str:
     return f"{len(train):,} sequences of {config.seq_len} tokens ({len(train) * config.seq_len:,} tokens an epoch)"
 
 
-def _describe_tail(config: "DataConfig", corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:
+def _describe_tail(corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:
     if boundary >= len(file):
         return "none (data.val_tokens: 0)"
     text = f"last {len(file) - boundary:,} tokens, {len(validation):,} sequences"
     if corpus.names:
         first = corpus.names[int(np.searchsorted(file.ends, boundary, side="right"))]
         text += f", from {first} to {corpus.names[-1]}" if first != corpus.names[-1] else f", of {first}"
-    if corpus.in_time_order:
-        text += ": newer than all training text, which is harder than a random split"
     return text

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config import DataConfig
+from leanstep.recipes.provenance import UNKNOWN, read_training
 from leanstep.recipes.sources import open_validation, require
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["find_model_folder", "main"]
+
+_OPTIONS = {"data.val_path": "--data", "data.val_tokens": "--val-tokens", "data.text_key": "--text-key"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = _evaluate_folder(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_options(str(error))}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(found))
@@ -35,12 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"checkpoint     {found['checkpoint']} ({found['parameters']:,} parameters)\n"
         f"data           {found['data']}\n"
-        f"evaluated      {found['tokens']:,} tokens in sequences of {found['seq_len']}\n"
+        f"in training    {found['training']}\n"
+        f"evaluated      {found['tokens']:,} targets (predicted tokens) in sequences of {found['seq_len']}\n"
         f"loss           {found['loss']:.4f}\n"
         f"perplexity     {found['perplexity']:.2f}\n{per_byte}",
         end="",
     )
     return 0
+
+
+def _in_options(message: str) -> str:
+    """An error about data in the words of this command: recipes have keys where it has options."""
+    for key, option in _OPTIONS.items():
+        message = message.replace(key, option)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,10 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="sotu|FILE",
-        help="sotu: its newest addresses, held out in training; or text (file, folder, glob), a JSON or a Parquet file",
+        help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
-    parser.add_argument("--val-tokens", type=_positive, default=150_000, metavar="N", help="of sotu; default 150000")
+    parser.add_argument(
+        "--val-tokens",
+        type=_positive,
+        metavar="N",
+        help="so many from the end of sotu; default: as many as the model's run held out, else 150000",
+    )
     parser.add_argument("--seq-len", type=_positive, metavar="N", help="default: as trained, else what the model has")
     parser.add_argument("--batches", type=_positive, metavar="N", help="evaluate the first N batches only")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
@@ -131,10 +147,14 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {model.config.vocab_size}")
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
+    training = read_training(folder)
     if options.data == "sotu":
-        data = load_data(DataConfig(val_tokens=options.val_tokens, **settings), seed=0)
+        asked = options.val_tokens or (training and training.held_out()) or 150_000
+        data = load_data(DataConfig(val_tokens=asked, **settings), seed=0)
+        seen = training.about_sotu(asked) if training else UNKNOWN
         dataset, bytes_per_token, told = data.validation, data.bytes_per_token, f"sotu, {data.facts['validation']}"
     else:
+        seen = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
         dataset, bytes_per_token, told = load_validation(config, open_validation(config), tokenizer)
     device = _device(options.device)
@@ -151,6 +171,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(folder),
         "parameters": parameters,
         "data": told,
+        "training": seen,
         "seq_len": seq_len,
         **asdict(result),
     }

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from leanstep.recipes.config import RunConfig, accumulation_steps
+from leanstep.recipes.config import RunConfig, accumulation_steps, targets_note
 from leanstep.recipes.loader import ConfigError, dump, load
 
 __all__ = ["equivalent_commands", "plan", "run"]
@@ -31,7 +31,8 @@ def run(
         overrides: ``key.path=value`` changes.
         nproc: Processes on this machine; None or 1 trains in this process.
         resume: ``auto``, ``never`` or the path of a checkpoint; wins over ``checkpoint.resume``.
-        dry_run: Print the resolved recipe and the equivalent command lines, and train nothing.
+        dry_run: Print the resolved recipe and the equivalent command lines, look whether the text is there, and train
+            nothing. The exit code is 2 when it is not.
     """
     world = 1 if nproc is None else nproc
     overrides = [*overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
@@ -44,12 +45,24 @@ def run(
         return 2
     if dry_run:
         print(plan(config, config_ref, overrides, world))
-        return 0
+        return _look_at_data(config)
     if world == 1:
         from leanstep.recipes.train import train
 
         return train(config)
     return _several(config_ref, overrides, world)
+
+
+def _look_at_data(config: RunConfig) -> int:
+    """Print what the text is, as far as its beginning tells, or why it cannot be used; returns the exit code."""
+    from leanstep.recipes.sources import look
+
+    try:
+        print("\n".join(f"# {line}" for line in look(config.data)))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: int) -> str:
@@ -63,6 +76,7 @@ def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: in
         f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all",
         f"# a step: {sequences} sequences of {config.data.seq_len} = {world} processes x {passes} passes x "
         f"{config.batch.micro_batch_size} sequences",
+        f"# targets: {targets_note(config.data.seq_len)}",
         f"# output: {Path(config.out)}",
         "# the same by hand:",
         *(f"#   {command}" for command in equivalent_commands(config_ref, overrides, world)),

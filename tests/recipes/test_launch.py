@@ -126,10 +126,46 @@ def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     tail = shlex.join([str(recipe), f"out={out}", "steps=12", "optimizer.lr=5e-4", "checkpoint.resume=never"])
     assert f"torchrun --standalone --nproc_per_node 2 -m leanstep.recipes.train {tail}" in printed
     assert f"accelerate launch --multi_gpu --num_processes 2 -m leanstep.recipes.train {tail}" in printed
+    text = recipe.parent / "text.txt"
+    assert f"# data.path: {text}, 1 file, {text.stat().st_size:,} bytes" in printed
+    assert "all tokens of a sequence but its first: 31 of 32" in printed
     # the plan is a recipe: it can be saved and run
     plan = tmp_path / "plan.yaml"
     plan.write_text(printed)
     assert launch.run(str(plan), [], dry_run=True) == 0
+
+
+TEXTS = {
+    "missing": (None, "text", "error: data.path: '{path}' does not exist"),
+    "empty": (b"", "text", "error: data.path: {path} is empty"),
+    "binary": (bytes(range(256)) * 10, "text", "error: '{path}' is not a text file"),
+    "latin": (b"caf\xe9 " * 20_000, "text", "error: '{path}' is not UTF-8 text: byte 3 is 0xe9"),
+    "no column": (b'{"body": "text"}\n', "json", "error: '{path}' has no column 'text', it has: body"),
+    "no rows": (b"not json at all", "json", "error: could not read '{path}' as json"),
+}
+
+
+@pytest.mark.parametrize(("content", "source", "message"), TEXTS.values(), ids=TEXTS.keys())
+def test_dry_run_looks_whether_the_text_is_there(recipe, tmp_path, capsys, content, source, message):
+    path = tmp_path / "corpus.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    code = launch.run(str(recipe), [f"data.path={path}", f"data.source={source}"], dry_run=True)
+    printed, error = capsys.readouterr()
+    assert code == 2 and message.format(path=path) in error
+    assert "# the same by hand:" in printed, "the plan is printed all the same"
+
+
+def test_dry_run_reads_no_more_than_the_beginning(recipe, tmp_path, capsys, monkeypatch):
+    # a character of two bytes lies across the end of what is read
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"x" + "\u00e9".encode() * 200_000)
+    monkeypatch.setattr("leanstep.recipes.sources.Path.read_bytes", lambda path: pytest.fail("it reads the whole file"))
+    assert launch.run(str(recipe), [f"data.path={path}", f"data.val_path={path}"], dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert f"# data.path: {path}, 1 file, 400,001 bytes" in printed and f"# data.val_path: {path}" in printed
+    assert launch.run("llama-60m", [], dry_run=True) == 0
+    assert "# data.name: allenai/c4 on the hub, not asked for" in capsys.readouterr().out
 
 
 def test_bad_recipes_and_numbers_are_exit_code_2(recipe, capsys):
