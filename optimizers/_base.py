@@ -152,6 +152,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("optimizer", self._method())
+            group.setdefault("nonfinite_count", 0)
             for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
                 group.setdefault(key, self.defaults[key])
 
@@ -222,11 +223,17 @@ class LeanOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def nonfinite_count(self) -> int:
-        """How many updates of a tensor met a non-finite gradient so far (reads the device)."""
+        """How many updates met a gradient with an infinite or NaN entry so far (reads the device).
+
+        With ``nonfinite="skip"`` every tensor counts once in every step that left it, or entries of it, alone; the other
+        policies count nothing. Groups keep their own counts, ``group["nonfinite_count"]``: a number at first and in a
+        state dict, which carries them on, and a tensor on the device between steps. Sharded, each process counts the
+        parts it holds. A step that ``GradScaler`` skips never gets here.
+        """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
 
     def state_bytes(self) -> int:
-        """Bytes of all state tensors held now."""
+        """Bytes of all state tensors held now: nothing before the first step; sharded, of all processes together."""
         return sum(
             value.numel() * value.element_size()
             for state in self.state.values()

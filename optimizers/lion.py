@@ -47,7 +47,8 @@ class Lion(LeanOptimizer):
             (arXiv 2411.16085). Needs one more read of gradient and momentum.
         cautious_decay: decay only where the update and the parameter agree in sign (arXiv 2510.12402).
         rounding: how the fp32 result meets bf16 or fp16 parameters: "nearest", "stochastic" (bf16; reproducible from
-            ``seed``), "kahan" (a compensation in the parameter's dtype) or "master" (fp32 weights in the state).
+            ``seed``), "kahan" (a compensation in the parameter's dtype) or "master" (fp32 weights in the state, taken
+            from the parameter at its first step: load a model before, or its values are overwritten).
         momentum_dtype: dtype of m; None is the parameter's.
         seed: of stochastic rounding.
         nonfinite: "skip": entries with a non-finite gradient keep parameter and momentum, and the tensor is counted

@@ -223,12 +223,23 @@ def matrices_stored_transposed(world: World) -> None:
 
     Stacks of experts (e, in, out) are cut between matrices, or by columns.
     """
+    places = (((7, 5), 0), ((3, 7, 5), 0), ((3, 7, 5), 1), ((3, 7, 5), 2))
+    follow_whole_matrices(world, {"transposed": True}, places)
+
+
+@case(2)
+def one_dimensional_convolutions(world: World) -> None:
+    """(out, in, width) is one matrix (out, in * width): sharded along dimension 0 cut by rows, else by columns."""
+    follow_whole_matrices(world, {"flatten": True}, (((7, 5, 3), 0), ((7, 5, 3), 1), ((7, 5, 3), 2)))
+
+
+def follow_whole_matrices(world: World, options: dict[str, Any], places: tuple[Any, ...]) -> None:
     variants = ({}, {"momentum": 0.9, "row_mask_tau": 0.1}, {"momentum": 0.9, "momentum_order": "post"})
-    for shape, dim in (((7, 5), 0), ((3, 7, 5), 0), ((3, 7, 5), 1), ((3, 7, 5), 2)):
+    for shape, dim in places:
         for settings in variants:
             plain = nn.Parameter(torch.randn(shape))
             sharded = nn.Parameter(distribute_tensor(plain.detach(), mesh(world.size), [Shard(dim)]))
-            optimizers = [SinkGD([p], lr=0.1, scale=1.0, transposed=True, **settings) for p in (plain, sharded)]
+            optimizers = [SinkGD([p], lr=0.1, scale=1.0, **options, **settings) for p in (plain, sharded)]
             for step in range(3):
                 grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
                 for param, optimizer in zip((plain, sharded), optimizers, strict=True):
