@@ -225,10 +225,10 @@ class LeanOptimizer(torch.optim.Optimizer):
     def nonfinite_count(self) -> int:
         """How many updates met a gradient with an infinite or NaN entry so far (reads the device).
 
-        With ``nonfinite="skip"`` every tensor counts once in every step that left it, or entries of it, alone; the other
-        policies count nothing. Groups keep their own counts, ``group["nonfinite_count"]``: a number at first and in a
-        state dict, which carries them on, and a tensor on the device between steps. Sharded, each process counts the
-        parts it holds. A step that ``GradScaler`` skips never gets here.
+        With ``nonfinite="skip"`` every tensor counts once in every step that left it, or entries of it, alone; the
+        other policies count nothing. Groups keep their own counts, ``group["nonfinite_count"]``: a number at first and
+        in a state dict, which carries them on, and a tensor on the device between steps. Sharded, each process counts
+        the parts it holds. A step that ``GradScaler`` skips never gets here.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
 
