@@ -83,7 +83,7 @@ def _add_rows(rows: Tensor, coefficients: Tensor, out: Tensor) -> None:
 def _whole_loops(window: Tensor) -> tuple[int, int]:
     """Groups of ROWS rows and stretches of LANES columns that the compiled loops take; (0, 0) where they do not pay."""
     groups, lanes = window.shape[0] // ROWS, window.shape[1] // LANES
-    return (groups, lanes) if groups > 1 and lanes >= _MIN_LANES and window.is_contiguous() else (0, 0)
+    return (groups, lanes) if groups > 1 and lanes >= _MIN_LANES and window.stride(1) == 1 else (0, 0)
 
 
 def _rests(window: Tensor, groups: int, lanes: int) -> list[tuple[Tensor, slice]]:
@@ -94,10 +94,10 @@ def _rests(window: Tensor, groups: int, lanes: int) -> list[tuple[Tensor, slice]
 
 def _rows(window: Tensor, start: int, groups: int, lanes: int) -> Tensor:
     """Rows from ``start`` on as [ROWS, groups, lanes, LANES], without the columns that fill no LANES."""
-    n = window.shape[1]
+    pitch = window.stride(0)
     # not a torch view, see `alias`
-    rows, offset = torch.empty(0, dtype=window.dtype), window.storage_offset() + start * n
-    return rows.set_(window.untyped_storage(), offset, (ROWS, groups, lanes, LANES), (groups * n, n, LANES, 1))
+    rows, offset = torch.empty(0, dtype=window.dtype), window.storage_offset() + start * pitch
+    return rows.set_(window.untyped_storage(), offset, (ROWS, groups, lanes, LANES), (groups * pitch, pitch, LANES, 1))
 
 
 def _varying(tensor: Tensor, *dims: int) -> Tensor:

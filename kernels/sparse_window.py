@@ -240,7 +240,7 @@ def _run_dots(
         dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
         return dots[0] if groups is None else dots
     one = _sparse_window_cpu.row_dots if backend == "compiled" else reference.row_dots
-    parts = [one(v.detach(), *rest) for v, *rest in zip(values, indices, flat_vectors, layouts, strict=True)]
+    parts = [one(v.detach(), i, x, s) for v, i, x, s in zip(values, indices, flat_vectors, layouts, strict=True)]
     return total_by_group(parts, groups)
 
 

@@ -32,18 +32,25 @@ REDUCE_CHUNKS, REDUCE_ROWS, REDUCE_THREADS = 16, 32, 128
 
 
 @triton.jit
-def columns_of(address, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a block of columns, and their number.
-
-    Rows of an aligned one start on 16-byte boundaries; rounding n down to a multiple of 8 changes nothing for it, but
-    proves the alignment, and that a column mask never splits a 128-bit access.
-    """
+def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a tensor, 16-byte aligned if ALIGNED."""
     if ALIGNED:
         ptr = aligned_pointer(address, DTYPE)
-        n = (n // 8) * 8
     else:
         ptr = address.to(tl.pointer_type(DTYPE))
-    return ptr, n
+    return ptr
+
+
+@triton.jit
+def eights(number, ALIGNED: tl.constexpr):
+    """A number of columns, or the distance of two rows.
+
+    Where rows are aligned it is a multiple of 8. Rounding it down to one changes nothing then, but proves that every
+    row starts on a 16-byte boundary, and that a column mask never splits a 128-bit access.
+    """
+    if ALIGNED:
+        number = (number // 8) * 8
+    return number
 
 
 @triton.jit(do_not_specialize=["m", "index"])
@@ -52,32 +59,29 @@ def window_dots_kernel(
     G_DTYPE: tl.constexpr, X_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of TILES * BLOCK_N columns. A row of the table is (window, vector, n, first chunk)."""
+    """BLOCK_M rows of TILES * BLOCK_N columns. A row of the table is (window, vector, n, pitch, first chunk, 0)."""
     entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 4
+    row = table + (entry >> 32) * 6
     piece = (entry & 0xFFFFFFFF).to(tl.int32)
     row_blocks = tl.cdiv(m, BLOCK_M)
     chunk = piece // row_blocks
     offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < m
-    g_ptr, n = columns_of(tl.load(row + 0), tl.load(row + 2), G_DTYPE, ALIGNED)
-    # the vector may be a row of the window, whose number changes at every step, and whose address then need not
-    x_ptr, _ = columns_of(tl.load(row + 1), n, X_DTYPE, ALIGNED)
+    pitch = eights(tl.load(row + 3), ALIGNED)
     start = chunk.to(tl.int64) * (TILES * BLOCK_N)
-    count = tl.minimum(n - start, TILES * BLOCK_N).to(tl.int32)
-    g_rows = g_ptr + start + offs_m.to(tl.int64)[:, None] * n
-    x_ptr += start + index * n
+    count = eights(tl.minimum(tl.load(row + 2) - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
+    g_rows = pointer_to(tl.load(row + 0), G_DTYPE, ALIGNED) + start + offs_m.to(tl.int64)[:, None] * pitch
+    # the vector may be a row of the window, whose number changes at every step, and whose address then need not
+    x_ptr = pointer_to(tl.load(row + 1), X_DTYPE, ALIGNED) + start + index * pitch
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if ALIGNED:
-        count = (count // 8) * 8
     for t in range(0, tl.cdiv(count, BLOCK_N)):
         offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < count
         x = to_float(tl.load(x_ptr + offs_n, mask=mask_n, other=0.0))
         g = to_float(tl.load(g_rows + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0))
         sums += g * x[None, :]
-    at = (tl.load(row + 3) + chunk) * m + offs_m
+    at = (tl.load(row + 4) + chunk) * m + offs_m
     tl.store(partial + at, tl.sum(sums, 1), mask=mask_m)
 
 
@@ -102,20 +106,19 @@ def window_combination_kernel(
     table, programs, coefficients, m,
     G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All rows of BLOCK_N columns. A row of the table is (window, out, n, group)."""
+    """All rows of BLOCK_N columns. A row of the table is (window, out, n, pitch, group, 0)."""
     entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 4
+    row = table + (entry >> 32) * 6
     start = (entry & 0xFFFFFFFF) * BLOCK_N
-    g_ptr, n = columns_of(tl.load(row + 0), tl.load(row + 2), G_DTYPE, ALIGNED)
-    out_ptr, _ = columns_of(tl.load(row + 1), n, tl.float32, ALIGNED)
-    count = tl.minimum(n - start, BLOCK_N).to(tl.int32)
-    if ALIGNED:
-        count = (count // 8) * 8
+    pitch = eights(tl.load(row + 3), ALIGNED)
+    count = eights(tl.minimum(tl.load(row + 2) - start, BLOCK_N).to(tl.int32), ALIGNED)
+    g_ptr = pointer_to(tl.load(row + 0), G_DTYPE, ALIGNED)
+    out_ptr = pointer_to(tl.load(row + 1), tl.float32, ALIGNED)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < count
-    c_ptr = coefficients + tl.load(row + 3) * m
+    c_ptr = coefficients + tl.load(row + 4) * m
     lane = tl.arange(0, BLOCK_M)
-    g_rows = g_ptr + start + lane.to(tl.int64)[:, None] * n + offs_n[None, :]
+    g_rows = g_ptr + start + lane.to(tl.int64)[:, None] * pitch + offs_n[None, :]
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for t in range(0, tl.cdiv(m, BLOCK_M)):
@@ -124,7 +127,7 @@ def window_combination_kernel(
         c = tl.load(c_ptr + offs_m, mask=mask_m, other=0.0)
         g = to_float(tl.load(g_rows, mask=mask_m[:, None] & mask_n[None, :], other=0.0))
         sums += c[:, None] * g
-        g_rows += BLOCK_M * n
+        g_rows += BLOCK_M * pitch
     tl.store(out_ptr + start + offs_n, tl.sum(sums, 0), mask=mask_n)
 
 
@@ -138,11 +141,11 @@ def row_dots(
     order = sorted(range(len(windows)), key=lambda b: groups[b])  # a group's chunks lie side by side
     rows, keys, pieces, chunks = [], [], [], [0] * count
     for b in order:
-        window = staging.read(windows[b])
-        n = window.shape[1]
+        window = _dense_rows(windows[b], staging)
+        n, pitch = window.shape[1], window.stride(0)
         vector = window if vectors is None else staging.read(vectors[b], dtype)
-        rows.append((window.data_ptr(), vector.data_ptr(), n, sum(chunks)))
-        keys.append(is_aligned(window, vector) and n % 8 == 0)
+        rows.append((window.data_ptr(), vector.data_ptr(), n, pitch, sum(chunks), 0))
+        keys.append(is_aligned(window, vector) and n % 8 == 0 and pitch % 8 == 0)
         chunks[groups[b]] += triton.cdiv(n, TILES * BLOCK_N)
         pieces.append(triton.cdiv(n, TILES * BLOCK_N) * triton.cdiv(m, BLOCK_M))
     partial = torch.empty(sum(chunks) * m, dtype=torch.float32, device=device)
@@ -158,6 +161,11 @@ def row_dots(
                 )  # fmt: skip
     staging.finish()
     return reduce_chunks(partial, chunks, m)
+
+
+def _dense_rows(window: Tensor, staging: Staging) -> Tensor:
+    """A window whose rows are dense: itself, whatever their distance, such as some columns of another one."""
+    return staging.hold(window) if window.stride(1) == 1 or window.shape[1] == 1 else staging.read(window)
 
 
 def reduce_chunks(partial: Tensor, chunks: Sequence[int], m: int) -> Tensor:
@@ -182,10 +190,10 @@ def linear_combination(
     coefficients = coefficients.contiguous()
     rows, keys, pieces = [], [], []
     for window, result, group in zip(windows, out, groups, strict=True):
-        window = staging.read(window)
-        n = window.shape[1]
-        rows.append((window.data_ptr(), result.data_ptr(), n, group))
-        keys.append(is_aligned(window, result) and n % 8 == 0)
+        window = _dense_rows(window, staging)
+        n, pitch = window.shape[1], window.stride(0)
+        rows.append((window.data_ptr(), result.data_ptr(), n, pitch, group, 0))
+        keys.append(is_aligned(window, result) and n % 8 == 0 and pitch % 8 == 0)
         pieces.append(triton.cdiv(n, BLOCK_N))
     table = device_rows(rows, device)
     with on_device(device):

@@ -25,7 +25,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     on_device,
     warps,
 )
-from leanstep.kernels.triton_impl.gradient_window import columns_of, reduce_chunks
+from leanstep.kernels.triton_impl.gradient_window import eights, pointer_to, reduce_chunks
 
 BLOCK_M, BLOCK_N, THREADS = 8, 256, 256
 TILES = 8
@@ -49,15 +49,14 @@ def sparse_dots_kernel(
     chunk = piece // row_blocks
     offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < m
-    v_ptr, k = columns_of(tl.load(row + 0), tl.load(row + 3), V_DTYPE, ALIGNED)
-    i_ptr, _ = columns_of(tl.load(row + 1), k, tl.int16, ALIGNED)
+    k = eights(tl.load(row + 3), ALIGNED)
+    v_ptr = pointer_to(tl.load(row + 0), V_DTYPE, ALIGNED)
+    i_ptr = pointer_to(tl.load(row + 1), tl.int16, ALIGNED)
     x_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
     per_block = tl.load(row + 4).to(tl.int32)
     block = tl.load(row + 5)
     start = chunk * (TILES * BLOCK_N)
-    count = tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32)
-    if ALIGNED:
-        count = (count // 8) * 8
+    count = eights(tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
     at = offs_m.to(tl.int64)[:, None] * k + start
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
