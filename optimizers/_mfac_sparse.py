@@ -33,7 +33,7 @@ class SparsePart(Part):
         window, density = self.settings["window"], self.settings["density"]
         states = [piece.state for piece in self.pieces]
         self.values = [local(s["window_values"]).reshape(window, -1) for s in states]
-        self.indices = [local(s["window_indices"]).reshape(window, -1) for s in states]
+        self.indices = [local(s["window_indices"]).view(torch.int16).reshape(window, -1) for s in states]
         self.errors = [local(s["error"]) for s in states]
         blocks = [block_size(s["error"].shape) for s in states]
         self.layouts = [sparse_layout(e.numel(), density, b) for e, b in zip(self.errors, blocks, strict=True)]
@@ -100,16 +100,18 @@ def is_sparse(shape: Sequence[int], density: float) -> bool:
 
 
 def init_sparse(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-    """Create ``window_values`` and ``window_indices`` [m, *lead, k] and ``error``, of the parameter's shape.
+    """Create ``window_values`` [m, *lead, k], ``window_indices`` [m, *lead, 2 k] and ``error``, like the parameter.
+
+    The indices are int16, kept as pairs of bytes: neither gloo nor NCCL can gather int16 for a whole state dict.
 
     Raises:
         ValueError: for a parameter cut inside its rows.
     """
     check_whole_rows(param, columns)
-    tail = (*lead_of(param.shape), kept_per_row(param.shape, settings["density"]))
+    lead, kept = lead_of(param.shape), kept_per_row(param.shape, settings["density"])
     rows = settings["window"]
-    state["window_values"] = new_columns(param, columns, tail, storage_dtype(settings, param), window=rows)
-    state["window_indices"] = new_columns(param, columns, tail, torch.int16, window=rows)
+    state["window_values"] = new_columns(param, columns, (*lead, kept), storage_dtype(settings, param), window=rows)
+    state["window_indices"] = new_columns(param, columns, (*lead, 2 * kept), torch.uint8, window=rows)
     state["error"] = new_columns(param, columns, param.shape, error_dtype(param), window=None)
 
 

@@ -1,0 +1,236 @@
+"""Checks of M-FAC with its window spread over processes, by FSDP2 and by replicas that share it."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_cases import (
+    Collectives,
+    assert_same,
+    count_collectives,
+    new_model,
+    refused,
+    set_grad,
+    set_grads,
+    shard,
+    train,
+    whole,
+)
+from distributed_world import World, add_case, case
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from leanstep.optimizers import MFAC
+
+# name -> (settings, dtype, largest difference)
+VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
+    "model": ({}, torch.float64, 1e-11),
+    "model_fp32": ({"weight_decay": 0.1, "momentum": 0.9}, torch.float32, 1e-5),
+    "layer": ({"scope": "layer", "scaling": "count"}, torch.float64, 1e-11),
+    "blocks": ({"scope": 7}, torch.float64, 1e-11),
+    "fp16": ({"storage": "fp16"}, torch.float32, 1e-4),
+    "topk": ({"compression": "topk", "density": 0.3, "storage": "fp32"}, torch.float64, 1e-6),
+    "gradient": ({"precondition": "gradient", "window_every": 2, "max_update_norm": 0.7}, torch.float64, 1e-11),
+    "momentum_on_gradient": (
+        {"momentum": 0.5, "momentum_on": "gradient", "warmup_steps": 2}, torch.float64, 1e-11,
+    ),
+    "sparse": ({"sparse": True, "decay": "coupled", "weight_decay": 0.1}, torch.float64, 1e-11),
+    "stochastic": ({"rounding": "stochastic", "storage": "bf16"}, torch.bfloat16, 2**-6),
+}  # fmt: skip
+
+
+def build(name: str, model: nn.Module, **more: Any) -> MFAC:
+    settings = {"lr": 0.02, "window": 3, "damping": 0.1, **VARIANTS[name][0], **more}
+    return MFAC(model.named_parameters(), **settings)
+
+
+def with_zeros(model: nn.Module) -> nn.Module:
+    """Some weights exactly zero: they belong to no window of the sparse variant."""
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param[:, ::3] = 0.0
+    return model
+
+
+def steps(model: nn.Module, optimizer: Any, numbers: range) -> None:
+    for number in numbers:
+        set_grads(model, number)
+        optimizer.step()
+
+
+def follows_unsharded(name: str, world: World) -> None:
+    """The window turns over; parameters, windows and Gram matrices are those of one process."""
+    dtype, tolerance = VARIANTS[name][1:]
+    plain, sharded = with_zeros(new_model(dtype)), shard(with_zeros(new_model(dtype)), world.size)
+    optimizers = [build(name, plain), build(name, sharded)]
+    for step in range(5):
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            steps(model, optimizer, range(step, step + 1))
+        assert_same(sharded, plain, tolerance, f"after step {step + 1}")
+    full, part = (o.state_dict()["state"] for o in optimizers)
+    assert {i: sorted(s) for i, s in full.items()} == {i: sorted(s) for i, s in part.items()}
+    for i, state in full.items():
+        for key, value in state.items():
+            found = whole(part[i][key])
+            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4 if dtype == torch.bfloat16 else 1e-6, msg=key)
+            if key.startswith("window") and key != "window_scale" and world.size > 1:
+                assert isinstance(part[i][key], DTensor)
+    assert optimizers[0].diagnostics().keys() == optimizers[1].diagnostics().keys()
+
+
+for _name in VARIANTS:
+    _worlds = (1, 2, 3, 4) if _name in ("model", "blocks", "topk") else (2, 3)
+    add_case(f"mfac_{_name}_follows_unsharded", _worlds, functools.partial(follows_unsharded, _name))
+
+
+def replicas_follow_one_process(name: str, world: World) -> None:
+    """Replicated parameters: each process keeps all columns, or a part of them; the steps are the same."""
+    dtype, tolerance = VARIANTS[name][1:]
+    plain, model = with_zeros(new_model(dtype)), with_zeros(new_model(dtype))
+    alone, spread = build(name, plain), build(name, model, shard_window=True)
+    for step in range(5):
+        steps(plain, alone, range(step, step + 1))
+        steps(model, spread, range(step, step + 1))
+        assert_same(model, plain, tolerance, f"after step {step + 1}")
+    held = torch.tensor(float(sum(p.numel() for p in local_windows(spread))))
+    dist.all_reduce(held)
+    assert held == sum(p.numel() for p in local_windows(alone))
+    if world.size > 1:
+        assert max(p.numel() for p in local_windows(spread)) < max(p.numel() for p in local_windows(alone))
+
+
+def local_windows(optimizer: MFAC) -> list[torch.Tensor]:
+    keys = ("window", "window_values")
+    found = [state[key] for state in optimizer.state.values() for key in keys if key in state]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in found]
+
+
+for _name in ("model", "model_fp32", "layer", "blocks", "fp16", "topk", "gradient", "sparse"):
+    _worlds = (1, 2, 3, 4) if _name == "model" else (2, 3) if _name == "topk" else (2,)
+    add_case(f"mfac_{_name}_replicas_follow", _worlds, functools.partial(replicas_follow_one_process, _name))
+
+
+@case(2, 3)
+def mfac_sends_a_vector_as_long_as_the_window(world: World) -> None:
+    """One all-reduce for all scopes: n + 1 numbers of each and a flag per tensor, in fp64."""
+    for name, scopes in (("model", 1), ("topk", 1), ("layer", None)):
+        model = shard(new_model(torch.float64), world.size)
+        optimizer = build(name, model)
+        tensors = len(list(model.parameters()))
+        for step in range(4):
+            found = count_collectives(optimizer, model, step)
+            count = scopes or sum("gram" in s for s in optimizer.state.values())
+            live = min(step, 3)
+            assert found == [("allreduce_", 8 * (count * (live + 1) + tensors))], (name, step, found)
+    model = new_model(torch.float64)
+    assert count_collectives(build("model", model), model) == []
+    optimizer = build("model", model, shard_window=True)
+    names = [name for name, _ in count_collectives(optimizer, model)]
+    assert names[0] == "allreduce_" and len(names) == 2 and "allgather" in names[1], names
+
+
+@case(2, 4)
+def mfac_skips_together(world: World) -> None:
+    """An entry that is not finite, in one shard: no process takes the row, and all go on alike."""
+    for name in ("model", "layer", "topk"):
+        dtype, tolerance = VARIANTS[name][1:]
+        plain, sharded, replica = new_model(dtype), shard(new_model(dtype), world.size), new_model(dtype)
+        models = (plain, sharded, replica)
+        optimizers = [build(name, plain), build(name, sharded), build(name, replica, shard_window=True)]
+        for step in range(4):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                set_grads(model, step)
+                if step == 1:
+                    param = model.get_parameter("blocks.0.up.weight")
+                    grad = whole(param.grad).clone()
+                    grad[1, 1] = math.nan
+                    set_grad(param, grad)
+                optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} after step {step + 1}")
+            assert_same(replica, plain, tolerance, f"{name} spread, after step {step + 1}")
+        assert [o.nonfinite_count() for o in optimizers] == [1, 1, 1]
+
+
+@case(2, 3)
+def mfac_training_equals_one_process(world: World) -> None:
+    """Real gradients: fully sharded, replicated, and replicated with the window spread."""
+    for name in ("model", "layer", "gradient"):
+        plain = new_model(torch.float64)
+        train(plain, build(name, plain), None)
+        sharded = shard(new_model(torch.float64), world.size)
+        train(sharded, build(name, sharded), world)
+        assert_same(sharded, plain, 1e-8, name)
+        for spread in (False, True):
+            replica = new_model(torch.float64)
+            parallel = nn.parallel.DistributedDataParallel(replica)
+            train(parallel, build(name, replica, shard_window=spread), world)
+            assert_same(replica, plain, 1e-8, f"{name} {spread}")
+
+
+@case(2)
+def mfac_refuses_what_cannot_be_spread(world: World) -> None:
+    from distributed_placements import by_hand
+    from torch.distributed.tensor import Shard
+
+    model = shard(new_model(), world.size)
+    refused(ValueError, "takes whole matrices", lambda: step_once(MFAC, model, compression="lowrank", rank=1))
+    model = by_hand(2, Shard(1))
+    refused(ValueError, "cut inside its rows", lambda: step_once(MFAC, model, compression="topk", density=0.3))
+    refused(ValueError, "is no range", lambda: step_once(MFAC, model, scope=5))
+    refused(ValueError, "excludes shard_window", lambda: MFAC(
+        new_model().parameters(), compression="lowrank", shard_window=True
+    ))  # fmt: skip
+    plain, columns = new_model(torch.float64), by_hand(2, Shard(1), dtype=torch.float64)
+    for one in (plain, columns):  # whole rows may be cut anywhere
+        steps(one, build("model", one), range(3))
+    assert_same(columns, plain, 1e-11)
+
+
+def step_once(cls: Any, model: nn.Module, **settings: Any) -> None:
+    optimizer = cls(model.parameters(), window=3, **settings)
+    set_grads(model, 0)
+    optimizer.step()
+
+
+def checkpoint_moves(name: str, spread: bool, world: World) -> None:
+    """Saved on two processes in the middle of the ring; loaded in a world of any size, it goes on the same."""
+    dtype, tolerance = VARIANTS[name][1:]
+    folder = world.folder / f"mfac-{name}-{spread}"
+
+    def make() -> tuple[nn.Module, MFAC]:
+        model = with_zeros(new_model(dtype))
+        model = model if spread else shard(model, world.size)
+        return model, build(name, model, shard_window=spread)
+
+    if world.size == 2:
+        model, optimizer = make()
+        steps(model, optimizer, range(4))
+        parts = get_state_dict(model, optimizer)
+        dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+        steps(model, optimizer, range(4, 7))
+        result = {n: whole(p.detach()) for n, p in model.named_parameters()}
+        if world.rank == 0:
+            torch.save(result, folder / "after.pt")
+        dist.barrier()
+    model, optimizer = make()
+    parts = get_state_dict(model, optimizer)
+    loaded = {"model": parts[0], "optimizer": parts[1]}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    steps(model, optimizer, range(4, 7))
+    expected = torch.load(folder / "after.pt", weights_only=True)
+    for param_name, param in model.named_parameters():
+        error = (whole(param.detach()).double() - expected[param_name].double()).abs().max().item()
+        assert error <= tolerance, f"{param_name} differs by {error:.3g}"
+
+
+for _name, _spread in (("model", False), ("topk", False), ("fp16", False), ("sparse", False), ("model", True), ("topk", True)):
+    add_case(
+        f"checkpoint_moves_mfac_{_name}{'_spread' if _spread else ''}", (1, 2, 3),
+        functools.partial(checkpoint_moves, _name, _spread),
+    )  # fmt: skip
