@@ -23,6 +23,7 @@ from leanstep.recipes.config import RunConfig, targets_note
 from leanstep.recipes.data import LoadedData, load_data
 from leanstep.recipes.flops import flops_per_token
 from leanstep.recipes.folder import RunFolder
+from leanstep.recipes.halves import Halves, find_halves
 from leanstep.recipes.memory import MemoryEstimate, estimate
 from leanstep.recipes.saver import Saver
 from leanstep.recipes.start import check_room
@@ -43,6 +44,7 @@ class Parts:
     schedule: Any
     saver: Saver
     windows: Windows
+    halves: Halves | None
     parameters: int
     flops_per_token: int
 
@@ -99,7 +101,8 @@ def assemble(
     )
     state.config, state.world_size = dataclasses.asdict(config), world
     _release_gradients(config, accelerator, model, optimizer)
-    return Parts(data, memory, model, optimizer, schedule, saver, windows, parameters, flops)
+    halves = find_halves(optimizer.optimizer, accelerator)
+    return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, parameters, flops)
 
 
 def _memory(

@@ -153,11 +153,14 @@ class Run:
 
     def step(self, window: list[Batch]) -> StepResult:
         """One optimizer step: backward over the window, checks, update, log."""
-        config, accelerator, model = self.config, self.accelerator, self.parts.model
+        config, accelerator, model, halves = self.config, self.accelerator, self.parts.model, self.parts.halves
         try:
-            part, targets = backward(accelerator, model, window, check=config.release_gradients)
+            half = None if halves is None else halves.half
+            part, targets = backward(accelerator, model, window, check=config.release_gradients, half=half)
         except NonFinite as error:
             raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
+        if halves is not None:
+            halves.whole()
         norm = None
         if not config.release_gradients:
             norm = gradient_norm(accelerator, model, config.max_grad_norm)

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,18 @@ class NonFinite(Exception):
 
 
 def backward(
-    accelerator: Accelerator, model: torch.nn.Module, window: list[Batch], *, check: bool
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    window: list[Batch],
+    *,
+    check: bool,
+    half: Callable[[float], None] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Accumulate the gradient of the window's mean loss per target and return (this process's part of it, targets).
 
     Loss = sum of the token losses / number of targets, both over all micro batches and processes: that of one big
     batch, whatever each micro batch holds. With ``check``, raises NonFinite before the backward of a non-finite loss.
+    ``half`` is called after half of the micro batches, rounded down, with their share of all.
     """
     targets = count_targets(window)
     if accelerator.num_processes > 1:
@@ -48,13 +55,15 @@ def backward(
     # Accelerate divides by the accumulation steps and the exchange of gradients by the processes: both are undone
     factor = accelerator.gradient_accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
-    for batch in window:
+    for number, batch in enumerate(window, start=1):
         with accelerator.accumulate(model):
             loss = model(**batch, use_cache=False, num_items_in_batch=divisor).loss
             if check and not torch.isfinite(loss):
                 raise NonFinite(float(loss.detach()))
             accelerator.backward(loss * factor)
         total += loss.detach()
+        if half is not None and number == len(window) // 2:
+            half(number / len(window))
     return total, int(targets)
 
 

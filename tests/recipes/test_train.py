@@ -104,6 +104,42 @@ def test_accumulation_over_unequal_batches_equals_one_big_batch(family, fresh_ac
     assert not torch.equal(before[0], gradients(model)[0])
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_half_of_a_window_is_marked_with_the_gradient_of_that_half(passes, fresh_accelerate):
+    batch = sequences_with_unequal_targets(6)
+    window = [part(batch, slice(first, first + 6 // passes)) for first in range(0, 6, 6 // passes)]
+    plugin = GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model, marks = accelerator.prepare(tiny("llama")), []
+    backward(accelerator, model, window, check=False, half=lambda share: marks.append((share, gradients(model))))
+    whole = gradients(model)
+    if passes == 1:
+        assert marks == []
+        return
+    (share, half) = marks.pop()
+    assert share == (passes // 2) / passes and marks == []
+    model.zero_grad()
+    targets = count_targets(window)
+    for piece in window[: passes // 2]:
+        model(**piece, num_items_in_batch=targets).loss.backward()
+    for found, wanted, both in zip(half, gradients(model), whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(found, both)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_lanton_takes_its_noise_from_the_halves_of_a_step(recipe, tmp_path, world):
+    lanton = "optimizer={name: lanton, lr: 1e-3, args: {noise: halves}}"
+    options = ["steps=2", "checkpoint.every=0", lanton, "max_grad_norm=0.1", f"batch.micro_batch_size={4 // world}"]
+    training = run(recipe, options, tmp_path / "run", world=world)
+    assert training.codes == [0] * world, training.text()
+    first = next(entry for entry in read_log(tmp_path / "run") if entry["kind"] == "train")["optimizer"]
+    # no gradient but the first step's has been seen: what is known is from its halves
+    assert first["noise/transformer.h.0.attn.c_attn.weight"] > 0
+    refused = run(recipe, [lanton, f"batch.micro_batch_size={8 // world}"], tmp_path / "one", world=world)
+    assert refused.codes == [2] * world and "lower batch.micro_batch_size, or take noise: previous" in refused.text()
+
+
 def test_a_non_finite_loss_can_be_caught_before_backward(fresh_accelerate):
     accelerator = Accelerator(cpu=True)
     model = tiny("llama")
