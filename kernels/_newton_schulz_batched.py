@@ -257,7 +257,8 @@ def _trace_of_polar(gram: Tensor, triples: Sequence[Triple], products: Products,
 
 def _inner(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """<X, Y> of every matrix, as [B]; ``out`` is written over."""
-    return torch.mul(x, y, out=out).view(-1, x.shape[-2] * x.shape[-1]).sum(1, dtype=wide_of(x))
+    # rows in their own dtype, since another one makes a copy of all entries; their rounding averages out
+    return torch.mul(x, y, out=out).sum(-1).view(-1, x.shape[-2]).sum(-1, dtype=wide_of(x))
 
 
 def wide_of(x: Tensor) -> torch.dtype:

@@ -195,7 +195,7 @@ def _products(backend: str, dtype: torch.dtype) -> Products:
     if backend == "triton" and dtype in (torch.bfloat16, torch.float16):
         from leanstep.kernels.triton_impl import newton_schulz as triton_newton_schulz
 
-        return Products(*triton_newton_schulz.PRODUCTS)
+        return Products(triton_newton_schulz.gram, triton_newton_schulz.add_product)
     return TORCH_PRODUCTS
 
 

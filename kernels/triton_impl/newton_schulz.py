@@ -1,0 +1,151 @@
+"""Batched products whose results are symmetric: X X^T, and beta S + alpha L R of symmetric matrices that commute.
+
+A program computes one tile on or below the diagonal and stores it twice, as it is and mirrored: half the operations of
+a general product. Sums are fp32. Results are exactly symmetric.
+
+Bytes: per tile of the result, a block of rows of each factor from the cache or memory; the base is read on and below
+the diagonal, the result is written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, round_to, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import has_aligned_rows, on_device, warps
+
+# (BLOCK, BLOCK_K, threads): where sizes are not multiples of 8 results are stored entry by entry, which takes registers
+ALIGNED, UNALIGNED = (128, 64, 256), (64, 32, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _tile_of(index):
+    """(row, column) of the tile number `index` of a lower triangle, counted row by row."""
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # the square root may be rounded across a whole number, either way
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+    return row, index - row * (row + 1) // 2
+
+
+@triton.jit
+def _load(ptr, offs_m, offs_k, m, k, step, ROWS: tl.constexpr):
+    """Rows `offs_m`, columns `offs_k` of a matrix [m, k] stored by rows, or by columns, `step` apart; zero outside."""
+    mask = (offs_m < m)[:, None] & (offs_k < k)[None, :]
+    if ROWS:
+        offsets = offs_m.to(tl.int64)[:, None] * step + offs_k[None, :]
+    else:
+        offsets = offs_m[:, None] + offs_k.to(tl.int64)[None, :] * step
+    x = tl.load(ptr + offsets, mask=mask, other=0.0)  # [BLOCK, BLOCK_K]
+    # the interpreter multiplies bfloat16 tiles wrongly
+    if INTERPRETED:
+        x = to_float(x)
+    return x
+
+
+@triton.jit(do_not_specialize=["beta", "alpha"])
+def symmetric_product_kernel(
+    left, right, base, out, m, k, left_b, left_step, right_b, right_step, base_b, beta, alpha,
+    DTYPE: tl.constexpr, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of `alpha left right^T + beta base`, [m, m] and contiguous, from factors [m, k].
+
+    Where WIDE, sizes and strides are multiples of 8 (a stride of 1 apart): rounding them down changes nothing then, but
+    proves that accesses of 128 bits are possible.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    tile_m, tile_n = _tile_of(tl.program_id(0))
+    if WIDE:
+        m, k = (m // 8) * 8, (k // 8) * 8
+        left_b, right_b, base_b = (left_b // 8) * 8, (right_b // 8) * 8, (base_b // 8) * 8
+        left_step, right_step = (left_step // 8) * 8, (right_step // 8) * 8
+    offs_m = tile_m * BLOCK + tl.arange(0, BLOCK)
+    offs_n = tile_n * BLOCK + tl.arange(0, BLOCK)
+    left += batch * left_b
+    right += batch * right_b
+    sums = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        x = _load(left, offs_m, offs_k, m, k, left_step, ROWS)
+        y = _load(right, offs_n, offs_k, m, k, right_step, ROWS)
+        sums = tl.dot(x, tl.trans(y), sums)
+    sums *= alpha
+    inside = (offs_m < m)[:, None] & (offs_n < m)[None, :]
+    offsets = offs_m.to(tl.int64)[:, None] * m + offs_n[None, :]
+    if HAS_BASE:
+        sums += beta * to_float(tl.load(base + batch * base_b + offsets, mask=inside, other=0.0))
+    tile = round_to(sums, DTYPE)
+    mirrored = tl.trans(tile)
+    out += batch * m * m
+    if tile_m == tile_n:
+        # sums of different factors are rounded differently on either side of the diagonal: the lower ones are kept
+        tile = tl.where(offs_m[:, None] >= offs_n[None, :], tile, mirrored)
+    else:
+        inside_mirrored = (offs_n < m)[:, None] & (offs_m < m)[None, :]
+        tl.store(out + offs_n.to(tl.int64)[:, None] * m + offs_m[None, :], mirrored, mask=inside_mirrored)
+    tl.store(out + offsets, tile, mask=inside)
+
+
+def gram(x: Tensor, out: Tensor) -> Tensor:
+    """x x^T of [B, m, k] or [m, k], one of whose last two strides is 1, into the contiguous `out`."""
+    return _launch(x, x, None, 0.0, 1.0, out)
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """beta base + alpha left right, all symmetric and contiguous and of commuting factors; `out` is another tensor."""
+    # the rows of a symmetric matrix are the columns that the product needs
+    return _launch(left, right, base, beta, alpha, out)
+
+
+def _launch(left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha: float, out: Tensor) -> Tensor:
+    rows = left.stride(-1) == 1
+    if not rows and left.stride(-2) != 1:
+        raise ValueError(f"symmetric product: expected a stride of 1 in the last two dimensions, got {left.stride()}")
+    left, right = (t if t.dim() == 3 else t.unsqueeze(0) for t in (left, right))
+    batch, m, k = left.shape
+    wide = m % 8 == 0 and k % 8 == 0 and all(has_aligned_rows(t if rows else t.mT) for t in (left, right))
+    block, block_k, threads = ALIGNED if wide else UNALIGNED
+    base_step = 0 if base is None else m * m
+    tiles = triton.cdiv(m, block)
+    step = -2 if rows else -1
+    with on_device(out.device):
+        symmetric_product_kernel[(tiles * (tiles + 1) // 2, batch)](
+            left, right, out if base is None else base, out, m, k, left.stride(0), left.stride(step),
+            right.stride(0), right.stride(step), base_step, beta, alpha, DTYPE=TL_DTYPE[out.dtype],
+            HAS_BASE=base is not None, ROWS=rows, WIDE=wide, BLOCK=block, BLOCK_K=block_k, num_warps=warps(threads),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launchers above can pick."""
+    # of the Gram matrix of wide and of tall matrices, and of products of symmetric ones
+    forms = [("wide", False, True), ("tall", False, False), ("symmetric", True, True)]
+    return [_case(d, *form, aligned) for d in DTYPES for form in forms for aligned in (True, False)]
+
+
+def _case(dtype: torch.dtype, name: str, has_base: bool, rows: bool, wide: bool) -> AuditCase:
+    block, block_k, threads = ALIGNED if wide else UNALIGNED
+    kind = pointer("bf16" if dtype == torch.bfloat16 else "fp16")
+    return AuditCase(
+        kernel=symmetric_product_kernel,
+        label=f"{name} {dtype} {'aligned' if wide else 'any sizes'}".replace("torch.", ""),
+        arguments=dict(
+            left=kind, right=kind, base=kind, out=kind, m="i32", k="i32", left_b="i32", left_step="i32",
+            right_b="i32", right_step="i32", base_b="i32", beta="fp32", alpha="fp32",
+        ),
+        constants=dict(
+            DTYPE=TL_DTYPE[dtype], HAS_BASE=has_base, ROWS=rows, WIDE=wide, BLOCK=block, BLOCK_K=block_k
+        ),
+        threads=threads,
+        fp_fusion=True,
+        # a turn of the loop reads a block of each factor, of which every element is used BLOCK times
+        elements=2 * block * block_k,
+        read=dtype.itemsize,
+        written=0,
+    )  # fmt: skip
