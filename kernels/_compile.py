@@ -75,14 +75,29 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def share_layout(tensors: Sequence[Tensor | None], *, row_major: bool) -> bool:
+def same_layout(tensors: Sequence[Tensor | None], *, row_major: bool) -> bool:
     """True when all tensors can be walked in storage order together (and in row-major order, if asked)."""
     present = [t for t in tensors if t is not None]
-    if len({t.untyped_storage().data_ptr() for t in present}) < len(present):
-        return False  # the compiler assumes that what it writes and what it reads lie in different storages
     if all(t.is_contiguous() for t in present):
         return True
     if row_major:
         return False
     first = present[0]
     return is_dense(first) and all(t.stride() == first.stride() for t in present[1:])
+
+
+def share_layout(tensors: Sequence[Tensor | None], *, row_major: bool) -> bool:
+    """:func:`same_layout`, and all tensors lie in storages of their own, as the compiler assumes of what it writes."""
+    present = [t for t in tensors if t is not None]
+    if len({t.untyped_storage().data_ptr() for t in present}) < len(present):
+        return False
+    return same_layout(present, row_major=row_major)
+
+
+def alike(columns: Sequence[Sequence[Tensor]], chosen: Sequence[bool]) -> list[list[int]]:
+    """Positions of the chosen rows of ``columns``, those with the same dtypes together, in order."""
+    sets: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if chosen[i]:
+            sets.setdefault(tuple(t.dtype for t in row), []).append(i)
+    return list(sets.values())

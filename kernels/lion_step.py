@@ -1,14 +1,13 @@
 """The Lion step on lists of tensors."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import EXACT_CASTS, LANES, ONE_LOOP, alias, share_layout, variant
+from leanstep.kernels._compile import EXACT_CASTS, LANES, ONE_LOOP, alias, alike, same_layout, share_layout, variant
 from leanstep.kernels.reference import lion_step as reference
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -95,7 +94,8 @@ def _run(
 ) -> Tensor:
     if not params:
         return torch.zeros(0, dtype=torch.int32)
-    backend = choose("lion_step", params[0].device, params[0].dtype).backend
+    dtypes = dict.fromkeys(t.dtype for ts in (params, grads, exp_avgs) for t in ts)
+    backend = choose("lion_step", params[0].device, *dtypes).backend
     if backend == "triton":
         from leanstep.kernels.triton_impl import lion_step as triton_lion
 
@@ -111,17 +111,11 @@ def _run(
         "maximize": maximize,
         "skip_nonfinite": skip_nonfinite,
     }
+    if backend == "cpp":
+        return _cpp_step(params, grads, exp_avgs, extras, cautious_scale, seeds, offsets, options)
     flags: list[Tensor | None] = [None] * len(params)
-    alone: Sequence[int] = range(len(params))
-    if backend == "compiled" and cautious_scale is None and rounding != "stochastic":
-        small = [i for i, p in enumerate(params) if p.numel() < _MIN_ROWS * LANES]
-        if len(small) > 1:
-            columns = [[ts[i] for i in small] for ts in (params, grads, exp_avgs, extras) if ts]
-            for i, flag in zip(small, _joined_step(columns, options), strict=True):
-                flags[i] = flag
-            alone = sorted(set(alone) - set(small))
     step = _compiled_step if backend == "compiled" else reference.lion_step
-    for i in alone:
+    for i in range(len(params)):
         flags[i] = step(
             params[i],
             grads[i],
@@ -136,29 +130,47 @@ def _run(
     return torch.stack([quiet if flag is None else flag for flag in flags]).to(torch.int32)
 
 
-def _joined_step(columns: list[list[Tensor]], options: dict[str, Any]) -> list[Tensor | None]:
-    """Step small tensors as one: a call costs more than their arithmetic.
+def _cpp_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    extras: list[Tensor],
+    cautious_scale: Tensor | None,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """One call for all tensors of the same dtypes; those whose rows differ in layout go through the reference."""
+    from leanstep.kernels.cpp_impl import lion_step as cpp_lion
 
-    ``columns``: parameters, gradients, momenta and, where there are any, extras.
-    """
-    flags: list[Tensor | None] = [None] * len(columns[0])
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, row in enumerate(zip(*columns, strict=True)):
-        alike.setdefault(tuple(t.dtype for t in row), []).append(i)
-    for members in alike.values():
-        chosen = [[column[i] for i in members] for column in columns]
-        joined = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in chosen]
-        param, grad, exp_avg = joined[:3]
-        extra = joined[3] if len(joined) > 3 else None
-        flag = _compiled_step(param, grad, exp_avg, extra, cautious_scale=None, seed=None, offset=0, **options)
-        sizes = [t.numel() for t in chosen[0]]
-        for k in range(len(chosen)):
-            if k != 1:  # gradients are not written
-                parts = zip(joined[k].split(sizes), chosen[k], strict=True)
-                torch._foreach_copy_(chosen[k], [part.view(t.shape) for part, t in parts])
-        if flag is not None and flag:
-            for i, grad in zip(members, chosen[1], strict=True):
-                flags[i] = ~torch.isfinite(grad).all()
+    flags = torch.zeros(len(params), dtype=torch.int32)
+    columns = [ts for ts in (params, grads, exp_avgs, extras) if ts]
+    row_major = options["rounding"] == "stochastic"
+    walkable = [same_layout(row, row_major=row_major) for row in zip(*columns, strict=True)]
+    for members in alike(columns, walkable):
+        chosen = [[ts[i] for i in members] if ts else [] for ts in (params, grads, exp_avgs, extras)]
+        found = cpp_lion.lion_step(
+            *chosen,
+            cautious_scale=None if cautious_scale is None else cautious_scale[members],
+            seeds=None if seeds is None else seeds[members],
+            offsets=None if offsets is None else offsets[members],
+            **options,
+        )
+        flags[members] = found
+    written = [t for ts in (params, exp_avgs, extras) for t in ts]
+    torch.autograd.graph.increment_version(written)
+    for i in (i for i, fits in enumerate(walkable) if not fits):
+        flag = reference.lion_step(
+            params[i],
+            grads[i],
+            exp_avgs[i],
+            extras[i] if extras else None,
+            cautious_scale=None if cautious_scale is None else cautious_scale[i],
+            seed=None if seeds is None else seeds[i],
+            offset=0 if offsets is None else offsets[i],
+            **options,
+        )
+        flags[i] = 0 if flag is None else flag
     return flags
 
 
@@ -238,14 +250,30 @@ def _run_agreement(
 ) -> Tensor:
     if not grads:
         return torch.zeros(0)
-    backend = choose("lion_agreement", grads[0].device, hyper.dtype).backend
+    dtypes = dict.fromkeys([hyper.dtype, *(t.dtype for ts in (grads, exp_avgs) for t in ts)])
+    backend = choose("lion_agreement", grads[0].device, *dtypes).backend
     options: dict[str, Any] = {"hyper": hyper, "maximize": maximize, "skip_nonfinite": skip_nonfinite}
     if backend == "triton":
         from leanstep.kernels.triton_impl import lion_step as triton_lion
 
         return triton_lion.lion_agreement(grads, exp_avgs, **options)
+    if backend == "cpp":
+        return _cpp_agreement(grads, exp_avgs, options)
     count = _compiled_agreement if backend == "compiled" else reference.lion_agreement
     return torch.stack([count(g, m, **options) for g, m in zip(grads, exp_avgs, strict=True)])
+
+
+def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: dict[str, Any]) -> Tensor:
+    from leanstep.kernels.cpp_impl import lion_step as cpp_lion
+
+    counts = torch.zeros(len(grads))
+    walkable = [same_layout(row, row_major=False) for row in zip(grads, exp_avgs, strict=True)]
+    for members in alike([grads, exp_avgs], walkable):
+        found = cpp_lion.lion_agreement([grads[i] for i in members], [exp_avgs[i] for i in members], **options)
+        counts[members] = found.to(counts.dtype)
+    for i in (i for i, fits in enumerate(walkable) if not fits):
+        counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], **options)
+    return counts
 
 
 def _compiled_agreement(grad: Tensor, exp_avg: Tensor, **options) -> Tensor:

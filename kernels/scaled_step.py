@@ -1,12 +1,13 @@
 """The parameter update p <- p * decay - step * r_i c_j G_ij on lists of matrices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import EXACT_CASTS, LANES, alias, share_layout, variant
+from leanstep.kernels._compile import EXACT_CASTS, LANES, alias, alike, share_layout, variant
 from leanstep.kernels.reference import scaled_step as reference
 
 # below this the call costs more than the arithmetic
@@ -71,7 +72,8 @@ def _run(
 ) -> Tensor:
     if not params:
         return torch.zeros(0, dtype=torch.int32)
-    backend = choose("scaled_step", params[0].device, params[0].dtype).backend
+    dtypes = dict.fromkeys(t.dtype for ts in (params, mats) for t in ts)
+    backend = choose("scaled_step", params[0].device, *dtypes).backend
     if backend == "triton":
         from leanstep.kernels.triton_impl import scaled_step as triton_step
 
@@ -79,9 +81,13 @@ def _run(
             params, mats, _joined(rows), _joined(cols), extras, hyper=hyper,
             rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
         )  # fmt: skip
-    step = _compiled_step if backend == "compiled" else _reference_step
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    for i, param in enumerate(params):
+    rest: Sequence[int] = range(len(params))
+    if backend == "cpp":
+        rest = _cpp_step(params, mats, rows, cols, extras, seeds, offsets, flags, hyper, rounding, skip_nonfinite)
+    step = _compiled_step if backend == "compiled" else _reference_step
+    for i in rest:
+        param = params[i]
         bad = torch.isnan(cols[i]).any(dim=-1)
         if skip_nonfinite:
             flags[i] = bad.any()
@@ -98,6 +104,38 @@ def _run(
             offset=0 if offsets is None else offsets[i],
         )
     return flags
+
+
+def _cpp_step(
+    params: list[Tensor],
+    mats: list[Tensor],
+    rows: list[Tensor],
+    cols: list[Tensor],
+    extras: list[Tensor],
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+    flags: Tensor,
+    hyper: Tensor,
+    rounding: str,
+    skip_nonfinite: bool,
+) -> list[int]:
+    """One call for all contiguous tensors of the same dtypes; the positions of the others are returned."""
+    from leanstep.kernels.cpp_impl import scaled_step as cpp_step
+
+    columns = [ts for ts in (params, mats, rows, cols, extras) if ts]
+    contiguous = [all(t.is_contiguous() for t in row) for row in zip(*columns, strict=True)]
+    for members in alike(columns, contiguous):
+        chosen = [[ts[i] for i in members] if ts else [] for ts in (params, mats, rows, cols, extras)]
+        flags[members] = cpp_step.scaled_step(
+            *chosen,
+            hyper=hyper,
+            rounding=rounding,
+            skip_nonfinite=skip_nonfinite,
+            seeds=None if seeds is None else seeds[members],
+            offsets=None if offsets is None else offsets[members],
+        )
+    torch.autograd.graph.increment_version([t for ts in (params, extras) for t in ts])
+    return [i for i, fits in enumerate(contiguous) if not fits]
 
 
 def _joined(scales: list[Tensor]) -> Tensor:

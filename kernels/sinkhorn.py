@@ -58,8 +58,8 @@ def sinkhorn(
     Notes:
         Sums run in fp32. Rows are first scaled by their largest entry, so gradients of any finite size work; an entry
         1e-19 times smaller than the largest of its row counts as zero in fp32.
-        Memory: on a CPU, one fp32 matrix of scratch (the largest of the list); on a GPU, partial column sums.
-        On a GPU one launch per iteration reads every matrix from memory once.
+        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums. An
+        iteration reads every matrix once; on a CPU matrices that fit the second-level cache leave memory only once.
     """
     if not mats:
         empty = torch.zeros(0)
@@ -98,7 +98,7 @@ def sinkhorn_of_rows(
     Yields (flat buffer, "sum") once per iteration: the column means of all matrices, to be summed over the shards in
     place before it goes on.
     """
-    backend = choose("sinkhorn", mats[0].device, mats[0].dtype).backend
+    backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = _new_scales(mats)
     cols_total = [m.shape[-1] for m in mats]
     for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
@@ -148,8 +148,11 @@ def _run(
     cols_total: Sequence[int] | None,
     all_reduce: Callable[[Tensor], None] | None,
 ) -> Scales:
-    backend = choose("sinkhorn", mats[0].device, mats[0].dtype).backend
+    backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = _new_scales(mats)
+    if backend == "cpp" and all_reduce is None:
+        _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
+        return scales
     if backend == "triton" or all_reduce is not None:
         rows_total = rows_total or [m.shape[-2] for m in mats]
         cols_total = cols_total or [m.shape[-1] for m in mats]
@@ -172,6 +175,24 @@ def _run(
             squares, prescale = scratch.squares(one)
             _iterate_in_place(squares, prescale, r, c, num_iters, end_with_rows)
     return scales
+
+
+def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
+    """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
+    from leanstep.kernels.cpp_impl import sinkhorn as cpp_sinkhorn
+
+    columns: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+        if mat.numel() == 0:
+            continue
+        batch = as_batch(mat)
+        if batch.stride(-1) != 1 and batch.shape[-1] != 1:
+            batch = batch.contiguous()
+        members = (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1))
+        for column, stack in zip(columns.setdefault(mat.dtype, ([], [], [])), members, strict=True):
+            column.extend(stack)
+    for chosen, rows_out, cols_out in columns.values():
+        cpp_sinkhorn.sinkhorn(chosen, rows_out, cols_out, num_iters, end_with_rows)
 
 
 def _iterate_together(

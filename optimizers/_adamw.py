@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from leanstep.kernels._compile import is_dense
+from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local, new_state
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
@@ -84,20 +85,6 @@ def share_flags(flags: Tensor, shards: list[Shard]) -> Steps[None]:
     total = flags.to(torch.float32)  # in fp32 they travel with the column sums
     yield from sum_over_shards(total, shards)
     flags.copy_(total > 0)
-
-
-def nonfinite_flags(grads: list[Tensor]) -> Tensor:
-    """int32 [n]: 1 where a gradient has a non-finite entry.
-
-    On a CPU a finite sum proves it finite in the fastest pass there is; only a sum that is not leads to a second look.
-    """
-    if grads and grads[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        flags = torch.tensor(
-            [not torch.isfinite(g.sum()) and not bool(torch.isfinite(g).all()) for g in grads], dtype=torch.int32
-        )
-    else:
-        flags = torch.stack([~torch.isfinite(g).all() for g in grads]).to(torch.int32)
-    return flags
 
 
 def _plain(

@@ -42,7 +42,7 @@ def render(facts: dict[str, Any]) -> str:
         facts["platform"],
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
         *(facts["devices"] or ["no accelerator"]),
-        f"C++ compiler for torch.compile on the CPU: {facts['cpp_compiler'] or 'none; the eager path runs'}",
+        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the eager path runs'}",
         "",
     ]
     for extra, packages in facts["packages"].items():

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from leanstep.kernels import lion_agreement, lion_step, use_backend
+from leanstep.kernels import BackendError, lion_agreement, lion_step, use_backend
 
-BACKENDS = ["reference", "compiled"]
+BACKENDS = ["reference", "cpp", "compiled"]
 SETTINGS = (0.01, 0.999, 0.9, 0.1, 0.99, 0.01)
 SHAPES = [(), (1,), (0,), (0, 3), (63,), (129,), (4160,), (65, 77), (3, 35, 41)]
 
@@ -71,6 +71,11 @@ DTYPES = [
 def test_dtypes(backend, dtypes):
     p, g, m = tensors((65, 77), dtypes)
     old, before = [p.clone(), m.clone()], g.clone()
+    if backend == "cpp" and {torch.float16, torch.float64} & set(dtypes):
+        with use_backend(backend), pytest.raises(BackendError, match="fp32 and bf16, not float"):
+            lion_step([p], [g], [m], [], hyper=hyper(dtypes[0]))
+        assert torch.equal(p, old[0]) and torch.equal(m, old[1])
+        backend = "auto"
     with use_backend(backend):
         lion_step([p], [g], [m], [], hyper=hyper(dtypes[0]))
     assert torch.equal(g, before)
@@ -117,8 +122,8 @@ def test_backends_agree_bit_for_bit(options):
             flags = lion_step(params, grads, momenta, extras, hyper=hyper(), **call)
         assert flags.tolist() == [1, 0, 0]
         results.append([*params, *momenta, *extras])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

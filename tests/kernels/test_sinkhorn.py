@@ -8,7 +8,7 @@ import torch
 
 from leanstep.kernels import sinkhorn, use_backend
 
-BACKENDS = ["reference", "compiled"]
+BACKENDS = ["reference", "cpp", "compiled"]
 SHAPES = [(1, 1), (1, 9), (9, 1), (3, 7), (61, 130), (130, 61), (33, 257)]
 
 
@@ -59,7 +59,12 @@ def test_equals_the_literal_loop(backend, shape, dirty_memory):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(backend, dtype):
     g = normal(40, 70, dtype=dtype)
-    if dtype == torch.float64 and backend == "compiled":
+    if (
+        dtype == torch.float64
+        and backend == "compiled"
+        or dtype not in (torch.float32, torch.bfloat16)
+        and backend == "cpp"
+    ):
         backend = "auto"  # which takes the definition for fp64
     with use_backend(backend):
         scales = sinkhorn([g], 5)

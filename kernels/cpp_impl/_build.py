@@ -1,0 +1,162 @@
+"""Build and load the C++ kernels: small files, compiled on first use for this processor.
+
+One call steps a whole list of tensors, split over torch's threads. A variant (dtypes and flags, given as macros) is a
+shared library of its own, built in about a second, kept in the cache folder and loaded with ctypes: no torch headers,
+no extension module, nothing to install. The libraries run on the OpenMP runtime that torch brings, so that both share
+one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+
+
+class BuildError(RuntimeError):
+    """The C++ compiler did not build a kernel; the message holds what it printed."""
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler, ``$CXX`` or the first of g++, clang++ and c++ on the PATH; None without one."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder where that cannot be written."""
+    chosen = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        if os.access(chosen, os.W_OK | os.X_OK):
+            return chosen
+    except OSError:
+        pass
+    fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
+    fallback.mkdir(mode=0o700, exist_ok=True)
+    if fallback.stat().st_uid != os.getuid():  # libraries of another user are not loaded
+        raise BuildError(f"{fallback} belongs to another user; set LEANSTEP_CACHE to a folder of yours")
+    return fallback
+
+
+def why_not_cpp() -> str | None:
+    """Why kernels cannot be built here; None when they can. Builds a small one, once."""
+    if not sys.platform.startswith("linux"):
+        return f"C++ kernels are built on Linux, not on {sys.platform}"
+    compiler = cpp_compiler()
+    if compiler is None:
+        return "no C++ compiler on the PATH (CXX, g++, clang++)"
+    return _why_it_fails(compiler)
+
+
+@functools.cache
+def _why_it_fails(compiler: str) -> str | None:
+    try:
+        library("nonfinite_flags", {"TENSOR": "float"})
+    except (BuildError, OSError) as error:
+        return f"{compiler} failed: {str(error).splitlines()[-1]}"
+    return None
+
+
+def library(name: str, macros: dict[str, str | int]) -> ctypes.CDLL:
+    """The compiled ``NAME.cpp`` with these macros, built unless it is in the cache.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    return _library(name, tuple(sorted(macros.items())))
+
+
+@functools.cache
+def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDLL:
+    compiler = cpp_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
+    command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
+    parts = [
+        *command,
+        _version(compiler),
+        _processor(),
+        *(p.read_text() for p in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))),
+    ]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    target = cache_folder() / f"{name}-{digest}.so"
+    if not target.exists():
+        _build(command, SOURCES / f"{name}.cpp", target)
+    return ctypes.CDLL(str(target))
+
+
+def _build(command: list[str], source: Path, target: Path) -> None:
+    """Compile beside the target and rename, so that processes which build it at one time do not meet."""
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        ran = subprocess.run(
+            [*command, "-shared", str(source), "-o", partial, *_openmp()], capture_output=True, text=True
+        )
+        if ran.returncode:
+            raise BuildError(f"{' '.join(command)} {source} failed:\n{ran.stderr.strip()}")
+        os.replace(partial, target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _openmp() -> list[str]:
+    """torch's own OpenMP runtime before the compiler's: two runtimes would be two pools of threads."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ["-Wl,--as-needed", *map(str, bundled)]
+
+
+def _native() -> list[str]:
+    # compilers prefer half vectors on AVX-512 processors, which halves the speed of 16-bit loops
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
+
+
+def pointers(tensors: Iterable[Tensor]) -> ctypes.Array:
+    """The addresses of the tensors' first elements."""
+    addresses = [t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def integers(values: Sequence[int]) -> ctypes.Array:
+    """An int64 array."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's first element; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

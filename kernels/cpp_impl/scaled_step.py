@@ -1,0 +1,63 @@
+"""Launcher of scaled_step.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointers
+
+
+def scaled_step(
+    params: list[Tensor],
+    mats: list[Tensor],
+    rows: list[Tensor],
+    cols: list[Tensor],
+    extras: list[Tensor],
+    *,
+    hyper: Tensor,
+    rounding: str,
+    skip_nonfinite: bool,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices)."""
+    macros = {"PARAM": TYPES[params[0].dtype], "MAT": TYPES[mats[0].dtype], "ROUNDING": rounding.upper()}
+    kernels = library("scaled_step", {**macros, "SKIP": int(skip_nonfinite)})
+    flags = torch.zeros(len(params), dtype=torch.int32)
+    if any(p.dim() > 2 for p in params):  # a stack of matrices is several
+        owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]
+        within = [e for p in params for e in range(p.shape[:-2].numel())]
+    else:
+        owners, within = list(range(len(params))), [0] * len(params)
+    first = [0] * len(params) if offsets is None else offsets.tolist()
+    sizes = [p.shape[-2] * p.shape[-1] for p in params]
+    count = len(owners)
+    kernels.scaled_step(
+        ctypes.c_int64(count),
+        pointers(_matrices(params, 2)),
+        pointers(_matrices(mats, 2)),
+        pointers(_matrices(rows, 1)),
+        pointers(_matrices(cols, 1)),
+        pointers(_matrices(extras, 2)) if extras else None,
+        integers([params[t].shape[-2] for t in owners]),
+        integers([params[t].shape[-1] for t in owners]),
+        address(hyper),
+        None if seeds is None else integers(seeds[owners].tolist()),
+        integers([first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]),
+        integers(owners),
+        address(flags),
+        torch.get_num_threads(),
+    )
+    return flags
+
+
+def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
+    """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their members."""
+    if all(t.dim() == dims for t in tensors):
+        return tensors
+    return [
+        part for t in tensors for part in (t.reshape(-1, *t.shape[t.dim() - dims :]) if t.dim() > dims else t[None])
+    ]
