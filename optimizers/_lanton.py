@@ -16,11 +16,11 @@ from leanstep.optimizers._lanton_noise import (
     Layer,
     joined,
     layer_factors,
-    matrix_count,
     new_estimates,
     noise_dtype,
     write_back,
 )
+from leanstep.optimizers._lanton_routing import matrix_count
 from leanstep.optimizers._lanton_update import (
     Found,
     Member,
@@ -61,8 +61,8 @@ def step(members: list[Member], layers: list[Layer]) -> Steps[None]:
     rows: list[slice] = []
     shards: list[Shard] = []
     for m in members:
-        rows.append(slice(len(shards), len(shards) + matrix_count(m.norm, m.param)))
-        shards += [m.shard] * matrix_count(m.norm, m.param)
+        rows.append(slice(len(shards), len(shards) + matrix_count(m.group, m.norm, m.param)))
+        shards += [m.shard] * matrix_count(m.group, m.norm, m.param)
     known = torch.zeros(len(shards), 4, dtype=noise_dtype(device), device=device)
     _look(members, rows, known)
     if any(s.groups for s in shards):
@@ -97,7 +97,7 @@ def _look(members: list[Member], rows: list[slice], known: Tensor) -> None:
     for member, r in zip(members, rows, strict=True):
         if member.layer >= 0 and (member.measures or member.keeps):
             grad = local(member.grad)
-            active = grad.flatten(1).any(dim=1) if matrix_count(member.norm, member.param) > 1 else grad.any().view(1)
+            active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else grad.any().view(1)
             here(member, known[r, _ACTIVE]).copy_(active)
         if member.norm == "vector":
             momentum = look_ahead(member, averaged(member))
@@ -166,8 +166,8 @@ def _factors(members: list[Member], layers: list[Layer], device: torch.device) -
     found: tuple[Tensor, ...] = ()
     if layers:
         factors = layer_factors(layers, device)[0]
-        found = factors.split([matrix_count(layer.norm, layer.param) for layer in layers])
-    return [found[m.layer] if m.layer >= 0 else one.expand(matrix_count(m.norm, m.param)) for m in members]
+        found = factors.split([matrix_count(layer.group, layer.norm, layer.param) for layer in layers])
+    return [found[m.layer] if m.layer >= 0 else one.expand(matrix_count(m.group, m.norm, m.param)) for m in members]
 
 
 def _step_elementwise(found: list[Found]) -> None:
@@ -175,7 +175,7 @@ def _step_elementwise(found: list[Found]) -> None:
     updates = []
     for x in found:
         member = x.member
-        direction = matrix_view(look_ahead(member, local(member.state["momentum_buffer"])))
+        direction = matrix_view(look_ahead(member, local(member.state["momentum_buffer"])), member)
         size: float | Tensor = member.group["radius"]
         if member.norm == "sign":
             direction = direction.sign()

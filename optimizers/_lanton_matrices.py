@@ -12,7 +12,7 @@ from torch import Tensor
 from leanstep.kernels.newton_schulz import _compute_dtype as compute_dtype
 from leanstep.kernels.newton_schulz import flops, newton_schulz, nuclear_norm
 from leanstep.optimizers._base import local
-from leanstep.optimizers._lanton_routing import matrix_shape
+from leanstep.optimizers._lanton_routing import is_stack, matrix_shape
 from leanstep.optimizers._lanton_update import (
     Found,
     Member,
@@ -43,10 +43,12 @@ def units_of(members: Sequence[Member]) -> list[Unit]:
     """The whole matrices of parameters, with the processes that work on them."""
 
     def cost(i: int, shape: torch.Size) -> float:
-        stack = shape[0] if len(shape) == 3 else 1
-        return stack * flops(matrix_shape(members[i].group, shape), members[i].group["ns_steps"])
+        group = members[i].group
+        count = shape[0] if is_stack(group, "rms", len(shape)) else 1
+        return count * flops(matrix_shape(group, shape), group["ns_steps"])
 
-    return place([m.shard for m in members], cost)
+    stacks = [is_stack(m.group, m.norm, m.param.dim()) for m in members]
+    return place([m.shard for m in members], stacks, cost)
 
 
 def dual_norms(members: list[Member]) -> Iterator[tuple[int, int, Tensor]]:
@@ -100,9 +102,11 @@ def step_matrices(found: list[Found]) -> None:
     if cut:
         like = [_polar_like(members[units[k].member]) for k in cut]
         pieces = scatter([units[k] for k in cut], [polars[k] for k in cut], like)
-        apply([
-            _update(found[units[k].member], units[k], matrix_view(piece)) for k, piece in zip(cut, pieces, strict=True)
-        ])  # fmt: skip
+        updates = []
+        for k, piece in zip(cut, pieces, strict=True):
+            x = found[units[k].member]
+            updates.append(_update(x, units[k], matrix_view(piece, x.member)))
+        apply(updates)
 
 
 def _polar_like(member: Member) -> Tensor:
@@ -148,7 +152,8 @@ def _wholes(
             for k in places[start : start + count]:
                 stored = form(units[k].member) if units[k].group is None else arrived.pop(k)
                 assert stored is not None
-                chunk.append((k, as_matrices(stored, members[units[k].member].group["transposed"])))
+                group = members[units[k].member].group
+                chunk.append((k, as_matrices(stored, group["transposed"], group["flatten"])))
             yield chunk
 
 

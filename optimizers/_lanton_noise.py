@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leanstep.kernels._hyper import constant
 from leanstep.optimizers._base import local
+from leanstep.optimizers._lanton_routing import is_stack, matrix_count
 
 # the smallest alpha that alpha="auto" may find: gradients without noise have a median of 0
 _TINY = 1e-30
@@ -30,11 +31,6 @@ def noise_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def matrix_count(norm: str, param: Tensor) -> int:
-    """How many estimates a parameter has."""
-    return param.shape[0] if norm == "rms" and param.dim() == 3 else 1
-
-
 def init_noise(state: dict[str, Any], group: dict[str, Any], norm: str, param: Tensor) -> None:
     """Create ``noise`` (H) and ``noise_steps``: 0-d, or [e] for a stack; whole on every process.
 
@@ -44,7 +40,7 @@ def init_noise(state: dict[str, Any], group: dict[str, Any], norm: str, param: T
     if "noise" in state:
         return
     device = local(param).device
-    shape = (param.shape[0],) if norm == "rms" and param.dim() == 3 else ()
+    shape = (param.shape[0],) if is_stack(group, norm, param.dim()) else ()
     state["noise"] = torch.zeros(shape, dtype=noise_dtype(device), device=device)
     start = -1.0 if group["noise"] == "previous" else 0.0
     state["noise_steps"] = torch.full(shape, start, dtype=torch.float32, device=device)
@@ -92,7 +88,7 @@ def layer_factors(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor
     alphas: list[float] = []
     automatic: dict[str, list[int]] = {}
     for layer in layers:
-        for _ in range(matrix_count(layer.norm, layer.param)):
+        for _ in range(matrix_count(layer.group, layer.norm, layer.param)):
             if layer.group["alpha"] == "auto":
                 automatic.setdefault(layer.key, []).append(len(alphas))
             members.setdefault(layer.key, []).append(len(alphas))
@@ -116,7 +112,7 @@ def _corrected(layers: Sequence[Layer], noise: Tensor, counts: Tensor) -> Tensor
     """H, divided by 1 - beta2^steps in the groups that ask for it."""
     if not any(layer.group["bias_correction"] for layer in layers):
         return noise
-    repeats = [matrix_count(layer.norm, layer.param) for layer in layers]
+    repeats = [matrix_count(layer.group, layer.norm, layer.param) for layer in layers]
     betas = [layer.group["betas"][1] if layer.group["bias_correction"] else 0.0 for layer in layers]
     beta2 = constant([b for b, n in zip(betas, repeats, strict=True) for _ in range(n)], noise.device, noise.dtype)
     return torch.where(counts >= 1, noise / (1.0 - beta2 ** counts.clamp_min(1)), noise)
@@ -130,7 +126,7 @@ def report(layers: Sequence[Layer], groups: Sequence[dict[str, Any]]) -> list[di
     names = {param: _name(group, i) for group in groups for i, param in enumerate(group["params"])}
     rows: list[dict[str, Any]] = []
     for layer in layers:
-        for k in range(matrix_count(layer.norm, layer.param)):
+        for k in range(matrix_count(layer.group, layer.norm, layer.param)):
             at = len(rows)
             row = {
                 "name": names[layer.param] + (f"[{k}]" if layer.state["noise"].dim() else ""),

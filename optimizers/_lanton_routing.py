@@ -16,9 +16,20 @@ def norm_of(group: dict[str, Any], param: Tensor) -> str:
     return "rms" if param.dim() >= 2 else "vector"
 
 
+def is_stack(group: dict[str, Any], norm: str, dims: int) -> bool:
+    """Whether a parameter of so many dimensions is a stack of matrices, with an estimate for each."""
+    return norm == "rms" and dims == 3 and not group["flatten"]
+
+
+def matrix_count(group: dict[str, Any], norm: str, param: Tensor) -> int:
+    """How many estimates a parameter has."""
+    return param.shape[0] if is_stack(group, norm, param.dim()) else 1
+
+
 def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
     """(out, in) of a stored matrix, stack of matrices or convolution."""
-    m, n = (shape[-2], shape[-1]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
+    stack = is_stack(group, "rms", len(shape))
+    m, n = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
     return (n, m) if group["transposed"] else (m, n)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from leanstep.kernels import scaled_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers._base import local
+from leanstep.optimizers._lanton_routing import is_stack
 from leanstep.optimizers._normalized import as_matrices
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
 from leanstep.optimizers._sharding import Shard
@@ -153,9 +154,11 @@ def extra_of(member: Member) -> Tensor | None:
     return local(member.state[STATE_KEY[member.rounding]]) if member.rounding in STATE_KEY else None
 
 
-def matrix_view(tensor: Tensor) -> Tensor:
-    """Scalars and vectors as one row, convolutions flattened, the rest as it is."""
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else as_matrices(tensor)
+def matrix_view(tensor: Tensor, member: Member) -> Tensor:
+    """A parameter, or a part of it, as it is written: scalars and vectors as a row, all but stacks as a matrix."""
+    if tensor.dim() < 2:
+        return tensor.reshape(1, -1)
+    return as_matrices(tensor, flatten=not is_stack(member.group, member.norm, tensor.dim()))
 
 
 def apply(updates: Sequence[Update]) -> None:
@@ -178,7 +181,7 @@ def apply(updates: Sequence[Update]) -> None:
 
 def _one_by_one(update: Update) -> list[Update]:
     """The matrices of a stack by themselves."""
-    if update.weight.dim() != 3 or update.factor.numel() == 1:
+    if update.factor.numel() == 1:
         return [update]
     return [
         update._replace(
@@ -194,8 +197,8 @@ def _one_by_one(update: Update) -> list[Update]:
 
 def _write(updates: list[Update], group: dict[str, Any], decay: Tensor | None) -> None:
     """One call for updates of one group, device and dtype. ``decay``: the factor that weight decay takes part in."""
-    weights = [matrix_view(u.weight) for u in updates]
-    extras = [matrix_view(u.extra) for u in updates if u.extra is not None]
+    weights = [matrix_view(u.weight, u.found.member) for u in updates]
+    extras = [matrix_view(u.extra, u.found.member) for u in updates if u.extra is not None]
     device, dtype = weights[0].device, weights[0].dtype
     lr, rounding = group["lr"], updates[0].found.member.rounding
     decayed = lr if decay is None else decay.reshape(()) * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
@@ -212,7 +215,7 @@ def _write(updates: list[Update], group: dict[str, Any], decay: Tensor | None) -
             hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
         )  # fmt: skip
     for update, weight in zip(updates, weights, strict=True):
-        if update.weight.dim() > 3 and not update.weight.is_contiguous():  # flattening had to copy
+        if update.weight.dim() > weight.dim() and not update.weight.is_contiguous():  # flattening had to copy
             update.weight.copy_(weight.view_as(update.weight))
             if update.extra is not None:
                 update.extra.copy_(extras[updates.index(update)].view_as(update.extra))

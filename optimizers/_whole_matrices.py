@@ -37,7 +37,7 @@ class Unit(NamedTuple):
         return held if self.matrix is None else held[self.matrix]
 
 
-def place(shards: Sequence[Shard], cost: Callable[[int, torch.Size], float]) -> list[Unit]:
+def place(shards: Sequence[Shard], stacks: Sequence[bool], cost: Callable[[int, torch.Size], float]) -> list[Unit]:
     """The units of parameters that are matrices [m, n], stacks [e, m, n] or convolutions [m, ...], with their owners.
 
     Stacks that are cut along their matrices stay where they are. The rest goes, most expensive first, to the process
@@ -45,6 +45,7 @@ def place(shards: Sequence[Shard], cost: Callable[[int, torch.Size], float]) -> 
 
     Args:
         shards: this process's part of every parameter, in the order in which it is stored.
+        stacks: which of them are stacks.
         cost: of the matrices of a shape, for the parameter at a place of the list.
 
     Raises:
@@ -52,7 +53,7 @@ def place(shards: Sequence[Shard], cost: Callable[[int, torch.Size], float]) -> 
     """
     units: list[Unit] = []
     loads: dict[Any, list[float]] = {}
-    for i, shard in enumerate(shards):
+    for i, (shard, stack) in enumerate(zip(shards, stacks, strict=True)):
         if not shard.groups:
             units.append(Unit(i, shard.shape))
             continue
@@ -65,13 +66,13 @@ def place(shards: Sequence[Shard], cost: Callable[[int, torch.Size], float]) -> 
         group = shard.groups[0]
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
-        if len(shard.shape) == 3 and shard.dim == 0:
+        if stack and shard.dim == 0:
             sizes = part_sizes(shard.shape[0], world)
             rank = torch.distributed.get_rank(group)
             units.append(Unit(i, torch.Size((sizes[rank], *shard.shape[1:])), first=sum(sizes[:rank])))
             for r, size in enumerate(sizes):
                 load[r] += cost(i, torch.Size((size, *shard.shape[1:])))
-        elif len(shard.shape) == 3:
+        elif stack:
             units += [Unit(i, torch.Size(shard.shape[1:]), k, k, shard.dim - 1, group) for k in range(shard.shape[0])]
         else:
             units.append(Unit(i, shard.shape, dim=shard.dim, group=group))

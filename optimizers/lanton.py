@@ -106,7 +106,9 @@ class LANTON(LeanOptimizer):
             ``nuclear_coefficients``; what bias all layers share cancels in f), "svd" (exact, slow), or "frobenius" (a
             lower bound without any product, low by up to the square root of the rank: for layers of like shape).
         transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's.
-            :func:`leanstep.optimizers.param_groups` sets it.
+            :func:`leanstep.optimizers.param_groups` sets it, and ``flatten``.
+        flatten: of a group whose tensors of three dimensions are no stacks but one matrix (m, rest) each, as the
+            weights of one-dimensional convolutions.
         momentum_dtype: of B; None is the parameter's. The direction is taken of B as it is stored.
         noise_dtype: of the kept gradient or half; None is the parameter's. bf16 halves it for fp32 parameters, and
             adds up to 2^-9 of the gradient to the noise.
@@ -179,6 +181,7 @@ class LANTON(LeanOptimizer):
         nuclear_steps: int = 3,
         nuclear_coefficients: str = "nuclear",
         transposed: bool = False,
+        flatten: bool = False,
         momentum_dtype: torch.dtype | None = None,
         noise_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
@@ -209,6 +212,7 @@ class LANTON(LeanOptimizer):
             "nuclear_steps": nuclear_steps,
             "nuclear_coefficients": nuclear_coefficients,
             "transposed": transposed,
+            "flatten": flatten,
             "momentum_dtype": momentum_dtype,
             "noise_dtype": noise_dtype,
             "rounding": rounding,
@@ -239,8 +243,12 @@ class LANTON(LeanOptimizer):
             value = group[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid {name}: {value!r}; LANTON expects an int of at least 1")
-        check_flags("LANTON", group, ("nesterov", "noise_adaptive", "bias_correction", "transposed"))
+        check_flags("LANTON", group, ("nesterov", "noise_adaptive", "bias_correction", "transposed", "flatten"))
         check_rounding("LANTON", group)
+        if group["transposed"] and group["flatten"]:
+            raise ValueError(
+                "LANTON: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
+            )
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
             check_dtype("LANTON", name, group[name])
 
