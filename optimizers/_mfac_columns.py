@@ -1,8 +1,9 @@
 """Which columns of a window a process holds: those of its part of each parameter.
 
-The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. Where the parameter is a DTensor, so is the window,
-cut along the same dimension (one further on); where replicas of a plain parameter share a window, each process holds the
-window of a part of it. Windows are then saved, loaded on another number of processes and copied like parameters.
+The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. Where the parameter is a DTensor, so is the
+window, cut along the same dimension (one further on); where replicas of a plain parameter share a window, each process
+holds the window of a part of it. Windows are then saved, loaded on another number of processes and copied like
+parameters.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def _world_mesh(device_type: str) -> Any:
     """All processes in one row. Reuses their process group."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    return DeviceMesh.from_group(torch.distributed.group.WORLD, device_type)
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return DeviceMesh.from_group(group, device_type)
 
 
 def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:

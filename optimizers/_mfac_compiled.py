@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.reference.gradient_window import wide_dtype
+from leanstep.optimizers._mfac_bundle import Direction, Problem
 from leanstep.optimizers._mfac_columns import Columns
-from leanstep.optimizers._mfac_step import Direction, Problem, directions
+from leanstep.optimizers._mfac_step import directions
 
 _HOME = ("gram", "counts", "figures", "window_scale")
 _ROWS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
@@ -88,6 +89,8 @@ _directions_op = torch.library.custom_op("leanstep::mfac_directions", _run, muta
 @_directions_op.register_fake
 def _(vectors, tensors, rates, plan):
     problems = list(_problems(vectors, tensors, rates, plan))
-    updates = [v.new_empty(v.numel(), dtype=_dtype(s)) for p in problems for v, s in zip(p.vectors, p.states, strict=True)]
+    updates = [
+        v.new_empty(v.numel(), dtype=_dtype(s)) for p in problems for v, s in zip(p.vectors, p.states, strict=True)
+    ]
     count = len(vectors)
     return [*updates, vectors[0].new_empty(count, dtype=torch.int32), vectors[0].new_empty(count, dtype=torch.bool)]

@@ -1,8 +1,8 @@
 """Rows of low rank for M-FAC's window: every gradient matrix as a product of two thin ones, with error feedback.
 
 One step of subspace iteration per gradient, started from the last one's factor (Vogels, Karimireddy, Jaggi, "PowerSGD:
-Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1), as in the low-rank
-variant of error-feedback M-FAC (arXiv 2306.06098). With the error e [R, C] starting at 0 and a basis b [C, r]::
+Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1), as in the
+low-rank variant of error-feedback M-FAC (arXiv 2306.06098). With the error e [R, C], 0 at first, and a basis b [C, r]::
 
     a = e + g
     P = orthonormal columns of a b
@@ -114,9 +114,8 @@ def init_low_rank(state: dict[str, Any], param: Tensor, columns: Columns, settin
         )
     m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
     rows, rest = param.shape[0], math.prod(param.shape[1:])
-    like = {"dtype": dtype, "device": param.device}
-    state["window_left"] = torch.zeros(m, rows, rank, **like)
-    state["window_right"] = torch.zeros(m, rest, rank, **like)
+    state["window_left"] = torch.zeros(m, rows, rank, dtype=dtype, device=param.device)
+    state["window_right"] = torch.zeros(m, rest, rank, dtype=dtype, device=param.device)
     state["error"] = torch.zeros(param.shape, dtype=error_dtype(param), device=param.device)
     start = torch.randn(rest, rank, generator=torch.Generator().manual_seed(0), dtype=error_dtype(param))
     state["basis"] = start.to(param.device)

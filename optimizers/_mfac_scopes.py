@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.optimizers._base import describe, local
+from leanstep.optimizers._base import local
 from leanstep.optimizers._mfac_columns import Columns, columns_of
 from leanstep.optimizers._mfac_lowrank import LowRankPart, init_low_rank, is_low_rank, low_rank_bytes
 from leanstep.optimizers._mfac_sparse import SparsePart, init_sparse, is_sparse, sparse_bytes
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
     group: dict[str, Any]
     position: int
-    index: int  # among the parameters of all groups
+    number: int  # among the parameters of all groups
     param: Tensor
     grad: Tensor | None
     state: dict[str, Any]
@@ -158,8 +158,3 @@ def pieces_of(member: int, first_slot: int, param_numel: int, columns: Columns, 
         if start < end:
             pieces.append(Piece(member, first_slot + block, (start, end), state))
     return pieces
-
-
-def name_of(member: Member) -> str:
-    """Name of a member for messages."""
-    return describe(member.group, member.position)

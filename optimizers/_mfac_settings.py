@@ -114,11 +114,15 @@ def check_loaded(own: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
     for group, saved in zip(own, groups, strict=True):
         for key in STRUCTURAL:
             if key in saved and saved[key] != group[key]:
-                raise ValueError(f"MFAC: the state was saved with {key}={saved[key]!r}, here it is {group[key]!r}; {advice}")
+                raise ValueError(
+                    f"MFAC: the state was saved with {key}={saved[key]!r}, here it is {group[key]!r}; {advice}"
+                )
         names, saved_names = group.get("param_names"), saved.get("param_names")
         if names and saved_names and names != saved_names:
             pairs = zip(saved_names, names, strict=False)
-            place = next((f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}")
+            place = next(
+                (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
+            )
             raise ValueError(f"MFAC: the saved window has its parameters in another order ({place}); {advice}")
         for position, number in enumerate(saved["params"]):
             if position < len(group["params"]):

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from leanstep.kernels import scaled_step, use_backend
-from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
-from leanstep.optimizers._base import LeanOptimizer, by_device_and_dtype, count_nonfinite, local, new_state
-from leanstep.optimizers._mfac_columns import columns_of, gather
-from leanstep.optimizers._mfac_compiled import directions_in_one
+from leanstep.kernels._hyper import compute_dtype
+from leanstep.optimizers import _mfac_apply
+from leanstep.optimizers._base import LeanOptimizer, new_state
+from leanstep.optimizers._mfac_columns import columns_of
 from leanstep.optimizers._mfac_damping import damping_at
 from leanstep.optimizers._mfac_memory import check_memory, state_bytes_of
 from leanstep.optimizers._mfac_scopes import FIGURES, Member, Scope, init_home, init_window, scope_key, shared_settings
 from leanstep.optimizers._mfac_settings import check_loaded, check_masks, check_settings
-from leanstep.optimizers._mfac_step import Problem, directions
-from leanstep.optimizers._rounding import STATE_KEY, check_rounding, effective, init_rounding, seeds_for
-from leanstep.optimizers._sharding import Steps, offsets_of, shard_of
+from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
+from leanstep.optimizers._sharding import Steps
 
 
 class MFAC(LeanOptimizer):
@@ -50,9 +46,9 @@ class MFAC(LeanOptimizer):
             consecutive elements inside every parameter). Costs m^2 * 8 bytes and a system of m each.
         storage: of rows: "fp32", "bf16", "fp16" (with one fp32 scale a row) or "fp64". None: fp32 (fp64 for fp64
             parameters), bf16 with compression "topk". G G^T, g and the combination all use the rows as stored.
-        compression: None; "topk": keep the ``density`` share of largest entries of every row of a matrix, 16-bit places
-            and bf16 values, and feed the rest back into the next gradient (S-MFAC); "lowrank": keep matrices as products
-            of rank ``rank``, with error feedback. Vectors are kept whole.
+        compression: None; "topk": keep the ``density`` share of largest entries of every row of a matrix, as 16-bit
+            places and bf16 values, and feed the rest back into the next gradient (S-MFAC); "lowrank": keep matrices as
+            products of rank ``rank``, with error feedback. Vectors are kept whole.
         density: of "topk". At 1 the window is the dense one, bit for bit with the same storage.
         rank: of "lowrank".
         momentum: weight of the old average; 0 keeps none.
@@ -73,8 +69,8 @@ class MFAC(LeanOptimizer):
             and are never changed.
         masks: of a group: bool tensors, True where a weight takes part, for every parameter; None: all. What ``sparse``
             finds is combined with it.
-        shard_window: with replicated parameters (DistributedDataParallel): each process keeps the columns of its part of
-            dimension 0 of every parameter; updates are gathered. Parameters sharded by FSDP2 need no switch.
+        shard_window: with replicated parameters (DistributedDataParallel): each process keeps the columns of its part
+            of dimension 0 of every parameter; updates are gathered. Parameters sharded by FSDP2 need no switch.
         rounding, seed, maximize, foreach: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a scope with a non-finite gradient (or one whose squared norm is beyond fp32) is left alone,
             with its window, and the tensors are counted; "raise": before anything is changed; "pass": the window is
@@ -294,126 +290,9 @@ class MFAC(LeanOptimizer):
             for _ in self._with_gradient(group):
                 pass  # refuses sparse gradients, before anything is changed
         scopes = self._scopes()
-        return [_step(scopes)] if scopes else []
+        return [_mfac_apply.step(scopes)] if scopes else []
 
 
 def _nonzero(param: Tensor, mask: Tensor | None) -> Tensor:
     found = param.detach() != 0
     return found if mask is None else found & mask
-
-
-def _step(scopes: list[Scope]) -> Steps[None]:
-    """Directions of all scopes, then the parameters."""
-    problems = [_problem(scope) for scope in scopes]
-    members = [m for scope in scopes for m in scope.members]
-    if torch.compiler.is_compiling() or isinstance(problems[0].vectors[0], FakeTensor):
-        updates, flags, went = directions_in_one(problems)
-        found: list[Tensor | None] = [u for of_scope in updates for u in of_scope]
-    else:
-        results = yield from directions(problems)
-        flags = torch.tensor([f for r in results for f in r.flags], dtype=torch.int32)
-        went = None
-        found = []
-        for scope, result in zip(scopes, results, strict=True):
-            found += [None] * len(scope.members) if result.updates is None else result.updates
-        found = _gathered(members, found)
-    for group, chosen in _by_group(members).items():
-        count_nonfinite(members[chosen[0]].group, flags[chosen])
-        moved = [i for i in chosen if members[i].grad is not None and found[i] is not None]
-        params = [members[i].param for i in moved]
-        for (device, dtype), places in by_device_and_dtype(params).items():
-            part = [moved[i] for i in places]
-            _apply([members[i] for i in part], [found[i] for i in part], None if went is None else went[part], device, dtype)
-
-
-def _by_group(members: list[Member]) -> dict[int, list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i, member in enumerate(members):
-        groups.setdefault(id(member.group), []).append(i)
-    return groups
-
-
-def _problem(scope: Scope) -> Problem:
-    """The scope's gradients as its new row takes them."""
-    vectors = []
-    for member in scope.members:
-        group, held = member.group, member.columns.part(member.param.detach())
-        if member.grad is None:
-            vector = torch.zeros_like(held, memory_format=torch.contiguous_format)
-        else:
-            vector = member.columns.part(member.grad)
-            vector = -vector if group["maximize"] else vector
-            if group["decay"] == "coupled" and group["weight_decay"]:
-                vector = vector.add(held, alpha=group["weight_decay"])
-        if "mask" in member.state:
-            vector = vector * member.columns.part(member.state["mask"])
-        vectors.append(vector)
-    return Problem(
-        scope.settings,
-        scope.home,
-        [m.state for m in scope.members],
-        [m.columns for m in scope.members],
-        [m.param.numel() for m in scope.members],
-        vectors,
-        scope.members[0].group["lr"],
-    )
-
-
-def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
-    """Whole updates where replicas hold parts of a window."""
-    sets: dict[torch.dtype, list[int]] = {}
-    for i, (member, update) in enumerate(zip(members, updates, strict=True)):
-        if update is not None and member.columns.cut is not None:
-            sets.setdefault(update.dtype, []).append(i)
-    for chosen in sets.values():
-        whole = gather([updates[i] for i in chosen], [members[i].param for i in chosen])
-        for i, update in zip(chosen, whole, strict=True):
-            updates[i] = update
-    return updates
-
-
-def _apply(
-    members: list[Member], updates: list[Tensor], went: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Average the updates, where asked, and move the parameters of a group that share device and dtype."""
-    group = members[0].group
-    weights = [local(m.param) for m in members]
-    updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
-    if "momentum_buffer" in members[0].state:
-        buffers = [local(m.state["momentum_buffer"]) for m in members]
-        for i, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
-            new = buffer.lerp(update.to(buffer.dtype), 1.0 - group["momentum"])
-            buffer.copy_(new if went is None else torch.where(went[i], new, buffer))
-        updates = buffers
-    rounding = effective("MFAC", group, members[0].position, members[0].param)
-    decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
-    hyper = pack([group["lr"], decay], device, compute_dtype(dtype))
-    seeds = offsets = None
-    if rounding == "stochastic":
-        steps = [m.state["step"] for m in members]
-        torch._foreach_add_(steps, 1)
-        seeds = seeds_for(steps, [m.index for m in members], group["seed"], device)
-        offsets = offsets_of([shard_of(m.param) for m in members], device)
-    extras = [local(m.state[STATE_KEY[rounding]]) for m in members] if rounding in STATE_KEY else []
-    matrices, thin = [_matrix(w) for w in weights], [_matrix(e) for e in extras]
-    ones = [torch.ones(sum(m.shape), dtype=hyper.dtype, device=device) for m in matrices]
-    if went is not None:
-        ones = [torch.where(w, one, torch.nan) for w, one in zip(went, ones, strict=True)]
-    scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
-    with use_backend("reference") if group["foreach"] is False else nullcontext():
-        scaled_step(
-            matrices, [_matrix(u) for u in updates], [s[0] for s in scales], [s[1] for s in scales],
-            thin, hyper=hyper, rounding=rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets,
-        )  # fmt: skip
-    for whole, matrix in zip([*weights, *extras], [*matrices, *thin], strict=True):
-        if whole.dim() > 2 and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
-            whole.copy_(matrix.view(whole.shape))
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """A view of a tensor with two dimensions (a copy where there is none: permuted convolutions)."""
-    if tensor.dim() == 2:
-        return tensor
-    if tensor.dim() < 2:
-        return tensor.view(-1, 1) if tensor.is_contiguous() else tensor.unsqueeze(1)
-    return tensor.flatten(1)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import (
-    Collectives,
     assert_same,
     count_collectives,
     new_model,
@@ -229,7 +228,14 @@ def checkpoint_moves(name: str, spread: bool, world: World) -> None:
         assert error <= tolerance, f"{param_name} differs by {error:.3g}"
 
 
-for _name, _spread in (("model", False), ("topk", False), ("fp16", False), ("sparse", False), ("model", True), ("topk", True)):
+for _name, _spread in (
+    ("model", False),
+    ("topk", False),
+    ("fp16", False),
+    ("sparse", False),
+    ("model", True),
+    ("topk", True),
+):
     add_case(
         f"checkpoint_moves_mfac_{_name}{'_spread' if _spread else ''}", (1, 2, 3),
         functools.partial(checkpoint_moves, _name, _spread),

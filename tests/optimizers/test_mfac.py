@@ -394,7 +394,9 @@ def test_gradients_may_be_accumulated():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"storage": "fp16"}, {"storage": "bf16"}, {"compression": "topk", "density": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"storage": "fp16"}, {"storage": "bf16"}, {"compression": "topk", "density": 0.1}]
+)
 def test_a_gpu_steps_as_the_cpu_does(options):
     results = []
     for device in ("cpu", "cuda"):

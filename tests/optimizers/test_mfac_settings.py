@@ -72,7 +72,9 @@ def test_groups_of_one_window_must_agree():
     params = new_params(SHAPES)
     with pytest.raises(ValueError, match="share a window .scope='model'. need one damping, got 1e-05 and 0.001"):
         MFAC([{"params": params[:1]}, {"params": params[1:], "damping": 1e-3}], window=4)
-    apart = MFAC([{"params": params[:1]}, {"params": params[1:], "damping": 1e-3, "window": 2}], window=4, scope="group")
+    apart = MFAC(
+        [{"params": params[:1]}, {"params": params[1:], "damping": 1e-3, "window": 2}], window=4, scope="group"
+    )
     set_grads(params, 0)
     apart.step()
     assert [apart.state[p]["window"].shape[0] for p in params] == [4, 2]

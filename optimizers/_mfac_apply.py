@@ -1,0 +1,143 @@
+"""M-FAC's step around its direction: gradients become rows, directions become updates of the parameters."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from leanstep.kernels import scaled_step, use_backend
+from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local
+from leanstep.optimizers._mfac_bundle import Problem
+from leanstep.optimizers._mfac_columns import gather
+from leanstep.optimizers._mfac_compiled import directions_in_one
+from leanstep.optimizers._mfac_scopes import Member, Scope
+from leanstep.optimizers._mfac_step import directions
+from leanstep.optimizers._rounding import STATE_KEY, effective, seeds_for
+from leanstep.optimizers._sharding import Steps, offsets_of, shard_of
+
+
+def step(scopes: list[Scope]) -> Steps[None]:
+    """Directions of all scopes, then the parameters."""
+    problems = [_problem(scope) for scope in scopes]
+    members = [m for scope in scopes for m in scope.members]
+    if torch.compiler.is_compiling() or isinstance(problems[0].vectors[0], FakeTensor):
+        by_scope, flags, went = directions_in_one(problems)
+        found: list[Tensor | None] = [u for of_scope in by_scope for u in of_scope]
+    else:
+        results = yield from directions(problems)
+        flags = torch.tensor([f for r in results for f in r.flags], dtype=torch.int32)
+        went = None
+        found = []
+        for scope, result in zip(scopes, results, strict=True):
+            found += [None] * len(scope.members) if result.updates is None else result.updates
+        found = _gathered(members, found)
+    made = {i: update for i, update in enumerate(found) if update is not None and members[i].grad is not None}
+    for chosen in _by_group(members):
+        count_nonfinite(members[chosen[0]].group, flags[chosen])
+        moved = [i for i in chosen if i in made]
+        params = [members[i].param for i in moved]
+        for (device, dtype), places in by_device_and_dtype(params).items():
+            part = [moved[i] for i in places]
+            own, updates = [members[i] for i in part], [made[i] for i in part]
+            _apply(own, updates, None if went is None else went[part], device, dtype)
+
+
+def _by_group(members: list[Member]) -> list[list[int]]:
+    """Places of the members of every group."""
+    groups: dict[int, list[int]] = {}
+    for i, member in enumerate(members):
+        groups.setdefault(id(member.group), []).append(i)
+    return list(groups.values())
+
+
+def _problem(scope: Scope) -> Problem:
+    """The scope's gradients as its new row takes them."""
+    vectors = []
+    for member in scope.members:
+        group, held = member.group, member.columns.part(member.param.detach())
+        if member.grad is None:
+            vector = torch.zeros_like(held, memory_format=torch.contiguous_format)
+        else:
+            vector = member.columns.part(member.grad)
+            vector = -vector if group["maximize"] else vector
+            if group["decay"] == "coupled" and group["weight_decay"]:
+                vector = vector.add(held, alpha=group["weight_decay"])
+        if "mask" in member.state:
+            vector = vector * member.columns.part(member.state["mask"])
+        vectors.append(vector)
+    return Problem(
+        scope.settings,
+        scope.home,
+        [m.state for m in scope.members],
+        [m.columns for m in scope.members],
+        [m.param.numel() for m in scope.members],
+        vectors,
+        scope.members[0].group["lr"],
+    )
+
+
+def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
+    """Whole updates where replicas hold parts of a window."""
+    sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for i, (member, update) in enumerate(zip(members, updates, strict=True)):
+        if update is not None and member.columns.cut is not None:
+            sets.setdefault(update.dtype, []).append((i, update))
+    for chosen in sets.values():
+        whole = gather([update for _, update in chosen], [members[i].param for i, _ in chosen])
+        for (i, _), update in zip(chosen, whole, strict=True):
+            updates[i] = update
+    return updates
+
+
+def _apply(
+    members: list[Member], updates: list[Tensor], went: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Average the updates, where asked, and move the parameters of a group that share device and dtype."""
+    group = members[0].group
+    weights = [local(m.param) for m in members]
+    updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
+    if "momentum_buffer" in members[0].state:
+        buffers = [local(m.state["momentum_buffer"]) for m in members]
+        for i, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
+            wide, weight = update.to(buffer.dtype), 1.0 - group["momentum"]
+            if went is None:
+                buffer.lerp_(wide, weight)
+            else:
+                buffer.copy_(torch.where(went[i], buffer.lerp(wide, weight), buffer))
+        updates = buffers
+    rounding = effective("MFAC", group, members[0].position, members[0].param)
+    decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
+    hyper = pack([group["lr"], decay], device, compute_dtype(dtype))
+    seeds = offsets = None
+    if rounding == "stochastic":
+        steps = [m.state["step"] for m in members]
+        torch._foreach_add_(steps, 1)
+        seeds = seeds_for(steps, [m.number for m in members], group["seed"], device)
+        offsets = offsets_of([shard_of(m.param) for m in members], device)
+    extras = [local(m.state[STATE_KEY[rounding]]) for m in members] if rounding in STATE_KEY else []
+    matrices, thin = [_matrix(w) for w in weights], [_matrix(e) for e in extras]
+    ones = [torch.ones(sum(m.shape), dtype=hyper.dtype, device=device) for m in matrices]
+    if went is not None:
+        ones = [torch.where(w, one, torch.nan) for w, one in zip(went, ones, strict=True)]
+    scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
+    with use_backend("reference") if group["foreach"] is False else nullcontext():
+        scaled_step(
+            matrices, [_matrix(u) for u in updates], [s[0] for s in scales], [s[1] for s in scales],
+            thin, hyper=hyper, rounding=rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets,
+        )  # fmt: skip
+    for whole, matrix in zip([*weights, *extras], [*matrices, *thin], strict=True):
+        if whole.dim() > 2 and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
+            whole.copy_(matrix.view(whole.shape))
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """A view of a tensor with two dimensions (a copy where there is none: permuted convolutions)."""
+    if tensor.dim() == 2:
+        return tensor
+    if tensor.dim() < 2:
+        return tensor.view(-1, 1) if tensor.is_contiguous() else tensor.unsqueeze(1)
+    return tensor.flatten(1)
