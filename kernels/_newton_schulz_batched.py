@@ -32,9 +32,9 @@ _GPU_CHUNK = 1 << 27
 def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
     """Lengths of the runs of steps between which the Gram form starts again from X."""
     runs: list[int] = []
-    slope = float("inf")
+    slope = 1.0
     for a, _, _ in triples:
-        if slope > GROWTH[dtype]:
+        if not runs or slope > GROWTH[dtype]:
             runs.append(0)
             slope = 1.0
         runs[-1] += 1
@@ -90,7 +90,7 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, torch.Size], Tensor] = {}
-        self._options = {"dtype": dtype, "device": device}
+        self._dtype, self._device = dtype, device
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
         """The buffer of this name, in this shape."""
@@ -98,7 +98,7 @@ class Scratch:
         if view is None:
             size = shape.numel()
             if name not in self._buffers or self._buffers[name].numel() < size:
-                self._buffers[name] = torch.empty(size, **self._options)
+                self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
                 self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
             view = self._views[name, shape] = self._buffers[name][:size].view(shape)
         return view
@@ -143,7 +143,7 @@ def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [one for mat in matrices for one in (mat.reshape(-1, *mat.shape[-2:]).unbind() if mat.dim() > 2 else [mat])]
 
 
-def norms_of(singles: Sequence[Tensor]) -> list[float] | Tensor:
+def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | Tensor:
     """Frobenius norms in double precision: numbers on a CPU, and a tensor on a device that is not to be waited for.
 
     Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range.
@@ -152,7 +152,7 @@ def norms_of(singles: Sequence[Tensor]) -> list[float] | Tensor:
         return torch.stack(torch._foreach_norm(list(singles), 2, dtype=torch.float64))
     norms = []
     for mat in singles:
-        wide = torch.float64 if mat.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if torch.float64 in (mat.dtype, compute) else torch.float32
         norm = torch.linalg.vector_norm(mat, dtype=wide).item()
         if not 1e-15 < norm < 1e18:
             norm = torch.linalg.vector_norm(mat, dtype=torch.float64).item()

@@ -38,11 +38,11 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (1.856437109728543, -1.2132392818649087, 0.3567997893874689),
         (1.875, -1.25, 0.375),
     ),
-    # polar_express(3e-3, 3) and its limit: for nuclear norms, in which small singular values weigh little
+    # polar_express(0.015, 3) and its limit: for nuclear norms, in which small singular values weigh little
     "nuclear": (
-        (8.13772386717465, -22.713708635181533, 16.32543755560506),
-        (3.965223820939575, -2.836400988165974, 0.522467436609286),
-        (3.5235614361928356, -2.6398035290594546, 0.5272128341911066),
+        (7.755565002621937, -21.647041193095454, 15.558772234759974),
+        (3.3785445759557904, -2.4829067599405827, 0.4928056730316914),
+        (2.3885833717473823, -1.746744183399525, 0.42725609563686273),
         (1.875, -1.25, 0.375),
     ),
     # the cubic of the polar decomposition's literature (Higham and Schreiber, "Fast polar decomposition of an arbitrary
@@ -55,7 +55,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 def newton_schulz(batch: Tensor, triples: Sequence[Triple], eps: float, dtype: torch.dtype) -> Tensor:
     """Approximate polar factors of ``batch`` [B, m, n], computed in ``dtype``; see ``kernels.newton_schulz``."""
-    wide = widen(batch)
+    wide = widen(batch, dtype)
     return iterate((wide / frobenius(wide).clamp(min=eps)).to(dtype), triples)
 
 
@@ -75,7 +75,7 @@ def nuclear_norm(batch: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -
     Singular values are divided by their 4-norm, which bounds the largest one from above and much more closely than
     the Frobenius norm does where there are many of one size.
     """
-    wide = widen(batch)
+    wide = widen(batch, dtype)
     size = frobenius(wide)
     x = wide / size.clamp(min=torch.finfo(size.dtype).tiny)
     gram = x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
@@ -84,9 +84,9 @@ def nuclear_norm(batch: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -
     return (x * iterate(x.to(dtype), triples)).sum((-2, -1)) * (size * four).flatten()
 
 
-def widen(batch: Tensor) -> Tensor:
-    """``batch`` in fp32, or in fp64 if that is what it is in."""
-    return batch if batch.dtype == torch.float64 else batch.float()
+def widen(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``batch`` in fp32, or in fp64 if it or ``dtype`` is that."""
+    return batch.double() if torch.float64 in (batch.dtype, dtype) else batch.float()
 
 
 def frobenius(batch: Tensor) -> Tensor:
