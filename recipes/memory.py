@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
 from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
@@ -175,10 +175,21 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
         with use_backend("reference"), warnings.catch_warnings():
             # comparing the addresses of two fake tensors, which are equal, is harmless here
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            optimizer.step()
+            _first_step(optimizer)
         for group, old in zip(optimizer.param_groups, before, strict=True):
             group.update(old)
     return unique_bytes(_tensors(list(optimizer.state.values())))
+
+
+def _first_step(optimizer: torch.optim.Optimizer) -> None:
+    """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
+    try:
+        optimizer.step()
+    except DataDependentOutputException:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not all(optimizer.state.get(parameter) for parameter in parameters):
+            name = type(optimizer).__name__
+            raise ValueError(f"the state of {name} is not known before a step with real numbers") from None
 
 
 def unique_bytes(tensors: Any) -> int:

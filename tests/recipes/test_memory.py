@@ -55,6 +55,10 @@ def real_step(config, vocab_size=2048):
         ("gpt2", "bf16-pure", "adamw"),
         ("gpt2", "bf16", "sinkgd"),
         ("gpt2", "fp32", "lion"),
+        ("gpt2", "bf16-pure", "lanton"),
+        ("llama", "fp32", "mfac, args: {window: 8}"),
+        ("llama tied", "bf16-pure", "muon"),
+        ("gpt2", "fp32", "sgd, args: {momentum: 0.9}"),
     ],
 )
 def test_weights_gradients_and_state_are_exact_and_activations_close(model, precision, optimizer):
@@ -64,6 +68,24 @@ def test_weights_gradients_and_state_are_exact_and_activations_close(model, prec
     assert (found.weights, found.gradients, found.optimizer_state) == (weights, gradients, state)
     # the same operations save the same tensors, except where a real one is a view and the fake one a copy
     assert found.activations == pytest.approx(activations, rel=0.05)
+
+
+def test_a_state_that_cannot_be_told_is_an_error(monkeypatch):
+    class Late(torch.optim.Optimizer):
+        """Looks at a gradient before it makes its state."""
+
+        def __init__(self, params, lr, weight_decay):
+            super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+        def step(self):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad.sum().item() > 0:
+                        self.state[parameter]["late"] = torch.zeros_like(parameter)
+
+    monkeypatch.setattr("leanstep.recipes.build.optimizer_class", lambda name: Late)
+    with pytest.raises(ValueError, match="the state of Late is not known before a step with real numbers"):
+        estimate(recipe(optimizer="sgd"), 2048)
 
 
 def test_checkpointing_keeps_less_and_the_estimate_knows():
