@@ -176,13 +176,22 @@ def _step_elementwise(found: list[Found]) -> None:
     for x in found:
         member = x.member
         direction = matrix_view(look_ahead(member, local(member.state["momentum_buffer"])), member)
-        size: float | Tensor = member.group["radius"]
         if member.norm == "sign":
             direction = direction.sign()
-        else:
-            root = math.sqrt(member.param.numel())
-            size = torch.where(x.square > 0, size * root / x.square.sqrt(), 0.0)
+        else:  # in double precision: one over the norm of a tiny vector is more than fp32 holds
+            scale = torch.where(x.square > 0, math.sqrt(member.param.numel()) / x.square.sqrt(), 0.0).to(
+                direction.device
+            )
+            direction = (direction.to(scale.dtype) * scale).to(compute_dtype(direction.dtype))
         updates.append(
-            Update(x, local(member.param), extra_of(member), direction, x.factor, size, member.shard.offset or 0)
+            Update(
+                x,
+                local(member.param),
+                extra_of(member),
+                direction,
+                x.factor,
+                member.group["radius"],
+                member.shard.offset or 0,
+            )
         )
     apply(updates)

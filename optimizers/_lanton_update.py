@@ -53,7 +53,7 @@ class Update(NamedTuple):
     extra: Tensor | None  # what the rounding keeps for it
     direction: Tensor  # in the shape of ``matrix_view(weight)``
     factor: Tensor  # [1], or [e] for a stack
-    size: float | Tensor
+    size: float
     offset: int = 0  # of the weight's first element in the whole parameter
 
 
