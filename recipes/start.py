@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leanstep.recipes.check import disk_need
+from leanstep.recipes.check_room import disk_need
 from leanstep.recipes.checkpoint import (
     CheckpointError,
     clean_leftovers,

@@ -5,12 +5,14 @@ import shutil
 import pytest
 import torch
 
-from leanstep.recipes import check as module
+from leanstep.recipes import check_room, check_text
 from leanstep.recipes.catalog import describe, recipe_names
-from leanstep.recipes.check import check, disk_need, inspect, routing_rows
+from leanstep.recipes.check import _groups, check, inspect, routing_rows
+from leanstep.recipes.check_room import disk_need
 from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.loader import load
 from leanstep.recipes.memory import MemoryEstimate
+from leanstep.recipes.sections import Facts, Section
 from leanstep.recipes.vocabulary import vocabulary_size
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
@@ -42,8 +44,8 @@ def section(config, title, **options):
 
 
 def output(config):
-    found = module.Section("Output")
-    module._output(config, found)
+    found = Section("Output")
+    check_room.output(config, found)
     return found
 
 
@@ -197,19 +199,19 @@ def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
     assert disk_need(config, one, world_size=4) == (300, 5 * 300 + 100), "replicated: one process writes"
     sharded = run("checkpoint.keep_last=3", "checkpoint.keep_best=true", "distributed.strategy=fsdp2")
     assert disk_need(sharded, one, world_size=4) == (1200, 5 * 1200 + 400)
-    monkeypatch.setattr(module, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
+    monkeypatch.setattr(check_room, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
     assert any("4.00 GiB" in line for line in section(sharded, "Disk", world_size=4).lines)
     monkeypatch.undo()
     memory = section(config, "Memory")
     assert memory.problems == []
     full = shutil.disk_usage(".")._replace(free=1_000_000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(check_room.shutil, "disk_usage", lambda path: full)
     (found,) = problems(config)
     assert found.startswith("Disk: the run needs ") and "lower checkpoint.keep_last" in found
 
 
 def test_memory_that_is_not_there(run, monkeypatch):
-    monkeypatch.setattr(module, "_free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
     (found,) = problems(run())
     assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
 
@@ -257,9 +259,9 @@ def test_what_a_failed_start_leaves_is_no_foreign_folder(run, tmp_path):
 
 def test_a_small_text_gives_the_vocabulary_that_it_gives(run):
     config = run("data.tokenizer=train:5000")
-    facts = module._Facts()
-    found = module.Section("Data")
-    module._data(config, found, facts)
+    facts = Facts()
+    found = Section("Data")
+    check_text.text(config, found, facts)
     assert 257 < facts.vocabulary < 400
     assert any("at most 5,000 tokens" in line for line in found.lines)
     assert any(f"{facts.vocabulary:,} tokens: the text gives no more" in line for line in found.lines)
@@ -304,14 +306,12 @@ def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
-    from leanstep.recipes.check import _Facts, _groups, _memory
-
     # one sequence at a time: what is checked is that model and optimizer can be built and stepped
     config = load(name, [f"batch.tokens_per_step={load(name).data.seq_len}", "batch.micro_batch_size=1"])
-    facts = _Facts(vocabulary=config.model.config.get("vocab_size", 2048))
-    groups, memory = module.Section("groups"), module.Section("memory")
+    facts = Facts(vocabulary=config.model.config.get("vocab_size", 2048))
+    groups, memory = Section("groups"), Section("memory")
     _groups(config, groups, facts)
     assert len(groups.lines) > 2
     if describe(config).parameters < 100e6:  # the larger ones differ in size only
-        _memory(config, 1, memory, facts)
+        check_room.memory(config, 1, memory, facts)
         assert facts.memory.weights > 1_000_000
