@@ -143,13 +143,15 @@ def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [one for mat in matrices for one in (mat.reshape(-1, *mat.shape[-2:]).unbind() if mat.dim() > 2 else [mat])]
 
 
-def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | Tensor:
-    """Frobenius norms in double precision: numbers on a CPU, and a tensor on a device that is not to be waited for.
+def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | list[Tensor]:
+    """Frobenius norms in double precision: numbers on a CPU, tensors on a device, which is not to be waited for.
 
     Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range.
     """
+    if not singles:
+        return []
     if singles[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(list(singles), 2, dtype=torch.float64))
+        return list(torch._foreach_norm(list(singles), 2, dtype=torch.float64))
     norms = []
     for mat in singles:
         wide = torch.float64 if torch.float64 in (mat.dtype, compute) else torch.float32
@@ -160,23 +162,26 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | T
     return norms
 
 
-def scaled(singles: Sequence[Tensor], norms: list[float] | Tensor, job: Job, eps: float, out: Tensor) -> Tensor:
+def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
     """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
     floor = max(eps, _SMALLEST_NORM)
-    if isinstance(norms, Tensor):
-        chosen = norms[job.members]
-        scales = torch.where(chosen < float("inf"), chosen.clamp(min=floor).reciprocal(), float("nan"))
+    parts = out.unbind() if out.dim() == 3 else [out]
+    chosen = [norm for i in job.members if isinstance(norm := norms[i], Tensor)]
+    if chosen:
+        sizes = torch.stack(chosen)
+        scales = torch.where(sizes < float("inf"), sizes.clamp(min=floor).reciprocal(), float("nan"))
         stack = reference.widen(torch.stack([singles[i] for i in job.members]))
         torch.mul(stack, scales.to(stack.dtype).view(-1, 1, 1), out=out.view(stack.shape))
         return out
-    for i, part in zip(job.members, out.unbind() if out.dim() == 3 else [out], strict=True):
-        scale = 1.0 / max(norms[i], floor) if norms[i] < float("inf") else float("nan")
-        if singles[i].dtype == part.dtype:
-            torch.mul(singles[i], scale, out=part)
-        elif part.dtype == torch.float16 or singles[i].dtype == torch.float64:
-            torch.mul(reference.widen(singles[i]), scale, out=part)  # the entries may not fit before they are scaled
+    for i, part in zip(job.members, parts, strict=True):
+        norm, mat = norms[i], singles[i]
+        scale = 1.0 / max(norm, floor) if norm < float("inf") else float("nan")
+        if mat.dtype == part.dtype:
+            torch.mul(mat, scale, out=part)
+        elif part.dtype == torch.float16 or mat.dtype == torch.float64:
+            torch.mul(reference.widen(mat), scale, out=part)  # the entries may not fit before they are scaled
         else:
-            part.copy_(singles[i]).mul_(scale)  # faster than at once
+            part.copy_(mat).mul_(scale)  # faster than at once
     return out
 
 

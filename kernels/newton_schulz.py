@@ -1,5 +1,6 @@
 """Polar factors and nuclear norms of lists of matrices by Newton-Schulz iterations."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -188,10 +189,15 @@ def _compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
     if mat.dtype == torch.float64:
         return torch.float64
     if mat.device.type == "cpu":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+        return torch.bfloat16 if _has_bf16_matrix_units() else torch.float32
     if mat.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if mat.device.type == "xpu" else torch.float32
+
+
+@functools.cache
+def _has_bf16_matrix_units() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _products(backend: str, dtype: torch.dtype) -> Products:
@@ -255,25 +261,25 @@ def _run_nuclear(
     backend = choose("nuclear_norm", matrices[0].device, compute).backend
     singles = singles_of(matrices)
     wide = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
-    values = torch.zeros(len(singles), dtype=wide, device=matrices[0].device)
-    if not any(mat.numel() for mat in singles):
-        return values
+    values = [torch.zeros((), dtype=wide, device=matrices[0].device)] * len(singles)
+    filled = [i for i, mat in enumerate(singles) if mat.numel()]
     if estimator == "svd":
-        return torch.stack([_sum_of_singular_values(mat) for mat in singles]).to(wide)
-    if backend == "reference" and estimator == "polar":
-        for i, mat in enumerate(singles):
-            if mat.numel():
-                values[i] = reference.nuclear_norm(mat.unsqueeze(0), triples, compute)[0]
-        return values
-    norms = norms_of(singles, compute)
-    sizes = norms if isinstance(norms, Tensor) else torch.tensor(norms, dtype=torch.float64)
-    if estimator == "frobenius":
-        return sizes.to(wide)
-    products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
-    for job in jobs_of(singles):
-        x = scaled(singles, norms, job, 0.0, scratch.take("x", job.shape()))
-        values[job.members] = estimate(x, triples, job, products, scratch).to(wide)
-    return (values.double() * sizes).to(wide)
+        for i in filled:
+            values[i] = _sum_of_singular_values(singles[i]).to(wide)
+    elif backend == "reference" and estimator == "polar":
+        for i in filled:
+            values[i] = reference.nuclear_norm(singles[i].unsqueeze(0), triples, compute)[0].to(wide)
+    elif filled:
+        norms = norms_of(singles, compute)
+        sizes = [torch.as_tensor(norm, dtype=torch.float64, device=matrices[0].device) for norm in norms]
+        if estimator == "frobenius":
+            return torch.stack(sizes).to(wide)
+        products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
+        for job in jobs_of(singles):
+            x = scaled(singles, norms, job, 0.0, scratch.take("x", job.shape()))
+            for i, value in zip(job.members, estimate(x, triples, job, products, scratch), strict=True):
+                values[i] = (value * sizes[i]).to(wide)
+    return torch.stack(values) if values else torch.zeros(0, dtype=wide, device=matrices[0].device)
 
 
 def _sum_of_singular_values(mat: Tensor) -> Tensor:

@@ -182,6 +182,9 @@ def test_lists_stacks_and_layouts(backend, method, dirty_memory):
         for one, value in zip(mat.reshape(-1, *mat.shape[-2:]), part, strict=True):
             torch.testing.assert_close(value, expected_nuclear_norm(one, triples_of("nuclear", 3)), rtol=1e-3, atol=0)
     assert newton_schulz([]) == [] and nuclear_norm([]).shape == (0,)
+    assert newton_schulz([torch.empty(0, 3, 5)])[0].shape == (0, 3, 5) and nuclear_norm(
+        [torch.empty(0, 3, 5)]
+    ).shape == (0,)
 
 
 def test_jobs_gather_matrices_of_one_shape():
