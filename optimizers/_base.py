@@ -22,6 +22,10 @@ _COMMON_SETTINGS = frozenset(
 )
 
 
+# state tensors that have the shape of their parameter
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "previous_grad", "kahan_compensation", "master_param")
+
+
 class NonFiniteGradientError(RuntimeError):
     """A gradient has an infinite or NaN entry, and the optimizer was built with ``nonfinite="raise"``."""
 
@@ -188,6 +192,21 @@ class LeanOptimizer(torch.optim.Optimizer):
                     f"it; nothing was changed. Load it into the optimizer that saved it, or start without it."
                 )
 
+    def _refuse_misfits(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for state tensors of another shape than their parameter's, as of another order."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+                kept = state_dict["state"].get(key, {})
+                wrong = [k for k in _SHAPED if isinstance(kept.get(k), Tensor) and kept[k].shape != param.shape]
+                if wrong:
+                    names = saved.get("param_names")
+                    whose = names[position] if names else f"parameter {position} of its group"
+                    raise ValueError(
+                        f"{type(self).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
+                        f"{wrong[0]} has shape {tuple(kept[wrong[0]].shape)}; nothing was changed. Build the optimizer "
+                        "over the parameters in the order of the one that saved the state."
+                    )
+
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
         """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
         return True
@@ -203,12 +222,14 @@ class LeanOptimizer(torch.optim.Optimizer):
         half its bits. Here it is put back bit for bit, before any hook of the user sees it.
 
         Raises:
-            ValueError: the state of another optimizer, or of other groups; nothing was changed.
+            ValueError: the state of another optimizer, of other groups or of parameters of other shapes; nothing was
+                changed.
         """
         final: dict[str, Any] = {}
 
         def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
             self._refuse_foreign(loaded)
+            self._refuse_misfits(loaded)
             final.update(loaded)
 
         def restore(_: torch.optim.Optimizer) -> None:

@@ -288,6 +288,21 @@ def test_the_state_of_another_optimizer_is_refused(case: OptimizerCase):
 
 
 @every_case
+def test_the_state_of_parameters_in_another_order_is_refused(case: OptimizerCase):
+    """It would be taken for the state of others, and be found out at the next step at best."""
+    names, shapes = ("first", "second", "bias", "gain"), ((6, 5), (5, 6), (7,), (3,))
+    straight, turned = (list(zip(names, case.params(shapes), strict=True)) for _ in range(2))
+    turned.reverse()
+    source, target = case.build(straight), case.build(turned)
+    run(source, [p for _, p in straight], range(1))
+    run(target, [p for _, p in turned], range(1))
+    before = snapshot(target)
+    with pytest.raises(ValueError, match="(?s)(first|second|bias|gain).*nothing was changed"):
+        target.load_state_dict(source.state_dict())
+    assert_same(before, snapshot(target))
+
+
+@every_case
 def test_own_states_without_the_mark_and_of_derived_classes_are_taken(case: OptimizerCase):
     class Derived(case.cls):
         pass
