@@ -10,8 +10,8 @@ namespace {
 constexpr float TINY = std::numeric_limits<float>::min();
 // columns are summed over this many rows before they are added to the total: rounding grows with the longer of both
 constexpr int64_t ROWS_OF_SUM = 128;
-// larger matrices are shared by all threads, smaller ones taken whole
-constexpr int64_t LARGE = 1 << 22;
+// bytes of a matrix that does not stay in a core's second-level cache: it is shared by all threads, smaller ones are not
+constexpr int64_t LARGE = 2 << 20;
 
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
@@ -32,37 +32,73 @@ float inverse_of_largest(const MAT* __restrict row, int64_t n) {
     return largest == 0.0f ? 0.0f : 1.0f / std::max(largest, TINY / 2);
 }
 
-// h = (r0 * row)^2; returns the sum of h * square
-float squares(const MAT* __restrict row, float* __restrict h, const float* __restrict square, float r0, int64_t n) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+// rows taken together: as many sums that do not wait for each other, and one read of what belongs to the columns
+constexpr int64_t ROWS = 4;
+
+// h[k] = (r0[k] * row[k])^2; sums[k]: of h[k] * square
+void squares(
+    const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
+) {
+    const MAT *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    const float ra = r0[0], rb = r0[1], rc = r0[2], rd = r0[3];
+    float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
     for (int64_t j = 0; j < n; ++j) {
-        const float scaled = widen(row[j]) * r0;
-        h[j] = scaled * scaled;
-        sum += h[j] * square[j];
+        const float x0 = widen(a[j]) * ra, x1 = widen(b[j]) * rb, x2 = widen(c[j]) * rc, x3 = widen(d[j]) * rd;
+        const float h0 = x0 * x0, h1 = x1 * x1, h2 = x2 * x2, h3 = x3 * x3;
+        h[j] = h0;
+        h[j + n] = h1;
+        h[j + 2 * n] = h2;
+        h[j + 3 * n] = h3;
+        sum0 += h0 * square[j];
+        sum1 += h1 * square[j];
+        sum2 += h2 * square[j];
+        sum3 += h3 * square[j];
     }
-    return sum;
+    sums[0] = sum0;
+    sums[1] = sum1;
+    sums[2] = sum2;
+    sums[3] = sum3;
 }
 
-void add_scaled(float* __restrict sums, const float* __restrict h, float factor, int64_t n) {
+void add_rows(float* __restrict sums, const float* __restrict h, const float* factors, int64_t n) {
+    const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sums[j] += h[j] * factor;
+    for (int64_t j = 0; j < n; ++j) {
+        sums[j] += (h[j] * f0 + h[j + n] * f1) + (h[j + 2 * n] * f2 + h[j + 3 * n] * f3);
+    }
 }
 
-// rows begin..end of one iteration: their inverse mean squares, and their part of the column sums (null: not wanted)
+void add(float* __restrict sums, const float* __restrict part, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
+}
+
+// rows begin..end of one iteration: their inverse mean squares, and their part of the column sums (null: not wanted).
+// scratch: ROWS + 1 rows
 void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums) {
     float* h = scratch;
-    float* part = scratch + a.n;
+    float* part = scratch + ROWS * a.n;
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
-        for (int64_t i = from; i < to; ++i) {
-            const MAT* row = a.data + i * a.stride;
-            if (first) a.r0[i] = inverse_of_largest(row, a.n);
-            a.inverse[i] = inverse(squares(row, h, a.square, a.r0[i], a.n) / static_cast<float>(a.n));
-            if (column_sums) add_scaled(part, h, a.inverse[i], a.n);
+        for (int64_t i = from; i < to; i += ROWS) {
+            const MAT* rows[ROWS];
+            float r0[ROWS], sums[ROWS], factors[ROWS];
+            for (int64_t k = 0; k < ROWS; ++k) {
+                const int64_t row = std::min(i + k, to - 1);  // past the end: the last row again, with factor 0
+                rows[k] = a.data + row * a.stride;
+                if (first && i + k < to) a.r0[row] = inverse_of_largest(rows[k], a.n);
+                r0[k] = a.r0[row];
+            }
+            squares(rows, r0, a.square, h, a.n, sums);
+            for (int64_t k = 0; k < ROWS; ++k) {
+                factors[k] = i + k < to ? inverse(sums[k] / static_cast<float>(a.n)) : 0.0f;
+                if (i + k < to) a.inverse[i + k] = factors[k];
+            }
+            if (column_sums) add_rows(part, h, factors, a.n);
         }
-        if (column_sums) add_scaled(column_sums, part, 1.0f, a.n);
+        if (column_sums) add(column_sums, part, a.n);
     }
 }
 
@@ -80,7 +116,7 @@ void finish(const Matrix& a, bool iterated) {
 }
 
 void alone(const Matrix& a, int64_t num_iters, bool end_with_rows) {
-    std::vector<float> scratch(2 * a.n), sums(a.n);
+    std::vector<float> scratch((ROWS + 1) * a.n), sums(a.n);
     for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.begin(), sums.end(), 0.0f);
@@ -92,23 +128,23 @@ void alone(const Matrix& a, int64_t num_iters, bool end_with_rows) {
 
 void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads) {
     // cut by rows, not by threads: the same sums whatever their number
-    const int64_t pieces = 64, height = (a.m + pieces - 1) / pieces;
+    const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
     std::vector<float> sums(pieces * a.n), total(a.n);
     for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.begin(), sums.end(), 0.0f);
 #pragma omp parallel num_threads(threads)
         {
-            std::vector<float> scratch(2 * a.n);
+            std::vector<float> scratch((ROWS + 1) * a.n);
 #pragma omp for schedule(static)
             for (int64_t piece = 0; piece < pieces; ++piece) {
-                pass(a, std::min(piece * height, a.m), std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
+                pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
                      columns ? sums.data() + piece * a.n : nullptr);
             }
         }
         if (!columns) continue;
         std::fill(total.begin(), total.end(), 0.0f);
-        for (int64_t piece = 0; piece < pieces; ++piece) add_scaled(total.data(), sums.data() + piece * a.n, 1.0f, a.n);
+        for (int64_t piece = 0; piece < pieces; ++piece) add(total.data(), sums.data() + piece * a.n, a.n);
         invert_columns(a, total.data());
     }
     finish(a, num_iters + end_with_rows > 0);
@@ -131,7 +167,7 @@ extern "C" void sinkhorn(
         const Matrix a{mats[t], heights[t], widths[t], strides[t], rows[t], next, cols[t]};
         next += a.m;
         std::fill(a.square, a.square + a.n, 1.0f);
-        if (a.m * a.n >= LARGE) {
+        if (a.m * a.n * static_cast<int64_t>(sizeof(MAT)) >= LARGE) {
             together(a, num_iters, end_with_rows, threads);
         } else {
             small.push_back(a);
