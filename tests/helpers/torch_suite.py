@@ -19,7 +19,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase
 
-from leanstep.optimizers import LANTON, Lion, SinkGD
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
 
 SCHEDULES = (
     [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
@@ -121,8 +121,38 @@ LANTON_INFO = OptimizerInfo(
     not_og_supported_flags=("foreach", "maximize"),
     supports_complex=False,
 )
-OURS = [LION, SINKGD, LANTON_INFO]
-COUPLED = [LANTON_INFO]  # the step of a tensor depends on the others
+MFAC_INFO = OptimizerInfo(
+    MFAC,
+    optim_inputs_func=_inputs(
+        ({"window": 8, "damping": 1.0}, "default"),
+        ({"window": 8, "damping": 1.0, "lr": 0.01}, "non-default lr"),
+        ({"window": 8, "damping": 1.0, "lr": torch.tensor(0.001)}, "Tensor lr"),
+        ({"window": 8, "damping": 1.0, "weight_decay": 0.1}, "nonzero weight_decay"),
+        (
+            {"window": 8, "damping": 1.0, "weight_decay": 0.1, "decay": "coupled", "maximize": True},
+            "maximize, coupled decay",
+        ),
+        ({"window": 4, "damping": 1.0, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
+        (
+            {"window": 4, "damping": 1.0, "momentum": 0.5, "momentum_on": "gradient", "warmup_steps": 2},
+            "momentum of gradients",
+        ),
+        ({"window": 8, "damping": 1.0, "compression": "topk", "density": 0.5}, "sparse rows"),
+    ),
+    optim_error_inputs_func=_errors(
+        _same({"lr": -0.5}, "Invalid learning rate: -0.5"),
+        _same({"window": 0}, "Invalid window: 0"),
+        _same({"damping": 0.0}, "Invalid damping: 0"),
+        _same({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+        _same({"momentum": 1.0}, "Invalid momentum value: 1.0"),
+    ),
+    scheduler_inputs=SCHEDULES,
+    supported_impls=("foreach",),
+    not_og_supported_flags=("foreach", "maximize"),
+    supports_complex=False,
+)
+OURS = [LION, SINKGD, LANTON_INFO, MFAC_INFO]
+COUPLED = [LANTON_INFO, MFAC_INFO]  # the step of a tensor depends on the others
 ADAMW = next(info for info in optim_db if info.optim_cls is AdamW)
 INFOS = [*OURS, ADAMW]
 STEPS = 7
