@@ -6,14 +6,13 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from leanstep.kernels import scaled_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local
 from leanstep.optimizers._mfac_bundle import Problem
 from leanstep.optimizers._mfac_columns import gather
-from leanstep.optimizers._mfac_compiled import directions_in_one
+from leanstep.optimizers._mfac_compiled import directions_in_one, is_fake
 from leanstep.optimizers._mfac_scopes import Member, Scope
 from leanstep.optimizers._mfac_step import directions
 from leanstep.optimizers._rounding import STATE_KEY, effective, seeds_for
@@ -24,7 +23,7 @@ def step(scopes: list[Scope]) -> Steps[None]:
     """Directions of all scopes, then the parameters."""
     problems = [_problem(scope) for scope in scopes]
     members = [m for scope in scopes for m in scope.members]
-    if torch.compiler.is_compiling() or isinstance(problems[0].vectors[0], FakeTensor):
+    if torch.compiler.is_compiling() or is_fake(problems[0].vectors[0]):
         by_scope, flags, went = directions_in_one(problems)
         found: list[Tensor | None] = [u for of_scope in by_scope for u in of_scope]
     else:

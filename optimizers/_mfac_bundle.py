@@ -81,7 +81,7 @@ class Bundle:
         self.vectors = [self._of_part(part) for part, _ in self.parts]
 
     def _make_parts(self) -> list[tuple[Part, tuple[Any, ...]]]:
-        """Pieces of one form, device, dtype and set of processes, with that set."""
+        """Pieces of one form, device, set of processes and dtypes (stored, and of sums), with the set of processes."""
         sets: dict[Any, list[Piece]] = {}
         for number, (i, k) in enumerate(self.members):
             problem = self.problems[i]
@@ -91,10 +91,11 @@ class Bundle:
             scope = self.settings["scope"]
             pieces = pieces_of(number, self.first_slots[i], problem.numels[k], columns, state, scope)
             if pieces:
-                sets.setdefault((columns.groups, vector.device, dtype, kind), []).extend(pieces)
+                wide = wide_dtype(vector.dtype)
+                sets.setdefault((columns.groups, vector.device, kind, dtype, wide), []).extend(pieces)
         return [
             (kind(pieces, self.settings, None if self.scales is None else self.scales.to(device)), groups)
-            for (groups, device, _, kind), pieces in sets.items()
+            for (groups, device, kind, *_), pieces in sets.items()
         ]
 
     def _of_part(self, part: Part) -> list[Tensor]:

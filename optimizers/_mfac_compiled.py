@@ -7,6 +7,7 @@ compiled again at every step until the window is full.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,9 +46,18 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[list[Tensor]], 
     return [[next(found) for _ in p.vectors] for p in problems], flags, went
 
 
-@torch.compiler.assume_constant_result
 def _encoded(plan: list[Any]) -> str:
     return json.dumps(plan)
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler now: called while tracing, not traced
+_encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no storage behind it, as where memory is estimated."""
+    loaded = sys.modules.get("torch._subclasses.fake_tensor")
+    return loaded is not None and isinstance(tensor, loaded.FakeTensor)
 
 
 def _problems(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:

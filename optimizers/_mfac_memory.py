@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from leanstep.optimizers._base import local
+from leanstep.optimizers._mfac_compiled import is_fake
 from leanstep.optimizers._mfac_scopes import home_bytes, scope_key, window_bytes
 
 _GIB = 2**30
@@ -43,7 +43,7 @@ def check_memory(groups: list[dict[str, Any]], held: int = 0) -> None:
         ValueError: with the numbers, and what smaller forms would take.
     """
     params = [p for g in groups for p in g["params"]]
-    if any(isinstance(local(p), FakeTensor) or p.device.type == "meta" for p in params):
+    if any(is_fake(local(p)) or p.device.type == "meta" for p in params):
         return  # nothing will be allocated
     for device, needed in needed_bytes(groups).items():
         available = available_bytes(device)

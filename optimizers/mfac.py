@@ -201,7 +201,7 @@ class MFAC(LeanOptimizer):
             if group["sparse"]:
                 given = group["masks"] or [None] * len(group["params"])
                 group["masks"] = [_nonzero(p, mask) for p, mask in zip(group["params"], given, strict=True)]
-            check_memory(self.param_groups, state_bytes_of(list(self.state.values())))
+            check_memory(self.param_groups, state_bytes_of(self._states()))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -211,7 +211,7 @@ class MFAC(LeanOptimizer):
         self._refuse_foreign(state_dict)
         check_loaded(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
-        for state in self.state.values():
+        for state in self._states():
             if "counts" in state:  # torch puts all state beside the parameter
                 state["counts"] = state["counts"].cpu()
 
@@ -224,7 +224,7 @@ class MFAC(LeanOptimizer):
             diagonal, or eigenvalues; ``clipped``: updates so far that ``max_update_norm`` shortened; ``nonfinite``:
             gradients refused so far.
         """
-        homes = [state for state in self.state.values() if "gram" in state]
+        homes = [state for state in self._states() if "gram" in state]
         figures = torch.zeros(len(FIGURES), dtype=torch.float64)
         for home in homes:
             kept = home["figures"].cpu()
@@ -244,6 +244,10 @@ class MFAC(LeanOptimizer):
             "clipped": values["clipped"],
             "nonfinite": float(self.nonfinite_count()),
         }
+
+    def _states(self) -> list[dict[str, Any]]:
+        """The states of the parameters; hooks may have left other things beside them."""
+        return [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

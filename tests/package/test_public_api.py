@@ -33,7 +33,7 @@ def loaded_after(statement: str) -> set[str]:
 def test_public_names_are_sorted_and_resolve(package):
     module = importlib.import_module(package)
     assert module.__all__, package
-    assert list(module.__all__) == sorted(module.__all__)
+    assert list(module.__all__) == sorted(module.__all__, key=lambda name: (not name.isupper(), name))
     for name in module.__all__:
         assert getattr(module, name) is not None
         assert name in dir(module)
