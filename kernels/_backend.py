@@ -26,6 +26,7 @@ from leanstep.kernels.cpp_impl._build import TYPES, cpp_compiler, why_not_cpp
 
 BACKENDS = ("reference", "cpp", "compiled", "triton")
 _TORCH = ("reference", "compiled", "triton")
+_WINDOW = ("reference", "cpp", "triton")
 
 # op name -> the backends that have an implementation of it
 OPS: dict[str, tuple[str, ...]] = {
@@ -36,10 +37,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "nonfinite_flags": ("reference", "cpp"),
     "newton_schulz": _TORCH,
     "nuclear_norm": _TORCH,
-    "row_dots": _TORCH,
-    "linear_combination": _TORCH,
-    "sparse_row_dots": _TORCH,
-    "sparse_linear_combination": _TORCH,
+    "row_dots": _WINDOW,
+    "linear_combination": _WINDOW,
+    "sparse_row_dots": _WINDOW,
+    "sparse_linear_combination": _WINDOW,
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
@@ -117,8 +118,6 @@ def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
 
 # on a CPU these are calls of the BLAS on reused scratch memory: nothing for torch.compile to improve, none needed
 _BLAS = ("sinkhorn", "newton_schulz", "nuclear_norm")
-# loops laid out for a CPU's caches and threads
-_CPU_LOOPS = ("row_dots", "linear_combination", "sparse_row_dots", "sparse_linear_combination")
 
 
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
@@ -131,8 +130,6 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
         return _why_not_triton(device)
     if backend == "cpp":
         return _why_not_cpp(device, dtypes)
-    if backend == "compiled" and op in _CPU_LOOPS and device.type != "cpu":
-        return "its compiled loops are written for a CPU"
     if backend == "compiled" and not (op in _BLAS and device.type == "cpu"):
         return _why_not_compiled(device)
     return None

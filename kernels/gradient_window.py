@@ -13,13 +13,13 @@ unrounded gradient in its place, the error of the inverse is not bounded by that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels import _window_cpu
 from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl import gradient_window as cpp_window
 from leanstep.kernels.reference import gradient_window as reference
 
 
@@ -193,14 +193,19 @@ def scaled_coefficients(coefficients: Tensor, scales: Tensor | None) -> Tensor:
     return wide if wide.dim() == 2 else wide.unsqueeze(0)
 
 
-def total_by_group(dots: Sequence[Tensor], groups: Sequence[int] | None) -> Tensor:
-    """Sum fp64 [m] of every block over the blocks of each group, in their order: [m], or [G, m]."""
-    if groups is None:
-        return torch.stack(list(dots)).sum(dim=0)
-    total = dots[0].new_zeros(max(groups) + 1, dots[0].shape[0])
+def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
+    """Sum fp64 [m] of every block over the blocks of each group, in their order: [G, m]."""
+    totals: dict[int, Tensor] = {}
     for part, group in zip(dots, groups, strict=True):
-        total[group] += part
-    return total
+        totals[group] = totals[group] + part if group in totals else part
+    zero = torch.zeros_like(next(iter(totals.values())))
+    return torch.stack([totals.get(group, zero) for group in range(max(groups) + 1)])
+
+
+def backend_of(op: str, window: Tensor) -> str:
+    """The backend of an op on windows: all of them take fp32, bf16 and fp16."""
+    wide = [window.dtype] if window.dtype == torch.float64 else []
+    return choose(op, window.device, *wide).backend
 
 
 @torch.no_grad()
@@ -213,18 +218,20 @@ def _run_dots(
 ) -> Tensor:
     """Dots with the vectors, or with the windows' own row ``index`` where there are none."""
     flat_windows = [flat(w) for w in windows]
-    backend = choose("row_dots", windows[0].device, windows[0].dtype).backend
+    others = None if vectors is None else [v.detach().reshape(-1) for v in vectors]
+    owners = [0] * len(windows) if groups is None else groups
+    backend = backend_of("row_dots", windows[0])
     if backend == "triton":
         from leanstep.kernels.triton_impl import gradient_window as triton_window
 
-        flat_vectors = None if vectors is None else [v.detach().reshape(-1) for v in vectors]
-        owners = [0] * len(windows) if groups is None else groups
-        dots = triton_window.row_dots(flat_windows, flat_vectors, index, owners, max(owners) + 1)
-        dots = dots[0] if groups is None else dots
+        dots = triton_window.row_dots(flat_windows, others, index, owners, max(owners) + 1)
+    elif backend == "cpp":
+        others = others or [w[index] for w in flat_windows]
+        dots = cpp_window.row_dots(flat_windows, others, owners, max(owners) + 1)
     else:
-        one = _window_cpu.row_dots if backend == "compiled" else reference.row_dots
-        others = [w[index] for w in flat_windows] if vectors is None else [v.detach().reshape(-1) for v in vectors]
-        dots = total_by_group([one(w, v) for w, v in zip(flat_windows, others, strict=True)], groups)
+        others = others or [w[index] for w in flat_windows]
+        dots = total_by_group(map(reference.row_dots, flat_windows, others), owners)
+    dots = dots[0] if groups is None else dots
     if scales is None:
         return dots
     return dots * scales if vectors is not None else dots * scales * scales[..., index : index + 1]
@@ -241,15 +248,16 @@ def _run_combination(
     stored = scaled_coefficients(coefficients, scales)
     flat_windows, flat_out = [flat(w) for w in windows], [o.view(-1) for o in out]
     owners = [0] * len(windows) if groups is None else groups
-    backend = choose("linear_combination", windows[0].device, windows[0].dtype).backend
+    backend = backend_of("linear_combination", windows[0])
     if backend == "triton":
         from leanstep.kernels.triton_impl import gradient_window as triton_window
 
         triton_window.linear_combination(flat_windows, stored.to(torch.float32), owners, flat_out)
-        return
-    one = _window_cpu.linear_combination if backend == "compiled" else reference.linear_combination
-    for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
-        one(window, stored[group], result)
+    elif backend == "cpp":
+        cpp_window.linear_combination(flat_windows, stored.to(torch.float32), owners, flat_out)
+    else:
+        for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
+            reference.linear_combination(window, stored[group], result)
 
 
 def _listed(groups: Sequence[int] | None) -> list[int] | None:

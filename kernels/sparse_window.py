@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels import _sparse_window_cpu
 from leanstep.kernels import gradient_window as dense
-from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl import sparse_window as cpp_window
 from leanstep.kernels.gradient_window import (
+    backend_of,
     check_coefficients,
     check_groups,
     check_out,
@@ -231,17 +231,18 @@ def _run_dots(
     layouts: Sequence[SparseLayout],
     groups: Sequence[int] | None,
 ) -> Tensor:
-    backend = choose("sparse_row_dots", values[0].device, values[0].dtype).backend
+    backend = backend_of("sparse_row_dots", values[0])
     flat_vectors = [v.detach().reshape(-1) for v in vectors]
+    owners = [0] * len(values) if groups is None else groups
     if backend == "triton":
         from leanstep.kernels.triton_impl import sparse_window as triton_window
 
-        owners = [0] * len(values) if groups is None else groups
         dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
-        return dots[0] if groups is None else dots
-    one = _sparse_window_cpu.row_dots if backend == "compiled" else reference.row_dots
-    parts = [one(v.detach(), i, x, s) for v, i, x, s in zip(values, indices, flat_vectors, layouts, strict=True)]
-    return total_by_group(parts, groups)
+    elif backend == "cpp":
+        dots = cpp_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+    else:
+        dots = total_by_group(map(reference.row_dots, values, indices, flat_vectors, layouts), owners)
+    return dots[0] if groups is None else dots
 
 
 @torch.no_grad()
@@ -253,17 +254,18 @@ def _run_combination(
     groups: Sequence[int] | None,
     out: Sequence[Tensor],
 ) -> None:
-    backend = choose("sparse_linear_combination", values[0].device, values[0].dtype).backend
+    backend = backend_of("sparse_linear_combination", values[0])
     stored, flat_out = scaled_coefficients(coefficients, None), [o.view(-1) for o in out]
     owners = [0] * len(values) if groups is None else groups
     if backend == "triton":
         from leanstep.kernels.triton_impl import sparse_window as triton_window
 
         triton_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
-        return
-    one = _sparse_window_cpu.linear_combination if backend == "compiled" else reference.linear_combination
-    for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
-        one(v.detach(), i, stored[group], layout, result)
+    elif backend == "cpp":
+        cpp_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+    else:
+        for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
+            reference.linear_combination(v.detach(), i, stored[group], layout, result)
 
 
 def _listed(groups: Sequence[int] | None) -> list[int] | None:

@@ -1,0 +1,17 @@
+// Number types of windows of gradients. WINDOW: float, bf16 or fp16.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+enum fp16 : uint16_t {};
+
+inline float widen(fp16 value) {
+    const uint32_t sign = (value & 0x8000u) << 16, magnitude = (value & 0x7FFFu) << 13;
+    // exponents are 112 apart; the product is right for subnormal numbers as well
+    const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
+    return from_bits(sign | (magnitude < 0x0F800000u ? finite : magnitude | 0x7F800000u));
+}
+
+}  // namespace

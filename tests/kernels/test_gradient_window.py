@@ -1,0 +1,193 @@
+"""Windows of gradients: rows as they are stored, dots and combinations against a float64 oracle, on every CPU path."""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, bits_equal, dtype_name
+
+from leanstep.kernels import gram_row, linear_combination, row_dots, use_backend, write_row
+from leanstep.kernels.reference.gradient_window import row_scale
+
+BACKENDS = ["reference", "cpp"]
+# from one element to more than the compiled loops need, and their last columns
+SHAPES = [(1,), (), (7, 3), (0,), (1000,), (64, 256), (17 * 1024 + 5,)]
+GROUPS = [0, 2, 1, 0, 1, 2, 0]
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def window(m, dtype, shapes=SHAPES):
+    return [normal(m, *shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+
+
+def joined(blocks):
+    """Blocks [m, *shape] as one [m, d], in float64."""
+    return torch.cat([b.double().reshape(b.shape[0], -1) for b in blocks], dim=1)
+
+
+def flat(tensors):
+    return torch.cat([t.double().reshape(-1) for t in tensors])
+
+
+def close(found, expected, sizes, dtype):
+    """The error of sums, beside the sums of magnitudes."""
+    # fp32 sums over at most 17000 columns, or 40 rows: measured 4e-7 of the sums of magnitudes
+    bound = 1e-14 if dtype == torch.float64 else 1e-6
+    assert ((found.double() - expected).abs() <= bound * sizes).all(), float(((found - expected).abs() / sizes).max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("m", [1, 5, 33])
+def test_equals_a_float64_oracle(backend, dtype, m, dirty_memory):
+    blocks, vectors = window(m, dtype), window(1, torch.float32)
+    coefficients, scales = normal(m, dtype=torch.float64, seed=50), normal(m, seed=51).abs()
+    before = [b.clone() for b in blocks]
+    g, x = joined(blocks), joined(vectors)[0]
+    scaled = g * scales.double().unsqueeze(1)
+    with use_backend("reference" if dtype == torch.float64 else backend):
+        close(row_dots(blocks, vectors), g @ x, g.abs() @ x.abs(), dtype)
+        close(row_dots(blocks, vectors, scales=scales), scaled @ x, scaled.abs() @ x.abs(), dtype)
+        close(gram_row(blocks, m - 1), g @ g[-1], g.abs() @ g[-1].abs(), dtype)
+        want, size = scaled @ scaled[-1], scaled.abs() @ scaled[-1].abs()
+        close(gram_row(blocks, m - 1, scales=scales), want, size, dtype)
+        found = linear_combination(blocks, coefficients, scales=scales)
+    assert [f.shape for f in found] == [b.shape[1:] for b in blocks]
+    close(flat(found), coefficients @ scaled, coefficients.abs() @ scaled.abs(), dtype)
+    for block, want in zip(blocks, before, strict=True):
+        bits_equal(block, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_are_windows_of_their_own(backend, dirty_memory):
+    blocks, vectors = window(33, torch.bfloat16), window(1, torch.bfloat16)
+    coefficients, scales = normal(3, 33, dtype=torch.float64), normal(3, 33, seed=1).abs()
+    with use_backend(backend):
+        dots = row_dots(blocks, vectors, scales=scales, groups=GROUPS)
+        gram = gram_row(blocks, 4, scales=scales, groups=GROUPS)
+        found = linear_combination(blocks, coefficients, scales=scales, groups=GROUPS)
+        for group in range(3):
+            members = [b for b, owner in enumerate(GROUPS) if owner == group]
+            own = [blocks[b] for b in members]
+            own_scales = scales[group]
+            want = row_dots(own, [vectors[b] for b in members], scales=own_scales)
+            torch.testing.assert_close(dots[group], want, rtol=1e-12, atol=0)
+            torch.testing.assert_close(gram[group], gram_row(own, 4, scales=own_scales), rtol=1e-12, atol=0)
+            for b, tensor in zip(members, linear_combination(own, coefficients[group], scales=own_scales), strict=True):
+                bits_equal(found[b], tensor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_live_rows_columns_of_another_window_and_other_layouts(backend, dtype):
+    whole = normal(40, 40_000, dtype=dtype)
+    live = whole[:35]
+    columns = whole[:, 3:30_003]
+    transposed = normal(300, 35, dtype=dtype, seed=1).t()
+    for block in (live, columns, transposed, live[:, ::2]):
+        x, c = normal(block.shape[1], seed=2), normal(block.shape[0], dtype=torch.float64, seed=3)
+        g = block.double()
+        out = torch.full((block.shape[1],), float("nan"))
+        with use_backend(backend):
+            close(row_dots([block], [x]), g @ x.double(), g.abs() @ x.double().abs(), dtype)
+            (found,) = linear_combination([block], c, out=[out])
+        assert found is out
+        close(out, c @ g, c.abs() @ g.abs(), dtype)
+
+
+def test_fp32_dots_keep_fp32_whatever_the_matmul_precision(monkeypatch):
+    block, x = normal(20, 30_000), normal(30_000, seed=1)
+    want = row_dots([block], [x])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        bits_equal(row_dots([block], [x]), want)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_name)
+def test_a_row_is_written_rounded_and_only_there(dtype):
+    blocks = [torch.full((3, *shape), float("nan"), dtype=dtype) for shape in SHAPES]
+    vectors = [normal(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    before = [v.clone() for v in vectors]
+    write_row(blocks, 1, vectors)
+    for block, vector, kept in zip(blocks, vectors, before, strict=True):
+        bits_equal(block[1], kept.to(dtype))
+        bits_equal(vector, kept)
+        assert block[0].isnan().all() and block[2].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_scales_keep_fp16_from_overflow_and_underflow(size, source):
+    vectors = [(normal(100, seed=i) * size).to(source) for i in range(3)]
+    vectors[1] *= 2**-10
+    blocks = [torch.zeros(2, 100, dtype=torch.float16) for _ in vectors]
+    scales = torch.full((2,), float("nan"))
+    write_row(blocks, 1, vectors, scales=scales)
+    assert torch.frexp(scales[1]).mantissa == 0.5 and scales[0].isnan()
+    largest = max(b[1].abs().max() for b in blocks)
+    assert 2**14 <= largest <= 2**15
+    for block, vector in zip(blocks, vectors, strict=True):
+        # half a unit in the last place of fp16
+        torch.testing.assert_close(block[1].double() * scales[1].double(), vector.double(), rtol=2**-11, atol=0)
+    if size != 1.0:  # without scales nothing is left of such a row
+        write_row(blocks, 0, vectors)
+        assert all((b[0] == 0).all() or b[0].isinf().all() for b in blocks)
+
+
+def test_scales_of_groups_of_shards_and_of_a_zero_row():
+    vectors = [normal(10), normal(20, seed=1) * 1e6, torch.zeros(5), torch.empty(0)]
+    blocks = [torch.zeros(2, v.numel(), dtype=torch.float16) for v in vectors]
+    scales = torch.ones(3, 2)
+    write_row(blocks, 0, vectors, scales=scales, groups=[0, 1, 2, 0])
+    bits_equal(scales[0, 0], row_scale(vectors[0].abs().max()))
+    bits_equal(scales[1, 0], row_scale(vectors[1].abs().max()))
+    assert scales[2, 0].isfinite() and (blocks[2][0] == 0).all() and (scales[:, 1] == 1).all()
+    # as a shard of a row whose largest entry lies elsewhere
+    one = torch.ones(2)
+    write_row(blocks[:1], 1, vectors[:1], scales=one, largest=torch.tensor(1e3))
+    bits_equal(one[1], row_scale(torch.tensor(1e3)))
+
+
+def test_bad_arguments_are_named():
+    block, x = torch.ones(3, 4), torch.ones(4)
+    for call, message in [
+        (lambda: row_dots([], []), "at least one window"),
+        (lambda: row_dots([torch.ones(0, 4)], [x]), "at least one row"),
+        (lambda: row_dots([block], [torch.ones(5)]), r"vectors\[0\] has shape \(5,\)"),
+        (lambda: row_dots([block], []), "0 for 1"),
+        (lambda: row_dots([block, torch.ones(2, 4)], [x, x]), r"windows\[1\] has 2"),
+        (lambda: row_dots([block, block.double()], [x, x]), "one dtype"),
+        (lambda: row_dots([block], [x], scales=torch.ones(2)), r"scales of shape \(3,\), got \(2,\)"),
+        (lambda: row_dots([block], [x], groups=[-1]), "number >= 0"),
+        (lambda: gram_row([block], 3), "index 3 is outside"),
+        (lambda: write_row([block], -1, [x]), "index -1 is outside"),
+        (lambda: linear_combination([block], torch.ones(4)), r"coefficients of shape \(3,\), got \(4,\)"),
+        (lambda: linear_combination([block], torch.ones(3), out=[torch.ones(4).double()]), "float64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_compiles_whole():
+    blocks = [normal(3, 5), normal(3, 2, 2, seed=1)]
+
+    def step(blocks, coefficients):
+        row = gram_row(blocks, 1) + row_dots(blocks, [b[0] for b in blocks])
+        return row, linear_combination(blocks, coefficients)
+
+    coefficients = normal(3, dtype=torch.float64)
+    for found, want in zip(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(blocks, coefficients),
+        step(blocks, coefficients),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, want)
+    # sample inputs through every check that torch has for an operator
+    torch.library.opcheck(torch.ops.leanstep.row_dots, (blocks, [b[0].clone() for b in blocks], None, None))
+    torch.library.opcheck(torch.ops.leanstep.gram_row, (blocks, 1, None, [0, 1]))
+    out = [torch.empty(5), torch.empty(2, 2)]
+    torch.library.opcheck(torch.ops.leanstep.linear_combination, (blocks, coefficients, None, None, out))
