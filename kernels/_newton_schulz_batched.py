@@ -23,9 +23,10 @@ GROWTH = {torch.bfloat16: 12.0, torch.float16: 30.0, torch.float32: 150.0, torch
 # whose inverse is a finite fp32 number
 _SMALLEST_NORM = 1e-38
 
-# Elements of the matrices that are multiplied as one batch. On a CPU a batch saves only the calls, which weigh on small
-# matrices; with large ones it loses the cache, and batched products of transposed matrices are slower than single ones.
-_CHUNK = {"cpu": 1 << 16}
+# Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
+# batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
+# hundred rows keeps no more than one thread busy.
+_CPU_CHUNK = 1 << 16
 _GPU_CHUNK = 1 << 27
 
 
@@ -133,7 +134,10 @@ def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
         if mat.numel():
             by_shape.setdefault((mat.shape[0], mat.shape[1]), []).append(i)
     for (m, n), members in by_shape.items():
-        count = max(1, _CHUNK.get(singles[0].device.type, _GPU_CHUNK) // (m * n))
+        if singles[0].device.type == "cpu":
+            count = max(torch.get_num_threads(), _CPU_CHUNK // (m * n))
+        else:
+            count = max(1, _GPU_CHUNK // (m * n))
         for start in range(0, len(members), count):
             yield Job(members[start : start + count], m, n)
 
