@@ -67,8 +67,9 @@ def newton_schulz(
 
     Notes:
         torch 2.13's Muon divides its momentum in place where that is bf16 and Nesterov is off; nothing here is
-        written but new memory: the results, and for a few matrices at a time two copies and five Gram matrices.
-        Products of one shape run as one batch. On a GPU with Triton the symmetric ones (A, A^2 and all products of the
+        written but new memory: the results, and for those that are worked on at a time up to three copies and five
+        Gram matrices. Matrices of one shape are multiplied in batches: on a CPU small ones, and of large ones as many
+        as there are threads. On a GPU with Triton the symmetric ones (A, A^2 and all products of the
         Gram form) compute half of their tiles and mirror them; sums are fp32. fp32 products there are torch's, and
         follow ``torch.backends.cuda.matmul``.
         Both forms compute the same polynomial: in fp32 they differ by 1e-5 of the result for random matrices, in bf16
@@ -181,7 +182,8 @@ def _check(matrices: Sequence[Tensor], method: str, op: str) -> None:
             raise TypeError(f"{op}: expected floating-point matrices, got {mat.dtype} at {i}")
 
 
-def _compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
+    """What ``dtype`` means for a matrix: see :func:`newton_schulz`."""
     if dtype is not None:
         if dtype not in GROWTH:
             raise ValueError(f"Newton-Schulz: expected dtype in {[str(d) for d in GROWTH]}, got {dtype}")
@@ -213,7 +215,7 @@ def _run(
     matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype | None, eps: float
 ) -> list[Tensor]:
     triples = _regrouped(coefficients)
-    compute = _compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices[0])
     backend = choose("newton_schulz", matrices[0].device, compute).backend
     if backend == "reference" and method != "gram":
         return [_definition(mat, triples, eps, compute) for mat in matrices]
@@ -257,7 +259,7 @@ def _run_nuclear(
     matrices: list[Tensor], estimator: str, coefficients: list[float], dtype: torch.dtype | None
 ) -> Tensor:
     triples = _regrouped(coefficients)
-    compute = _compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices[0])
     backend = choose("nuclear_norm", matrices[0].device, compute).backend
     singles = singles_of(matrices)
     wide = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
@@ -296,8 +298,13 @@ def _regrouped(coefficients: list[float]) -> list[Triple]:
 def _op(
     matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype | None, eps: float
 ) -> list[Tensor]:
-    # an operator's results may not share memory
-    return [result.clone() for result in _run(matrices, coefficients, method, dtype, eps)]
+    results = _run(matrices, coefficients, method, dtype, eps)
+    # an operator's results may not share memory, as those of one batch do
+    storages = [result.untyped_storage().data_ptr() for result in results]
+    return [
+        result.clone() if storage in storages[:i] else result
+        for i, (result, storage) in enumerate(zip(results, storages, strict=True))
+    ]
 
 
 _newton_schulz_op = torch.library.custom_op("leanstep::newton_schulz", _op, mutates_args=())
@@ -306,7 +313,7 @@ _nuclear_norm_op = torch.library.custom_op("leanstep::nuclear_norm", _run_nuclea
 
 @_newton_schulz_op.register_fake
 def _(matrices, coefficients, method, dtype, eps):
-    compute = _compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices[0])
     return [mat.new_empty(mat.shape, dtype=compute) for mat in matrices]
 
 

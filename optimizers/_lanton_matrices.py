@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels.newton_schulz import _compute_dtype as compute_dtype
-from leanstep.kernels.newton_schulz import flops, newton_schulz, nuclear_norm
+from leanstep.kernels.newton_schulz import compute_dtype, flops, newton_schulz, nuclear_norm
 from leanstep.optimizers._base import local
 from leanstep.optimizers._lanton_routing import is_stack, matrix_shape
 from leanstep.optimizers._lanton_update import (
