@@ -1,6 +1,6 @@
 """Step times of optimizers on the parameter list of LLaMA-60M, side by side in one process.
 
-    python benchmarks/optimizer_step.py [--dtype float32 bfloat16] [--threads 2] [--rounds 15] [--slow]
+    python benchmarks/optimizer_step.py [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 15] [--slow]
 
 All optimizers step the same parameters with the same gradients, one step each per round, in shuffled order; medians
 over the rounds. "bytes" is what the rule must read and write, divided by the bandwidth of a copy measured in the same
@@ -35,13 +35,13 @@ def llama_60m() -> list[tuple[str, tuple[int, ...]]]:
     return [("embedding", (VOCAB, HIDDEN)), *layer * LAYERS, ("norm", (HIDDEN,)), ("head", (VOCAB, HIDDEN))]
 
 
-def make_parameters(dtype: torch.dtype) -> tuple[list[Tensor], list[str]]:
+def make_parameters(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[str]]:
     """Random parameters with random gradients."""
     generator = torch.Generator().manual_seed(0)
     params, roles = [], []
     for role, shape in llama_60m():
-        param = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
-        param.grad = torch.randn(shape, generator=generator).to(dtype)
+        param = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device, dtype))
+        param.grad = torch.randn(shape, generator=generator).to(device, dtype)
         params.append(param)
         roles.append(role)
     return params, roles
@@ -90,9 +90,18 @@ def candidates(params: list[Tensor], roles: list[str], slow: bool) -> dict[str, 
     return found
 
 
-def measure(dtype: torch.dtype, rounds: int, slow: bool) -> list[str]:
+def seconds(step: Callable[[], object], device: str) -> float:
+    """One call, with what it started on the device."""
+    begin = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(dtype: torch.dtype, rounds: int, slow: bool, device: str) -> list[str]:
     """Lines of one markdown table."""
-    params, roles = make_parameters(dtype)
+    params, roles = make_parameters(dtype, device)
     steps = candidates(params, roles, slow)
     source = [p.detach().clone() for p in params]
     target = [torch.zeros_like(p) for p in source]
@@ -103,9 +112,7 @@ def measure(dtype: torch.dtype, rounds: int, slow: bool) -> list[str]:
 
     first: dict[str, float] = {}
     for name, (step, _) in steps.items():
-        begin = time.perf_counter()
-        step()
-        first[name] = time.perf_counter() - begin
+        first[name] = seconds(step, device)
     runs = {name: step for name, (step, _) in steps.items()} | {"copy": copy}
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -113,9 +120,7 @@ def measure(dtype: torch.dtype, rounds: int, slow: bool) -> list[str]:
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            begin = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(seconds(runs[name], device))
     median = {name: statistics.median(values) for name, values in times.items()}
     moved = 2 * sum(p.numel() * p.element_size() for p in params)
     lines = [
@@ -131,8 +136,8 @@ def measure(dtype: torch.dtype, rounds: int, slow: bool) -> list[str]:
     return lines
 
 
-def machine() -> str:
-    """Processor, threads, versions and commit, for the caption."""
+def machine(device: str = "cpu") -> str:
+    """Processor or accelerator, threads, versions and commit, for the caption."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as lines:
@@ -145,12 +150,15 @@ def machine() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    if device != "cpu":
+        model = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu, ...")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
@@ -158,10 +166,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    print(machine())
+    print(machine(options.device))
     for name in options.dtype:
         print()
-        print("\n".join(measure(getattr(torch, name), options.rounds, options.slow)), flush=True)
+        print("\n".join(measure(getattr(torch, name), options.rounds, options.slow, options.device)), flush=True)
 
 
 if __name__ == "__main__":
