@@ -109,5 +109,9 @@ def optimizer_curves(run: Run, most_points: int) -> str:
             Series(key.partition("/")[2] or key, *_known(run.column("step"), run.optimizer_column(key)), color)
             for color, key in enumerate(shown)
         ]
-        charts.append(chart(series, title=f"Optimizer: {name}{part}", x_label="step", most_points=most_points))
+        known = [y for one in series for y in one.y if y is not None]
+        # layers often differ by orders of magnitude
+        log_y = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
+        title = f"Optimizer: {name}{part}"
+        charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
     return "".join(charts)
