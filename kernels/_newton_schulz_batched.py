@@ -27,7 +27,7 @@ _SMALLEST_NORM = 1e-38
 # batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
 # hundred rows keeps no more than one thread busy.
 _CPU_CHUNK = 1 << 16
-_GPU_CHUNK = 1 << 27
+_GPU_CHUNK = 1 << 25
 
 
 def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
@@ -148,14 +148,15 @@ def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | list[Tensor]:
-    """Frobenius norms in double precision: numbers on a CPU, tensors on a device, which is not to be waited for.
+    """Frobenius norms in fp64 (fp32 on MPS): numbers on a CPU, tensors on a device, which is not to be waited for.
 
     Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range.
     """
     if not singles:
         return []
     if singles[0].device.type != "cpu":
-        return list(torch._foreach_norm(list(singles), 2, dtype=torch.float64))
+        wide = torch.float32 if singles[0].device.type == "mps" else torch.float64
+        return list(torch._foreach_norm(list(singles), 2, dtype=wide))
     norms = []
     for mat in singles:
         wide = torch.float64 if torch.float64 in (mat.dtype, compute) else torch.float32

@@ -273,7 +273,7 @@ def _run_nuclear(
             values[i] = reference.nuclear_norm(singles[i].unsqueeze(0), triples, compute)[0].to(wide)
     elif filled:
         norms = norms_of(singles, compute)
-        sizes = [torch.as_tensor(norm, dtype=torch.float64, device=matrices[0].device) for norm in norms]
+        sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
         if estimator == "frobenius":
             return torch.stack(sizes).to(wide)
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
