@@ -115,7 +115,14 @@ def check_marked(group: dict[str, Any]) -> None:
 
     Not at lr 0, with which torch.distributed.checkpoint steps to have the state created.
     """
-    if not measured_by_halves(group) or group["half_seen"] or torch.compiler.is_compiling():
+    if not measured_by_halves(group):
+        return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "LANTON: noise='halves' cannot be compiled into a step: the copies come and go between steps, which "
+            "torch.compile does not see. Step uncompiled (a compiled model does not mind), or take noise='previous'."
+        )
+    if group["half_seen"]:
         return
     if any(param.grad is not None for param in group["params"]) and float(group["lr"]) != 0:
         raise RuntimeError(
