@@ -25,8 +25,8 @@ _SMALLEST_NORM = 1e-38
 
 # Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
 # batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
-# hundred rows keeps no more than one thread busy.
-_CPU_CHUNK = 1 << 16
+# hundred rows keeps no more than one thread busy, one of a few thousand all of them.
+_CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
 _GPU_CHUNK = 1 << 25
 
 
@@ -135,9 +135,9 @@ def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
             by_shape.setdefault((mat.shape[0], mat.shape[1]), []).append(i)
     for (m, n), members in by_shape.items():
         if singles[0].device.type == "cpu":
-            count = max(torch.get_num_threads(), _CPU_CHUNK // (m * n))
+            count = max(_CPU_SMALL // (m * n), min(torch.get_num_threads(), _CPU_CHUNK // (m * n)), 1)
         else:
-            count = max(1, _GPU_CHUNK // (m * n))
+            count = max(_GPU_CHUNK // (m * n), 1)
         for start in range(0, len(members), count):
             yield Job(members[start : start + count], m, n)
 

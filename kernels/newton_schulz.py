@@ -40,8 +40,8 @@ def newton_schulz(
     """Approximate polar factors: for M = U S V^T, close to U V^T.
 
     With X = M / max(||M||_F, eps), each step is ``X <- a X + (b A + c A^2) X``, A = X X^T on the smaller side. How
-    close the singular values come to 1 is a matter of the coefficients: with "jordan" those above 0.3 % of the
-    Frobenius norm end between 0.68 and 1.13, "polar_express" and the classic ones converge to 1. Directions in which M
+    close the singular values come to 1 is a matter of the coefficients: with "jordan" those above 0.2 % of the
+    Frobenius norm end between 0.68 and 1.21; "polar_express" and the classic ones converge to 1. Directions in which M
     is zero stay zero. Matrices of a norm below ``eps`` come out smaller in proportion; zero gives zero.
 
     Args:

@@ -25,7 +25,8 @@ CUSHION = 0.02407327424182761
 # (a, b, c) by name, one triple per step; the last one is repeated when more steps are asked for
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), github.com/KellerJordan/Muon.
-    # Tuned for slope at 0: singular values end between 0.68 and 1.13 and do not converge to 1
+    # Tuned for slope at 0: after five steps, singular values from 0.2 % of the norm are between 0.68 and 1.21, those
+    # from 1 % below 1.14; they do not converge to 1
     "jordan": ((3.4445, -4.7750, 2.0315),),
     # polar_express(1e-3, 8), the lower bound of the paper; SAFETY is applied
     "polar_express": (
