@@ -120,8 +120,7 @@ class LANTON(LeanOptimizer):
     Raises:
         ValueError, TypeError: settings out of range; a vector in a group of matrices or a matrix in one of vectors; a
             group with a norm and without parameters; matrices that are sharded along several dimensions.
-        RuntimeError: a sparse gradient; noise="halves" in a step before the first :meth:`mark_half`, or in a compiled
-            compiled.
+        RuntimeError: a sparse gradient; noise="halves" without any :meth:`mark_half` so far, or in a compiled step.
         NonFiniteGradientError: see ``nonfinite``.
 
     Notes:
