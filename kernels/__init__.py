@@ -6,6 +6,9 @@ from leanstep.kernels.gradient_window import gram_row, linear_combination, row_d
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
 from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
+from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
+from leanstep.kernels.nm_mask import nm_mask
+from leanstep.kernels.nm_matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.scaled_step import scaled_step
 from leanstep.kernels.sinkhorn import Scales, sinkhorn
 from leanstep.kernels.sparse_window import (
@@ -31,6 +34,12 @@ __all__ = [
     "lion_agreement",
     "lion_step",
     "newton_schulz",
+    "nm_apply",
+    "nm_apply_backward",
+    "nm_compress",
+    "nm_decompress",
+    "nm_mask",
+    "nm_matmul",
     "nuclear_norm",
     "row_dots",
     "scaled_step",

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "kernels": set(),
     "optimizers": {"kernels"},
-    "recipes": {"kernels", "optimizers", "version"},
-    "leanstep": {"kernels", "optimizers", "version"},
+    "sparsity": {"kernels"},
+    "recipes": {"kernels", "optimizers", "sparsity", "version"},
+    "leanstep": {"kernels", "optimizers", "sparsity", "version"},
 }
 # the command line is the one door to the recipes
 ALLOWED_TO_FILE = {

@@ -1,0 +1,110 @@
+"""N:M masks from scores."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.reference import nm_mask as reference
+
+
+def nm_mask(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    dim: int = -1,
+    check: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Keep the n entries of largest magnitude of every m consecutive ones along a dimension.
+
+    For every group of m entries the n with the largest ``|score|`` are True. Of equal ones the last is kept (and so of
+    a group of zeros the last n), which makes masks reproducible and lets a layer that starts at zero grow.
+
+    Args:
+        scores: tensors of one device, any shape and floating dtype; not written. Weights are their own scores.
+        n: entries kept, 0 <= n <= m.
+        m: entries of a group; it must divide the size of every tensor along ``dim``. The fast paths take m <= 128.
+        dim: dimension along which groups lie.
+        check: whether to look for entries that are not finite first (and wait for the device to say).
+        out: bool tensors of the same shapes, to be overwritten. None: new ones.
+
+    Returns:
+        ``out``: one bool tensor per score, True where a weight is kept.
+
+    Raises:
+        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` that does not fit; and
+            with ``check``, entries that are not finite.
+        TypeError: for scores that are not of floating dtype.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check`` NaN counts as larger
+        than any number. All backends agree exactly.
+    """
+    _check(scores, n, m, dim, out)
+    if check:
+        _check_finite(scores)
+    if out is None:
+        out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    if torch.compiler.is_compiling():
+        torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
+    else:
+        _run(list(scores), n, m, dim, list(out))
+    return list(out)
+
+
+@torch.no_grad()
+def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    if not scores:
+        return
+    backend = choose("nm_mask", scores[0].device, *dict.fromkeys(s.dtype for s in scores)).backend
+    assert backend == "reference"
+    for score, mask in zip(scores, out, strict=True):
+        mask.copy_(reference.nm_mask(score, n, m, dim))
+
+
+def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:
+    if m < 1 or not 0 <= n <= m:
+        raise ValueError(f"nm_mask: expected 0 <= n <= m and m >= 1, got n = {n}, m = {m}")
+    for i, score in enumerate(scores):
+        if not score.is_floating_point():
+            raise TypeError(f"nm_mask: scores[{i}] is {score.dtype}, expected a floating dtype")
+        if not -score.dim() <= dim < score.dim():
+            raise ValueError(f"nm_mask: scores[{i}] of shape {tuple(score.shape)} has no dimension {dim}")
+        if score.shape[dim] % m:
+            raise ValueError(
+                f"nm_mask: scores[{i}] of shape {tuple(score.shape)} has {score.shape[dim]} entries along dimension "
+                f"{dim}, which groups of {m} do not fill: {score.shape[dim] % m} are left over"
+            )
+    if out is None:
+        return
+    if len(out) != len(scores):
+        raise ValueError(f"nm_mask: expected one mask in out per score, got {len(out)} for {len(scores)}")
+    for i, (score, mask) in enumerate(zip(scores, out, strict=True)):
+        if mask.shape != score.shape or mask.dtype != torch.bool or mask.device != score.device:
+            raise ValueError(
+                f"nm_mask: expected out[{i}] of shape {tuple(score.shape)}, torch.bool, on {score.device}; got "
+                f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
+            )
+
+
+def _check_finite(scores: Sequence[Tensor]) -> None:
+    for i, score in enumerate(scores):
+        finite = score.detach().isfinite()
+        if not finite.all():
+            count = int((~finite).sum())
+            raise ValueError(
+                f"nm_mask: {count} of the {score.numel()} entries of scores[{i}], of shape {tuple(score.shape)}, are "
+                "not finite: the weights or what they were scored with have diverged"
+            )
+
+
+_nm_mask_op = torch.library.custom_op("leanstep::nm_mask", _run, mutates_args=("out",))
+
+
+@_nm_mask_op.register_fake
+def _(scores, n, m, dim, out):
+    return None

@@ -1,0 +1,153 @@
+"""Sparse weights that autograd can see through: the forward and backward rules of every method, as functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.nm_apply import check_grad_flow, nm_apply, nm_apply_backward
+from leanstep.sparsity.patterns import NM, as_pattern
+
+
+def sparse_weight(
+    weight: Tensor,
+    mask: Tensor,
+    *,
+    alpha: Tensor | float = 0.0,
+    grad_flow: str = "ste",
+    srste_lambda: float = 0.0,
+) -> Tensor:
+    """``weight * (mask + (1 - mask) * alpha)``, with the gradient that a method of N:M training asks for.
+
+    With g the gradient of the result and P the mask, the weight's gradient is
+
+    ==========  ==========================================================================
+    grad_flow   gradient
+    ==========  ==========================================================================
+    "ste"       ``g + srste_lambda * (1 - P) * weight``
+    "decay"     ``g * (P + (1 - P) * alpha) + srste_lambda * (1 - P) * weight``
+    "fixed"     ``g * P + srste_lambda * (1 - P) * weight``
+    ==========  ==========================================================================
+
+    STE is ``alpha=0, grad_flow="ste"``; SR-STE the same with ``srste_lambda`` (2e-4 in its paper); MDGF has an alpha
+    that shrinks (:class:`leanstep.sparsity.Schedule`); SDGF a mask of a pattern that changes; pruning once and for all
+    ``grad_flow="fixed"``. They combine.
+
+    Args:
+        weight: any shape and floating dtype; not written.
+        mask: bool, same shape; True where a weight is kept. A constant: no gradient reaches what it was made from.
+        alpha: factor of pruned weights, in [0, 1]. A 0-d tensor on the weight's device lets it change from step to
+            step without torch.compile compiling again; no gradient reaches it.
+        grad_flow: "ste", "decay" or "fixed".
+        srste_lambda: factor of the SR-STE term, >= 0.
+
+    Returns:
+        A new tensor like ``weight``. Pruned entries are +0 where alpha is 0; where it is 1 the weight bit for bit.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
+
+    Notes:
+        Keeps the mask (1 byte per weight) for the backward pass, and the weight itself, which is there anyway. The text
+        of the MDGF paper says that decay restricts the flow of gradients to pruned weights; its published code
+        returns g unscaled. "decay" is the former (what autograd gives for the product), "ste" the latter.
+
+    References:
+        Bengio, Leonard, Courville, arXiv 1308.3432 (straight-through estimator); Zhou et al., arXiv 2102.04010
+        (SR-STE); Bambhaniya et al., arXiv 2402.04744 (MDGF, SDGF).
+    """
+    check_grad_flow(grad_flow, srste_lambda, "sparse_weight")
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((), alpha, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    return _SparseWeight.apply(weight, mask, alpha, grad_flow, float(srste_lambda))
+
+
+class _SparseWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float) -> Tensor:
+        return nm_apply(weight, mask, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, alpha, ctx.grad_flow, ctx.srste_lambda = inputs
+        ctx.save_for_backward(weight, mask, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mask, alpha = ctx.saved_tensors
+        found = nm_apply_backward(grad, weight, mask, alpha, grad_flow=ctx.grad_flow, srste_lambda=ctx.srste_lambda)
+        return found, None, None, None, None
+
+
+def s_ste_weight(weight: Tensor, pattern: NM | str, *, beta: Tensor | float = 1.0, dim: int = -1) -> Tensor:
+    """S-STE: a sparse weight that is a continuous function of the dense one.
+
+    ``beta * S(weight)`` with ``S(w) = sign(w) * max(|w| - t, 0)`` and t the (M-N)-th smallest magnitude of the group,
+    so that what is pruned next has shrunk to zero before. The gradient goes straight through, as it is.
+
+    Args:
+        weight: floating; its size along ``dim`` must be a multiple of M.
+        pattern: N:M. The paper's is 2:4, with t the second smallest of four.
+        beta: scale that makes up for the shrinking, see :func:`s_ste_scale`; a 0-d tensor, or a number.
+        dim: dimension along which groups lie.
+
+    Returns:
+        A new tensor like ``weight`` with at most N nonzeros in every group.
+
+    Raises:
+        ValueError: where M does not divide the size.
+
+    References:
+        Hu, Zhu, Chen, "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", arXiv 2409.09099.
+    """
+    return _StraightThrough.apply(weight, beta * soft_threshold(weight.detach(), pattern, dim=dim))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor, with its gradient given to the first."""
+
+    @staticmethod
+    def forward(weight: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
+    """S of :func:`s_ste_weight`: magnitudes less the (M-N)-th smallest of their group, never below zero.
+
+    Raises:
+        ValueError: where M does not divide the size along ``dim``.
+    """
+    pattern = as_pattern(pattern)
+    if weight.shape[dim] % pattern.m:
+        raise ValueError(
+            f"soft_threshold: {weight.shape[dim]} entries along dimension {dim} of {tuple(weight.shape)} do not fill "
+            f"groups of {pattern.m}"
+        )
+    if pattern.is_dense:
+        return weight.clone()
+    dim %= weight.dim()
+    groups = weight.unflatten(dim, (-1, pattern.m))
+    magnitude = groups.abs()
+    threshold = magnitude.sort(dim=dim + 1).values.narrow(dim + 1, pattern.m - pattern.n - 1, 1)
+    return (groups.sign() * (magnitude - threshold).clamp_min(0)).flatten(dim, dim + 1)
+
+
+def s_ste_scale(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
+    """The beta that brings ``beta * S(weight)`` closest to the weight: ``<W, S(W)> / <S(W), S(W)>``, 0-d.
+
+    S-STE takes it from the initial weights and keeps it. 1 where S is zero throughout.
+    """
+    shrunk = soft_threshold(weight.detach(), pattern, dim=dim)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = shrunk.to(wide).square().sum()
+    return torch.where(norm > 0, (weight.detach().to(wide) * shrunk.to(wide)).sum() / norm, torch.ones_like(norm))
