@@ -98,6 +98,23 @@ inline void store_weight(float value, bool keep, Param* param, ExtraT* extra, in
 // elements a thread takes at a time: small enough to balance, large enough for the prefetcher
 constexpr int64_t BLOCK = 16384;
 
+// floats at an address that no vector read from it crosses a cache line
+class Buffer {
+public:
+    explicit Buffer(int64_t size) : memory_(size + 16) {
+        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+        data_ = memory_.data() + (64 - address % 64) % 64 / sizeof(float);
+    }
+    float* data() { return data_; }
+
+private:
+    std::vector<float> memory_;
+    float* data_;
+};
+
+// n floats, and what is left of the last cache line
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
 // calls work(t, begin, end) for pieces of 0..sizes[t], each of block(t) or less; a thread's pieces are neighbours
 template <typename Block, typename Work>
 void for_blocks(int64_t count, const int64_t* sizes, int threads, Block block, Work work) {
@@ -116,8 +133,8 @@ void for_blocks(int64_t count, const int64_t* sizes, int threads, Work work) {
     for_blocks(count, sizes, threads, [](int64_t) { return BLOCK; }, work);
 }
 
-// elements that are looked at, fetched ahead and updated at a time: this and the next fit the first-level cache
-constexpr int64_t CHUNK = 1024;
+// elements that are fetched ahead, looked at and updated at a time
+constexpr int64_t CHUNK = 256;
 
 template <typename T>
 inline bool any_nonfinite(const T* x, int64_t n) {
@@ -127,10 +144,10 @@ inline bool any_nonfinite(const T* x, int64_t n) {
     return bad != 0;
 }
 
-// asks for the next chunk: the processor's own prefetching ends at every page
+// asks for elements begin..end: the processor's own prefetching ends at every page
 template <typename T>
 inline void fetch(const T* x, int64_t begin, int64_t end) {
-    const char* last = reinterpret_cast<const char*>(x + std::min(begin + CHUNK, end));
+    const char* last = reinterpret_cast<const char*>(x + end);
     for (const char* line = reinterpret_cast<const char*>(x + begin); line < last; line += 64) __builtin_prefetch(line);
 }
 

@@ -43,9 +43,10 @@ extern "C" void lion_step(
             const int64_t n = std::min(CHUNK, end - from);
             // the masked loop costs half as much again, so it runs only where the gradient needs it
             const bool masked = SKIP && any_nonfinite(grads[t] + from, n);
-            fetch(grads[t], from + CHUNK, end);
-            fetch(exp_avgs[t], from + CHUNK, end);
-            fetch(params[t], from + CHUNK, end);
+            const int64_t next = from + n, after = std::min(next + CHUNK, end);
+            fetch(grads[t], next, after);
+            fetch(exp_avgs[t], next, after);
+            fetch(params[t], next, after);
             (masked ? step<true> : step<false>)(
                 params[t] + from, grads[t] + from, exp_avgs[t] + from, extras ? extras[t] + from : nullptr, n, hyper,
                 cautious_scale ? cautious_scale[t] : 1.0f, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,

@@ -5,15 +5,15 @@
 
 using ExtraT = Extra<PARAM, ROUNDING>::type;
 
-static void row(
+static void step(
     PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, ExtraT* __restrict extra, int64_t n,
     float r, const float* hyper, uint32_t seed, uint32_t offset
 ) {
-    const float step = hyper[0], decay = hyper[1];
+    const float size = hyper[0], decay = hyper[1];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
         const float update = (r * widen(g[j])) * c[j];
-        const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - step * update;
+        const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - size * update;
         store_weight<ROUNDING>(value, false, p, extra, j, offset + static_cast<uint32_t>(j), seed);
     }
 }
@@ -35,8 +35,15 @@ extern "C" void scaled_step(
         if (skipped[t]) return;
         const int64_t n = widths[t];
         for (int64_t i = begin; i < end; ++i) {
-            row(params[t] + i * n, mats[t] + i * n, cols[t], extras ? extras[t] + i * n : nullptr, n, rows[t][i], hyper,
-                seeds ? static_cast<uint32_t>(seeds[t]) : 0u, static_cast<uint32_t>(offsets[t] + i * n));
+            for (int64_t from = 0; from < n; from += CHUNK) {
+                const int64_t length = std::min(CHUNK, n - from), here = i * n + from;
+                const int64_t next = here + length, after = std::min(next + CHUNK, end * n);
+                fetch(mats[t], next, after);
+                fetch(params[t], next, after);
+                step(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,
+                     rows[t][i], hyper, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
+                     static_cast<uint32_t>(offsets[t] + here));
+            }
         }
     });
 }

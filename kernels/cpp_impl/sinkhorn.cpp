@@ -16,6 +16,9 @@ constexpr int64_t LARGE = 2 << 20;
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
 
+// elements of a coming row that are fetched ahead
+constexpr int64_t ROW_FETCHED = 1024;
+
 struct Matrix {
     const MAT* data;
     int64_t m, n, stride;
@@ -39,6 +42,7 @@ constexpr int64_t ROWS = 4;
 void squares(
     const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
 ) {
+    const int64_t stride = padded(n);
     const MAT *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
     const float ra = r0[0], rb = r0[1], rc = r0[2], rd = r0[3];
     float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
@@ -47,9 +51,9 @@ void squares(
         const float x0 = widen(a[j]) * ra, x1 = widen(b[j]) * rb, x2 = widen(c[j]) * rc, x3 = widen(d[j]) * rd;
         const float h0 = x0 * x0, h1 = x1 * x1, h2 = x2 * x2, h3 = x3 * x3;
         h[j] = h0;
-        h[j + n] = h1;
-        h[j + 2 * n] = h2;
-        h[j + 3 * n] = h3;
+        h[j + stride] = h1;
+        h[j + 2 * stride] = h2;
+        h[j + 3 * stride] = h3;
         sum0 += h0 * square[j];
         sum1 += h1 * square[j];
         sum2 += h2 * square[j];
@@ -62,10 +66,11 @@ void squares(
 }
 
 void add_rows(float* __restrict sums, const float* __restrict h, const float* factors, int64_t n) {
+    const int64_t stride = padded(n);
     const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        sums[j] += (h[j] * f0 + h[j + n] * f1) + (h[j + 2 * n] * f2 + h[j + 3 * n] * f3);
+        sums[j] += (h[j] * f0 + h[j + stride] * f1) + (h[j + 2 * stride] * f2 + h[j + 3 * stride] * f3);
     }
 }
 
@@ -78,7 +83,7 @@ void add(float* __restrict sums, const float* __restrict part, int64_t n) {
 // scratch: ROWS + 1 rows
 void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums) {
     float* h = scratch;
-    float* part = scratch + ROWS * a.n;
+    float* part = scratch + ROWS * padded(a.n);
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
@@ -88,6 +93,7 @@ void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratc
             for (int64_t k = 0; k < ROWS; ++k) {
                 const int64_t row = std::min(i + k, to - 1);  // past the end: the last row again, with factor 0
                 rows[k] = a.data + row * a.stride;
+                if (i + k + ROWS < end) fetch(a.data + (i + k + ROWS) * a.stride, 0, std::min(a.n, ROW_FETCHED));
                 if (first && i + k < to) a.r0[row] = inverse_of_largest(rows[k], a.n);
                 r0[k] = a.r0[row];
             }
@@ -116,10 +122,10 @@ void finish(const Matrix& a, bool iterated) {
 }
 
 void alone(const Matrix& a, int64_t num_iters, bool end_with_rows) {
-    std::vector<float> scratch((ROWS + 1) * a.n), sums(a.n);
+    Buffer scratch((ROWS + 1) * padded(a.n)), sums(a.n);
     for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
         const bool columns = k < num_iters;
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        std::fill(sums.data(), sums.data() + a.n, 0.0f);
         pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr);
         if (columns) invert_columns(a, sums.data());
     }
@@ -129,22 +135,22 @@ void alone(const Matrix& a, int64_t num_iters, bool end_with_rows) {
 void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads) {
     // cut by rows, not by threads: the same sums whatever their number
     const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
-    std::vector<float> sums(pieces * a.n), total(a.n);
+    Buffer sums(pieces * padded(a.n)), total(a.n);
     for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
         const bool columns = k < num_iters;
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        std::fill(sums.data(), sums.data() + pieces * padded(a.n), 0.0f);
 #pragma omp parallel num_threads(threads)
         {
-            std::vector<float> scratch((ROWS + 1) * a.n);
+            Buffer scratch((ROWS + 1) * padded(a.n));
 #pragma omp for schedule(static)
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
-                     columns ? sums.data() + piece * a.n : nullptr);
+                     columns ? sums.data() + piece * padded(a.n) : nullptr);
             }
         }
         if (!columns) continue;
-        std::fill(total.begin(), total.end(), 0.0f);
-        for (int64_t piece = 0; piece < pieces; ++piece) add(total.data(), sums.data() + piece * a.n, a.n);
+        std::fill(total.data(), total.data() + a.n, 0.0f);
+        for (int64_t piece = 0; piece < pieces; ++piece) add(total.data(), sums.data() + piece * padded(a.n), a.n);
         invert_columns(a, total.data());
     }
     finish(a, num_iters + end_with_rows > 0);
