@@ -35,6 +35,11 @@ def test_the_promises_are_those_of_the_methods(found):
     assert bytes_of("lion_step_kernel", "p bfloat16 g bfloat16 m bfloat16 nearest") == {(6, 4)}
     assert bytes_of("sinkhorn_tile_kernel", "g bfloat16 aligned") == {(2, 0)}
     assert bytes_of("scaled_step_kernel", "p bfloat16 g bfloat16 nearest aligned") == {(4, 2)}
+    # M-FAC: every element of the window once for the dots, once for the combination; a sparse entry with its place
+    assert bytes_of("window_dots_kernel", "g float32") == bytes_of("window_combination_kernel", "g float32") == {(4, 0)}
+    assert bytes_of("window_dots_kernel", "g bfloat16") == {(2, 0)}
+    assert bytes_of("sparse_dots_kernel", "v bfloat16") == {(4, 0)}
+    assert bytes_of("sparse_combination_kernel", "v bfloat16") == {(4, 4)}
 
 
 def test_every_kernel_of_the_package_is_audited():
