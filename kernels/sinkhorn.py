@@ -185,12 +185,18 @@ def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_wi
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
         if mat.numel() == 0:
             continue
-        batch = as_batch(mat)
-        if batch.stride(-1) != 1 and batch.shape[-1] != 1:
-            batch = batch.contiguous()
-        members = (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1))
-        for column, stack in zip(columns.setdefault(mat.dtype, ([], [], [])), members, strict=True):
-            column.extend(stack)
+        if mat.stride(-1) != 1 and mat.shape[-1] != 1:
+            mat = mat.contiguous()
+        members = columns.setdefault(mat.dtype, ([], [], []))
+        if mat.dim() == 2:
+            for column, tensor in zip(members, (mat, rows, cols), strict=True):
+                column.append(tensor)
+        else:
+            batch = as_batch(mat)
+            for column, stack in zip(
+                members, (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1)), strict=True
+            ):
+                column.extend(stack)
     for chosen, rows_out, cols_out in columns.values():
         cpp_sinkhorn.sinkhorn(chosen, rows_out, cols_out, num_iters, end_with_rows)
 

@@ -35,8 +35,13 @@ class BuildError(RuntimeError):
 
 def cpp_compiler() -> str | None:
     """Path of the C++ compiler, ``$CXX`` or the first of g++, clang++ and c++ on the PATH; None without one."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+    return _first_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+
+
+@functools.cache
+def _first_compiler(chosen: str, path: str) -> str | None:
+    names = [chosen] if chosen else ["g++", "clang++", "c++"]
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
 
 
 def cache_folder() -> Path:
