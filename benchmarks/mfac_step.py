@@ -1,0 +1,221 @@
+"""The arithmetic of an M-FAC step against its floor, two reads of the window, and against the published recursion.
+
+    python benchmarks/mfac_step.py [--rows 64 256 1024] [--columns 1000000] [--dtype float32 bfloat16] [--device cuda]
+
+A step here is what M-FAC adds to a gradient: store it as a row of the window [m, d], form its row of the Gram matrix,
+solve the m x m system in float64, and combine the rows. The window is cut into the blocks that a small transformer's
+parameters would make of it. "floor" is two sums over the bytes of the window, the speed at which this machine reads.
+The published dynamic recursion (arXiv 2107.03356) is run as plain torch in fp32: the same two products with the window,
+then m sequential steps. "S-MFAC" is the same step on sparse rows, one entry in a hundred, in bf16. All of them run once
+a round, in shuffled order; medians. ISTA-DASLab-Optimizers' M-FAC is timed where it can be imported, which needs CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from optimizer_step import machine
+
+from leanstep.kernels import (
+    gram_row,
+    linear_combination,
+    sparse_gram_row,
+    sparse_layout,
+    sparse_linear_combination,
+    top_k,
+    window_coefficients,
+    write_row,
+)
+from leanstep.kernels.reference.inverse_fisher import dynamic_recursion
+
+DAMPING = 1e-5
+
+
+def block_sizes(columns: int) -> list[int]:
+    """Parameter sizes of a transformer scaled to so many elements: nine matrices in ten, vectors, and what is left."""
+    width = max(8, int((columns / 100) ** 0.5) // 8 * 8)
+    sizes: list[int] = []
+    while sum(sizes) + 12 * width * width + 4 * width <= columns:
+        sizes += [3 * width * width, width * width, 4 * width * width, 4 * width * width, *[width] * 4]
+    return [*sizes, columns - sum(sizes)]
+
+
+class Dense:
+    """A full window, its Gram matrix, and a step on it in three parts."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        sizes = block_sizes(columns)
+        self.windows = [torch.randn(rows, n, device=device).to(dtype) for n in sizes]
+        self.gradients = [torch.randn(n, device=device) for n in sizes]
+        self.scales = torch.ones(rows, device=device) if dtype == torch.float16 else None
+        self.gram = torch.stack([gram_row(self.windows, i, scales=self.scales) for i in range(rows)])
+        self.index, self.rows = rows - 1, rows
+
+    def dots(self) -> None:
+        """Store the gradient, always in one row: repeated rows would need another way to solve."""
+        write_row(self.windows, self.index, self.gradients, scales=self.scales)
+        row = gram_row(self.windows, self.index, scales=self.scales)
+        self.gram[self.index] = row
+        self.gram[:, self.index] = row
+
+    def solve(self) -> None:
+        """Coefficients of the rows."""
+        self.coefficients, _ = window_coefficients(self.gram, DAMPING, self.rows, self.index)
+
+    def combine(self) -> None:
+        """The preconditioned gradient."""
+        self.update = linear_combination(self.windows, self.coefficients, scales=self.scales)
+
+
+class Published:
+    """The dynamic recursion in fp32, on a window of one block, as torch computes it."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.window = torch.randn(rows, columns, device=device)
+        self.gradient = torch.randn(columns, device=device)
+        self.gram = self.window @ self.window.T
+        self.index, self.rows = rows - 1, rows
+
+    def step(self) -> None:
+        """Store, recurse, combine."""
+        self.window[self.index] = self.gradient
+        row = self.window @ self.gradient
+        self.gram[self.index] = row
+        self.gram[:, self.index] = row
+        coefficients = dynamic_recursion(self.gram, DAMPING).coefficients(row)
+        self.update = self.gradient / DAMPING - self.window.T @ coefficients
+
+
+class Sparse:
+    """A full window of sparse rows."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device, density: float = 0.01) -> None:
+        self.layouts = [sparse_layout(n, density) for n in block_sizes(columns)]
+        self.gradients = [torch.randn(s.numel, device=device) for s in self.layouts]
+        # a few rows, repeated: how they were found is not what is timed
+        kept = [
+            [top_k(torch.randn_like(g), layout) for _ in range(4)]
+            for g, layout in zip(self.gradients, self.layouts, strict=True)
+        ]
+        self.values = [torch.stack([v for v, _ in k] * (rows // 4)) for k in kept]
+        self.indices = [torch.stack([i for _, i in k] * (rows // 4)) for k in kept]
+        self.gram = torch.eye(rows, dtype=torch.float64, device=device)
+        self.index, self.rows = rows - 1, rows
+
+    def step(self) -> None:
+        """Find the largest entries, store, solve with a regular matrix (the rows repeat), combine."""
+        for gradient, layout, values, indices in zip(
+            self.gradients, self.layouts, self.values, self.indices, strict=True
+        ):
+            values[self.index], indices[self.index] = top_k(gradient, layout)
+        sparse_gram_row(self.values, self.indices, self.index, self.layouts)
+        coefficients, _ = window_coefficients(self.gram, DAMPING, self.rows, self.index)
+        self.update = sparse_linear_combination(self.values, self.indices, coefficients, self.layouts)
+
+
+def published_package(device: torch.device) -> str:
+    """Whether ISTA-DASLab-Optimizers can be compared here, in words."""
+    if device.type != "cuda":
+        return "ista-daslab-optimizers: not timed, its M-FAC runs on CUDA only"
+    if importlib.util.find_spec("ista_daslab_optimizers") is None:
+        return "ista-daslab-optimizers: not installed (pip install ista-daslab-optimizers ista-daslab-optimizers-cuda)"
+    return ""
+
+
+def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
+    """name -> what is timed, in an order in which the parts of a step follow one another."""
+    dense = Dense(rows, columns, dtype, device)
+
+    def read_twice() -> None:
+        for _ in range(2):
+            for window in dense.windows:
+                window.view(-1)[: window.numel() // 2 * 2].view(torch.float32).sum()
+
+    def step() -> None:
+        dense.dots()
+        dense.solve()
+        dense.combine()
+
+    found: dict[str, Callable[[], object]] = {
+        "floor: two reads": read_twice,
+        "step": step,
+        "- store and dots": dense.dots,
+        "- solve": dense.solve,
+        "- combination": dense.combine,
+    }
+    if dtype == torch.float32:
+        found["published recursion, plain torch"] = Published(rows, columns, device).step
+        if rows % 4 == 0:
+            found["S-MFAC, density 0.01, bf16"] = Sparse(rows, columns, device).step
+    if device.type == "cuda" and not published_package(device):
+        from ista_daslab_optimizers import DenseMFAC
+
+        param = torch.nn.Parameter(torch.zeros(columns, device=device))
+        param.grad = torch.randn(columns, device=device)
+        found["ista-daslab-optimizers DenseMFAC"] = DenseMFAC(
+            [param], lr=0.0, momentum=0, weight_decay=0, ngrads=rows, damp=DAMPING, wd_type="wd"
+        ).step
+    return found
+
+
+def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:
+    """Lines of one table."""
+    runs = candidates(rows, columns, dtype, device)
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            runs[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - begin)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    floor = median["floor: two reads"]
+    size = rows * columns * dtype.itemsize
+    lines = [
+        f"m = {rows}, d = {columns}, {str(dtype).removeprefix('torch.')}: {size / 1e9:.2f} GB, read at "
+        f"{2 * size / floor / 1e9:.1f} GB/s",
+        "",
+        "| | median ms | x floor |",
+        "| --- | ---: | ---: |",
+    ]
+    return [*lines, *(f"| {name} | {time * 1e3:.2f} | {time / floor:.2f} |" for name, time in median.items())]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--columns", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    device = torch.device(options.device)
+    print(machine() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
+    print(published_package(device))
+    for dtype in options.dtype:
+        for columns in options.columns:
+            for rows in options.rows:
+                print()
+                print("\n".join(measure(rows, columns, getattr(torch, dtype), device, options.rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
