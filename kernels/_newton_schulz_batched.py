@@ -16,9 +16,11 @@ from leanstep.kernels.reference import newton_schulz as reference
 from leanstep.kernels.reference.newton_schulz import Triple
 
 # The Gram form carries A = X X^T from step to step, whose rounding errors grow by the square of the slopes a of the
-# steps between. It starts again from X where the product of the slopes passes this: in bf16 its error is then that of
-# the standard form (benchmarks/newton_schulz.py), and without it, after five steps, all digits may be lost.
-GROWTH = {torch.bfloat16: 12.0, torch.float16: 30.0, torch.float32: 150.0, torch.float64: 1e4}
+# steps between. It starts again from X where the product of the slopes passes this. In bf16 that lets pairs of steps
+# through whose slopes are low (Jordan's, the later ones of others): errors and largest singular values are then those
+# of the standard form. After three steps, one singular value far above the others may be carried out of the interval
+# where the steps converge, and after five, all digits may be lost.
+GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
 
 # whose inverse is a finite fp32 number
 _SMALLEST_NORM = 1e-38
@@ -61,6 +63,7 @@ class Products(NamedTuple):
     """Products with symmetric results, of batches: how a backend computes them into ``out``."""
 
     gram: Callable[[Tensor, Tensor], Tensor]  # (x, out): x x^T
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]  # (left, right, out), of symmetric matrices that commute
     # (base, left, right, beta, alpha, out): beta base + alpha left right, of symmetric matrices that commute
     add: Callable[[Tensor, Tensor, Tensor, float, float, Tensor], Tensor]
 
@@ -82,7 +85,7 @@ def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: f
 
 # every entry is computed: no BLAS has a batched product that fills one triangle, and halving by blocks gains nothing
 # on matrices of a few hundred rows
-TORCH_PRODUCTS = Products(_gram, add_product)
+TORCH_PRODUCTS = Products(_gram, multiply, add_product)
 
 
 class Scratch:
@@ -198,10 +201,12 @@ def iterate(
     scratch: Scratch,
     out: Tensor,
     gram: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The steps on normalised matrices [B, m, n] or [m, n], into ``out``; ``x`` is not written.
 
-    ``gram``: their Gram matrices where they are known already; written over.
+    ``gram``: their Gram matrices where they are known already; written over. ``scale``: [B, 1, 1] or [1, 1], what ``x``
+    is yet to be multiplied by.
     """
     tall = x.shape[-2] > x.shape[-1]
     shape = gram_shape(x.shape)
@@ -212,6 +217,11 @@ def iterate(
         if gram is None or number:
             gram = products.gram(x.mT if tall else x, scratch.take("gram", shape))
         factor, slope = _run_of_steps(gram, [next(remaining) for _ in range(length)], tall, products, scratch)
+        if scale is not None and number == 0:
+            if length == 1:
+                x = torch.mul(x, scale, out=scratch.take("x1", x.shape))
+            else:
+                factor.mul_(scale)
         left, right = (x, factor) if tall else (factor, x)
         x = add_product(x, left, right, slope, 1.0, result) if length == 1 else multiply(left, right, result)
     return x
@@ -222,8 +232,8 @@ def _run_of_steps(
 ) -> tuple[Tensor, float]:
     """(Q, slope) such that these steps take X to slope X + Q X (X Q where tall); writes over ``gram``, their A.
 
-    With q = a I + b A + c A^2, a step takes A to q A q and Q to q Q. The parts with a are added apart wherever that
-    goes without a further product: on the diagonal of q, their rounding would be larger than b A.
+    With q = a I + b A + c A^2, a step takes A to q A q and Q to q Q: with one and the same rounded q, so that A stays
+    that of Q X. A single step keeps a X apart, which is more exact than X times a rounded diagonal.
     """
     total: Tensor | None = None
     for number, (a, b, c) in enumerate(triples):
@@ -231,16 +241,15 @@ def _run_of_steps(
         q = products.add(gram, gram, gram, b, c, first)
         if len(triples) == 1:
             return q, a
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
         if number < len(triples) - 1:
-            half = products.add(gram, gram, q, a, 1.0, second)
-            products.add(half, half, q, a, 1.0, gram)
+            products.multiply(q, products.multiply(gram, q, second), gram)
         if total is None:
             total = q
-            total.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             # rounded factors do not quite commute: the later one belongs on the side away from X
             left, right = (total, q) if tall else (q, total)
-            total = products.add(total, left, right, a, 1.0, second)
+            total = products.multiply(left, right, second)
     assert total is not None
     return total, 0.0
 
@@ -276,27 +285,58 @@ def wide_of(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def estimate(x: Tensor, triples: Sequence[Triple], job: Job, products: Products, scratch: Scratch) -> Tensor:
-    """<X, P(X)> of a batch of Frobenius norm 1; writes over ``x``."""
-    gram = products.gram(x.mT if job.m > job.n else x, scratch.take("gram", gram_shape(x.shape)))
-    # the Frobenius norm of A is the square of the 4-norm of the singular values. As a list: a norm along dimensions of
+def nuclear_norms(
+    mats: list[Tensor], triples: Sequence[Triple], products: Products, scratch: Scratch, compute: torch.dtype
+) -> Tensor:
+    """Estimates for matrices of one shape, [B]."""
+    job = Job(list(range(len(mats))), *mats[0].shape)
+    if mats[0].device.type == "cpu" and compute in (torch.bfloat16, torch.float32):
+        found = _estimate(_as_they_are(mats, job, scratch, compute), triples, products, scratch, ordinary=True)
+        if found is not None:
+            return found
+    norms = norms_of(mats, compute)
+    found = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
+    assert found is not None
+    sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
+    return found * torch.stack(sizes)
+
+
+def _as_they_are(mats: list[Tensor], job: Job, scratch: Scratch, compute: torch.dtype) -> Tensor:
+    """The matrices of a job in the dtype that is computed in: not to be written to."""
+    if len(mats) == 1 and mats[0].dtype == compute:
+        return mats[0]
+    x = scratch.take("x", job.shape())
+    for mat, part in zip(mats, x.unbind() if x.dim() == 3 else [x], strict=True):
+        part.copy_(mat)
+    return x
+
+
+def _estimate(
+    x: Tensor, triples: Sequence[Triple], products: Products, scratch: Scratch, ordinary: bool = False
+) -> Tensor | None:
+    """<X, P(X)> of matrices [B, m, n] or [m, n], as [B]; ``x`` is not written.
+
+    ``ordinary``: None instead, if one is of a size that would need to be scaled before it is squared.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    gram = products.gram(x.mT if tall else x, scratch.take("gram", gram_shape(x.shape)))
+    # The Frobenius norm of A is the square of the 4-norm of the singular values. As a list: a norm along dimensions of
     # a batch takes a CPU five times as long
     grams = list(gram.unbind()) if gram.dim() == 3 else [gram]
-    squares = torch.stack(torch._foreach_norm(grams, 2, dtype=wide_of(x))).view(-1, 1, 1)
+    sizes = torch.stack(torch._foreach_norm(grams, 2, dtype=wide_of(x)))
+    if ordinary and not all(1e-12 < size < 1e12 for size in sizes.tolist()):
+        return None
+    squares = sizes.view(-1, 1, 1) if gram.dim() == 3 else sizes.view(1, 1)
     inverse = torch.where(squares == 0, 0.0, squares.reciprocal())
-    # in the dtype of what they multiply, since mixed products are slow; the estimate is divided by what was used
-    if gram.dim() == 2:
-        inverse = inverse[0]
+    # in the dtype of what it multiplies, since mixed products are slow
+    scale = inverse.to(x.dtype)
+    gram.mul_(scale)
     if len(lengths_of_runs(triples, x.dtype)) <= 1:
-        scale = inverse.to(x.dtype)
-        trace = _trace_of_polar(gram.mul_(scale), triples, products, scratch)
-        used = scale.to(wide_of(x)).sqrt()
-    else:
-        gram.mul_(inverse.to(x.dtype))
-        scale = inverse.sqrt().to(x.dtype)
-        x.mul_(scale)
-        polar = scratch.take("polar", x.shape)
-        iterate(x, triples, plan(triples, x.dtype, "auto", job.m, job.n), products, scratch, polar, gram)
-        trace = _inner(x, polar, polar)
-        used = scale.to(wide_of(x))
-    return torch.where(used.flatten() == 0, 0.0, trace / used.flatten())
+        # the estimate for A as it was scaled, over what it was scaled by
+        used = scale.to(wide_of(x)).sqrt().flatten()
+        trace = _trace_of_polar(gram, triples, products, scratch)
+        return torch.where(used == 0, 0.0, trace / used)
+    polar = scratch.take("polar", x.shape)
+    runs = plan(triples, x.dtype, "auto", *x.shape[-2:])
+    iterate(x, triples, runs, products, scratch, polar, gram, inverse.sqrt().to(x.dtype))
+    return _inner(x, polar, polar)

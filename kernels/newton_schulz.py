@@ -12,10 +12,10 @@ from leanstep.kernels._newton_schulz_batched import (
     TORCH_PRODUCTS,
     Products,
     Scratch,
-    estimate,
     iterate,
     jobs_of,
     norms_of,
+    nuclear_norms,
     operations,
     plan,
     scaled,
@@ -206,7 +206,7 @@ def _products(backend: str, dtype: torch.dtype) -> Products:
     if backend == "triton" and dtype in (torch.bfloat16, torch.float16):
         from leanstep.kernels.triton_impl import newton_schulz as triton_newton_schulz
 
-        return Products(triton_newton_schulz.gram, triton_newton_schulz.add_product)
+        return Products(triton_newton_schulz.gram, triton_newton_schulz.multiply, triton_newton_schulz.add_product)
     return TORCH_PRODUCTS
 
 
@@ -271,16 +271,15 @@ def _run_nuclear(
     elif backend == "reference" and estimator == "polar":
         for i in filled:
             values[i] = reference.nuclear_norm(singles[i].unsqueeze(0), triples, compute)[0].to(wide)
-    elif filled:
-        norms = norms_of(singles, compute)
-        sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
-        if estimator == "frobenius":
-            return torch.stack(sizes).to(wide)
+    elif estimator == "frobenius":
+        for i, norm in enumerate(norms_of(singles, compute)):
+            values[i] = torch.as_tensor(norm).to(wide)
+    else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):
-            x = scaled(singles, norms, job, 0.0, scratch.take("x", job.shape()))
-            for i, value in zip(job.members, estimate(x, triples, job, products, scratch), strict=True):
-                values[i] = (value * sizes[i]).to(wide)
+            found = nuclear_norms([singles[i] for i in job.members], triples, products, scratch, compute)
+            for i, value in zip(job.members, found, strict=True):
+                values[i] = value.to(wide)
     return torch.stack(values) if values else torch.zeros(0, dtype=wide, device=matrices[0].device)
 
 

@@ -95,6 +95,11 @@ def gram(x: Tensor, out: Tensor) -> Tensor:
     return _launch(x, x, None, 0.0, 1.0, out)
 
 
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left right, symmetric, contiguous and commuting, into another tensor `out`."""
+    return _launch(left, right, None, 0.0, 1.0, out)
+
+
 def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
     """beta base + alpha left right, all symmetric and contiguous and of commuting factors; `out` is another tensor."""
     # the rows of a symmetric matrix are the columns that the product needs
