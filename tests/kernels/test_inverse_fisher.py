@@ -291,3 +291,32 @@ def test_compiles_whole():
         bits_equal(one, want)
     damping = torch.tensor(1e-2, dtype=torch.float64)
     torch.library.opcheck(torch.ops.leanstep.inverse_fisher_solve, (gram, dots, damping, 5.0, True, 2**-24))
+
+
+@pytest.mark.parametrize("scaling", ["window", "count"])
+def test_a_ring_of_gradients_is_the_window_of_the_last_ones(scaling):
+    m, d, damping = 4, 10, 1e-3
+    window, gram = [torch.zeros(m, d, dtype=torch.float64)], torch.zeros(m, m, dtype=torch.float64)
+    gradients = normal(3 * m + 2, d)
+    for step, gradient in enumerate(gradients):
+        index, live = step % m, min(step + 1, m)
+        write_row(window, index, [gradient])
+        row = gram_row([w[:live] for w in window], index)
+        gram[index, :live] = row
+        gram[:live, index] = row
+        denominator = m if scaling == "window" else live
+        coefficients, _ = window_coefficients(gram[:live, :live], damping, denominator, index, eps=2**-53)
+        (found,) = linear_combination([w[:live] for w in window], coefficients)
+        last = gradients[max(0, step + 1 - m) : step + 1]
+        fisher = damping * torch.eye(d, dtype=torch.float64) + last.T @ last / denominator
+        close(found, torch.linalg.solve(fisher, gradient), 1e-10)
+
+
+def test_the_gram_matrix_stays_exact_over_ten_thousand_gradients():
+    m, generator = 5, torch.Generator().manual_seed(0)
+    window, gram = [torch.zeros(m, 7, dtype=torch.float64)], torch.zeros(m, m, dtype=torch.float64)
+    for step in range(10_000):
+        index = step % m
+        write_row(window, index, [torch.randn(7, generator=generator, dtype=torch.float64)])
+        gram[index] = gram[:, index] = gram_row(window, index)
+    torch.testing.assert_close(gram, window[0] @ window[0].T, rtol=1e-12, atol=1e-12)
