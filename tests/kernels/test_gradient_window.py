@@ -191,3 +191,14 @@ def test_compiles_whole():
     torch.library.opcheck(torch.ops.leanstep.gram_row, (blocks, 1, None, [0, 1]))
     out = [torch.empty(5), torch.empty(2, 2)]
     torch.library.opcheck(torch.ops.leanstep.linear_combination, (blocks, coefficients, None, None, out))
+
+
+def test_the_number_of_threads_changes_nothing():
+    blocks, vectors = window(19, torch.bfloat16), window(1, torch.float32)
+    coefficients, found = normal(19, dtype=torch.float64), []
+    with use_backend("cpp"):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append([row_dots(blocks, vectors), *linear_combination(blocks, coefficients)])
+    for a, b in zip(*found, strict=True):
+        bits_equal(a, b)

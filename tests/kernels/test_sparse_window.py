@@ -87,6 +87,18 @@ def test_groups_and_repeats(backend, dirty_memory):
         bits_equal(one, two)
 
 
+def test_the_number_of_threads_changes_nothing():
+    values, indices, layouts, _ = sparse_window(5, torch.bfloat16)
+    vectors, coefficients, found = [normal(s.numel) for s in layouts], normal(5, dtype=torch.float64), []
+    with use_backend("cpp"):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            dots = sparse_row_dots(values, indices, vectors, layouts)
+            found.append([dots, *sparse_linear_combination(values, indices, coefficients, layouts)])
+    for a, b in zip(*found, strict=True):
+        bits_equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_density_one_is_the_dense_window_bit_for_bit(dtype, dirty_memory):
     values, indices, layouts, _ = sparse_window(6, dtype, density=1.0)
