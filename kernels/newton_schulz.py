@@ -116,13 +116,14 @@ def nuclear_norm(
         ValueError, TypeError, BackendError: as for :func:`newton_schulz`.
 
     Notes:
-        With X = M / ||M||_F and A its Gram matrix on the smaller side, <X, P(X)> = tr(A q(A)): nothing of X's size is
-        multiplied after A. "polar" then divides A by ||A||_F, so that the largest singular value is at most 1 and,
-        unlike after the Frobenius norm, not much below it: three steps do for what takes five otherwise.
+        With A the Gram matrix of X on the smaller side, <X, P(X)> = tr(A q(A)): in fp32, nothing of X's size is
+        multiplied after A; in bf16 the Gram form starts again from X as in :func:`newton_schulz`. "polar" divides A
+        by ||A||_F, so that the largest singular value is at most 1 and, unlike after the Frobenius norm of X, not
+        much below it: three steps do for what takes five otherwise.
         The estimate is biased by the polynomial, alike for matrices of like spectrum: by default, singular values
         above 1.5 % of ||A||_F^0.5 count by a factor between 0.83 and 1.16, smaller ones by less. For Gaussian matrices
         the whole is right to 1 %, and over low-rank, power-law and exponential spectra of 512 rows between -16 and
-        +1 % off; with coefficients="polar_express", steps=5, between -9 and +2 %, at nearly twice the cost
+        +1 % off; with coefficients="polar_express", steps=5, between -9 and +3 %, at nearly twice the cost
         (benchmarks/newton_schulz.py prints the table). Where all are alike, it is their common factor that shows.
         Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for any size of the entries.
     """
