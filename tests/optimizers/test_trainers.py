@@ -1,4 +1,4 @@
-"""Lion and SinkGD inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
+"""Lion, SinkGD and M-FAC inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
 
 import copy
 
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from leanstep.optimizers import Lion, SinkGD, param_groups
+from leanstep.optimizers import MFAC, Lion, SinkGD, param_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices"),
@@ -18,6 +18,7 @@ pytestmark = [
 OPTIMIZERS = {
     "lion": (Lion, {"lr": 2e-3}),
     "sinkgd": (SinkGD, {"lr": 2e-2}),
+    "mfac": (MFAC, {"lr": 1e-3, "window": 256}),
 }
 both = pytest.mark.parametrize("name", OPTIMIZERS)
 
