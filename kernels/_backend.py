@@ -41,10 +41,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_combination": _WINDOW,
     "sparse_row_dots": _WINDOW,
     "sparse_linear_combination": _WINDOW,
-    "nm_mask": ("reference",),
-    "nm_apply": ("reference",),
-    "nm_apply_backward": ("reference",),
-    "nm_matmul": ("reference",),
+    "nm_mask": _WINDOW,
+    "nm_apply": _WINDOW,
+    "nm_apply_backward": _WINDOW,
+    "nm_matmul": _WINDOW,
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")

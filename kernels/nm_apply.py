@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._compile import same_layout
+from leanstep.kernels.cpp_impl import nm_apply as cpp_apply
 from leanstep.kernels.reference import nm_apply as reference
 
 GRAD_FLOWS = ("ste", "decay", "fixed")
@@ -92,17 +94,31 @@ def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
         raise ValueError(f"{name}: srste_lambda must be >= 0, got {srste_lambda!r}")
 
 
+@torch.no_grad()
 def _run(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     backend = choose("nm_apply", weight.device, weight.dtype).backend
-    assert backend == "reference"
+    if backend != "reference" and same_layout([weight, mask], row_major=False):
+        if backend == "cpp":
+            return cpp_apply.nm_apply(weight, mask, alpha)
+        from leanstep.kernels.triton_impl import nm_apply as triton_apply
+
+        return triton_apply.nm_apply(weight, mask, alpha)
     return reference.nm_apply(weight, mask, alpha)
 
 
+@torch.no_grad()
 def _run_backward(
     grad: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float
 ) -> Tensor:
     backend = choose("nm_apply_backward", weight.device, weight.dtype, grad.dtype).backend
-    assert backend == "reference"
+    if backend != "reference" and same_layout([weight, mask], row_major=False):
+        if grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
+        if backend == "cpp":
+            return cpp_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+        from leanstep.kernels.triton_impl import nm_apply as triton_apply
+
+        return triton_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
     return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
 
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._compile import alike
+from leanstep.kernels.cpp_impl import nm_mask as cpp_mask
 from leanstep.kernels.reference import nm_mask as reference
+
+# longest group of the Triton kernel
+MAX_FAST_M = 128
 
 
 def nm_mask(
@@ -60,10 +65,30 @@ def nm_mask(
 def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
     if not scores:
         return
-    backend = choose("nm_mask", scores[0].device, *dict.fromkeys(s.dtype for s in scores)).backend
-    assert backend == "reference"
-    for score, mask in zip(scores, out, strict=True):
-        mask.copy_(reference.nm_mask(score, n, m, dim))
+    # all backends take fp32, bf16 and fp16
+    wide = [torch.float64] if any(s.dtype == torch.float64 for s in scores) else []
+    backend = choose("nm_mask", scores[0].device, *wide).backend
+    if backend == "reference" or (m > MAX_FAST_M and m != n):
+        for score, mask in zip(scores, out, strict=True):
+            mask.copy_(reference.nm_mask(score, n, m, dim))
+        return
+    run = _triton_mask if backend == "triton" else cpp_mask.nm_mask
+    dense = [
+        mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
+    ]
+    flat = [score.detach().contiguous() for score in scores]
+    for members in alike([flat], [score.numel() > 0 for score in flat]):
+        run([flat[i] for i in members], n, m, dim, [dense[i] for i in members])
+    for mask, written in zip(out, dense, strict=True):
+        if written is not mask:
+            mask.copy_(written)
+    torch.autograd.graph.increment_version(out)
+
+
+def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    from leanstep.kernels.triton_impl import nm_mask as triton_mask
+
+    triton_mask.nm_mask(scores, n, m, dim, out)
 
 
 def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:

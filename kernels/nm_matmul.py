@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl import nm_matmul as cpp_matmul
 from leanstep.kernels.reference import nm_matmul as reference
 
 
@@ -102,8 +103,15 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
+    if not x.numel() or not values.numel():
+        return x.new_zeros(x.shape[0], values.shape[0])
     backend = choose("nm_matmul", x.device, x.dtype).backend
-    assert backend == "reference"
+    if backend == "cpp":
+        return cpp_matmul.nm_matmul(x, values, indices, m)
+    if backend == "triton":
+        from leanstep.kernels.triton_impl import nm_matmul as triton_matmul
+
+        return triton_matmul.nm_matmul(x, values, indices, m)
     return reference.nm_matmul(x, values, indices, m)
 
 

@@ -1,0 +1,256 @@
+// N:M masks: reference/nm_mask.py, one pass over the scores. SCORE: float, bf16 or fp16.
+//
+// A magnitude is compared by its bits, which as integers are in the order of the numbers. Three ways to select, by what
+// vectors can do: groups that lie within a vector are ranked in it; long groups that are contiguous go through one after
+// the other; all others are laid side by side, one per lane.
+#include <utility>
+
+#include "window.h"
+
+namespace {
+
+constexpr int64_t LANES = 64;
+// a contiguous group that is at least so long fills vectors of its own
+constexpr int64_t LONG = 32;
+// more rounds than this, and the threshold is found bit by bit
+constexpr int64_t MOST_ROUNDS = 8;
+// groups up to here are ranked, which takes m comparisons per entry, and longer ones not
+constexpr int64_t MOST_RANKED = 64;
+// what a round leaves in place of the entry it found
+constexpr int32_t TAKEN = -1, DROPPED = 0x7FFFFFFF;
+
+// lowest bit that the magnitude of a SCORE can set as an fp32 number
+template <typename T>
+constexpr int lowest_bit = 0;
+template <>
+constexpr int lowest_bit<bf16> = 16;
+template <>
+constexpr int lowest_bit<fp16> = 13;
+
+// every NaN is one number, larger than all others
+inline int32_t key_of(SCORE score) {
+    return static_cast<int32_t>(std::min(to_bits(widen(score)) & 0x7FFFFFFFu, 0x7F800001u));
+}
+
+using Vec = int32_t __attribute__((vector_size(64)));
+using Bytes = int8_t __attribute__((vector_size(16)));
+using Lane = std::make_integer_sequence<int, 16>;
+
+// adds to `rank` how many of the other M - 1 entries of its group come before each entry; of equal ones the last does
+template <int M, int by, int... lane>
+inline void rank_entries(Vec key, Vec& rank, std::integer_sequence<int, lane...> lanes) {
+    if constexpr (by < M) {
+        const Vec other = __builtin_shufflevector(key, key, (lane / M * M + (lane + by) % M)...);
+        const Vec is_later = {(lane % M + by < M ? 1 : 0)...};
+        rank -= other > key - is_later;
+        rank_entries<M, by + 1>(key, rank, lanes);
+    }
+}
+
+template <int M>
+void mask_by_rank(const int32_t* keys, uint8_t* mask, int64_t count, int32_t n) {
+    for (int64_t i = 0; i < count; i += 16) {
+        Vec key, rank = {};
+        std::memcpy(&key, keys + i, sizeof key);
+        rank_entries<M, 1>(key, rank, Lane());
+        const Bytes kept = __builtin_convertvector(rank < n, Bytes) & 1;
+        std::memcpy(mask + i, &kept, sizeof kept);
+    }
+}
+
+// the group's largest entry, `rounds` times, or its smallest; of equal ones the last, or the first
+template <bool dropping>
+void select_in_row(int32_t* keys, int64_t m, int64_t rounds) {
+    for (; rounds > 0; --rounds) {
+        int32_t best = dropping ? DROPPED : TAKEN, place = dropping ? m : -1;
+        if constexpr (dropping) {
+#pragma omp simd reduction(min : best)
+            for (int32_t j = 0; j < m; ++j) best = std::min(best, keys[j]);
+#pragma omp simd reduction(min : place)
+            for (int32_t j = 0; j < m; ++j) place = std::min(place, keys[j] == best ? j : static_cast<int32_t>(m));
+        } else {
+#pragma omp simd reduction(max : best)
+            for (int32_t j = 0; j < m; ++j) best = std::max(best, keys[j]);
+#pragma omp simd reduction(max : place)
+            for (int32_t j = 0; j < m; ++j) place = std::max(place, keys[j] == best ? j : -1);
+        }
+        keys[place] = dropping ? DROPPED : TAKEN;
+    }
+}
+
+// counts for every entry those that come before it; of equal ones the last does
+void take_by_rank(int32_t* keys, int32_t m, int32_t n) {
+    int32_t rank[MOST_RANKED] = {};
+    for (int32_t j = 0; j < m; ++j) {
+        const int32_t key = keys[j];
+        for (int32_t i = 0; i < m; ++i) rank[i] += key > keys[i] - (i < j);
+    }
+    for (int32_t i = 0; i < m; ++i) keys[i] = rank[i] < n ? TAKEN : DROPPED;
+}
+
+// the n-th largest key, bit by bit, and then the entries above it and the last ones that equal it
+void take_above_threshold(int32_t* keys, int64_t m, int32_t n) {
+    int32_t threshold = 0;
+    for (int bit = 30; bit >= lowest_bit<SCORE>; --bit) {
+        const int32_t trial = threshold | 1 << bit;
+        int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (int64_t j = 0; j < m; ++j) count += keys[j] >= trial;
+        threshold = count >= n ? trial : threshold;
+    }
+    int32_t needed = n;
+#pragma omp simd reduction(- : needed)
+    for (int64_t j = 0; j < m; ++j) needed -= keys[j] > threshold;
+    for (int64_t j = m - 1; j >= 0 && needed > 0; --j) {
+        if (keys[j] == threshold) {
+            keys[j] = DROPPED;
+            --needed;
+        }
+    }
+    for (int64_t j = 0; j < m; ++j) keys[j] = keys[j] > threshold ? TAKEN : DROPPED;
+}
+
+// the same three for LANES groups side by side
+using Keys = int32_t (*)[LANES];
+
+template <bool dropping>
+void select_in_lanes(Keys keys, int64_t m, int64_t rounds) {
+    constexpr int32_t found = dropping ? DROPPED : TAKEN;
+    for (; rounds > 0; --rounds) {
+        int32_t best[LANES], place[LANES] = {};
+        std::fill(best, best + LANES, found);
+        for (int64_t j = 0; j < m; ++j) {
+            for (int64_t l = 0; l < LANES; ++l) {
+                const bool better = dropping ? keys[j][l] < best[l] : keys[j][l] >= best[l];
+                best[l] = better ? keys[j][l] : best[l];
+                place[l] = better ? static_cast<int32_t>(j) : place[l];
+            }
+        }
+        for (int64_t j = 0; j < m; ++j) {
+            for (int64_t l = 0; l < LANES; ++l) keys[j][l] = place[l] == j ? found : keys[j][l];
+        }
+    }
+}
+
+void take_above_thresholds(Keys keys, int64_t m, int32_t n) {
+    int32_t threshold[LANES] = {}, needed[LANES];
+    for (int bit = 30; bit >= lowest_bit<SCORE>; --bit) {
+        int32_t count[LANES] = {};
+        for (int64_t j = 0; j < m; ++j) {
+            for (int64_t l = 0; l < LANES; ++l) count[l] += keys[j][l] >= (threshold[l] | 1 << bit);
+        }
+        for (int64_t l = 0; l < LANES; ++l) threshold[l] |= count[l] >= n ? 1 << bit : 0;
+    }
+    std::fill(needed, needed + LANES, n);
+    for (int64_t j = 0; j < m; ++j) {
+        for (int64_t l = 0; l < LANES; ++l) needed[l] -= keys[j][l] > threshold[l];
+    }
+    for (int64_t j = m - 1; j >= 0; --j) {
+        for (int64_t l = 0; l < LANES; ++l) {
+            const bool equal = keys[j][l] == threshold[l] && needed[l] > 0;
+            needed[l] -= equal;
+            keys[j][l] = keys[j][l] > threshold[l] || equal ? TAKEN : DROPPED;
+        }
+    }
+}
+
+// whether few entries are to be dropped, rather than few taken, or many of both
+inline bool drops(int64_t n, int64_t m) { return m - n < n && m - n <= MOST_ROUNDS; }
+inline bool takes(int64_t n, int64_t m) { return n <= MOST_ROUNDS && !drops(n, m); }
+
+// contiguous groups, `count` elements of them
+void mask_rows(
+    const SCORE* __restrict scores, uint8_t* __restrict mask, int64_t count, int32_t n, int64_t m, int32_t* keys
+) {
+    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(scores[i]);
+    if (m < LONG) {
+        alignas(64) uint8_t kept[CHUNK];
+        (m == 2 ? mask_by_rank<2> : m == 4 ? mask_by_rank<4> : m == 8 ? mask_by_rank<8> : mask_by_rank<16>)(
+            keys, kept, count, n
+        );
+        std::memcpy(mask, kept, count);
+        return;
+    }
+    for (int64_t g = 0; g < count; g += m) {
+        if (takes(n, m)) {
+            select_in_row<false>(keys + g, m, n);
+        } else if (drops(n, m)) {
+            select_in_row<true>(keys + g, m, m - n);
+        } else if (m <= MOST_RANKED) {
+            take_by_rank(keys + g, m, n);
+        } else {
+            take_above_threshold(keys + g, m, n);
+        }
+    }
+    if (drops(n, m)) {
+        for (int64_t i = 0; i < count; ++i) mask[i] = keys[i] != DROPPED;
+    } else {
+        for (int64_t i = 0; i < count; ++i) mask[i] = keys[i] == TAKEN;
+    }
+}
+
+// groups `first` to `first + count` of a tensor: group t begins at t / inner * m * inner + t % inner, and its entries
+// are `inner` apart
+void mask_lanes(
+    const SCORE* __restrict scores, uint8_t* __restrict mask, int64_t first, int64_t count, int64_t inner, int32_t n,
+    int64_t m, Keys keys
+) {
+    const bool together = first / inner == (first + count - 1) / inner;
+    int64_t begin[LANES] = {};
+    for (int64_t l = 0; l < count; ++l) begin[l] = (first + l) / inner * m * inner + (first + l) % inner;
+    for (int64_t j = 0; j < m; ++j) {
+        if (together) {
+            const SCORE* row = scores + begin[0] + j * inner;
+            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(row[l]);
+        } else {
+            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(scores[begin[l] + j * inner]);
+        }
+    }
+    if (takes(n, m)) {
+        select_in_lanes<false>(keys, m, n);
+    } else if (drops(n, m)) {
+        select_in_lanes<true>(keys, m, m - n);
+    } else {
+        take_above_thresholds(keys, m, n);
+    }
+    const bool dropping = drops(n, m);
+    for (int64_t j = 0; j < m; ++j) {
+        if (together) {
+            uint8_t* row = mask + begin[0] + j * inner;
+            for (int64_t l = 0; l < count; ++l) row[l] = dropping ? keys[j][l] != DROPPED : keys[j][l] == TAKEN;
+        } else {
+            for (int64_t l = 0; l < count; ++l) {
+                mask[begin[l] + j * inner] = dropping ? keys[j][l] != DROPPED : keys[j][l] == TAKEN;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// groups[t]: number of groups of tensor t; inner[t]: elements between two entries of one group
+extern "C" void nm_mask(
+    int64_t count, const SCORE** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
+    int64_t m, int threads
+) {
+    const bool fits = m >= LONG || m == 2 || m == 4 || m == 8 || m == 16;
+    const int64_t together = std::max<int64_t>(1, CHUNK / m);
+    const auto block = [=](int64_t) { return std::max(LANES, BLOCK / m / LANES * LANES); };
+    for_blocks(count, groups, threads, block, [=](int64_t t, int64_t begin, int64_t end) {
+        if (inner[t] == 1 && fits) {
+            std::vector<int32_t> keys(std::max(CHUNK, m));
+            for (int64_t g = begin; g < end; g += together) {
+                fetch(scores[t], (g + together) * m, end * m);
+                mask_rows(scores[t] + g * m, masks[t] + g * m, std::min(together, end - g) * m, n, m, keys.data());
+            }
+        } else {
+            std::vector<int32_t> keys(m * LANES);
+            for (int64_t g = begin; g < end; g += LANES) {
+                mask_lanes(
+                    scores[t], masks[t], g, std::min(LANES, end - g), inner[t], n, m,
+                    reinterpret_cast<Keys>(keys.data())
+                );
+            }
+        }
+    });
+}
