@@ -1,4 +1,4 @@
-"""SinkGD, Lion and AdamW at equal tokens on the nano recipes, each at its own tuned learning rate.
+"""Optimizers at equal tokens on the nano recipes, each at its own tuned learning rate.
 
     python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] \
         [--steps 300] [--optimizers lion] [key=value ...]
@@ -18,12 +18,28 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-# the grids are powers of two around the rates of the recipes
-GRIDS = {
-    "adamw": [2e-3, 4e-3, 8e-3],
-    "lion": [1e-3, 2e-3, 4e-3],
-    "sinkgd": [1e-2, 2e-2, 4e-2],
+
+class Entry(NamedTuple):
+    """A row of the table: the recipe FAMILY-nano-RECIPE with these settings, and the learning rates to try."""
+
+    recipe: str
+    rates: tuple[float, ...]
+    settings: tuple[str, ...] = ()
+
+
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3")
+_MFAC = "{window: 256, damping: 1e-4, compression: topk, density: 0.01, momentum: 0.9}"
+# the grids are powers of two (M-FAC: of three) around the rates of the recipes
+ENTRIES = {
+    "adamw": Entry("adamw", (2e-3, 4e-3, 8e-3)),
+    "lion": Entry("lion", (1e-3, 2e-3, 4e-3)),
+    "sinkgd": Entry("sinkgd", (1e-2, 2e-2, 4e-2)),
+    "muon": Entry("adamw", (2e-3, 4e-3, 8e-3), ("optimizer.name=muon", "optimizer.args={}")),
+    "lanton": Entry("lanton", (5e-3, 1e-2, 2e-2)),
+    "lanton-plain": Entry("lanton", (5e-3, 1e-2, 2e-2), ("optimizer.args={noise_adaptive: false}",)),
+    "s-mfac": Entry("adamw", (3e-4, 1e-3, 3e-3), ("optimizer.name=mfac", f"optimizer.args={_MFAC}")),
 }
 
 
@@ -42,9 +58,11 @@ def run(recipe: str, out: Path, overrides: list[str]) -> float:
 def tune(family: str, optimizer: str, out: Path, steps: int, extra: list[str]) -> dict[float, float]:
     """Validation loss by learning rate."""
     losses = {}
-    for lr in GRIDS[optimizer]:
-        overrides = [f"optimizer.lr={lr}", f"steps={steps}", f"eval.every={steps}", "eval.at_start=false", *extra]
-        losses[lr] = run(f"{family}-nano-{optimizer}", out / f"tune-{optimizer}-{lr}", overrides)
+    entry = ENTRIES[optimizer]
+    for lr in entry.rates:
+        overrides = [f"optimizer.lr={lr}", f"steps={steps}", f"eval.every={steps}", "eval.at_start=false"]
+        overrides += [*entry.settings, *extra]
+        losses[lr] = run(f"{family}-nano-{entry.recipe}", out / f"tune-{optimizer}-{lr}", overrides)
         print(f"tune {optimizer} lr {lr}: validation loss {losses[lr]:.4f}", flush=True)
     return losses
 
@@ -65,7 +83,7 @@ def plot(out: Path, family: str, rates: dict[str, float], seeds: list[int]) -> N
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    for colour, (optimizer, lr) in zip(("#4c72b0", "#dd8452", "#55a868"), rates.items(), strict=False):
+    for colour, (optimizer, lr) in zip(COLOURS, rates.items(), strict=False):
         for i, seed in enumerate(seeds):
             tokens, losses = curve(out / f"{optimizer}-seed{seed}")
             label = f"{optimizer}, lr {lr:g}" if i == 0 else None
@@ -87,25 +105,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tune-steps", type=int, default=150)
     parser.add_argument("--steps", type=int, help="steps of the final runs; the recipe's if not given")
-    parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--optimizers", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
     parser.add_argument("--only-tune", action="store_true", help="stop after the learning rates are chosen")
     options, extra = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
     tuning = {name: tune(options.family, name, options.out, options.tune_steps, extra) for name in options.optimizers}
     rates = {name: min(losses, key=losses.__getitem__) for name, losses in tuning.items()}
     for name, lr in rates.items():
-        if lr in (GRIDS[name][0], GRIDS[name][-1]):
+        if lr in (ENTRIES[name].rates[0], ENTRIES[name].rates[-1]):
             print(f"note: the best rate of {name}, {lr}, is at the edge of its grid")
     if options.only_tune:
         return
     results: dict[str, list[float]] = {}
     for seed in options.seeds:
         for name, lr in rates.items():
-            overrides = [f"optimizer.lr={lr}", f"seed={seed}", *extra]
+            entry = ENTRIES[name]
+            overrides = [f"optimizer.lr={lr}", f"seed={seed}", *entry.settings, *extra]
             if options.steps is not None:
                 overrides += [f"steps={options.steps}", f"eval.every={max(options.steps // 6, 1)}"]
             out = options.out / f"{name}-seed{seed}"
-            results.setdefault(name, []).append(run(f"{options.family}-nano-{name}", out, overrides))
+            results.setdefault(name, []).append(run(f"{options.family}-nano-{entry.recipe}", out, overrides))
             print(f"{name} lr {lr} seed {seed}: validation loss {results[name][-1]:.4f}", flush=True)
     record = {"tuning": {k: {str(r): v for r, v in t.items()} for k, t in tuning.items()}, "losses": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1))
