@@ -112,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "Perplexity and bits per byte of a checkpoint.")
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
+    verify = command("verify", _verify, "State for every matrix of a checkpoint whether it is N:M sparse.")
+    verify.add_argument("path", metavar="PATH", help="a safetensors or torch file, a Hugging Face folder, or a run")
+    verify.add_argument(
+        "--expect",
+        metavar="[LAYERS=]N:M",
+        action="append",
+        default=[],
+        help="what it should be: of all matrices, or of layers by wildcards as in '*.mlp.*=1:8'; exit 1 if it is not",
+    )
+    verify.add_argument("--json", action="store_true", help="as JSON")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -246,6 +256,19 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep.recipes import evaluate
 
     return int(evaluate.main([*rest, *options.arguments]) or 0)
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    from leanstep.sparsity import verify
+
+    rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
+    try:
+        found = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    return 1 if found.ok is False else 0
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

@@ -1,5 +1,7 @@
 """N:M sparsity: patterns, masks, schedules, and weights that train under them."""
 
+from leanstep.sparsity.compressed import export_compressed, load_compressed
+from leanstep.sparsity.controller import Controller, sparsify
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
 from leanstep.sparsity.masks import flip_rate, is_nm, nm_mask
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -11,21 +13,34 @@ from leanstep.sparsity.scores import (
     magnitude_times_gradient,
     nm_obs_mask,
 )
+from leanstep.sparsity.semi_structured import Conversion, to_semi_structured
+from leanstep.sparsity.squash import plain_state_dict, squash
+from leanstep.sparsity.verify import Verification, verify
 
 __all__ = [
     "NM",
+    "Controller",
+    "Conversion",
     "ObsMask",
     "Schedule",
     "Stage",
+    "Verification",
+    "export_compressed",
     "flip_rate",
     "is_nm",
+    "load_compressed",
     "magnitude",
     "magnitude_times_activation",
     "magnitude_times_gradient",
     "match_patterns",
     "nm_mask",
     "nm_obs_mask",
+    "plain_state_dict",
     "s_ste_scale",
     "s_ste_weight",
     "sparse_weight",
+    "sparsify",
+    "squash",
+    "to_semi_structured",
+    "verify",
 ]

@@ -1,0 +1,265 @@
+"""N:M weights in a file without their zeros: the values, and packed indices of ceil(log2 M) bits each, in safetensors.
+
+A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of its own dtype and
+``NAME.nm_indices``, a uint8 vector of ``ceil(out * in / M * N * bits / 8)`` bytes, bit i of the stream in bit i % 8 of
+byte i // 8. Other tensors are stored as they are. The file's metadata says which is which, with checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from leanstep.kernels.nm_matmul import nm_compress, nm_decompress
+from leanstep.sparsity.detect import tightest
+from leanstep.sparsity.modules import sparse_layers
+from leanstep.sparsity.patterns import NM, as_pattern
+from leanstep.sparsity.squash import plain_state_dict
+
+FORMAT = "leanstep-nm-1"
+_VALUES, _INDICES = ".nm_values", ".nm_indices"
+_BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Stored(NamedTuple):
+    """How one tensor was stored: ``pattern`` is None for one that was stored as it is."""
+
+    name: str
+    pattern: NM | None
+    dense_bytes: int
+    stored_bytes: int
+
+
+def export_compressed(
+    model: nn.Module | Mapping[str, Tensor], path: str | Path, *, patterns: Mapping[str, NM | str] | None = None
+) -> list[Stored]:
+    """Write a sparse model without its zeros.
+
+    Args:
+        model: a model, squashed or at the end of its schedule, or a state dict of plain names.
+        path: the file to write, ``*.safetensors``; an older one is replaced.
+        patterns: tensor name -> pattern, for groups along dimension 1. None: the targets of a model that trains sparse;
+            otherwise each matrix's own sparsest pattern, where that makes it smaller.
+
+    Returns:
+        One row per tensor that was stored, with its bytes before and after.
+
+    Raises:
+        ValueError: for a weight that is not N:M as it should be, a model on its way there, an unknown name, or a pattern
+            with M above 256; nothing is written then.
+        OSError: where the file cannot be written.
+
+    Notes:
+        :func:`load_compressed` gives every tensor back bit for bit; a weight with negative zeros that its pattern leaves
+        no room for is refused (adding 0.0 makes them positive).
+    """
+    state, chosen = _state_and_patterns(model, patterns)
+    stored: dict[str, Tensor] = {}
+    layout: dict[str, Any] = {"tensors": {}, "aliases": {}}
+    rows, seen = [], dict[tuple[Any, ...], str]()
+    for name, tensor in state.items():
+        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and identity in seen:
+            layout["aliases"][name] = seen[identity]
+            continue
+        seen[identity] = name
+        dense = tensor.detach().cpu().contiguous()
+        if name not in chosen:
+            stored[name] = dense
+            rows.append(Stored(name, None, dense.nbytes, dense.nbytes))
+            continue
+        pattern, dim = chosen[name]
+        values, indices = _compress(name, dense, pattern, dim)
+        stored[name + _VALUES], stored[name + _INDICES] = values, indices
+        checks = [_checksum(values), _checksum(indices)]
+        layout["tensors"][name] = {"pattern": str(pattern), "dim": dim, "shape": list(dense.shape), "crc32": checks}
+        rows.append(Stored(name, pattern, dense.nbytes, values.nbytes + indices.nbytes))
+    save_file(stored, path, metadata={"format": FORMAT, "layout": json.dumps(layout)})
+    return rows
+
+
+def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read what :func:`export_compressed` wrote.
+
+    Args:
+        path: the file.
+        model: a plain model of the same architecture to load it into, if given. It is changed only when all of the file
+            was found sound.
+
+    Returns:
+        The dense state dict, bit for bit what was exported.
+
+    Raises:
+        ValueError: for a file that is truncated, damaged (a checksum or an index is wrong), or of another format; for a
+            model that is sparse itself, or whose names or shapes are others.
+    """
+    path = Path(path)
+    layout = _read_layout(path)
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load_compressed: {path} cannot be read ({error}): it is truncated or damaged") from None
+    state: dict[str, Tensor] = {}
+    try:
+        for name, entry in layout["tensors"].items():
+            state[name] = _decompress(f"{path}: {name}", stored.pop(name + _VALUES), stored.pop(name + _INDICES), entry)
+        state |= stored
+        state |= {name: state[target] for name, target in layout["aliases"].items()}
+    except KeyError as error:
+        raise ValueError(f"load_compressed: {path} is damaged: it has no tensor {error}") from None
+    if model is not None:
+        _load_into(model, state, path)
+    return state
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether a file is one of :func:`export_compressed`, by its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def compressed_bytes(shape: torch.Size | tuple[int, ...], itemsize: int, pattern: NM, dim: int = 1) -> int:
+    """Bytes of values and packed indices of a weight: ``kept * itemsize + ceil(kept * ceil(log2 M) / 8)``."""
+    size = shape[dim]
+    kept = int(np.prod(shape)) // max(size, 1) * -(-size // pattern.m) * pattern.n
+    return kept * itemsize + -(-kept * index_bits(pattern.m) // 8)
+
+
+def index_bits(m: int) -> int:
+    """Bits of one index, ``ceil(log2 m)``."""
+    return (m - 1).bit_length()
+
+
+def pack_indices(indices: Tensor, m: int) -> Tensor:
+    """Indices below m, uint8 of any shape, as a bit stream in a uint8 vector, the lowest bit of each first."""
+    bits = np.arange(index_bits(m), dtype=np.uint8)
+    stream = (indices.numpy().reshape(-1, 1) >> bits) & 1
+    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+
+
+def unpack_indices(packed: Tensor, count: int, m: int) -> Tensor:
+    """The first ``count`` indices of a bit stream, uint8."""
+    width = index_bits(m)
+    stream = np.unpackbits(packed.numpy(), count=count * width, bitorder="little").reshape(count, width)
+    weights = np.left_shift(1, np.arange(width)).astype(np.uint16)
+    return torch.from_numpy((stream * weights).sum(axis=1).astype(np.uint8))
+
+
+def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, Tensor]:
+    rows = dense.movedim(dim, -1)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m)).contiguous()
+    try:
+        values, indices = nm_compress(padded, pattern.n, pattern.m)
+    except ValueError as error:
+        raise ValueError(f"export_compressed: {name}: {error}") from None
+    back = nm_decompress(values, indices, pattern.m)
+    if not torch.equal(_as_bits(back), _as_bits(padded)):
+        raise ValueError(
+            f"export_compressed: {name} has negative zeros for which {pattern} leaves no room; add 0.0 to the weight "
+            "(or squash it), which makes them positive"
+        )
+    return values.contiguous(), pack_indices(indices, pattern.m)
+
+
+def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any]) -> Tensor:
+    pattern, dim, shape = NM.parse(entry["pattern"]), entry["dim"], entry["shape"]
+    moved = [*(size for i, size in enumerate(shape) if i != dim), shape[dim]]
+    expected = (*moved[:-1], -(-shape[dim] // pattern.m), pattern.n)
+    if tuple(values.shape) != expected or packed.numel() != -(-values.numel() * index_bits(pattern.m) // 8):
+        raise ValueError(
+            f"load_compressed: {where}: expected values {expected} for {pattern} of {shape}, got {tuple(values.shape)} "
+            f"and {packed.numel()} bytes of indices"
+        )
+    if [_checksum(values), _checksum(packed)] != entry["crc32"]:
+        raise ValueError(f"load_compressed: {where}: the checksum is wrong: values or indices are not what was written")
+    indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
+    try:
+        rows = nm_decompress(values, indices, pattern.m)
+    except ValueError as error:
+        raise ValueError(f"load_compressed: {where}: {error}") from None
+    return rows[..., : shape[dim]].movedim(-1, dim).contiguous()
+
+
+def _read_layout(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"load_compressed: {path} cannot be read ({error}): it is not there, truncated, or no safetensors file"
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}; export_compressed "
+            "writes it, and plain safetensors files are read by safetensors.torch.load_file"
+        )
+    try:
+        layout = json.loads(metadata["layout"])
+        return {"tensors": dict(layout["tensors"]), "aliases": dict(layout["aliases"])}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
+
+
+def _state_and_patterns(
+    model: nn.Module | Mapping[str, Tensor], patterns: Mapping[str, NM | str] | None
+) -> tuple[dict[str, Tensor], dict[str, tuple[NM, int]]]:
+    """The plain state, and (pattern, dimension) of each tensor to compress."""
+    chosen: dict[str, tuple[NM, int]] = {}
+    if isinstance(model, nn.Module):
+        state = plain_state_dict(model, unfinished="refuse")
+        for layer in sparse_layers(model):
+            chosen |= dict.fromkeys(layer.names, (layer.target, layer.dim))
+    else:
+        state = dict(model)
+    if patterns is not None:
+        unknown = [name for name in patterns if name not in state]
+        if unknown:
+            raise ValueError(f"export_compressed: there is no tensor {unknown[0]!r}; the names are {', '.join(state)}")
+        chosen = {name: (as_pattern(pattern), 1) for name, pattern in patterns.items()}
+    elif not chosen:
+        chosen = {name: found for name, tensor in state.items() if (found := _own_pattern(tensor)) is not None}
+    return state, chosen
+
+
+def _own_pattern(tensor: Tensor) -> tuple[NM, int] | None:
+    """The pattern along dimension 1 or 0 that makes a tensor smallest, None where none makes it smaller."""
+    if tensor.dim() < 2 or not tensor.is_floating_point():
+        return None
+    found = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
+    sizes = [(compressed_bytes(tensor.shape, tensor.element_size(), *pair), pair) for pair in found]
+    smallest = min(sizes, key=lambda row: row[0], default=None)
+    return smallest[1] if smallest is not None and smallest[0] < tensor.nbytes else None
+
+
+def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    if any(".parametrizations." in name for name in own):
+        raise ValueError(
+            "load_compressed: the model has parametrized weights, which the file's plain ones do not fit; load it into "
+            "a plain model, and call sparsify on that to train on"
+        )
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"load_compressed: {path} is of another model: {', '.join(wrong[:5])} differ")
+    model.load_state_dict(state)
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS_OF[tensor.element_size()])
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes())

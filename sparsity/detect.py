@@ -1,0 +1,31 @@
+"""The N:M pattern that a tensor obeys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanstep.sparsity.patterns import NM
+
+_LONGEST = 128  # groups, of those that are tried
+
+
+def tightest(weight: Tensor, dim: int) -> NM | None:
+    """The N:M of lowest density that a tensor obeys along a dimension, with the smallest M; None for a dense one."""
+    size = weight.shape[dim]
+    nonzero = weight.detach().movedim(dim, -1) != 0
+    if not weight.numel() or bool(nonzero.all()):
+        return None
+    best: NM | None = None
+    for m in (m for m in range(2, min(size, _LONGEST) + 1) if size % m == 0):
+        found = NM(int(nonzero.unflatten(-1, (-1, m)).sum(dim=-1).max()), m)
+        if not found.is_dense and (best is None or found.n * best.m < best.n * found.m):
+            best = found
+    return best
+
+
+def violations(weight: Tensor, pattern: NM, dim: int) -> int:
+    """Groups along a dimension with more than N nonzeros; a short last group counts as filled with zeros."""
+    nonzero = weight.detach().movedim(dim, -1) != 0
+    padded = torch.nn.functional.pad(nonzero, (0, -nonzero.shape[-1] % pattern.m))
+    return int((padded.unflatten(-1, (-1, pattern.m)).sum(dim=-1) > pattern.n).sum())

@@ -1,0 +1,340 @@
+"""Which weights of a model can be N:M sparse, and the parametrization that makes them so."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from leanstep.sparsity.functional import s_ste_weight, sparse_weight
+from leanstep.sparsity.patterns import NM, match_patterns
+
+AXES = ("in", "out")
+PADS = ("refuse", "zero")
+
+# transformers' GPT-2 layer keeps its weight as (in, out)
+_TRANSPOSED_CLASSES = ("Conv1D",)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# steps, pattern and target as n and m, dimension of the groups, alpha, beta; the mask's bits follow
+_HEADER = struct.Struct("<6q2d")
+
+
+class SparseWeight(nn.Module):
+    """The parametrization of one weight: what the layer computes with, made from the dense weight that is trained.
+
+    A parametrization keeps the layer's class, the dense tensor as the optimizer's parameter, and works for every kind
+    of layer that reads an attribute. Its usual price, a changed ``state_dict``, is an advantage here: a checkpoint of
+    dense weights under a mask cannot be loaded into a dense model without a word (:func:`squash` makes one that can).
+
+    ``mask`` and ``alpha`` are buffers that :class:`Controller` writes in place, so that torch.compile never sees a new
+    value as a new program. They are not persistent: ``state_dict`` has them, with the number of steps made, as one
+    uint8 tensor (mask bits packed, 1/32 of an fp32 weight), which every format of checkpoints can hold.
+
+    Attributes:
+        mask: bool, shape of the weight, True where it is kept.
+        alpha: fp32, 0-d, the factor of pruned weights.
+        beta: fp32, 0-d, scale of S-STE; only where ``continuous``.
+        target: the pattern to arrive at. pattern: the one that ``mask`` obeys now.
+        dim: dimension of the weight along which groups lie.
+        steps: optimizer steps made.
+    """
+
+    mask: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(self, like: Tensor, target: NM, dim: int, *, grad_flow: str, continuous: bool = False) -> None:
+        super().__init__()
+        mask = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+        self.register_buffer("mask", mask, persistent=False)
+        for name in ("alpha", "beta"):
+            one = torch.ones((), dtype=torch.float32, device=like.device)
+            self.register_buffer(name, one, persistent=False)
+        self.target, self.pattern, self.dim = target, NM(target.m, target.m), dim
+        self.grad_flow, self.continuous = grad_flow, continuous
+        self.steps = 0
+        # this process's part of the mask, where the weight is sharded; made when it is needed
+        self.local_mask: Tensor | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the layer computes with."""
+        if not self.continuous:
+            return sparse_weight(weight, self.mask, alpha=self.alpha, grad_flow=self.grad_flow)
+        # the gradient is the same on both sides
+        value = s_ste_weight(weight, self.target, beta=self.beta, dim=self.dim)
+        return torch.where(self.alpha >= 1, weight, value.to(weight.dtype))
+
+    @torch.no_grad()
+    def effective(self, weight: Tensor) -> Tensor:
+        """What :meth:`forward` gives for a dense weight on any device, without a gradient."""
+        mask, alpha, beta = (tensor.to(weight.device) for tensor in (self.mask, self.alpha, self.beta))
+        if not self.continuous:
+            return sparse_weight(weight, mask, alpha=alpha)
+        value = s_ste_weight(weight, self.target, beta=beta, dim=self.dim).to(weight.dtype)
+        # a factor times a zero of the other sign is no exact zero
+        return torch.where(alpha >= 1, weight, torch.where(value == 0, 0.0, value))
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.target} along dimension {self.dim}, now {self.pattern}, grad_flow={self.grad_flow!r}"
+
+    def get_extra_state(self) -> Tensor:
+        """Everything that the next step depends on besides the weights, as uint8."""
+        if self.mask.is_meta:
+            return torch.empty(0, dtype=torch.uint8)
+        numbers = (self.steps, self.pattern.n, self.pattern.m, self.target.n, self.target.m, self.dim)
+        header = _HEADER.pack(*numbers, float(self.alpha), float(self.beta))
+        bits = np.packbits(self.mask.detach().cpu().numpy())
+        return torch.from_numpy(np.concatenate([np.frombuffer(header, dtype=np.uint8), bits]))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over what :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: for the state of another pattern, dimension or shape.
+        """
+        size = _HEADER.size + -(-self.mask.numel() // 8)
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.numel() != size:
+            found = f"{state.numel()} of {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"the sparsity state of a weight of shape {tuple(self.mask.shape)} has {size} bytes, got {found}; the "
+                "checkpoint is of another model, or damaged"
+            )
+        raw = state.cpu().numpy()
+        steps, n, m, target_n, target_m, dim, alpha, beta = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+        if (NM(target_n, target_m), dim) != (self.target, self.dim):
+            raise ValueError(
+                f"the checkpoint was trained towards {target_n}:{target_m} along dimension {dim}, this model is set to "
+                f"{self.target} along dimension {self.dim}; call sparsify with the patterns of the checkpoint"
+            )
+        bits = np.unpackbits(raw[_HEADER.size :], count=self.mask.numel()).view(np.bool_)
+        self.steps, self.pattern = steps, NM(n, m)
+        self.mask.copy_(torch.from_numpy(bits.reshape(self.mask.shape)))
+        self.alpha.fill_(alpha)
+        self.beta.fill_(beta)
+        self.local_mask = None
+
+
+@dataclass(eq=False)
+class SparseLayer:
+    """A weight that is sparse, or can be, wherever it is used.
+
+    Attributes:
+        name: the layer's name; for a weight that is not called ``weight``, the parameter's.
+        places: (module, attribute) of every use; several for tied weights.
+        dim: dimension along which groups lie.
+        target: the pattern to arrive at.
+        transform: the parametrization, shared by all places.
+    """
+
+    name: str
+    places: list[tuple[nn.Module, str]]
+    dim: int
+    target: NM
+    names: list[str] = field(default_factory=list)  # parameter names of all places
+    transform: SparseWeight = cast(SparseWeight, None)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense weight that is trained."""
+        module, attribute = self.places[0]
+        if parametrize.is_parametrized(module, attribute):
+            return cast(nn.Parameter, module.parametrizations[attribute].original)  # type: ignore[index,union-attr]
+        return cast(nn.Parameter, getattr(module, attribute))
+
+    @property
+    def installed(self) -> bool:
+        """Whether the weight still is what this layer's parametrization makes of it."""
+        module, attribute = self.places[0]
+        return transform_of(module, attribute) is self.transform
+
+
+def transform_of(module: nn.Module, attribute: str) -> SparseWeight | None:
+    """The sparse parametrization of an attribute, None where it has none."""
+    if not parametrize.is_parametrized(module, attribute):
+        return None
+    first = module.parametrizations[attribute][0]  # type: ignore[index,union-attr]
+    return first if isinstance(first, SparseWeight) else None
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLayer]:
+    """The sparse weights of a model, each once, in the order of its modules."""
+    found: dict[int, SparseLayer] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for attribute in list(getattr(module, "parametrizations", ())):
+            transform = transform_of(module, attribute)
+            if transform is None:
+                continue
+            name = _layer_name(module_name, attribute)
+            layer = found.setdefault(
+                id(transform), SparseLayer(name, [], transform.dim, transform.target, transform=transform)
+            )
+            layer.places.append((module, attribute))
+            layer.names.append(f"{module_name}.{attribute}".lstrip("."))
+    return list(found.values())
+
+
+def plan_layers(
+    model: nn.Module, patterns: Mapping[str, NM | str] | NM | str, axis: str, pad: str
+) -> list[SparseLayer]:
+    """Choose and check the weights that rules select; nothing is changed.
+
+    Raises:
+        TypeError, ValueError: as :func:`leanstep.sparsity.sparsify` says.
+    """
+    if axis not in AXES or pad not in PADS:
+        raise ValueError(f"sparsify: expected axis in {AXES} and pad in {PADS}, got {axis!r} and {pad!r}")
+    candidates = dict(_candidates(model, axis))
+    if not isinstance(patterns, Mapping):
+        head = _head(model)
+        candidates = {name: layer for name, layer in candidates.items() if not _is_head(layer, head)}
+    if not candidates:
+        raise ValueError(f"sparsify: {type(model).__name__} has no linear or convolution layer to make sparse")
+    chosen = match_patterns(candidates, patterns)
+    owners = _owners(model)
+    layers: dict[int, SparseLayer] = {}
+    for name, target in chosen.items():
+        layer = candidates[name]
+        weight = _check_weight(layer)
+        if target.is_dense:
+            continue
+        earlier = layers.get(id(weight))
+        if earlier is None:
+            layer.target = target
+            _check_groups(layer, weight, pad)
+            layer.places, layer.names = owners[id(weight)]
+            layers[id(weight)] = layer
+        elif earlier.target != target:
+            raise ValueError(
+                f"sparsify: {earlier.name!r} and {name!r} are one tied weight, but the rules give them {earlier.target} "
+                f"and {target}"
+            )
+    if not layers:
+        raise ValueError("sparsify: the rules leave every layer dense; give at least one a pattern with n < m")
+    return list(layers.values())
+
+
+def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
+    """Register the layer's parametrization wherever its weight is used; the Parameter itself stays the same object."""
+    layer.transform = SparseWeight(layer.weight, layer.target, layer.dim, grad_flow=grad_flow, continuous=continuous)
+    for module, attribute in layer.places:
+        names = list(module._parameters)
+        # unsafe: no trial run, whose result is known
+        parametrize.register_parametrization(module, attribute, layer.transform, unsafe=True)
+        # where the parameter stood, which remove needs to know
+        holder = module.parametrizations[attribute]  # type: ignore[index,union-attr]
+        holder.following = names[names.index(attribute) + 1 :]
+
+
+def remove(module: nn.Module, attribute: str) -> None:
+    """Take the parametrization off, and put the dense Parameter back under its name and in its place."""
+    following = module.parametrizations[attribute].following  # type: ignore[index,union-attr]
+    parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+    # torch puts it last, and state_dict and parameters() would come in another order than before
+    for name in [name for name in module._parameters if name in following]:
+        module._parameters[name] = module._parameters.pop(name)
+
+
+def group_dim(module: nn.Module, axis: str) -> int:
+    """The dimension of a layer's weight along which groups lie: its inputs (in-channels) or its outputs."""
+    transposed = type(module).__name__ in _TRANSPOSED_CLASSES
+    return int((axis == "in") != transposed)
+
+
+def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]]:
+    """Every weight that may be sparse, by its name; all names of a module that has several."""
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        attributes: tuple[str, ...] = ()
+        transposed = type(module).__name__ in _TRANSPOSED_CLASSES
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or transposed or _is_foreign_linear(module):
+            attributes = ("weight",)
+        elif isinstance(module, nn.MultiheadAttention):
+            attributes = _ATTENTION_WEIGHTS
+        for attribute in attributes:
+            if getattr(module, attribute, None) is not None:
+                name = _layer_name(module_name, attribute)
+                layer = SparseLayer(name, [(module, attribute)], group_dim(module, axis), NM(1, 1))
+                yield name, layer
+
+
+def _is_foreign_linear(module: nn.Module) -> bool:
+    """Linear layers of other packages, quantised ones above all, which are to be refused by name and not passed by."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.startswith(("Linear", "QuantLinear")) and isinstance(weight, Tensor) and weight.dim() > 1
+    )
+
+
+def _layer_name(module_name: str, attribute: str) -> str:
+    return module_name if attribute == "weight" and module_name else f"{module_name}.{attribute}".lstrip(".")
+
+
+def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
+    """Places and names of every parameter, each module once."""
+    found: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places, names = found.setdefault(id(parameter), ([], []))
+            places.append((module, attribute))
+            names.append(f"{module_name}.{attribute}".lstrip("."))
+    return found
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits, as transformers names it; None for other models."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return cast("nn.Module | None", get()) if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
+def _is_head(layer: SparseLayer, head: nn.Module | None) -> bool:
+    return head is not None and layer.places[0][0] is head
+
+
+def _check_weight(layer: SparseLayer) -> nn.Parameter:
+    """The weight of a layer that can be parametrized, or an error that says why it cannot."""
+    module, attribute = layer.places[0]
+    where = f"sparsify: layer {layer.name!r}"
+    if parametrize.is_parametrized(module, attribute):
+        again = transform_of(module, attribute) is not None
+        advice = "squash it first to begin again" if again else "remove that parametrization first"
+        raise ValueError(f"{where} is parametrized already ({module.parametrizations[attribute][0]}); {advice}")
+    weight = getattr(module, attribute)
+    if hasattr(weight, "placements"):
+        raise ValueError(
+            f"{where} is sharded already ({weight.placements}), and FSDP does not follow a weight that is parametrized "
+            "later; call sparsify first and fully_shard after it"
+        )
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(f"{where}: its {attribute} is {type(weight).__name__}, no parameter, so it cannot be trained")
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+        raise ValueError(
+            f"{where} is quantised ({type(module).__name__} with {type(weight.data).__name__} of {weight.dtype}): "
+            "expected a plain floating weight; make it sparse first, and quantise it after squash"
+        )
+    return weight
+
+
+def _check_groups(layer: SparseLayer, weight: Tensor, pad: str) -> None:
+    size, target = weight.shape[layer.dim], layer.target
+    where = (
+        f"sparsify: layer {layer.name!r} of shape {tuple(weight.shape)} has {size} entries along dimension {layer.dim}"
+    )
+    if target.m > size:
+        raise ValueError(
+            f"{where}, fewer than the {target.m} of a group of {target}; give it a pattern with a smaller m"
+        )
+    if size % target.m and pad == "refuse":
+        raise ValueError(
+            f"{where}, which groups of {target.m} ({target}) do not fill; take a divisor of {size}, leave the layer out, "
+            "or let the last group of each row be shorter with pad='zero'"
+        )

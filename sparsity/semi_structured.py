@@ -1,0 +1,116 @@
+"""2:4 sparse linear layers as torch's semi-structured tensors, and for every other layer why it is not one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from leanstep.sparsity.detect import violations
+from leanstep.sparsity.patterns import NM
+
+BACKENDS = ("auto", "cusparselt", "cutlass")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of one layer: ``reason`` says why it was left as it is, "" where it was converted."""
+
+    layer: str
+    reason: str = ""
+
+    @property
+    def converted(self) -> bool:
+        """Whether its weight is a semi-structured tensor now."""
+        return not self.reason
+
+
+def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conversion]:
+    """Give every linear layer that is 2:4 sparse along its inputs a weight that the GPU's sparse units multiply with.
+
+    torch's own conversion takes any weight of the right shape and silently drops what is not 2:4; here each weight is
+    checked first. Converted layers are for inference: the weight cannot be trained, saved as plain tensors, or moved.
+
+    Args:
+        model: a plain or squashed model. Changed in place.
+        backend: "cusparselt", "cutlass", or "auto": the first of them that this torch has.
+
+    Returns:
+        One :class:`Conversion` for each linear layer and convolution, in the model's order.
+
+    Raises:
+        ValueError: for another backend, or one that this installation of torch does not have.
+
+    Notes:
+        Products of one or a few tokens are slower than dense ones on record (pytorch/pytorch issue 111339): measure
+        before you convert. fp32 weights are 1:2 sparse in hardware, not 2:4, and stay as they are.
+    """
+    chosen = _choose_backend(backend)
+    found = []
+    for name, module in model.named_modules():
+        if not _is_layer(module):
+            continue
+        reason = obstacle(module, chosen)
+        if not reason:
+            subclass = _subclass(chosen)
+            with torch.no_grad():
+                sparse = subclass.from_dense(module.weight.detach().contiguous())  # type: ignore[union-attr,operator]
+            module.weight = nn.Parameter(sparse, requires_grad=False)  # type: ignore[assignment]
+        found.append(Conversion(name, reason))
+    return found
+
+
+def obstacle(
+    module: nn.Module, backend: str, *, device: str | None = None, capability: tuple[int, int] | None = None
+) -> str:
+    """Why a layer's weight cannot be a semi-structured tensor of a backend; "" where it can.
+
+    ``device`` and ``capability`` stand in for those of the weight's device, to ask about another machine.
+    """
+    if parametrize.is_parametrized(module, "weight"):
+        return "its weight is parametrized; squash the model first"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} does not multiply by its weight as nn.Linear does"
+    weight = module.weight
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, no plain tensor"
+    limits = _subclass(backend)._DTYPE_SHAPE_CONSTRAINTS
+    if weight.dtype == torch.float32:
+        return "fp32 is 1:2 sparse in hardware, not 2:4; convert the model to bf16 or fp16 first"
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"{backend} multiplies fp16 and bf16 here, its weight is {str(weight.dtype).removeprefix('torch.')}"
+    rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols
+    if weight.shape[0] % rows or weight.shape[1] % columns:
+        return f"{backend} takes multiples of {rows} x {columns}, its weight is {weight.shape[0]} x {weight.shape[1]}"
+    broken = violations(weight, NM(2, 4), dim=1)
+    if broken:
+        return f"it is not 2:4: {broken:,} of {weight.numel() // 4:,} groups have more than two nonzeros"
+    kind = device or weight.device.type
+    if kind != "cuda":
+        return f"its weight is on {kind}, and sparse units are on NVIDIA GPUs"
+    major, minor = capability or torch.cuda.get_device_capability(weight.device)
+    if (major, minor) < (8, 0):
+        return f"the GPU has compute capability {major}.{minor}, sparse units come with 8.0"
+    return ""
+
+
+def _is_layer(module: nn.Module) -> bool:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+
+
+def _choose_backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"to_semi_structured: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    available = torch.backends.cusparselt.is_available()
+    if backend == "cusparselt" and not available:
+        raise ValueError("to_semi_structured: this torch was built without cuSPARSELt; take backend='cutlass'")
+    return ("cusparselt" if available else "cutlass") if backend == "auto" else backend
+
+
+def _subclass(backend: str) -> type[torch.sparse.SparseSemiStructuredTensor]:
+    if backend == "cusparselt":
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    return torch.sparse.SparseSemiStructuredTensorCUTLASS

@@ -1,0 +1,134 @@
+"""From a model that trains sparse to one that is: plain modules, exact zeros, the original names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.sparsity.modules import SparseLayer, remove, sparse_layers
+from leanstep.sparsity.sharding import is_sharded
+
+Model = TypeVar("Model", bound=nn.Module)
+_ORIGINAL = ".parametrizations.{}.original"
+
+
+def squash(model: Model, *, unfinished: str = "refuse") -> Model:
+    """Make what a sparse model computes with its weights, and take the parametrizations off. In place.
+
+    Afterwards every module has its own class, every weight its own name and the same Parameter object, with exact
+    zeros (+0) where it was pruned; outputs are the same bit for bit, and ``state_dict`` is that of the dense model. A
+    controller of the model raises at its next step, which would fill the zeros; detach it to train on without masks.
+
+    Args:
+        model: a model that :func:`sparsify` changed.
+        unfinished: what to do while the schedule has not arrived at a layer's own N:M with alpha 0: "refuse", or
+            "keep" the weights as the model computes with them now, which are not N:M.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a model without sparse weights, an unfinished one, or a sharded one (save its
+            :func:`plain_state_dict` instead). The model is unchanged then.
+    """
+    if unfinished not in ("refuse", "keep"):
+        raise ValueError(f"squash: unfinished must be 'refuse' or 'keep', got {unfinished!r}")
+    layers = _checked_layers(model, "squash", unfinished == "refuse")
+    sharded = [layer.name for layer in layers if is_sharded(layer.weight)]
+    if sharded:
+        raise ValueError(
+            f"squash: {sharded[0]!r} is sharded, and FSDP would lose its weight; save plain_state_dict(model, "
+            "state_dict) of the gathered state dict, and load it into a plain model"
+        )
+    for layer in layers:
+        weight = layer.weight
+        value = layer.transform.effective(weight.detach())
+        for module, attribute in layer.places:
+            remove(module, attribute)
+        with torch.no_grad():
+            weight.copy_(value)
+    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        del model._ddp_params_and_buffers_to_ignore
+    return model
+
+
+def plain_state_dict(
+    model: nn.Module, state: Mapping[str, Any] | None = None, *, unfinished: str = "keep"
+) -> dict[str, Any]:
+    """The state dict that the model would have after :func:`squash`, without changing it.
+
+    Args:
+        model: a model that :func:`sparsify` changed; any other gives its own state dict.
+        state: the state dict to convert, with whole tensors: what a sharded model's was gathered to. None: the model's.
+        unfinished: as for :func:`squash`.
+
+    Returns:
+        Names of the plain model -> tensors: sparse weights as the model computes with them now, new tensors (one for
+        all names of a tied weight); everything else as it is in ``state``.
+
+    Raises:
+        ValueError: for an unfinished model when that is refused; for sharded tensors.
+    """
+    found = dict(model.state_dict() if state is None else state)
+    layers = sparse_layers(model)
+    if unfinished == "refuse":
+        _check_finished(layers, "plain_state_dict")
+    renamed: dict[str, str] = {}
+    values: dict[str, Tensor] = {}
+    for layer in layers:
+        keys = [original_key(name) for name in layer.names]
+        missing = [key for key in keys if key not in found]
+        if len(missing) == len(keys):
+            raise ValueError(f"plain_state_dict: the state has no {keys[0]!r}; it is of another model")
+        weight = found[next(key for key in keys if key in found)]
+        if is_sharded(weight):
+            raise ValueError(f"plain_state_dict: {keys[0]!r} is sharded; give the gathered state dict")
+        value = layer.transform.effective(weight.detach())
+        renamed |= dict(zip(keys, layer.names, strict=True))
+        values |= dict.fromkeys(keys, value)
+    plain = {}
+    for key, tensor in found.items():
+        if key in renamed:
+            plain[renamed[key]] = values[key]
+        elif not (".parametrizations." in key and key.endswith("_extra_state")):
+            plain[key] = tensor
+    return plain
+
+
+def sparse_state(model: nn.Module) -> dict[str, Tensor]:
+    """The part of ``model.state_dict()`` that :func:`plain_state_dict` leaves out: dense weights and masks.
+
+    Together with the plain state dict it is the whole state: ``model.load_state_dict(plain | sparse, strict=False)``.
+    """
+    own = tuple(name.rpartition(".")[0] for layer in sparse_layers(model) for name in layer.names)
+    prefixes = tuple(f"{prefix}.parametrizations.".lstrip(".") for prefix in own)
+    return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+
+
+def original_key(name: str) -> str:
+    """The key under which the dense weight of a sparse parameter stands: a.weight -> a.parametrizations.weight.original."""
+    module, _, attribute = name.rpartition(".")
+    return f"{module}{_ORIGINAL.format(attribute)}".lstrip(".")
+
+
+def _checked_layers(model: nn.Module, caller: str, finished: bool) -> list[SparseLayer]:
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(f"{caller}: {type(model).__name__} has no sparse weights; sparsify makes them")
+    if finished:
+        _check_finished(layers, caller)
+    return layers
+
+
+def _check_finished(layers: list[SparseLayer], caller: str) -> None:
+    for layer in layers:
+        transform = layer.transform
+        if float(transform.alpha) != 0 or transform.pattern != layer.target:
+            raise ValueError(
+                f"{caller}: layer {layer.name!r} is on its way to {layer.target}: after step {transform.steps} it has "
+                f"the pattern {transform.pattern} and alpha {float(transform.alpha):.3g}, so its weights are not "
+                f"{layer.target} yet; train to the end of the schedule, or take unfinished='keep'"
+            )

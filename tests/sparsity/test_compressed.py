@@ -1,0 +1,205 @@
+"""Compressed files: the size of the formula, every bit back, and damage found."""
+
+import json
+import zlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sparse_models import MLP, batch, make_mlp, train
+from torch import nn
+
+from leanstep.sparsity import NM, export_compressed, load_compressed, nm_mask, sparsify, squash
+from leanstep.sparsity.compressed import compressed_bytes, pack_indices, unpack_indices
+
+PATTERNS = ["1:2", "2:4", "1:4", "4:8", "3:8", "1:8", "1:16", "4:32", "1:32", "2:7", "1:128", "8:128", "3:3", "0:4"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def sparse_tensor(shape, pattern, dtype=torch.float32, dim=1):
+    """Random entries of that pattern; some groups have fewer nonzeros, some kept entries are subnormal."""
+    weight = torch.randn(shape, dtype=torch.float64).movedim(dim, -1)
+    mask = nm_mask(weight, pattern) & (torch.rand(weight.shape) > 0.2)
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    weight = torch.where(torch.rand(weight.shape) < 0.1, tiny, weight)
+    return torch.where(mask, weight, 0.0).movedim(-1, dim).to(dtype).contiguous()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_round_trip_is_exact_and_as_small_as_the_formula(pattern, dtype, tmp_path):
+    nm = NM.parse(pattern)
+    weight = sparse_tensor((6, 5 * nm.m), nm, dtype)
+    rows = export_compressed({"w": weight}, tmp_path / "w.safetensors", patterns={"w": nm})
+    assert torch.equal(bits(load_compressed(tmp_path / "w.safetensors")["w"]), bits(weight))
+    kept = 6 * 5 * nm.n
+    expected = kept * weight.element_size() + -(-kept * (nm.m - 1).bit_length() // 8)
+    assert rows[0].stored_bytes == expected == compressed_bytes(weight.shape, weight.element_size(), nm)
+    stored = load_file(tmp_path / "w.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ratio"),
+    # bits of a dense fp16 group over those of its kept values and indices
+    [("2:4", 64 / 36), ("4:8", 128 / 76), ("1:4", 64 / 18), ("1:8", 128 / 19), ("1:16", 256 / 20), ("1:32", 512 / 21)]
+    + [("1:64", 1024 / 22), ("1:128", 2048 / 23)],
+)
+def test_ratios_of_half_precision(pattern, ratio):
+    dense = 1024 * 1024 * 2
+    assert dense / compressed_bytes((1024, 1024), 2, NM.parse(pattern)) == pytest.approx(ratio)
+    published = {
+        "2:4": 1.78,
+        "4:8": 1.68,
+        "1:4": 3.56,
+        "1:8": 6.7,
+        "1:16": 12.8,
+        "1:32": 24.4,
+        "1:64": 46.5,
+        "1:128": 89,
+    }
+    assert ratio == pytest.approx(published[pattern], rel=0.006)
+
+
+def test_negative_zeros_survive_or_are_refused(tmp_path):
+    kept = torch.tensor([[-0.0, 0, 3, 0, 0, -0.0, 0, -0.0]])
+    export_compressed({"w": kept}, tmp_path / "w.safetensors", patterns={"w": "2:4"})
+    assert torch.equal(bits(load_compressed(tmp_path / "w.safetensors")["w"]), bits(kept))
+    crowded = torch.tensor([[-0.0, 1, 3, 0]])
+    with pytest.raises(ValueError, match="w has negative zeros for which 2:4 leaves no room; add 0.0"):
+        export_compressed({"w": crowded}, tmp_path / "x.safetensors", patterns={"w": "2:4"})
+    assert not (tmp_path / "x.safetensors").exists()
+    export_compressed({"w": crowded + 0.0}, tmp_path / "x.safetensors", patterns={"w": "2:4"})
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 100, 128, 256])
+def test_packed_indices_come_back(m):
+    indices = torch.randint(m, (37,), dtype=torch.uint8)
+    packed = pack_indices(indices, m)
+    assert len(packed) == -(-37 * (m - 1).bit_length() // 8)
+    assert torch.equal(unpack_indices(packed, 37, m), indices)
+
+
+def test_two_four_indices_are_laid_out_as_documented():
+    # places 0 and 3, then 1 and 2: two bits each, the first index lowest
+    assert pack_indices(torch.tensor([0, 3, 1, 2], dtype=torch.uint8), 4).tolist() == [0b10011100]
+
+
+def test_a_trained_model_is_stored_and_comes_back(tmp_path):
+    model = make_mlp()
+    controller = sparsify(model, MLP)
+    train(model, controller, steps=3)
+    path = tmp_path / "model.safetensors"
+    rows = {row.name: row for row in export_compressed(model, path)}
+    assert rows["0.weight"].pattern == NM(2, 4) and rows["0.bias"].pattern is None
+    assert rows["2.weight"].stored_bytes * 3 < rows["2.weight"].dense_bytes
+    other = make_mlp(9)
+    state = load_compressed(path, other)
+    assert torch.equal(other(batch()[0]), model(batch()[0]))
+    squash(model)
+    assert all(torch.equal(bits(value), bits(state[name])) for name, value in model.state_dict().items())
+    # once squashed, the patterns are found in the weights
+    again = {row.name: row for row in export_compressed(model, tmp_path / "again.safetensors")}
+    assert again == rows
+    assert all(torch.equal(v, state[k]) for k, v in load_compressed(tmp_path / "again.safetensors").items())
+
+
+def test_convolutions_other_axes_short_groups_and_tied_tensors(tmp_path):
+    conv = sparse_tensor((4, 8, 3, 3), NM(2, 4))
+    transposed = sparse_tensor((8, 6), NM(1, 4), dim=0)
+    short = torch.zeros(3, 10)
+    short[:, [0, 5, 9]] = 1.5
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(conv), nn.Parameter(transposed)
+    model.c = model.a
+    rows = export_compressed(model, tmp_path / "m.safetensors")
+    assert [row.name for row in rows] == ["a", "b"] and rows[1].pattern == NM(1, 4)
+    state = load_compressed(tmp_path / "m.safetensors")
+    assert torch.equal(state["a"], conv) and torch.equal(state["b"], transposed) and state["c"] is state["a"]
+    export_compressed({"s": short}, tmp_path / "s.safetensors", patterns={"s": "1:4"})
+    assert torch.equal(load_compressed(tmp_path / "s.safetensors")["s"], short)
+    with safe_open(tmp_path / "s.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["layout"])["tensors"]["s"]["shape"] == [3, 10]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "model.safetensors"
+    export_compressed(squash(_sparse()), path)
+    return path
+
+
+def _sparse():
+    model = make_mlp()
+    sparsify(model, MLP)
+    return model
+
+
+def rewrite(path, change, metadata=lambda layout: None):
+    stored = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    layout = json.loads(header["layout"])
+    change(stored)
+    metadata(layout)
+    save_file(stored, path, metadata={**header, "layout": json.dumps(layout)})
+
+
+def test_damage_is_found_and_the_model_left_alone(exported):
+    whole = exported.read_bytes()
+
+    def flip(stored):
+        stored["2.weight.nm_indices"][3] ^= 1
+
+    def forged(layout):
+        # a writer that counted its checksum over wrong indices
+        stored = load_file(exported)
+        packed = torch.full_like(stored["0.weight.nm_indices"], 0b11111111)
+        layout["tensors"]["0.weight"]["crc32"][1] = zlib.crc32(packed.numpy().tobytes())
+
+    cases = [
+        (lambda: exported.write_bytes(whole[:-10]), "incomplete metadata.*truncated"),
+        (lambda: exported.write_bytes(whole[:40]), "not there, truncated, or no"),
+        (lambda: rewrite(exported, flip), "2.weight: the checksum is wrong"),
+        (
+            lambda: rewrite(exported, lambda s: s["0.weight.nm_indices"].fill_(255), forged),
+            "not ascending numbers below 4",
+        ),
+        (lambda: rewrite(exported, lambda s: s.pop("0.weight.nm_values")), "no tensor '0.weight.nm_values'"),
+        (
+            lambda: rewrite(exported, lambda s: None, lambda x: x["tensors"]["0.weight"].update(pattern="1:4")),
+            "expected values",
+        ),
+        (lambda: rewrite(exported, lambda s: s.update({"more": torch.ones(1)})), "of another model: more"),
+        (lambda: save_file({"w": torch.ones(2)}, exported), "has the format None, expected 'leanstep-nm-1'"),
+        (lambda: exported.unlink(), "is not there"),
+    ]
+    for damage, message in cases:
+        exported.write_bytes(whole)
+        damage()
+        model = make_mlp(3)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_compressed(exported, model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="w: .*is not 2:4"):
+        export_compressed({"w": torch.ones(2, 8)}, path, patterns={"w": "2:4"})
+    with pytest.raises(ValueError, match="there is no tensor 'v'"):
+        export_compressed({"w": torch.ones(2, 8)}, path, patterns={"v": "2:4"})
+    model = make_mlp()
+    sparsify(model, MLP, schedule=9, method="mdgf-linear")
+    with pytest.raises(ValueError, match="on its way to 2:4"):
+        export_compressed(model, path)
+    assert not path.exists()
+    with pytest.raises(ValueError, match="the model has parametrized weights"):
+        export_compressed(squash(_sparse()), path)
+        load_compressed(path, _sparse())

@@ -1,0 +1,329 @@
+"""A model under a controller: what it computes, what its optimizer sees, and what a checkpoint brings back."""
+
+import copy
+
+import pytest
+import torch
+from sparse_models import MLP, batch, make_mlp, train
+from torch import nn
+
+from leanstep.sparsity import NM, Schedule, is_nm, sparsify
+from leanstep.sparsity.controller import SCORES
+from leanstep.sparsity.methods import METHODS
+
+EVERY = [
+    ("ste", None),
+    ("srste", None),
+    ("fixed", None),
+    ("mdgf-linear", 12),
+    ("mdgf-exponential", 12),
+    ("sdgf-stepwise", 12),
+    ("sdgf-geometric", 12),
+    ("s-ste", None),
+]
+
+
+def test_every_method_is_tested():
+    assert [name for name, _ in EVERY] == list(METHODS)
+
+
+@pytest.mark.parametrize(("method", "schedule"), EVERY)
+def test_every_method_trains_and_ends_at_its_pattern(method, schedule):
+    model = make_mlp()
+    controller = sparsify(model, MLP, schedule=schedule, method=method)
+    before = train(model, controller, steps=1)
+    after = train(model, controller, steps=40)
+    assert after < before and controller.step_count == 41 and controller.finished
+    for layer in controller.layers:
+        weight = getattr(*layer.places[0]).detach()
+        assert is_nm(weight, layer.target) and not is_nm(layer.weight, layer.target), "the dense weight stays dense"
+        exact = method == "s-ste" or int((weight == 0).sum()) == round(weight.numel() * layer.target.sparsity)
+        assert exact
+
+
+def test_the_one_call_chooses_layers_by_name():
+    model = nn.ModuleDict(
+        {"mlp": nn.ModuleDict({"up": nn.Linear(16, 8)}), "q_proj": nn.Linear(8, 8), "o": nn.Linear(8, 8)}
+    )
+    controller = sparsify(model, {"mlp.*": NM(1, 8), "q_proj": "2:4"})
+    assert {layer.name: str(layer.target) for layer in controller.layers} == {"mlp.up": "1:8", "q_proj": "2:4"}
+    assert not hasattr(model["o"], "parametrizations")
+    # a dense pattern leaves layers out that a later rule would take
+    model = make_mlp()
+    controller = sparsify(model, {"2": NM(1, 1), "*": NM(2, 4)})
+    assert [layer.name for layer in controller.layers] == ["0", "4"]
+
+
+def test_parameters_stay_the_same_objects_and_their_optimizer_goes_on():
+    model = make_mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    parameters = list(model.parameters())
+    train(model, None, steps=2, optimizer=optimizer)
+    moments = {id(p): optimizer.state[p]["exp_avg"].clone() for p in parameters}
+    controller = sparsify(model, MLP).attach(optimizer)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in parameters}
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], moments[id(p)]) for p in parameters)
+    train(model, controller, steps=1, optimizer=optimizer)
+    assert controller.step_count == 1
+
+
+def test_gradient_of_one_step_is_that_of_the_method():
+    inputs, targets = batch()
+    gradients = {}
+    for flow in ("ste", "decay", "fixed"):
+        model = make_mlp()
+        controller = sparsify(model, {"2": "2:4"}, schedule=Schedule(kind="mdgf-linear", total_steps=4), grad_flow=flow)
+        controller.layers[0].transform.alpha.fill_(0.25)
+        (model(inputs) - targets).square().mean().backward()
+        gradients[flow] = controller.layers[0].weight.grad
+        mask = controller.layers[0].transform.mask
+    torch.testing.assert_close(gradients["decay"], torch.where(mask, gradients["ste"], 0.25 * gradients["ste"]))
+    torch.testing.assert_close(gradients["fixed"], torch.where(mask, gradients["ste"], 0.0))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_sr_ste_adds_its_term_once_a_step_whatever_the_accumulation(micro_batches):
+    # SGD: the step shows the gradient. lambda / 2 * |(1 - P) W|^2 has the gradient lambda (1 - P) W
+    model, plain = make_mlp(), make_mlp()
+    terms = sparsify(model, {"2": "2:4"}, srste_lambda=0.5)
+    straight = sparsify(plain, {"2": "2:4"})
+    start, mask = terms.layers[0].weight.detach().clone(), terms.layers[0].transform.mask.clone()
+    for controller, net in ((terms, model), (straight, plain)):
+        train(
+            net, controller, steps=1, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), micro_batches=micro_batches
+        )
+    difference = straight.layers[0].weight.detach() - terms.layers[0].weight.detach()
+    torch.testing.assert_close(difference, 0.1 * 0.5 * torch.where(mask, 0.0, start), rtol=1e-4, atol=1e-7)
+
+
+def test_masks_change_once_a_step_and_not_in_between():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    controller = sparsify(model, MLP).attach(optimizer)
+    versions = lambda: [layer.transform.mask._version for layer in controller.layers]  # noqa: E731
+    start = versions()
+    inputs, targets = batch()
+    for part in range(4):
+        (model(inputs[part::4]) - targets[part::4]).square().mean().backward()
+        model.eval()(inputs)
+        model.train()
+    assert versions() == start
+    optimizer.step()
+    after = versions()
+    assert all(b > a for a, b in zip(start, after, strict=True)) and controller.step_count == 1
+
+
+def test_dense_phase_is_dense_bit_for_bit_and_sparsity_starts_where_it_ends():
+    dense, model = make_mlp(), make_mlp()
+    controller = sparsify(model, MLP, schedule=Schedule(total_steps=8, dense=0.5))
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-2) for net in (dense, model)]
+    train(dense, None, steps=4, optimizer=optimizers[0])
+    controller.attach(optimizers[1])
+    train(model, controller, steps=3, optimizer=optimizers[1])
+    assert controller.stage().phase == "dense" and controller.statistics()[0]["sparsity"] == 0
+    train(model, controller, steps=1, optimizer=optimizers[1])
+    assert controller.stage().phase == "sparse" and controller.statistics()[0]["sparsity"] == 0.5
+    for layer in controller.layers:
+        trained = dense[int(layer.name)]
+        assert torch.equal(trained.weight, layer.weight) and torch.equal(trained.bias, model[int(layer.name)].bias)
+
+
+def masks(controller):
+    return [layer.transform.mask.clone() for layer in controller.layers]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_mask_every_fixed_and_frozen():
+    settings = {
+        "every third": {"mask_every": 3},
+        "fixed": {"method": "fixed"},
+        "frozen": {"schedule": Schedule(total_steps=4, finetune=0.5, freeze_mask_in_finetune=True)},
+    }
+    history = {}
+    for name, options in settings.items():
+        model = make_mlp()
+        controller = sparsify(model, MLP, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        seen = [masks(controller)]
+        controller.attach(optimizer)
+        for _ in range(6):
+            train(model, controller, steps=1, optimizer=optimizer)
+            seen.append(masks(controller))
+        history[name] = [same(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert history["every third"] == [True, True, False, True, True, False]
+    assert history["fixed"] == [True] * 6
+    assert history["frozen"] == [False, True, True, True, True, True]
+
+
+def test_geometric_frames_are_shortened_to_rows_that_are_short():
+    # 8:64 and 4:32 do not fill rows of 16
+    model = make_mlp()
+    controller = sparsify(model, {"2": NM(1, 8)}, schedule=8, method="sdgf-geometric")
+    patterns = []
+    for _ in range(8):
+        patterns.append(str(controller.layers[0].transform.pattern))
+        train(model, controller, steps=1)
+    assert patterns == ["2:16"] * 6 + ["1:8"] * 2
+
+
+def by_hand(layer, weight):
+    """Scores that fall along every row."""
+    return torch.arange(weight.shape[1], 0, -1, dtype=torch.float32).expand_as(weight)
+
+
+@pytest.mark.parametrize("score", [*SCORES, by_hand])
+def test_scores(score):
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    controller = sparsify(model, {"0": "2:4"}, score=score).attach(optimizer)
+    inputs, targets = batch()
+    (model(inputs) - targets).square().mean().backward()
+    optimizer.step()
+    layer = controller.layers[0]
+    weight = layer.weight.detach()
+    values = {"magnitude": weight, "gradient": weight * layer.weight.grad, by_hand: by_hand(layer, weight)}[score]
+    kept = torch.zeros(values.shape).view(-1, 4).scatter(1, values.abs().view(-1, 4).topk(2).indices, 1.0)
+    assert torch.equal(layer.transform.mask, kept.view_as(values) == 1)
+
+
+def test_a_score_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"the score of layer '0' has shape \(16,\), its weight \(16, 8\)"):
+        sparsify(make_mlp(), MLP, score=lambda layer, weight: weight[:, 0])
+
+
+@pytest.mark.parametrize("through", ["model", "controller"])
+@pytest.mark.parametrize(("method", "schedule"), EVERY)
+def test_resuming_is_exact(method, schedule, through, tmp_path):
+    def fresh():
+        model = make_mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+        options = {"mask_every": 3, "score": "gradient"} if method not in ("s-ste",) else {"mask_every": 3}
+        return model, optimizer, sparsify(model, MLP, schedule=schedule, method=method, **options).attach(optimizer)
+
+    model, optimizer, controller = fresh()
+    train(model, controller, steps=7, optimizer=optimizer)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if through == "controller":
+        saved["controller"] = controller.state_dict()
+        saved["model"] = {key: value for key, value in saved["model"].items() if not key.endswith("_extra_state")}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    output = model(batch()[0])
+    train(model, controller, steps=8, optimizer=optimizer)
+
+    again, other, resumed = fresh()
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again.load_state_dict(loaded["model"], strict=through == "model")
+    other.load_state_dict(loaded["optimizer"])
+    if through == "controller":
+        resumed.load_state_dict(loaded["controller"])
+    assert resumed.step_count == 7
+    # what is evaluated after reloading is what was evaluated before saving, whatever the phase
+    assert torch.equal(again(batch()[0]), output)
+    train(again, resumed, steps=8, optimizer=other)
+    assert same(masks(controller), masks(resumed))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_other_layers_or_patterns_is_refused():
+    controller, other = sparsify(make_mlp(), MLP), sparsify(make_mlp(), {"2": "2:4"})
+    with pytest.raises(ValueError, match=r"other layers; missing \['0', '4'\]"):
+        controller.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"trained towards 2:4 along dimension 1, this model is set to 1:4"):
+        sparsify(make_mlp(), {"2": "1:4"}).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="another model, or damaged"):
+        other.load_state_dict({"2": torch.zeros(3, dtype=torch.uint8)})
+
+
+def test_deepcopy_computes_the_same_and_goes_its_own_way():
+    model = make_mlp()
+    controller = sparsify(model, MLP)
+    twin, twins_controller = copy.deepcopy((model, controller))
+    inputs = batch()[0]
+    assert torch.equal(model(inputs), twin(inputs))
+    train(model, controller, steps=3)
+    assert twins_controller.step_count == 0 and controller.step_count == 3
+    train(twin, twins_controller, steps=3)
+    assert torch.equal(model(inputs), twin(inputs))
+
+
+def test_averaged_weights_are_masked_after_averaging():
+    model = make_mlp()
+    controller = sparsify(model, {"2": "2:4"})
+    averaged, its_controller = copy.deepcopy((model, controller))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    controller.attach(optimizer)
+    for _ in range(5):
+        train(model, controller, steps=1, optimizer=optimizer)
+        with torch.no_grad():
+            for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 0.2)
+    its_controller.refresh()
+    layer = its_controller.layers[0]
+    assert is_nm(getattr(*layer.places[0]), "2:4")
+    best = layer.weight.detach().abs().view(-1, 4).topk(2).values.sum()
+    torch.testing.assert_close(getattr(*layer.places[0]).detach().abs().sum(), best)
+
+
+def test_statistics_say_what_they_are_called():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    controller = sparsify(model, {"2": "1:4"}, measure_every=2, srste_lambda=1e-3).attach(optimizer)
+    before = masks(controller)[0]
+    assert controller.statistics()[0]["flip_rate"] is None
+    inputs, targets = batch()
+    (model(inputs) - targets).square().mean().backward()
+    gradient = controller.layers[0].weight.grad.clone()
+    optimizer.step()
+    row = controller.statistics()[0]
+    layer = controller.layers[0]
+    mask, weight = layer.transform.mask, layer.weight.detach()
+    assert row["flip_rate"] == pytest.approx(float((mask != before).float().mean())) and row["flip_rate"] > 0
+    assert row["gradient_noise"] == pytest.approx(float(gradient[~before].square().sum() / gradient.square().sum()))
+    assert row["kept_magnitude"] == pytest.approx(float(weight[mask].abs().sum() / weight.abs().sum()))
+    assert (row["sparsity"], row["target"], row["phase"], row["alpha"]) == (0.75, "1:4", "sparse", 0.0)
+    flat = controller.diagnostics()
+    assert flat["sparsity/all"] == 0.75 and flat["flip_rate/2"] == row["flip_rate"]
+    assert all(isinstance(value, float) for value in flat.values())
+
+
+def test_masks_settle_as_the_rate_falls():
+    rates = []
+    for lr in (0.5, 0.05, 0.005, 0.0):
+        model = make_mlp()
+        controller = sparsify(model, {"2": "1:4"}, measure_every=1)
+        train(model, controller, steps=1, optimizer=torch.optim.SGD(model.parameters(), lr=lr))
+        rates.append(controller.statistics()[0]["flip_rate"])
+    assert rates == sorted(rates, reverse=True) and rates[0] > 0 and rates[-1] == 0
+
+
+def test_scaled_gradients_of_a_fused_optimizer_get_a_scaled_term():
+    class Fused(torch.optim.SGD):
+        grad_scale = torch.tensor(8.0)
+
+    model, plain = make_mlp(), make_mlp()
+    controllers = [sparsify(net, {"2": "2:4"}, srste_lambda=0.5) for net in (model, plain)]
+    for net, factor in ((model, 8.0), (plain, 1.0)):
+        inputs, targets = batch()
+        (factor * (net(inputs) - targets).square().mean()).backward()
+    controllers[0].before_step(Fused(model.parameters(), lr=0.1))
+    controllers[1].before_step(torch.optim.SGD(plain.parameters(), lr=0.1))
+    torch.testing.assert_close(controllers[0].layers[0].weight.grad, 8 * controllers[1].layers[0].weight.grad)
+
+
+def test_detaching_and_attaching():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = sparsify(model, MLP).attach(optimizer)
+    with pytest.raises(ValueError, match="attached already"):
+        controller.attach(optimizer)
+    controller.detach()
+    train(model, None, steps=2, optimizer=optimizer)
+    assert controller.step_count == 0
+    with pytest.raises(TypeError, match=r"expected a torch optimizer, got Wrapper \(its .optimizer\?\)"):
+        controller.attach(type("Wrapper", (), {"optimizer": optimizer})())
+    with pytest.raises(ValueError, match="SGD does not train the weights of 0, 2, 4"):
+        controller.attach(torch.optim.SGD(make_mlp().parameters(), lr=0.1))

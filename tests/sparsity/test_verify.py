@@ -1,0 +1,135 @@
+"""`verify` and its command: what each tensor of a checkpoint is, and an exit code that says so."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sparse_models import MLP, make_mlp, train
+
+from leanstep.cli import main
+from leanstep.sparsity import NM, export_compressed, nm_mask, sparsify, squash, verify
+from leanstep.sparsity.detect import tightest, violations
+
+
+def finished():
+    model = make_mlp()
+    controller = sparsify(model, MLP)
+    train(model, controller, steps=2)
+    return model, controller
+
+
+def rows(found):
+    return {report.name: report for report in found.tensors}
+
+
+def test_every_tensor_is_named_for_what_it_is(tmp_path):
+    model, _ = finished()
+    squash(model)
+    found = verify(model)
+    assert found.ok is None
+    assert [(r.name, r.pattern, r.sparsity, r.dim) for r in found.tensors] == [
+        ("0.weight", "2:4", 0.5, 1), ("2.weight", "1:4", 0.75, 1), ("4.weight", "2:4", 0.5, 1)
+    ]  # fmt: skip
+    assert "3 of 3 matrices are N:M sparse" in str(found)
+    # whatever it is stored as
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    export_compressed(model, tmp_path / "small.safetensors")
+    for path in tmp_path.iterdir():
+        assert verify(path).tensors == found.tensors
+    assert verify(model.state_dict()).tensors == found.tensors
+
+
+def test_expectations_are_met_or_counted():
+    model, _ = finished()
+    found = verify(model, MLP)
+    assert found.ok is True and "3 of the 3 that should be are" in str(found)
+    found = verify(model, {"0": "2:4", "2": "1:8"})
+    assert found.ok is False and rows(found)["0.weight"].ok and rows(found)["4.weight"].ok is None
+    wrong = rows(found)["2.weight"]
+    assert wrong.violations == 32 and "NO: 32 groups have more" in str(found)
+    with pytest.raises(ValueError, match="matches no layer"):
+        verify(model, {"nothing": "2:4"})
+
+
+def test_the_sparsest_pattern_and_its_axis_are_found():
+    weight = torch.randn(6, 24)
+    assert tightest(weight, 1) is None
+    for text in ("1:2", "2:4", "1:3", "5:6", "1:8", "2:12", "1:24"):
+        masked = weight * nm_mask(weight, text)
+        found = tightest(masked, 1)
+        assert found.density <= NM.parse(text).density and violations(masked, found, 1) == 0
+        assert violations(masked, NM.parse(text), 1) == 0
+    # every mask of 1:8 is one of 2:16 and 4:32; the shortest groups are named
+    assert str(tightest(torch.eye(8).repeat(1, 4), 1)) == "1:8"
+    assert rows(verify({"w": (weight * nm_mask(weight, "1:8")).T.contiguous()}))["w"].dim == 0
+    assert str(tightest(torch.zeros(2, 4), 1)) == "0:2"
+
+
+def test_a_training_checkpoint_is_not_taken_for_a_sparse_one(tmp_path):
+    model, _ = finished()
+    torch.save(model.state_dict(), tmp_path / "training.pt")
+    found = verify(tmp_path / "training.pt", MLP)
+    assert found.ok is False
+    assert all("squash before saving" in report.note for report in found.tensors)
+    # the model itself is judged by what it computes with
+    assert verify(model, MLP).ok
+
+
+def test_a_folder_says_what_it_should_be(tmp_path):
+    model, _ = finished()
+    state = squash(model).state_dict()
+    final = tmp_path / "final"
+    final.mkdir()
+    save_file(state, final / "model.safetensors")
+    said = {"0.weight": {"pattern": "2:4", "dim": 1}, "2.weight": {"pattern": "1:4", "dim": 1}}
+    (final / "sparsity.json").write_text(json.dumps(said))
+    assert verify(tmp_path).ok is True
+    (final / "sparsity.json").write_text(json.dumps({"0.weight": {"pattern": "1:4", "dim": 1}}))
+    assert verify(tmp_path).ok is False
+    for content, message in (
+        ("{", "cannot be understood"),
+        ('{"9.weight": {"pattern": "1:4", "dim": 1}}', "no tensor '9"),
+    ):
+        (final / "sparsity.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            verify(tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    model, _ = finished()
+    save_file(squash(model).state_dict(), tmp_path / "model.safetensors")
+    path = str(tmp_path / "model.safetensors")
+    assert main(["verify", path]) == 0
+    printed = capsys.readouterr().out
+    assert "2.weight" in printed and "1:4" in printed and "3 of 3 matrices" in printed
+    assert main(["verify", path, "--expect", "0=2:4", "--expect", "2=1:4"]) == 0
+    assert main(["verify", path, "--expect", "1:4"]) == 1
+    assert "NO: " in capsys.readouterr().out
+    assert main(["verify", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"][1]["pattern"] == "1:4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not there"),
+        (["broken.safetensors"], "cannot be read"),
+        (["broken.pt"], "cannot be read"),
+        (["."], "broken.safetensors cannot be read"),
+        (["whole.safetensors", "--expect", "5:4"], "0 <= n <= m"),
+        (["whole.safetensors", "--expect", "x=2:4"], "'x' .* matches no layer"),
+        (["vector.safetensors"], "holds no matrix"),
+    ],
+)
+def test_what_cannot_be_verified_is_said(arguments, message, tmp_path, monkeypatch, capsys):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    save_file({"a.weight": torch.ones(4, 4)}, "whole.safetensors")
+    save_file({"a": torch.ones(4)}, "vector.safetensors")
+    for name in ("broken.safetensors", "broken.pt"):
+        (tmp_path / name).write_bytes(b"no checkpoint at all")
+    assert main(["verify", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
