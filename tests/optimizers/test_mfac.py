@@ -410,3 +410,39 @@ def test_a_gpu_steps_as_the_cpu_does(options):
             optimizer.step()
         results.append([p.detach().cpu() for p in params])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def steps_until_learned(build, seed, limit=400):
+    """Least squares with noise on features of very different variance: steps to a tenth of the first excess loss."""
+    chance = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -1.5, 12, dtype=torch.float64)
+    data = torch.randn(1024, 12, generator=chance, dtype=torch.float64) * scales
+    target = data @ (0.2 / scales) + torch.randn(1024, generator=chance, dtype=torch.float64)
+    best = torch.linalg.lstsq(data, target.unsqueeze(1)).solution.squeeze(1)
+
+    def excess(weight):
+        return (data @ (weight - best)).square().mean().item()
+
+    weight = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+    optimizer, first = build(weight), excess(weight.detach())
+    draws = torch.Generator().manual_seed(seed)
+    for step in range(1, limit + 1):
+        rows = torch.randint(1024, (64,), generator=draws)
+        optimizer.zero_grad()
+        (0.5 * (data[rows] @ weight - target[rows]).square().mean()).backward()
+        optimizer.step()
+        if excess(weight.detach()) < 0.1 * first:
+            return step
+    return limit
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fewer_steps_than_gradient_descent(seed):
+    """With SGD at the best of its rates, with momentum and without."""
+    ours = steps_until_learned(lambda w: MFAC([w], lr=2e-3, window=128, damping=1e-4), seed)
+    theirs = min(
+        steps_until_learned(lambda w, lr=lr, m=m: torch.optim.SGD([w], lr=lr, momentum=m), seed)
+        for lr in (0.1, 0.3, 1.0, 2.0)
+        for m in (0.0, 0.9)
+    )
+    assert 2 * ours < theirs
