@@ -1,4 +1,4 @@
-"""Lion, SinkGD and M-FAC inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
+"""Our optimizers inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
 
 import copy
 
@@ -8,16 +8,17 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from leanstep.optimizers import MFAC, Lion, SinkGD, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices"),
+    pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
 ]
 
 OPTIMIZERS = {
     "lion": (Lion, {"lr": 2e-3}),
     "sinkgd": (SinkGD, {"lr": 2e-2}),
+    "lanton": (LANTON, {"lr": 5e-3, "alpha": "auto"}),
     "mfac": (MFAC, {"lr": 1e-3, "window": 256}),
 }
 both = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -187,6 +188,7 @@ RATES = {
     "sgd": (torch.optim.SGD, {}, (0.03, 0.1, 0.3, 1.0, 3.0)),
     "lion": (Lion, {}, (0.01, 0.03, 0.1)),
     "sinkgd": (SinkGD, {"scale": 1.0}, (0.03, 0.1, 0.3)),
+    "lanton": (LANTON, {"alpha": "auto"}, (0.03, 0.1, 0.3)),
 }
 
 
@@ -202,7 +204,7 @@ def best_loss(name, problem, seed, rates=None, steps=150):
 def test_small_problems(seed):
     """A quadratic scaled over four orders, where gradient descent crawls, and a factorisation, where it does not."""
     slow = best_loss("sgd", quadratic, seed)
-    for name in ("lion", "sinkgd"):
+    for name in ("lion", "sinkgd", "lanton"):
         assert best_loss(name, quadratic, seed) < slow
         assert best_loss(name, factorisation, seed) < 0.01
 
@@ -212,3 +214,4 @@ def test_language_model(seed):
     slow = best_loss("sgd", language_model, seed, rates=(0.3, 0.6, 1.0, 1.5), steps=30)
     assert best_loss("lion", language_model, seed, rates=(0.02, 0.04), steps=30) < slow
     assert best_loss("sinkgd", language_model, seed, rates=(0.03, 0.06), steps=30) < slow
+    assert best_loss("lanton", language_model, seed, rates=(0.15, 0.2), steps=30) < slow
