@@ -14,10 +14,10 @@ from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, loca
 from leanstep.optimizers._lanton_matrices import dual_norms, step_matrices
 from leanstep.optimizers._lanton_noise import (
     Layer,
+    estimate_dtype,
     joined,
     layer_factors,
     new_estimates,
-    noise_dtype,
     write_back,
 )
 from leanstep.optimizers._lanton_routing import matrix_count
@@ -63,7 +63,7 @@ def step(members: list[Member], layers: list[Layer]) -> Steps[None]:
     for m in members:
         rows.append(slice(len(shards), len(shards) + matrix_count(m.group, m.norm, m.param)))
         shards += [m.shard] * matrix_count(m.group, m.norm, m.param)
-    known = torch.zeros(len(shards), 4, dtype=noise_dtype(device), device=device)
+    known = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _look(members, rows, known)
     if any(s.groups for s in shards):
         yield from sum_over_shards(known, shards)
@@ -71,10 +71,11 @@ def step(members: list[Member], layers: list[Layer]) -> Steps[None]:
     _count(members, bad)
     _update_noise(members, rows, known, bad)
     factors = _factors(members, layers, device)
-    found = [
-        Found(m, f, b, known[r, _ACTIVE] > 0, known[r.start, _SQUARE])
-        for m, r, f, b in zip(members, rows, factors, bad.unbind(), strict=True)
-    ]
+    found: list[Found] = []
+    for m, r, factor, flag in zip(members, rows, factors, bad.unbind(), strict=True):
+        there = local(m.param).device
+        active = (known[r, _ACTIVE] > 0).to(there)
+        found.append(Found(m, factor, flag.to(there), active, known[r.start, _SQUARE]))
     rounded = [m.state["step"] for m in members if m.rounding == "stochastic"]
     if rounded:
         torch._foreach_add_(rounded, 1)
@@ -168,7 +169,7 @@ def _dual_size(member: Member) -> float:
 
 def _factors(members: list[Member], layers: list[Layer], device: torch.device) -> list[Tensor]:
     """f of every matrix of every member: [1] or [e]."""
-    one = torch.ones(1, dtype=noise_dtype(device), device=device)
+    one = torch.ones(1, dtype=estimate_dtype(device), device=device)
     found: tuple[Tensor, ...] = ()
     if layers:
         factors = layer_factors(layers, device)[0]

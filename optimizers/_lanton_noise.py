@@ -26,7 +26,7 @@ class Layer(NamedTuple):
     key: str  # layers of one key share a maximum
 
 
-def noise_dtype(device: torch.device) -> torch.dtype:
+def estimate_dtype(device: torch.device) -> torch.dtype:
     """Of the estimates, squares of sums over whole matrices: fp64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -41,14 +41,14 @@ def init_noise(state: dict[str, Any], group: dict[str, Any], norm: str, param: T
         return
     device = local(param).device
     shape = (param.shape[0],) if is_stack(group, norm, param.dim()) else ()
-    state["noise"] = torch.zeros(shape, dtype=noise_dtype(device), device=device)
+    state["noise"] = torch.zeros(shape, dtype=estimate_dtype(device), device=device)
     start = -1.0 if group["noise"] == "previous" else 0.0
     state["noise_steps"] = torch.full(shape, start, dtype=torch.float32, device=device)
 
 
 def joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -> Tensor:
-    """One state of all layers as a flat vector, in fp64 (see :func:`noise_dtype`)."""
-    return torch.cat([s[name].reshape(-1).to(device) for s in states]).to(noise_dtype(device))
+    """One state of all layers as a flat vector, in fp64 (see :func:`estimate_dtype`)."""
+    return torch.cat([s[name].reshape(-1).to(device) for s in states]).to(estimate_dtype(device))
 
 
 def write_back(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> None:

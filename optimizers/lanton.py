@@ -91,7 +91,7 @@ class LANTON(LeanOptimizer):
         noise_adaptive: False: f = 1 and nothing is estimated: the base optimizer (Scion's or Muon's rule for matrices,
             sign and vector rules), bit for bit what a very large alpha gives.
         noise_every: H takes in one difference every so many steps, of two gradients that follow one another. 1: every
-            step. An estimate is about half as dear as an update, and H changes slowly.
+            step. An estimate costs more than half of what an update costs, and H changes slowly.
         grouping: who shares a maximum. "norm": all layers of a norm in the whole optimizer, over all its groups, also
             those without a gradient at this step, as the paper speaks of "layers associated with the same norm".
             "role": those in groups of one ``name``. "shape": those of one shape: at equal noise in every entry the
