@@ -33,7 +33,7 @@ from leanstep.optimizers import MFAC
 BATCH, EVERY, L2, WINDOW = 64, 5, 1e-3, 256
 RATES = tuple(2.0**k for k in range(-6, 4))
 MFAC_RATES = tuple(2.0**k for k in range(-11, -2))
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Problem(NamedTuple):
@@ -140,7 +140,7 @@ class Setting(NamedTuple):
 
     def text(self) -> str:
         """For the table."""
-        return f"lr {self.lr:g}" + (f", damping {self.damping:g}" if self.damping else "")
+        return f"lr {self.lr:.3g}" + (f", damping {self.damping:g}" if self.damping else "")
 
 
 GRIDS = {

@@ -73,7 +73,6 @@ def _problem(scope: Scope) -> Problem:
         scope.home,
         [m.state for m in scope.members],
         [m.columns for m in scope.members],
-        [m.param.numel() for m in scope.members],
         vectors,
         scope.members[0].group["lr"],
     )

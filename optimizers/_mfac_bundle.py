@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels import row_dots, use_backend, window_coefficients, woodbury_coefficients
+from leanstep.kernels import use_backend, window_coefficients, woodbury_coefficients
 from leanstep.kernels.inverse_fisher import EIGEN, EPS, OK
 from leanstep.kernels.reference.gradient_window import row_scale, wide_dtype
 from leanstep.optimizers._adamw import nonfinite_flags
@@ -30,7 +30,6 @@ class Problem(NamedTuple):
         home: gram, counts, figures and window_scale.
         states: of the members.
         columns: of the members: what is held here.
-        numels: elements of the whole parameters.
         vectors: what the members add to the new row: their gradients here, signed, decayed and masked as is set.
         rate: learning rate.
     """
@@ -39,7 +38,6 @@ class Problem(NamedTuple):
     home: dict[str, Any]
     states: list[dict[str, Any]]
     columns: list[Columns]
-    numels: list[int]
     vectors: list[Tensor]
     rate: float | Tensor
 
@@ -86,10 +84,9 @@ class Bundle:
         for number, (i, k) in enumerate(self.members):
             problem = self.problems[i]
             state, columns, vector = problem.states[k], problem.columns[k], problem.vectors[k]
-            kind = part_class(state)
+            kind = part_class(state, self.settings["scope"])
             dtype = next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state)
-            scope = self.settings["scope"]
-            pieces = pieces_of(number, self.first_slots[i], problem.numels[k], columns, state, scope)
+            pieces = pieces_of(number, self.first_slots[i], columns, state, self.settings["scope"])
             if pieces:
                 wide = wide_dtype(vector.dtype)
                 sets.setdefault((columns.groups, vector.device, kind, dtype, wide), []).extend(pieces)
@@ -154,7 +151,7 @@ class Bundle:
         found = []
         for (part, groups), vectors in zip(self.parts, self.vectors, strict=True):
             with self._backend():
-                own = part.own() if self.inserting else _norms(vectors, part.slots)
+                own = part.own() if self.inserting else part.norms(vectors)
                 values = own.new_zeros(self.slots, width + 1)
                 values[: len(own), width] = own
                 if width:
@@ -197,7 +194,7 @@ class Bundle:
             home["window_scale"][:, self.index] = new[first : first + home["gram"].shape[0]]
         self.scales = torch.cat([p.home["window_scale"] for p in self.problems])
         for part, _ in self.parts:
-            part.scales = self.scales[: max(part.slots) + 1].to(part.rows[0].device)
+            part.scales = self.scales[: part.top].to(part.rows[0].device)
 
     def _directions(self, good: list[int], dots: Tensor, own: Tensor) -> Steps[dict[int, list[Tensor]]]:
         """F^-1 of the new rows (or gradients); plain gradients while warming up, scaled ones between solutions."""
@@ -228,7 +225,7 @@ class Bundle:
         found = []
         for (part, groups), vectors in zip(self.parts, self.vectors, strict=True):
             with self._backend():
-                own = _norms(vectors, part.slots)
+                own = part.norms(vectors)
                 values = own.new_zeros(self.slots, self.after + 1)
                 values[: len(own), self.after] = own
                 values[: len(own), : self.after] = part.dots_with(vectors, self.after)
@@ -344,7 +341,7 @@ class Bundle:
             if along is not None:
                 factors = along.to(out[0].device, out[0].dtype)
                 for piece, result, vector in zip(part.pieces, out, vectors, strict=True):
-                    scaled = vector.to(result.dtype) * factors[piece.slot]
+                    scaled = piece.scaled(vector.to(result.dtype), factors)
                     result.copy_(scaled) if coefficients is None else result.add_(scaled)
         empty = torch.empty(0)
         found: dict[int, list[Tensor]] = {i: [] for i in good}
@@ -382,12 +379,6 @@ class Bundle:
 def _wide(state: dict[str, Any]) -> torch.dtype:
     """The dtype of combinations of a parameter's rows."""
     return wide_dtype(next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state))
-
-
-def _norms(vectors: list[Tensor], slots: list[int]) -> Tensor:
-    """fp64 [slots]: squared norms."""
-    wide = [v.to(wide_dtype(v.dtype)) for v in vectors]
-    return row_dots([v.reshape(1, -1) for v in wide], wide, groups=slots).squeeze(1)
 
 
 def _flags(vectors: list[Tensor]) -> Tensor:

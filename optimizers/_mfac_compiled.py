@@ -38,7 +38,7 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[list[Tensor]], 
         tensors += [problem.home[key] for key in home]
         tensors += [state[key] for state, keys in zip(problem.states, rows, strict=True) for key in keys]
         shapes = [list(c.shape) for c in problem.columns]
-        plan.append([problem.settings, home, rows, shapes, problem.numels])
+        plan.append([problem.settings, home, rows, shapes])
     vectors = [v for p in problems for v in p.vectors]
     rates = [torch.as_tensor(p.rate, dtype=torch.float64) for p in problems]
     *flat, flags, went = torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan))
@@ -63,11 +63,11 @@ def is_fake(tensor: Tensor) -> bool:
 def _problems(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
     """The problems again, from the lists that an operation can take."""
     left, kept = iter(vectors), iter(tensors)
-    for (settings, home, rows, shapes, numels), rate in zip(json.loads(plan), rates, strict=True):
+    for (settings, home, rows, shapes), rate in zip(json.loads(plan), rates, strict=True):
         shared = {key: next(kept) for key in home}
         states = [{key: next(kept) for key in keys} for keys in rows]
         columns = [Columns(tuple(shape)) for shape in shapes]
-        yield Problem(settings, shared, states, columns, numels, [next(left) for _ in shapes], rate)
+        yield Problem(settings, shared, states, columns, [next(left) for _ in shapes], rate)
 
 
 def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> list[Tensor]:

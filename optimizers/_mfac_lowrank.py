@@ -87,7 +87,7 @@ class LowRankPart(Part):
             result.view(lefts.shape[1], -1).copy_(scaled @ others)
 
     def _by_slot(self, dots: list[Tensor]) -> Tensor:
-        total = dots[0].new_zeros(max(self.slots) + 1, dots[0].shape[0])
+        total = dots[0].new_zeros(self.top, dots[0].shape[0])
         for slot, part in zip(self.slots, dots, strict=True):
             total[slot] += part
         return total

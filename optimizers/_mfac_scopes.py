@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers._base import local
+from leanstep.optimizers._mfac_blocks import BlockPart
 from leanstep.optimizers._mfac_columns import Columns, columns_of
 from leanstep.optimizers._mfac_lowrank import LowRankPart, init_low_rank, is_low_rank, low_rank_bytes
 from leanstep.optimizers._mfac_sparse import SparsePart, init_sparse, is_sparse, sparse_bytes
@@ -80,8 +81,10 @@ def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
     return _BYTES[form_of(param, group)](param, columns, group)
 
 
-def part_class(state: dict[str, Any]) -> type[Part]:
+def part_class(state: dict[str, Any], scope: str | int) -> type[Part]:
     """The operations for the form that a parameter's window has."""
+    if isinstance(scope, int):
+        return BlockPart
     return next(kind for key, kind in _FORM_BY_KEY.items() if key in state)
 
 
@@ -138,8 +141,8 @@ def home_bytes(param: Tensor, group: dict[str, Any]) -> int:
     return block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(FIGURES))
 
 
-def pieces_of(member: int, first_slot: int, param_numel: int, columns: Columns, state: Any, scope: Any) -> list[Piece]:
-    """The columns of a parameter that are held here, cut where its blocks end.
+def pieces_of(member: int, first_slot: int, columns: Columns, state: Any, scope: Any) -> list[Piece]:
+    """The columns of a parameter that are held here: whole blocks in one piece, and what is left at either end.
 
     Raises:
         ValueError: for blocks of a parameter whose part here is not one range of it.
@@ -152,9 +155,13 @@ def pieces_of(member: int, first_slot: int, param_numel: int, columns: Columns, 
             f"MFAC: scope={scope} cuts parameters into ranges of elements, but a part of shape {columns.shape} of one "
             "that is sharded along another dimension than 0 is no range; use scope='layer' or 'model'"
         )
-    pieces = []
-    for block in range(-(-param_numel // scope)):
-        start, end = max(block * scope - columns.offset, 0), min((block + 1) * scope - columns.offset, held)
-        if start < end:
-            pieces.append(Piece(member, first_slot + block, (start, end), state))
+    start, end = columns.offset, columns.offset + held
+    first, last = -(-start // scope), end // scope  # the blocks from first to last are here as a whole
+    pieces: list[Piece] = []
+    for low, high, block in ((start, min(first * scope, end), start // scope), (max(last * scope, start), end, last)):
+        if low < high and (first <= last or not pieces):
+            pieces.append(Piece(member, first_slot + block, (low - start, high - start), state))
+    if first < last:
+        span = (first * scope - start, last * scope - start)
+        pieces.append(Piece(member, first_slot + first, span, state, last - first))
     return pieces

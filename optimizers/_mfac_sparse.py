@@ -66,7 +66,7 @@ class SparsePart(Part):
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
-        chosen = coefficients[: max(self.slots) + 1]
+        chosen = coefficients[: self.top]
         sparse_linear_combination(values, indices, chosen, self.layouts, groups=self.slots, out=out)
 
 

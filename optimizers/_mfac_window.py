@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leanstep.kernels import linear_combination, row_dots
 from leanstep.kernels.gradient_window import largest_magnitude
-from leanstep.kernels.reference.gradient_window import row_scale
+from leanstep.kernels.reference.gradient_window import row_scale, wide_dtype
 from leanstep.optimizers._base import local
 from leanstep.optimizers._mfac_columns import Columns, new_columns
 
@@ -28,15 +28,24 @@ class Piece(NamedTuple):
 
     Attributes:
         member: place of the parameter in the list of the step.
-        slot: which Gram matrix its columns count in.
+        slot: which Gram matrix its columns count in; of the first of several blocks.
         span: the columns of the flattened part held here; None for all of them.
         state: of the parameter.
+        blocks: how many equally long blocks the columns are, in consecutive slots.
     """
 
     member: int
     slot: int
     span: tuple[int, int] | None
     state: dict[str, Any]
+    blocks: int = 1
+
+    def scaled(self, vector: Tensor, factors: Tensor) -> Tensor:
+        """The flat vector of the piece, times its slots' factors."""
+        if self.blocks == 1:
+            return vector * factors[self.slot]
+        by_block = vector.view(self.blocks, -1) * factors[self.slot : self.slot + self.blocks].unsqueeze(1)
+        return by_block.view(-1)
 
 
 class Part:
@@ -52,16 +61,17 @@ class Part:
         self.pieces = pieces
         self.settings = settings
         self.slots = [piece.slot for piece in pieces]
-        self.scales = None if scales is None else scales[: max(self.slots) + 1]
+        self.top = max(piece.slot + piece.blocks for piece in pieces)
+        self.scales = None if scales is None else scales[: self.top]
         self.rows: list[Tensor] = []
         self._open()
 
     def _open(self) -> None:
-        self.windows = [_columns(local(p.state["window"]), p.span) for p in self.pieces]
+        self.windows = [local(p.state["window"]) for p in self.pieces]
 
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
         """fp32 [slots]: the largest magnitude of every slot's new row in these columns."""
-        found = [torch.zeros((), device=vectors[0].device) for _ in range(max(self.slots) + 1)]
+        found = [torch.zeros((), device=vectors[0].device) for _ in range(self.top)]
         for slot, vector in zip(self.slots, vectors, strict=True):
             found[slot] = torch.maximum(found[slot], largest_magnitude([vector], vector))
         return torch.stack(found)
@@ -89,6 +99,11 @@ class Part:
         found = row_dots([r.reshape(1, -1) for r in self.rows], self.rows, groups=self.slots)
         return self._scaled(self._scaled(found)).squeeze(1)
 
+    def norms(self, vectors: Sequence[Tensor]) -> Tensor:
+        """fp64 [slots]: squared norms of any vectors."""
+        wide = [v.to(wide_dtype(v.dtype)) for v in vectors]
+        return row_dots([v.reshape(1, -1) for v in wide], wide, groups=self.slots).squeeze(1)
+
     def dots_with(self, vectors: Sequence[Tensor], live: int) -> Tensor:
         """fp64 [slots, live]: dots of the rows that are stored with any vector."""
         return row_dots(self._live(live), vectors, scales=self._scales(live), groups=self.slots)
@@ -106,7 +121,7 @@ class Part:
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         """Write the combinations of the first n rows with ``coefficients`` [G, n] into ``out``, flat, one a piece."""
         live = coefficients.shape[1]
-        coefficients = coefficients[: max(self.slots) + 1]
+        coefficients = coefficients[: self.top]
         linear_combination(
             self._live(live), coefficients, scales=self._scales(live), groups=self.slots,
             out=[o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)],
@@ -120,13 +135,6 @@ class Part:
 
     def _scaled(self, dots: Tensor) -> Tensor:
         return dots if self.scales is None else dots * self.factors.to(torch.float64).unsqueeze(1)
-
-
-def _columns(window: Tensor, span: tuple[int, int] | None) -> Tensor:
-    """The columns of a piece: [m, *shape], or [m, length] of the flattened window."""
-    if span is None:
-        return window
-    return window.view(window.shape[0], -1)[:, span[0] : span[1]]
 
 
 def init_dense(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:

@@ -271,11 +271,12 @@ class MFAC(LeanOptimizer):
         index = 0
         for number, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param.numel() and (param in self.state or param.grad is not None):
+                if param in self.state or param.grad is not None:
                     state = self._init_state(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
                     member = Member(group, position, index, param, param.grad, state, columns)
-                    members.setdefault(scope_key(group, number, position, index), []).append(member)
+                    if param.numel():  # nothing can be learnt of what is empty, and it would take steps of its own
+                        members.setdefault(scope_key(group, number, position, index), []).append(member)
                 index += 1
         scopes = []
         for found in members.values():
