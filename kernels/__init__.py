@@ -11,6 +11,7 @@ from leanstep.kernels.nm_mask import nm_mask
 from leanstep.kernels.nm_matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.scaled_step import scaled_step
 from leanstep.kernels.sinkhorn import Scales, sinkhorn
+from leanstep.kernels.sinkhorn_step import sinkhorn_step
 from leanstep.kernels.sparse_window import (
     SparseLayout,
     scatter,
@@ -45,6 +46,7 @@ __all__ = [
     "scaled_step",
     "scatter",
     "sinkhorn",
+    "sinkhorn_step",
     "sparse_gram_row",
     "sparse_layout",
     "sparse_linear_combination",

@@ -82,7 +82,8 @@ def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Sca
     )
 
 
-def _new_scales(mats: Sequence[Tensor]) -> Scales:
+def new_scales(mats: Sequence[Tensor]) -> Scales:
+    """Room for the scales of the matrices: rows 0, columns 1."""
     first = mats[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
@@ -99,7 +100,7 @@ def sinkhorn_of_rows(
     place before it goes on.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
-    scales = _new_scales(mats)
+    scales = new_scales(mats)
     cols_total = [m.shape[-1] for m in mats]
     for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
         yield sums, "sum"
@@ -114,7 +115,7 @@ def sinkhorn_of_columns(
     Yields (flat buffer, "max") once, the largest entries of all rows, then (flat buffer, "sum") once per row
     half-iteration, the row means: to be reduced over the shards in place before it goes on.
     """
-    scales = _new_scales(mats)
+    scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
     sums = torch.zeros_like(scales.flat_rows)
     parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
@@ -149,7 +150,7 @@ def _run(
     all_reduce: Callable[[Tensor], None] | None,
 ) -> Scales:
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
-    scales = _new_scales(mats)
+    scales = new_scales(mats)
     if backend == "cpp" and all_reduce is None:
         _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
         return scales

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import Scales, scaled_step, sinkhorn, use_backend
+from leanstep.kernels import Scales, scaled_step, sinkhorn, sinkhorn_step, use_backend
 from leanstep.kernels._hyper import compute_dtype
 from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.kernels.reference.rounding import hash32
@@ -85,6 +85,11 @@ def _step(
             yield from share_norms(norms, totals, shards, cuts)
         mats = mask_rows(mats, norms, totals, shards, group["row_mask_tau"])
     end_with_rows = algorithm == "balanced"
+    plain = not (group["momentum"] or group["spectral"] or transposed) and group["base_width"] is None
+    if plain and not any(cuts):
+        flags = _apply(weights, mats, end_with_rows, states, indices, stored, group, rounding, hyper)
+        count_nonfinite(group, flags)
+        return
     if any(cuts):
         scales = yield from normalise(mats, shards, cuts, group, end_with_rows=end_with_rows)
     else:
@@ -341,7 +346,7 @@ def _first_vector(like: Tensor) -> Tensor:
 def _apply(
     weights: list[Tensor],
     mats: list[Tensor],
-    scales: Scales,
+    scales: Scales | bool,
     states: list[dict[str, Any]],
     indices: list[int],
     shards: list[Shard],
@@ -349,7 +354,10 @@ def _apply(
     rounding: str,
     hyper: Tensor,
 ) -> Tensor:
-    """Write the update into the weights; returns the non-finite flags."""
+    """Write the update into the weights; returns the non-finite flags.
+
+    ``scales``: those of the matrices, or, where they are still to be found, ``end_with_rows``.
+    """
     flatten = group["flatten"]
     matrices = [as_matrices(w, flatten=flatten) for w in weights]
     wholes = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
@@ -360,11 +368,18 @@ def _apply(
         torch._foreach_add_(steps, 1)
         seeds = seeds_for(steps, indices, group["seed"], weights[0].device)
         offsets = offsets_of(shards, weights[0].device)
+    options = {
+        "hyper": hyper,
+        "rounding": rounding,
+        "skip_nonfinite": group["nonfinite"] != "pass",
+        "seeds": seeds,
+        "offsets": offsets,
+    }
     with _backend(group):
-        flags = scaled_step(
-            matrices, mats, scales.rows, scales.cols, extras,
-            hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
-        )  # fmt: skip
+        if isinstance(scales, bool):
+            flags = sinkhorn_step(matrices, mats, group["num_iters"], extras, end_with_rows=scales, **options)
+        else:
+            flags = scaled_step(matrices, mats, scales.rows, scales.cols, extras, **options)
     for whole, matrix in zip([*weights, *wholes], [*matrices, *extras], strict=True):
         if whole.dim() != matrix.dim() and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
             whole.copy_(matrix.view_as(whole))

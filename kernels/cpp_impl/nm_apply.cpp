@@ -10,16 +10,15 @@ extern "C" void nm_apply(
     int threads
 ) {
     for_blocks(1, &size, threads, [=](int64_t, int64_t begin, int64_t end) {
-        if (alpha == 0.0f) {
+        const float factor = alpha;
 #pragma omp simd
-            for (int64_t i = begin; i < end; ++i) out[i] = mask[i] ? weight[i] : static_cast<WEIGHT>(0);
-        } else {
-#pragma omp simd
-            for (int64_t i = begin; i < end; ++i) {
-                WEIGHT rounded;
-                narrow(widen(weight[i]) * (mask[i] ? 1.0f : alpha), rounded);
-                out[i] = rounded;
-            }
+        for (int64_t i = begin; i < end; ++i) {
+            // read unconditionally, or the compiler branches
+            const float w = widen(weight[i]);
+            const float decayed = factor == 0.0f ? 0.0f : w * factor;
+            WEIGHT rounded;
+            narrow(mask[i] ? w : decayed, rounded);
+            out[i] = rounded;
         }
     });
 }

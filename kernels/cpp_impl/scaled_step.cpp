@@ -1,49 +1,19 @@
-// p = p * decay - step * ((r_i * G_ij) * c_j) on a list of matrices: reference/scaled_step.py, one pass.
-//
-// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: leave matrices alone whose column scales hold a NaN.
-#include "common.h"
+// The update alone: see scaled_step.h for it and the macros.
+#include "scaled_step.h"
 
-using ExtraT = Extra<PARAM, ROUNDING>::type;
-
-static void step(
-    PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, ExtraT* __restrict extra, int64_t n,
-    float r, const float* hyper, uint32_t seed, uint32_t offset
-) {
-    const float size = hyper[0], decay = hyper[1];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-        const float update = (r * widen(g[j])) * c[j];
-        const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - size * update;
-        store_weight<ROUNDING>(value, false, p, extra, j, offset + static_cast<uint32_t>(j), seed);
-    }
-}
-
-// owners[t]: which tensor of the list matrix t belongs to; offsets[t]: index of its first element in the whole tensor
 extern "C" void scaled_step(
-    int64_t count, PARAM** params, const MAT** mats, const float** rows, const float** cols, ExtraT** extras,
+    int64_t count, PARAM** params, const MAT** mats, float** rows, float** cols, ExtraT** extras,
     const int64_t* heights, const int64_t* widths, const float* hyper, const int64_t* seeds, const int64_t* offsets,
     const int64_t* owners, int32_t* flags, int threads
 ) {
-    std::vector<char> bad(count, 0);
-    for (int64_t t = 0; SKIP && t < count; ++t) {
-        bad[t] = std::any_of(cols[t], cols[t] + widths[t], [](float c) { return c != c; });
-        if (bad[t]) flags[owners[t]] = 1;
+    const Targets targets{params, mats, rows, cols, extras, widths, hyper, seeds, offsets, owners, flags};
+    std::vector<char> skipped(count, 0);
+    for (int64_t t = 0; t < count; ++t) {
+        skipped[t] = targets.bad(t);
+        if (skipped[t]) raise_flag(flags + owners[t]);
     }
     const auto rows_of_block = [=](int64_t t) { return std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, widths[t])); };
-    const char* skipped = bad.data();
-    for_blocks(count, heights, threads, rows_of_block, [=](int64_t t, int64_t begin, int64_t end) {
-        if (skipped[t]) return;
-        const int64_t n = widths[t];
-        for (int64_t i = begin; i < end; ++i) {
-            for (int64_t from = 0; from < n; from += CHUNK) {
-                const int64_t length = std::min(CHUNK, n - from), here = i * n + from;
-                const int64_t next = here + length, after = std::min(next + CHUNK, end * n);
-                fetch(mats[t], next, after);
-                fetch(params[t], next, after);
-                step(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,
-                     rows[t][i], hyper, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
-                     static_cast<uint32_t>(offsets[t] + here));
-            }
-        }
+    for_blocks(count, heights, threads, rows_of_block, [&](int64_t t, int64_t begin, int64_t end) {
+        if (!skipped[t]) targets.step(t, begin, end);
     });
 }

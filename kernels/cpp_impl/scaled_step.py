@@ -1,8 +1,9 @@
-"""Launcher of scaled_step.cpp."""
+"""Launchers of scaled_step.cpp and sinkhorn_step.cpp."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,15 @@ def scaled_step(
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
+    iterations: tuple[int, bool] | None = None,
 ) -> Tensor:
-    """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices)."""
+    """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices).
+
+    ``iterations``: (num_iters, end_with_rows) of the scales, which are then found first, and written; None: given.
+    """
     macros = {"PARAM": TYPES[params[0].dtype], "MAT": TYPES[mats[0].dtype], "ROUNDING": rounding.upper()}
-    kernels = library("scaled_step", {**macros, "SKIP": int(skip_nonfinite)})
+    name = "scaled_step" if iterations is None else "sinkhorn_step"
+    kernels = library(name, {**macros, "SKIP": int(skip_nonfinite)})
     flags = torch.zeros(len(params), dtype=torch.int32)
     if any(p.dim() > 2 for p in params):  # a stack of matrices is several
         owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]
@@ -35,15 +41,20 @@ def scaled_step(
     first = [0] * len(params) if offsets is None else offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     count = len(owners)
-    kernels.scaled_step(
+    extent: list[Any] = [
+        integers([params[t].shape[-2] for t in owners]),
+        integers([params[t].shape[-1] for t in owners]),
+    ]
+    if iterations is not None:
+        extent += [ctypes.c_int64(iterations[0]), int(iterations[1])]
+    getattr(kernels, name)(
         ctypes.c_int64(count),
         pointers(_matrices(params, 2)),
         pointers(_matrices(mats, 2)),
         pointers(_matrices(rows, 1)),
         pointers(_matrices(cols, 1)),
         pointers(_matrices(extras, 2)) if extras else None,
-        integers([params[t].shape[-2] for t in owners]),
-        integers([params[t].shape[-1] for t in owners]),
+        *extent,
         address(hyper),
         None if seeds is None else integers(seeds[owners].tolist()),
         integers([first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanstep.kernels import lion_step, sinkhorn, use_backend
+from leanstep.kernels import lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build
 from leanstep.kernels.nonfinite_flags import nonfinite_flags
@@ -125,3 +125,34 @@ def test_torch_and_the_kernels_share_one_openmp_runtime():
         if "libgomp" in line or "libomp" in line
     }
     assert len(mapped) == 1
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master"])
+def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
+    """Stacks, a matrix that the threads share, one that is not finite, empty ones and strides among them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 90), (3, 8, 20), (2100, 1000), (5, 7), (30, 40)]
+
+    def run(one_call, extra_shapes=()):
+        generator.manual_seed(1)
+        params = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
+        mats = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
+        mats[1][1, 2, 3] = float("nan")
+        extras = {"kahan": [torch.zeros_like(p) for p in params], "master": [p.float() for p in params]}.get(
+            rounding, []
+        )
+        options = {"hyper": torch.tensor([0.125, 0.75]), "rounding": rounding}
+        if rounding == "stochastic":
+            options |= {"seeds": torch.arange(len(params)) + 5, "offsets": torch.arange(len(params)) * 100}
+        with use_backend("cpp"):
+            if one_call:
+                flags = sinkhorn_step(params, mats, 3, extras, end_with_rows=True, **options)
+            else:
+                scales = sinkhorn(mats, 3, end_with_rows=True)
+                flags = scaled_step(params, mats, scales.rows, scales.cols, extras, **options)
+        return [flags, *params, *extras]
+
+    for more in ((), ((0, 5), (5, 0))):  # empty ones take the way of two calls
+        for one, two in zip(run(True, more), run(False, more), strict=True):
+            assert torch.equal(one, two)
+    assert run(True)[0].tolist() == [0, 1, 0, 0, 0]

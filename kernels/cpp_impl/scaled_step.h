@@ -1,0 +1,61 @@
+// p = p * decay - step * ((r_i * G_ij) * c_j) on some rows of a matrix: reference/scaled_step.py, one pass.
+//
+// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: leave matrices alone whose column scales hold a NaN.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+using ExtraT = Extra<PARAM, ROUNDING>::type;
+
+void step_row(
+    PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, ExtraT* __restrict extra, int64_t n,
+    float r, const float* hyper, uint32_t seed, uint32_t offset
+) {
+    const float size = hyper[0], decay = hyper[1];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const float update = (r * widen(g[j])) * c[j];
+        const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - size * update;
+        store_weight<ROUNDING>(value, false, p, extra, j, offset + static_cast<uint32_t>(j), seed);
+    }
+}
+
+// a list of contiguous matrices. owners[t]: which tensor of the caller's list matrix t belongs to; offsets[t]: index of
+// its first element in the whole tensor
+struct Targets {
+    PARAM** params;
+    const MAT** mats;
+    float** rows;
+    float** cols;
+    ExtraT** extras;
+    const int64_t* widths;
+    const float* hyper;
+    const int64_t* seeds;
+    const int64_t* offsets;
+    const int64_t* owners;
+    int32_t* flags;
+
+    bool bad(int64_t t) const {
+        return SKIP && std::any_of(cols[t], cols[t] + widths[t], [](float c) { return c != c; });
+    }
+
+    // rows begin..end of matrix t
+    void step(int64_t t, int64_t begin, int64_t end) const {
+        const int64_t n = widths[t];
+        for (int64_t i = begin; i < end; ++i) {
+            for (int64_t from = 0; from < n; from += CHUNK) {
+                const int64_t length = std::min(CHUNK, n - from), here = i * n + from;
+                const int64_t next = here + length, after = std::min(next + CHUNK, end * n);
+                fetch(mats[t], next, after);
+                fetch(params[t], next, after);
+                step_row(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,
+                         rows[t][i], hyper, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
+                         static_cast<uint32_t>(offsets[t] + here));
+            }
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,197 @@
+// Square-root Sinkhorn scales of matrices: reference/sinkhorn.py. MAT: float or bf16.
+//
+// An iteration reads a matrix once: a row's mean square is complete before the row leaves the first-level cache, and is
+// at once added, inverted, to the sums of the columns. A matrix that fits the second-level cache is read from memory in
+// the first iteration only. Nothing as large as a matrix is written.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+constexpr float TINY = std::numeric_limits<float>::min();
+// columns are summed over this many rows before they are added to the total: rounding grows with the longer of both
+constexpr int64_t ROWS_OF_SUM = 128;
+// bytes of a matrix that does not stay in a core's second-level cache: it is shared by all threads, smaller ones are not
+constexpr int64_t LARGE = 2 << 20;
+
+// 0 for 0; NaN stays NaN
+inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
+
+// elements of a coming row that are fetched ahead
+constexpr int64_t ROW_FETCHED = 1024;
+
+struct Matrix {
+    int64_t index;  // in the list
+    const MAT* data;
+    int64_t m, n, stride;
+    float* r0;       // 1 / max|row|
+    float* inverse;  // of the mean squares of the rows of diag(r0) G diag(c)
+    float* square;   // c^2
+};
+
+float inverse_of_largest(const MAT* __restrict row, int64_t n) {
+    float largest = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; ++j) largest = std::max(largest, std::fabs(widen(row[j])));
+    // half the smallest normal number is the smallest whose inverse is finite
+    return largest == 0.0f ? 0.0f : 1.0f / std::max(largest, TINY / 2);
+}
+
+// rows taken together: as many sums that do not wait for each other, and one read of what belongs to the columns
+constexpr int64_t ROWS = 4;
+
+// h[k] = (r0[k] * row[k])^2; sums[k]: of h[k] * square
+void squares(
+    const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
+) {
+    const int64_t stride = padded(n);
+    const MAT *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    const float ra = r0[0], rb = r0[1], rc = r0[2], rd = r0[3];
+    float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t j = 0; j < n; ++j) {
+        const float x0 = widen(a[j]) * ra, x1 = widen(b[j]) * rb, x2 = widen(c[j]) * rc, x3 = widen(d[j]) * rd;
+        const float h0 = x0 * x0, h1 = x1 * x1, h2 = x2 * x2, h3 = x3 * x3;
+        h[j] = h0;
+        h[j + stride] = h1;
+        h[j + 2 * stride] = h2;
+        h[j + 3 * stride] = h3;
+        sum0 += h0 * square[j];
+        sum1 += h1 * square[j];
+        sum2 += h2 * square[j];
+        sum3 += h3 * square[j];
+    }
+    sums[0] = sum0;
+    sums[1] = sum1;
+    sums[2] = sum2;
+    sums[3] = sum3;
+}
+
+void add_rows(float* __restrict sums, const float* __restrict h, const float* factors, int64_t n) {
+    const int64_t stride = padded(n);
+    const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        sums[j] += (h[j] * f0 + h[j + stride] * f1) + (h[j + 2 * stride] * f2 + h[j + 3 * stride] * f3);
+    }
+}
+
+void add(float* __restrict sums, const float* __restrict part, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
+}
+
+// rows begin..end of one iteration: their inverse mean squares, and their part of the column sums (null: not wanted).
+// scratch: ROWS + 1 rows
+void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums) {
+    float* h = scratch;
+    float* part = scratch + ROWS * padded(a.n);
+    for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
+        const int64_t to = std::min(from + ROWS_OF_SUM, end);
+        std::fill(part, part + a.n, 0.0f);
+        for (int64_t i = from; i < to; i += ROWS) {
+            const MAT* rows[ROWS];
+            float r0[ROWS], sums[ROWS], factors[ROWS];
+            for (int64_t k = 0; k < ROWS; ++k) {
+                const int64_t row = std::min(i + k, to - 1);  // past the end: the last row again, with factor 0
+                rows[k] = a.data + row * a.stride;
+                if (i + k + ROWS < end) fetch(a.data + (i + k + ROWS) * a.stride, 0, std::min(a.n, ROW_FETCHED));
+                if (first && i + k < to) a.r0[row] = inverse_of_largest(rows[k], a.n);
+                r0[k] = a.r0[row];
+            }
+            squares(rows, r0, a.square, h, a.n, sums);
+            for (int64_t k = 0; k < ROWS; ++k) {
+                factors[k] = i + k < to ? inverse(sums[k] / static_cast<float>(a.n)) : 0.0f;
+                if (i + k < to) a.inverse[i + k] = factors[k];
+            }
+            if (column_sums) add_rows(part, h, factors, a.n);
+        }
+        if (column_sums) add(column_sums, part, a.n);
+    }
+}
+
+void invert_columns(const Matrix& a, const float* sums) {
+    for (int64_t j = 0; j < a.n; ++j) a.square[j] = inverse(sums[j] / static_cast<float>(a.m));
+}
+
+void finish(const Matrix& a, bool iterated) {
+    for (int64_t j = 0; j < a.n; ++j) a.square[j] = std::sqrt(a.square[j]);
+    for (int64_t i = 0; i < a.m; ++i) {
+        if (!iterated) a.r0[i] = inverse_of_largest(a.data + i * a.stride, a.n);
+        const float scale = iterated ? a.r0[i] * std::sqrt(a.inverse[i]) : a.r0[i];
+        a.r0[i] = scale > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : scale;
+    }
+}
+
+template <typename Done>
+void alone(const Matrix& a, int64_t num_iters, bool end_with_rows, Done done) {
+    Buffer scratch((ROWS + 1) * padded(a.n)), sums(a.n);
+    for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
+        const bool columns = k < num_iters;
+        std::fill(sums.data(), sums.data() + a.n, 0.0f);
+        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr);
+        if (columns) invert_columns(a, sums.data());
+    }
+    finish(a, num_iters + end_with_rows > 0);
+    done(a, 0, a.m);
+}
+
+template <typename Done>
+void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads, Done done) {
+    // cut by rows, not by threads: the same sums whatever their number
+    const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
+    Buffer sums(pieces * padded(a.n)), total(a.n);
+    for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
+        const bool columns = k < num_iters;
+        std::fill(sums.data(), sums.data() + pieces * padded(a.n), 0.0f);
+#pragma omp parallel num_threads(threads)
+        {
+            Buffer scratch((ROWS + 1) * padded(a.n));
+#pragma omp for schedule(static)
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
+                     columns ? sums.data() + piece * padded(a.n) : nullptr);
+            }
+        }
+        if (!columns) continue;
+        std::fill(total.data(), total.data() + a.n, 0.0f);
+        for (int64_t piece = 0; piece < pieces; ++piece) add(total.data(), sums.data() + piece * padded(a.n), a.n);
+        invert_columns(a, total.data());
+    }
+    finish(a, num_iters + end_with_rows > 0);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        done(a, piece * height, std::min((piece + 1) * height, a.m));
+    }
+}
+
+// rows[t] [m] and cols[t] [n] receive the scales of matrix t; then done(matrix, begin, end) is called for all its rows
+template <typename Done>
+void sinkhorn_all(
+    int64_t count, const MAT** mats, const int64_t* heights, const int64_t* widths, const int64_t* strides,
+    float** rows, float** cols, int64_t num_iters, bool end_with_rows, int threads, Done done
+) {
+    std::vector<Matrix> small;
+    std::vector<float> inverses;
+    int64_t total = 0;
+    for (int64_t t = 0; t < count; ++t) total += heights[t];
+    inverses.resize(total);
+    float* next = inverses.data();
+    for (int64_t t = 0; t < count; ++t) {
+        const Matrix a{t, mats[t], heights[t], widths[t], strides[t], rows[t], next, cols[t]};
+        next += a.m;
+        std::fill(a.square, a.square + a.n, 1.0f);
+        if (a.m * a.n * static_cast<int64_t>(sizeof(MAT)) >= LARGE) {
+            together(a, num_iters, end_with_rows, threads, done);
+        } else {
+            small.push_back(a);
+        }
+    }
+    // the largest first: what is left at the end is short
+    std::stable_sort(small.begin(), small.end(), [](const Matrix& a, const Matrix& b) { return a.m * a.n > b.m * b.n; });
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (size_t t = 0; t < small.size(); ++t) alone(small[t], num_iters, end_with_rows, done);
+}
+
+}  // namespace

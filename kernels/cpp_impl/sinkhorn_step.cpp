@@ -1,0 +1,17 @@
+// Scales and update of every matrix, one after the other, while the matrix is in the cache: see sinkhorn.h and
+// scaled_step.h for both and the macros.
+#include "scaled_step.h"
+#include "sinkhorn.h"
+
+extern "C" void sinkhorn_step(
+    int64_t count, PARAM** params, const MAT** mats, float** rows, float** cols, ExtraT** extras,
+    const int64_t* heights, const int64_t* widths, int64_t num_iters, int end_with_rows, const float* hyper,
+    const int64_t* seeds, const int64_t* offsets, const int64_t* owners, int32_t* flags, int threads
+) {
+    const Targets targets{params, mats, rows, cols, extras, widths, hyper, seeds, offsets, owners, flags};
+    sinkhorn_all(count, mats, heights, widths, widths, rows, cols, num_iters, end_with_rows, threads,
+                 [&](const Matrix& a, int64_t begin, int64_t end) {
+                     if (targets.bad(a.index)) return raise_flag(flags + owners[a.index]);
+                     targets.step(a.index, begin, end);
+                 });
+}
