@@ -26,9 +26,11 @@ from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.halves import Halves, find_halves
 from leanstep.recipes.memory import MemoryEstimate, estimate
 from leanstep.recipes.saver import Saver
+from leanstep.recipes.sparse import build_controller, describe_sparsity
 from leanstep.recipes.start import check_room
 from leanstep.recipes.vocabulary import vocabulary_size
 from leanstep.recipes.world import main_does, seed_process
+from leanstep.sparsity import Controller
 
 __all__ = ["Parts", "assemble"]
 
@@ -45,6 +47,7 @@ class Parts:
     saver: Saver
     windows: Windows
     halves: Halves | None
+    sparsity: Controller | None
     parameters: int
     flops_per_token: int
 
@@ -79,9 +82,15 @@ def assemble(
     optimizer = build_optimizer(config.optimizer, model)
     say(f"model       {type(model).__name__}, {parameters:,} parameters")
     say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
+    # the optimizer's groups go by the names that weights have until now
+    sparsity = build_controller(config, model)
+    if sparsity is not None:
+        say(f"sparsity    {config.sparsity.method}: {describe_sparsity(sparsity)}")
     # both in one call: sharding replaces the parameters, in the optimizer too
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
+    if sparsity is not None:
+        sparsity.attach(optimizer.optimizer)
     schedule = accelerator.prepare(build_schedule(config.schedule, optimizer.optimizer, config.steps))
     saver = Saver(accelerator, folder, config.checkpoint, model, data.tokenizer, say)
     # the step is part of the seed for a run that goes on with another number of processes
@@ -102,7 +111,7 @@ def assemble(
     state.config, state.world_size = dataclasses.asdict(config), world
     _release_gradients(config, accelerator, model, optimizer)
     halves = find_halves(optimizer.optimizer, accelerator)
-    return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, parameters, flops)
+    return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, sparsity, parameters, flops)
 
 
 def _memory(

@@ -48,6 +48,7 @@ def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
         ("Data", lambda section: text(config, section, facts)),
         ("Length", lambda section: length(config, world_size, section, facts)),
         ("Parameter groups", lambda section: _groups(config, section, facts)),
+        ("Sparsity", lambda section: _sparsity(config, section, facts)),
         ("Memory", lambda section: memory(config, world_size, section, facts)),
         ("Disk", lambda section: disk(config, world_size, section, facts)),
         ("Output", lambda section: output(config, section)),
@@ -109,6 +110,37 @@ def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
         return
     optimizer = build_optimizer(config.optimizer, meta_model(config, vocabulary))
     section.lines.extend(table(routing_rows(optimizer)))
+
+
+def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
+    """Which layers become N:M sparse, when, and what that saves on paper and in hardware."""
+    if not config.sparsity.patterns:
+        return
+    from leanstep.recipes.flops import flops_per_token
+    from leanstep.recipes.memory import meta_model
+    from leanstep.recipes.sparse import plan, run_operations, schedule_of
+
+    vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
+    if not vocabulary:
+        section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
+        return
+    model = meta_model(config, vocabulary)
+    layers, schedule = plan(config, model), schedule_of(config)
+    section.add("method", config.sparsity.method)
+    section.add(
+        "phases",
+        f"{schedule.dense_steps:,} steps dense, {schedule.span:,} on the way, {schedule.finetune_steps:,} at the end",
+    )
+    operations = run_operations(config, layers, flops_per_token(model, config.data.seq_len))
+    theoretical, hardware = operations.fractions()
+    section.add("operations", f"{theoretical:.3f} of dense in theory, {hardware:.3f} where hardware multiplies 2:4")
+    rows: list[tuple[str, ...]] = [("pattern", "layers", "weights", "way", "first")]
+    for target in dict.fromkeys(layer.target for layer in layers):
+        members = [layer for layer in layers if layer.target == target]
+        count = sum(layer.weight.numel() for layer in members)
+        way = " ".join(map(str, schedule.frames(target)))
+        rows.append((str(target), str(len(members)), f"{count:,}", way, members[0].name))
+    section.lines.extend(table(rows))
 
 
 def routing_rows(optimizer: Any) -> list[tuple[str, ...]]:

@@ -23,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SparsityConfig",
     "StopConfig",
     "accumulation_steps",
     "joint_problems",
@@ -157,6 +158,34 @@ class ScheduleConfig(_Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsityConfig(_Ranged):
+    """N:M sparsity while training: which layers, by what method, on what schedule. Without ``patterns``, none.
+
+    ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
+    the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
+    ``mask_every`` are arguments of :func:`leanstep.sparsity.sparsify`, where null means the method's own; ``dense``,
+    ``finetune`` (fractions of the steps), ``decay``, ``alpha_end`` and ``freeze_mask_in_finetune`` are those of
+    :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
+    """
+
+    patterns: dict[str, Any] = field(default_factory=dict)
+    method: Literal[
+        "ste", "srste", "fixed", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric", "s-ste"
+    ] = "ste"
+    grad_flow: Literal["ste", "decay", "fixed"] | None = None
+    srste_lambda: float | None = _bounded(None, at_least=0)
+    dense: float = _bounded(0.0, at_least=0, at_most=1)
+    finetune: float = _bounded(0.0, at_least=0, at_most=1)
+    decay: float | None = _bounded(None, above=0)
+    alpha_end: float | None = _bounded(None, at_least=0, below=1)
+    freeze_mask_in_finetune: bool = False
+    mask_every: int = _bounded(1, at_least=1)
+    score: Literal["magnitude", "gradient"] = "magnitude"
+    axis: Literal["in", "out"] = "in"
+    pad: Literal["refuse", "zero"] = "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Ranged):
     """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
 
@@ -224,6 +253,7 @@ class RunConfig(_Ranged):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     release_gradients: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
@@ -302,7 +332,41 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
+    yield from _sparsity_problems(config)
     yield from _size_problems(config)
+
+
+def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings of ``sparsity`` that do not go together, or with the rest of the run."""
+    sparsity = config.sparsity
+    if not sparsity.patterns:
+        return
+    if config.release_gradients:
+        yield (
+            ("release_gradients", "sparsity.patterns"),
+            "steps inside backward, between which masks cannot be renewed; set it to false, or sparsity.patterns={}",
+        )
+    if sparsity.dense + sparsity.finetune > 1:
+        yield (
+            ("sparsity.finetune", "sparsity.dense"),
+            f"and sparsity.dense are parts of the steps and must be at most 1 together, got {sparsity.finetune:g} and "
+            f"{sparsity.dense:g}",
+        )
+    decays = [name for name in ("decay", "alpha_end") if getattr(sparsity, name) is not None]
+    if len(decays) == 2:
+        yield ("sparsity.alpha_end", "sparsity.decay"), "says the same thing as sparsity.decay; give one of them"
+    elif decays and not sparsity.method.startswith("mdgf"):
+        yield (
+            (f"sparsity.{decays[0]}", "sparsity.method"),
+            f"is for the methods mdgf-linear and mdgf-exponential, sparsity.method is {sparsity.method}",
+        )
+    if sparsity.method == "mdgf-exponential" and sparsity.alpha_end == 0:
+        yield ("sparsity.alpha_end", "sparsity.method"), "must be greater than 0 with mdgf-exponential, got 0"
+    if sparsity.method == "s-ste":
+        for name, plain in (("grad_flow", (None, "ste")), ("srste_lambda", (None, 0)), ("score", ("magnitude",))):
+            if getattr(sparsity, name) not in plain:
+                keys = (f"sparsity.{name}", "sparsity.method")
+                yield keys, f"does not go with sparsity.method s-ste, got {getattr(sparsity, name)!r}; leave it out"
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:

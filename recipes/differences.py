@@ -31,12 +31,14 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[s
         are in neither. ``rounding`` holds keys that leave the maths as it is but not its rounding. ``steps`` may differ
         when the rate does not depend on it: schedule ``constant`` with ``warmup_steps`` given.
     """
-    free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None
+    planned = bool(config.sparsity.patterns)
+    free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None and not planned
     forbidden, rounding = [], []
     for key, before, now in _changes(saved, asdict(config)):
         if key == "steps" and free_steps:
             continue
-        why = "" if key != "steps" else f" (schedule.name {config.schedule.name} plans the rate over all steps)"
+        planner = "sparsity plans masks" if planned else f"schedule.name {config.schedule.name} plans the rate"
+        why = "" if key != "steps" else f" ({planner} over all steps)"
         line = f"{key}: was {_show(before)}, is {_show(now)} now{why}"
         (rounding if key in _ROUNDING else forbidden).append(line)
     return forbidden, rounding
@@ -55,10 +57,16 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, old value, new value) of what decides the numbers of a run, sorted by key."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = (dict(_flat(_without_idle(tree))) for tree in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE and key not in _DATA_PLACE:
             yield key, old.get(key), new.get(key)
+
+
+def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the section of a sparsity that it does not have, and older ones do not know."""
+    idle = not (tree.get("sparsity") or {}).get("patterns")
+    return {key: value for key, value in tree.items() if key != "sparsity" or not idle}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from leanstep.recipes.flops import FORMULA, peak_flops
 from leanstep.recipes.folder import RunFolder, environment, write_atomic
 from leanstep.recipes.loader import dump
 from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_line
+from leanstep.recipes.sparse import report
 from leanstep.recipes.step import StepResult
 from leanstep.recipes.validation import EvalResult
 from leanstep.recipes.world import describe_world, device_name
@@ -22,6 +23,7 @@ from leanstep.recipes.world import describe_world, device_name
 __all__ = ["Journal"]
 
 OPTIMIZER_REPORT = "optimizer_report.json"
+SPARSITY_REPORT = "sparsity_report.json"
 
 
 class Journal:
@@ -32,6 +34,8 @@ class Journal:
     * ``diagnostics()``: a flat dict of numbers, read at log steps only. They go into ``log.jsonl`` as ``optimizer``, to
       trackers as ``optimizer/KEY``, and into the report, where the keys ``A/x`` and ``A/y`` are lines of one chart A.
     * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
+
+    A run with sparse weights has a controller with a ``diagnostics()`` of its own, logged as ``sparsity``.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
@@ -65,12 +69,20 @@ class Journal:
             accelerator.init_trackers("leanstep", config=flat_scalars(dataclasses.asdict(config)))
 
     def step(
-        self, state: TrainState, result: StepResult, rate: float, optimizer: Any, notes: Sequence[str] = ()
+        self,
+        state: TrainState,
+        result: StepResult,
+        rate: float,
+        optimizer: Any,
+        notes: Sequence[str] = (),
+        *,
+        sparsity: Any = None,
     ) -> None:
         """Show the step; write log.jsonl, train.log and trackers at the first step and every ``log.every``."""
         config = self.config
         wanted = state.step == 1 or state.step % config.log.every == 0 or state.step == config.steps
         reported = _diagnostics(optimizer) if wanted else {}
+        masked = _diagnostics(sparsity) if wanted else {}
         if not self.main:
             return
         first_here = self.clock.rate_now is None
@@ -93,9 +105,12 @@ class Journal:
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if wanted:
-            self.folder.log({**entry, "optimizer": reported} if reported else entry)
+            sections = {"optimizer": reported, "sparsity": masked}
+            self.folder.log({**entry, **{name: found for name, found in sections.items() if found}})
             numbers = {key: value for key, value in entry.items() if key not in ("step", "kind")}
-            self._track({**numbers, **{f"optimizer/{key}": value for key, value in reported.items()}}, state.step)
+            for name, found in sections.items():
+                numbers |= {f"{name}/{key}": value for key, value in found.items()}
+            self._track(numbers, state.step)
         line = format_line(entry, config.steps, self._eta(state.step), list(notes))
         self.progress.line(state.step, line, wanted or first_here)
 
@@ -130,13 +145,22 @@ class Journal:
         """Write the rows of the optimizer's ``noise_report()``, if it has one, to ``optimizer_report.json``."""
         report = getattr(optimizer, "noise_report", None)
         rows = report() if callable(report) else []
-        if not rows or not self.main:
+        if rows:
+            self._write_report(OPTIMIZER_REPORT, rows)
+
+    def sparsity_report(self, controller: Any) -> None:
+        """Write how sparse each layer is, and the operations of the run, to ``sparsity_report.json``."""
+        if controller is not None:
+            self._write_report(SPARSITY_REPORT, report(self.config, controller, self.flops_per_token))
+
+    def _write_report(self, name: str, content: Any) -> None:
+        if not self.main:
             return
         try:
-            text = json.dumps(rows, indent=1, default=lambda value: value.tolist() if _is_array(value) else str(value))
-            write_atomic(self.folder.root / OPTIMIZER_REPORT, text + "\n")
+            text = json.dumps(content, indent=1, default=lambda x: x.tolist() if _is_array(x) else str(x))
+            write_atomic(self.folder.root / name, text + "\n")
         except OSError as error:
-            self.say(f"WARNING: {OPTIMIZER_REPORT} could not be written: {error}")
+            self.say(f"WARNING: {name} could not be written: {error}")
 
     def _measure(self) -> None:
         """End the clock's window: tokens per second, and the model's operations per second of all processes."""

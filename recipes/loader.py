@@ -16,7 +16,14 @@ from typing import Any, get_args, get_type_hints
 from leanstep.recipes.catalog import ALIASES, recipe_names, recipe_path
 from leanstep.recipes.config import ExpectConfig, RunConfig, joint_problems, range_problem
 from leanstep.recipes.differences import expectation_breakers
-from leanstep.recipes.rules import group_problems, model_problems, optimizer_problems, text_problem, unknown_key
+from leanstep.recipes.rules import (
+    group_problems,
+    model_problems,
+    optimizer_problems,
+    pattern_problems,
+    text_problem,
+    unknown_key,
+)
 from leanstep.recipes.signatures import MODEL_CONFIGS, OPTIMIZERS, Accepts
 
 __all__ = ["ConfigError", "dump", "load"]
@@ -226,7 +233,8 @@ class _Reader:
             list(model_problems(family, sizes))
             for family in self._candidates("model.family", model.get("family", "llama"), MODEL_CONFIGS)
         )
-        for path, message in found:
+        patterns = self._part(self._section("sparsity"), "patterns", dict)
+        for path, message in [*found, *pattern_problems(patterns)]:
             self._add(path, message)
 
     def _candidates(self, key: str, name: Any, table: Collection[str]) -> list[str]:

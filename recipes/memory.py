@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from leanstep.kernels import use_backend
 from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.sparse import plan
 
 __all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
 
+_OPTIONAL = ("gradient exchange", "masks, masked weights")
 MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
 
 
@@ -33,6 +35,7 @@ class MemoryEstimate:
         activations: saved for the backward pass of one micro batch.
         logits: ``4 * micro_batch_size * seq_len * vocab_size``.
         exchange: the buckets in which DDP sends gradients; 0 on one process.
+        sparsity: masks of sparse weights, a byte each, and the masked weights that backward needs.
     """
 
     weights: int
@@ -41,12 +44,13 @@ class MemoryEstimate:
     activations: int
     logits: int
     exchange: int = 0
+    sparsity: int = 0
 
     @property
     def peak(self) -> int:
         """All of it and a margin of a tenth."""
         parts = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
-        return int(sum(parts) * (1 + MARGIN))
+        return int((sum(parts) + self.sparsity) * (1 + MARGIN))
 
     def rows(self) -> list[tuple[str, int]]:
         """Name and bytes of each part, for printing."""
@@ -57,9 +61,10 @@ class MemoryEstimate:
             ("activations", self.activations),
             ("logits in fp32", self.logits),
             ("gradient exchange", self.exchange),
+            ("masks, masked weights", self.sparsity),
             ("peak, with a margin of 10 %", self.peak),
         ]
-        return [(name, size) for name, size in named if size or name != "gradient exchange"]
+        return [(name, size) for name, size in named if size or name not in _OPTIONAL]
 
 
 class SavedStorages:
@@ -120,7 +125,16 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         activations=activations,
         logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
         exchange=gradient if world_size > 1 and not sharded else 0,
+        sparsity=_sparsity_bytes(config, vocab_size),
     )
+
+
+def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
+    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded."""
+    if not config.sparsity.patterns:
+        return 0
+    layers = plan(config, meta_model(config, vocab_size))
+    return sum(layer.weight.numel() * (1 + layer.weight.element_size()) for layer in layers)
 
 
 def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:

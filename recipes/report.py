@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from leanstep.recipes.report_charts import curves, optimizer_curves
+from leanstep.recipes.report_charts import curves, reported_curves
 from leanstep.recipes.report_parts import (
     badge,
     cut,
@@ -16,6 +16,7 @@ from leanstep.recipes.report_parts import (
     optimizer_table,
     pairs,
     results,
+    sparsity_tables,
     tiles,
 )
 from leanstep.recipes.report_style import style
@@ -31,7 +32,8 @@ _MOST_TEXT = 12_000  # characters of a configuration or a sample
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
 
-    Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt and optimizer_report.json of each run;
+    Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt, optimizer_report.json and
+    sparsity_report.json of each run;
     what is missing or damaged is named in the report. The file replaces an older one at once and whole.
 
     Raises:
@@ -91,8 +93,11 @@ def _single(run: Run, most_points: int, most_text: int) -> str:
         "<h2>Curves</h2>",
         f'<div class="grid">{curves([run], most_points)}</div>',
     ]
-    if run.optimizer_keys() or run.optimizer_report:
-        drawn = optimizer_curves(run, min(most_points, 200))
+    if run.reported_keys("sparsity") or run.sparsity_report:
+        drawn = reported_curves(run, "sparsity", min(most_points, 200))
+        parts += ["<h2>Sparsity</h2>", f'<div class="grid">{drawn}</div>', sparsity_tables(run, most_text)]
+    if run.reported_keys("optimizer") or run.optimizer_report:
+        drawn = reported_curves(run, "optimizer", min(most_points, 200))
         parts += [
             "<h2>What the optimizer says</h2>",
             f'<div class="grid">{drawn}</div>',

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from leanstep.recipes.curves import Series, chart, compact, smooth
 from leanstep.recipes.runlog import Run
 
-__all__ = ["curves", "optimizer_curves"]
+__all__ = ["curves", "reported_curves"]
 
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
 
@@ -95,10 +95,10 @@ def _plain(runs: list[Run], key: str) -> list[Series]:
     ]
 
 
-def optimizer_curves(run: Run, most_points: int) -> str:
-    """The optimizer's own numbers: keys ``A/x`` and ``A/y`` are lines of one chart ``A``, other keys have one each."""
+def reported_curves(run: Run, section: str, most_points: int) -> str:
+    """Numbers of the "optimizer" or the "sparsity": keys ``A/x`` and ``A/y`` are lines of one chart ``A``, other keys have one each."""
     groups: dict[str, list[str]] = {}
-    for key in run.optimizer_keys():
+    for key in run.reported_keys(section):
         groups.setdefault(key.partition("/")[0], []).append(key)
     charts = []
     for name, keys in list(groups.items())[:_MOST_CHARTS]:
@@ -106,12 +106,12 @@ def optimizer_curves(run: Run, most_points: int) -> str:
         shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
         part = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
         series = [
-            Series(key.partition("/")[2] or key, *_known(run.column("step"), run.optimizer_column(key)), color)
+            Series(key.partition("/")[2] or key, *_known(run.column("step"), run.reported_column(section, key)), color)
             for color, key in enumerate(shown)
         ]
         known = [y for one in series for y in one.y if y is not None]
         # layers often differ by orders of magnitude
         log_y = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
-        title = f"Optimizer: {name}{part}"
+        title = f"{section.capitalize()}: {name}{part}"
         charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
     return "".join(charts)

@@ -17,6 +17,7 @@ __all__ = [
     "optimizer_table",
     "pairs",
     "results",
+    "sparsity_tables",
     "tiles",
 ]
 
@@ -173,13 +174,33 @@ def differences(columns: list[dict[str, str]], runs: list[Run], same: str, *, on
 
 def optimizer_table(run: Run, most_text: int) -> str:
     """The rows that the optimizer reported at the end, as many as the page has room for; columns as they came."""
-    rows = run.optimizer_report[: max(1, most_text // 120)]
+    return _rows_table(run.optimizer_report, most_text, "optimizer_report.json")
+
+
+def sparsity_tables(run: Run, most_text: int) -> str:
+    """How sparse each layer ended, and what the run cost in operations by the three ways to count them."""
+    layers = run.sparsity_report.get("layers")
+    rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
+    operations = run.sparsity_report.get("operations")
+    counted = operations if isinstance(operations, dict) else {}
+    dense = number(counted.get("dense"))
+    cost = [
+        [escape(name), compact(value), "-" if not dense else f"{value / dense:.3f}"]
+        for name in counted
+        if (value := number(counted[name])) is not None
+    ]
+    table = _table(["Operations of the run", "FLOP", "of dense"], cost) if cost else ""
+    return table + _rows_table(rows, most_text, "sparsity_report.json")
+
+
+def _rows_table(reported: list[dict[str, Any]], most_text: int, file: str) -> str:
+    rows = reported[: max(1, most_text // 120)]
     if not rows:
         return ""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[escape(_cell(row.get(key, ""))) for key in columns] for row in rows]
-    left_out = len(run.optimizer_report) - len(rows)
-    more = f'<p class="lead">{left_out:,} more in optimizer_report.json</p>' if left_out else ""
+    left_out = len(reported) - len(rows)
+    more = f'<p class="lead">{left_out:,} more in {file}</p>' if left_out else ""
     return _table([escape(key) for key in columns], cells) + more
 
 

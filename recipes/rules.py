@@ -11,7 +11,7 @@ from typing import Any
 from leanstep.recipes.config import range_problem
 from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
 
-__all__ = ["group_problems", "model_problems", "optimizer_problems", "text_problem", "unknown_key"]
+__all__ = ["group_problems", "model_problems", "optimizer_problems", "pattern_problems", "text_problem", "unknown_key"]
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -106,6 +106,19 @@ def model_problems(family: str, config: Mapping[str, Any]) -> Iterator[Problem]:
         return
     for key, value in config.items():
         yield from _entry_problems(("model", "config", key), value, accepted, set(accepted), MODEL_BOUNDS)
+
+
+def pattern_problems(patterns: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check the values of ``sparsity.patterns``, each a text N:M with at most M of M kept."""
+    # the keys are wildcards with dots, which are no paths
+    path = ("sparsity", "patterns")
+    for layers, pattern in patterns.items():
+        found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+        if found is None:
+            hint = "; put it in quotes" if isinstance(pattern, (int, float)) else ""
+            yield path, f"sparsity.patterns: {layers!r} must have a text such as '2:4', got {pattern!r}{hint}"
+        elif not 0 < int(found[1]) <= int(found[2]):
+            yield path, f"sparsity.patterns: {layers!r} keeps {found[1]} of {found[2]}; expected 0 < N <= M in N:M"
 
 
 def text_problem(full: str, value: Any) -> str | None:

@@ -81,6 +81,7 @@ class Run:
                 return self.interrupted(number)
             finish(self.config, self.accelerator, self.folder, self.parts.saver, self.state, self.say)
             self.journal.optimizer_report(self.parts.optimizer.optimizer)
+            self.journal.sparsity_report(self.parts.sparsity)
         self.journal.status("done", self.state)
         if self.main:
             write_report(self.folder, self.say)
@@ -171,7 +172,8 @@ class Run:
         self.state.tokens += targets
         self.journal.clock.stepped(targets)
         saver, optimizer = self.parts.saver, self.parts.optimizer.optimizer
-        self.journal.step(self.state, result, self.rate, optimizer, [saver.trouble] if saver.trouble else [])
+        notes = [saver.trouble] if saver.trouble else []
+        self.journal.step(self.state, result, self.rate, optimizer, notes, sparsity=self.parts.sparsity)
         return result
 
     def update(self, window: list[Batch], result: StepResult) -> None:

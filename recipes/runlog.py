@@ -33,6 +33,7 @@ class Run:
     command: str = ""
     problems: list[str] = field(default_factory=list)
     optimizer_report: list[dict[str, Any]] = field(default_factory=list)
+    sparsity_report: dict[str, Any] = field(default_factory=dict)
     held: bool = False
 
     @property
@@ -66,14 +67,14 @@ class Run:
         """Median targets per second."""
         return self.median("tokens_per_s")
 
-    def optimizer_keys(self) -> list[str]:
-        """Names of the numbers that the optimizer reported while training, in the order in which they came."""
-        rows = (row.get("optimizer") for row in self.train)
+    def reported_keys(self, section: str) -> list[str]:
+        """Names of the numbers that the "optimizer" or the "sparsity" reported in training, in the order they came."""
+        rows = (row.get(section) for row in self.train)
         return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
-    def optimizer_column(self, key: str) -> list[float | None]:
+    def reported_column(self, section: str, key: str) -> list[float | None]:
         """One of them for every line of the log."""
-        rows = (row.get("optimizer") for row in self.train)
+        rows = (row.get(section) for row in self.train)
         return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
 
     def setting(self, path: str) -> Any:
@@ -141,6 +142,7 @@ def read_run(folder: Path) -> Run:
     run.held = is_held(folder)
     rows = _json(run, "optimizer_report.json", needed=False, kind=list)
     run.optimizer_report = [row for row in rows if isinstance(row, dict)]
+    run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
     _read_log(run)
     run.problems = [*_judge(run), *run.problems]
     return run

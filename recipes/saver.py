@@ -1,6 +1,7 @@
 """Writes and reads the checkpoints of a run through Accelerate, and keeps the run going when the disk is full."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from leanstep.recipes.checkpoint import (
 from leanstep.recipes.config import CheckpointConfig
 from leanstep.recipes.failures import disk_trouble, format_bytes
 from leanstep.recipes.folder import RunFolder
+from leanstep.recipes.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
 from leanstep.recipes.world import all_agree, main_does
 
 __all__ = ["Saver"]
@@ -112,13 +114,16 @@ class Saver:
             torch.save(stream, staged / "trainer" / f"stream_{accelerator.process_index}.pt")
         if accelerator.is_main_process:
             write_state(staged, state)
+            if not self._sharded:
+                save_sparse(accelerator.unwrap_model(self._model), staged / "trainer")
 
     def export(self, path: Path) -> None:
         """Write an ordinary Hugging Face folder, model and tokenizer. Every process must call it when sharded."""
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         if self._accelerator.is_main_process:
-            model.save_pretrained(path, state_dict=weights)
+            model.save_pretrained(path, state_dict=weights_for_others(model, weights))
+            write_patterns(model, path)
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:
@@ -196,8 +201,8 @@ class Saver:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
         own = model.state_dict()
         loaded: set[str] = set()
-        for file in files:
-            part = load_file(file)
+        parts = ((file, without_sparse(model, load_file(file))) for file in files)
+        for file, part in chain(parts, [(Path(trainer), load_sparse(model, Path(trainer)))]):
             result = model.load_state_dict(part, strict=False)
             if result.unexpected_keys:
                 raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")

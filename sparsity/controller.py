@@ -183,7 +183,7 @@ class Controller:
             sharding.check(layer)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda opt, args, kwargs: self.before_step(opt)),
-            optimizer.register_step_post_hook(lambda opt, args, kwargs: self.step()),
+            optimizer.register_step_post_hook(lambda opt, args, kwargs: self._after_step(opt)),
         ]
         if self.step_count == 0:
             # wrapping and sharding may have replaced the weights, by those of another process
@@ -205,7 +205,7 @@ class Controller:
         self._check_installed()
         if self._measures(self.step_count + 1):
             for layer in self.layers:
-                self.measured.setdefault(layer.name, Measurement()).see_gradient(layer)
+                self._measurement(layer).see_gradient(layer)
         if self.srste_lambda:
             # a fused optimizer unscales gradients inside its step
             scale = getattr(optimizer, "grad_scale", None)
@@ -267,6 +267,15 @@ class Controller:
         for layer in self.layers:
             layer.transform.set_extra_state(state[layer.name])
 
+    def _measurement(self, layer: SparseLayer) -> Measurement:
+        return self.measured.setdefault(layer.name, Measurement())
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # a fused optimizer is called for a step that its gradient scaler wants left out, and told so
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is None or not float(skipped):
+            self.step()
+
     def _measures(self, step: int) -> bool:
         return self.measure_every > 0 and (step == 1 or step % self.measure_every == 0)
 
@@ -282,10 +291,12 @@ class Controller:
         for layer in self.layers:
             transform, stage = layer.transform, self._stage(layer, layer.transform.steps)
             transform.alpha.fill_(stage.alpha)
+            if measure:
+                self._measurement(layer).see_no_change(layer)
             if not (always or self._is_due(layer, stage)):
                 continue
             if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
-                transform.beta.fill_(s_ste_scale(sharding.local(layer.weight), stage.pattern, dim=layer.dim))
+                transform.beta.fill_(s_ste_scale(sharding.whole(layer.weight.detach()), stage.pattern, dim=layer.dim))
             transform.pattern = stage.pattern
             if stage.pattern.is_dense:
                 transform.mask.fill_(True)
@@ -310,7 +321,7 @@ class Controller:
         for i, layer in enumerate(layers):
             sharding.share_mask(layer, masks[i])
             if measure:
-                self.measured.setdefault(layer.name, Measurement()).see_masks(layer, before[i], masks[i])
+                self._measurement(layer).see_masks(layer, before[i], masks[i])
 
     def _score(self, layer: SparseLayer) -> Tensor:
         weight = sharding.local(layer.weight.detach())

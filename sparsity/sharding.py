@@ -28,6 +28,11 @@ def local(tensor: Tensor) -> Tensor:
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; a call to all processes where it is sharded."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
 def check(layer: SparseLayer) -> None:
     """Raise ValueError where a layer's weight is cut across its groups, or kept as partial sums."""
     weight = layer.weight

@@ -22,6 +22,10 @@ class Measurement:
     flip_rate: Tensor | None = None
     gradient_noise: Tensor | None = None
 
+    def see_no_change(self, layer: SparseLayer) -> None:
+        """A step that left the mask as it was."""
+        self.flip_rate = torch.zeros((), device=layer.transform.mask.device)
+
     def see_masks(self, layer: SparseLayer, before: Tensor, after: Tensor) -> None:
         """Compare a new mask with the one before."""
         flips = sharding.total((before ^ after).sum(dtype=torch.float32), layer.weight)
@@ -44,8 +48,8 @@ def layer_rows(controller: Controller) -> list[dict[str, Any]]:
     * ``layer``, ``target``: its name and pattern. ``pattern``, ``alpha``, ``phase``: where the schedule has it now.
     * ``sparsity``: fraction of exact zeros in what the layer computes with; 0 as long as pruned weights only decay.
     * ``kept_magnitude``: sum of the magnitudes of kept weights over that of all.
-    * ``flip_rate``: fraction of the mask's entries that the last measured update changed (a weight that takes the
-      place of another changes two).
+    * ``flip_rate``: fraction of the mask's entries that the last measured step changed (a weight that takes the place
+      of another changes two).
     * ``gradient_noise``: part of the squared norm of the last measured gradient that lies on pruned entries, before
       SR-STE's term: what updates weights that the forward pass does not use. The part of pruned entries in number,
       ``1 - N/M``, is what a gradient blind to the mask has. With ``grad_flow="fixed"`` it is 0.

@@ -1,0 +1,151 @@
+"""Runs with a `sparsity:` section: from the recipe's mistakes to a folder that transformers opens."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from faults import held_at
+from safetensors.torch import load_file
+from training import Training, numbers, read_log, run, write_recipe
+from transformers import AutoModelForCausalLM
+
+from leanstep.cli import main
+from leanstep.recipes.check import inspect
+from leanstep.recipes.config import RunConfig, SparsityConfig
+from leanstep.recipes.differences import config_differences
+from leanstep.recipes.loader import ConfigError, dump, load
+from leanstep.recipes.memory import estimate
+from leanstep.recipes.report import write_report
+from leanstep.sparsity.methods import METHODS
+
+SPARSE = "sparsity.patterns={'*.mlp.*': '1:8', '*.attn.c_attn': '2:4'}"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def problems(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load("llama-nano-sparse-1of16", overrides)
+    return caught.value.problems
+
+
+def test_mistakes_are_named_before_torch_is_imported():
+    # YAML reads 1:16 as a number of base sixty
+    assert "got 76; put it in quotes" in problems("sparsity.patterns={'*.mlp.*': 1:16}")[0]
+    assert "keeps 5 of 4; expected 0 < N <= M" in problems("sparsity.patterns={'*': '5:4'}")[0]
+    assert "expected one of 'ste', 'srste'" in problems("sparsity.method=slow")[0]
+    assert "did you mean 'sparsity.alpha_end'" in problems("sparsity.alpha_ends=1")[0]
+    assert "must be at most 1 together, got 0.6 and 0.5" in problems("sparsity.dense=0.5", "sparsity.finetune=0.6")[0]
+    assert "is for the methods mdgf-linear and mdgf-exponential" in problems("sparsity.method=srste")[0]
+    assert "says the same thing as sparsity.decay" in problems("sparsity.decay=0.1")[0]
+    assert "masks cannot be renewed" in "".join(problems("release_gradients=true"))
+    ste = ("sparsity.method=s-ste", "sparsity.alpha_end=null")
+    assert "does not go with sparsity.method s-ste, got 'decay'" in problems(*ste, "sparsity.grad_flow=decay")[0]
+
+
+def test_the_section_knows_every_method_and_says_nothing_where_it_is_empty():
+    for method in METHODS:
+        assert SparsityConfig(method=method).method == method
+    assert RunConfig().sparsity.patterns == {}
+    config = load("llama-nano-adamw")
+    # recipes saved before the section existed
+    before = {key: value for key, value in json.loads(json.dumps(_tree(config))).items() if key != "sparsity"}
+    assert config_differences(before, config) == ([], [])
+    changed = load("llama-nano-adamw", ["sparsity.patterns={'*.mlp.*': '2:4'}"])
+    forbidden, _ = config_differences(before, changed)
+    assert any(line.startswith("sparsity.patterns") for line in forbidden)
+
+
+def _tree(config):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(dump(config)))
+
+
+def test_check_tells_layers_schedule_and_operations(tmp_path):
+    config = load("llama-nano-sparse-1of16", [f"out={tmp_path / 'run'}"])
+    section = next(section for section in inspect(config) if section.title == "Sparsity")
+    text = "\n".join(section.lines)
+    assert not section.problems
+    assert "mdgf-exponential" in text and "0 steps dense, 540 on the way, 60 at the end" in text
+    assert "1:16" in text and "589,824" in text and "model.layers.0.mlp.gate_proj" in text
+    wrong = load("llama-nano-sparse-1of16", ["sparsity.patterns={'*.ffn.*': '1:16'}", f"out={tmp_path / 'run'}"])
+    found = next(section for section in inspect(wrong) if section.title == "Sparsity").problems
+    assert "'*.ffn.*'" in found[0] and "model.layers.0.mlp.up_proj" in found[0]
+    sparse, dense = estimate(config, 2048), estimate(load("llama-nano-adamw"), 2048)
+    assert sparse.sparsity == 589_824 * 5 and dense.sparsity == 0
+    assert sparse.peak > dense.peak
+
+
+METHOD_CASES = [
+    ("mdgf-exponential", ["sparsity.alpha_end=1e-3", "sparsity.finetune=0.25"]),
+    ("srste", []),
+    ("sdgf-geometric", ["sparsity.score=gradient", "sparsity.mask_every=2"]),
+]
+
+
+@pytest.mark.parametrize(("method", "more"), METHOD_CASES, ids=[name for name, _ in METHOD_CASES])
+def test_a_killed_run_continues_as_if_it_had_not_been(recipe, tmp_path, method, more):
+    # 8 sequences a step: accumulation 2
+    options = [SPARSE, f"sparsity.method={method}", *more, "steps=12"]
+    straight = run(recipe, options, tmp_path / "straight")
+    assert straight.codes == [0], straight.text()
+    broken = Training(recipe, options, tmp_path / "broken", prepare=partial(held_at, 8))
+    broken.wait_for(lambda training: training.last_step() >= 7)
+    broken.kill()
+    broken.wait()
+    again = run(recipe, options, tmp_path / "broken")
+    assert again.codes == [0] and "resuming from" in again.text(), again.text()
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "straight")
+    sparse = [[row.get("sparsity") for row in read_log(tmp_path / name)] for name in ("broken", "straight")]
+    assert sparse[0] == sparse[1] and any(sparse[0])
+    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("broken", "straight")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sparse") / "run"
+    training = run(recipe, [SPARSE, "sparsity.method=mdgf-linear", "sparsity.finetune=0.25", "steps=12"], out)
+    assert training.codes == [0], training.text()
+    return training
+
+
+def test_the_result_is_an_ordinary_folder_with_exact_zeros(finished, capsys):
+    out = finished.out
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert main(["verify", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 of the 6 that should be are" in printed
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert int((weight == 0).sum()) == weight.numel() * 7 // 8
+    assert "sparsity    mdgf-linear: " in finished.text()
+    # the checkpoint's own folder, too, evaluates as the run did
+    last = AutoModelForCausalLM.from_pretrained(out / "last" / "hf")
+    tokens = torch.arange(32).view(1, -1)
+    assert torch.equal(model(tokens).logits, last(tokens).logits)
+
+
+def test_a_checkpoint_on_the_way_is_what_the_run_computed_with(finished):
+    # step 3 of 9: alpha is 2/3, so weights are decayed but not zero, and verify is told of no pattern
+    folder = sorted((finished.out / "checkpoints").iterdir())[0]
+    assert folder.name == "step-000009" or (folder / "hf" / "sparsity.json").exists() is False
+
+
+def test_log_and_report_show_sparsity(finished):
+    rows = [row for row in read_log(finished.out) if row["kind"] == "train"]
+    assert rows[-1]["sparsity"]["sparsity/all"] == pytest.approx(
+        (2 * 2 * 32 * 128 * 7 / 8 + 2 * 32 * 96 / 2) / (2 * 11264)
+    )
+    assert rows[0]["sparsity"]["alpha/1:8"] < 1 and rows[-1]["sparsity"]["alpha/1:8"] == 0
+    assert any(key.startswith("flip_rate/") for key in rows[-1]["sparsity"])
+    content = json.loads((finished.out / "sparsity_report.json").read_text())
+    assert len(content["layers"]) == 6 and {row["target"] for row in content["layers"]} == {"1:8", "2:4"}
+    counted = content["operations"]
+    assert counted["theoretical"] < counted["hardware"] < counted["dense"]
+    page = write_report([finished.out], finished.out / "again.html").read_text()
+    assert "<h2>Sparsity</h2>" in page and "Sparsity: flip_rate" in page and "theoretical" in page
