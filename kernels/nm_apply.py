@@ -64,7 +64,7 @@ def nm_apply_backward(
         srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
-        A new tensor like ``weight``.
+        A tensor like ``weight``, new unless it is the gradient as it is (straight through, without an SR-STE term).
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
@@ -79,6 +79,8 @@ def nm_apply_backward(
         raise ValueError(
             f"nm_apply_backward: expected a gradient of shape {tuple(weight.shape)}, got {tuple(grad.shape)}"
         )
+    if grad_flow == "ste" and not srste_lambda:
+        return grad.to(weight.dtype)
     # a gradient that is itself differentiated must be made of operations that autograd knows
     differentiable = torch.is_grad_enabled() and (grad.requires_grad or weight.requires_grad)
     if torch.compiler.is_compiling() or differentiable or _is_empty_or_foreign(weight):
@@ -111,7 +113,8 @@ def _run_backward(
     grad: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float
 ) -> Tensor:
     backend = choose("nm_apply_backward", weight.device, weight.dtype, grad.dtype).backend
-    if backend != "reference" and same_layout([weight, mask], row_major=False):
+    fits = same_layout([weight, mask], row_major=False) and (backend == "cpp" or grad.dtype == weight.dtype)
+    if backend != "reference" and fits:
         if grad.stride() != weight.stride():
             grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
         if backend == "cpp":
