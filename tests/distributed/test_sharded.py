@@ -7,7 +7,13 @@ import pytest
 from distributed_cases import WORLDS
 from distributed_world import CASES, load_cases, run_world
 
-MODULES = ("distributed_cases", "distributed_placements", "distributed_checkpoints", "distributed_lanton", "distributed_mfac")
+MODULES = (
+    "distributed_cases",
+    "distributed_placements",
+    "distributed_checkpoints",
+    "distributed_lanton",
+    "distributed_mfac",
+)
 load_cases(MODULES)
 
 
