@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[2]
 # what a folder may import of the package itself, besides its own modules
 ALLOWED = {
     "kernels": set(),
+    "lora": {"kernels"},
     "optimizers": {"kernels"},
     "sparsity": {"kernels"},
-    "recipes": {"kernels", "optimizers", "sparsity", "version"},
-    "leanstep": {"kernels", "optimizers", "sparsity", "version"},
+    "recipes": {"kernels", "lora", "optimizers", "sparsity", "version"},
+    "leanstep": {"kernels", "lora", "optimizers", "sparsity", "version"},
 }
 # the command line is the one door to the recipes
 ALLOWED_TO_FILE = {
