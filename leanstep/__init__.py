@@ -60,7 +60,7 @@ _OWNERS = {
     "release_gradients": "leanstep.optimizers",
     "use_backend": "leanstep.kernels",
 }
-_SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "recipes", "sparsity"})
+_SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 
 
 def __getattr__(name: str) -> object:
