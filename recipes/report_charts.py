@@ -96,7 +96,10 @@ def _plain(runs: list[Run], key: str) -> list[Series]:
 
 
 def reported_curves(run: Run, section: str, most_points: int) -> str:
-    """Numbers of the "optimizer" or the "sparsity": keys ``A/x`` and ``A/y`` are lines of one chart ``A``, other keys have one each."""
+    """Numbers of the "optimizer" or the "sparsity".
+
+    Keys ``A/x`` and ``A/y`` are lines of one chart ``A``; other keys have a chart each.
+    """
     groups: dict[str, list[str]] = {}
     for key in run.reported_keys(section):
         groups.setdefault(key.partition("/")[0], []).append(key)

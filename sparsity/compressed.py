@@ -54,13 +54,13 @@ def export_compressed(
         One row per tensor that was stored, with its bytes before and after.
 
     Raises:
-        ValueError: for a weight that is not N:M as it should be, a model on its way there, an unknown name, or a pattern
-            with M above 256; nothing is written then.
+        ValueError: for a weight that is not N:M as it should be, a model on its way there, an unknown name, or a
+            pattern with M above 256; nothing is written then.
         OSError: where the file cannot be written.
 
     Notes:
-        :func:`load_compressed` gives every tensor back bit for bit; a weight with negative zeros that its pattern leaves
-        no room for is refused (adding 0.0 makes them positive).
+        :func:`load_compressed` gives every tensor back bit for bit; a weight with negative zeros that its pattern
+        leaves no room for is refused (adding 0.0 makes them positive).
     """
     state, chosen = _state_and_patterns(model, patterns)
     stored: dict[str, Tensor] = {}
@@ -202,8 +202,8 @@ def _read_layout(path: Path) -> dict[str, Any]:
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}; export_compressed "
-            "writes it, and plain safetensors files are read by safetensors.torch.load_file"
+            f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}, as "
+            "export_compressed writes it; plain safetensors files are read by safetensors.torch.load_file"
         )
     try:
         layout = json.loads(metadata["layout"])

@@ -159,7 +159,7 @@ class Controller:
     def attach(self, optimizer: torch.optim.Optimizer) -> Controller:
         """Move along with an optimizer, by torch's own hooks before and after its ``step``. Returns the controller.
 
-        Any number of backward passes may lie between two steps. Steps that a gradient scaler leaves out are not counted.
+        Any number of backward passes may lie between two steps. Steps that a gradient scaler leaves out do not count.
 
         Raises:
             TypeError: for what is no torch optimizer (give a wrapper's own one).

@@ -146,7 +146,7 @@ class SparseLayer:
         """The dense weight that is trained."""
         module, attribute = self.places[0]
         if parametrize.is_parametrized(module, attribute):
-            return cast(nn.Parameter, module.parametrizations[attribute].original)  # type: ignore[index,union-attr]
+            return cast(nn.Parameter, _holder(module, attribute).original)
         return cast(nn.Parameter, getattr(module, attribute))
 
     @property
@@ -156,11 +156,16 @@ class SparseLayer:
         return transform_of(module, attribute) is self.transform
 
 
+def _holder(module: nn.Module, attribute: str) -> Any:
+    """torch's list of an attribute's parametrizations, which holds the original."""
+    return cast(nn.ModuleDict, module.parametrizations)[attribute]
+
+
 def transform_of(module: nn.Module, attribute: str) -> SparseWeight | None:
     """The sparse parametrization of an attribute, None where it has none."""
     if not parametrize.is_parametrized(module, attribute):
         return None
-    first = module.parametrizations[attribute][0]  # type: ignore[index,union-attr]
+    first = _holder(module, attribute)[0]
     return first if isinstance(first, SparseWeight) else None
 
 
@@ -213,8 +218,8 @@ def plan_layers(
             layers[id(weight)] = layer
         elif earlier.target != target:
             raise ValueError(
-                f"sparsify: {earlier.name!r} and {name!r} are one tied weight, but the rules give them {earlier.target} "
-                f"and {target}"
+                f"sparsify: {earlier.name!r} and {name!r} are one tied weight, but the rules give them "
+                f"{earlier.target} and {target}"
             )
     if not layers:
         raise ValueError("sparsify: the rules leave every layer dense; give at least one a pattern with n < m")
@@ -229,13 +234,12 @@ def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
         # unsafe: no trial run, whose result is known
         parametrize.register_parametrization(module, attribute, layer.transform, unsafe=True)
         # where the parameter stood, which remove needs to know
-        holder = module.parametrizations[attribute]  # type: ignore[index,union-attr]
-        holder.following = names[names.index(attribute) + 1 :]
+        _holder(module, attribute).following = names[names.index(attribute) + 1 :]
 
 
 def remove(module: nn.Module, attribute: str) -> None:
     """Take the parametrization off, and put the dense Parameter back under its name and in its place."""
-    following = module.parametrizations[attribute].following  # type: ignore[index,union-attr]
+    following = _holder(module, attribute).following
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
     # torch puts it last, and state_dict and parameters() would come in another order than before
     for name in [name for name in module._parameters if name in following]:
@@ -307,7 +311,7 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
     if parametrize.is_parametrized(module, attribute):
         again = transform_of(module, attribute) is not None
         advice = "squash it first to begin again" if again else "remove that parametrization first"
-        raise ValueError(f"{where} is parametrized already ({module.parametrizations[attribute][0]}); {advice}")
+        raise ValueError(f"{where} is parametrized already ({_holder(module, attribute)[0]}); {advice}")
     weight = getattr(module, attribute)
     if hasattr(weight, "placements"):
         raise ValueError(
@@ -335,6 +339,6 @@ def _check_groups(layer: SparseLayer, weight: Tensor, pad: str) -> None:
         )
     if size % target.m and pad == "refuse":
         raise ValueError(
-            f"{where}, which groups of {target.m} ({target}) do not fill; take a divisor of {size}, leave the layer out, "
-            "or let the last group of each row be shorter with pad='zero'"
+            f"{where}, which groups of {target.m} ({target}) do not fill; take a divisor of {size}, leave the layer "
+            "out, or let the last group of each row be shorter with pad='zero'"
         )

@@ -109,7 +109,7 @@ def sparse_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def original_key(name: str) -> str:
-    """The key under which the dense weight of a sparse parameter stands: a.weight -> a.parametrizations.weight.original."""
+    """Where the dense weight of a sparse parameter stands: a.weight -> a.parametrizations.weight.original."""
     module, _, attribute = name.rpartition(".")
     return f"{module}{_ORIGINAL.format(attribute)}".lstrip(".")
 

@@ -46,9 +46,14 @@ class SparsityCallback(TrainerCallback):
         self.controller.attach(optimizer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
-        """Add the controller's numbers to what is logged of training, as ``sparse/WHAT/LAYER``."""
-        if logs is not None and "loss" in logs:
-            logs.update({f"sparse/{key}": value for key, value in self.controller.diagnostics().items()})
+        """Add the controller's numbers, as ``sparse/WHAT/LAYER``, to what is logged of training and to its history."""
+        if logs is None or "loss" not in logs:
+            return
+        found = {f"sparse/{key}": value for key, value in self.controller.diagnostics().items()}
+        logs.update(found)
+        if state.log_history:
+            # the Trainer has taken its copy already
+            state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Let go of the optimizer."""

@@ -1,6 +1,6 @@
-"""Optimizers on sharded and replicated parameters, in real gloo processes.
+"""Optimizers and sparse weights, sharded and replicated, in real gloo processes.
 
-The checks are in distributed_cases.py, distributed_placements.py and distributed_checkpoints.py of tests/helpers.
+The checks are in the modules that are listed here, in tests/helpers.
 """
 
 import pytest
@@ -13,6 +13,7 @@ MODULES = (
     "distributed_checkpoints",
     "distributed_lanton",
     "distributed_mfac",
+    "distributed_sparsity",
 )
 load_cases(MODULES)
 

@@ -26,9 +26,9 @@ class Int8Linear(nn.Linear):
 
 
 CASES = {
-    "matches no layer": ({"*.mlp.*": "2:4"}, {}, r"'\*.mlp.\*' \(pattern 2:4\) matches no layer; the names are '0', '2', '4'"),
+    "matches no layer": ({"*.mlp.*": "2:4"}, {}, r"'\*.mlp.\*' .* matches no layer; the names are '0', '2', '4'"),
     "hidden by an earlier rule": ({"*": "2:4", "0": "1:4"}, {}, "earlier rules took '0'"),
-    "longer than the row": ({"2": "1:32"}, {}, r"'2' of shape \(16, 16\) has 16 entries along dimension 1, fewer than the 32"),
+    "longer than the row": ({"2": "1:32"}, {}, r"'2' of shape \(16, 16\) has 16 entries .*, fewer than the 32"),
     "no divisor": ({"2": "1:3"}, {}, r"which groups of 3 \(1:3\) do not fill; take a divisor of 16.*pad='zero'"),
     "n above m": ({"2": "5:4"}, {}, "0 <= n <= m"),
     "no pattern": ({"2": 0.5}, {}, "expected an N:M pattern"),
@@ -37,7 +37,7 @@ CASES = {
     "nothing": ({}, {}, "at least one rule"),
     "unknown method": (MLP, {"method": "magic"}, "expected a method of ste, srste, .*got 'magic'"),
     "needs a schedule": (MLP, {"method": "mdgf-linear"}, "needs to know how long training is"),
-    "another kind": (MLP, {"method": "mdgf-linear", "schedule": Schedule(total_steps=9)}, "kind 'mdgf-linear', got 'constant'"),
+    "another kind": (MLP, {"method": "mdgf-linear", "schedule": Schedule(total_steps=9)}, "linear', got 'constant'"),
     "no schedule": (MLP, {"schedule": "linear"}, "expected a Schedule, a number of steps or None, got str"),
     "flow": (MLP, {"grad_flow": "up"}, "grad_flow must be 'ste', 'decay' or 'fixed', got 'up'"),
     "lambda": (MLP, {"srste_lambda": -1.0}, "srste_lambda must be >= 0"),
