@@ -56,8 +56,8 @@ def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conve
         if not reason:
             subclass = _subclass(chosen)
             with torch.no_grad():
-                sparse = subclass.from_dense(module.weight.detach().contiguous())  # type: ignore[union-attr,operator]
-            module.weight = nn.Parameter(sparse, requires_grad=False)  # type: ignore[assignment]
+                sparse = subclass.from_dense(module.weight.detach().contiguous())
+            module.weight = nn.Parameter(sparse, requires_grad=False)
         found.append(Conversion(name, reason))
     return found
 

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def _why_it_fails(compiler: str) -> str | None:
     return None
 
 
-def library(name: str, macros: dict[str, str | int]) -> ctypes.CDLL:
+def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
     """The compiled ``NAME.cpp`` with these macros, built unless it is in the cache.
 
     Raises:
