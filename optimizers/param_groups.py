@@ -113,7 +113,7 @@ def param_groups(
     rules = [(re.compile(pattern), dict(values)) for pattern, values in overrides]
     used = [False] * len(rules)
     roles = parameter_roles(model)
-    transposed = _transposed(model)
+    transposed = transposed_parameters(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -155,7 +155,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _transposed(model: nn.Module) -> set[int]:
+def transposed_parameters(model: nn.Module) -> set[int]:
     """Identities of the weights that are known to be stored (in, out), or (e, in, out)."""
     return {
         id(param)
