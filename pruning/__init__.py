@@ -1,8 +1,17 @@
 """Pruning of trained models, each layer as far as it hurts least: allocations, scores, and the solver behind them."""
 
+from leanstep.pruning.curves import Curve, level_grid, nm_levels
+from leanstep.pruning.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
 from leanstep.pruning.layers import Layer, as_matrix
 
 __all__ = [
+    "Curve",
+    "InfeasibleBudget",
+    "KnapsackTable",
     "Layer",
     "as_matrix",
+    "level_grid",
+    "nm_levels",
+    "solve_knapsack",
+    "solve_lagrange",
 ]

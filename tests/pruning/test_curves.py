@@ -1,0 +1,142 @@
+"""Rate-distortion curves: cleaning, what lies between levels, and the levels worth measuring."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from leanstep.pruning import Curve, level_grid, nm_levels
+from leanstep.pruning.monotone import isotonic, monotone_cubic
+
+
+def curve(kept, distortion, numel=1000, stderr=None, patterns=()):
+    return Curve("w", numel, tuple(kept), tuple(distortion), tuple(stderr or [0.0] * len(kept)), "kl", patterns)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_isotonic_is_the_min_max_of_averages(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 12))
+    values, weights = rng.normal(size=n), rng.random(n) + 0.1
+
+    def mean(i, j):
+        return np.average(values[i : j + 1], weights=weights[i : j + 1])
+
+    expected = [max(min(mean(i, j) for j in range(k, n)) for i in range(k + 1)) for k in range(n)]
+    np.testing.assert_allclose(isotonic(values, weights), expected, rtol=1e-12)
+
+
+def test_isotonic_leaves_what_is_in_order_and_refuses_what_it_cannot_weigh():
+    assert isotonic(np.array([0.1, 0.1, 0.7])).tolist() == [0.1, 0.1, 0.7]
+    assert isotonic(np.array([])).tolist() == []
+    for values, weights in (([1.0], [0.0]), ([np.nan], [1.0]), ([1.0, 2.0], [1.0])):
+        with pytest.raises(ValueError, match="isotonic"):
+            isotonic(np.array(values), np.array(weights))
+
+
+def test_the_cubic_meets_its_points_and_lines_and_never_overshoots():
+    x = np.array([0.0, 1.0, 1.5, 4.0, 4.1, 9.0])
+    y = np.array([0.0, 0.0, 2.0, 2.1, 7.0, 7.0])
+    at = np.linspace(0, 9, 5000)
+    found = monotone_cubic(x, y, at)
+    np.testing.assert_allclose(monotone_cubic(x, y, x), y, atol=1e-14)
+    assert (np.diff(found) >= -1e-12).all() and found.max() <= 7 + 1e-12
+    np.testing.assert_allclose(
+        monotone_cubic(x, 3 * x - 1, np.array([-2.0, 0.3, 12.0])), [-7.0, -0.1, 35.0], atol=1e-12
+    )
+    with pytest.raises(ValueError, match="strictly increases"):
+        monotone_cubic(np.array([0.0, 0.0]), np.array([1.0, 2.0]), at)
+
+
+def test_a_cleaned_curve_is_monotone_and_trusts_small_errors_more():
+    noisy = curve([1000, 800, 600, 400], [0.0, 0.3, 0.1, 0.5], stderr=[0.0, 0.1, 0.01, 0.1])
+    clean = noisy.cleaned()
+    assert clean.distortion[0] == 0.0
+    assert clean.distortion[1] == clean.distortion[2] == pytest.approx((0.3 * 100 + 0.1 * 10000) / 10100)
+    assert clean.distortion[3] == 0.5
+    assert noisy.distortion[1] == 0.3  # raw values stay
+    unknown = dataclasses.replace(noisy, stderr=(0.0,) * 4).cleaned()
+    assert unknown.distortion[1] == pytest.approx(0.2)
+    assert curve([1000, 500], [0.0, -0.2]).cleaned().distortion == (0.0, 0.0)
+
+
+def test_the_grid_passes_through_the_levels_and_is_fine_where_little_is_left():
+    numel = 100_000
+    kept = level_grid(numel, 0.9)
+    truth = [(1 - k / numel) ** 2 / (k / numel) for k in kept]
+    fine = curve(kept, truth, numel).dense_grid(101)
+    assert fine.kept[0] == numel and fine.distortion[0] == 0.0
+    assert 90 < len(fine.kept) <= 101
+    assert (np.diff(fine.kept) < 0).all() and (np.diff(fine.distortion) >= 0).all()
+    expected = [(1 - k / numel) ** 2 / (k / numel) for k in fine.kept]
+    measured = np.array(fine.kept) <= 0.9 * numel
+    np.testing.assert_allclose(np.array(fine.distortion)[measured], np.array(expected)[measured], rtol=0.01)
+    # nearer to dense than any level measured, a power of what is removed
+    np.testing.assert_allclose(fine.distortion[1:], expected[1:], rtol=0.5)
+    # a grid even in sparsity has 5 of its points from 90 to 95 %
+    assert sum(k <= 0.1 * numel for k in fine.kept) > 10
+
+
+def test_the_grid_removes_multiples_of_a_unit():
+    fine = curve(level_grid(10_007, 0.5), [0.0, *np.linspace(0.1, 2, len(level_grid(10_007, 0.5)) - 1)], 10_007)
+    removed = [10_007 - k for k in fine.dense_grid(101, unit=64).kept]
+    assert removed[0] == 0 and all(r % 64 == 0 for r in removed) and len(removed) > 70
+
+
+def test_the_grid_of_a_curve_with_levels_that_cost_nothing():
+    free = curve([1000, 900, 500, 100], [0.0, 0.0, 0.0, 0.4]).dense_grid(50)
+    at = dict(zip(free.kept, free.distortion, strict=True))
+    assert all(d == 0.0 for k, d in at.items() if k >= 500)
+    assert all(0 < d <= 0.4 for k, d in at.items() if k < 500)
+    assert set(curve([1000, 500], [0.0, 0.0]).dense_grid(20).distortion) == {0.0}
+    assert curve([1000], [0.0]).dense_grid(20).kept == (1000,)
+
+
+def test_between_levels_a_curve_is_linear():
+    line = curve([1000, 500, 100], [0.0, 1.0, 3.0])
+    assert line.at(750) == 0.5 and line.at(300) == 2.0 and line.at(1000) == 0.0
+    with pytest.raises(ValueError, match="kept = 99 is outside its levels 100 .. 1000"):
+        line.at(99)
+
+
+def test_a_curve_survives_json():
+    first = curve([1000, 875, 250], [0.0, 0.1, 1 / 3], stderr=[0.0, 1e-3, 0.1], patterns=("8:8", "7:8", "2:8"))
+    assert Curve.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+
+
+@pytest.mark.parametrize(
+    ("kept", "distortion", "patterns", "said"),
+    [
+        ([1000, 1000], [0.0, 0.1], (), "strictly decrease"),
+        ([1001, 10], [0.0, 0.1], (), "0 .. 1000"),
+        ([1000, 500], [0.01, 0.1], (), "exactly 0; got 0.01"),  # a pass that differs from itself
+        ([1000, 500], [0.0, float("nan")], (), "finite"),
+        ([1000, 500], [0.0], (), "as many"),
+        ([], [], (), "as many"),
+        ([1000, 500], [0.0, 1.0], ("8:8", "3:8"), "3:8 keeps 375 of 1000 weights, not 500"),
+    ],
+)
+def test_what_is_no_curve_is_refused(kept, distortion, patterns, said):
+    with pytest.raises(ValueError, match=said):
+        curve(kept, distortion, patterns=patterns)
+
+
+def test_the_levels_worth_measuring():
+    levels = [1 - k / 10_000 for k in level_grid(10_000, 0.7)]
+    assert levels[0] == 0.0
+    for wanted in (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.875):
+        assert min(abs(s - wanted) for s in levels) < 1e-4
+    assert max(levels) == 0.95  # never all of a matrix
+    assert level_grid(8, 0.5) == (8, 7, 6, 5, 4, 3, 2, 1)
+    assert all((960 - k) % 16 == 0 for k in level_grid(960, 0.5, unit=16))
+    tail = [s for s in (1 - k / 10**6 for k in level_grid(10**6, 0.98, highest=0.999)) if s > 0.9]
+    assert len(tail) >= 6
+    with pytest.raises(ValueError, match="target 1.0"):
+        level_grid(100, 1.0)
+
+
+def test_the_levels_of_mixed_patterns():
+    assert nm_levels(64, 8, 5) == ((64, 56, 48, 40), ("8:8", "7:8", "6:8", "5:8"))
+    with pytest.raises(ValueError, match="groups of 8"):
+        nm_levels(60, 8)
