@@ -15,6 +15,7 @@ from leanstep.sparsity.scores import (
 )
 from leanstep.sparsity.semi_structured import Conversion, to_semi_structured
 from leanstep.sparsity.squash import plain_state_dict, squash
+from leanstep.sparsity.transposable import transposable_mask
 from leanstep.sparsity.verify import Verification, verify
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "sparsify",
     "squash",
     "to_semi_structured",
+    "transposable_mask",
     "verify",
 ]

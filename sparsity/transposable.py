@@ -33,8 +33,8 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
         pattern: N:M.
         method: "exact": the largest possible sum of scores in every tile (2:4 by trying all 90 masks, others by
             cancelling cycles). "greedy": largest scores first, where row and column have room, and what is missing
-            by the best exchanges; at least half of the largest sum (``benchmarks/nm_mask.py`` measures how much). "auto": exact up
-            to M = 16.
+            by the best exchanges; at least half of the largest sum (``benchmarks/nm_mask.py`` measures how much).
+            "auto": exact up to M = 16.
 
     Returns:
         bool, the shape of ``scores``; exactly N per group along both dimensions.
@@ -55,8 +55,8 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
         raise ValueError(f"transposable_mask: method must be one of {', '.join(METHODS)}, got {method!r}")
     if scores.dim() < 2 or scores.shape[-1] % m or scores.shape[-2] % m:
         raise ValueError(
-            f"transposable_mask: tiles of {m} x {m} do not fill scores of shape {tuple(scores.shape)}; both of the last "
-            "two dimensions must be multiples"
+            f"transposable_mask: tiles of {m} x {m} do not fill scores of shape {tuple(scores.shape)}; both of the "
+            "last two dimensions must be multiples"
         )
     if n in (0, m):
         return torch.full(scores.shape, n == m, dtype=torch.bool, device=scores.device)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from leanstep.kernels.cpp_impl._build import TYPES, address, library
 
+FLOWS = {"ste": 0, "decay": 1, "fixed": 2}
+
 
 def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     """The masked weight; both tensors dense and of one layout."""
     out = torch.empty_like(weight, requires_grad=False)
-    library("nm_apply", {"WEIGHT": TYPES[weight.dtype], "GRAD": "float", "FLOW": "STE", "SRSTE": 0}).nm_apply(
+    _library(weight, weight).nm_apply(
         ctypes.c_int64(weight.numel()),
         address(weight),
         address(mask),
@@ -29,15 +31,19 @@ def nm_apply_backward(
 ) -> Tensor:
     """The gradient of the weight; all tensors dense and of one layout."""
     out = torch.empty_like(weight, requires_grad=False)
-    types = {"WEIGHT": TYPES[weight.dtype], "GRAD": TYPES[grad.dtype]}
-    library("nm_apply", types | {"FLOW": grad_flow.upper(), "SRSTE": int(srste_lambda != 0)}).nm_apply_backward(
+    _library(weight, grad).nm_apply_backward(
         ctypes.c_int64(weight.numel()),
         address(grad),
         address(weight),
         address(mask),
         ctypes.c_float(alpha.to(torch.float32).item()),
+        FLOWS[grad_flow],
         ctypes.c_float(srste_lambda),
         address(out),
         torch.get_num_threads(),
     )
     return out
+
+
+def _library(weight: Tensor, grad: Tensor) -> ctypes.CDLL:
+    return library("nm_apply", {"WEIGHT": TYPES[weight.dtype], "GRAD": TYPES[grad.dtype]})

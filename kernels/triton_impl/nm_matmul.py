@@ -1,8 +1,8 @@
 """Products with a compressed N:M matrix: every row of it gathers what it needs of a few rows of x.
 
 Bytes: per tile of rows of x, values and indices are read once (5 bytes per kept fp32 weight, 3 in 16 bits), and as many
-entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows are left to the dense
-matrix, formed for the purpose: tensor cores do not gather.
+entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows are left to the
+dense matrix, formed for the purpose: tensor cores do not gather.
 """
 
 import torch
