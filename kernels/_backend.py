@@ -45,6 +45,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "nm_apply": _WINDOW,
     "nm_apply_backward": _WINDOW,
     "nm_matmul": _WINDOW,
+    "poly_features": ("reference", "cpp"),
+    "poly_features_backward": ("reference", "cpp"),
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")

@@ -1,0 +1,108 @@
+"""Which monomials a polynomial feature map has, in which order, and how they come from each other.
+
+The monomials x^a of degree 0 to g in d variables, each weighted with 1 / sqrt(a!), so that the features of two vectors
+multiply to ``sum over t <= g of (x . y)^t / t!``. They are ordered by degree, and within one by the last variable: the
+monomials of degree t that end in variable i are those of degree t - 1 in variables up to i, times x_i.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# beyond this, tables and states of one head take gigabytes
+MOST_FEATURES = 1 << 20
+
+
+def feature_count(dim: int, degree: int) -> int:
+    """Monomials of degree 0 to ``degree`` in ``dim`` variables: ``C(dim + degree, degree)``."""
+    return math.comb(dim + degree, degree)
+
+
+@dataclass(frozen=True)
+class PolyTables:
+    """The feature map of one (d, degree), on one device; see :func:`poly_tables`.
+
+    Attributes:
+        parent, last, weight: [k]; feature f > 0 is ``weight * feature[parent] * x[last]``; feature 0 is 1.
+        degrees: [k], the degree of each feature.
+        up, lift: [features of degree < g, d]; the derivative of feature ``up[b, i]`` in x_i is ``lift[b, i] *
+            feature[b]``, so that gradients are gathered, not scattered.
+        weight32, lift32: the same in fp32.
+        starts: where the features of each degree begin, and k at the end.
+    """
+
+    parent: Tensor
+    last: Tensor
+    weight: Tensor
+    degrees: Tensor
+    up: Tensor
+    lift: Tensor
+    starts: tuple[int, ...]
+    weight32: Tensor
+    lift32: Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def poly_tables(dim: int, degree: int, device: torch.device) -> PolyTables:
+    """The tables of all monomials up to ``degree`` in ``dim`` variables. Integers are int32, weights fp64."""
+    parent, last, counts_last = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    starts = [0, 1]
+    for t in range(1, degree + 1):
+        # how many monomials of degree t - 1 use variables up to i only
+        prefix = [math.comb(i + t - 1, t - 1) for i in range(dim)]
+        local = np.concatenate([np.arange(size) for size in prefix])
+        ends = np.repeat(np.arange(dim), prefix)
+        parent.append(local + starts[t - 1])
+        last.append(ends)
+        counts_last.append(1 + np.where((last[t - 1][local] == ends) & (t > 1), counts_last[t - 1][local], 0))
+        starts.append(starts[t] + len(local))
+    up, lift = _ups(dim, degree, parent, last, starts)
+    weight = 1 / np.sqrt(np.maximum(np.concatenate(counts_last), 1))
+    degrees = np.repeat(np.arange(degree + 1), np.diff(starts))
+
+    def integers(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    weights, lifts = torch.from_numpy(weight).to(device), torch.from_numpy(lift).to(device)
+    return PolyTables(
+        parent=integers(np.concatenate(parent)),
+        last=integers(np.concatenate(last)),
+        weight=weights,
+        degrees=integers(degrees),
+        up=integers(up),
+        lift=lifts,
+        starts=tuple(starts),
+        weight32=weights.float(),
+        lift32=lifts.float(),
+    )
+
+
+def _ups(
+    dim: int, degree: int, parent: list[np.ndarray], last: list[np.ndarray], starts: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The index of every feature of degree < g times every variable, and the root of the variable's new exponent."""
+    variables = np.arange(dim)[None, :]
+    ups, counts = [], []
+    for t in range(degree):
+        here = np.arange(starts[t + 1] - starts[t])[:, None]
+        # where the monomials of degree t + 1 that end in variable i begin
+        begins = starts[t + 1] + np.array([math.comb(i + t, t + 1) for i in range(dim)])
+        direct = begins[None, :] + here
+        if t == 0:
+            ups.append(direct)
+            counts.append(np.zeros((1, dim), np.int64))
+            continue
+        above, end = parent[t] - starts[t - 1], last[t][:, None]
+        # a variable before the last one goes into the parent, whose product then ends in the last one
+        inner = ups[t - 1][above] - starts[t]
+        ups.append(np.where(variables >= end, direct, begins[end] + inner))
+        counts.append(counts[t - 1][above] + (variables == end))
+    if not ups:
+        return np.zeros((0, dim), np.int64), np.zeros((0, dim))
+    return np.concatenate(ups), np.sqrt(np.concatenate(counts) + 1.0)
