@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from faults import held_at
+from faults import fsdp2_on_cpu, held_at
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, write_recipe
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from leanstep.recipes.differences import config_differences
 from leanstep.recipes.loader import ConfigError, dump, load
 from leanstep.recipes.memory import estimate
 from leanstep.recipes.report import write_report
+from leanstep.sparsity import nm_mask
 from leanstep.sparsity.methods import METHODS
 
 SPARSE = "sparsity.patterns={'*.mlp.*': '1:8', '*.attn.c_attn': '2:4'}"
@@ -107,10 +108,13 @@ def test_a_killed_run_continues_as_if_it_had_not_been(recipe, tmp_path, method, 
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+FINISHED = [SPARSE, "sparsity.method=mdgf-linear", "sparsity.finetune=0.25", "steps=12"]
+
+
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("sparse") / "run"
-    training = run(recipe, [SPARSE, "sparsity.method=mdgf-linear", "sparsity.finetune=0.25", "steps=12"], out)
+    training = run(recipe, [*FINISHED, "checkpoint.keep_last=9"], out)
     assert training.codes == [0], training.text()
     return training
 
@@ -131,9 +135,14 @@ def test_the_result_is_an_ordinary_folder_with_exact_zeros(finished, capsys):
 
 
 def test_a_checkpoint_on_the_way_is_what_the_run_computed_with(finished):
-    # step 3 of 9: alpha is 2/3, so weights are decayed but not zero, and verify is told of no pattern
-    folder = sorted((finished.out / "checkpoints").iterdir())[0]
-    assert folder.name == "step-000009" or (folder / "hf" / "sparsity.json").exists() is False
+    # after step 3 of 9 the weights outside the mask have faded to two thirds, and no file calls them 1:8
+    folder = finished.out / "checkpoints" / "step-000003"
+    assert not (folder / "hf" / "sparsity.json").exists() and (finished.out / "last/hf/sparsity.json").exists()
+    faded = load_file(folder / "hf" / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
+    dense = load_file(folder / "trainer" / "sparsity.safetensors")
+    dense = dense["transformer.h.0.mlp.c_fc.parametrizations.weight.original"]
+    mask = nm_mask(dense, "1:8", axis="out")  # stored (in, out)
+    torch.testing.assert_close(faded, torch.where(mask, dense, dense * (2 / 3)))
 
 
 def test_log_and_report_show_sparsity(finished):
@@ -149,3 +158,23 @@ def test_log_and_report_show_sparsity(finished):
     assert counted["theoretical"] < counted["hardware"] < counted["dense"]
     page = write_report([finished.out], finished.out / "again.html").read_text()
     assert "<h2>Sparsity</h2>" in page and "Sparsity: flip_rate" in page and "theoretical" in page
+
+
+def test_a_sharded_run_that_is_killed_trains_as_one_process_does(recipe, tmp_path):
+    # GPT-2 keeps its weights as (in, out): rows that are shared out would cut groups, which is refused
+    llama = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
+    options = [f"model={{family: llama, config: {llama}}}", "sparsity.patterns={'*.mlp.*': '1:8', '*.q_proj': '2:4'}"]
+    options += ["sparsity.method=mdgf-linear", "sparsity.finetune=0.25", "sparsity.srste_lambda=1e-3", "steps=12"]
+    alone = run(recipe, options, tmp_path / "alone")
+    assert alone.codes == [0], alone.text()
+    options += ["distributed.strategy=fsdp2"]
+    sharded = Training(recipe, options, tmp_path / "sharded", world=2, prepare=partial(held_at, 10, fsdp2_on_cpu))
+    sharded.wait_for(lambda training: training.last_step() >= 8)
+    sharded.kill(1)
+    assert 0 not in sharded.wait()
+    again = run(recipe, options, tmp_path / "sharded", world=2, prepare=fsdp2_on_cpu)
+    assert again.codes == [0, 0] and "resuming from" in again.text(), again.text()
+    # kind, step, loss; the order of additions differs
+    for one, other in zip(numbers(alone.out)[:-1], numbers(again.out)[:-1], strict=True):
+        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
+    assert main(["verify", str(again.out)]) == 0
