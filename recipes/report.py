@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from leanstep._page import style
 from leanstep.recipes.report_charts import curves, reported_curves
 from leanstep.recipes.report_parts import (
     badge,
@@ -19,7 +20,6 @@ from leanstep.recipes.report_parts import (
     sparsity_tables,
     tiles,
 )
-from leanstep.recipes.report_style import style
 from leanstep.recipes.runlog import Run, flat, read_run
 
 __all__ = ["MOST_BYTES", "write_report"]

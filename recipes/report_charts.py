@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from leanstep.recipes.curves import Series, chart, compact, smooth
+from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.runlog import Run
 
 __all__ = ["curves", "reported_curves"]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from leanstep.recipes.curves import PALETTE, compact
+from leanstep._charts import PALETTE, compact
 from leanstep.recipes.runlog import Run, duration, number
 
 __all__ = [

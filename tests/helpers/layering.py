@@ -12,8 +12,9 @@ ALLOWED = {
     "lora": {"kernels"},
     "optimizers": {"kernels"},
     "sparsity": {"kernels"},
-    "recipes": {"kernels", "lora", "optimizers", "sparsity", "version"},
-    "leanstep": {"kernels", "lora", "optimizers", "sparsity", "version"},
+    "pruning": {"kernels", "lora", "optimizers", "sparsity", "version", "page"},
+    "recipes": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page"},
+    "leanstep": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page"},
 }
 # the command line is the one door to the recipes
 ALLOWED_TO_FILE = {
@@ -22,7 +23,7 @@ ALLOWED_TO_FILE = {
 }
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
-ROOT_MODULES = {"_version": "version", "__version__": "version", "cli": "cli"}
+ROOT_MODULES = {"_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page"}
 TRITON_FOLDER = "kernels/triton_impl/"
 
 

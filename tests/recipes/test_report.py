@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from run_folders import write_run
 
-from leanstep.recipes.curves import Series, chart, compact, smooth
+from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.report import MOST_BYTES, write_report
 from leanstep.recipes.runlog import duration, read_run

@@ -1,6 +1,6 @@
 """How a report looks, on a light and a dark screen and on paper: one style sheet."""
 
-from leanstep.recipes.curves import PALETTE, STYLE
+from leanstep._charts import PALETTE, STYLE
 
 __all__ = ["style"]
 
