@@ -5,6 +5,8 @@ from leanstep.kernels.block_inverse_fisher import BlockInverseFisher
 from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
+from leanstep.kernels.lora_products import lora_down, lora_down_backward, lora_dropout, lora_up_
+from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward
 from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
 from leanstep.kernels.nm_mask import nm_mask
@@ -34,6 +36,10 @@ __all__ = [
     "linear_combination",
     "lion_agreement",
     "lion_step",
+    "lora_down",
+    "lora_down_backward",
+    "lora_dropout",
+    "lora_up_",
     "newton_schulz",
     "nm_apply",
     "nm_apply_backward",
@@ -51,6 +57,8 @@ __all__ = [
     "sparse_layout",
     "sparse_linear_combination",
     "sparse_row_dots",
+    "swiglu",
+    "swiglu_backward",
     "top_k",
     "use_backend",
     "window_coefficients",

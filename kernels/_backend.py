@@ -45,6 +45,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "nm_apply": _WINDOW,
     "nm_apply_backward": _WINDOW,
     "nm_matmul": _WINDOW,
+    "lora_dropout": _WINDOW,
+    "lora_down": _WINDOW,
+    "lora_down_backward": _WINDOW,
+    "lora_up": _WINDOW,
+    "lora_swiglu": _WINDOW,
     "poly_features": ("reference", "cpp"),
     "poly_features_backward": ("reference", "cpp"),
 }

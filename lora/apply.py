@@ -1,0 +1,207 @@
+"""Adapt a model in place, and undo it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.lora.blocks import fuse_blocks, unfuse_blocks
+from leanstep.lora.config import LoraConfig
+from leanstep.lora.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
+from leanstep.lora.layer import Adapter, LoRALayer
+from leanstep.lora.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
+from leanstep.lora.quantized import why_unsupported
+from leanstep.lora.targets import rank_of, scale_of, select
+
+Model = TypeVar("Model", bound=nn.Module)
+_KINDS = ("Linear", "Conv1D", "Embedding")
+
+
+def apply_lora(model: Model, config: LoraConfig) -> Model:
+    """Give the selected layers of a model low-rank adapters, and freeze everything else.
+
+    Args:
+        model: any ``nn.Module``; changed in place. Linear layers, transformers' Conv1D and embeddings can be adapted.
+            They stay the objects they are, with their parameters and names, and become instances of a subclass.
+        config: what to adapt and how.
+
+    Returns:
+        The model, with ``config`` as ``model.lora_config``. Trainable are the factors (fp32, or fp64 in an fp64 model),
+        DoRA's magnitudes, ``modules_to_save``, and the biases that ``config.bias`` names.
+
+    Raises:
+        ValueError: for a model that is adapted already, a target that fits nothing (with names like it), a rank larger
+            than a layer, a base weight of a dtype that cannot be adapted, or ``fast_path=True`` where a layer cannot
+            run on it. The model is unchanged.
+
+    Notes:
+        Memory: r (in + out) numbers per layer. What backward keeps is in ``LoraConfig.save``.
+    """
+    plan = plan_lora(model, config)
+    adapters = make_adapters(plan, config)
+    saved = modules_to_save(model, config)
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, module in plan.items():
+        attach = attach_embedding if isinstance(module, nn.Embedding) else attach_linear
+        attach(module, adapters[name], config)  # type: ignore[arg-type]
+        _rebind_hooks(module)
+    _train_saved(model, saved)
+    _train_biases(model, plan, config)
+    model.lora_config = config  # type: ignore[assignment]
+    model.lora_frozen = frozen  # type: ignore[assignment]
+    if config.fused_blocks:
+        fuse_blocks(model)
+    return model
+
+
+def remove_lora(model: Model) -> Model:
+    """Undo :func:`apply_lora`: the layers get their classes back, and parameters their ``requires_grad``.
+
+    An adapter that is merged stays in the weights; one that is not is lost.
+
+    Raises:
+        ValueError: for a model without adapters, or a layer whose class was changed since (by a parametrization, say).
+    """
+    layers = dict(adapted_layers(model))
+    for name, module in layers.items():
+        if not type(module).__name__ == f"LoRA{module.lora.base.__name__}":
+            raise ValueError(
+                f"remove_lora: {name} has become a {type(module).__name__} since it was adapted; undo that first"
+            )
+    if not layers:
+        raise ValueError("remove_lora: the model has no adapters")
+    unfuse_blocks(model)
+    for module in layers.values():
+        if isinstance(module, LoRAEmbeddingLayer):
+            detach_embedding(module)
+        else:
+            assert isinstance(module, LoRALinearLayer)
+            detach_linear(module)
+        _rebind_hooks(module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.lora_frozen.get(name, parameter.requires_grad))  # type: ignore[union-attr]
+    del model.lora_config, model.lora_frozen
+    return model
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """The adapted layers of a model by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+
+
+def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The layers that :func:`apply_lora` would adapt, by name, after every check."""
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
+    plan = select(model, config, _KINDS)
+    problems = [problem for name, module in plan.items() for problem in _problems(name, module, config)]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
+    modules_to_save(model, config)
+    return plan
+
+
+def make_adapters(plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, Adapter]:
+    """The numbers of every layer's adapter."""
+    return {
+        name: Adapter(
+            name=name,
+            rank=rank_of(config, name),
+            scale=scale_of(config, name),
+            dropout=0.0 if isinstance(module, nn.Embedding) else config.lora_dropout,
+            save=config.save,
+            order=config.order,
+            fast_path=config.fast_path,
+            transposed=is_conv1d(module),
+        )
+        for name, module in plan.items()
+    }
+
+
+def _problems(name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
+    if not is_linear(module) and not isinstance(module, nn.Embedding):
+        yield f"{name} is a {type(module).__name__}; adapted are linear layers, Conv1D and embeddings"
+        return
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    reason = why_unsupported(module, weight)
+    if reason is not None:
+        yield f"{name} cannot be adapted: {reason}"
+        return
+    sides, rank = tuple(weight.shape) if isinstance(module, nn.Embedding) else widths(module), rank_of(config, name)
+    if rank > min(sides):
+        yield f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not go with"
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        yield f"{name} has a forward of its own, put there by another tool, which an adapter would not be called by"
+
+
+def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that ``config.modules_to_save`` names.
+
+    Raises:
+        ValueError: for a name that fits no module.
+    """
+    found: dict[str, nn.Module] = {}
+    for wanted in config.modules_to_save or ():
+        hits = {n: m for n, m in model.named_modules() if n == wanted or n.endswith(f".{wanted}")}
+        if not hits:
+            raise ValueError(f"apply_lora: modules_to_save {wanted!r} fits no module of the model")
+        found |= hits
+    return found
+
+
+def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
+    """Train some modules whole; a parameter that others use as well becomes their own first."""
+    inside = {id(module) for whole in saved.values() for module in whole.modules()}
+    elsewhere = {
+        id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
+    }
+    for whole in saved.values():
+        for module in whole.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in elsewhere:
+                    parameter = nn.Parameter(parameter.detach().clone())
+                    setattr(module, name, parameter)
+                parameter.requires_grad_(True)
+
+
+def _train_biases(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
+    if config.bias == "all":
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias") and ".lora_" not in name]
+    elif config.bias == "lora_only":
+        biases = [module.bias for module in plan.values() if isinstance(getattr(module, "bias", None), nn.Parameter)]  # type: ignore[misc]
+    else:
+        biases = []
+    for bias in biases:
+        bias.requires_grad_(True)
+
+
+def _rebind_hooks(module: nn.Module) -> None:
+    """Accelerate's hooks keep the method they replaced; it must be the one of the class the layer has now."""
+    if "_old_forward" in vars(module):
+        module._old_forward = types.MethodType(type(module).forward, module)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def set_adapters(model: nn.Module, enabled: bool) -> None:
+    """Turn all adapters on or off; off, the model computes as its base does.
+
+    Raises:
+        ValueError: for a model without adapters, or with one that is merged.
+    """
+    layers = list(adapted_layers(model))
+    if not layers or any(layer.lora.merged for _, layer in layers):
+        raise ValueError("set_adapters: expected a model with adapters that are not merged")
+    for _, layer in layers:
+        layer.lora.enabled = enabled

@@ -1,0 +1,161 @@
+"""What to adapt and how: PEFT's fields under PEFT's names, and the few that only the fast path has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from leanstep.lora.order import NAMES as ORDERS
+
+SAVES = ("min", "full", "lora_fa")
+BIASES = ("none", "all", "lora_only")
+
+# fields of this package, which adapter_config.json does not have
+_OWN = ("save", "order", "fast_path", "fused_blocks")
+# PEFT's fields that change what an adapter computes and that this package has no code for
+_FOREIGN = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+
+
+@dataclass
+class LoraConfig:
+    """A low-rank adapter: ``W x + scale * B A x``, ``scale = lora_alpha / r``.
+
+    Args:
+        r: rank of the factors A (r, in) and B (out, r); not more than a layer's smaller side.
+        lora_alpha: numerator of the scale.
+        target_modules: which layers. A list of names, each a layer's whole name or its end after a dot; or a text, a
+            regular expression for the whole name; or ``"all-linear"``, every linear layer but the output head.
+        exclude_modules: which of these not; a list of names or a regular expression.
+        lora_dropout: probability with which the adapter's input is dropped, in training.
+        bias: which biases of the base model are trained besides: ``"none"``, ``"all"``, or those of adapted layers,
+            ``"lora_only"``.
+        use_rslora: ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
+        use_dora: a magnitude per output beside the direction (Liu et al., "DoRA", arXiv 2402.09353), for linear layers,
+            Conv1D and embeddings.
+        modules_to_save: names of modules that are trained and saved whole, as a new head is.
+        init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
+            deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both uniform and normal,
+            for tests.
+        fan_in_fan_out: kept for the file; what a layer's weight looks like is known from its class.
+        layers_to_transform: numbers of the layers to adapt, where names have numbers; ``layers_pattern`` is the name
+            before the number.
+        rank_pattern, alpha_pattern: regular expression for the end of a name -> r, lora_alpha of those layers.
+        lora_bias: a bias on B.
+        task_type, base_model_name_or_path, revision, inference_mode: kept for the file.
+        save: what backward keeps. ``"min"``: the input; ``"full"``: the products with A too, which saves ``2 M n r``
+            operations (and, for DoRA, the output before the magnitude); ``"lora_fa"``: A is frozen (Zhang et al.,
+            "LoRA-FA", arXiv 2308.03303), and only the products with it are kept, M r numbers.
+        order: ``"auto"``, ``"factors"`` or ``"sum"``; see :mod:`leanstep.lora.order`.
+        fast_path: None: layers that cannot run on the fast path run as plain torch, and say why in ``fast_path``; True:
+            such a layer is an error; False: plain torch everywhere.
+        fused_blocks: one function for q, k and v where a block asks for all three, and one for a SwiGLU block, which
+            then keeps its input and the two inner projections only.
+
+    Raises:
+        ValueError: for a rank or a probability out of range, and unknown values; all of them are named.
+
+    References:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_bias: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    save: Literal["min", "full", "lora_fa"] = "min"
+    order: Literal["auto", "factors", "sum"] = "auto"
+    fast_path: bool | None = None
+    fused_blocks: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+        found = list(self._problems())
+        if found:
+            raise ValueError("LoraConfig: " + "; ".join(found))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                problems.append(f"{name} must be a whole number above 0, got {value!r}")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
+        for name, allowed in (
+            ("bias", BIASES),
+            ("save", SAVES),
+            ("order", ORDERS),
+            ("fast_path", (None, True, False)),
+            ("init_lora_weights", (True, False, "gaussian", "orthogonal")),
+        ):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            problems.append("layers_to_transform goes with a list of target_modules, not with a pattern")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of ``adapter_config.json``: PEFT's fields, ready for JSON."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
+        return {"peft_type": "LORA", **known}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> LoraConfig:
+        """The configuration that an ``adapter_config.json`` holds.
+
+        Unknown keys that say nothing (null, false, empty) are left out; others are named in a warning.
+
+        Raises:
+            ValueError: for another kind of adapter, or a variant of LoRA that is not in this package.
+        """
+        kind = settings.get("peft_type", "LORA")
+        if str(kind).rsplit(".", 1)[-1] != "LORA":
+            raise ValueError(f"LoraConfig: expected an adapter of peft_type 'LORA', got {kind!r}")
+        foreign = [name for name in _FOREIGN if settings.get(name)]
+        if foreign:
+            raise ValueError(
+                f"LoraConfig: the adapter uses {', '.join(foreign)}, which is not in leanstep.lora; load it with peft"
+            )
+        names = {f.name for f in fields(cls)} - set(_OWN)
+        ignored = {"peft_type", "auto_mapping", "peft_version", "loftq_config", "corda_config", "eva_config"}
+        ignored |= {"lora_ga_config", "velora_config", "qalora_group_size", "megatron_core", "runtime_config"}
+        unknown = sorted(key for key, value in settings.items() if value and key not in names | ignored)
+        if unknown:
+            warnings.warn(f"LoraConfig: left out {', '.join(unknown)}, which are not known here", stacklevel=2)
+        known = {key: value for key, value in settings.items() if key in names}
+        if not isinstance(known.get("init_lora_weights", True), bool):
+            # the factors come from the file; how they began does not matter
+            known["init_lora_weights"] = True
+        return cls(**known)

@@ -1,0 +1,331 @@
+"""Linear layers with low-rank adapters on one input, as one autograd function that keeps the input and nothing else.
+
+With X (M, n) the input, W (m, n) the frozen weight, A (r, n) and B (m, r) the factors, s the scale and
+X' = dropout(X)::
+
+    H  = X' A^T                     (M, r)
+    Y  = X W^T + b + s H B^T
+    E  = dY B                       (M, r)
+    dA = s E^T X'                   (r, n), never through dY^T X, which is as large as W
+    dB = s dY^T H                   (m, r)
+    dX = dY W + s dropout'(E A)
+
+X is kept, once however many layers share it; H is computed again, at ``2 M n r`` operations, and the dropped entries
+are found again from a seed. DoRA scales the columns of ``Z = X W^T + s H B^T`` by ``c = magnitude / norm`` and keeps Y,
+from which ``Z = (Y - b) / c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leanstep.kernels import lora_down, lora_down_backward, lora_dropout, lora_up_
+from leanstep.lora.order import Order
+
+
+class Weights(NamedTuple):
+    """The tensors of one layer: base weight and bias, factors, the bias of B, and DoRA's magnitude and norms."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    b_bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+
+
+FIELDS = len(Weights._fields)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The numbers of one layer.
+
+    Attributes:
+        scale: s.
+        dropout: p, 0 where the layer is not training.
+        save: ``"min"``, ``"full"`` or ``"lora_fa"``; see :class:`leanstep.lora.LoraConfig`.
+        transposed: the weight is (n, m), as transformers' Conv1D keeps it.
+        order: which products go through ``W + s B A``.
+        dense: makes a matrix of a quantised weight; None where it is one.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    save: str = "min"
+    transposed: bool = False
+    order: Order = Order()
+    dense: Callable[[Tensor], Tensor] | None = None
+
+
+def lora_linears(
+    x: Tensor, settings: Sequence[Setting], weights: Sequence[Weights], seeds: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Apply layers that share an input.
+
+    Args:
+        x: [..., n], floating.
+        settings, weights, seeds: one of each per layer; a seed (int64, 0-d, CPU) where there is dropout.
+
+    Returns:
+        One [..., m] of x's dtype per layer.
+    """
+    flat = [tensor for layer in weights for tensor in layer]
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = LoRAFunction.apply(rows, tuple(settings), *seeds, *flat)
+    # views are made outside: what a function returns can then be changed in place by those who come after
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+class LoRAFunction(torch.autograd.Function):
+    """See the formulas above; called by :func:`lora_linears`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """[M, n] to one [M, m] per layer. ``tensors``: the seeds, then the weights of each layer."""
+        seeds, layers = unpack(settings, tensors)
+        outputs, kept, keep_x = [], [], False
+        with torch.autocast(x.device.type, enabled=False):
+            for i, (setting, layer, seed) in enumerate(zip(settings, layers, seeds, strict=True)):
+                y, h, z = project(x, setting, layer, seed)
+                needs = needs_of(ctx, 2 + len(settings), i)
+                held, wants_x = to_keep(y, h, z, setting, needs)
+                outputs.append(y)
+                kept += held
+                keep_x |= wants_x
+        ctx.save_for_backward(x if keep_x else None, *kept, *tensors)
+        ctx.settings = settings
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of every layer's tensors that need one."""
+        settings = ctx.settings
+        saved = ctx.saved_tensors
+        count = 1 + 3 * len(settings)
+        x, kept = saved[0], saved[1:count]
+        seeds, layers = unpack(settings, saved[count:])
+        dx: Any = None if ctx.needs_input_grad[0] else False
+        results: list[Tensor | None] = []
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            for i, (setting, layer, seed, g) in enumerate(zip(settings, layers, seeds, gradients, strict=True)):
+                held = Kept(*kept[3 * i : 3 * i + 3])
+                needs = needs_of(ctx, 2 + len(settings), i)
+                dx, grads = layer_backward(g, x, held, setting, layer, seed, needs, dx)
+                results += grads
+        return (None if dx is False else dx, None, *(None,) * len(settings), *results)
+
+
+class Kept(NamedTuple):
+    """What the forward pass of one layer kept: H, DoRA's Z, and the output."""
+
+    h: Tensor | None
+    z: Tensor | None
+    y: Tensor | None
+
+
+def needs_of(ctx: Any, first: int, i: int) -> Weights:
+    """Which tensors of layer i need a gradient, where layer 0's begin at argument ``first``."""
+    return Weights(*ctx.needs_input_grad[first + i * FIELDS : first + (i + 1) * FIELDS])
+
+
+def to_keep(y: Tensor, h: Tensor | None, z: Tensor | None, setting: Setting, needs: Weights) -> tuple[Kept, bool]:
+    """What backward needs of one layer, and whether it needs the layer's input."""
+    least = setting.save == "min"
+    kept_h = h if needs.b and (not least or not needs.a) else None
+    kept_z = z if needs.magnitude and not least else None
+    kept_y = y if needs.magnitude and kept_z is None and setting.dropout == 0 else None
+    wants_x = needs.a or (needs.b and kept_h is None) or (needs.magnitude and kept_z is None and kept_y is None)
+    return Kept(kept_h, kept_z, kept_y), bool(wants_x)
+
+
+def unpack(
+    settings: Sequence[Setting], tensors: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor | None], list[Weights]]:
+    """Seeds and weights from the flat list."""
+    n = len(settings)
+    layers = [Weights(*tensors[k : k + FIELDS]) for k in range(n, n + n * FIELDS, FIELDS)]  # type: ignore[arg-type]
+    return tensors[:n], layers
+
+
+def matrix(setting: Setting, layer: Weights, dtype: torch.dtype) -> Tensor:
+    """The base weight as a dense (m, n) view or matrix in ``dtype``."""
+    dense = layer.weight if setting.dense is None else setting.dense(layer.weight)
+    dense = dense.to(dtype)
+    return dense.t() if setting.transposed else dense
+
+
+def merged(setting: Setting, layer: Weights, dtype: torch.dtype) -> Tensor:
+    """``W + s B A``, a new matrix."""
+    w = matrix(setting, layer, dtype)
+    return torch.addmm(w, layer.b.to(dtype), layer.a.to(dtype), alpha=setting.scale)
+
+
+def project(
+    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(Y, H, Z): the output, and what was formed on the way; Z for DoRA only."""
+    dtype, p = x.dtype, setting.dropout
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if layer.magnitude is not None:
+        return _project_dora(x, setting, layer, seed, bias)
+    if layer.b_bias is not None:
+        shift = layer.b_bias.to(dtype) * setting.scale
+        bias = shift if bias is None else bias + shift
+    if setting.order.forward:
+        return _linear(x, merged(setting, layer, dtype), bias), None, None
+    y = _linear(x, matrix(setting, layer, dtype), bias)
+    h = lora_down(x, layer.a.to(dtype), p, seed)
+    return lora_up_(y, h, layer.b.to(dtype).t(), setting.scale), h, None
+
+
+def _project_dora(
+    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = lora_down(x, layer.a.to(x.dtype), setting.dropout, seed)
+    c = dora_factor(layer)
+    if setting.dropout == 0:
+        z = _dora_output(x, h, setting, layer)
+        # the caller keeps z only where it must; without that, y can take its memory
+        y = z * c if setting.save != "min" else z.mul_(c)
+        return (y if bias is None else y.add_(bias)), h, z
+    # the magnitude weighs the dropped input's part only: Y = X W^T + b + (c - 1) (X' W^T) + c s H B^T
+    w = matrix(setting, layer, x.dtype)
+    kept = lora_dropout(x, setting.dropout, seed)
+    z = _linear(kept, w, None)
+    y = _linear(x, w, bias).sub_(z)
+    _add_up(z, h, setting, layer)
+    return y.add_(z * c), h, z
+
+
+def _dora_output(x: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
+    """Z = X W^T + s (H B^T + b_B)."""
+    return _add_up(_linear(x, matrix(setting, layer, x.dtype), None), h, setting, layer)
+
+
+def _add_up(z: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
+    lora_up_(z, h, layer.b.to(z.dtype).t(), setting.scale)
+    return z if layer.b_bias is None else z.add_(layer.b_bias.to(z.dtype), alpha=setting.scale)
+
+
+def dora_factor(layer: Weights) -> Tensor:
+    """``c = magnitude / norm``; 1 where the norm is 0, as in a row that was pruned away."""
+    assert layer.magnitude is not None and layer.norm is not None
+    return torch.where(layer.norm == 0, 1.0, layer.magnitude.to(layer.norm.dtype) / layer.norm)
+
+
+def layer_backward(
+    g: Tensor,
+    x: Tensor | None,
+    kept: Kept,
+    setting: Setting,
+    layer: Weights,
+    seed: Tensor | None,
+    needs: Weights,
+    dx: Any,
+) -> tuple[Any, list[Tensor | None]]:
+    """Add one layer's part to the gradient of the input, and give the gradients of its tensors.
+
+    Args:
+        g: [M, m], the gradient of the output.
+        x: [M, n], where it was kept.
+        kept, setting, layer, seed: of the layer.
+        needs: which of the layer's tensors need a gradient.
+        dx: what other layers gave so far (written), None for nothing, False where none is wanted.
+    """
+    inner, e = inner_gradients(g, setting, layer, needs)
+    grads = tensor_gradients(g, inner, e, x, kept, setting, layer, seed, needs)
+    return dx if dx is False else input_gradient(g, inner, e, setting, layer, seed, dx), grads
+
+
+def inner_gradients(g: Tensor, setting: Setting, layer: Weights, needs: Weights) -> tuple[Tensor, Tensor | None]:
+    """The gradient of Z, which is that of Y without DoRA; and E, where it is needed."""
+    inner = g if layer.magnitude is None else g * dora_factor(layer).to(g.dtype)
+    return inner, None if setting.order.backward and not needs.a else torch.mm(inner, layer.b.to(g.dtype))
+
+
+def tensor_gradients(
+    g: Tensor,
+    inner: Tensor,
+    e: Tensor | None,
+    x: Tensor | None,
+    kept: Kept,
+    setting: Setting,
+    layer: Weights,
+    seed: Tensor | None,
+    needs: Weights,
+) -> list[Tensor | None]:
+    """The gradients of a layer's tensors, in their dtypes and order."""
+    s, a, h = setting.scale, layer.a.to(g.dtype), kept.h
+    d_bias = d_a = d_b = d_b_bias = d_magnitude = None
+    if needs.bias and layer.bias is not None:
+        d_bias = g.sum(0).to(layer.bias.dtype)
+    if needs.a:
+        assert x is not None and e is not None
+        d_a, again = lora_down_backward(x, e, a if needs.b and h is None else None, setting.dropout, seed)
+        h = again if h is None else h
+        d_a = d_a.to(layer.a.dtype).mul_(s)
+    if needs.b:
+        if h is None:
+            assert x is not None
+            h = lora_down(x, a, setting.dropout, seed)
+        # a product with few rows is faster than one with few columns
+        d_b = torch.mm(h.t(), inner).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(s)
+    if needs.b_bias and layer.b_bias is not None:
+        d_b_bias = inner.sum(0).to(layer.b_bias.dtype).mul_(s)
+    if needs.magnitude:
+        d_magnitude = _magnitude_gradient(g, x, kept, setting, layer, seed)
+    return [None, d_bias, d_a, d_b, d_b_bias, d_magnitude, None]
+
+
+def input_gradient(
+    g: Tensor, inner: Tensor, e: Tensor | None, setting: Setting, layer: Weights, seed: Tensor | None, dx: Tensor | None
+) -> Tensor:
+    """``dx + dY W + s dropout'(E A)``, in the memory of dx."""
+    dora_dropout = layer.magnitude is not None and setting.dropout > 0
+    w = (merged if setting.order.backward else matrix)(setting, layer, g.dtype)
+    outer = g if dora_dropout else inner
+    dx = torch.mm(outer, w) if dx is None else dx.addmm_(outer, w)
+    if dora_dropout:
+        # the dropped input reaches W with weight c - 1
+        dx += lora_dropout(torch.mm(inner - g, w), setting.dropout, seed)
+    if setting.order.backward:
+        return dx
+    assert e is not None
+    return lora_up_(dx, e, layer.a.to(g.dtype), setting.scale, setting.dropout, seed)
+
+
+def _magnitude_gradient(
+    g: Tensor, x: Tensor | None, kept: Kept, setting: Setting, layer: Weights, seed: Tensor | None
+) -> Tensor:
+    """Sum over rows of ``dY * Z / norm``."""
+    assert layer.magnitude is not None and layer.norm is not None
+    wide = layer.norm.dtype
+    if kept.y is not None:
+        # Z / norm = (Y - b) / magnitude
+        total = torch.einsum("ij,ij->j", g, kept.y)
+        if layer.bias is not None:
+            total = total - g.sum(0) * layer.bias.to(g.dtype)
+        magnitude = layer.magnitude.to(wide)
+        # a zero would need Z itself: layers that can see it coming keep that
+        result = torch.where(magnitude == 0, 0.0, total.to(wide) / magnitude)
+    else:
+        z = kept.z
+        if z is None:
+            assert x is not None
+            inputs = lora_dropout(x, setting.dropout, seed)
+            z = _dora_output(inputs, torch.mm(inputs, layer.a.to(x.dtype).t()), setting, layer)
+        result = torch.einsum("ij,ij->j", g, z).to(wide) / layer.norm
+    return torch.where(layer.norm == 0, 0.0, result).to(layer.magnitude.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())

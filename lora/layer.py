@@ -1,0 +1,96 @@
+"""What every adapted layer has in common, whatever its class: the adapter's numbers, and whether its fast path is on.
+
+A layer is adapted in place: it stays the same object, keeps its parameters and their names, and becomes an instance of
+a subclass of its class, which adds ``lora_A`` and ``lora_B`` (or ``lora_embedding_A`` and ``_B``), and
+``lora_magnitude_vector`` for DoRA. So a ``state_dict`` of the base model stays one, hooks stay, ``isinstance`` holds,
+and quantised or parametrised layers need no wrapper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from leanstep.lora.dora import NormCache
+from leanstep.lora.order import choose_order
+
+
+class FastPath(NamedTuple):
+    """Whether a layer runs on the fast path, and the reason in words."""
+
+    on: bool
+    reason: str
+
+
+@dataclass
+class Adapter:
+    """The numbers of one layer's adapter.
+
+    Attributes:
+        name: the layer's name in the model.
+        rank, scale, dropout, save, order, fast_path: as in :class:`leanstep.lora.LoraConfig`, for this layer.
+        transposed: whether the base weight is (in, out).
+        merged: whether the base weight holds the adapter.
+        enabled: whether the adapter takes part.
+        base: the class the layer had.
+        norms: DoRA's norms.
+        undo: what :func:`leanstep.lora.unmerge` needs.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    dropout: float
+    save: str
+    order: str
+    fast_path: bool | None
+    transposed: bool
+    base: type[nn.Module] = nn.Module
+    merged: bool = False
+    enabled: bool = True
+    norms: NormCache = field(default_factory=NormCache)
+    undo: Any = None
+
+
+class LoRALayer(nn.Module):
+    """Base of adapted layers; mixed into the layer's own class."""
+
+    lora: Adapter
+
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``; DoRA's norms are computed anew afterwards."""
+        self.lora.norms.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        lora = self.lora
+        state = "merged" if lora.merged else "on" if lora.enabled else "off"
+        return f"{super().extra_repr()}, lora r={lora.rank} scale={lora.scale:g} dropout={lora.dropout:g} ({state})"
+
+
+def common_reasons(lora: Adapter, tensors: dict[str, Tensor | None], x: Tensor | None) -> str | None:
+    """Reasons against the fast path that hold for every kind of layer."""
+    if lora.fast_path is False:
+        return "turned off by fast_path=False"
+    if lora.merged:
+        return "the adapter is merged into the base weight: the base layer runs"
+    if not lora.enabled:
+        return "the adapter is disabled: the base layer runs"
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            return f"{name} is sharded (DTensor): torch's own operations know how to multiply it"
+    if x is not None and not x.is_floating_point():
+        return f"the input is {x.dtype}, which has no gradient"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform, which autograd functions of this kind do not support"
+    return None
+
+
+def layer_order(lora: Adapter, rows: int, n: int, m: int, dtype: torch.dtype, plain: bool):
+    """The order of a layer's products for an input of so many rows."""
+    return choose_order(rows, n, m, lora.rank, dtype=dtype, plain=plain, asked=lora.order)

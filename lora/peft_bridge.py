@@ -1,0 +1,189 @@
+"""An existing PEFT model on the fast path, without a change to its modules, names or state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from leanstep.lora.blocks import join_siblings
+from leanstep.lora.config import SAVES
+from leanstep.lora.dora import NormCache
+from leanstep.lora.fast import FastLinear
+from leanstep.lora.layer import Adapter, FastPath
+from leanstep.lora.linear import is_conv1d
+from leanstep.lora.order import NAMES as ORDERS
+from leanstep.lora.swiglu import FusedSwiGLU, fused_swiglu, is_swiglu, members, why_not_fused
+
+_LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
+
+
+class PeftLinear(FastLinear):
+    """One of PEFT's LoRA layers, read at every call: adapters can be added, switched and merged as before."""
+
+    def __init__(self, module: Any, name: str, save: str, order: str, fast_path: bool | None) -> None:
+        self.module, self.name = module, name
+        self.save, self.order, self.wanted = save, order, fast_path
+        self.siblings = None
+        self.norm_cache = NormCache()
+
+    @property
+    def lora(self) -> Adapter:  # type: ignore[override]
+        """The numbers of the active adapter."""
+        module, name = self.module, self._active()
+        dropout = module.lora_dropout[name]
+        return Adapter(
+            name=self.name,
+            rank=module.r[name],
+            scale=module.scaling[name],
+            dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+            save=self.save,
+            order=self.order,
+            fast_path=self.wanted,
+            transposed=is_conv1d(module.get_base_layer()),
+            merged=bool(module.merged),
+            enabled=not module.disable_adapters,
+            norms=self.norm_cache,
+        )
+
+    def _active(self) -> str:
+        return next(name for name in self.module.active_adapters if name in self.module.lora_A)
+
+    def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The base layer, A, B, the bias of B, and DoRA's magnitude."""
+        module, name = self.module, self._active()
+        a, b = module.lora_A[name], module.lora_B[name]
+        dora = name in module.lora_variant
+        return (
+            module.get_base_layer(),
+            a.weight,
+            b.weight,
+            b.bias,
+            module.lora_magnitude_vector[name].weight if dora else None,
+        )
+
+    def in_training(self) -> bool:
+        """Whether dropout is on."""
+        return self.module.training
+
+    def why_not_fast(self, x: Tensor | None = None) -> str | None:
+        """The reason against the fast path, for an input if one is given; None when there is none."""
+        module = self.module
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if len(active) != 1:
+            return f"{len(active)} adapters are active, the fast path takes one"
+        variant = module.lora_variant.get(active[0])
+        if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+            return f"the adapter is a {type(variant).__name__}, which the fast path does not have"
+        dropout, base = module.lora_dropout[active[0]], module.get_base_layer()
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"its dropout is a {type(dropout).__name__}"
+        if any(type(factor[active[0]]) is not nn.Linear for factor in (module.lora_A, module.lora_B)):
+            return "its factors are not plain linear layers"
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+            return "the base layer has hooks or a forward of its own, which would be passed by"
+        return super().why_not_fast(x)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module's forward is now."""
+        if args or kwargs or self.module.merged or self.module.disable_adapters:
+            return type(self.module).forward(self.module, x, *args, **kwargs)
+        return self.run(x)
+
+    def plain(self, x: Tensor, reason: str, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward."""
+        return type(self.module).forward(self.module, x, *args, **kwargs)
+
+
+class _Block:
+    """A SwiGLU block with PEFT's layers in it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or why_not_fused(self.module, x) is not None:
+            return type(self.module).forward(self.module, x, *args, **kwargs)
+        return fused_swiglu(x, members(self.module))
+
+
+class Acceleration:
+    """What :func:`accelerate_peft` returns: the fast layers, and the way back."""
+
+    def __init__(self, layers: dict[str, PeftLinear], blocks: dict[str, nn.Module]) -> None:
+        self._layers, self._blocks = layers, blocks
+
+    def fast_path(self) -> dict[str, FastPath]:
+        """Whether each layer's next forward pass runs on the fast path, and why (not), by name."""
+        layers = {name: layer.fast_path for name, layer in self._layers.items()}
+        reasons = {name: why_not_fused(block) for name, block in self._blocks.items()}
+        text = "one function that keeps its input and the two inner projections"
+        return layers | {name: FastPath(reason is None, reason or text) for name, reason in reasons.items()}
+
+    def undo(self) -> None:
+        """Give every module its own forward back. A second call does nothing."""
+        for module in (*self._blocks.values(), *(layer.module for layer in self._layers.values())):
+            vars(module).pop("forward", None)
+        self._layers, self._blocks = {}, {}
+
+
+def accelerate_peft(
+    model: nn.Module,
+    *,
+    save: str = "min",
+    order: str = "auto",
+    fast_path: bool | None = None,
+    fused_blocks: bool = True,
+) -> Acceleration:
+    """Let the LoRA layers of a PEFT model compute on the fast path.
+
+    Modules, names, parameters, hooks and ``state_dict`` stay as they are: the layers get a ``forward`` of their own,
+    which looks at every call whether it can run, and otherwise calls PEFT's.
+
+    Args:
+        model: a PEFT model, or any model with ``peft.tuners.lora`` layers; changed in place.
+        save, order, fast_path, fused_blocks: as in :class:`leanstep.lora.LoraConfig`.
+
+    Returns:
+        The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
+
+    Raises:
+        ValueError: for unknown values, a model without PEFT's LoRA layers, one that is accelerated already, or, with
+            ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
+
+    Notes:
+        Outputs are PEFT's to rounding: in 16 bits, products r wide are taken in the base's dtype, PEFT's in fp32.
+        Dropout drops other entries than ``torch.nn.Dropout`` does, with the same probability.
+    """
+    for name, value, allowed in (("save", save, SAVES), ("order", order, ORDERS)):
+        if value not in allowed:
+            raise ValueError(f"accelerate_peft: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    layers = {name: PeftLinear(module, name, save, order, fast_path) for name, module in _peft_linears(model)}
+    if not layers:
+        raise ValueError("accelerate_peft: the model has no LoRA layer of PEFT's; for a plain model, use apply_lora")
+    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module)]
+    if taken:
+        raise ValueError(
+            f"accelerate_peft: {taken[0]} has a forward of its own already; undo() an earlier acceleration first"
+        )
+    reasons = {name: layer.why_not_fast() for name, layer in layers.items()}
+    if fast_path and any(reasons.values()):
+        name, reason = next((name, reason) for name, reason in reasons.items() if reason)
+        raise ValueError(f"accelerate_peft: fast_path=True was asked for, but {name} cannot: {reason}")
+    for layer in layers.values():
+        layer.module.forward = layer.forward
+    blocks = {}
+    if fused_blocks:
+        join_siblings(model)
+        for name, module in model.named_modules():
+            if is_swiglu(module) and len(members(module)) == 3 and not isinstance(module, FusedSwiGLU):
+                blocks[name] = module
+                module.forward = _Block(module).forward  # type: ignore[method-assign]
+    return Acceleration(layers, blocks)
+
+
+def _peft_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS:
+            yield name, module

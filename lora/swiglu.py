@@ -1,0 +1,151 @@
+"""A SwiGLU block with adapters as one function: it keeps its input and the two inner projections, and nothing else.
+
+With e = gate(x), u = up(x)::
+
+    y = down(silu(e) * u)
+
+torch keeps e, silu(e), u and the product; here the product, which is the input of ``down``, is computed again in
+backward, in the pass that also gives the gradients of e and u.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanstep.kernels import swiglu, swiglu_backward
+from leanstep.lora.fast import FastLinear, autocasted, fast_linear
+from leanstep.lora.function import (
+    FIELDS,
+    Kept,
+    Setting,
+    inner_gradients,
+    input_gradient,
+    layer_backward,
+    needs_of,
+    project,
+    tensor_gradients,
+    to_keep,
+    unpack,
+)
+from leanstep.lora.layer import FastPath
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+# what the forward of a block must say, without blanks; x is the name of its argument
+FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+_FIRST = 2 + len(NAMES)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """[M, n] to [M, n]; the arguments are those of :class:`leanstep.lora.function.LoRAFunction`, for gate, up, down."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> Tensor:
+        """See the module's formula."""
+        seeds, layers = unpack(settings, tensors)
+        kept: list[Tensor | None] = []
+        wants, outputs = [], []
+        with torch.autocast(x.device.type, enabled=False):
+            for i in range(3):
+                inputs = swiglu(*outputs) if i == 2 else x
+                y, h, z = project(inputs, settings[i], layers[i], seeds[i])
+                held, wants_input = to_keep(y, h, z, settings[i], needs_of(ctx, _FIRST, i))
+                outputs.append(y)
+                kept += held
+                wants.append(wants_input)
+        ctx.save_for_backward(x if any(wants[:2]) else None, outputs[0], outputs[1], *kept, *tensors)
+        ctx.settings = settings
+        return outputs[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of every layer's tensors that need one."""
+        x, e, u, *rest = ctx.saved_tensors
+        settings = ctx.settings
+        kept = [Kept(*rest[3 * i : 3 * i + 3]) for i in range(3)]
+        seeds, layers = unpack(settings, rest[9:])
+        needs = [needs_of(ctx, _FIRST, i) for i in range(3)]
+        dx: Any = None if ctx.needs_input_grad[0] else False
+        with torch.autocast(g.device.type, enabled=False):
+            inner, low = inner_gradients(g, settings[2], layers[2], needs[2])
+            dh = input_gradient(g, inner, low, settings[2], layers[2], seeds[2], None)
+            h, de, du = swiglu_backward(dh, e, u)
+            del dh
+            down = tensor_gradients(g, inner, low, h, kept[2], settings[2], layers[2], seeds[2], needs[2])
+            del h
+            dx, gate = layer_backward(de, x, kept[0], settings[0], layers[0], seeds[0], needs[0], dx)
+            dx, up = layer_backward(du, x, kept[1], settings[1], layers[1], seeds[1], needs[1], dx)
+        return (None if dx is False else dx, None, None, None, None, *gate, *up, *down)
+
+
+def fused_swiglu(x: Tensor, layers: Sequence[FastLinear]) -> Tensor:
+    """The block's output for gate, up and down, all on the fast path."""
+    x = autocasted(x)
+    rows = x.reshape(-1, x.shape[-1])
+    operands = [layer.operands(rows) for layer in layers]
+    flat = [tensor for _, weights in operands for tensor in weights]
+    seeds = [layer.seed() for layer in layers]
+    y = SwiGLUFunction.apply(rows, tuple(setting for setting, _ in operands), *seeds, *flat)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FusedSwiGLU(nn.Module):
+    """Mixed into a block's own class: its forward becomes :func:`fused_swiglu` where every layer allows it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., n] to [..., n]."""
+        if args or kwargs or why_not_fused(self, x) is not None:
+            return super().forward(x, *args, **kwargs)
+        return fused_swiglu(x, members(self))
+
+    @property
+    def fast_path(self) -> FastPath:
+        """Whether the block runs as one function, and why (not)."""
+        reason = why_not_fused(self)
+        return FastPath(reason is None, reason or "one function that keeps its input and the two inner projections")
+
+
+def members(block: nn.Module) -> list[FastLinear]:
+    """The fast layers gate, up and down of a block that has them all."""
+    layers = [fast_linear(getattr(block, name)) for name in NAMES]
+    return [layer for layer in layers if layer is not None]
+
+
+def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
+    """The reason against one function for the block, for an input if one is given; None when there is none."""
+    for name in NAMES:
+        module = getattr(block, name)
+        layer = fast_linear(module)
+        if layer is None:
+            return f"{name} is not adapted"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{name} has hooks, which one function for the block would pass by"
+        if layer is module and "forward" in vars(module):
+            return f"{name} has a forward of its own"
+        # the inner input is not there yet, and has the dtype of the outer one
+        reason = layer.why_not_fast(x)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether a module is a SwiGLU block whose forward is, word for word, the formula above."""
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in NAMES):
+        return False
+    if type(getattr(module, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return False
+    return FORMULA in "".join(source.split())
+
+
+assert FIELDS == 7  # the backward above returns as many gradients per layer
