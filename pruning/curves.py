@@ -97,13 +97,13 @@ class Curve:
         return float(np.interp(kept, self.kept[::-1], self.distortion[::-1]))
 
     def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
-        """The curve, cleaned, on at most ``points`` levels that each remove a multiple of ``unit`` weights.
+        """The curve, cleaned, on at most ``points`` levels, ``unit`` weights or a multiple of it apart.
 
         The levels measured are joined by a monotone cubic (:func:`leanstep.pruning.monotone.monotone_cubic`) of log D
         over the log of pruned to kept weights, which is where curves are near to straight: D is about a power of the
         sparsity where that is small, and of the density where that is. Between the first two levels the power goes on,
-        at most the fourth and at least the first. Levels lie evenly between first and last in that variable or in the
-        count, whichever is denser there.
+        at most the fourth and at least the first. Half of the levels lie evenly in the count, the others evenly in its
+        logarithm. The last one stays, the others keep a multiple of ``unit`` more than it, and the first one stays too.
 
         Raises:
             ValueError: for a curve of N:M levels, between which there is nothing; for points or unit below 1.
@@ -113,23 +113,19 @@ class Curve:
         if points < 2 or unit < 1:
             raise ValueError(f"Curve.dense_grid: expected points >= 2 and unit >= 1, got {points} and {unit}")
         clean = self.cleaned()
-        removed = clean._grid(points, unit)
-        kept = self.kept[0] - removed
-        values = np.array([0.0, *clean._interpolate(kept[1:])])
-        errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
-        values = np.maximum.accumulate(values)
-        return replace(
-            clean, kept=tuple(kept.tolist()), distortion=tuple(values.tolist()), stderr=tuple(errors.tolist())
-        )
+        kept = clean._grid(points, unit)
+        values = np.maximum.accumulate([0.0, *clean._interpolate(kept[1:])]).tolist()
+        errors = np.interp(kept, self.kept[::-1], self.stderr[::-1]).tolist()
+        return replace(clean, kept=tuple(kept.tolist()), distortion=tuple(values), stderr=tuple(errors))
 
     def _grid(self, points: int, unit: int) -> np.ndarray:
-        """Removed counts: multiples of ``unit``, from 0 to at most what the last level removes."""
-        last = self.kept[0] - self.kept[-1]
-        half = max(2, points // 2)
-        even = np.linspace(0, last, points - half + 1)
-        log_kept = np.geomspace(self.kept[0] + 0.5, self.kept[-1] + 0.5, half)
-        wanted = np.concatenate([even, self.kept[0] + 0.5 - log_kept])
-        return np.unique(np.clip(np.rint(wanted / unit), 0, last // unit)).astype(np.int64) * unit
+        """Kept counts, decreasing."""
+        first, last = self.kept[0], self.kept[-1]
+        half = points // 2
+        even = np.linspace(last, first, points - half)
+        log_even = np.geomspace(last + 0.5, first + 0.5, half) - 0.5
+        steps = np.rint((np.concatenate([even, log_even]) - last) / unit).clip(0, (first - last) // unit)
+        return np.unique(np.append(last + steps.astype(np.int64) * unit, first))[::-1]
 
     def _coordinate(self, kept: np.ndarray) -> np.ndarray:
         """log(removed / kept), by half a weight away from infinity."""

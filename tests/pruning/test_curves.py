@@ -78,10 +78,12 @@ def test_the_grid_passes_through_the_levels_and_is_fine_where_little_is_left():
     assert sum(k <= 0.1 * numel for k in fine.kept) > 10
 
 
-def test_the_grid_removes_multiples_of_a_unit():
-    fine = curve(level_grid(10_007, 0.5), [0.0, *np.linspace(0.1, 2, len(level_grid(10_007, 0.5)) - 1)], 10_007)
-    removed = [10_007 - k for k in fine.dense_grid(101, unit=64).kept]
-    assert removed[0] == 0 and all(r % 64 == 0 for r in removed) and len(removed) > 70
+def test_the_grid_s_levels_are_multiples_of_a_unit_apart():
+    levels = level_grid(10_007, 0.5)
+    fine = curve(levels, [0.0, *np.linspace(0.1, 2, len(levels) - 1)], 10_007).dense_grid(101, unit=64)
+    assert fine.kept[0] == 10_007 and fine.kept[-1] == levels[-1]
+    assert all((k - levels[-1]) % 64 == 0 for k in fine.kept[1:]) and len(fine.kept) > 70
+    assert curve([1000, 900], [0.0, 1.0]).dense_grid(101, unit=500).kept == (1000, 900)
 
 
 def test_the_grid_of_a_curve_with_levels_that_cost_nothing():

@@ -1,0 +1,387 @@
+"""Allocations against their formulas on toy tensors and against brute force, to the exact count."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from leanstep.pruning import (
+    Allocation,
+    Budget,
+    Curve,
+    InfeasibleBudget,
+    Layer,
+    allocate,
+    allocations_along,
+    atp_betas,
+    level_grid,
+    nm_levels,
+    outlier_ratio,
+    snap,
+)
+from leanstep.pruning.thresholds import LampScores
+
+
+def power_curve(layer, weight, power=2.0, levels=None):
+    """D = weight * sparsity^power / density."""
+    kept = levels or level_grid(layer.numel, 0.7)
+    found = [weight * (1 - k / layer.numel) ** power / max(k / layer.numel, 0.01) for k in kept]
+    return Curve(layer.name, layer.numel, kept, tuple(found), (0.0,) * len(kept), "kl")
+
+
+@pytest.fixture
+def blocks():
+    """Twelve layers of three sizes in four blocks, curves of different steepness."""
+    shapes = {"q": (32, 32), "up": (96, 32), "down": (32, 90)}
+    layers = [Layer(f"{b}.{name}", shape, b) for b in range(4) for name, shape in shapes.items()]
+    curves = {layer.name: power_curve(layer, 1.0 + 3 * (i % 5), 2.0 + i % 3) for i, layer in enumerate(layers)}
+    return layers, curves
+
+
+def needs(method, layers):
+    """What a method asks for, made up."""
+    generator = torch.Generator().manual_seed(3)
+    scores = {layer.name: torch.randn(layer.shape, generator=generator).abs() for layer in layers}
+    return {
+        "global": {"scores": scores},
+        "lamp": {"scores": scores},
+        "owl": {"outliers": {0: 5.0, 1: 3.5, 2: 1.0, 3: 2.0}},
+        "atp": {"beta": 0.05},
+    }.get(method, {})
+
+
+@pytest.mark.parametrize("method", ["dp", "uniform", "global", "lamp", "erk", "owl", "atp"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.8137])
+def test_every_rule_keeps_exactly_what_was_asked(blocks, method, sparsity):
+    layers, curves = blocks
+    total = sum(layer.numel for layer in layers)
+    found = allocate(layers, sparsity, method=method, curves=curves, **needs(method, layers))
+    assert sum(found.kept.values()) == found.target == total - int(np.ceil(sparsity * total - 1e-6))
+    assert found.sparsity >= sparsity and found.sparsity - sparsity < 1 / total
+    assert list(found.kept) == [layer.name for layer in layers]
+    assert all(0 <= found.kept[layer.name] <= layer.numel for layer in layers)
+    assert Allocation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    reverse = allocate(layers[::-1], sparsity, method=method, curves=curves, **needs(method, layers))
+    assert reverse.kept == found.kept and reverse.predicted == pytest.approx(found.predicted, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dp", "uniform", "global", "lamp", "erk", "owl", "atp"])
+def test_bounds_hold_and_the_total_too(blocks, method):
+    layers, curves = blocks
+    before = {layer.name: layer.numel - 100 * i for i, layer in enumerate(layers)}
+    before = {name: max(count, 500) for name, count in before.items()}
+    found = allocate(layers, 0.6, method=method, curves=curves, at_least=0.3, at_most=before, **needs(method, layers))
+    assert sum(found.kept.values()) == found.target
+    for layer in layers:
+        assert np.ceil(0.3 * layer.numel) <= found.kept[layer.name] <= before[layer.name]
+
+
+def test_uniform_differs_by_rounding_only():
+    layers = [Layer(name, (1, n)) for name, n in (("a", 10), ("b", 7), ("c", 100))]
+    assert allocate(layers, 0.5, method="uniform").kept == {"a": 5, "b": 3, "c": 50}  # 58.5 kept: zeros are rounded up
+    assert allocate(layers, 0.0, method="uniform").kept == {"a": 10, "b": 7, "c": 100}
+
+
+def test_what_is_a_whole_number_is_not_rounded_up():
+    assert allocate([Layer("a", (10, 100))], 0.7, method="uniform").target == 300
+    assert allocate([Layer("a", (10, 100))], 0.29, method="uniform").target == 710
+
+
+def test_global_keeps_the_largest_of_all():
+    layers = [Layer("a", (2, 3)), Layer("b", (2, 2))]
+    scores = {"a": torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.8, 0.0]]), "b": torch.tensor([[5.0, 0.2], [0.4, 0.6]])}
+    assert allocate(layers, 0.5, method="global", scores=scores).kept == {"a": 3, "b": 2}
+    assert allocate(layers, 0.9, method="global", scores=scores).kept == {"a": 0, "b": 1}
+    assert allocate(layers, 0.5, method="global", scores=scores, at_least={"b": 0.75}).kept == {"a": 2, "b": 3}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_threshold_is_that_of_a_sort(seed):
+    """With scores of every size, equal ones and zeros among them, and layers in several dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, scores = [], {}
+    for i in range(5):
+        numel = int(torch.randint(1, 300, (), generator=generator))
+        layers.append(Layer(f"{i}", (1, numel)))
+        score = 10.0 ** torch.randint(-30, 30, (numel,), generator=generator) * torch.rand(numel, generator=generator)
+        scores[f"{i}"] = score if i < 3 else (torch.rand(numel, generator=generator) * 8).round().to(torch.bfloat16)
+    every = torch.cat([scores[layer.name].float() for layer in layers]).sort(descending=True).values
+    for sparsity in (0.0, 0.1, 0.5, 0.77, 0.99):
+        found = allocate(layers, sparsity, method="global", scores=scores)
+        threshold = every[found.target - 1] if found.target else torch.inf
+        assert sum(found.kept.values()) == found.target
+        for layer in layers:
+            score = scores[layer.name].float()
+            assert int((score > threshold).sum()) <= found.kept[layer.name] <= int((score >= threshold).sum())
+
+
+def test_negative_scores_cannot_be_compared():
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scores of 'a' must be finite and >= 0"):
+            allocate([Layer("a", (1, 2))], 0.5, method="global", scores={"a": torch.tensor([[bad, 1.0]])})
+
+
+def test_lamp_divides_by_the_squares_of_the_larger_ones():
+    scores = LampScores({"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]])})["a"]
+    assert scores.tolist() == pytest.approx([9 / 25, 1 / 30, 4 / 29, 1.0])
+    assert LampScores({"a": torch.zeros(2, 2)})["a"].tolist() == [0.0] * 4
+    layers = [Layer("a", (2, 2)), Layer("b", (1, 2))]
+    weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]]), "b": torch.tensor([[1e-3, 2e-3]])}
+    # b's scores: 1/5 and 1; the scale of a layer does not matter
+    assert allocate(layers, 0.5, method="lamp", scores=weights).kept == {"a": 2, "b": 1}
+    assert allocate(layers, 0.34, method="lamp", scores=weights).kept == {"a": 2, "b": 1}
+    assert allocate(layers, 0.33, method="lamp", scores=weights).kept == {"a": 2, "b": 2}
+    assert allocate(layers, 0.66, method="lamp", scores=weights).kept == {"a": 1, "b": 1}
+
+
+def test_erk_is_dense_where_it_would_be_more_than_dense():
+    layers = [Layer("conv", (8, 4, 3, 3)), Layer("fc", (100, 50)), Layer("head", (10, 20))]
+    # (8+4+3+3)/288, 150/5000, 30/200
+    found = allocate(layers, 0.5, method="erk")
+    # c = 2744 / 198 would give the head 0.15 c > 1: it is dense, and the others share the rest
+    c = (2744 - 200) / (0.0625 * 288 + 0.03 * 5000)
+    assert found.kept == {"conv": round(c * 18), "fc": round(c * 150), "head": 200}
+    sparse = allocate(layers, 0.95, method="erk").kept
+    total = sum(sparse.values())
+    c = total / (0.0625 * 288 + 0.03 * 5000 + 0.15 * 200)
+    assert all(abs(sparse[n] - c * s) < 1 for n, s in (("conv", 18), ("fc", 150), ("head", 30)))
+
+
+def test_owl_is_its_formula_where_blocks_are_equal():
+    layers = [Layer(f"{b}", (40, 25), b) for b in range(4)]
+    o = np.array([5.0, 3.5, 1.0, 2.0])
+    r = (o - o.min()) / (o.max() - o.min()) * 2 * 0.08
+    expected = (r - r.mean() + (1 - 0.7)) * 1000
+    found = allocate(layers, 0.7, method="owl", outliers=dict(enumerate(o)))
+    assert sum(found.kept.values()) == 1200
+    assert max(abs(found.kept[f"{b}"] - expected[b]) for b in range(4)) < 1
+    by_name = allocate(layers, 0.7, method="owl", outliers={f"{b}": o[b] for b in range(4)})
+    assert by_name.kept == found.kept
+    flat = allocate(layers, 0.7, method="owl", outliers=dict.fromkeys(range(4), 2.0))
+    assert set(flat.kept.values()) == {300}
+    wide = allocate(layers, 0.7, method="owl", outliers=dict(enumerate(o)), spread=0.2)
+    assert wide.kept["0"] - wide.kept["2"] == pytest.approx(400, abs=1)
+
+
+def test_owl_and_atp_meet_the_target_where_blocks_differ_in_size():
+    """A mean over blocks is not a mean over weights: the papers' formulas would miss the target here."""
+    layers = [Layer("small", (10, 10), 0), Layer("large", (100, 90), 1)]
+    found = allocate(layers, 0.7, method="owl", outliers={0: 5.0, 1: 0.0})
+    assert sum(found.kept.values()) == 2730
+    assert found.kept["small"] / 100 - found.kept["large"] / 9000 == pytest.approx(0.16, abs=0.01)
+    deep = allocate(layers, 0.7, method="atp", beta=0.2)
+    assert sum(deep.kept.values()) == 2730
+    assert deep.kept["small"] / 100 - deep.kept["large"] / 9000 == pytest.approx(0.2, abs=0.01)
+
+
+def test_outliers_are_counted_over_a_block():
+    scores = torch.tensor([1.0] * 18 + [30.0, 60.0])
+    assert outlier_ratio(scores) == 10.0  # the mean is 5.4
+    assert outlier_ratio(scores, multiple=10) == 5.0
+    assert outlier_ratio([scores[:18].view(3, 6), scores[18:].view(1, 2)]) == 10.0
+
+
+def test_atp_is_its_formula():
+    layers = [Layer(f"{b}", (100, 100), b) for b in (3, 5, 8)]
+    found = allocate(layers, 0.6, method="atp", beta=0.1)
+    s = [0.6 - 0.1 * (3 - 1) / 2 + 0.1 * i for i in range(3)]
+    assert [found.layer_sparsity(layer.name) for layer in layers] == pytest.approx(s, abs=1e-4)
+    assert atp_betas(0.6, 5, 0.05) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert atp_betas(0.99, 40) == [pytest.approx(0.02 / 39)]
+    with pytest.raises(ValueError, match="0 < beta <= 0.4 for 3 blocks"):
+        allocate(layers, 0.6, method="atp", beta=0.41)
+    with pytest.raises(ValueError, match="number of its block"):
+        allocate([Layer("x", (2, 2))], 0.5, method="atp", beta=0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dp_is_the_best_of_all_combinations_of_patterns(seed):
+    rng = np.random.default_rng(seed)
+    layers = [Layer(f"{i}", (int(rng.integers(1, 5)), 8)) for i in range(4)]
+    curves = {}
+    for layer in layers:
+        kept, patterns = nm_levels(layer.numel, 8, 3)
+        losses = (0.0, *np.sort(rng.random(len(kept) - 1)))
+        curves[layer.name] = Curve(layer.name, layer.numel, kept, losses, (0.0,) * len(kept), "kl", patterns)
+    total = sum(layer.numel for layer in layers)
+    for sparsity in (0.1, 0.35, 0.5, 0.62):
+        found = allocate(layers, sparsity, curves=curves)
+        assert sum(found.kept.values()) <= found.target
+        best = min(
+            sum(curves[layer.name].distortion[k] for layer, k in zip(layers, ks, strict=True))
+            for ks in itertools.product(range(6), repeat=4)
+            if sum(curves[layer.name].kept[k] for layer, k in zip(layers, ks, strict=True)) <= found.target
+        )
+        assert found.predicted == pytest.approx(best, abs=1e-12)
+        assert all(int(found.patterns[layer.name][0]) * layer.numel == 8 * found.kept[layer.name] for layer in layers)
+        assert found.lagrange_gap >= 0
+    with pytest.raises(InfeasibleBudget, match="the levels of the layers cost") as caught:
+        allocate(layers, 0.63, curves=curves)
+    assert caught.value.lowest == total * 3 // 8
+
+
+def test_dp_has_no_more_distortion_than_any_rule(blocks):
+    layers, curves = blocks
+    for sparsity in (0.3, 0.5, 0.7, 0.8):
+        best = allocate(layers, sparsity, curves=curves)
+        for method in ("uniform", "erk", "owl", "atp"):
+            other = allocate(layers, sparsity, method=method, curves=curves, **needs(method, layers))
+            if other.predicted is not None:
+                assert best.predicted <= other.predicted * (1 + 1e-3)
+
+
+def test_dp_finds_the_optimum_of_a_convex_problem():
+    """min sum a_g (1 - x_g)^2 with a mean of x: the multipliers say 1 - x_g ~ 1 / a_g, in closed form."""
+    layers = [Layer(f"{i}", (1000, 100)) for i in range(4)]
+    a = np.array([1.0, 2.0, 4.0, 8.0])
+    kept = tuple(range(100_000, 0, -1000))
+    curves = {
+        f"{i}": Curve(f"{i}", 100_000, kept, tuple(a[i] * (1 - k / 1e5) ** 2 for k in kept), (0.0,) * 100, "kl")
+        for i in range(4)
+    }
+    removed = 4 * 0.4 / (1 / a).sum() / a
+    assert removed.max() < 0.99
+    found = allocate(layers, 0.4, curves=curves, states=1 << 13)
+    assert found.predicted == pytest.approx(float((a * removed**2).sum()), rel=2e-3)
+    assert [found.layer_sparsity(f"{i}") for i in range(4)] == pytest.approx(removed.tolist(), abs=0.02)
+
+
+def test_targets_from_one_table_are_those_from_their_own(blocks):
+    layers, curves = blocks
+    sparsities = [0.8, 0.3, 0.55]
+    together = allocations_along(layers, sparsities, curves=curves)
+    for sparsity, found in zip(sparsities, together, strict=True):
+        alone = allocate(layers, sparsity, curves=curves)
+        assert (found.kept, found.predicted) == (alone.kept, alone.predicted)
+    costs, losses = zip(*together[0].front, strict=True)
+    assert (np.diff(costs) > 0).all() and (np.diff(losses) < 0).all()
+    assert allocations_along(layers, [], curves=curves) == []
+
+
+def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(blocks):
+    layers, curves = blocks
+    exact = allocate(layers, 0.6, curves=curves)
+    for states in (100, 1000):
+        coarse = allocate(layers, 0.6, curves=curves, states=states)
+        assert sum(coarse.kept.values()) == coarse.target == exact.target
+        assert coarse.predicted >= exact.predicted * (1 - 1e-3)
+    assert coarse.predicted == pytest.approx(exact.predicted, rel=0.02)
+
+
+def test_what_rounding_leaves_goes_where_it_saves_most():
+    layers = [Layer("flat", (10, 10)), Layer("steep", (10, 10))]
+    flat = Curve("flat", 100, (100, 50), (0.0, 1.0), (0.0, 0.0), "kl")
+    steep = Curve("steep", 100, (100, 50), (0.0, 5.0), (0.0, 0.0), "kl")
+    found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep}, points=2, states=3)
+    assert found.kept == {"flat": 50, "steep": 63} and found.target == 113
+
+
+def test_a_budget_of_operations_counts_uses():
+    """An early convolution's weights are used many times: a budget of operations prunes it more."""
+    layers = [Layer("early", (16, 3, 3, 3), uses=1024), Layer("late", (64, 64, 3, 3), uses=16)]
+    curves = {layer.name: power_curve(layer, 1.0) for layer in layers}
+    dense = 2 * (1024 * 432 + 16 * 36864)
+    budget = Budget.fraction("flops", 0.5, layers)
+    assert budget.target == dense / 2
+    found = allocate(layers, curves=curves, budget=budget)
+    spent = 2 * (1024 * found.kept["early"] + 16 * found.kept["late"])
+    assert spent == found.cost and budget.target - 2 * 16 < spent <= budget.target
+    by_weights = allocate(layers, 0.5, curves=curves)
+    assert found.layer_sparsity("early") > by_weights.layer_sparsity("early")
+    assert found.target is None and found.budget_kind == "flops"
+
+
+def test_a_budget_of_bytes_counts_the_mask_until_dense_is_smaller():
+    layers = [Layer("a", (80, 10), itemsize=2), Layer("b", (80, 10), itemsize=2)]
+    curves = {"a": power_curve(layers[0], 1.0), "b": power_curve(layers[1], 50.0)}
+    budget = Budget.fraction("bytes", 0.6, layers)
+    found = allocate(layers, curves=curves, budget=budget)
+    stored = sum(min(1600, 2 * kept + 100) for kept in found.kept.values())
+    assert stored == found.cost and budget.target - 2 < stored <= budget.target == 0.6 * 3200
+    assert found.kept["b"] > found.kept["a"]
+
+
+def test_a_budget_of_seconds_reads_the_table():
+    layers = [Layer("a", (8, 8)), Layer("b", (8, 8))]
+    curves = {
+        name: Curve(name, 64, *((kept, d, (0.0,) * 3, "kl", patterns)))
+        for name, d in (("a", (0.0, 1.0, 4.0)), ("b", (0.0, 0.5, 8.0)))
+        for kept, patterns in [((64, 48, 32), ("8:8", "6:8", "4:8"))]
+    }
+    seconds = {"a": [1e-3, 1.1e-3, 0.4e-3], "b": [1e-3, 0.9e-3, 0.4e-3]}  # 6:8 is no faster than dense
+    found = allocate(layers, curves=curves, budget=Budget("latency", 1.35e-3, seconds))
+    assert found.patterns == {"a": "4:8", "b": "6:8"} and found.cost == pytest.approx(1.3e-3)
+    assert found.predicted == 4.5
+    assert allocate(layers, curves=curves, budget=Budget.fraction("latency", 1.0, layers, seconds)).predicted == 0.0
+    with pytest.raises(InfeasibleBudget, match="cost 0.0008 to 0.0021"):
+        allocate(layers, curves=curves, budget=Budget("latency", 0.7e-3, seconds))
+    with pytest.raises(ValueError, match="expected 3 latencies of 'b'"):
+        allocate(layers, curves=curves, budget=Budget("latency", 1.0, {"a": seconds["a"], "b": [1.0]}))
+
+
+def test_nothing_that_was_pruned_comes_back():
+    """The published base case ignores what was pruned before. Curves here were measured on the pruned model."""
+    layers = [Layer("a", (10, 100)), Layer("b", (10, 100))]
+    curves = {
+        "a": Curve("a", 1000, (300, 200, 100), (0.0, 5.0, 9.0), (0.0,) * 3, "kl"),
+        "b": Curve("b", 1000, (900, 500, 100), (0.0, 0.1, 0.2), (0.0,) * 3, "kl"),
+    }
+    found = allocate(layers, 0.6, curves=curves)
+    assert found.kept == {"a": 300, "b": 500}
+    held = allocate(layers, 0.6, curves=curves, at_most={"a": 250})
+    assert held.kept["a"] <= 250 and sum(held.kept.values()) == 800
+
+
+def test_baselines_snap_to_patterns_within_their_total():
+    layers = [Layer("a", (8, 8)), Layer("b", (8, 16)), Layer("c", (4, 8))]
+    wanted = allocate(layers, 0.4, method="erk")
+    levels = {layer.name: nm_levels(layer.numel, 8, 2) for layer in layers}
+    found = snap(wanted, levels)
+    assert sum(found.kept.values()) <= sum(wanted.kept.values())
+    best = min(
+        sum((k - wanted.kept[layer.name]) ** 2 / layer.numel for k, layer in zip(kept, layers, strict=True))
+        for kept in itertools.product(*(levels[layer.name][0] for layer in layers))
+        if sum(kept) <= sum(wanted.kept.values())
+    )
+    assert sum(
+        (found.kept[layer.name] - wanted.kept[layer.name]) ** 2 / layer.numel for layer in layers
+    ) == pytest.approx(best)
+    for layer in layers:
+        assert int(found.patterns[layer.name][0]) * layer.numel == 8 * found.kept[layer.name]
+    with pytest.raises(InfeasibleBudget, match="the patterns keep 56 or more"):
+        snap(allocate(layers, 0.9, method="uniform"), levels)
+
+
+def test_what_cannot_be_allocated_is_refused_with_the_reason(blocks):
+    layers, curves = blocks
+    bad = [
+        (lambda: allocate(layers, 0.5, method="best"), "method must be one of dp, uniform"),
+        (lambda: allocate(layers, 0.5), "needs curves"),
+        (lambda: allocate(layers, 0.5, method="owl"), "needs outliers"),
+        (lambda: allocate(layers, 0.5, method="owl", outliers={0: 1.0}), "no outlier ratio for"),
+        (lambda: allocate(layers, 0.5, method="lamp", scores={}), "no scores of"),
+        (lambda: allocate(layers, 1.0, method="uniform"), "0 <= sparsity < 1"),
+        (lambda: allocate(layers, method="uniform"), "a sparsity or a budget"),
+        (lambda: allocate(layers, method="erk", budget=Budget("params", 9.0)), "a budget is for method 'dp'"),
+        (lambda: allocate([layers[0]] * 2, 0.5, method="uniform"), "unique names"),
+        (lambda: allocate([], 0.5, method="uniform"), "unique names"),
+        (lambda: allocate(layers, 0.5, curves={}), "'0.q' has none"),
+        (lambda: allocate([Layer("0.q", (5, 5))], 0.5, curves=curves), "for 1024 weights, the layer has 25"),
+        (lambda: allocate(layers, 0.5, method="uniform", at_least=1.5), "bounds of"),
+        (lambda: allocate(layers, 0.5, method="uniform", at_least=0.6), "the bounds allow"),
+        (lambda: allocate(layers, 0.99, curves=curves), "cannot be met"),
+        (lambda: allocate(layers, 0.5, curves={n: c for n, c in curves.items()}, at_least=0.6), "cannot be met"),
+        (lambda: Budget("params", 0), "positive target"),
+        (lambda: Budget("watts", 1.0), "kind must be one of"),
+        (lambda: Budget("latency", 1.0), "goes with a table"),
+        (lambda: Layer("x", (3,)), "expected a shape"),
+    ]
+    for call, said in bad:
+        with pytest.raises(ValueError, match=said):
+            call()
+    mixed = dict(curves)
+    mixed["0.q"] = Curve("0.q", 1024, (1024, 512), (0.0, 1.0), (0.0, 0.0), "mse_logits")
+    with pytest.raises(ValueError, match="different metrics cannot be added: kl, mse_logits"):
+        allocate(layers, 0.5, curves=mixed)
