@@ -1,0 +1,99 @@
+"""Masks of weights: axes, short groups, ties, and what tells a mask from none."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from leanstep.sparsity import NM, flip_rate, is_nm, nm_mask
+from leanstep.sparsity.masks import group_counts, nm_violations
+
+
+def test_by_hand_and_ties():
+    weight = torch.tensor([1.0, -3.0, 2.0, 0.5, 0.1, 0.2, -0.3, 0.4])
+    assert nm_mask(weight, "2:4").tolist() == [False, True, True, False, False, False, True, True]
+    assert nm_mask(torch.ones(4), "2:4").tolist() == [False, False, True, True]
+    assert nm_mask(torch.zeros(8), "1:8").tolist() == [False] * 7 + [True]
+    for factor in (-1.0, 1e-3, 1e3):
+        assert torch.equal(nm_mask(factor * weight, "2:4"), nm_mask(weight, "2:4"))
+
+
+@pytest.mark.parametrize("m", [2, 3, 8, 16, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_group_keeps_exactly_n_along_every_axis(m, dtype):
+    for n in {0, 1, m // 2, m - 1, m}:
+        for shape, axis in (((5, 2 * m), "in"), ((2 * m, 5), "out"), ((3, m, 2, 2), "conv"), ((2, 3, m), "in")):
+            mask = nm_mask(torch.randn(shape).to(dtype), NM(n, m), axis=axis)
+            assert mask.shape == shape and bool((group_counts(mask, m, axis=axis) == n).all())
+
+
+def test_nothing_else_keeps_more():
+    weight = torch.randn(50, 8, dtype=torch.float64)
+    for n in range(1, 8):
+        kept = (weight.abs() * nm_mask(weight, NM(n, 8))).sum(dim=1)
+        best = torch.stack([weight[:, list(p)].abs().sum(dim=1) for p in combinations(range(8), n)]).amax(dim=0)
+        torch.testing.assert_close(kept, best, rtol=1e-13, atol=0)
+
+
+def test_axes_are_the_same_groups_seen_otherwise():
+    weight = torch.randn(8, 12)
+    assert torch.equal(nm_mask(weight, "1:4", axis="out"), nm_mask(weight.T, "1:4").T)
+    kernel = torch.randn(6, 8, 3, 3)
+    flat = nm_mask(kernel.permute(0, 2, 3, 1).contiguous(), "2:4").permute(0, 3, 1, 2)
+    assert torch.equal(nm_mask(kernel, "2:4", axis="conv"), flat)
+    with pytest.raises(ValueError, match="axis must be one of"):
+        nm_mask(weight, "2:4", axis="row")
+    with pytest.raises(ValueError, match="at least 3 dimensions"):
+        nm_mask(weight, "2:4", axis="conv")
+
+
+def test_groups_never_straddle_rows():
+    weight = torch.tensor([[9.0, 8, 7, 6, 5, 4], [1, 2, 3, 4, 6, 5]])
+    with pytest.raises(ValueError, match=r"groups of 4 do not fill the 6 entries.*2 are left over.*pad='zero'"):
+        nm_mask(weight, "2:4")
+    padded = nm_mask(weight, "1:4", pad="zero")
+    assert padded.int().tolist() == [[1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0]]
+    # what fills the last group up is pruned first
+    assert nm_mask(weight, "3:4", pad="zero")[:, 4:].all()
+    with pytest.raises(ValueError, match=r"1:8 has groups longer than a row"):
+        nm_mask(weight, "1:8", pad="zero")
+    with pytest.raises(ValueError, match="pad must be"):
+        nm_mask(weight, "1:2", pad="skip")
+
+
+def test_scores_that_are_not_finite_are_an_error_on_request():
+    weight = torch.ones(2, 8)
+    weight[1, 2] = float("nan")
+    assert bool(nm_mask(weight, "1:8")[1, 2])
+    with pytest.raises(ValueError, match="1 of the 16 entries"):
+        nm_mask(weight, "1:8", check=True)
+
+
+def test_masks_go_where_they_are_told():
+    weight, out = torch.randn(4, 8), torch.zeros(4, 8, dtype=torch.bool)
+    assert nm_mask(weight, "2:4", out=out) is out
+    assert torch.equal(out, nm_mask(weight, "2:4"))
+
+
+def test_coarse_masks_hold_the_fine_ones():
+    weight = torch.randn(16, 128)
+    fine, target = nm_mask(weight, "1:8"), NM(1, 8)
+    for factor in (2, 4, 8, 16):
+        assert is_nm(fine, target.scaled(factor))
+        coarse = nm_mask(weight, target.scaled(factor))
+        assert int(coarse.sum()) == int(fine.sum()) and not is_nm(coarse, target)
+
+
+def test_violations_are_counted_per_group():
+    weight = torch.tensor([[1.0, 1, 1, 0, 0, 0, -0.0, 5], [0, 0, 0, 0, 1, float("nan"), 2, 0]])
+    assert group_counts(weight, 4).tolist() == [[3, 1], [0, 3]]
+    assert nm_violations(weight, "2:4") == 2 and nm_violations(weight, "3:4") == 0
+    assert is_nm(weight, "2:3") is False and nm_violations(weight[:, :7], "1:4") == 2
+    assert is_nm(weight, "1:2", axis="out") and not is_nm(weight, "0:2", axis="out")
+
+
+def test_flip_rate():
+    one, other = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])
+    assert float(flip_rate(one, other)) == 0.5 and float(flip_rate(one, one)) == 0
+    with pytest.raises(ValueError, match="shapes"):
+        flip_rate(one, other[:2])
