@@ -11,6 +11,8 @@ from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_
 from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
 from leanstep.kernels.nm_mask import nm_mask
 from leanstep.kernels.nm_matmul import nm_compress, nm_decompress, nm_matmul
+from leanstep.kernels.poly_attention import poly_attention
+from leanstep.kernels.poly_features import poly_features, poly_features_backward
 from leanstep.kernels.scaled_step import scaled_step
 from leanstep.kernels.sinkhorn import Scales, sinkhorn
 from leanstep.kernels.sinkhorn_step import sinkhorn_step
@@ -48,6 +50,9 @@ __all__ = [
     "nm_mask",
     "nm_matmul",
     "nuclear_norm",
+    "poly_attention",
+    "poly_features",
+    "poly_features_backward",
     "row_dots",
     "scaled_step",
     "scatter",
