@@ -15,7 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from leanstep.sparsity import NM, is_nm, sparsify, squash, verify
+from leanstep.sparsity import NM, Schedule, is_nm, sparsify, squash, verify
 
 
 def gpt2():
@@ -198,16 +198,28 @@ def test_torch_compile_sees_one_whole_program_and_compiles_it_once(method):
     torch._dynamo.reset()
 
 
-def test_a_language_model_compiles_whole():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_compile_whole_and_once_over_all_phases(family):
     torch._dynamo.reset()
-    model = llama()
-    sparsify(model, {"*.mlp.*": NM(1, 8)})
-    expected = model(**tokens()).logits
+    make, patterns, data, _ = FAMILIES[family]
+    model = make()
+    schedule = Schedule(kind="sdgf-stepwise+mdgf-linear", total_steps=4, dense=0.25, finetune=0.25)
+    controller = sparsify(model, patterns, schedule=schedule)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller.attach(optimizer)
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model.model.layers[0].mlp, backend=counter, fullgraph=True)
-    hidden = torch.randn(2, 3, 32)
-    torch.testing.assert_close(compiled(hidden), model.model.layers[0].mlp(hidden))
-    assert counter.frame_count == 1 and expected.shape == (4, 16, 64)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    # the losses of transformers write to a log and to their configuration
+    inputs = {name: value for name, value in data().items() if name != "labels"}
+    phases = []
+    for _ in range(4):
+        phases.append(controller.stage().phase)
+        compiled(**inputs).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert phases == ["dense", "sparse", "sparse", "finetune"] and counter.frame_count == 1
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
