@@ -111,7 +111,8 @@ def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[flo
         chosen = {i for i, (_, y) in enumerate(stretch) if y is None and (i == 0 or stretch[i - 1][1] is not None)}
         usable = [i for i, (_, y) in enumerate(stretch) if y is not None]
         if usable:
-            chosen |= {min(usable, key=lambda i: stretch[i][1]), max(usable, key=lambda i: stretch[i][1])}
+            heights = {i: float(stretch[i][1] or 0.0) for i in usable}
+            chosen |= {min(usable, key=heights.__getitem__), max(usable, key=heights.__getitem__)}
         kept += [stretch[i] for i in sorted(chosen)]
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
@@ -239,7 +240,11 @@ def chart(
 
 def _points(one: Series, log_y: bool) -> list[tuple[float, float | None]]:
     pairs = zip(one.x, one.y, strict=True)
-    return [(float(x), float(y) if _usable(y) and (y > 0 or not log_y) else None) for x, y in pairs if _usable(x)]
+    return [(float(x), _height(y, log_y)) for x, y in pairs if _usable(x)]
+
+
+def _height(y: float | None, log_y: bool) -> float | None:
+    return None if y is None or not math.isfinite(y) or (log_y and y <= 0) else float(y)
 
 
 def _tick_texts(ticks: list[float]) -> list[str]:

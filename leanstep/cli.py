@@ -74,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
-        # `eval` hands everything on, --help included, to the parser that has its options
-        added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=name != "eval")
+        # some hand everything on, --help included, to the parser that has their options
+        own = name in ("eval", "prune")
+        added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not own)
         added.set_defaults(run=run)
         return added
 
@@ -112,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "Perplexity and bits per byte of a checkpoint.")
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
+    prune = command("prune", _prune, "Prune a checkpoint, each matrix as far as it hurts least.")
+    prune.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --sparsity S --data FILE --out DIR ...")
     verify = command("verify", _verify, "State for every matrix of a checkpoint whether it is N:M sparse.")
     verify.add_argument("path", metavar="PATH", help="a safetensors or torch file, a Hugging Face folder, or a run")
     verify.add_argument(
@@ -256,6 +259,13 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep.recipes import evaluate
 
     return int(evaluate.main([*rest, *options.arguments]) or 0)
+
+
+def _prune(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import prune
+
+    return int(prune.main([*rest, *options.arguments]) or 0)
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:

@@ -6,28 +6,40 @@ from leanstep.pruning.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.densities import atp_betas, outlier_ratio
 from leanstep.pruning.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
 from leanstep.pruning.layers import Layer, as_matrix
+from leanstep.pruning.measure import measure_curves
+from leanstep.pruning.prune import prune
 from leanstep.pruning.pruner import LayerPruner, Pruned
+from leanstep.pruning.result import PruneResult
+from leanstep.pruning.run import CalibrationText, prune_checkpoint
 from leanstep.pruning.scores import layer_pruner
 from leanstep.pruning.statistics import LayerStatistics
+from leanstep.pruning.targets import Target, find_targets
 
 __all__ = [
     "Allocation",
     "Budget",
+    "CalibrationText",
     "Curve",
     "InfeasibleBudget",
     "KnapsackTable",
     "Layer",
     "LayerPruner",
     "LayerStatistics",
+    "PruneResult",
     "Pruned",
+    "Target",
     "allocate",
     "allocations_along",
     "as_matrix",
     "atp_betas",
+    "find_targets",
     "layer_pruner",
     "level_grid",
+    "measure_curves",
     "nm_levels",
     "outlier_ratio",
+    "prune",
+    "prune_checkpoint",
     "snap",
     "solve_knapsack",
     "solve_lagrange",

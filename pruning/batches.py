@@ -1,0 +1,172 @@
+"""Data that a model is run on: batches in one form, whatever they came as, and token sequences cut from text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Batch", "as_batches", "batches_hash", "token_sequences"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass.
+
+    Attributes:
+        args, kwargs: what the model is called with.
+        mask: bool [batch, tokens], True where a token counts; None: all do.
+        labels: int64 targets, [batch] or [batch, tokens]; None where there are none.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return next(tensor for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor)).shape[0]
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+    def sample(self, index: int) -> Batch:
+        """One sample alone, as a batch."""
+        size = self.size
+
+        def pick(value: Any) -> Any:
+            split = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+            return value[index : index + 1] if split else value
+
+        kwargs = {name: pick(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(map(pick, self.args)), kwargs, pick(self.mask), pick(self.labels))
+
+    def tiled(self, times: int) -> Batch:
+        """The same samples ``times`` times over, in one batch."""
+        size = self.size
+
+        def tile(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
+                return value.repeat(times, *[1] * (value.dim() - 1))
+            return value
+
+        return Batch(tuple(map(tile, self.args)), {name: tile(value) for name, value in self.kwargs.items()})
+
+
+def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = "data") -> list[Batch]:
+    """Batches on the model's device from a tensor of samples, or from an iterable of batches such as a DataLoader.
+
+    Args:
+        data: int64 [samples, tokens] of token numbers; floating [samples, ...] such as images; or batches: mappings
+            (the model's keyword arguments; ``labels`` is set aside, ``attention_mask`` tells what counts), tuples
+            (inputs, labels), or tensors.
+        model: decides device, and the dtype of floating inputs.
+        batch_size: samples of a batch cut from a tensor; batches are taken as they come.
+        what: how messages call the data.
+
+    Raises:
+        ValueError: no data. TypeError: batches of another kind.
+    """
+    if isinstance(data, Tensor):
+        parts: Iterable[Any] = data.split(batch_size) if len(data) else ()
+    elif isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise TypeError(f"{what}: expected a tensor of samples or an iterable of batches, got {type(data).__name__}")
+    else:
+        parts = data
+    found = next(model.parameters(), None)
+    device = torch.device("cpu") if found is None else found.device
+    dtype = torch.float32 if found is None else found.dtype
+    batches = [part if isinstance(part, Batch) else _as_batch(part, model, device, dtype, what) for part in parts]
+    if not batches:
+        raise ValueError(f"{what}: expected at least one batch, got none")
+    return batches
+
+
+def _as_batch(part: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, what: str) -> Batch:
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+    if isinstance(part, Tensor):
+        labels = part.to(device) if not part.is_floating_point() and part.dim() == 2 else None
+        if extra:
+            return Batch((), {"input_ids": move(part), **extra}, labels=labels)
+        if _is_transformers(model) and part.is_floating_point():
+            return Batch((), {str(model.main_input_name): move(part)})
+        return Batch((move(part),), labels=labels)
+    if isinstance(part, (tuple, list)) and part and isinstance(part[0], Tensor):
+        inputs = _as_batch(part[0], model, device, dtype, what)
+        labels = part[1].to(device) if len(part) > 1 else inputs.labels
+        return Batch(inputs.args, inputs.kwargs, labels=labels)
+    if isinstance(part, Mapping) and any(isinstance(value, Tensor) for value in part.values()):
+        kwargs = {str(name): move(value) for name, value in part.items()}
+        labels = kwargs.pop("labels", None)
+        if labels is None and "input_ids" in kwargs:
+            labels = kwargs["input_ids"]
+        mask = kwargs.get("attention_mask")
+        return Batch((), {**kwargs, **extra}, None if mask is None else mask.bool(), labels)
+    raise TypeError(
+        f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(part).__name__}"
+    )
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "config") and isinstance(getattr(model, "main_input_name", None), str)
+
+
+def batches_hash(batches: Sequence[Batch]) -> str:
+    """Hash of everything that the batches hold, for the identity of what was measured on them."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for value in (*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs)), batch.mask, batch.labels):
+            if isinstance(value, Tensor):
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def token_sequences(
+    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
+) -> Tensor:
+    """Cut ``count`` sequences of ``length`` tokens from text, at places that a seed decides; no token is in two.
+
+    Documents are joined by the end-of-text token and cut into consecutive pieces, of which ``count`` are drawn.
+
+    Args:
+        encode: a text -> its token numbers, without special tokens.
+        texts: the documents.
+        count: sequences wanted.
+        length: tokens of a sequence.
+        end: the token behind every document; None: none.
+        seed: decides which pieces are taken, and their order.
+
+    Returns:
+        int64 [count, length].
+
+    Raises:
+        ValueError: too little text, with how much there is and how much it takes.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += encode(text)
+        if end is not None:
+            tokens.append(end)
+    pieces = len(tokens) // length
+    if pieces < count:
+        raise ValueError(
+            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
+            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
+        )
+    chosen = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[chosen]

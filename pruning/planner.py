@@ -1,0 +1,264 @@
+"""From settings to an allocation and a pruned model: the order of events of :func:`leanstep.pruning.prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
+from leanstep.pruning.allocation import Allocation, allocate, snap
+from leanstep.pruning.batches import Batch, batches_hash
+from leanstep.pruning.budgets import Budget
+from leanstep.pruning.corrections import relinearised_curves, tuned_coefficients
+from leanstep.pruning.curves import Curve
+from leanstep.pruning.densities import atp_betas, outlier_ratio
+from leanstep.pruning.groups import Group
+from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, levels_of, measure_curves
+from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
+from leanstep.pruning.prefix import PrefixCache
+from leanstep.pruning.result import PruneResult
+from leanstep.sparsity import NM
+
+__all__ = ["Planner"]
+
+# slopes of ATP that are tried, of all those there are
+_SLOPES = 9
+
+
+@dataclass
+class Planner:
+    """The settings of one call of :func:`leanstep.pruning.prune`, checked; :meth:`run` is the order of events."""
+
+    model: nn.Module
+    groups: list[Group]
+    sparsity: float | None
+    budget: Budget | None
+    score: str
+    pattern: str
+    metric: str | Metric | None
+    batches: list[Batch]
+    held_out: list[Batch]
+    measured: list[Batch]
+    at_least: float
+    score_options: dict[str, Any]
+    prefix_cache: bool
+    progress: Progress | None
+    resume: str | Path | None
+    notes: list[str] = field(default_factory=list)
+
+    def run(
+        self, method: str, correction: str, beta: float | None, curves: Mapping[str, Curve] | None, fixed: NM | None
+    ) -> PruneResult:
+        """Measure, allocate, compare, prune."""
+        self.pruning = Pruning(self._cache(self.batches), self.score, self.score_options)
+        if self.pruning.cache.note:
+            self.notes.append(self.pruning.cache.note)
+        found: dict[str, Curve] = {}
+        if fixed is not None:
+            candidate = self._fixed(fixed)
+        elif method == "dp":
+            found = dict(curves) if curves is not None else self._measure()
+            candidate = self._by_curves(found, correction)
+        else:
+            candidate = self._baseline(method, beta)
+        allocation, compared = self._compare(candidate)
+        chosen = chosen_levels(allocation, self.groups)
+        apply_allocation(self.groups, chosen, self.pruning)
+        return PruneResult(
+            allocation=allocation,
+            score=self.score,
+            pattern=self.pattern,
+            metric=self._metric_name(),
+            groups=self.groups,
+            chosen=chosen,
+            curves=found,
+            held_out=next((one for one in compared if one.method == allocation.method), None),
+            compared=compared,
+            notes=self.notes,
+            data=batches_hash(self.batches),
+        )
+
+    # -- allocations ------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> dict[str, Curve]:
+        return measure_curves(
+            self.model,
+            self.measured,
+            sparsity=0.5 if self.sparsity is None else self.sparsity,
+            score=self.score,
+            pattern=self.pattern,
+            metric=self.metric,
+            groups=self.groups,
+            score_options=self.score_options,
+            score_data=self.batches,
+            prefix_cache=self.prefix_cache,
+            resume=self.resume,
+            progress=self.progress,
+        )
+
+    def _by_curves(self, curves: Mapping[str, Curve], correction: str) -> Allocation:
+        """The allocation of smallest summed distortion, and where that is to be corrected, of smallest joint one."""
+        plain = self._solve(curves)
+        if correction == "none":
+            return plain
+        measurement = self._measurement(self.measured)
+        try:
+            if correction == "coefficients":
+                return self._scaled(curves, measurement)
+            return self._relinearised(plain, measurement)
+        finally:
+            measurement.close()
+
+    def _solve(self, curves: Mapping[str, Curve]) -> Allocation:
+        missing = [group.name for group in self.groups if group.name not in curves]
+        if missing:
+            raise ValueError(f"there is no curve for {missing[0]}; measure with the same model and granularity")
+        return self._allocate("dp", curves={group.name: curves[group.name] for group in self.groups})
+
+    def _scaled(self, curves: Mapping[str, Curve], measurement: Measurement) -> Allocation:
+        def cost(allocation: Allocation) -> float:
+            return joint_of(measurement, self.groups, chosen_levels(allocation, self.groups), self.pruning).mean
+
+        return tuned_coefficients(curves, self._solve, cost)[0]
+
+    def _relinearised(self, plain: Allocation, measurement: Measurement) -> Allocation:
+        best, lowest = plain, self._joint(measurement, plain)
+        around: Allocation = self._uniform()
+        levels = self._levels()
+        for _ in range(2):
+            curves = relinearised_curves(
+                measurement,
+                self.groups,
+                levels,
+                chosen_levels(around, self.groups),
+                self.pruning,
+                progress=self.progress,
+            )
+            around = self._solve(curves)
+            joint = self._joint(measurement, around)
+            if joint >= lowest:
+                break
+            best, lowest = around, joint
+        return best
+
+    def _baseline(self, method: str, beta: float | None) -> Allocation:
+        more: dict[str, Any] = {}
+        if method == "global":
+            pruners = self.pruning.pruners(self.groups)
+            more["scores"] = {group.name: pruners[group.name].scores for group in self.groups}
+        elif method == "lamp":
+            more["scores"] = {group.name: group.targets[0].weight.abs().float() for group in self.groups}
+        elif method == "owl":
+            more["outliers"] = self._outliers()
+        elif method == "atp":
+            if beta is None:
+                return self._best_slope()
+            more["beta"] = beta
+        return self._allocate(method, **more)
+
+    def _outliers(self) -> dict[int, float]:
+        """Percent of each block's Wanda scores that are outliers."""
+        pruners = Pruning(self.pruning.cache, "wanda").pruners(self.groups)
+        blocks: dict[int, list[Tensor]] = {}
+        for group in self.groups:
+            blocks.setdefault(group.layer.block or 0, []).append(pruners[group.name].scores)
+        return {block: outlier_ratio(scores) for block, scores in blocks.items()}
+
+    def _best_slope(self) -> Allocation:
+        """ATP's slope by trial, on the data that curves are measured on."""
+        assert self.sparsity is not None
+        blocks = {group.layer.block for group in self.groups}
+        betas = atp_betas(self.sparsity, len(blocks))
+        candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
+        measurement = self._measurement(self.measured)
+        try:
+            return min(candidates, key=lambda one: self._joint(measurement, one))
+        finally:
+            measurement.close()
+
+    def _uniform(self) -> Allocation:
+        return self._allocate("uniform")
+
+    def _allocate(self, method: str, **more: Any) -> Allocation:
+        """An allocation over the groups that never brings a zero back."""
+        nonzero = {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
+        at_most = {group.name: nonzero[group.name] for group in self.groups if nonzero[group.name] < group.layer.numel}
+        found = allocate(
+            [group.layer for group in self.groups],
+            self.sparsity,
+            method=method,
+            budget=self.budget,
+            at_least=self.at_least,
+            at_most=at_most or None,
+            **more,
+        )
+        if self.pattern.startswith("N:") and not found.patterns:
+            found = snap(found, self._levels())
+        return found
+
+    def _fixed(self, pattern: NM) -> Allocation:
+        kept, patterns = {}, {}
+        for group in self.groups:
+            for target in group.targets:
+                columns = target.layer.shape[1]
+                if columns % pattern.m:
+                    raise ValueError(
+                        f"{target.name} has {columns} inputs, which groups of {pattern.m} do not fill; leave it out "
+                        f"with "
+                        "exclude, or take another pattern"
+                    )
+            kept[group.name] = group.layer.numel // pattern.m * pattern.n
+            patterns[group.name] = str(pattern)
+        numel = {group.name: group.layer.numel for group in self.groups}
+        return Allocation(method="uniform", kept=kept, numel=numel, target=sum(kept.values()), patterns=patterns)
+
+    # -- what it costs ----------------------------------------------------------------------------------------------
+
+    def _compare(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Measure on held-out data; an allocation by curves that is not better than uniform gives way to it."""
+        if not self.held_out:
+            self.notes.append("there was no data, so what the pruning costs was not measured")
+            return candidate, []
+        measurement = self._measurement(self.held_out)
+        try:
+            found = [measure_additivity(measurement, self.groups, candidate, self.pruning)]
+            if candidate.method != "dp":
+                return candidate, found
+            uniform = self._uniform()
+            found.append(measure_additivity(measurement, self.groups, uniform, self.pruning))
+        finally:
+            measurement.close()
+        by_curves, evenly = found
+        if by_curves.joint < evenly.joint:
+            return candidate, found
+        self.notes.append(
+            f"the allocation by dynamic programming costs {by_curves.joint:.4g} on held-out data, uniform sparsity "
+            f"{evenly.joint:.4g}: the model was pruned uniformly. Distortions add up to {1 / by_curves.ratio:.2f} of "
+            f"what "
+            "they are together"
+        )
+        return uniform, found
+
+    def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
+        return joint_of(measurement, self.groups, chosen_levels(allocation, self.groups), self.pruning).mean
+
+    def _measurement(self, batches: list[Batch]) -> Measurement:
+        metric = self.metric
+        if isinstance(metric, str) and metric in LOCAL_METRICS:
+            metric = None  # of one layer only; what all do together is seen at the output
+        return Measurement(self.model, batches, metric, prefix_cache=self.prefix_cache)
+
+    def _metric_name(self) -> str:
+        if self.metric is None:
+            return default_metric(self.model)
+        return self.metric if isinstance(self.metric, str) else self.metric.name
+
+    def _levels(self) -> Levels:
+        return levels_of(self.groups, 0.5 if self.sparsity is None else self.sparsity, self.pattern)
+
+    def _cache(self, batches: list[Batch]) -> PrefixCache:
+        return PrefixCache(self.model, batches, enabled=self.prefix_cache and bool(batches))

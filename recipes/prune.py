@@ -1,0 +1,214 @@
+"""The command ``leanstep prune``: a checkpoint into a new folder, pruned, with a report on what it cost."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from leanstep.recipes.config import DataConfig
+from leanstep.recipes.progress import format_duration
+from leanstep.recipes.sources import open_validation, sotu_corpus
+
+if TYPE_CHECKING:
+    from leanstep.pruning import CalibrationText, PruneResult
+
+__all__ = ["main"]
+
+# of the newest addresses, so many bytes are held out: less than what the recipes keep from training
+_HELD_OUT_BYTES = 400_000
+_OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``leanstep prune``; returns 0, 2 after a message about input that cannot be used, or 1 about a full disk."""
+    options = _parser().parse_args(argv)
+    try:
+        result = _prune(options)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {options.out} was not made. The same command with --resume goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(result.to_dict()) if options.json else _summary(result, options.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="leanstep prune",
+        description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
+    add("--out", required=True, metavar="DIR", help="the folder to be made")
+    add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
+    add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
+    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
+    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: some n of 8 each; or 2:4 for all")
+    add("--data", metavar="sotu|FILE", help="text to calibrate with: a text file, folder or glob, JSON or Parquet")
+    add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
+    add("--samples", type=_positive, default=128, metavar="N", help="sequences for the scores; default 128")
+    add("--curve-samples", type=_positive, default=16, metavar="N", help="of them for the curves; default 16")
+    add("--held-out", type=_positive, default=8, metavar="N", help="sequences held out for checks; default 8")
+    add("--seq-len", type=_positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
+    add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
+    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="what shares one level, with dp")
+    add(
+        "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
+    )
+    add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
+    add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
+    add("--device", default="cpu", help="where to calibrate; default cpu")
+    add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
+    add("--resume", action="store_true", help="go on with the curves that an interrupted run measured")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _prune(options: argparse.Namespace) -> "PruneResult":
+    from leanstep.pruning import prune_checkpoint
+
+    with _Bar() as bar:
+        return prune_checkpoint(
+            options.checkpoint,
+            options.out,
+            _text(options),
+            evaluate=options.eval,
+            resume=options.resume,
+            device=options.device,
+            progress=bar,
+            sparsity=options.sparsity,
+            allocation=options.allocation,
+            score=options.score,
+            pattern=options.pattern,
+            metric=options.metric,
+            granularity=options.granularity,
+            correction=options.correction,
+            include=options.include,
+            exclude=options.exclude,
+            batch_size=options.batch_size,
+        )
+
+
+def _text(options: argparse.Namespace) -> "CalibrationText | None":
+    from leanstep.pruning import CalibrationText
+
+    if options.data is None:
+        return None
+    held_out = None
+    if options.data == "sotu":
+        documents = tuple(sotu_corpus().documents())
+        first = _newest(documents)
+        documents, held_out = documents[:first], documents[first:]
+    else:
+        config = DataConfig(source="text", val_path=options.data, text_key=options.text_key)
+        try:
+            documents = tuple(open_validation(config).documents())
+        except ValueError as error:
+            raise ValueError(_in_options(str(error))) from error
+    return CalibrationText(
+        documents,
+        options.data,
+        samples=options.samples,
+        curve_samples=min(options.curve_samples, options.samples),
+        held_out=options.held_out,
+        held_out_documents=held_out,
+        seq_len=options.seq_len,
+        seed=options.seed,
+    )
+
+
+def _newest(documents: Sequence[str]) -> int:
+    """Number of the first of the newest documents that are held out."""
+    left, first = _HELD_OUT_BYTES, len(documents)
+    while first > 1 and left - len(documents[first - 1]) >= 0:
+        first -= 1
+        left -= len(documents[first])
+    return first
+
+
+def _in_options(message: str) -> str:
+    """An error about data in the words of this command: recipes have keys where it has options."""
+    for key, option in _OPTIONS.items():
+        message = message.replace(key, option)
+    return message
+
+
+class _Bar:
+    """Points measured of how many, and the time left: a live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._task: Any = None
+        self._began = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        now = time.monotonic()
+        if self._first is None:  # what an earlier run measured took this one no time
+            self._first, self._began = done - 1, now
+        if sys.stderr.isatty():
+            self._show(done, total, name)
+        elif done == total or now - self._told > 30:
+            self._told = now
+            made = done - self._first
+            left = (now - self._began) / max(made, 1) * (total - done)
+            print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
+
+    def _show(self, done: int, total: int, name: str) -> None:
+        if self._live is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("curves"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+            )
+            self._live = Progress(*columns, console=Console(stderr=True))
+            self._live.start()
+            self._task = self._live.add_task(name, total=total, completed=done)
+        self._live.update(self._task, completed=done, total=total, description=name)
+
+
+def _summary(result: "PruneResult", out: str) -> str:
+    lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
+    lines.append(f"allocation     {result.allocation.method}, score {result.score}, pattern {result.pattern}")
+    if result.allocation.predicted is not None:
+        lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
+    for one in result.compared:
+        error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
+        lines.append(
+            f"held out       {one.method}: {one.joint:.4g}{error} together, {one.summed:.4g} summed, ratio "
+            f"{one.ratio:.3f}"
+        )
+    if result.perplexity:
+        before, after = result.perplexity["before"], result.perplexity["after"]
+        lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+    lines += [f"note           {note}" for note in result.notes]
+    lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
+    lines.append(f"model, sparsity.json and report.html: {out}")
+    return "\n".join(lines)
