@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from leanstep.kernels import _poly_chunks as chunks
 from leanstep.kernels._poly_tables import MOST_FEATURES, feature_count
@@ -51,8 +50,8 @@ def poly_attention(
     Notes:
         With ``k = C(d + g, g)`` features and e' = e + 1, the forward pass takes ``2 k e' (Hq L + H M)`` floating-point
         operations and the backward pass ``2 k e' (2 Hq L + 3 H M)``, 2 k H M less; causal ones a chunk fewer, and
-        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. torch's FlopCounterMode knows the
-        exact formulas. Sums run in fp32 (fp64 for fp64). Saved for backward: q, k, v, out and D. Scratch: one or two
+        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. Exactly they are :func:`poly_attention_flops`
+        and its sister, which :func:`register_flop_formulas` gives to torch's counter. Sums run in fp32 (fp64 for fp64). Saved for backward: q, k, v, out and D. Scratch: one or two
         states of [k, e'] a head, and the features of a chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums
         of features cancel: D has an error of about 1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
     """
@@ -292,11 +291,21 @@ class _Rows:
         return 2 * self.pairs * width
 
 
-@register_flop_formula(torch.ops.leanstep.poly_attention)
-def _(q, k, v, center, key_mask, coefficients, scale, causal, chunk, *args, out_shape=None, **kwargs):
-    return poly_attention_flops(q, k, v, len(coefficients) - 1, causal=causal, chunk=chunk)
+def register_flop_formulas() -> None:
+    """Teach torch's FlopCounterMode these formulas: call it before such a mode is made. Calling it again is harmless.
 
+    Not done on import, because the counter's module imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-@register_flop_formula(torch.ops.leanstep.poly_attention_backward)
-def _(grad, q, k, v, out, total, center, mask, coefficients, scale, causal, chunk, wanted, *args, out_shape=None, **kw):
-    return poly_attention_backward_flops(q, k, v, len(coefficients) - 1, causal=causal, chunk=chunk, wanted=wanted)
+    if torch.ops.leanstep.poly_attention in flop_registry:
+        return
+
+    @register_flop_formula(torch.ops.leanstep.poly_attention)
+    def _(q, k, v, center, key_mask, coefficients, scale, causal, chunk, *args, out_shape=None, **kwargs):
+        return poly_attention_flops(q, k, v, len(coefficients) - 1, causal=causal, chunk=chunk)
+
+    @register_flop_formula(torch.ops.leanstep.poly_attention_backward)
+    def _(grad, q, k, v, out, total, center, mask, coefficients, scale, causal, chunk, wanted, *args, **kwargs):
+        settings = dict(causal=causal, chunk=chunk, wanted=wanted)
+        return poly_attention_backward_flops(q, k, v, len(coefficients) - 1, **settings)

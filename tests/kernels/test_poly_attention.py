@@ -12,6 +12,7 @@ from leanstep.kernels.poly_attention import (
     poly_attention,
     poly_attention_backward_flops,
     poly_attention_flops,
+    register_flop_formulas,
 )
 from leanstep.kernels.reference import poly_attention as definition
 
@@ -80,6 +81,8 @@ def test_only_wanted_gradients_are_computed_and_operations_are_those_of_the_form
     assert backward.get_total_flops() == want
     assert [x.numel() > 0 for x in found] == flags
     # and the counter sees through the op
+    register_flop_formulas()
+    register_flop_formulas()
     leaves = [x.requires_grad_(flag) for x, flag in zip((q, k, v), flags, strict=True)]
     with FlopCounterMode(display=False) as whole:
         poly_attention(*leaves, taylor(2), scale=0.3, causal=causal, chunk=16)[0].sum().backward()
