@@ -50,10 +50,11 @@ def poly_attention(
     Notes:
         With ``k = C(d + g, g)`` features and e' = e + 1, the forward pass takes ``2 k e' (Hq L + H M)`` floating-point
         operations and the backward pass ``2 k e' (2 Hq L + 3 H M)``, 2 k H M less; causal ones a chunk fewer, and
-        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. Exactly they are :func:`poly_attention_flops`
-        and its sister, which :func:`register_flop_formulas` gives to torch's counter. Sums run in fp32 (fp64 for fp64). Saved for backward: q, k, v, out and D. Scratch: one or two
-        states of [k, e'] a head, and the features of a chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums
-        of features cancel: D has an error of about 1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
+        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. :func:`poly_attention_flops` and its sister
+        count them exactly; :func:`register_flop_formulas` tells torch's counter. Sums run in fp32 (fp64 for fp64).
+        Saved for backward: q, k, v, out and D. Scratch: one or two states of [k, e'] a head, and the features of a
+        chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: D has an error of about
+        1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
     """
     _check(q, k, v, coefficients, causal, center, key_mask, chunk)
     if center is not None:
