@@ -4,6 +4,14 @@ from leanstep.pruning.allocation import Allocation, allocate, allocations_along,
 from leanstep.pruning.budgets import Budget
 from leanstep.pruning.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.densities import atp_betas, outlier_ratio
+from leanstep.pruning.finetune import (
+    GradualPruner,
+    MaskKeeper,
+    gradual_sparsity,
+    iterative_sparsities,
+    keep_masks,
+    prune_iteratively,
+)
 from leanstep.pruning.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
 from leanstep.pruning.layers import Layer, as_matrix
 from leanstep.pruning.measure import measure_curves
@@ -20,11 +28,13 @@ __all__ = [
     "Budget",
     "CalibrationText",
     "Curve",
+    "GradualPruner",
     "InfeasibleBudget",
     "KnapsackTable",
     "Layer",
     "LayerPruner",
     "LayerStatistics",
+    "MaskKeeper",
     "PruneResult",
     "Pruned",
     "Target",
@@ -33,6 +43,9 @@ __all__ = [
     "as_matrix",
     "atp_betas",
     "find_targets",
+    "gradual_sparsity",
+    "iterative_sparsities",
+    "keep_masks",
     "layer_pruner",
     "level_grid",
     "measure_curves",
@@ -40,6 +53,7 @@ __all__ = [
     "outlier_ratio",
     "prune",
     "prune_checkpoint",
+    "prune_iteratively",
     "snap",
     "solve_knapsack",
     "solve_lagrange",

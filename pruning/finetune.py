@@ -1,0 +1,316 @@
+"""Training on after pruning: masks that stay, and schedules that prune further as training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from leanstep.pruning.targets import find_targets
+
+Result = TypeVar("Result")
+
+KINDS = ("cubic", "linear", "geometric")
+
+
+def keep_masks(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> MaskKeeper:
+    """Keep the zeros of a pruned model while an optimizer trains it.
+
+    Before every step the gradients of pruned weights become zero, as if the model computed with ``weight * mask``;
+    after it, so do the weights, whatever weight decay, momentum or a normalized update did to them.
+
+    Args:
+        model: pruned. After sharding, which replaces parameters, if it is to be sharded.
+        optimizer: that trains it; None: :meth:`MaskKeeper.attach` one later.
+        masks: by parameter name, True where a weight is kept; None: what is not zero now, of the matrices that
+            :func:`leanstep.pruning.find_targets` names with ``include`` and ``exclude``, where anything is zero.
+        include, exclude: only without ``masks``.
+
+    Returns:
+        :class:`MaskKeeper`; as a context it lets go of the optimizer at the end.
+
+    Raises:
+        ValueError: for masks of other names or shapes than the parameters, a model without a zero, or an optimizer that
+            does not train the masked parameters. Nothing is attached then.
+        TypeError: for what is no torch optimizer.
+
+    Notes:
+        1 byte per weight of a masked parameter, and a pass over them and their gradients per step. A frozen parameter,
+        such as the base of a low-rank adapter, keeps its zeros by itself; merging the adapter fills them, and
+        :meth:`MaskKeeper.apply` after the merge takes out what it put there. A gradient norm that was clipped before
+        the step counted the gradients of pruned weights, too.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = model[0].weight.data[0].zero_()
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with keep_masks(model, optimizer):
+        ...     model(torch.ones(2, 4)).sum().backward()
+        ...     _ = optimizer.step()
+        >>> bool(model[0].weight[0].any())
+        False
+    """
+    parameters = dict(model.named_parameters())
+    if masks is None:
+        names = dict.fromkeys(target.parameter for target in find_targets(model, include=include, exclude=exclude))
+        found = {name: parameters[name].detach() != 0 for name in names}
+        masks = {name: mask for name, mask in found.items() if not bool(_whole(mask).all())}
+        if not masks:
+            raise ValueError("keep_masks: no matrix of the model has a zero: prune it first, or give masks")
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"keep_masks: the model has no parameter {name!r}")
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"keep_masks: expected a bool mask of shape {tuple(parameters[name].shape)} for {name!r}, got "
+                f"{tuple(mask.shape)} of {mask.dtype}"
+            )
+    keeper = MaskKeeper({name: parameters[name] for name in masks}, masks)
+    if optimizer is not None:
+        keeper.attach(optimizer)
+    keeper.apply()
+    return keeper
+
+
+class MaskKeeper:
+    """Masks of parameters, and what holds the parameters to them; made by :func:`keep_masks`."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]):
+        self._parameters = dict(parameters)
+        # what is filled with zeros, so that no step has to make it
+        self._pruned = {name: _like(~mask, self._parameters[name]) for name, mask in masks.items()}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> MaskKeeper:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """By parameter name, True where a weight is kept. Copies."""
+        return {name: ~pruned for name, pruned in self._pruned.items()}
+
+    def sparsity(self) -> float:
+        """Fraction of the masked parameters' weights that are pruned."""
+        pruned = sum(int(_whole(p.sum())) for p in self._pruned.values())
+        return pruned / sum(p.numel() for p in self._pruned.values())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> MaskKeeper:
+        """Act before and after every step of an optimizer. Returns the keeper; errors as :func:`keep_masks`."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            inner = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
+            raise TypeError(f"keep_masks: expected a torch optimizer, got {type(optimizer).__name__}{inner}")
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in trained]
+        if missing:
+            raise ValueError(
+                f"keep_masks: {type(optimizer).__name__} does not train {missing[:5]}; build it from this model's "
+                "parameters, freeze them, or leave them out of the masks"
+            )
+        self._hooks += [
+            optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
+            optimizer.register_step_post_hook(lambda *_: self.apply()),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Let go of all optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set pruned weights to zero."""
+        for name, parameter in self._parameters.items():
+            parameter.masked_fill_(self._pruned[name], 0)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Prune what else is zero by now: after the model was pruned further. Nothing comes back."""
+        for name, parameter in self._parameters.items():
+            self._pruned[name] |= parameter == 0
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(self._pruned[name], 0)
+
+
+def gradual_sparsity(
+    step: int, *, begin: int, end: int, final: float, initial: float = 0.0, kind: str = "cubic"
+) -> float:
+    """The sparsity that a schedule wants at a step: ``initial`` until ``begin``, ``final`` from ``end`` on.
+
+    With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "linear";
+    "geometric": the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
+
+    Raises:
+        ValueError: for another kind, ``end <= begin``, or sparsities that are not 0 <= initial <= final < 1.
+
+    References:
+        Zhu, Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1 (cubic); Frantar, Kurtic, Alistarh, arXiv
+        2107.03356 (geometric, between recomputations).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"gradual_sparsity: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if end <= begin or not 0 <= initial <= final < 1:
+        raise ValueError(
+            f"gradual_sparsity: expected begin < end and 0 <= initial <= final < 1, got {begin}, {end}, {initial} and "
+            f"{final}"
+        )
+    x = min(max((step - begin) / (end - begin), 0.0), 1.0)
+    if kind == "cubic":
+        return final + (initial - final) * (1 - x) ** 3
+    if kind == "linear":
+        return initial + (final - initial) * x
+    return 1 - (1 - initial) ** (1 - x) * (1 - final) ** x
+
+
+def iterative_sparsities(target: float, rate: float = 0.2) -> list[float]:
+    """The targets of iterative pruning, ``1 - (1 - rate)^i`` for i = 1, 2, ..., with ``target`` the last.
+
+    Raises:
+        ValueError: for numbers outside (0, 1).
+
+    References:
+        Xu et al., arXiv 2308.10438, with rate 0.2 (and 0.6 for VGG-16).
+    """
+    if not (0 < target < 1 and 0 < rate < 1):
+        raise ValueError(f"iterative_sparsities: expected target and rate in (0, 1), got {target} and {rate}")
+    found: list[float] = []
+    while (sparsity := 1 - (1 - rate) ** (len(found) + 1)) < target - 1e-9:
+        found.append(sparsity)
+    return [*found, target]
+
+
+def prune_iteratively(
+    model: nn.Module,
+    sparsities: Sequence[float],
+    prune_to: Callable[[float], Result],
+    fine_tune: Callable[[MaskKeeper], object],
+) -> list[Result]:
+    """Prune, fine-tune with the masks, measure and prune again: from one sparsity to the next.
+
+    Args:
+        model: changed in place.
+        sparsities: increasing, for instance :func:`iterative_sparsities`.
+        prune_to: prunes the model to a sparsity, for instance ``lambda s: prune(model, data, sparsity=s)``. It is
+            called on the model as it is then, so that curves are measured anew, and what is zero stays zero.
+        fine_tune: trains the model; is given the keeper of the masks, to attach its optimizer to.
+
+    Returns:
+        What ``prune_to`` returned each time. The model was fine-tuned after the last one, too.
+
+    Raises:
+        ValueError: for sparsities that do not increase.
+
+    References:
+        Xu et al., arXiv 2308.10438, for rate-distortion curves; Han, Pool, Tran, Dally, arXiv 1506.02626.
+    """
+    if any(a >= b for a, b in zip(sparsities, sparsities[1:], strict=False)):
+        raise ValueError(f"prune_iteratively: sparsities must increase, got {list(sparsities)}")
+    results = []
+    for sparsity in sparsities:
+        results.append(prune_to(sparsity))
+        with keep_masks(model) as keeper:
+            fine_tune(keeper)
+            keeper.apply()
+    return results
+
+
+class GradualPruner:
+    """Prunes a model further and further while it is trained, at some of an optimizer's steps.
+
+    Args:
+        model: to be pruned; its masks are kept from the first pruning on.
+        optimizer: whose steps count.
+        prune_to: prunes the model to a sparsity; see :func:`prune_iteratively`. Called within ``optimizer.step()``,
+            after the update.
+        schedule: sparsity at a step, for instance ``partial(gradual_sparsity, begin=100, end=1000, final=0.8)``.
+        every: optimizer steps between two prunings; only where the sparsity has risen.
+
+    Raises:
+        ValueError: for ``every`` below 1.
+
+    Notes:
+        The step count is in :meth:`state_dict`; the masks are the zeros of the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        prune_to: Callable[[float], Any],
+        schedule: Callable[[int], float],
+        every: int = 1,
+    ):
+        if every < 1:
+            raise ValueError(f"GradualPruner: expected every >= 1, got {every}")
+        self.model, self.optimizer = model, optimizer
+        self.step_count, self.sparsity = 0, 0.0
+        self._prune_to, self._schedule, self._every = prune_to, schedule, every
+        self._keeper: MaskKeeper | None = None
+        # one pair of hooks for good: none can be added while an optimizer runs its hooks
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def _before_step(self) -> None:
+        if self._keeper is not None:
+            self._keeper.mask_gradients()
+
+    def _after_step(self) -> None:
+        self.step_count += 1
+        if self._keeper is not None:
+            self._keeper.apply()
+        wanted = self._schedule(self.step_count)
+        if self.step_count % self._every or wanted <= self.sparsity:
+            return
+        self._prune_to(wanted)
+        self.sparsity = wanted
+        self._keeper = keep_masks(self.model)
+
+    def detach(self) -> None:
+        """Let go of the optimizer; the zeros are no longer kept."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps counted, and the sparsity reached."""
+        return {"step": self.step_count, "sparsity": self.sparsity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; the model's weights are those of that step."""
+        self.step_count, self.sparsity = state["step"], state["sparsity"]
+        self._keeper = keep_masks(self.model) if self.sparsity > 0 else None
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All of a tensor, where a process may hold a part only."""
+    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+
+
+def _like(mask: Tensor, parameter: Any) -> Tensor:
+    """A mask where its parameter is: on its device, and sharded as it is."""
+    if hasattr(parameter, "placements") and not hasattr(mask, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(mask.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return mask.to(parameter.device)

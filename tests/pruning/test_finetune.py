@@ -1,0 +1,199 @@
+"""Masks through fine-tuning, and schedules of sparsity."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from leanstep.optimizers import Lion, SinkGD, param_groups
+from leanstep.pruning import (
+    GradualPruner,
+    gradual_sparsity,
+    iterative_sparsities,
+    keep_masks,
+    layer_pruner,
+    prune_iteratively,
+)
+
+
+def net():
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 4))
+
+
+def prune_to(model, sparsity):
+    """Magnitude, the same fraction of every hidden matrix."""
+    for layer in (model[0], model[2]):
+        keep = layer.weight.numel() - round(sparsity * layer.weight.numel())
+        layer.weight.data.copy_(layer_pruner(layer.weight, "magnitude").prune(keep).weight)
+    return sparsity
+
+
+def train(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(32, 12, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x[:, :4].cos()).square().mean().backward()
+        optimizer.step()
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+    "lion": lambda model: Lion(model.parameters(), lr=0.003, weight_decay=0.1),
+    "sinkgd": lambda model: SinkGD(param_groups(model), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_weights_stay_zero_under_any_optimizer_and_the_others_move(name):
+    model = net()
+    prune_to(model, 0.7)
+    zeros = [model[i].weight == 0 for i in (0, 2)]
+    before = model[0].weight.detach().clone()
+    dense = copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](model)
+    with keep_masks(model, optimizer) as keeper:
+        train(model, optimizer, 5)
+        assert keeper.sparsity() == pytest.approx(0.7, abs=0.01)
+        assert set(keeper.masks) == {"0.weight", "2.weight"}
+    for i, zero in zip((0, 2), zeros, strict=True):
+        assert torch.equal(model[i].weight == 0, zero)
+    assert not torch.equal(model[0].weight, before)
+    # without the masks they come back at once
+    train(dense, OPTIMIZERS[name](dense), 1)
+    assert dense[0].weight[zeros[0]].any()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion"])
+def test_training_is_that_of_a_model_which_computes_with_masked_weights(name):
+    """torch.nn.utils.prune multiplies in the forward pass: the same gradients, and the same weights bit for bit."""
+    ours, theirs = net(), net()
+    prune_to(ours, 0.6)
+    theirs.load_state_dict(ours.state_dict())
+    for i in (0, 2):
+        torch_prune.custom_from_mask(theirs[i], "weight", ours[i].weight != 0)
+    for model in (ours, theirs):
+        optimizer = OPTIMIZERS[name](model)
+        if model is ours:
+            keep_masks(model, optimizer)
+        train(model, optimizer, 6)
+    for i in (0, 2):
+        assert torch.equal(ours[i].weight, theirs[i].weight_orig * theirs[i].weight_mask)
+    assert torch.equal(ours[4].bias, theirs[4].bias)
+
+
+def test_masks_can_be_given_and_are_applied_at_once():
+    model = net()
+    mask = torch.rand(16, 12) > 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keeper = keep_masks(model, optimizer, {"0.weight": mask})
+    assert torch.equal(model[0].weight != 0, mask) and torch.equal(keeper.masks["0.weight"], mask)
+    train(model, optimizer, 2)
+    assert torch.equal(model[0].weight != 0, mask)
+    keeper.detach()
+    train(model, optimizer, 1)
+    assert (model[0].weight[~mask] != 0).any()
+    keeper.apply()
+    assert not model[0].weight[~mask].any()
+
+
+def test_a_step_that_is_refused_attaches_nothing():
+    model = net()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no matrix of the model has a zero"):
+        keep_masks(model, optimizer)
+    prune_to(model, 0.5)
+    bad = [
+        (lambda: keep_masks(model, optimizer), ValueError, "SGD does not train"),
+        (lambda: keep_masks(model, optimizer.state), TypeError, "expected a torch optimizer"),
+        (lambda: keep_masks(model, masks={"9.weight": torch.ones(2)}), ValueError, "no parameter '9.weight'"),
+        (lambda: keep_masks(model, masks={"0.weight": torch.ones(16, 12)}), ValueError, "expected a bool mask"),
+    ]
+    for call, kind, said in bad:
+        with pytest.raises(kind, match=said):
+            call()
+    assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_frozen_base_needs_no_optimizer():
+    """Under a low-rank adapter the base is not trained; after a merge the masks take out what it put there."""
+    model = net()
+    prune_to(model, 0.5)
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    keeper = keep_masks(model, optimizer)
+    mask = keeper.masks["0.weight"]
+    model[0].weight.data += torch.randn(16, 2) @ torch.randn(2, 12)  # merged
+    keeper.apply()
+    assert torch.equal(model[0].weight != 0, mask)
+
+
+def test_iterative_pruning_follows_the_paper_s_targets_and_nothing_comes_back():
+    assert iterative_sparsities(0.9, 0.2) == pytest.approx([1 - 0.8**i for i in range(1, 11)] + [0.9])
+    assert iterative_sparsities(0.36, 0.2) == pytest.approx([0.2, 0.36])
+    assert iterative_sparsities(0.1) == [0.1]
+    model, seen = net(), []
+
+    def fine_tune(keeper):
+        zeros = model[0].weight == 0
+        assert all((zeros | ~earlier).all() for earlier in seen)
+        seen.append(zeros)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        keeper.attach(optimizer)
+        train(model, optimizer, 3)
+        assert torch.equal(model[0].weight == 0, zeros)
+
+    done = prune_iteratively(model, iterative_sparsities(0.7, 0.4), partial(prune_to, model), fine_tune)
+    assert done == pytest.approx([0.4, 0.64, 0.7])
+    assert [int(zeros.sum()) for zeros in seen] == [round(s * 192) for s in done]
+    assert int((model[0].weight == 0).sum()) == round(0.7 * 192)
+    with pytest.raises(ValueError, match="must increase"):
+        prune_iteratively(model, [0.5, 0.5], partial(prune_to, model), fine_tune)
+
+
+def test_schedules_are_their_formulas():
+    at = partial(gradual_sparsity, begin=10, end=20, final=0.8)
+    for kind in ("cubic", "linear", "geometric"):
+        values = [at(step, kind=kind, initial=0.2) for step in range(0, 30)]
+        assert values[0] == values[10] == pytest.approx(0.2) and values[20] == values[29] == pytest.approx(0.8)
+        assert values == sorted(values)
+    assert at(15) == pytest.approx(0.8 - 0.8 * 0.5**3)
+    assert at(15, kind="linear") == pytest.approx(0.4)
+    assert 1 - at(15, kind="geometric") == pytest.approx((1.0 * 0.2) ** 0.5)
+    for wrong in ({"kind": "square"}, {"begin": 20}, {"final": 1.0}, {"initial": 0.9}):
+        with pytest.raises(ValueError, match="gradual_sparsity"):
+            at(1, **wrong)
+
+
+def test_gradual_pruning_goes_on_after_a_resume_as_without_one():
+    schedule = partial(gradual_sparsity, begin=2, end=8, final=0.75)
+
+    def run(model, steps, state=None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        pruner = GradualPruner(model, optimizer, partial(prune_to, model), schedule, every=2)
+        if state:
+            pruner.load_state_dict(state)
+        reached = []
+        for _ in range(steps):
+            train(model, optimizer, 1)
+            reached.append(float((model[0].weight == 0).float().mean()))
+        return pruner, reached
+
+    whole = net()
+    start = copy.deepcopy(whole)
+    pruner, reached = run(whole, 10)
+    assert reached == sorted(reached) and reached[1] == 0.0
+    assert reached[3] == pytest.approx(schedule(4), abs=0.01) and reached[4] == reached[3]
+    assert reached[9] == 0.75
+    first, _ = run(start, 5)
+    second = copy.deepcopy(start)
+    second.load_state_dict(start.state_dict())
+    _, rest = run(second, 5, first.state_dict())
+    assert rest == reached[5:] and torch.equal(second[0].weight, whole[0].weight)
+    pruner.detach()
+    with pytest.raises(ValueError, match="every >= 1"):
+        GradualPruner(whole, pruner.optimizer, print, schedule, every=0)
