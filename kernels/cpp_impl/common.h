@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -35,12 +36,55 @@ inline bool is_finite(float value) { return std::fabs(value) < std::numeric_limi
 inline float widen(float value) { return value; }
 inline float widen(bf16 value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
-// to the nearest, ties to even
+// to the nearest, ties to even, in the upper 16 bits; of a NaN, only one whose lower bits are 0 stays one
+inline uint32_t round_upper(float value) {
+    const uint32_t bits = to_bits(value);
+    return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
 inline void narrow(float value, float& out) { out = value; }
 inline void narrow(float value, bf16& out) {
-    const uint32_t bits = to_bits(value);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    out = static_cast<bf16>(value != value ? 0x7FC0u : rounded);
+    out = static_cast<bf16>(value != value ? 0x7FC0u : round_upper(value) >> 16);
+}
+
+template <typename... T>
+constexpr bool all_bf16 = (std::is_same_v<T, bf16> && ...);
+
+// Two neighbours in one 32-bit word. Loops over such pairs widen and narrow in place, where loops over elements spend
+// half their instructions on moving 16-bit lanes to 32-bit lanes and back.
+struct Pair {
+    float low, high;
+};
+
+template <typename T>
+inline Pair load_pair(const T* x, int64_t j) {
+    if constexpr (all_bf16<T>) {
+        uint32_t word;
+        std::memcpy(&word, x + 2 * j, sizeof word);
+        return {from_bits(word << 16), from_bits(word & 0xFFFF0000u)};
+    }
+    return {widen(x[2 * j]), widen(x[2 * j + 1])};
+}
+
+// of numbers computed from bf16: the NaNs among those are the processor's own or widened ones, with lower bits of 0
+template <typename T>
+inline void store_pair(T* x, int64_t j, float low, float high) {
+    if constexpr (all_bf16<T>) {
+        const uint32_t word = (round_upper(low) >> 16) | (round_upper(high) & 0xFFFF0000u);
+        std::memcpy(x + 2 * j, &word, sizeof word);
+    } else {
+        narrow(low, x[2 * j]);
+        narrow(high, x[2 * j + 1]);
+    }
+}
+
+// a * b + c, rounded once where the processor can: for sums, whose last bits are nobody's definition
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
 }
 
 // two rounds of xor-shift and multiply: reference.rounding.hash32
@@ -59,6 +103,12 @@ inline float round_stochastic(float value, uint32_t random) {
 }
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN, MASTER };
+
+template <int rounding, typename Param>
+inline float before_rounding(float value, uint32_t index, uint32_t seed) {
+    if constexpr (rounding == STOCHASTIC && sizeof(Param) == 2) return round_stochastic(value, hash32(index ^ seed));
+    return value;
+}
 
 // parameter's dtype for Kahan's compensation, fp32 for a master copy
 template <typename Param, int rounding>
@@ -81,11 +131,7 @@ inline float weight_of(Param param, const ExtraT* extra, int64_t i) {
 template <int rounding, typename Param, typename ExtraT>
 inline void store_weight(float value, bool keep, Param* param, ExtraT* extra, int64_t i, uint32_t index, uint32_t seed) {
     Param rounded;
-    if constexpr (rounding == STOCHASTIC && sizeof(Param) == 2) {
-        narrow(round_stochastic(value, hash32(index ^ seed)), rounded);
-    } else {
-        narrow(value, rounded);
-    }
+    narrow(before_rounding<rounding, Param>(value, index, seed), rounded);
     if constexpr (rounding == KAHAN) {
         ExtraT lost;
         narrow(value - widen(rounded), lost);
@@ -136,12 +182,24 @@ void for_blocks(int64_t count, const int64_t* sizes, int threads, Work work) {
 // elements that are fetched ahead, looked at and updated at a time
 constexpr int64_t CHUNK = 256;
 
+// max |x|, from the patterns: without their signs they are ordered as the numbers are, then infinity, then NaNs
+inline float largest_of(const float* x, int64_t n) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, to_bits(x[i]) & 0x7FFFFFFFu);
+    return from_bits(largest);
+}
+
+inline float largest_of(const bf16* x, int64_t n) {
+    uint16_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) largest = std::max<uint16_t>(largest, x[i] & 0x7FFFu);
+    return widen(static_cast<bf16>(largest));
+}
+
 template <typename T>
 inline bool any_nonfinite(const T* x, int64_t n) {
-    int32_t bad = 0;
-#pragma omp simd reduction(| : bad)
-    for (int64_t i = 0; i < n; ++i) bad |= !is_finite(widen(x[i]));
-    return bad != 0;
+    return !is_finite(largest_of(x, n));
 }
 
 // asks for elements begin..end: the processor's own prefetching ends at every page

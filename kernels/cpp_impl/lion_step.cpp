@@ -5,31 +5,63 @@
 
 using ExtraT = Extra<PARAM, ROUNDING>::type;
 
-static inline float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
+// length * sign(x), without the product
+static inline float along(float length, float x) {
+    return x > 0.0f || x < 0.0f ? from_bits(to_bits(length) ^ (to_bits(x) & 0x80000000u)) : 0.0f;
+}
+
+static inline float sign(float x) { return along(1.0f, x); }
+
+struct Moved {
+    float weight, momentum;
+};
+
+// one entry; a gradient that counts as it comes
+static inline Moved move(float gradient, float momentum, float weight, const float* hyper, float cautious_scale) {
+    const float c = hyper[2] * momentum + hyper[3] * gradient;
+    float update = sign(c), distance = along(hyper[0], c);
+    if (CAUTIOUS) {
+        update = update * gradient > 0.0f ? update * cautious_scale : 0.0f;
+        distance = hyper[0] * update;
+    }
+    float decayed = weight * hyper[1];
+    if (ALIGNED) decayed = update * weight >= 0.0f ? decayed : weight;
+    return {decayed - distance, hyper[4] * momentum + hyper[5] * gradient};
+}
+
+static inline float signed_gradient(float gradient) { return MAXIMIZE ? -gradient : gradient; }
 
 // with `skipping`, entries whose gradient is not finite keep what they hold
 template <bool skipping>
 static void step(
     PARAM* __restrict p, const GRAD* __restrict g, AVG* __restrict m, ExtraT* __restrict extra, int64_t n,
-    const float* hyper, float cautious_scale, uint32_t seed, uint32_t offset
+    const float* hyper_values, float cautious_scale, uint32_t seed, uint32_t offset
 ) {
-    const float lr = hyper[0], decay = hyper[1];
-    const float beta1 = hyper[2], rest1 = hyper[3], beta2 = hyper[4], rest2 = hyper[5];
+    float hyper[6];
+    std::copy(hyper_values, hyper_values + 6, hyper);
+    int64_t done = 0;
+    if constexpr (!skipping && all_bf16<PARAM, GRAD, AVG> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
+        done = n / 2 * 2;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const float gradient = MAXIMIZE ? -widen(g[i]) : widen(g[i]);
-        const float momentum = widen(m[i]);
-        const float c = beta1 * momentum + rest1 * gradient;
-        float update = sign(c);
-        if (CAUTIOUS) update = update * gradient > 0.0f ? update * cautious_scale : 0.0f;
-        const float weight = weight_of<ROUNDING>(p[i], extra, i);
-        float decayed = weight * decay;
-        if (ALIGNED) decayed = update * weight >= 0.0f ? decayed : weight;
+        for (int64_t j = 0; j < n / 2; ++j) {
+            const Pair gradient = load_pair(g, j), momentum = load_pair(m, j), weight = load_pair(p, j);
+            const uint32_t i = offset + static_cast<uint32_t>(2 * j);
+            const Moved low = move(signed_gradient(gradient.low), momentum.low, weight.low, hyper, cautious_scale);
+            const Moved high = move(signed_gradient(gradient.high), momentum.high, weight.high, hyper, cautious_scale);
+            store_pair(m, j, low.momentum, high.momentum);
+            store_pair(p, j, before_rounding<ROUNDING, PARAM>(low.weight, i, seed),
+                       before_rounding<ROUNDING, PARAM>(high.weight, i + 1, seed));
+        }
+    }
+#pragma omp simd
+    for (int64_t i = done; i < n; ++i) {
+        const float gradient = signed_gradient(widen(g[i]));
+        const Moved moved = move(gradient, widen(m[i]), weight_of<ROUNDING>(p[i], extra, i), hyper, cautious_scale);
         const bool keep = skipping && !is_finite(gradient);
         AVG next;
-        narrow(beta2 * momentum + rest2 * gradient, next);
+        narrow(moved.momentum, next);
         m[i] = keep ? m[i] : next;
-        store_weight<ROUNDING>(decayed - lr * update, keep, p, extra, i, offset + static_cast<uint32_t>(i), seed);
+        store_weight<ROUNDING>(moved.weight, keep, p, extra, i, offset + static_cast<uint32_t>(i), seed);
     }
 }
 

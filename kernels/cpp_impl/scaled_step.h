@@ -7,6 +7,9 @@
 
 namespace {
 
+// elements that are fetched ahead: the gradients are in the cache already, and one chunk is too short for the memory
+constexpr int64_t AHEAD = 4 * CHUNK;
+
 using ExtraT = Extra<PARAM, ROUNDING>::type;
 
 void step_row(
@@ -14,8 +17,21 @@ void step_row(
     float r, const float* hyper, uint32_t seed, uint32_t offset
 ) {
     const float size = hyper[0], decay = hyper[1];
+    int64_t done = 0;
+    if constexpr (all_bf16<PARAM, MAT> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
+        done = n / 2 * 2;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t j = 0; j < n / 2; ++j) {
+            const Pair gradient = load_pair(g, j), weight = load_pair(p, j);
+            const uint32_t index = offset + static_cast<uint32_t>(2 * j);
+            const float low = weight.low * decay - size * ((r * gradient.low) * c[2 * j]);
+            const float high = weight.high * decay - size * ((r * gradient.high) * c[2 * j + 1]);
+            store_pair(p, j, before_rounding<ROUNDING, PARAM>(low, index, seed),
+                       before_rounding<ROUNDING, PARAM>(high, index + 1, seed));
+        }
+    }
+#pragma omp simd
+    for (int64_t j = done; j < n; ++j) {
         const float update = (r * widen(g[j])) * c[j];
         const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - size * update;
         store_weight<ROUNDING>(value, false, p, extra, j, offset + static_cast<uint32_t>(j), seed);
@@ -47,7 +63,7 @@ struct Targets {
         for (int64_t i = begin; i < end; ++i) {
             for (int64_t from = 0; from < n; from += CHUNK) {
                 const int64_t length = std::min(CHUNK, n - from), here = i * n + from;
-                const int64_t next = here + length, after = std::min(next + CHUNK, end * n);
+                const int64_t next = std::min(here + AHEAD, end * n), after = std::min(next + CHUNK, end * n);
                 fetch(mats[t], next, after);
                 fetch(params[t], next, after);
                 step_row(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,

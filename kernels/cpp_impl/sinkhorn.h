@@ -25,42 +25,70 @@ struct Matrix {
     int64_t index;  // in the list
     const MAT* data;
     int64_t m, n, stride;
-    float* r0;       // 1 / max|row|
+    float* r0;       // 1, or a power of two where squares would leave the range of fp32
     float* inverse;  // of the mean squares of the rows of diag(r0) G diag(c)
     float* square;   // c^2
 };
 
 float inverse_of_largest(const MAT* __restrict row, int64_t n) {
-    float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) largest = std::max(largest, std::fabs(widen(row[j])));
+    const float largest = largest_of(row, n);
     // half the smallest normal number is the smallest whose inverse is finite
     return largest == 0.0f ? 0.0f : 1.0f / std::max(largest, TINY / 2);
+}
+
+// 1 / 2^e for a largest entry in [2^e, 2^(e + 1)): products with it are exact
+float power_of_largest(const MAT* __restrict row, int64_t n) {
+    const float largest = largest_of(row, n);
+    return largest == 0.0f ? 0.0f : 1.0f / std::max(from_bits(to_bits(largest) & 0x7F800000u), TINY);
 }
 
 // rows taken together: as many sums that do not wait for each other, and one read of what belongs to the columns
 constexpr int64_t ROWS = 4;
 
-// h[k] = (r0[k] * row[k])^2; sums[k]: of h[k] * square
+// Where the squares and the column sums of a row stand. Those of bf16 matrices are taken from pairs of neighbours, which
+// stay where they come from: first all even columns, then all odd ones. Numbers of n columns take padded(n) either way.
+constexpr bool PAIRED = all_bf16<MAT>;
+inline int64_t place(int64_t j, int64_t n) { return PAIRED ? j / 2 + j % 2 * ((n + 1) / 2) : j; }
+
+// h = (r0 * entry)^2, and its part of the row's sum; all r0 are 1 unless `scaling`
+template <bool scaling>
+inline float square_of(float entry, float r0, float square, float& h, float sum) {
+    const float scaled = scaling ? entry * r0 : entry;
+    h = scaled * scaled;
+    return fused(h, square, sum);
+}
+
+// h[k] = (r0[k] * row[k])^2 by place; sums[k]: of h[k] * square
+template <bool scaling>
 void squares(
     const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
 ) {
     const int64_t stride = padded(n);
     const MAT *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    float *ha = h, *hb = h + stride, *hc = h + 2 * stride, *hd = h + 3 * stride;
     const float ra = r0[0], rb = r0[1], rc = r0[2], rd = r0[3];
     float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
+    int64_t done = 0;
+    if constexpr (PAIRED) {
+        const int64_t odd = place(1, n);
+        done = n / 2 * 2;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-    for (int64_t j = 0; j < n; ++j) {
-        const float x0 = widen(a[j]) * ra, x1 = widen(b[j]) * rb, x2 = widen(c[j]) * rc, x3 = widen(d[j]) * rd;
-        const float h0 = x0 * x0, h1 = x1 * x1, h2 = x2 * x2, h3 = x3 * x3;
-        h[j] = h0;
-        h[j + stride] = h1;
-        h[j + 2 * stride] = h2;
-        h[j + 3 * stride] = h3;
-        sum0 += h0 * square[j];
-        sum1 += h1 * square[j];
-        sum2 += h2 * square[j];
-        sum3 += h3 * square[j];
+        for (int64_t j = 0; j < n / 2; ++j) {
+            const Pair x0 = load_pair(a, j), x1 = load_pair(b, j), x2 = load_pair(c, j), x3 = load_pair(d, j);
+            const float even_square = square[2 * j], odd_square = square[2 * j + 1];
+            sum0 = square_of<scaling>(x0.high, ra, odd_square, ha[j + odd], square_of<scaling>(x0.low, ra, even_square, ha[j], sum0));
+            sum1 = square_of<scaling>(x1.high, rb, odd_square, hb[j + odd], square_of<scaling>(x1.low, rb, even_square, hb[j], sum1));
+            sum2 = square_of<scaling>(x2.high, rc, odd_square, hc[j + odd], square_of<scaling>(x2.low, rc, even_square, hc[j], sum2));
+            sum3 = square_of<scaling>(x3.high, rd, odd_square, hd[j + odd], square_of<scaling>(x3.low, rd, even_square, hd[j], sum3));
+        }
+    }
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t j = done; j < n; ++j) {
+        const int64_t at = PAIRED ? n / 2 : j;  // of pairs, at most the last even column is left
+        sum0 = square_of<scaling>(widen(a[j]), ra, square[j], ha[at], sum0);
+        sum1 = square_of<scaling>(widen(b[j]), rb, square[j], hb[at], sum1);
+        sum2 = square_of<scaling>(widen(c[j]), rc, square[j], hc[at], sum2);
+        sum3 = square_of<scaling>(widen(d[j]), rd, square[j], hd[at], sum3);
     }
     sums[0] = sum0;
     sums[1] = sum1;
@@ -68,12 +96,33 @@ void squares(
     sums[3] = sum3;
 }
 
+// mean squares between these are those of rows whose squares neither overflow nor lose what matters: entries of 1e-13 of
+// the row's root mean square still have a normal square
+constexpr float LEAST = 0x1p-40f, MOST = 0x1p40f;
+
+// the same in the first iteration, where all columns count alike: finds r0 of `count` rows
+void first_squares(
+    const MAT* const* rows, int64_t count, float* r0, const float* square, float* h, int64_t n, float* sums
+) {
+    std::fill(r0, r0 + ROWS, 1.0f);
+    squares<false>(rows, r0, square, h, n, sums);
+    bool scaling = false;
+    for (int64_t k = 0; k < count; ++k) {
+        const float mean = sums[k] / static_cast<float>(n);
+        if (mean >= LEAST && mean <= MOST) continue;
+        r0[k] = power_of_largest(rows[k], n);
+        scaling = true;
+    }
+    if (scaling) squares<true>(rows, r0, square, h, n, sums);
+}
+
 void add_rows(float* __restrict sums, const float* __restrict h, const float* factors, int64_t n) {
     const int64_t stride = padded(n);
     const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        sums[j] += (h[j] * f0 + h[j + stride] * f1) + (h[j + 2 * stride] * f2 + h[j + 3 * stride] * f3);
+        const float low = fused(h[j], f0, h[j + stride] * f1);
+        sums[j] += fused(h[j + 2 * stride], f2, fused(h[j + 3 * stride], f3, low));
     }
 }
 
@@ -93,17 +142,23 @@ void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratc
         for (int64_t i = from; i < to; i += ROWS) {
             const MAT* rows[ROWS];
             float r0[ROWS], sums[ROWS], factors[ROWS];
+            const int64_t count = std::min(ROWS, to - i);
             for (int64_t k = 0; k < ROWS; ++k) {
-                const int64_t row = std::min(i + k, to - 1);  // past the end: the last row again, with factor 0
+                const int64_t row = i + std::min(k, count - 1);  // past the end: the last row again, with factor 0
                 rows[k] = a.data + row * a.stride;
                 if (i + k + ROWS < end) fetch(a.data + (i + k + ROWS) * a.stride, 0, std::min(a.n, ROW_FETCHED));
-                if (first && i + k < to) a.r0[row] = inverse_of_largest(rows[k], a.n);
-                r0[k] = a.r0[row];
+                if (!first) r0[k] = a.r0[row];
             }
-            squares(rows, r0, a.square, h, a.n, sums);
+            if (first) {
+                first_squares(rows, count, r0, a.square, h, a.n, sums);
+                std::copy(r0, r0 + count, a.r0 + i);
+            } else {
+                const bool scaling = std::any_of(r0, r0 + ROWS, [](float scale) { return scale != 1.0f; });
+                (scaling ? squares<true> : squares<false>)(rows, r0, a.square, h, a.n, sums);
+            }
             for (int64_t k = 0; k < ROWS; ++k) {
-                factors[k] = i + k < to ? inverse(sums[k] / static_cast<float>(a.n)) : 0.0f;
-                if (i + k < to) a.inverse[i + k] = factors[k];
+                factors[k] = k < count ? inverse(sums[k] / static_cast<float>(a.n)) : 0.0f;
+                if (k < count) a.inverse[i + k] = factors[k];
             }
             if (column_sums) add_rows(part, h, factors, a.n);
         }
@@ -112,7 +167,7 @@ void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratc
 }
 
 void invert_columns(const Matrix& a, const float* sums) {
-    for (int64_t j = 0; j < a.n; ++j) a.square[j] = inverse(sums[j] / static_cast<float>(a.m));
+    for (int64_t j = 0; j < a.n; ++j) a.square[j] = inverse(sums[place(j, a.n)] / static_cast<float>(a.m));
 }
 
 void finish(const Matrix& a, bool iterated) {
