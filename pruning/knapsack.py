@@ -48,6 +48,11 @@ class KnapsackTable:
     _order: tuple[int, ...]
     _rows: tuple[Floats, ...]  # least loss of the first groups by budget in units; constant beyond a row's end
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return sum(row.nbytes for row in self._rows)
+
     def value(self, budget: int | None = None) -> float:
         """Least total loss of a choice that costs at most ``budget`` (None: the table's)."""
         return float(self._rows[-1][self._state(budget)])
@@ -186,29 +191,31 @@ def solve_lagrange(
     groups = _checked(costs, losses)
     _check_reachable(budget, sum(int(c.min()) for c, _ in groups), sum(int(c.max()) for c, _ in groups))
 
-    def at(price: float) -> tuple[list[int], int, float]:
-        levels = []
-        for cost, loss in groups:
-            total = loss + price * cost
-            ties = np.flatnonzero(total == total.min())
-            levels.append(int(ties[np.argmin(cost[ties])]))
-        pairs = [(int(cost[k]), float(loss[k])) for (cost, loss), k in zip(groups, levels, strict=True)]
-        return levels, sum(cost for cost, _ in pairs), sum(loss for _, loss in pairs)
+    # cheapest levels first, so that the first of equals is the cheapest
+    orders = [np.argsort(cost, kind="stable") for cost, _ in groups]
+    shape = len(groups), max(map(len, orders))
+    paid, lost = np.zeros(shape), np.full(shape, np.inf)  # what fills short rows is never the least
+    for g, ((cost, loss), order) in enumerate(zip(groups, orders, strict=True)):
+        paid[g, : len(order)], lost[g, : len(order)] = cost[order], loss[order]
+
+    def at(price: float) -> tuple[npt.NDArray[np.intp], float, float]:
+        levels = (lost + price * paid).argmin(axis=1)
+        rows = np.arange(len(groups))
+        return levels, float(paid[rows, levels].sum()), float(lost[rows, levels].sum())
 
     low, high = 0.0, 1.0
-    if at(low)[1] <= budget:
-        return at(low)[0], at(low)[2]
-    while at(high)[1] > budget:
-        low, high = high, 2 * high
-    best = at(high)
-    while high - low > tolerance * high:
-        middle = (low + high) / 2
-        found = at(middle)
-        if found[1] <= budget:
-            high, best = middle, found if found[2] <= best[2] else best
-        else:
-            low = middle
-    return best[0], best[2]
+    best = at(low)
+    if best[1] > budget:
+        while (best := at(high))[1] > budget:
+            low, high = high, 2 * high
+        while high - low > tolerance * high:
+            middle = (low + high) / 2
+            found = at(middle)
+            if found[1] <= budget:
+                high, best = middle, found if found[2] <= best[2] else best
+            else:
+                low = middle
+    return [int(order[k]) for order, k in zip(orders, best[0], strict=True)], best[2]
 
 
 def _checked(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike]) -> list[tuple[Ints, Floats]]:
