@@ -25,7 +25,12 @@ def tightest(weight: Tensor, dim: int) -> NM | None:
 
 
 def violations(weight: Tensor, pattern: NM, dim: int) -> int:
-    """Groups along a dimension with more than N nonzeros; a short last group counts as filled with zeros."""
+    """Groups along a dimension with more than N nonzeros (NaN is one); a short last one counts as filled with zeros."""
+    return int((group_counts(weight, pattern.m, dim) > pattern.n).sum())
+
+
+def group_counts(weight: Tensor, m: int, dim: int) -> Tensor:
+    """Nonzeros of every group of m along a dimension, int64 [other dimensions, groups]."""
     nonzero = weight.detach().movedim(dim, -1) != 0
-    padded = torch.nn.functional.pad(nonzero, (0, -nonzero.shape[-1] % pattern.m))
-    return int((padded.unflatten(-1, (-1, pattern.m)).sum(dim=-1) > pattern.n).sum())
+    padded = torch.nn.functional.pad(nonzero, (0, -nonzero.shape[-1] % m))
+    return padded.unflatten(-1, (-1, m)).sum(dim=-1)

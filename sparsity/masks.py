@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.nm_mask import nm_mask as nm_mask_kernel
+from leanstep.sparsity.detect import violations
 from leanstep.sparsity.patterns import NM, as_pattern
 
 AXES = ("in", "out", "conv")
@@ -103,16 +104,7 @@ def is_nm(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> bool:
 
 def nm_violations(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> int:
     """Number of groups with more than N nonzeros (NaN is one); a short last group counts as padded with zeros."""
-    pattern = as_pattern(pattern)
-    return int((group_counts(weight, pattern.m, axis=axis) > pattern.n).sum())
-
-
-def group_counts(weight: Tensor, m: int, *, axis: str = "in") -> Tensor:
-    """Number of nonzeros in every group of m, int64, with the groups where the axis was."""
-    dim = axis_dim(weight.shape, axis)
-    nonzero = (weight.detach() != 0).transpose(dim, -1)
-    padded = torch.nn.functional.pad(nonzero, (0, -nonzero.shape[-1] % m))
-    return padded.unflatten(-1, (-1, m)).sum(dim=-1).transpose(dim, -1)
+    return violations(weight, as_pattern(pattern), axis_dim(weight.shape, axis))
 
 
 def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:
