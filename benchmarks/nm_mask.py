@@ -93,7 +93,7 @@ def transposable_table(rounds: int, clock: Clock, device: str) -> str:
     rows = []
     for text in TRANSPOSABLE:
         pattern = NM.parse(text)
-        count = max(64, 2**18 // pattern.m**2)
+        count = max(64, 2**16 // pattern.m**2)
         normal = torch.randn(count, pattern.m, pattern.m, generator=torch.Generator().manual_seed(0)).to(device)
         for name, scores in (("normal", normal), ("normal, to the fourth", normal**4)):
             sums = {}

@@ -48,6 +48,13 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
     References:
         Hubara, Chmiel, Island, Banner, Naor, Soudry, "Accelerated Sparse Neural Training: A Provable and Efficient
         Method to Find N:M Transposable Masks", arXiv 2102.08124 (transposable masks, the greedy method's bound).
+
+    Example:
+        A model that trains under transposable masks; of scores that are 1 at n places of each group, those are kept.
+
+        >>> def score(layer, weight):
+        ...     return transposable_mask(weight, layer.transform.pattern).to(weight.dtype)
+        >>> controller = sparsify(torch.nn.Linear(8, 8), "2:4", score=score)
     """
     pattern = as_pattern(pattern)
     n, m = pattern.n, pattern.m
