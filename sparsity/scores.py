@@ -18,7 +18,7 @@ _TILE = 1 << 22
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """``|weight|``."""
+    """The size of a weight, ``|weight|``: the default score."""
     return weight.detach().abs()
 
 

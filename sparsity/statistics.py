@@ -85,13 +85,13 @@ def layer_rows(controller: Controller) -> list[dict[str, Any]]:
 def summary(controller: Controller) -> dict[str, float]:
     """Numbers for a log: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``WHAT/LAYER`` for the rest.
 
-    WHAT is ``flip_rate``, ``kept_magnitude`` and ``gradient_noise`` of :func:`layer_rows`.
+    WHAT is ``sparsity``, ``flip_rate``, ``kept_magnitude`` and ``gradient_noise`` of :func:`layer_rows`.
     """
     rows = layer_rows(controller)
     zeros = sum(row["sparsity"] * row["weights"] for row in rows)
     found = {"sparsity/all": zeros / sum(row["weights"] for row in rows)}
     found |= {f"alpha/{row['target']}": row["alpha"] for row in rows}
-    for what in ("flip_rate", "kept_magnitude", "gradient_noise"):
+    for what in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"):
         found |= {f"{what}/{row['layer']}": row[what] for row in rows if row[what] is not None}
     return found
 

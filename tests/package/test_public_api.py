@@ -12,7 +12,7 @@ import pytest
 
 import leanstep
 
-PACKAGES = ("leanstep", "leanstep.kernels", "leanstep.optimizers")
+PACKAGES = ("leanstep", "leanstep.kernels", "leanstep.optimizers", "leanstep.sparsity")
 HEAVY = ("torch", "numpy", "triton", "transformers", "accelerate", "datasets", "omegaconf", "matplotlib", "rich")
 COMPILER = ("torch._dynamo", "torch._inductor", "triton", "transformers", "accelerate", "omegaconf")
 
