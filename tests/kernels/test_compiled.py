@@ -18,8 +18,8 @@ def graphs() -> int:
     [
         (Lion, {"weight_decay": 0.1}, torch.float32),
         (Lion, {"rounding": "stochastic"}, torch.bfloat16),
-        (SinkGD, {"weight_decay": 0.1}, torch.float32),
-        (SinkGD, {"rounding": "stochastic"}, torch.bfloat16),
+        (SinkGD, {"algorithm": "sinkgd", "weight_decay": 0.1}, torch.float32),
+        (SinkGD, {"algorithm": "sinkgd", "rounding": "stochastic"}, torch.bfloat16),
     ],
 )
 def test_one_graph_for_all_sizes(cls, options, dtype):
