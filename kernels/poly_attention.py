@@ -152,7 +152,7 @@ def _run(
     causal: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
         out, normaliser = chunks.forward(heads)
     return out.view(*q.shape[:3], v.shape[3]), normaliser.view(q.shape[:3])
@@ -173,7 +173,7 @@ def _run_backward(
     chunk: int,
     wanted: list[bool],
 ) -> list[Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
         grad, out, normaliser = (
             x.unflatten(1, (k.shape[1], -1)).flatten(0, 1) for x in (grad, out, normaliser)

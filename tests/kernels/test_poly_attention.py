@@ -118,6 +118,18 @@ def test_narrow_dtypes_are_computed_in_fp32(causal, dtype, dirty_memory):
         assert ((a.double() - b).abs().max() <= 2 * (unit + 2e-6) * b.abs().max()).item()
 
 
+def test_autocast_does_not_reach_the_sums():
+    q, k, v = inputs(dtype=torch.float32)
+    settings = dict(coefficients=taylor(2), scale=0.5, causal=True, chunk=8)
+    want = poly_attention(q, k, v, **settings)
+    slopes = torch.autograd.grad(want[0].sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = poly_attention(q, k, v, **settings)
+        grads = torch.autograd.grad(found[0].sum(), (q, k, v))
+    same(found, want, rtol=0, atol=0)
+    same(grads, slopes, rtol=0, atol=0)
+
+
 def test_where_no_key_counts_the_result_is_zero():
     q, k, v = inputs(heads=(1, 1), lengths=(6, 6))
     mask = torch.tensor([[False, False, True, True, True, True], [False] * 6])

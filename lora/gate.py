@@ -1,0 +1,380 @@
+"""Low-rank attention in a model, only where it is close enough and cheaper, and exact attention everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from leanstep.kernels.poly_attention import poly_attention
+from leanstep.lora.attention import LowRankAttentionError, check_normalisers, key_means
+from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
+from leanstep.lora.attention_interface import Call, Tap, attach, detach
+from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
+from leanstep.lora.polynomials import relative_error, softmax_error, taylor_coefficients
+
+__all__ = ["GateReport", "LowRankGate"]
+
+MODES = ("exact", "auto", "force")
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate does in one layer.
+
+    Attributes:
+        layer: its name.
+        low_rank: whether its last call ran low-rank; reason: why, or why not.
+        error: relative error of the output last measured on sampled queries, of what ran low-rank or would have; None
+            before the first measurement.
+        largest_error: the largest such error among the calls that ran low-rank.
+        logit: the largest sampled logit of the last judgement.
+        cost: predicted cost over exact attention at the length of the last call.
+        calls, low_rank_calls, fallbacks: how many calls there were, ran low-rank, and were answered exactly after all.
+        gradient_errors: relative errors of O, dQ, dK and dV of one head, of the last spot check; empty before.
+    """
+
+    layer: str
+    low_rank: bool
+    reason: str
+    error: float | None
+    largest_error: float
+    logit: float | None
+    cost: float | None
+    calls: int
+    low_rank_calls: int
+    fallbacks: int
+    gradient_errors: dict[str, float]
+
+
+class _Plan(NamedTuple):
+    """A decision, kept for the pass that activation checkpointing repeats."""
+
+    low_rank: bool
+    center: Tensor | None
+
+
+@dataclass
+class _Layer:
+    """What the gate remembers of one layer."""
+
+    name: str
+    on: bool = False
+    good: int = 0
+    calls: int = 0
+    low_rank_calls: int = 0
+    fallbacks: int = 0
+    reason: str = "not called yet"
+    error: float | None = None
+    largest_error: float = 0.0
+    logit: float | None = None
+    cost: float | None = None
+    center: Tensor | None = None
+    plan: _Plan = _Plan(False, None)
+    gradient_errors: dict[str, float] = field(default_factory=dict)
+
+
+class LowRankGate:
+    """Lets the attention layers of a transformers model run low-rank where that is certified or measured, and pays.
+
+    In mode ``"auto"`` a layer runs exactly until ``patience`` judgements in a row find all its heads within the
+    tolerance (by the bound ``scale * max |q| * max |k|``, or by sampled logits and the error on sampled queries) and
+    low-rank attention predicted cheaper at this length. From then on **every** call compares sampled queries with exact
+    attention; where they differ by more than the tolerance, a normaliser is not positive, or something overflows, the
+    same call is answered exactly, and the layer starts over. What is measured is reported either way.
+
+    Args:
+        model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). The implementation it has is
+            the exact one, and comes back with :meth:`close`.
+        mode: ``"exact"`` (default), ``"auto"``, or ``"force"``, for research: low-rank wherever it is possible at all,
+            whatever the error.
+        degree: of Taylor's sum; even.
+        tolerance: of the relative error of softmax weights, and of the output on sampled queries.
+        every: calls of a layer between judgements, while it runs exactly.
+        patience: judgements in a row that must be good. With 2 and more, what is taken off the keys comes from batches
+            before, and causal attention stays causal.
+        rows: queries compared in every low-rank call; sequences: how many of a batch are looked at.
+        spot_every: low-rank calls of a layer in training between comparisons of one head's gradients with exact ones,
+            which take the time of exact attention of one head; 0 for none.
+        chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
+        speed: time of an operation over exact attention's; None measures it, about a second once (see
+            :func:`leanstep.lora.attention_cost.measure_speed`), and 1 compares operations.
+        seed: of the samples.
+
+    Raises:
+        ValueError: for a model without such layers, or a setting out of range; the model is unchanged.
+        LowRankAttentionError: in a forward pass, in mode ``"force"``, for a normaliser that is not positive.
+
+    Notes:
+        Never low-rank, with the reason in the report: dropout in attention, one query against a cache, masks other than
+        causal and padding, soft caps, sinks and position biases, dtypes that differ. The check of every low-rank call
+        reads one number back from the device. Processes of a distributed run decide each for itself, which is sound:
+        attention exchanges nothing. The pass that activation checkpointing repeats does what the first one did.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from leanstep.lora import LowRankGate
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2))
+        >>> with LowRankGate(model, mode="auto", speed=1) as gate:
+        ...     _ = model(torch.randint(64, (1, 40)))
+        >>> gate.report()[0].low_rank
+        False
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "exact",
+        *,
+        degree: int = 2,
+        tolerance: float = 0.05,
+        every: int = 50,
+        patience: int = 2,
+        rows: int = 64,
+        sequences: int = 2,
+        spot_every: int = 200,
+        chunk_size: int = 128,
+        speed: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"LowRankGate: expected mode 'exact', 'auto' or 'force', got {mode!r}")
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 or degree % 2:
+            raise ValueError(f"LowRankGate: expected an even degree >= 2, whose sums are positive, got {degree!r}")
+        for name, value, least in (
+            ("every", every, 1), ("patience", patience, 1), ("rows", rows, 1), ("sequences", sequences, 1),
+            ("spot_every", spot_every, 0), ("chunk_size", chunk_size, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"LowRankGate: expected {name} >= {least}, got {value}")
+        if not tolerance > 0 or (speed is not None and not speed > 0):
+            raise ValueError(f"LowRankGate: expected tolerance > 0 and speed > 0, got {tolerance} and {speed}")
+        taken = [tap.name for tap in attach(model).values() if tap.gate is not None]
+        if taken:
+            raise ValueError(f"LowRankGate: {taken[0]} has a gate already; close that one first")
+        self.model, self.mode, self.degree, self.tolerance = model, mode, degree, tolerance
+        self.every, self.patience, self.rows, self.sequences = every, patience, rows, sequences
+        self.spot_every, self.chunk_size, self.speed = spot_every, chunk_size, speed
+        self.coefficients = taylor_coefficients(degree)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._taps: dict[nn.Module, Tap] = attach(model)
+        self._layers = {layer: _Layer(tap.name) for layer, tap in self._taps.items()}
+        for tap in self._taps.values():
+            tap.gate = self
+
+    def __enter__(self) -> LowRankGate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the gate off; the model has its own attention back. The report stays."""
+        for tap in self._taps.values():
+            if tap.gate is self:
+                tap.gate = None
+        if self._taps:
+            detach(self.model)
+        self._taps = {}
+
+    def report(self) -> list[GateReport]:
+        """What every layer did and does, in the order of the model."""
+        return [
+            GateReport(
+                s.name, s.plan.low_rank, s.reason, s.error, s.largest_error, s.logit, s.cost, s.calls, s.low_rank_calls,
+                s.fallbacks, dict(s.gradient_errors),
+            )
+            for s in self._layers.values()
+        ]  # fmt: skip
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers for a log: the share of low-rank calls, fallbacks, and the last measured error of every layer."""
+        rows = self.report()
+        calls = max(1, sum(row.calls for row in rows))
+        found = {
+            "low-rank calls": sum(row.low_rank_calls for row in rows) / calls,
+            "fallbacks": float(sum(row.fallbacks for row in rows)),
+        }
+        found |= {f"gate error/{row.layer}": row.error for row in rows if row.error is not None}
+        for row in rows:
+            found |= {f"gate {kind} error/{row.layer}": value for kind, value in row.gradient_errors.items()}
+        return found
+
+    # --- one call ---------------------------------------------------------------------------------------------------
+
+    def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Attention of one call, exact or not; called by the layer."""
+        state = self._layers[call.layer]
+        if _in_backward():
+            if not state.plan.low_rank:
+                return call.exact()
+            return _as_layer(self._attention(call.seen, state.plan.center)[0])
+        state.calls += 1
+        out = self._low_rank(call, state) if self._wanted(call, state) else None
+        if out is not None:
+            state.low_rank_calls += 1
+            return _as_layer(out)
+        state.plan = _Plan(False, None)
+        return call.exact()
+
+    def _wanted(self, call: Call, state: _Layer) -> bool:
+        """Whether the call is to run low-rank; says why not."""
+        if self.mode == "exact":
+            state.reason = "mode is 'exact'"
+            return False
+        impossible = _impossible(call)
+        if impossible is not None:
+            state.reason = impossible
+            return False
+        seen = call.seen
+        (batch, heads, length, dim), key_heads = seen.query.shape, seen.key.shape[1]
+        shape = AttentionShape(heads, key_heads, length, dim, seen.value.shape[-1], seen.causal, batch)
+        settings = (self.degree, self.chunk_size, self._speed(seen))
+        state.cost = cost_ratio(shape, *settings)
+        if self.mode == "force":
+            state.reason = "mode is 'force'"
+            return True
+        # a layer that is on is compared in every call
+        if not state.on and ((state.calls - 1) % self.every == 0 or 0 < state.good < self.patience):
+            self._judge(call, state)
+        if state.on and state.cost >= 1:
+            state.reason = (
+                f"close enough, but predicted to cost {state.cost:.2g} of exact attention at length {length:,}; it "
+                f"pays from {break_even(shape, *settings):,} on"
+            )
+        return state.on and state.cost < 1
+
+    def _speed(self, seen: Seen) -> float:
+        if self.speed is not None:
+            return self.speed
+        dim, wide = seen.query.shape[-1], seen.value.shape[-1]
+        return measure_speed(dim, wide, self.degree, seen.query.device, seen.query.dtype, self.chunk_size)
+
+    def _judge(self, call: Call, state: _Layer) -> None:
+        """Look at the norms of all heads and at the error on sampled queries, and switch the layer on or off."""
+        seen = call.seen.first(self.sequences)
+        found = head_norms(seen, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
+        certified, sampled = float(found.certified.max()), float(found.sampled.max())
+        state.error, state.logit = float(found.errors.max()), sampled
+        means = key_means(seen.key, seen.key_mask).mean(dim=0)
+        state.center = means if state.center is None else state.center.lerp(means, 0.1)
+        etas = [softmax_error(relative_error(self.coefficients, min(s, 1e3))) for s in (certified, sampled)]
+        if etas[0] <= self.tolerance:
+            good, why = True, f"certified: no logit exceeds {certified:.3g}"
+        elif etas[1] <= self.tolerance and state.error <= self.tolerance:
+            good, why = True, f"measured: sampled logits reach {sampled:.3g}, with an error of {state.error:.2g}"
+        else:
+            good, why = (
+                False,
+                (
+                    f"logits reach {sampled:.3g}, where degree {self.degree} is off by {etas[1]:.2g}; sampled error "
+                    f"{state.error:.2g}, tolerance {self.tolerance:g}"
+                ),
+            )
+        state.good = state.good + 1 if good else 0
+        state.on = state.good >= self.patience
+        waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
+        state.reason = why + waiting
+
+    def _low_rank(self, call: Call, state: _Layer) -> Tensor | None:
+        """The output if it passes the checks; None for exact attention instead."""
+        seen, center = call.seen, state.center
+        out, total = self._attention(seen, center)
+        try:
+            check_normalisers(total.detach(), self.coefficients, seen.causal, seen.key_mask)
+        except LowRankAttentionError as error:
+            if self.mode == "force":
+                raise
+            return self._fall_back(state, str(error))
+        few = seen.first(self.sequences)
+        at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
+        state.error = float(sampled_error(few, out[: self.sequences], at).max())
+        if self.mode == "auto" and not state.error <= self.tolerance:
+            return self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
+        state.largest_error = max(state.largest_error, state.error)
+        state.plan = _Plan(True, center)
+        if self.mode == "force" or not seen.causal or state.low_rank_calls % 8 == 0:
+            means = key_means(few.key, few.key_mask).mean(dim=0)
+            state.center = means if center is None else center.lerp(means, 0.1)
+        if self.spot_every and out.requires_grad and state.low_rank_calls % self.spot_every == 0:
+            self._spot_check(seen, center, out, state)
+        return out
+
+    def _fall_back(self, state: _Layer, why: str) -> None:
+        state.on, state.good, state.fallbacks, state.reason = False, 0, state.fallbacks + 1, f"fell back: {why}"
+
+    def _attention(self, seen: Seen, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        # by hand what low_rank_attention does, since the normalisers are wanted
+        return poly_attention(
+            seen.query, seen.key, seen.value, self.coefficients, scale=seen.scale, causal=seen.causal, center=center,
+            key_mask=seen.key_mask, chunk=self.chunk_size,
+        )  # fmt: skip
+
+    def _spot_check(self, seen: Seen, center: Tensor | None, out: Tensor, state: _Layer) -> None:
+        """Once the gradient of the output is there, compare one head's gradients with those of exact attention."""
+        group = seen.query.shape[1] // seen.key.shape[1]
+        batch = int(torch.randint(seen.query.shape[0], (), generator=self.generator))
+        head = int(torch.randint(seen.query.shape[1], (), generator=self.generator))
+        key_head = head // group
+        one = [seen.query[batch, head], seen.key[batch, key_head], seen.value[batch, key_head]]
+        tensors = [x.detach()[None, None] for x in one]
+        mask = None if seen.key_mask is None else seen.key_mask[batch : batch + 1]
+        shift = None if center is None else center[key_head][None]
+
+        @torch.enable_grad()
+        def compare(grad: Tensor) -> None:
+            alone = Seen(*(x.requires_grad_() for x in tensors), seen.scale, seen.causal, mask)
+            upstream = grad.detach()[batch, head][None, None]
+            found, _ = self._attention(alone, shift)
+            want = _exact(alone)
+            grads = [torch.autograd.grad(y, (alone.query, alone.key, alone.value), upstream) for y in (found, want)]
+            pairs = zip(("O", "dQ", "dK", "dV"), (found, *grads[0]), (want, *grads[1]), strict=True)
+            state.gradient_errors = {kind: _distance(a.detach(), b.detach()) for kind, a, b in pairs}
+
+        out.register_hook(compare)
+
+
+def _exact(seen: Seen) -> Tensor:
+    """Exact attention of one head."""
+    if seen.key_mask is None:
+        return scaled_dot_product_attention(seen.query, seen.key, seen.value, is_causal=seen.causal, scale=seen.scale)
+    mask = seen.key_mask[:, None, None, :].expand(-1, 1, seen.query.shape[2], -1)
+    mask = mask.tril() if seen.causal else mask
+    # queries that see nothing are padding: let them see themselves rather than be NaN
+    mask = mask | (~mask.any(dim=-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
+    return scaled_dot_product_attention(seen.query, seen.key, seen.value, attn_mask=mask, scale=seen.scale)
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    return float((found.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
+
+
+def _impossible(call: Call) -> str | None:
+    """Why a call cannot run low-rank, whatever its norms."""
+    query, key, value = call.seen[:3]
+    if call.masked is not None:
+        return call.masked
+    if call.special:
+        return f"the layer has {', '.join(call.special)}"
+    if call.dropout > 0:
+        return f"dropout of {call.dropout:g} on attention weights, which are not formed"
+    if query.shape[2] != key.shape[2]:
+        return f"{query.shape[2]} queries against a cache of {key.shape[2]} keys"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"dtypes differ: {query.dtype}, {key.dtype} and {value.dtype}"
+    return None
+
+
+def _as_layer(out: Tensor) -> tuple[Tensor, None]:
+    """[B, H, L, e] as transformers' layers want it, [B, L, H, e], and no weights."""
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: then a forward pass is one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1

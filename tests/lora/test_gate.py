@@ -1,0 +1,254 @@
+"""The gate: exact unless low-rank is close and pays, checked in every call, and out of the way when it is closed."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from leanstep.lora.attention import LowRankAttentionError
+from leanstep.lora.gate import LowRankGate
+from leanstep.lora.norms import NormMonitor
+
+IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+# so that low-rank attention is predicted to pay at the length of a test
+PAYS = dict(speed=1e-3, rows=8)
+
+
+def llama(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **settings)).eval()
+
+
+def gpt2(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **settings)).eval()
+
+
+def gradients(model):
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_default_is_exact_attention_bit_for_bit(make, implementation):
+    model = make(attn_implementation=implementation)
+    want = model(IDS).logits
+    with LowRankGate(model) as gate:
+        assert torch.equal(model(IDS).logits, want)
+        assert [(row.low_rank, row.reason) for row in gate.report()] == [(False, "mode is 'exact'")] * 2
+    assert model.config._attn_implementation == implementation
+    assert not any("_leanstep_tap" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_auto_switches_after_two_good_judgements_and_reports_the_error(make):
+    model = make()
+    want, grads = model(IDS).logits, gradients(model)
+    with LowRankGate(model, "auto", spot_every=1, **PAYS) as gate:
+        first = model(IDS).logits
+        assert torch.equal(first, want) and not any(row.low_rank for row in gate.report())
+        assert "1 of 2 judgements" in gate.report()[0].reason and gate.report()[0].error is not None
+        second = model(IDS).logits
+        assert all(row.low_rank and row.reason.startswith("certified") for row in gate.report())
+        assert not torch.equal(second, want)
+        torch.testing.assert_close(second, want, rtol=0, atol=1e-4)
+        assert all(0 < row.error < 1e-4 and row.largest_error == row.error and row.cost < 1 for row in gate.report())
+        model.train()
+        found = gradients(model) if make is llama else grads
+        for name, grad in found.items():
+            assert (grad - grads[name]).norm() <= 2e-2 * grads[name].norm() + 1e-6, name
+        if make is llama:
+            errors = gate.report()[0].gradient_errors
+            assert set(errors) == {"O", "dQ", "dK", "dV"} and all(0 < e < 0.05 for e in errors.values())
+            numbers = gate.diagnostics()
+            assert numbers["low-rank calls"] == pytest.approx(2 / 3) and numbers["fallbacks"] == 0
+            assert numbers["gate dQ error/model.layers.0.self_attn"] == errors["dQ"]
+
+
+def test_what_does_not_pay_stays_exact_and_says_from_where_it_would():
+    model = llama()
+    want = model(IDS).logits
+    with LowRankGate(model, "auto", speed=1, rows=8) as gate:
+        for _ in range(3):
+            assert torch.equal(model(IDS).logits, want)
+        row = gate.report()[0]
+    assert (
+        row.cost > 1 and "it pays from" in " ".join(row.reason.split()) and row.low_rank_calls == 0 and row.calls == 3
+    )
+
+
+def test_it_falls_back_at_once_when_logits_grow():
+    model = llama()
+    with LowRankGate(model, "auto", every=4, **PAYS) as gate:
+        for _ in range(3):
+            model(IDS)
+        assert all(row.low_rank for row in gate.report())
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.mul_(300)
+        found = model(IDS).logits
+        rows = gate.report()
+        assert all(not row.low_rank and row.fallbacks == 1 and row.reason.startswith("fell back") for row in rows)
+        assert all(row.error > 0.05 for row in rows)
+        for _ in range(3):
+            model(IDS)
+        assert all(row.calls == 7 and row.low_rank_calls == 2 for row in gate.report())
+        assert "logits reach" in gate.report()[0].reason
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.fill_(float("inf"))
+        model(IDS)
+        assert not gate.report()[0].low_rank
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.copy_(torch.full_like(layer.self_attn.q_proj.weight, 0.0))
+    torch.manual_seed(0)
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(300)
+    assert torch.equal(found, model(IDS).logits)
+
+
+def test_overflow_falls_back_too():
+    model = llama()
+    with LowRankGate(model, "auto", **PAYS) as gate:
+        for _ in range(2):
+            model(IDS)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1e25)
+            model.model.layers[0].self_attn.k_proj.weight.mul_(1e5)
+        assert model(IDS).logits.isfinite().all()
+        assert "not positive and finite" in gate.report()[0].reason and gate.report()[0].fallbacks == 1
+
+
+def test_force_runs_low_rank_whatever_the_error_but_not_nonsense():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(300)
+    with LowRankGate(model, "force", rows=8) as gate:
+        model(IDS)
+        assert gate.report()[0].low_rank and gate.report()[0].error > 0.05
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1e30)
+        with pytest.raises(LowRankAttentionError, match="not positive and finite"):
+            model(IDS)
+
+
+def test_causality_holds_with_a_running_mean_of_keys():
+    model = llama()
+    changed = IDS.clone()
+    changed[:, 15:] = 3
+    for mode in ("force", "auto"):
+        with LowRankGate(model, mode, **PAYS) as gate:
+            model(IDS)
+            model(IDS)
+            # the state of the gate is the same before both
+            states = [(state.center.clone(), state) for state in gate._layers.values()]
+            first = model(IDS).logits
+            for center, state in states:
+                state.center = center
+            second = model(changed).logits
+            assert all(row.low_rank for row in gate.report())
+        torch.testing.assert_close(first[:, :15], second[:, :15], rtol=0, atol=1e-6)
+        assert (first[:, 15:] - second[:, 15:]).abs().max() > 1e-3
+
+
+def test_padding_is_low_rank_and_what_it_does_not_know_is_exact_with_the_reason():
+    model = llama()
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    want = model(IDS, attention_mask=mask).logits
+    window = torch.ones(24, 24, dtype=torch.bool).tril().triu(-3)[None, None].expand(2, 1, -1, -1)
+    windowed = model(IDS, attention_mask=window).logits
+    with LowRankGate(model, "force", rows=8) as gate:
+        found = model(IDS, attention_mask=mask).logits
+        assert gate.report()[0].low_rank
+        torch.testing.assert_close(found[mask.bool()], want[mask.bool()], rtol=0, atol=1e-4)
+        assert torch.equal(model(IDS, attention_mask=window).logits, windowed)
+        assert "neither causal nor padding" in gate.report()[0].reason and not gate.report()[0].low_rank
+        tokens = model.generate(IDS[:1, :8], max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert "against a cache" in gate.report()[0].reason
+    assert torch.equal(tokens, model.generate(IDS[:1, :8], max_new_tokens=3, do_sample=False, pad_token_id=0))
+    model = gpt2().train()
+    with LowRankGate(model, "force", rows=8) as gate:
+        model(IDS)
+        assert "dropout of 0.1" in gate.report()[0].reason
+
+
+def test_checkpointing_repeats_what_the_first_pass_did():
+    plain, saved = llama().train(), llama().train()
+    saved.activation_checkpointing_enable()
+    grads = []
+    for model in (plain, saved):
+        with LowRankGate(model, "auto", spot_every=0, **PAYS) as gate:
+            for _ in range(3):
+                found = gradients(model)
+            assert all(row.low_rank_calls == 2 and row.calls == 3 for row in gate.report())
+        grads.append(found)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_learn_through_low_rank_attention():
+    from leanstep.lora import LoraConfig, apply_lora
+
+    results = []
+    for mode in ("exact", "force"):
+        model = llama().train()
+        torch.manual_seed(1)
+        apply_lora(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B.weight"):
+                    parameter.normal_(std=0.02)
+        with LowRankGate(model, mode, rows=8, spot_every=0), NormMonitor(model, every=1, rows=8) as monitor:
+            model(IDS, labels=IDS).loss.backward()
+            assert len(monitor.report()) == 8
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(results[0]) == 8
+    for name, grad in results[0].items():
+        assert (results[1][name] - grad).norm() <= 0.05 * grad.norm(), name
+
+
+def test_the_speed_is_measured_where_none_is_given(monkeypatch):
+    calls = []
+    monkeypatch.setattr("leanstep.lora.gate.measure_speed", lambda *args: calls.append(args) or 2.5)
+    model = llama()
+    with LowRankGate(model, "auto", rows=8) as gate:
+        model(IDS)
+        measured = gate.report()[0].cost
+    with LowRankGate(model, "auto", rows=8, speed=1) as gate:
+        model(IDS)
+        assert measured == pytest.approx(2.5 * gate.report()[0].cost)
+    assert calls[0][:3] == (8, 8, 2)
+
+
+def test_measured_speed_is_a_positive_number():
+    from leanstep.lora.attention_cost import measure_speed
+
+    assert 0.01 < measure_speed(8, 8, 2, torch.device("cpu"), torch.float32, length=256) < 1000
+
+
+def test_bad_settings_are_refused_and_the_model_unchanged():
+    model = llama()
+    for settings, message in [
+        (dict(mode="fast"), "'exact', 'auto' or 'force'"),
+        (dict(degree=3), "even degree"),
+        (dict(tolerance=0.0), "tolerance > 0"),
+        (dict(every=0), "every >= 1"),
+        (dict(patience=0), "patience >= 1"),
+        (dict(speed=0.0), "speed > 0"),
+        (dict(spot_every=-1), "spot_every >= 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LowRankGate(model, **settings)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="no attention layers"):
+        LowRankGate(torch.nn.Linear(2, 2))
+    with LowRankGate(model), pytest.raises(ValueError, match="has a gate already"):
+        LowRankGate(model)
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,319 @@
+"""Norms of heads, the verdict on them, and the monitor on transformers' models."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from leanstep.lora.attention import key_means, low_rank_attention
+from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
+from leanstep.lora.attention_interface import attach, detach
+from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
+from leanstep.lora.norms import STATUSES, NormMonitor, judge
+from leanstep.lora.projection_norms import adapter_output
+
+IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def llama(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **settings)).eval()
+
+
+def gpt2(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **settings)).eval()
+
+
+def seen(heads=(4, 2), length=30, dim=8, causal=True, masked=False, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, heads[0], length, dim), (2, heads[1], length, dim), (2, heads[1], length, dim)]
+    q, k, v = (size * torch.randn(s, generator=generator) for s in shapes)
+    mask = None
+    if masked:
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, :7] = False
+    return Seen(q, k, v, dim**-0.5, causal, mask)
+
+
+def visible_logits(call, center=None):
+    k = call.key if center is None else call.key - center[..., None, :]
+    s = call.scale * call.query @ k.repeat_interleave(call.query.shape[1] // k.shape[1], dim=1).mT
+    keep = torch.ones(s.shape[-2:], dtype=torch.bool)
+    keep = keep.tril() if call.causal else keep
+    keep = keep[None, None] if call.key_mask is None else keep & call.key_mask[:, None, None, :]
+    return torch.where(keep, s, 0.0)
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_certified_bound_is_above_every_logit_and_samples_are_below(causal, masked):
+    for seed in range(5):
+        call = seen(causal=causal, masked=masked, seed=seed)
+        center = key_means(call.key, call.key_mask)
+        for rows in (4, 1000):
+            found = head_norms(call, rows=rows, generator=torch.Generator().manual_seed(seed))
+            for certified, sampled, shift in (
+                (found.certified, found.sampled, center),
+                (found.certified_raw, found.sampled_raw, None),
+            ):
+                exact = visible_logits(call, shift).abs().amax(dim=(0, 2, 3))
+                assert (certified >= exact * (1 - 1e-6)).all() and (exact * (1 + 1e-6) >= sampled).all()
+                if rows == 1000:
+                    torch.testing.assert_close(sampled, exact)
+        root = call.scale**0.5
+        torch.testing.assert_close(found.gamma_q, root * call.query.abs().amax(dim=(0, 2, 3)))
+
+
+def test_sampled_errors_are_those_of_low_rank_attention():
+    for masked in (False, True):
+        call = seen(masked=masked, size=0.7)
+        found = head_norms(call, degrees=(2, 4), rows=1000, center=key_means(call.key, call.key_mask))
+        exact = torch.softmax(visible_logits(call).masked_fill(visible_logits(call) == 0, -torch.inf), dim=-1)
+        exact = exact.nan_to_num() @ call.value.repeat_interleave(2, dim=1)
+        for degree, errors in zip((2, 4), found.errors, strict=True):
+            out = low_rank_attention(
+                *call[:3], degree=degree, causal=True, center=key_means(call.key, call.key_mask), key_mask=call.key_mask
+            )
+            off = (out - exact).square().sum(dim=(0, 2, 3)).sqrt() / exact.square().sum(dim=(0, 2, 3)).sqrt()
+            torch.testing.assert_close(errors, off, rtol=1e-3, atol=1e-6)
+            at = sample_rows(30, 1000)
+            torch.testing.assert_close(sampled_error(call, out, at), off, rtol=1e-3, atol=1e-6)
+    assert sampled_error(call, out * float("nan"), at).isinf().all()
+
+
+def test_rows_are_sampled_without_repetition_and_the_last_is_among_them():
+    rows = sample_rows(100, 10, torch.Generator().manual_seed(0)).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == 10 and rows[-1] == 99
+    assert sample_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("size", "cheap", "status"),
+    [(0.2, True, "certified-fast"), (0.2, False, "bounded-but-slow"), (4.0, True, "hard side")],
+)
+def test_known_logits_give_the_right_status(size, cheap, status):
+    # one direction: the bound is attained, and equals the size
+    q = torch.zeros(1, 1, 64, 4)
+    q[..., 0] = torch.linspace(-1, 1, 64)
+    call = Seen(size * q, q, torch.randn(1, 1, 64, 4), 1.0, False)
+    found = head_norms(call, degrees=(2, 4), rows=64)
+    assert float(found.certified) == pytest.approx(size) == pytest.approx(float(found.sampled))
+    from leanstep.lora.polynomials import needed_degree
+
+    needed = needed_degree(size, 0.05)
+    verdict = judge(needed, needed, float(found.errors[0, 0]), {2: 0.5 if cheap else 2.0, 4: 3.0}, 0.05)
+    assert verdict[0] == status
+
+
+def test_verdicts():
+    costs = {2: 0.5, 4: 2.0}
+    assert judge(2, 2, 0.01, costs, 0.05) == ("certified-fast", 2)
+    assert judge(8, 2, 0.01, costs, 0.05) == ("measured-fast", 2)
+    assert judge(8, 2, 0.06, costs, 0.05) == ("hard side", 4)
+    assert judge(8, 4, 0.01, costs, 0.05) == ("bounded-but-slow", 4)
+    assert judge(4, 4, 0.01, costs, 0.05) == ("bounded-but-slow", 4)
+    assert judge(None, 6, 0.01, costs, 0.05) == ("hard side", 4)
+    assert judge(8, 2, float("nan"), costs, 0.05) == ("hard side", 4)
+
+
+def test_the_measurement_takes_time_linear_in_the_length():
+    def cost(length):
+        call = seen(heads=(1, 1), length=length)
+        with FlopCounterMode(display=False) as counter:
+            head_norms(call, rows=16)
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            head_norms(call, rows=16)
+            times.append(time.process_time() - begin)
+        return counter.get_total_flops(), min(times)
+
+    (few, short), (many, long) = cost(1 << 12), cost(1 << 16)
+    assert many / few == 16
+    # time of this process, whatever else the machine does; a quadratic step would be a slope of 2
+    assert math.log2(long / short) / 4 < 1.5
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+def test_costs_cross_where_they_say():
+    shape = AttentionShape(1, 1, 4096, 64, 64)
+    assert exact_flops(shape, backward=False) == 2 * 128 * 4096 * 4097 // 2
+    assert exact_flops(AttentionShape(1, 1, 100, 64, 64, causal=False)) == 2 * 7 * 64 * 100**2
+    length = break_even(shape)
+    near = [cost_ratio(AttentionShape(1, 1, int(length * f), 64, 64)) for f in (0.97, 1.03)]
+    assert near[0] > 1 > near[1]
+    assert 4000 < length < 6000 and break_even(shape, speed=3.0) > 2.5 * length
+    assert low_rank_flops(shape, 4) > 300 * low_rank_flops(shape, 2)
+    # grouped queries share the states of their keys
+    assert cost_ratio(AttentionShape(8, 1, 4096, 64, 64)) < cost_ratio(shape)
+
+
+# --- the monitor ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_monitor_sees_what_attention_sees_and_changes_nothing(make, implementation):
+    model = make(attn_implementation=implementation)
+    want = model(IDS).logits
+    captured = {}
+    taps = attach(model)
+    recorder = type("Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.seen.first(2))})()
+    for tap in taps.values():
+        tap.observers.append(recorder)
+    with NormMonitor(model, rows=8) as monitor:
+        monitor.arm()
+        assert torch.equal(model(IDS).logits, want)
+        rows = monitor.report()
+        assert torch.equal(model(IDS).logits, want)
+    for tap in taps.values():
+        tap.observers.clear()
+    detach(model)
+    assert model.config._attn_implementation == implementation
+    assert [(row.layer, row.head) for row in rows] == [(tap.name, head) for tap in taps.values() for head in range(4)]
+    for row in rows:
+        call = next(captured[layer] for layer, tap in taps.items() if tap.name == row.layer)
+        head, key_head = row.head, row.head * call.key.shape[1] // 4
+        root = call.scale**0.5
+        assert row.gamma_q == pytest.approx(root * float(call.query[:, head].abs().max()))
+        assert row.gamma_k == pytest.approx(root * float(call.key[:, key_head].abs().max()))
+        assert row.threshold == pytest.approx(math.sqrt(math.log(24)))
+        assert row.rho == pytest.approx(max(row.gamma_q, row.gamma_k) / row.threshold)
+        assert row.certified >= row.sampled > 0 and row.status in STATUSES and row.why
+        # rotary embeddings keep pairs' lengths, so the part before them is near
+        assert 0.7 < row.base / max(row.gamma_q, row.gamma_k) < 1.5 and row.adapter == 0 and row.drift == 1
+
+
+def test_measures_when_armed_or_every_so_many_training_passes_only():
+    model = llama()
+    with NormMonitor(model, every=3, rows=4) as monitor:
+        model(IDS)
+        assert not monitor.report() and not monitor.diagnostics()
+        model.train()
+        seen_at = []
+        for step in range(7):
+            monitor._reports.clear()
+            model(IDS)
+            seen_at += [step] if monitor.report() else []
+        assert seen_at == [0, 3, 6]
+        model.eval()
+        monitor.arm()
+        model(IDS)
+        assert len(monitor.report()) == 8
+        numbers = monitor.diagnostics()
+        assert sum(numbers[f"heads/{status}"] for status in STATUSES) == 8
+        assert numbers["sampled logit/model.layers.0.self_attn"] > 0
+        assert monitor.rows_of_report()[0]["layer"] == "model.layers.0.self_attn"
+
+
+def test_recomputation_for_checkpointing_is_not_measured_again():
+    model = llama().train()
+    model.activation_checkpointing_enable()
+    with NormMonitor(model, rows=4) as monitor:
+        monitor.arm()
+        loss = model(IDS, labels=IDS).loss
+        before = monitor.report()
+        loss.backward()
+        assert monitor.report() == before and len(before) == 8
+
+
+def test_large_keys_are_on_the_hard_side_and_the_reason_names_the_factor():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(300)
+    with NormMonitor(model, rows=24) as monitor:
+        monitor.arm()
+        model(IDS)
+        first, second = monitor.report()[:4], monitor.report()[4:]
+        assert {row.status for row in first} <= {"bounded-but-slow", "certified-fast"}
+        for row in second:
+            assert row.status == "hard side" and row.of == "k" and row.dominant == "W*"
+            assert "keys" in row.why and "QK-norm" in row.why and (row.degree is None or row.degree > 4)
+        # drift is against the first sight of a head
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.mul_(2)
+        monitor.arm()
+        model(IDS)
+        assert [row.drift for row in monitor.report()[4:]] == pytest.approx([2.0] * 4, rel=1e-4)
+
+
+# PEFT asks transformers for names that are going away
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["leanstep", "peft"])
+def test_the_adapters_part_is_told_apart(kind):
+    model = llama()
+    if kind == "leanstep":
+        from leanstep.lora import LoraConfig, apply_lora
+
+        apply_lora(model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"]))
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"]))
+    layers = [m for n, m in model.named_modules() if n.endswith("q_proj")]
+    factors = [(m.lora_A.weight, m.lora_B.weight) if kind == "leanstep" else (
+        m.lora_A["default"].weight, m.lora_B["default"].weight) for m in layers]  # fmt: skip
+    with torch.no_grad():
+        factors[0][1].normal_(generator=torch.Generator().manual_seed(1)).mul_(100)
+    x = torch.randn(1, 5, 32)
+    torch.testing.assert_close(adapter_output(layers[0], x), 4 * x @ factors[0][0].T @ factors[0][1].T)
+    inputs = []
+    handle = layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with NormMonitor(model, rows=4) as monitor:
+        monitor.arm()
+        model(IDS)
+    handle.remove()
+    want = (4 * inputs[0] @ factors[0][0].T @ factors[0][1].T).unflatten(-1, (4, 8)).abs().amax(dim=(0, 1, 3))
+    rows = monitor.report()
+    for row, size in zip(rows[:4], want.tolist(), strict=True):
+        assert row.dominant == "sBA" and row.of == "q" and "alpha / r" in row.why
+        assert row.adapter == pytest.approx(size * 8**-0.25, rel=1e-4)
+    assert all(row.adapter == 0 for row in rows[4:])
+
+
+def test_padding_counts_for_nothing_and_other_masks_are_said():
+    model = llama()
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    with NormMonitor(model, rows=24) as monitor:
+        monitor.arm()
+        model(IDS, attention_mask=mask)
+        padded = monitor.report()
+        changed = IDS.clone()
+        changed[0, :6] = 7
+        monitor.arm()
+        model(changed, attention_mask=mask)
+        assert [row.gamma_k for row in monitor.report()] == pytest.approx([row.gamma_k for row in padded], rel=1e-5)
+        window = torch.ones(24, 24, dtype=torch.bool).tril().triu(-3)[None, None].expand(2, 1, -1, -1)
+        monitor.arm()
+        model(IDS, attention_mask=window)
+        assert "neither causal nor padding" in monitor.skipped["model.layers.0.self_attn"]
+
+
+def test_what_cannot_be_monitored_is_refused_and_the_model_unchanged():
+    with pytest.raises(ValueError, match=r"Linear has no attention layers"):
+        NormMonitor(torch.nn.Linear(2, 2))
+    model = llama()
+    for settings, message in [
+        (dict(every=0), "every >= 1"),
+        (dict(tolerance=0), "tolerance > 0"),
+        (dict(speed=-1.0), "speed > 0"),
+        (dict(max_degree=3), "even max_degree"),
+        (dict(rows=0), "rows >= 1"),
+        (dict(sequences=0), "sequences >= 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NormMonitor(model, **settings)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("_leanstep_tap" in vars(module) for module in model.modules())
