@@ -83,12 +83,16 @@ def keep_masks(
 
 
 class MaskKeeper:
-    """Masks of parameters, and what holds the parameters to them; made by :func:`keep_masks`."""
+    """Masks of parameters, and what holds the parameters to them; made by :func:`keep_masks`.
+
+    Attributes:
+        parameters: what is held to its mask, by the name it had in the model.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]):
-        self._parameters = dict(parameters)
+        self.parameters = dict(parameters)
         # what is filled with zeros, so that no step has to make it
-        self._pruned = {name: _like(~mask, self._parameters[name]) for name, mask in masks.items()}
+        self._pruned = {name: _like(~mask, self.parameters[name]) for name, mask in masks.items()}
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> MaskKeeper:
@@ -113,7 +117,7 @@ class MaskKeeper:
             inner = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
             raise TypeError(f"keep_masks: expected a torch optimizer, got {type(optimizer).__name__}{inner}")
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in trained]
+        missing = [n for n, p in self.parameters.items() if p.requires_grad and id(p) not in trained]
         if missing:
             raise ValueError(
                 f"keep_masks: {type(optimizer).__name__} does not train {missing[:5]}; build it from this model's "
@@ -134,19 +138,19 @@ class MaskKeeper:
     @torch.no_grad()
     def apply(self) -> None:
         """Set pruned weights to zero."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.masked_fill_(self._pruned[name], 0)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Prune what else is zero by now: after the model was pruned further. Nothing comes back."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             self._pruned[name] |= parameter == 0
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(self._pruned[name], 0)
 

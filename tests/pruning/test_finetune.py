@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from leanstep.lora import LoraConfig, apply_lora, merge
 from leanstep.optimizers import Lion, SinkGD, param_groups
 from leanstep.pruning import (
     GradualPruner,
@@ -197,3 +198,20 @@ def test_gradual_pruning_goes_on_after_a_resume_as_without_one():
     pruner.detach()
     with pytest.raises(ValueError, match="every >= 1"):
         GradualPruner(whole, pruner.optimizer, print, schedule, every=0)
+
+
+def test_a_low_rank_adapter_on_a_pruned_base_keeps_its_zeros_and_a_merge_is_masked():
+    model = net()
+    prune_to(model, 0.6)
+    keeper = keep_masks(model)
+    base = model[0].weight.detach().clone()
+    apply_lora(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    keeper.attach(optimizer)
+    train(model, optimizer, 4)
+    assert torch.equal(keeper.parameters["0.weight"], base)  # frozen: not a weight of it moved
+    merge(model)
+    assert (keeper.parameters["0.weight"] != 0)[base == 0].any()
+    keeper.apply()
+    assert torch.equal(keeper.parameters["0.weight"] != 0, base != 0)
+    assert not torch.equal(keeper.parameters["0.weight"], base)
