@@ -54,7 +54,8 @@ def nm_mask(
         _check_finite(scores)
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(type(s) not in (Tensor, torch.nn.Parameter) for s in scores):
+        # subclasses, such as fake tensors, have no memory to hand to a kernel
         torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
     else:
         _run(list(scores), n, m, dim, list(out))

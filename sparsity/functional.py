@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.nm_apply import check_grad_flow, nm_apply, nm_apply_backward
+from leanstep.kernels.nm_mask import nm_mask
 from leanstep.sparsity.patterns import NM, as_pattern
 
 
@@ -136,10 +137,11 @@ def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tenso
     if pattern.is_dense:
         return weight.clone()
     dim %= weight.dim()
-    groups = weight.unflatten(dim, (-1, pattern.m))
-    magnitude = groups.abs()
-    threshold = magnitude.sort(dim=dim + 1).values.narrow(dim + 1, pattern.m - pattern.n - 1, 1)
-    return (groups.sign() * (magnitude - threshold).clamp_min(0)).flatten(dim, dim + 1)
+    (mask,) = nm_mask([weight.detach()], pattern.n, pattern.m, dim=dim)
+    # the largest of what a mask prunes; sorting the group would cost more
+    pruned = weight.abs().masked_fill(mask, 0).unflatten(dim, (-1, pattern.m))
+    groups, threshold = weight.unflatten(dim, (-1, pattern.m)), pruned.amax(dim=dim + 1, keepdim=True)
+    return (groups.sign() * (groups.abs() - threshold).clamp_min(0)).flatten(dim, dim + 1)
 
 
 def s_ste_scale(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
