@@ -162,13 +162,16 @@ class Controller:
         Any number of backward passes may lie between two steps. Steps that a gradient scaler leaves out do not count.
 
         Raises:
-            TypeError: for what is no torch optimizer (give a wrapper's own one).
+            TypeError: for what is no torch optimizer. Accelerate's wrapper is one.
             ValueError: where the controller is attached already, the optimizer does not train the sparse weights, or
                 they are sharded across groups.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
-            inner = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
-            raise TypeError(f"Controller.attach: expected a torch optimizer, got {type(optimizer).__name__}{inner}")
+            hint = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
+            raise TypeError(f"Controller.attach: expected a torch optimizer, got {type(optimizer).__name__}{hint}")
+        if isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            # Accelerate's wrapper hands its steps on to it, and has no hooks of its own
+            optimizer = inner
         if self._hooks:
             raise ValueError("Controller.attach: attached already; call detach first, or each step would count twice")
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -256,7 +259,7 @@ class Controller:
         """Take over the state of a controller of the same layers.
 
         Raises:
-            ValueError: for other layers or patterns; nothing is changed where a layer is missing.
+            ValueError: for other layers or patterns; nothing is changed then.
         """
         own = {layer.name for layer in self.layers}
         if own != set(state):
@@ -264,6 +267,8 @@ class Controller:
                 f"Controller.load_state_dict: the state is of other layers; missing {sorted(own - set(state))[:5]}, "
                 f"unknown {sorted(set(state) - own)[:5]}"
             )
+        for layer in self.layers:
+            layer.transform.check_state(state[layer.name])
         for layer in self.layers:
             layer.transform.set_extra_state(state[layer.name])
 

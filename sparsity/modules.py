@@ -98,8 +98,20 @@ class SparseWeight(nn.Module):
         """Take over what :meth:`get_extra_state` gave.
 
         Raises:
-            ValueError: for the state of another pattern, dimension or shape.
+            ValueError: as :meth:`check_state`.
         """
+        self.check_state(state)
+        raw = state.cpu().numpy()
+        self.steps, n, m, *_, alpha, beta = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+        bits = np.unpackbits(raw[_HEADER.size :], count=self.mask.numel()).view(np.bool_)
+        self.pattern = NM(n, m)
+        self.mask.copy_(torch.from_numpy(bits.reshape(self.mask.shape)))
+        self.alpha.fill_(alpha)
+        self.beta.fill_(beta)
+        self.local_mask = None
+
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError for what is no state of this pattern, dimension and shape."""
         size = _HEADER.size + -(-self.mask.numel() // 8)
         if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.numel() != size:
             found = f"{state.numel()} of {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
@@ -107,19 +119,12 @@ class SparseWeight(nn.Module):
                 f"the sparsity state of a weight of shape {tuple(self.mask.shape)} has {size} bytes, got {found}; the "
                 "checkpoint is of another model, or damaged"
             )
-        raw = state.cpu().numpy()
-        steps, n, m, target_n, target_m, dim, alpha, beta = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+        _, _, _, target_n, target_m, dim, *_ = _HEADER.unpack(state[: _HEADER.size].cpu().numpy().tobytes())
         if (NM(target_n, target_m), dim) != (self.target, self.dim):
             raise ValueError(
                 f"the checkpoint was trained towards {target_n}:{target_m} along dimension {dim}, this model is set to "
                 f"{self.target} along dimension {self.dim}; call sparsify with the patterns of the checkpoint"
             )
-        bits = np.unpackbits(raw[_HEADER.size :], count=self.mask.numel()).view(np.bool_)
-        self.steps, self.pattern = steps, NM(n, m)
-        self.mask.copy_(torch.from_numpy(bits.reshape(self.mask.shape)))
-        self.alpha.fill_(alpha)
-        self.beta.fill_(beta)
-        self.local_mask = None
 
 
 @dataclass(eq=False)

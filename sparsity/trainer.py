@@ -34,16 +34,13 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Attach to the optimizer, which exists by now; the checkpoint is loaded already."""
-        optimizer = objects["optimizer"]
-        # Accelerate's wrapper hands its steps on to the optimizer inside
-        optimizer = getattr(optimizer, "optimizer", optimizer)
         if self.controller.step_count != state.global_step:
             raise ValueError(
                 f"SparsityCallback: the Trainer begins at step {state.global_step}, the masks are those of step "
                 f"{self.controller.step_count}; resume from a checkpoint of the sparse model, or make it sparse anew"
             )
         self.controller.detach()
-        self.controller.attach(optimizer)
+        self.controller.attach(objects["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
         """Add the controller's numbers, as ``sparse/WHAT/LAYER``, to what is logged of training and to its history."""

@@ -228,12 +228,24 @@ def test_resuming_is_exact(method, schedule, through, tmp_path):
         assert torch.equal(a, b)
 
 
+def _later(state):
+    """The state of a layer at another step."""
+    changed = state.clone()
+    changed[0] += 1
+    return changed
+
+
 def test_a_state_of_other_layers_or_patterns_is_refused():
     controller, other = sparsify(make_mlp(), MLP), sparsify(make_mlp(), {"2": "2:4"})
     with pytest.raises(ValueError, match=r"other layers; missing \['0', '4'\]"):
         controller.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"trained towards 2:4 along dimension 1, this model is set to 1:4"):
         sparsify(make_mlp(), {"2": "1:4"}).load_state_dict(other.state_dict())
+    # the last of three layers has another pattern
+    third, before = sparsify(make_mlp(), MLP | {"4": "1:4"}), controller.state_dict()
+    with pytest.raises(ValueError, match="trained towards 1:4 along dimension 1, this model is set to 2:4"):
+        controller.load_state_dict({**third.state_dict(), "0": _later(before["0"])})
+    assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
     with pytest.raises(ValueError, match="another model, or damaged"):
         other.load_state_dict({"2": torch.zeros(3, dtype=torch.uint8)})
 
@@ -313,6 +325,23 @@ def test_scaled_gradients_of_a_fused_optimizer_get_a_scaled_term():
     controllers[0].before_step(Fused(model.parameters(), lr=0.1))
     controllers[1].before_step(torch.optim.SGD(plain.parameters(), lr=0.1))
     torch.testing.assert_close(controllers[0].layers[0].weight.grad, 8 * controllers[1].layers[0].weight.grad)
+
+
+@pytest.mark.parametrize("order", ["attach first", "prepare first"])
+def test_accelerate_wraps_the_optimizer(order):
+    from accelerate import Accelerator
+
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = sparsify(model, MLP)
+    if order == "attach first":
+        controller.attach(optimizer)
+    model, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
+    assert wrapped is not optimizer
+    if order == "prepare first":
+        controller.attach(wrapped)
+    train(model, controller, steps=3, optimizer=wrapped)
+    assert controller.step_count == 3
 
 
 def test_detaching_and_attaching():
