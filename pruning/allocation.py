@@ -109,8 +109,8 @@ def allocate(
         budget: for "dp", instead of a sparsity: weights, operations, bytes or seconds.
         curves: for "dp", by name. Used as :meth:`Curve.cleaned`, and refined to ``points`` levels unless their levels
             are N:M patterns. With other methods, for ``predicted``.
-        scores: for "global" and "lamp", by name, >= 0; asked for twice, so that a mapping may compute them. LAMP
-            squares them: magnitudes, in the paper.
+        scores: for "global" and "lamp", by name, >= 0; asked for three times, so that a mapping may compute them.
+            LAMP squares them: magnitudes, in the paper.
         outliers: for "owl", by block or name; :func:`leanstep.pruning.outlier_ratio`.
         spread: for "owl", lambda.
         beta: for "atp"; :func:`leanstep.pruning.atp_betas`.

@@ -13,8 +13,8 @@ from leanstep.pruning.apportion import apportion, check_total
 
 Ints = npt.NDArray[np.int64]
 
-# a nonnegative fp32 number is ordered as its bits are: its upper half and its lower half are looked at in turn
-_BITS = 16
+# nonnegative fp32 numbers are ordered as their 31 bits are, which are looked at in turn: (bits below, bits)
+_DIGITS = ((20, 11), (10, 10), (0, 10))
 _CHUNK = 1 << 22
 
 
@@ -28,8 +28,8 @@ def counts_above_threshold(
 
     Args:
         names: of the layers.
-        scores: by name, any shape, >= 0; compared in fp32. Every layer's are asked for twice, and used one layer at a
-            time, so that a mapping may compute them when asked.
+        scores: by name, any shape, >= 0; compared in fp32. Each layer's are asked for three times and used one
+            layer at a time, so that a mapping may compute them when asked.
         keep: weights that are kept, of all layers.
         lower, upper: [layers].
 
@@ -38,41 +38,35 @@ def counts_above_threshold(
         ValueError: for scores that are negative or not finite.
 
     Notes:
-        Exact, without sorting or joining the scores: two passes count how often each upper and lower half of the bits
-        occurs. 512 KiB per layer.
+        Exact, without sorting or joining the scores: three passes find the threshold's bits, the first, the middle and
+        the last ones. 16 KiB per layer.
     """
     check_total(keep, lower, upper)
-    none = np.zeros((len(names), 1), dtype=np.int64)
-
-    def at_least(histogram: Ints, above: Ints) -> Ints:
-        """Weights per layer (rows) with bits >= b, for every b, and within the bounds."""
-        counts = above + histogram[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return np.clip(np.concatenate([counts, above], axis=1), lower[:, None], upper[:, None])
-
-    # the largest b for which enough weights have at least b
-    high = np.stack([_histogram(name, scores[name], None) for name in names])
-    found = at_least(high, none)
-    first = int(np.flatnonzero(found.sum(axis=0) >= keep)[-1])
-    if first == high.shape[1]:
-        return apportion(found[:, -1].astype(np.float64), keep, lower, upper)
-    above = high[:, first + 1 :].sum(axis=1, keepdims=True)
-    low = np.stack([_histogram(name, scores[name], first) for name in names])
-    found = at_least(low, above)
-    second = int(np.flatnonzero(found.sum(axis=0) >= keep)[-1])
-    sure, tied = found[:, second + 1], found[:, second] - found[:, second + 1]
-    missing = keep - int(sure.sum())
-    share = missing / max(int(tied.sum()), 1)
-    return apportion(sure + tied * share, keep, np.maximum(lower, sure), np.minimum(upper, sure + tied))
+    above = np.zeros((len(names), 1), dtype=np.int64)  # weights with larger bits than those looked at
+    prefix = 0
+    for below, bits in _DIGITS:
+        counts = np.stack([_histogram(name, scores[name], prefix, below, bits) for name in names])
+        # weights per layer with these bits >= b, for every b, within the bounds
+        reached = np.concatenate([above + counts[:, ::-1].cumsum(axis=1)[:, ::-1], above], axis=1)
+        found = np.clip(reached, lower[:, None], upper[:, None])
+        # the largest b for which they are enough
+        digit = int(np.flatnonzero(found.sum(axis=0) >= keep)[-1])
+        if digit == counts.shape[1]:
+            return apportion(found[:, -1].astype(np.float64), keep, lower, upper)
+        above = reached[:, digit + 1 : digit + 2]
+        prefix = prefix << bits | digit
+    sure, tied = found[:, digit + 1], found[:, digit] - found[:, digit + 1]
+    share = (keep - int(sure.sum())) / max(int(tied.sum()), 1)
+    return apportion(sure + tied * share, keep, sure, sure + tied)
 
 
-def _histogram(name: str, scores: Tensor, upper_half: int | None) -> Ints:
-    """How often each upper half of the bits occurs; or each lower half, where the upper one is as given."""
-    counts = np.zeros(1 << _BITS, dtype=np.int64)
+def _histogram(name: str, scores: Tensor, prefix: int, below: int, bits: int) -> Ints:
+    """How often each value of some bits occurs, among the scores whose bits before them are ``prefix``."""
+    counts = np.zeros(1 << bits, dtype=np.int64)
     for chunk in _chunks(name, scores):
-        bits = chunk.view(torch.int32)
-        high = bits >> _BITS
-        halves = high if upper_half is None else bits[high == upper_half] & ((1 << _BITS) - 1)
-        counts += torch.bincount(halves, minlength=1 << _BITS).cpu().numpy()
+        found = chunk.view(torch.int32) >> below
+        digits = found[found >> bits == prefix] & ((1 << bits) - 1)
+        counts += torch.bincount(digits, minlength=1 << bits).cpu().numpy()
     return counts
 
 
