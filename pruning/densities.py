@@ -43,7 +43,8 @@ def owl(layers: Sequence[Layer], outliers: Mapping[int, float] | Mapping[str, fl
     """
     if spread < 0:
         raise ValueError(f"owl: expected a spread >= 0, got {spread}")
-    table: dict[object, float] = dict(outliers)
+    table: dict[int | str | None, float] = {}
+    table.update(outliers.items())
     ratios = [table.get(layer.name, table.get(layer.block)) for layer in layers]
     without = [layer.name for layer, ratio in zip(layers, ratios, strict=True) if ratio is None]
     if without:
