@@ -35,7 +35,9 @@ class Additivity:
     @property
     def ratio(self) -> float:
         """joint / summed."""
-        return self.joint / self.summed if self.summed else math.nan
+        if self.summed:
+            return self.joint / self.summed
+        return math.inf if self.joint else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for what is no number."""

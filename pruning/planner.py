@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
 from leanstep.pruning.allocation import Allocation, allocate, snap
 from leanstep.pruning.batches import Batch, batches_hash
-from leanstep.pruning.budgets import Budget
+from leanstep.pruning.budgets import Budget, cost
 from leanstep.pruning.corrections import relinearised_curves, tuned_coefficients
 from leanstep.pruning.curves import Curve
 from leanstep.pruning.densities import atp_betas, outlier_ratio
 from leanstep.pruning.groups import Group
+from leanstep.pruning.knapsack import InfeasibleBudget
 from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, levels_of, measure_curves
 from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
 from leanstep.pruning.prefix import PrefixCache
@@ -27,6 +28,8 @@ __all__ = ["Planner"]
 
 # slopes of ATP that are tried, of all those there are
 _SLOPES = 9
+# tries of the search for coefficients, each a knapsack and a forward pass over the data that curves are measured on
+SEARCH = {"starts": 100, "patience": 100}
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Planner:
     score_options: dict[str, Any]
     prefix_cache: bool
     progress: Progress | None
+    levels: Sequence[float] | None
     resume: str | Path | None
     notes: list[str] = field(default_factory=list)
 
@@ -61,6 +65,7 @@ class Planner:
         if fixed is not None:
             candidate = self._fixed(fixed)
         elif method == "dp":
+            self._check_reach()
             found = dict(curves) if curves is not None else self._measure()
             candidate = self._by_curves(found, correction)
         else:
@@ -93,12 +98,43 @@ class Planner:
             pattern=self.pattern,
             metric=self.metric,
             groups=self.groups,
+            levels=self.levels,
             score_options=self.score_options,
             score_data=self.batches,
             prefix_cache=self.prefix_cache,
             resume=self.resume,
             progress=self.progress,
         )
+
+    def _check_reach(self) -> None:
+        """Refuse a target that no choice of levels meets, before anything is measured."""
+        levels = self._levels()
+        flat = {
+            group.name: Curve(
+                name=group.name,
+                numel=group.layer.numel,
+                kept=kept,
+                distortion=(0.0,) * len(kept),
+                stderr=(0.0,) * len(kept),
+                metric="none",
+                patterns=patterns,
+            )
+            for group in self.groups
+            for kept, patterns in [levels[group.name]]
+        }
+        try:
+            self._allocate("dp", curves=flat)
+        except InfeasibleBudget as error:
+            if self.sparsity is None:
+                raise
+            total = sum(group.layer.numel for group in self.groups)
+            sparsest, densest = 1 - error.lowest / total, 1 - error.highest / total
+            raise InfeasibleBudget(
+                f"a sparsity of {self.sparsity:g} is out of reach: the levels of these matrices give sparsities from "
+                f"{densest:.4g} to {sparsest:.4g}",
+                error.lowest,
+                error.highest,
+            ) from None
 
     def _by_curves(self, curves: Mapping[str, Curve], correction: str) -> Allocation:
         """The allocation of smallest summed distortion, and where that is to be corrected, of smallest joint one."""
@@ -120,14 +156,14 @@ class Planner:
         return self._allocate("dp", curves={group.name: curves[group.name] for group in self.groups})
 
     def _scaled(self, curves: Mapping[str, Curve], measurement: Measurement) -> Allocation:
-        def cost(allocation: Allocation) -> float:
-            return joint_of(measurement, self.groups, chosen_levels(allocation, self.groups), self.pruning).mean
+        def joint(allocation: Allocation) -> float:
+            return self._joint(measurement, allocation)
 
-        return tuned_coefficients(curves, self._solve, cost)[0]
+        return tuned_coefficients(curves, self._solve, joint, **SEARCH)[0]
 
     def _relinearised(self, plain: Allocation, measurement: Measurement) -> Allocation:
         best, lowest = plain, self._joint(measurement, plain)
-        around: Allocation = self._uniform()
+        around = self._uniform() or plain
         levels = self._levels()
         for _ in range(2):
             curves = relinearised_curves(
@@ -180,18 +216,30 @@ class Planner:
         finally:
             measurement.close()
 
-    def _uniform(self) -> Allocation:
-        return self._allocate("uniform")
+    def _uniform(self) -> Allocation | None:
+        """The same sparsity for all, within the same budget; None where that is a table of latencies."""
+        if self.budget is None:
+            return self._allocate("uniform")
+        kind, target = self.budget.kind, self.budget.target
+        if kind == "latency":
+            return None
+        layers = [group.layer for group in self.groups]
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            density = (low + high) / 2
+            spent = sum(float(cost(kind, layer, int(density * layer.numel))) for layer in layers)
+            low, high = (density, high) if spent <= target else (low, density)
+        return self._allocate("uniform", sparsity=1 - low)
 
-    def _allocate(self, method: str, **more: Any) -> Allocation:
+    def _allocate(self, method: str, *, sparsity: float | None = None, **more: Any) -> Allocation:
         """An allocation over the groups that never brings a zero back."""
         nonzero = {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
         at_most = {group.name: nonzero[group.name] for group in self.groups if nonzero[group.name] < group.layer.numel}
         found = allocate(
             [group.layer for group in self.groups],
-            self.sparsity,
+            self.sparsity if sparsity is None else sparsity,
             method=method,
-            budget=self.budget,
+            budget=self.budget if method == "dp" else None,
             at_least=self.at_least,
             at_most=at_most or None,
             **more,
@@ -221,7 +269,7 @@ class Planner:
     def _compare(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Measure on held-out data; an allocation by curves that is not better than uniform gives way to it."""
         if not self.held_out:
-            self.notes.append("there was no data, so what the pruning costs was not measured")
+            self.notes.append("there was no held-out data, so what the pruning costs was not measured")
             return candidate, []
         measurement = self._measurement(self.held_out)
         try:
@@ -229,6 +277,11 @@ class Planner:
             if candidate.method != "dp":
                 return candidate, found
             uniform = self._uniform()
+            if uniform is None:
+                self.notes.append(
+                    "the table has no latencies of uniform sparsity, so that nothing was compared with it"
+                )
+                return candidate, found
             found.append(measure_additivity(measurement, self.groups, uniform, self.pruning))
         finally:
             measurement.close()
@@ -258,7 +311,8 @@ class Planner:
         return self.metric if isinstance(self.metric, str) else self.metric.name
 
     def _levels(self) -> Levels:
-        return levels_of(self.groups, 0.5 if self.sparsity is None else self.sparsity, self.pattern)
+        sparsity = 0.5 if self.sparsity is None else self.sparsity
+        return levels_of(self.groups, sparsity, self.pattern, levels=self.levels)
 
     def _cache(self, batches: list[Batch]) -> PrefixCache:
         return PrefixCache(self.model, batches, enabled=self.prefix_cache and bool(batches))

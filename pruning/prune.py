@@ -20,7 +20,7 @@ from leanstep.pruning.metrics import Metric
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.statistics import NEEDS
-from leanstep.pruning.targets import Target, find_targets
+from leanstep.pruning.targets import Target, count_uses, find_targets
 from leanstep.sparsity import NM
 
 __all__ = ["ALLOCATIONS", "check_choices", "prune"]
@@ -44,6 +44,7 @@ def prune(
     curve_data: Any = None,
     curves: Mapping[str, Curve] | None = None,
     correction: str = "none",
+    levels: Sequence[float] | None = None,
     budget: Budget | None = None,
     at_least: float = 0.0,
     beta: float | None = None,
@@ -70,12 +71,14 @@ def prune(
         metric: what curves measure, see :func:`measure_curves`.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
         include, exclude: see :func:`find_targets`.
-        held_out: data for the comparison; None: the last fifth of ``data`` is set aside.
+        held_out: data for the comparison; None: the last fifth of ``data`` is set aside; False: nothing is compared,
+            and the model gets what ``allocation`` says.
         curve_data: data that curves are measured on; None: ``data``. Fewer samples than for the scores do.
         curves: curves measured before, under the same score; None: they are measured.
         correction: ``none``; ``relinearise``: curves are measured again around the uniformly pruned model; or
             ``coefficients``: each curve gets a factor, chosen by search. Of all allocations so found, the one with the
             smallest joint distortion on ``curve_data`` is taken.
+        levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
         budget: another budget than a number of weights, with ``dp``: :class:`leanstep.pruning.Budget`.
         at_least: lowest density of any matrix.
         beta: slope of ``atp``; None: the best of some, by joint distortion on ``curve_data``.
@@ -108,11 +111,13 @@ def prune(
         budget=budget,
     )
     targets = find_targets(model, include=include, exclude=exclude)
-    groups = make_groups(targets, granularity if allocation == "dp" else "matrix")
     fixed = _fixed_pattern(pattern)
     if fixed is not None:
         sparsity = fixed.sparsity if sparsity is None else sparsity
     batches, aside, measured = _split_data(model, data, held_out, curve_data, batch_size)
+    if budget is not None and budget.kind == "flops":
+        targets = count_uses(model, targets, batches[0])
+    groups = make_groups(targets, granularity if allocation == "dp" else "matrix")
     planner = Planner(
         model=model,
         groups=groups,
@@ -128,6 +133,7 @@ def prune(
         score_options=dict(score_options or {}),
         prefix_cache=prefix_cache,
         progress=progress,
+        levels=levels,
         resume=resume,
     )
     with _unchanged_on_error(targets), evaluating(model):
@@ -211,7 +217,7 @@ def _split_data(
             cut = len(batches) - max(1, len(batches) // 5)
             data, held_out = batches[:cut], batches[cut:]
     batches = as_batches(data, model, batch_size=batch_size)
-    aside = as_batches(held_out, model, batch_size=batch_size, what="held_out")
+    aside = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
     measured = (
         batches if curve_data is None else as_batches(curve_data, model, batch_size=batch_size, what="curve_data")
     )

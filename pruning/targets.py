@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
+from leanstep.pruning.batches import Batch
 from leanstep.pruning.layers import Layer, as_matrix
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "count_uses", "find_targets"]
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
 # what decides which expert a token goes to is small, and an error there is not one of a weight
@@ -99,6 +102,29 @@ def find_targets(
             )
             targets.append(Target(layer, name, module, attribute, layout, expert))
     return targets
+
+
+def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
+    """The targets with ``layer.uses`` counted on a batch: how often each weight is multiplied per sample.
+
+    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token.
+    Experts are counted as if every token came to each.
+    """
+    rows: dict[nn.Module, int] = {}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        channels = first.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1]
+        rows[module] = first.numel() // (channels * batch.size)
+
+    handles = [module.register_forward_hook(hook) for module in {target.module for target in targets}]
+    try:
+        with torch.no_grad():
+            batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [replace(t, layer=replace(t.layer, uses=max(1, rows.get(t.module, 1)))) for t in targets]
 
 
 def _choose(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from leanstep.pruning import MaskKeeper, keep_masks
 from leanstep.recipes.batches import Windows
 from leanstep.recipes.build import (
     build_model,
@@ -48,6 +49,7 @@ class Parts:
     windows: Windows
     halves: Halves | None
     sparsity: Controller | None
+    masks: MaskKeeper | None
     parameters: int
     flops_per_token: int
 
@@ -91,6 +93,8 @@ def assemble(
     model.train()
     if sparsity is not None:
         sparsity.attach(optimizer.optimizer)
+    # what is zero in model.init_from, before a checkpoint of this run is loaded
+    masks = _masks(config, accelerator.unwrap_model(model), optimizer.optimizer, say)
     schedule = accelerator.prepare(build_schedule(config.schedule, optimizer.optimizer, config.steps))
     saver = Saver(accelerator, folder, config.checkpoint, model, data.tokenizer, say)
     # the step is part of the seed for a run that goes on with another number of processes
@@ -111,7 +115,7 @@ def assemble(
     state.config, state.world_size = dataclasses.asdict(config), world
     _release_gradients(config, accelerator, model, optimizer)
     halves = find_halves(optimizer.optimizer, accelerator)
-    return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, sparsity, parameters, flops)
+    return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, sparsity, masks, parameters, flops)
 
 
 def _memory(
@@ -137,6 +141,21 @@ def _model(config: RunConfig, data: LoadedData) -> torch.nn.Module:
     if config.compile:
         model.compile()
     return model
+
+
+def _masks(
+    config: RunConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+) -> MaskKeeper | None:
+    """Keep the zeros of a pruned model, when the recipe asks for it."""
+    pruning = config.pruning
+    if not pruning.keep_masks:
+        return None
+    try:
+        keeper = keep_masks(model, optimizer, include=pruning.include, exclude=pruning.exclude)
+    except ValueError as error:
+        raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
+    say(f"pruning     {keeper.sparsity():.2%} of {len(keeper.masks)} matrices are zero and stay zero")
+    return keeper
 
 
 def _release_gradients(config: RunConfig, accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:

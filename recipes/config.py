@@ -21,6 +21,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PruningConfig",
     "RunConfig",
     "ScheduleConfig",
     "SparsityConfig",
@@ -186,6 +187,19 @@ class SparsityConfig(_Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruningConfig(_Ranged):
+    """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
+
+    The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
+    ``exclude`` are wildcards over their names, as there.
+    """
+
+    keep_masks: bool = False
+    include: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Ranged):
     """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
 
@@ -254,6 +268,7 @@ class RunConfig(_Ranged):
     release_gradients: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
@@ -333,6 +348,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
     yield from _sparsity_problems(config)
+    yield from _pruning_problems(config)
     yield from _size_problems(config)
 
 
@@ -367,6 +383,22 @@ def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str
             if getattr(sparsity, name) not in plain:
                 keys = (f"sparsity.{name}", "sparsity.method")
                 yield keys, f"does not go with sparsity.method s-ste, got {getattr(sparsity, name)!r}; leave it out"
+
+
+def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with keeping the zeros of a pruned model."""
+    if not config.pruning.keep_masks:
+        return
+    keys = ("pruning.keep_masks",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "keeps the zeros of a pruned model; name its folder in model.init_from"
+    if config.release_gradients:
+        yield (
+            (*keys, "release_gradients"),
+            "acts between backward and step, which are one in release_gradients",
+        )
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "and sparsity.patterns both decide what is zero; take one of them"
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:

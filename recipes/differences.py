@@ -64,9 +64,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
 
 
 def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the section of a sparsity that it does not have, and older ones do not know."""
-    idle = not (tree.get("sparsity") or {}).get("patterns")
-    return {key: value for key, value in tree.items() if key != "sparsity" or not idle}
+    """The recipe without sections that change nothing in it, and that older ones do not know."""
+    switches = {"sparsity": "patterns", "pruning": "keep_masks"}
+    idle = {name for name, switch in switches.items() if not (tree.get(name) or {}).get(switch)}
+    return {key: value for key, value in tree.items() if key not in idle}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

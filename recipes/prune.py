@@ -14,7 +14,7 @@ from leanstep.recipes.sources import open_validation, sotu_corpus
 if TYPE_CHECKING:
     from leanstep.pruning import CalibrationText, PruneResult
 
-__all__ = ["main"]
+__all__ = ["main", "split_newest"]
 
 # of the newest addresses, so many bytes are held out: less than what the recipes keep from training
 _HELD_OUT_BYTES = 400_000
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
     )
+    add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
     add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
@@ -77,6 +78,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sparsities with commas between them, got {text!r}") from None
+    if not all(0 < level < 1 for level in found):
+        raise argparse.ArgumentTypeError(f"sparsities lie between 0 and 1, got {text!r}")
+    return found
 
 
 def _prune(options: argparse.Namespace) -> "PruneResult":
@@ -98,6 +109,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             metric=options.metric,
             granularity=options.granularity,
             correction=options.correction,
+            levels=options.levels,
             include=options.include,
             exclude=options.exclude,
             batch_size=options.batch_size,
@@ -111,9 +123,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText | None":
         return None
     held_out = None
     if options.data == "sotu":
-        documents = tuple(sotu_corpus().documents())
-        first = _newest(documents)
-        documents, held_out = documents[:first], documents[first:]
+        documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
         config = DataConfig(source="text", val_path=options.data, text_key=options.text_key)
         try:
@@ -132,13 +142,13 @@ def _text(options: argparse.Namespace) -> "CalibrationText | None":
     )
 
 
-def _newest(documents: Sequence[str]) -> int:
-    """Number of the first of the newest documents that are held out."""
+def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Documents to calibrate with, and the newest ones, which the recipes train on as little as this does."""
     left, first = _HELD_OUT_BYTES, len(documents)
     while first > 1 and left - len(documents[first - 1]) >= 0:
         first -= 1
         left -= len(documents[first])
-    return first
+    return documents[:first], documents[first:]
 
 
 def _in_options(message: str) -> str:

@@ -162,6 +162,8 @@ class Run:
             raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
         if halves is not None:
             halves.whole()
+        if self.parts.masks is not None:
+            self.parts.masks.mask_gradients()
         norm = None
         if not config.release_gradients:
             norm = gradient_norm(accelerator, model, config.max_grad_norm)

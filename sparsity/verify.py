@@ -189,7 +189,9 @@ def _said(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {str(name): {"pattern": entry["pattern"], "dim": int(entry["dim"])} for name, entry in content.items()}
+        # of a pruned model the file says more, and not every matrix has a pattern
+        rows = {name: entry for name, entry in content.get("tensors", content).items() if set(entry) != {"sparsity"}}
+        return {str(name): {"pattern": entry["pattern"], "dim": int(entry["dim"])} for name, entry in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"verify: {file} cannot be understood: {error}") from None
 

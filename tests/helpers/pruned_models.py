@@ -28,7 +28,8 @@ def make_gpt2(seed: int = 0, **settings):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    return _made(GPT2LMHeadModel, GPT2Config(**config, bos_token_id=0, eos_token_id=0, **settings), seed)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return _made(GPT2LMHeadModel, GPT2Config(**config | ends | settings), seed)
 
 
 def make_qwen(seed: int = 0):

@@ -1,0 +1,243 @@
+"""Perplexity of a small language model pruned by every allocation and score, at several sparsities, one command.
+
+    leanstep train llama-nano-sinkgd
+    python -P benchmarks/prune_quality.py --model runs/llama-nano-sinkgd/final --out runs/prune-quality
+
+Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed;
+perplexity is measured on sequences of the newest ones, which neither the model nor the calibration has seen, the same
+for all. Curves are measured once for each score and seed and serve all sparsities. DP is what the curves say,
+without the comparison with uniform sparsity that ``leanstep prune`` makes. Whatever is measured is kept in the output
+folder, so an interrupted call goes on where it stopped. Prints two markdown tables; ``--plot FILE`` draws the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanstep.pruning import measure_curves, prune
+from leanstep.pruning.batches import as_batches, token_sequences
+from leanstep.pruning.checkpoint import load_model, open_checkpoint
+from leanstep.pruning.measure import Measurement, evaluating
+from leanstep.pruning.metrics import CEDelta, summarise
+from leanstep.pruning.targets import find_targets
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+ALLOCATIONS = ("uniform", "global", "lamp", "erk", "owl", "dp")
+SCORES = ("magnitude", "wanda", "sparsegpt")
+# sparsities of the curves' levels, for all targets
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+COLOURS = ("#7a828e", "#d9660b", "#0b8a6a", "#b3246f", "#6b46c8", "#2457d6")
+
+
+class Bench:
+    """A model, its data, and what was measured so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.file = options.out / "results.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.results = {tuple(json.loads(line)["cell"]): json.loads(line) for line in lines}
+        self.checkpoint = open_checkpoint(options.model)
+        self.model: Any = load_model(self.checkpoint)
+        self.dense = {target.name: target.weight.clone() for target in find_targets(self.model)}
+        self.encode, self.end = self._tokenizer()
+        self.older, newest = self._texts()
+        held_out = self._cut(newest, options.eval_samples, seed=0)
+        self.held_out = as_batches(held_out, self.model)
+        self.measurement = Measurement(self.model, self.held_out)
+
+    def _tokenizer(self) -> tuple[Any, int]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder)
+        settings = {"add_special_tokens": False, "verbose": False}
+        return lambda text: tokenizer(text, **settings)["input_ids"], tokenizer.eos_token_id
+
+    def _texts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        from leanstep.recipes.prune import split_newest
+        from leanstep.recipes.sources import sotu_corpus
+
+        return split_newest(tuple(sotu_corpus().documents()))
+
+    def _cut(self, documents: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
+        return token_sequences(self.encode, documents, count, self.options.seq_len, end=self.end, seed=seed)
+
+    def calibration(self, seed: int) -> torch.Tensor:
+        """Sequences of one seed; of the older texts a tenth, which is enough to draw from and quick to tokenise."""
+        first = seed % 10
+        return self._cut(self.older[first::10], self.options.samples, seed)
+
+    def restore(self) -> None:
+        """Put the dense weights back."""
+        with torch.no_grad():
+            for target in find_targets(self.model):
+                target.weight.copy_(self.dense[target.name])
+
+    def perplexity(self) -> float:
+        """On the held-out sequences, with the weights as they are."""
+        metric, parts = CEDelta(), []
+        with evaluating(self.model):
+            for batch in self.held_out:
+                nothing = torch.zeros(batch.size, dtype=torch.float64)
+                parts.append(metric.compare(nothing, batch.run(self.model), batch))
+        return math.exp(summarise(parts).mean)
+
+    def run(self) -> None:
+        """Every cell that is missing."""
+        begin = time.perf_counter()
+        if ("dense",) not in self.results:
+            self._keep(("dense",), perplexity=self.perplexity())
+        for seed in self.options.seeds:
+            data = None
+            for score in self.options.scores:
+                curves = None
+                for allocation, sparsity in self._cells():
+                    cell = (seed, score, allocation, sparsity)
+                    if cell in self.results:
+                        continue
+                    data = self.calibration(seed) if data is None else data
+                    if allocation == "dp" and curves is None:
+                        curves = self._curves(score, seed, data)
+                    self._measure(cell, data, curves)
+                    print(f"{time.perf_counter() - begin:6.0f} s  {self._told(cell)}", flush=True)
+
+    def _cells(self) -> Iterator[tuple[str, float]]:
+        for sparsity in self.options.sparsities:
+            yield from ((allocation, sparsity) for allocation in self.options.allocations)
+
+    def _curves(self, score: str, seed: int, data: torch.Tensor) -> Any:
+        return measure_curves(
+            self.model,
+            data[: self.options.curve_samples],
+            score=score,
+            score_data=data,
+            levels=LEVELS,
+            resume=self.options.out / f"curves-{score}-{seed}.jsonl",
+        )
+
+    def _measure(self, cell: tuple[Any, ...], data: torch.Tensor, curves: Any) -> None:
+        _, score, allocation, sparsity = cell
+        try:
+            result = prune(
+                self.model,
+                data,
+                sparsity=sparsity,
+                allocation=allocation,
+                score=score,
+                curves=curves if allocation == "dp" else None,
+                held_out=False,
+            )
+            joint = self.measurement.joint().mean
+            found = {"perplexity": self.perplexity(), "joint": joint, "predicted": result.allocation.predicted}
+            self._keep(cell, sparsity=result.sparsity, **found)
+        finally:
+            self.restore()
+
+    def _keep(self, cell: tuple[Any, ...], **values: Any) -> None:
+        self.results[cell] = {"cell": list(cell), **values}
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.results[cell]) + "\n")
+
+    def _told(self, cell: tuple[Any, ...]) -> str:
+        return f"{' '.join(map(str, cell))}: perplexity {self.results[cell]['perplexity']:.2f}"
+
+    # -- tables and plot --------------------------------------------------------------------------------------------
+
+    def values(self, score: str, allocation: str, sparsity: float, key: str = "perplexity") -> list[float]:
+        """One value per seed."""
+        return [self.results[seed, score, allocation, sparsity][key] for seed in self.options.seeds]
+
+    def tables(self) -> str:
+        """Perplexity by score, allocation and sparsity; and how far DP's distortions add up."""
+        columns = " | ".join(f"{sparsity:.0%}" for sparsity in self.options.sparsities)
+        lines = [f"dense perplexity {self.results[('dense',)]['perplexity']:.2f}", ""]
+        lines += [f"| score | allocation | {columns} |", "| --- | --- |" + " ---: |" * len(self.options.sparsities)]
+        best = 0
+        for score in self.options.scores:
+            means = {
+                (allocation, sparsity): statistics.mean(self.values(score, allocation, sparsity))
+                for allocation, sparsity in self._cells()
+            }
+            for allocation in self.options.allocations:
+                cells = []
+                for sparsity in self.options.sparsities:
+                    values = self.values(score, allocation, sparsity)
+                    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                    text = f"{statistics.mean(values):.1f}{spread}"
+                    first = means[allocation, sparsity] == min(means[a, sparsity] for a in self.options.allocations)
+                    best += first and allocation == "dp"
+                    cells.append(f"**{text}**" if first else text)
+                lines.append(f"| {score} | {allocation} | {' | '.join(cells)} |")
+        total = len(self.options.scores) * len(self.options.sparsities)
+        lines += [
+            "",
+            f"mean ± standard deviation over {len(self.options.seeds)} seeds; DP is best in {best} of {total} cells",
+            "",
+        ]
+        if "dp" in self.options.allocations:
+            lines += [f"| joint / summed, DP | {columns} |", "| --- |" + " ---: |" * len(self.options.sparsities)]
+            for score in self.options.scores:
+                ratios = [self._ratio(score, sparsity) for sparsity in self.options.sparsities]
+                lines.append(f"| {score} | {' | '.join(ratios)} |")
+        return "\n".join(lines)
+
+    def _ratio(self, score: str, sparsity: float) -> str:
+        joint, summed = (self.values(score, "dp", sparsity, key) for key in ("joint", "predicted"))
+        return f"{statistics.mean(a / b for a, b in zip(joint, summed, strict=True)):.2f}"
+
+    def plot(self, path: Path) -> None:
+        """Perplexity over sparsity, a panel for each score."""
+        import matplotlib
+
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+
+        figure, panels = plt.subplots(1, len(self.options.scores), figsize=(11, 3.6), sharey=True, squeeze=False)
+        for panel, score in zip(panels[0], self.options.scores, strict=True):
+            for allocation, colour in zip(ALLOCATIONS, COLOURS, strict=True):
+                if allocation not in self.options.allocations:
+                    continue
+                means = [statistics.mean(self.values(score, allocation, s)) for s in self.options.sparsities]
+                width = 2.4 if allocation == "dp" else 1.2
+                panel.plot(self.options.sparsities, means, "o-", color=colour, lw=width, ms=3, label=allocation)
+            panel.axhline(self.results[("dense",)]["perplexity"], color="#9aa2ae", lw=0.8, ls=":")
+            panel.set(title=score, xlabel="sparsity", yscale="log")
+        panels[0][0].set_ylabel("perplexity")
+        panels[0][0].legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/llama-nano-sinkgd/final"))
+    parser.add_argument("--out", type=Path, default=Path("runs/prune-quality"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=SCORES)
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
+    parser.add_argument("--curve-samples", type=int, default=8, help="of them for the curves")
+    parser.add_argument("--eval-samples", type=int, default=48, help="held-out sequences")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as an SVG")
+    bench = Bench(parser.parse_args())
+    bench.run()
+    print("\n" + bench.tables())
+    if bench.options.plot:
+        bench.plot(bench.options.plot)
+
+
+if __name__ == "__main__":
+    main()

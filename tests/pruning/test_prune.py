@@ -1,0 +1,245 @@
+"""Pruning a model: what it gets is what the allocation says, the cost is measured, and an error changes nothing."""
+
+import json
+
+import pytest
+import torch
+from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
+from torch import nn
+
+from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
+from leanstep.pruning.batches import as_batches
+from leanstep.pruning.measure import weights_hash
+from leanstep.pruning.prune import ALLOCATIONS
+from leanstep.pruning.targets import count_uses
+from leanstep.sparsity import is_nm
+
+LEVELS = (0.3, 0.6, 0.8, 0.9)
+SCORES = ("magnitude", "wanda", "sparsegpt", "mfac")
+
+
+@pytest.fixture(scope="module")
+def curves():
+    """Of the two-layer LLaMA, which most tests prune."""
+    return measure_curves(make_llama(2), tokens(4), levels=LEVELS)
+
+
+def zeros(model) -> int:
+    return sum(int((target.weight == 0).sum()) for target in find_targets(model))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_allocation_reaches_the_sparsity_it_was_asked_for(allocation, curves):
+    model = make_llama(2)
+    others = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {"curves": curves} if allocation == "dp" else {}
+    result = prune(model, tokens(10), sparsity=0.6, allocation=allocation, **given)
+    total = sum(target.layer.numel for target in find_targets(model))
+    assert zeros(model) == total - int(0.4 * total)
+    assert result.sparsity == pytest.approx(zeros(model) / total)
+    for row, target in zip(result.layers(), find_targets(model), strict=True):
+        assert row["nonzero"] == result.allocation.kept[target.name] == int(target.weight.count_nonzero())
+    pruned = {target.parameter for target in find_targets(model)}
+    assert all(torch.equal(t, others[name]) for name, t in model.state_dict().items() if name not in pruned)
+    assert result.held_out.ratio == pytest.approx(result.held_out.joint / result.held_out.summed)
+    assert result.held_out.joint > 0
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_keep_weights_or_make_up_for_them(score):
+    model, dense = make_gpt2(), make_gpt2()
+    prune(model, tokens(6), sparsity=0.5, allocation="uniform", score=score)
+    moved = [
+        bool(((new.weight != old.weight) & (new.weight != 0)).any())
+        for new, old in zip(find_targets(model), find_targets(dense), strict=True)
+    ]
+    assert all(moved) if score in ("sparsegpt", "mfac") else not any(moved)
+
+
+def test_dynamic_programming_costs_less_than_uniform_on_held_out_data(curves):
+    model = make_llama(2)
+    result = prune(model, tokens(10), sparsity=0.6, curves=curves)
+    by_curves, uniform = result.compared
+    assert (by_curves.method, uniform.method) == ("dp", "uniform")
+    assert by_curves.joint < uniform.joint
+    assert result.allocation.method == "dp" and not result.notes
+    again = make_llama(2)
+    assert prune(again, tokens(10), sparsity=0.6, curves=curves).to_dict() == result.to_dict()
+    assert weights_hash(again) == weights_hash(model)
+
+
+class _Additive(nn.Module):
+    """f(x) = sum over g of A_g W_g x, with ranges of A_g that are orthogonal to each other."""
+
+    def __init__(self, parts: int = 3, size: int = 4):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(parts))
+        frame = torch.linalg.qr(torch.randn(parts * size, parts * size))[0]
+        frames = [scale * frame[:, n * size : (n + 1) * size] for n, scale in enumerate((1.0, 3.0, 0.3))]
+        self.register_buffer("frames", torch.stack(frames))
+
+    def forward(self, x):
+        return sum(part(x) @ frame.T for part, frame in zip(self.parts, self.frames, strict=True))
+
+
+def test_distortions_of_parts_that_do_not_meet_add_up():
+    model = _Additive().double()
+    data = torch.randn(64, 4, dtype=torch.float64)
+    result = prune(model, data, sparsity=0.5, score="magnitude", metric="mse_logits")
+    for one in result.compared:
+        assert one.joint == pytest.approx(one.summed, rel=1e-5)
+    assert result.held_out.ratio == pytest.approx(1.0, rel=1e-5)
+    kept = result.allocation.kept
+    assert kept["parts.1.weight"] > kept["parts.0.weight"] > kept["parts.2.weight"]
+
+
+class _Cancelling(nn.Module):
+    """Two layers of which each alone does little when it is pruned, and both together much: f(x) = (a x)(b x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 4, bias=False) for _ in range(3))
+        for layer in (self.a, self.b, self.c):
+            nn.init.ones_(layer.weight)
+        self.a.weight.data[:, :4] = 0.99
+        self.b.weight.data[:, :4] = 0.99
+
+    def forward(self, x):
+        # a and b stand in for each other: the output does not move until both are gone
+        return torch.maximum(self.a(x), self.b(x)) + 0.1 * self.c(x)
+
+
+def test_where_distortions_do_not_add_up_it_is_told_and_the_better_allocation_is_taken():
+    model = _Cancelling()
+    data = torch.rand(40, 8) + 0.5
+    result = prune(model, data, sparsity=0.5, score="magnitude", metric="mse_logits")
+    by_curves, uniform = result.compared
+    assert by_curves.ratio > 5
+    better = min(result.compared, key=lambda one: one.joint).method
+    assert result.allocation.method == better == "uniform"
+    assert result.held_out == uniform
+    assert "the model was pruned uniformly" in result.notes[0]
+    assert [int(layer.weight.count_nonzero()) for layer in (model.a, model.b, model.c)] == [16, 16, 16]
+
+
+@pytest.mark.parametrize("correction", ["relinearise", "coefficients"])
+def test_corrections_find_what_is_no_worse_on_the_data_they_saw(correction, curves, monkeypatch):
+    monkeypatch.setattr(planner, "SEARCH", {"starts": 4, "patience": 4})
+    data = tokens(8)
+    results = [
+        prune(make_llama(2), data, sparsity=0.7, curves=curves, held_out=data, correction=one, levels=LEVELS)
+        for one in ("none", correction)
+    ]
+    assert results[1].compared[0].joint <= results[0].compared[0].joint * (1 + 1e-9)
+    assert results[1].sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+def test_patterns_may_be_fixed_or_chosen_by_each_matrix():
+    model = make_llama(2)
+    result = prune(model, tokens(6), pattern="2:4")
+    assert all(is_nm(target.weight, "2:4") for target in find_targets(model))
+    assert result.sparsity == 0.5
+    for allocation in ("dp", "erk"):
+        model = make_gpt2(n_layer=1)
+        result = prune(model, tokens(6), pattern="N:8", sparsity=0.4, allocation=allocation)
+        patterns = {name: pattern for name, (_, pattern) in result.chosen.items()}
+        assert all(is_nm(target.weight, patterns[target.name]) for target in find_targets(model))
+        assert len(set(patterns.values())) > 1
+        assert 0.4 <= result.sparsity < 0.45
+
+
+def test_a_second_round_keeps_the_zeros_of_the_first():
+    model = make_llama(2)
+    previous = None
+    for sparsity in (0.3, 0.5, 0.7):
+        prune(model, tokens(6), sparsity=sparsity, allocation="dp" if sparsity > 0.4 else "erk", levels=LEVELS)
+        masks = [target.weight != 0 for target in find_targets(model)]
+        if previous is not None:
+            assert not any(bool((new & ~old).any()) for new, old in zip(masks, previous, strict=True))
+        previous = masks
+
+
+def test_other_budgets_than_a_number_of_weights():
+    model = make_cnn()
+    layers = [target.layer for target in find_targets(model)]
+    budget = Budget.fraction("bytes", 0.5, layers)
+    result = prune(model, images(10), budget=budget, score="magnitude", levels=LEVELS)
+    assert result.allocation.cost <= budget.target
+    assert result.allocation.budget_kind == "bytes"
+    by_curves, uniform = result.compared
+    assert by_curves.joint < uniform.joint
+
+
+def test_operations_are_counted_where_weights_are_used():
+    model = make_cnn()
+    targets = count_uses(model, find_targets(model), as_batches(images(2), model)[0])
+    uses = {target.name: target.layer.uses for target in targets}
+    assert uses["conv1.weight"] == uses["layer1.0.conv2.weight"] == 8 * 8
+    assert uses["fc.weight"] == 1
+    budget = Budget.fraction("flops", 0.5, [target.layer for target in targets])
+    result = prune(model, images(10), budget=budget, score="magnitude", levels=LEVELS)
+    spent = sum(2 * uses[row["name"]] * row["nonzero"] for row in result.layers())
+    assert spent == result.allocation.cost <= budget.target
+    model = make_llama(1)
+    (first, *_) = count_uses(model, find_targets(model), as_batches(tokens(2), model)[0])
+    assert first.layer.uses == 16
+
+
+def test_without_data_only_what_needs_none():
+    model = make_mixtral()
+    result = prune(model, sparsity=0.5, allocation="erk", score="magnitude")
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert result.held_out is None and "was not measured" in result.notes[0]
+
+
+BAD = {
+    "no target": ({"sparsity": None}, "expected either sparsity"),
+    "all of it": ({"sparsity": 1.0}, "must lie between 0 and 1"),
+    "percent": ({"sparsity": 60}, "must lie between 0 and 1"),
+    "allocation": ({"allocation": "best"}, "allocation must be one of dp, uniform"),
+    "score": ({"score": "best"}, "score must be one of magnitude"),
+    "pattern": ({"pattern": "2of4"}, "expected 'N:M'"),
+    "pattern and sparsity": ({"pattern": "2:4", "sparsity": 0.6}, "is a sparsity of 0.5"),
+    "metric": ({"metric": "accuracy"}, "metric must be one of kl"),
+    "granularity": ({"granularity": "row"}, "granularity must be one of matrix"),
+    "correction": ({"correction": "all"}, "correction must be one of none"),
+    "correction of rules": ({"allocation": "erk", "correction": "relinearise"}, "which only allocation='dp' has"),
+    "nothing to measure": ({"data": None}, "needs data"),
+    "nothing to hold out": ({"data": tokens(1)}, "one at least has to be held out"),
+    "out of reach": ({"pattern": "N:8", "sparsity": 0.9}, "out of reach"),
+    "rule": ({"exclude": ["*.ffn.*"]}, "matches no matrix"),
+    "no curve": ({"curves": {}}, "there is no curve for"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_that_cannot_be_met_are_refused_and_change_nothing(case):
+    changes, message = BAD[case]
+    model = make_llama(1).train()
+    before = weights_hash(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, **{"data": tokens(6), "sparsity": 0.5} | changes)
+    assert weights_hash(model) == before
+    assert model.training
+
+
+def test_a_target_out_of_reach_is_told_with_the_range():
+    with pytest.raises(InfeasibleBudget, match="sparsities from 0 to 0.75") as refused:
+        prune(make_llama(1), tokens(6), sparsity=0.9, pattern="N:8")
+    assert refused.value.lowest == refused.value.highest / 4
+
+
+def test_an_error_on_the_way_puts_the_weights_back(monkeypatch):
+    model = make_llama(1)
+    before = weights_hash(model)
+    apply = planner.apply_allocation
+
+    def failing(*args, **options):
+        apply(*args, **options)
+        raise MemoryError
+
+    monkeypatch.setattr(planner, "apply_allocation", failing)
+    with pytest.raises(MemoryError):
+        prune(model, tokens(6), sparsity=0.5, allocation="uniform")
+    assert weights_hash(model) == before

@@ -1,0 +1,212 @@
+"""``leanstep prune`` and ``prune_checkpoint``: from a folder to a folder, or to an error that leaves nothing behind."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from pruned_models import images, make_llama, make_vit, save_model
+from texts import sentences
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leanstep.cli import main
+from leanstep.pruning import CalibrationText, find_targets, prune_checkpoint
+from leanstep.sparsity import verify
+
+SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a checkpoint in shards and a text."""
+    folder = tmp_path_factory.mktemp("base")
+    save_model(make_llama(2), folder / "model", max_shard_size="12KB")
+    (folder / "text.txt").write_text(sentences(60))
+    (folder / "short.txt").write_text("Too short.")
+    return folder
+
+
+def leanstep_prune(base, out, *more, data="text.txt"):
+    return main(["prune", str(base / "model"), "--out", str(out), "--data", str(base / data), *SMALL, *more])
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def pruned(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    before = snapshot(base / "model")
+    assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval") == 0
+    assert snapshot(base / "model") == before
+    return out
+
+
+def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
+    assert {path.name for path in pruned.iterdir()} == {path.name for path in (base / "model").iterdir()} | {
+        "sparsity.json",
+        "report.html",
+    }
+    content = json.loads((pruned / "sparsity.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    targets = find_targets(model)
+    assert content["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    for target in targets:
+        zeros = float((target.weight == 0).float().mean())
+        assert content["tensors"][target.name]["sparsity"] == pytest.approx(zeros)
+    assert set(content["tensors"]) == {target.name for target in targets}
+    assert content["perplexity"]["before"] > 1 and content["perplexity"]["tokens"] == 2 * 23
+    assert content["held_out"]["ratio"] == pytest.approx(content["held_out"]["joint"] / content["held_out"]["summed"])
+    assert {one["method"] for one in content["compared"]} == {"dp", "uniform"}
+    config = json.loads((pruned / "config.json").read_text())
+    assert "sparsity_config" not in config and "quantization_config" not in config
+    assert AutoTokenizer.from_pretrained(pruned)("hello")["input_ids"]
+    assert len(verify(pruned).tensors) > 14
+
+
+def test_its_logits_are_those_of_the_pruned_model_bit_for_bit(base, tmp_path):
+    from leanstep.pruning import run
+
+    seen = {}
+    write = run.write_weights
+
+    def noting(checkpoint, values, folder):
+        seen.update({name: tensor.clone() for name, tensor in values.items()})
+        return write(checkpoint, values, folder)
+
+    run.write_weights = noting
+    try:
+        text = CalibrationText(((base / "text.txt").read_text(),), samples=6, curve_samples=3, held_out=2, seq_len=24)
+        prune_checkpoint(base / "model", tmp_path / "out", text, sparsity=0.5, score="sparsegpt", allocation="uniform")
+    finally:
+        run.write_weights = write
+    model = make_llama(2)
+    model.load_state_dict(seen)
+    tokens = torch.arange(20)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+def test_the_report_is_one_page_without_scripts(pruned):
+    page = (pruned / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
+    for text in ("Perplexity after", "Additivity ratio", "uniform", "dp (applied)", "up_proj", "zeros alone"):
+        assert text in page
+
+
+def test_vision_checkpoints_take_images(tmp_path):
+    make_vit().save_pretrained(tmp_path / "vit")
+    result = prune_checkpoint(tmp_path / "vit", tmp_path / "out", images(10), sparsity=0.5, allocation="erk")
+    assert result.metric == "mse_logits"
+    assert result.held_out.joint > 0
+    again = type(make_vit()).from_pretrained(tmp_path / "out")
+    assert sum(int((target.weight == 0).sum()) for target in find_targets(again)) == result.sparsity * sum(
+        target.layer.numel for target in find_targets(again)
+    )
+
+
+def test_a_command_without_data_measures_nothing(base, tmp_path, capsys):
+    arguments = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--score", "magnitude"]
+    assert main([*arguments, "--allocation", "uniform", "--sparsity", "0.5"]) == 0
+    assert "was not measured" in capsys.readouterr().out
+    assert main([*arguments, "--allocation", "dp", "--sparsity", "0.5", "--out", str(tmp_path / "two")]) == 2
+    assert "needs data" in capsys.readouterr().err
+
+
+REFUSED = {
+    "no checkpoint": (["--sparsity", "0.5"], {"checkpoint": "nothing/../here"}, "does not exist"),
+    "text too short": (["--sparsity", "0.5"], {"data": "short.txt"}, "the text is too short: 8 sequences of 24 tokens"),
+    "no text": (["--sparsity", "0.5"], {"data": "none.txt"}, "--data.*none.txt"),
+    "sparsity": (["--sparsity", "60"], {}, "must lie between 0 and 1"),
+    "out of reach": (
+        ["--sparsity", "0.9", "--pattern", "N:8"],
+        {},
+        "sparsity of 0.9 is out of reach: .* from 0 to 0.75",
+    ),
+    "levels": (["--sparsity", "0.5", "--levels", "0.2,0.4"], {}, "a sparsity of 0.5 is out of reach: .* from 0 to 0.4"),
+    "sequence": (["--sparsity", "0.5", "--seq-len", "100"], {}, "seq_len must be from 2 to the model's 64 positions"),
+    "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_path, capsys):
+    more, changes, message = REFUSED[case]
+    before = snapshot(base / "model")
+    arguments = ["prune", changes.get("checkpoint", str(base / "model")), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--data", str(base / changes.get("data", "text.txt")), *SMALL, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    import re
+
+    assert re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []
+    assert snapshot(base / "model") == before
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_done(base, pruned, capsys):
+    before = snapshot(pruned)
+    assert leanstep_prune(base, pruned, "--sparsity", "0.6") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert snapshot(pruned) == before
+
+
+def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monkeypatch, capsys):
+    from leanstep.pruning import checkpoint
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 2
+    assert "go on with it (--resume)" in capsys.readouterr().err
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6", "--resume") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from leanstep.pruning import measure, partial
+from leanstep.cli import main
+add = partial.PartialCurves.add
+def dying(self, name, kept, point):
+    if len(self.points) == 9:
+        with self.path.open("a") as file:
+            file.write('["model.laye')
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    add(self, name, kept, point)
+partial.PartialCurves.add = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
+    command = [sys.executable, "-P", "-c", KILLED, *arguments, "--sparsity", "0.6", "--eval"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
+    measured = (tmp_path / "out.curves.jsonl").read_text()
+    assert measured.count("\n") == 10 and measured.endswith('["model.laye')
+    assert main([*arguments, "--sparsity", "0.6", "--eval", "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for name, raw in snapshot(pruned).items():
+        assert (out / name).read_bytes() == raw, name
+
+
+def test_help_needs_no_checkpoint(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["prune", "--help"])
+    assert left.value.code == 0
+    assert "--allocation" in capsys.readouterr().out
