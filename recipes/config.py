@@ -225,9 +225,14 @@ class CheckpointConfig(_Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(_Ranged):
-    """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``."""
+    """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``.
+
+    ``attention_norms`` measures at log steps, on the first micro batch, where every attention head stands with respect
+    to low-rank attention (:class:`leanstep.lora.NormMonitor`).
+    """
 
     every: int = _bounded(10, at_least=1)
+    attention_norms: bool = False
     trackers: list[str] = field(default_factory=list)
 
 
@@ -347,6 +352,8 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
+    if config.compile and config.log.attention_norms:
+        yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     yield from _sparsity_problems(config)
     yield from _pruning_problems(config)
     yield from _size_problems(config)

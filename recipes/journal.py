@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = ["Journal"]
 
 OPTIMIZER_REPORT = "optimizer_report.json"
 SPARSITY_REPORT = "sparsity_report.json"
+ATTENTION_REPORT = "attention_report.json"
 
 
 class Journal:
@@ -35,7 +36,8 @@ class Journal:
       trackers as ``optimizer/KEY``, and into the report, where the keys ``A/x`` and ``A/y`` are lines of one chart A.
     * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
 
-    A run with sparse weights has a controller with a ``diagnostics()`` of its own, logged as ``sparsity``.
+    A run with sparse weights has a controller with a ``diagnostics()`` of its own, logged as ``sparsity``, and one that
+    watches its attention a monitor, logged as ``attention``.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
@@ -76,13 +78,16 @@ class Journal:
         optimizer: Any,
         notes: Sequence[str] = (),
         *,
-        sparsity: Any = None,
+        sections: Mapping[str, Any] | None = None,
     ) -> None:
-        """Show the step; write log.jsonl, train.log and trackers at the first step and every ``log.every``."""
-        config = self.config
-        wanted = state.step == 1 or state.step % config.log.every == 0 or state.step == config.steps
-        reported = _diagnostics(optimizer) if wanted else {}
-        masked = _diagnostics(sparsity) if wanted else {}
+        """Show the step; write log.jsonl, train.log and trackers where :meth:`is_logged`.
+
+        ``sections`` are further objects with a ``diagnostics()``, or None, by the name that their numbers have in the
+        log.
+        """
+        config, wanted = self.config, self.is_logged(state.step)
+        asked = {"optimizer": optimizer, **(sections or {})} if wanted else {}
+        reported = {name: numbers for name, one in asked.items() if (numbers := _diagnostics(one))}
         if not self.main:
             return
         first_here = self.clock.rate_now is None
@@ -105,14 +110,17 @@ class Journal:
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if wanted:
-            sections = {"optimizer": reported, "sparsity": masked}
-            self.folder.log({**entry, **{name: found for name, found in sections.items() if found}})
+            self.folder.log({**entry, **reported})
             numbers = {key: value for key, value in entry.items() if key not in ("step", "kind")}
-            for name, found in sections.items():
+            for name, found in reported.items():
                 numbers |= {f"{name}/{key}": value for key, value in found.items()}
             self._track(numbers, state.step)
         line = format_line(entry, config.steps, self._eta(state.step), list(notes))
         self.progress.line(state.step, line, wanted or first_here)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a line in log.jsonl: the first, the last, and every ``log.every``."""
+        return step == 1 or step % self.config.log.every == 0 or step == self.config.steps
 
     def evaluation(self, state: TrainState, found: EvalResult) -> None:
         """Write and show what a validation found."""
@@ -152,6 +160,11 @@ class Journal:
         """Write how sparse each layer is, and the operations of the run, to ``sparsity_report.json``."""
         if controller is not None:
             self._write_report(SPARSITY_REPORT, report(self.config, controller, self.flops_per_token))
+
+    def attention_report(self, monitor: Any) -> None:
+        """Write where each head stood when it was last measured to ``attention_report.json``."""
+        if monitor is not None:
+            self._write_report(ATTENTION_REPORT, monitor.rows_of_report())
 
     def _write_report(self, name: str, content: Any) -> None:
         if not self.main:

@@ -8,6 +8,7 @@ from pathlib import Path
 from leanstep._page import style
 from leanstep.recipes.report_charts import curves, reported_curves
 from leanstep.recipes.report_parts import (
+    attention_table,
     badge,
     cut,
     differences,
@@ -33,7 +34,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
 
     Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt, optimizer_report.json and
-    sparsity_report.json of each run;
+    sparsity_report.json and attention_report.json of each run;
     what is missing or damaged is named in the report. The file replaces an older one at once and whole.
 
     Raises:
@@ -96,6 +97,9 @@ def _single(run: Run, most_points: int, most_text: int) -> str:
     if run.reported_keys("sparsity") or run.sparsity_report:
         drawn = reported_curves(run, "sparsity", min(most_points, 200))
         parts += ["<h2>Sparsity</h2>", f'<div class="grid">{drawn}</div>', sparsity_tables(run, most_text)]
+    if run.reported_keys("attention") or run.attention_report:
+        drawn = reported_curves(run, "attention", min(most_points, 200))
+        parts += ["<h2>Attention norms</h2>", f'<div class="grid">{drawn}</div>', attention_table(run, most_text)]
     if run.reported_keys("optimizer") or run.optimizer_report:
         drawn = reported_curves(run, "optimizer", min(most_points, 200))
         parts += [

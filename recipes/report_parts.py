@@ -8,6 +8,7 @@ from leanstep._charts import PALETTE, compact
 from leanstep.recipes.runlog import Run, duration, number
 
 __all__ = [
+    "attention_table",
     "badge",
     "cut",
     "differences",
@@ -175,6 +176,13 @@ def differences(columns: list[dict[str, str]], runs: list[Run], same: str, *, on
 def optimizer_table(run: Run, most_text: int) -> str:
     """The rows that the optimizer reported at the end, as many as the page has room for; columns as they came."""
     return _rows_table(run.optimizer_report, most_text, "optimizer_report.json")
+
+
+def attention_table(run: Run, most_text: int) -> str:
+    """Where each head stood at the end: its norms, logits, the degree they need, what it costs, and the verdict."""
+    columns = ("layer", "head", "rho", "certified", "sampled", "degree", "error", "cost", "drift", "status", "why")
+    rows = [{key: row[key] for key in columns if key in row} for row in run.attention_report]
+    return _rows_table(rows, most_text, "attention_report.json")
 
 
 def sparsity_tables(run: Run, most_text: int) -> str:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from leanstep._version import __version__
 from leanstep.recipes.assemble import assemble
+from leanstep.recipes.attention_norms import build_monitor
 from leanstep.recipes.batches import Batch
 from leanstep.recipes.checkpoint import TrainState, read_state
 from leanstep.recipes.config import RunConfig
@@ -79,9 +80,12 @@ class Run:
                 raise RunFailure("out of memory", EXIT_MEMORY, message) from error
             if number:
                 return self.interrupted(number)
+            if self.norms is not None:
+                self.norms.close()
             finish(self.config, self.accelerator, self.folder, self.parts.saver, self.state, self.say)
             self.journal.optimizer_report(self.parts.optimizer.optimizer)
             self.journal.sparsity_report(self.parts.sparsity)
+            self.journal.attention_report(self.norms)
         self.journal.status("done", self.state)
         if self.main:
             write_report(self.folder, self.say)
@@ -119,6 +123,7 @@ class Run:
         """Build the run's parts from the recipe and the checkpoint if there is one, and describe it in its folder."""
         accelerator, folder = self.accelerator, self.folder
         self.parts = assemble(self.config, accelerator, folder, self.state, checkpoint, self.say)
+        self.norms = build_monitor(self.config, accelerator.unwrap_model(self.parts.model))
         for note in main_does(accelerator, lambda: pass_over(self.start, folder)):
             self.say(note)
         self.begun = True
@@ -155,6 +160,8 @@ class Run:
     def step(self, window: list[Batch]) -> StepResult:
         """One optimizer step: backward over the window, checks, update, log."""
         config, accelerator, model, halves = self.config, self.accelerator, self.parts.model, self.parts.halves
+        if self.norms is not None and self.journal.is_logged(self.state.step + 1):
+            self.norms.arm()
         try:
             half = None if halves is None else halves.half
             part, targets = backward(accelerator, model, window, check=config.release_gradients, half=half)
@@ -175,7 +182,8 @@ class Run:
         self.journal.clock.stepped(targets)
         saver, optimizer = self.parts.saver, self.parts.optimizer.optimizer
         notes = [saver.trouble] if saver.trouble else []
-        self.journal.step(self.state, result, self.rate, optimizer, notes, sparsity=self.parts.sparsity)
+        sections = {"sparsity": self.parts.sparsity, "attention": self.norms}
+        self.journal.step(self.state, result, self.rate, optimizer, notes, sections=sections)
         return result
 
     def update(self, window: list[Batch], result: StepResult) -> None:

@@ -34,6 +34,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     optimizer_report: list[dict[str, Any]] = field(default_factory=list)
     sparsity_report: dict[str, Any] = field(default_factory=dict)
+    attention_report: list[dict[str, Any]] = field(default_factory=list)
     held: bool = False
 
     @property
@@ -68,7 +69,7 @@ class Run:
         return self.median("tokens_per_s")
 
     def reported_keys(self, section: str) -> list[str]:
-        """Names of the numbers that the "optimizer" or the "sparsity" reported in training, in the order they came."""
+        """Names of the numbers that a section of the log, as "optimizer", reported in training, in their order."""
         rows = (row.get(section) for row in self.train)
         return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
@@ -140,8 +141,10 @@ def read_run(folder: Path) -> Run:
     run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
     run.command = _text(run, "command.txt", needed=False).strip()
     run.held = is_held(folder)
-    rows = _json(run, "optimizer_report.json", needed=False, kind=list)
-    run.optimizer_report = [row for row in rows if isinstance(row, dict)]
+    run.optimizer_report, run.attention_report = (
+        [row for row in _json(run, name, needed=False, kind=list) if isinstance(row, dict)]
+        for name in ("optimizer_report.json", "attention_report.json")
+    )
     run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
     _read_log(run)
     run.problems = [*_judge(run), *run.problems]
