@@ -76,9 +76,10 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
     Notes:
         Products and sums run in fp32 (fp64 for fp64) and are rounded once. On a CPU the compressed matrix is read once
-        per 64 rows of x, and n / m of the dense product's multiplications are done, on gathered entries of x; so it is
-        on a GPU for fewer than 32 rows. For more, and in the reference, the dense matrix is formed first (scratch
-        memory of its size). ``benchmarks/nm_matmul.py`` measures where that is faster than the dense product.
+        per 64 rows of x (16, where fewer are left), and n / m of the dense product's multiplications are done; so it is
+        on a GPU for fewer than 32 rows, of which it takes 4 at a time. For more, and in the reference, the dense matrix
+        is formed first (scratch memory of its size). ``benchmarks/nm_matmul.py`` measures where that is faster than the
+        dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:

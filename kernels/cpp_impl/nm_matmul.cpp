@@ -1,22 +1,20 @@
 // Products with a compressed N:M matrix: reference/nm_matmul.py. VALUE: float or bf16.
 //
-// Of many rows of x, TOKENS at a time lie side by side, so that a kept weight multiplies vectors. Of few, every row of
-// the matrix gathers what it needs of each.
+// Of several rows of x, WIDE or NARROW at a time lie side by side, so that a kept weight multiplies vectors. Of one, every
+// row of the matrix gathers what it needs.
 #include "common.h"
 
 namespace {
 
-constexpr int64_t TOKENS = 64;
+constexpr int64_t WIDE = 64, NARROW = 16;
 // rows of the matrix whose sums are at hand, and kept weights of a row that are taken between two visits to them
-constexpr int64_t ROWS = 64, KEPT = 32;
+constexpr int64_t ROWS = 64, KEPT = 64;
+// rows ahead of which kept weights are asked for
+constexpr int64_t AHEAD = 4;
 
-inline float multiply_add(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
-    return std::fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
+// held in registers, which arrays of floats are not
+using Vec = float __attribute__((vector_size(64)));
+constexpr int64_t LANES = 16;
 
 struct Compressed {
     const VALUE* values;
@@ -26,71 +24,95 @@ struct Compressed {
 };
 
 // sums of one row of the matrix, over its groups `begin` to `end`; columns: [in][TOKENS]
+template <int64_t TOKENS>
 void add_row(const Compressed& w, int64_t row, int64_t begin, int64_t end, const float* columns, float* sums) {
-    float local[TOKENS];
-    std::copy(sums, sums + TOKENS, local);
+    Vec local[TOKENS / LANES];
+    std::memcpy(local, sums, sizeof local);
     const VALUE* v = w.values + row * w.row_length() + begin * w.n;
     const uint8_t* places = w.indices + row * w.row_length() + begin * w.n;
     for (int64_t g = begin; g < end; ++g) {
         for (int64_t k = 0; k < w.n; ++k) {
             const float value = widen(*v++);
             const float* column = columns + (g * w.m + *places++) * TOKENS;
-#pragma omp simd
-            for (int64_t t = 0; t < TOKENS; ++t) local[t] = multiply_add(value, column[t], local[t]);
+#pragma GCC unroll 4
+            for (int64_t part = 0; part < TOKENS / LANES; ++part) {
+                Vec entries;
+                std::memcpy(&entries, column + part * LANES, sizeof entries);
+                local[part] += value * entries;
+            }
         }
     }
-    std::copy(local, local + TOKENS, sums);
+    std::memcpy(sums, local, sizeof local);
+}
+
+// asks for the kept weights of a row, over `count` groups from `begin` on
+void fetch_row(const Compressed& w, int64_t row, int64_t begin, int64_t count) {
+    constexpr int64_t LINE = 64;
+    const int64_t first = row * w.row_length() + begin * w.n, last = first + std::min(count, w.groups - begin) * w.n;
+    for (int64_t k = first; k < last; k += LINE / static_cast<int64_t>(sizeof(VALUE))) {
+        __builtin_prefetch(w.values + k);
+    }
+    for (int64_t k = first; k < last; k += LINE) __builtin_prefetch(w.indices + k);
+}
+
+// `count` rows of x, at most TOKENS; columns: room for [in][TOKENS]
+template <int64_t TOKENS>
+void multiply_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count, float* columns, int threads) {
+    const int64_t in = w.groups * w.m, bands = (w.rows + ROWS - 1) / ROWS;
+    const int64_t step = std::max<int64_t>(1, KEPT / std::max<int64_t>(1, w.n));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < in; ++c) {
+            for (int64_t t = 0; t < TOKENS; ++t) columns[c * TOKENS + t] = t < count ? widen(x[t * in + c]) : 0.0f;
+        }
+#pragma omp for schedule(static)
+        for (int64_t band = 0; band < bands; ++band) {
+            float sums[ROWS][TOKENS] = {};
+            const int64_t from = band * ROWS, height = std::min(ROWS, w.rows - from);
+            for (int64_t g = 0; g < w.groups; g += step) {
+                for (int64_t r = 0; r < height; ++r) {
+                    // rows are long, and the processor does not see that their pieces come one after the other
+                    fetch_row(w, from + (r + AHEAD) % height, r + AHEAD < height ? g : g + step, step);
+                    add_row<TOKENS>(w, from + r, g, std::min(g + step, w.groups), columns, sums[r]);
+                }
+            }
+            for (int64_t t = 0; t < count; ++t) {
+                for (int64_t r = 0; r < height; ++r) narrow(sums[r][t], out[t * w.rows + from + r]);
+            }
+        }
+    }
 }
 
 void multiply_many(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
-    const int64_t in = w.groups * w.m, tiles = (tokens + TOKENS - 1) / TOKENS;
-    const int64_t bands = (w.rows + ROWS - 1) / ROWS;
-    const int64_t step = std::max<int64_t>(1, KEPT / std::max<int64_t>(1, w.n));
-    std::vector<float> columns(in * TOKENS);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = tile * TOKENS, count = std::min(TOKENS, tokens - first);
-#pragma omp parallel num_threads(threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t c = 0; c < in; ++c) {
-                for (int64_t t = 0; t < TOKENS; ++t) {
-                    columns[c * TOKENS + t] = t < count ? widen(x[(first + t) * in + c]) : 0.0f;
-                }
-            }
-#pragma omp for schedule(static)
-            for (int64_t band = 0; band < bands; ++band) {
-                float sums[ROWS][TOKENS] = {};
-                const int64_t from = band * ROWS, height = std::min(ROWS, w.rows - from);
-                for (int64_t g = 0; g < w.groups; g += step) {
-                    for (int64_t r = 0; r < height; ++r) {
-                        add_row(w, from + r, g, std::min(g + step, w.groups), columns.data(), sums[r]);
-                    }
-                }
-                for (int64_t t = 0; t < count; ++t) {
-                    for (int64_t r = 0; r < height; ++r) narrow(sums[r][t], out[(first + t) * w.rows + from + r]);
-                }
-            }
+    const int64_t in = w.groups * w.m;
+    std::vector<float> columns(in * (tokens > NARROW ? WIDE : NARROW));
+    for (int64_t first = 0; first < tokens;) {
+        const int64_t left = tokens - first;
+        if (left > NARROW) {
+            multiply_tile<WIDE>(w, x + first * in, out + first * w.rows, std::min(WIDE, left), columns.data(), threads);
+            first += WIDE;
+        } else {
+            multiply_tile<NARROW>(w, x + first * in, out + first * w.rows, left, columns.data(), threads);
+            first += NARROW;
         }
     }
 }
 
-void multiply_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
+void multiply_one(const Compressed& w, const VALUE* x, VALUE* out, int threads) {
     const int64_t in = w.groups * w.m, length = w.row_length();
-    std::vector<float> wide(tokens * in);
-    for (int64_t i = 0; i < tokens * in; ++i) wide[i] = widen(x[i]);
+    std::vector<float> entries(in);
+    for (int64_t i = 0; i < in; ++i) entries[i] = widen(x[i]);
     std::vector<int32_t> begin(length);
     for (int64_t k = 0; k < length; ++k) begin[k] = static_cast<int32_t>(k / w.n * w.m);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < w.rows; ++row) {
         const VALUE* v = w.values + row * length;
         const uint8_t* places = w.indices + row * length;
-        for (int64_t t = 0; t < tokens; ++t) {
-            const float* entries = wide.data() + t * in;
-            float sum = 0;
+        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < length; ++k) sum += widen(v[k]) * entries[begin[k] + places[k]];
-            narrow(sum, out[t * w.rows + row]);
-        }
+        for (int64_t k = 0; k < length; ++k) sum += widen(v[k]) * entries[begin[k] + places[k]];
+        narrow(sum, out[row]);
     }
 }
 
@@ -99,8 +121,12 @@ void multiply_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t token
 // x: [tokens, groups * m]; values, indices: [rows, groups, n]; out: [tokens, rows]
 extern "C" void nm_matmul(
     const VALUE* x, const VALUE* values, const uint8_t* indices, VALUE* out, int64_t tokens, int64_t rows,
-    int64_t groups, int64_t n, int64_t m, int64_t few, int threads
+    int64_t groups, int64_t n, int64_t m, int threads
 ) {
     const Compressed w = {values, indices, rows, groups, n, m};
-    (tokens <= few ? multiply_few : multiply_many)(w, x, out, tokens, threads);
+    if (tokens == 1) {
+        multiply_one(w, x, out, threads);
+    } else {
+        multiply_many(w, x, out, tokens, threads);
+    }
 }

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from leanstep.kernels.cpp_impl._build import TYPES, address, library
 
-# rows of x up to which every row of the matrix gathers for itself
-FEW = 8
-
 
 def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     """``x W^T`` for x [t, in] and W compressed, all of one dtype."""
@@ -23,7 +20,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         address(values),
         address(indices),
         address(out),
-        *map(ctypes.c_int64, (x.shape[0], rows, groups, n, m, FEW)),
+        *map(ctypes.c_int64, (x.shape[0], rows, groups, n, m)),
         torch.get_num_threads(),
     )
     return out

@@ -46,7 +46,7 @@ def test_products_in_float64_are_the_dense_ones(n, m):
     bits_equal(nm_matmul(x, *nm_compress(weight, n, m), m), x @ weight.T)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_products_against_float64(n, m, dtype, tokens, dirty_memory):
