@@ -4,7 +4,7 @@
 
 The model is a small LLaMA with adapters on all seven linear layers of each block. Counted are the distinct storages
 that autograd saves in one forward pass, parameters left out: the model with adapters minus the frozen model with
-gradients of its embeddings. A fused SwiGLU block keeps less than the frozen model does, so that numbers can be negative.
+gradients of its embeddings. A fused SwiGLU block keeps less than the frozen model's does: numbers can be negative.
 Needs peft (pip install 'leanstep[bench]').
 """
 

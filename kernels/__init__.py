@@ -6,6 +6,7 @@ from leanstep.kernels.gradient_window import gram_row, linear_combination, row_d
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
 from leanstep.kernels.lora_products import lora_down, lora_down_backward, lora_dropout, lora_up_
+from leanstep.kernels.lora_scale import lora_scale_, lora_scale_backward
 from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward
 from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
@@ -41,6 +42,8 @@ __all__ = [
     "lora_down",
     "lora_down_backward",
     "lora_dropout",
+    "lora_scale_",
+    "lora_scale_backward",
     "lora_up_",
     "newton_schulz",
     "nm_apply",

@@ -49,9 +49,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "lora_down": _WINDOW,
     "lora_down_backward": _WINDOW,
     "lora_up": _WINDOW,
+    "lora_scale": _WINDOW,
     "lora_swiglu": _WINDOW,
-    "poly_features": ("reference", "cpp"),
-    "poly_features_backward": ("reference", "cpp"),
+    "poly_features": _WINDOW,
+    "poly_features_backward": _WINDOW,
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")

@@ -27,7 +27,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.ops.leanstep.lora_dropout(x, p, seed) if torch.compiler.is_compiling() else _dropout(x, p, seed)
+    return torch.ops.leanstep.lora_dropout(x, p, seed) if _is_traced(x) else _dropout(x, p, seed)
 
 
 def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
     if p == 0:
         return torch.mm(x, a.t())
     assert seed is not None
-    if torch.compiler.is_compiling():
+    if _is_traced(x):
         return torch.ops.leanstep.lora_down(x, a, p, seed)
     return _down(x, a, p, seed)
 
@@ -79,7 +79,7 @@ def lora_down_backward(
     if p == 0:
         return torch.mm(e.t(), x), None if a is None else torch.mm(x, a.t())
     assert seed is not None
-    if torch.compiler.is_compiling():
+    if _is_traced(x):
         gradient, h = torch.ops.leanstep.lora_down_backward(x, e, a, p, seed)
     else:
         gradient, h = _down_backward(x, e, a, p, seed)
@@ -115,11 +115,16 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
     if p == 0:
         return y.addmm_(h, b, alpha=scale)
     assert seed is not None
-    if torch.compiler.is_compiling():
+    if _is_traced(y):
         torch.ops.leanstep.lora_up_(y, h, b, scale, p, seed)
     else:
         _up(y, h, b, scale, p, seed)
     return y
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether the operation must go by its registered name: under torch.compile, and for fake tensors."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, fits: bool) -> None:

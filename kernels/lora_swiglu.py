@@ -22,7 +22,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
         Reads both inputs and writes the result once.
     """
     _check("swiglu", e, u)
-    if torch.compiler.is_compiling():
+    if _is_traced(e):
         return reference.swiglu(e, u)
     return _module(e).swiglu(e.detach().contiguous(), u.detach().contiguous())
 
@@ -47,10 +47,15 @@ def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor,
         One pass: reads three tensors and writes three.
     """
     _check("swiglu_backward", e, u, grad)
-    if torch.compiler.is_compiling():
+    if _is_traced(e):
         return reference.swiglu_backward(grad, e, u)
     tensors = (t.detach().contiguous() for t in (grad, e, u))
     return _module(e).swiglu_backward(*tensors)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether plain torch must run: under torch.compile, which fuses it, and for fake tensors, which have no memory."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _module(e: Tensor):

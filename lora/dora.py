@@ -89,7 +89,8 @@ class NormCache:
 
     def norms(self, source: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, training: bool) -> Tensor:
         """:func:`row_norms` of ``weight``; ``source`` is the parameter it was made from, which is watched instead."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(source) not in (Tensor, torch.nn.Parameter):
+            # no memory to tell by, as in fake tensors
             return row_norms(weight, a, b, scale)
         if not training and self._norms is not None:
             keys, for_scale, norms = self._norms

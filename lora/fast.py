@@ -86,8 +86,7 @@ class FastLinear:
         save, norm = lora.save, None
         if magnitude is not None:
             norm = self.norms()
-            on_cpu = norm.device.type == "cpu" and not torch.compiler.is_compiling()
-            if on_cpu and save == "min" and bool((magnitude == 0).any()):
+            if save == "min" and _can_look(magnitude) and bool((magnitude == 0).any()):
                 # a zero magnitude hides in the output what its gradient needs
                 save = "full"
         plain = p == 0 and dense is None and magnitude is None and save != "lora_fa"
@@ -106,6 +105,12 @@ class FastLinear:
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         dense = matrix(setting, Weights(weight, None, a, b), dtype)
         return self.lora.norms.norms(weight, dense, a, b, self.lora.scale, self.in_training())
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are there to be looked at, without waiting for a device."""
+    real = type(tensor) in (Tensor, nn.Parameter)
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def autocasted(x: Tensor) -> Tensor:

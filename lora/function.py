@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanstep.kernels import lora_down, lora_down_backward, lora_dropout, lora_up_
+from leanstep.kernels import lora_down, lora_down_backward, lora_dropout, lora_scale_, lora_scale_backward, lora_up_
 from leanstep.lora.order import Order
 
 
@@ -194,16 +194,16 @@ def _project_dora(
     c = dora_factor(layer)
     if setting.dropout == 0:
         z = _dora_output(x, h, setting, layer)
-        # the caller keeps z only where it must; without that, y can take its memory
-        y = z * c if setting.save != "min" else z.mul_(c)
-        return (y if bias is None else y.add_(bias)), h, z
+        # z is kept where "full" says so; otherwise y takes its memory
+        y = z.clone() if setting.save != "min" else z
+        return lora_scale_(y, c, bias), h, z
     # the magnitude weighs the dropped input's part only: Y = X W^T + b + (c - 1) (X' W^T) + c s H B^T
     w = matrix(setting, layer, x.dtype)
     kept = lora_dropout(x, setting.dropout, seed)
     z = _linear(kept, w, None)
     y = _linear(x, w, bias).sub_(z)
     _add_up(z, h, setting, layer)
-    return y.add_(z * c), h, z
+    return y.add_(lora_scale_(z.clone() if setting.save != "min" else z, c)), h, z
 
 
 def _dora_output(x: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
@@ -241,21 +241,40 @@ def layer_backward(
         needs: which of the layer's tensors need a gradient.
         dx: what other layers gave so far (written), None for nothing, False where none is wanted.
     """
-    inner, e = inner_gradients(g, setting, layer, needs)
-    grads = tensor_gradients(g, inner, e, x, kept, setting, layer, seed, needs)
-    return dx if dx is False else input_gradient(g, inner, e, setting, layer, seed, dx), grads
+    inner = inner_gradients(g, kept, setting, layer, needs)
+    grads = tensor_gradients(inner, x, kept, setting, layer, seed, needs)
+    return dx if dx is False else input_gradient(inner, setting, layer, seed, dx), grads
 
 
-def inner_gradients(g: Tensor, setting: Setting, layer: Weights, needs: Weights) -> tuple[Tensor, Tensor | None]:
-    """The gradient of Z, which is that of Y without DoRA; and E, where it is needed."""
-    inner = g if layer.magnitude is None else g * dora_factor(layer).to(g.dtype)
-    return inner, None if setting.order.backward and not needs.a else torch.mm(inner, layer.b.to(g.dtype))
+class Inner(NamedTuple):
+    """What the gradient of an output becomes on its way in.
+
+    Attributes:
+        g: of the output, [M, m].
+        z: of Z, which is that of the output without DoRA.
+        e: E = dZ B, [M, r], where it is needed.
+        dot: DoRA's sums over rows of dY * Y, [m], in the norms' dtype, where the output was kept.
+        total: sums over rows of dY, likewise.
+    """
+
+    g: Tensor
+    z: Tensor
+    e: Tensor | None
+    dot: Tensor | None = None
+    total: Tensor | None = None
+
+
+def inner_gradients(g: Tensor, kept: Kept, setting: Setting, layer: Weights, needs: Weights) -> Inner:
+    """The gradients of Z and of H, and the sums that DoRA's magnitude needs."""
+    inner, sums = g, ()
+    if layer.magnitude is not None:
+        inner, *sums = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
+    e = None if setting.order.backward and not needs.a else torch.mm(inner, layer.b.to(g.dtype))
+    return Inner(g, inner, e, *sums)
 
 
 def tensor_gradients(
-    g: Tensor,
-    inner: Tensor,
-    e: Tensor | None,
+    inner: Inner,
     x: Tensor | None,
     kept: Kept,
     setting: Setting,
@@ -264,13 +283,13 @@ def tensor_gradients(
     needs: Weights,
 ) -> list[Tensor | None]:
     """The gradients of a layer's tensors, in their dtypes and order."""
-    s, a, h = setting.scale, layer.a.to(g.dtype), kept.h
+    g, s, a, h = inner.g, setting.scale, layer.a.to(inner.g.dtype), kept.h
     d_bias = d_a = d_b = d_b_bias = d_magnitude = None
     if needs.bias and layer.bias is not None:
         d_bias = g.sum(0).to(layer.bias.dtype)
     if needs.a:
-        assert x is not None and e is not None
-        d_a, again = lora_down_backward(x, e, a if needs.b and h is None else None, setting.dropout, seed)
+        assert x is not None and inner.e is not None
+        d_a, again = lora_down_backward(x, inner.e, a if needs.b and h is None else None, setting.dropout, seed)
         h = again if h is None else h
         d_a = d_a.to(layer.a.dtype).mul_(s)
     if needs.b:
@@ -278,52 +297,52 @@ def tensor_gradients(
             assert x is not None
             h = lora_down(x, a, setting.dropout, seed)
         # a product with few rows is faster than one with few columns
-        d_b = torch.mm(h.t(), inner).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(s)
+        d_b = torch.mm(h.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(s)
     if needs.b_bias and layer.b_bias is not None:
-        d_b_bias = inner.sum(0).to(layer.b_bias.dtype).mul_(s)
+        d_b_bias = inner.z.sum(0).to(layer.b_bias.dtype).mul_(s)
     if needs.magnitude:
-        d_magnitude = _magnitude_gradient(g, x, kept, setting, layer, seed)
+        d_magnitude = _magnitude_gradient(inner, x, kept, setting, layer, seed)
     return [None, d_bias, d_a, d_b, d_b_bias, d_magnitude, None]
 
 
-def input_gradient(
-    g: Tensor, inner: Tensor, e: Tensor | None, setting: Setting, layer: Weights, seed: Tensor | None, dx: Tensor | None
-) -> Tensor:
+def input_gradient(inner: Inner, setting: Setting, layer: Weights, seed: Tensor | None, dx: Tensor | None) -> Tensor:
     """``dx + dY W + s dropout'(E A)``, in the memory of dx."""
+    dtype = inner.g.dtype
     dora_dropout = layer.magnitude is not None and setting.dropout > 0
-    w = (merged if setting.order.backward else matrix)(setting, layer, g.dtype)
-    outer = g if dora_dropout else inner
+    w = (merged if setting.order.backward else matrix)(setting, layer, dtype)
+    outer = inner.g if dora_dropout else inner.z
     dx = torch.mm(outer, w) if dx is None else dx.addmm_(outer, w)
     if dora_dropout:
         # the dropped input reaches W with weight c - 1
-        dx += lora_dropout(torch.mm(inner - g, w), setting.dropout, seed)
+        dx += lora_dropout(torch.mm(inner.z - inner.g, w), setting.dropout, seed)
     if setting.order.backward:
         return dx
-    assert e is not None
-    return lora_up_(dx, e, layer.a.to(g.dtype), setting.scale, setting.dropout, seed)
+    assert inner.e is not None
+    return lora_up_(dx, inner.e, layer.a.to(dtype), setting.scale, setting.dropout, seed)
 
 
 def _magnitude_gradient(
-    g: Tensor, x: Tensor | None, kept: Kept, setting: Setting, layer: Weights, seed: Tensor | None
+    inner: Inner, x: Tensor | None, kept: Kept, setting: Setting, layer: Weights, seed: Tensor | None
 ) -> Tensor:
     """Sum over rows of ``dY * Z / norm``."""
-    assert layer.magnitude is not None and layer.norm is not None
-    wide = layer.norm.dtype
+    assert layer.magnitude is not None and layer.norm is not None and inner.dot is not None
     if kept.y is not None:
         # Z / norm = (Y - b) / magnitude
-        total = torch.einsum("ij,ij->j", g, kept.y)
+        total = inner.dot
         if layer.bias is not None:
-            total = total - g.sum(0) * layer.bias.to(g.dtype)
-        magnitude = layer.magnitude.to(wide)
+            assert inner.total is not None
+            total = total - inner.total * layer.bias.to(total.dtype)
+        magnitude = layer.magnitude.to(layer.norm.dtype)
         # a zero would need Z itself: layers that can see it coming keep that
-        result = torch.where(magnitude == 0, 0.0, total.to(wide) / magnitude)
+        result = torch.where(magnitude == 0, 0.0, total / magnitude)
     else:
-        z = kept.z
-        if z is None:
+        total = inner.dot
+        if kept.z is None:
             assert x is not None
             inputs = lora_dropout(x, setting.dropout, seed)
             z = _dora_output(inputs, torch.mm(inputs, layer.a.to(x.dtype).t()), setting, layer)
-        result = torch.einsum("ij,ij->j", g, z).to(wide) / layer.norm
+            _, total, _ = lora_scale_backward(inner.g, z, layer.norm)
+        result = total / layer.norm
     return torch.where(layer.norm == 0, 0.0, result).to(layer.magnitude.dtype)
 
 

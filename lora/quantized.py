@@ -47,8 +47,8 @@ def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
     if weight.dtype in FLOATS:
         return None
     if kind(module) is None:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        return f"its weight is {weight.dtype}; adapted are layers in {known}, and those of bitsandbytes in 4 and 8 bits"
+        found, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
+        return f"its weight is {found}; adapted are layers in {', '.join(known)}, and bitsandbytes' in 4 and 8 bits"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -73,12 +73,12 @@ class SwiGLUFunction(torch.autograd.Function):
         needs = [needs_of(ctx, _FIRST, i) for i in range(3)]
         dx: Any = None if ctx.needs_input_grad[0] else False
         with torch.autocast(g.device.type, enabled=False):
-            inner, low = inner_gradients(g, settings[2], layers[2], needs[2])
-            dh = input_gradient(g, inner, low, settings[2], layers[2], seeds[2], None)
+            inner = inner_gradients(g, kept[2], settings[2], layers[2], needs[2])
+            dh = input_gradient(inner, settings[2], layers[2], seeds[2], None)
             h, de, du = swiglu_backward(dh, e, u)
             del dh
-            down = tensor_gradients(g, inner, low, h, kept[2], settings[2], layers[2], seeds[2], needs[2])
-            del h
+            down = tensor_gradients(inner, h, kept[2], settings[2], layers[2], seeds[2], needs[2])
+            del h, inner
             dx, gate = layer_backward(de, x, kept[0], settings[0], layers[0], seeds[0], needs[0], dx)
             dx, up = layer_backward(du, x, kept[1], settings[1], layers[1], seeds[1], needs[1], dx)
         return (None if dx is False else dx, None, None, None, None, *gate, *up, *down)

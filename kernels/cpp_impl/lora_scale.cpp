@@ -1,0 +1,63 @@
+// DoRA's factor on columns: reference/lora_scale.py, one pass. VALUE: float or bf16. Factors and sums are fp32.
+#include "common.h"
+
+namespace {
+
+// rows whose sums are taken together; sums do not depend on the number of threads
+constexpr int64_t ROWS = 64;
+
+}  // namespace
+
+extern "C" void lora_scale(
+    int64_t rows, int64_t columns, VALUE* __restrict y, const float* __restrict c, const VALUE* __restrict bias,
+    int threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < rows; ++i) {
+        VALUE* __restrict row = y + i * columns;
+        if (bias) {
+#pragma omp simd
+            for (int64_t j = 0; j < columns; ++j) {
+                VALUE rounded;
+                narrow(widen(row[j]) * c[j] + widen(bias[j]), rounded);
+                row[j] = rounded;
+            }
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < columns; ++j) {
+                VALUE rounded;
+                narrow(widen(row[j]) * c[j], rounded);
+                row[j] = rounded;
+            }
+        }
+    }
+}
+
+// inner = g * c; products[b] and sums[b]: of g * y and of g over the rows of block b
+extern "C" void lora_scale_backward(
+    int64_t rows, int64_t columns, const VALUE* __restrict g, const VALUE* __restrict y, const float* __restrict c,
+    VALUE* __restrict inner, float* __restrict products, float* __restrict sums, int threads
+) {
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; ++b) {
+        float* __restrict product = products + b * columns;
+        float* __restrict sum = sums + b * columns;
+        std::fill(product, product + columns, 0.0f);
+        std::fill(sum, sum + columns, 0.0f);
+        for (int64_t i = b * ROWS; i < std::min(rows, (b + 1) * ROWS); ++i) {
+            const VALUE* __restrict from = g + i * columns;
+            const VALUE* __restrict with = y + i * columns;
+            VALUE* __restrict to = inner + i * columns;
+#pragma omp simd
+            for (int64_t j = 0; j < columns; ++j) {
+                const float value = widen(from[j]);
+                product[j] += value * widen(with[j]);
+                sum[j] += value;
+                VALUE rounded;
+                narrow(value * c[j], rounded);
+                to[j] = rounded;
+            }
+        }
+    }
+}

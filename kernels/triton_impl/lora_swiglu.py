@@ -1,0 +1,110 @@
+"""SwiGLU and its gradient, one pass each.
+
+Bytes: the forward pass reads two tensors and writes one, the backward pass reads three and writes three.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+
+# 8 elements per thread: one 128-bit access of a 16-bit tensor
+BLOCK, THREADS = 2048, 256
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) without an exponential that overflows."""
+    t = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, t) / (1.0 + t)
+
+
+@triton.jit
+def _forward_tile(e_ptr, u_ptr, out_ptr, offs, mask):
+    e, u = to_float(load_tile(e_ptr + offs, mask)), to_float(load_tile(u_ptr + offs, mask))
+    tl.store(out_ptr + offs, round_to(e * _sigmoid(e) * u, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, du_ptr, offs, mask):
+    g, e = to_float(load_tile(g_ptr + offs, mask)), to_float(load_tile(e_ptr + offs, mask))
+    u = to_float(load_tile(u_ptr + offs, mask))
+    s = _sigmoid(e)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + offs, round_to(e * s * u, kind), mask=mask)
+    tl.store(de_ptr + offs, round_to(g * u * s * (1.0 + e * (1.0 - s)), kind), mask=mask)
+    tl.store(du_ptr + offs, round_to(g * (e * s), kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    """BLOCK elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    if start + BLOCK <= numel:
+        _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, lane, None)
+    else:
+        _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, lane, lane < numel - start)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, du_ptr, numel, BLOCK: tl.constexpr):
+    """BLOCK elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    if start + BLOCK <= numel:
+        _backward_tile(
+            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, du_ptr + start, lane, None
+        )
+    else:
+        _backward_tile(
+            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, du_ptr + start, lane,
+            lane < numel - start,
+        )  # fmt: skip
+
+
+def swiglu(e: Tensor, u: Tensor) -> Tensor:
+    """`silu(e) * u`; both row-major."""
+    out = torch.empty_like(e)
+    with on_device(e.device):
+        swiglu_kernel[(triton.cdiv(e.numel(), BLOCK),)](
+            e, u, out, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
+        )
+    return out
+
+
+def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu(e) * u` again, and the gradients of e and u; all row-major."""
+    out, de, du = torch.empty_like(e), torch.empty_like(e), torch.empty_like(e)
+    with on_device(e.device):
+        swiglu_backward_kernel[(triton.cdiv(e.numel(), BLOCK),)](
+            grad, e, u, out, de, du, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
+        )
+    return out, de, du
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launchers above can pick."""
+    forward = {"e_ptr": 1, "u_ptr": 1, "out_ptr": 0}
+    backward = {"g_ptr": 1, "e_ptr": 1, "u_ptr": 1, "out_ptr": 0, "de_ptr": 0, "du_ptr": 0}
+    kernels = ((swiglu_kernel, forward), (swiglu_backward_kernel, backward))
+    return [_case(kernel, tensors, dtype) for kernel, tensors in kernels for dtype in TL_DTYPE]
+
+
+def _case(kernel, tensors: dict[str, int], dtype: torch.dtype) -> AuditCase:
+    kind = pointer({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
+    return AuditCase(
+        kernel=kernel,
+        label=str(dtype).replace("torch.", ""),
+        arguments=dict.fromkeys(tensors, kind) | {"numel": "i64"},
+        constants=dict(BLOCK=BLOCK),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=BLOCK,
+        read=sum(tensors.values()) * dtype.itemsize,
+        written=(len(tensors) - sum(tensors.values())) * dtype.itemsize,
+    )

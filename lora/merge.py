@@ -1,0 +1,225 @@
+"""Adapters folded into the base weights, and out again, with the rounding that it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.lora.apply import adapted_layers
+from leanstep.lora.embedding import LoRAEmbeddingLayer
+from leanstep.lora.function import Weights, dora_factor
+from leanstep.lora.layer import LoRALayer
+from leanstep.lora.linear import LoRALinearLayer
+from leanstep.lora.quantized import kind
+
+
+@dataclass
+class MergeReport:
+    """What folding did to the weights.
+
+    Attributes:
+        layers: name of each layer -> drift. For :func:`merge`, the largest difference between the stored weight and the
+            exact sum (in fp32, fp64 for fp64 weights): what rounding to the weight's dtype cost. For :func:`unmerge`, 0
+            with a backup, and without one an estimate, the spacing of the dtype at the weight's largest entry.
+        masked: name of each layer -> entries that were 0 before and stayed so, where ``keep_mask``.
+    """
+
+    layers: dict[str, float] = field(default_factory=dict)
+    masked: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def drift(self) -> float:
+        """The largest drift of all layers."""
+        return max(self.layers.values(), default=0.0)
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=self.layers.__getitem__, default="none")
+        kept = f", {sum(self.masked.values()):,} zeros kept" if self.masked else ""
+        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){kept}"
+
+
+@dataclass
+class _Undo:
+    """What :func:`unmerge` needs of one layer: the weight itself, or what was added and DoRA's factor."""
+
+    backup: Tensor | None
+    factor: Tensor | None
+    mask: Tensor | None
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) -> MergeReport:
+    """Fold every adapter into its base weight: ``W + scale B A``, for DoRA with rows scaled by ``magnitude / norm``.
+
+    The sum is taken in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype. The factors stay, so that
+    :func:`unmerge` can take them out; :func:`leanstep.lora.remove_lora` drops them, and the model is a plain one.
+
+    Args:
+        model: adapted and not merged; its weights are changed in place.
+        keep_mask: what is 0 in a base weight stays 0: a pruned model stays pruned. The merged layer then computes
+            something else than the adapted one did, by what the adapter had put there.
+        backup: keep the weights as they were, for an exact :func:`unmerge`: as much memory as the adapted layers.
+
+    Returns:
+        The :class:`MergeReport`.
+
+    Raises:
+        ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight, a quantised
+            base (which would be quantised again), or biases on B where the base has none. No weight is changed.
+    """
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise ValueError("merge: the model has no adapters")
+    for name, layer in layers.items():
+        if layer.lora.merged:
+            raise ValueError(f"merge: {name} is merged already")
+        _check_mergeable(name, layer)
+        # one layer's weight at a time: a refusal comes before the first change, and no copy of the model is made
+        if not torch.isfinite(merged_weight(layer, keep_mask)).all():
+            raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
+    report = MergeReport()
+    for name, layer in layers.items():
+        exact = merged_weight(layer, keep_mask)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        mask = weight != 0 if keep_mask else None
+        layer.lora.undo = _Undo(weight.detach().clone() if backup else None, _dora_rows(layer), mask)
+        weight.copy_(exact)
+        report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
+        if mask is not None:
+            report.masked[name] = int((~mask).sum())
+        layer.lora.merged = True
+        _add_to_bias(layer, 1)
+        layer.lora.norms.clear()
+    return report
+
+
+def _check_mergeable(name: str, layer: LoRALayer) -> None:
+    if kind(layer) is not None:
+        raise ValueError(f"merge: {name} is a {kind(layer)}, to be quantised again after; load it in 16 bits")
+    if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is None:
+        raise ValueError(f"merge: {name} has a bias on B and none of its own to add it to")
+    if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+        raise ValueError(f"merge: the weight of {name} is made by a parametrization; remove that first")
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> MergeReport:
+    """Take every adapter out of its base weight again.
+
+    Args:
+        model: merged by :func:`merge`; its weights are changed in place.
+
+    Returns:
+        The :class:`MergeReport`.
+
+    Raises:
+        ValueError: for a model that is not merged.
+
+    Notes:
+        Without a backup, in 16 bits, a weight does not come back exactly.
+    """
+    layers = dict(adapted_layers(model))
+    if not layers or not all(layer.lora.merged for layer in layers.values()):
+        raise ValueError("unmerge: expected a model with merged adapters")
+    report = MergeReport()
+    for name, layer in layers.items():
+        undo: _Undo = layer.lora.undo
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if undo.backup is not None:
+            weight.copy_(undo.backup)
+            report.layers[name] = 0.0
+        else:
+            largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
+            report.layers[name] = float(largest) * torch.finfo(weight.dtype).eps
+            exact = _wide(weight)
+            if undo.factor is not None:
+                exact = exact / undo.factor
+            exact = exact - _update(layer)
+            weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
+        _add_to_bias(layer, -1)
+        layer.lora.merged, layer.lora.undo = False, None
+        layer.lora.norms.clear()
+    return report
+
+
+def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
+    """The merged weight of one layer, in fp32 or fp64."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    exact = _wide(weight) + _update(layer)
+    factor = _dora_rows(layer)
+    if factor is not None:
+        exact = exact * factor
+    return torch.where(weight != 0, exact, 0.0) if keep_mask else exact
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` that the base model would have with the adapter merged; the model is not changed.
+
+    Takes the memory of the adapted layers' weights. Raises ValueError for quantised or parametrised bases.
+    """
+    layers = dict(adapted_layers(model))
+    state = {}
+    for name, value in model.state_dict().items():
+        owner, _, end = name.rpartition(".")
+        layer = layers.get(owner)
+        if "lora_" in name:
+            continue
+        if layer is not None and not layer.lora.merged and end == "weight":
+            _check_mergeable(owner, layer)
+            value = merged_weight(layer).to(value.dtype)
+        elif layer is not None and not layer.lora.merged and end == "bias":
+            value = value + _bias_shift(layer)
+        state[name] = value
+    return state
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """A and B, for an embedding too."""
+    if isinstance(layer, LoRAEmbeddingLayer):
+        return layer.lora_embedding_A, layer.lora_embedding_B
+    assert isinstance(layer, LoRALinearLayer)
+    return layer.lora_A.weight, layer.lora_B.weight
+
+
+def _update(layer: LoRALayer) -> Tensor:
+    """``scale B A`` in the layout of the base weight, in its wide dtype."""
+    a, b = _factors(layer)
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # type: ignore[union-attr,arg-type]
+    update = (b.detach().to(dtype) @ a.detach().to(dtype)).mul_(layer.lora.scale)
+    return update.t() if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else update
+
+
+def _dora_rows(layer: LoRALayer) -> Tensor | None:
+    """DoRA's factor of every output, shaped to multiply the base weight."""
+    assert isinstance(layer, (LoRALinearLayer, LoRAEmbeddingLayer))
+    magnitude = layer.lora_magnitude_vector
+    if magnitude is None:
+        return None
+    a, b = _factors(layer)
+    c = dora_factor(Weights(layer.weight, None, a, b, None, magnitude.detach(), layer.norms()))
+    return c if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else c.unsqueeze(1)
+
+
+def _bias_shift(layer: LoRALayer) -> Tensor:
+    """What the bias of B contributes to the layer's own, in its dtype; 0 without one."""
+    assert isinstance(layer, LoRALinearLayer) and layer.bias is not None
+    if layer.lora_B.bias is None:
+        return torch.zeros_like(layer.bias)
+    shift = layer.lora_B.bias.detach() * layer.lora.scale
+    factor = layer.lora.undo.factor if layer.lora.merged else _dora_rows(layer)
+    return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
+
+
+def _add_to_bias(layer: LoRALayer, sign: int) -> None:
+    if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is not None:
+        layer.bias.add_(_bias_shift(layer), alpha=sign)

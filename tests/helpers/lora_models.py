@@ -1,0 +1,66 @@
+"""Tiny models for tests of adapters, and what is compared of them."""
+
+import copy
+
+import torch
+import transformers
+
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
+
+
+def tiny_llama(dtype=torch.float32, layers=2, seed=0, **settings):
+    """A LLaMA of grouped queries: 4 heads, 2 of keys and values."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(
+        **{**sizes, "num_hidden_layers": layers, "vocab_size": 61, "max_position_embeddings": 64, **settings}
+    )
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_gpt2(dtype=torch.float32, seed=0):
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=61, n_positions=32, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return transformers.GPT2LMHeadModel(config).to(dtype)
+
+
+def tokens(rows=2, length=10, seed=0, vocabulary=61):
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(model, seed=1, scale=0.3):
+    """Give every trainable tensor values of its own, so that nothing is zero by initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter) * scale
+                parameter.copy_(parameter * (1 + 0.1 * noise) if "magnitude" in name else noise)
+    return model
+
+
+def loss_and_gradients(model, ids, seed=5):
+    """The language-model loss and the gradients of what is trained, by name."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def slow_copy(model):
+    """The same model in plain torch: no fast path, no fused blocks."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if hasattr(module, "lora"):
+            module.lora.fast_path = False
+    return other
+
+
+def relative_error(found, wanted):
+    """Largest difference over the largest entry wanted."""
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30))

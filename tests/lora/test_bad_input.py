@@ -1,0 +1,130 @@
+"""What is refused, in which words, and that a refused call changes nothing."""
+
+import pytest
+import torch
+from lora_models import tiny_llama, tokens
+from torch import nn
+
+from leanstep.lora import LoraConfig, apply_lora, remove_lora, save_adapter, set_adapters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, "target_modules 'q_prj' fits no module of the model; did you mean 'q_proj'"),
+        ({"target_modules": r".*\.attn\..*"}, "fits no module of the model"),
+        ({"target_modules": ["q_proj", "vproj"]}, "'vproj' fits no module.*'v_proj'"),
+        ({"target_modules": None}, "target_modules is not set; this model has .*q_proj.*or take 'all-linear'"),
+        (
+            {"target_modules": ["q_proj"], "r": 33},
+            r"q_proj has a weight of \(32, 32\), rank 33 is larger; take at most 32",
+        ),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern 'k_proj' fits none of the 2"),
+        ({"target_modules": ["mlp"]}, "model.layers.0.mlp is a LlamaMLP; adapted are linear layers"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "modules_to_save 'head' fits no module"),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*"}, "all of which exclude_modules.*leave out"),
+    ],
+    ids=str,
+)
+def test_targets_that_cannot_be(settings, message):
+    model = tiny_llama()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, LoraConfig(**{"r": 4, **settings}))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r must be a whole number above 0, got 0"),
+        ({"r": -2}, "got -2"),
+        ({"r": 2.5}, "got 2.5"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a whole number above 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
+        ({"bias": "some"}, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
+        ({"save": "all"}, "save must be one of"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of"),
+        ({"target_modules": "a", "layers_to_transform": [1]}, "layers_to_transform goes with a list"),
+        ({"r": 0, "lora_dropout": -1}, "r must be.*; lora_dropout must be"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)
+
+
+def test_bases_that_cannot_be_adapted():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="1 cannot be adapted: its weight is int8; adapted are layers in float64"):
+        apply_lora(model, LoraConfig(target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].forward = model[0].forward
+    with pytest.raises(ValueError, match="0 has a forward of its own, put there by another tool"):
+        apply_lora(model, LoraConfig(target_modules=["0"]))
+    model = nn.Sequential(nn.Embedding(8, 8, max_norm=1.0))
+    with pytest.raises(ValueError, match="embedding with max_norm or sparse gradients"):
+        apply_lora(model, LoraConfig(target_modules=["0"]))
+
+
+def test_a_quantised_base_says_what_is_missing():
+    class Linear4bit(nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+
+    model = nn.Sequential(Linear4bit(8, 8))
+    model[0].weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="Linear4bit of bitsandbytes, which cannot be imported here"):
+            apply_lora(model, LoraConfig(r=2, target_modules=["0"]))
+
+
+def test_a_model_is_adapted_once():
+    model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters already; merge or remove_lora them first"):
+        apply_lora(model, LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        remove_lora(tiny_llama())
+    with pytest.raises(ValueError, match="expected a model with adapters that are not merged"):
+        set_adapters(tiny_llama(), False)
+
+
+def test_what_cannot_be_fast_is_an_error_where_that_was_asked_for():
+    model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], fast_path=True))
+    model(tokens())
+    model.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
+    with pytest.raises(
+        RuntimeError, match=r"layers\.1\.self_attn\.q_proj: fast_path=True was asked for, but the base w"
+    ):
+        model(tokens())
+
+
+def test_nothing_is_written_of_an_adapter_with_a_nan(tmp_path):
+    model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_A.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="lora_A.weight holds NaN or infinity"):
+        save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="has no adapters; apply_lora gives it some"):
+        save_adapter(tiny_llama(), tmp_path)
+
+
+def test_parametrized_bases_are_adapted_and_not_merged():
+    model = tiny_llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    apply_lora(model, LoraConfig(target_modules=["q_proj"], r=2))
+    assert layer.fast_path.on
+    model(tokens(), labels=tokens()).loss.backward()
+    assert layer.lora_B.weight.grad is not None
+    from leanstep.lora import merge
+
+    with pytest.raises(ValueError, match="is made by a parametrization; remove that first"):
+        merge(model)

@@ -1,0 +1,295 @@
+"""Adapted models: what is trained, what runs fast, and that fused blocks and plain torch agree."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lora_models import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    loss_and_gradients,
+    randomise,
+    relative_error,
+    slow_copy,
+    tiny_gpt2,
+    tiny_llama,
+    tokens,
+)
+
+from leanstep.lora import LoraConfig, apply_lora, lora_groups, remove_lora, saved_bytes, set_adapters
+
+VARIANTS = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.3},
+    "dora": {"use_dora": True},
+    "dora dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "full": {"save": "full", "use_dora": True},
+    "lora_fa": {"save": "lora_fa"},
+    "sum": {"order": "sum"},
+    "patterns": {"rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 5}, "alpha_pattern": {"up_proj": 1}},
+    "lora_bias": {"lora_bias": True},
+}
+
+
+def adapted(model=None, targets=None, **settings):
+    model = tiny_llama(torch.float64) if model is None else model
+    config = LoraConfig(**{"r": 4, "target_modules": targets or LLAMA_TARGETS, **settings})
+    return randomise(apply_lora(model, config)).train()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fast_fused_and_plain_agree(variant):
+    fused = adapted(**VARIANTS[variant])
+    apart = adapted(**VARIANTS[variant], fused_blocks=False)
+    ids = tokens()
+    wanted = loss_and_gradients(slow_copy(apart), ids)
+    if VARIANTS[variant].get("lora_dropout"):
+        # a group draws its seeds at once, in the order of its layers, which is that of the calls
+        models = {"fused": fused, "apart": apart}
+    else:
+        models = {"fused": fused, "apart": apart, "eval": fused.eval()}
+    for model in models.values():
+        loss, gradients = loss_and_gradients(model, ids)
+        torch.testing.assert_close(loss, wanted[0], rtol=1e-12, atol=0)
+        assert gradients.keys() == wanted[1].keys()
+        for name in gradients:
+            assert relative_error(gradients[name], wanted[1][name]) < 1e-11, name
+
+
+def test_conv1d_agrees_with_plain_torch():
+    model = adapted(tiny_gpt2(torch.float64), GPT2_TARGETS, use_dora=True, lora_dropout=0.2)
+    found, wanted = loss_and_gradients(model, tokens()), loss_and_gradients(slow_copy(model), tokens())
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=0)
+    for name in found[1]:
+        assert relative_error(found[1][name], wanted[1][name]) < 1e-11
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_are_their_formula(dora):
+    model = adapted(tiny_gpt2(torch.float64), ["wte"], use_dora=dora)
+    layer = model.transformer.wte
+    a, b = layer.lora_embedding_A, layer.lora_embedding_B
+    ids = tokens()
+    w = layer.weight + layer.lora.scale * (b @ a).t()
+    if dora:
+        w = w * (layer.lora_magnitude_vector / w.detach().norm(dim=0))
+    torch.testing.assert_close(layer(ids), w[ids])
+    found = torch.autograd.grad(layer(ids).square().sum(), [a, b])
+    for x, y in zip(found, torch.autograd.grad(w[ids].square().sum(), [a, b]), strict=True):
+        torch.testing.assert_close(x, y)
+    assert layer.fast_path.on
+
+
+def test_a_new_adapter_changes_nothing():
+    model = tiny_llama()
+    ids = tokens()
+    before = model(ids).logits
+    apply_lora(model, LoraConfig(target_modules="all-linear"))
+    torch.testing.assert_close(model(ids).logits, before)
+    apply_lora(model := tiny_llama(), LoraConfig(target_modules="all-linear", use_dora=True))
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_what_is_trained():
+    model = apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"model.layers.{i}.self_attn.q_proj.lora_{factor}.weight" for i in range(2) for factor in ("A", "B")
+    }
+    gpt2 = apply_lora(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only"))
+    biases = {name for name, p in gpt2.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert biases == {f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)}
+    gpt2 = apply_lora(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_attn"], bias="all", modules_to_save=["ln_f"]))
+    assert all(p.requires_grad for name, p in gpt2.named_parameters() if name.endswith("bias"))
+    assert gpt2.transformer.ln_f.weight.requires_grad
+    assert not gpt2.transformer.wte.weight.requires_grad
+
+
+def test_a_tied_module_to_save_becomes_its_own():
+    model = tiny_gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    apply_lora(model, LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"]))
+    assert model.lm_head.weight.requires_grad
+    assert not model.transformer.wte.weight.requires_grad
+
+
+def test_names_of_the_base_stay_and_state_dicts_load():
+    model, plain = adapted(), tiny_llama(torch.float64)
+    names = dict(plain.named_parameters())
+    assert names.keys() <= dict(model.named_parameters()).keys()
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all("lora_" in name for name in missing)
+
+
+def test_removing_gives_the_model_back():
+    model = tiny_llama()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    remove_lora(apply_lora(model, LoraConfig(target_modules="all-linear", use_dora=True)))
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert not hasattr(model, "lora_config")
+
+
+def test_adapters_can_be_turned_off():
+    plain, model = tiny_llama(torch.float64), adapted()
+    ids = tokens()
+    assert not torch.allclose(model(ids).logits, plain(ids).logits)
+    set_adapters(model, False)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert model.model.layers[0].mlp.up_proj.fast_path == (False, "the adapter is disabled: the base layer runs")
+    set_adapters(model, True)
+    assert not torch.allclose(model(ids).logits, plain(ids).logits)
+
+
+def test_every_layer_says_whether_it_is_fast():
+    model = adapted()
+    layer, block = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp
+    assert layer.fast_path.on and block.fast_path.on
+    layer.weight.requires_grad_(True)
+    assert layer.fast_path == (False, "the base weight is trained, whose gradient is a full matrix")
+    x = torch.randn(3, 32, dtype=torch.float64)
+    layer(x).sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape
+    layer.lora.fast_path = True
+    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.q_proj: fast_path=True was asked for, but the base"):
+        layer(x)
+    block.up_proj.register_forward_hook(lambda *_: None)
+    assert block.fast_path == (False, "up_proj has hooks, which one function for the block would pass by")
+
+
+def test_hooks_see_their_layers_output():
+    model = adapted()
+    seen = []
+    for name in ("q_proj", "k_proj"):
+        module = getattr(model.model.layers[0].self_attn, name)
+        module.register_forward_hook(lambda m, args, y, name=name: seen.append((name, y.shape[-1])))
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda m, args, y: seen.append(("down_proj", y.shape[-1]))
+    )
+    model(tokens())
+    assert seen == [("q_proj", 32), ("k_proj", 16), ("down_proj", 32)]
+
+
+def test_layers_with_inputs_of_their_own_leave_the_group():
+    model = adapted()
+    attention = model.model.layers[0].self_attn
+    x, other = torch.randn(3, 32, dtype=torch.float64), torch.randn(3, 32, dtype=torch.float64)
+    group = attention.q_proj.siblings
+    q, k = attention.q_proj(x), attention.k_proj(other)
+    assert group.broken
+    plain = slow_copy(model).model.layers[0].self_attn
+    torch.testing.assert_close(q, plain.q_proj(x))
+    torch.testing.assert_close(k, plain.k_proj(other))
+
+
+def test_an_input_that_was_changed_in_place_is_another_input():
+    attention = adapted().model.layers[0].self_attn
+    x = torch.randn(3, 32, dtype=torch.float64)
+    attention.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(attention.k_proj(x), slow_copy(attention.k_proj)(x))
+
+
+def test_copies_and_pickles_are_whole():
+    model = adapted()
+    ids = tokens()
+    wanted = model(ids).logits
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(ids).logits, wanted)
+    group = other.model.layers[0].self_attn.q_proj.siblings
+    assert group.layers[1] is other.model.layers[0].self_attn.k_proj
+    layer = pickle.loads(pickle.dumps(model.model.layers[0].self_attn.o_proj))
+    x = torch.randn(3, 32, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), model.model.layers[0].self_attn.o_proj(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_gradients(dropout):
+    model = adapted(lora_dropout=dropout, use_dora=True)
+    wanted = loss_and_gradients(model, tokens())
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    found = loss_and_gradients(model, tokens())
+    assert torch.equal(found[0], wanted[0])
+    for name in wanted[1]:
+        torch.testing.assert_close(found[1][name], wanted[1][name])
+
+
+def test_dropout_drops_in_training_only_and_by_the_seed():
+    model = adapted(lora_dropout=0.4)
+    ids = tokens()
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    torch.manual_seed(3)
+    first = model(ids).logits
+    assert not torch.equal(model(ids).logits, first)
+    torch.manual_seed(3)
+    assert torch.equal(model(ids).logits, first)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_computes_in_its_dtype(fused):
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=LLAMA_TARGETS, fused_blocks=fused))
+    randomise(model, scale=0.1).train()
+    layer = model.model.layers[0].self_attn.o_proj
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(3, 32))
+        assert y.dtype == torch.bfloat16
+        fast = loss_and_gradients(model, tokens())
+        slow = loss_and_gradients(slow_copy(model), tokens())
+    torch.testing.assert_close(fast[0], slow[0], rtol=1e-2, atol=0)
+    for name in fast[1]:
+        assert fast[1][name].dtype == torch.float32
+        assert relative_error(fast[1][name], slow[1][name]) < 0.1
+
+
+def test_groups_name_every_trained_parameter_once():
+    model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"]))
+    groups = lora_groups(model, a={"lr": 1e-3}, b={"lr": 1e-2}, rest={"weight_decay": 0.0})
+    assert [(g["name"], len(g["params"])) for g in groups] == [("lora_A", 2), ("lora_B", 2), ("rest", 3)]
+    assert [g.get("lr") for g in groups] == [1e-3, 1e-2, None]
+    named = {name for g in groups for name, _ in g["params"]}
+    assert named == {name for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    assert optimizer.param_groups[1]["lr"] == 1e-2
+    with pytest.raises(ValueError, match="no parameter of the model needs a gradient"):
+        lora_groups(model.requires_grad_(False))
+
+
+def test_fused_blocks_keep_less():
+    def kept(**settings):
+        model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=LLAMA_TARGETS, **settings)).train()
+        x = torch.randn(1, 40, 32, requires_grad=True)
+        return saved_bytes(lambda: model.model(inputs_embeds=x).last_hidden_state, model.parameters())
+
+    # silu(gate) and the input of down, 48 wide, in each of two blocks; the attention's own softmax statistics stay
+    assert kept(fused_blocks=False) - kept() == 2 * 2 * 40 * 48 * 4
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
+def test_torch_compile_traces_through_without_a_graph_break(settings):
+    torch.compiler.reset()
+    layer = adapted(tiny_llama(layers=1), **settings).model.layers[0]
+
+    def function(x):
+        return layer.mlp(x) + layer.self_attn.q_proj(x) + layer.self_attn.o_proj(x)
+
+    x = torch.randn(5, 32, requires_grad=True)
+    leaves = [x, layer.mlp.down_proj.lora_A.weight, layer.mlp.up_proj.lora_B.weight]
+    leaves += [layer.self_attn.q_proj.lora_A.weight, layer.self_attn.o_proj.lora_B.weight]
+    results = []
+    for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(5)
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
