@@ -168,5 +168,5 @@ def _by_reference(
         )
     group = query.shape[1] // key.shape[1]
     key = key if shift is None else key - shift.to(key.dtype)[..., None, :]
-    spread = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    return paper_chain_attention(query, *spread, scale, degree)
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return paper_chain_attention(query, key, value, scale, degree)

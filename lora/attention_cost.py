@@ -47,9 +47,10 @@ def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, bac
         (shape.batch, shape.key_heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.wide),
     )
-    settings = dict(causal=shape.causal, chunk=chunk)
-    found = poly_attention_flops(*sizes, degree, **settings)
-    return found + (poly_attention_backward_flops(*sizes, degree, **settings) if backward else 0)
+    found = poly_attention_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    if backward:
+        found += poly_attention_backward_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    return found
 
 
 def cost_ratio(

@@ -290,12 +290,14 @@ class LowRankGate:
         except LowRankAttentionError as error:
             if self.mode == "force":
                 raise
-            return self._fall_back(state, str(error))
+            self._fall_back(state, str(error))
+            return None
         few = seen.first(self.sequences)
         at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
         state.error = float(sampled_error(few, out[: self.sequences], at).max())
         if self.mode == "auto" and not state.error <= self.tolerance:
-            return self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
+            self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
+            return None
         state.largest_error = max(state.largest_error, state.error)
         state.plan = _Plan(True, center)
         if self.mode == "force" or not seen.causal or state.low_rank_calls % 8 == 0:
@@ -321,14 +323,17 @@ class LowRankGate:
         batch = int(torch.randint(seen.query.shape[0], (), generator=self.generator))
         head = int(torch.randint(seen.query.shape[1], (), generator=self.generator))
         key_head = head // group
-        one = [seen.query[batch, head], seen.key[batch, key_head], seen.value[batch, key_head]]
-        tensors = [x.detach()[None, None] for x in one]
+        q, k, v = (
+            x.detach()[batch, at][None, None]
+            for x, at in ((seen.query, head), (seen.key, key_head), (seen.value, key_head))
+        )
         mask = None if seen.key_mask is None else seen.key_mask[batch : batch + 1]
         shift = None if center is None else center[key_head][None]
 
         @torch.enable_grad()
         def compare(grad: Tensor) -> None:
-            alone = Seen(*(x.requires_grad_() for x in tensors), seen.scale, seen.causal, mask)
+            own = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+            alone = Seen(*own, seen.scale, seen.causal, mask)
             upstream = grad.detach()[batch, head][None, None]
             found, _ = self._attention(alone, shift)
             want = _exact(alone)

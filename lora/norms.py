@@ -164,8 +164,8 @@ class NormMonitor:
             raise ValueError(f"NormMonitor: expected tolerance > 0 and speed > 0, got {tolerance} and {speed}")
         if max_degree < 2 or max_degree % 2 or rows < 1 or sequences < 1:
             raise ValueError(
-                f"NormMonitor: expected an even max_degree >= 2, rows >= 1 and sequences >= 1, got {max_degree}, {rows} "
-                f"and {sequences}"
+                "NormMonitor: expected an even max_degree >= 2, rows >= 1 and sequences >= 1, got "
+                f"{max_degree}, {rows} and {sequences}"
             )
         self.model, self.every, self.tolerance, self.max_degree = model, every, tolerance, max_degree
         self.rows, self.sequences, self.speed = rows, sequences, speed
@@ -214,7 +214,7 @@ class NormMonitor:
         return [asdict(row) for row in self.report()]
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log, ``A/layer`` for the worst head of each layer and ``heads/STATUS``; empty before the first."""
+        """Numbers for a log: ``A/layer`` for the worst head of each layer, and ``heads/STATUS``; empty at first."""
         found: dict[str, float] = {}
         keys = ("rho", "certified", "sampled", "error")
         for key in keys:
@@ -265,7 +265,7 @@ class NormMonitor:
             needed = [_needed(s, self.tolerance) for s in (certified, sampled)]
             tried = needed[1] if needed[1] in costs else max(costs)
             error = float(values.errors[tried // 2 - 1, head])
-            status, degree = judge(*needed, error, costs, self.tolerance)
+            status, degree = judge(needed[0], needed[1], error, costs, self.tolerance)
             gamma, of = max((q, "q"), (k, "k"))
             source = _factors(factors.get(of), head if of == "q" else head * key_heads // heads, abs(seen.scale) ** 0.5)
             yield HeadReport(

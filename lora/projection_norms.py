@@ -10,7 +10,7 @@ from torch import Tensor, nn
 __all__ = ["ProjectionNorms", "adapter_output", "find_projections"]
 
 
-def find_projections(layer: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
     """The layers that make "q" and "k" and the part of their output that does: part 1 of a fused ``c_attn`` is k."""
     if hasattr(layer, "q_proj") and hasattr(layer, "k_proj"):
         return {"q": (layer.q_proj, 0), "k": (layer.k_proj, 0)}

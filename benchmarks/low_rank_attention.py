@@ -1,0 +1,177 @@
+"""Low-rank over exact attention, forward and backward, by length: time, operations and the error made.
+
+    python benchmarks/low_rank_attention.py [--lengths 4096 65536] [--figure docs/low-rank-attention.svg] [--threads 1]
+
+One causal head of size 64 in fp32, degree 2: the two run in turns in one process, on inputs whose certified bound of
+the logits (``scale * max |q| * max |k|``) is 1; the bound is what the error depends on, and the second table varies
+it. A ratio below 1 means that low-rank is faster. Times are processor time of the process, all threads together.
+Errors are relative, ``|found - exact| / |exact|``, of the output and of the three gradients, from the runs that were
+timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from optimizer_step import machine
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from leanstep.lora import low_rank_attention
+from leanstep.lora.attention_cost import AttentionShape, cost_ratio
+from leanstep.lora.error_bounds import largest_logit
+
+DIM, DEGREE = 64, 2
+# bound of the logits of the second table, at the least length
+BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class Row(NamedTuple):
+    """One length: median seconds of processor time, their ratio, that of operations, and errors of O, dQ, dK and dV."""
+
+    length: int
+    exact: float
+    low_rank: float
+    ratio: float
+    operations: float
+    errors: list[float]
+
+
+def inputs(length: int, bound: float) -> tuple[list[Tensor], Tensor]:
+    """q, k and v of one head with so large a bound of logits, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, grad = (torch.randn(1, 1, length, DIM, generator=generator) for _ in range(4))
+    factor = math.sqrt(bound / float(largest_logit(q, k, DIM**-0.5)))
+    return [x.requires_grad_() for x in (q * factor, k * factor, v)], grad
+
+
+def low_rank(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is measured."""
+    return low_rank_attention(q, k, v, degree=DEGREE, causal=True)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What it is compared with."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def run(function, tensors: list[Tensor], grad: Tensor) -> tuple[float, list[Tensor]]:
+    """Seconds of processor time of one forward and backward pass, and what they gave."""
+    begin = time.process_time()
+    out = function(*tensors)
+    grads = torch.autograd.grad(out, tensors, grad)
+    return time.process_time() - begin, [out.detach(), *grads]
+
+
+def distances(found: list[Tensor], want: list[Tensor]) -> list[float]:
+    """Relative errors."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True)]
+
+
+def measure(length: int, budget: float) -> Row:
+    """Both in turns, at most five times and until the budget of seconds is spent, at least once."""
+    tensors, grad = inputs(length, 1.0)
+    times: list[list[float]] = [[], []]
+    while len(times[0]) < 5 and (not times[0] or sum(map(sum, times)) < budget):
+        results = [run(function, tensors, grad) for function in (exact, low_rank)]
+        for kept, (seconds, _) in zip(times, results, strict=True):
+            kept.append(seconds)
+    medians = [statistics.median(kept) for kept in times]
+    errors = distances(results[1][1], results[0][1])
+    shape = AttentionShape(1, 1, length, DIM, DIM)
+    return Row(length, *medians, medians[1] / medians[0], cost_ratio(shape, DEGREE), errors)
+
+
+def crossover(rows: list[Row]) -> str:
+    """Between which lengths the ratio of times passes 1, by a straight line between logarithms."""
+    for before, after in zip(rows[:-1], rows[1:], strict=True):
+        if before.ratio >= 1 > after.ratio:
+            part = math.log(before.ratio) / math.log(before.ratio / after.ratio)
+            length = before.length * (after.length / before.length) ** part
+            return f"crossover at about {round(length, -2):,.0f} tokens"
+    if rows[0].ratio < 1:
+        return f"low-rank is faster from the least length measured, {rows[0].length:,}"
+    return f"no crossover up to {rows[-1].length:,} tokens"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---:"] * len(head), *rows])
+
+
+def by_length(rows: list[Row]) -> str:
+    """The first table."""
+    head = ["tokens", "exact s", "low-rank s", "time ratio", "FLOP ratio", "error O", "dQ", "dK", "dV"]
+    cells = [
+        [f"{r.length:,}", f"{r.exact:.3g}", f"{r.low_rank:.3g}", f"{r.ratio:.2f}", f"{r.operations:.2f}"]
+        + [f"{error:.1e}" for error in r.errors]
+        for r in rows
+    ]
+    return table(head, cells)
+
+
+def by_bound(length: int) -> str:
+    """The second table: errors by the bound of the logits."""
+    rows = []
+    for bound in BOUNDS:
+        tensors, grad = inputs(length, bound)
+        found, want = (run(function, tensors, grad)[1] for function in (low_rank, exact))
+        rows.append([f"{bound:g}", *(f"{error:.1e}" for error in distances(found, want))])
+    return table(["bound of logits", "error O", "dQ", "dK", "dV"], rows)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Ratios of time and operations over the length, and the errors beside them."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "leanstep"
+    lengths = [row.length for row in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    left.loglog(lengths, [row.ratio for row in rows], "o-", label="time, measured")
+    left.loglog(lengths, [row.operations for row in rows], "s--", label="operations, counted")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(title="low-rank over exact attention", xlabel="tokens", ylabel="ratio")
+    for kind, errors in zip(("O", "dQ", "dK", "dV"), zip(*(row.errors for row in rows), strict=True), strict=True):
+        right.loglog(lengths, errors, "o-", label=kind)
+    right.set(title="relative error, logits bounded by 1", xlabel="tokens")
+    for panel in (left, right):
+        panel.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print the tables, draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds a length before it is not repeated")
+    parser.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine(), flush=True)
+    for function in (exact, low_rank):
+        run(function, *inputs(1024, 1.0))
+    rows = [measure(length, options.budget) for length in sorted(options.lengths)]
+    print(f"\nOne causal head of {DIM}, degree {DEGREE}, fp32, forward and backward; {crossover(rows)}.\n")
+    print(by_length(rows))
+    print(f"\nErrors by the bound of the logits, {rows[0].length:,} tokens:\n")
+    print(by_bound(rows[0].length))
+    if options.figure:
+        plot(rows, options.figure)
+
+
+if __name__ == "__main__":
+    main()
