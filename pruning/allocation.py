@@ -34,7 +34,7 @@ class Allocation:
         budget_kind, cost: what was limited, and what the allocation costs in that unit.
         predicted: sum of the layers' distortions, if there are curves.
         lagrange_gap: by how much the summed distortion of the Lagrangian's answer is larger; >= 0.
-        front: costs at which a larger budget first pays, and the summed distortions, for method "dp".
+        front: costs at which a larger budget first pays, and the summed distortions, for method "dp": some 200 of them.
     """
 
     method: str

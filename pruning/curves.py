@@ -193,8 +193,9 @@ def level_grid(
     halvings = [1 - 0.5**j for j in range(1, 8)]
     wanted = [0.1, 0.2, 0.3, 0.4, *near, *halvings, highest, *extra]
     inside = [s for s in wanted if max(lowest, 1e-9) <= s <= highest]
-    removed = {0, *(round(s * numel / unit) * unit for s in inside)}
-    return tuple(numel - r for r in sorted(removed) if r <= highest * numel + 1e-9)
+    most = int(highest * numel / unit + 1e-9)
+    removed = {0, *(min(round(s * numel / unit), most) * unit for s in inside)}
+    return tuple(numel - r for r in sorted(removed))
 
 
 def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -82,9 +82,15 @@ class Problem:
         """What the sparsest levels cost, and the densest; refuse a target below."""
         least, most = (sum(float(pick(levels.cost)) for levels in self._levels) for pick in (np.min, np.max))
         if target < least:
+            also = ""
+            if self._budget.kind == "params":
+                total = sum(levels.layer.numel for levels in self._levels)
+                also = (
+                    f": sparsities of {1 - most / total:.4g} to {1 - least / total:.4g}, not {1 - target / total:.4g}"
+                )
             raise InfeasibleBudget(
-                f"a budget of {target:g} ({self._budget.kind}) cannot be met: the levels of the layers cost {least:g} "
-                f"to {most:g}",
+                f"a budget of {target:.12g} ({self._budget.kind}) cannot be met: the levels of the layers cost "
+                f"{least:.12g} to {most:.12g}{also}",
                 least,
                 most,
             )
@@ -118,9 +124,15 @@ class Problem:
         gap = solve_lagrange(self._costs, losses, units)[1] - self._table.value(units)
         return self._repaired(places, target, max(gap, 0.0))
 
-    def front(self) -> list[tuple[float, float]]:
-        """Costs at which a larger budget first pays, and the summed distortions: of all targets up to the largest."""
+    def front(self, most: int = 200) -> list[tuple[float, float]]:
+        """Costs at which a larger budget first pays, and the summed distortions: of all targets up to the largest.
+
+        Of more than ``most`` points, that many are given, evenly spread, the ends among them.
+        """
         costs, losses = self._table.front()
+        if len(costs) > most:
+            some = np.unique(np.linspace(0, len(costs) - 1, most).round().astype(np.int64))
+            costs, losses = costs[some], losses[some]
         return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
 
     def _repaired(self, places: list[int], target: float, gap: float) -> Choice:
