@@ -1,11 +1,12 @@
-// N:M masks: reference/nm_mask.py, one pass over the scores. SCORE: float, bf16 or fp16.
+// N:M masks: reference/nm_mask.py, one pass over the scores. WORD: uint32_t or uint16_t.
 //
-// A magnitude is compared by its bits, which as integers are in the order of the numbers. Three ways to select, by what
-// vectors can do: groups that lie within a vector are ranked in it; long groups that are contiguous go through one after
-// the other; all others are laid side by side, one per lane.
+// A magnitude is compared by its bits, which as integers are in the order of the numbers; so both 16-bit formats are one,
+// but for the bits of the infinite. Three ways to select, by what vectors can do: groups that lie within a vector are
+// ranked in it; long groups that are contiguous go through one after the other; all others are laid side by side, one
+// per lane.
 #include <utility>
 
-#include "window.h"
+#include "common.h"
 
 namespace {
 
@@ -19,17 +20,12 @@ constexpr int64_t MOST_RANKED = 64;
 // what a round leaves in place of the entry it found
 constexpr int32_t TAKEN = -1, DROPPED = 0x7FFFFFFF;
 
-// lowest bit that the magnitude of a SCORE can set as an fp32 number
-template <typename T>
-constexpr int lowest_bit = 0;
-template <>
-constexpr int lowest_bit<bf16> = 16;
-template <>
-constexpr int lowest_bit<fp16> = 13;
+constexpr int BITS = 8 * sizeof(WORD) - 1;
 
 // every NaN is one number, larger than all others
-inline int32_t key_of(SCORE score) {
-    return static_cast<int32_t>(std::min(to_bits(widen(score)) & 0x7FFFFFFFu, 0x7F800001u));
+inline int32_t key_of(WORD score, int32_t infinite) {
+    constexpr uint32_t magnitude = (1u << BITS) - 1;
+    return std::min(static_cast<int32_t>(score & magnitude), infinite + 1);
 }
 
 using Vec = int32_t __attribute__((vector_size(64)));
@@ -91,7 +87,7 @@ void take_by_rank(int32_t* keys, int32_t m, int32_t n) {
 // the n-th largest key, bit by bit, and then the entries above it and the last ones that equal it
 void take_above_threshold(int32_t* keys, int64_t m, int32_t n) {
     int32_t threshold = 0;
-    for (int bit = 30; bit >= lowest_bit<SCORE>; --bit) {
+    for (int bit = BITS - 1; bit >= 0; --bit) {
         const int32_t trial = threshold | 1 << bit;
         int32_t count = 0;
 #pragma omp simd reduction(+ : count)
@@ -134,7 +130,7 @@ void select_in_lanes(Keys keys, int64_t m, int64_t rounds) {
 
 void take_above_thresholds(Keys keys, int64_t m, int32_t n) {
     int32_t threshold[LANES] = {}, needed[LANES];
-    for (int bit = 30; bit >= lowest_bit<SCORE>; --bit) {
+    for (int bit = BITS - 1; bit >= 0; --bit) {
         int32_t count[LANES] = {};
         for (int64_t j = 0; j < m; ++j) {
             for (int64_t l = 0; l < LANES; ++l) count[l] += keys[j][l] >= (threshold[l] | 1 << bit);
@@ -160,9 +156,10 @@ inline bool takes(int64_t n, int64_t m) { return n <= MOST_ROUNDS && !drops(n, m
 
 // contiguous groups, `count` elements of them
 void mask_rows(
-    const SCORE* __restrict scores, uint8_t* __restrict mask, int64_t count, int32_t n, int64_t m, int32_t* keys
+    const WORD* __restrict scores, uint8_t* __restrict mask, int64_t count, int32_t n, int64_t m, int32_t infinite,
+    int32_t* keys
 ) {
-    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(scores[i]);
+    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(scores[i], infinite);
     if (m < LONG) {
         alignas(64) uint8_t kept[CHUNK];
         (m == 2 ? mask_by_rank<2> : m == 4 ? mask_by_rank<4> : m == 8 ? mask_by_rank<8> : mask_by_rank<16>)(
@@ -192,18 +189,18 @@ void mask_rows(
 // groups `first` to `first + count` of a tensor: group t begins at t / inner * m * inner + t % inner, and its entries
 // are `inner` apart
 void mask_lanes(
-    const SCORE* __restrict scores, uint8_t* __restrict mask, int64_t first, int64_t count, int64_t inner, int32_t n,
-    int64_t m, Keys keys
+    const WORD* __restrict scores, uint8_t* __restrict mask, int64_t first, int64_t count, int64_t inner, int32_t n,
+    int64_t m, int32_t infinite, Keys keys
 ) {
     const bool together = first / inner == (first + count - 1) / inner;
     int64_t begin[LANES] = {};
     for (int64_t l = 0; l < count; ++l) begin[l] = (first + l) / inner * m * inner + (first + l) % inner;
     for (int64_t j = 0; j < m; ++j) {
         if (together) {
-            const SCORE* row = scores + begin[0] + j * inner;
-            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(row[l]);
+            const WORD* row = scores + begin[0] + j * inner;
+            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(row[l], infinite);
         } else {
-            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(scores[begin[l] + j * inner]);
+            for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(scores[begin[l] + j * inner], infinite);
         }
     }
     if (takes(n, m)) {
@@ -228,10 +225,10 @@ void mask_lanes(
 
 }  // namespace
 
-// groups[t]: number of groups of tensor t; inner[t]: elements between two entries of one group
+// groups[t]: number of groups of tensor t; inner[t]: elements between two entries of one group; infinite: its bits
 extern "C" void nm_mask(
-    int64_t count, const SCORE** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
-    int64_t m, int threads
+    int64_t count, const WORD** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
+    int64_t m, int32_t infinite, int threads
 ) {
     const bool fits = m >= LONG || m == 2 || m == 4 || m == 8 || m == 16;
     const int64_t together = std::max<int64_t>(1, CHUNK / m);
@@ -240,14 +237,15 @@ extern "C" void nm_mask(
         if (inner[t] == 1 && fits) {
             std::vector<int32_t> keys(std::max(CHUNK, m));
             for (int64_t g = begin; g < end; g += together) {
-                fetch(scores[t], (g + together) * m, end * m);
-                mask_rows(scores[t] + g * m, masks[t] + g * m, std::min(together, end - g) * m, n, m, keys.data());
+                fetch(scores[t], (g + together) * m, std::min(g + 2 * together, end) * m);
+                mask_rows(scores[t] + g * m, masks[t] + g * m, std::min(together, end - g) * m, n, m, infinite,
+                          keys.data());
             }
         } else {
             std::vector<int32_t> keys(m * LANES);
             for (int64_t g = begin; g < end; g += LANES) {
                 mask_lanes(
-                    scores[t], masks[t], g, std::min(LANES, end - g), inner[t], n, m,
+                    scores[t], masks[t], g, std::min(LANES, end - g), inner[t], n, m, infinite,
                     reinterpret_cast<Keys>(keys.data())
                 );
             }
