@@ -24,7 +24,7 @@ def feature_count(dim: int, degree: int) -> int:
     return math.comb(dim + degree, degree)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PolyTables:
     """The feature map of one (d, degree), on one device; see :func:`poly_tables`.
 
