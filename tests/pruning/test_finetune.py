@@ -16,6 +16,7 @@ from leanstep.pruning import (
     iterative_sparsities,
     keep_masks,
     layer_pruner,
+    prune,
     prune_iteratively,
 )
 
@@ -215,3 +216,29 @@ def test_a_low_rank_adapter_on_a_pruned_base_keeps_its_zeros_and_a_merge_is_mask
     keeper.apply()
     assert torch.equal(keeper.parameters["0.weight"] != 0, base != 0)
     assert not torch.equal(keeper.parameters["0.weight"], base)
+
+
+def test_curves_are_measured_anew_between_rounds_of_fine_tuning():
+    """The paper's loop: prune by curves, fine-tune under the masks, measure the pruned model, prune it further."""
+    model, curves = net(), []
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01), 30)
+    data = torch.randn(48, 12)
+
+    def prune_by_curves(sparsity):
+        result = prune(model, data, sparsity=sparsity, score="magnitude", metric="mse_logits")
+        curves.append(result.curves)
+        return result
+
+    def fine_tune(keeper):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        keeper.attach(optimizer)
+        train(model, optimizer, 5)
+
+    results = prune_iteratively(model, iterative_sparsities(0.6, 0.3), prune_by_curves, fine_tune)
+    total = sum(curve.numel for curve in curves[0].values())
+    assert [result.allocation.sparsity for result in results] == pytest.approx([0.3, 0.51, 0.6], abs=1 / total)
+    # each round starts from what the one before kept
+    for before, after in zip(results, curves[1:], strict=False):
+        assert {name: curve.kept[0] for name, curve in after.items()} == before.allocation.kept
+    zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if name in curves[0])
+    assert zeros == total - results[-1].allocation.target
