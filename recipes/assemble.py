@@ -25,6 +25,7 @@ from leanstep.recipes.data import LoadedData, load_data
 from leanstep.recipes.flops import flops_per_token
 from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.halves import Halves, find_halves
+from leanstep.recipes.lora import adapt, describe_adapters, is_adapted
 from leanstep.recipes.memory import MemoryEstimate, estimate
 from leanstep.recipes.saver import Saver
 from leanstep.recipes.sparse import build_controller, describe_sparsity
@@ -83,6 +84,8 @@ def assemble(
     flops = flops_per_token(model, config.data.seq_len)
     optimizer = build_optimizer(config.optimizer, model)
     say(f"model       {type(model).__name__}, {parameters:,} parameters")
+    if is_adapted(model):
+        say(f"adapters    {describe_adapters(model)}")
     say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
     # the optimizer's groups go by the names that weights have until now
     sparsity = build_controller(config, model)
@@ -136,6 +139,7 @@ def _model(config: RunConfig, data: LoadedData) -> torch.nn.Module:
     tokenizer = data.tokenizer
     model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
     check_positions(model, config.data.seq_len)
+    adapt(config, model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if config.compile:

@@ -70,11 +70,16 @@ def describe(config: RunConfig) -> RecipeFacts:
         flops=flops,
         optimizer=config.optimizer.name,
         data=source,
-        network=data.source == "hf" or not (data.tokenizer.startswith("train:") or Path(data.tokenizer).is_dir()),
+        network=data.source == "hf" or not (data.tokenizer.startswith("train:") or _is_folder(data.tokenizer)),
         gpu=flops is not None and flops > GPU_FLOPS,
         expected_val_loss=config.expect.val_loss,
         expected_source=config.expect.source,
     )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a tokenizer's name is a path, which need not be there yet: names on the hub have one slash at most."""
+    return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
 
 
 def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int | None:

@@ -19,6 +19,7 @@ __all__ = [
     "EvalConfig",
     "ExpectConfig",
     "LogConfig",
+    "LoraSectionConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PruningConfig",
@@ -200,6 +201,25 @@ class PruningConfig(_Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSectionConfig(_Ranged):
+    """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
+
+    ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
+    :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
+    format.
+    """
+
+    target_modules: list[str] = field(default_factory=list)
+    r: int = _bounded(8, at_least=1)
+    lora_alpha: float = _bounded(16.0, above=0)
+    lora_dropout: float = _bounded(0.0, at_least=0, below=1)
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    save: Literal["min", "full", "lora_fa"] = "min"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Ranged):
     """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
 
@@ -274,6 +294,7 @@ class RunConfig(_Ranged):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    lora: LoraSectionConfig = field(default_factory=LoraSectionConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
@@ -356,6 +377,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     yield from _sparsity_problems(config)
     yield from _pruning_problems(config)
+    yield from _lora_problems(config)
     yield from _size_problems(config)
 
 
@@ -406,6 +428,22 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
         )
     if config.sparsity.patterns:
         yield (*keys, "sparsity.patterns"), "and sparsity.patterns both decide what is zero; take one of them"
+
+
+def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with low-rank adapters."""
+    if not config.lora.target_modules:
+        return
+    keys = ("lora.target_modules",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "adapts a model that is there already; name its folder in model.init_from"
+    if config.distributed.strategy == "fsdp2":
+        yield (*keys, "distributed.strategy"), "goes with distributed.strategy ddp, whose models are whole"
+    if config.sparsity.patterns or config.pruning.keep_masks:
+        yield (
+            (*keys, "sparsity.patterns", "pruning.keep_masks"),
+            "leaves the base as it is; sparsity.patterns and pruning.keep_masks are for training it",
+        )
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:

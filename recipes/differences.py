@@ -65,7 +65,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
 
 def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
     """The recipe without sections that change nothing in it, and that older ones do not know."""
-    switches = {"sparsity": "patterns", "pruning": "keep_masks"}
+    switches = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
     idle = {name for name, switch in switches.items() if not (tree.get(name) or {}).get(switch)}
     return {key: value for key, value in tree.items() if key not in idle}
 

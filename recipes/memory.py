@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from leanstep.kernels import use_backend
 from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.lora import adapt
 from leanstep.recipes.sparse import plan
 
 __all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
@@ -141,6 +142,7 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
     """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
     model = meta_model(config, vocab_size)
     _replace_tensors(model, device)
+    adapt(config, model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model.train()

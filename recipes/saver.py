@@ -27,6 +27,7 @@ from leanstep.recipes.checkpoint import (
 from leanstep.recipes.config import CheckpointConfig
 from leanstep.recipes.failures import disk_trouble, format_bytes
 from leanstep.recipes.folder import RunFolder
+from leanstep.recipes.lora import is_adapted, load_adapters, merged_weights, write_adapter
 from leanstep.recipes.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
 from leanstep.recipes.world import all_agree, main_does
 
@@ -122,7 +123,8 @@ class Saver:
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         if self._accelerator.is_main_process:
-            model.save_pretrained(path, state_dict=weights_for_others(model, weights))
+            model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
+            write_adapter(model, path)
             write_patterns(model, path)
             self._tokenizer.save_pretrained(path)
 
@@ -196,6 +198,11 @@ class Saver:
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
         """Before Accelerate loads a state: take the weights from ``hf/`` and leave none for it to look for."""
         model = self._accelerator.unwrap_model(models[0])
+        if is_adapted(model):
+            # the base is there already, and the weights in hf/ have the adapter in them
+            load_adapters(model, Path(trainer).parent / "hf")
+            models.clear()
+            return
         files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")

@@ -1,0 +1,116 @@
+"""Runs with a `lora:` section: from a base to an adapter that peft opens."""
+
+from functools import partial
+
+import pytest
+import torch
+from faults import held_at
+from safetensors.torch import load_file
+from training import Training, numbers, run, write_recipe, write_text
+from transformers import AutoModelForCausalLM
+
+from leanstep.lora import load_adapter
+from leanstep.recipes.differences import config_differences
+from leanstep.recipes.loader import ConfigError, load
+from leanstep.recipes.memory import estimate
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A finished run whose model is adapted, and the recipe with another text."""
+    folder = tmp_path_factory.mktemp("base")
+    recipe = write_recipe(folder)
+    training = run(recipe, ["steps=3"], folder / "base")
+    assert training.codes == [0], training.text()
+    write_text(folder / "other.txt", seed=1)
+    options = [
+        f"model.init_from={folder}/base/final", "model.config={}", f"data.tokenizer={folder}/base/final",
+        f"data.path={folder}/other.txt", "lora.target_modules=[c_attn, c_fc]", "lora.r=4", "lora.lora_dropout=0.2",
+        "optimizer.lr=1e-2",
+    ]  # fmt: skip
+    return recipe, folder / "base" / "final", options
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    recipe, _, options = base
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    training = run(recipe, [*options, "steps=12"], out)
+    assert training.codes == [0], training.text()
+    return training
+
+
+def problems(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load("llama-nano-lora", overrides)
+    return "".join(caught.value.problems)
+
+
+def test_mistakes_are_named_before_torch_is_imported():
+    assert "must be at least 1, got 0" in problems("lora.r=0")
+    assert "must be at least 0 and less than 1, got 1" in problems("lora.lora_dropout=1.0")
+    assert "did you mean 'lora.target_modules'" in problems("lora.target_module=[q_proj]")
+    assert "name its folder in model.init_from" in problems("model.init_from=null")
+    assert "goes with distributed.strategy ddp" in problems("distributed.strategy=fsdp2")
+    assert "leaves the base as it is" in problems("sparsity.patterns={'*': '2:4'}")
+
+
+def test_the_section_says_nothing_where_it_is_empty(base):
+    recipe, _, _ = base
+    before = {"steps": 24, "model": {"family": "gpt2"}}
+    config = load(recipe)
+    assert not [line for line in config_differences(before, config)[0] if line.startswith("lora")]
+
+
+def test_the_adapter_opens_in_peft_and_the_folder_is_the_merged_model(base, finished):
+    peft = pytest.importorskip("peft")
+    _, folder, _ = base
+    final = finished.out / "final"
+    assert "adapters    4 layers, " in finished.text()
+    ids = torch.arange(32).view(1, -1)
+    merged = AutoModelForCausalLM.from_pretrained(final)(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.allclose(plain(ids).logits, merged, atol=1e-3)
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
+    torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(load_adapter(plain, final / "adapter").eval()(ids).logits, merged, rtol=1e-4, atol=1e-5)
+    assert not any("lora" in name for name in load_file(final / "model.safetensors"))
+
+
+def test_validation_improves(finished):
+    losses = [row[2] for row in numbers(finished.out) if row[0] == "eval"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(base, finished, tmp_path):
+    recipe, _, options = base
+    options = [*options, "steps=12"]
+    broken = Training(recipe, options, tmp_path / "broken", prepare=partial(held_at, 8))
+    broken.wait_for(lambda training: training.last_step() >= 7)
+    broken.kill()
+    broken.wait()
+    again = run(recipe, options, tmp_path / "broken")
+    assert again.codes == [0] and "resuming from" in again.text(), again.text()
+    assert numbers(tmp_path / "broken") == numbers(finished.out)
+    files = [out / "final" / "adapter" / "adapter_model.safetensors" for out in (tmp_path / "broken", finished.out)]
+    first, second = map(load_file, files)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_the_estimate_counts_what_is_trained_only(base):
+    recipe, _, options = base
+    whole = estimate(load(recipe, [*options, "lora.target_modules=[]"]), 300)
+    adapted = estimate(load(recipe, options), 300)
+    trained = 2 * 4 * (32 + 96 + 32 + 128)
+    assert adapted.gradients == 4 * trained
+    assert adapted.optimizer_state < whole.optimizer_state / 4
+    assert adapted.activations < whole.activations
+
+
+@pytest.mark.parametrize("targets", ["[nothing]", "[c_atn]"])
+def test_targets_that_fit_nothing_end_the_run_with_a_reason(base, tmp_path, targets):
+    recipe, _, options = base
+    training = run(recipe, [*options, f"lora.target_modules={targets}"], tmp_path / "run")
+    assert training.codes == [2]
+    assert "fits no module of the model" in training.text()
