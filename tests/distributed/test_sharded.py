@@ -1,4 +1,4 @@
-"""Optimizers and sparse weights, sharded and replicated, in real gloo processes.
+"""Optimizers, sparse weights and adapters, sharded and replicated, in real gloo processes.
 
 The checks are in the modules that are listed here, in tests/helpers.
 """
@@ -14,6 +14,7 @@ MODULES = (
     "distributed_lanton",
     "distributed_mfac",
     "distributed_sparsity",
+    "distributed_lora",
 )
 load_cases(MODULES)
 

@@ -1,0 +1,137 @@
+"""Checks of adapted models that run on every process of a world (see distributed_world.py)."""
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from distributed_world import World, case
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.optimizers import LANTON, Lion, SinkGD, param_groups
+
+WORLDS = (2,)
+OPTIMIZERS = {
+    "adamw": lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2),
+    "sinkgd": lambda model: SinkGD(param_groups(model), lr=1e-2),
+    "lanton": lambda model: LANTON(param_groups(model), lr=1e-2),
+    "lion": lambda model: Lion(param_groups(model), lr=1e-3),
+}
+
+
+class Block(nn.Module):
+    """Attention's three projections of one input, and a SwiGLU block."""
+
+    def __init__(self, width: int = 12, inner: int = 20) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.mlp = SwiGLU(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.q_proj(x) * self.k_proj(x).tanh() + self.v_proj(x)
+        return x + self.mlp(x)
+
+
+class SwiGLU(nn.Module):
+    """As transformers writes it."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def make_model(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = apply_lora(nn.Sequential(Block(), Block()), LoraConfig(r=4, target_modules="all-linear", **settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.weight"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 12, generator=generator), torch.randn(8, 12, generator=generator)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], count: int = 3) -> None:
+    for _ in range(count):
+        (model(data[0]) - data[1]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@functools.cache
+def mesh(size: int) -> Any:
+    return init_device_mesh("cpu", (size,))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in found.items()}
+
+
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, msg=f"{where}: {name}")
+
+
+@case(*WORLDS)
+def lora_sharded_equals_whole(world: World) -> None:
+    """FSDP2, each block a unit: fused blocks, DoRA, every optimizer."""
+    inputs, targets = batch()
+    part = (inputs[world.rank :: world.size], targets[world.rank :: world.size])
+    for name, build in OPTIMIZERS.items():
+        whole = make_model(use_dora=name == "adamw")
+        sharded = copy.deepcopy(whole)
+        for block in sharded:
+            fully_shard(block, mesh=mesh(world.size))
+        fully_shard(sharded, mesh=mesh(world.size))
+        steps(whole, build(whole), (inputs, targets))
+        steps(sharded, build(sharded), part)
+        # inside a unit weights are whole, and the fast path runs; outside, a layer says what it is
+        assert "sharded (DTensor)" in sharded[0].q_proj.fast_path.reason
+        compare(trained(sharded), trained(whole), name)
+
+
+@case(*WORLDS)
+def lora_sharded_adapter_is_saved_whole(world: World) -> None:
+    model = make_model()
+    whole = trained(copy.deepcopy(model))
+    for block in model:
+        fully_shard(block, mesh=mesh(world.size))
+    folder = save_adapter(model, world.folder / f"adapter-{world.rank}")
+    state = load_file(folder / "adapter_model.safetensors")
+    assert len(state) == len(whole)
+    for name, tensor in whole.items():
+        assert torch.equal(state[f"base_model.model.{name}"], tensor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    load_adapter(model, folder)
+    compare(trained(model), whole, "loaded")
+
+
+@case(*WORLDS)
+def lora_replicated_equals_whole(world: World) -> None:
+    inputs, targets = batch()
+    whole = make_model()
+    replica = copy.deepcopy(whole)
+    parallel = DistributedDataParallel(replica)
+    build = OPTIMIZERS["adamw"]
+    steps(whole, build(whole), (inputs, targets))
+    steps(parallel, build(replica), (inputs[world.rank :: world.size], targets[world.rank :: world.size]))
+    compare(trained(replica), trained(whole), "ddp")
