@@ -13,6 +13,7 @@ from leanstep.kernels.poly_attention import poly_attention
 from leanstep.lora.attention import LowRankAttentionError, check_normalisers, key_means
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention_interface import Call, Tap, attach, detach
+from leanstep.lora.error_bounds import largest_logit
 from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
 from leanstep.lora.polynomials import relative_error, softmax_error, taylor_coefficients
 
@@ -96,7 +97,8 @@ class LowRankGate:
         every: calls of a layer between judgements, while it runs exactly.
         patience: judgements in a row that must be good. With 2 and more, what is taken off the keys comes from batches
             before, and causal attention stays causal.
-        rows: queries compared in every low-rank call; sequences: how many of a batch are looked at.
+        rows: queries compared in every low-rank call; sequences: of how many of a batch, others every time. The bound
+            of the logits is of the whole batch.
         spot_every: low-rank calls of a layer in training between comparisons of one head's gradients with exact ones,
             which take the time of exact attention of one head; 0 for none.
         chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
@@ -235,7 +237,7 @@ class LowRankGate:
         (batch, heads, length, dim), key_heads = seen.query.shape, seen.key.shape[1]
         shape = AttentionShape(heads, key_heads, length, dim, seen.value.shape[-1], seen.causal, batch)
         settings = (self.degree, self.chunk_size, self._speed(seen))
-        state.cost = cost_ratio(shape, *settings)
+        state.cost = cost_ratio(shape, *settings, backward=torch.is_grad_enabled())
         if self.mode == "force":
             state.reason = "mode is 'force'"
             return True
@@ -245,7 +247,7 @@ class LowRankGate:
         if state.on and state.cost >= 1:
             state.reason = (
                 f"close enough, but predicted to cost {state.cost:.2g} of exact attention at length {length:,}; it "
-                f"pays from {break_even(shape, *settings):,} on"
+                f"pays from {break_even(shape, *settings, backward=torch.is_grad_enabled()):,} on"
             )
         return state.on and state.cost < 1
 
@@ -255,11 +257,21 @@ class LowRankGate:
         dim, wide = seen.query.shape[-1], seen.value.shape[-1]
         return measure_speed(dim, wide, self.degree, seen.query.device, seen.query.dtype, self.chunk_size)
 
+    def _sequences(self, seen: Seen) -> slice:
+        """Some neighbouring sequences of the batch, others every time."""
+        last = max(0, seen.query.shape[0] - self.sequences)
+        start = int(torch.randint(last + 1, (), generator=self.generator))
+        return slice(start, start + self.sequences)
+
     def _judge(self, call: Call, state: _Layer) -> None:
         """Look at the norms of all heads and at the error on sampled queries, and switch the layer on or off."""
-        seen = call.seen.first(self.sequences)
+        seen = call.seen.some(self._sequences(call.seen))
         found = head_norms(seen, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
-        certified, sampled = float(found.certified.max()), float(found.sampled.max())
+        # the certificate is of the whole batch
+        shift = key_means(call.seen.key, call.seen.key_mask) if state.center is None else state.center
+        moved = call.seen.key.detach() - shift[..., None, :]
+        certified = float(largest_logit(call.seen.query, moved, call.seen.scale, call.seen.key_mask).max())
+        sampled = float(found.sampled.max())
         state.error, state.logit = float(found.errors.max()), sampled
         means = key_means(seen.key, seen.key_mask).mean(dim=0)
         state.center = means if state.center is None else state.center.lerp(means, 0.1)
@@ -292,9 +304,10 @@ class LowRankGate:
                 raise
             self._fall_back(state, str(error))
             return None
-        few = seen.first(self.sequences)
+        chosen = self._sequences(seen)
+        few = seen.some(chosen)
         at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
-        state.error = float(sampled_error(few, out[: self.sequences], at).max())
+        state.error = float(sampled_error(few, out[chosen], at).max())
         if self.mode == "auto" and not state.error <= self.tolerance:
             self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
             return None

@@ -26,11 +26,10 @@ class Seen(NamedTuple):
     causal: bool
     key_mask: Tensor | None = None
 
-    def first(self, sequences: int) -> Seen:
-        """The same for the first few sequences, detached."""
-        q, k, v = (x.detach()[:sequences] for x in (self.query, self.key, self.value))
-        mask = None if self.key_mask is None else self.key_mask[:sequences]
-        return Seen(q, k, v, self.scale, self.causal, mask)
+    def some(self, at: slice) -> Seen:
+        """The same for some sequences, detached."""
+        q, k, v = (x.detach()[at] for x in (self.query, self.key, self.value))
+        return Seen(q, k, v, self.scale, self.causal, None if self.key_mask is None else self.key_mask[at])
 
 
 class HeadNorms(NamedTuple):

@@ -244,7 +244,7 @@ class NormMonitor:
             self.skipped[name] = call.masked or ", ".join(call.special) or "a single query"
             return
         self.skipped.pop(name, None)
-        seen = call.seen.first(self.sequences)
+        seen = call.seen.some(slice(self.sequences))
         degrees = range(2, self.max_degree + 1, 2)
         norms = head_norms(seen, degrees=degrees, rows=self.rows, generator=self.generator)
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())

@@ -89,6 +89,7 @@ def test_it_falls_back_at_once_when_logits_grow():
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.self_attn.q_proj.weight.mul_(300)
+        # low-rank was computed, found wanting, and answered exactly in the same call
         found = model(IDS).logits
         rows = gate.report()
         assert all(not row.low_rank and row.fallbacks == 1 and row.reason.startswith("fell back") for row in rows)
@@ -97,19 +98,6 @@ def test_it_falls_back_at_once_when_logits_grow():
             model(IDS)
         assert all(row.calls == 7 and row.low_rank_calls == 2 for row in gate.report())
         assert "logits reach" in gate.report()[0].reason
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.self_attn.q_proj.weight.fill_(float("inf"))
-        model(IDS)
-        assert not gate.report()[0].low_rank
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.self_attn.q_proj.weight.copy_(torch.full_like(layer.self_attn.q_proj.weight, 0.0))
-    torch.manual_seed(0)
-    model = llama()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(300)
     assert torch.equal(found, model(IDS).logits)
 
 

@@ -169,7 +169,9 @@ def test_the_monitor_sees_what_attention_sees_and_changes_nothing(make, implemen
     want = model(IDS).logits
     captured = {}
     taps = attach(model)
-    recorder = type("Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.seen.first(2))})()
+    recorder = type(
+        "Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.seen.some(slice(2)))}
+    )()
     for tap in taps.values():
         tap.observers.append(recorder)
     with NormMonitor(model, rows=8) as monitor:
