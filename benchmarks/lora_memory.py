@@ -52,7 +52,36 @@ def main():
             missed |= aim is not None and ratio > aim
             cells = " | ".join(f"{value / 1e6:.2f}" for value in found)
             print(f"| {dtype} | {variant} | {cells} | {ratio:.2f} | {found[2] / found[0]:.2f} | {aim or ''} |")
+    designs(args)
     sys.exit(args.check and missed)
+
+
+def designs(args):
+    """What published designs keep for backward by their documentation, in bytes per token and block; not measured.
+
+    h and m are the widths of the model and of the MLP, r the rank; all in 16 bits but what is said to be fp32. Nothing
+    here is the frozen model's: a fused SwiGLU block does without silu(gate) and without the input of down.
+    """
+    h, m, r = args.hidden, args.mlp, args.rank
+    rows = (
+        (
+            "PEFT, factors in fp32",
+            "an fp32 copy of each layer's input, and its products with A",
+            4 * (6 * h + m + 7 * r),
+        ),
+        ("PEFT, with dropout", "besides, the dropped copy in its place and a mask, a byte an entry", 5 * (6 * h + m)),
+        (
+            "one function per layer",
+            "each distinct input once, in 16 bits (leanstep without fused blocks)",
+            2 * (2 * h + m),
+        ),
+        ("Unsloth", "inputs of the QKV and MLP functions; without dropout and biases only", 2 * (2 * h - m)),
+        ("Axolotl's kernels", "the same; with dropout (one mask for sharing layers), biases and DoRA", 2 * (2 * h - m)),
+        ("leanstep", "the same; a mask for each layer, from its seed; DoRA from its output", 2 * (2 * h - m)),
+    )
+    print("\n| design | kept beside what the frozen model keeps | bytes per token and block |\n| --- | --- | ---: |")
+    for name, what, size in rows:
+        print(f"| {name} | {what} | {size:,} |")
 
 
 def measure(args, dtype, settings):

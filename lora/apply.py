@@ -49,7 +49,7 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         parameter.requires_grad_(False)
     for name, module in plan.items():
         attach = attach_embedding if isinstance(module, nn.Embedding) else attach_linear
-        attach(module, adapters[name], config)  # type: ignore[arg-type]
+        attach(module, adapters[name], config)
         _rebind_hooks(module)
     _train_saved(model, saved)
     _train_biases(model, plan, config)
@@ -84,8 +84,9 @@ def remove_lora(model: Model) -> Model:
             assert isinstance(module, LoRALinearLayer)
             detach_linear(module)
         _rebind_hooks(module)
+    frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.lora_frozen.get(name, parameter.requires_grad))  # type: ignore[union-attr]
+        parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
     del model.lora_config, model.lora_frozen
     return model
 

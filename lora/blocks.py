@@ -110,4 +110,5 @@ def unfuse_blocks(model: nn.Module) -> None:
         if isinstance(module, LoRALinearLayer):
             module.siblings = None
         if isinstance(module, FusedSwiGLU):
-            module.__class__ = next(c for c in type(module).__mro__[1:] if not issubclass(c, FusedSwiGLU))
+            own: Any = next(c for c in type(module).__mro__[1:] if not issubclass(c, FusedSwiGLU))
+            module.__class__ = own

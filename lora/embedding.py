@@ -70,11 +70,11 @@ class LoRAEmbeddingLayer(LoRALayer):
         return row_norms(self.weight.detach().t(), a, b, self.lora.scale)
 
 
-class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):
+class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):  # type: ignore[misc]
     """An adapted ``torch.nn.Embedding``; see :class:`LoRAEmbeddingLayer` for what it computes."""
 
 
-def attach_embedding(module: nn.Embedding, adapter: Adapter, config: Any) -> None:
+def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
     """Turn an embedding into an adapted one, in place. Everything has been checked before."""
     weight = module.weight
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -85,11 +85,9 @@ def attach_embedding(module: nn.Embedding, adapter: Adapter, config: Any) -> Non
     module.lora = adapter
     module.lora_embedding_A, module.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
     module.register_parameter("lora_magnitude_vector", None)
-    adapter.base = type(module)
-    if adapter.base is nn.Embedding:
-        module.__class__ = LoRAEmbedding
-    else:
-        module.__class__ = adapted_class(adapter.base, LoRAEmbeddingLayer)
+    base: Any = type(module)
+    adapter.base = base
+    module.__class__ = LoRAEmbedding if base is nn.Embedding else adapted_class(base, LoRAEmbeddingLayer)
     assert isinstance(module, LoRAEmbeddingLayer)
     if config.use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))
@@ -97,7 +95,7 @@ def attach_embedding(module: nn.Embedding, adapter: Adapter, config: Any) -> Non
         module.lora_embedding_A.requires_grad_(False)
 
 
-def detach_embedding(module: LoRAEmbeddingLayer) -> None:
+def detach_embedding(module: Any) -> None:
     """Give an embedding its own class back, without the adapter."""
     base = module.lora.base
     for name in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora"):

@@ -91,7 +91,9 @@ class LoRAFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """[M, n] to one [M, m] per layer. ``tensors``: the seeds, then the weights of each layer."""
         seeds, layers = unpack(settings, tensors)
-        outputs, kept, keep_x = [], [], False
+        outputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        keep_x = False
         with torch.autocast(x.device.type, enabled=False):
             for i, (setting, layer, seed) in enumerate(zip(settings, layers, seeds, strict=True)):
                 y, h, z = project(x, setting, layer, seed)
@@ -266,11 +268,11 @@ class Inner(NamedTuple):
 
 def inner_gradients(g: Tensor, kept: Kept, setting: Setting, layer: Weights, needs: Weights) -> Inner:
     """The gradients of Z and of H, and the sums that DoRA's magnitude needs."""
-    inner, sums = g, ()
+    inner, dot, total = g, None, None
     if layer.magnitude is not None:
-        inner, *sums = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
+        inner, dot, total = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
     e = None if setting.order.backward and not needs.a else torch.mm(inner, layer.b.to(g.dtype))
-    return Inner(g, inner, e, *sums)
+    return Inner(g, inner, e, dot, total)
 
 
 def tensor_gradients(

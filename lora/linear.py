@@ -77,15 +77,16 @@ class _DropoutFunction(torch.autograd.Function):
         return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None
 
 
-class LoRALinear(LoRALinearLayer, nn.Linear):
+class LoRALinear(LoRALinearLayer, nn.Linear):  # type: ignore[misc]
     """An adapted ``torch.nn.Linear``; see :class:`LoRALinearLayer` for what it computes."""
 
 
 @functools.cache
-def adapted_class(cls: type[nn.Module], mixin: type[LoRALayer]) -> type[nn.Module]:
+def adapted_class(cls: Any, mixin: Any) -> Any:
     """The subclass of a layer's class that is adapted; one for each class."""
-    known = {nn.Linear: LoRALinear}
-    return known.get(cls) or type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": __name__})
+    if cls is nn.Linear and mixin is LoRALinearLayer:
+        return LoRALinear
+    return type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": __name__})
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -98,14 +99,15 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
 
-def widths(module: nn.Module) -> tuple[int, int]:
+def widths(module: Any) -> tuple[int, int]:
     """(in, out) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # type: ignore[return-value]
+    n, m = module.weight.shape
+    return n, m
 
 
-def attach_linear(module: nn.Module, adapter: Adapter, config: Any) -> None:
+def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
     """Turn a linear layer into an adapted one, in place. Everything has been checked before."""
     n, m = widths(module)
     weight = module.weight
@@ -119,8 +121,8 @@ def attach_linear(module: nn.Module, adapter: Adapter, config: Any) -> None:
     module.lora = adapter
     module.siblings = None
     module.register_parameter("lora_magnitude_vector", None)
-    adapter.base = type(module)
-    module.__class__ = adapted_class(adapter.base, LoRALinearLayer)
+    base: Any = type(module)
+    adapter.base, module.__class__ = base, adapted_class(base, LoRALinearLayer)
     assert isinstance(module, LoRALinearLayer)
     if config.use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))
@@ -146,7 +148,7 @@ def reset_factors(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
         nn.init.zeros_(b.bias)
 
 
-def detach_linear(module: LoRALinearLayer) -> None:
+def detach_linear(module: Any) -> None:
     """Give a layer its own class back, without the adapter."""
     base = module.lora.base
     for name in ("lora_A", "lora_B", "lora_magnitude_vector", "lora", "siblings"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,10 +192,10 @@ def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
     return layer.lora_A.weight, layer.lora_B.weight
 
 
-def _update(layer: LoRALayer) -> Tensor:
+def _update(layer: Any) -> Tensor:
     """``scale B A`` in the layout of the base weight, in its wide dtype."""
     a, b = _factors(layer)
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # type: ignore[union-attr,arg-type]
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     update = (b.detach().to(dtype) @ a.detach().to(dtype)).mul_(layer.lora.scale)
     return update.t() if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else update
 
@@ -210,16 +211,17 @@ def _dora_rows(layer: LoRALayer) -> Tensor | None:
     return c if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else c.unsqueeze(1)
 
 
-def _bias_shift(layer: LoRALayer) -> Tensor:
+def _bias_shift(layer: Any) -> Tensor:
     """What the bias of B contributes to the layer's own, in its dtype; 0 without one."""
-    assert isinstance(layer, LoRALinearLayer) and layer.bias is not None
     if layer.lora_B.bias is None:
         return torch.zeros_like(layer.bias)
-    shift = layer.lora_B.bias.detach() * layer.lora.scale
+    bias: Tensor = layer.lora_B.bias
+    shift = bias.detach() * layer.lora.scale
     factor = layer.lora.undo.factor if layer.lora.merged else _dora_rows(layer)
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
 
 
-def _add_to_bias(layer: LoRALayer, sign: int) -> None:
-    if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is not None:
+def _add_to_bias(layer: Any, sign: int) -> None:
+    linear = not isinstance(layer, LoRAEmbeddingLayer)
+    if linear and layer.lora_B.bias is not None and layer.bias is not None:
         layer.bias.add_(_bias_shift(layer), alpha=sign)

@@ -179,7 +179,7 @@ def accelerate_peft(
         for name, module in model.named_modules():
             if is_swiglu(module) and len(members(module)) == 3 and not isinstance(module, FusedSwiGLU):
                 blocks[name] = module
-                module.forward = _Block(module).forward  # type: ignore[method-assign]
+                module.forward = _Block(module).forward
     return Acceleration(layers, blocks)
 
 

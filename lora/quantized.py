@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,16 @@ def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return _dense_4bit if found == "Linear4bit" else functools.partial(_dense_8bit, module)
 
 
-def _dense_4bit(weight: Tensor) -> Tensor:
+def _dense_4bit(weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
-def _dense_8bit(module: nn.Module, weight: Tensor) -> Tensor:
+def _dense_8bit(module: Any, weight: Any) -> Tensor:
     state = module.state
-    codes = weight.data if state.CB is None else state.CB  # type: ignore[union-attr]
-    scales = weight.SCB if state.SCB is None else state.SCB  # type: ignore[union-attr,attr-defined]
+    codes = weight.data if state.CB is None else state.CB
+    scales = weight.SCB if state.SCB is None else state.SCB
     return codes.to(torch.float32).mul_(scales.to(torch.float32).unsqueeze(1) / 127)
 
 

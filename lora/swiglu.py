@@ -49,7 +49,8 @@ class SwiGLUFunction(torch.autograd.Function):
         """See the module's formula."""
         seeds, layers = unpack(settings, tensors)
         kept: list[Tensor | None] = []
-        wants, outputs = [], []
+        wants: list[bool] = []
+        outputs: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
             for i in range(3):
                 inputs = swiglu(*outputs) if i == 2 else x

@@ -17,7 +17,9 @@ from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 BLOCK, THREADS = 2048, 256
 # rows and columns of a tile of x or y
-BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 128
+BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 256
+# of a tile of x where all ranks are summed beside it, which more would spill
+DOWN_M, DOWN_K = 32, 32
 RANKS = (16, 64)
 # rows of x whose part of a gradient one program sums
 CHUNK = 1024
@@ -146,8 +148,8 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
         return dropout(x, p, seed) @ a.t()
     h = x.new_empty(rows, r)
     with on_device(x.device):
-        lora_down_kernel[(triton.cdiv(rows, BLOCK_M),)](
-            x, a.contiguous(), h, rows, n, r, *_numbers(p, seed), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+        lora_down_kernel[(triton.cdiv(rows, DOWN_M),)](
+            x, a.contiguous(), h, rows, n, r, *_numbers(p, seed), BLOCK_M=DOWN_M, BLOCK_K=DOWN_K,
             BLOCK_R=_block_r(x, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
     return h
@@ -224,12 +226,15 @@ def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
     kind = pointer(_NAMES[dtype])
     sizes = dict(rows="i32", n="i32", r="i32")
     numbers = dict(key="i32", limit="i32", gain="fp32")
-    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=block_r)
-    tile = BLOCK_M * BLOCK_K
+    rows, columns = (DOWN_M, DOWN_K) if name == "down" else (BLOCK_M, BLOCK_K)
+    blocks = dict(BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r)
+    tile = rows * columns
+    # what of the factors is read beside a tile
+    factor = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r
     # a tile of x or y, the factor's part beside it, and (down, backward) what a program writes at its end
     if name == "down":
         kernel, arguments = lora_down_kernel, dict(x_ptr=kind, a_ptr=kind, h_ptr=kind) | sizes
-        written = BLOCK_M * block_r * dtype.itemsize / tile
+        written = rows * block_r * dtype.itemsize / tile
     elif name == "backward":
         kernel, arguments = lora_down_backward_kernel, dict(x_ptr=kind, e_ptr=kind, out_ptr=pointer("fp32")) | sizes
         blocks, written = blocks | dict(CHUNK=CHUNK), block_r * BLOCK_K * 4 / tile
@@ -237,7 +242,6 @@ def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
         kernel, arguments = lora_up_kernel, dict(y_ptr=kind, h_ptr=kind, b_ptr=kind)
         arguments |= dict(rows="i32", m="i32", r="i32", step_r="i32", step_m="i32", scale="fp32")
         blocks, written = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_R=block_r), dtype.itemsize
-    factors = 2 if name == "up" else 1
     return AuditCase(
         kernel=kernel,
         label=f"{name} {_NAMES[dtype]} rank {block_r}",
@@ -248,5 +252,5 @@ def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
         elements=tile,
         read=dtype.itemsize,
         written=written,
-        cached=factors * block_r * BLOCK_M * dtype.itemsize / tile,
+        cached=factor * dtype.itemsize / tile,
     )

@@ -1,0 +1,134 @@
+"""Adapters in training: PEFT's losses step by step, every optimizer, sparse bases, quantised bases."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from lora_models import LLAMA_TARGETS, randomise, tiny_llama, tokens
+
+from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, lora_groups, merge, remove_lora
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
+from leanstep.sparsity import Schedule, is_nm, nm_mask, sparsify
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+OPTIMIZERS = {
+    "adamw": lambda model: torch.optim.AdamW(lora_groups(model, b={"lr": 2e-2}), lr=1e-2),
+    "sinkgd": lambda model: SinkGD(param_groups(model), lr=2e-2),
+    "lanton": lambda model: LANTON(param_groups(model), lr=2e-2),
+    "lion": lambda model: Lion(param_groups(model), lr=3e-3),
+    "mfac": lambda model: MFAC(param_groups(model), lr=1e-3, window=8, damping=1e-3),
+}
+
+
+def losses(model, steps, optimizer=None, accumulate=1):
+    model.train()
+    # the usual eps of 1e-8 makes steps of the rate's size out of the rounding of gradients that are nearly zero
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6)
+    found = []
+    for step in range(steps):
+        for part in range(accumulate):
+            ids = tokens(4, 16, seed=(step * accumulate + part) % 6, vocabulary=20)
+            loss = model(input_ids=ids, labels=ids).loss
+            (loss / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize(("settings", "accumulate"), [({}, 1), ({"use_dora": True}, 2)], ids=["lora", "dora, 2 passes"])
+def test_losses_are_pefts_step_by_step(settings, accumulate, tmp_path):
+    steps = 100 // accumulate
+    config = peft.LoraConfig(r=4, target_modules=LLAMA_TARGETS, **settings)
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(tiny_llama(layers=1), config)
+    theirs.save_pretrained(tmp_path)
+    ours, fast = load_adapter(tiny_llama(layers=1), tmp_path), copy.deepcopy(theirs)
+    accelerate_peft(fast)
+    wanted = losses(theirs, steps, accumulate=accumulate)
+    assert wanted[-1] < wanted[0] - 0.1
+    for model in (ours, fast):
+        assert losses(model, steps, accumulate=accumulate) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_the_factors_and_nothing_else(name):
+    torch.manual_seed(0)
+    model = apply_lora(tiny_llama(layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS, use_dora=True))
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    found = losses(model, 20, OPTIMIZERS[name](model))
+    assert min(found[-3:]) < found[0] - 0.02
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+def test_adapters_on_a_base_under_an_nm_mask():
+    model = tiny_llama(layers=1)
+    control = sparsify(model, {"*.mlp.*": "2:4"}, schedule=Schedule(total_steps=1), method="fixed")
+    apply_lora(model, LoraConfig(r=4, target_modules=LLAMA_TARGETS))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.fast_path.on and control is not None
+    found = losses(model, 10)
+    assert found[-1] < found[0]
+    with torch.no_grad():
+        x = torch.randn(3, 32)
+        wanted = x @ (layer.weight + layer.lora.scale * layer.lora_B.weight @ layer.lora_A.weight).t()
+    torch.testing.assert_close(layer(x), wanted)
+
+
+def test_a_pruned_model_is_fine_tuned_merged_and_still_pruned():
+    model = tiny_llama(layers=1)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(nm_mask(weight, "2:4"))
+    apply_lora(model, LoraConfig(r=4, target_modules=LLAMA_TARGETS))
+    losses(model, 5)
+    merge(model, keep_mask=True)
+    remove_lora(model)
+    assert is_nm(model.model.layers[0].mlp.up_proj.weight, "2:4")
+
+
+def test_lora_fa_trains_b_alone():
+    model = apply_lora(tiny_llama(layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS, save="lora_fa"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+    found = losses(model, 10)
+    assert found[-1] < found[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_half_precision_bases_keep_fp32_factors():
+    model = randomise(apply_lora(tiny_llama(torch.bfloat16, layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS)))
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    found = losses(model, 20)
+    assert found[-1] < found[0]
+    assert model.model.layers[0].self_attn.q_proj(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_bases_compute_with_what_they_hold(bits, dora):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from leanstep.lora.quantized import dequantizer
+
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    options = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}
+    model = torch.nn.Sequential(kind(64, 64, bias=True, **options))
+    model[0].load_state_dict(torch.nn.Linear(64, 64).state_dict())
+    model = model.to("cpu")
+    model(torch.randn(2, 64))
+    apply_lora(model, LoraConfig(r=4, target_modules=["0"], use_dora=dora))
+    randomise(model)
+    layer, x = model[0], torch.randn(5, 64, requires_grad=True)
+    w = dequantizer(layer)(layer.weight).float()
+    w = w + layer.lora.scale * layer.lora_B.weight @ layer.lora_A.weight
+    if dora:
+        w = w * (layer.lora_magnitude_vector / w.detach().norm(dim=1)).unsqueeze(1)
+    y = model(x)
+    torch.testing.assert_close(y, x @ w.t() + layer.bias, rtol=1e-4, atol=1e-4)
+    leaves = [x, layer.lora_A.weight, layer.lora_B.weight]
+    found = torch.autograd.grad(y.square().sum(), leaves)
+    for a, b in zip(found, torch.autograd.grad((x @ w.t() + layer.bias).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="to be quantised again after"):
+        merge(model)
