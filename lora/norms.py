@@ -37,6 +37,8 @@ class HeadReport:
     Attributes:
         layer, head, length: where, and of how many tokens.
         gamma_q, gamma_k: the theorem's norms, largest entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
+        gamma_full: what the theorem asks for besides where K is adapted too, the largest entry of ``scale X W_Q W_K``,
+            on sampled queries and before rotary embeddings; None where the weights cannot be read.
         threshold: ``sqrt(ln length)``, which the theorem compares them with, up to constants that it does not give.
         rho: the larger of them over the threshold. Above 1 is evidence for the hard side, no proof.
         certified, certified_raw: no logit is larger, with and without centred keys; sampled, sampled_raw: the largest
@@ -59,6 +61,7 @@ class HeadReport:
     length: int
     gamma_q: float
     gamma_k: float
+    gamma_full: float | None
     threshold: float
     rho: float
     certified: float
@@ -228,7 +231,7 @@ class NormMonitor:
         due = self.every is not None and module.training and (self.passes - 1) % self.every == 0
         self._active, self._armed = self._armed or due, False
         for norms in self._projections.values():
-            norms.on, norms.found = self._active, {}
+            norms.on, norms.found, norms.full = self._active, {}, None
 
     def _end(self, *_: Any) -> None:
         self._active = False
@@ -248,10 +251,10 @@ class NormMonitor:
         degrees = range(2, self.max_degree + 1, 2)
         norms = head_norms(seen, degrees=degrees, rows=self.rows, generator=self.generator)
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())
-        self._reports[name] = list(self._judge(name, seen, norms, first, self._projections[call.layer].found))
+        self._reports[name] = list(self._judge(name, seen, norms, first, self._projections[call.layer]))
 
     def _judge(
-        self, name: str, seen: Seen, norms: HeadNorms, first: Tensor, factors: dict[str, dict[str, Tensor]]
+        self, name: str, seen: Seen, norms: HeadNorms, first: Tensor, projections: ProjectionNorms
     ) -> Iterable[HeadReport]:
         values = HeadNorms(*(x.double().cpu() for x in norms))
         (_, heads, length, dim), key_heads = seen.query.shape, seen.key.shape[1]
@@ -267,9 +270,13 @@ class NormMonitor:
             error = float(values.errors[tried // 2 - 1, head])
             status, degree = judge(needed[0], needed[1], error, costs, self.tolerance)
             gamma, of = max((q, "q"), (k, "k"))
-            source = _factors(factors.get(of), head if of == "q" else head * key_heads // heads, abs(seen.scale) ** 0.5)
+            source = _factors(
+                projections.found.get(of), head if of == "q" else head * key_heads // heads, abs(seen.scale) ** 0.5
+            )
             yield HeadReport(
-                layer=name, head=head, length=length, gamma_q=q, gamma_k=k, threshold=threshold,
+                layer=name, head=head, length=length, gamma_q=q, gamma_k=k,
+                gamma_full=None if projections.full is None else abs(seen.scale) * float(projections.full[head]),
+                threshold=threshold,
                 rho=gamma / threshold, certified=certified, certified_raw=certified_raw, sampled=sampled,
                 sampled_raw=sampled_raw, certified_degree=needed[0], degree=needed[1], error=error,
                 cost=costs[degree], pays_from=pays[degree], input=source[0], base=source[1], adapter=source[2],

@@ -39,15 +39,29 @@ def _product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return scale * (x.to(a.dtype) @ a.mT) @ b.mT
 
 
+def whole_weight(module: nn.Module) -> Tensor | None:
+    """The (out, in) weight of a projection with its adapters, without DoRA's scale; None for a quantised one."""
+    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    # transformers' Conv1D has nf outputs and stores its weight the other way round
+    base = weight.detach().mT if hasattr(getattr(module, "base_layer", module), "nf") else weight.detach()
+    added = adapter_output(module, torch.eye(base.shape[1], device=base.device))
+    return base.float() if added is None else base.float() + added.detach().float().mT
+
+
 class ProjectionNorms:
     """Hooks on the projections of one attention layer, which take norms of the passes they are told to.
 
     ``found`` holds for "q" and "k": ``input``, the largest entry of X; ``base`` and ``adapter`` [heads], the largest
-    entries of X W* and of scale * X A^T B^T a head, before rotary embeddings.
+    entries of X W* and of scale * X A^T B^T a head, before rotary embeddings. ``full`` [heads] is the norm that the
+    theorem
+    asks for besides where K is adapted too: the largest entry of ``X W_Q W_K``, of up to 64 tokens a sequence.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.found, self.on = layer, {}, False  # type: ignore[var-annotated]
+        self.full: Tensor | None = None
         self.parts: dict[nn.Module, list[tuple[str, int]]] = {}
         for name, (module, part) in find_projections(layer).items():
             self.parts.setdefault(module, []).append((name, part))
@@ -70,10 +84,26 @@ class ProjectionNorms:
                 largest = {"input": x.abs().amax().float(), "base": self._heads(base, part)}
                 largest["adapter"] = torch.zeros_like(largest["base"]) if added is None else self._heads(added, part)
                 self.found[name] = largest
+                if name == "q":
+                    self.full = self._through_keys(self._part(output.detach(), part))
 
     def _heads(self, y: Tensor, part: int) -> Tensor:
         """Largest absolute entry of every head: [heads]."""
+        heads = self._part(y, part).unflatten(-1, (-1, self.layer.head_dim))  # type: ignore[arg-type]
+        return heads.abs().flatten(0, -3).amax(dim=(0, 2)).float()
+
+    def _part(self, y: Tensor, part: int) -> Tensor:
         layer: Any = self.layer
-        if hasattr(layer, "c_attn"):
-            y = y[..., part * layer.embed_dim : (part + 1) * layer.embed_dim]
-        return y.unflatten(-1, (-1, layer.head_dim)).abs().flatten(0, -3).amax(dim=(0, 2)).float()
+        return y[..., part * layer.embed_dim : (part + 1) * layer.embed_dim] if hasattr(layer, "c_attn") else y
+
+    def _through_keys(self, q: Tensor) -> Tensor | None:
+        """Largest entry of ``q W_K`` of every head, [heads], for queries [.., L, heads * d]."""
+        module, part = find_projections(self.layer)["k"]
+        weight = whole_weight(module)
+        if weight is None:
+            return None
+        dim: Any = self.layer.head_dim
+        keys = self._part(weight.mT, part).mT.unflatten(0, (-1, dim))
+        rows = q[..., :: max(1, q.shape[-2] // 64), :].unflatten(-1, (-1, dim)).float().flatten(0, -3)
+        group = rows.shape[1] // keys.shape[0]
+        return torch.stack([(rows[:, h] @ keys[h // group]).abs().amax() for h in range(rows.shape[1])])

@@ -181,14 +181,15 @@ def test_checkpointing_repeats_what_the_first_pass_did():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
 
 
-def test_adapters_learn_through_low_rank_attention():
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]], ids=["partial", "full"])
+def test_adapters_learn_through_low_rank_attention(targets):
     from leanstep.lora import LoraConfig, apply_lora
 
     results = []
     for mode in ("exact", "force"):
         model = llama().train()
         torch.manual_seed(1)
-        apply_lora(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        apply_lora(model, LoraConfig(r=2, target_modules=targets))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("lora_B.weight"):
@@ -197,7 +198,7 @@ def test_adapters_learn_through_low_rank_attention():
             model(IDS, labels=IDS).loss.backward()
             assert len(monitor.report()) == 8
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert len(results[0]) == 8
+    assert len(results[0]) == 4 * len(targets)
     for name, grad in results[0].items():
         assert (results[1][name] - grad).norm() <= 0.05 * grad.norm(), name
 

@@ -197,6 +197,36 @@ def test_the_monitor_sees_what_attention_sees_and_changes_nothing(make, implemen
         assert 0.7 < row.base / max(row.gamma_q, row.gamma_k) < 1.5 and row.adapter == 0 and row.drift == 1
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_norm_of_full_adaptation_is_that_of_queries_through_the_keys_weights(make):
+    model = make()
+    if make is llama:
+        from leanstep.lora import LoraConfig, apply_lora
+
+        apply_lora(model, LoraConfig(r=2, target_modules=["k_proj"]))
+        layer = model.model.layers[0].self_attn
+        with torch.no_grad():
+            layer.k_proj.lora_B.weight.normal_()
+            weight = (
+                layer.k_proj.weight + layer.k_proj.lora.scale * layer.k_proj.lora_B.weight @ layer.k_proj.lora_A.weight
+            )
+        projection = layer.q_proj
+    else:
+        layer = model.transformer.h[0].attn
+        projection, weight = layer.c_attn, layer.c_attn.weight[:, 32:64].T
+    outputs = []
+    handle = projection.register_forward_hook(lambda _, __, y: outputs.append(y.detach()))
+    with NormMonitor(model, rows=4) as monitor, torch.no_grad():
+        monitor.arm()
+        model(IDS)
+    handle.remove()
+    q = outputs[0][..., :32].unflatten(-1, (4, 8))
+    keys = weight.detach().unflatten(0, (-1, 8))
+    for head, row in enumerate(monitor.report()[:4]):
+        want = (q[:, :, head] @ keys[head * len(keys) // 4]).abs().max() * 8**-0.5
+        assert row.gamma_full == pytest.approx(float(want), rel=1e-4)
+
+
 def test_measures_when_armed_or_every_so_many_training_passes_only():
     model = llama()
     with NormMonitor(model, every=3, rows=4) as monitor:
