@@ -89,7 +89,7 @@ class ProjectionNorms:
 
     def _heads(self, y: Tensor, part: int) -> Tensor:
         """Largest absolute entry of every head: [heads]."""
-        heads = self._part(y, part).unflatten(-1, (-1, self.layer.head_dim))  # type: ignore[arg-type]
+        heads = self._part(y, part).unflatten(-1, (-1, self.layer.head_dim))
         return heads.abs().flatten(0, -3).amax(dim=(0, 2)).float()
 
     def _part(self, y: Tensor, part: int) -> Tensor:
