@@ -49,8 +49,9 @@ MODEL_BOUNDS: dict[str, dict[str, float]] = {
 def unknown_key(path: tuple[str, ...], known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """The message for a key that does not exist, with the nearest one of its section or of the whole schema."""
     parent, key = path[:-1], path[-1]
-    near = [".".join((*parent, match)) for match in get_close_matches(key, sorted(known), n=1, cutoff=0.6)]
-    near += [full for full in elsewhere if full.rpartition(".")[2] == key]
+    # the same name in another section is nearer than a like one in this
+    near = [full for full in elsewhere if full.rpartition(".")[2] == key]
+    near = near or [".".join((*parent, match)) for match in get_close_matches(key, sorted(known), n=1, cutoff=0.6)]
     hint = f"; did you mean {' or '.join(repr(name) for name in near[:3])}?" if near else ""
     if not hint and len(set(known)) <= 24:
         section = f" in {'.'.join(parent)}" if parent else ""
