@@ -83,20 +83,21 @@ class Bench:
             for target in find_targets(self.model):
                 target.weight.copy_(self.dense[target.name])
 
-    def perplexity(self) -> float:
-        """On the held-out sequences, with the weights as they are."""
-        metric, parts = CEDelta(), []
+    def cost(self) -> dict[str, float]:
+        """Perplexity and distortion on the held-out sequences, with the weights as they are."""
+        loss, losses, distortions = CEDelta(), [], []
         with evaluating(self.model):
-            for batch in self.held_out:
-                nothing = torch.zeros(batch.size, dtype=torch.float64)
-                parts.append(metric.compare(nothing, batch.run(self.model), batch))
-        return math.exp(summarise(parts).mean)
+            for kept, batch in zip(self.measurement.reference, self.held_out, strict=True):
+                output = batch.run(self.model)
+                losses.append(loss.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+                distortions.append(self.measurement.metric.compare(kept, output, batch))
+        return {"perplexity": math.exp(summarise(losses).mean), "joint": summarise(distortions).mean}
 
     def run(self) -> None:
         """Every cell that is missing."""
         begin = time.perf_counter()
         if ("dense",) not in self.results:
-            self._keep(("dense",), perplexity=self.perplexity())
+            self._keep(("dense",), **self.cost())
         for seed in self.options.seeds:
             data = None
             for score in self.options.scores:
@@ -137,9 +138,7 @@ class Bench:
                 curves=curves if allocation == "dp" else None,
                 held_out=False,
             )
-            joint = self.measurement.joint().mean
-            found = {"perplexity": self.perplexity(), "joint": joint, "predicted": result.allocation.predicted}
-            self._keep(cell, sparsity=result.sparsity, **found)
+            self._keep(cell, sparsity=result.sparsity, predicted=result.allocation.predicted, **self.cost())
         finally:
             self.restore()
 

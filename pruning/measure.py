@@ -219,7 +219,7 @@ class Pruning:
     def pruners(self, groups: Sequence[Group], start: int = 0) -> dict[str, LayerPruner]:
         """One pruner per matrix, of the weights as they are now; made with one pass over the data from ``start`` on."""
         targets = [target for group in groups for target in group.targets]
-        if start in self.cache.starts:
+        if NEEDS[self.score] and start in self.cache.starts:
             self.cache.advance(start)
         statistics = statistics_for(self.cache, targets, NEEDS[self.score])
         return {target.name: self.pruner(target, statistics[target.name]) for target in targets}

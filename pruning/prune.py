@@ -96,7 +96,9 @@ def prune(
         Memory besides the model: a copy of the pruned matrices, the scores of one block (of all for ``global``), and
             what
         :func:`measure_curves` takes. The masks are chosen from the first block to the last, on inputs that earlier,
-        already pruned blocks give. Unstructured zeros make a model neither smaller nor faster in PyTorch.
+        already pruned blocks give. Whole heads and channels are not pruned here: transformers has one width for all
+        layers of a model, so that the result would open nowhere. Unstructured zeros make a model neither smaller nor
+        faster in PyTorch.
 
     References:
         K. Xu et al., arXiv 2308.10438; for the baselines see :func:`allocate`.

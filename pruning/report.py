@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from leanstep._charts import PALETTE, Series, chart, compact
@@ -31,7 +32,7 @@ def report_page(content: Mapping[str, Any]) -> str:
         content: what sparsity.json holds (:meth:`leanstep.pruning.PruneResult.to_dict` and the checkpoint's facts):
             ``layers`` and ``allocation``, and where they are known ``curves``, ``compared``, ``perplexity``, ``notes``.
     """
-    title = f"{content.get('source') or 'model'} pruned to {content['sparsity']:.2%} zeros"
+    title = f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_lead(content))}</p>',

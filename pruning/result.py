@@ -12,6 +12,8 @@ from leanstep.pruning.groups import Group
 
 __all__ = ["PruneResult"]
 
+_FRONT_POINTS = 100
+
 
 @dataclass
 class PruneResult:
@@ -71,9 +73,13 @@ class PruneResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        allocation = self.allocation.to_dict()
+        # the front has a point for every state of the table; a hundred of them draw it
+        step = -(-len(allocation["front"]) // _FRONT_POINTS) or 1
+        allocation["front"] = allocation["front"][::step]
         return {
             "sparsity": self.sparsity,
-            "allocation": self.allocation.to_dict(),
+            "allocation": allocation,
             "score": self.score,
             "pattern": self.pattern,
             "metric": self.metric,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep prune``; returns 0, 2 after a message about input that cannot be used, or 1 about a full disk."""
     options = _parser().parse_args(argv)
+    begin = time.monotonic()
     try:
         result = _prune(options)
     except (ValueError, ImportError) as error:
@@ -35,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {options.out} was not made. The same command with --resume goes on", file=sys.stderr)
         return 130
-    print(json.dumps(result.to_dict()) if options.json else _summary(result, options.out))
+    if options.json:
+        print(json.dumps(result.to_dict()))
+        return 0
+    print(_summary(result, options.out))
+    # the process's own largest size: weights, calibration and everything that was imported
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"took {format_duration(time.monotonic() - begin)}, at most {peak / 2**30:.2f} GiB of memory")
     return 0
 
 
@@ -180,10 +188,9 @@ class _Bar:
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)
-        elif done == total or now - self._told > 30:
+        elif done == total or (now - self._told > 30 and done > self._first + 1):
             self._told = now
-            made = done - self._first
-            left = (now - self._began) / max(made, 1) * (total - done)
+            left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
             print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
 
     def _show(self, done: int, total: int, name: str) -> None:

@@ -129,7 +129,11 @@ REFUSED = {
         {},
         "sparsity of 0.9 is out of reach: .* from 0 to 0.75",
     ),
-    "levels": (["--sparsity", "0.5", "--levels", "0.2,0.4"], {}, "a sparsity of 0.5 is out of reach: .* from 0 to 0.4"),
+    "levels": (
+        ["--sparsity", "0.5", "--levels", "0.2,0.4"],
+        {},
+        "of 0.5 is out of reach: .* from 0 to 0.39",
+    ),
     "sequence": (["--sparsity", "0.5", "--seq-len", "100"], {}, "seq_len must be from 2 to the model's 64 positions"),
     "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
 }
