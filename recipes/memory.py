@@ -142,7 +142,6 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
     """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
     model = meta_model(config, vocab_size)
     _replace_tensors(model, device)
-    adapt(config, model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -157,7 +156,9 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
             return build_model(config.model, vocab_size, dtype)
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+        adapt(config, model)
+        return model
 
 
 def _replace_tensors(model: nn.Module, device: str) -> None:

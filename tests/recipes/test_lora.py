@@ -10,9 +10,11 @@ from training import Training, numbers, run, write_recipe, write_text
 from transformers import AutoModelForCausalLM
 
 from leanstep.lora import load_adapter
+from leanstep.recipes.check import _groups
 from leanstep.recipes.differences import config_differences
 from leanstep.recipes.loader import ConfigError, load
 from leanstep.recipes.memory import estimate
+from leanstep.recipes.sections import Facts, Section
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,14 @@ def test_the_estimate_counts_what_is_trained_only(base):
     assert adapted.gradients == 4 * trained
     assert adapted.optimizer_state < whole.optimizer_state / 4
     assert adapted.activations < whole.activations
+
+
+def test_check_shows_what_is_trained(base):
+    recipe, _, options = base
+    section = Section("groups")
+    _groups(load(recipe, [*options, "lora.use_dora=true"]), section, Facts(vocabulary=300))
+    text = "\n".join(section.lines)
+    assert "lora_A" in text and "lora_magnitude_vector" in text and "wte" not in text
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "[c_atn]"])
