@@ -45,7 +45,8 @@ class Siblings:
     def take(self, layer: FastLinear, x: Tensor) -> Tensor | None:
         """The output of one layer, or None where it has to compute for itself."""
         # a compiled program shares the input's storage anyway, and must not depend on what waits here
-        if self.broken or torch.compiler.is_compiling():
+        # and a tensor of inference mode does not tell whether it was changed
+        if self.broken or torch.compiler.is_compiling() or x.is_inference():
             return None
         place = next((i for i, other in enumerate(self.layers) if other is layer), None)
         if place is None:

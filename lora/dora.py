@@ -51,15 +51,20 @@ class _Key(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Key:
-        return cls(tensor.detach(), tensor._version)
+        return cls(tensor.detach(), _changes(tensor))
 
     def holds(self, tensor: Tensor) -> bool:
         return (
             self.alias.data_ptr() == tensor.data_ptr()
-            and self.version == tensor._version
+            and self.version == _changes(tensor)
             and self.alias.shape == tensor.shape
             and self.alias.dtype == tensor.dtype
         )
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class NormCache:

@@ -223,6 +223,27 @@ def test_activation_checkpointing_gives_the_same_gradients(dropout):
         torch.testing.assert_close(found[1][name], wanted[1][name])
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_inference_mode(dora):
+    model = adapted(use_dora=dora).eval()
+    wanted = model(tokens()).logits
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(model(tokens()).logits, wanted.detach())
+    loss_and_gradients(model, tokens())
+
+
+def test_generation_uses_the_adapter():
+    model = adapted(tiny_llama()).eval()
+    # none of them is a padding token, which would be masked
+    prompt = tokens(1, 4).clamp(min=3)
+    found = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    ids = prompt
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert found.tolist() == ids.tolist()
+
+
 def test_dropout_drops_in_training_only_and_by_the_seed():
     model = adapted(lora_dropout=0.4)
     ids = tokens()
