@@ -171,7 +171,7 @@ def test_a_sharded_run_that_is_killed_trains_as_one_process_does(recipe, tmp_pat
     assert alone.codes == [0], alone.text()
     options += ["distributed.strategy=fsdp2"]
     sharded = Training(recipe, options, tmp_path / "sharded", world=2, prepare=partial(held_at, 10, fsdp2_on_cpu))
-    sharded.wait_for(lambda training: training.last_step() >= 8)
+    sharded.wait_for(lambda training: training.last_step() >= 8, timeout=180)
     sharded.kill(1)
     assert 0 not in sharded.wait()
     again = run(recipe, options, tmp_path / "sharded", world=2, prepare=fsdp2_on_cpu)
