@@ -99,6 +99,10 @@ def prune_checkpoint(
         Memory: the model, what :func:`prune` takes, and one weight file while writing.
     """
     check_choices(data=data, **settings)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} is not there: {str(error).splitlines()[0]}") from None
     out = check_output(out)
     partial = out.with_name(f"{out.name}.curves.jsonl")
     if partial.exists() and not resume:

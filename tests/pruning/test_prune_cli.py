@@ -135,6 +135,7 @@ REFUSED = {
         "of 0.5 is out of reach: .* from 0 to 0.39",
     ),
     "sequence": (["--sparsity", "0.5", "--seq-len", "100"], {}, "seq_len must be from 2 to the model's 64 positions"),
+    "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not there"),
     "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
 }
 
