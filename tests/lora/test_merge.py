@@ -32,7 +32,7 @@ def test_merged_and_adapted_models_agree(case, dtype):
     report = merge(model)
     found = model(tokens()).logits.double()
     eps = torch.finfo(dtype).eps
-    # what rounding every weight once costs, beside what 16-bit arithmetic costs anyway; measured: below 6 eps
+    # what rounding every weight once costs, beside what 16-bit arithmetic costs anyway
     assert (found - wanted).norm() <= 2 * (rough - wanted).norm() + 12 * eps * wanted.norm()
     largest = max(float(p.detach().abs().max()) for p in model.parameters())
     assert report.drift <= largest * eps
