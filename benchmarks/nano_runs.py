@@ -34,12 +34,12 @@ _MFAC = "{window: 256, damping: 1e-4, compression: topk, density: 0.01, momentum
 # the grids are powers of two (M-FAC: of three) around the rates of the recipes
 ENTRIES = {
     "adamw": Entry("adamw", (2e-3, 4e-3, 8e-3)),
-    "lion": Entry("lion", (1e-3, 2e-3, 4e-3)),
+    "lion": Entry("lion", (5e-4, 1e-3, 2e-3)),
     "sinkgd": Entry("sinkgd", (1e-2, 2e-2, 4e-2)),
-    "muon": Entry("adamw", (2e-3, 4e-3, 8e-3), ("optimizer.name=muon", "optimizer.args={}")),
-    "lanton": Entry("lanton", (5e-3, 1e-2, 2e-2)),
-    "lanton-plain": Entry("lanton", (5e-3, 1e-2, 2e-2), ("optimizer.args={noise_adaptive: false}",)),
-    "s-mfac": Entry("adamw", (3e-4, 1e-3, 3e-3), ("optimizer.name=mfac", f"optimizer.args={_MFAC}")),
+    "muon": Entry("adamw", (4e-3, 8e-3, 1.6e-2), ("optimizer.name=muon", "optimizer.args={}")),
+    "lanton": Entry("lanton", (1e-2, 2e-2, 4e-2)),
+    "lanton-plain": Entry("lanton", (1e-2, 2e-2, 4e-2), ("optimizer.args={noise_adaptive: false}",)),
+    "s-mfac": Entry("adamw", (3e-3, 1e-2, 3e-2), ("optimizer.name=mfac", f"optimizer.args={_MFAC}")),
 }
 
 
