@@ -103,15 +103,19 @@ class PrefixCache:
         trial = PrefixCache(self.model, [sample], enabled=False)
         trial.stages = self.stages
         for position in range(1, len(self.stages)):
-            trial.reset()
-            trial.starts = (0, position)
+            # from the last place where it can be cut on: nothing is computed twice
+            before = trial.position, trial._outputs
+            trial.starts = (*self.starts, position)
             try:
                 trial.advance(position)
                 found = _tensors(trial.run(0))
+                same = len(found) == len(expected) and all(map(torch.equal, found, expected))
             except (RuntimeError, TypeError, ValueError, IndexError):
-                continue
-            if len(found) == len(expected) and all(map(torch.equal, found, expected)):
+                same = False
+            if same:
                 self.starts = (*self.starts, position)
+            else:
+                trial.position, trial._outputs = before
         if len(self.starts) == 1:
             self.note = (
                 "prefixes are not cached, every pass is whole: no part of the model needs the one before it alone"
