@@ -53,7 +53,7 @@ def newton_schulz(
             meets X at the end of a few steps: cheaper for matrices that are not nearly square. "auto": whichever has
             fewer operations (:func:`flops`); the reference backend takes "standard".
         dtype: what products are computed in, and the dtype of the result. None: fp64 for fp64 matrices; else bf16 on
-            GPUs that have it and on CPUs with bf16 matrix units (AMX), and fp32 on all others.
+            GPUs that have it and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 on all others.
         eps: smallest norm to divide by; not negative.
 
     Returns:
@@ -192,15 +192,16 @@ def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
     if mat.dtype == torch.float64:
         return torch.float64
     if mat.device.type == "cpu":
-        return torch.bfloat16 if _has_bf16_matrix_units() else torch.float32
+        return torch.bfloat16 if _multiplies_bf16() else torch.float32
     if mat.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if mat.device.type == "xpu" else torch.float32
 
 
 @functools.cache
-def _has_bf16_matrix_units() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def _multiplies_bf16() -> bool:
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def _products(backend: str, dtype: torch.dtype) -> Products:
