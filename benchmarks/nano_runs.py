@@ -36,7 +36,7 @@ ENTRIES = {
     "adamw": Entry("adamw", (2e-3, 4e-3, 8e-3)),
     "lion": Entry("lion", (5e-4, 1e-3, 2e-3)),
     "sinkgd": Entry("sinkgd", (1e-2, 2e-2, 4e-2)),
-    "muon": Entry("adamw", (8e-3, 1.6e-2, 3.2e-2), ("optimizer.name=muon", "optimizer.args={}")),
+    "muon": Entry("adamw", (4e-3, 8e-3, 1.6e-2), ("optimizer.name=muon", "optimizer.args={}")),
     "lanton": Entry("lanton", (1e-2, 2e-2, 4e-2)),
     "lanton-plain": Entry("lanton", (1e-2, 2e-2, 4e-2), ("optimizer.args={noise_adaptive: false}",)),
     "s-mfac": Entry("adamw", (1e-3, 3e-3, 1e-2), ("optimizer.name=mfac", f"optimizer.args={_MFAC}")),
