@@ -75,6 +75,12 @@ def curve(run_dir: Path) -> tuple[list[int], list[float]]:
     return [t for t, _ in points], [loss for _, loss in points]
 
 
+def speed(run_dirs: list[Path]) -> float:
+    """Median tokens per second over the log lines of the runs; runs of a busy machine do not compare."""
+    lines = [json.loads(line) for run_dir in run_dirs for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return statistics.median(line["tokens_per_s"] for line in lines if line["kind"] == "train")
+
+
 def plot(out: Path, family: str, rates: dict[str, float], seeds: list[int]) -> None:
     """Validation loss against tokens, one line a seed."""
     import matplotlib
@@ -130,12 +136,14 @@ def main() -> None:
     (options.out / "results.json").write_text(json.dumps(record, indent=1))
     plot(options.out, options.family, rates, options.seeds)
     print(
-        "\n| optimizer | lr | validation loss, mean of seeds | spread | each seed |\n| --- | ---: | ---: | ---: | --- |"
+        "\n| optimizer | lr | validation loss, mean of seeds | spread | each seed | tokens/s |\n"
+        "| --- | ---: | ---: | ---: | --- | ---: |"
     )
     for name, losses in sorted(results.items(), key=lambda item: statistics.mean(item[1])):
         spread = f"{max(losses) - min(losses):.4f}"
+        fast = speed([options.out / f"{name}-seed{seed}" for seed in options.seeds])
         each = ", ".join(f"{loss:.4f}" for loss in losses)
-        print(f"| {name} | {rates[name]:g} | {statistics.mean(losses):.4f} | {spread} | {each} |")
+        print(f"| {name} | {rates[name]:g} | {statistics.mean(losses):.4f} | {spread} | {each} | {fast:.0f} |")
 
 
 if __name__ == "__main__":
