@@ -159,8 +159,9 @@ def factorisation(seed):
 
 
 def final_loss(problem, seed, build_optimizer, steps=150):
+    """Of a problem of a list of tensors, or of a model, whose embedding and head are routed as users are told to."""
     params, loss_of = problem(seed)
-    optimizer = build_optimizer(copy.copy(params))
+    optimizer = build_optimizer(copy.copy(params) if isinstance(params, list) else param_groups(params))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -181,7 +182,7 @@ def language_model(seed):
         ids = torch.stack([data[int(i)]["input_ids"] for i in torch.randint(48, (8,), generator=chance)])
         return model(input_ids=ids, labels=ids).loss
 
-    return list(model.parameters()), loss_of
+    return model, loss_of
 
 
 RATES = {
@@ -211,7 +212,7 @@ def test_small_problems(seed):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_language_model(seed):
+    """Far below gradient descent: the margin stands above what the order of a CPU's sums moves."""
     slow = best_loss("sgd", language_model, seed, rates=(0.3, 0.6, 1.0, 1.5), steps=30)
-    assert best_loss("lion", language_model, seed, rates=(0.02, 0.04), steps=30) < slow
-    assert best_loss("sinkgd", language_model, seed, rates=(0.03, 0.06), steps=30) < slow
-    assert best_loss("lanton", language_model, seed, rates=(0.15, 0.2), steps=30) < slow
+    for name, rates in (("lion", (0.02, 0.04)), ("sinkgd", (0.03, 0.06)), ("lanton", (0.08, 0.12))):
+        assert best_loss(name, language_model, seed, rates=rates, steps=30) < slow / 2, name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.optimize import linprog
 
 from leanstep.sparsity import is_nm, sparsify, squash, transposable_mask
 from leanstep.sparsity.transposable import METHODS, cancel_cycles, fill, greedy, patterns_2_4
@@ -13,10 +14,9 @@ def kept(scores, mask):
 
 def best_by_linear_program(tile, n):
     """The largest sum of scores with n entries per row and column; the program's corners are integral."""
-    optimize = pytest.importorskip("scipy.optimize")
     m = len(tile)
     rows, columns = torch.eye(m).repeat_interleave(m, dim=1), torch.eye(m).repeat(1, m)
-    result = optimize.linprog(-tile.flatten().numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=[n] * (2 * m),
+    result = linprog(-tile.flatten().numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=[n] * (2 * m),
                               bounds=(0, 1))  # fmt: skip
     return -result.fun
 
