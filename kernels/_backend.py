@@ -35,6 +35,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "sinkhorn": BACKENDS,
     "scaled_step": BACKENDS,
     "nonfinite_flags": ("reference", "cpp"),
+    "adamw_step": ("reference", "cpp"),
     "newton_schulz": _TORCH,
     "nuclear_norm": _TORCH,
     "row_dots": _WINDOW,
@@ -54,6 +55,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "poly_features": _WINDOW,
     "poly_features_backward": _WINDOW,
 }
+
+# parts of a step that are torch's own on every backend but "cpp": a request for one they do not have is none
+_TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step")
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
 
@@ -154,6 +158,8 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
         BackendError: when a backend was asked for with :func:`use_backend` and cannot run here.
     """
     requested = _requested.get()
+    if op in _TORCH_ELSEWHERE and requested not in ("auto", *OPS[op]):
+        return Choice("reference", f"torch's own: {op} has no {requested} implementation")
     if requested != "auto":
         reason = why_not(op, requested, device, *dtypes)
         if reason is not None:

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from leanstep.kernels._compile import is_dense
+from leanstep.kernels.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local, new_state
@@ -106,33 +107,34 @@ def _plain(
     columns = [params, grads, exp_avgs, exp_avg_sqs]
     fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
     fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
-    adamw(
-        fed_params,
-        fed_grads,
-        fed_avgs,
-        fed_sqs,
-        [],
-        steps,
-        # torch's lists take no tensor as a rate
-        foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
-        fused=fused,
-        capturable=fused and params[0].device.type != "cpu",
-        found_inf=found.to(torch.float32) if found is not None and fused else None,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
-    )
+    rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    if fused and found is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        adamw_step_on_host(fed_params, fed_grads, fed_avgs, fed_sqs, steps, betas=(beta1, beta2), **rule)
+    else:
+        adamw(
+            fed_params,
+            fed_grads,
+            fed_avgs,
+            fed_sqs,
+            [],
+            steps,
+            # torch's lists take no tensor as a rate
+            foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
+            fused=fused,
+            capturable=fused and params[0].device.type != "cpu",
+            found_inf=found.to(torch.float32) if found is not None and fused else None,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            **rule,
+        )
     if fused:
         for row, used in zip(zip(*columns, strict=True), fed, strict=True):
             if used is not row and used[0] is not row[0]:
                 for i in (0, 2, 3):
                     row[i].copy_(used[i])
             else:
-                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernel does not
+                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels do not
     if kept is not None and found is not None:
         for tensor, before in kept:
             tensor.copy_(torch.where(found.to(tensor.device), before, tensor))

@@ -1,8 +1,8 @@
 // Square-root Sinkhorn scales of matrices: reference/sinkhorn.py. MAT: float or bf16.
 //
 // An iteration reads a matrix once: a row's mean square is complete before the row leaves the first-level cache, and is
-// at once added, inverted, to the sums of the columns. A matrix that fits the second-level cache is read from memory in
-// the first iteration only. Nothing as large as a matrix is written.
+// at once added, inverted, to the sums of the columns. A matrix that fits the caches is read from memory once, while the
+// iterations of the one before it leave the memory idle. Nothing as large as a matrix is written.
 #pragma once
 
 #include "common.h"
@@ -18,6 +18,8 @@ constexpr int64_t LARGE = 2 << 20;
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
 
+// bytes of a matrix that is fetched while another one is in work: beside it, it stays in a last-level cache until its turn
+constexpr int64_t FETCHED = 4 << 20;
 // elements of a coming row that are fetched ahead
 constexpr int64_t ROW_FETCHED = 1024;
 
@@ -28,6 +30,30 @@ struct Matrix {
     float* r0;       // 1, or a power of two where squares would leave the range of fp32
     float* inverse;  // of the mean squares of the rows of diag(r0) G diag(c)
     float* square;   // c^2
+
+    int64_t bytes() const { return m * n * static_cast<int64_t>(sizeof(MAT)); }
+};
+
+// Part k of `parts` of the matrix that comes next, asked for in shares, so that no request waits in line
+class Coming {
+public:
+    Coming(const Matrix* next, int64_t k, int64_t parts, int64_t shares) {
+        if (!next || next->stride != next->n || next->bytes() > FETCHED) return;
+        const int64_t lines = (next->bytes() + LINE - 1) / LINE;
+        const char* data = reinterpret_cast<const char*>(next->data);
+        at_ = data + lines * k / parts * LINE;
+        end_ = std::min(data + lines * (k + 1) / parts * LINE, data + next->bytes());
+        share_ = (end_ - at_ + shares * LINE - 1) / (shares * LINE) * LINE;
+    }
+    void fetch_share() {
+        for (const char* to = std::min(at_ + share_, end_); at_ < to; at_ += LINE) __builtin_prefetch(at_, 0, 2);
+    }
+
+private:
+    static constexpr int64_t LINE = 64;
+    const char* at_ = nullptr;
+    const char* end_ = nullptr;
+    int64_t share_ = 0;
 };
 
 float inverse_of_largest(const MAT* __restrict row, int64_t n) {
@@ -132,14 +158,17 @@ void add(float* __restrict sums, const float* __restrict part, int64_t n) {
 }
 
 // rows begin..end of one iteration: their inverse mean squares, and their part of the column sums (null: not wanted).
-// scratch: ROWS + 1 rows
-void pass(const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums) {
+// scratch: ROWS + 1 rows; coming: fetched meanwhile
+void pass(
+    const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums, Coming coming
+) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
         for (int64_t i = from; i < to; i += ROWS) {
+            coming.fetch_share();
             const MAT* rows[ROWS];
             float r0[ROWS], sums[ROWS], factors[ROWS];
             const int64_t count = std::min(ROWS, to - i);
@@ -179,25 +208,34 @@ void finish(const Matrix& a, bool iterated) {
     }
 }
 
+// what iteration k of `passes` fetches in its piece of a matrix: the first one reads from memory itself
+Coming coming_in(const Matrix* next, int64_t k, int64_t passes, int64_t piece, int64_t pieces, int64_t rows) {
+    if (k == 0) return {nullptr, 0, 1, 1};
+    return {next, (k - 1) * pieces + piece, (passes - 1) * pieces, (rows + ROWS - 1) / ROWS};
+}
+
 template <typename Done>
-void alone(const Matrix& a, int64_t num_iters, bool end_with_rows, Done done) {
+void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with_rows, Done done) {
     Buffer scratch((ROWS + 1) * padded(a.n)), sums(a.n);
-    for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
+    const int64_t passes = num_iters + end_with_rows;
+    for (int64_t k = 0; k < passes; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.data(), sums.data() + a.n, 0.0f);
-        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr);
+        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr,
+             coming_in(next, k, passes, 0, 1, a.m));
         if (columns) invert_columns(a, sums.data());
     }
-    finish(a, num_iters + end_with_rows > 0);
+    finish(a, passes > 0);
     done(a, 0, a.m);
 }
 
 template <typename Done>
-void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads, Done done) {
+void together(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with_rows, int threads, Done done) {
     // cut by rows, not by threads: the same sums whatever their number
     const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
+    const int64_t passes = num_iters + end_with_rows;
     Buffer sums(pieces * padded(a.n)), total(a.n);
-    for (int64_t k = 0; k < num_iters + end_with_rows; ++k) {
+    for (int64_t k = 0; k < passes; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.data(), sums.data() + pieces * padded(a.n), 0.0f);
 #pragma omp parallel num_threads(threads)
@@ -206,7 +244,8 @@ void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int thread
 #pragma omp for schedule(static)
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
-                     columns ? sums.data() + piece * padded(a.n) : nullptr);
+                     columns ? sums.data() + piece * padded(a.n) : nullptr,
+                     coming_in(next, k, passes, piece, pieces, height));
             }
         }
         if (!columns) continue;
@@ -214,7 +253,7 @@ void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int thread
         for (int64_t piece = 0; piece < pieces; ++piece) add(total.data(), sums.data() + piece * padded(a.n), a.n);
         invert_columns(a, total.data());
     }
-    finish(a, num_iters + end_with_rows > 0);
+    finish(a, passes > 0);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t piece = 0; piece < pieces; ++piece) {
         done(a, piece * height, std::min((piece + 1) * height, a.m));
@@ -227,26 +266,25 @@ void sinkhorn_all(
     int64_t count, const MAT** mats, const int64_t* heights, const int64_t* widths, const int64_t* strides,
     float** rows, float** cols, int64_t num_iters, bool end_with_rows, int threads, Done done
 ) {
-    std::vector<Matrix> small;
-    std::vector<float> inverses;
-    int64_t total = 0;
-    for (int64_t t = 0; t < count; ++t) total += heights[t];
-    inverses.resize(total);
+    std::vector<Matrix> small, large;
+    std::vector<float> inverses(std::accumulate(heights, heights + count, int64_t{0}));
     float* next = inverses.data();
     for (int64_t t = 0; t < count; ++t) {
         const Matrix a{t, mats[t], heights[t], widths[t], strides[t], rows[t], next, cols[t]};
         next += a.m;
         std::fill(a.square, a.square + a.n, 1.0f);
-        if (a.m * a.n * static_cast<int64_t>(sizeof(MAT)) >= LARGE) {
-            together(a, num_iters, end_with_rows, threads, done);
-        } else {
-            small.push_back(a);
-        }
+        (a.bytes() < LARGE ? small : large).push_back(a);
+    }
+    for (size_t t = 0; t < large.size(); ++t) {
+        together(large[t], t + 1 < large.size() ? &large[t + 1] : nullptr, num_iters, end_with_rows, threads, done);
     }
     // the largest first: what is left at the end is short
-    std::stable_sort(small.begin(), small.end(), [](const Matrix& a, const Matrix& b) { return a.m * a.n > b.m * b.n; });
+    std::stable_sort(small.begin(), small.end(), [](const Matrix& a, const Matrix& b) { return a.bytes() > b.bytes(); });
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (size_t t = 0; t < small.size(); ++t) alone(small[t], num_iters, end_with_rows, done);
+    for (size_t t = 0; t < small.size(); ++t) {
+        const size_t later = t + threads;  // as others take those between
+        alone(small[t], later < small.size() ? &small[later] : nullptr, num_iters, end_with_rows, done);
+    }
 }
 
 }  // namespace

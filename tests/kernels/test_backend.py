@@ -7,6 +7,7 @@ import torch
 
 from leanstep.kernels import BackendError, backend_table, lion_step, sinkhorn, use_backend
 from leanstep.kernels._backend import OPS, choose
+from leanstep.optimizers import SinkGD
 
 
 def lion_arguments(dtype=torch.float32):
@@ -51,6 +52,20 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr("leanstep.kernels._backend.has_triton", lambda: False)
     with use_backend("triton"), pytest.raises(BackendError, match="not installed"):
         lion_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "compiled"])
+def test_a_whole_step_runs_on_one_backend(backend):
+    """Parts of it that are torch's own on most backends do not stand in the way."""
+    params = [torch.nn.Parameter(torch.ones(8, 4)), torch.nn.Parameter(torch.ones(4))]
+    groups = [{"params": [p], "algorithm": a} for p, a in zip(params, ("sinkgd", "adamw"), strict=True)]
+    optimizer = SinkGD(groups, lr=1e-2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with use_backend(backend):
+        optimizer.step()
+        assert choose("adamw_step", torch.device("cpu")).backend == ("cpp" if backend == "cpp" else "reference")
+    assert all((p < 1).all() for p in params)
 
 
 def test_without_a_compiler_the_definition_runs(monkeypatch):
