@@ -65,7 +65,13 @@ class LeanOptimizer(torch.optim.Optimizer):
         # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
         group = {"nonfinite_count": 0, **param_group, "optimizer": self._method()}
         self._check_group({**self.defaults, **group})
-        super().add_param_group(group)
+        try:
+            super().add_param_group(group)
+        except ValueError as error:
+            twice = self._held_already(group)
+            if twice is None:
+                raise
+            raise ValueError(f"{type(self).__name__}: {error}: {twice}") from None
         for position, param in enumerate(self.param_groups[-1]["params"]):
             if param.is_complex():
                 name = describe(self.param_groups[-1], position)
@@ -74,6 +80,14 @@ class LeanOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: {name} is complex ({param.dtype}); expected a real floating dtype. "
                     "Give torch.view_as_real(parameter) to the optimizer or use another one."
                 )
+
+    def _held_already(self, new: dict[str, Any]) -> str | None:
+        """Which parameter of a group that torch refused is in another group; None where that was not the reason."""
+        places = {id(p): g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for position, param in enumerate(new["params"]):
+            if isinstance(param, Tensor) and id(param) in places:
+                return f"{describe(new, position)} is in group {places[id(param)]!r} already"
+        return None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError when a group's settings are out of range; those of all methods, here."""
@@ -367,8 +381,9 @@ def check_number(
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    open_high = open_high or high == math.inf
     if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
-        end = ")" if open_high or high == math.inf else "]"
+        end = ")" if open_high else "]"
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
 
 
