@@ -71,9 +71,9 @@ def assemble(
     data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
     say(data.summary())
     say(f"targets     {targets_note(config.data.seq_len)}")
-    memory = None
+    memory, unknown = None, ""
     if state.step < config.steps:
-        memory = _memory(config, accelerator, data, say)
+        memory, unknown = _memory(config, accelerator, data)
         warning = main_does(accelerator, lambda: check_room(config, folder, memory, world))
         if warning:
             say(warning)
@@ -91,6 +91,9 @@ def assemble(
     sparsity = build_controller(config, model)
     if sparsity is not None:
         say(f"sparsity    {config.sparsity.method}: {describe_sparsity(sparsity)}")
+    if unknown:
+        # after everything is built: what cannot be built says the same, and better
+        say(f"WARNING: memory and disk could not be compared with what the run needs: {unknown}")
     # both in one call: sharding replaces the parameters, in the optimizer too
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -121,17 +124,15 @@ def assemble(
     return Parts(data, memory, model, optimizer, schedule, saver, windows, halves, sparsity, masks, parameters, flops)
 
 
-def _memory(
-    config: RunConfig, accelerator: Accelerator, data: LoadedData, say: Callable[[str], None]
-) -> MemoryEstimate | None:
-    """The memory of one process as ``leanstep check`` estimates it; None where that cannot be told."""
+def _memory(config: RunConfig, accelerator: Accelerator, data: LoadedData) -> tuple[MemoryEstimate | None, str]:
+    """The memory of one process as ``leanstep check`` estimates it; None where that cannot be told, and why."""
     vocabulary = vocabulary_size(data.tokenizer)
     try:
-        return estimate(config, vocabulary, world_size=accelerator.num_processes, device=accelerator.device.type)
+        found = estimate(config, vocabulary, world_size=accelerator.num_processes, device=accelerator.device.type)
     except Exception as error:
         # whatever keeps the estimate from being made must not end a run
-        say(f"WARNING: memory and disk could not be compared with what the run needs: {error}")
-        return None
+        return None, str(error) or type(error).__name__
+    return found, ""
 
 
 def _model(config: RunConfig, data: LoadedData) -> torch.nn.Module:
