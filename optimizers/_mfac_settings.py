@@ -12,7 +12,12 @@ from leanstep.optimizers._mfac_damping import check_schedule
 from leanstep.optimizers._mfac_scopes import STRUCTURAL
 from leanstep.optimizers._mfac_window import STORAGES
 
+SCALINGS = ("window", "count")
 SCOPES = ("model", "group", "layer")
+COMPRESSIONS = (None, "topk", "lowrank")
+MOMENTUM_ON = ("update", "gradient")
+DECAYS = ("decoupled", "coupled")
+PRECONDITIONED = ("row", "gradient")
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -26,17 +31,17 @@ def check_settings(group: dict[str, Any]) -> None:
     if group["damping"] == 0:
         raise ValueError("Invalid damping: 0; MFAC needs it greater than 0 (the Fisher matrix alone has no inverse)")
     check_schedule(group["damping_schedule"])
-    check_choice("MFAC", "scaling", group["scaling"], ("window", "count"))
+    check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
     _check_scope(group["scope"])
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
-    check_choice("MFAC", "compression", group["compression"], (None, "topk", "lowrank"))
+    check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
     if group["density"] == 0:
         raise ValueError("Invalid density: 0; MFAC expects the fraction of entries kept in (0, 1]")
     check_number("MFAC", "momentum value", group["momentum"], 0.0, 1.0, open_high=True)
-    check_choice("MFAC", "momentum_on", group["momentum_on"], ("update", "gradient"))
-    check_choice("MFAC", "decay", group["decay"], ("decoupled", "coupled"))
-    check_choice("MFAC", "precondition", group["precondition"], ("row", "gradient"))
+    check_choice("MFAC", "momentum_on", group["momentum_on"], MOMENTUM_ON)
+    check_choice("MFAC", "decay", group["decay"], DECAYS)
+    check_choice("MFAC", "precondition", group["precondition"], PRECONDITIONED)
     if group["max_update_norm"] is not None:
         check_number("MFAC", "max_update_norm", group["max_update_norm"], 0.0)
         if group["max_update_norm"] == 0:

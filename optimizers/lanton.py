@@ -29,6 +29,7 @@ from leanstep.optimizers._lanton_update import Member
 from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
 from leanstep.optimizers._sharding import Steps, offsets_of, shard_of
 
+ALPHAS = ("auto",)
 NORMS = ("auto", "rms", "sign", "vector")
 NOISES = ("previous", "halves")
 GROUPINGS = ("norm", "role", "shape")
@@ -228,6 +229,8 @@ class LANTON(LeanOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_betas("LANTON", group["betas"])
+        if isinstance(group["alpha"], str) and group["alpha"] not in ALPHAS:
+            raise ValueError(f"Invalid alpha: {group['alpha']!r}; LANTON expects a number above 0, or 'auto'")
         if group["alpha"] != "auto":
             check_number("LANTON", "alpha", group["alpha"], 0.0)
             if not group["alpha"] > 0:

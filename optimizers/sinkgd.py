@@ -26,6 +26,7 @@ from leanstep.optimizers._rounding import check_rounding, effective, init_roundi
 from leanstep.optimizers._sharding import Steps
 
 ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
+MOMENTUM_ORDERS = ("pre", "post")
 SPECTRAL = (None, "unit", "muon")
 
 
@@ -167,7 +168,7 @@ class SinkGD(LeanOptimizer):
         check_number("SinkGD", "row_mask_tau", group["row_mask_tau"], 0.0)
         check_number("SinkGD", "epsilon value", group["eps"], 0.0)
         check_betas("SinkGD", group["betas"])
-        check_choice("SinkGD", "momentum_order", group["momentum_order"], ("pre", "post"))
+        check_choice("SinkGD", "momentum_order", group["momentum_order"], MOMENTUM_ORDERS)
         check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
         check_rounding("SinkGD", group)

@@ -177,8 +177,8 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     other option, for the parameters it selects; the first entry that selects a parameter wins.
 
     Raises:
-        ValueError: An optimizer that is not installed, an argument that it does not take, or an entry of ``groups``
-            that selects nothing.
+        ValueError: An optimizer that is not installed, an argument that it does not take, a value that it refuses, or
+            an entry of ``groups`` that selects nothing.
     """
     cls = optimizer_class(config.name)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
@@ -188,7 +188,11 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     if config.name == "adamw":
         options.setdefault("fused", True)
     groups = list(_groups(config, model))
-    return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
+    try:
+        return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
+    except TypeError as error:
+        # of a recipe, a value of the wrong type is as much a mistake to be told as one out of range
+        raise ValueError(f"optimizer: {error}") from error
 
 
 def _python_value(key: str, value: Any) -> Any:

@@ -7,7 +7,10 @@ from typing import Any
 
 from leanstep.recipes.config import RunConfig
 
-__all__ = ["config_differences", "expectation_breakers"]
+__all__ = ["SWITCHES", "config_differences", "expectation_breakers"]
+
+# sections that do nothing without this key of theirs
+SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
 
 # what may differ between a checkpoint and the run that continues it. The first set changes no computed number but
 # which are computed, shown or kept; the second keeps the maths and changes the order of additions.
@@ -65,8 +68,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
 
 def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
     """The recipe without sections that change nothing in it, and that older ones do not know."""
-    switches = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
-    idle = {name for name, switch in switches.items() if not (tree.get(name) or {}).get(switch)}
+    idle = {name for name, switch in SWITCHES.items() if not (tree.get(name) or {}).get(switch)}
     return {key: value for key, value in tree.items() if key not in idle}
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from leanstep.recipes.catalog import ALIASES, recipe_names, recipe_path
 from leanstep.recipes.config import ExpectConfig, RunConfig, joint_problems, range_problem
-from leanstep.recipes.differences import expectation_breakers
+from leanstep.recipes.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.rules import (
     group_problems,
     model_problems,
@@ -144,6 +144,7 @@ class _Reader:
         for path, message in self._walk(RunConfig, self.value, ()):
             self._add(path, message)
         self._check_open_parts()
+        self._check_switches()
         schema = OmegaConf.structured(RunConfig(name=self.stem))
         try:
             config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(self._without_broken())))
@@ -237,6 +238,17 @@ class _Reader:
         for path, message in [*found, *pattern_problems(patterns)]:
             self._add(path, message)
 
+    def _check_switches(self) -> None:
+        """Sections with settings and without the key that turns them on, which would change nothing in silence."""
+        for name, switch in SWITCHES.items():
+            section = self._section(name)
+            if section and switch not in section and not any(f"{name}.{key}" in self.broken for key in section):
+                key = next(iter(section))
+                self._add(
+                    (name, key),
+                    f"{name}.{key} has no effect without {name}.{switch}; give that too, or leave {name} out",
+                )
+
     def _candidates(self, key: str, name: Any, table: Collection[str]) -> list[str]:
         """The classes that ``name`` may mean: itself, else the nearest one, else all."""
         if key not in self.broken:
@@ -262,11 +274,11 @@ class _Reader:
     def _add(self, path: Path_, message: str) -> None:
         """Record a problem at the place where its key, or the nearest key above it, was written."""
         self.broken.add(".".join(path))
-        if any(below[: len(path)] == path for below in self.overridden):
+        above = {path[:length] for length in range(1, len(path) + 1)}
+        # an override sets its value whole, so that the file's lines for what is below it say nothing any more
+        if above & self.overridden or any(below[: len(path)] == path for below in self.overridden):
             return self._add_override(message)
         for length in range(len(path), -1, -1):
-            if path[:length] in self.overridden:
-                return self._add_override(message)
             if path[:length] in self.lines:
                 return self._add_line(self.lines[path[:length]], message)
         return self._add_line(0, message)

@@ -15,13 +15,31 @@ __all__ = ["group_problems", "model_problems", "optimizer_problems", "pattern_pr
 
 Problem = tuple[tuple[str, ...], str]
 
-# Where the classes keep the words that a text argument may be; read from there, so that they are written once.
+# Where the classes keep the words that a text argument may be; read from there, so that they are written once. Words of
+# one optimizer only, where another has an argument of the same name, are under "OPTIMIZER.ARGUMENT".
 CHOICES = {
     "role": ("leanstep.optimizers", "param_groups.py", "ROLES"),
     "algorithm": ("leanstep.optimizers", "sinkgd.py", "ALGORITHMS"),
     "spectral": ("leanstep.optimizers", "sinkgd.py", "SPECTRAL"),
+    "momentum_order": ("leanstep.optimizers", "sinkgd.py", "MOMENTUM_ORDERS"),
     "nonfinite": ("leanstep.optimizers", "_base.py", "NONFINITE"),
     "rounding": ("leanstep.kernels", "reference/rounding.py", "ROUNDINGS"),
+    "alpha": ("leanstep.optimizers", "lanton.py", "ALPHAS"),
+    "norm": ("leanstep.optimizers", "lanton.py", "NORMS"),
+    "noise": ("leanstep.optimizers", "lanton.py", "NOISES"),
+    "grouping": ("leanstep.optimizers", "lanton.py", "GROUPINGS"),
+    "decay_rate": ("leanstep.optimizers", "lanton.py", "DECAY_RATES"),
+    "nuclear": ("leanstep.kernels", "newton_schulz.py", "ESTIMATORS"),
+    "ns_coefficients": ("leanstep.kernels", "reference/newton_schulz.py", "COEFFICIENTS"),
+    "nuclear_coefficients": ("leanstep.kernels", "reference/newton_schulz.py", "COEFFICIENTS"),
+    "lanton.scaling": ("leanstep.optimizers", "lanton.py", "SCALINGS"),
+    "mfac.scaling": ("leanstep.optimizers", "_mfac_settings.py", "SCALINGS"),
+    "storage": ("leanstep.optimizers", "_mfac_window.py", "STORAGES"),
+    "scope": ("leanstep.optimizers", "_mfac_settings.py", "SCOPES"),
+    "compression": ("leanstep.optimizers", "_mfac_settings.py", "COMPRESSIONS"),
+    "momentum_on": ("leanstep.optimizers", "_mfac_settings.py", "MOMENTUM_ON"),
+    "decay": ("leanstep.optimizers", "_mfac_settings.py", "DECAYS"),
+    "precondition": ("leanstep.optimizers", "_mfac_settings.py", "PRECONDITIONED"),
 }
 OWN_KEYS = {"params": "comes from the model", "lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay"}
 # Ranges that the optimizer classes enforce on construction, repeated so that they are known before torch is imported.
@@ -33,6 +51,16 @@ ARGUMENT_BOUNDS: dict[str, dict[str, float]] = {
     "num_iters": {"at_least": 1},
     "momentum": {"at_least": 0, "below": 1},
     "betas": {"at_least": 0, "below": 1},
+    "row_mask_tau": {"at_least": 0},
+    "base_width": {"at_least": 1},
+    "alpha": {"above": 0},
+    "radius": {"at_least": 0},
+    **dict.fromkeys(("noise_every", "ns_steps", "nuclear_steps"), {"at_least": 1}),
+    **dict.fromkeys(("window", "rank", "precondition_every", "window_every"), {"at_least": 1}),
+    "damping": {"above": 0},
+    "density": {"above": 0, "at_most": 1},
+    "warmup_steps": {"at_least": 0},
+    "max_update_norm": {"above": 0},
 }
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
@@ -67,7 +95,7 @@ def optimizer_problems(name: str, args: Mapping[str, Any]) -> Iterator[Problem]:
         if key in OWN_KEYS:
             yield path, f"optimizer.args.{key} {OWN_KEYS[key]}"
         elif accepted is not None:
-            yield from _entry_problems(path, value, accepted, set(accepted) - set(OWN_KEYS), ARGUMENT_BOUNDS)
+            yield from _entry_problems(path, value, accepted, set(accepted) - set(OWN_KEYS), ARGUMENT_BOUNDS, name)
 
 
 def group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
@@ -92,7 +120,7 @@ def group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
             "weight_decay": Accepts.of(float),
         }
         for key, value in entry.items():
-            yield from _entry_problems((*path, key), value, accepted, set(accepted) - {"params"}, ARGUMENT_BOUNDS)
+            yield from _entry_problems((*path, key), value, accepted, set(accepted) - {"params"}, ARGUMENT_BOUNDS, name)
             if key == "match" and isinstance(value, str):
                 try:
                     re.compile(value)
@@ -144,17 +172,20 @@ def _entry_problems(
     accepted: Mapping[str, Accepts],
     listed: set[str],
     bounds: Mapping[str, Mapping[str, float]],
+    owner: str = "",
 ) -> Iterator[Problem]:
-    """One key of an open mapping: known, of an allowed type, in its range."""
+    """One key of an open mapping: known, of an allowed type, in its range. ``owner`` is the optimizer's name."""
     key, full = path[-1], ".".join(path)
     if key not in listed:
         yield path, unknown_key(path, listed)
         return
     problem = accepted[key].problem(value)
-    choices = string_constants(*CHOICES[key]) if key in CHOICES and isinstance(value, str) else None
+    place = CHOICES.get(f"{owner}.{key}") or CHOICES.get(key)
+    choices = string_constants(*place) if place and isinstance(value, str) else None
     if choices and not problem:
         near = get_close_matches(str(value), choices, n=1)
-        problem = Accepts(choices=choices).problem(value)
+        words = tuple(word for word in accepted[key].words if word != "str")
+        problem = Accepts(words=words, choices=choices).problem(value)
         problem = f"{problem}; did you mean {near[0]!r}?" if problem and near else problem
     if problem:
         yield path, f"{full}: {problem}"

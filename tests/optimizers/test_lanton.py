@@ -563,7 +563,8 @@ def named(*shapes):
     [
         ({"alpha": 0.0}, ValueError, "Invalid alpha: 0.0.*above 0"),
         ({"alpha": -1.0}, ValueError, "Invalid alpha: -1.0"),
-        ({"alpha": "median"}, TypeError, "alpha must be a number"),
+        ({"alpha": "median"}, ValueError, "Invalid alpha: 'median'.*a number above 0, or 'auto'"),
+        ({"alpha": None}, TypeError, "alpha must be a number"),
         ({"norm": "spectral"}, ValueError, "Invalid norm: 'spectral'.*rms"),
         ({"noise": "next"}, ValueError, "Invalid noise: 'next'"),
         ({"noise_every": 0}, ValueError, "Invalid noise_every: 0"),

@@ -10,8 +10,9 @@ import pytest
 
 from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps, joint_problems
 from leanstep.recipes.loader import ConfigError, dump, load
-from leanstep.recipes.rules import ARGUMENT_BOUNDS
-from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments
+from leanstep.recipes.rules import ARGUMENT_BOUNDS, optimizer_problems
+from leanstep.recipes.rules import CHOICES as CHOICE_PLACES
+from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
 
 BASE = """\
 recipe: pretrain
@@ -278,7 +279,8 @@ CHOICES = {
     "nonfinite=ignore": "optimizer.args.nonfinite: expected one of 'skip', 'raise', 'pass', got 'ignore'",
     "algorithm=sinkg": "optimizer.args.algorithm: expected one of 'auto', 'sinkgd', 'balanced', 'adamw', got 'sinkg'; "
     "did you mean 'sinkgd'?",
-    "spectral=norm": "optimizer.args.spectral: expected one of 'unit', 'muon', got 'norm'",
+    "spectral=norm": "optimizer.args.spectral: expected one of 'unit', 'muon' or null, got 'norm'",
+    "momentum_order=before": "optimizer.args.momentum_order: expected one of 'pre', 'post', got 'before'",
     "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
     "momentum_dtype=fp32": "optimizer.args.momentum_dtype: expected one of 'float16', 'bfloat16', 'float32', 'float64'",
 }
@@ -292,6 +294,60 @@ def test_words_that_an_argument_may_be_are_those_of_the_class(recipe, argument, 
     key = argument.partition("=")[0]
     if key in allowed:
         load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2}", f"optimizer.args.{key}={allowed[key]}"])
+
+
+OTHER_CHOICES = {
+    "lanton.alpha=big": "optimizer.args.alpha: expected 'auto' or a number, got 'big'",
+    "lanton.scaling=moun": "expected one of 'scion', 'muon', got 'moun'; did you mean 'muon'?",
+    "lanton.nuclear=exact": "optimizer.args.nuclear: expected one of 'polar', 'svd', 'frobenius', got 'exact'",
+    "lanton.ns_coefficients=jordn": "did you mean 'jordan'?",
+    "mfac.scaling=muon": "optimizer.args.scaling: expected one of 'window', 'count', got 'muon'",
+    "mfac.scope=layers": "expected one of 'model', 'group', 'layer' or a whole number, got 'layers'; did you mean",
+    "mfac.storage=fp8": "expected one of 'fp32', 'bf16', 'fp16', 'fp64' or null, got 'fp8'",
+    "mfac.compression=top-k": "expected one of 'topk', 'lowrank' or null, got 'top-k'; did you mean 'topk'?",
+    "mfac.window=0": "optimizer.args.window must be at least 1, got 0",
+    "mfac.damping=0": "optimizer.args.damping must be greater than 0, got 0",
+}
+
+
+@pytest.mark.parametrize(("argument", "message"), OTHER_CHOICES.items(), ids=OTHER_CHOICES.keys())
+def test_words_and_ranges_of_lanton_and_mfac(recipe, argument, message):
+    name, _, setting = argument.partition(".")
+    (found,) = problems_of(recipe(), [f"optimizer={{name: {name}, lr: 1e-2}}", f"optimizer.args.{setting}"])
+    assert message in found
+
+
+def test_every_list_of_words_is_there():
+    for key, place in CHOICE_PLACES.items():
+        assert string_constants(*place), key
+    for name, arguments in (("lanton", {"alpha": 2.0, "scaling": "muon"}), ("mfac", {"scope": 64, "storage": None})):
+        assert list(optimizer_problems(name, arguments)) == []
+
+
+def test_an_override_of_a_whole_section_is_where_its_mistakes_are(recipe):
+    (found,) = problems_of(recipe(), ["optimizer={name: sinkgd, lr: 1e-2, args: {num_iters: 0}}"])
+    assert found == "override: optimizer.args.num_iters must be at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparsity.method=srste", "override: sparsity.method has no effect without sparsity.patterns; give that too"),
+        ("lora.r=4", "override: lora.r has no effect without lora.target_modules; give that too, or leave lora out"),
+        ("pruning.include=['*']", "override: pruning.include has no effect without pruning.keep_masks"),
+    ],
+)
+def test_settings_of_a_section_that_is_off_are_told(recipe, override, message):
+    (found,) = problems_of(recipe(), [override])
+    assert found.startswith(message)
+
+
+def test_a_section_may_be_switched_off_by_its_key(recipe):
+    assert load("llama-nano-sparse-1of16", ["sparsity.patterns={}"]).sparsity.patterns == {}
+    assert load(recipe(), ["pruning.keep_masks=false", "pruning.exclude=['*']"]).pruning.keep_masks is False
+    # a typo of the key is told, once
+    (found,) = problems_of(recipe(), ["sparsity.paterns={}"])
+    assert "did you mean 'sparsity.patterns'?" in found
 
 
 def test_release_gradients_excludes_accumulation_and_clipping(recipe):
@@ -382,7 +438,7 @@ def test_arguments_read_from_source_are_those_of_the_class(name):
     assert list(optimizer_arguments(name)) == parameters[1:]
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd", "lanton", "mfac"])
 def test_ranges_known_before_torch_are_those_the_class_enforces(name):
     import torch
 
@@ -394,7 +450,7 @@ def test_ranges_known_before_torch_are_those_the_class_enforces(name):
             continue
         wrong = {"at_least": -1, "above": 0, "below": 1}
         for bound in bounds:
-            value = wrong[bound] if bound != "at_least" else bounds[bound] - 1
+            value = {**wrong, "at_most": 2}[bound] if bound != "at_least" else bounds[bound] - 1
             with pytest.raises(ValueError):
                 optimizer_class(name)(
                     [torch.nn.Parameter(torch.ones(2, 2))],
