@@ -23,7 +23,7 @@ from leanstep.kernels.nm_matmul import nm_compress, nm_decompress
 from leanstep.sparsity.detect import tightest
 from leanstep.sparsity.modules import sparse_layers
 from leanstep.sparsity.patterns import NM, as_pattern
-from leanstep.sparsity.squash import plain_state_dict
+from leanstep.sparsity.squash import check_finished, plain_state_dict
 
 FORMAT = "leanstep-nm-1"
 _VALUES, _INDICES = ".nm_values", ".nm_indices"
@@ -218,7 +218,8 @@ def _state_and_patterns(
     """The plain state, and (pattern, dimension) of each tensor to compress."""
     chosen: dict[str, tuple[NM, int]] = {}
     if isinstance(model, nn.Module):
-        state = plain_state_dict(model, unfinished="refuse")
+        check_finished(sparse_layers(model), "export_compressed")
+        state = plain_state_dict(model)
         for layer in sparse_layers(model):
             chosen |= dict.fromkeys(layer.names, (layer.target, layer.dim))
     else:

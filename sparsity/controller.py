@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,8 @@ def sparsify(
             sparse. Changed in place.
         patterns: shell-style wildcards over layer names -> pattern, the first that matches decides; ``{"*.mlp.*":
             NM(1, 8), "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their
-            parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out. One pattern
+            parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M, which
+            keeps nothing, is taken with a warning. One pattern
             alone is for every such layer but the output head that a transformers model names.
         schedule: how N:M is reached. A number means that many steps with the method's own kind of schedule; None is for
             methods that need none.
@@ -107,6 +109,10 @@ def sparsify(
     if chosen.continuous and any(layer.weight.shape[layer.dim] % layer.target.m for layer in layers):
         raise ValueError("sparsify: method 's-ste' needs rows that groups fill; pad='zero' is for the other methods")
     controller = Controller(layers, plan, chosen, score, weight_decay, mask_every, measure_every)
+    empty = [f"{layer.name} ({layer.target})" for layer in layers if layer.target.n == 0]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        warnings.warn(f"sparsify: patterns 0:M prune every weight of {', '.join(empty[:5])}{more}", stacklevel=2)
     for layer in layers:
         install(layer, flow, chosen.continuous)
     _spare_from_broadcast(model, layers)

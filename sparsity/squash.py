@@ -75,7 +75,7 @@ def plain_state_dict(
     found = dict(model.state_dict() if state is None else state)
     layers = sparse_layers(model)
     if unfinished == "refuse":
-        _check_finished(layers, "plain_state_dict")
+        check_finished(layers, "plain_state_dict")
     renamed: dict[str, str] = {}
     values: dict[str, Tensor] = {}
     for layer in layers:
@@ -119,16 +119,18 @@ def _checked_layers(model: nn.Module, caller: str, finished: bool) -> list[Spars
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no sparse weights; sparsify makes them")
     if finished:
-        _check_finished(layers, caller)
+        check_finished(layers, caller)
     return layers
 
 
-def _check_finished(layers: list[SparseLayer], caller: str) -> None:
+def check_finished(layers: list[SparseLayer], caller: str) -> None:
+    """Raise ValueError, in the name of ``caller``, for a layer that has not arrived at its own N:M with alpha 0."""
+    way_out = "squash it with unfinished='keep' first" if caller == "export_compressed" else "take unfinished='keep'"
     for layer in layers:
         transform = layer.transform
         if float(transform.alpha) != 0 or transform.pattern != layer.target:
             raise ValueError(
                 f"{caller}: layer {layer.name!r} is on its way to {layer.target}: after step {transform.steps} it has "
                 f"the pattern {transform.pattern} and alpha {float(transform.alpha):.3g}, so its weights are not "
-                f"{layer.target} yet; train to the end of the schedule, or take unfinished='keep'"
+                f"{layer.target} yet; train to the end of the schedule, or {way_out}"
             )

@@ -212,7 +212,10 @@ def _read(path: Path) -> Tensors:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
-        raise ValueError(f"verify: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"verify: {path} cannot be read ({why}): it is damaged, or neither a safetensors file nor one of torch.save"
+        ) from error
     state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else {}
     yield from _noted({name: value for name, value in state.items() if isinstance(value, Tensor)})
 

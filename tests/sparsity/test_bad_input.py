@@ -91,6 +91,14 @@ def test_quantised_layers():
     sparsify(model, {"0": "2:4"})
 
 
+def test_a_pattern_that_keeps_nothing_is_taken_with_a_warning():
+    model = make_mlp()
+    with pytest.warns(UserWarning, match=r"patterns 0:M prune every weight of 2 \(0:4\)$"):
+        controller = sparsify(model, {"0": "2:4", "2": "0:4"})
+    controller.step()
+    assert not model[2].weight.any() and model[0].weight.any()
+
+
 def test_models_without_a_layer_to_prune():
     with pytest.raises(ValueError, match="LayerNorm has no linear or convolution layer"):
         sparsify(nn.LayerNorm(4), NM(2, 4))

@@ -116,7 +116,7 @@ def test_the_command(tmp_path, capsys):
     [
         (["nowhere"], "nowhere is not there"),
         (["broken.safetensors"], "cannot be read"),
-        (["broken.pt"], "cannot be read"),
+        (["broken.pt"], "cannot be read .*neither a safetensors file nor one of torch.save"),
         (["."], "broken.safetensors cannot be read"),
         (["whole.safetensors", "--expect", "5:4"], "0 <= n <= m"),
         (["whole.safetensors", "--expect", "x=2:4"], "'x' .* matches no layer"),
