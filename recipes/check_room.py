@@ -15,6 +15,7 @@ __all__ = ["disk", "disk_need", "memory", "output"]
 
 def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
     """Bytes of one process, and whether they fit the device."""
+    from leanstep.recipes.failures import lighter_state
     from leanstep.recipes.memory import estimate
 
     vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
@@ -32,6 +33,10 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
     if need > free:
         half = max(1, config.batch.micro_batch_size // 2)
         ways = [f"batch.micro_batch_size={half} (same maths)", "activation_checkpointing=true", "precision=bf16-pure"]
+        state = [f"{setting} ({why})" for setting, why in lighter_state(config)]
+        if state:
+            # what the state alone does not leave room for, smaller batches will not win back
+            ways = [*state, *ways] if facts.memory.optimizer_state > free // 2 else [*ways, *state]
         section.problems.append(
             f"{size_text(need)} do not fit the {size_text(free)} that are free on {facts.device}; in this order: "
             + ", ".join(ways)

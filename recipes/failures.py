@@ -75,12 +75,32 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
         lines.append("    precision=bf16                    activations at half the size")
     elif config.precision in ("bf16", "fp16"):
         lines.append("    precision=bf16-pure               weights, gradients and optimizer state at half the size")
-    if config.optimizer.name == "adamw":
-        lines.append("    a recipe with optimizer.name=lion or sinkgd   one state tensor or none, where AdamW has two")
-    elif config.optimizer.name == "lion":
-        lines.append("    a recipe with optimizer.name=sinkgd   no state for matrices, where Lion has one tensor")
+    lines += [f"    {setting:<32}  {why}" for setting, why in lighter_state(config)]
     lines.append(f"  last good checkpoint: {_last(folder)}")
     return "\n".join(lines)
+
+
+def lighter_state(config: RunConfig) -> list[tuple[str, str]]:
+    """Settings under which the optimizer keeps less, the most like this run first, and what each changes."""
+    name, args = config.optimizer.name, config.optimizer.args
+    found = []
+    if name == "adamw":
+        found.append(
+            ("optimizer.name=lion or sinkgd", "one state tensor or none, where AdamW has two (a run of its own)")
+        )
+    elif name == "lion":
+        found.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
+    elif name == "lanton" and args.get("noise_adaptive", True) and not args.get("noise_dtype"):
+        found.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
+    elif name == "mfac":
+        if not args.get("compression"):
+            if not args.get("storage"):
+                found.append(("optimizer.args.storage=bf16", "the window at half the size"))
+            found.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
+        window = int(args.get("window", 1024))
+        if window > 1:
+            found.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
+    return found
 
 
 def _last(folder: Path) -> str:

@@ -320,3 +320,15 @@ def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
     if describe(config).parameters < 100e6:  # the larger ones differ in size only
         check_room.memory(config, 1, memory, facts)
         assert facts.memory.weights > 1_000_000
+
+
+def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypatch):
+    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000_000)
+    args = "optimizer.args={window: 20000, damping: 1e-4}"
+    (told,) = section(run(args, name="gpt-nano-mfac"), "Memory").problems
+    assert (
+        "in this order: optimizer.args.storage=bf16 (the window at half the size), optimizer.args.compression" in told
+    )
+    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
+    (told,) = section(run(), "Memory").problems
+    assert "optimizer.name=lion or sinkgd" in told

@@ -17,9 +17,10 @@ from training import Training, numbers, read_log, run, status, write_recipe
 from leanstep.recipes import start
 from leanstep.recipes.checkpoint import find_checkpoints
 from leanstep.recipes.config import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
-from leanstep.recipes.failures import disk_trouble, is_out_of_memory, memory_message
+from leanstep.recipes.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
 from leanstep.recipes.folder import FolderError, RunFolder
 from leanstep.recipes.memory import MemoryEstimate
+from leanstep.recipes.rules import optimizer_problems
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,29 @@ def test_memory_hints_leave_out_what_is_already_done():
     )
     text = memory_message(small, Path("nowhere"), 1)
     assert "micro_batch_size" not in text and "activation_checkpointing" not in text and "precision" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "hints"),
+    [
+        ("adamw", {}, ["optimizer.name=lion or sinkgd"]),
+        ("sinkgd", {}, []),
+        ("lanton", {}, ["optimizer.args.noise_dtype=bfloat16"]),
+        ("lanton", {"noise_adaptive": False}, []),
+        (
+            "mfac",
+            {"window": 64},
+            ["optimizer.args.storage=bf16", "optimizer.args.compression=topk", "optimizer.args.window=32"],
+        ),
+        ("mfac", {"compression": "topk", "window": 1}, []),
+    ],
+)
+def test_every_optimizer_has_its_own_way_to_keep_less(name, args, hints):
+    config = RunConfig(optimizer=OptimizerConfig(name=name, args=args))
+    assert [setting for setting, _ in lighter_state(config)] == hints
+    for hint in hints[1:]:
+        key, _, value = hint.partition("=")
+        assert not list(optimizer_problems(name, {key.rpartition(".")[2]: int(value) if value.isdigit() else value}))
 
 
 def test_which_errors_are_out_of_memory():
