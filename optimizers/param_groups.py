@@ -59,7 +59,7 @@ def param_groups(
     model: nn.Module,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     *,
-    overrides: Iterable[tuple[str, Mapping[str, Any]]] = (),
+    overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
 ) -> ParamGroups:
     """Sort the trainable parameters of a model into groups by what they are.
 
@@ -84,16 +84,18 @@ def param_groups(
         model: any module.
         settings: group settings per role, merged over :data:`DEFAULTS`; for example
             ``{"embedding": {"algorithm": "balanced", "momentum": 0.95}, "head": {"lr": 1e-3}}``.
-        overrides: ordered (regular expression, settings) pairs searched in parameter names; the first match takes the
-            parameter into a group of its own, named after the expression. Settings start from the role's.
+        overrides: ordered (regular expression, settings) pairs, or a mapping of them, searched in parameter names; the
+            first match takes the parameter into a group of its own, named after the expression. Settings start from the
+            role's.
 
     Returns:
         :class:`ParamGroups`: dicts with ``name``, ``params`` as (name, parameter) pairs, and the settings. Give it to
         an optimizer as it is; print it to see the routing. Every trainable parameter is in exactly one group.
 
     Raises:
-        ValueError: an unknown role; an override that matches nothing; a parameter under no group; a model without
-            trainable parameters.
+        TypeError: something else than a model, or settings that are no mapping.
+        ValueError: an unknown role; an override that is no regular expression or matches nothing; a parameter under no
+            group; a model without trainable parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10))
@@ -109,8 +111,12 @@ def param_groups(
     for role, values in (settings or {}).items():
         if role not in chosen:
             raise ValueError(f"param_groups: unknown role {role!r}; expected one of {ROLES}")
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"param_groups: the settings of {role!r} must be a mapping such as {{'lr': 1e-3}}, got {values!r}"
+            )
         chosen[role].update(values)
-    rules = [(re.compile(pattern), dict(values)) for pattern, values in overrides]
+    rules = _rules(overrides)
     used = [False] * len(rules)
     roles = parameter_roles(model)
     transposed = transposed_parameters(model)
@@ -140,6 +146,23 @@ def param_groups(
     result = ParamGroups(groups[key] for key in sorted(groups))
     _check_claimed_once(model, result)
     return result
+
+
+def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
+    """The overrides, compiled; anything else than pairs of an expression and settings is an error that shows it."""
+    rules = []
+    for entry in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not pair or not isinstance(entry[0], str) or not isinstance(entry[1], Mapping):
+            raise TypeError(
+                "param_groups: overrides must be pairs of a regular expression and settings, such as "
+                f"('q_proj', {{'lr': 1e-3}}), got {entry!r}"
+            )
+        try:
+            rules.append((re.compile(entry[0]), dict(entry[1])))
+        except re.error as error:
+            raise ValueError(f"param_groups: override {entry[0]!r} is not a regular expression: {error}") from None
+    return rules
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:

@@ -142,6 +142,17 @@ def test_what_cannot_be_meant_is_an_error():
         param_groups(Mixed(), {"hiden": {}})
     with pytest.raises(ValueError, match="override 'nothing_like_it' matches no trainable parameter"):
         param_groups(Mixed(), overrides=[("nothing_like_it", {})])
+    with pytest.raises(ValueError, match=r"override '\[' is not a regular expression"):
+        param_groups(Mixed(), overrides=[("[", {})])
+    with pytest.raises(TypeError, match="settings of 'head' must be a mapping such as .*, got 0.001"):
+        param_groups(Mixed(), {"head": 1e-3})
+    with pytest.raises(TypeError, match=r"pairs of a regular expression and settings, .*, got 'lm_head'"):
+        param_groups(Mixed(), overrides=["lm_head", {"lr": 1e-3}])
+
+
+def test_overrides_may_be_a_mapping():
+    pairs, mapping = [("bias", {"lr": 1e-3})], {"bias": {"lr": 1e-3}}
+    assert param_groups(Mixed(), overrides=mapping).summary() == param_groups(Mixed(), overrides=pairs).summary()
 
 
 def test_the_summary_names_groups_counts_and_shares():
