@@ -140,6 +140,8 @@ class _Reader:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
+        # null is a way to write that a section that may be off is off
+        self.value = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
         self._resolve()
         for path, message in self._walk(RunConfig, self.value, ()):
             self._add(path, message)

@@ -344,6 +344,8 @@ def test_settings_of_a_section_that_is_off_are_told(recipe, override, message):
 
 def test_a_section_may_be_switched_off_by_its_key(recipe):
     assert load("llama-nano-sparse-1of16", ["sparsity.patterns={}"]).sparsity.patterns == {}
+    assert load("llama-nano-sparse-1of16", ["sparsity=null"]) == load("llama-nano-sparse-1of16", ["sparsity={}"])
+    assert load(recipe(BASE + "sparsity: null\nlora: null\n")).sparsity.patterns == {}
     assert load(recipe(), ["pruning.keep_masks=false", "pruning.exclude=['*']"]).pruning.keep_masks is False
     # a typo of the key is told, once
     (found,) = problems_of(recipe(), ["sparsity.paterns={}"])
