@@ -207,7 +207,19 @@ class LeanOptimizer(torch.optim.Optimizer):
                 )
 
     def _refuse_misfits(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for state tensors of another shape than their parameter's, as of another order."""
+        """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
+        own, theirs = (
+            [name for group in groups for name in group.get("param_names") or ()]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        # other names altogether are a renamed model, as torch takes them
+        if own != theirs and sorted(own) == sorted(theirs):
+            here, there = next(pair for pair in zip(own, theirs, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"{type(self).__name__}: the saved state has its parameters in another order ({there!r} where {here!r} "
+                "is here); nothing was changed. Build the optimizer over the parameters in the order of the one that "
+                "saved the state."
+            )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
                 kept = state_dict["state"].get(key, {})
