@@ -68,7 +68,8 @@ class MFAC(LeanOptimizer):
         sparse: weights that are exactly zero now (at construction, or when their group is added) stay out of the window
             and are never changed.
         masks: of a group: bool tensors, True where a weight takes part, for every parameter; None: all. What ``sparse``
-            finds is combined with it.
+            finds is combined with it. Weights that leanstep.sparsity masks are not zero in the optimizer's eyes, which
+            has the dense ones: give ``controller.masks_of(params)``.
         shard_window: with replicated parameters (DistributedDataParallel): each process keeps the columns of its part
             of dimension 0 of every parameter; updates are gathered. Parameters sharded by FSDP2 need no switch.
         rounding, seed, maximize, foreach: as for :class:`leanstep.optimizers.Lion`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -256,6 +256,25 @@ class Controller:
     def diagnostics(self) -> dict[str, float]:
         """The same as a flat dict of numbers for a log, ``WHAT/LAYER``; see :func:`statistics.summary`."""
         return summary(self)
+
+    def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
+        """The masks of parameters as they are now, in order: True where a weight is kept, None for what is not sparse.
+
+        For optimizers that take masks, where these stay (method "fixed", a frozen last phase). In ``MFAC([{"params":
+        params, "masks": controller.masks_of(params)}])`` pruned weights stay out of it. ``params`` can be named;
+        it is a list there, since ``model.parameters()`` can be gone through once only.
+
+        Raises:
+            ValueError: where weights are sharded; build the optimizer before.
+        """
+        masks = {id(layer.weight): layer for layer in self.layers}
+        found: list[Tensor | None] = []
+        for entry in params:
+            layer = masks.get(id(entry[1] if isinstance(entry, tuple) else entry))
+            if layer is not None and sharding.is_sharded(layer.weight):
+                raise ValueError(f"Controller.masks_of: the weight of layer {layer.name!r} is sharded; call it before")
+            found.append(None if layer is None else layer.transform.mask.clone())
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, decay and the number of steps made, by layer. ``model.state_dict()`` has it, too."""
