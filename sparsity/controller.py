@@ -260,8 +260,8 @@ class Controller:
     def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
         """The masks of parameters as they are now, in order: True where a weight is kept, None for what is not sparse.
 
-        For optimizers that take masks, where these stay (method "fixed", a frozen last phase). In ``MFAC([{"params":
-        params, "masks": controller.masks_of(params)}])`` pruned weights stay out of it. ``params`` can be named;
+        For optimizers that take masks, where these stay (method "fixed", a frozen last phase). Pruned weights stay out
+        of the window of ``MFAC([{"params": params, "masks": controller.masks_of(params)}])``. ``params`` can be named;
         it is a list there, since ``model.parameters()`` can be gone through once only.
 
         Raises:

@@ -318,13 +318,20 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
         advice = "squash it first to begin again" if again else "remove that parametrization first"
         raise ValueError(f"{where} is parametrized already ({_holder(module, attribute)[0]}); {advice}")
     weight = getattr(module, attribute)
+    if nn.parameter.is_lazy(weight):
+        raise ValueError(f"{where} has no shape yet ({type(module).__name__}); run a batch through the model first")
     if hasattr(weight, "placements"):
         raise ValueError(
             f"{where} is sharded already ({weight.placements}), and FSDP does not follow a weight that is parametrized "
             "later; call sparsify first and fully_shard after it"
         )
     if not isinstance(weight, nn.Parameter):
-        raise ValueError(f"{where}: its {attribute} is {type(weight).__name__}, no parameter, so it cannot be trained")
+        raise ValueError(
+            f"{where}: its {attribute} is {type(weight).__name__}, no parameter, so it cannot be trained; take off "
+            "first what computes it (prune.remove, remove_weight_norm and the like)"
+        )
+    if weight.is_complex():
+        raise ValueError(f"{where} is complex ({weight.dtype}): expected a real floating weight")
     if not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise ValueError(
             f"{where} is quantised ({type(module).__name__} with {type(weight.data).__name__} of {weight.dtype}): "

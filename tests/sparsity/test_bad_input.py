@@ -91,6 +91,20 @@ def test_quantised_layers():
     sparsify(model, {"0": "2:4"})
 
 
+def test_weights_that_are_computed_complex_or_not_there_yet():
+    from torch.nn.utils import prune
+
+    for layer, message in (
+        (prune.l1_unstructured(nn.Linear(8, 8), "weight", amount=0.5), r"'1': its weight is Tensor.*prune\.remove"),
+        (nn.Linear(8, 8, dtype=torch.complex64), "'1' is complex .torch.complex64.: expected a real"),
+        (nn.LazyLinear(8), "'1' has no shape yet .LazyLinear.; run a batch"),
+    ):
+        model = nn.Sequential(nn.Linear(8, 8), layer)
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, "2:4")
+        assert not parametrize.is_parametrized(model[0])
+
+
 def test_a_pattern_that_keeps_nothing_is_taken_with_a_warning():
     model = make_mlp()
     with pytest.warns(UserWarning, match=r"patterns 0:M prune every weight of 2 \(0:4\)$"):
