@@ -177,4 +177,4 @@ def _release_gradients(config: RunConfig, accelerator: Accelerator, model: torch
     try:
         release_gradients(accelerator.unwrap_model(model), optimizer.optimizer)
     except TypeError as error:
-        raise ValueError(f"release_gradients: {error}") from None
+        raise ValueError(str(error)) from None

@@ -342,11 +342,19 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
     """
     data, schedule, release = config.data, config.schedule, config.release_gradients
     batch_keys = ("batch.tokens_per_step", "batch.micro_batch_size", "data.seq_len")
-    accumulation = 1
+    accumulation, divides = 1, True
     try:
         accumulation = accumulation_steps(config, world_size)
     except ValueError as error:
+        divides = False
         yield batch_keys, str(error)
+    args = config.optimizer.args if config.optimizer.name == "lanton" else {}
+    if args.get("noise") == "halves" and args.get("noise_adaptive", True) and divides and accumulation < 2:
+        yield (
+            ("optimizer.args.noise", *batch_keys),
+            "'halves' compares two halves of a step's micro batches, and a step has one; lower "
+            "batch.micro_batch_size, or take noise: previous",
+        )
     if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
         yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
     if data.source == "hf" and not data.name:

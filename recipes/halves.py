@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["Halves", "find_halves"]
+__all__ = ["Halves", "find_halves", "halved_groups"]
 
 
 class Halves:
@@ -37,8 +37,7 @@ def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
 
     Raises ValueError where a step has no halves: one micro batch, or sharded gradients that exist at its end only.
     """
-    groups = optimizer.param_groups if hasattr(optimizer, "mark_half") else []
-    if not any(group.get("noise") == "halves" and group.get("noise_adaptive", True) for group in groups):
+    if not halved_groups(optimizer):
         return None
     if accelerator.gradient_accumulation_steps < 2:
         raise ValueError(
@@ -51,3 +50,9 @@ def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
             "distributed.strategy fsdp2 has at the end only; take strategy ddp, or noise: previous"
         )
     return Halves(optimizer, accelerator)
+
+
+def halved_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups of ``optimizer`` that compare the halves of a step."""
+    groups = optimizer.param_groups if hasattr(optimizer, "mark_half") else []
+    return [group for group in groups if group.get("noise") == "halves" and group.get("noise_adaptive", True)]

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from leanstep.kernels import use_backend
 from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.halves import halved_groups
 from leanstep.recipes.lora import adapt
 from leanstep.recipes.sparse import plan
 
@@ -33,6 +34,7 @@ class MemoryEstimate:
 
     Attributes:
         weights, gradients, optimizer_state: exact, tied weights once. With FSDP2 their shard of ``1 / world_size``.
+            Among the gradients is the copy of them that LANTON with noise="halves" takes after half of the passes.
         activations: saved for the backward pass of one micro batch.
         logits: ``4 * micro_batch_size * seq_len * vocab_size``.
         exchange: the buckets in which DDP sends gradients; 0 on one process.
@@ -117,11 +119,12 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
         state = optimizer_state_bytes(optimizer)
+        half = _half_bytes(optimizer)
     sharded = config.distributed.strategy == "fsdp2" and world_size > 1
     shards = world_size if sharded else 1
     return MemoryEstimate(
         weights=-(-weights // shards),
-        gradients=-(-gradient // shards),
+        gradients=-(-(gradient + half) // shards),
         optimizer_state=-(-state // shards),
         activations=activations,
         logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
@@ -198,8 +201,21 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return unique_bytes(_tensors(list(optimizer.state.values())))
 
 
+def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the copies of gradients that are taken after half of a step's passes."""
+    return sum(
+        parameter.numel() * (group["noise_dtype"] or parameter.dtype).itemsize
+        for group in halved_groups(optimizer)
+        for parameter in group["params"]
+        if parameter.requires_grad
+    )
+
+
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
     """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
+    halves = halved_groups(optimizer)
+    if halves:
+        optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
     try:
         optimizer.step()
     except DataDependentOutputException:
@@ -207,6 +223,10 @@ def _first_step(optimizer: torch.optim.Optimizer) -> None:
         if not all(optimizer.state.get(parameter) for parameter in parameters):
             name = type(optimizer).__name__
             raise ValueError(f"the state of {name} is not known before a step with real numbers") from None
+    for group in halves:
+        for parameter in group["params"]:
+            # lasts no longer than a step, which fake tensors may have stopped
+            optimizer.state.get(parameter, {}).pop("half_grad", None)
 
 
 def unique_bytes(tensors: Any) -> int:

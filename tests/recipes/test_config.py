@@ -352,6 +352,16 @@ def test_a_section_may_be_switched_off_by_its_key(recipe):
     assert "did you mean 'sparsity.patterns'?" in found
 
 
+def test_halves_need_two_passes_a_step(recipe):
+    lanton = "optimizer={name: lanton, lr: 1e-2, args: {noise: halves}}"
+    (found,) = problems_of(recipe(), [lanton])
+    assert "optimizer.args.noise 'halves' compares two halves of a step's micro batches, and a step has one" in found
+    load(recipe(), [lanton, "batch.micro_batch_size=8"])
+    load(recipe(), [lanton, "optimizer.args.noise_adaptive=false"])
+    (found,) = problems_of(recipe(), [lanton, "batch.micro_batch_size=7"])
+    assert "does not divide" in found
+
+
 def test_release_gradients_excludes_accumulation_and_clipping(recipe):
     path = recipe(BASE.replace("micro_batch_size: 16", "micro_batch_size: 8") + "release_gradients: true\n")
     (found,) = problems_of(path)

@@ -70,6 +70,17 @@ def test_weights_gradients_and_state_are_exact_and_activations_close(model, prec
     assert found.activations == pytest.approx(activations, rel=0.05)
 
 
+def test_halves_of_a_step_are_a_copy_of_the_gradients_and_no_state():
+    halves = "lanton, args: {noise: halves, noise_dtype: bfloat16}"
+    config = recipe("llama", "batch.micro_batch_size=2", optimizer=halves)
+    found = estimate(config, 2048)
+    previous = estimate(recipe("llama", "batch.micro_batch_size=2", optimizer="lanton"), 2048)
+    assert found.gradients == previous.gradients + previous.gradients // 2
+    assert found.weights == previous.weights < found.optimizer_state < previous.optimizer_state
+    fp32 = estimate(recipe("llama", "batch.micro_batch_size=2", optimizer="lanton, args: {noise: halves}"), 2048)
+    assert fp32.gradients == 2 * previous.gradients and fp32.optimizer_state == found.optimizer_state
+
+
 def test_a_state_that_cannot_be_told_is_an_error(monkeypatch):
     class Late(torch.optim.Optimizer):
         """Looks at a gradient before it makes its state."""
