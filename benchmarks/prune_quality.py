@@ -7,7 +7,8 @@ Calibration sequences are drawn from the older addresses of the State of the Uni
 perplexity is measured on sequences of the newest ones, which neither the model nor the calibration has seen, the same
 for all. Curves are measured once for each score and seed and serve all sparsities. DP is what the curves say,
 without the comparison with uniform sparsity that ``leanstep prune`` makes. Whatever is measured is kept in the output
-folder, so an interrupted call goes on where it stopped. Prints two markdown tables; ``--plot FILE`` draws the first.
+folder, so an interrupted call goes on where it stopped; folders of other weights or settings are refused. Prints two
+markdown tables; ``--plot FILE`` draws the first.
 """
 
 from __future__ import annotations
@@ -26,16 +27,25 @@ import torch
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.batches import as_batches, token_sequences
 from leanstep.pruning.checkpoint import load_model, open_checkpoint
-from leanstep.pruning.measure import Measurement, evaluating
+from leanstep.pruning.measure import Measurement, evaluating, weights_hash
 from leanstep.pruning.metrics import CEDelta, summarise
 from leanstep.pruning.targets import find_targets
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-ALLOCATIONS = ("uniform", "global", "lamp", "erk", "owl", "dp")
+ALLOCATIONS = ("uniform", "global", "lamp", "erk", "owl", "atp", "dp")
 SCORES = ("magnitude", "wanda", "sparsegpt")
 # sparsities of the curves' levels, for all targets
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-COLOURS = ("#7a828e", "#d9660b", "#0b8a6a", "#b3246f", "#6b46c8", "#2457d6")
+NAMES = {
+    "lamp": "LAMP",
+    "erk": "ERK",
+    "owl": "OWL",
+    "atp": "ATP",
+    "dp": "DP",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+}
+COLOURS = ("#7a828e", "#d9660b", "#0b8a6a", "#b3246f", "#6b46c8", "#a8860b", "#2457d6")
 
 
 class Bench:
@@ -49,12 +59,23 @@ class Bench:
         self.results = {tuple(json.loads(line)["cell"]): json.loads(line) for line in lines}
         self.checkpoint = open_checkpoint(options.model)
         self.model: Any = load_model(self.checkpoint)
+        self._check_settings()
         self.dense = {target.name: target.weight.clone() for target in find_targets(self.model)}
         self.encode, self.end = self._tokenizer()
         self.older, newest = self._texts()
         held_out = self._cut(newest, options.eval_samples, seed=0)
         self.held_out = as_batches(held_out, self.model)
         self.measurement = Measurement(self.model, self.held_out)
+
+    def _check_settings(self) -> None:
+        """Keep what all cells have in common; refuse to go on with what others of it began."""
+        options = self.options
+        common = {"weights": weights_hash(self.model), "samples": options.samples, "curves": options.curve_samples}
+        common |= {"held out": options.eval_samples, "tokens": options.seq_len}
+        if self.results.setdefault(("settings",), {"cell": ["settings"], **common}) != {"cell": ["settings"], **common}:
+            raise SystemExit(f"{self.file} is of another model or other settings: give another --out")
+        if not self.file.exists():
+            self._keep(("settings",), **common)
 
     def _tokenizer(self) -> tuple[Any, int]:
         from transformers import AutoTokenizer
@@ -136,6 +157,7 @@ class Bench:
                 allocation=allocation,
                 score=score,
                 curves=curves if allocation == "dp" else None,
+                curve_data=data[: self.options.curve_samples],
                 held_out=False,
             )
             self._keep(cell, sparsity=result.sparsity, predicted=result.allocation.predicted, **self.cost())
@@ -157,37 +179,29 @@ class Bench:
         return [self.results[seed, score, allocation, sparsity][key] for seed in self.options.seeds]
 
     def tables(self) -> str:
-        """Perplexity by score, allocation and sparsity; and how far DP's distortions add up."""
-        columns = " | ".join(f"{sparsity:.0%}" for sparsity in self.options.sparsities)
-        lines = [f"dense perplexity {self.results[('dense',)]['perplexity']:.2f}", ""]
-        lines += [f"| score | allocation | {columns} |", "| --- | --- |" + " ---: |" * len(self.options.sparsities)]
+        """Perplexity by score, sparsity and allocation; and how far DP's distortions add up."""
+        columns = " | ".join(NAMES.get(allocation, allocation) for allocation in self.options.allocations)
+        lines = [f"| | {columns} |", "| --- |" + " ---: |" * len(self.options.allocations)]
         best = 0
         for score in self.options.scores:
-            means = {
-                (allocation, sparsity): statistics.mean(self.values(score, allocation, sparsity))
-                for allocation, sparsity in self._cells()
-            }
-            for allocation in self.options.allocations:
-                cells = []
-                for sparsity in self.options.sparsities:
-                    values = self.values(score, allocation, sparsity)
-                    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                    text = f"{statistics.mean(values):.1f}{spread}"
-                    first = means[allocation, sparsity] == min(means[a, sparsity] for a in self.options.allocations)
-                    best += first and allocation == "dp"
-                    cells.append(f"**{text}**" if first else text)
-                lines.append(f"| {score} | {allocation} | {' | '.join(cells)} |")
+            for sparsity in self.options.sparsities:
+                values = {name: self.values(score, name, sparsity) for name in self.options.allocations}
+                first = min(values, key=lambda name: statistics.mean(values[name]))
+                best += first == "dp"
+                cells = [f"**{_told(values[name])}**" if name == first else _told(values[name]) for name in values]
+                lines.append(f"| {NAMES.get(score, score)} {sparsity:.0%} | {' | '.join(cells)} |")
         total = len(self.options.scores) * len(self.options.sparsities)
         lines += [
             "",
-            f"mean ± standard deviation over {len(self.options.seeds)} seeds; DP is best in {best} of {total} cells",
-            "",
+            f"dense perplexity {self.results[('dense',)]['perplexity']:.2f}; mean ± standard deviation over "
+            f"{len(self.options.seeds)} calibration seeds; DP is best in {best} of {total} cells",
         ]
         if "dp" in self.options.allocations:
-            lines += [f"| joint / summed, DP | {columns} |", "| --- |" + " ---: |" * len(self.options.sparsities)]
+            columns = " | ".join(f"{sparsity:.0%}" for sparsity in self.options.sparsities)
+            lines += ["", f"| joint / summed, DP | {columns} |", "| --- |" + " ---: |" * len(self.options.sparsities)]
             for score in self.options.scores:
                 ratios = [self._ratio(score, sparsity) for sparsity in self.options.sparsities]
-                lines.append(f"| {score} | {' | '.join(ratios)} |")
+                lines.append(f"| {NAMES.get(score, score)} | {' | '.join(ratios)} |")
         return "\n".join(lines)
 
     def _ratio(self, score: str, sparsity: float) -> str:
@@ -208,13 +222,32 @@ class Bench:
                     continue
                 means = [statistics.mean(self.values(score, allocation, s)) for s in self.options.sparsities]
                 width = 2.4 if allocation == "dp" else 1.2
-                panel.plot(self.options.sparsities, means, "o-", color=colour, lw=width, ms=3, label=allocation)
+                panel.plot(
+                    self.options.sparsities,
+                    means,
+                    "o-",
+                    color=colour,
+                    lw=width,
+                    ms=3,
+                    label=NAMES.get(allocation, allocation),
+                )
             panel.axhline(self.results[("dense",)]["perplexity"], color="#9aa2ae", lw=0.8, ls=":")
-            panel.set(title=score, xlabel="sparsity", yscale="log")
+            panel.set(title=NAMES.get(score, score), xlabel="sparsity", yscale="log")
         panels[0][0].set_ylabel("perplexity")
         panels[0][0].legend(frameon=False, fontsize=8)
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
+
+
+def _told(values: list[float]) -> str:
+    """Mean and spread; of numbers beyond a million, two digits."""
+    mean = statistics.mean(values)
+
+    def told(value: float) -> str:
+        return f"{value:.1e}" if mean >= 1e6 else f"{value:.0f}" if mean >= 1000 else f"{value:.1f}"
+
+    spread = told(statistics.stdev(values)) if len(values) > 1 else "0"
+    return told(mean) if float(spread) == 0 else f"{told(mean)} ± {spread}"
 
 
 def main() -> None:
