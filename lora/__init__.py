@@ -10,6 +10,7 @@ from leanstep.lora.memory import saved_bytes
 from leanstep.lora.merge import MergeReport, merge, unmerge
 from leanstep.lora.norms import HeadReport, NormMonitor
 from leanstep.lora.peft_bridge import Acceleration, accelerate_peft
+from leanstep.lora.pruned import keep_zeros
 from leanstep.lora.routing import lora_groups
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "accelerate_peft",
     "apply_lora",
     "error_bounds",
+    "keep_zeros",
     "load_adapter",
     "lora_groups",
     "low_rank_attention",

@@ -36,6 +36,7 @@ class Adapter:
         transposed: whether the base weight is (in, out).
         merged: whether the base weight holds the adapter.
         enabled: whether the adapter takes part.
+        keep_zeros: whether what is zero in the base weight stays so (:func:`leanstep.lora.keep_zeros`).
         base: the class the layer had.
         norms: DoRA's norms.
         undo: what :func:`leanstep.lora.unmerge` needs.
@@ -52,6 +53,7 @@ class Adapter:
     base: type[nn.Module] = nn.Module
     merged: bool = False
     enabled: bool = True
+    keep_zeros: bool = False
     norms: NormCache = field(default_factory=NormCache)
     undo: Any = None
 
@@ -81,6 +83,8 @@ def common_reasons(lora: Adapter, tensors: dict[str, Tensor | None], x: Tensor |
         return "the adapter is merged into the base weight: the base layer runs"
     if not lora.enabled:
         return "the adapter is disabled: the base layer runs"
+    if lora.keep_zeros:
+        return "the zeros of the base weight are kept, for which the product of the factors is formed and masked"
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             return f"{name} is sharded (DTensor): torch's own operations know how to multiply it"

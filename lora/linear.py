@@ -52,6 +52,8 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         inputs = x
         if self.training and self.lora.dropout > 0:
             inputs = _DropoutFunction.apply(x, self.lora.dropout, new_seed())
+        if self.lora.keep_zeros:
+            return self._with_zeros(x, inputs)
         wide = inputs if torch.is_autocast_enabled(x.device.type) else inputs.to(a.weight.dtype)
         update = b(a(wide)) * self.lora.scale
         base = super().forward(x, *args, **kwargs)
@@ -60,6 +62,22 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         reached = torch.nn.functional.linear(inputs, self.weight.t() if self.lora.transposed else self.weight)
         c = dora_factor(Weights(self.weight, None, a.weight, b.weight, None, self.lora_magnitude_vector, self.norms()))
         return (base + (c - 1) * reached + c * update).to(base.dtype)
+
+    def _with_zeros(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """The output for an input, of which ``inputs`` is what dropout left: the zeros of the weight are kept."""
+        from leanstep.lora.pruned import masked_update
+
+        weight = self.weight.t() if self.lora.transposed else self.weight
+        update = masked_update(weight, self.lora_A.weight, self.lora_B.weight, self.lora.scale)
+        linear = torch.nn.functional.linear
+        if inputs is x:
+            # what the merged layer computes, rounded as its weight will be
+            y = linear(x, (weight + update).to(weight.dtype), self.bias)
+        else:
+            y = linear(x, weight, self.bias)
+            y = y + linear(inputs, update.to(weight.dtype))
+        bias = self.lora_B.bias
+        return y if bias is None else (y + bias * self.lora.scale).to(y.dtype)
 
 
 class _DropoutFunction(torch.autograd.Function):

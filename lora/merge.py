@@ -60,7 +60,8 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
     Args:
         model: adapted and not merged; its weights are changed in place.
         keep_mask: what is 0 in a base weight stays 0: a pruned model stays pruned. The merged layer then computes
-            something else than the adapted one did, by what the adapter had put there.
+            something else than the adapted one did, by what the adapter had put there; not so where
+            :func:`leanstep.lora.keep_zeros` was called before training, whose layers keep them in any case.
         backup: keep the weights as they were, for an exact :func:`unmerge`: as much memory as the adapted layers.
 
     Returns:
@@ -85,7 +86,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         exact = merged_weight(layer, keep_mask)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        mask = weight != 0 if keep_mask else None
+        mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
         layer.lora.undo = _Undo(weight.detach().clone() if backup else None, _dora_rows(layer), mask)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
@@ -155,7 +156,7 @@ def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
     factor = _dora_rows(layer)
     if factor is not None:
         exact = exact * factor
-    return torch.where(weight != 0, exact, 0.0) if keep_mask else exact
+    return torch.where(weight != 0, exact, 0.0) if keep_mask or layer.lora.keep_zeros else exact
 
 
 @torch.no_grad()

@@ -127,7 +127,8 @@ def measure_curves(
             return _measure_locally(groups, wanted, name, pruning, progress)
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, variants=variants)
         try:
-            pruning = Pruning(PrefixCache(model, source, enabled=prefix_cache), score, score_options)
+            cache = PrefixCache(model, source, enabled=prefix_cache, like=measurement.cache)
+            pruning = Pruning(cache, score, score_options)
             return measurement.curves(groups, wanted, pruning, partial, progress)
         finally:
             measurement.close()
@@ -254,6 +255,7 @@ class Measurement:
         *,
         prefix_cache: bool = True,
         variants: int | None = None,
+        like: PrefixCache | None = None,
     ) -> None:
         self.model, self.batches = model, batches
         self.metric = make_metric(metric, model)
@@ -264,7 +266,7 @@ class Measurement:
         if self.variants < 1:
             raise ValueError(f"variants must be at least 1, got {variants}")
         with evaluating(model):
-            self.cache = PrefixCache(model, batches, enabled=prefix_cache)
+            self.cache = PrefixCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
         self._check_finite()
 

@@ -303,7 +303,8 @@ class Planner:
         metric = self.metric
         if isinstance(metric, str) and metric in LOCAL_METRICS:
             metric = None  # of one layer only; what all do together is seen at the output
-        return Measurement(self.model, batches, metric, prefix_cache=self.prefix_cache)
+        cache = self.pruning.cache
+        return Measurement(self.model, batches, metric, prefix_cache=self.prefix_cache, like=cache)
 
     def _metric_name(self) -> str:
         if self.metric is None:

@@ -80,9 +80,12 @@ class PrefixCache:
         model: called as it is, in whatever mode it is.
         batches: the inputs.
         enabled: False computes every pass whole.
+        like: another cache of the same model; where it can be cut is taken from there instead of found again.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: PrefixCache | None = None
+    ) -> None:
         self.model, self.batches = model, batches
         self.stages: list[tuple[str, nn.Module]] = []
         # positions from which the model can be run, which are those behind a stage whose output is all that is needed
@@ -91,7 +94,9 @@ class PrefixCache:
         # why nothing is cached, where that was asked for and cannot be
         self.note = ""
         self._outputs: list[Any] = []
-        if enabled:
+        if enabled and like is not None and like.model is model and like.stages:
+            self.stages, self.starts, self.note = like.stages, like.starts, like.note
+        elif enabled:
             self._find_stages()
 
     @torch.no_grad()

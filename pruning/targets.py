@@ -16,7 +16,7 @@ from leanstep.optimizers.param_groups import parameter_roles, transposed_paramet
 from leanstep.pruning.batches import Batch
 from leanstep.pruning.layers import Layer, as_matrix
 
-__all__ = ["Target", "count_uses", "find_targets"]
+__all__ = ["Target", "count_uses", "find_targets", "prunable_names"]
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
 # what decides which expert a token goes to is small, and an error there is not one of a weight
@@ -78,10 +78,9 @@ def find_targets(
         ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
             parametrized.
     """
-    _refuse_foreign_weights(model)
+    chosen = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
-    chosen = _choose(model, roles, parameters, None if include is None else list(include), list(exclude))
     transposed, blocks = transposed_parameters(model), _block_numbers(chosen)
     targets = []
     for name in chosen:
@@ -102,6 +101,14 @@ def find_targets(
             )
             targets.append(Target(layer, name, module, attribute, layout, expert))
     return targets
+
+
+def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> list[str]:
+    """The parameters that :func:`find_targets` finds its matrices in; a model on the meta device will do."""
+    _refuse_foreign_weights(model)
+    parameters = dict(model.named_parameters())
+    rules = None if include is None else list(include)
+    return _choose(model, parameter_roles(model), parameters, rules, list(exclude))
 
 
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from leanstep.pruning import MaskKeeper, keep_masks
+from leanstep.pruning import MaskKeeper
 from leanstep.recipes.batches import Windows
 from leanstep.recipes.build import (
     build_model,
@@ -27,6 +27,7 @@ from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.halves import Halves, find_halves
 from leanstep.recipes.lora import adapt, describe_adapters, is_adapted
 from leanstep.recipes.memory import MemoryEstimate, estimate
+from leanstep.recipes.pruned import build_masks
 from leanstep.recipes.saver import Saver
 from leanstep.recipes.sparse import build_controller, describe_sparsity
 from leanstep.recipes.start import check_room
@@ -100,9 +101,11 @@ def assemble(
     if sparsity is not None:
         sparsity.attach(optimizer.optimizer)
     # what is zero in model.init_from, before a checkpoint of this run is loaded
-    masks = _masks(config, accelerator.unwrap_model(model), optimizer.optimizer, say)
+    masks = build_masks(config, accelerator.unwrap_model(model), optimizer.optimizer, say)
     schedule = accelerator.prepare(build_schedule(config.schedule, optimizer.optimizer, config.steps))
     saver = Saver(accelerator, folder, config.checkpoint, model, data.tokenizer, say)
+    if masks is not None:
+        saver.pruned = list(masks.parameters), str(config.model.init_from)
     # the step is part of the seed for a run that goes on with another number of processes
     seed_process(config.seed, rank, state.step)
     stream = None if checkpoint is None else saver.load(checkpoint, state)
@@ -146,21 +149,6 @@ def _model(config: RunConfig, data: LoadedData) -> torch.nn.Module:
     if config.compile:
         model.compile()
     return model
-
-
-def _masks(
-    config: RunConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-) -> MaskKeeper | None:
-    """Keep the zeros of a pruned model, when the recipe asks for it."""
-    pruning = config.pruning
-    if not pruning.keep_masks:
-        return None
-    try:
-        keeper = keep_masks(model, optimizer, include=pruning.include, exclude=pruning.exclude)
-    except ValueError as error:
-        raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
-    say(f"pruning     {keeper.sparsity():.2%} of {len(keeper.masks)} matrices are zero and stay zero")
-    return keeper
 
 
 def _release_gradients(config: RunConfig, accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:

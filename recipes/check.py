@@ -49,6 +49,7 @@ def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
         ("Length", lambda section: length(config, world_size, section, facts)),
         ("Parameter groups", lambda section: _groups(config, section, facts)),
         ("Sparsity", lambda section: _sparsity(config, section, facts)),
+        ("Pruning", lambda section: _pruning(config, section, facts)),
         ("Memory", lambda section: memory(config, world_size, section, facts)),
         ("Disk", lambda section: disk(config, world_size, section, facts)),
         ("Output", lambda section: output(config, section)),
@@ -141,6 +142,34 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
         way = " ".join(map(str, schedule.frames(target)))
         rows.append((str(target), str(len(members)), f"{count:,}", way, members[0].name))
     section.lines.extend(table(rows))
+
+
+def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
+    """Which zeros of the model that the run begins with are kept, counted in its files."""
+    if not config.pruning.keep_masks:
+        return
+    from pathlib import Path
+
+    from leanstep.recipes.memory import meta_model
+    from leanstep.recipes.pruned import masked_names, zeros_of
+
+    names = masked_names(config, meta_model(config, facts.vocabulary or 0))
+    folder = Path(str(config.model.init_from))
+    counts = zeros_of(folder, names)
+    if not counts:
+        section.add("zeros", f"not counted: no safetensors file in {folder} has these matrices under their names")
+        return
+    pruned = {name: count for name, count in counts.items() if count[0]}
+    if not pruned:
+        section.problems.append(
+            f"no matrix of {folder} has a zero to keep; prune it first (leanstep prune), or take "
+            "pruning.keep_masks=false"
+        )
+        return
+    zeros, total = (sum(column) for column in zip(*pruned.values(), strict=True))
+    section.add("zeros", f"{zeros / total:.2%} of {len(pruned)} matrices, {zeros:,} weights, which stay zero")
+    if config.lora.target_modules:
+        section.add("adapters", "their product is masked where the base is zero, and the merged model keeps its zeros")
 
 
 def routing_rows(optimizer: Any) -> list[tuple[str, ...]]:

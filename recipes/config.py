@@ -192,7 +192,7 @@ class PruningConfig(_Ranged):
     """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
 
     The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
-    ``exclude`` are wildcards over their names, as there.
+    ``exclude`` are wildcards over their names, as there. With a ``lora`` section, adapters are masked likewise.
     """
 
     keep_masks: bool = False
@@ -447,10 +447,12 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (*keys, "model.init_from"), "adapts a model that is there already; name its folder in model.init_from"
     if config.distributed.strategy == "fsdp2":
         yield (*keys, "distributed.strategy"), "goes with distributed.strategy ddp, whose models are whole"
-    if config.sparsity.patterns or config.pruning.keep_masks:
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "leaves the base as it is; sparsity.patterns is for training it"
+    if config.lora.use_dora and config.pruning.keep_masks:
         yield (
-            (*keys, "sparsity.patterns", "pruning.keep_masks"),
-            "leaves the base as it is; sparsity.patterns and pruning.keep_masks are for training it",
+            ("lora.use_dora", "pruning.keep_masks"),
+            "scales by norms of the unmasked sum; with pruning.keep_masks take lora.use_dora=false",
         )
 
 

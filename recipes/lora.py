@@ -14,6 +14,7 @@ from leanstep.lora.apply import adapted_layers
 from leanstep.lora.merge import merged_state_dict
 from leanstep.recipes.checkpoint import CheckpointError
 from leanstep.recipes.config import RunConfig
+from leanstep.recipes.pruned import mask_adapters
 
 __all__ = ["ADAPTER", "adapt", "describe_adapters", "is_adapted", "load_adapters", "merged_weights", "write_adapter"]
 
@@ -42,6 +43,7 @@ def adapt(config: RunConfig, model: torch.nn.Module) -> None:
         apply_lora(model, settings)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from None
+    mask_adapters(config, model)
 
 
 def is_adapted(model: torch.nn.Module) -> bool:

@@ -20,6 +20,7 @@ from leanstep.recipes.build import build_model, build_optimizer, checkpoint_acti
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.halves import halved_groups
 from leanstep.recipes.lora import adapt
+from leanstep.recipes.pruned import mask_bytes
 from leanstep.recipes.sparse import plan
 
 __all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
@@ -38,7 +39,8 @@ class MemoryEstimate:
         activations: saved for the backward pass of one micro batch.
         logits: ``4 * micro_batch_size * seq_len * vocab_size``.
         exchange: the buckets in which DDP sends gradients; 0 on one process.
-        sparsity: masks of sparse weights, a byte each, and the masked weights that backward needs.
+        sparsity: masks of sparse or pruned weights, a byte each, and the masked weights that backward of sparse ones
+            needs.
     """
 
     weights: int
@@ -134,7 +136,12 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
-    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded."""
+    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded.
+
+    Of a pruned model, the masks that are kept.
+    """
+    if config.pruning.keep_masks:
+        return mask_bytes(config, meta_model(config, vocab_size))
     if not config.sparsity.patterns:
         return 0
     layers = plan(config, meta_model(config, vocab_size))

@@ -28,6 +28,7 @@ from leanstep.recipes.config import CheckpointConfig
 from leanstep.recipes.failures import disk_trouble, format_bytes
 from leanstep.recipes.folder import RunFolder
 from leanstep.recipes.lora import is_adapted, load_adapters, merged_weights, write_adapter
+from leanstep.recipes.pruned import write_sparsity
 from leanstep.recipes.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
 from leanstep.recipes.world import all_agree, main_does
 
@@ -55,6 +56,8 @@ class Saver:
         self._sharded = accelerator.distributed_type == "FSDP"
         # why the last save failed, for every log line until one succeeds
         self.trouble: str | None = None
+        # the names of parameters whose zeros are kept, and the pruned model they come from
+        self.pruned: tuple[list[str], str] | None = None
         if not self._sharded:
             accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
@@ -126,6 +129,8 @@ class Saver:
             model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
             write_adapter(model, path)
             write_patterns(model, path)
+            if self.pruned is not None:
+                write_sparsity(*self.pruned, path)
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:

@@ -1,12 +1,18 @@
 """``leanstep train`` on a pruned checkpoint: its zeros stay, through every optimizer, a crash and the final folder."""
 
+import json
+
 import pytest
 import torch
 from pruned_models import make_gpt2
 from training import read_log, run, write_text
 
 from leanstep.pruning import find_targets, prune
+from leanstep.recipes.check import _pruning
 from leanstep.recipes.loader import ConfigError, load
+from leanstep.recipes.memory import estimate
+from leanstep.recipes.sections import Facts, Section
+from leanstep.sparsity.verify import verify
 
 RECIPE = """\
 recipe: pretrain
@@ -72,6 +78,7 @@ def test_a_recipe_that_cannot_keep_masks_is_refused(recipe):
             "which are one in release_gradients",
         ),
         (['sparsity.patterns={"*": "2:4"}'], "take one of them"),
+        (["lora.target_modules=[c_attn]", "lora.use_dora=true"], "norms of the unmasked sum"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(str(recipe), changes)
@@ -82,3 +89,72 @@ def test_a_model_without_zeros_is_refused(recipe, tmp_path):
     done = run(recipe, [f"model.init_from={tmp_path / 'dense'}"], tmp_path / "run")
     assert done.codes == [2]
     assert "no matrix of the model has a zero" in done.text()
+
+
+def test_the_final_folder_says_how_sparse_it_is(recipe, tmp_path):
+    pruned = recipe.parent / "pruned"
+    before = masks_of(pruned)[0]
+    names = list(before)
+    (pruned / "sparsity.json").write_text(json.dumps({"tensors": {names[0]: {"pattern": "7:8", "dim": 0}}}))
+    try:
+        done = run(recipe, ["steps=2"], tmp_path / "run")
+    finally:
+        (pruned / "sparsity.json").unlink()
+    assert done.codes == [0], done.text()
+    final = tmp_path / "run/final"
+    said = json.loads((final / "sparsity.json").read_text())
+    after = masks_of(final)[0]
+    assert said["source"] == str(pruned)
+    assert {name: row["sparsity"] for name, row in said["tensors"].items()} == {
+        name: float((~mask).double().mean()) for name, mask in after.items()
+    }
+    assert said["tensors"][names[0]] | {"sparsity": 0} == {"sparsity": 0, "pattern": "7:8", "dim": 0}
+    assert set(said["tensors"][names[1]]) == {"sparsity"}
+    zeros = sum(int((~mask).sum()) for mask in after.values())
+    assert said["sparsity"] == zeros / sum(mask.numel() for mask in after.values())
+    assert verify(final).tensors
+
+
+def test_adapters_on_a_pruned_base_keep_its_zeros_to_the_merged_model(recipe, tmp_path):
+    before = masks_of(recipe.parent / "pruned")[0]
+    options = ["lora.target_modules=[c_attn, c_fc]", "lora.r=4", "lora.lora_dropout=0.1", "steps=8"]
+    whole = run(recipe, options, tmp_path / "whole")
+    assert whole.codes == [0], whole.text()
+    assert "stay zero" in whole.text()
+    after, trained = masks_of(tmp_path / "whole/final")
+    old = masks_of(recipe.parent / "pruned")[1].state_dict()
+    for name, mask in before.items():
+        assert torch.equal(after[name], mask), name
+        adapted = "c_attn" in name or "c_fc" in name
+        assert torch.equal(old[name], trained.state_dict()[name]) != adapted, name
+    losses = [entry["loss"] for entry in read_log(tmp_path / "whole") if entry["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    said = json.loads((tmp_path / "whole/final/sparsity.json").read_text())
+    assert set(said["tensors"]) <= set(before)
+    first = run(recipe, [*options, "stop.max_hours=1e-9"], tmp_path / "cut")
+    assert first.codes != [0]
+    second = run(recipe, options, tmp_path / "cut")
+    assert second.codes == [0], second.text()
+    again = masks_of(tmp_path / "cut/final")[1].state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in trained.state_dict().items())
+
+
+def test_check_and_the_memory_estimate_know_of_the_masks(recipe, tmp_path):
+    make_gpt2(vocab_size=300).save_pretrained(tmp_path / "dense")
+    before = masks_of(recipe.parent / "pruned")[0]
+    numel = sum(mask.numel() for mask in before.values())
+    for lora in ([], ["lora.target_modules=[c_attn]"]):
+        config = load(str(recipe), lora)
+        section = Section("Pruning")
+        _pruning(config, section, Facts(vocabulary=300))
+        assert not section.problems
+        zeros = sum(int((~mask).sum()) for mask in before.values())
+        assert f"{zeros:,} weights, which stay zero" in section.lines[0]
+        assert ("masked" in section.lines[-1]) == bool(lora)
+        assert estimate(config, 300).sparsity == numel
+    assert estimate(load(str(recipe), ["pruning.keep_masks=false"]), 300).sparsity == 0
+    section = Section("Pruning")
+    _pruning(load(str(recipe), [f"model.init_from={tmp_path / 'dense'}"]), section, Facts(vocabulary=300))
+    assert "has a zero to keep" in section.problems[0]
+    with pytest.raises(ValueError, match=r"pruning\.keep_masks: the rule 'nothing' matches no matrix"):
+        _pruning(load(str(recipe), ["pruning.exclude=[nothing]"]), Section("Pruning"), Facts(vocabulary=300))

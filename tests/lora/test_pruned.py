@@ -1,0 +1,121 @@
+"""Adapters whose product is masked where the base is zero: the merged model is as sparse, and is what was trained."""
+
+import copy
+
+import pytest
+import torch
+from pruned_models import make_gpt2, make_llama
+from torch import nn
+
+from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, unmerge
+from leanstep.lora.linear import LoRALinearLayer
+from leanstep.lora.merge import merged_state_dict
+from leanstep.pruning import prune
+
+
+def adapted(make=make_llama, dtype=torch.float32, **settings):
+    """A model of which half is zero, with adapters that do something."""
+    torch.manual_seed(0)
+    model = make()
+    prune(model, sparsity=0.5, allocation="erk", score="magnitude")
+    model = model.to(dtype).eval()
+    apply_lora(model, LoraConfig(r=4, target_modules="all-linear", **settings))
+    for layer in layers(model).values():
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return model
+
+
+def layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_model_keeps_every_zero_and_computes_the_same(make, dtype):
+    model = adapted(make, dtype)
+    before = {name: layer.weight == 0 for name, layer in layers(model).items()}
+    assert keep_zeros(model) == [name for name, zeros in before.items() if zeros.any()]
+    logits = model(IDS).logits
+    stored = merged_state_dict(model)
+    report = merge(model, backup=True)
+    assert sum(report.masked.values()) == sum(int(zeros.sum()) for zeros in before.values()) > 0
+    for name, layer in layers(model).items():
+        assert not layer.weight[before[name]].any()
+        assert torch.equal(layer.weight, stored[f"{name}.weight"])
+        assert bool(layer.weight[~before[name]].count_nonzero())
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
+    unmerge(model)
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
+
+
+def test_the_zeros_are_filled_without_it():
+    model = adapted()
+    zeros = {name: layer.weight == 0 for name, layer in layers(model).items()}
+    merge(model)
+    assert all(layer.weight[zeros[name]].any() for name, layer in layers(model).items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_those_of_the_masked_sum(dropout, transposed):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    layer = Conv1D(6, 5) if transposed else nn.Linear(5, 6)
+    model = nn.Sequential(layer).double()
+    with torch.no_grad():
+        layer.weight.masked_fill_(torch.rand_like(layer.weight) < 0.5, 0)
+    apply_lora(model, LoraConfig(r=2, target_modules=["0"], lora_dropout=dropout, lora_bias=True))
+    for parameter in (layer.lora_B.weight, layer.lora_B.bias):
+        nn.init.normal_(parameter)
+    assert keep_zeros(model) == ["0"]
+    model.train()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    out = model(x)
+    torch.manual_seed(1)
+    weight = layer.weight.t() if transposed else layer.weight
+    # what dropout left is seen in a layer that gives its input back
+    update = (layer.lora_B.weight @ layer.lora_A.weight) * layer.lora.scale * (weight != 0)
+    from leanstep.lora.linear import _DropoutFunction, new_seed
+
+    inputs = _DropoutFunction.apply(x, dropout, new_seed()) if dropout else x
+    expected = x @ weight.t() + inputs @ update.t() + layer.bias + layer.lora_B.bias * layer.lora.scale
+    torch.testing.assert_close(out, expected)
+    trained = [x, layer.lora_A.weight, layer.lora_B.weight, layer.lora_B.bias]
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, trained, upstream)
+    for one, other in zip(found, torch.autograd.grad(expected, trained, upstream), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_training_runs_through_fused_blocks_and_copies():
+    model = adapted()
+    keep_zeros(model)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        one.train()
+        loss = one(IDS, labels=IDS).loss
+        loss.backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+    reasons = [layer.fast_path.reason for layer in layers(model).values()]
+    assert all("zeros of the base weight are kept" in reason for reason in reasons)
+
+
+def test_what_cannot_be_is_refused():
+    for model, names, message in (
+        (adapted(use_dora=True), None, "has DoRA"),
+        (adapted(), ["model.norm"], "no linear layer with an adapter"),
+        (adapted(fast_path=True), None, "fast path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keep_zeros(model, names)
+        assert not any(layer.lora.keep_zeros for layer in layers(model).values())
+    model = adapted()
+    merge(model)
+    with pytest.raises(ValueError, match="merged already"):
+        keep_zeros(model, list(layers(model)))
