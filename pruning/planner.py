@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
 from leanstep.pruning.allocation import Allocation, allocate, snap
@@ -18,6 +18,7 @@ from leanstep.pruning.curves import Curve
 from leanstep.pruning.densities import atp_betas, outlier_ratio
 from leanstep.pruning.groups import Group
 from leanstep.pruning.knapsack import InfeasibleBudget
+from leanstep.pruning.layers import Layer
 from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, levels_of, measure_curves
 from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
 from leanstep.pruning.prefix import PrefixCache
@@ -28,6 +29,8 @@ __all__ = ["Planner"]
 
 # slopes of ATP that are tried, of all those there are
 _SLOPES = 9
+# from this ratio of joint to summed distortion on, or its inverse, a reader is told
+_ADDITIVE = 1.5
 # tries of the search for coefficients, each a knapsack and a forward pass over the data that curves are measured on
 SEARCH = {"starts": 100, "patience": 100}
 
@@ -196,18 +199,20 @@ class Planner:
             more["beta"] = beta
         return self._allocate(method, **more)
 
-    def _outliers(self) -> dict[int, float]:
-        """Percent of each block's Wanda scores that are outliers."""
+    def _outliers(self) -> dict[str, float]:
+        """Percent of its block's Wanda scores that are outliers, by layer; one without a block is one by itself."""
         pruners = Pruning(self.pruning.cache, "wanda").pruners(self.groups)
-        blocks: dict[int, list[Tensor]] = {}
+        blocks: dict[int | str, list[str]] = {}
         for group in self.groups:
-            blocks.setdefault(group.layer.block or 0, []).append(pruners[group.name].scores)
-        return {block: outlier_ratio(scores) for block, scores in blocks.items()}
+            block = group.name if group.layer.block is None else group.layer.block
+            blocks.setdefault(block, []).append(group.name)
+        ratios = {block: outlier_ratio([pruners[name].scores for name in names]) for block, names in blocks.items()}
+        return {name: ratios[block] for block, names in blocks.items() for name in names}
 
     def _best_slope(self) -> Allocation:
         """ATP's slope by trial, on the data that curves are measured on."""
         assert self.sparsity is not None
-        blocks = {group.layer.block for group in self.groups}
+        blocks = {layer.block for layer in _placed([group.layer for group in self.groups])}
         betas = atp_betas(self.sparsity, len(blocks))
         candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
         measurement = self._measurement(self.measured)
@@ -235,8 +240,9 @@ class Planner:
         """An allocation over the groups that never brings a zero back."""
         nonzero = {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
         at_most = {group.name: nonzero[group.name] for group in self.groups if nonzero[group.name] < group.layer.numel}
+        layers = [group.layer for group in self.groups]
         found = allocate(
-            [group.layer for group in self.groups],
+            _placed(layers) if method == "atp" else layers,
             self.sparsity if sparsity is None else sparsity,
             method=method,
             budget=self.budget if method == "dp" else None,
@@ -287,6 +293,7 @@ class Planner:
             measurement.close()
         by_curves, evenly = found
         if by_curves.joint < evenly.joint:
+            self._note_ratio(by_curves)
             return candidate, found
         self.notes.append(
             f"the allocation by dynamic programming costs {by_curves.joint:.4g} on held-out data, uniform sparsity "
@@ -295,6 +302,17 @@ class Planner:
             "they are together"
         )
         return uniform, found
+
+    def _note_ratio(self, one: Additivity) -> None:
+        """Say so where the sum that was minimized is not near what it stands for."""
+        if not one.summed or 1 / _ADDITIVE <= one.ratio <= _ADDITIVE:
+            return
+        self.notes.append(
+            f"distortions do not add up here: all matrices together cost {one.joint:.4g} on held-out data, "
+            f"{one.ratio:.2f} times the sum of what each costs alone. The allocation is better than uniform sparsity, "
+            "but the smallest sum need not be the smallest cost: a correction (relinearise, coefficients) or another "
+            "allocation may do better"
+        )
 
     def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
         return joint_of(measurement, self.groups, chosen_levels(allocation, self.groups), self.pruning).mean
@@ -317,3 +335,13 @@ class Planner:
 
     def _cache(self, batches: list[Batch]) -> PrefixCache:
         return PrefixCache(self.model, batches, enabled=self.prefix_cache and bool(batches))
+
+
+def _placed(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, those outside of all blocks with the number of the block before them, or of the first one."""
+    numbers = [layer.block for layer in layers if layer.block is not None]
+    place, found = min(numbers, default=0), []
+    for layer in layers:
+        place = place if layer.block is None else layer.block
+        found.append(replace(layer, block=place))
+    return found

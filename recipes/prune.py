@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -41,10 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result.to_dict()))
         return 0
     print(_summary(result, options.out))
-    # the process's own largest size: weights, calibration and everything that was imported
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"took {format_duration(time.monotonic() - begin)}, at most {peak / 2**30:.2f} GiB of memory")
+    peak = _peak_bytes()
+    memory = "" if peak is None else f", at most {peak / 2**30:.2f} GiB of memory"
+    print(f"took {format_duration(time.monotonic() - begin)}{memory}")
     return 0
+
+
+def _peak_bytes() -> int | None:
+    """The process's own largest size: weights, calibration and all that was imported; None where nothing tells it."""
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _parser() -> argparse.ArgumentParser:

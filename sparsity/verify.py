@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from leanstep.sparsity.compressed import is_compressed, load_compressed
-from leanstep.sparsity.detect import tightest, violations
+from leanstep.sparsity.detect import pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
 
 # what a checkpoint folder may say of itself: {"NAME": {"pattern": "1:8", "dim": 1}}
 PATTERNS_FILE = "sparsity.json"
+# from this sparsity on zeros are not those that a dense matrix may have by itself
+_SOME = 0.01
 _INNER = ("final", "last/hf", "hf")
 
 
@@ -29,7 +31,8 @@ class TensorReport:
     Attributes:
         name, shape, dtype: as stored.
         sparsity: fraction of entries that are zero.
-        pattern: the sparsest N:M that it obeys, with the shortest groups of those, M at most 128; None: it is dense.
+        pattern: the sparsest N:M that it obeys, with the shortest groups of those, M at most 128; None: it is dense, or
+            its zeros lie anywhere.
         dim: dimension along which the groups of ``pattern`` (or of ``expected``) lie.
         expected: the pattern it should have, if one was asked for.
         violations: groups of ``expected`` that have more than N nonzeros.
@@ -77,6 +80,9 @@ class Verification:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         sparse = sum(report.pattern is not None for report in self.tensors)
         verdict = f"{sparse} of {len(self.tensors)} matrices are N:M sparse"
+        loose = [report.sparsity for report in self.tensors if report.pattern is None and report.sparsity >= _SOME]
+        if loose:
+            verdict += f", {len(loose)} unstructured"
         wrong = [report.name for report in self.tensors if report.ok is False]
         if self.ok is not None:
             expected = sum(report.ok is not None for report in self.tensors)
@@ -128,7 +134,7 @@ def verify(
 
 def _judge(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int | None) -> TensorReport:
     dims = (1, 0) if dim is None else (dim,)
-    found = [(pattern, d) for d in dims if (pattern := tightest(tensor, d)) is not None]
+    found = [(pattern, d) for d in dims if (pattern := pattern_of(tensor, d)) is not None]
     pattern, along = min(found, key=lambda pair: pair[0].density, default=(None, None))
     broken = 0
     if expected is not None:
@@ -154,7 +160,7 @@ def _cells(report: TensorReport) -> tuple[str, ...]:
         report.name,
         "x".join(map(str, report.shape)),
         f"{report.sparsity:.4f}",
-        report.pattern or "dense",
+        report.pattern or ("dense" if report.sparsity < _SOME else "unstructured"),
         "" if report.dim is None else f"dim {report.dim}",
         report.expected or "",
         "; ".join(part for part in (verdict, report.note) if part),

@@ -1,6 +1,9 @@
 """Pruning a model: what it gets is what the allocation says, the cost is measured, and an error changes nothing."""
 
 import json
+import math
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
+from leanstep.pruning.additivity import Additivity
 from leanstep.pruning.batches import as_batches
 from leanstep.pruning.measure import weights_hash
 from leanstep.pruning.prune import ALLOCATIONS
+from leanstep.pruning.report import report_page
 from leanstep.pruning.targets import count_uses
+from leanstep.recipes.prune import _summary
 from leanstep.sparsity import is_nm
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)
@@ -123,6 +129,24 @@ def test_where_distortions_do_not_add_up_it_is_told_and_the_better_allocation_is
     assert [int(layer.weight.count_nonzero()) for layer in (model.a, model.b, model.c)] == [16, 16, 16]
 
 
+def test_a_sum_that_is_not_near_what_it_stands_for_is_told_where_it_was_taken(curves):
+    model = make_llama(2)
+    data = tokens(8)
+    result = prune(model, data, sparsity=0.6, curves=curves, held_out=data)
+    by_curves, uniform = result.compared
+    assert by_curves.joint < uniform.joint and 2 / 3 < by_curves.ratio < 1.5
+    assert not [note for note in result.notes if "add up" in note]
+    for joint, told in ((1.4, False), (1.6, True), (0.7, False), (0.6, True), (math.inf, True)):
+        plan = planner.Planner.__new__(planner.Planner)
+        plan.notes = []
+        plan._note_ratio(Additivity("dp", joint, 0.0, 1.0))
+        assert bool(plan.notes) == told, joint
+        assert not told or f"{joint:.2f} times the sum" in plan.notes[0]
+    # the notes are in the summary of the command and in the report
+    assert "may do better" in _summary(replace(result, notes=plan.notes), "out")
+    assert "may do better" in report_page({**result.to_dict(), "notes": plan.notes})
+
+
 @pytest.mark.parametrize("correction", ["relinearise", "coefficients"])
 def test_corrections_find_what_is_no_worse_on_the_data_they_saw(correction, curves, monkeypatch):
     monkeypatch.setattr(planner, "SEARCH", {"starts": 4, "patience": 4})
@@ -169,6 +193,20 @@ def test_other_budgets_than_a_number_of_weights():
     assert result.allocation.budget_kind == "bytes"
     by_curves, uniform = result.compared
     assert by_curves.joint < uniform.joint
+
+
+@pytest.mark.parametrize("allocation", ["owl", "atp"])
+def test_rules_by_depth_take_layers_outside_of_all_blocks(allocation):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(4))
+    model = nn.Sequential(OrderedDict(stem=nn.Linear(8, 16), blocks=nn.Sequential(*blocks), last=nn.Linear(16, 8)))
+    targets = find_targets(model, include=["*"])
+    assert {target.layer.block for target in targets} == {None, 0, 1, 2, 3}
+    result = prune(model, torch.randn(12, 8), sparsity=0.6, allocation=allocation, include=["*"])
+    assert result.sparsity == pytest.approx(0.6, abs=1e-3)
+    if allocation == "atp":
+        rising = [result.allocation.layer_sparsity(target.name) for target in targets]
+        assert rising == pytest.approx(sorted(rising), abs=0.01) and rising[0] < rising[-1]
 
 
 def test_operations_are_counted_where_weights_are_used():

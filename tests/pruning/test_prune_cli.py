@@ -210,6 +210,14 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
         assert (out / name).read_bytes() == raw, name
 
 
+def test_where_nothing_tells_the_memory_the_rest_is_told(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    quick = ["--allocation", "uniform", "--score", "magnitude", "--sparsity", "0.5"]
+    assert main(["prune", str(base / "model"), "--out", str(tmp_path / "out"), *quick]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("took ") and "memory" not in last
+
+
 def test_help_needs_no_checkpoint(capsys):
     with pytest.raises(SystemExit) as left:
         main(["prune", "--help"])

@@ -67,6 +67,28 @@ def test_the_sparsest_pattern_and_its_axis_are_found():
     assert str(tightest(torch.zeros(2, 4), 1)) == "0:2"
 
 
+def test_zeros_anywhere_are_called_unstructured_and_not_by_a_pattern_they_obey_by_chance():
+    torch.manual_seed(0)
+    tensors = {}
+    for sparsity in (0.3, 0.5, 0.8, 0.95):
+        weight = torch.randn(64, 384)
+        tensors[f"any {sparsity}"] = weight * (weight.abs() > weight.abs().flatten().quantile(sparsity))
+        kept = weight.abs().argsort(dim=1, descending=True).argsort(dim=1) < round(384 * (1 - sparsity))
+        tensors[f"rows {sparsity}"] = weight * kept
+    assert all(tightest(tensor, 1) is not None for name, tensor in tensors.items() if "0.3" not in name)
+    found = verify(tensors)
+    assert [report.pattern for report in found.tensors] == [None] * 8
+    assert str(found).count("unstructured") == 9 and "0 of 8 matrices are N:M sparse, 8 unstructured" in str(found)
+    # some of the places that a pattern leaves may be empty; a zero by itself is no sparsity
+    holes = torch.randn(64, 384)
+    holes = holes * nm_mask(holes, "2:4") * (torch.rand(64, 384) < 0.6)
+    dense = torch.randn(64, 384)
+    dense[0, 0] = 0
+    found = verify({"holes": holes, "dense": dense})
+    assert [report.pattern for report in found.tensors] == ["2:4", None]
+    assert "1 of 2 matrices are N:M sparse" in str(found) and "unstructured" not in str(found)
+
+
 def test_a_training_checkpoint_is_not_taken_for_a_sparse_one(tmp_path):
     model, _ = finished()
     torch.save(model.state_dict(), tmp_path / "training.pt")
