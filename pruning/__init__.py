@@ -1,6 +1,7 @@
 """Pruning of trained models, each layer as far as it hurts least: allocations, scores, and the solver behind them."""
 
 from leanstep.pruning.allocation import Allocation, allocate, allocations_along, snap
+from leanstep.pruning.batchnorm import renew_batch_norms
 from leanstep.pruning.budgets import Budget
 from leanstep.pruning.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.densities import atp_betas, outlier_ratio
@@ -54,6 +55,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_iteratively",
+    "renew_batch_norms",
     "snap",
     "solve_knapsack",
     "solve_lagrange",

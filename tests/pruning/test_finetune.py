@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from pruned_models import images, make_cnn
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -18,6 +19,7 @@ from leanstep.pruning import (
     layer_pruner,
     prune,
     prune_iteratively,
+    renew_batch_norms,
 )
 
 
@@ -119,6 +121,35 @@ def test_a_step_that_is_refused_attaches_nothing():
         with pytest.raises(kind, match=said):
             call()
     assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_statistics_of_batch_norms_are_those_of_the_pruned_model():
+    model, data = make_cnn(), images(12)
+    prune(model, sparsity=0.8, allocation="erk", score="magnitude")
+    model.train()
+    model.relu.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert renew_batch_norms(model, data, batch_size=6) == len(norms) > 2
+    assert model.training and not model.relu.training and all(norm.momentum == 0.1 for norm in norms)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in changed)
+    # of the first norm, the mean over two batches of what the first convolution gives now
+    block = model.layer1[0]
+    first = block.conv1(model.relu(model.conv1(data))).detach()
+    torch.testing.assert_close(block.bn1.running_mean, first.mean((0, 2, 3)))
+    variance = torch.stack([half.transpose(0, 1).flatten(1).var(1) for half in first.split(6)]).mean(0)
+    torch.testing.assert_close(block.bn1.running_var, variance)
+    assert renew_batch_norms(nn.Linear(2, 2), torch.ones(4, 2)) == 0
+
+
+def test_statistics_of_batch_norms_stay_where_they_cannot_be_taken():
+    model = make_cnn()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        renew_batch_norms(model, [images(4), torch.ones(2, 5)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 def test_a_frozen_base_needs_no_optimizer():
