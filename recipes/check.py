@@ -146,12 +146,15 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
 
 def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
     """Which zeros of the model that the run begins with are kept, counted in its files."""
-    if not config.pruning.keep_masks:
-        return
     from pathlib import Path
 
     from leanstep.recipes.memory import meta_model
-    from leanstep.recipes.pruned import masked_names, zeros_of
+    from leanstep.recipes.pruned import masked_names, zeros_forgotten, zeros_of
+
+    if not config.pruning.keep_masks:
+        if forgotten := zeros_forgotten(config):
+            section.add("note", forgotten)
+        return
 
     names = masked_names(config, meta_model(config, facts.vocabulary or 0))
     folder = Path(str(config.model.init_from))

@@ -15,7 +15,15 @@ from leanstep.pruning.targets import prunable_names
 from leanstep.recipes.config import RunConfig
 from leanstep.sparsity.verify import PATTERNS_FILE
 
-__all__ = ["build_masks", "mask_adapters", "mask_bytes", "masked_names", "write_sparsity", "zeros_of"]
+__all__ = [
+    "build_masks",
+    "mask_adapters",
+    "mask_bytes",
+    "masked_names",
+    "write_sparsity",
+    "zeros_forgotten",
+    "zeros_of",
+]
 
 
 def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
@@ -49,6 +57,8 @@ def build_masks(
     """Keep the zeros of a pruned model, when the recipe asks for it."""
     names = masked_names(config, model)
     if not names:
+        if forgotten := zeros_forgotten(config):
+            say(f"WARNING: {forgotten}")
         return None
     try:
         keeper = keep_masks(model, optimizer, include=names)
@@ -56,6 +66,17 @@ def build_masks(
         raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
     say(f"pruning     {keeper.sparsity():.2%} of {len(keeper.masks)} matrices are zero and stay zero")
     return keeper
+
+
+def zeros_forgotten(config: RunConfig) -> str:
+    """What to say where the run begins with a model that says it is pruned, and does not keep its zeros; or ""."""
+    source = config.model.init_from
+    if config.pruning.keep_masks or config.sparsity.patterns or not source:
+        return ""
+    if not (Path(source) / PATTERNS_FILE).is_file():
+        return ""
+    said = f"{source} is pruned, as its {PATTERNS_FILE} says, and training fills its zeros"
+    return f"{said}; pruning.keep_masks=true keeps them"
 
 
 def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:

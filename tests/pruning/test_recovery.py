@@ -115,6 +115,23 @@ def test_the_final_folder_says_how_sparse_it_is(recipe, tmp_path):
     assert verify(final).tensors
 
 
+def test_zeros_that_will_be_filled_are_told(recipe, tmp_path):
+    said = recipe.parent / "pruned/sparsity.json"
+    said.write_text("{}")
+    try:
+        config = load(str(recipe), ["pruning.keep_masks=false"])
+        section = Section("Pruning")
+        _pruning(config, section, Facts(vocabulary=300))
+        done = run(recipe, ["steps=1", "pruning.keep_masks=false"], tmp_path / "run")
+    finally:
+        said.unlink()
+    assert "training fills its zeros; pruning.keep_masks=true keeps them" in section.lines[0]
+    assert done.codes == [0] and "WARNING: " in done.text() and "training fills its zeros" in done.text()
+    section = Section("Pruning")
+    _pruning(config, section, Facts(vocabulary=300))
+    assert not section.lines
+
+
 def test_adapters_on_a_pruned_base_keep_its_zeros_to_the_merged_model(recipe, tmp_path):
     before = masks_of(recipe.parent / "pruned")[0]
     options = ["lora.target_modules=[c_attn, c_fc]", "lora.r=4", "lora.lora_dropout=0.1", "steps=8"]
