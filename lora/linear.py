@@ -27,6 +27,7 @@ class LoRALinearLayer(FastLinear, LoRALayer):
     """
 
     weight: Tensor
+    bias: nn.Parameter | None
     lora: Adapter
     lora_A: nn.Linear
     lora_B: nn.Linear
