@@ -94,6 +94,7 @@ class PrefixCache:
         # why nothing is cached, where that was asked for and cannot be
         self.note = ""
         self._outputs: list[Any] = []
+        self._numbers: dict[nn.Module, int] = {}
         if enabled and like is not None and like.model is model and like.stages:
             self.stages, self.starts, self.note = like.stages, like.starts, like.note
         elif enabled:
@@ -128,10 +129,11 @@ class PrefixCache:
 
     def number(self, module: nn.Module) -> int | None:
         """Number of the stage that holds a module, None where none does."""
-        for number, (_, stage) in enumerate(self.stages):
-            if any(part is module for part in stage.modules()):
-                return number
-        return None
+        if not self._numbers:
+            for number, (_, stage) in enumerate(self.stages):
+                for part in stage.modules():
+                    self._numbers.setdefault(part, number)
+        return self._numbers.get(module)
 
     def start(self, module: nn.Module) -> int:
         """The last position from which a pass still runs a module."""
@@ -188,11 +190,15 @@ class PrefixCache:
         stored: list[tuple[nn.Module, Any]] = []
         if position and output is None:
             output = self._outputs[index]
+        # cloned: what follows may write into it, as nn.ReLU(inplace=True) does; what earlier stages give is not used
+        unused = _cloned(output) if position > 1 else None
         try:
-            for _, stage in self.stages[:position]:
+            for number, (_, stage) in enumerate(self.stages[:position], 1):
                 stored.append((stage, stage.__dict__.get("forward")))
-                # cloned: what follows may write into it, as nn.ReLU(inplace=True) does
-                stage.forward = lambda *args, **kwargs: _cloned(output)
+                if number < position:
+                    stage.forward = lambda *args, **kwargs: unused
+                else:
+                    stage.forward = lambda *args, **kwargs: _cloned(output)
             yield
         finally:
             for stage, forward in stored:
