@@ -1,16 +1,15 @@
 """Allocations on a small convolutional network and real images: one-shot, without data, and with fine-tuning between.
 
     pip install -e '.[bench]'
-    python -P benchmarks/prune_digits.py [--seeds 0 1 2] [--renew-norms]
+    python -P benchmarks/prune_digits.py [--seeds 0 1 2]
 
 The network (three convolutions with batch norms, and a head; about 24 thousand weights) is trained on scikit-learn's
 1797 digits of 8 x 8, of which a fifth, drawn by the seed, is held out. Every layer is pruned by magnitude, the head and
-the first convolution too, as in the paper. One-shot: no training afterwards. Without data: curves on N(0, 1) images.
-Iterative: the sparsities 1 - 0.5^i, two epochs with the masks kept after each. Prints a markdown table of the accuracy
-on the held-out images, and under DP's columns how much all layers together distort the logits of the calibration
-images, as a multiple of the sum that DP minimized: far from 1, the smallest sum need not be the best allocation.
-``--renew-norms`` takes the statistics of the batch norms anew after one-shot pruning, whatever the allocation; without
-data, on the same noise.
+the first convolution too, as in the paper. One-shot: no training afterwards; as it is, and with the statistics of the
+batch norms taken anew (on the calibration images). Without data: curves, and those statistics, on N(0, 1) images.
+Iterative: the sparsities 1 - 0.5^i, four epochs with the masks kept after each. Prints a markdown table of the accuracy
+on the held-out images, and beside it how much all layers together distort the logits of the calibration images, as a
+multiple of the sum that DP minimized: far from 1, the smallest sum need not be the best allocation.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from leanstep.pruning import MaskKeeper, iterative_sparsities, prune, prune_iter
 
 ALLOCATIONS = ("uniform", "global", "lamp", "erk", "dp")
 ONE_SHOT = (0.6, 0.7, 0.8, 0.9)
-ITERATIVE = 0.98
+ITERATIVE = iterative_sparsities(0.98, 0.5)
 CALIBRATION = 256
-RATIO = "joint / summed, dp"
+NO_DATA, RATIO = "dp, no data", "joint / summed, dp"
 
 
 def make_network() -> nn.Module:
@@ -99,38 +98,34 @@ def ratio(dense: nn.Module, pruned: nn.Module, images: Tensor, summed: float) ->
     return float((pruned(images) - dense(images)).double().square().mean()) / summed
 
 
-def run(seed: int, renew: bool = False) -> dict[tuple[str, str], float]:
-    """(setting, allocation) -> accuracy, and (setting, "joint / summed") -> DP's ratio."""
+def run(seed: int) -> dict[tuple[str, str], float]:
+    """(setting, allocation) -> accuracy, and (setting, RATIO) -> DP's ratio."""
     torch.manual_seed(seed)
     images, labels, test, test_labels = load(seed)
     dense = make_network()
     train(dense, images, labels, 20)
     found = {("dense", ""): accuracy(dense, test, test_labels)}
-    noise = torch.randn(CALIBRATION, 1, 8, 8)
+    calibration, noise = images[:CALIBRATION], torch.randn(CALIBRATION, 1, 8, 8)
     for sparsity in ONE_SHOT:
-        for allocation in ALLOCATIONS:
+        setting = f"one-shot {sparsity:.0%}"
+        for name, data in (*((name, calibration) for name in ALLOCATIONS), (NO_DATA, noise)):
             model = copy.deepcopy(dense)
-            result = pruner(model, images[:CALIBRATION], allocation)(sparsity)
-            if allocation == "dp":
-                summed = result.allocation.predicted
-                found[f"one-shot {sparsity:.0%}", RATIO] = ratio(dense, model, images[:CALIBRATION], summed)
-            if renew:
-                renew_batch_norms(model, images[:CALIBRATION])
-            found[f"one-shot {sparsity:.0%}", allocation] = accuracy(model, test, test_labels)
+            result = pruner(model, data, name.partition(",")[0])(sparsity)
+            found[setting, name] = accuracy(model, test, test_labels)
+            if name == "dp":
+                found[setting, RATIO] = ratio(dense, model, calibration, result.allocation.predicted)
+            renew_batch_norms(model, data)
+            found[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
+    for name in ALLOCATIONS:
         model = copy.deepcopy(dense)
-        pruner(model, noise, "dp")(sparsity)
-        if renew:
-            renew_batch_norms(model, noise)
-        found[f"one-shot {sparsity:.0%}", "dp, no data"] = accuracy(model, test, test_labels)
-    for allocation in ALLOCATIONS:
-        model = copy.deepcopy(dense)
-        prune_iteratively(
-            model,
-            iterative_sparsities(ITERATIVE, 0.5),
-            pruner(model, images[:CALIBRATION], allocation),
-            lambda keeper, model=model: train(model, images, labels, 2, keeper),
-        )
-        found[f"iterative {ITERATIVE:.0%}", allocation] = accuracy(model, test, test_labels)
+        torch.manual_seed(seed)  # the same batches for all
+        reached = iter(ITERATIVE)
+
+        def fine_tune(keeper: MaskKeeper, model: nn.Module = model, name: str = name, reached: Any = reached) -> None:
+            train(model, images, labels, 4, keeper)
+            found[f"iterative {next(reached):.1%}", name] = accuracy(model, test, test_labels)
+
+        prune_iteratively(model, ITERATIVE, pruner(model, calibration, name), fine_tune)
     return found
 
 
@@ -138,14 +133,14 @@ def main() -> None:
     """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--renew-norms", action="store_true", help="statistics of batch norms anew after pruning")
     options = parser.parse_args()
     runs = []
     for seed in options.seeds:
-        runs.append(run(seed, options.renew_norms))
+        runs.append(run(seed))
         print(f"seed {seed}: dense {runs[-1]['dense', '']:.1f}", flush=True)
-    columns = [*ALLOCATIONS, "dp, no data", RATIO]
-    settings = [*(f"one-shot {sparsity:.0%}" for sparsity in ONE_SHOT), f"iterative {ITERATIVE:.0%}"]
+    columns = [*ALLOCATIONS, NO_DATA, RATIO]
+    settings = list(dict.fromkeys(setting for setting, _ in runs[0] if setting != "dense"))
+    settings.sort(key=lambda setting: (setting.startswith("iterative"), setting.endswith("anew")))
     print(
         f"\naccuracy in %, mean of {len(runs)} seeds; dense {statistics.mean(one['dense', ''] for one in runs):.1f}\n"
     )

@@ -149,7 +149,7 @@ def levels_of(
         patterns: tuple[str, ...] = ()
         if pattern == "unstructured":
             kept = (
-                level_grid(size, sparsity, highest=max(highest, min(sparsity + 0.02, 1.0)))
+                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
                 if levels is None
                 else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
             )
@@ -171,6 +171,11 @@ def levels_of(
             kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
         found[group.name] = (tuple(kept), tuple(patterns))
     return found
+
+
+def _sparsest(sparsity: float) -> float:
+    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
+    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
 
 
 @contextmanager

@@ -5,8 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from torch import nn
 
-from leanstep.pruning import Curve, level_grid, nm_levels
+from leanstep.pruning import Curve, find_targets, level_grid, nm_levels
+from leanstep.pruning.groups import make_groups
+from leanstep.pruning.measure import levels_of
 from leanstep.pruning.monotone import isotonic, monotone_cubic
 
 
@@ -136,6 +139,14 @@ def test_the_levels_worth_measuring():
     assert len(tail) >= 6
     with pytest.raises(ValueError, match="target 1.0"):
         level_grid(100, 1.0)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.97, 0.98, 0.995])
+def test_no_level_removes_a_matrix_whole(sparsity):
+    """However far the model is to be pruned: training brings nothing back through a layer that is gone."""
+    groups = make_groups(find_targets(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 9))))
+    kept, _ = levels_of(groups, sparsity)["0.weight"]
+    assert 0 < kept[-1] <= (1 - sparsity) * 10000 + 1
 
 
 def test_the_levels_of_mixed_patterns():
