@@ -10,8 +10,10 @@ from torch import Tensor
 from leanstep.sparsity.patterns import NM
 
 _LONGEST = 128  # groups, of those that are tried
-# a pattern is one where this part of its places is filled, or where chance gives it less often than this
-_FULL, _CHANCE = 0.99, 1e-6
+# a pattern is one where this part of its places is filled, or where chance gives it once in a million tensors
+_FULL, _SURE = 0.99, math.log(1e6)
+# rows longer than this are no groups themselves
+_ROW = 32
 
 
 def tightest(weight: Tensor, dim: int) -> NM | None:
@@ -29,30 +31,35 @@ def tightest(weight: Tensor, dim: int) -> NM | None:
 
 
 def pattern_of(weight: Tensor, dim: int) -> NM | None:
-    """The sparsest N:M that a tensor was made to obey; None for a dense one, and where zeros lie as chance puts them.
+    """The N:M that a tensor was made to obey; None for a dense one, and where zeros lie as chance puts them.
 
     Any zeros obey some pattern with groups long enough, such as 26:128. One is meant where N are nonzero in nearly
-    every group, or where as many zeros, put anywhere, would break it with near certainty.
+    every group, or where as many zeros, put anywhere, would break it with near certainty; of several, the one that
+    they would break most surely. As many zeros in every row of a wide matrix, as Wanda leaves them, are no pattern of
+    groups.
     """
     size, numel = weight.shape[dim], weight.numel()
     nonzero = weight.detach().movedim(dim, -1) != 0
     density = float(nonzero.double().mean()) if numel else 1.0
     if density == 1:
         return None
-    best: NM | None = None
-    for m in (m for m in range(2, min(size, _LONGEST) + 1) if size % m == 0):
+    best, surest = None, -1.0
+    longest = min(size if size <= _ROW else size // 2, _LONGEST)
+    for m in (m for m in range(2, longest + 1) if size % m == 0):
         found = NM(int(nonzero.unflatten(-1, (-1, m)).sum(dim=-1).max()), m)
-        if found.is_dense or (best is not None and found.n * best.m >= best.n * found.m):
+        if found.is_dense:
             continue
-        if density >= _FULL * found.density or _chance(found, density) ** (numel // m) < _CHANCE:
-            best = found
+        evidence = numel // m * _evidence(found, density)
+        if evidence > surest and (density >= _FULL * found.density or evidence > _SURE):
+            best, surest = found, evidence
     return best
 
 
-def _chance(pattern: NM, density: float) -> float:
-    """The probability that a group obeys a pattern whose entries are nonzero with a probability, each by itself."""
+def _evidence(pattern: NM, density: float) -> float:
+    """-log of the probability that a group obeys a pattern, whose entries are nonzero each by itself."""
     n, m = pattern.n, pattern.m
-    return min(1.0, sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1)))
+    obeyed = sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1))
+    return max(0.0, -math.log(max(obeyed, 1e-300)))
 
 
 def violations(weight: Tensor, pattern: NM, dim: int) -> int:

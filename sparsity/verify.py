@@ -31,8 +31,8 @@ class TensorReport:
     Attributes:
         name, shape, dtype: as stored.
         sparsity: fraction of entries that are zero.
-        pattern: the sparsest N:M that it obeys, with the shortest groups of those, M at most 128; None: it is dense, or
-            its zeros lie anywhere.
+        pattern: the N:M that it obeys and not by chance, M at most 128, or ``expected`` where it obeys that; None: it
+            is dense, or its zeros lie anywhere.
         dim: dimension along which the groups of ``pattern`` (or of ``expected``) lie.
         expected: the pattern it should have, if one was asked for.
         violations: groups of ``expected`` that have more than N nonzeros.
@@ -141,6 +141,7 @@ def _judge(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int |
         counts = {d: violations(tensor, expected, d) for d in dims}
         along = next((d for d in dims if not counts[d]), dims[0])
         broken = counts[along]
+        pattern = expected if pattern is None and not broken else pattern
     return TensorReport(
         name=name,
         shape=tuple(tensor.shape),

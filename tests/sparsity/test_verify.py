@@ -78,6 +78,10 @@ def test_zeros_anywhere_are_called_unstructured_and_not_by_a_pattern_they_obey_b
     assert all(tightest(tensor, 1) is not None for name, tensor in tensors.items() if "0.3" not in name)
     found = verify(tensors)
     assert [report.pattern for report in found.tensors] == [None] * 8
+    rows_of_128 = torch.randn(64, 128)
+    rows_of_128 = rows_of_128 * (rows_of_128.abs().argsort(dim=1).argsort(dim=1) < 26)
+    assert verify({"w": rows_of_128}).tensors[0].pattern is None
+    assert verify({"w.weight": rows_of_128}, "26:128").tensors[0].pattern == "26:128"
     assert str(found).count("unstructured") == 9 and "0 of 8 matrices are N:M sparse, 8 unstructured" in str(found)
     # some of the places that a pattern leaves may be empty; a zero by itself is no sparsity
     holes = torch.randn(64, 384)
