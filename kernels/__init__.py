@@ -7,7 +7,7 @@ from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, w
 from leanstep.kernels.lion_step import lion_agreement, lion_step
 from leanstep.kernels.lora_products import lora_down, lora_down_backward, lora_dropout, lora_up_
 from leanstep.kernels.lora_scale import lora_scale_, lora_scale_backward
-from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward
+from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward_
 from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
 from leanstep.kernels.nm_mask import nm_mask
@@ -66,7 +66,7 @@ __all__ = [
     "sparse_linear_combination",
     "sparse_row_dots",
     "swiglu",
-    "swiglu_backward",
+    "swiglu_backward_",
     "top_k",
     "use_backend",
     "window_coefficients",

@@ -27,30 +27,35 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
     return _module(e).swiglu(e.detach().contiguous(), u.detach().contiguous())
 
 
-def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and u for the gradient ``grad`` of it.
+def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``silu(e) * u`` again, and the gradients of e and u for the gradient ``grad`` of it, the last in its memory.
 
     With s = 1 / (1 + exp(-e))::
 
         de = grad u s (1 + e (1 - s))        du = grad e s
 
     Args:
-        grad, e, u: one shape and floating dtype; not written.
+        grad: row-major; written.
+        e, u: of grad's shape and floating dtype; not written.
 
     Returns:
-        (silu(e) * u, de, du), new tensors.
+        (silu(e) * u, de, du); du is ``grad``.
 
     Raises:
-        ValueError, BackendError: as :func:`swiglu`.
+        ValueError: as :func:`swiglu`, and for a grad that is not row-major.
+        BackendError: as :func:`swiglu`.
 
     Notes:
         One pass: reads three tensors and writes three.
     """
-    _check("swiglu_backward", e, u, grad)
+    _check("swiglu_backward_", e, u, grad)
+    if not grad.is_contiguous():
+        raise ValueError(
+            f"swiglu_backward_: expected a row-major grad, got strides {grad.stride()}; call grad.contiguous()"
+        )
     if _is_traced(e):
-        return reference.swiglu_backward(grad, e, u)
-    tensors = (t.detach().contiguous() for t in (grad, e, u))
-    return _module(e).swiglu_backward(*tensors)
+        return reference.swiglu_backward_(grad, e, u)
+    return _module(e).swiglu_backward_(grad, e.detach().contiguous(), u.detach().contiguous())
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -95,8 +95,9 @@ class LoRAFunction(torch.autograd.Function):
         kept: list[Tensor | None] = []
         keep_x = False
         with torch.autocast(x.device.type, enabled=False):
-            for i, (setting, layer, seed) in enumerate(zip(settings, layers, seeds, strict=True)):
-                y, h, z = project(x, setting, layer, seed)
+            for i, h in enumerate(shared_down(x, settings, layers)):
+                setting, layer = settings[i], layers[i]
+                y, h, z = project(x, setting, layer, seeds[i], h)
                 needs = needs_of(ctx, 2 + len(settings), i)
                 held, wants_x = to_keep(y, h, z, setting, needs)
                 outputs.append(y)
@@ -115,15 +116,15 @@ class LoRAFunction(torch.autograd.Function):
         count = 1 + 3 * len(settings)
         x, kept = saved[0], saved[1:count]
         seeds, layers = unpack(settings, saved[count:])
-        dx: Any = None if ctx.needs_input_grad[0] else False
-        results: list[Tensor | None] = []
+        parts = [
+            Part(
+                g, Kept(*kept[3 * i : 3 * i + 3]), settings[i], layers[i], seeds[i], needs_of(ctx, 2 + len(settings), i)
+            )
+            for i, g in enumerate(gradients)
+        ]
         with torch.autocast(gradients[0].device.type, enabled=False):
-            for i, (setting, layer, seed, g) in enumerate(zip(settings, layers, seeds, gradients, strict=True)):
-                held = Kept(*kept[3 * i : 3 * i + 3])
-                needs = needs_of(ctx, 2 + len(settings), i)
-                dx, grads = layer_backward(g, x, held, setting, layer, seed, needs, dx)
-                results += grads
-        return (None if dx is False else dx, None, *(None,) * len(settings), *results)
+            dx, results = layers_backward(x, parts, ctx.needs_input_grad[0])
+        return (dx, None, *(None,) * len(settings), *results)
 
 
 class Kept(NamedTuple):
@@ -132,6 +133,23 @@ class Kept(NamedTuple):
     h: Tensor | None
     z: Tensor | None
     y: Tensor | None
+
+
+class Part(NamedTuple):
+    """One of the layers on an input, on the way back.
+
+    Attributes:
+        g: [M, m], the gradient of the output.
+        kept, setting, layer, seed: of the layer.
+        needs: which of the layer's tensors need a gradient.
+    """
+
+    g: Tensor
+    kept: Kept
+    setting: Setting
+    layer: Weights
+    seed: Tensor | None
+    needs: Weights
 
 
 def needs_of(ctx: Any, first: int, i: int) -> Weights:
@@ -171,28 +189,36 @@ def merged(setting: Setting, layer: Weights, dtype: torch.dtype) -> Tensor:
     return torch.addmm(w, layer.b.to(dtype), layer.a.to(dtype), alpha=setting.scale)
 
 
+def shared_down(x: Tensor, settings: Sequence[Setting], layers: Sequence[Weights]) -> Sequence[Tensor | None]:
+    """H of each layer from one product for all, as columns of it; None for each where one product will not do."""
+    if len(layers) == 1 or any(setting.dropout > 0 or setting.order.forward for setting in settings):
+        return (None,) * len(layers)
+    a = torch.cat([layer.a.to(x.dtype) for layer in layers])
+    return torch.mm(x, a.t()).split([len(layer.a) for layer in layers], 1)
+
+
 def project(
-    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None
+    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y, H, Z): the output, and what was formed on the way; Z for DoRA only."""
+    """(Y, H, Z): the output, and what was formed on the way, unless it is given; Z for DoRA only."""
     dtype, p = x.dtype, setting.dropout
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if layer.magnitude is not None:
-        return _project_dora(x, setting, layer, seed, bias)
+        return _project_dora(x, setting, layer, seed, bias, h)
     if layer.b_bias is not None:
         shift = layer.b_bias.to(dtype) * setting.scale
         bias = shift if bias is None else bias + shift
     if setting.order.forward:
         return _linear(x, merged(setting, layer, dtype), bias), None, None
     y = _linear(x, matrix(setting, layer, dtype), bias)
-    h = lora_down(x, layer.a.to(dtype), p, seed)
+    h = lora_down(x, layer.a.to(dtype), p, seed) if h is None else h
     return lora_up_(y, h, layer.b.to(dtype).t(), setting.scale), h, None
 
 
 def _project_dora(
-    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, bias: Tensor | None
+    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, bias: Tensor | None, h: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = lora_down(x, layer.a.to(x.dtype), setting.dropout, seed)
+    h = lora_down(x, layer.a.to(x.dtype), setting.dropout, seed) if h is None else h
     c = dora_factor(layer)
     if setting.dropout == 0:
         z = _dora_output(x, h, setting, layer)
@@ -224,28 +250,40 @@ def dora_factor(layer: Weights) -> Tensor:
     return torch.where(layer.norm == 0, 1.0, layer.magnitude.to(layer.norm.dtype) / layer.norm)
 
 
-def layer_backward(
-    g: Tensor,
-    x: Tensor | None,
-    kept: Kept,
-    setting: Setting,
-    layer: Weights,
-    seed: Tensor | None,
-    needs: Weights,
-    dx: Any,
-) -> tuple[Any, list[Tensor | None]]:
-    """Add one layer's part to the gradient of the input, and give the gradients of its tensors.
+def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> tuple[Tensor | None, list[Any]]:
+    """The gradient of an input, if it is wanted, and those of the tensors of the layers on it, one after another.
 
-    Args:
-        g: [M, m], the gradient of the output.
-        x: [M, n], where it was kept.
-        kept, setting, layer, seed: of the layer.
-        needs: which of the layer's tensors need a gradient.
-        dx: what other layers gave so far (written), None for nothing, False where none is wanted.
+    Products with A, r wide, are taken of all layers at once where no mask and no other order keeps them apart: x and dx
+    are then read once instead of once a layer.
     """
-    inner = inner_gradients(g, kept, setting, layer, needs)
-    grads = tensor_gradients(inner, x, kept, setting, layer, seed, needs)
-    return dx if dx is False else input_gradient(inner, setting, layer, seed, dx), grads
+    dx: Tensor | None = None
+    results: list[Any] = []
+    if len(parts) == 1 or not all(
+        part.needs.a and part.setting.dropout == 0 and not part.setting.order.backward for part in parts
+    ):
+        for part in parts:
+            inner = inner_gradients(part)
+            results += tensor_gradients(inner, x, part)
+            dx = input_gradient(inner, part, dx) if wants_dx else None
+        return dx, results
+    assert x is not None
+    dtype, ranks = x.dtype, [len(part.layer.a) for part in parts]
+    # with its scale, which then is in H and in dx
+    a = torch.cat([(part.layer.a * part.setting.scale).to(dtype) for part in parts])
+    again = any(part.needs.b and part.kept.h is None for part in parts)
+    hs = torch.mm(x, a.t()).split(ranks, 1) if again else (None,) * len(parts)
+    products = []
+    for part, h in zip(parts, hs, strict=True):
+        inner = inner_gradients(part)
+        results.append(tensor_gradients(inner, x, part, h, want_a=False))
+        products.append(inner.e)
+        if wants_dx:
+            w = matrix(part.setting, part.layer, dtype)
+            dx = torch.mm(inner.z, w) if dx is None else dx.addmm_(inner.z, w)
+    e = torch.cat(products, 1)
+    for part, grads, d_a in zip(parts, results, torch.mm(e.t(), x).split(ranks), strict=True):
+        grads[2] = d_a.to(part.layer.a.dtype) * part.setting.scale
+    return None if dx is None else dx.addmm_(e, a), [grad for grads in results for grad in grads]
 
 
 class Inner(NamedTuple):
@@ -266,67 +304,73 @@ class Inner(NamedTuple):
     total: Tensor | None = None
 
 
-def inner_gradients(g: Tensor, kept: Kept, setting: Setting, layer: Weights, needs: Weights) -> Inner:
+def inner_gradients(part: Part) -> Inner:
     """The gradients of Z and of H, and the sums that DoRA's magnitude needs."""
+    g, kept, layer = part.g, part.kept, part.layer
     inner, dot, total = g, None, None
     if layer.magnitude is not None:
         inner, dot, total = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
-    e = None if setting.order.backward and not needs.a else torch.mm(inner, layer.b.to(g.dtype))
+    e = None if part.setting.order.backward and not part.needs.a else torch.mm(inner, layer.b.to(g.dtype))
     return Inner(g, inner, e, dot, total)
 
 
 def tensor_gradients(
-    inner: Inner,
-    x: Tensor | None,
-    kept: Kept,
-    setting: Setting,
-    layer: Weights,
-    seed: Tensor | None,
-    needs: Weights,
+    inner: Inner, x: Tensor | None, part: Part, scaled_h: Tensor | None = None, want_a: bool = True
 ) -> list[Tensor | None]:
-    """The gradients of a layer's tensors, in their dtypes and order."""
-    g, s, a, h = inner.g, setting.scale, layer.a.to(inner.g.dtype), kept.h
+    """The gradients of a layer's tensors, in their dtypes and order.
+
+    Args:
+        inner: of the layer.
+        x: [M, n], where it was kept.
+        part: the layer.
+        scaled_h: s H, if it is there.
+        want_a: whether that of A is to be among them.
+    """
+    g, setting, layer, needs, h = inner.g, part.setting, part.layer, part.needs, part.kept.h
+    s, a = setting.scale, layer.a.to(g.dtype)
     d_bias = d_a = d_b = d_b_bias = d_magnitude = None
     if needs.bias and layer.bias is not None:
         d_bias = g.sum(0).to(layer.bias.dtype)
-    if needs.a:
+    if needs.a and want_a:
         assert x is not None and inner.e is not None
-        d_a, again = lora_down_backward(x, inner.e, a if needs.b and h is None else None, setting.dropout, seed)
-        h = again if h is None else h
+        again = a if needs.b and h is None else None
+        d_a, formed = lora_down_backward(x, inner.e, again, setting.dropout, part.seed)
+        h = formed if h is None else h
         d_a = d_a.to(layer.a.dtype).mul_(s)
     if needs.b:
-        if h is None:
+        if h is None and scaled_h is None:
             assert x is not None
-            h = lora_down(x, a, setting.dropout, seed)
+            h = lora_down(x, a, setting.dropout, part.seed)
+        factor, left = (s, h) if h is not None else (1.0, scaled_h)
+        assert left is not None
         # a product with few rows is faster than one with few columns
-        d_b = torch.mm(h.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(s)
+        d_b = torch.mm(left.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(factor)
     if needs.b_bias and layer.b_bias is not None:
         d_b_bias = inner.z.sum(0).to(layer.b_bias.dtype).mul_(s)
     if needs.magnitude:
-        d_magnitude = _magnitude_gradient(inner, x, kept, setting, layer, seed)
+        d_magnitude = _magnitude_gradient(inner, x, part)
     return [None, d_bias, d_a, d_b, d_b_bias, d_magnitude, None]
 
 
-def input_gradient(inner: Inner, setting: Setting, layer: Weights, seed: Tensor | None, dx: Tensor | None) -> Tensor:
+def input_gradient(inner: Inner, part: Part, dx: Tensor | None) -> Tensor:
     """``dx + dY W + s dropout'(E A)``, in the memory of dx."""
-    dtype = inner.g.dtype
+    dtype, setting, layer = inner.g.dtype, part.setting, part.layer
     dora_dropout = layer.magnitude is not None and setting.dropout > 0
     w = (merged if setting.order.backward else matrix)(setting, layer, dtype)
     outer = inner.g if dora_dropout else inner.z
     dx = torch.mm(outer, w) if dx is None else dx.addmm_(outer, w)
     if dora_dropout:
         # the dropped input reaches W with weight c - 1
-        dx += lora_dropout(torch.mm(inner.z - inner.g, w), setting.dropout, seed)
+        dx += lora_dropout(torch.mm(inner.z - inner.g, w), setting.dropout, part.seed)
     if setting.order.backward:
         return dx
     assert inner.e is not None
-    return lora_up_(dx, inner.e, layer.a.to(dtype), setting.scale, setting.dropout, seed)
+    return lora_up_(dx, inner.e, layer.a.to(dtype), setting.scale, setting.dropout, part.seed)
 
 
-def _magnitude_gradient(
-    inner: Inner, x: Tensor | None, kept: Kept, setting: Setting, layer: Weights, seed: Tensor | None
-) -> Tensor:
+def _magnitude_gradient(inner: Inner, x: Tensor | None, part: Part) -> Tensor:
     """Sum over rows of ``dY * Z / norm``."""
+    kept, setting, layer = part.kept, part.setting, part.layer
     assert layer.magnitude is not None and layer.norm is not None and inner.dot is not None
     if kept.y is not None:
         # Z / norm = (Y - b) / magnitude
@@ -341,7 +385,7 @@ def _magnitude_gradient(
         total = inner.dot
         if kept.z is None:
             assert x is not None
-            inputs = lora_dropout(x, setting.dropout, seed)
+            inputs = lora_dropout(x, setting.dropout, part.seed)
             z = _dora_output(inputs, torch.mm(inputs, layer.a.to(x.dtype).t()), setting, layer)
             _, total, _ = lora_scale_backward(inner.g, z, layer.norm)
         result = total / layer.norm

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanstep.kernels import swiglu, swiglu_backward
+from leanstep.kernels import swiglu, swiglu_backward_
 from leanstep.lora.fast import FastLinear, autocasted, fast_linear
 from leanstep.lora.function import (
     FIELDS,
     Kept,
+    Part,
     Setting,
     inner_gradients,
     input_gradient,
-    layer_backward,
+    layers_backward,
     needs_of,
     project,
+    shared_down,
     tensor_gradients,
     to_keep,
     unpack,
@@ -52,9 +54,10 @@ class SwiGLUFunction(torch.autograd.Function):
         wants: list[bool] = []
         outputs: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
+            hs = (*shared_down(x, settings[:2], layers[:2]), None)
             for i in range(3):
                 inputs = swiglu(*outputs) if i == 2 else x
-                y, h, z = project(inputs, settings[i], layers[i], seeds[i])
+                y, h, z = project(inputs, settings[i], layers[i], seeds[i], hs[i])
                 held, wants_input = to_keep(y, h, z, settings[i], needs_of(ctx, _FIRST, i))
                 outputs.append(y)
                 kept += held
@@ -69,20 +72,20 @@ class SwiGLUFunction(torch.autograd.Function):
         """The gradients of x and of every layer's tensors that need one."""
         x, e, u, *rest = ctx.saved_tensors
         settings = ctx.settings
-        kept = [Kept(*rest[3 * i : 3 * i + 3]) for i in range(3)]
         seeds, layers = unpack(settings, rest[9:])
         needs = [needs_of(ctx, _FIRST, i) for i in range(3)]
-        dx: Any = None if ctx.needs_input_grad[0] else False
+
+        def part(i: int, gradient: Tensor) -> Part:
+            return Part(gradient, Kept(*rest[3 * i : 3 * i + 3]), settings[i], layers[i], seeds[i], needs[i])
+
         with torch.autocast(g.device.type, enabled=False):
-            inner = inner_gradients(g, kept[2], settings[2], layers[2], needs[2])
-            dh = input_gradient(inner, settings[2], layers[2], seeds[2], None)
-            h, de, du = swiglu_backward(dh, e, u)
-            del dh
-            down = tensor_gradients(inner, h, kept[2], settings[2], layers[2], seeds[2], needs[2])
+            down = part(2, g)
+            inner = inner_gradients(down)
+            h, de, du = swiglu_backward_(input_gradient(inner, down, None), e, u)
+            down_grads = tensor_gradients(inner, h, down)
             del h, inner
-            dx, gate = layer_backward(de, x, kept[0], settings[0], layers[0], seeds[0], needs[0], dx)
-            dx, up = layer_backward(du, x, kept[1], settings[1], layers[1], seeds[1], needs[1], dx)
-        return (None if dx is False else dx, None, None, None, None, *gate, *up, *down)
+            dx, grads = layers_backward(x, [part(0, de), part(1, du)], ctx.needs_input_grad[0])
+        return (dx, None, None, None, None, *grads, *down_grads)
 
 
 def fused_swiglu(x: Tensor, layers: Sequence[FastLinear]) -> Tensor:

@@ -42,9 +42,10 @@ extern "C" void swiglu(
     });
 }
 
+// the gradient of u is written over that of the output
 extern "C" void swiglu_backward(
-    int64_t size, const VALUE* __restrict grad, const VALUE* __restrict e, const VALUE* __restrict u,
-    VALUE* __restrict out, VALUE* __restrict de, VALUE* __restrict du, int threads
+    int64_t size, VALUE* grad, const VALUE* __restrict e, const VALUE* __restrict u, VALUE* __restrict out,
+    VALUE* __restrict de, int threads
 ) {
     for_blocks(1, &size, threads, [=](int64_t, int64_t begin, int64_t end) {
 #pragma omp simd
@@ -57,7 +58,7 @@ extern "C" void swiglu_backward(
             narrow(g * (x * s), second);
             out[i] = h;
             de[i] = first;
-            du[i] = second;
+            grad[i] = second;
         }
     });
 }

@@ -17,11 +17,11 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and u; all dense, row-major."""
-    results = (torch.empty_like(e), torch.empty_like(e), torch.empty_like(e))
-    _call("swiglu_backward", e, grad, e, u, *results)
-    return results
+def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``silu(e) * u`` again, and the gradients of e and, in the memory of ``grad``, of u; all dense, row-major."""
+    out, de = torch.empty_like(e), torch.empty_like(e)
+    _call("swiglu_backward", e, grad, e, u, out, de)
+    return out, de, grad
 
 
 def _call(name: str, like: Tensor, *tensors: Tensor) -> None:

@@ -10,10 +10,10 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
     return (torch.nn.functional.silu(e.to(wide)) * u.to(wide)).to(e.dtype)
 
 
-def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and u."""
+def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``silu(e) * u`` again, and the gradients of e and, in the memory of ``grad``, of u."""
     wide = torch.promote_types(e.dtype, torch.float32)
     g, x, v = grad.to(wide), e.to(wide), u.to(wide)
     s = torch.sigmoid(x)
     out, de, du = x * s * v, g * v * s * (1 + x * (1 - s)), g * (x * s)
-    return out.to(e.dtype), de.to(e.dtype), du.to(e.dtype)
+    return out.to(e.dtype), de.to(e.dtype), grad.copy_(du)

@@ -30,14 +30,14 @@ def _forward_tile(e_ptr, u_ptr, out_ptr, offs, mask):
 
 
 @triton.jit
-def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, du_ptr, offs, mask):
+def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, offs, mask):
     g, e = to_float(load_tile(g_ptr + offs, mask)), to_float(load_tile(e_ptr + offs, mask))
     u = to_float(load_tile(u_ptr + offs, mask))
     s = _sigmoid(e)
     kind = out_ptr.dtype.element_ty
     tl.store(out_ptr + offs, round_to(e * s * u, kind), mask=mask)
     tl.store(de_ptr + offs, round_to(g * u * s * (1.0 + e * (1.0 - s)), kind), mask=mask)
-    tl.store(du_ptr + offs, round_to(g * (e * s), kind), mask=mask)
+    tl.store(g_ptr + offs, round_to(g * (e * s), kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -52,19 +52,16 @@ def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, du_ptr, numel, BLOCK: tl.constexpr):
-    """BLOCK elements."""
+def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel, BLOCK: tl.constexpr):
+    """BLOCK elements; the gradient of u is written over that of the output."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
-        _backward_tile(
-            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, du_ptr + start, lane, None
-        )
+        _backward_tile(g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, lane, None)
     else:
         _backward_tile(
-            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, du_ptr + start, lane,
-            lane < numel - start,
-        )  # fmt: skip
+            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, lane, lane < numel - start
+        )
 
 
 def swiglu(e: Tensor, u: Tensor) -> Tensor:
@@ -77,25 +74,25 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`silu(e) * u` again, and the gradients of e and u; all row-major."""
-    out, de, du = torch.empty_like(e), torch.empty_like(e), torch.empty_like(e)
+def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu(e) * u` again, and the gradients of e and, in the memory of `grad`, of u; all row-major."""
+    out, de = torch.empty_like(e), torch.empty_like(e)
     with on_device(e.device):
         swiglu_backward_kernel[(triton.cdiv(e.numel(), BLOCK),)](
-            grad, e, u, out, de, du, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
+            grad, e, u, out, de, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
         )
-    return out, de, du
+    return out, de, grad
 
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    forward = {"e_ptr": 1, "u_ptr": 1, "out_ptr": 0}
-    backward = {"g_ptr": 1, "e_ptr": 1, "u_ptr": 1, "out_ptr": 0, "de_ptr": 0, "du_ptr": 0}
-    kernels = ((swiglu_kernel, forward), (swiglu_backward_kernel, backward))
-    return [_case(kernel, tensors, dtype) for kernel, tensors in kernels for dtype in TL_DTYPE]
+    forward, backward = ("e_ptr", "u_ptr", "out_ptr"), ("g_ptr", "e_ptr", "u_ptr", "out_ptr", "de_ptr")
+    # tensors, how many of them are read, how many written
+    kernels = ((swiglu_kernel, forward, 2, 1), (swiglu_backward_kernel, backward, 3, 3))
+    return [_case(*kernel, dtype) for kernel in kernels for dtype in TL_DTYPE]
 
 
-def _case(kernel, tensors: dict[str, int], dtype: torch.dtype) -> AuditCase:
+def _case(kernel, tensors: tuple[str, ...], read: int, written: int, dtype: torch.dtype) -> AuditCase:
     kind = pointer({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     return AuditCase(
         kernel=kernel,
@@ -105,6 +102,6 @@ def _case(kernel, tensors: dict[str, int], dtype: torch.dtype) -> AuditCase:
         threads=THREADS,
         fp_fusion=True,
         elements=BLOCK,
-        read=sum(tensors.values()) * dtype.itemsize,
-        written=(len(tensors) - sum(tensors.values())) * dtype.itemsize,
+        read=read * dtype.itemsize,
+        written=written * dtype.itemsize,
     )
