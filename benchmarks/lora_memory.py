@@ -1,6 +1,7 @@
 """Bytes that adapters add to what autograd keeps, beside PEFT's.
 
     python -P benchmarks/lora_memory.py
+    python -P benchmarks/lora_memory.py --designs
 
 The model is a small LLaMA with adapters on all seven linear layers of each block. Counted are the distinct storages
 that autograd saves in one forward pass, parameters left out: the model with adapters minus the frozen model with
@@ -38,7 +39,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is missed")
+    parser.add_argument("--designs", action="store_true", help="nothing measured: what published designs keep")
     args = parser.parse_args()
+    if args.designs:
+        designs(args)
+        return
     print(f"peft {peft.__version__}, torch {torch.__version__}, {vars(args)}; MB = 10^6 bytes\n")
     head = ("PEFT", "leanstep", "with fused blocks", "PEFT, accelerated")
     print("| base | adapter | " + " | ".join(head) + " | ratio, unfused | ratio, fused | aim |")
@@ -52,36 +57,42 @@ def main():
             missed |= aim is not None and ratio > aim
             cells = " | ".join(f"{value / 1e6:.2f}" for value in found)
             print(f"| {dtype} | {variant} | {cells} | {ratio:.2f} | {found[2] / found[0]:.2f} | {aim or ''} |")
-    designs(args)
     sys.exit(args.check and missed)
 
 
 def designs(args):
-    """What published designs keep for backward by their documentation, in bytes per token and block; not measured.
+    """Print what published designs keep for backward, in bytes per token and block: from their sources, not measured.
 
-    h and m are the widths of the model and of the MLP, r the rank; all in 16 bits but what is said to be fp32. Nothing
-    here is the frozen model's: a fused SwiGLU block does without silu(gate) and without the input of down.
+    h and m are the widths of the model and of the MLP, r the rank, attention is not grouped; 16 bits but for PEFT.
+    Counted is what the frozen model does not keep anyway: that has the outputs of gate and up, silu(gate), v, and the
+    input of o. A fused SwiGLU block does without silu(gate), m, and keeps no input of down.
+
+    Read were, in November 2026: PEFT 0.21; unslothai/unsloth, unsloth/kernels/fast_lora.py (its fast path is for
+    adapters without dropout and biases, and knows no DoRA); axolotl-ai-cloud/axolotl, src/axolotl/kernels/lora.py (one
+    dropped copy of an input for the layers on it, none for down; DoRA keeps every output before the magnitude). A mask
+    of torch's dropout is a byte an entry on GPUs, and an entry of the input's dtype on CPUs.
     """
     h, m, r = args.hidden, args.mlp, args.rank
+    inputs, peft_inputs, fused = 2 * (2 * h + m), 6 * h + m, 2 * (2 * h - m)
     rows = (
+        ("PEFT, factors in fp32", "every input, in fp32, and its product with A", 4 * peft_inputs + 28 * r, None, None),
+        ("PEFT, with dropout", "every dropped input, and a mask", None, 5 * peft_inputs + 28 * r, None),
+        ("one function a layer", "every distinct input (here: fused_blocks=False)", inputs, inputs, inputs + 8 * h),
+        ("Unsloth", "the inputs of q, k, v and of the MLP", fused, None, None),
         (
-            "PEFT, factors in fp32",
-            "an fp32 copy of each layer's input, and its products with A",
-            4 * (6 * h + m + 7 * r),
+            "Axolotl",
+            "these, dropped copies, outputs before the magnitude",
+            fused,
+            fused + 9 * h,
+            fused + 10 * h + 4 * m,
         ),
-        ("PEFT, with dropout", "besides, the dropped copy in its place and a mask, a byte an entry", 5 * (6 * h + m)),
-        (
-            "one function per layer",
-            "each distinct input once, in 16 bits (leanstep without fused blocks)",
-            2 * (2 * h + m),
-        ),
-        ("Unsloth", "inputs of the QKV and MLP functions; without dropout and biases only", 2 * (2 * h - m)),
-        ("Axolotl's kernels", "the same; with dropout (one mask for sharing layers), biases and DoRA", 2 * (2 * h - m)),
-        ("leanstep", "the same; a mask for each layer, from its seed; DoRA from its output", 2 * (2 * h - m)),
+        ("leanstep", "these; masks from seeds; DoRA from the outputs q, k, o, down", fused, fused, fused + 8 * h),
     )
-    print("\n| design | kept beside what the frozen model keeps | bytes per token and block |\n| --- | --- | ---: |")
-    for name, what, size in rows:
-        print(f"| {name} | {what} | {size:,} |")
+    print(f"\n{vars(args)}\n")
+    print("| design | kept beside what the frozen model keeps | plain | dropout | DoRA |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for name, what, *sizes in rows:
+        print(f"| {name} | {what} | " + " | ".join("" if size is None else f"{size:,}" for size in sizes) + " |")
 
 
 def measure(args, dtype, settings):
