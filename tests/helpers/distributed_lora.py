@@ -135,3 +135,38 @@ def lora_replicated_equals_whole(world: World) -> None:
     steps(whole, build(whole), (inputs, targets))
     steps(parallel, build(replica), (inputs[world.rank :: world.size], targets[world.rank :: world.size]))
     compare(trained(replica), trained(whole), "ddp")
+
+
+@case(*WORLDS)
+def lora_replicated_losses_are_pefts(world: World) -> None:
+    """The same adapter under DDP in PEFT, in PEFT accelerated, and here, step by step."""
+    import peft
+
+    from leanstep.lora import accelerate_peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Block(), Block())
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=names, use_dora=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    folder = world.folder / f"peft-{world.rank}"
+    theirs.save_pretrained(folder)
+    fast, ours = copy.deepcopy(theirs), load_adapter(base, folder)
+    accelerate_peft(fast)
+    assert ours[0].q_proj.fast_path.on
+    inputs, targets = (part[world.rank :: world.size] for part in batch())
+    found = []
+    for model in (theirs, fast, ours):
+        parallel = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-6)
+        losses = torch.empty(40)
+        for step in range(40):
+            loss = (parallel(inputs) - targets).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[step] = loss.detach()
+        found.append(losses)
+    assert found[0][-1] < found[0][0] - 0.1
+    for losses in found[1:]:
+        torch.testing.assert_close(losses, found[0], rtol=0, atol=1e-5)

@@ -38,9 +38,12 @@ def losses(model, steps, optimizer=None, accumulate=1):
     return found
 
 
-@pytest.mark.parametrize(("settings", "accumulate"), [({}, 1), ({"use_dora": True}, 2)], ids=["lora", "dora, 2 passes"])
-def test_losses_are_pefts_step_by_step(settings, accumulate, tmp_path):
-    steps = 100 // accumulate
+@pytest.mark.parametrize(
+    ("settings", "steps", "accumulate"),
+    [({}, 100, 1), ({"use_rslora": True}, 50, 2), ({"use_dora": True}, 200, 1)],
+    ids=["lora", "rslora, 2 passes", "dora"],
+)
+def test_losses_are_pefts_step_by_step(settings, steps, accumulate, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=LLAMA_TARGETS, **settings)
     torch.manual_seed(3)
     theirs = peft.get_peft_model(tiny_llama(layers=1), config)
