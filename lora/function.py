@@ -276,6 +276,7 @@ def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> 
     for part, h in zip(parts, hs, strict=True):
         inner = inner_gradients(part)
         results.append(tensor_gradients(inner, x, part, h, want_a=False))
+        assert inner.e is not None  # as A's gradient is wanted
         products.append(inner.e)
         if wants_dx:
             w = matrix(part.setting, part.layer, dtype)

@@ -166,23 +166,26 @@ class SparsityConfig(_Ranged):
     ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
     the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
     ``mask_every`` are arguments of :func:`leanstep.sparsity.sparsify`, where null means the method's own; ``dense``,
-    ``finetune`` (fractions of the steps), ``decay``, ``alpha_end`` and ``freeze_mask_in_finetune`` are those of
-    :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
+    ``finetune`` (fractions of the steps), ``decay``, ``alpha_end``, ``coarsest`` and ``freeze_mask_in_finetune`` are
+    those of :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
     """
 
     patterns: dict[str, Any] = field(default_factory=dict)
     method: Literal[
-        "ste", "srste", "fixed", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric", "s-ste"
-    ] = "ste"
+        "ste", "srste", "fixed", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric",
+        "sdgf-stepwise+mdgf-linear", "sdgf-stepwise+mdgf-exponential", "sdgf-geometric+mdgf-linear",
+        "sdgf-geometric+mdgf-exponential", "s-ste",
+    ] = "ste"  # fmt: skip
     grad_flow: Literal["ste", "decay", "fixed"] | None = None
     srste_lambda: float | None = _bounded(None, at_least=0)
     dense: float = _bounded(0.0, at_least=0, at_most=1)
     finetune: float = _bounded(0.0, at_least=0, at_most=1)
     decay: float | None = _bounded(None, above=0)
     alpha_end: float | None = _bounded(None, at_least=0, below=1)
+    coarsest: int = _bounded(8, at_least=1)
     freeze_mask_in_finetune: bool = False
     mask_every: int = _bounded(1, at_least=1)
-    score: Literal["magnitude", "gradient"] = "magnitude"
+    score: Literal["magnitude", "gradient", "transposable"] = "magnitude"
     axis: Literal["in", "out"] = "in"
     pad: Literal["refuse", "zero"] = "refuse"
 
@@ -408,13 +411,15 @@ def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str
     decays = [name for name in ("decay", "alpha_end") if getattr(sparsity, name) is not None]
     if len(decays) == 2:
         yield ("sparsity.alpha_end", "sparsity.decay"), "says the same thing as sparsity.decay; give one of them"
-    elif decays and not sparsity.method.startswith("mdgf"):
+    elif decays and "mdgf" not in sparsity.method:
         yield (
             (f"sparsity.{decays[0]}", "sparsity.method"),
-            f"is for the methods mdgf-linear and mdgf-exponential, sparsity.method is {sparsity.method}",
+            f"is for the methods with mdgf-linear or mdgf-exponential, sparsity.method is {sparsity.method}",
         )
-    if sparsity.method == "mdgf-exponential" and sparsity.alpha_end == 0:
+    if "mdgf-exponential" in sparsity.method and sparsity.alpha_end == 0:
         yield ("sparsity.alpha_end", "sparsity.method"), "must be greater than 0 with mdgf-exponential, got 0"
+    if sparsity.coarsest & (sparsity.coarsest - 1):
+        yield ("sparsity.coarsest",), f"must be a power of two, got {sparsity.coarsest}"
     if sparsity.method == "s-ste":
         for name, plain in (("grad_flow", (None, "ste")), ("srste_lambda", (None, 0)), ("score", ("magnitude",))):
             if getattr(sparsity, name) not in plain:

@@ -45,6 +45,7 @@ def schedule_of(config: RunConfig) -> Schedule:
         finetune=sparsity.finetune,
         decay=sparsity.decay,
         alpha_end=sparsity.alpha_end,
+        coarsest=sparsity.coarsest,
         freeze_mask_in_finetune=sparsity.freeze_mask_in_finetune,
     )
 
@@ -139,7 +140,12 @@ def run_operations(config: RunConfig, layers: Iterable[SparseLayer], flops_per_t
     tokens = config.batch.tokens_per_step
     sizes = [(layer.weight.numel(), layer.target) for layer in layers]
     return training_operations(
-        float(flops_per_token) * tokens, sizes, schedule_of(config), steps=config.steps, tokens=tokens
+        float(flops_per_token) * tokens,
+        sizes,
+        schedule_of(config),
+        steps=config.steps,
+        tokens=tokens,
+        transposable=config.sparsity.score == "transposable",
     )
 
 

@@ -18,8 +18,9 @@ from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import Schedule, Stage
 from leanstep.sparsity.scores import magnitude_times_gradient
 from leanstep.sparsity.statistics import Measurement, layer_rows, summary
+from leanstep.sparsity.transposable import transposable_mask
 
-SCORES = ("magnitude", "gradient")
+SCORES = ("magnitude", "gradient", "transposable")
 Score = Callable[[SparseLayer, Tensor], Tensor]
 
 
@@ -52,6 +53,7 @@ def sparsify(
     "mdgf-exponential"  alpha = exp(-c j)                        the same
     "sdgf-stepwise"     (M-1):M, M/2:M, ..., N:M                 g
     "sdgf-geometric"    8N:8M, 4N:4M, 2N:2M, N:M                 g
+    "sdgf-...+mdgf-..." both at once                             g; alpha g with grad_flow="decay"
     "s-ste"             constant; computes with beta S(W)        g
     ==================  =======================================  =====================================================
 
@@ -66,8 +68,9 @@ def sparsify(
         schedule: how N:M is reached. A number means that many steps with the method's own kind of schedule; None is for
             methods that need none.
         method: of the table; None: what the kind of the schedule says, and "ste" for a constant one.
-        score: "magnitude"; "gradient" (|W * its gradient|, of the last step); or a function of (layer, weight) that
-            gives scores like the weight, of whose magnitudes the largest are kept.
+        score: "magnitude"; "gradient" (|W * its gradient|, of the last step); "transposable" (magnitudes under masks
+            that are N:M along outputs, too: :func:`transposable_mask`, dearer than the others, see ``mask_every``); or
+            a function of (layer, weight) that gives scores like the weight, of whose magnitudes the largest are kept.
         grad_flow: "ste", "decay" or "fixed"; None: the method's.
         srste_lambda: adds SR-STE's term to any method; None: the method's.
         mask_every: optimizer steps between two masks.
@@ -108,6 +111,8 @@ def sparsify(
     layers = plan_layers(model, patterns, axis, pad)
     if chosen.continuous and any(layer.weight.shape[layer.dim] % layer.target.m for layer in layers):
         raise ValueError("sparsify: method 's-ste' needs rows that groups fill; pad='zero' is for the other methods")
+    if score == "transposable":
+        _check_tiles(layers)
     controller = Controller(layers, plan, chosen, score, weight_decay, mask_every, measure_every)
     empty = [f"{layer.name} ({layer.target})" for layer in layers if layer.target.n == 0]
     if empty:
@@ -313,7 +318,12 @@ class Controller:
         stage = self.schedule.at(step, layer.target)
         if stage.phase == "dense":
             return stage
-        return stage._replace(pattern=_that_fits(stage.pattern, layer))
+        shape = layer.weight.shape
+        return stage._replace(
+            pattern=_that_fits(
+                stage.pattern, layer.target, shape if self.score == "transposable" else (shape[layer.dim],)
+            )
+        )
 
     def _advance(self, measure: bool, always: bool = False) -> None:
         """Bring every layer to the stage of its step, masks of like layers in one call."""
@@ -347,7 +357,11 @@ class Controller:
         scores = [self._score(layer) for layer in layers]
         masks = [sharding.mask_part(layer) for layer in layers]
         before = [mask.clone() for mask in masks] if measure else []
-        _fill_masks(scores, pattern, dim, masks)
+        if self.score == "transposable":
+            for score, mask in zip(scores, masks, strict=True):
+                mask.copy_(transposable_mask(score, pattern))
+        else:
+            _fill_masks(scores, pattern, dim, masks)
         for i, layer in enumerate(layers):
             sharding.share_mask(layer, masks[i])
             if measure:
@@ -363,6 +377,11 @@ class Controller:
                     f"{tuple(weight.shape)}"
                 )
             return score
+        if self.score == "transposable" and sharding.is_sharded(layer.weight):
+            raise ValueError(
+                f"sparsify: score 'transposable' needs whole matrices, and {layer.name!r} is sharded; train under DDP, "
+                "or with another score"
+            )
         if self.score == "gradient" and layer.weight.grad is not None:
             return magnitude_times_gradient(weight, sharding.local(layer.weight.grad))
         return weight
@@ -393,10 +412,22 @@ def _check_settings(
         raise ValueError("sparsify: method 's-ste' has a rule of its own: a constant schedule, magnitudes, no SR-STE")
 
 
-def _that_fits(pattern: NM, layer: SparseLayer) -> NM:
-    """A coarse pattern on the way to the target, halved until its groups fill the layer's rows as the target's do."""
-    size, target = layer.weight.shape[layer.dim], layer.target
-    while pattern.m > target.m and (pattern.m > size or (size % pattern.m and size % target.m == 0)):
+def _check_tiles(layers: list[SparseLayer]) -> None:
+    """Refuse layers that M x M tiles do not fill."""
+    for layer in layers:
+        shape, m = tuple(layer.weight.shape), layer.target.m
+        if len(shape) != 2 or shape[0] % m or shape[1] % m:
+            raise ValueError(
+                f"sparsify: score 'transposable' needs matrices that tiles of {m} x {m} fill, and {layer.name!r} has a "
+                f"weight of shape {shape}; leave it out of the patterns, or give it another one"
+            )
+
+
+def _that_fits(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
+    """A coarse pattern on the way to the target, halved until its groups fill rows of ``sizes`` as the target's do."""
+    while pattern.m > target.m and any(
+        pattern.m > size or (size % pattern.m and size % target.m == 0) for size in sizes
+    ):
         pattern = NM(pattern.n // 2, pattern.m // 2)
     return pattern
 

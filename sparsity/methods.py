@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leanstep.sparsity.schedules import Schedule
+from leanstep.sparsity.schedules import DECAYS, STRUCTURES, Schedule
 
 # Zhou et al., arXiv 2102.04010, give it for every model
 SRSTE_LAMBDA = 2e-4
@@ -36,6 +36,7 @@ METHODS = {
     "mdgf-exponential": Method("mdgf-exponential"),
     "sdgf-stepwise": Method("sdgf-stepwise"),
     "sdgf-geometric": Method("sdgf-geometric"),
+    **{f"{structure}+{decay}": Method(f"{structure}+{decay}") for structure in STRUCTURES for decay in DECAYS},
     "s-ste": Method("constant", continuous=True),
 }
 

@@ -8,7 +8,7 @@ import torch
 from faults import fsdp2_on_cpu, held_at
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from leanstep.cli import main
 from leanstep.recipes.check import inspect
@@ -17,7 +17,8 @@ from leanstep.recipes.differences import config_differences
 from leanstep.recipes.loader import ConfigError, dump, load
 from leanstep.recipes.memory import estimate
 from leanstep.recipes.report import write_report
-from leanstep.sparsity import nm_mask
+from leanstep.recipes.sparse import build_controller, run_operations, schedule_of
+from leanstep.sparsity import NM, is_nm, nm_mask
 from leanstep.sparsity.methods import METHODS
 
 SPARSE = "sparsity.patterns={'*.mlp.*': '1:8', '*.attn.c_attn': '2:4'}"
@@ -41,7 +42,12 @@ def test_mistakes_are_named_before_torch_is_imported():
     assert "expected one of 'ste', 'srste'" in problems("sparsity.method=slow")[0]
     assert "did you mean 'sparsity.alpha_end'" in problems("sparsity.alpha_ends=1")[0]
     assert "must be at most 1 together, got 0.6 and 0.5" in problems("sparsity.dense=0.5", "sparsity.finetune=0.6")[0]
-    assert "is for the methods mdgf-linear and mdgf-exponential" in problems("sparsity.method=srste")[0]
+    assert "is for the methods with mdgf-linear or mdgf-exponential" in problems("sparsity.method=srste")[0]
+    assert problems("sparsity.coarsest=6") == ["override: sparsity.coarsest must be a power of two, got 6"]
+    assert (
+        "must be greater than 0"
+        in problems("sparsity.method=sdgf-geometric+mdgf-exponential", "sparsity.alpha_end=0")[0]
+    )
     assert "says the same thing as sparsity.decay" in problems("sparsity.decay=0.1")[0]
     assert "masks cannot be renewed" in "".join(problems("release_gradients=true"))
     ste = ("sparsity.method=s-ste", "sparsity.alpha_end=null")
@@ -82,10 +88,33 @@ def test_check_tells_layers_schedule_and_operations(tmp_path):
     assert sparse.peak > dense.peak
 
 
+def test_transposable_masks_count_in_both_products(tmp_path):
+    """Operations for hardware: those of 2:4 layers halve in the forward pass, and in the input's gradient too."""
+    saved = []
+    for score in ("magnitude", "transposable"):
+        changes = ["sparsity.patterns={'*.mlp.*': '2:4'}", "sparsity.method=ste", "sparsity.alpha_end=null"]
+        config = load("llama-nano-sparse-1of16", [*changes, f"sparsity.score={score}", f"out={tmp_path / score}"])
+        model = LlamaForCausalLM(LlamaConfig(**config.model.config, vocab_size=64))
+        controller = build_controller(config, model)
+        layer = controller.layers[0]
+        assert is_nm(layer.transform.mask, "2:4") and is_nm(layer.transform.mask.mT, "2:4") == (score == "transposable")
+        operations = run_operations(config, controller.layers, 10**7)
+        saved.append(operations.dense - operations.hardware)
+    assert saved[1] == 2 * saved[0]
+
+
+def test_structure_and_decay_in_one_recipe():
+    changes = ["sparsity.method=sdgf-geometric+mdgf-linear", "sparsity.coarsest=4", "sparsity.alpha_end=1e-2"]
+    schedule = schedule_of(load("llama-nano-sparse-1of16", changes))
+    assert [str(pattern) for pattern in schedule.frames(NM(1, 16))] == ["4:64", "2:32", "1:16"]
+    assert 0 < schedule.at(300, NM(1, 16)).alpha < 1
+
+
 METHOD_CASES = [
     ("mdgf-exponential", ["sparsity.alpha_end=1e-3", "sparsity.finetune=0.25"]),
     ("srste", []),
     ("sdgf-geometric", ["sparsity.score=gradient", "sparsity.mask_every=2"]),
+    ("sdgf-stepwise+mdgf-exponential", ["sparsity.score=transposable", "sparsity.alpha_end=1e-3"]),
 ]
 
 

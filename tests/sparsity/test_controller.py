@@ -7,8 +7,7 @@ import torch
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
-from leanstep.sparsity import NM, Schedule, is_nm, sparsify
-from leanstep.sparsity.controller import SCORES
+from leanstep.sparsity import NM, Schedule, is_nm, sparsify, squash, transposable_mask
 from leanstep.sparsity.methods import METHODS
 
 EVERY = [
@@ -19,6 +18,10 @@ EVERY = [
     ("mdgf-exponential", 12),
     ("sdgf-stepwise", 12),
     ("sdgf-geometric", 12),
+    ("sdgf-stepwise+mdgf-linear", 12),
+    ("sdgf-stepwise+mdgf-exponential", 12),
+    ("sdgf-geometric+mdgf-linear", 12),
+    ("sdgf-geometric+mdgf-exponential", 12),
     ("s-ste", None),
 ]
 
@@ -174,7 +177,7 @@ def by_hand(layer, weight):
     return torch.arange(weight.shape[1], 0, -1, dtype=torch.float32).expand_as(weight)
 
 
-@pytest.mark.parametrize("score", [*SCORES, by_hand])
+@pytest.mark.parametrize("score", ["magnitude", "gradient", by_hand])
 def test_scores(score):
     model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -187,6 +190,30 @@ def test_scores(score):
     values = {"magnitude": weight, "gradient": weight * layer.weight.grad, by_hand: by_hand(layer, weight)}[score]
     kept = torch.zeros(values.shape).view(-1, 4).scatter(1, values.abs().view(-1, 4).topk(2).indices, 1.0)
     assert torch.equal(layer.transform.mask, kept.view_as(values) == 1)
+
+
+@pytest.mark.parametrize("schedule", [None, Schedule(kind="sdgf-geometric+mdgf-linear", total_steps=6)])
+def test_transposable_masks(schedule):
+    """At every step, those of transposable_mask for the weights as they are, whatever frame the schedule is at."""
+    model = make_mlp()
+    controller = sparsify(model, {"0": "2:4"}, schedule=schedule, score="transposable")
+    layer, patterns = controller.layers[0], set()
+    for _ in range(7):
+        pattern = layer.transform.pattern
+        patterns.add(str(pattern))
+        assert torch.equal(layer.transform.mask, transposable_mask(layer.weight.detach(), pattern))
+        assert is_nm(layer.transform.mask, pattern) and is_nm(layer.transform.mask.mT, pattern)
+        train(model, controller, steps=1)
+    assert patterns == ({"2:4"} if schedule is None else {"4:8", "2:4"})  # rows of 8 hold no 8:16
+    squash(model)
+    assert is_nm(model[0].weight, "2:4") and is_nm(model[0].weight.mT, "2:4")
+
+
+def test_transposable_masks_need_whole_tiles():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Conv2d(8, 8, 3))
+    for name, shape in (("0", r"\(6, 8\)"), ("1", r"\(8, 8, 3, 3\)")):
+        with pytest.raises(ValueError, match=f"tiles of 4 x 4 fill, and '{name}' has a weight of shape {shape}"):
+            sparsify(model, {name: "2:4"}, score="transposable")
 
 
 def test_a_score_of_another_shape_is_named():
