@@ -12,18 +12,21 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from leanstep.lora.apply import adapted_layers, apply_lora, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
+from leanstep.lora.layer import is_sharded
 from leanstep.lora.linear import LoRALinearLayer, widths
 from leanstep.lora.targets import rank_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +50,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         else:
             continue
         value = parameter.detach()
-        state[PREFIX + key] = value.full_tensor() if isinstance(value, DTensor) else value
+        state[PREFIX + key] = cast("DTensor", value).full_tensor() if is_sharded(value) else value
     return state
 
 
@@ -142,11 +145,11 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
-        whole = value.to(parameter.device, parameter.dtype)
-        value = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        like = cast("DTensor", parameter)
+        value = distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
     parameter.copy_(value)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from leanstep.lora.head_norms import Seen
 
@@ -171,7 +172,7 @@ def _forward(
     return _tapped(tap, exact, module, (query, key, value), attention_mask, dropout, scaling, kwargs)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
 def _tapped(
     tap: Tap,
     exact: Callable[[], tuple[Tensor, Tensor | None]],

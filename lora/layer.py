@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from leanstep.lora.dora import NormCache
 from leanstep.lora.order import choose_order
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor; importing that class to ask would bring torch's compiler along."""
+    return hasattr(tensor, "placements")
 
 
 class FastPath(NamedTuple):
@@ -86,7 +90,7 @@ def common_reasons(lora: Adapter, tensors: dict[str, Tensor | None], x: Tensor |
     if lora.keep_zeros:
         return "the zeros of the base weight are kept, for which the product of the factors is formed and masked"
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             return f"{name} is sharded (DTensor): torch's own operations know how to multiply it"
     if x is not None and not x.is_floating_point():
         return f"the input is {x.dtype}, which has no gradient"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 __all__ = ["ProjectionNorms", "adapter_output", "find_projections"]
 
@@ -72,7 +73,7 @@ class ProjectionNorms:
         for handle in self.handles:
             handle.remove()
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self.on or not inputs or not isinstance(output, Tensor):
             return

@@ -116,7 +116,9 @@ def test_importtime_shows_nothing_heavy():
     assert not {name.split(".")[0] for name in names} & set(HEAVY)
 
 
-@pytest.mark.parametrize("package", [f"leanstep.{name}" for name in ("kernels", "optimizers", "pruning", "sparsity")])
+@pytest.mark.parametrize(
+    "package", [f"leanstep.{name}" for name in ("kernels", "lora", "optimizers", "pruning", "sparsity")]
+)
 def test_importing_optimizers_imports_torch_but_no_compiler(package):
     # torch itself decides what "import torch" brings; the package adds nothing of this list to it
     allowed = loaded_after("import torch, torch.optim")
