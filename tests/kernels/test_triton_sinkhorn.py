@@ -2,6 +2,8 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name, matrices
 
+from leanstep.kernels import sinkhorn_step
+
 triton_sinkhorn = pytest.importorskip("leanstep.kernels.triton_impl.sinkhorn")
 
 
@@ -105,3 +107,33 @@ def test_passes_follow_the_oracle_on_the_device_and_repeat_exactly(dtype):
     first, second = (run(mats, device="cuda") for _ in range(2))
     for a, b in zip(first, second, strict=True):
         bits_equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_as_the_eager_one():
+    """Scales and update of a list of matrices: all launches of a step, none of which waits for the host."""
+    hyper = torch.tensor([1e-2, 0.999], device="cuda")
+    sets = [
+        ([m.clone() for m in matrices(torch.bfloat16, torch.Generator().manual_seed(0), "cuda", wide=True)],
+         matrices(torch.bfloat16, torch.Generator().manual_seed(1), "cuda", wide=True))
+        for _ in range(2)
+    ]  # fmt: skip
+
+    def step(which):
+        params, mats = sets[which]
+        sinkhorn_step(params, mats, 3, [], hyper=hyper)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    step(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    for _ in range(2):
+        graph.replay()
+        step(1)
+    for captured, eager in zip(sets[0][0], sets[1][0], strict=True):
+        bits_equal(captured, eager)
