@@ -210,6 +210,10 @@ class LoraSectionConfig(_Ranged):
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
     :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
     format.
+
+    ``attention: auto`` lets a layer's attention run low-rank where it is measured to be within ``attention_tolerance``
+    and predicted to be cheaper (:class:`leanstep.lora.LowRankGate`), which takes small logits and long sequences; what
+    it did is in the log, in ``gate_report.json`` and in the report. A resumed run judges its layers anew.
     """
 
     target_modules: list[str] = field(default_factory=list)
@@ -220,6 +224,8 @@ class LoraSectionConfig(_Ranged):
     use_dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
     save: Literal["min", "full", "lora_fa"] = "min"
+    attention: Literal["exact", "auto"] = "exact"
+    attention_tolerance: float = _bounded(0.01, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,7 +451,11 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with low-rank adapters."""
+    if config.lora.attention != "exact" and config.compile:
+        yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
     if not config.lora.target_modules:
+        if config.lora.attention != "exact":
+            yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
         return
     keys = ("lora.target_modules",)
     if not config.model.init_from:

@@ -25,6 +25,7 @@ __all__ = ["Journal"]
 OPTIMIZER_REPORT = "optimizer_report.json"
 SPARSITY_REPORT = "sparsity_report.json"
 ATTENTION_REPORT = "attention_report.json"
+GATE_REPORT = "gate_report.json"
 
 
 class Journal:
@@ -165,6 +166,16 @@ class Journal:
         """Write where each head stood when it was last measured to ``attention_report.json``."""
         if monitor is not None:
             self._write_report(ATTENTION_REPORT, monitor.rows_of_report())
+
+    def gate_report(self, gate: Any) -> None:
+        """Write which attention layers ran low-rank, why or why not, and the errors, to ``gate_report.json``."""
+        if gate is not None:
+            rows = [dataclasses.asdict(row) for row in gate.report()]
+            self._write_report(GATE_REPORT, rows)
+            ran = sum(row["low_rank_calls"] > 0 for row in rows)
+            worst = max((row["largest_error"] for row in rows), default=0.0)
+            error = f", with an error of at most {worst:.1e}" if ran else f"; {rows[0]['reason']}" if rows else ""
+            self.say(f"attention   {ran} of {len(rows)} layers ran low-rank{error}")
 
     def _write_report(self, name: str, content: Any) -> None:
         if not self.main:

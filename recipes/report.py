@@ -13,6 +13,7 @@ from leanstep.recipes.report_parts import (
     cut,
     differences,
     evaluations,
+    gate_table,
     lead,
     notes,
     optimizer_table,
@@ -34,7 +35,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
 
     Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt, optimizer_report.json and
-    sparsity_report.json and attention_report.json of each run;
+    sparsity_report.json, attention_report.json and gate_report.json of each run;
     what is missing or damaged is named in the report. The file replaces an older one at once and whole.
 
     Raises:
@@ -100,6 +101,9 @@ def _single(run: Run, most_points: int, most_text: int) -> str:
     if run.reported_keys("attention") or run.attention_report:
         drawn = reported_curves(run, "attention", min(most_points, 200))
         parts += ["<h2>Attention norms</h2>", f'<div class="grid">{drawn}</div>', attention_table(run, most_text)]
+    if run.reported_keys("gate") or run.gate_report:
+        drawn = reported_curves(run, "gate", min(most_points, 200))
+        parts += ["<h2>Low-rank attention</h2>", f'<div class="grid">{drawn}</div>', gate_table(run, most_text)]
     if run.reported_keys("optimizer") or run.optimizer_report:
         drawn = reported_curves(run, "optimizer", min(most_points, 200))
         parts += [

@@ -96,7 +96,7 @@ def _plain(runs: list[Run], key: str) -> list[Series]:
 
 
 def reported_curves(run: Run, section: str, most_points: int) -> str:
-    """Numbers of a section of the log: "optimizer", "sparsity" or "attention".
+    """Numbers of a section of the log: "optimizer", "sparsity", "attention" or "gate".
 
     Keys ``A/x`` and ``A/y`` are lines of one chart ``A``; other keys have a chart each.
     """

@@ -13,6 +13,7 @@ __all__ = [
     "cut",
     "differences",
     "evaluations",
+    "gate_table",
     "lead",
     "notes",
     "optimizer_table",
@@ -183,6 +184,13 @@ def attention_table(run: Run, most_text: int) -> str:
     columns = ("layer", "head", "rho", "certified", "sampled", "degree", "error", "cost", "drift", "status", "why")
     rows = [{key: row[key] for key in columns if key in row} for row in run.attention_report]
     return _rows_table(rows, most_text, "attention_report.json")
+
+
+def gate_table(run: Run, most_text: int) -> str:
+    """Which layers' attention ran low-rank at the end, how often, with which errors, and why (not)."""
+    columns = ("layer", "low_rank", "calls", "low_rank_calls", "fallbacks", "error", "largest_error", "cost", "reason")
+    rows = [{key: row[key] for key in columns if key in row} for row in run.gate_report]
+    return _rows_table(rows, most_text, "gate_report.json")
 
 
 def sparsity_tables(run: Run, most_text: int) -> str:

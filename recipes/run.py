@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from leanstep._version import __version__
 from leanstep.recipes.assemble import assemble
-from leanstep.recipes.attention_norms import build_monitor
+from leanstep.recipes.attention_norms import build_gate, build_monitor
 from leanstep.recipes.batches import Batch
 from leanstep.recipes.checkpoint import TrainState, read_state
 from leanstep.recipes.config import RunConfig
@@ -80,12 +80,14 @@ class Run:
                 raise RunFailure("out of memory", EXIT_MEMORY, message) from error
             if number:
                 return self.interrupted(number)
-            if self.norms is not None:
-                self.norms.close()
+            for watching in (self.norms, self.gate):
+                if watching is not None:
+                    watching.close()
             finish(self.config, self.accelerator, self.folder, self.parts.saver, self.state, self.say)
             self.journal.optimizer_report(self.parts.optimizer.optimizer)
             self.journal.sparsity_report(self.parts.sparsity)
             self.journal.attention_report(self.norms)
+            self.journal.gate_report(self.gate)
         self.journal.status("done", self.state)
         if self.main:
             write_report(self.folder, self.say)
@@ -123,7 +125,8 @@ class Run:
         """Build the run's parts from the recipe and the checkpoint if there is one, and describe it in its folder."""
         accelerator, folder = self.accelerator, self.folder
         self.parts = assemble(self.config, accelerator, folder, self.state, checkpoint, self.say)
-        self.norms = build_monitor(self.config, accelerator.unwrap_model(self.parts.model))
+        model = accelerator.unwrap_model(self.parts.model)
+        self.norms, self.gate = build_monitor(self.config, model), build_gate(self.config, model)
         for note in main_does(accelerator, lambda: pass_over(self.start, folder)):
             self.say(note)
         self.begun = True
@@ -182,7 +185,7 @@ class Run:
         self.journal.clock.stepped(targets)
         saver, optimizer = self.parts.saver, self.parts.optimizer.optimizer
         notes = [saver.trouble] if saver.trouble else []
-        sections = {"sparsity": self.parts.sparsity, "attention": self.norms}
+        sections = {"sparsity": self.parts.sparsity, "attention": self.norms, "gate": self.gate}
         self.journal.step(self.state, result, self.rate, optimizer, notes, sections=sections)
         return result
 

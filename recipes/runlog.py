@@ -35,6 +35,7 @@ class Run:
     optimizer_report: list[dict[str, Any]] = field(default_factory=list)
     sparsity_report: dict[str, Any] = field(default_factory=dict)
     attention_report: list[dict[str, Any]] = field(default_factory=list)
+    gate_report: list[dict[str, Any]] = field(default_factory=list)
     held: bool = False
 
     @property
@@ -141,9 +142,9 @@ def read_run(folder: Path) -> Run:
     run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
     run.command = _text(run, "command.txt", needed=False).strip()
     run.held = is_held(folder)
-    run.optimizer_report, run.attention_report = (
+    run.optimizer_report, run.attention_report, run.gate_report = (
         [row for row in _json(run, name, needed=False, kind=list) if isinstance(row, dict)]
-        for name in ("optimizer_report.json", "attention_report.json")
+        for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
     )
     run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
     _read_log(run)

@@ -1,4 +1,4 @@
-"""Runs that watch their attention: numbers at log steps, a report at the end, and training as if nobody looked."""
+"""Runs that watch their attention or let it run low-rank: numbers at log steps, and a report at the end."""
 
 import json
 
@@ -47,3 +47,39 @@ def test_compiled_models_are_refused_before_anything_is_built():
     with pytest.raises(ConfigError) as caught:
         load("llama-nano-adamw", [ON, "compile=true"])
     assert "which compile hides" in "".join(caught.value.problems)
+
+
+def test_a_run_lets_layers_run_low_rank_only_where_that_pays(recipe, tmp_path):
+    base = tmp_path / "base"
+    run(recipe, ("steps=1", "eval.every=0", "checkpoint.every=0"), base)
+    settings = [
+        f"model.init_from={base}/final", "model.config={}", f"data.tokenizer={base}/final", "eval.every=0",
+        "lora.target_modules=[c_attn]", "steps=6", "log.every=1", "checkpoint.every=0",
+    ]  # fmt: skip
+    auto = [*settings, "lora.attention=auto", "lora.attention_tolerance=0.5"]
+    run(recipe, settings, tmp_path / "exact")
+    run(recipe, auto, tmp_path / "short")
+    # so short sequences do not pay, and everything is as it was
+    assert losses(tmp_path / "short") == losses(tmp_path / "exact")
+    rows = json.loads((tmp_path / "short" / "gate_report.json").read_text())
+    assert rows and all(not row["low_rank_calls"] and "predicted to cost" in row["reason"] for row in rows)
+    assert not (tmp_path / "exact" / "gate_report.json").exists()
+    logged = [row["gate"] for row in read_log(tmp_path / "short") if row["kind"] == "train"]
+    assert all(numbers["low-rank calls"] == 0 for numbers in logged)
+    assert {key for numbers in logged for key in numbers} >= {f"gate error/{row['layer']}" for row in rows}
+    said = (tmp_path / "short" / "train.log").read_text()
+    assert f"0 of {len(rows)} layers ran low-rank; close enough, but predicted" in said
+    page = write_report([tmp_path / "short"], tmp_path / "report.html").read_text()
+    assert "<h2>Low-rank attention</h2>" in page and "largest_error" in page
+
+
+def test_attention_that_cannot_be_gated_is_refused_before_anything_is_built():
+    for settings, message in (
+        (["lora.attention=auto", "compile=true"], "which compile hides"),
+        (["lora.attention=auto", "lora.target_modules=[]"], "goes with adapters"),
+        (["lora.attention=fast"], "lora.attention"),
+        (["lora.attention_tolerance=0"], "must be greater than 0, got 0"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load("llama-nano-lora", settings)
+        assert message in "".join(caught.value.problems)
