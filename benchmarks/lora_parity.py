@@ -96,7 +96,7 @@ def llama(args):
         vocab_size=256, max_position_embeddings=args.length, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config).to(torch.float64 if args.double else torch.float32)
 
 
 def train(args, model, text, rank, size, backwards=False):
@@ -105,7 +105,7 @@ def train(args, model, text, rank, size, backwards=False):
     parallel = DistributedDataParallel(model) if size > 1 else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, eps=1e-6)
     generator = torch.Generator().manual_seed(1)
-    losses = torch.empty(args.steps)
+    losses = torch.empty(args.steps, dtype=torch.float64)
     for step in range(args.steps):
         starts = torch.randint(len(text) - args.length, (args.batch,), generator=generator)
         ids = torch.stack([text[start : start + args.length] for start in starts])[rank::size]
