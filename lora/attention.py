@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -96,6 +97,7 @@ def low_rank_attention(
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
             raise ValueError(f"low_rank_attention: expected a whole degree >= 1, got {degree!r}")
         coefficients = taylor_coefficients(degree)
+    _check_numbers(scale, center, coefficients, chunk_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shift = _center(center, key, key_mask, causal)
     if reference is not None:
@@ -122,6 +124,19 @@ def key_means(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
         )
     counted = torch.where(key_mask[:, None, :, None], wide, 0.0).sum(dim=-2)
     return counted / key_mask.sum(dim=-1).clamp(min=1)[:, None, None]
+
+
+def _check_numbers(scale: object, center: object, coefficients: Sequence[float], chunk_size: object) -> None:
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"low_rank_attention: expected a finite scale, or None for d ** -0.5, got {scale!r}")
+    if not (center is None or isinstance(center, bool | Tensor)):
+        raise ValueError(f"low_rank_attention: expected center True, False, None or a tensor, got {center!r}")
+    if len(coefficients) < 2 or not all(math.isfinite(c) for c in coefficients):
+        raise ValueError(
+            f"low_rank_attention: expected two or more finite coefficients, the constant first, got {coefficients!r}"
+        )
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"low_rank_attention: expected a whole chunk_size >= 1, got {chunk_size!r}")
 
 
 def _center(center: bool | Tensor | None, key: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -27,6 +29,17 @@ _FOREIGN = (
     "use_bdlora",
     "use_qalora",
 )
+
+
+_SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
+
+
+def _why_no_expression(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 @dataclass
@@ -111,7 +124,12 @@ class LoraConfig:
         for name, value in ranks.items():
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 problems.append(f"{name} must be a whole number above 0, got {value!r}")
-        if not 0 <= self.lora_dropout < 1:
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
+        for name, value in alphas.items():
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                problems.append(f"{name} must be a finite number above 0, got {value!r}")
+        if not (isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1):
             problems.append(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
         for name, allowed in (
             ("bias", BIASES),
@@ -119,9 +137,21 @@ class LoraConfig:
             ("order", ORDERS),
             ("fast_path", (None, True, False)),
             ("init_lora_weights", (True, False, "gaussian", "orthogonal")),
+            *((name, (True, False)) for name in _SWITCHES),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if isinstance(self.modules_to_save, str):
+            problems.append(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
+        expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
+        for name, value in expressions:
+            if isinstance(value, str) and (why := _why_no_expression(value)):
+                problems.append(f"{name} {value!r} is no regular expression: {why}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append(
+                "layers_pattern says where a name has its number, for layers_to_transform, which is not set"
+            )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             problems.append("layers_to_transform goes with a list of target_modules, not with a pattern")
         return problems

@@ -188,6 +188,37 @@ def test_the_index_counts_beyond_32_bits():
         assert seed_key(seed) == int(wanted)
 
 
+def test_cpp_takes_pieces_of_any_number():
+    from leanstep.kernels.cpp_impl import lora_products as cpp
+    from leanstep.kernels.reference import lora_products as reference
+
+    # more rows than a piece has, and a last piece that is not whole
+    x, a, e, b = normal(1100, 500), normal(4, 500, seed=1), normal(1100, 4, seed=2), normal(4, 500, seed=3)
+    assert len(cpp._pieces(x)) > 2
+    torch.testing.assert_close(cpp.lora_down(x, a, 0.3, 5), reference.lora_down(x, a, 0.3, 5), rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(
+        cpp.lora_down_backward(x, e, a, 0.3, 5), reference.lora_down_backward(x, e, a, 0.3, 5), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    found, wanted = x.clone(), x.clone()
+    cpp.lora_up_(found, e, b, 0.5, 0.3, 5)
+    reference.lora_up_(wanted, e, b, 0.5, 0.3, 5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_piece_across_an_index_of_32_bits():
+    from leanstep.kernels.cpp_impl import lora_products as cpp
+    from leanstep.kernels.reference.lora_products import seed_key, threshold
+    from leanstep.kernels.reference.rounding import hash32
+
+    first, size, p, seed = 2**32 - 700, 20000, 0.4, 11
+    out = torch.empty(size)
+    cpp._call("dropout", torch.ones(size), out, first, p, seed)
+    index = torch.arange(first, first + size)
+    hashed = hash32(index, seed_key(seed) ^ hash32(index >> 32, 0)).to(torch.int64) & 0xFFFFFFFF
+    assert torch.equal(out > 0, hashed >= threshold(p))
+
+
 def test_what_is_refused():
     x, seed = torch.ones(4, 3), torch.tensor(1)
     with pytest.raises(ValueError, match=r"lora_down: expected matrices that match, got \(4, 3\) and \(2, 4\)"):

@@ -167,6 +167,24 @@ def test_layers_that_share_an_input_give_the_sum_of_their_gradients():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_products_of_all_layers_at_once_are_those_of_each(dora):
+    n, rows = 12, 9
+    shapes = [(20, 3, 0.5, "min"), (16, 5, 2.0, "full"), (12, 2, 1.5, "min")]
+    weights = [layer(n, m, r, dora=dora) for m, r, _, _ in shapes]
+    settings = [Setting(scale, 0.0, save, False, Order()) for _, _, scale, save in shapes]
+    x = double(rows, n)
+    leaves = [x] + [tensor for one in weights for tensor in (one.a, one.b, one.magnitude) if tensor is not None]
+    upstream = [double(rows, m).detach() for m, _, _, _ in shapes]
+    together = lora_linears(x, settings, weights, (None,) * 3)
+    apart = [lora_linears(x, (s,), (w,), (None,))[0] for s, w in zip(settings, weights, strict=True)]
+    for found, wanted in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad(outputs, leaves, upstream) for outputs in (together, apart)]
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_a_second_derivative_is_refused():
     weights, x = layer(), double(2, N)
     (gradient,) = torch.autograd.grad(run(x, Setting(1.0), weights).square().sum(), x, create_graph=True)

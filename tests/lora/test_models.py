@@ -315,3 +315,32 @@ def test_torch_compile_traces_through_without_a_graph_break(settings):
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("how", [True, False, "gaussian", "orthogonal"])
+def test_factors_begin_as_they_are_told(how):
+    config = LoraConfig(r=8, target_modules=["up_proj"], init_lora_weights=how)
+    layer = apply_lora(tiny_llama(layers=1), config).model.layers[0].mlp.up_proj
+    a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+    assert bool(b.any()) == (how is False)
+    if how == "orthogonal":
+        torch.testing.assert_close(a @ a.t(), torch.eye(8), rtol=0, atol=1e-5)
+    elif how == "gaussian":
+        assert a.std() == pytest.approx(1 / 8, rel=0.2)
+    else:
+        assert a.abs().max() <= 32**-0.5
+
+
+def test_layers_are_left_out_by_name_and_by_number():
+    def adapted(**settings):
+        model = apply_lora(tiny_llama(layers=3), LoraConfig(r=4, **settings))
+        return {name for name, module in model.named_modules() if hasattr(module, "lora")}
+
+    names = {f"model.layers.{i}.self_attn.{end}" for i in range(3) for end in ("q_proj", "v_proj")}
+    assert adapted(target_modules=["q_proj", "v_proj"]) == names
+    found = adapted(target_modules=["q_proj", "v_proj"], exclude_modules=["model.layers.1.self_attn.q_proj"])
+    assert found == names - {"model.layers.1.self_attn.q_proj"}
+    found = adapted(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.[02]\..*")
+    assert found == {name for name in names if ".1." in name}
+    found = adapted(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers")
+    assert found == {"model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"}
