@@ -16,6 +16,8 @@ BIASES = ("none", "all", "lora_only")
 
 # fields of this package, which adapter_config.json does not have
 _OWN = ("save", "order", "fast_path", "fused_blocks")
+# fields that older versions of PEFT do not know, and refuse to read: written where they say something
+_RECENT = ("exclude_modules", "lora_bias")
 # PEFT's fields that change what an adapter computes and that this package has no code for
 _FOREIGN = (
     "alora_invocation_tokens",
@@ -159,7 +161,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``adapter_config.json``: PEFT's fields, ready for JSON."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
-        return {"peft_type": "LORA", **known}
+        return {"peft_type": "LORA", **{key: value for key, value in known.items() if value or key not in _RECENT}}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> LoraConfig:
