@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--double", action="store_true", help="in fp64, where rounding has no time to grow")
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where losses differ by more than {AIM:g}, or rounding"
     )
