@@ -128,9 +128,9 @@ class LoraConfig:
                 problems.append(f"{name} must be a whole number above 0, got {value!r}")
         alphas = {"lora_alpha": self.lora_alpha}
         alphas |= {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
-        for name, value in alphas.items():
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                problems.append(f"{name} must be a finite number above 0, got {value!r}")
+        for name, alpha in alphas.items():
+            if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+                problems.append(f"{name} must be a finite number above 0, got {alpha!r}")
         if not (isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1):
             problems.append(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
         for name, allowed in (
@@ -147,9 +147,9 @@ class LoraConfig:
             problems.append(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
-        for name, value in expressions:
-            if isinstance(value, str) and (why := _why_no_expression(value)):
-                problems.append(f"{name} {value!r} is no regular expression: {why}")
+        for name, expression in expressions:
+            if isinstance(expression, str) and (why := _why_no_expression(expression)):
+                problems.append(f"{name} {expression!r} is no regular expression: {why}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(
                 "layers_pattern says where a name has its number, for layers_to_transform, which is not set"
