@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from leanstep.recipes.catalog import ALIASES, recipe_names, recipe_path
-from leanstep.recipes.config import ExpectConfig, RunConfig, joint_problems, range_problem
+from leanstep.recipes.config import ExpectConfig, RunConfig, range_problem
 from leanstep.recipes.differences import SWITCHES, expectation_breakers
+from leanstep.recipes.joint import joint_problems
 from leanstep.recipes.rules import (
     group_problems,
     model_problems,

@@ -8,7 +8,8 @@ from typing import get_type_hints
 
 import pytest
 
-from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps, joint_problems
+from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps
+from leanstep.recipes.joint import joint_problems
 from leanstep.recipes.loader import ConfigError, dump, load
 from leanstep.recipes.rules import ARGUMENT_BOUNDS, optimizer_problems
 from leanstep.recipes.rules import CHOICES as CHOICE_PLACES
