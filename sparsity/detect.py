@@ -49,17 +49,18 @@ def pattern_of(weight: Tensor, dim: int) -> NM | None:
         found = NM(int(nonzero.unflatten(-1, (-1, m)).sum(dim=-1).max()), m)
         if found.is_dense:
             continue
-        evidence = numel // m * _evidence(found, density)
+        evidence = numel // m * _evidence(found, density, size)
         if evidence > surest and (density >= _FULL * found.density or evidence > _SURE):
             best, surest = found, evidence
     return best
 
 
-def _evidence(pattern: NM, density: float) -> float:
-    """-log of the probability that a group obeys a pattern, whose entries are nonzero each by itself."""
-    n, m = pattern.n, pattern.m
-    obeyed = sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1))
-    return max(0.0, -math.log(max(obeyed, 1e-300)))
+def _evidence(pattern: NM, density: float, size: int) -> float:
+    """-log of the probability that a group obeys a pattern in a row of a size, whose nonzeros lie anywhere in it."""
+    n, m, kept = pattern.n, pattern.m, round(density * size)
+    # of a row's nonzeros, a group gets a share without replacement: what Wanda leaves in each row is the same number
+    ways = sum(math.comb(kept, k) * math.comb(size - kept, m - k) for k in range(n + 1))
+    return max(0.0, math.log(math.comb(size, m)) - math.log(max(ways, 1)))
 
 
 def violations(weight: Tensor, pattern: NM, dim: int) -> int:
