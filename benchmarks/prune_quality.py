@@ -45,6 +45,7 @@ NAMES = {
     "owl": "OWL",
     "atp": "ATP",
     "dp": "DP",
+    RELINEARISED: "DP, relinearised",
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
 }
