@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # powers of two
-RATES = {"adamw": (4e-3, 8e-3, 1.6e-2), "sinkgd": (2e-2, 4e-2, 8e-2), "lanton": (2e-2, 4e-2, 8e-2)}
+RATES = {"adamw": (4e-3, 8e-3, 1.6e-2), "sinkgd": (2e-2, 4e-2, 8e-2), "lanton": (1e-2, 2e-2, 4e-2)}
 LENGTH, HELD_OUT = 256, 20000
 
 
