@@ -11,7 +11,8 @@ from torch import Tensor
 from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.lora_products import gain, seed_key, threshold
 
-# elements that are dropped at a time: a megabyte of fp32, which stays in the cache and needs no new memory
+# elements that are dropped at a time: a megabyte of fp32, which stays in the cache and needs no new memory; in 16 bits
+# the calls of smaller products cost more than that saves
 CHUNK = 2**18
 
 
@@ -70,7 +71,8 @@ def _dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    count, step = x.shape[0], max(1, CHUNK // x.shape[1])
+    count = x.shape[0]
+    step = max(1, CHUNK // x.shape[1]) if x.dtype == torch.float32 else count
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
