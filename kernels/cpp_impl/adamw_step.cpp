@@ -50,14 +50,8 @@ extern "C" void adamw_step(
     int64_t count, TENSOR** params, const TENSOR** grads, TENSOR** avgs, TENSOR** avg_sqs, const int64_t* sizes,
     const Hyper* hyper, int threads
 ) {
+    // the processor's own prefetching does best alone here
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        for (int64_t from = begin; from < end; from += CHUNK) {
-            const int64_t next = std::min(from + CHUNK, end), after = std::min(next + CHUNK, end);
-            fetch(grads[t], next, after);
-            fetch(avgs[t], next, after);
-            fetch(avg_sqs[t], next, after);
-            fetch(params[t], next, after);
-            step(params[t] + from, grads[t] + from, avgs[t] + from, avg_sqs[t] + from, next - from, hyper[t]);
-        }
+        step(params[t] + begin, grads[t] + begin, avgs[t] + begin, avg_sqs[t] + begin, end - begin, hyper[t]);
     });
 }
