@@ -5,7 +5,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.scaled_step import scaled_step
-from leanstep.kernels.sinkhorn import new_scales, sinkhorn
+from leanstep.kernels.sinkhorn import sinkhorn
 
 
 @torch.no_grad()
@@ -46,9 +46,8 @@ def sinkhorn_step(
         )  # fmt: skip
     from leanstep.kernels.cpp_impl.scaled_step import scaled_step as cpp_step
 
-    scales = new_scales(mats)
     flags = cpp_step(
-        params, mats, scales.rows, scales.cols, extras, iterations=(num_iters, end_with_rows),
+        params, mats, None, None, extras, iterations=(num_iters, end_with_rows),
         hyper=hyper, rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
     )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *extras])

@@ -153,7 +153,11 @@ def _processor() -> str:
 
 def pointers(tensors: Iterable[Tensor]) -> ctypes.Array:
     """The addresses of the tensors' first elements."""
-    addresses = [t.data_ptr() for t in tensors]
+    return pointer_array([t.data_ptr() for t in tensors])
+
+
+def pointer_array(addresses: Sequence[int]) -> ctypes.Array:
+    """An array of pointers."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 

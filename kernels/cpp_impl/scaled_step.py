@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointer_array, pointers
 
 
 def scaled_step(
     params: list[Tensor],
     mats: list[Tensor],
-    rows: list[Tensor],
-    cols: list[Tensor],
+    rows: list[Tensor] | None,
+    cols: list[Tensor] | None,
     extras: list[Tensor],
     *,
     hyper: Tensor,
@@ -27,7 +28,7 @@ def scaled_step(
 ) -> Tensor:
     """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices).
 
-    ``iterations``: (num_iters, end_with_rows) of the scales, which are then found first, and written; None: given.
+    ``iterations``: (num_iters, end_with_rows) of the scales, which are then found first, and not given.
     """
     macros = {"PARAM": TYPES[params[0].dtype], "MAT": TYPES[mats[0].dtype], "ROUNDING": rounding.upper()}
     name = "scaled_step" if iterations is None else "sinkhorn_step"
@@ -41,18 +42,22 @@ def scaled_step(
     first = [0] * len(params) if offsets is None else offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     count = len(owners)
-    extent: list[Any] = [
-        integers([params[t].shape[-2] for t in owners]),
-        integers([params[t].shape[-1] for t in owners]),
-    ]
+    heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
+    if rows is None or cols is None:
+        scales = torch.empty(sum(heights) + sum(widths))
+        places = _consecutive(scales, [*heights, *widths])
+        row_places, col_places = pointer_array(places[:count]), pointer_array(places[count:])
+    else:
+        row_places, col_places = pointers(_matrices(rows, 1)), pointers(_matrices(cols, 1))
+    extent: list[Any] = [integers(heights), integers(widths)]
     if iterations is not None:
         extent += [ctypes.c_int64(iterations[0]), int(iterations[1])]
     getattr(kernels, name)(
         ctypes.c_int64(count),
         pointers(_matrices(params, 2)),
         pointers(_matrices(mats, 2)),
-        pointers(_matrices(rows, 1)),
-        pointers(_matrices(cols, 1)),
+        row_places,
+        col_places,
         pointers(_matrices(extras, 2)) if extras else None,
         *extent,
         address(hyper),
@@ -63,6 +68,11 @@ def scaled_step(
         torch.get_num_threads(),
     )
     return flags
+
+
+def _consecutive(memory: Tensor, sizes: list[int]) -> list[int]:
+    """Addresses of pieces of fp32 memory of these sizes, one after the other."""
+    return [memory.data_ptr() + 4 * start for start in itertools.accumulate(sizes[:-1], initial=0)]
 
 
 def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:

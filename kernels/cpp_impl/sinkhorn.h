@@ -164,6 +164,7 @@ void pass(
 ) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
+    const bool far = first || a.bytes() > FETCHED;  // not in a cache that the processor fetches from in time by itself
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
@@ -175,7 +176,7 @@ void pass(
             for (int64_t k = 0; k < ROWS; ++k) {
                 const int64_t row = i + std::min(k, count - 1);  // past the end: the last row again, with factor 0
                 rows[k] = a.data + row * a.stride;
-                if (i + k + ROWS < end) fetch(a.data + (i + k + ROWS) * a.stride, 0, std::min(a.n, ROW_FETCHED));
+                if (far && i + k + ROWS < end) fetch(a.data + (i + k + ROWS) * a.stride, 0, std::min(a.n, ROW_FETCHED));
                 if (!first) r0[k] = a.r0[row];
             }
             if (first) {
