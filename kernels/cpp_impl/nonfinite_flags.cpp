@@ -2,7 +2,7 @@
 #include "common.h"
 
 // A block is read at several places in turns: the processor fetches ahead within a page, and in several pages at once.
-constexpr int64_t PLACES = 4, STRETCH = 1024 / sizeof(TENSOR), PLACE = 16 * BLOCK;
+constexpr int64_t PLACES = 4, STRETCH = 1024 / sizeof(TENSOR), PLACE = 32 * BLOCK;
 
 extern "C" void nonfinite_flags(int64_t count, const TENSOR** tensors, const int64_t* sizes, int32_t* flags, int threads) {
     const auto size_of_block = [](int64_t) { return PLACES * PLACE; };

@@ -76,16 +76,16 @@ constexpr int64_t ROWS = 4;
 constexpr bool PAIRED = all_bf16<MAT>;
 inline int64_t place(int64_t j, int64_t n) { return PAIRED ? j / 2 + j % 2 * ((n + 1) / 2) : j; }
 
-// h = (r0 * entry)^2, and its part of the row's sum; all r0 are 1 unless `scaling`
-template <bool scaling>
+// h = (r0 * entry)^2, and its part of the row's sum; all r0 are 1 unless `scaling`, all squares with `alike`
+template <bool scaling, bool alike>
 inline float square_of(float entry, float r0, float square, float& h, float sum) {
     const float scaled = scaling ? entry * r0 : entry;
     h = scaled * scaled;
-    return fused(h, square, sum);
+    return alike ? sum + h : fused(h, square, sum);
 }
 
 // h[k] = (r0[k] * row[k])^2 by place; sums[k]: of h[k] * square
-template <bool scaling>
+template <bool scaling, bool alike>
 void squares(
     const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
 ) {
@@ -102,19 +102,19 @@ void squares(
         for (int64_t j = 0; j < n / 2; ++j) {
             const Pair x0 = load_pair(a, j), x1 = load_pair(b, j), x2 = load_pair(c, j), x3 = load_pair(d, j);
             const float even_square = square[2 * j], odd_square = square[2 * j + 1];
-            sum0 = square_of<scaling>(x0.high, ra, odd_square, ha[j + odd], square_of<scaling>(x0.low, ra, even_square, ha[j], sum0));
-            sum1 = square_of<scaling>(x1.high, rb, odd_square, hb[j + odd], square_of<scaling>(x1.low, rb, even_square, hb[j], sum1));
-            sum2 = square_of<scaling>(x2.high, rc, odd_square, hc[j + odd], square_of<scaling>(x2.low, rc, even_square, hc[j], sum2));
-            sum3 = square_of<scaling>(x3.high, rd, odd_square, hd[j + odd], square_of<scaling>(x3.low, rd, even_square, hd[j], sum3));
+            sum0 = square_of<scaling, alike>(x0.high, ra, odd_square, ha[j + odd], square_of<scaling, alike>(x0.low, ra, even_square, ha[j], sum0));
+            sum1 = square_of<scaling, alike>(x1.high, rb, odd_square, hb[j + odd], square_of<scaling, alike>(x1.low, rb, even_square, hb[j], sum1));
+            sum2 = square_of<scaling, alike>(x2.high, rc, odd_square, hc[j + odd], square_of<scaling, alike>(x2.low, rc, even_square, hc[j], sum2));
+            sum3 = square_of<scaling, alike>(x3.high, rd, odd_square, hd[j + odd], square_of<scaling, alike>(x3.low, rd, even_square, hd[j], sum3));
         }
     }
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
     for (int64_t j = done; j < n; ++j) {
         const int64_t at = PAIRED ? n / 2 : j;  // of pairs, at most the last even column is left
-        sum0 = square_of<scaling>(widen(a[j]), ra, square[j], ha[at], sum0);
-        sum1 = square_of<scaling>(widen(b[j]), rb, square[j], hb[at], sum1);
-        sum2 = square_of<scaling>(widen(c[j]), rc, square[j], hc[at], sum2);
-        sum3 = square_of<scaling>(widen(d[j]), rd, square[j], hd[at], sum3);
+        sum0 = square_of<scaling, alike>(widen(a[j]), ra, square[j], ha[at], sum0);
+        sum1 = square_of<scaling, alike>(widen(b[j]), rb, square[j], hb[at], sum1);
+        sum2 = square_of<scaling, alike>(widen(c[j]), rc, square[j], hc[at], sum2);
+        sum3 = square_of<scaling, alike>(widen(d[j]), rd, square[j], hd[at], sum3);
     }
     sums[0] = sum0;
     sums[1] = sum1;
@@ -131,7 +131,7 @@ void first_squares(
     const MAT* const* rows, int64_t count, float* r0, const float* square, float* h, int64_t n, float* sums
 ) {
     std::fill(r0, r0 + ROWS, 1.0f);
-    squares<false>(rows, r0, square, h, n, sums);
+    squares<false, true>(rows, r0, square, h, n, sums);
     bool scaling = false;
     for (int64_t k = 0; k < count; ++k) {
         const float mean = sums[k] / static_cast<float>(n);
@@ -139,7 +139,7 @@ void first_squares(
         r0[k] = power_of_largest(rows[k], n);
         scaling = true;
     }
-    if (scaling) squares<true>(rows, r0, square, h, n, sums);
+    if (scaling) squares<true, true>(rows, r0, square, h, n, sums);
 }
 
 void add_rows(float* __restrict sums, const float* __restrict h, const float* factors, int64_t n) {
@@ -184,7 +184,7 @@ void pass(
                 std::copy(r0, r0 + count, a.r0 + i);
             } else {
                 const bool scaling = std::any_of(r0, r0 + ROWS, [](float scale) { return scale != 1.0f; });
-                (scaling ? squares<true> : squares<false>)(rows, r0, a.square, h, a.n, sums);
+                (scaling ? squares<true, false> : squares<false, false>)(rows, r0, a.square, h, a.n, sums);
             }
             for (int64_t k = 0; k < ROWS; ++k) {
                 factors[k] = k < count ? inverse(sums[k] / static_cast<float>(a.n)) : 0.0f;
