@@ -1,23 +1,25 @@
 """Bytes that adapters add to what autograd keeps, beside PEFT's.
 
-    python -P benchmarks/lora_memory.py
-    python -P benchmarks/lora_memory.py --designs
+    python benchmarks/lora_memory.py
+    python benchmarks/lora_memory.py --designs
 
 The model is a small LLaMA with adapters on all seven linear layers of each block. Counted are the distinct storages
 that autograd saves in one forward pass, parameters left out: the model with adapters minus the frozen model with
 gradients of its embeddings. A fused SwiGLU block keeps less than the frozen model's does: numbers can be negative.
-Needs peft (pip install 'leanstep[bench]').
+Needs peft, of the extra ``bench``.
 """
 
 import argparse
 import copy
 import sys
 
-import peft
 import torch
 import transformers
+from bench_extra import needed
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, saved_bytes
+
+peft = needed("peft")
 
 VARIANTS = {
     "plain": {},

@@ -1,13 +1,13 @@
 """Losses of adapters in training beside PEFT's, step by step, in one process and under DDP.
 
-    python -P benchmarks/lora_parity.py
+    python benchmarks/lora_parity.py
 
 A small LLaMA in fp32 reads the bytes of Python's language reference. PEFT makes the adapter; PEFT, leanstep with the
 same adapter, PEFT accelerated by leanstep, and PEFT with the rows of every batch reversed train it with the same
 batches and the same AdamW. The last differs from the first by rounding alone: what training makes of that is the
 scale for the others. Under DDP every process has a part of each batch, and losses are means over processes. AdamW's
 eps is 1e-6: the usual 1e-8 makes steps of the rate's size out of the rounding of gradients that are nearly zero, in
-either library. Needs peft (pip install 'leanstep[bench]').
+either library. Needs peft, of the extra ``bench``.
 """
 
 import argparse
@@ -19,14 +19,16 @@ import sys
 import tempfile
 import warnings
 
-import peft
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import transformers
+from bench_extra import needed
 from torch.nn.parallel import DistributedDataParallel
 
 from leanstep.lora import accelerate_peft, load_adapter
+
+peft = needed("peft")
 
 VARIANTS = {"plain": {}, "rslora": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

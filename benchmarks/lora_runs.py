@@ -1,12 +1,12 @@
 """Fine-tuning a pretrained checkpoint by adapters on another text, with three optimizers on the factors.
 
     leanstep train llama-nano-sinkgd
-    python -P benchmarks/lora_runs.py --base runs/llama-nano-sinkgd/final --out runs/lora [key=value ...]
+    python benchmarks/lora_runs.py --base runs/llama-nano-sinkgd/final --out runs/lora [key=value ...]
 
 The recipe llama-nano-lora reads Python's language reference, once with every optimizer and learning rate; finished
 runs are not repeated. The table has the loss on the last 20,000 tokens of the text. Then the adapter of the best run
 of every optimizer is opened in peft, and its loss stands beside that of the merged model in the same folder. Needs
-peft (pip install 'leanstep[bench]').
+peft, of the extra ``bench``.
 """
 
 import argparse
@@ -17,9 +17,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import peft
 import torch
+from bench_extra import needed
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+peft = needed("peft")
 
 # powers of two
 RATES = {"adamw": (4e-3, 8e-3, 1.6e-2), "sinkgd": (2e-2, 4e-2, 8e-2), "lanton": (1e-2, 2e-2, 4e-2)}

@@ -1,9 +1,9 @@
 """Time of a LoRA step, forward and backward, beside PEFT's and beside the frozen model's.
 
-    python -P benchmarks/lora_step.py
+    python benchmarks/lora_step.py
 
 All models are made from one, stand in one process, and take turns; medians are printed, and ratios to PEFT. The frozen
-model computes the gradient of its embeddings and nothing else. Needs peft (pip install 'leanstep[bench]').
+model computes the gradient of its embeddings and nothing else. Needs peft, of the extra ``bench``.
 """
 
 import argparse
@@ -11,11 +11,13 @@ import copy
 import statistics
 import time
 
-import peft
 import torch
 import transformers
+from bench_extra import needed
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
+
+peft = needed("peft")
 
 VARIANTS = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}}
 AIMS = {

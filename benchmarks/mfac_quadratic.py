@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from bench_extra import needed
 from torch import Tensor
 
 from leanstep.optimizers import MFAC
@@ -74,18 +75,17 @@ def softmax(weight: Tensor, data: Tensor, target: Tensor) -> Tensor:
 
 def problems() -> Iterator[Problem]:
     """The three problems, with their minima."""
-    from sklearn.datasets import load_breast_cancer, load_digits
-
+    datasets = needed("sklearn.datasets")
     chance = torch.Generator().manual_seed(0)
     data = torch.randn(4096, 60, generator=chance, dtype=torch.float64) * torch.logspace(0, -1.5, 60)
     solution = torch.randn(60, generator=chance, dtype=torch.float64) / torch.logspace(1, -0.5, 60)
     target = data @ solution + torch.randn(4096, generator=chance, dtype=torch.float64)
     yield with_minimum("quadratic", data, target, (60,), squares, (0.3, 0.1, 0.05))
-    found = load_breast_cancer()
+    found = datasets.load_breast_cancer()
     data = torch.from_numpy(found.data)
     target = torch.from_numpy(found.target).double()
     yield with_minimum("breast cancer", with_ones(data / data.std()), target, (31,), logistic, (0.1, 0.01, 0.003))
-    found = load_digits()
+    found = datasets.load_digits()
     data = with_ones(torch.from_numpy(found.data) / 16)
     yield with_minimum("digits", data, torch.from_numpy(found.target), (65, 10), softmax, (0.1, 0.01, 0.005))
 

@@ -1,7 +1,7 @@
 """Allocations on a small convolutional network and real images: one-shot, without data, and with fine-tuning between.
 
     pip install -e '.[bench]'
-    python -P benchmarks/prune_digits.py [--seeds 0 1 2]
+    python benchmarks/prune_digits.py [--seeds 0 1 2]
 
 The network (three convolutions with batch norms, and a head; about 24 thousand weights) is trained on scikit-learn's
 1797 digits of 8 x 8, of which a fifth, drawn by the seed, is held out. Every layer is pruned by magnitude, the head and
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench_extra import needed
 from torch import Tensor, nn
 
 from leanstep.pruning import MaskKeeper, iterative_sparsities, prune, prune_iteratively, renew_batch_norms
@@ -44,9 +45,7 @@ def make_network() -> nn.Module:
 
 def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, and held-out ones; images of mean 0 and variance 1 over the training set."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
+    found = needed("sklearn.datasets").load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))
     images = torch.from_numpy(found.data).float().view(-1, 1, 8, 8)[order]
     labels = torch.from_numpy(found.target).long()[order]

@@ -1,6 +1,6 @@
 """Curves with and without the prefix cache, on a LLaMA of 30 layers: processor time, and whether they are equal.
 
-    python -P benchmarks/prune_prefix.py [--layers 30] [--hidden 128] [--levels 8] [--rounds 3]
+    python benchmarks/prune_prefix.py [--layers 30] [--hidden 128] [--levels 8] [--rounds 3]
 
 Weights are random: what is measured is time. Eight levels of each matrix are half of what ``leanstep prune`` measures,
 where what is done once counts less. Rounds alternate, and medians of processor time are compared, which other processes

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench_extra import needed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -71,9 +72,7 @@ class Images(NamedTuple):
 
 def images() -> tuple[Images, Images]:
     """Two halves of scikit-learn's digits, to train and to test on, always the same."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
+    found = needed("sklearn.datasets").load_digits()
     pixels = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     half = len(order) // 2
