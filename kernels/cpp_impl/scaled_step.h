@@ -7,8 +7,8 @@
 
 namespace {
 
-// elements that are fetched ahead: the gradients are in the cache already, and one chunk is too short for the memory
-constexpr int64_t AHEAD = 4 * CHUNK;
+// elements of a row that are updated at a time, while as many parameters are fetched; gradients are in the cache already
+constexpr int64_t PIECE = 4 * CHUNK;
 
 using ExtraT = Extra<PARAM, ROUNDING>::type;
 
@@ -61,11 +61,10 @@ struct Targets {
     void step(int64_t t, int64_t begin, int64_t end) const {
         const int64_t n = widths[t];
         for (int64_t i = begin; i < end; ++i) {
-            for (int64_t from = 0; from < n; from += CHUNK) {
-                const int64_t length = std::min(CHUNK, n - from), here = i * n + from;
-                const int64_t next = std::min(here + AHEAD, end * n), after = std::min(next + CHUNK, end * n);
-                fetch(mats[t], next, after);
-                fetch(params[t], next, after);
+            for (int64_t from = 0; from < n; from += PIECE) {
+                const int64_t length = std::min(PIECE, n - from), here = i * n + from;
+                const int64_t next = std::min(here + PIECE, end * n);
+                fetch(params[t], next, std::min(next + PIECE, end * n));
                 step_row(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,
                          rows[t][i], hyper, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
                          static_cast<uint32_t>(offsets[t] + here));

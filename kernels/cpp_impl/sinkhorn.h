@@ -12,8 +12,8 @@ namespace {
 constexpr float TINY = std::numeric_limits<float>::min();
 // columns are summed over this many rows before they are added to the total: rounding grows with the longer of both
 constexpr int64_t ROWS_OF_SUM = 128;
-// bytes of a matrix that does not stay in a core's second-level cache: it is shared by all threads, smaller ones are not
-constexpr int64_t LARGE = 2 << 20;
+// bytes of a matrix that leaves no room for another thread's: it is shared by all threads, smaller ones are not
+constexpr int64_t LARGE = 4 << 20;
 
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
