@@ -64,6 +64,8 @@ def candidates(params: list[Tensor], roles: list[str], slow: bool) -> dict[str, 
         "torch SGD momentum fused": (torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True).step, 5),
         "leanstep Lion": (Lion(params, lr=lr, weight_decay=decay).step, 5),
         'leanstep Lion nonfinite="pass"': (Lion(params, lr=lr, weight_decay=decay, nonfinite="pass").step, 5),
+        # what SinkGD does with embeddings, heads and norms, here with all
+        "leanstep AdamW fallback": (SinkGD(params, algorithm="adamw", lr=lr, weight_decay=decay).step, 7),
         # five iterations read the gradient once each, the update reads it again
         "leanstep SinkGD + AdamW": (SinkGD(sinkgd_groups(params, roles), lr=lr, weight_decay=decay).step,
                                     share * (5 + 3) + (1 - share) * 7),

@@ -219,6 +219,8 @@ class Bench:
         import matplotlib
 
         matplotlib.use("svg")
+        # letters stay letters, and the same numbers give the same file
+        matplotlib.rcParams |= {"svg.hashsalt": "leanstep", "svg.fonttype": "none"}
         import matplotlib.pyplot as plt
 
         figure, panels = plt.subplots(1, len(self.options.scores), figsize=(11, 3.6), sharey=True, squeeze=False)

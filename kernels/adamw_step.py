@@ -96,8 +96,9 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
         first, second, third, fourth = ([alias(c[i], (sizes[i] - whole[i],), whole[i]) for i in ends] for c in columns)
         _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
     torch._foreach_add_(steps, 1)
-    numbers = {step: options.numbers(step) for step in {int(s) for s in steps}}
-    cpp.adamw_step(*columns, whole, [numbers[int(s)] for s in steps], maximize=options.maximize)
+    taken = [int(step) for step in steps]
+    numbers = {step: options.numbers(step) for step in set(taken)}
+    cpp.adamw_step(*columns, whole, [numbers[step] for step in taken], maximize=options.maximize)
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
 
     Notes:
         Reads and writes y once: without dropout it is one call of the BLAS; with it, the CPU forms the product [M, m]
-        first, and the Triton kernel does not.
+        first (in fp32 a megabyte of it at a time), and the Triton kernel does not.
     """
     _check(
         "lora_up_",

@@ -59,7 +59,7 @@ def sinkhorn(
         Sums run in fp32. Rows are first scaled (C++: where it matters), so finite gradients of any size work;
         an entry 1e-13 times smaller than the largest of its row counts as zero in fp32.
         Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums. An
-        iteration reads every matrix once; on a CPU matrices that fit the second-level cache leave memory only once.
+        iteration reads every matrix once; on a CPU matrices of less than 4 MB leave memory only once.
     """
     if not mats:
         empty = torch.zeros(0)

@@ -35,8 +35,8 @@ def sinkhorn_step(
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        The C++ backend updates every matrix before it goes on to the next, so that one which fits the second-level
-        cache is read from memory once, not twice; bits are those of the two operations.
+        The C++ backend updates every matrix before it goes on to the next, so that one of less than 4 MB is read from
+        memory once, not twice; bits are those of the two operations.
     """
     if not _fits(params, mats, extras):
         scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
@@ -47,7 +47,7 @@ def sinkhorn_step(
     from leanstep.kernels.cpp_impl.scaled_step import scaled_step as cpp_step
 
     flags = cpp_step(
-        params, mats, None, None, extras, iterations=(num_iters, end_with_rows),
+        params, mats, [], [], extras, iterations=(num_iters, end_with_rows),
         hyper=hyper, rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
     )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *extras])

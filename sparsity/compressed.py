@@ -218,7 +218,7 @@ def _state_and_patterns(
     """The plain state, and (pattern, dimension) of each tensor to compress."""
     chosen: dict[str, tuple[NM, int]] = {}
     if isinstance(model, nn.Module):
-        check_finished(sparse_layers(model), "export_compressed")
+        check_finished(sparse_layers(model), "export_compressed", "squash it with unfinished='keep' first")
         state = plain_state_dict(model)
         for layer in sparse_layers(model):
             chosen |= dict.fromkeys(layer.names, (layer.target, layer.dim))

@@ -63,8 +63,8 @@ def sparsify(
         patterns: shell-style wildcards over layer names -> pattern, the first that matches decides; ``{"*.mlp.*":
             NM(1, 8), "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their
             parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M, which
-            keeps nothing, is taken with a warning. One pattern
-            alone is for every such layer but the output head that a transformers model names.
+            keeps nothing, is taken with a warning. One pattern alone is for every such layer but the output head that a
+            transformers model names.
         schedule: how N:M is reached. A number means that many steps with the method's own kind of schedule; None is for
             methods that need none.
         method: of the table; None: what the kind of the schedule says, and "ste" for a constant one.
@@ -319,11 +319,8 @@ class Controller:
         if stage.phase == "dense":
             return stage
         shape = layer.weight.shape
-        return stage._replace(
-            pattern=_that_fits(
-                stage.pattern, layer.target, shape if self.score == "transposable" else (shape[layer.dim],)
-            )
-        )
+        sizes = shape if self.score == "transposable" else (shape[layer.dim],)
+        return stage._replace(pattern=_that_fits(stage.pattern, layer.target, sizes))
 
     def _advance(self, measure: bool, always: bool = False) -> None:
         """Bring every layer to the stage of its step, masks of like layers in one call."""

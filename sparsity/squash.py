@@ -123,9 +123,8 @@ def _checked_layers(model: nn.Module, caller: str, finished: bool) -> list[Spars
     return layers
 
 
-def check_finished(layers: list[SparseLayer], caller: str) -> None:
+def check_finished(layers: list[SparseLayer], caller: str, way_out: str = "take unfinished='keep'") -> None:
     """Raise ValueError, in the name of ``caller``, for a layer that has not arrived at its own N:M with alpha 0."""
-    way_out = "squash it with unfinished='keep' first" if caller == "export_compressed" else "take unfinished='keep'"
     for layer in layers:
         transform = layer.transform
         if float(transform.alpha) != 0 or transform.pattern != layer.target:

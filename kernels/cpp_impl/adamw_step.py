@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import TYPES, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import integers, library, pointers
 
 
 def adamw_step(
@@ -20,11 +20,11 @@ def adamw_step(
     *,
     maximize: bool,
 ) -> None:
-    """Step the first ``sizes`` entries of tensors of one dtype, every row of them in one dense layout.
+    """Step the first ``sizes`` entries, an even number, of bf16 tensors, every row of them in one dense layout.
 
     ``hypers``: seven numbers for each, in the order of the file's Hyper.
     """
-    kernels = library("adamw_step", {"TENSOR": TYPES[params[0].dtype], "MAXIMIZE": int(maximize)})
+    kernels = library("adamw_step", {"MAXIMIZE": int(maximize)})
     numbers = [number for row in hypers for number in row]
     kernels.adamw_step(
         ctypes.c_int64(len(params)),

@@ -15,8 +15,8 @@ from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, 
 def scaled_step(
     params: list[Tensor],
     mats: list[Tensor],
-    rows: list[Tensor] | None,
-    cols: list[Tensor] | None,
+    rows: list[Tensor],
+    cols: list[Tensor],
     extras: list[Tensor],
     *,
     hyper: Tensor,
@@ -28,7 +28,8 @@ def scaled_step(
 ) -> Tensor:
     """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices).
 
-    ``iterations``: (num_iters, end_with_rows) of the scales, which are then found first, and not given.
+    ``iterations``: (num_iters, end_with_rows) of the scales, which are then found first; ``rows`` and ``cols`` are
+    empty.
     """
     macros = {"PARAM": TYPES[params[0].dtype], "MAT": TYPES[mats[0].dtype], "ROUNDING": rounding.upper()}
     name = "scaled_step" if iterations is None else "sinkhorn_step"
@@ -43,15 +44,14 @@ def scaled_step(
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     count = len(owners)
     heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
-    if rows is None or cols is None:
+    extent: list[Any] = [integers(heights), integers(widths)]
+    if iterations is None:
+        row_places, col_places = pointers(_matrices(rows, 1)), pointers(_matrices(cols, 1))
+    else:
+        extent += [ctypes.c_int64(iterations[0]), int(iterations[1])]
         scales = torch.empty(sum(heights) + sum(widths))
         places = _consecutive(scales, [*heights, *widths])
         row_places, col_places = pointer_array(places[:count]), pointer_array(places[count:])
-    else:
-        row_places, col_places = pointers(_matrices(rows, 1)), pointers(_matrices(cols, 1))
-    extent: list[Any] = [integers(heights), integers(widths)]
-    if iterations is not None:
-        extent += [ctypes.c_int64(iterations[0]), int(iterations[1])]
     getattr(kernels, name)(
         ctypes.c_int64(count),
         pointers(_matrices(params, 2)),

@@ -12,14 +12,13 @@ namespace {
 constexpr float TINY = std::numeric_limits<float>::min();
 // columns are summed over this many rows before they are added to the total: rounding grows with the longer of both
 constexpr int64_t ROWS_OF_SUM = 128;
-// bytes of a matrix that leaves no room for another thread's: it is shared by all threads, smaller ones are not
+// bytes of a matrix that leaves no room beside it: it is shared by all threads, and nothing is fetched for later; smaller
+// ones are a thread's each, and stay in a last-level cache from when they are fetched to their turn
 constexpr int64_t LARGE = 4 << 20;
 
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
 
-// bytes of a matrix that is fetched while another one is in work: beside it, it stays in a last-level cache until its turn
-constexpr int64_t FETCHED = 4 << 20;
 // elements of a coming row that are fetched ahead
 constexpr int64_t ROW_FETCHED = 1024;
 
@@ -37,12 +36,13 @@ struct Matrix {
 // Part k of `parts` of the matrix that comes next, asked for in shares, so that no request waits in line
 class Coming {
 public:
-    Coming(const Matrix* next, int64_t k, int64_t parts, int64_t shares) {
-        if (!next || next->stride != next->n || next->bytes() > FETCHED) return;
-        const int64_t lines = (next->bytes() + LINE - 1) / LINE;
-        const char* data = reinterpret_cast<const char*>(next->data);
+    Coming() = default;  // nothing
+    Coming(const Matrix& next, int64_t k, int64_t parts, int64_t shares) {
+        if (next.stride != next.n) return;
+        const int64_t lines = (next.bytes() + LINE - 1) / LINE;
+        const char* data = reinterpret_cast<const char*>(next.data);
         at_ = data + lines * k / parts * LINE;
-        end_ = std::min(data + lines * (k + 1) / parts * LINE, data + next->bytes());
+        end_ = std::min(data + lines * (k + 1) / parts * LINE, data + next.bytes());
         share_ = (end_ - at_ + shares * LINE - 1) / (shares * LINE) * LINE;
     }
     void fetch_share() {
@@ -164,7 +164,7 @@ void pass(
 ) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
-    const bool far = first || a.bytes() > FETCHED;  // not in a cache that the processor fetches from in time by itself
+    const bool far = first || a.bytes() >= LARGE;  // not in a cache that the processor fetches from in time by itself
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
@@ -209,12 +209,6 @@ void finish(const Matrix& a, bool iterated) {
     }
 }
 
-// what iteration k of `passes` fetches in its piece of a matrix: the first one reads from memory itself
-Coming coming_in(const Matrix* next, int64_t k, int64_t passes, int64_t piece, int64_t pieces, int64_t rows) {
-    if (k == 0) return {nullptr, 0, 1, 1};
-    return {next, (k - 1) * pieces + piece, (passes - 1) * pieces, (rows + ROWS - 1) / ROWS};
-}
-
 template <typename Done>
 void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with_rows, Done done) {
     Buffer scratch((ROWS + 1) * padded(a.n)), sums(a.n);
@@ -222,8 +216,9 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
     for (int64_t k = 0; k < passes; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.data(), sums.data() + a.n, 0.0f);
-        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr,
-             coming_in(next, k, passes, 0, 1, a.m));
+        // the first iteration reads from memory itself
+        const Coming coming = next && k > 0 ? Coming(*next, k - 1, passes - 1, (a.m + ROWS - 1) / ROWS) : Coming();
+        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr, coming);
         if (columns) invert_columns(a, sums.data());
     }
     finish(a, passes > 0);
@@ -231,7 +226,7 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
 }
 
 template <typename Done>
-void together(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with_rows, int threads, Done done) {
+void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads, Done done) {
     // cut by rows, not by threads: the same sums whatever their number
     const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
     const int64_t passes = num_iters + end_with_rows;
@@ -245,8 +240,7 @@ void together(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_w
 #pragma omp for schedule(static)
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
-                     columns ? sums.data() + piece * padded(a.n) : nullptr,
-                     coming_in(next, k, passes, piece, pieces, height));
+                     columns ? sums.data() + piece * padded(a.n) : nullptr, Coming());
             }
         }
         if (!columns) continue;
@@ -267,17 +261,18 @@ void sinkhorn_all(
     int64_t count, const MAT** mats, const int64_t* heights, const int64_t* widths, const int64_t* strides,
     float** rows, float** cols, int64_t num_iters, bool end_with_rows, int threads, Done done
 ) {
-    std::vector<Matrix> small, large;
+    std::vector<Matrix> small;
     std::vector<float> inverses(std::accumulate(heights, heights + count, int64_t{0}));
     float* next = inverses.data();
     for (int64_t t = 0; t < count; ++t) {
         const Matrix a{t, mats[t], heights[t], widths[t], strides[t], rows[t], next, cols[t]};
         next += a.m;
         std::fill(a.square, a.square + a.n, 1.0f);
-        (a.bytes() < LARGE ? small : large).push_back(a);
-    }
-    for (size_t t = 0; t < large.size(); ++t) {
-        together(large[t], t + 1 < large.size() ? &large[t + 1] : nullptr, num_iters, end_with_rows, threads, done);
+        if (a.bytes() >= LARGE) {
+            together(a, num_iters, end_with_rows, threads, done);
+        } else {
+            small.push_back(a);
+        }
     }
     // the largest first: what is left at the end is short
     std::stable_sort(small.begin(), small.end(), [](const Matrix& a, const Matrix& b) { return a.bytes() > b.bytes(); });

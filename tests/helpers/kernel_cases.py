@@ -57,3 +57,19 @@ def matrices(dtype, generator, device="cpu", wide=False):
 def bits_equal(actual, expected):
     """Assert equality of every element, with NaN equal to NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def replay_beside_eager(step):
+    """Run ``step(0)`` from a CUDA graph, three times in all, and ``step(1)`` as often without one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    step(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    for _ in range(2):
+        graph.replay()
+        step(1)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, tensors
+from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, tensors
 
 from leanstep.kernels.reference import lion_step as reference
 
@@ -147,18 +147,7 @@ def test_a_captured_step_replays_as_the_eager_one():
         *lists, seeds, offsets = sets[which]
         triton_lion.lion_step(*lists, hyper=rates, seeds=seeds, offsets=offsets, **options)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    step(1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(0)
-    for _ in range(2):
-        graph.replay()
-        step(1)
+    replay_beside_eager(step)
     for part in range(3):
         for captured, eager in zip(sets[0][part], sets[1][part], strict=True):
             bits_equal(captured, eager)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, matrices
+from kernel_cases import DTYPES, bits_equal, dtype_name, matrices, replay_beside_eager
 
 from leanstep.kernels import sinkhorn_step
 
@@ -123,17 +123,6 @@ def test_a_captured_step_replays_as_the_eager_one():
         params, mats = sets[which]
         sinkhorn_step(params, mats, 3, [], hyper=hyper)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    step(1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(0)
-    for _ in range(2):
-        graph.replay()
-        step(1)
+    replay_beside_eager(step)
     for captured, eager in zip(sets[0][0], sets[1][0], strict=True):
         bits_equal(captured, eager)
