@@ -2,9 +2,11 @@
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.block_inverse_fisher import BlockInverseFisher
+from leanstep.kernels.dense_product import product
 from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
 from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
 from leanstep.kernels.lion_step import lion_agreement, lion_step
+from leanstep.kernels.lora_norms import lora_norms
 from leanstep.kernels.lora_products import lora_down, lora_down_backward, lora_dropout, lora_up_
 from leanstep.kernels.lora_scale import lora_scale_, lora_scale_backward
 from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward_
@@ -42,6 +44,7 @@ __all__ = [
     "lora_down",
     "lora_down_backward",
     "lora_dropout",
+    "lora_norms",
     "lora_scale_",
     "lora_scale_backward",
     "lora_up_",
@@ -56,6 +59,7 @@ __all__ = [
     "poly_attention",
     "poly_features",
     "poly_features_backward",
+    "product",
     "row_dots",
     "scaled_step",
     "scatter",

@@ -50,6 +50,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "lora_down": _WINDOW,
     "lora_down_backward": _WINDOW,
     "lora_up": _WINDOW,
+    "lora_norms": ("reference", "triton"),
     "lora_scale": _WINDOW,
     "lora_swiglu": _WINDOW,
     "poly_features": _WINDOW,
@@ -170,6 +171,8 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if device.type != "cpu":
         reason = why_not(op, "triton", device)
         return Choice("reference", reason) if reason else Choice("triton", f"{device.type} device with Triton")
+    if OPS[op] == ("reference", "triton"):
+        return Choice("reference", "BLAS products")
     not_cpp = why_not(op, "cpp", device, *dtypes)
     if not_cpp is None:
         return Choice("cpp", "CPU with a C++ compiler")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import lora_products as cpp_products
+from leanstep.kernels.dense_product import product
 from leanstep.kernels.reference import lora_products as reference
 
 # A seed is a 0-d int64 tensor on the CPU: a program that torch.compile made must not hold its value, and reading it
@@ -52,7 +53,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
     """
     _check("lora_down", x, a, p, seed, x.shape[1:] == a.shape[1:])
     if p == 0:
-        return torch.mm(x, a.t())
+        return product(x, a.t())
     assert seed is not None
     if _is_traced(x):
         return torch.ops.leanstep.lora_down(x, a, p, seed)
@@ -77,7 +78,7 @@ def lora_down_backward(
         "lora_down_backward", x, e, p, seed, x.shape[:1] == e.shape[:1] and (a is None or a.shape[1:] == x.shape[1:])
     )
     if p == 0:
-        return torch.mm(e.t(), x), None if a is None else torch.mm(x, a.t())
+        return product(e.t(), x), None if a is None else product(x, a.t())
     assert seed is not None
     if _is_traced(x):
         gradient, h = torch.ops.leanstep.lora_down_backward(x, e, a, p, seed)

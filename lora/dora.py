@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep.kernels import lora_norms
+
 # rows of the weight that are widened at a time
 ROWS = 2048
 
@@ -34,13 +36,13 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
     Returns:
         (m,), fp32, or fp64 where the weight or the factors are.
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    wide_a, wide_b = a.to(dtype), b.to(dtype)
-    squares = row_squares(weight, dtype) if squares is None else squares
-    cross = torch.cat([part.to(dtype) @ wide_a.t() for part in weight.split(ROWS)])
-    gram = wide_b @ (wide_a @ wide_a.t())
-    total = squares + ((2 * scale) * cross + (scale * scale) * gram).mul_(wide_b).sum(1)
-    return total.clamp_(min=0).sqrt_()
+    dtype = norm_dtype(weight, a, b)
+    return lora_norms(weight, a, b, scale, row_squares(weight, dtype) if squares is None else squares)
+
+
+def norm_dtype(*tensors: Tensor) -> torch.dtype:
+    """What norms of these matrices are computed in: fp64 where one of them is, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 class _Key(NamedTuple):
@@ -101,7 +103,7 @@ class NormCache:
             keys, for_scale, norms = self._norms
             if scale == for_scale and all(key.holds(t) for key, t in zip(keys, (source, a, b), strict=True)):
                 return norms
-        dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        dtype = norm_dtype(weight, a, b)
         if self._squares is None or not self._squares[0].holds(source) or self._squares[1].dtype != dtype:
             self._squares = (_Key.of(source), row_squares(weight, dtype))
         norms = row_norms(weight, a, b, scale, self._squares[1])

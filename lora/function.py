@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanstep.kernels import lora_down, lora_down_backward, lora_dropout, lora_scale_, lora_scale_backward, lora_up_
+from leanstep.kernels import (
+    lora_down,
+    lora_down_backward,
+    lora_dropout,
+    lora_scale_,
+    lora_scale_backward,
+    lora_up_,
+    product,
+)
 from leanstep.lora.order import Order
 
 
@@ -194,7 +202,7 @@ def shared_down(x: Tensor, settings: Sequence[Setting], layers: Sequence[Weights
     if len(layers) == 1 or any(setting.dropout > 0 or setting.order.forward for setting in settings):
         return (None,) * len(layers)
     a = torch.cat([layer.a.to(x.dtype) for layer in layers])
-    return torch.mm(x, a.t()).split([len(layer.a) for layer in layers], 1)
+    return product(x, a.t()).split([len(layer.a) for layer in layers], 1)
 
 
 def project(
@@ -271,7 +279,7 @@ def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> 
     # with its scale, which then is in H and in dx
     a = torch.cat([(part.layer.a * part.setting.scale).to(dtype) for part in parts])
     again = any(part.needs.b and part.kept.h is None for part in parts)
-    hs = torch.mm(x, a.t()).split(ranks, 1) if again else (None,) * len(parts)
+    hs = product(x, a.t()).split(ranks, 1) if again else (None,) * len(parts)
     products = []
     for part, h in zip(parts, hs, strict=True):
         inner = inner_gradients(part)
@@ -280,11 +288,11 @@ def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> 
         products.append(inner.e)
         if wants_dx:
             w = matrix(part.setting, part.layer, dtype)
-            dx = torch.mm(inner.z, w) if dx is None else dx.addmm_(inner.z, w)
+            dx = product(inner.z, w, dx)
     e = torch.cat(products, 1)
-    for part, grads, d_a in zip(parts, results, torch.mm(e.t(), x).split(ranks), strict=True):
+    for part, grads, d_a in zip(parts, results, product(e.t(), x).split(ranks), strict=True):
         grads[2] = d_a.to(part.layer.a.dtype) * part.setting.scale
-    return None if dx is None else dx.addmm_(e, a), [grad for grads in results for grad in grads]
+    return None if dx is None else product(e, a, dx), [grad for grads in results for grad in grads]
 
 
 class Inner(NamedTuple):
@@ -311,7 +319,7 @@ def inner_gradients(part: Part) -> Inner:
     inner, dot, total = g, None, None
     if layer.magnitude is not None:
         inner, dot, total = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
-    e = None if part.setting.order.backward and not part.needs.a else torch.mm(inner, layer.b.to(g.dtype))
+    e = None if part.setting.order.backward and not part.needs.a else product(inner, layer.b.to(g.dtype))
     return Inner(g, inner, e, dot, total)
 
 
@@ -345,7 +353,7 @@ def tensor_gradients(
         factor, left = (s, h) if h is not None else (1.0, scaled_h)
         assert left is not None
         # a product with few rows is faster than one with few columns
-        d_b = torch.mm(left.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(factor)
+        d_b = product(left.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(factor)
     if needs.b_bias and layer.b_bias is not None:
         d_b_bias = inner.z.sum(0).to(layer.b_bias.dtype).mul_(s)
     if needs.magnitude:
@@ -359,10 +367,10 @@ def input_gradient(inner: Inner, part: Part, dx: Tensor | None) -> Tensor:
     dora_dropout = layer.magnitude is not None and setting.dropout > 0
     w = (merged if setting.order.backward else matrix)(setting, layer, dtype)
     outer = inner.g if dora_dropout else inner.z
-    dx = torch.mm(outer, w) if dx is None else dx.addmm_(outer, w)
+    dx = product(outer, w, dx)
     if dora_dropout:
         # the dropped input reaches W with weight c - 1
-        dx += lora_dropout(torch.mm(inner.z - inner.g, w), setting.dropout, part.seed)
+        dx += lora_dropout(product(inner.z - inner.g, w), setting.dropout, part.seed)
     if setting.order.backward:
         return dx
     assert inner.e is not None
@@ -387,11 +395,11 @@ def _magnitude_gradient(inner: Inner, x: Tensor | None, part: Part) -> Tensor:
         if kept.z is None:
             assert x is not None
             inputs = lora_dropout(x, setting.dropout, part.seed)
-            z = _dora_output(inputs, torch.mm(inputs, layer.a.to(x.dtype).t()), setting, layer)
+            z = _dora_output(inputs, product(inputs, layer.a.to(x.dtype).t()), setting, layer)
             _, total, _ = lora_scale_backward(inner.g, z, layer.norm)
         result = total / layer.norm
     return torch.where(layer.norm == 0, 0.0, result).to(layer.magnitude.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return product(x, weight.t(), bias)

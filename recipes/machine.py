@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "usable": _usable_cores(), "threads": torch.get_num_threads()},
         "devices": _devices(),
         "cpp_compiler": _compiler(),
+        "fp32_products": _products(),
         "backends": [tuple(map(str, row)) for row in backend_table()],
     }
 
@@ -43,6 +44,7 @@ def render(facts: dict[str, Any]) -> str:
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
         *(facts["devices"] or ["no accelerator"]),
         f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the eager path runs'}",
+        f"fp32 products of adapters on the CPU: {facts['fp32_products']}",
         "",
     ]
     for extra, packages in facts["packages"].items():
@@ -88,3 +90,10 @@ def _compiler() -> str | None:
     from leanstep.kernels._backend import cpp_compiler
 
     return cpp_compiler()
+
+
+def _products() -> str:
+    from leanstep.kernels.dense_product import why_not_onednn
+
+    reason = why_not_onednn()
+    return "oneDNN, as MKL leaves AVX-512 unused on AMD" if reason is None else f"torch.mm ({reason})"

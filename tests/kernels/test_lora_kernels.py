@@ -9,6 +9,7 @@ from leanstep.kernels import (
     lora_down,
     lora_down_backward,
     lora_dropout,
+    lora_norms,
     lora_scale_,
     lora_scale_backward,
     lora_up_,
@@ -109,6 +110,28 @@ def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
             torch.testing.assert_close(found, wanted, rtol=4 * eps(dtype), atol=1e-4)
 
 
+def norms_case(backend, dtype, device="cpu", shapes=SHAPES):
+    for m, n, r in [*shapes, (70, 128, 17), (100, 64, 1)]:
+        # entries apart by factors of up to a thousand, which a product of 8 bits would not survive
+        spread = normal(r, n, seed=4, device=device).mul_(2.3).exp_()
+        w, a = normal(m, n, dtype=dtype, device=device), normal(r, n, seed=1, device=device) * spread
+        b = normal(m, r, seed=2, device=device)
+        if r == 1:
+            # of a single product, the third part of A shows
+            w[:, 1:], a[:, 1:] = 0, 0
+        squares = w.float().square().sum(1)
+        untouched = [t.clone() for t in (w, a, b, squares)]
+        with use_backend(backend):
+            found = lora_norms(w, a, b, 0.7, squares)
+        exact = (w.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+        assert found.dtype == torch.float32
+        # of the squares that are summed, whose terms may cancel
+        sizes = (w.double().abs() + 0.7 * b.double().abs() @ a.double().abs()).norm(dim=1).square()
+        error = ((found.double().square() - exact.square()) / sizes.clamp(min=1e-30)).abs()
+        assert not m or float(error.max()) < (5e-7 if r == 1 else 1e-6)
+        assert all(torch.equal(t, before) for t, before in zip((w, a, b, squares), untouched, strict=True))
+
+
 def swiglu_case(backend, dtype, device="cpu"):
     for shape in [(1,), (7, 3), (0, 4), (3, 1000), (2049,)]:
         g, e, u = (normal(*shape, dtype=dtype, seed=i, device=device).mul_(3) for i in range(3))
@@ -142,6 +165,7 @@ def test_cpp_scale_and_swiglu(dtype, dirty_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_reference(dtype):
     products_case("reference", dtype, 0.3)
+    norms_case("reference", dtype)
     swiglu_case("reference", dtype)
 
 
@@ -151,6 +175,7 @@ def test_triton_in_the_interpreter(dtype):
     dropout_case("triton", dtype, 0.3, shapes=FEW)
     products_case("triton", dtype, 0.3, shapes=FEW)
     scale_case("triton", dtype, shapes=FEW)
+    norms_case("triton", dtype, shapes=FEW)
     swiglu_case("triton", dtype)
 
 
@@ -160,6 +185,7 @@ def test_triton_on_a_device(dtype):
     dropout_case("triton", dtype, 0.3, "cuda")
     products_case("triton", dtype, 0.3, "cuda")
     scale_case("triton", dtype, "cuda")
+    norms_case("triton", dtype, "cuda")
     swiglu_case("triton", dtype, "cuda")
 
 

@@ -229,6 +229,7 @@ def test_info_names_versions_devices_and_backends(capsys):
     assert facts["backends"]
     assert main(["info"]) == 0
     out = capsys.readouterr().out
+    assert f"fp32 products of adapters on the CPU: {facts['fp32_products']}" in out
     assert sys.executable in out
     for operation, _, backend, reason in facts["backends"]:
         assert any(operation in line and backend in line and reason in line for line in out.splitlines())

@@ -1,0 +1,88 @@
+"""Products of dense matrices in fp32 on the CPU, by whichever of torch's two libraries is faster there.
+
+``torch.mm`` in fp32 is MKL's on x86, which leaves the 512-bit units of AMD's processors unused; oneDNN, which torch
+ships too and takes for 16-bit products, uses them. Elsewhere, and for all other dtypes and devices, ``torch.mm`` runs.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+# with fewer rows a product is a matter of reading the other matrix, which both do alike
+LEAST_ROWS = 8
+
+
+def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
+    """``x w``, or ``x w + plus``.
+
+    Args:
+        x: [M, n]. w: [n, m], often a transposed view. Both of one dtype.
+        plus: [m], or [M, m]; not needed by the caller afterwards, as the result may take its memory.
+
+    Returns:
+        [M, m], dense.
+
+    Notes:
+        No gradient is recorded. oneDNN sums fp32 products in fp32 as MKL does, in another order: bits differ between
+        processors, as they do between versions of either.
+    """
+    if runs_on_onednn(x) and x.shape[0] >= LEAST_ROWS and x.numel() and w.numel():
+        linear = torch.ops.mkldnn._linear_pointwise
+        if plus is None or plus.dim() == 1:
+            return linear(x, w.t(), plus, "none", [], "")
+        return linear.binary(x, plus, w.t(), None, "add")
+    if plus is None:
+        return torch.mm(x, w)
+    return torch.addmm(plus, x, w) if plus.dim() == 1 else plus.addmm_(x, w)
+
+
+def runs_on_onednn(x: Tensor) -> bool:
+    """Whether :func:`product` takes oneDNN for a matrix."""
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.enabled
+        and why_not_onednn() is None
+    )
+
+
+@functools.cache
+def why_not_onednn() -> str | None:
+    """Why fp32 products on this CPU are ``torch.mm``'s; None where they are oneDNN's."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return "this torch has no oneDNN with linear layers"
+    if not torch.backends.mkl.is_available():
+        return "torch.mm is not MKL's here"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "no AVX-512"
+    if not _vendor().startswith(("AuthenticAMD", "AMD")):
+        return "MKL uses all of this processor"
+    _count_operations()
+    return None
+
+
+def _vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
+    except OSError:
+        import platform
+
+        # "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD" on Windows
+        return platform.processor().rpartition(", ")[2]
+
+
+def _count_operations() -> None:
+    """Let torch's counter of operations see these products too."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    op = torch.ops.mkldnn._linear_pointwise
+    if op not in flop_registry:
+
+        @register_flop_formula(op)
+        def _(*shapes, out_shape=None, **_):
+            # of the output, the inner width is that of x, which comes first
+            return 2 * out_shape[0] * out_shape[1] * shapes[0][1]
