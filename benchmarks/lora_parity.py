@@ -30,7 +30,10 @@ from leanstep.lora import accelerate_peft, load_adapter
 
 peft = needed("peft")
 
+RANK = 8
 VARIANTS = {"plain": {}, "rslora": {"use_rslora": True}, "DoRA": {"use_dora": True}}
+# rslora's scale is sqrt(r) times the usual one, which a rate as much smaller makes up for
+RATES = {"rslora": RANK**-0.5}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 AIM = 1e-5
 
@@ -43,7 +46,8 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=3e-3, help="over sqrt(r) for rslora, unless --one-rate")
+    parser.add_argument("--one-rate", action="store_true", help="rslora at the rate of the others, which is too high")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding has no time to grow")
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where losses differ by more than {AIM:g}, or rounding"
@@ -78,8 +82,9 @@ def work(rank, size, folder, args, variant):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
+    args.lr *= 1.0 if args.one_rate else RATES.get(variant, 1.0)
     text = torch.tensor(list("".join(pydoc_data.topics.topics.values()).encode()[: 2**18]))
-    theirs = peft.get_peft_model(llama(args), peft.LoraConfig(r=8, target_modules=TARGETS, **VARIANTS[variant]))
+    theirs = peft.get_peft_model(llama(args), peft.LoraConfig(r=RANK, target_modules=TARGETS, **VARIANTS[variant]))
     own = f"{folder}/{rank}"
     theirs.save_pretrained(own)
     ours, fast = load_adapter(llama(args), own), copy.deepcopy(theirs)

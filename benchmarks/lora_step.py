@@ -15,6 +15,7 @@ import torch
 import transformers
 from bench_extra import needed
 
+from leanstep.kernels import dense_product
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
 
 peft = needed("peft")
@@ -46,7 +47,10 @@ def main():
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for a busy machine")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--blas", action="store_true", help="fp32 products by torch.mm, where oneDNN would be faster")
     args = parser.parse_args()
+    if args.blas:
+        dense_product.why_not_onednn = lambda: "asked for"
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"peft {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(args)}\n")
@@ -62,8 +66,11 @@ def table(args, dtype, variant):
     models = build(args, DTYPES[dtype], VARIANTS[variant])
     times = {name: ([], []) for name in models}
     embeddings = torch.randn(1, args.tokens, args.hidden, dtype=DTYPES[dtype])
+    names = list(models)
     for turn in range(args.rounds + 1):
-        for name, model in models.items():
+        # each comes after each, whose memory it finds
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            model = models[name]
             forward, backward = step(model, embeddings, inputs=name == "frozen", clock=CLOCKS[args.clock])
             if turn:
                 times[name][0].append(forward)

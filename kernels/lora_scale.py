@@ -31,12 +31,15 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lora_scale_backward(
+    g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """``g * c``, and the sums over rows of ``g * y`` and of g.
 
     Args:
         g: [M, m], the gradient of an output. y: the output, or None for no sum with it (what is returned is void).
         c: [m], fp32, or fp64 for fp64 tensors.
+        in_place: write the product into g, if that is row-major.
 
     Returns:
         ([M, m] of g's dtype, [m] and [m] of c's dtype).
@@ -54,8 +57,10 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor,
             f"{y.dtype}"
         )
     if _is_traced(g) or not g.numel():
-        return reference.lora_scale_backward(g, y, c)
-    return _module(g).lora_scale_backward(g.contiguous(), None if y is None else y.contiguous(), c.contiguous())
+        return reference.lora_scale_backward(g, y, c, torch.empty_like(g))
+    g = g.contiguous()
+    inner = g if in_place else torch.empty_like(g)
+    return _module(g).lora_scale_backward(g, None if y is None else y.contiguous(), c.contiguous(), inner)
 
 
 def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:

@@ -150,6 +150,7 @@ class Part(NamedTuple):
         g: [M, m], the gradient of the output.
         kept, setting, layer, seed: of the layer.
         needs: which of the layer's tensors need a gradient.
+        own: whether g is nobody else's, and may be written.
     """
 
     g: Tensor
@@ -158,6 +159,12 @@ class Part(NamedTuple):
     layer: Weights
     seed: Tensor | None
     needs: Weights
+    own: bool = False
+
+    def has_done_with_g(self) -> bool:
+        """Whether DoRA needs g no more when it has been through the columns' factors."""
+        formed = self.kept.y is not None or self.kept.z is not None or not self.needs.magnitude
+        return self.own and formed and self.setting.dropout == 0 and not self.needs.bias
 
 
 def needs_of(ctx: Any, first: int, i: int) -> Weights:
@@ -299,7 +306,7 @@ class Inner(NamedTuple):
     """What the gradient of an output becomes on its way in.
 
     Attributes:
-        g: of the output, [M, m].
+        g: of the output, [M, m]; z where the part has done with it.
         z: of Z, which is that of the output without DoRA.
         e: E = dZ B, [M, r], where it is needed.
         dot: DoRA's sums over rows of dY * Y, [m], in the norms' dtype, where the output was kept.
@@ -318,7 +325,8 @@ def inner_gradients(part: Part) -> Inner:
     g, kept, layer = part.g, part.kept, part.layer
     inner, dot, total = g, None, None
     if layer.magnitude is not None:
-        inner, dot, total = lora_scale_backward(g, kept.y if kept.z is None else kept.z, dora_factor(layer))
+        y = kept.y if kept.z is None else kept.z
+        inner, dot, total = lora_scale_backward(g, y, dora_factor(layer), part.has_done_with_g())
     e = None if part.setting.order.backward and not part.needs.a else product(inner, layer.b.to(g.dtype))
     return Inner(g, inner, e, dot, total)
 

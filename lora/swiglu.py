@@ -76,7 +76,8 @@ class SwiGLUFunction(torch.autograd.Function):
         needs = [needs_of(ctx, _FIRST, i) for i in range(3)]
 
         def part(i: int, gradient: Tensor) -> Part:
-            return Part(gradient, Kept(*rest[3 * i : 3 * i + 3]), settings[i], layers[i], seeds[i], needs[i])
+            # the gradients of e and u are made here
+            return Part(gradient, Kept(*rest[3 * i : 3 * i + 3]), settings[i], layers[i], seeds[i], needs[i], i < 2)
 
         with torch.autocast(g.device.type, enabled=False):
             down = part(2, g)

@@ -33,10 +33,10 @@ extern "C" void lora_scale(
     }
 }
 
-// inner = g * c; products[b] and sums[b]: of g * y and of g over the rows of block b
+// inner = g * c, where inner may be g; products[b] and sums[b]: of g * y and of g over the rows of block b
 extern "C" void lora_scale_backward(
-    int64_t rows, int64_t columns, const VALUE* __restrict g, const VALUE* __restrict y, const float* __restrict c,
-    VALUE* __restrict inner, float* __restrict products, float* __restrict sums, int threads
+    int64_t rows, int64_t columns, const VALUE* g, const VALUE* __restrict y, const float* __restrict c, VALUE* inner,
+    float* __restrict products, float* __restrict sums, int threads
 ) {
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -46,9 +46,9 @@ extern "C" void lora_scale_backward(
         std::fill(product, product + columns, 0.0f);
         std::fill(sum, sum + columns, 0.0f);
         for (int64_t i = b * ROWS; i < std::min(rows, (b + 1) * ROWS); ++i) {
-            const VALUE* __restrict from = g + i * columns;
+            const VALUE* from = g + i * columns;
             const VALUE* __restrict with = y + i * columns;
-            VALUE* __restrict to = inner + i * columns;
+            VALUE* to = inner + i * columns;
 #pragma omp simd
             for (int64_t j = 0; j < columns; ++j) {
                 const float value = widen(from[j]);

@@ -18,9 +18,8 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
     _call("lora_scale", y, y, c, bias)
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * c``, and the sums over rows of ``g * y`` and of g, in fp32; g and y row-major."""
-    inner = torch.empty_like(g)
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * c`` in ``inner``, and the sums over rows of ``g * y`` and of g, in fp32; matrices row-major."""
     products, sums = (g.new_empty(-(-g.shape[0] // ROWS), g.shape[1], dtype=torch.float32) for _ in range(2))
     # without y, sums of squares are formed and not used
     _call("lora_scale_backward", g, g, g if y is None else y, c, inner, products, sums)

@@ -10,8 +10,9 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
     y.copy_(scaled if bias is None else scaled + bias)
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * c``, and the sums over rows of ``g * y`` and of g, in c's dtype."""
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * c`` in ``inner``, and the sums over rows of ``g * y`` and of g, in c's dtype."""
     wide = g.to(c.dtype)
     product = torch.zeros_like(wide) if y is None else wide * y.to(c.dtype)
-    return (wide * c).to(g.dtype), product.sum(0), wide.sum(0)
+    sums = product.sum(0), wide.sum(0)
+    return inner.copy_(wide * c), *sums

@@ -69,11 +69,10 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`g * c`, and the sums over rows of `g * y` and of g, in fp32; g and y row-major."""
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y` and of g, in fp32; matrices row-major."""
     rows, columns = g.shape
     chunks = triton.cdiv(rows, BLOCK_M * TILES)
-    inner = torch.empty_like(g)
     dots, totals = (g.new_empty(chunks, columns, dtype=torch.float32) for _ in range(2))
     with on_device(g.device):
         lora_scale_backward_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](

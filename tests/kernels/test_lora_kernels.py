@@ -105,6 +105,10 @@ def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
                     (lora_scale_(y.clone(), c), lora_scale_(y.clone(), c, bias), *lora_scale_backward(g, y, c))
                 )
                 results[-1] += lora_scale_backward(g, None, c)[::2]
+                own = g.clone()
+                over = lora_scale_backward(own, y, c, in_place=True)
+                assert over[0] is own or not own.numel()
+                results[-1] += over
         for found, wanted in zip(*results, strict=True):
             assert found.dtype == wanted.dtype
             torch.testing.assert_close(found, wanted, rtol=4 * eps(dtype), atol=1e-4)
