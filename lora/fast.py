@@ -90,8 +90,7 @@ class FastLinear:
                 # a zero magnitude hides in the output what its gradient needs
                 save = "full"
         plain = p == 0 and dense is None and magnitude is None and save != "lora_fa"
-        rows = x.numel() // max(1, x.shape[-1])
-        order = layer_order(lora, rows, a.shape[1], b.shape[0], x.dtype, plain)
+        order = layer_order(lora, x, a.shape[1], b.shape[0], plain)
         setting = Setting(lora.scale, p, save, lora.transposed, order, dense)
         return setting, Weights(base.weight, base.bias, a, b, b_bias, magnitude, norm)  # type: ignore[arg-type]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.lora.dora import NormCache
-from leanstep.lora.order import choose_order
+from leanstep.lora.order import Order, choose_order, sum_is_accurate
+from leanstep.lora.timed_order import timed_order
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -99,6 +100,11 @@ def common_reasons(lora: Adapter, tensors: dict[str, Tensor | None], x: Tensor |
     return None
 
 
-def layer_order(lora: Adapter, rows: int, n: int, m: int, dtype: torch.dtype, plain: bool):
-    """The order of a layer's products for an input of so many rows."""
-    return choose_order(rows, n, m, lora.rank, dtype=dtype, plain=plain, asked=lora.order)
+def layer_order(lora: Adapter, x: Tensor, n: int, m: int, plain: bool) -> Order:
+    """The order of a layer's products for an input; ``plain`` as in :func:`leanstep.lora.order.choose_order`."""
+    if lora.order == "time" and plain and sum_is_accurate(x.dtype):
+        found = timed_order(x, n, m, lora.rank)
+        if found is not None:
+            return found
+    rows = x.numel() // max(1, x.shape[-1])
+    return choose_order(rows, n, m, lora.rank, dtype=x.dtype, plain=plain, asked=lora.order)

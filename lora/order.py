@@ -10,6 +10,8 @@ With M rows, weight (m, n) and rank r, one product of (i, j) and (j, k) costs ``
 and ``2 M n r`` more where H is computed again. So the sum wins in forward when M > n m / (n + m), in backward when
 M > m (Cherniuk, Mikhalev, Oseledets, "Run LoRA Run", arXiv 2312.03415, tries all orders); a gradient of W's size,
 dY^T X, is in no cheapest order. The sum costs a matrix of W's size and, in 16 bits, rounds small adapters away.
+
+Operations are not time: ``"time"`` runs both on the machine and takes the faster (:mod:`leanstep.lora.timed_order`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 
 # below this the sum's memory is not worth the operations it saves
 LEAST_GAIN = 0.03
-NAMES = ("auto", "factors", "sum")
+NAMES = ("auto", "factors", "sum", "time")
 
 
 class Order(NamedTuple):
@@ -28,6 +30,11 @@ class Order(NamedTuple):
 
     forward: bool = False
     backward: bool = False
+
+
+def sum_is_accurate(dtype: torch.dtype) -> bool:
+    """Whether ``W + s B A`` keeps a small adapter: in 32 and 64 bits."""
+    return dtype in (torch.float32, torch.float64)
 
 
 def forward_flops(rows: int, n: int, m: int, r: int, through_sum: bool) -> int:
@@ -49,13 +56,14 @@ def choose_order(rows: int, n: int, m: int, r: int, *, dtype: torch.dtype, plain
         n, m, r: width of the input, width of the output, rank.
         dtype: of the products. In 16 bits ``auto`` takes the factors.
         plain: neither dropout nor DoRA nor a quantised weight, which exclude the sum.
-        asked: ``"auto"``: the cheaper one, where it saves more than 3 % of the pass; ``"factors"``; ``"sum"``.
+        asked: ``"auto"``: the cheaper one, where it saves more than 3 % of the pass; ``"factors"``; ``"sum"``;
+            ``"time"``: as ``"auto"``, for a layer that cannot be timed.
     """
     if not plain or asked == "factors":
         return Order()
     if asked == "sum":
         return Order(True, True)
-    if dtype not in (torch.float32, torch.float64):
+    if not sum_is_accurate(dtype):
         return Order()
 
     def wins(flops, *more: bool) -> bool:

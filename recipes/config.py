@@ -207,7 +207,8 @@ class LoraSectionConfig(_Ranged):
     """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
 
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
-    :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
+    :class:`leanstep.lora.LoraConfig`, whose ``order`` is not among them: it stays ``auto``, since ``time`` may round
+    otherwise in a run that goes on. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
     format.
 
     ``attention: auto`` lets a layer's attention run low-rank where it is measured to be within ``attention_tolerance``

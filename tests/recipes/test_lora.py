@@ -54,6 +54,8 @@ def test_mistakes_are_named_before_torch_is_imported():
     assert "did you mean 'lora.target_modules'" in problems("lora.target_module=[q_proj]")
     assert "name its folder in model.init_from" in problems("model.init_from=null")
     assert "goes with distributed.strategy ddp" in problems("distributed.strategy=fsdp2")
+    # orders by time would differ between the starts of a run
+    assert "unknown key 'lora.order'" in problems("lora.order=time")
     assert "leaves the base as it is" in problems("sparsity.patterns={'*': '2:4'}")
 
 
