@@ -5,7 +5,8 @@ from leanstep.lora.apply import apply_lora, remove_lora, set_adapters
 from leanstep.lora.attention import LowRankAttentionError, low_rank_attention
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.error_bounds import ErrorBounds, error_bounds
-from leanstep.lora.gate import GateReport, LowRankGate
+from leanstep.lora.gate import LowRankGate
+from leanstep.lora.gate_state import GateReport
 from leanstep.lora.memory import saved_bytes
 from leanstep.lora.merge import MergeReport, merge, unmerge
 from leanstep.lora.norms import HeadReport, NormMonitor

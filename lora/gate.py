@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +14,13 @@ from leanstep.lora.attention import LowRankAttentionError, check_normalisers, ke
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention_interface import Call, Tap, attach, detach
 from leanstep.lora.error_bounds import largest_logit
+from leanstep.lora.gate_state import GateReport, LayerState, Plan, check_state
 from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
 from leanstep.lora.polynomials import relative_error, softmax_error, taylor_coefficients
 
-__all__ = ["GateReport", "LowRankGate"]
+__all__ = ["LowRankGate"]
 
 MODES = ("exact", "auto", "force")
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """What the gate does in one layer.
-
-    Attributes:
-        layer: its name.
-        low_rank: whether its last call ran low-rank; reason: why, or why not.
-        error: relative error of the output last measured on sampled queries, of what ran low-rank or would have; None
-            before the first measurement.
-        largest_error: the largest such error among the calls that ran low-rank.
-        logit: the largest sampled logit of the last judgement.
-        cost: predicted cost over exact attention at the length of the last call.
-        calls, low_rank_calls, fallbacks: how many calls there were, ran low-rank, and were answered exactly after all.
-        gradient_errors: relative errors of O, dQ, dK and dV of one head, of the last spot check; empty before.
-    """
-
-    layer: str
-    low_rank: bool
-    reason: str
-    error: float | None
-    largest_error: float
-    logit: float | None
-    cost: float | None
-    calls: int
-    low_rank_calls: int
-    fallbacks: int
-    gradient_errors: dict[str, float]
-
-
-class _Plan(NamedTuple):
-    """A decision, kept for the pass that activation checkpointing repeats."""
-
-    low_rank: bool
-    center: Tensor | None
-
-
-@dataclass
-class _Layer:
-    """What the gate remembers of one layer."""
-
-    name: str
-    on: bool = False
-    good: int = 0
-    calls: int = 0
-    low_rank_calls: int = 0
-    fallbacks: int = 0
-    reason: str = "not called yet"
-    error: float | None = None
-    largest_error: float = 0.0
-    logit: float | None = None
-    cost: float | None = None
-    center: Tensor | None = None
-    plan: _Plan = _Plan(False, None)
-    gradient_errors: dict[str, float] = field(default_factory=dict)
 
 
 class LowRankGate:
@@ -103,7 +48,7 @@ class LowRankGate:
             which take the time of exact attention of one head; 0 for none.
         chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
         speed: time of an operation over exact attention's; None measures it, about a second once (see
-            :func:`leanstep.lora.attention_cost.measure_speed`), and 1 compares operations.
+            :func:`leanstep.lora.attention_cost.measure_speed`), unless a loaded state has it; 1 compares operations.
         seed: of the samples.
 
     Raises:
@@ -114,7 +59,8 @@ class LowRankGate:
         Never low-rank, with the reason in the report: dropout in attention, one query against a cache, masks other than
         causal and padding, soft caps, sinks and position biases, dtypes that differ. The check of every low-rank call
         reads one number back from the device. Processes of a distributed run decide each for itself, which is sound:
-        attention exchanges nothing. The pass that activation checkpointing repeats does what the first one did.
+        attention exchanges nothing. The pass that activation checkpointing repeats does what the first one did. With
+        :meth:`state_dict`, training that is resumed decides as it would have without the break.
 
     Example:
         >>> import torch
@@ -164,8 +110,9 @@ class LowRankGate:
         self.spot_every, self.chunk_size, self.speed = spot_every, chunk_size, speed
         self.coefficients = taylor_coefficients(degree)
         self.generator = torch.Generator().manual_seed(seed)
+        self._speeds: dict[str, float] = {}
         self._taps: dict[nn.Module, Tap] = attach(model)
-        self._layers = {layer: _Layer(tap.name) for layer, tap in self._taps.items()}
+        self._layers = {layer: LayerState(tap.name) for layer, tap in self._taps.items()}
         for tap in self._taps.values():
             tap.gate = self
 
@@ -186,13 +133,7 @@ class LowRankGate:
 
     def report(self) -> list[GateReport]:
         """What every layer did and does, in the order of the model."""
-        return [
-            GateReport(
-                s.name, s.plan.low_rank, s.reason, s.error, s.largest_error, s.logit, s.cost, s.calls, s.low_rank_calls,
-                s.fallbacks, dict(s.gradient_errors),
-            )
-            for s in self._layers.values()
-        ]  # fmt: skip
+        return [state.report() for state in self._layers.values()]
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers for a log: the share of low-rank calls, fallbacks, and the last measured error of every layer."""
@@ -206,6 +147,33 @@ class LowRankGate:
         for row in rows:
             found |= {f"gate {kind} error/{row.layer}": value for kind, value in row.gradient_errors.items()}
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides what the next calls do, as tensors, numbers and texts: the layers' decisions, counters,
+        errors and key means, the measured speeds, and the generator of the samples.
+        """
+        return {
+            "settings": self._settings(),
+            "generator": self.generator.get_state(),
+            "speeds": dict(self._speeds),
+            "layers": {state.name: state.to_dict() for state in self._layers.values()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the gate did whose :meth:`state_dict` this is: the same calls then get the same answers.
+
+        Raises:
+            ValueError: for a state of other layers, or of another degree or tolerance; the gate is unchanged.
+        """
+        check_state(state, (layer.name for layer in self._layers.values()), self._settings())
+        for module, layer in self._layers.items():
+            layer.restore(state["layers"][layer.name], next(module.parameters()).device)
+        self.generator.set_state(state["generator"].cpu())
+        self._speeds = dict(state["speeds"])
+
+    def _settings(self) -> dict[str, Any]:
+        """What decisions are made for."""
+        return {"degree": self.degree, "tolerance": self.tolerance}
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
@@ -221,10 +189,10 @@ class LowRankGate:
         if out is not None:
             state.low_rank_calls += 1
             return _as_layer(out)
-        state.plan = _Plan(False, None)
+        state.plan = Plan(False, None)
         return call.exact()
 
-    def _wanted(self, call: Call, state: _Layer) -> bool:
+    def _wanted(self, call: Call, state: LayerState) -> bool:
         """Whether the call is to run low-rank; says why not."""
         if self.mode == "exact":
             state.reason = "mode is 'exact'"
@@ -254,8 +222,12 @@ class LowRankGate:
     def _speed(self, seen: Seen) -> float:
         if self.speed is not None:
             return self.speed
-        dim, wide = seen.query.shape[-1], seen.value.shape[-1]
-        return measure_speed(dim, wide, self.degree, seen.query.device, seen.query.dtype, self.chunk_size)
+        dim, wide, device, dtype = seen.query.shape[-1], seen.value.shape[-1], seen.query.device, seen.query.dtype
+        # without the device's number, which may be another where a saved state is loaded
+        kind = f"{dim} {wide} {device.type} {dtype}"
+        if kind not in self._speeds:
+            self._speeds[kind] = measure_speed(dim, wide, self.degree, device, dtype, self.chunk_size)
+        return self._speeds[kind]
 
     def _sequences(self, seen: Seen) -> slice:
         """Some neighbouring sequences of the batch, others every time."""
@@ -263,7 +235,7 @@ class LowRankGate:
         start = int(torch.randint(last + 1, (), generator=self.generator))
         return slice(start, start + self.sequences)
 
-    def _judge(self, call: Call, state: _Layer) -> None:
+    def _judge(self, call: Call, state: LayerState) -> None:
         """Look at the norms of all heads and at the error on sampled queries, and switch the layer on or off."""
         seen = call.seen.some(self._sequences(call.seen))
         found = head_norms(seen, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
@@ -293,7 +265,7 @@ class LowRankGate:
         waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
         state.reason = why + waiting
 
-    def _low_rank(self, call: Call, state: _Layer) -> Tensor | None:
+    def _low_rank(self, call: Call, state: LayerState) -> Tensor | None:
         """The output if it passes the checks; None for exact attention instead."""
         seen, center = call.seen, state.center
         out, total = self._attention(seen, center)
@@ -312,7 +284,7 @@ class LowRankGate:
             self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
             return None
         state.largest_error = max(state.largest_error, state.error)
-        state.plan = _Plan(True, center)
+        state.plan = Plan(True, center)
         if self.mode == "force" or not seen.causal or state.low_rank_calls % 8 == 0:
             means = key_means(few.key, few.key_mask).mean(dim=0)
             state.center = means if center is None else center.lerp(means, 0.1)
@@ -320,7 +292,7 @@ class LowRankGate:
             self._spot_check(seen, center, out, state)
         return out
 
-    def _fall_back(self, state: _Layer, why: str) -> None:
+    def _fall_back(self, state: LayerState, why: str) -> None:
         state.on, state.good, state.fallbacks, state.reason = False, 0, state.fallbacks + 1, f"fell back: {why}"
 
     def _attention(self, seen: Seen, center: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -330,7 +302,7 @@ class LowRankGate:
             key_mask=seen.key_mask, chunk=self.chunk_size,
         )  # fmt: skip
 
-    def _spot_check(self, seen: Seen, center: Tensor | None, out: Tensor, state: _Layer) -> None:
+    def _spot_check(self, seen: Seen, center: Tensor | None, out: Tensor, state: LayerState) -> None:
         """Once the gradient of the output is there, compare one head's gradients with those of exact attention."""
         group = seen.query.shape[1] // seen.key.shape[1]
         batch = int(torch.randint(seen.query.shape[0], (), generator=self.generator))

@@ -222,6 +222,82 @@ def test_measured_speed_is_a_positive_number():
     assert 0.01 < measure_speed(8, 8, 2, torch.device("cpu"), torch.float32, length=256) < 1000
 
 
+def through_a_file(state, path):
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+def trained_calls(model, gate, count, begin):
+    """Outputs and gradients of calls on batches of their own, with weights that move."""
+    results = []
+    for step in range(begin, begin + count):
+        ids = torch.randint(0, 50, (3, 24), generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        results += [output.logits.detach(), *(p.grad.clone() for p in model.parameters())]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    return results
+
+
+@pytest.mark.parametrize("begin", [1, 2, 3, 12])
+def test_a_gate_goes_on_from_its_state_bit_for_bit(tmp_path, monkeypatch, begin):
+    """Before the first switch, between judgements, and long after; with another speed where it goes on."""
+    speeds = []
+    monkeypatch.setattr(
+        "leanstep.lora.gate.measure_speed", lambda *_: speeds.append(1e-3 if not speeds else 1e3) or speeds[-1]
+    )
+    model = llama().train()
+    settings = dict(rows=8, every=3, spot_every=2, sequences=1)
+    with LowRankGate(model, "auto", **settings) as gate:
+        trained_calls(model, gate, begin, 0)
+        state, weights = through_a_file(gate.state_dict(), tmp_path / "gate.pt"), dict(model.state_dict())
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+        wanted, report = trained_calls(model, gate, 10, begin), gate.report()
+        assert all(row.low_rank_calls >= 8 and row.gradient_errors for row in report)
+        # what was taken is a copy: the gate went on
+        assert state["layers"][report[0].layer]["calls"] == begin
+    model.load_state_dict(weights)
+    with LowRankGate(model, "auto", **settings, seed=7) as gate:
+        gate.load_state_dict(state)
+        found = trained_calls(model, gate, 10, begin)
+        assert gate.report() == report
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and len(speeds) == 1
+    # a gate that judges anew does something else
+    model.load_state_dict(weights)
+    with LowRankGate(model, "auto", **settings) as gate:
+        other = trained_calls(model, gate, 10, begin)
+    assert any(not torch.equal(a, b) for a, b in zip(other, wanted, strict=True))
+
+
+def test_a_state_of_something_else_is_refused_and_the_gate_unchanged():
+    model = llama()
+    with LowRankGate(model, "auto", **PAYS) as gate:
+        model(IDS)
+        state, other = gate.state_dict(), gate.state_dict()
+    with LowRankGate(gpt2(), "auto", **PAYS) as gate, pytest.raises(ValueError) as caught:
+        gate.load_state_dict(state)
+    assert "of other attention layers: it has none for transformer.h.0.attn" in str(caught.value)
+    assert "the model has none for model.layers.0.self_attn, model.layers.1.self_attn" in str(caught.value)
+    del other["layers"]["model.layers.0.self_attn"]["calls"]
+    with LowRankGate(model, "auto", degree=4, tolerance=0.1, **PAYS) as gate:
+        for broken, message in (
+            (state, "degree was 2, is 4; tolerance was 0.05, is 0.1"),
+            ({"layers": {}}, "expected a state with generator, layers, settings, speeds"),
+            (None, "expected a state with"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                gate.load_state_dict(broken)
+        assert all(row.calls == 0 for row in gate.report())
+    with LowRankGate(model, "auto", **PAYS) as gate:
+        with pytest.raises(ValueError, match="the state of model.layers.0.self_attn lacks some of calls, center"):
+            gate.load_state_dict(other)
+        gate.load_state_dict(state)
+        assert [row.calls for row in gate.report()] == [1, 1]
+
+
 def test_bad_settings_are_refused_and_the_model_unchanged():
     model = llama()
     for settings, message in [
