@@ -2,9 +2,10 @@
 
 ``checkpoints/step-000100/`` holds ``hf/`` (what ``from_pretrained`` opens, tokenizer included), ``trainer/`` (what
 Accelerate saves: optimizer, schedule, gradient scaler and each process's random generators; ``state.json``; the data
-position) and ``COMPLETE``. A checkpoint is written into ``.writing-step-000100``, flushed to disk, given ``COMPLETE``
-(the size of every file and the checksum of those up to 256 MiB) and only then renamed. A run killed at any moment
-leaves either the whole folder or a ``.writing-`` one, which nobody reads and the next start removes.
+position; what the gate of ``lora.attention`` decided) and ``COMPLETE``. A checkpoint is written into
+``.writing-step-000100``, flushed to disk, given ``COMPLETE`` (the size of every file and the checksum of those up to
+256 MiB) and only then renamed. A run killed at any moment leaves either the whole folder or a ``.writing-`` one, which
+nobody reads and the next start removes.
 """
 
 import dataclasses

@@ -213,7 +213,8 @@ class LoraSectionConfig(_Ranged):
 
     ``attention: auto`` lets a layer's attention run low-rank where it is measured to be within ``attention_tolerance``
     and predicted to be cheaper (:class:`leanstep.lora.LowRankGate`), which takes small logits and long sequences; what
-    it did is in the log, in ``gate_report.json`` and in the report. A resumed run judges its layers anew.
+    it did is in the log, in ``gate_report.json`` and in the report. What was decided and measured is part of a
+    checkpoint, so that a resumed run is the run that was not stopped.
     """
 
     target_modules: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from leanstep._version import __version__
 from leanstep.recipes.assemble import assemble
-from leanstep.recipes.attention_norms import build_gate, build_monitor
+from leanstep.recipes.attention_norms import build_gate, build_monitor, read_gate
 from leanstep.recipes.batches import Batch
 from leanstep.recipes.checkpoint import TrainState, read_state
 from leanstep.recipes.config import RunConfig
@@ -125,12 +125,23 @@ class Run:
         """Build the run's parts from the recipe and the checkpoint if there is one, and describe it in its folder."""
         accelerator, folder = self.accelerator, self.folder
         self.parts = assemble(self.config, accelerator, folder, self.state, checkpoint, self.say)
-        model = accelerator.unwrap_model(self.parts.model)
-        self.norms, self.gate = build_monitor(self.config, model), build_gate(self.config, model)
+        self.watch_attention(checkpoint)
         for note in main_does(accelerator, lambda: pass_over(self.start, folder)):
             self.say(note)
         self.begun = True
         self.journal.begin(self.state, checkpoint, self.parts.parameters, self.parts.flops_per_token)
+
+    def watch_attention(self, checkpoint: Path | None) -> None:
+        """Put in place what looks at attention layers, and what answers for them, which goes on from the checkpoint."""
+        accelerator, saver = self.accelerator, self.parts.saver
+        model = accelerator.unwrap_model(self.parts.model)
+        self.norms = build_monitor(self.config, model)
+        self.gate = saver.gate = build_gate(self.config, model)
+        if self.gate is not None and checkpoint is not None:
+            rank, world = accelerator.process_index, accelerator.num_processes
+            problem = read_gate(self.gate, checkpoint / "trainer", rank, world)
+            if problem:
+                self.say(f"WARNING: {problem}")
 
     def loop(self) -> int:
         """Train to the last step. Returns the signal that ended it early, saved, or 0."""
@@ -235,6 +246,7 @@ class Run:
         if len(parts.data.validation) == 0:
             return 0
         interrupting = 0
+        gate = None if self.gate is None else self.gate.state_dict()
 
         def interrupted() -> bool:
             nonlocal interrupting
@@ -252,6 +264,9 @@ class Run:
             )
         state.eval_pending = found is None
         if found is None:
+            if self.gate is not None:
+                # the evaluation is made again from its beginning
+                self.gate.load_state_dict(gate)
             return interrupting
         state.val_loss = found.loss
         if state.best_loss is None or found.loss < state.best_loss:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from leanstep.lora import LowRankGate
+from leanstep.recipes.attention_norms import write_gate
 from leanstep.recipes.batches import Windows
 from leanstep.recipes.checkpoint import (
     CheckpointError,
@@ -58,6 +60,8 @@ class Saver:
         self.trouble: str | None = None
         # the names of parameters whose zeros are kept, and the pruned model they come from
         self.pruned: tuple[list[str], str] | None = None
+        # decides in every process which attention runs low-rank
+        self.gate: LowRankGate | None = None
         if not self._sharded:
             accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
@@ -116,6 +120,8 @@ class Saver:
         stream = windows.state()
         if stream is not None:
             torch.save(stream, staged / "trainer" / f"stream_{accelerator.process_index}.pt")
+        if self.gate is not None:
+            write_gate(self.gate, staged / "trainer", accelerator.process_index)
         if accelerator.is_main_process:
             write_state(staged, state)
             if not self._sharded:

@@ -1,11 +1,20 @@
 """Runs that watch their attention or let it run low-rank: numbers at log steps, and a report at the end."""
 
 import json
+import signal
+from functools import partial
 
 import pytest
-from training import read_log, run, write_recipe
+import torch
+from faults import held_at, low_rank_takes, signal_in_evaluation
+from safetensors.torch import load_file
+from training import Training, numbers, read_log, run, write_recipe
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from leanstep.lora import LowRankGate
 from leanstep.lora.norms import STATUSES
+from leanstep.recipes.attention_norms import read_gate, write_gate
+from leanstep.recipes.checkpoint import CheckpointError
 from leanstep.recipes.loader import ConfigError, load
 from leanstep.recipes.report import write_report
 
@@ -71,6 +80,71 @@ def test_a_run_lets_layers_run_low_rank_only_where_that_pays(recipe, tmp_path):
     assert f"0 of {len(rows)} layers ran low-rank; close enough, but predicted" in said
     page = write_report([tmp_path / "short"], tmp_path / "report.html").read_text()
     assert "<h2>Low-rank attention</h2>" in page and "largest_error" in page
+
+
+@pytest.fixture(scope="module")
+def gated(recipe, tmp_path_factory):
+    """The settings of a run in which layers go low-rank, and that run."""
+    folder = tmp_path_factory.mktemp("gated")
+    run(recipe, ("steps=1", "eval.every=0", "checkpoint.every=0"), folder / "base")
+    settings = [
+        f"model.init_from={folder}/base/final", "model.config={}", f"data.tokenizer={folder}/base/final",
+        "lora.target_modules=[c_attn, c_fc]", "optimizer.lr=1e-2", "steps=12", "lora.attention=auto",
+        "lora.attention_tolerance=0.5",
+    ]  # fmt: skip
+    whole = run(recipe, settings, folder / "whole", prepare=partial(low_rank_takes, 1e-3))
+    assert whole.codes == [0], whole.text()
+    return settings, whole.out
+
+
+def gate_report(out):
+    return json.loads((out / "gate_report.json").read_text())
+
+
+def assert_the_same_run(out, whole):
+    assert numbers(out) == numbers(whole) and gate_report(out) == gate_report(whole)
+    files = [folder / "final" / "adapter" / "adapter_model.safetensors" for folder in (out, whole)]
+    found, wanted = map(load_file, files)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kill", [7, 10])
+def test_a_killed_run_with_low_rank_layers_continues_as_if_it_had_not_been(recipe, gated, tmp_path, kill):
+    settings, whole = gated
+    assert all(row["low_rank"] and row["low_rank_calls"] > 20 for row in gate_report(whole))
+    prepare = partial(held_at, kill + 1, partial(low_rank_takes, 1e-3))
+    broken = Training(recipe, settings, tmp_path / "broken", prepare=prepare)
+    broken.wait_for(lambda training: training.last_step() >= kill)
+    broken.kill()
+    assert broken.wait() == [-9]
+    # on this machine it would not pay, and the layers would be judged in other calls
+    again = run(recipe, settings, tmp_path / "broken", prepare=partial(low_rank_takes, 1e3))
+    assert again.codes == [0] and "resuming from" in again.text() and "WARNING" not in again.text(), again.text()
+    assert_the_same_run(tmp_path / "broken", whole)
+
+
+def test_an_evaluation_that_is_made_again_is_judged_once(recipe, gated, tmp_path):
+    settings, whole = gated
+    prepare = partial(low_rank_takes, 1e-3, partial(signal_in_evaluation, signal.SIGTERM))
+    stopped = run(recipe, settings, tmp_path / "stopped", prepare=prepare)
+    assert stopped.codes == [143], stopped.text()
+    again = run(recipe, settings, tmp_path / "stopped", prepare=partial(low_rank_takes, 1e3))
+    assert again.codes == [0], again.text()
+    assert_the_same_run(tmp_path / "stopped", whole)
+
+
+def test_decisions_of_other_layers_or_processes_are_not_taken(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
+    with LowRankGate(model, "auto") as gate:
+        # as checkpoints of before there were any
+        assert "decisions of 0 processes, not of 1: layers are judged anew" in read_gate(gate, tmp_path, 0, 1)
+        write_gate(gate, tmp_path, 0)
+        assert read_gate(gate, tmp_path, 0, 1) is None
+        assert "decisions of 1 processes, not of 2" in read_gate(gate, tmp_path, 1, 2)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=1, bos_token_id=0, eos_token_id=0))
+    with LowRankGate(model, "auto") as gate, pytest.raises(CheckpointError) as caught:
+        read_gate(gate, tmp_path, 0, 1)
+    assert "gate_0.pt: LowRankGate: the state is of other attention layers" in str(caught.value)
 
 
 def test_attention_that_cannot_be_gated_is_refused_before_anything_is_built():
