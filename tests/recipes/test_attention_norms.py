@@ -123,6 +123,24 @@ def test_a_killed_run_with_low_rank_layers_continues_as_if_it_had_not_been(recip
     assert_the_same_run(tmp_path / "broken", whole)
 
 
+def test_each_process_takes_over_its_own_decisions(recipe, gated, tmp_path):
+    settings, _ = gated
+    pays, other = partial(low_rank_takes, 1e-3), partial(low_rank_takes, 1e3)
+    whole = run(recipe, settings, tmp_path / "whole", world=2, prepare=pays)
+    assert whole.codes == [0, 0], whole.text()
+    broken = Training(recipe, settings, tmp_path / "broken", world=2, prepare=partial(held_at, 9, pays))
+    broken.wait_for(lambda training: training.last_step() >= 8)
+    broken.kill()
+    broken.wait()
+    last = tmp_path / "broken" / "last" / "trainer"
+    states = [torch.load(last / f"gate_{rank}.pt", weights_only=True) for rank in range(2)]
+    centers = [next(iter(state["layers"].values()))["center"] for state in states]
+    assert not torch.equal(*centers), "they saw other batches"
+    again = run(recipe, settings, tmp_path / "broken", world=2, prepare=other)
+    assert again.codes == [0, 0] and "WARNING" not in again.text(), again.text()
+    assert_the_same_run(tmp_path / "broken", whole.out)
+
+
 def test_an_evaluation_that_is_made_again_is_judged_once(recipe, gated, tmp_path):
     settings, whole = gated
     prepare = partial(low_rank_takes, 1e-3, partial(signal_in_evaluation, signal.SIGTERM))
