@@ -247,7 +247,7 @@ def test_peft_models_are_timed_too(clock):
 @pytest.mark.gpu
 def test_a_gpu_is_measured_by_its_own_clock(monkeypatch):
     monkeypatch.setattr(timed_order, "_measured", {})
-    # forming the sum takes a third of the operations that the factors take
+    # through the sum it is half the operations, and in the other case four times as many
     assert ask(rows=16384, n=1024, m=1024, r=512, device="cuda").forward
     assert not ask(rows=16, n=4096, m=4096, r=64, device="cuda").forward
     assert {device for *_, device in measured()} == {str(torch.zeros(0, device="cuda").device)}
