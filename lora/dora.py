@@ -74,7 +74,7 @@ class NormCache:
 
     In training they are computed at every call: optimizers may write through ``.data``, which nothing counts. The
     squares of the frozen weight are kept, and in evaluation the norms are too, until a tensor's memory or its count of
-    changes differs or :meth:`clear` is called (``train()`` and ``eval()`` do).
+    changes differs or :meth:`clear` is called (``eval()`` does, and the ``train()`` that ends an evaluation).
     """
 
     def __init__(self) -> None:

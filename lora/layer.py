@@ -70,7 +70,9 @@ class LoRALayer(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """As ``nn.Module.train``; DoRA's norms are computed anew afterwards."""
-        self.lora.norms.clear()
+        # in training they are anyway, and training loops say so at every step
+        if not (mode and self.training):
+            self.lora.norms.clear()
         return super().train(mode)
 
     def extra_repr(self) -> str:

@@ -109,6 +109,19 @@ def test_in_evaluation_norms_are_computed_once(model):
     assert layer.lora.norms._squares[1] is layer.lora.norms._squares[1] is not squares
 
 
+def test_in_training_squares_of_the_weight_are_computed_once_however_often_train_is_called(model):
+    layer = layer_of(model.train())
+    layer.norms()
+    squares = layer.lora.norms._squares[1]
+    model.train()
+    layer.norms()
+    assert layer.lora.norms._squares[1] is squares
+    model.eval()
+    model.train()
+    layer.norms()
+    assert layer.lora.norms._squares[1] is not squares
+
+
 def test_a_copy_computes_norms_of_its_own(model):
     model.eval()(tokens())
     other = copy.deepcopy(model)
