@@ -1,7 +1,6 @@
 """The solver against brute force, and what the published dynamic program got wrong."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -199,15 +198,8 @@ def test_llama_7b_is_solved_in_units_of_2_to_the_20_without_rounding():
     assert kept == total // 2  # to the weight
 
 
-def test_llama_7b_takes_under_a_second_and_time_grows_with_the_budget():
-    costs, losses = llama_7b()
-    total = 6176 << 20
-    start = time.process_time()
-    for sparsity in (0.5, 0.6, 0.7):
-        solve_knapsack(costs, losses, int(total * (1 - sparsity))).choose()
-    assert time.process_time() - start < 3.0
-
-    # counted in states rather than seconds, which two busy cores make a lottery
+def test_states_grow_with_the_budget():
+    # counted rather than timed (benchmarks/knapsack.py times)
     rng = np.random.default_rng(0)
     narrow = [np.arange(0, 60, 3) + rng.integers(0, 2) for _ in range(40)]
     values = [rng.random(20) for _ in range(40)]
