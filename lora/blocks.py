@@ -59,9 +59,8 @@ class Siblings:
             self._forget()
             if self.broken:
                 return None
-        if any(
-            other.lora.merged or not other.lora.enabled or other.why_not_fast(x) is not None for other in self.layers
-        ):
+        # before anything else of them: a layer of PEFT's that the active adapter is not on has no numbers to look at
+        if any(other.why_not_fast(x) is not None for other in self.layers):
             return None
         return self._compute(place, x)
 

@@ -31,7 +31,7 @@ class PeftLinear(FastLinear):
     @property
     def lora(self) -> Adapter:  # type: ignore[override]
         """The numbers of the active adapter."""
-        module, name = self.module, self._active()
+        module, name = self.module, self._active()[0]
         dropout = module.lora_dropout[name]
         return Adapter(
             name=self.name,
@@ -47,12 +47,13 @@ class PeftLinear(FastLinear):
             norms=self.norm_cache,
         )
 
-    def _active(self) -> str:
-        return next(name for name in self.module.active_adapters if name in self.module.lora_A)
+    def _active(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.module.active_adapters if name in self.module.lora_A]
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The base layer, A, B, the bias of B, and DoRA's magnitude."""
-        module, name = self.module, self._active()
+        module, name = self.module, self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
         dora = name in module.lora_variant
         return (
@@ -70,7 +71,7 @@ class PeftLinear(FastLinear):
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
         """The reason against the fast path, for an input if one is given; None when there is none."""
         module = self.module
-        active = [name for name in module.active_adapters if name in module.lora_A]
+        active = self._active()
         if len(active) != 1:
             return f"{len(active)} adapters are active, the fast path takes one"
         variant = module.lora_variant.get(active[0])
@@ -87,7 +88,7 @@ class PeftLinear(FastLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's forward is now."""
-        if args or kwargs or self.module.merged or self.module.disable_adapters:
+        if args or kwargs or self.module.merged or self.module.disable_adapters or not self._active():
             return type(self.module).forward(self.module, x, *args, **kwargs)
         return self.run(x)
 

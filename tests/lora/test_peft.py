@@ -293,6 +293,27 @@ def test_what_an_accelerated_model_cannot_do_fast_it_does_as_peft_does():
     torch.testing.assert_close(*both(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fast_path", [None, True])
+def test_an_adapter_on_fewer_layers_can_be_switched_to(fast_path):
+    theirs = with_peft(tiny_llama, {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}).eval()
+    fewer = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    theirs.add_adapter("b", fewer)
+    theirs.set_adapter("default")
+    plain = copy.deepcopy(theirs)
+    handle = accelerate_peft(theirs, fast_path=fast_path)
+    for adapter in ("default", "b", "default"):
+        for model in (theirs, plain):
+            model.set_adapter(adapter)
+        torch.testing.assert_close(theirs(tokens()).logits, plain(tokens()).logits, rtol=1e-5, atol=1e-6)
+        paths = {name.rsplit(".", 1)[-1]: path for name, path in handle.fast_path().items()}
+        assert paths["k_proj"].on and paths["v_proj"].on and paths["up_proj"].on
+        assert paths["q_proj"].on == (adapter == "default")
+    theirs.set_adapter("b")
+    assert handle.fast_path()["base_model.model.model.layers.0.self_attn.q_proj"] == (
+        False, "0 adapters are active, the fast path takes one"
+    )  # fmt: skip
+
+
 def test_a_model_that_cannot_be_accelerated_is_refused():
     with pytest.raises(ValueError, match="no LoRA layer of PEFT's; for a plain model, use apply_lora"):
         accelerate_peft(tiny_llama())
