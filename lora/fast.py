@@ -40,7 +40,11 @@ class FastLinear:
     def fast_path(self) -> FastPath:
         """Whether the next forward pass runs on the fast path, and why (not)."""
         reason = self.why_not_fast()
-        return FastPath(reason is None, reason or "one autograd function that keeps the input only")
+        text = "one autograd function that keeps the input only"
+        if self.siblings is not None and self.siblings.broken:
+            others = "the layers beside it were asked for inputs of their own, so each keeps its input"
+            text += f", for this layer alone: {others}"
+        return FastPath(reason is None, reason or text)
 
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
         """The reason against the fast path, for an input if one is given; None when there is none."""

@@ -185,6 +185,11 @@ def test_layers_with_inputs_of_their_own_leave_the_group():
     group = attention.q_proj.siblings
     q, k = attention.q_proj(x), attention.k_proj(other)
     assert group.broken
+    path = attention.v_proj.fast_path
+    assert path.on and path.reason.endswith(
+        "for this layer alone: the layers beside it were asked for inputs of their own, so each keeps its input"
+    )
+    assert "alone" not in adapted().model.layers[0].self_attn.v_proj.fast_path.reason
     plain = slow_copy(model).model.layers[0].self_attn
     torch.testing.assert_close(q, plain.q_proj(x))
     torch.testing.assert_close(k, plain.k_proj(other))
