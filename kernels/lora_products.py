@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._modes import in_dispatch_mode
 from leanstep.kernels.cpp_impl import lora_products as cpp_products
 from leanstep.kernels.dense_product import product
 from leanstep.kernels.reference import lora_products as reference
@@ -124,8 +125,10 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether the operation must go by its registered name: under torch.compile, and for fake tensors."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    """Whether the operation must go by its registered name: under torch.compile and dispatch modes, which see it whole
+    then, and for fake tensors.
+    """
+    return torch.compiler.is_compiling() or in_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, fits: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.lora.dora import row_norms
+from leanstep.lora.dora import row_norms, unseen
 from leanstep.lora.function import Weights, dora_factor
 from leanstep.lora.layer import Adapter, FastPath, LoRALayer, common_reasons
 from leanstep.lora.linear import adapted_class
@@ -67,7 +67,7 @@ class LoRAEmbeddingLayer(LoRALayer):
     def norms(self) -> Tensor:
         """DoRA's norms, of the columns of the embedding: (width,), no gradient."""
         a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
-        return row_norms(self.weight.detach().t(), a, b, self.lora.scale)
+        return unseen(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
 
 
 class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):  # type: ignore[misc]

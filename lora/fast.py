@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.lora.dora import unseen
 from leanstep.lora.function import Setting, Weights, lora_linears, matrix
 from leanstep.lora.layer import Adapter, FastPath, common_reasons, layer_order
 from leanstep.lora.quantized import dequantizer
@@ -100,6 +101,9 @@ class FastLinear:
 
     def norms(self) -> Tensor:
         """DoRA's norms: (out,), fp32 or fp64, no gradient."""
+        return unseen(self._norms)
+
+    def _norms(self) -> Tensor:
         base, a, b, _, _ = self.parts()
         a, b = a.detach(), b.detach()
         assert isinstance(base.weight, Tensor)

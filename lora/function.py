@@ -29,11 +29,11 @@ from leanstep.kernels import (
     lora_down,
     lora_down_backward,
     lora_dropout,
-    lora_scale_,
     lora_scale_backward,
     lora_up_,
     product,
 )
+from leanstep.lora.in_place import add, add_product, scale_columns
 from leanstep.lora.order import Order
 
 
@@ -227,26 +227,24 @@ def project(
         return _linear(x, merged(setting, layer, dtype), bias), None, None
     y = _linear(x, matrix(setting, layer, dtype), bias)
     h = lora_down(x, layer.a.to(dtype), p, seed) if h is None else h
-    return lora_up_(y, h, layer.b.to(dtype).t(), setting.scale), h, None
+    return add_product(y, h, layer.b.to(dtype).t(), setting.scale), h, None
 
 
 def _project_dora(
     x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, bias: Tensor | None, h: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = lora_down(x, layer.a.to(x.dtype), setting.dropout, seed) if h is None else h
-    c = dora_factor(layer)
+    # z is kept where "full" says so; otherwise y takes its memory
+    c, keep = dora_factor(layer), setting.save != "min"
     if setting.dropout == 0:
         z = _dora_output(x, h, setting, layer)
-        # z is kept where "full" says so; otherwise y takes its memory
-        y = z.clone() if setting.save != "min" else z
-        return lora_scale_(y, c, bias), h, z
+        return scale_columns(z, c, bias, keep), h, z
     # the magnitude weighs the dropped input's part only: Y = X W^T + b + (c - 1) (X' W^T) + c s H B^T
     w = matrix(setting, layer, x.dtype)
-    kept = lora_dropout(x, setting.dropout, seed)
-    z = _linear(kept, w, None)
-    y = _linear(x, w, bias).sub_(z)
-    _add_up(z, h, setting, layer)
-    return y.add_(lora_scale_(z.clone() if setting.save != "min" else z, c)), h, z
+    z = _linear(lora_dropout(x, setting.dropout, seed), w, None)
+    y = add(_linear(x, w, bias), z, -1.0)
+    z = _add_up(z, h, setting, layer)
+    return add(y, scale_columns(z, c, keep=keep)), h, z
 
 
 def _dora_output(x: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
@@ -255,8 +253,8 @@ def _dora_output(x: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tens
 
 
 def _add_up(z: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
-    lora_up_(z, h, layer.b.to(z.dtype).t(), setting.scale)
-    return z if layer.b_bias is None else z.add_(layer.b_bias.to(z.dtype), alpha=setting.scale)
+    z = add_product(z, h, layer.b.to(z.dtype).t(), setting.scale)
+    return z if layer.b_bias is None else add(z, layer.b_bias.to(z.dtype), setting.scale)
 
 
 def dora_factor(layer: Weights) -> Tensor:

@@ -77,7 +77,8 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(weight, a, b)
         ctx.scale = scale
-        return (b @ a).mul_(scale).masked_fill_(weight == 0, 0)
+        # not in place: selective activation checkpointing may hold the product
+        return ((b @ a) * scale).masked_fill(weight == 0, 0)
 
     @staticmethod
     @once_differentiable

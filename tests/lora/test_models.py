@@ -1,6 +1,7 @@
 """Adapted models: what is trained, what runs fast, and that fused blocks and plain torch agree."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -16,8 +17,9 @@ from lora_models import (
     tiny_llama,
     tokens,
 )
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from leanstep.lora import LoraConfig, apply_lora, lora_groups, remove_lora, saved_bytes, set_adapters
+from leanstep.lora import LoraConfig, apply_lora, keep_zeros, lora_groups, remove_lora, saved_bytes, set_adapters
 
 VARIANTS = {
     "plain": {},
@@ -226,6 +228,49 @@ def test_activation_checkpointing_gives_the_same_gradients(dropout):
     assert torch.equal(found[0], wanted[0])
     for name in wanted[1]:
         torch.testing.assert_close(found[1][name], wanted[1][name])
+
+
+def products_only(_, op, *args, **kwargs):
+    """Keeps what matrix products return, whichever library they are of."""
+    kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or "_linear_pointwise" in str(op)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def everything(*_, **__):
+    return CheckpointPolicy.MUST_SAVE
+
+
+SELECTIVE = {key: VARIANTS[key] for key in ("plain", "dropout", "dora", "dora dropout", "full", "lora_bias")}
+SELECTIVE |= {"dora lora_bias": {"use_dora": True, "lora_bias": True}, "zeros": {}, "not fast": {"fast_path": False}}
+
+
+@pytest.mark.parametrize("variant", SELECTIVE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", [products_only, everything])
+@pytest.mark.parametrize("training", [True, False])
+def test_selective_activation_checkpointing_gives_the_same_gradients(variant, dtype, policy, training):
+    """Whose cache holds the very tensors that products return: nothing may be added to them in place."""
+    model = tiny_llama(dtype, layers=1, attention_bias=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[::2] = 0
+    model = adapted(model, **SELECTIVE[variant])
+    if variant == "zeros":
+        keep_zeros(model)
+    model.train(training)
+    block, x = model.model.layers[0], torch.randn(5, 32, dtype=dtype, requires_grad=True)
+    attention = block.self_attn
+
+    def function(x):
+        q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        return attention.o_proj(torch.cat([k, v], -1) * q) + block.mlp(x)
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    leaves, results = [x, *(p for p in block.parameters() if p.requires_grad)], []
+    for kept in (False, True):
+        torch.manual_seed(5)
+        y = checkpoint(function, x, use_reentrant=False, context_fn=contexts) if kept else function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dora", [False, True])
