@@ -44,7 +44,8 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     plan = plan_lora(model, config)
     adapters = make_adapters(plan, config)
     saved = modules_to_save(model, config)
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    # under all its names: a merge may give each of them a parameter of its own
+    frozen = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, module in plan.items():
@@ -88,6 +89,7 @@ def remove_lora(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
     del model.lora_config, model.lora_frozen
+    vars(model).pop("lora_ties", None)
     return model
 
 

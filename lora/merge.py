@@ -14,6 +14,7 @@ from leanstep.lora.function import Weights, dora_factor
 from leanstep.lora.layer import LoRALayer
 from leanstep.lora.linear import LoRALinearLayer
 from leanstep.lora.quantized import kind
+from leanstep.lora.ties import others_of, retie, tied_groups, untie
 
 
 @dataclass
@@ -25,10 +26,12 @@ class MergeReport:
             exact sum (in fp32, fp64 for fp64 weights): what rounding to the weight's dtype cost. For :func:`unmerge`, 0
             with a backup, and without one an estimate, the spacing of the dtype at the weight's largest entry.
         masked: name of each layer -> entries that were 0 before and stayed so, where ``keep_mask``.
+        untied: name of each parameter of a layer that was in other places too -> these; it is the layer's own now.
     """
 
     layers: dict[str, float] = field(default_factory=dict)
     masked: dict[str, int] = field(default_factory=dict)
+    untied: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def drift(self) -> float:
@@ -38,7 +41,8 @@ class MergeReport:
     def __str__(self) -> str:
         worst = max(self.layers, key=self.layers.__getitem__, default="none")
         kept = f", {sum(self.masked.values()):,} zeros kept" if self.masked else ""
-        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){kept}"
+        untied = f", {len(self.untied)} untied" if self.untied else ""
+        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){kept}{untied}"
 
 
 @dataclass
@@ -70,6 +74,11 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
     Raises:
         ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight, a quantised
             base (which would be quantised again), or biases on B where the base has none. No weight is changed.
+
+    Notes:
+        Where an adapted layer's weight is another module's too, as an embedding's and an output head's, each gets its
+        own, with a warning, and the config of a transformers model says ``tie_word_embeddings=False``; :func:`unmerge`
+        ties them again.
     """
     layers = dict(adapted_layers(model))
     if not layers:
@@ -82,12 +91,16 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():
             raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
     report = MergeReport()
+    if groups := tied_groups(model):
+        model.lora_ties = untie(model, groups)  # type: ignore[assignment]
+        report.untied = others_of(groups, layers)
     for name, layer in layers.items():
         exact = merged_weight(layer, keep_mask)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
-        layer.lora.undo = _Undo(weight.detach().clone() if backup else None, _dora_rows(layer), mask)
+        copied = backup and f"{name}.weight" not in report.untied
+        layer.lora.undo = _Undo(weight.detach().clone() if copied else None, _dora_rows(layer), mask)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
@@ -127,11 +140,14 @@ def unmerge(model: nn.Module) -> MergeReport:
     if not layers or not all(layer.lora.merged for layer in layers.values()):
         raise ValueError("unmerge: expected a model with merged adapters")
     report = MergeReport()
+    restored = retie(model)
     for name, layer in layers.items():
         undo: _Undo = layer.lora.undo
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        if undo.backup is not None:
+        if f"{name}.weight" in restored:
+            report.layers[name] = 0.0
+        elif undo.backup is not None:
             weight.copy_(undo.backup)
             report.layers[name] = 0.0
         else:
@@ -142,7 +158,8 @@ def unmerge(model: nn.Module) -> MergeReport:
                 exact = exact / undo.factor
             exact = exact - _update(layer)
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
-        _add_to_bias(layer, -1)
+        if f"{name}.bias" not in restored:
+            _add_to_bias(layer, -1)
         layer.lora.merged, layer.lora.undo = False, None
         layer.lora.norms.clear()
     return report
@@ -163,9 +180,12 @@ def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` that the base model would have with the adapter merged; the model is not changed.
 
-    Takes the memory of the adapted layers' weights. Raises ValueError for quantised or parametrised bases.
+    Takes the memory of the adapted layers' weights. What is tied to one of them has its values in the state, and for a
+    folder the config must say so: :func:`leanstep.lora.ties.config_of_merged`. Raises ValueError for quantised or
+    parametrised bases.
     """
     layers = dict(adapted_layers(model))
+    untied = {holder.name for group in tied_groups(model) for holder in group}
     state = {}
     for name, value in model.state_dict().items():
         owner, _, end = name.rpartition(".")
@@ -177,6 +197,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             value = merged_weight(layer).to(value.dtype)
         elif layer is not None and not layer.lora.merged and end == "bias":
             value = value + _bias_shift(layer)
+        elif name in untied:
+            # those of the others that stay one parameter are written each as well
+            value = value.clone()
         state[name] = value
     return state
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep.lora import LowRankGate
+from leanstep.lora.ties import config_of_merged
 from leanstep.recipes.attention_norms import write_gate
 from leanstep.recipes.batches import Windows
 from leanstep.recipes.checkpoint import (
@@ -132,7 +133,8 @@ class Saver:
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         if self._accelerator.is_main_process:
-            model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
+            with config_of_merged(model):
+                model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
             write_adapter(model, path)
             write_patterns(model, path)
             if self.pruned is not None:

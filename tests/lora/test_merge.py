@@ -8,6 +8,8 @@ import transformers
 from lora_models import GPT2_TARGETS, LLAMA_TARGETS, randomise, tiny_gpt2, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, unmerge
+from leanstep.lora.merge import merged_state_dict
+from leanstep.lora.ties import config_of_merged
 
 CASES = {
     "llama": (tiny_llama, {"target_modules": LLAMA_TARGETS}),
@@ -124,3 +126,111 @@ def test_what_cannot_be_merged_leaves_every_weight_as_it_was():
     merge(model)
     with pytest.raises(ValueError, match="is merged already"):
         merge(model)
+
+
+def reloaded(model, folder, kind=transformers.AutoModelForCausalLM):
+    model.save_pretrained(folder)
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("backup", [False, True])
+@pytest.mark.parametrize(
+    ("build", "target", "other"),
+    [
+        (tiny_gpt2, "transformer.wte", "lm_head"),
+        (lambda: tiny_llama(tie_word_embeddings=True), "lm_head", "model.embed_tokens"),
+    ],
+)
+def test_a_tied_weight_is_untied_until_it_is_unmerged(build, target, other, dora, backup, tmp_path):
+    model = adapted(lambda _: build(), {"target_modules": [target], "use_dora": dora})
+    layer, tied = model.get_submodule(target), model.get_submodule(other)
+    shared, before, pairs = tied.weight, tied.weight.detach().clone(), dict(model.all_tied_weights_keys)
+    wanted = model(tokens()).logits
+    with pytest.warns(UserWarning, match=rf"{other}.weight.* were one parameter.*tie_word_embeddings is False"):
+        report = merge(model, backup=backup)
+    assert report.drift == 0 and tied.weight is shared and layer.weight is not shared
+    assert report.untied == {f"{target}.weight": [f"{other}.weight"]} and "1 untied" in str(report)
+    assert torch.equal(tied.weight, before)
+    torch.testing.assert_close(model(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert unmerge(model).drift == 0
+    assert layer.weight is tied.weight and torch.equal(tied.weight, before) and not hasattr(model, "lora_ties")
+    assert model.config.tie_word_embeddings and model.all_tied_weights_keys == pairs
+    assert torch.equal(model(tokens()).logits, wanted)
+    with pytest.warns(UserWarning, match="were one parameter"):
+        merge(model)
+    remove_lora(model)
+    assert all(p.requires_grad for p in model.parameters())
+    loaded = reloaded(model, tmp_path)
+    torch.testing.assert_close(loaded(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not loaded.config.tie_word_embeddings
+
+
+def test_the_merged_state_of_a_tied_model_opens_too(tmp_path):
+    model = adapted(tiny_gpt2, {"target_modules": ["wte", "c_attn"]})
+    wanted, state = model(tokens()).logits, merged_state_dict(model)
+    with config_of_merged(model):
+        model.save_pretrained(tmp_path, state_dict=state)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(loaded(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not loaded.config.tie_word_embeddings and model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.transformer.wte.weight
+    # nothing tied is adapted: nothing is said
+    plain = adapted(tiny_gpt2, {"target_modules": ["c_attn"]})
+    with config_of_merged(plain):
+        assert plain.config.tie_word_embeddings
+    merge(plain)
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+
+
+@pytest.mark.parametrize("target", ["shared", "lm_head"])
+def test_a_weight_that_many_share(target, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=61,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = adapted(lambda _: transformers.T5ForConditionalGeneration(config), {"target_modules": [target]})
+    holders = [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head]
+    assert len({id(holder.weight) for holder in holders}) == 1
+    call = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=1)}
+    wanted, state = model(**call).logits, merged_state_dict(model)
+    with config_of_merged(model):
+        model.save_pretrained(tmp_path / "state", state_dict=state)
+    with pytest.warns(UserWarning, match="were one parameter"):
+        merge(model)
+    torch.testing.assert_close(model(**call).logits, wanted, rtol=1e-4, atol=1e-4)
+    other = reloaded(remove_lora(copy.deepcopy(model)), tmp_path / "merged", transformers.T5ForConditionalGeneration)
+    torch.testing.assert_close(other(**call).logits, wanted, rtol=1e-4, atol=1e-4)
+    other = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "state", dtype=torch.float32)
+    torch.testing.assert_close(other(**call).logits, wanted, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert len({id(holder.weight) for holder in holders}) == 1
+
+
+@pytest.mark.parametrize("targets", [["0"], ["0", "2"]])
+def test_linear_layers_that_share_a_weight_and_a_bias(targets):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    # another parameter in the same memory
+    model[3].weight = torch.nn.Parameter(model[0].weight.data)
+    model = adapted(lambda _: model, {"target_modules": targets, "lora_bias": True})
+    x, names = torch.randn(5, 8), [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    wanted, before = model(x), model[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"0.weight and 2.weight and 3.weight; 0.bias and 2.bias were one parameter"):
+        merge(model)
+    torch.testing.assert_close(model(x), wanted)
+    assert torch.equal(model[3].weight, before)
+    unmerge(model)
+    assert (
+        model[0].weight is model[2].weight and model[0].bias is model[2].bias and torch.equal(model[0].weight, before)
+    )
+    assert model[3].weight.data_ptr() == model[0].weight.data_ptr()
+    torch.testing.assert_close(model(x), wanted)
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
