@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from leanstep.lora.apply import adapted_layers, apply_lora, modules_to_save, pla
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layer import is_sharded
 from leanstep.lora.linear import LoRALinearLayer, widths
-from leanstep.lora.targets import rank_of
+from leanstep.lora.targets import rank_of, scale_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -118,9 +119,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     Raises:
         FileNotFoundError: without these files.
         ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
-            unexpected key, or a shape that differs. The model is unchanged.
+            unexpected key, or a shape that differs; for a model that is adapted already, a scale (``lora_alpha``,
+            ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is unchanged.
     """
     source = Path(folder)
+    merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
+    if merged:
+        raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
     config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
     state = {key.removeprefix(PREFIX): value for key, value in _read_weights(source).items()}
     state = {key.replace(".base_layer.bias", ".bias"): value for key, value in state.items()}
@@ -134,6 +139,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         except ValueError as error:
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
+    _compare_scales(model, config, f"{source} ({base})")
     if not isinstance(getattr(model, "lora_config", None), LoraConfig):
         apply_lora(model, config)
     with torch.no_grad():
@@ -218,3 +224,17 @@ def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, .
             break
     if problems:
         raise ValueError(f"load_adapter: {where} does not fit this model: " + "; ".join(problems))
+
+
+def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
+    """What an adapted model must have in common with a file besides the tensors."""
+    scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
+    differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
+    if differ:
+        name, (own, wanted) = next(iter(differ.items()))
+        more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
+        raise ValueError(
+            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {own:g} in the "
+            f"model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is adapted as "
+            "the file says"
+        )

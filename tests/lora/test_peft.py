@@ -20,7 +20,16 @@ from lora_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, save_adapter
+from leanstep.lora import (
+    LoraConfig,
+    accelerate_peft,
+    apply_lora,
+    load_adapter,
+    merge,
+    remove_lora,
+    save_adapter,
+    unmerge,
+)
 
 # PEFT asks transformers by a name that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -111,6 +120,63 @@ def test_an_adapter_is_loaded_into_an_adapted_model_too(tmp_path):
     other(tokens())
     load_adapter(other, tmp_path)
     assert torch.equal(other(tokens()).logits, model.eval()(tokens()).logits)
+
+
+OTHERS = {
+    "alpha": ({"lora_alpha": 16}, {"lora_alpha": 8}, "scale 4 in the file, 2 in the model"),
+    "rslora": ({"use_rslora": True}, {}, "scale 4 in the file, 2 in the model"),
+    "alpha_pattern": ({"alpha_pattern": {r"layers\.1\..*": 2}}, {}, "scale 0.5 in the file, 2 in the model"),
+    "dora": ({"use_dora": True}, {}, "4 keys are not of this model|use_dora"),
+    "bias of B": ({"lora_bias": True}, {}, "keys are not of this model"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_adapter_that_would_compute_something_else_is_not_loaded(case, swapped, tmp_path):
+    """The tensors alone do not say what an adapter computes: its scales are in the configuration."""
+    of_file, of_model, message = OTHERS[case]
+    if swapped:
+        of_file, of_model = of_model, of_file
+        message = "does not fit this model"
+    common = {"r": 4, "target_modules": ["q_proj", "k_proj"]}
+    file = randomise(apply_lora(tiny_llama(), LoraConfig(**{**common, "lora_alpha": 8, **of_file})))
+    save_adapter(file, tmp_path)
+    model = randomise(apply_lora(tiny_llama(), LoraConfig(**{**common, "lora_alpha": 8, **of_model})), seed=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(model, tmp_path)
+    if "scale" in message:
+        assert "model.layers.1.self_attn" in str(caught.value) or "model.layers.0.self_attn" in str(caught.value)
+        assert "remove_lora(model) first" in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    remove_lora(model)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(tokens()).logits, file(tokens()).logits)
+
+
+def test_another_way_to_say_the_same_scale_is_loaded(tmp_path):
+    file = randomise(apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], lora_alpha=8)))
+    save_adapter(file, tmp_path)
+    same = {"lora_alpha": 4, "use_rslora": True, "lora_dropout": 0.2}
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=r".*\.q_proj", **same)).eval()
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(tokens()).logits, file.eval()(tokens()).logits)
+
+
+def test_an_adapter_is_not_loaded_into_a_merged_model(tmp_path):
+    settings = LoraConfig(r=4, target_modules=["q_proj"])
+    file = randomise(apply_lora(tiny_llama(), settings))
+    save_adapter(file, tmp_path)
+    model = randomise(apply_lora(tiny_llama(), settings), seed=2)
+    base = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    merge(model, backup=True)
+    with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj is merged; unmerge the model first"):
+        load_adapter(model, tmp_path)
+    unmerge(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, base)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(tokens()).logits, file(tokens()).logits)
 
 
 def test_the_configuration_file_is_pefts(tmp_path):
