@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -121,6 +123,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
             unexpected key, or a shape that differs; for a model that is adapted already, a scale (``lora_alpha``,
             ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is unchanged.
+
+    Notes:
+        Warns where the file names another base than the model's config does.
     """
     source = Path(folder)
     merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
@@ -140,6 +145,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
     _compare_scales(model, config, f"{source} ({base})")
+    _compare_names(model, config, source)
     if not isinstance(getattr(model, "lora_config", None), LoraConfig):
         apply_lora(model, config)
     with torch.no_grad():
@@ -238,3 +244,21 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
             f"model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is adapted as "
             "the file says"
         )
+
+
+def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
+    """Say so where the file names another base than the model is."""
+    wanted, own = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
+    if wanted and own and _place(wanted) != _place(own):
+        warnings.warn(
+            f"load_adapter: {source} was made for {wanted!r}, and this model is {own!r}; if that is another base, it "
+            "computes something else than it was trained to",
+            stacklevel=3,
+        )
+
+
+def _place(name: str) -> str:
+    """One form for a model's name on the hub, its folder in the hub's cache, and a path."""
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
+    name = cached.group(1).replace("--", "/") if cached else name
+    return os.path.realpath(os.path.expanduser(name))

@@ -1,5 +1,6 @@
 """PEFT beside us: the same numbers on the same weights, each other's files, and its own layers on the fast path."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -153,6 +154,37 @@ def test_an_adapter_that_would_compute_something_else_is_not_loaded(case, swappe
     remove_lora(model)
     load_adapter(model, tmp_path)
     torch.testing.assert_close(model(tokens()).logits, file(tokens()).logits)
+
+
+NAMES = [
+    ("org/one", "org/one", None),
+    ("org/one", "org/other", "made for 'org/one', and this model is 'org/other'"),
+    ("org/one", "", None),
+    (None, "org/one", None),
+    ("HERE/base", "HERE/base/", None),
+    ("base", "HERE/base", None),
+    ("./base/../base", "base", None),
+    ("HERE/base", "HERE/other", "made for '.*/base', and this model is '.*/other'"),
+    ("org/one", "/cache/hub/models--org--one/snapshots/0123abc", None),
+    ("org/one", "/cache/hub/models--org--two/snapshots/0123abc", "made for 'org/one'"),
+]
+
+
+@pytest.mark.parametrize(("of_file", "of_model", "message"), NAMES)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_adapter_that_names_another_base_is_loaded_with_a_warning(
+    of_file, of_model, message, adapted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    of_file, of_model = (name and name.replace("HERE", str(tmp_path)) for name in (of_file, of_model))
+    settings = LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=of_file)
+    file = randomise(apply_lora(tiny_llama(), settings))
+    save_adapter(file, tmp_path / "adapter")
+    model = apply_lora(tiny_llama(), settings) if adapted else tiny_llama()
+    model.config._name_or_path = of_model
+    with pytest.warns(UserWarning, match=message) if message else contextlib.nullcontext():
+        load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(model.eval()(tokens()).logits, file.eval()(tokens()).logits)
 
 
 def test_another_way_to_say_the_same_scale_is_loaded(tmp_path):
