@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels.poly_attention import poly_attention
 from leanstep.lora.attention import LowRankAttentionError, check_normalisers, key_means
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention_interface import Call, Tap, attach, detach
 from leanstep.lora.error_bounds import largest_logit
+from leanstep.lora.gate_checks import NON_FINITE, all_finite, distance, exact_attention, verdict, why_impossible
 from leanstep.lora.gate_state import GateReport, LayerState, Plan, check_state
 from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
-from leanstep.lora.polynomials import relative_error, softmax_error, taylor_coefficients
+from leanstep.lora.polynomials import taylor_coefficients
 
 __all__ = ["LowRankGate"]
 
@@ -29,8 +30,8 @@ class LowRankGate:
     In mode ``"auto"`` a layer runs exactly until ``patience`` judgements in a row find all its heads within the
     tolerance (by the bound ``scale * max |q| * max |k|``, or by sampled logits and the error on sampled queries) and
     low-rank attention predicted cheaper at this length. From then on **every** call compares sampled queries with exact
-    attention; where they differ by more than the tolerance, a normaliser is not positive, or something overflows, the
-    same call is answered exactly, and the layer starts over. What is measured is reported either way.
+    attention; where they differ by more than the tolerance, a normaliser is not positive, something overflows or is
+    not finite, the same call is answered exactly, and the layer starts over. What is measured is reported either way.
 
     Args:
         model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). The implementation it has is
@@ -197,7 +198,7 @@ class LowRankGate:
         if self.mode == "exact":
             state.reason = "mode is 'exact'"
             return False
-        impossible = _impossible(call)
+        impossible = why_impossible(call)
         if impossible is not None:
             state.reason = impossible
             return False
@@ -245,21 +246,10 @@ class LowRankGate:
         certified = float(largest_logit(call.seen.query, moved, call.seen.scale, call.seen.key_mask).max())
         sampled = float(found.sampled.max())
         state.error, state.logit = float(found.errors.max()), sampled
-        means = key_means(seen.key, seen.key_mask).mean(dim=0)
-        state.center = means if state.center is None else state.center.lerp(means, 0.1)
-        etas = [softmax_error(relative_error(self.coefficients, min(s, 1e3))) for s in (certified, sampled)]
-        if etas[0] <= self.tolerance:
-            good, why = True, f"certified: no logit exceeds {certified:.3g}"
-        elif etas[1] <= self.tolerance and state.error <= self.tolerance:
-            good, why = True, f"measured: sampled logits reach {sampled:.3g}, with an error of {state.error:.2g}"
-        else:
-            good, why = (
-                False,
-                (
-                    f"logits reach {sampled:.3g}, where degree {self.degree} is off by {etas[1]:.2g}; sampled error "
-                    f"{state.error:.2g}, tolerance {self.tolerance:g}"
-                ),
-            )
+        good, why = verdict(certified, sampled, state.error, self.coefficients, self.tolerance)
+        if why != NON_FINITE:
+            means = key_means(seen.key, seen.key_mask).mean(dim=0)
+            state.center = means if state.center is None else state.center.lerp(means, 0.1)
         state.good = state.good + 1 if good else 0
         state.on = state.good >= self.patience
         waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
@@ -274,14 +264,15 @@ class LowRankGate:
         except LowRankAttentionError as error:
             if self.mode == "force":
                 raise
-            self._fall_back(state, str(error))
+            self._fall_back(state, str(error) if all_finite(seen) else NON_FINITE)
             return None
         chosen = self._sequences(seen)
         few = seen.some(chosen)
         at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
         state.error = float(sampled_error(few, out[chosen], at).max())
         if self.mode == "auto" and not state.error <= self.tolerance:
-            self._fall_back(state, f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}")
+            why = f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}"
+            self._fall_back(state, why if math.isfinite(state.error) or all_finite(seen) else NON_FINITE)
             return None
         state.largest_error = max(state.largest_error, state.error)
         state.plan = Plan(True, center)
@@ -321,43 +312,12 @@ class LowRankGate:
             alone = Seen(*own, seen.scale, seen.causal, mask)
             upstream = grad.detach()[batch, head][None, None]
             found, _ = self._attention(alone, shift)
-            want = _exact(alone)
+            want = exact_attention(alone)
             grads = [torch.autograd.grad(y, (alone.query, alone.key, alone.value), upstream) for y in (found, want)]
             pairs = zip(("O", "dQ", "dK", "dV"), (found, *grads[0]), (want, *grads[1]), strict=True)
-            state.gradient_errors = {kind: _distance(a.detach(), b.detach()) for kind, a, b in pairs}
+            state.gradient_errors = {kind: distance(a.detach(), b.detach()) for kind, a, b in pairs}
 
         out.register_hook(compare)
-
-
-def _exact(seen: Seen) -> Tensor:
-    """Exact attention of one head."""
-    if seen.key_mask is None:
-        return scaled_dot_product_attention(seen.query, seen.key, seen.value, is_causal=seen.causal, scale=seen.scale)
-    mask = seen.key_mask[:, None, None, :].expand(-1, 1, seen.query.shape[2], -1)
-    mask = mask.tril() if seen.causal else mask
-    # queries that see nothing are padding: let them see themselves rather than be NaN
-    mask = mask | (~mask.any(dim=-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
-    return scaled_dot_product_attention(seen.query, seen.key, seen.value, attn_mask=mask, scale=seen.scale)
-
-
-def _distance(found: Tensor, want: Tensor) -> float:
-    return float((found.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
-
-
-def _impossible(call: Call) -> str | None:
-    """Why a call cannot run low-rank, whatever its norms."""
-    query, key, value = call.seen[:3]
-    if call.masked is not None:
-        return call.masked
-    if call.special:
-        return f"the layer has {', '.join(call.special)}"
-    if call.dropout > 0:
-        return f"dropout of {call.dropout:g} on attention weights, which are not formed"
-    if query.shape[2] != key.shape[2]:
-        return f"{query.shape[2]} queries against a cache of {key.shape[2]} keys"
-    if not query.dtype == key.dtype == value.dtype:
-        return f"dtypes differ: {query.dtype}, {key.dtype} and {value.dtype}"
-    return None
 
 
 def _as_layer(out: Tensor) -> tuple[Tensor, None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio
 from leanstep.lora.attention_interface import Call, attach, detach
+from leanstep.lora.gate_checks import NON_FINITE
 from leanstep.lora.head_norms import HeadNorms, Seen, head_norms
 from leanstep.lora.polynomials import needed_degree
 from leanstep.lora.projection_norms import ProjectionNorms
@@ -265,7 +266,8 @@ class NormMonitor:
         threshold = math.sqrt(math.log(length))
         for head in range(heads):
             q, k, certified, certified_raw, sampled, sampled_raw = (float(x[head]) for x in values[:6])
-            needed = [_needed(s, self.tolerance) for s in (certified, sampled)]
+            # what is not bounded has no degree, whatever the sample has not seen
+            needed = [_needed(s, self.tolerance) if math.isfinite(certified) else None for s in (certified, sampled)]
             tried = needed[1] if needed[1] in costs else max(costs)
             error = float(values.errors[tried // 2 - 1, head])
             status, degree = judge(needed[0], needed[1], error, costs, self.tolerance)
@@ -329,6 +331,8 @@ def _why(
         return f"sampled logits reach {logits[1]:.3g}, degree {degree} has an error of {error:.2g} there; it {price}"
     if status == "bounded-but-slow":
         return f"logits up to {logits[1]:.3g} take degree {degree} only, but it {price} and pays from {pays:,} on"
+    if not (math.isfinite(logits[0]) and math.isfinite(logits[1])):
+        return f"{NON_FINITE}: NaN, an infinity, or entries whose products are too large for fp32"
     if needed[1] is not None and needed[1] <= most:
         return (
             f"logits up to {logits[1]:.3g} take degree {needed[1]}, but its error of {error:.2g} is over {tolerance:g}"

@@ -113,6 +113,51 @@ def test_overflow_falls_back_too():
         assert "not positive and finite" in gate.report()[0].reason and gate.report()[0].fallbacks == 1
 
 
+def breaks(model, part, value):
+    """Puts a value into one entry of the last query's or key's projection in the first layer; the list turns it on."""
+    on = [True]
+
+    def change(module, inputs, output):
+        changed = output.clone()
+        changed[-1, -1, 0] = value
+        return changed if on[0] else None
+
+    getattr(model.model.layers[0].self_attn, part).register_forward_hook(change)
+    return on
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_exact_and_judged_anew_when_it_is_over(part, value):
+    model = llama()
+    on = breaks(model, part, value)
+    broken = model(IDS).logits
+    with LowRankGate(model, "auto", every=3, **PAYS) as gate:
+        for _ in range(2):
+            torch.testing.assert_close(model(IDS).logits, broken, rtol=0, atol=1e-4, equal_nan=True)
+            row = gate.report()[0]
+            assert "non-finite logits" in row.reason and not row.low_rank and row.fallbacks == 0
+        # the other layer is as it was, and its calls the third and fourth of three and four judgements
+        on[0] = False
+        for _ in range(2):
+            model(IDS)
+        assert "1 of 2 judgements" in gate.report()[0].reason and gate.report()[0].low_rank_calls == 0
+        for _ in range(2):
+            model(IDS)
+        assert gate.report()[0].low_rank and gate.report()[0].low_rank_calls == 2
+        # while it runs low-rank: at once, counted, and not again before two good judgements
+        on[0] = True
+        torch.testing.assert_close(model(IDS).logits, broken, rtol=0, atol=1e-4, equal_nan=True)
+        row = gate.report()[0]
+        assert not row.low_rank and row.fallbacks == 1 and row.reason == "fell back: non-finite logits"
+        on[0] = False
+        for _ in range(3):
+            model(IDS)
+            assert gate.report()[0].low_rank_calls == 2
+        model(IDS)
+        assert gate.report()[0].low_rank_calls == 3 and gate.report()[0].error < 1e-4
+
+
 def test_force_runs_low_rank_whatever_the_error_but_not_nonsense():
     model = llama()
     with torch.no_grad():

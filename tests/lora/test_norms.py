@@ -291,6 +291,30 @@ def test_large_keys_are_on_the_hard_side_and_the_reason_names_the_factor():
         assert [row.drift for row in monitor.report()[4:]] == pytest.approx([2.0] * 4, rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 3e38, 0.0], ids=str)
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_degenerate_values_are_reported_and_not_fatal(value, part, everywhere):
+    model = llama()
+
+    def change(module, inputs, output):
+        changed = output.clone()
+        changed[... if everywhere else (-1, -1, 0)] = value
+        return changed
+
+    getattr(model.model.layers[0].self_attn, part).register_forward_hook(change)
+    with NormMonitor(model, rows=8) as monitor:
+        monitor.arm()
+        model(IDS)
+        rows = [row for row in monitor.report() if row.layer.endswith("0.self_attn")]
+        assert len(rows) == 4 and all(row.status in STATUSES for row in rows)
+        monitor.diagnostics()
+    if not math.isfinite(value) and part != "v_proj":
+        assert rows[0].status == "hard side" and "non-finite logits" in rows[0].why and rows[0].degree is None
+    if value == 0:
+        assert rows[-1].status == "bounded-but-slow"
+
+
 # PEFT asks transformers for names that are going away
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["leanstep", "peft"])
