@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from leanstep.lora.blocks import fuse_blocks, unfuse_blocks
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
-from leanstep.lora.layer import Adapter, LoRALayer
+from leanstep.lora.layer import Adapter, LoRALayer, is_sharded
 from leanstep.lora.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
 from leanstep.lora.quantized import why_unsupported
-from leanstep.lora.targets import rank_of, scale_of, select
+from leanstep.lora.targets import rank_of, scale_of, select, why_never_called
 
 Model = TypeVar("Model", bound=nn.Module)
 _KINDS = ("Linear", "Conv1D", "Embedding")
@@ -35,8 +35,8 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 
     Raises:
         ValueError: for a model that is adapted already, a target that fits nothing (with names like it), a rank larger
-            than a layer, a base weight of a dtype that cannot be adapted, or ``fast_path=True`` where a layer cannot
-            run on it. The model is unchanged.
+            than a layer, a base weight of a dtype that cannot be adapted, a layer that is never called, or
+            ``fast_path=True`` where it is known already that a layer cannot run on it. The model is unchanged.
 
     Notes:
         Memory: r (in + out) numbers per layer. What backward keeps is in ``LoraConfig.save``.
@@ -105,7 +105,7 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
     plan = select(model, config, _KINDS)
-    problems = [problem for name, module in plan.items() for problem in _problems(name, module, config)]
+    problems = [problem for name, module in plan.items() for problem in _problems(model, name, module, config)]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
@@ -130,7 +130,7 @@ def make_adapters(plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, A
     }
 
 
-def _problems(name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
+def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
     if not is_linear(module) and not isinstance(module, nn.Embedding):
         yield f"{name} is a {type(module).__name__}; adapted are linear layers, Conv1D and embeddings"
         return
@@ -140,6 +140,11 @@ def _problems(name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]
     if reason is not None:
         yield f"{name} cannot be adapted: {reason}"
         return
+    never = why_never_called(model, name, module)
+    if never is not None:
+        yield f"{name} cannot be adapted: {never}; leave it out with exclude_modules"
+    if config.fast_path and is_sharded(weight):
+        yield f"fast_path=True was asked for, but {name} cannot run on the fast path: its weight is sharded (DTensor)"
     sides, rank = tuple(weight.shape) if isinstance(module, nn.Embedding) else widths(module), rank_of(config, name)
     if rank > min(sides):
         yield f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}"

@@ -52,7 +52,8 @@ class LoraConfig:
         r: rank of the factors A (r, in) and B (out, r); not more than a layer's smaller side.
         lora_alpha: numerator of the scale.
         target_modules: which layers. A list of names, each a layer's whole name or its end after a dot; or a text, a
-            regular expression for the whole name; or ``"all-linear"``, every linear layer but the output head.
+            regular expression for the whole name; or ``"all-linear"``, every linear layer but the output head, those in
+            ``modules_to_save``, and those that are never called (``out_proj`` of ``nn.MultiheadAttention``).
         exclude_modules: which of these not; a list of names or a regular expression.
         lora_dropout: probability with which the adapter's input is dropped, in training.
         bias: which biases of the base model are trained besides: ``"none"``, ``"all"``, or those of adapted layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -16,7 +17,7 @@ def matches(config: LoraConfig, name: str) -> bool:
     """Whether ``target_modules``, ``exclude_modules`` and ``layers_to_transform`` select the module called ``name``."""
     if _listed(config.exclude_modules, name):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+    if _is_saved(config, name):
         return False
     if not _listed(config.target_modules, name):
         return False
@@ -25,6 +26,19 @@ def matches(config: LoraConfig, name: str) -> bool:
     wanted = config.layers_to_transform
     number = _layer_number(config, name)
     return number is not None and (number == wanted if isinstance(wanted, int) else number in wanted)
+
+
+def _is_saved(config: LoraConfig, name: str) -> bool:
+    """Whether a module is one of ``modules_to_save`` or in one."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+
+
+def why_never_called(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why an adapter on a module would never run; None where it would."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention) and type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "it is never called: nn.MultiheadAttention reads its weight"
+    return None
 
 
 def _listed(rule: list[str] | str | None, name: str) -> bool:
@@ -96,8 +110,12 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         and module is not head
         and not _listed(config.exclude_modules, name)
-        and not _listed(config.modules_to_save, name)
+        and not _is_saved(config, name)
     }
+    never = {name: reason for name in linear if (reason := why_never_called(model, name, linear[name]))}
+    for name, reason in never.items():
+        warnings.warn(f"apply_lora: 'all-linear' leaves out {name}: {reason}", stacklevel=5)
+        del linear[name]
     if not linear:
         raise ValueError("apply_lora: target_modules 'all-linear' selects nothing; the model has no linear layer")
     return linear

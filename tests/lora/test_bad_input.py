@@ -84,6 +84,57 @@ def test_bases_that_cannot_be_adapted():
         apply_lora(model, LoraConfig(target_modules=["0"]))
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.mlp(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], ["mlp", "attention.out_proj"], r".*out_proj"])
+def test_a_layer_that_is_never_called_is_refused(targets):
+    model = Attention()
+    with pytest.raises(ValueError, match="out_proj cannot be adapted: it is never called.*exclude_modules"):
+        apply_lora(model, LoraConfig(r=2, target_modules=targets))
+    assert type(model.mlp) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_is_never_called_is_left_out_where_all_are_asked_for():
+    model = Attention()
+    with pytest.warns(UserWarning, match="'all-linear' leaves out attention.out_proj: it is never called"):
+        apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert isinstance(model.mlp, nn.Linear) and hasattr(model.mlp, "lora")
+    assert not hasattr(model.attention.out_proj, "lora")
+
+
+def test_a_layer_that_cannot_be_fast_is_refused_before_anything_is_changed():
+    def sharded():
+        model = tiny_llama()
+        # what a DTensor is known by
+        model.model.layers[1].self_attn.q_proj.weight.placements = ()
+        return model
+
+    model, settings = sharded(), {"r": 4, "target_modules": ["q_proj"]}
+    state = {name: type(module) for name, module in model.named_modules()}
+    message = r"fast_path=True was asked for, but .*layers\.1\.self_attn\.q_proj .*: its weight is sharded \(DTensor\)"
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, LoraConfig(**settings, fast_path=True))
+    assert {name: type(module) for name, module in model.named_modules()} == state
+    assert all(p.requires_grad for p in model.parameters())
+    apply_lora(model, LoraConfig(**settings))
+    assert "sharded" in model.model.layers[1].self_attn.q_proj.fast_path.reason
+
+
+def test_what_is_trained_whole_is_not_adapted_inside():
+    settings = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["mlp"], fast_path=True)
+    model = apply_lora(tiny_llama(), settings)
+    assert {name.split(".")[-2] for name, module in model.named_modules() if hasattr(module, "lora")} == {"self_attn"}
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
+
+
 def test_a_quantised_base_says_what_is_missing():
     class Linear4bit(nn.Linear):
         __module__ = "bitsandbytes.nn.modules"
