@@ -49,8 +49,8 @@ class HeadReport:
         error: relative error of the output at ``degree``, or at the highest that was tried, on the sampled queries.
         cost: predicted cost of low-rank over exact attention at that degree, forward and backward; pays_from: the
             length from which it is below 1.
-        input, base, adapter: largest entries of X, and of ``sqrt(scale)`` times X W* and s X A^T B^T, for that of q and
-            k which is larger; None where the projections are not known.
+        input, base, adapter: largest entries of X, and of ``sqrt(scale)`` times X W* and s X A^T B^T, with DoRA both
+            times magnitude / norm, for that of q and k which is larger; None where the projections are not known.
         dominant: "X", "W*" or "sBA", the largest of ``|X|``, ``|X W*| / |X|`` and ``|s X A^T B^T| / |X|``, and of
             which: "q" or "k".
         drift: gamma over what it was when this head was first seen.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-__all__ = ["ProjectionNorms", "adapter_output", "find_projections"]
+from leanstep.lora.dora import row_norms
+from leanstep.lora.function import Setting, Weights, dora_factor, matrix
+from leanstep.lora.linear import is_conv1d
+from leanstep.lora.pruned import masked_update
+from leanstep.lora.quantized import dequantizer
+
+__all__ = ["ProjectionNorms", "adapter_output", "find_projections", "whole_weight"]
 
 
 def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
@@ -20,44 +26,101 @@ def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
     return {}
 
 
+class _Active(NamedTuple):
+    """An adapter that takes part: ``factor * (W + scale B A)``, where factor [out] is DoRA's, None without it.
+
+    With several of PEFT's, W has the earlier ones in it.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    factor: Tensor | None = None
+
+
 def adapter_output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """``scale * x A^T B^T`` of a layer's active adapters, ours or PEFT's; None where it has none. O(L r (n + m))."""
-    a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-    if a is None or b is None:
-        return None
-    own: Any = getattr(module, "lora", None)
-    if own is not None:
-        return None if own.merged or not own.enabled else _product(x, a.weight, b.weight, own.scale)
-    peft: Any = module
-    if getattr(peft, "disable_adapters", False) or getattr(peft, "merged", False):
-        return None
-    active = [name for name in getattr(peft, "active_adapters", []) if name in a]
-    parts = [_product(x, a[name].weight, b[name].weight, peft.scaling[name]) for name in active]
-    return torch.stack(parts).sum(dim=0) if parts else None
-
-
-def _product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return scale * (x.to(a.dtype) @ a.mT) @ b.mT
+    """``scale * x A^T B^T`` of a layer's active adapters, ours or PEFT's, with DoRA times ``magnitude / norm``; None
+    where it has none. O(L r (n + m)), and for DoRA its norms, O(n m r).
+    """
+    if _keeps_zeros(module):
+        return x.float() @ _masked(module).mT
+    total: Any = None
+    for a, b, scale, factor in _active(module):
+        part = scale * (x.to(a.dtype) @ a.mT) @ b.mT
+        total = part if total is None else total + part
+        total = total if factor is None else total * factor.to(total.dtype)
+    return total
 
 
 def whole_weight(module: nn.Module) -> Tensor | None:
-    """The (out, in) weight of a projection with its adapters, without DoRA's scale; None for a quantised one."""
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    """The (out, in) weight that a projection with its adapters stands for, in fp32; None for a quantised one."""
+    base = getattr(module, "base_layer", module)
+    weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return None
-    # transformers' Conv1D has nf outputs and stores its weight the other way round
-    base = weight.detach().mT if hasattr(getattr(module, "base_layer", module), "nf") else weight.detach()
-    added = adapter_output(module, torch.eye(base.shape[1], device=base.device))
-    return base.float() if added is None else base.float() + added.detach().float().mT
+    dense = (weight.detach().mT if is_conv1d(base) else weight.detach()).float()
+    if _keeps_zeros(module):
+        return dense + _masked(module)
+    for a, b, scale, factor in _active(module):
+        dense = dense + scale * b.detach().float() @ a.detach().float()
+        dense = dense if factor is None else dense * factor.float()[:, None]
+    return dense
+
+
+def _active(module: Any) -> list[_Active]:
+    """A layer's adapters that take part: our one, or PEFT's active ones."""
+    a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+    if a is None or b is None:
+        return []
+    own = getattr(module, "lora", None)
+    if own is not None:
+        if own.merged or not own.enabled:
+            return []
+        magnitude = module.lora_magnitude_vector
+        factor = None if magnitude is None else _factor(module, a.weight, b.weight, magnitude, module.norms())
+        return [_Active(a.weight, b.weight, own.scale, factor)]
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return []
+    return [_of_peft(module, name) for name in getattr(module, "active_adapters", []) if name in a]
+
+
+def _of_peft(module: Any, name: str) -> _Active:
+    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if type(variant).__name__ != "DoraLinearVariant":
+        return _Active(a, b, scale)
+    base = module.get_base_layer()
+    setting = Setting(scale, transposed=is_conv1d(base), dense=dequantizer(base))
+    dense = matrix(setting, Weights(base.weight.detach(), None, a, b), torch.float32)
+    norm = row_norms(dense, a.detach(), b.detach(), scale)
+    return _Active(a, b, scale, _factor(base, a, b, module.lora_magnitude_vector[name].weight, norm))
+
+
+def _factor(base: Any, a: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    return dora_factor(Weights(base.weight, None, a, b, None, magnitude.detach(), norm))
+
+
+def _keeps_zeros(module: Any) -> bool:
+    own = getattr(module, "lora", None)
+    return own is not None and own.keep_zeros and own.enabled and not own.merged
+
+
+def _masked(module: Any) -> Tensor:
+    """The adapter (out, in) of a layer that keeps the zeros of its base, in fp32."""
+    weight = module.weight.detach()
+    update = masked_update(
+        weight.mT if module.lora.transposed else weight, module.lora_A.weight, module.lora_B.weight, module.lora.scale
+    )
+    return update.detach().float()
 
 
 class ProjectionNorms:
     """Hooks on the projections of one attention layer, which take norms of the passes they are told to.
 
     ``found`` holds for "q" and "k": ``input``, the largest entry of X; ``base`` and ``adapter`` [heads], the largest
-    entries of X W* and of scale * X A^T B^T a head, before rotary embeddings. ``full`` [heads] is the norm that the
-    theorem
-    asks for besides where K is adapted too: the largest entry of ``X W_Q W_K``, of up to 64 tokens a sequence.
+    entries of X W* and of scale * X A^T B^T a head, with DoRA both times ``magnitude / norm``, before rotary
+    embeddings. ``full`` [heads] is the norm that the theorem asks for besides where K is adapted too: the largest entry
+    of ``X W_Q W_K``, of up to 64 tokens a sequence.
     """
 
     def __init__(self, layer: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Norms of heads, the verdict on them, and the monitor on transformers' models."""
 
+import copy
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio,
 from leanstep.lora.attention_interface import attach, detach
 from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
 from leanstep.lora.norms import STATUSES, NormMonitor, judge
-from leanstep.lora.projection_norms import adapter_output
+from leanstep.lora.projection_norms import adapter_output, whole_weight
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -346,6 +347,74 @@ def test_the_adapters_part_is_told_apart(kind):
         assert row.dominant == "sBA" and row.of == "q" and "alpha / r" in row.why
         assert row.adapter == pytest.approx(size * 8**-0.25, rel=1e-4)
     assert all(row.adapter == 0 for row in rows[4:])
+
+
+# PEFT asks transformers for names that are going away
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["leanstep", "peft", "both adapters of peft", "conv1d", "zeros"])
+def test_the_parts_are_of_the_weight_that_is_used(kind):
+    """With DoRA, base weight and adapter times magnitude / norm; with kept zeros, the masked product."""
+    from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge
+
+    model, part = (gpt2(), "c_attn") if kind == "conv1d" else (llama(), "k_proj")
+    layers = [module for name, module in model.named_modules() if name.endswith(part)]
+    settings = dict(r=2, lora_alpha=8, use_dora=kind != "zeros")
+    names = ["default"]
+    if "peft" in kind:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings, target_modules=[part]))
+        if "both" in kind:
+            names.append("b")
+            model.add_adapter("b", peft.LoraConfig(**settings, target_modules=[part]))
+            model.base_model.set_adapter(names)
+    else:
+        with torch.no_grad():
+            layers[0].weight[::2] = 0
+        apply_lora(model, LoraConfig(**settings, target_modules=[part]))
+        if kind == "zeros":
+            keep_zeros(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=generator)
+            elif "magnitude" in name:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) + 1)
+    layer = next(module for name, module in model.named_modules() if name.endswith(part))
+    base_weight = getattr(layer, "base_layer", layer).weight.detach().clone()
+    base_weight = base_weight.T if kind == "conv1d" else base_weight
+    if "peft" in kind:
+        # what each adapter's part is, by PEFT's own numbers
+        used, adapter = base_weight.clone(), torch.zeros_like(base_weight)
+        for name in names:
+            delta = layer.get_delta_weight(name).detach()
+            norm = (base_weight + delta).norm(dim=1)
+            c = (layer.lora_magnitude_vector[name].weight.detach() / norm)[:, None]
+            used, adapter = c * used, c * (adapter + delta)
+    else:
+        other = copy.deepcopy(model)
+        merge(other)
+        whole = next(module for name, module in other.named_modules() if name.endswith(part)).weight.detach()
+        whole = whole.T if kind == "conv1d" else whole
+        c = 1.0
+        if settings["use_dora"]:
+            c = (layer.lora_magnitude_vector / layer.norms()).detach()[:, None]
+        used, adapter = c * base_weight, whole - c * base_weight
+    x = torch.randn(1, 5, 32, generator=generator)
+    torch.testing.assert_close(adapter_output(layer, x), x @ adapter.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole_weight(layer), used + adapter, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x) - layer(0 * x), x @ (used + adapter).T, rtol=1e-3, atol=1e-4)
+
+
+def test_no_identity_is_pushed_through_the_factors():
+    from leanstep.lora import LoraConfig, apply_lora
+
+    layer = torch.nn.Sequential(torch.nn.Linear(4000, 30))
+    layer = apply_lora(layer, LoraConfig(r=2, target_modules=["0"], use_dora=True))[0]
+    with FlopCounterMode(display=False) as counter:
+        whole_weight(layer)
+    # the product of the factors; an identity would take 4000 times as much
+    assert counter.get_total_flops() <= 2 * 2 * 4000 * 30
 
 
 def test_padding_counts_for_nothing_and_other_masks_are_said():
