@@ -9,14 +9,12 @@ The norm of row j of ``W + s B A`` comes from products r wide::
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels import lora_norms
-from leanstep.kernels._modes import in_foreign_mode
 
 # rows of the weight that are widened at a time
 ROWS = 2048
@@ -40,18 +38,6 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
     """
     dtype = norm_dtype(weight, a, b)
     return lora_norms(weight, a, b, scale, row_squares(weight, dtype) if squares is None else squares)
-
-
-def unseen(compute: Callable[[], Tensor]) -> Tensor:
-    """What ``compute`` gives, out of sight of dispatch modes: they count and replay operations, as selective activation
-    checkpointing does, and norms that are remembered are computed in one pass and not in the next.
-    """
-    if not in_foreign_mode():
-        return compute()
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        return compute()
 
 
 def norm_dtype(*tensors: Tensor) -> torch.dtype:

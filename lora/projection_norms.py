@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from leanstep.kernels._modes import unseen
 from leanstep.lora.dora import row_norms
 from leanstep.lora.function import Setting, Weights, dora_factor, matrix
 from leanstep.lora.linear import is_conv1d
@@ -140,16 +141,19 @@ class ProjectionNorms:
     def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self.on or not inputs or not isinstance(output, Tensor):
             return
+        # a pass that is repeated does not measure
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            x = inputs[0].detach()
-            added = adapter_output(module, x)
-            base = output.detach() if added is None else output.detach() - added.to(output.dtype)
-            for name, part in self.parts[module]:
-                largest = {"input": x.abs().amax().float(), "base": self._heads(base, part)}
-                largest["adapter"] = torch.zeros_like(largest["base"]) if added is None else self._heads(added, part)
-                self.found[name] = largest
-                if name == "q":
-                    self.full = self._through_keys(self._part(output.detach(), part))
+            unseen(lambda: self._measure(module, inputs[0].detach(), output.detach()))
+
+    def _measure(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        added = adapter_output(module, x)
+        base = output if added is None else output - added.to(output.dtype)
+        for name, part in self.parts[module]:
+            largest = {"input": x.abs().amax().float(), "base": self._heads(base, part)}
+            largest["adapter"] = torch.zeros_like(largest["base"]) if added is None else self._heads(added, part)
+            self.found[name] = largest
+            if name == "q":
+                self.full = self._through_keys(self._part(output, part))
 
     def _heads(self, y: Tensor, part: int) -> Tensor:
         """Largest absolute entry of every head: [heads]."""

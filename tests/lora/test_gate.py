@@ -1,7 +1,10 @@
 """The gate: exact unless low-rank is close and pays, checked in every call, and out of the way when it is closed."""
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from leanstep.lora.attention import LowRankAttentionError
@@ -224,6 +227,46 @@ def test_checkpointing_repeats_what_the_first_pass_did():
         grads.append(found)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def products_are_kept(_, op, *args, **kwargs):
+    kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept or "_linear_pointwise" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_is_measured_is_no_part_of_a_pass_that_is_repeated(implementation):
+    """Selective checkpointing hands products out again by their order: those of measurements must not be among them."""
+    from leanstep.lora import LoraConfig, apply_lora
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, products_are_kept)
+    results = []
+    for selective in (False, True):
+        model = llama(attn_implementation=implementation).double().train()
+        torch.manual_seed(1)
+        apply_lora(model, LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B.weight"):
+                    parameter.normal_(std=0.02)
+        if selective:
+            model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        found = []
+        with (
+            LowRankGate(model, "auto", every=2, spot_every=1, **PAYS) as gate,
+            NormMonitor(model, every=1, rows=8) as monitor,
+        ):
+            for _ in range(4):
+                model.zero_grad()
+                model(IDS, labels=IDS).loss.backward()
+                found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+            assert len(monitor.report()) == 8
+            assert all(row.low_rank_calls == 3 and row.calls == 4 for row in gate.report())
+        results.append((found, [row.gamma_full for row in monitor.report()]))
+    assert results[0][1] == pytest.approx(results[1][1])
+    for first, second in zip(results[0][0], results[1][0], strict=True):
+        for name, grad in first.items():
+            torch.testing.assert_close(second[name], grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]], ids=["partial", "full"])
