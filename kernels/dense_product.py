@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from leanstep.kernels._modes import in_dispatch_mode
+
 # with fewer rows a product is a matter of reading the other matrix, which both do alike
 LEAST_ROWS = 8
 
@@ -44,8 +46,10 @@ def runs_on_onednn(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and why_not_onednn() is None
+        # modes that count products or keep them know torch.mm
+        and not in_dispatch_mode()
     )
 
 
@@ -60,7 +64,6 @@ def why_not_onednn() -> str | None:
         return "no AVX-512"
     if not _vendor().startswith(("AuthenticAMD", "AMD")):
         return "MKL uses all of this processor"
-    _count_operations()
     return None
 
 
@@ -73,16 +76,3 @@ def _vendor() -> str:
 
         # "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD" on Windows
         return platform.processor().rpartition(", ")[2]
-
-
-def _count_operations() -> None:
-    """Let torch's counter of operations see these products too."""
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    op = torch.ops.mkldnn._linear_pointwise
-    if op not in flop_registry:
-
-        @register_flop_formula(op)
-        def _(*shapes, out_shape=None, **_):
-            # of the output, the inner width is that of x, which comes first
-            return 2 * out_shape[0] * out_shape[1] * shapes[0][1]
