@@ -14,6 +14,7 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
 )
 from leanstep.pruning.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
+from leanstep.pruning.latency import LatencyTable
 from leanstep.pruning.layers import Layer, as_matrix
 from leanstep.pruning.measure import measure_curves
 from leanstep.pruning.prune import prune
@@ -32,6 +33,7 @@ __all__ = [
     "GradualPruner",
     "InfeasibleBudget",
     "KnapsackTable",
+    "LatencyTable",
     "Layer",
     "LayerPruner",
     "LayerStatistics",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from leanstep.pruning.layers import Layer
 
 KINDS = ("params", "flops", "bytes", "latency")
+UNITS = {"params": "weights", "flops": "operations per sample", "bytes": "bytes", "latency": "seconds"}
 
 
 @dataclass(frozen=True)

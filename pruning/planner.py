@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import nn
 from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
 from leanstep.pruning.allocation import Allocation, allocate, snap
 from leanstep.pruning.batches import Batch, batches_hash
-from leanstep.pruning.budgets import Budget, cost
 from leanstep.pruning.corrections import relinearised_curves, tuned_coefficients
 from leanstep.pruning.curves import Curve
 from leanstep.pruning.densities import atp_betas, outlier_ratio
 from leanstep.pruning.groups import Group
 from leanstep.pruning.knapsack import InfeasibleBudget
 from leanstep.pruning.layers import Layer
+from leanstep.pruning.limit import Limit
 from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, levels_of, measure_curves
 from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
 from leanstep.pruning.prefix import PrefixCache
@@ -42,7 +43,7 @@ class Planner:
     model: nn.Module
     groups: list[Group]
     sparsity: float | None
-    budget: Budget | None
+    limit: Limit | None
     score: str
     pattern: str
     metric: str | Metric | None
@@ -61,6 +62,7 @@ class Planner:
         self, method: str, correction: str, beta: float | None, curves: Mapping[str, Curve] | None, fixed: NM | None
     ) -> PruneResult:
         """Measure, allocate, compare, prune."""
+        before = self._counts()
         self.pruning = Pruning(self._cache(self.batches), self.score, self.score_options)
         if self.pruning.cache.note:
             self.notes.append(self.pruning.cache.note)
@@ -88,7 +90,17 @@ class Planner:
             compared=compared,
             notes=self.notes,
             data=batches_hash(self.batches),
+            budget=self._budget(allocation, before),
         )
+
+    def _budget(self, allocation: Allocation, before: Mapping[str, int]) -> dict[str, Any]:
+        """What was limited, and what of it was spent before and after."""
+        if self.limit is None:
+            dense = sum(allocation.numel.values())
+            left = {"before": sum(before.values()), "after": sum(self._counts().values())}
+            return {"kind": "params", "target": allocation.target, "dense": dense, **left}
+        spent = {"before": self.limit.spent(before), "after": self.limit.spent(allocation.kept)}
+        return {"kind": self.limit.budget.kind, "target": self.limit.budget.target, "dense": self.limit.dense, **spent}
 
     # -- allocations ------------------------------------------------------------------------------------------------
 
@@ -96,7 +108,7 @@ class Planner:
         return measure_curves(
             self.model,
             self.measured,
-            sparsity=0.5 if self.sparsity is None else self.sparsity,
+            sparsity=self._around(),
             score=self.score,
             pattern=self.pattern,
             metric=self.metric,
@@ -128,8 +140,9 @@ class Planner:
         try:
             self._allocate("dp", curves=flat)
         except InfeasibleBudget as error:
-            if self.sparsity is None:
-                raise
+            if self.limit is not None:
+                raise self._out_of_reach(self.limit, error) from None
+            assert self.sparsity is not None
             total = sum(group.layer.numel for group in self.groups)
             sparsest, densest = 1 - error.lowest / total, 1 - error.highest / total
             raise InfeasibleBudget(
@@ -138,6 +151,15 @@ class Planner:
                 error.lowest,
                 error.highest,
             ) from None
+
+    def _out_of_reach(self, limit: Limit, error: InfeasibleBudget) -> InfeasibleBudget:
+        wanted, most, least = (1 - cost / limit.dense for cost in (limit.budget.target, error.lowest, error.highest))
+        return InfeasibleBudget(
+            f"removing {wanted:.4g} of the cost ({limit.budget.kind}) is out of reach: the levels of these matrices "
+            f"remove from {max(least, 0.0):.4g} to {most:.4g}",
+            error.lowest,
+            error.highest,
+        )
 
     def _by_curves(self, curves: Mapping[str, Curve], correction: str) -> Allocation:
         """The allocation of smallest summed distortion, and where that is to be corrected, of smallest joint one."""
@@ -222,30 +244,31 @@ class Planner:
             measurement.close()
 
     def _uniform(self) -> Allocation | None:
-        """The same sparsity for all, within the same budget; None where that is a table of latencies."""
-        if self.budget is None:
+        """The same sparsity for all, within the same budget; None where it allows none."""
+        if self.limit is None:
             return self._allocate("uniform")
-        kind, target = self.budget.kind, self.budget.target
-        if kind == "latency":
-            return None
-        layers = [group.layer for group in self.groups]
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            density = (low + high) / 2
-            spent = sum(float(cost(kind, layer, int(density * layer.numel))) for layer in layers)
-            low, high = (density, high) if spent <= target else (low, density)
-        return self._allocate("uniform", sparsity=1 - low)
+        upper = self._counts()
+        lower = {
+            group.name: min(math.ceil(self.at_least * group.layer.numel - 1e-6), upper[group.name])
+            for group in self.groups
+        }
+        between = self.limit.budget.kind != "latency" and not self.pattern.startswith("N:")
+        return self.limit.uniform(lower, upper, None if between else self._levels())
 
-    def _allocate(self, method: str, *, sparsity: float | None = None, **more: Any) -> Allocation:
+    def _counts(self) -> dict[str, int]:
+        """Weights of each group that are not zero, as they are now."""
+        return {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
+
+    def _allocate(self, method: str, **more: Any) -> Allocation:
         """An allocation over the groups that never brings a zero back."""
-        nonzero = {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
+        nonzero = self._counts()
         at_most = {group.name: nonzero[group.name] for group in self.groups if nonzero[group.name] < group.layer.numel}
         layers = [group.layer for group in self.groups]
         found = allocate(
             _placed(layers) if method == "atp" else layers,
-            self.sparsity if sparsity is None else sparsity,
+            self.sparsity,
             method=method,
-            budget=self.budget if method == "dp" else None,
+            budget=None if self.limit is None else self.limit.budget,
             at_least=self.at_least,
             at_most=at_most or None,
             **more,
@@ -284,9 +307,7 @@ class Planner:
                 return candidate, found
             uniform = self._uniform()
             if uniform is None:
-                self.notes.append(
-                    "the table has no latencies of uniform sparsity, so that nothing was compared with it"
-                )
+                self.notes.append("no uniform sparsity meets the budget, so that nothing was compared with it")
                 return candidate, found
             found.append(measure_additivity(measurement, self.groups, uniform, self.pruning))
         finally:
@@ -330,8 +351,14 @@ class Planner:
         return self.metric if isinstance(self.metric, str) else self.metric.name
 
     def _levels(self) -> Levels:
-        sparsity = 0.5 if self.sparsity is None else self.sparsity
-        return levels_of(self.groups, sparsity, self.pattern, levels=self.levels)
+        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
+
+    def _around(self) -> float:
+        """The sparsity that levels lie around."""
+        if self.limit is not None:
+            return self.limit.around
+        assert self.sparsity is not None
+        return self.sparsity
 
     def _cache(self, batches: list[Batch]) -> PrefixCache:
         return PrefixCache(self.model, batches, enabled=self.prefix_cache and bool(batches))

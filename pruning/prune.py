@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.pruning.batches import Batch, as_batches
-from leanstep.pruning.budgets import Budget
+from leanstep.pruning.budgets import KINDS, Budget
 from leanstep.pruning.corrections import CORRECTIONS
 from leanstep.pruning.curves import Curve
-from leanstep.pruning.groups import make_groups
-from leanstep.pruning.measure import Progress, evaluating
+from leanstep.pruning.groups import Group, make_groups
+from leanstep.pruning.latency import LatencyTable
+from leanstep.pruning.limit import Limit, limit_of
+from leanstep.pruning.measure import Progress, evaluating, levels_of
 from leanstep.pruning.metrics import Metric
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
@@ -45,7 +47,8 @@ def prune(
     curves: Mapping[str, Curve] | None = None,
     correction: str = "none",
     levels: Sequence[float] | None = None,
-    budget: Budget | None = None,
+    budget: Budget | str | None = None,
+    latencies: LatencyTable | None = None,
     at_least: float = 0.0,
     beta: float | None = None,
     score_options: Mapping[str, Any] | None = None,
@@ -64,7 +67,8 @@ def prune(
         model: any module with linear layers, convolutions or transformers' expert weights.
         data: calibration data, see :func:`leanstep.pruning.batches.as_batches`. May be None for ``score="magnitude"``
             with an allocation that measures nothing: ``uniform``, ``global``, ``lamp``, ``erk``.
-        sparsity: fraction of zeros over all pruned matrices, in (0, 1). None with ``budget`` or a fixed pattern.
+        sparsity: fraction of zeros over all pruned matrices, in (0, 1); with the name of a ``budget``, fraction of its
+            cost that is removed. None with a :class:`Budget` or a fixed pattern.
         allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` (other weights make up for the pruned ones) or ``mfac``.
         pattern: ``unstructured``; ``N:8`` (any M): each matrix keeps some n of 8; or a fixed pattern such as ``2:4``.
@@ -79,7 +83,9 @@ def prune(
             ``coefficients``: each curve gets a factor, chosen by search. Of all allocations so found, the one with the
             smallest joint distortion on ``curve_data`` is taken.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
-        budget: another budget than a number of weights, with ``dp``: :class:`leanstep.pruning.Budget`.
+        budget: what is limited instead of weights, with ``dp``: ``flops``, ``bytes`` or ``latency``, of whose cost in
+            the dense matrices ``1 - sparsity`` may be left, or a :class:`leanstep.pruning.Budget` with the most itself.
+        latencies: for ``budget="latency"``: :class:`leanstep.pruning.LatencyTable`; curves are measured at its levels.
         at_least: lowest density of any matrix.
         beta: slope of ``atp``; None: the best of some, by joint distortion on ``curve_data``.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
@@ -111,20 +117,25 @@ def prune(
         pattern=pattern,
         correction=correction,
         budget=budget,
+        latencies=latencies,
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = _fixed_pattern(pattern)
     if fixed is not None:
         sparsity = fixed.sparsity if sparsity is None else sparsity
     batches, aside, measured = _split_data(model, data, held_out, curve_data, batch_size)
-    if budget is not None and budget.kind == "flops":
-        targets = count_uses(model, targets, batches[0])
+    if "flops" in (budget, getattr(budget, "kind", None)):
+        with evaluating(model):
+            targets = count_uses(model, targets, batches[0])
     groups = make_groups(targets, granularity if allocation == "dp" else "matrix")
+    if latencies is not None and levels is None and pattern == "unstructured":
+        levels = latencies.levels[1:]
+    limit = _limit(budget, groups, sparsity, latencies, pattern, levels)
     planner = Planner(
         model=model,
         groups=groups,
-        sparsity=sparsity,
-        budget=budget,
+        sparsity=sparsity if limit is None else None,
+        limit=limit,
         score=score,
         pattern=pattern,
         metric=metric,
@@ -150,7 +161,8 @@ def check_choices(
     score: str = "wanda",
     pattern: str = "unstructured",
     correction: str = "none",
-    budget: Budget | None = None,
+    budget: Budget | str | None = None,
+    latencies: LatencyTable | None = None,
     **others: Any,
 ) -> None:
     """Refuse settings of :func:`prune` that are none or do not go together, before anything is loaded."""
@@ -173,12 +185,13 @@ def check_choices(
             raise ValueError(
                 f"pattern {pattern} is the same for every matrix, which leaves {allocation!r} nothing to allocate"
             )
-    elif (sparsity is None) == (budget is None):
-        raise ValueError("expected either sparsity, such as 0.6, or a budget")
+        if budget not in (None, "params"):
+            raise ValueError(f"pattern {pattern} is the same for every matrix, whatever the budget; leave that out")
+    elif (sparsity is None) == (budget is None or isinstance(budget, str)):
+        raise ValueError("expected a sparsity, such as 0.6, alone or with the name of a budget; or a Budget alone")
     if sparsity is not None and not 0 < sparsity < 1:
         raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
-    if budget is not None and allocation != "dp":
-        raise ValueError(f"a budget other than a sparsity needs allocation='dp', got {allocation!r}")
+    _check_budget(budget, latencies, allocation)
     if correction != "none" and allocation != "dp":
         raise ValueError(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
@@ -189,6 +202,32 @@ def check_choices(
             f"of "
             "uniform, global, lamp, erk"
         )
+
+
+def _check_budget(budget: Budget | str | None, latencies: LatencyTable | None, allocation: str) -> None:
+    if isinstance(budget, str) and budget not in KINDS:
+        raise ValueError(f"budget must be one of {', '.join(KINDS)}, or a Budget; got {budget!r}")
+    if budget not in (None, "params") and allocation != "dp":
+        raise ValueError(f"a budget other than a number of weights needs allocation='dp', got {allocation!r}")
+    if (budget == "latency") != (latencies is not None):
+        raise ValueError("budget='latency' goes with a table of latencies, and no other budget does")
+
+
+def _limit(
+    budget: Budget | str | None,
+    groups: Sequence[Group],
+    sparsity: float | None,
+    latencies: LatencyTable | None,
+    pattern: str,
+    levels: Sequence[float] | None,
+) -> Limit | None:
+    """What the groups may cost; None where that is a number of weights by their sparsity."""
+    if budget is None or budget == "params":
+        return None
+    kept: dict[str, Sequence[int]] = {}
+    if "latency" in (budget, getattr(budget, "kind", None)):
+        kept = {name: counts for name, (counts, _) in levels_of(groups, 0.5, pattern, levels=levels).items()}
+    return limit_of(budget, groups, sparsity, latencies, kept)
 
 
 def _fixed_pattern(pattern: str) -> NM | None:

@@ -12,6 +12,7 @@ from typing import Any
 from leanstep._charts import PALETTE, Series, chart, compact
 from leanstep._page import style
 from leanstep._version import __version__
+from leanstep.pruning.budgets import UNITS
 
 __all__ = ["report_page"]
 
@@ -76,6 +77,10 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 def _tiles(content: Mapping[str, Any]) -> str:
     shown = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
+    budget = content.get("budget") or {}
+    if budget:
+        note = f"of {compact(budget['before'])} before; the budget: {compact(budget['target'])} at most"
+        shown.append((UNITS[budget["kind"]].capitalize(), compact(budget["after"]), note))
     perplexity = content.get("perplexity") or {}
     for name, label in (("before", "Perplexity before"), ("after", "Perplexity after")):
         if perplexity.get(name) is not None:

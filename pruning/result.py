@@ -29,6 +29,8 @@ class PruneResult:
         compared: cost of every allocation that was tried, the applied one included.
         notes: what a reader should know, in sentences.
         data: hash of the calibration data.
+        budget: what was limited: its ``kind``, the ``target`` at most, and what the ``dense`` matrices, the model
+            ``before`` and the model ``after`` cost, in weights, operations per sample, bytes or seconds.
         perplexity: ``before`` and ``after`` on held-out sequences, and the number of ``tokens`` predicted; empty where
             it was not measured.
     """
@@ -44,6 +46,7 @@ class PruneResult:
     compared: list[Additivity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: str = ""
+    budget: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,6 +82,7 @@ class PruneResult:
         allocation["front"] = allocation["front"][::step]
         return {
             "sparsity": self.sparsity,
+            "budget": self.budget,
             "allocation": allocation,
             "score": self.score,
             "pattern": self.pattern,

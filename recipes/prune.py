@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
     add("--out", required=True, metavar="DIR", help="the folder to be made")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
+    add(
+        "--budget",
+        default="params",
+        choices=("params", "flops", "bytes", "latency"),
+        help="what --sparsity is the fraction to remove of: weights (default), operations, bytes stored, or seconds",
+    )
+    add("--latency-table", metavar="FILE", help="JSON or CSV: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
     add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: some n of 8 each; or 2:4 for all")
@@ -107,8 +114,11 @@ def _levels(text: str) -> tuple[float, ...]:
 
 
 def _prune(options: argparse.Namespace) -> "PruneResult":
-    from leanstep.pruning import prune_checkpoint
+    from leanstep.pruning import LatencyTable, prune_checkpoint
 
+    if (options.budget == "latency") != (options.latency_table is not None):
+        raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
+    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
     with _Bar() as bar:
         return prune_checkpoint(
             options.checkpoint,
@@ -119,6 +129,8 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             device=options.device,
             progress=bar,
             sparsity=options.sparsity,
+            budget=options.budget,
+            latencies=latencies,
             allocation=options.allocation,
             score=options.score,
             pattern=options.pattern,
@@ -219,9 +231,22 @@ class _Bar:
         self._live.update(self._task, completed=done, total=total, description=name)
 
 
+def _spent(budget: dict[str, Any]) -> str:
+    from leanstep.pruning.budgets import UNITS
+
+    before, after, dense = budget["before"], budget["after"], budget["dense"]
+    removed, wanted = 1 - after / dense, 1 - budget["target"] / dense
+    return (
+        f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
+        f"{wanted:.4f} asked for"
+    )
+
+
 def _summary(result: "PruneResult", out: str) -> str:
     lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
     lines.append(f"allocation     {result.allocation.method}, score {result.score}, pattern {result.pattern}")
+    if result.budget["kind"] != "params":
+        lines.append(f"budget         {_spent(result.budget)}")
     if result.allocation.predicted is not None:
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
     for one in result.compared:

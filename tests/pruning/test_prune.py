@@ -232,7 +232,7 @@ def test_without_data_only_what_needs_none():
 
 
 BAD = {
-    "no target": ({"sparsity": None}, "expected either sparsity"),
+    "no target": ({"sparsity": None}, "expected a sparsity, such as 0.6, alone"),
     "all of it": ({"sparsity": 1.0}, "must lie between 0 and 1"),
     "percent": ({"sparsity": 60}, "must lie between 0 and 1"),
     "allocation": ({"allocation": "best"}, "allocation must be one of dp, uniform"),
