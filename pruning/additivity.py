@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from leanstep.pruning.allocation import Allocation
 from leanstep.pruning.groups import Group
-from leanstep.pruning.measure import Measurement, Pruning, evaluating, kept_weights, prune_group
+from leanstep.pruning.measure import Measurement, evaluating
 from leanstep.pruning.metrics import Distortion
+from leanstep.pruning.originals import Originals
+from leanstep.pruning.pruners import Pruning, prune_group
 
 __all__ = ["Additivity", "apply_allocation", "chosen_levels", "joint_of", "measure_additivity"]
 
@@ -69,29 +72,45 @@ def apply_allocation(
             for group in members:
                 for target, weight in prune_group(group, pruners, *chosen[group.name]):
                     target.weight.copy_(weight)
+                pruners.release(group)
     pruning.cache.reset()
 
 
 def joint_of(
-    measurement: Measurement, groups: Sequence[Group], chosen: Mapping[str, tuple[int, str]], pruning: Pruning
+    measurement: Measurement,
+    groups: Sequence[Group],
+    chosen: Mapping[str, tuple[int, str]],
+    pruning: Pruning,
+    originals: Originals | None = None,
+    *,
+    stay: bool = False,
 ) -> Distortion:
-    """Distortion of an allocation; the weights are those of before afterwards."""
-    with evaluating(measurement.model), kept_weights([target for group in groups for target in group.targets]):
+    """Distortion of an allocation; the weights are those of before afterwards, or with ``stay`` the pruned ones."""
+    if originals is None:
+        originals = Originals([target for group in groups for target in group.targets])
+    originals.before_changes()
+    with evaluating(measurement.model), nullcontext() if stay else originals.kept():
         apply_allocation(groups, chosen, pruning)
         return measurement.joint()
 
 
 def measure_additivity(
-    measurement: Measurement, groups: Sequence[Group], allocation: Allocation, pruning: Pruning
+    measurement: Measurement,
+    groups: Sequence[Group],
+    allocation: Allocation,
+    pruning: Pruning,
+    originals: Originals | None = None,
+    *,
+    stay: bool = False,
 ) -> Additivity:
-    """Joint and summed distortion of an allocation on the measurement's data; the weights are kept.
+    """Joint and summed distortion of an allocation on the measurement's data.
 
     One matrix alone is pruned with the statistics of the dense model, all together with those of
-    :func:`apply_allocation`.
+    :func:`apply_allocation`. The weights are kept, or with ``stay`` the model is pruned so afterwards.
     """
     chosen = chosen_levels(allocation, groups)
     with evaluating(measurement.model):
         alone = measurement.singles(groups, chosen, pruning)
-    joint = joint_of(measurement, groups, chosen, pruning)
+    joint = joint_of(measurement, groups, chosen, pruning, originals, stay=stay)
     summed = sum(point.mean for point in alone.values())
     return Additivity(allocation.method, joint.mean, joint.stderr, summed)

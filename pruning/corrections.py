@@ -10,8 +10,10 @@ import torch
 from leanstep.pruning.allocation import Allocation
 from leanstep.pruning.curves import Curve
 from leanstep.pruning.groups import Group
-from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, evaluating, kept_weights, prune_group
+from leanstep.pruning.measure import Levels, Measurement, Progress, evaluating
+from leanstep.pruning.originals import Originals
 from leanstep.pruning.partial import PartialCurves
+from leanstep.pruning.pruners import Pruning, prune_group
 
 __all__ = ["CORRECTIONS", "relinearised_curves", "tuned_coefficients"]
 
@@ -28,29 +30,30 @@ def relinearised_curves(
     partial: PartialCurves | None = None,
     label: str = "",
     progress: Progress | None = None,
+    originals: Originals | None = None,
 ) -> dict[str, Curve]:
     """Curves around a model that is pruned already: ``D_g(k) = D(g at k, the others as around) - D(g dense, others
     so)``.
 
     A sum of such curves is right to first order around that allocation, where the sum of :func:`measure_curves` is
     right around the dense model. Masks are those of the dense model's statistics. Costs as many passes, and memory for
-    one copy of the matrices and their scores.
+    one copy of the matrices and what their pruners keep.
 
     Args:
         measurement: with the dense model's outputs as reference; the model has its dense weights now.
         levels: as of :func:`leanstep.pruning.measure.levels_of`.
         around: level of every group: kept weights and an N:M pattern or "".
+        originals: how the weights are put back; None: from a copy.
         label: what the points are called in ``partial``, in front of the group's name.
     """
     total = sum(len(levels[group.name][0]) for group in groups)
     done = 0
-    targets = [target for group in groups for target in group.targets]
     found: dict[str, Curve] = {}
     points = {} if partial is None else partial.points
-    with evaluating(measurement.model), kept_weights(targets):
+    originals = originals or Originals([target for group in groups for target in group.targets])
+    with evaluating(measurement.model), originals.kept():
         pruning.cache.reset()
-        pruners = pruning.pruners(groups)
-        dense = {target.name: target.weight.clone() for target in targets}
+        pruners = pruning.pruners(groups)  # each is made of the dense weights, before its group is pruned
         for group in groups:
             for target, weight in prune_group(group, pruners, *around[group.name]):
                 target.weight.copy_(weight)
@@ -63,7 +66,7 @@ def relinearised_curves(
                     point = points.get((label + group.name, count))
                     if point is None:
                         if k == 0:
-                            changed = [(target, dense[target.name]) for target in group.targets]
+                            changed = [(target, pruners[target.name].given) for target in group.targets]
                         else:
                             changed = prune_group(group, pruners, count, patterns[k] if patterns else "")
                         point = measurement.measure(changed)
@@ -73,6 +76,7 @@ def relinearised_curves(
                     done += 1
                     if progress is not None:
                         progress(done, total, group.name)
+                pruners.release(group)
                 found[group.name] = Curve(
                     name=group.name,
                     numel=group.layer.numel,

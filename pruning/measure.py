@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leanstep.pruning.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.calibration import statistics_for
 from leanstep.pruning.curves import Curve, level_grid, nm_levels
-from leanstep.pruning.groups import Group, make_groups, split_kept
+from leanstep.pruning.groups import Group, make_groups
 from leanstep.pruning.metrics import (
     LOCAL_METRICS,
     Distortion,
@@ -28,8 +28,7 @@ from leanstep.pruning.metrics import (
 )
 from leanstep.pruning.partial import PartialCurves
 from leanstep.pruning.prefix import PrefixCache
-from leanstep.pruning.pruner import LayerPruner
-from leanstep.pruning.scores import layer_pruner
+from leanstep.pruning.pruners import Pruners, Pruning, prune_group
 from leanstep.pruning.statistics import NEEDS, LayerStatistics
 from leanstep.pruning.targets import Target, find_targets
 
@@ -211,41 +210,6 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Pruning:
-    """How weights are chosen inside a matrix: a score, and the data that its statistics come from.
-
-    Args:
-        cache: the model on the calibration data. It is moved on by :meth:`pruners`, with the weights of that moment.
-        score, options: see :func:`leanstep.pruning.layer_pruner`.
-    """
-
-    def __init__(self, cache: PrefixCache, score: str, options: Mapping[str, Any] | None = None) -> None:
-        self.cache, self.score, self.options = cache, score, dict(options or {})
-
-    def pruners(self, groups: Sequence[Group], start: int = 0) -> dict[str, LayerPruner]:
-        """One pruner per matrix, of the weights as they are now; made with one pass over the data from ``start`` on."""
-        targets = [target for group in groups for target in group.targets]
-        if NEEDS[self.score] and start in self.cache.starts:
-            self.cache.advance(start)
-        statistics = statistics_for(self.cache, targets, NEEDS[self.score])
-        return {target.name: self.pruner(target, statistics[target.name]) for target in targets}
-
-    def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
-        """The pruner of one matrix."""
-        spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
-        return layer_pruner(target.weight.clone(), self.score, statistics, spacing=spacing, **self.options)
-
-
-def prune_group(
-    group: Group, pruners: Mapping[str, LayerPruner], kept: int, pattern: str = ""
-) -> list[tuple[Target, Tensor]]:
-    """The matrices of a group at a level, not written yet."""
-    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))
-    return [
-        (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
-    ]
-
-
 class Measurement:
     """A model, data, and the dense model's outputs on them, against which changed weights are measured.
 
@@ -318,7 +282,7 @@ class Measurement:
         points = {} if partial is None else partial.points
         for start, members in self.by_start(groups):
             missing = [g for g in members if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
-            pruners = {}
+            pruners = Pruners(pruning, (), {})
             if missing:
                 self._enter(start, base)
                 pruners = pruning.pruners(missing, start)
@@ -331,6 +295,7 @@ class Measurement:
                         partial.add(group.name, count, point)
                     if progress is not None:
                         progress(done + len(measured), total, group.name)
+                pruners.release(group)
                 done += len(kept) - 1
                 found[group.name] = _curve(group, levels[group.name], measured, self.metric.name, base)
         self.cache.reset()
@@ -347,6 +312,7 @@ class Measurement:
             pruners = pruning.pruners(members, start)
             for group in members:
                 found[group.name] = self.measure(prune_group(group, pruners, *chosen[group.name]))
+                pruners.release(group)
         self.cache.reset()
         pruning.cache.reset()
         return {group.name: found[group.name] for group in groups}
@@ -386,7 +352,7 @@ class Measurement:
     def _levels(
         self,
         group: Group,
-        pruners: Mapping[str, LayerPruner],
+        pruners: Pruners,
         levels: tuple[tuple[int, ...], tuple[str, ...]],
         measured: Mapping[int, Distortion],
     ) -> Iterator[tuple[int, Distortion]]:

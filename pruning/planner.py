@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
 from leanstep.pruning.allocation import Allocation, allocate, snap
@@ -20,9 +20,11 @@ from leanstep.pruning.groups import Group
 from leanstep.pruning.knapsack import InfeasibleBudget
 from leanstep.pruning.layers import Layer
 from leanstep.pruning.limit import Limit
-from leanstep.pruning.measure import Levels, Measurement, Progress, Pruning, levels_of, measure_curves
+from leanstep.pruning.measure import Levels, Measurement, Progress, levels_of, measure_curves
 from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
+from leanstep.pruning.originals import Originals
 from leanstep.pruning.prefix import PrefixCache
+from leanstep.pruning.pruners import Pruning
 from leanstep.pruning.result import PruneResult
 from leanstep.sparsity import NM
 
@@ -56,6 +58,7 @@ class Planner:
     progress: Progress | None
     levels: Sequence[float] | None
     resume: str | Path | None
+    originals: Originals
     notes: list[str] = field(default_factory=list)
 
     def run(
@@ -75,9 +78,8 @@ class Planner:
             candidate = self._by_curves(found, correction)
         else:
             candidate = self._baseline(method, beta)
-        allocation, compared = self._compare(candidate)
+        allocation, compared = self._compare_and_prune(candidate)
         chosen = chosen_levels(allocation, self.groups)
-        apply_allocation(self.groups, chosen, self.pruning)
         return PruneResult(
             allocation=allocation,
             score=self.score,
@@ -198,6 +200,7 @@ class Planner:
                 chosen_levels(around, self.groups),
                 self.pruning,
                 progress=self.progress,
+                originals=self.originals,
             )
             around = self._solve(curves)
             joint = self._joint(measurement, around)
@@ -209,10 +212,9 @@ class Planner:
     def _baseline(self, method: str, beta: float | None) -> Allocation:
         more: dict[str, Any] = {}
         if method == "global":
-            pruners = self.pruning.pruners(self.groups)
-            more["scores"] = {group.name: pruners[group.name].scores for group in self.groups}
+            more["scores"] = self._scores()
         elif method == "lamp":
-            more["scores"] = {group.name: group.targets[0].weight.abs().float() for group in self.groups}
+            more["scores"] = {group.name: group.targets[0].weight for group in self.groups}  # it squares them
         elif method == "owl":
             more["outliers"] = self._outliers()
         elif method == "atp":
@@ -221,15 +223,29 @@ class Planner:
             more["beta"] = beta
         return self._allocate(method, **more)
 
+    def _scores(self) -> dict[str, Tensor]:
+        """The scores of all matrices, and nothing else of their pruners."""
+        pruners = self.pruning.pruners(self.groups)
+        found = {}
+        for group in self.groups:
+            found[group.name] = pruners[group.name].scores
+            pruners.release(group)
+        return found
+
     def _outliers(self) -> dict[str, float]:
         """Percent of its block's Wanda scores that are outliers, by layer; one without a block is one by itself."""
         pruners = Pruning(self.pruning.cache, "wanda").pruners(self.groups)
-        blocks: dict[int | str, list[str]] = {}
+        blocks: dict[int | str, list[Group]] = {}
         for group in self.groups:
             block = group.name if group.layer.block is None else group.layer.block
-            blocks.setdefault(block, []).append(group.name)
-        ratios = {block: outlier_ratio([pruners[name].scores for name in names]) for block, names in blocks.items()}
-        return {name: ratios[block] for block, names in blocks.items() for name in names}
+            blocks.setdefault(block, []).append(group)
+        ratios = {}
+        for members in blocks.values():
+            ratio = outlier_ratio([pruners[group.name].scores for group in members])
+            for group in members:
+                ratios[group.name] = ratio
+                pruners.release(group)
+        return ratios
 
     def _best_slope(self) -> Allocation:
         """ATP's slope by trial, on the data that curves are measured on."""
@@ -295,34 +311,44 @@ class Planner:
 
     # -- what it costs ----------------------------------------------------------------------------------------------
 
-    def _compare(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
-        """Measure on held-out data; an allocation by curves that is not better than uniform gives way to it."""
+    def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Prune, and measure on held-out data; an allocation by curves that is not better than uniform gives way to it.
+
+        The candidate comes last and stays: what is measured is not pruned again.
+        """
         if not self.held_out:
             self.notes.append("there was no held-out data, so what the pruning costs was not measured")
+            self._apply(candidate)
             return candidate, []
+        uniform = self._uniform() if candidate.method == "dp" else None
+        if candidate.method == "dp" and uniform is None:
+            self.notes.append("no uniform sparsity meets the budget, so that nothing was compared with it")
         measurement = self._measurement(self.held_out)
         try:
-            found = [measure_additivity(measurement, self.groups, candidate, self.pruning)]
-            if candidate.method != "dp":
-                return candidate, found
-            uniform = self._uniform()
-            if uniform is None:
-                self.notes.append("no uniform sparsity meets the budget, so that nothing was compared with it")
-                return candidate, found
-            found.append(measure_additivity(measurement, self.groups, uniform, self.pruning))
+            evenly = None if uniform is None else self._additivity(measurement, uniform, stay=False)
+            own = self._additivity(measurement, candidate, stay=True)
         finally:
             measurement.close()
-        by_curves, evenly = found
-        if by_curves.joint < evenly.joint:
-            self._note_ratio(by_curves)
-            return candidate, found
+        if uniform is None or evenly is None:
+            return candidate, [own]
+        if own.joint < evenly.joint:
+            self._note_ratio(own)
+            return candidate, [own, evenly]
         self.notes.append(
-            f"the allocation by dynamic programming costs {by_curves.joint:.4g} on held-out data, uniform sparsity "
-            f"{evenly.joint:.4g}: the model was pruned uniformly. Distortions add up to {1 / by_curves.ratio:.2f} of "
-            f"what "
+            f"the allocation by dynamic programming costs {own.joint:.4g} on held-out data, uniform sparsity "
+            f"{evenly.joint:.4g}: the model was pruned uniformly. Distortions add up to {1 / own.ratio:.2f} of what "
             "they are together"
         )
-        return uniform, found
+        self.originals.restore()
+        self._apply(uniform)
+        return uniform, [own, evenly]
+
+    def _apply(self, allocation: Allocation) -> None:
+        self.originals.before_changes()
+        apply_allocation(self.groups, chosen_levels(allocation, self.groups), self.pruning)
+
+    def _additivity(self, measurement: Measurement, allocation: Allocation, *, stay: bool) -> Additivity:
+        return measure_additivity(measurement, self.groups, allocation, self.pruning, self.originals, stay=stay)
 
     def _note_ratio(self, one: Additivity) -> None:
         """Say so where the sum that was minimized is not near what it stands for."""
@@ -336,7 +362,8 @@ class Planner:
         )
 
     def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
-        return joint_of(measurement, self.groups, chosen_levels(allocation, self.groups), self.pruning).mean
+        chosen = chosen_levels(allocation, self.groups)
+        return joint_of(measurement, self.groups, chosen, self.pruning, self.originals).mean
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
         metric = self.metric

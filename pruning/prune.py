@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leanstep.pruning.batches import Batch, as_batches
@@ -19,10 +17,11 @@ from leanstep.pruning.latency import LatencyTable
 from leanstep.pruning.limit import Limit, limit_of
 from leanstep.pruning.measure import Progress, evaluating, levels_of
 from leanstep.pruning.metrics import Metric
+from leanstep.pruning.originals import Originals, Stored
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.statistics import NEEDS
-from leanstep.pruning.targets import Target, count_uses, find_targets
+from leanstep.pruning.targets import count_uses, find_targets
 from leanstep.sparsity import NM
 
 __all__ = ["ALLOCATIONS", "check_choices", "prune"]
@@ -56,6 +55,7 @@ def prune(
     prefix_cache: bool = True,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    stored: Stored | None = None,
 ) -> PruneResult:
     """Prune a model in place: each matrix as far as the allocation says, and no weight that was zero comes back.
 
@@ -90,6 +90,8 @@ def prune(
         beta: slope of ``atp``; None: the best of some, by joint distortion on ``curve_data``.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         batch_size, prefix_cache, resume, progress: see :func:`measure_curves`.
+        stored: gives the values of a parameter by its name, as they are before, where they lie elsewhere: they are read
+            again when they are needed, instead of copied. None: nothing does.
 
     Returns:
         :class:`PruneResult`.
@@ -99,12 +101,13 @@ def prune(
             range that can). The model is unchanged after any error.
 
     Notes:
-        Memory besides the model: a copy of the pruned matrices, the scores of one block (of all for ``global``), and
-            what
-        :func:`measure_curves` takes. The masks are chosen from the first block to the last, on inputs that earlier,
-        already pruned blocks give. Whole heads and channels are not pruned here: transformers has one width for all
-        layers of a model, so that the result would open nowhere. Unstructured zeros make a model neither smaller nor
-        faster in PyTorch.
+        Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
+        what one matrix takes to be pruned (the scores of all with ``global``; with ``correction="relinearise"``, of
+        all what one matrix takes), and what :func:`measure_curves` takes.
+
+        The masks are chosen from the first block to the last, on inputs that earlier, already pruned blocks give. Whole
+        heads and channels are not pruned here: transformers has one width for all layers of a model, so that the result
+        would open nowhere. Unstructured zeros make a model neither smaller nor faster in PyTorch.
 
     References:
         K. Xu et al., arXiv 2308.10438; for the baselines see :func:`allocate`.
@@ -148,8 +151,9 @@ def prune(
         progress=progress,
         levels=levels,
         resume=resume,
+        originals=Originals(targets, stored),
     )
-    with _unchanged_on_error(targets), evaluating(model):
+    with planner.originals.kept_on_error(), evaluating(model):
         return planner.run(allocation, correction, beta, curves, fixed)
 
 
@@ -263,15 +267,3 @@ def _split_data(
         batches if curve_data is None else as_batches(curve_data, model, batch_size=batch_size, what="curve_data")
     )
     return batches, aside, measured
-
-
-@contextmanager
-def _unchanged_on_error(targets: Sequence[Target]) -> Iterator[None]:
-    saved = [target.weight.clone() for target in targets]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for target, weight in zip(targets, saved, strict=True):
-                target.weight.copy_(weight)
-        raise

@@ -102,8 +102,10 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     factor, info = torch.linalg.cholesky_ex(matrix)
+    del matrix, diagonal  # 8 in^2 bytes each, and there are wide layers
     if not int(info):
-        factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        factor = torch.cholesky_inverse(factor)
+        factor, info = torch.linalg.cholesky_ex(factor, upper=True)
     if int(info):
         raise ValueError(
             f"SparseGPT: x x^T with a damping of {damping:g} of its mean diagonal is not positive definite in float64; "

@@ -10,7 +10,7 @@ import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
 from torch import nn
 
-from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
+from leanstep.pruning import Budget, InfeasibleBudget, additivity, find_targets, measure_curves, planner, prune
 from leanstep.pruning.additivity import Additivity
 from leanstep.pruning.batches import as_batches
 from leanstep.pruning.measure import weights_hash
@@ -268,16 +268,41 @@ def test_a_target_out_of_reach_is_told_with_the_range():
     assert refused.value.lowest == refused.value.highest / 4
 
 
-def test_an_error_on_the_way_puts_the_weights_back(monkeypatch):
+@pytest.mark.parametrize("place, held_out", [(planner, False), (additivity, tokens(2, seed=1))])
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_error_on_the_way_puts_the_weights_back(place, held_out, stored, monkeypatch):
     model = make_llama(1)
     before = weights_hash(model)
-    apply = planner.apply_allocation
+    elsewhere = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply = place.apply_allocation
 
     def failing(*args, **options):
         apply(*args, **options)
         raise MemoryError
 
-    monkeypatch.setattr(planner, "apply_allocation", failing)
+    monkeypatch.setattr(place, "apply_allocation", failing)
+    more = {"stored": elsewhere.get} if stored else {}
     with pytest.raises(MemoryError):
-        prune(model, tokens(6), sparsity=0.5, allocation="uniform")
+        prune(model, tokens(6), sparsity=0.5, allocation="uniform", held_out=held_out, **more)
     assert weights_hash(model) == before
+
+
+@pytest.mark.parametrize("correction", ["none", "relinearise"])
+def test_what_is_stored_elsewhere_is_read_again_to_the_same_end(correction):
+    asked = []
+    model, other = make_mixtral(), make_mixtral()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = find_targets(model)[0].parameter
+    dense[name][0, 0] += 1  # not what the model has: it is not read, but copied
+
+    def stored(parameter):
+        asked.append(parameter)
+        return dense.get(parameter)
+
+    settings = {"sparsity": 0.5, "levels": (0.4, 0.6), "correction": correction}
+    found = prune(model, tokens(6), stored=stored, **settings)
+    expected = prune(other, tokens(6), **settings)
+    assert found.to_dict() == expected.to_dict()
+    assert weights_hash(model) == weights_hash(other)
+    assert asked.count(name) == 1 and set(asked) == {target.parameter for target in find_targets(model)}
+    assert len(asked) >= 2 * len(set(asked)) - 1
