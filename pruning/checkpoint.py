@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Checkpoint", "checkpoint_values", "load_model", "open_checkpoint", "write_weights"]
+__all__ = ["Checkpoint", "checkpoint_values", "load_model", "open_checkpoint", "stored_parameters", "write_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -59,6 +59,11 @@ class Checkpoint:
             return _load_bin(path), {}
         with safe_open(path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in self.files[file]}, dict(opened.metadata() or {})
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        """One tensor of a safetensors file, mapped and not read until it is looked at."""
+        with safe_open(self.folder / file, framework="pt") as opened:
+            return opened.get_tensor(name)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -251,11 +256,30 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     return {name: tensor for name, tensor in values.items() if name in names}
 
 
+def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], Tensor | None]:
+    """From a parameter's name to its values in the checkpoint's files; None for those that transformers made of several
+    tensors, or that no safetensors file holds.
+    """
+    files = {name: file for file, names in checkpoint.files.items() for name in names}
+    # an expert begins where the parameter of all experts does, but has another shape
+    named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
+    places = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
+
+    def stored(parameter: str) -> Tensor | None:
+        name = places.get(parameter)
+        if name is None or not files[name].endswith(".safetensors"):
+            return None
+        return checkpoint.tensor(files[name], name)
+
+    return stored
+
+
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
     """Write the checkpoint's files into a folder with the tensors of ``values`` where they differ from the stored ones.
 
     Files, names, dtypes, metadata and everything that is not changed stay as they are; files of ``torch.save`` become
-    safetensors of the corresponding name. One file is in memory at a time.
+    safetensors of the corresponding name. A safetensors file is copied, and what is changed is written into the copy,
+    one tensor in memory at a time; of files of ``torch.save``, a file at a time.
 
     Returns:
         name -> fraction of zeros, of the tensors that were changed.
@@ -264,6 +288,9 @@ def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: 
     renamed = {file: _safetensors_name(file) for file in checkpoint.files}
     aliases: set[str] = set()
     for file in checkpoint.files:
+        if _has_format(checkpoint.folder / file):
+            changed |= _copy_changed(checkpoint, file, values, folder / file)
+            continue
         tensors, metadata = checkpoint.read(file)
         for name, stored in tensors.items():
             value = values.get(name)
@@ -283,6 +310,33 @@ def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: 
         old = content["weight_map"]
         content["weight_map"] = {name: renamed[file] for name, file in old.items() if name not in aliases}
         (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return changed
+
+
+def _has_format(path: Path) -> bool:
+    """Whether a file is one of safetensors that says, as transformers asks for, that torch wrote it."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, framework="pt") as opened:
+        return (opened.metadata() or {}).get("format") == "pt"
+
+
+def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor], to: Path) -> dict[str, float]:
+    """Copy a safetensors file and write the tensors that are changed over the old ones; see :func:`write_weights`."""
+    changed: dict[str, float] = {}
+    shutil.copyfile(checkpoint.folder / file, to)
+    with to.open("r+b") as copy:
+        length = int.from_bytes(copy.read(8), "little")
+        header = json.loads(copy.read(length))
+        for name in checkpoint.files[file]:
+            stored, value = checkpoint.tensor(file, name), values.get(name)
+            if value is None or value.shape != stored.shape:
+                continue
+            merged = _merge(stored, value.detach().cpu())
+            if merged is not stored:
+                copy.seek(8 + length + header[name]["data_offsets"][0])
+                copy.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                changed[name] = float((merged == 0).double().mean())
     return changed
 
 

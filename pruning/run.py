@@ -20,6 +20,7 @@ from leanstep.pruning.checkpoint import (
     copy_others,
     load_model,
     open_checkpoint,
+    stored_parameters,
     write_weights,
 )
 from leanstep.pruning.measure import Progress, evaluating
@@ -96,7 +97,9 @@ def prune_checkpoint(
         OSError: the disk is full. Whatever is raised, ``source`` is untouched and ``out`` is not there.
 
     Notes:
-        Memory: the model, what :func:`prune` takes, and one weight file while writing.
+        Memory: the model, whose weights are mapped from the files until they are pruned, and what :func:`prune` takes
+        without a copy of anything: the dense weights are read again from the files. Files of ``torch.save`` are copied
+        in memory, and so are weights that transformers fuses or renames in loading, as experts.
     """
     check_choices(data=data, **settings)
     try:
@@ -128,7 +131,8 @@ def prune_checkpoint(
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
         perplexity["before"], perplexity["tokens"] = _perplexity(model, held_out)
-    result = prune(model, data, held_out=held_out, resume=partial, progress=progress, **settings)
+    stored = stored_parameters(checkpoint, model)
+    result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
     if evaluate:
         perplexity["after"], _ = _perplexity(model, held_out)
         result.perplexity = perplexity

@@ -13,7 +13,14 @@ from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_v
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leanstep.pruning.checkpoint import checkpoint_values, copy_others, load_model, open_checkpoint, write_weights
+from leanstep.pruning.checkpoint import (
+    checkpoint_values,
+    copy_others,
+    load_model,
+    open_checkpoint,
+    stored_parameters,
+    write_weights,
+)
 from leanstep.pruning.output import check_output, new_folder
 from leanstep.pruning.targets import find_targets
 
@@ -184,14 +191,50 @@ def test_an_output_that_exists_or_has_no_place_is_refused(tmp_path):
         check_output(tmp_path / "out", 10**18)
 
 
-def test_a_disk_that_fills_leaves_nothing(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_file_that_is_copied_and_changed_is_the_file_that_would_be_written(kind, tmp_path, monkeypatch):
     from leanstep.pruning import checkpoint as module
 
-    def full(tensors, path, metadata=None):
+    MAKERS[kind]().to(torch.bfloat16).save_pretrained(tmp_path / "in", max_shard_size="12KB")
+    rewrite(tmp_path / "in", tmp_path / "copied")
+    monkeypatch.setattr(module, "_has_format", lambda path: False)
+    rewrite(tmp_path / "in", tmp_path / "written")
+    for file in (tmp_path / "in").iterdir():
+        assert (tmp_path / "copied" / file.name).read_bytes() == (tmp_path / "written" / file.name).read_bytes()
+
+
+def test_stored_parameters_are_those_of_the_files_under_their_own_names(tmp_path):
+    save_model(make_llama(), tmp_path / "llama", max_shard_size="12KB")
+    checkpoint = open_checkpoint(tmp_path / "llama")
+    model = load_model(checkpoint)
+    stored = stored_parameters(checkpoint, model)
+    prune_half(model)
+    for name, parameter in make_llama().named_parameters():
+        assert torch.equal(stored(name), parameter)
+    assert stored("no.such.weight") is None
+    # experts are several tensors in the files and one in the model
+    MAKERS["mixtral"]().save_pretrained(tmp_path / "mixtral")
+    checkpoint = open_checkpoint(tmp_path / "mixtral")
+    model = load_model(checkpoint)
+    stored = stored_parameters(checkpoint, model)
+    for name, parameter in model.named_parameters():
+        value = stored(name)
+        assert value is None if "experts" in name else torch.equal(value, parameter)
+
+
+@pytest.mark.parametrize("writer", ["copied", "written"])
+def test_a_disk_that_fills_leaves_nothing(writer, saved, tmp_path, monkeypatch):
+    from leanstep.pruning import checkpoint as module
+
+    def full(source, path, **options):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(module, "save_file", full)
+    if writer == "copied":
+        monkeypatch.setattr(module.shutil, "copyfile", full)
+    else:
+        monkeypatch.setattr(module, "_has_format", lambda path: False)
+        monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(OSError, match="the disk is full. Nothing of it was kept"):
         rewrite(saved, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -169,7 +169,7 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(checkpoint.shutil, "copyfile", full)
         assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
