@@ -24,7 +24,7 @@ from leanstep.pruning.measure import Levels, Measurement, Progress, levels_of, m
 from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
 from leanstep.pruning.originals import Originals
 from leanstep.pruning.prefix import PrefixCache
-from leanstep.pruning.pruners import Pruning
+from leanstep.pruning.pruners import Pruning, Scores
 from leanstep.pruning.result import PruneResult
 from leanstep.sparsity import NM
 
@@ -223,9 +223,11 @@ class Planner:
             more["beta"] = beta
         return self._allocate(method, **more)
 
-    def _scores(self) -> dict[str, Tensor]:
-        """The scores of all matrices, and nothing else of their pruners."""
+    def _scores(self) -> Mapping[str, Tensor]:
+        """The scores of all matrices, and nothing else of their pruners; those that take a product, only when asked."""
         pruners = self.pruning.pruners(self.groups)
+        if self.score in ("magnitude", "wanda"):
+            return Scores(pruners)
         found = {}
         for group in self.groups:
             found[group.name] = pruners[group.name].scores

@@ -102,8 +102,8 @@ def prune(
 
     Notes:
         Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
-        what one matrix takes to be pruned (the scores of all with ``global``; with ``correction="relinearise"``, of
-        all what one matrix takes), and what :func:`measure_curves` takes.
+        what one matrix takes to be pruned, and what :func:`measure_curves` takes. With ``global`` on SparseGPT or M-FAC
+        also the scores of all, with ``correction="relinearise"`` of all what one takes.
 
         The masks are chosen from the first block to the last, on inputs that earlier, already pruned blocks give. Whole
         heads and channels are not pruned here: transformers has one width for all layers of a model, so that the result

@@ -16,7 +16,7 @@ from leanstep.pruning.scores import layer_pruner
 from leanstep.pruning.statistics import NEEDS, LayerStatistics
 from leanstep.pruning.targets import Target
 
-__all__ = ["Pruners", "Pruning", "prune_group"]
+__all__ = ["Pruners", "Pruning", "Scores", "prune_group"]
 
 
 class Pruning:
@@ -57,8 +57,11 @@ class Pruners(Mapping[str, LayerPruner]):
 
     def __getitem__(self, name: str) -> LayerPruner:
         if name not in self._made:
-            self._made[name] = self._pruning.pruner(self._targets[name], self._statistics[name])
+            self._made[name] = self.once(name)
         return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -66,11 +69,34 @@ class Pruners(Mapping[str, LayerPruner]):
     def __len__(self) -> int:
         return len(self._targets)
 
+    def once(self, name: str) -> LayerPruner:
+        """A pruner that is not kept."""
+        return self._pruning.pruner(self._targets[name], self._statistics[name])
+
     def release(self, group: Group) -> None:
         """Forget the pruners of a group, and what they were made from."""
         for target in group.targets:
             self._made.pop(target.name, None)
             self._statistics.pop(target.name, None)
+
+
+class Scores(Mapping[str, Tensor]):
+    """The scores of some matrices, by name, computed whenever they are asked for and kept nowhere."""
+
+    def __init__(self, pruners: Pruners) -> None:
+        self._pruners = pruners
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._pruners.once(name).scores
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pruners
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pruners)
+
+    def __len__(self) -> int:
+        return len(self._pruners)
 
 
 def prune_group(
