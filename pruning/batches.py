@@ -72,7 +72,7 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
         what: how messages call the data.
 
     Raises:
-        ValueError: no data. TypeError: batches of another kind.
+        ValueError: no data, or images for a language model. TypeError: batches of another kind.
     """
     if isinstance(data, Tensor):
         parts: Iterable[Any] = data.split(batch_size) if len(data) else ()
@@ -97,6 +97,8 @@ def _as_batch(part: Any, model: nn.Module, device: torch.device, dtype: torch.dt
 
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
     if isinstance(part, Tensor):
+        if extra and part.is_floating_point():
+            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {part.dtype} as for images")
         labels = part.to(device) if not part.is_floating_point() and part.dim() == 2 else None
         if extra:
             return Batch((), {"input_ids": move(part), **extra}, labels=labels)

@@ -12,6 +12,8 @@ from leanstep.recipes.progress import format_duration
 from leanstep.recipes.sources import open_validation, sotu_corpus
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from leanstep.pruning import CalibrationText, PruneResult
 
 __all__ = ["main", "split_newest"]
@@ -74,9 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
     add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: some n of 8 each; or 2:4 for all")
-    add("--data", metavar="sotu|FILE", help="text to calibrate with: a text file, folder or glob, JSON or Parquet")
+    add(
+        "--data",
+        metavar="sotu|FILE",
+        help="text to calibrate with: a text file, folder or glob, JSON or Parquet; for vision models, images: a "
+        "safetensors file with pixel_values [images, channels, height, width], as the model takes them",
+    )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
-    add("--samples", type=_positive, default=128, metavar="N", help="sequences for the scores; default 128")
+    add("--samples", type=_positive, default=128, metavar="N", help="sequences or images for scores; default 128")
     add("--curve-samples", type=_positive, default=16, metavar="N", help="of them for the curves; default 16")
     add("--held-out", type=_positive, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=_positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
@@ -123,7 +130,6 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
         return prune_checkpoint(
             options.checkpoint,
             options.out,
-            _text(options),
             evaluate=options.eval,
             resume=options.resume,
             device=options.device,
@@ -141,14 +147,52 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             include=options.include,
             exclude=options.exclude,
             batch_size=options.batch_size,
+            **_data(options),
         )
 
 
-def _text(options: argparse.Namespace) -> "CalibrationText | None":
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    if options.data is None:
+        return {}
+    return _images(options) if options.data.endswith(".safetensors") else {"data": _text(options)}
+
+
+def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
+    """Images for the scores, the curves and the comparison, drawn from a file."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if options.eval or options.seq_len is not None:
+        raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
+    try:
+        images = load_file(options.data).get("pixel_values")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--data {options.data} cannot be read: {error}") from error
+    if images is None or images.dim() != 4 or not images.is_floating_point():
+        found = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"
+        raise ValueError(
+            f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
+            f"{found}"
+        )
+    count = options.samples + options.held_out
+    if len(images) < count:
+        raise ValueError(
+            f"--data {options.data} has {len(images)} images; --samples {options.samples} and --held-out "
+            f"{options.held_out} take {count}: give more, or ask for fewer"
+        )
+    chosen = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
+    samples = chosen[options.held_out :]
+    return {
+        "data": samples,
+        "curve_data": samples[: options.curve_samples],
+        "held_out": chosen[: options.held_out],
+    }
+
+
+def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning import CalibrationText
 
-    if options.data is None:
-        return None
     held_out = None
     if options.data == "sotu":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
