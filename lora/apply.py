@@ -64,7 +64,8 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 def remove_lora(model: Model) -> Model:
     """Undo :func:`apply_lora`: the layers get their classes back, and parameters their ``requires_grad``.
 
-    An adapter that is merged stays in the weights; one that is not is lost.
+    An adapter that is merged stays in the weights; one that is not is lost. Modules in ``modules_to_save`` and biases
+    stay as they were trained.
 
     Raises:
         ValueError: for a model without adapters, or a layer whose class was changed since (by a parametrization, say).
@@ -203,7 +204,9 @@ def _rebind_hooks(module: nn.Module) -> None:
 
 @torch.no_grad()
 def set_adapters(model: nn.Module, enabled: bool) -> None:
-    """Turn all adapters on or off; off, the model computes as its base does.
+    """Turn all adapters on or off; off, adapted layers compute as those of the base do.
+
+    Modules in ``modules_to_save`` and biases are trained in place, and stay as they are.
 
     Raises:
         ValueError: for a model without adapters, or with one that is merged.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from leanstep.lora.fast import FastLinear, autocasted, fast_linear
 from leanstep.lora.function import lora_linears
-from leanstep.lora.linear import LoRALinearLayer, adapted_class
+from leanstep.lora.layer import mixture
+from leanstep.lora.linear import LoRALinearLayer
 from leanstep.lora.swiglu import FusedSwiGLU, is_swiglu, members
 
 # the names that a block's projections of one input go by
@@ -101,7 +102,7 @@ def fuse_blocks(model: nn.Module) -> None:
     join_siblings(model)
     for module in list(model.modules()):
         if is_swiglu(module) and len(members(module)) == 3:
-            module.__class__ = adapted_class(type(module), FusedSwiGLU)  # type: ignore[arg-type]
+            module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
 
 
 def unfuse_blocks(model: nn.Module) -> None:
@@ -110,5 +111,5 @@ def unfuse_blocks(model: nn.Module) -> None:
         if isinstance(module, LoRALinearLayer):
             module.siblings = None
         if isinstance(module, FusedSwiGLU):
-            own: Any = next(c for c in type(module).__mro__[1:] if not issubclass(c, FusedSwiGLU))
+            own: Any = type(module).__bases__[1]
             module.__class__ = own

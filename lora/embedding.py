@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from leanstep.kernels._modes import unseen
 from leanstep.lora.dora import row_norms
 from leanstep.lora.function import Weights, dora_factor
-from leanstep.lora.layer import Adapter, FastPath, LoRALayer, common_reasons
-from leanstep.lora.linear import adapted_class
+from leanstep.lora.layer import Adapter, FastPath, LoRALayer, common_reasons, mixture
 
 
 class LoRAEmbeddingLayer(LoRALayer):
@@ -88,7 +87,7 @@ def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
     module.register_parameter("lora_magnitude_vector", None)
     base: Any = type(module)
     adapter.base = base
-    module.__class__ = LoRAEmbedding if base is nn.Embedding else adapted_class(base, LoRAEmbeddingLayer)
+    module.__class__ = mixture(base, LoRAEmbeddingLayer)
     assert isinstance(module, LoRAEmbeddingLayer)
     if config.use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))

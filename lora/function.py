@@ -120,7 +120,7 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
         settings = ctx.settings
-        saved = ctx.saved_tensors
+        saved = saved_of(ctx)
         count = 1 + 3 * len(settings)
         x, kept = saved[0], saved[1:count]
         seeds, layers = unpack(settings, saved[count:])
@@ -133,6 +133,21 @@ class LoRAFunction(torch.autograd.Function):
         with torch.autocast(gradients[0].device.type, enabled=False):
             dx, results = layers_backward(x, parts, ctx.needs_input_grad[0])
         return (dx, None, *(None,) * len(settings), *results)
+
+
+def saved_of(ctx: Any) -> tuple[Tensor, ...]:
+    """What a forward pass kept."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if any(setting.save == "min" for setting in ctx.settings) and "inplace operation" in str(error):
+            # of what is kept, only DoRA's outputs are in others' hands besides the inputs
+            raise RuntimeError(
+                f"{error}\nAn input of an adapted layer, or the output of one with DoRA, was changed in place after it "
+                "was computed, as nn.ReLU(inplace=True) does; change a copy, or keep DoRA's products besides with "
+                'LoraConfig(save="full")'
+            ) from None
+        raise
 
 
 class Kept(NamedTuple):

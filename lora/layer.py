@@ -8,6 +8,7 @@ and quantised or parametrised layers need no wrapper.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,7 +64,31 @@ class Adapter:
     undo: Any = None
 
 
-class LoRALayer(nn.Module):
+class Mixin(nn.Module):
+    """Base of what is mixed into a module's own class; pickled by the two classes, as the mixture has no name."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        bases = type(self).__bases__[::-1]
+        known = len(bases) == 2 and mixture(*bases) is type(self)
+        return (_new, bases, *parts[2:]) if known else parts
+
+
+@functools.cache
+def mixture(cls: Any, mixin: Any) -> Any:
+    """The subclass of a module's class and a mixin; one for each pair."""
+    name = f"LoRA{cls.__name__}"
+    # those that have a name of their own
+    own = next((c for c in mixin.__subclasses__() if c.__bases__ == (mixin, cls) and c.__name__ == name), None)
+    return own or type(name, (mixin, cls), {"__module__": mixin.__module__})
+
+
+def _new(cls: Any, mixin: Any) -> nn.Module:
+    made = mixture(cls, mixin)
+    return made.__new__(made)
+
+
+class LoRALayer(Mixin):
     """Base of adapted layers; mixed into the layer's own class."""
 
     lora: Adapter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from leanstep.kernels import lora_dropout
 from leanstep.lora.fast import FastLinear
 from leanstep.lora.function import Weights, dora_factor
-from leanstep.lora.layer import Adapter, LoRALayer
+from leanstep.lora.layer import Adapter, LoRALayer, mixture
 from leanstep.lora.seeds import new_seed
 
 
@@ -100,14 +99,6 @@ class LoRALinear(LoRALinearLayer, nn.Linear):  # type: ignore[misc]
     """An adapted ``torch.nn.Linear``; see :class:`LoRALinearLayer` for what it computes."""
 
 
-@functools.cache
-def adapted_class(cls: Any, mixin: Any) -> Any:
-    """The subclass of a layer's class that is adapted; one for each class."""
-    if cls is nn.Linear and mixin is LoRALinearLayer:
-        return LoRALinear
-    return type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": __name__})
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D, or derived from them."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
@@ -141,7 +132,7 @@ def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
     module.siblings = None
     module.register_parameter("lora_magnitude_vector", None)
     base: Any = type(module)
-    adapter.base, module.__class__ = base, adapted_class(base, LoRALinearLayer)
+    adapter.base, module.__class__ = base, mixture(base, LoRALinearLayer)
     assert isinstance(module, LoRALinearLayer)
     if config.use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))

@@ -30,12 +30,13 @@ from leanstep.lora.function import (
     layers_backward,
     needs_of,
     project,
+    saved_of,
     shared_down,
     tensor_gradients,
     to_keep,
     unpack,
 )
-from leanstep.lora.layer import FastPath
+from leanstep.lora.layer import FastPath, Mixin
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 # what the forward of a block must say, without blanks; x is the name of its argument
@@ -70,7 +71,7 @@ class SwiGLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
-        x, e, u, *rest = ctx.saved_tensors
+        x, e, u, *rest = saved_of(ctx)
         settings = ctx.settings
         seeds, layers = unpack(settings, rest[9:])
         needs = [needs_of(ctx, _FIRST, i) for i in range(3)]
@@ -100,7 +101,7 @@ def fused_swiglu(x: Tensor, layers: Sequence[FastLinear]) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class FusedSwiGLU(nn.Module):
+class FusedSwiGLU(Mixin):
     """Mixed into a block's own class: its forward becomes :func:`fused_swiglu` where every layer allows it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -218,6 +218,31 @@ def test_copies_and_pickles_are_whole():
     torch.testing.assert_close(layer(x), model.model.layers[0].self_attn.o_proj(x))
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_whole_models_are_pickled(make):
+    model = make(torch.float64)
+    targets = GPT2_TARGETS if make is tiny_gpt2 else [*LLAMA_TARGETS, "embed_tokens"]
+    randomise(apply_lora(model, LoraConfig(r=2, target_modules=targets)))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    remove_lora(again)
+    assert [type(m) for m in again.modules()] == [type(m) for m in make(torch.float64).modules()]
+
+
+@pytest.mark.parametrize("save", ["min", "full"])
+def test_a_dora_output_that_is_changed_in_place_is_an_error_that_says_what_to_do(save):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 2))
+    apply_lora(model, LoraConfig(r=2, target_modules=["0"], use_dora=True, save=save))
+    loss = model(torch.randn(4, 8)).sum()
+    if save == "full":
+        loss.backward()
+        assert model[0].lora_magnitude_vector.grad.abs().max() > 0
+    else:
+        with pytest.raises(RuntimeError, match=r'changed in place .*save="full"'):
+            loss.backward()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_gives_the_same_gradients(dropout):
     model = adapted(lora_dropout=dropout, use_dora=True)
