@@ -1,7 +1,9 @@
 """The part of ``leanstep check`` about text: network, source, tokenizer, and how far the steps go through it."""
 
+from pathlib import Path
+
 from leanstep.recipes.config import RunConfig, accumulation_steps, targets_note
-from leanstep.recipes.hub import check_hub, from_hub, offline, offline_recipes, unreachable
+from leanstep.recipes.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
 from leanstep.recipes.sections import Facts, Section
 from leanstep.recipes.tokenizer import trained_size
 from leanstep.recipes.vocabulary import vocabulary_size
@@ -13,6 +15,9 @@ LOAD_LIMIT = 64 * 2**20  # local text up to this size is tokenised to count its 
 
 def network(config: RunConfig, section: Section, facts: Facts) -> None:
     """What comes from the hub, and whether it can come: asked once, so that nothing later waits for an answer."""
+    base = config.model.init_from
+    if base and is_folder_name(base) and not Path(base).expanduser().exists():
+        section.problems.append(f"model.init_from: the folder '{base}' does not exist; train what writes it first")
     wanted = from_hub(config)
     if not wanted:
         return

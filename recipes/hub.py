@@ -15,7 +15,16 @@ from urllib.request import Request, urlopen
 if TYPE_CHECKING:
     from leanstep.recipes.config import RunConfig
 
-__all__ = ["check_hub", "from_hub", "no_network", "offline", "offline_recipes", "offline_unless_reached", "unreachable"]
+__all__ = [
+    "check_hub",
+    "from_hub",
+    "is_folder_name",
+    "no_network",
+    "offline",
+    "offline_recipes",
+    "offline_unless_reached",
+    "unreachable",
+]
 
 _PATIENCE_S = 5.0
 
@@ -33,11 +42,17 @@ def from_hub(config: "RunConfig") -> dict[str, str]:
     wanted = {}
     if data.source == "hf" and data.name:
         wanted["data.name"] = data.name
-    if not data.tokenizer.startswith(("train:", ".", "/", "~")) and not Path(data.tokenizer).is_dir():
-        wanted["data.tokenizer"] = data.tokenizer
-    if model.init_from and not Path(model.init_from).expanduser().exists():
+    tokenizer = data.tokenizer
+    if not tokenizer.startswith("train:") and not is_folder_name(tokenizer) and not Path(tokenizer).is_dir():
+        wanted["data.tokenizer"] = tokenizer
+    if model.init_from and not is_folder_name(model.init_from) and not Path(model.init_from).expanduser().exists():
         wanted["model.init_from"] = model.init_from
     return wanted
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name can be no repository of the hub, and so is that of a folder, there or not."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def unreachable() -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leanstep.recipes.cache import build_once, cache_root
-from leanstep.recipes.hub import offline_unless_reached
+from leanstep.recipes.hub import is_folder_name, offline_unless_reached
 from leanstep.recipes.sources import require
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"data.tokenizer: the folder '{spec}' holds no tokenizer (no tokenizer.json)")
-    if not folder.is_dir() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
+    if not folder.is_dir() and is_folder_name(spec):
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
         with nullcontext() if folder.is_dir() else offline_unless_reached():

@@ -332,3 +332,16 @@ def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypat
     monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
     (told,) = section(run(), "Memory").problems
     assert "optimizer.name=lion or sinkgd" in told
+
+
+def test_a_base_in_a_folder_that_is_not_there_is_said_to_be_so(monkeypatch, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, " * 400)
+    monkeypatch.chdir(tmp_path)
+    assert check(load("llama-nano-lora", [f"data.path={text}"])) == 1
+    out = capsys.readouterr().out
+    assert (
+        "model.init_from: the folder 'runs/llama-nano-sinkgd/final' does not exist; train what writes it first" in out
+    )
+    assert "data.tokenizer: the folder 'runs/llama-nano-sinkgd/final' does not exist" in out
+    assert "Repo id" not in out
