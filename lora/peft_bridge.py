@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanstep.lora.blocks import join_siblings
 from leanstep.lora.config import SAVES
 from leanstep.lora.dora import NormCache
-from leanstep.lora.fast import FastLinear
-from leanstep.lora.layer import Adapter, FastPath
+from leanstep.lora.fast import FastLinear, fast_linear
+from leanstep.lora.layer import Adapter, FastPath, LoRALayer
 from leanstep.lora.linear import is_conv1d
 from leanstep.lora.order import NAMES as ORDERS
 from leanstep.lora.swiglu import FusedSwiGLU, fused_swiglu, is_swiglu, members, why_not_fused
 
 _LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
+
+
+# the modules in a layer that PEFT calls and the fast path does not
+_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 
 
 class PeftLinear(FastLinear):
@@ -82,8 +87,12 @@ class PeftLinear(FastLinear):
             return f"its dropout is a {type(dropout).__name__}"
         if any(type(factor[active[0]]) is not nn.Linear for factor in (module.lora_A, module.lora_B)):
             return "its factors are not plain linear layers"
-        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+        if _is_watched(base):
             return "the base layer has hooks or a forward of its own, which would be passed by"
+        for part in _PARTS:
+            inner = getattr(module, part)
+            if active[0] in inner and _is_watched(inner[active[0]]):
+                return f"{part}.{active[0]} has hooks"
         return super().why_not_fast(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -104,6 +113,9 @@ class _Block:
         self.module = module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not members(self.module) and not torch.compiler.is_compiling():
+            # PEFT has unloaded its layers, and does not know of this forward
+            _give_back(self.module)
         if args or kwargs or why_not_fused(self.module, x) is not None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
         return fused_swiglu(x, members(self.module))
@@ -112,20 +124,21 @@ class _Block:
 class Acceleration:
     """What :func:`accelerate_peft` returns: the fast layers, and the way back."""
 
-    def __init__(self, layers: dict[str, PeftLinear], blocks: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> None:
         self._layers, self._blocks = layers, blocks
 
     def fast_path(self) -> dict[str, FastPath]:
         """Whether each layer's next forward pass runs on the fast path, and why (not), by name."""
-        layers = {name: layer.fast_path for name, layer in self._layers.items()}
-        reasons = {name: why_not_fused(block) for name, block in self._blocks.items()}
+        found = {name: fast_linear(module) for name, module in self._layers.items()}
+        layers = {name: layer.fast_path for name, layer in found.items() if layer is not None}
+        reasons = {name: why_not_fused(block) for name, block in self._blocks.items() if _is_ours(block)}
         text = "one function that keeps its input and the two inner projections"
         return layers | {name: FastPath(reason is None, reason or text) for name, reason in reasons.items()}
 
     def undo(self) -> None:
         """Give every module its own forward back. A second call does nothing."""
-        for module in (*self._blocks.values(), *(layer.module for layer in self._layers.values())):
-            vars(module).pop("forward", None)
+        for module in (*self._blocks.values(), *self._layers.values()):
+            _give_back(module)
         self._layers, self._blocks = {}, {}
 
 
@@ -150,10 +163,13 @@ def accelerate_peft(
         The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
 
     Raises:
-        ValueError: for unknown values, a model without PEFT's LoRA layers, one that is accelerated already, or, with
-            ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
+        ValueError: for unknown values, a model without linear LoRA layers of PEFT's, a layer with a forward of its own,
+            or, with ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
 
     Notes:
+        A model that is accelerated already, as a deepcopy of one is, gets these settings instead of those it had; any of
+        its handles undoes it. After PEFT's ``merge_and_unload`` or ``unload``, a block has its own forward back from its
+        next pass on, or from ``undo()``.
         Outputs are PEFT's to rounding: in 16 bits, products r wide are taken in the base's dtype, PEFT's in fp32.
         Dropout drops other entries than ``torch.nn.Dropout`` does, with the same probability.
     """
@@ -162,26 +178,62 @@ def accelerate_peft(
             raise ValueError(f"accelerate_peft: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     layers = {name: PeftLinear(module, name, save, order, fast_path) for name, module in _peft_linears(model)}
     if not layers:
-        raise ValueError("accelerate_peft: the model has no LoRA layer of PEFT's; for a plain model, use apply_lora")
-    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module)]
+        raise ValueError(f"accelerate_peft: {_why_none(model)}")
+    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
     if taken:
-        raise ValueError(
-            f"accelerate_peft: {taken[0]} has a forward of its own already; undo() an earlier acceleration first"
-        )
+        raise ValueError(f"accelerate_peft: {taken[0]} has a forward of its own already; take that away first")
     reasons = {name: layer.why_not_fast() for name, layer in layers.items()}
     if fast_path and any(reasons.values()):
         name, reason = next((name, reason) for name, reason in reasons.items() if reason)
         raise ValueError(f"accelerate_peft: fast_path=True was asked for, but {name} cannot: {reason}")
+    for module in model.modules():
+        _give_back(module)
     for layer in layers.values():
         layer.module.forward = layer.forward
+    blocks = _fuse(model) if fused_blocks else {}
+    return Acceleration({name: layer.module for name, layer in layers.items()}, blocks)
+
+
+def _fuse(model: nn.Module) -> dict[str, nn.Module]:
+    """Let layers of one input run together, and SwiGLU blocks as one; the blocks by name."""
+    join_siblings(model)
     blocks = {}
-    if fused_blocks:
-        join_siblings(model)
-        for name, module in model.named_modules():
-            if is_swiglu(module) and len(members(module)) == 3 and not isinstance(module, FusedSwiGLU):
-                blocks[name] = module
-                module.forward = _Block(module).forward
-    return Acceleration(layers, blocks)
+    for name, module in model.named_modules():
+        if "forward" in vars(module) or isinstance(module, FusedSwiGLU):
+            continue
+        if is_swiglu(module) and len(members(module)) == 3:
+            blocks[name] = module
+            module.forward = _Block(module).forward
+    return blocks
+
+
+def _why_none(model: nn.Module) -> str:
+    """Why a model has no layer to accelerate."""
+    if any(isinstance(module, LoRALayer) for module in model.modules()):
+        return "the model is adapted by apply_lora, and on the fast path already"
+    peft = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
+    found = sorted({type(module).__name__ for module in peft})
+    if found:
+        return f"the model has no linear LoRA layer of PEFT's; found were {', '.join(found)}, which stay PEFT's own"
+    return "the model has no LoRA layer of PEFT's; for a plain model, use apply_lora"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module's forward is one that :func:`accelerate_peft` gave it."""
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    return isinstance(owner, (PeftLinear, _Block))
+
+
+def _give_back(module: nn.Module) -> None:
+    """Give a module its own forward back, if it has one of ours."""
+    if _is_ours(module):
+        del module.forward
 
 
 def _peft_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

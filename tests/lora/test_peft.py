@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import shutil
 import warnings
@@ -352,8 +353,7 @@ def test_undoing_leaves_no_trace():
     assert {name: type(m) for name, m in theirs.named_modules()} == {name: cls for name, (cls, _) in before.items()}
     theirs(tokens())
     assert calls == [1]
-    with pytest.raises(ValueError, match="has a forward of its own already; undo"):
-        accelerate_peft(theirs)
+    accelerate_peft(theirs)
     handle.undo()
     handle.undo()
     assert {name: (type(m), sorted(vars(m))) for name, m in theirs.named_modules()} == before
@@ -410,6 +410,93 @@ def test_an_adapter_on_fewer_layers_can_be_switched_to(fast_path):
     assert handle.fast_path()["base_model.model.model.layers.0.self_attn.q_proj"] == (
         False, "0 adapters are active, the fast path takes one"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_accelerated_model_can_be_accelerated_again(copied):
+    theirs = with_peft(tiny_llama, {"target_modules": LLAMA_TARGETS})
+    wanted = theirs(tokens()).logits
+    first = accelerate_peft(theirs)
+    model = copy.deepcopy(theirs) if copied else theirs
+    handle = accelerate_peft(model, fast_path=False, fused_blocks=False)
+    assert len(handle.fast_path()) == 14
+    assert all(path == (False, "turned off by fast_path=False") for path in handle.fast_path().values())
+    assert torch.equal(model(tokens()).logits, wanted)
+    if not copied:
+        assert first.fast_path()["base_model.model.model.layers.0.self_attn.q_proj"].on is False
+    with pytest.raises(ValueError, match="cannot: the adapter is merged"):
+        model.merge_adapter()
+        accelerate_peft(model, fast_path=True)
+    model.unmerge_adapter()
+    assert not any(path.on for path in handle.fast_path().values())
+    handle = accelerate_peft(model, fast_path=True)
+    assert len(handle.fast_path()) == 16 and all(path.on for path in handle.fast_path().values())
+    torch.testing.assert_close(model(tokens()).logits, wanted, rtol=1e-5, atol=1e-6)
+    handle.undo()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert any("forward" in vars(module) for module in theirs.modules()) == copied
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("undone", [False, True])
+def test_an_unloaded_model_keeps_nothing(how, undone):
+    theirs = with_peft(tiny_llama, {"target_modules": LLAMA_TARGETS}).eval()
+    wanted = getattr(copy.deepcopy(theirs), how)()(tokens()).logits
+    handle = accelerate_peft(theirs)
+    plain = getattr(theirs, how)()
+    if undone:
+        handle.undo()
+    else:
+        assert torch.equal(plain(tokens()).logits, wanted)
+    assert not any("forward" in vars(module) for module in plain.modules())
+    assert torch.equal(plain(tokens()).logits, wanted)
+
+
+HOOKED = ["lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "base_layer"]
+
+
+@pytest.mark.parametrize("part", HOOKED)
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_on_what_is_inside_a_layer_are_called(part, kind):
+    theirs = with_peft(tiny_llama, {"target_modules": LLAMA_TARGETS, "use_dora": True, "lora_dropout": 1e-9}).train()
+    handle = accelerate_peft(theirs)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    layer = theirs.get_submodule(name)
+    inner = layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+    calls = []
+    hook = getattr(inner, kind)(lambda *_: calls.append(1))
+    reason = handle.fast_path()[name].reason
+    assert reason.startswith("the base layer has hooks" if part == "base_layer" else f"{part}.default has hooks")
+    loss_and_gradients(theirs, tokens())
+    assert calls
+    hook.remove()
+    assert all(path.on for path in handle.fast_path().values())
+
+
+def test_a_model_without_linear_layers_of_pefts_is_refused_by_what_it_has():
+    theirs = with_peft(tiny_gpt2, {"target_modules": ["wte"]})
+    with pytest.raises(ValueError, match="no linear LoRA layer of PEFT's; found were Embedding, which stay PEFT's own"):
+        accelerate_peft(theirs)
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="found were Conv1d"):
+        accelerate_peft(theirs)
+    with pytest.raises(ValueError, match="is adapted by apply_lora, and on the fast path already"):
+        accelerate_peft(apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_a_forward_of_somebody_elses_is_not_taken():
+    theirs = with_peft(tiny_llama, {"target_modules": LLAMA_TARGETS})
+    block = theirs.base_model.model.model.layers[0].mlp
+    block.forward = own = functools.partial(type(block).forward, block)
+    handle = accelerate_peft(theirs)
+    theirs(tokens())
+    assert len(handle.fast_path()) == 15
+    handle.undo()
+    assert block.forward is own
+    block.up_proj.forward = block.up_proj.forward
+    with pytest.raises(ValueError, match="up_proj has a forward of its own already; take that away first"):
+        accelerate_peft(theirs)
 
 
 def test_a_model_that_cannot_be_accelerated_is_refused():
