@@ -275,7 +275,9 @@ def _add_up(z: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
 def dora_factor(layer: Weights) -> Tensor:
     """``c = magnitude / norm``; 1 where the norm is 0, as in a row that was pruned away."""
     assert layer.magnitude is not None and layer.norm is not None
-    return torch.where(layer.norm == 0, 1.0, layer.magnitude.to(layer.norm.dtype) / layer.norm)
+    empty = layer.norm == 0
+    # a quotient that is not taken has a gradient all the same, 0 times infinity
+    return torch.where(empty, 1.0, layer.magnitude.to(layer.norm.dtype) / torch.where(empty, 1.0, layer.norm))
 
 
 def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> tuple[Tensor | None, list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from leanstep.lora.attention import LowRankAttentionError, check_normalisers, ke
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention_interface import Call, Tap, attach, detach
 from leanstep.lora.error_bounds import largest_logit
-from leanstep.lora.gate_checks import NON_FINITE, all_finite, distance, exact_attention, verdict, why_impossible
+from leanstep.lora.gate_checks import (
+    NON_FINITE,
+    all_finite,
+    autocasted_seen,
+    distance,
+    exact_attention,
+    verdict,
+    why_impossible,
+)
 from leanstep.lora.gate_state import GateReport, LayerState, Plan, check_state
 from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
 from leanstep.lora.polynomials import taylor_coefficients
@@ -59,8 +68,9 @@ class LowRankGate:
 
     Notes:
         Never low-rank, with the reason in the report: dropout in attention, one query against a cache, masks other than
-        causal and padding, soft caps, sinks and position biases, dtypes that differ. The check of every low-rank call
-        reads one number back from the device. Processes of a distributed run decide each for itself, which is sound:
+        causal and padding, soft caps, sinks and position biases, dtypes that differ. Under autocast, q, k and v get its
+        dtype first, as torch casts them for exact attention. The check of every low-rank call reads one number back
+        from the device. Processes of a distributed run decide each for itself, which is sound:
         attention exchanges nothing. The pass that activation checkpointing repeats does what the first one did. With
         :meth:`state_dict`, training that is resumed decides as it would have without the break.
 
@@ -182,6 +192,7 @@ class LowRankGate:
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of one call, exact or not; called by the layer."""
         state = self._layers[call.layer]
+        call = replace(call, seen=autocasted_seen(call.seen))
         if _in_backward():
             if not state.plan.low_rank:
                 return call.exact()

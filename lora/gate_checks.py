@@ -13,7 +13,7 @@ from leanstep.lora.attention_interface import Call
 from leanstep.lora.head_norms import Seen
 from leanstep.lora.polynomials import relative_error, softmax_error
 
-__all__ = ["NON_FINITE", "all_finite", "distance", "exact_attention", "verdict", "why_impossible"]
+__all__ = ["NON_FINITE", "all_finite", "autocasted_seen", "distance", "exact_attention", "verdict", "why_impossible"]
 
 NON_FINITE = "non-finite logits"
 
@@ -32,6 +32,16 @@ def why_impossible(call: Call) -> str | None:
     if not query.dtype == key.dtype == value.dtype:
         return f"dtypes differ: {query.dtype}, {key.dtype} and {value.dtype}"
     return None
+
+
+def autocasted_seen(seen: Seen) -> Seen:
+    """What exact attention computes with: under autocast, torch casts q, k and v to its dtype, save fp64."""
+    device = seen.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return seen
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in seen[:3])
+    return seen._replace(query=q, key=k, value=v)
 
 
 def verdict(

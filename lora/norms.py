@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -211,7 +212,10 @@ class NormMonitor:
         self._armed = True
 
     def report(self) -> list[HeadReport]:
-        """The last measurement of every head, in the order of the layers; empty before the first."""
+        """The last measurement of every head, in the order of the layers; empty before the first.
+
+        Layers that could not be measured are in ``skipped``, with the reason; where all are, there is a warning.
+        """
         return [row for rows in self._reports.values() for row in rows]
 
     def rows_of_report(self) -> list[dict[str, Any]]:
@@ -236,9 +240,18 @@ class NormMonitor:
             norms.on, norms.found, norms.full = self._active, {}, None
 
     def _end(self, *_: Any) -> None:
+        if self._active and self.skipped and not self._reports:
+            self._say_why_nothing()
         self._active = False
         for norms in self._projections.values():
             norms.on = False
+
+    def _say_why_nothing(self) -> None:
+        reasons = "; ".join(dict.fromkeys(self.skipped.values()))
+        warnings.warn(
+            f"NormMonitor: no attention layer of {type(self.model).__name__} could be measured, which have: {reasons}",
+            stacklevel=2,
+        )
 
     def see(self, call: Call) -> None:
         """Measure one layer, if this pass is to be measured; called by the layer's attention."""

@@ -167,9 +167,9 @@ def accelerate_peft(
             or, with ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
 
     Notes:
-        A model that is accelerated already, as a deepcopy of one is, gets these settings instead of those it had; any of
-        its handles undoes it. After PEFT's ``merge_and_unload`` or ``unload``, a block has its own forward back from its
-        next pass on, or from ``undo()``.
+        A model that is accelerated already, as a deepcopy of one is, gets these settings instead of those it had; any
+        of its handles undoes it. After PEFT's ``merge_and_unload`` or ``unload``, ``undo()`` or a block's next pass
+        gives it its own forward back.
         Outputs are PEFT's to rounding: in 16 bits, products r wide are taken in the base's dtype, PEFT's in fp32.
         Dropout drops other entries than ``torch.nn.Dropout`` does, with the same probability.
     """

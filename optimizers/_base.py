@@ -355,6 +355,11 @@ def describe(group: dict[str, Any], position: int) -> str:
     return f"{name} {tuple(group['params'][position].shape)}"
 
 
+def holds_factors(group: dict[str, Any]) -> bool:
+    """Whether a group is one of low-rank factors, as :func:`leanstep.lora.lora_groups` names them: all are matrices."""
+    return group.get("name") in ("lora_A", "lora_B")
+
+
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
     """The gradient of a parameter, refused when it is sparse."""
     grad = param.grad

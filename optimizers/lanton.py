@@ -19,6 +19,7 @@ from leanstep.optimizers._base import (
     check_flags,
     check_number,
     describe,
+    holds_factors,
     local,
     new_state,
 )
@@ -451,7 +452,7 @@ class LANTON(LeanOptimizer):
 
 
 def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
-    auto = [p for group in groups if group["norm"] == "auto" for p in group["params"]]
+    auto = [p for group in groups if group["norm"] == "auto" and not holds_factors(group) for p in group["params"]]
     matrices = sum(p.dim() >= 2 for p in auto)
     if matrices:
         rest = len(auto) - matrices

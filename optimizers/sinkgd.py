@@ -20,6 +20,7 @@ from leanstep.optimizers._base import (
     check_flags,
     check_number,
     describe,
+    holds_factors,
     new_state,
 )
 from leanstep.optimizers._rounding import check_rounding, effective, init_rounding
@@ -278,7 +279,7 @@ def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
 
 
 def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
-    auto = [p for group in groups if group["algorithm"] == "auto" for p in group["params"]]
+    auto = [p for group in groups if group["algorithm"] == "auto" and not holds_factors(group) for p in group["params"]]
     matrices = sum(p.dim() >= 2 for p in auto)
     if matrices:
         rest = len(auto) - matrices

@@ -138,3 +138,17 @@ def test_a_zero_magnitude_gets_its_gradient(model):
     layer(x).backward(g)
     z = x @ (layer.weight + layer.lora.scale * layer.lora_B.weight @ layer.lora_A.weight).t()
     torch.testing.assert_close(layer.lora_magnitude_vector.grad, (g * z).sum(0) / layer.norms())
+
+
+@pytest.mark.parametrize("fast_path", [None, False])
+def test_a_row_of_zeros_has_finite_gradients(fast_path):
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    with torch.no_grad():
+        layer[0].weight[1] = 0
+    apply_lora(layer, LoraConfig(r=2, target_modules=["0"], use_dora=True, fast_path=fast_path))
+    assert float(layer[0].norms()[1]) == 0
+    layer(torch.randn(3, 6)).square().sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    assert len(gradients) == 3
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert float(gradients["0.lora_magnitude_vector"][1]) == 0

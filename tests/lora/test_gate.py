@@ -9,6 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from leanstep.lora.attention import LowRankAttentionError
 from leanstep.lora.gate import LowRankGate
+from leanstep.lora.gate_checks import autocasted_seen
+from leanstep.lora.head_norms import Seen
 from leanstep.lora.norms import NormMonitor
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -405,3 +407,26 @@ def test_bad_settings_are_refused_and_the_model_unchanged():
     with LowRankGate(model), pytest.raises(ValueError, match="has a gate already"):
         LowRankGate(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_under_autocast_q_k_and_v_have_its_dtype(implementation):
+    """RoPE leaves fp32 queries and keys beside bf16 values; torch's attention casts them, and so does the gate."""
+    model = llama(attn_implementation=implementation).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = gradients(model)
+        with LowRankGate(model, "auto", spot_every=1, **PAYS) as gate, NormMonitor(model) as monitor:
+            monitor.arm()
+            first, second, found = gradients(model), gradients(model), gradients(model)
+            rows = gate.report()
+    assert all(row.low_rank and row.low_rank_calls == 2 and row.gradient_errors for row in rows), rows
+    assert monitor.report() and all(torch.equal(first[name], want[name]) for name in want)
+    for name in want:
+        assert (found[name] - want[name]).norm() < 0.05 * want[name].norm(), name
+        torch.testing.assert_close(found[name], second[name])
+
+
+def test_fp64_stays_so_under_autocast():
+    seen = Seen(*(torch.ones(1, 1, 3, 2, dtype=torch.float64) for _ in range(3)), 1.0, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {x.dtype for x in autocasted_seen(seen)[:3]} == {torch.float64}

@@ -8,7 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from leanstep.lora.attention import key_means, low_rank_attention
 from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
@@ -453,3 +460,15 @@ def test_what_cannot_be_monitored_is_refused_and_the_model_unchanged():
     assert model.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("_leanstep_tap" in vars(module) for module in model.modules())
+
+
+def test_a_model_of_which_nothing_can_be_measured_is_said_to_be_one():
+    sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).eval()
+    with NormMonitor(model) as monitor:
+        model(input_ids=IDS, labels=IDS)
+        monitor.arm()
+        message = "no attention layer of T5ForConditionalGeneration could be measured, which have: position_bias"
+        with pytest.warns(UserWarning, match=message):
+            model(input_ids=IDS, labels=IDS)
+        assert monitor.report() == [] and set(monitor.skipped.values()) == {"position_bias"}

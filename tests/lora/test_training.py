@@ -135,3 +135,12 @@ def test_quantised_bases_compute_with_what_they_hold(bits, dora):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="to be quantised again after"):
         merge(model)
+
+
+@pytest.mark.parametrize("optimizer", [SinkGD, LANTON])
+def test_factors_are_matrices_and_no_warning_says_that_they_may_be_embeddings(optimizer):
+    model = apply_lora(tiny_gpt2(), LoraConfig(r=2, target_modules=["wte", "c_attn"], use_dora=True))
+    optimizer(lora_groups(model))
+    model = apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.warns(UserWarning, match=r": 1 parameters of two or more dimensions .* Embeddings and heads"):
+        optimizer(lora_groups(model))
