@@ -9,6 +9,7 @@ and quantised or parametrised layers need no wrapper.
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -94,7 +95,12 @@ class LoRALayer(Mixin):
     lora: Adapter
 
     def train(self, mode: bool = True) -> Any:
-        """As ``nn.Module.train``; DoRA's norms are computed anew afterwards."""
+        """As ``nn.Module.train``; DoRA's norms are computed anew afterwards. Warns where the adapter is merged."""
+        if mode and self.lora.merged:
+            warnings.warn(
+                "train() of a model with merged adapters, whose factors get no gradient; unmerge(model) first",
+                stacklevel=2,
+            )
         # in training they are anyway, and training loops say so at every step
         if not (mode and self.training):
             self.lora.norms.clear()

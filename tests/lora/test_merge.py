@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from lora_models import GPT2_TARGETS, LLAMA_TARGETS, randomise, tiny_gpt2, tiny_llama, tokens
+from lora_models import GPT2_TARGETS, LLAMA_TARGETS, loss_and_gradients, randomise, tiny_gpt2, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, unmerge
 from leanstep.lora.merge import merged_state_dict
@@ -234,3 +234,15 @@ def test_linear_layers_that_share_a_weight_and_a_bias(targets):
     assert model[3].weight.data_ptr() == model[0].weight.data_ptr()
     torch.testing.assert_close(model(x), wanted)
     assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
+
+
+def test_a_merged_model_that_is_to_train_says_that_it_cannot():
+    model = randomise(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])))
+    merge(model, backup=True)
+    model.eval()
+    with pytest.warns(UserWarning, match=r"merged adapters, whose factors get no gradient; unmerge\(model\) first"):
+        model.train()
+    unmerge(model)
+    model.eval().train()
+    loss_and_gradients(model, tokens())
+    assert model.model.layers[0].self_attn.q_proj.lora_A.weight.grad is not None

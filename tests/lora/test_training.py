@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from lora_models import LLAMA_TARGETS, randomise, tiny_llama, tokens
+from lora_models import LLAMA_TARGETS, randomise, tiny_gpt2, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, lora_groups, merge, remove_lora
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
