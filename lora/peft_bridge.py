@@ -90,8 +90,9 @@ class PeftLinear(FastLinear):
         if _is_watched(base):
             return "the base layer has hooks or a forward of its own, which would be passed by"
         for part in _PARTS:
-            inner = getattr(module, part)
-            if active[0] in inner and _is_watched(inner[active[0]]):
+            # at every call: past nn.Module's slower ways to its members
+            inner = module._modules[part]._modules.get(active[0])
+            if inner is not None and _is_watched(inner):
                 return f"{part}.{active[0]} has hooks"
         return super().why_not_fast(x)
 
