@@ -121,8 +121,10 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     Raises:
         FileNotFoundError: without these files.
         ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
-            unexpected key, or a shape that differs; for a model that is adapted already, a scale (``lora_alpha``,
-            ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is unchanged.
+            unexpected key, or a shape that differs; for a start that changed the base (PiSSA and its like); for tensors
+            with a NaN or an infinity, or of whole numbers; for a model that is adapted already, a scale
+            (``lora_alpha``, ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is
+            unchanged.
 
     Notes:
         Warns where the file names another base than the model's config does.
@@ -132,7 +134,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     if merged:
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
     config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
-    state = {key.removeprefix(PREFIX): value for key, value in _read_weights(source).items()}
+    tensors = _read_weights(source)
+    _check_values(tensors, source)
+    state = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     state = {key.replace(".base_layer.bias", ".bias"): value for key, value in state.items()}
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     if isinstance(getattr(model, "lora_config", None), LoraConfig):
@@ -189,6 +193,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / OLD_WEIGHTS).is_file():
         return torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
+
+
+def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"load_adapter: {source}: {key} is {kind}; expected a tensor of floating-point numbers")
+        if not torch.isfinite(value.float()).all():
+            raise ValueError(f"load_adapter: {source}: {key} holds NaN or infinity")
 
 
 def _planned_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,9 @@ _FOREIGN = (
 )
 
 
+# how the factors of a file may have begun: others put a part of the base into them, and change the base by it
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
 
 
@@ -176,7 +179,8 @@ class LoraConfig:
         Unknown keys that say nothing (null, false, empty) are left out; others are named in a warning.
 
         Raises:
-            ValueError: for another kind of adapter, or a variant of LoRA that is not in this package.
+            ValueError: for another kind of adapter, a variant of LoRA that is not in this package, or one whose base is
+                not the plain one (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
         """
         kind = settings.get("peft_type", "LORA")
         if str(kind).rsplit(".", 1)[-1] != "LORA":
@@ -193,7 +197,14 @@ class LoraConfig:
         if unknown:
             warnings.warn(f"LoraConfig: left out {', '.join(unknown)}, which are not known here", stacklevel=2)
         known = {key: value for key, value in settings.items() if key in names}
-        if not isinstance(known.get("init_lora_weights", True), bool):
+        start = known.get("init_lora_weights", True)
+        if start not in _PLAIN_STARTS:
+            raise ValueError(
+                f"LoraConfig: the adapter began with init_lora_weights {start!r}, which changes the base: on the plain "
+                "one it computes something else; convert it with peft, by save_pretrained("
+                "path_initial_model_for_weight_conversion=...)"
+            )
+        if not isinstance(start, bool):
             # the factors come from the file; how they began does not matter
             known["init_lora_weights"] = True
         return cls(**known)
