@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leanstep.lora.apply import adapted_layers, apply_lora, modules_to_save, plan_lora
+from leanstep.lora.apply import adapted_layers, attach_adapters, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layer import is_sharded
 from leanstep.lora.linear import LoRALinearLayer, widths
-from leanstep.lora.targets import rank_of, scale_of
+from leanstep.lora.targets import fitted, rank_of, scale_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -127,7 +127,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
             unchanged.
 
     Notes:
-        Warns where the file names another base than the model's config does.
+        Warns where the file names another base than the model's config does, holds another base weight of an embedding
+        or head (PEFT writes adapted and resized ones; they are taken over), or names layers that the model lacks beside
+        those that it has.
     """
     source = Path(folder)
     merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
@@ -136,22 +138,28 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
     tensors = _read_weights(source)
     _check_values(tensors, source)
-    state = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    state = {key.replace(".base_layer.bias", ".bias"): value for key, value in state.items()}
+    state = _by_parameter(tensors)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
-    if isinstance(getattr(model, "lora_config", None), LoraConfig):
+    adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
+    plan: dict[str, nn.Module] = {}
+    if adapted:
         expected = {key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias") for key in adapter_state(model)}
         shapes = {key: tuple(model.get_parameter(key).shape) for key in expected}
     else:
         try:
-            shapes = _planned_shapes(model, config)
+            config = fitted(model, config, str(source))
+            plan = plan_lora(model, config)
+            shapes = _planned_shapes(model, plan, config)
         except ValueError as error:
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    embeddings = _embedding_shapes(model, set(state) - set(shapes))
+    shapes |= embeddings
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
     _compare_scales(model, config, f"{source} ({base})")
     _compare_names(model, config, source)
-    if not isinstance(getattr(model, "lora_config", None), LoraConfig):
-        apply_lora(model, config)
+    _compare_embeddings(model, {key: state[key] for key in embeddings}, source)
+    if not adapted:
+        attach_adapters(model, plan, config)
     with torch.no_grad():
         for key, value in state.items():
             _write(model.get_parameter(key), value)
@@ -204,9 +212,42 @@ def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
             raise ValueError(f"load_adapter: {source}: {key} holds NaN or infinity")
 
 
-def _planned_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names of the model's parameters.
+
+    With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` thrice: also under its wrapper's own names, and
+    as they were before training.
+    """
+    state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if not key.endswith(".original_module.bias"):
+            name = key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias")
+            state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
+    return state
+
+
+def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of embedding and head that are among other keys: PEFT writes adapted and resized ones."""
+    getters = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
+    modules = [module for getter in getters if (module := getter()) is not None]
+    names = {f"{name}.weight": module for name, module in model.named_modules() if any(module is m for m in modules)}
+    return {name: tuple(names[name].weight.shape) for name in others & set(names)}
+
+
+def _compare_embeddings(model: nn.Module, found: dict[str, Tensor], source: Path) -> None:
+    """Say so where the base weight of an embedding or head in the file is not the model's."""
+    for key, value in found.items():
+        own = model.get_parameter(key)
+        if not is_sharded(own) and not torch.equal(value.to(own), own):
+            warnings.warn(
+                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that is not the model's; "
+                "it is taken over, and save_adapter does not write it",
+                stacklevel=3,
+            )
+
+
+def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the adapter's tensors in a model that is not adapted yet, by parameter name."""
-    plan = plan_lora(model, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.items():
         r = rank_of(config, name)

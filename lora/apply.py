@@ -15,7 +15,7 @@ from leanstep.lora.embedding import LoRAEmbeddingLayer, attach_embedding, detach
 from leanstep.lora.layer import Adapter, LoRALayer, is_sharded
 from leanstep.lora.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
 from leanstep.lora.quantized import why_unsupported
-from leanstep.lora.targets import rank_of, scale_of, select, why_never_called
+from leanstep.lora.targets import rank_of, scale_of, select, why_never_called, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
 _KINDS = ("Linear", "Conv1D", "Embedding")
@@ -30,8 +30,9 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         config: what to adapt and how.
 
     Returns:
-        The model, with ``config`` as ``model.lora_config``. Trainable are the factors (fp32, or fp64 in an fp64 model),
-        DoRA's magnitudes, ``modules_to_save``, and the biases that ``config.bias`` names.
+        The model, with ``config`` as ``model.lora_config`` (a copy, where its task adds a head). Trainable are the
+        factors (fp32, or fp64 in an fp64 model), DoRA's magnitudes, ``modules_to_save``, and the biases that
+        ``config.bias`` names.
 
     Raises:
         ValueError: for a model that is adapted already, a target that fits nothing (with names like it), a rank larger
@@ -41,7 +42,13 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     Notes:
         Memory: r (in + out) numbers per layer. What backward keeps is in ``LoraConfig.save``.
     """
-    plan = plan_lora(model, config)
+    config = with_heads(model, config)
+    attach_adapters(model, plan_lora(model, config), config)
+    return model
+
+
+def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
+    """Adapt the layers of a plan, and freeze everything else."""
     adapters = make_adapters(plan, config)
     saved = modules_to_save(model, config)
     # under all its names: a merge may give each of them a parameter of its own
@@ -58,7 +65,6 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     model.lora_frozen = frozen  # type: ignore[assignment]
     if config.fused_blocks:
         fuse_blocks(model)
-    return model
 
 
 def remove_lora(model: Model) -> Model:

@@ -18,6 +18,8 @@ BIASES = ("none", "all", "lora_only")
 _OWN = ("save", "order", "fast_path", "fused_blocks")
 # fields that older versions of PEFT do not know, and refuse to read: written where they say something
 _RECENT = ("exclude_modules", "lora_bias")
+# the heads that PEFT trains besides, for these tasks
+HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
 # PEFT's fields that change what an adapter computes and that this package has no code for
 _FOREIGN = (
     "alora_invocation_tokens",
@@ -73,7 +75,9 @@ class LoraConfig:
             before the number.
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r, lora_alpha of those layers.
         lora_bias: a bias on B.
-        task_type, base_model_name_or_path, revision, inference_mode: kept for the file.
+        task_type: kept for the file. With ``"SEQ_CLS"`` and ``"TOKEN_CLS"``, ``modules_to_save`` gains the model's
+            ``classifier`` and ``score``, as in PEFT.
+        base_model_name_or_path, revision, inference_mode: kept for the file.
         save: what backward keeps. ``"min"``: the input; ``"full"``: the products with A too, which saves ``2 M n r``
             operations (and, for DoRA, the output before the magnitude); ``"lora_fa"``: A is frozen (Zhang et al.,
             "LoRA-FA", arXiv 2308.03303), and only the products with it are kept, M r numbers.
@@ -152,6 +156,8 @@ class LoraConfig:
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if self.target_modules is not None and not self.target_modules:
+            problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         if isinstance(self.modules_to_save, str):
             problems.append(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
-from leanstep.lora.config import LoraConfig
+from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 
 
 def matches(config: LoraConfig, name: str) -> bool:
@@ -60,7 +62,11 @@ def _layer_number(config: LoraConfig, name: str) -> int | None:
 
 def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that fits the end of ``name``."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if _ends_as(key, name)), default)
+
+
+def _ends_as(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
@@ -87,19 +93,68 @@ def select(model: nn.Module, config: LoraConfig, kinds: Iterable[str]) -> dict[s
         raise ValueError(
             f"apply_lora: target_modules is not set; this model has {', '.join(ends)}; or take 'all-linear'"
         )
+    _warn_of_exclusions(modules, config)
     if config.target_modules == "all-linear":
         return _all_linear(model, modules, config)
     chosen = {name: module for name, module in modules.items() if matches(config, name)}
-    entries = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    for entry in entries:
-        hits = [n for n in chosen if _listed(entry if isinstance(config.target_modules, str) else [entry], n)]
-        if not hits:
-            raise ValueError(_nothing(entry, modules, config))
+    for rule in _entries(config.target_modules):
+        if not any(_listed(rule, name) for name in chosen):
+            raise ValueError(_nothing(rule, modules))
     for patterns in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, patterns):
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in chosen):
+            if not any(_ends_as(key, name) for name in chosen):
                 raise ValueError(f"apply_lora: {patterns} {key!r} fits none of the {len(chosen)} adapted layers")
     return chosen
+
+
+def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:
+    rules = config.exclude_modules or []
+    idle = [rule for rule in _entries(rules) if not any(_listed(rule, name) for name in modules)]
+    if idle:
+        names = ", ".join(repr(rule if isinstance(rule, str) else rule[0]) for rule in idle)
+        warnings.warn(f"apply_lora: exclude_modules {names} fits no module of the model", stacklevel=5)
+
+
+def _entries(rules: list[str] | str) -> list[list[str] | str]:
+    """A rule of its own for every name of a list."""
+    return [rules] if isinstance(rules, str) else [[rule] for rule in rules]
+
+
+def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration with the model's classifier among ``modules_to_save`` where the task has one."""
+    ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    saved = config.modules_to_save or []
+    heads = [head for head in HEADS if head in ends and head not in saved]
+    if config.task_type not in HEAD_TASKS or not heads:
+        return config
+    return dataclasses.replace(config, modules_to_save=[*saved, *heads])
+
+
+def fitted(model: nn.Module, config: LoraConfig, where: str) -> LoraConfig:
+    """A file's configuration without the names that say nothing about this model.
+
+    PEFT writes down names of layers that it then leaves out, and heads that the model does not have. Layers and
+    patterns that are not in the model at all are named in a warning, if any layer is.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if config.modules_to_save and config.task_type in HEAD_TASKS:
+        saved = [n for n in config.modules_to_save if n not in HEADS or any(_listed([n], name) for name in names)]
+        config = dataclasses.replace(config, modules_to_save=saved)
+    chosen = [name for name in names if matches(config, name)]
+    if not chosen:
+        return config
+    changes: dict[str, Any] = {}
+    lost: list[str] = []
+    if isinstance(config.target_modules, list):
+        changes["target_modules"] = [t for t in config.target_modules if any(_listed([t], name) for name in chosen)]
+        lost += [f"target_modules {t!r}" for t in config.target_modules if not any(_listed([t], n) for n in names)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        changes[field] = {key: value for key, value in patterns.items() if any(_ends_as(key, name) for name in chosen)}
+        lost += [f"{field} {key!r}" for key in patterns if not any(_ends_as(key, name) for name in names)]
+    if lost:
+        warnings.warn(f"load_adapter: {where}: {', '.join(lost)} fits nothing in this model", stacklevel=3)
+    return dataclasses.replace(config, **changes)
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
@@ -121,9 +176,10 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     return linear
 
 
-def _nothing(entry: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> str:
+def _nothing(rule: list[str] | str, modules: Mapping[str, nn.Module]) -> str:
     """Why an entry of ``target_modules`` selects nothing, with names like it."""
-    excluded = [name for name in modules if _listed(entry if isinstance(config.target_modules, str) else [entry], name)]
+    entry = rule if isinstance(rule, str) else rule[0]
+    excluded = [name for name in modules if _listed(rule, name)]
     if excluded:
         return (
             f"apply_lora: target_modules {entry!r} fits {len(excluded)} modules, such as {excluded[0]!r}, all of which "

@@ -60,6 +60,8 @@ def test_targets_that_cannot_be(settings, message):
         ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern '\(' is no regular expression: missing \)"),
         ({"target_modules": "*.q_proj"}, "target_modules .* is no regular expression: nothing to repeat"),
+        ({"target_modules": []}, "target_modules is empty; name the layers to adapt, or take 'all-linear'"),
+        ({"target_modules": ""}, "target_modules is empty"),
         ({"layers_pattern": "layers"}, "for layers_to_transform, which is not set"),
     ],
     ids=str,
@@ -133,6 +135,17 @@ def test_what_is_trained_whole_is_not_adapted_inside():
     assert {name.split(".")[-2] for name, module in model.named_modules() if hasattr(module, "lora")} == {"self_attn"}
     model(tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "message"), [(["k_prj", "v_proj", "Q"], "'k_prj', 'Q' fits no module"), ("v_proj", "'v_proj' fits no")]
+)
+def test_exclusions_that_exclude_nothing_are_told(rule, message, targets):
+    targets = targets if isinstance(rule, str) or targets == "all-linear" else ["q_proj"]
+    with pytest.warns(UserWarning, match=f"exclude_modules {message}") as caught:
+        apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=targets, exclude_modules=rule))
+    assert len(caught) == 1 and caught[0].filename == __file__
 
 
 def test_a_quantised_base_says_what_is_missing():

@@ -1,17 +1,23 @@
 """Files of PEFT's that differ from what this package writes: which open, and which are refused in which words."""
 
 import json
+import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from lora_models import randomise, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
 
 # PEFT asks transformers by a name that is on its way out
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following .* did not match any targeted module:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
 
 
 def written(folder, model=None, **settings):
@@ -66,3 +72,86 @@ def test_tensors_that_are_no_weights_are_refused(value, message, adapted, tmp_pa
         load_adapter(model, tmp_path)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def tiny_bert(labels=3, seed=0):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=61, max_position_embeddings=64, num_labels=labels, **sizes, **drop)
+    torch.manual_seed(seed)
+    return transformers.BertForSequenceClassification(config)
+
+
+ODD = {
+    "embedding": (tiny_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": (tiny_llama, {"target_modules": ["lm_head", "q_proj"], "use_dora": True}),
+    "biases of a head": (tiny_bert, {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"}),
+    "all but some": (tiny_llama, {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
+    "all but the head": (tiny_bert, {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+    "a task": (tiny_bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "all of a task": (tiny_bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "rank of what is left out": (
+        tiny_llama,
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"], "rank_pattern": {"k_proj": 3}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_peft_writes_besides_is_understood(case, tmp_path):
+    build, settings = ODD[case]
+    theirs = written(tmp_path, build(), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_adapter(build(), tmp_path).eval()
+    torch.testing.assert_close(model(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
+    # and into a model that is adapted already, from what we write of it
+    save_adapter(model, tmp_path / "again")
+    other = load_adapter(apply_lora(build(), model.lora_config), tmp_path / "again").eval()
+    assert torch.equal(other(tokens()).logits, model(tokens()).logits)
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "again").eval()
+    torch.testing.assert_close(again(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_embedding_of_a_file_is_taken_over(tmp_path):
+    theirs = written(tmp_path, tiny_llama(), target_modules=["embed_tokens", "q_proj"])
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 1
+    with pytest.warns(UserWarning, match="base weight of model.embed_tokens that is not the model's; it is taken over"):
+        load_adapter(model, tmp_path)
+    torch.testing.assert_close(model.eval()(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
+    assert not model.model.embed_tokens.weight.requires_grad
+    with pytest.raises(ValueError, match=r"embed_tokens.* has shape .*, the model needs \(2, 59\)"):
+        load_adapter(tiny_llama(vocab_size=59), tmp_path)
+
+
+def test_names_that_the_model_lacks_are_told(tmp_path):
+    settings = {"rank_pattern": {"nowhere": 3}, "alpha_pattern": {"elsewhere": 3}}
+    theirs = written(tmp_path, target_modules=["q_proj", "value"], **settings)
+    message = "target_modules 'value', rank_pattern 'nowhere', alpha_pattern 'elsewhere' fits nothing in this model"
+    with pytest.warns(UserWarning, match=message):
+        model = load_adapter(tiny_llama(), tmp_path)
+    torch.testing.assert_close(model.eval()(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
+    edit(tmp_path, target_modules=["value", "key"])
+    with pytest.raises(ValueError, match="'value' fits no module"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", None])
+def test_the_head_of_a_task_is_trained_and_saved(task, tmp_path):
+    settings = LoraConfig(r=2, target_modules=["query"], task_type=task)
+    model = apply_lora(tiny_bert(), settings)
+    heads = ["classifier"] if task in ("SEQ_CLS", "TOKEN_CLS") else None
+    assert model.lora_config.modules_to_save == heads and settings.modules_to_save is None
+    assert model.classifier.weight.requires_grad == bool(heads)
+    if task != "SEQ_CLS":
+        return
+    save_adapter(randomise(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens()).logits, model.eval()(tokens()).logits, rtol=1e-5, atol=1e-5)
+    # a file without a head, as transformers' add_adapter writes it, opens too
+    plain = apply_lora(tiny_bert(), LoraConfig(r=2, target_modules=["query"]))
+    save_adapter(plain, tmp_path / "plain")
+    edit(tmp_path / "plain", task_type="SEQ_CLS")
+    assert not load_adapter(tiny_bert(), tmp_path / "plain").classifier.weight.requires_grad
