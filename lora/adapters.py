@@ -68,11 +68,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: for a model without adapters, or a tensor with a NaN or an infinity; nothing is written.
+        ValueError: for a model without adapters, a tensor with a NaN or an infinity, or a file in place of the folder;
+            nothing is written.
     """
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
         raise ValueError("save_adapter: the model has no adapters; apply_lora gives it some")
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"save_adapter: {target} is a file; expected a folder, for {CONFIG} and {WEIGHTS}")
     state = adapter_state(model)
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -82,7 +86,6 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
-    target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
     _replace(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -187,9 +190,12 @@ def read_config(folder: Path) -> LoraConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     try:
-        return LoraConfig.from_dict(json.loads(path.read_text("utf-8")))
+        settings = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; expected PEFT's settings by name")
+    return LoraConfig.from_dict(settings)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

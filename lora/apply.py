@@ -35,6 +35,7 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         ``config.bias`` names.
 
     Raises:
+        TypeError: for a configuration of another class.
         ValueError: for a model that is adapted already, a target that fits nothing (with names like it), a rank larger
             than a layer, a base weight of a dtype that cannot be adapted, a layer that is never called, or
             ``fast_path=True`` where it is known already that a layer cannot run on it. The model is unchanged.
@@ -42,6 +43,11 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     Notes:
         Memory: r (in + out) numbers per layer. What backward keeps is in ``LoraConfig.save``.
     """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"apply_lora: expected a leanstep.lora.LoraConfig, got {type(config).__module__}.{type(config).__name__}; "
+            "leanstep's takes PEFT's fields under the same names"
+        )
     config = with_heads(model, config)
     attach_adapters(model, plan_lora(model, config), config)
     return model
@@ -154,7 +160,12 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
         yield f"fast_path=True was asked for, but {name} cannot run on the fast path: its weight is sharded (DTensor)"
     sides, rank = tuple(weight.shape) if isinstance(module, nn.Embedding) else widths(module), rank_of(config, name)
     if rank > min(sides):
-        yield f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}"
+        yield (
+            f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}, there by "
+            "rank_pattern, or leave it out with exclude_modules"
+        )
+    if config.lora_bias and isinstance(module, nn.Embedding):
+        yield f"{name} is an embedding, which has no bias on B; leave it out, or lora_bias"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not go with"
     if "forward" in vars(module) and "_old_forward" not in vars(module):

@@ -58,7 +58,8 @@ class LoraConfig:
         lora_alpha: numerator of the scale.
         target_modules: which layers. A list of names, each a layer's whole name or its end after a dot; or a text, a
             regular expression for the whole name; or ``"all-linear"``, every linear layer but the output head, those in
-            ``modules_to_save``, and those that are never called (``out_proj`` of ``nn.MultiheadAttention``).
+            ``modules_to_save``, those narrower than their rank, and those that are never called (``out_proj`` of
+            ``nn.MultiheadAttention``).
         exclude_modules: which of these not; a list of names or a regular expression.
         lora_dropout: probability with which the adapter's input is dropped, in training.
         bias: which biases of the base model are trained besides: ``"none"``, ``"all"``, or those of adapted layers,
@@ -74,7 +75,7 @@ class LoraConfig:
         layers_to_transform: numbers of the layers to adapt, where names have numbers; ``layers_pattern`` is the name
             before the number.
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r, lora_alpha of those layers.
-        lora_bias: a bias on B.
+        lora_bias: a bias on B, for linear layers and Conv1D without DoRA.
         task_type: kept for the file. With ``"SEQ_CLS"`` and ``"TOKEN_CLS"``, ``modules_to_save`` gains the model's
             ``classifier`` and ``score``, as in PEFT.
         base_model_name_or_path, revision, inference_mode: kept for the file.
@@ -127,11 +128,35 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, (set, tuple)):
-                setattr(self, name, sorted(value))
-        found = list(self._problems())
+            if isinstance(value, (set, frozenset, tuple)):
+                setattr(self, name, sorted(value, key=str))
+        if isinstance(self.layers_to_transform, (set, tuple, range)):
+            self.layers_to_transform = list(self.layers_to_transform)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        found = self._wrong_types() or self._problems()
         if found:
             raise ValueError("LoraConfig: " + "; ".join(found))
+
+    def _wrong_types(self) -> list[str]:
+        problems = []
+        for name, text in (("target_modules", True), ("exclude_modules", True), ("modules_to_save", False)):
+            value = getattr(self, name)
+            if value is None or (text and isinstance(value, str)):
+                continue
+            if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+                also = " or a text" if text else ""
+                problems.append(f"{name} must be a list of names{also}, got {value!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                problems.append(f"{name} must be a dictionary of names and numbers, got {value!r}")
+        layers = self.layers_to_transform
+        numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+            problems.append(f"layers_to_transform must be a whole number or a list of them, got {layers!r}")
+        return problems
 
     def _problems(self) -> list[str]:
         problems = []
@@ -158,13 +183,13 @@ class LoraConfig:
                 problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if self.target_modules is not None and not self.target_modules:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
-        if isinstance(self.modules_to_save, str):
-            problems.append(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
         for name, expression in expressions:
             if isinstance(expression, str) and (why := _why_no_expression(expression)):
                 problems.append(f"{name} {expression!r} is no regular expression: {why}")
+        if self.use_dora and self.lora_bias:
+            problems.append("use_dora does not go with lora_bias: PEFT does not open such an adapter; leave out one")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(
                 "layers_pattern says where a name has its number, for layers_to_transform, which is not set"

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 
@@ -171,9 +171,22 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     for name, reason in never.items():
         warnings.warn(f"apply_lora: 'all-linear' leaves out {name}: {reason}", stacklevel=5)
         del linear[name]
+    narrow = [name for name, module in linear.items() if rank_of(config, name) > min(_sides(module), default=math.inf)]
+    if narrow:
+        names = ", ".join(narrow[:4]) + (f" and {len(narrow) - 4} more" if len(narrow) > 4 else "")
+        warnings.warn(f"apply_lora: 'all-linear' leaves out {names}: narrower than the rank", stacklevel=5)
+    linear = {name: module for name, module in linear.items() if name not in narrow}
     if not linear:
-        raise ValueError("apply_lora: target_modules 'all-linear' selects nothing; the model has no linear layer")
+        raise ValueError(
+            "apply_lora: target_modules 'all-linear' selects nothing; the model has no linear layer for it"
+        )
     return linear
+
+
+def _sides(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if isinstance(module.weight, Tensor) else ()
 
 
 def _nothing(rule: list[str] | str, modules: Mapping[str, nn.Module]) -> str:
@@ -184,6 +197,15 @@ def _nothing(rule: list[str] | str, modules: Mapping[str, nn.Module]) -> str:
         return (
             f"apply_lora: target_modules {entry!r} fits {len(excluded)} modules, such as {excluded[0]!r}, all of which "
             "exclude_modules, modules_to_save or layers_to_transform leave out"
+        )
+    if re.sub(r"[^a-z]", "", entry.lower()) == "alllinear":
+        return (
+            f"apply_lora: target_modules {entry!r} fits no module of the model; did you mean 'all-linear', as a text?"
+        )
+    if isinstance(rule, str) and any(_listed([rule], name) for name in modules):
+        return (
+            f"apply_lora: target_modules {entry!r} is a text, a regular expression for the whole name, and fits no "
+            f"module; for the layers whose names end so, write [{entry!r}]"
         )
     ends = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
     near = difflib.get_close_matches(entry, sorted(ends), n=4, cutoff=0.5)

@@ -5,7 +5,7 @@ import torch
 from lora_models import tiny_llama, tokens
 from torch import nn
 
-from leanstep.lora import LoraConfig, apply_lora, remove_lora, save_adapter, set_adapters
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, remove_lora, save_adapter, set_adapters
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,17 @@ from leanstep.lora import LoraConfig, apply_lora, remove_lora, save_adapter, set
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern 'k_proj' fits none of the 2"),
         ({"target_modules": ["mlp"]}, "model.layers.0.mlp is a LlamaMLP; adapted are linear layers"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "modules_to_save 'head' fits no module"),
+        (
+            {"target_modules": "q_proj"},
+            r"regular expression for the whole name.*whose names end so, write \['q_proj'\]",
+        ),
+        ({"target_modules": "all_linear"}, "'all_linear' fits no module.*did you mean 'all-linear'"),
+        ({"target_modules": ["all-linear"]}, "'all-linear' fits no module.*did you mean 'all-linear', as a text"),
+        (
+            {"target_modules": ["embed_tokens", "q_proj"], "lora_bias": True},
+            "embed_tokens is an embedding.*no bias on B",
+        ),
+        ({"target_modules": ["lm_head"], "r": 33}, "at most 32, there by rank_pattern, or leave it out with exclude_m"),
         ({"target_modules": ["q_proj"], "exclude_modules": r".*"}, "all of which exclude_modules.*leave out"),
     ],
     ids=str,
@@ -62,6 +73,15 @@ def test_targets_that_cannot_be(settings, message):
         ({"target_modules": "*.q_proj"}, "target_modules .* is no regular expression: nothing to repeat"),
         ({"target_modules": []}, "target_modules is empty; name the layers to adapt, or take 'all-linear'"),
         ({"target_modules": ""}, "target_modules is empty"),
+        ({"target_modules": 5}, "target_modules must be a list of names or a text, got 5"),
+        ({"target_modules": ["q_proj", 3]}, r"target_modules must be a list of names or a text, got \['q_proj', 3\]"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules must be a list of names or a text"),
+        ({"modules_to_save": [1]}, r"modules_to_save must be a list of names, got \[1\]"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
+        ({"layers_to_transform": [0, "1"]}, r"list of them, got \[0, '1'\]"),
+        ({"rank_pattern": [1]}, r"rank_pattern must be a dictionary of names and numbers, got \[1\]"),
+        ({"alpha_pattern": {1: 2}}, "alpha_pattern must be a dictionary of names and numbers"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora does not go with lora_bias: PEFT does not open"),
         ({"layers_pattern": "layers"}, "for layers_to_transform, which is not set"),
     ],
     ids=str,
@@ -146,6 +166,37 @@ def test_exclusions_that_exclude_nothing_are_told(rule, message, targets):
     with pytest.warns(UserWarning, match=f"exclude_modules {message}") as caught:
         apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=targets, exclude_modules=rule))
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_layers_narrower_than_the_rank_are_left_out_where_all_are_asked_for():
+    def adapted(**settings):
+        model = nn.ModuleDict({"up": nn.Linear(8, 8), "gate": nn.Linear(8, 1), "head": nn.Linear(8, 3)})
+        apply_lora(model, LoraConfig(r=4, target_modules="all-linear", **settings))
+        return [name for name, module in model.items() if hasattr(module, "lora")]
+
+    with pytest.warns(UserWarning, match="'all-linear' leaves out gate, head: narrower than the rank") as caught:
+        assert adapted() == ["up"]
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="leaves out gate: narrower"):
+        assert adapted(rank_pattern={"head": 3}) == ["up", "head"]
+    assert adapted(exclude_modules=["gate", "head"]) == ["up"]
+
+
+def test_configurations_of_other_classes_are_refused(tmp_path):
+    class Settings(dict):
+        __module__ = "peft.tuners.lora.config"
+
+    for settings, name in (({"r": 4}, "builtins.dict"), (Settings(), "peft.tuners.lora.config.Settings")):
+        with pytest.raises(TypeError, match=f"expected a leanstep.lora.LoraConfig, got {name}.*takes PEFT's fields"):
+            apply_lora(tiny_llama(), settings)
+    assert LoraConfig(rank_pattern=None, alpha_pattern=None).rank_pattern == {}
+    path = tmp_path / "adapter_config.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="adapter_config.json holds a list; expected PEFT's settings by name"):
+        load_adapter(tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match="adapter_config.json is a file; expected a folder"):
+        save_adapter(apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"])), path)
+    assert path.read_text() == "[]"
 
 
 def test_a_quantised_base_says_what_is_missing():

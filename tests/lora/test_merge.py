@@ -14,7 +14,7 @@ from leanstep.lora.ties import config_of_merged
 CASES = {
     "llama": (tiny_llama, {"target_modules": LLAMA_TARGETS}),
     "dora": (tiny_llama, {"target_modules": LLAMA_TARGETS, "use_dora": True}),
-    "gpt2 dora": (tiny_gpt2, {"target_modules": GPT2_TARGETS, "use_dora": True, "lora_bias": True}),
+    "gpt2 dora": (tiny_gpt2, {"target_modules": GPT2_TARGETS, "use_dora": True}),
     "embeddings": (tiny_llama, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
 }
 

@@ -266,7 +266,7 @@ def everything(*_, **__):
 
 
 SELECTIVE = {key: VARIANTS[key] for key in ("plain", "dropout", "dora", "dora dropout", "full", "lora_bias")}
-SELECTIVE |= {"dora lora_bias": {"use_dora": True, "lora_bias": True}, "zeros": {}, "not fast": {"fast_path": False}}
+SELECTIVE |= {"zeros": {}, "not fast": {"fast_path": False}}
 
 
 @pytest.mark.parametrize("variant", SELECTIVE)
