@@ -1,7 +1,8 @@
 """Products of dense matrices in fp32 on the CPU, by whichever of torch's two libraries is faster there.
 
-``torch.mm`` in fp32 is MKL's on x86, which leaves the 512-bit units of AMD's processors unused; oneDNN, which torch
-ships too and takes for 16-bit products, uses them. Elsewhere, and for all other dtypes and devices, ``torch.mm`` runs.
+``torch.mm`` in fp32 is MKL's on x86; oneDNN, which torch ships too and takes for 16-bit products, has twice its
+speed on an AMD processor with AVX-512 (benchmarks/dense_product.py). Elsewhere, and for all other dtypes and devices,
+``torch.mm`` runs.
 """
 
 import functools
@@ -20,7 +21,7 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
 
     Args:
         x: [M, n]. w: [n, m], often a transposed view. Both of one dtype.
-        plus: [m], or [M, m]; not needed by the caller afterwards, as the result may take its memory.
+        plus: [m]; or [M, m], whose memory the result may take.
 
     Returns:
         [M, m], dense.
@@ -63,7 +64,7 @@ def why_not_onednn() -> str | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no AVX-512"
     if not _vendor().startswith(("AuthenticAMD", "AMD")):
-        return "MKL uses all of this processor"
+        return "MKL is made for this processor"
     return None
 
 

@@ -39,7 +39,7 @@ def lora_scale_backward(
     Args:
         g: [M, m], the gradient of an output. y: the output, or None for no sum with it (what is returned is void).
         c: [m], fp32, or fp64 for fp64 tensors.
-        in_place: write the product into g, if that is row-major.
+        in_place: let the product take the memory of g.
 
     Returns:
         ([M, m] of g's dtype, [m] and [m] of c's dtype).
@@ -57,7 +57,7 @@ def lora_scale_backward(
             f"{y.dtype}"
         )
     if _is_traced(g) or not g.numel():
-        return reference.lora_scale_backward(g, y, c, torch.empty_like(g))
+        return reference.lora_scale_backward(g, y, c)
     g = g.contiguous()
     inner = g if in_place else torch.empty_like(g)
     return _module(g).lora_scale_backward(g, None if y is None else y.contiguous(), c.contiguous(), inner)

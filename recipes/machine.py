@@ -96,4 +96,4 @@ def _products() -> str:
     from leanstep.kernels.dense_product import why_not_onednn
 
     reason = why_not_onednn()
-    return "oneDNN, as MKL leaves AVX-512 unused on AMD" if reason is None else f"torch.mm ({reason})"
+    return "oneDNN, faster than MKL on AMD processors with AVX-512" if reason is None else f"torch.mm ({reason})"

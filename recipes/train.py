@@ -79,7 +79,7 @@ def train(config: RunConfig) -> int:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    Of several processes that trained on the CPU, about one in twenty aborts when it is all over: torch's threads do not
+    Of several processes that trained on the CPU, now and then one aborts when it is all over: torch's threads do not
     outlast its global objects ("terminate called without an active exception"), and the launcher calls the run failed.
     So all that Python does at its end is done, and the destructors are not run.
     """
