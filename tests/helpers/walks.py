@@ -1,0 +1,60 @@
+"""Which files and functions of the package a call goes through, in the order in which they are entered."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import leanstep.kernels
+import leanstep.lora
+import leanstep.optimizers
+import leanstep.pruning
+import leanstep.recipes
+import leanstep.sparsity
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("kernels", "leanstep", "lora", "optimizers", "pruning", "recipes", "sparsity")
+
+
+class StopWalk(BaseException):
+    """Raised in the traced call where the walk ends; no handler of the package catches it."""
+
+
+def walk(call: Callable[[], Any], until: str | None = None) -> list[tuple[str, str]]:
+    """(file, function) of every function of the package that ``call`` enters, each once, in order.
+
+    Args:
+        call: what to run, in this thread.
+        until: "file:function" at whose entry the call is abandoned; None: run it to its end.
+    """
+    entered: dict[tuple[str, str], None] = {}
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event != "call":
+            return
+        path = Path(frame.f_code.co_filename)
+        if not path.is_relative_to(ROOT):
+            return
+        file = path.relative_to(ROOT)
+        if file.parts[0] not in FOLDERS:
+            return
+        step = (file.as_posix(), frame.f_code.co_qualname.replace("<locals>.", ""))
+        entered.setdefault(step)
+        if until == f"{step[0]}:{step[1]}":
+            raise StopWalk
+
+    previous = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    except StopWalk:
+        pass
+    finally:
+        sys.setprofile(previous)
+    return list(entered)
+
+
+def files(steps: list[tuple[str, str]]) -> list[str]:
+    """The distinct files of a walk, in the order in which they are entered."""
+    return list(dict.fromkeys(file for file, _ in steps))
