@@ -1,7 +1,7 @@
 """Losses and hashes of every nano recipe after a few steps: whether a change of the code changed a single bit.
 
     python benchmarks/fingerprint.py --out runs/before.json        # on the old code
-    python benchmarks/fingerprint.py --compare runs/before.json    # on the new code, same machine; exits 1 on a difference
+    python benchmarks/fingerprint.py --compare runs/before.json    # on the new code, same machine; 1 if they differ
 
 Each recipe trains ``--steps`` steps on one process from its own seed. The fingerprint holds every logged loss, the
 validation loss, a SHA-256 of the final weights, and a SHA-256 of the optimizer's state tensors in the order of the

@@ -6,13 +6,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import leanstep.kernels
-import leanstep.lora
-import leanstep.optimizers
-import leanstep.pruning
-import leanstep.recipes
-import leanstep.sparsity
-
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "leanstep", "lora", "optimizers", "pruning", "recipes", "sparsity")
 
