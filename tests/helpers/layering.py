@@ -1,12 +1,13 @@
 """Read imports from source and say which of them the package's layers forbid."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# what a folder may import of the package itself, besides its own modules
+# what a folder may import of the package itself, besides its own modules and the shared ones of the import root
 ALLOWED = {
     "kernels": set(),
     "lora": {"kernels"},
@@ -22,8 +23,12 @@ ALLOWED_TO_FILE = {
     "leanstep/__main__.py": {"cli"},
 }
 FOLDERS = tuple(ALLOWED)
+# modules of the import root that every folder may use; they import nothing of the package but each other
+SHARED = ("_torch", "_files", "_memory")
+SHARED_IMPORTS = {"torch", "numpy", "psutil", *sys.stdlib_module_names}
 # single modules of the import root that others may use
 ROOT_MODULES = {"_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page"}
+ROOT_MODULES |= dict.fromkeys(SHARED, "shared")
 TRITON_FOLDER = "kernels/triton_impl/"
 
 
@@ -56,7 +61,8 @@ def layer(name: str) -> str | None:
 def problems(path: str, source: str) -> list[str]:
     """List the forbidden imports of one file; ``path`` is relative to the repository, with slashes."""
     home = path.split("/")[0]
-    allowed = ALLOWED[home] | ALLOWED_TO_FILE.get(path, set()) | {home}
+    shared = path in {f"leanstep/{name}.py" for name in SHARED}
+    allowed = {"shared"} if shared else ALLOWED[home] | ALLOWED_TO_FILE.get(path, set()) | {home, "shared"}
     found = []
     for line, name in imported_names(source):
         top = name.split(".")[0]
@@ -69,6 +75,8 @@ def problems(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {name!r} is not part of the package")
         elif top == "triton" and not path.startswith(TRITON_FOLDER):
             found.append(f"{path}:{line}: only {TRITON_FOLDER} imports Triton, this is {name!r}")
+        elif shared and target is None and top not in SHARED_IMPORTS:
+            found.append(f"{path}:{line}: a shared module imports torch at most, not {name!r}")
         elif target is not None and target not in allowed:
             found.append(f"{path}:{line}: {home} may not import {name!r}")
     return found
