@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from leanstep.optimizers._sharding import Steps, run, shard_of, sum_over_shards, together
+from leanstep.optimizers._sharding import Steps, placed_like, run, shard_of, sum_over_shards, together
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _raise_on_nonfinite(self) -> None:
         """The policy "raise": look at all gradients (one wait) before anything is changed."""
         named = [
-            (describe(group, position), param, param.grad)
+            (describe(group, position), param, placed_like(param.grad, param))
             for group in self.param_groups
             if group["nonfinite"] == "raise"
             for position, param in enumerate(group["params"])
@@ -361,7 +361,7 @@ def holds_factors(group: dict[str, Any]) -> bool:
 
 
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
-    """The gradient of a parameter, refused when it is sparse."""
+    """The gradient of a parameter, distributed as the parameter is; refused when it is sparse."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
@@ -369,7 +369,7 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
-    return grad
+    return placed_like(grad, param)
 
 
 def new_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers._base import dense_gradient, local
-from leanstep.optimizers._sharding import Reduction, Steps, run
+from leanstep.optimizers._sharding import Reduction, Steps, placed_like, run
 
 # settings of a group that say what its parameters' ``half_grad`` holds: nothing ("none"), the gradient of the first
 # part ("gradient"), which was ``half_fraction`` of the whole, or its difference with the whole ("difference")
@@ -104,7 +104,7 @@ def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | T
         for param in group["params"]:
             kept = state.get(param, {})
             if "half_grad" in kept and param.grad is not None:
-                half, grad = local(kept["half_grad"]), local(param.grad)
+                half, grad = local(kept["half_grad"]), local(placed_like(param.grad, param))
                 scaled = isinstance(loss_scale, Tensor) or loss_scale != 1
                 half.sub_(grad / loss_scale if scaled else grad, alpha=group["half_fraction"])
         group["half_is"] = "difference"

@@ -79,6 +79,19 @@ def shard_of(param: Tensor) -> Shard:
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
 
 
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, distributed as its parameter is; unchanged where it already is.
+
+    Tensor parallelism leaves other placements: the gradient of a row-wise embedding is replicated, that of a norm
+    between sequence-parallel layers is a partial sum. A rule for this process's part needs the same part of both.
+    Communicates where they differ, so that all processes have to call; the gradient itself is not written.
+    """
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(grad, "placements", placements) == placements:
+        return grad
+    return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
+
+
 def cut(shard: Shard) -> str | None:
     """How the matrices of a parameter are cut: "rows", "columns", or None when each is whole on one process.
 

@@ -264,18 +264,23 @@ class MFAC(LeanOptimizer):
 
     def _init_group(self) -> None:
         super()._init_group()
-        self._scopes()
+        self._scopes(self._gradients())
 
-    def _scopes(self) -> list[Scope]:
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients of the parameters that have one. Refuses sparse ones."""
+        return {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
+
+    def _scopes(self, gradients: dict[Tensor, Tensor]) -> list[Scope]:
         """The scopes that have a gradient, with all members that have state; what they keep is created."""
         members: dict[Any, list[Member]] = {}
         index = 0
         for number, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param in self.state or param.grad is not None:
+                grad = gradients.get(param)
+                if param in self.state or grad is not None:
                     state = self._init_state(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
-                    member = Member(group, position, index, param, param.grad, state, columns)
+                    member = Member(group, position, index, param, grad, state, columns)
                     if param.numel():  # nothing can be learnt of what is empty, and it would take steps of its own
                         members.setdefault(scope_key(group, number, position, index), []).append(member)
                 index += 1
@@ -292,10 +297,7 @@ class MFAC(LeanOptimizer):
         return scopes
 
     def _steps(self) -> list[Steps[None]]:
-        for group in self.param_groups:
-            for _ in self._with_gradient(group):
-                pass  # refuses sparse gradients, before anything is changed
-        scopes = self._scopes()
+        scopes = self._scopes(self._gradients())
         return [_mfac_apply.step(scopes)] if scopes else []
 
 
