@@ -72,6 +72,7 @@ class LeanOptimizer(torch.optim.Optimizer):
             if twice is None:
                 raise
             raise ValueError(f"{type(self).__name__}: {error}: {twice}") from None
+        _name_dtypes(self.param_groups[-1])
         for position, param in enumerate(self.param_groups[-1]["params"]):
             if param.is_complex():
                 name = describe(self.param_groups[-1], position)
@@ -173,6 +174,7 @@ class LeanOptimizer(torch.optim.Optimizer):
             group.setdefault("nonfinite_count", 0)
             for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
                 group.setdefault(key, self.defaults[key])
+            _name_dtypes(group)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the count of non-finite updates as a plain int (reads the device).
@@ -372,9 +374,25 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
     return placed_like(grad, param)
 
 
-def new_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros like the parameter, sharded like it, in ``dtype`` or the parameter's."""
-    return torch.zeros_like(param, dtype=dtype or param.dtype, memory_format=torch.preserve_format)
+def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
+    """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
+    return torch.zeros_like(param, dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+
+
+def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a setting of a group names.
+
+    Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
+    state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
+    """
+    return getattr(torch, setting) if isinstance(setting, str) else setting
+
+
+def _name_dtypes(group: dict[str, Any]) -> None:
+    """Replace dtypes among the settings of a group by their names; see :func:`dtype_of`."""
+    for key, value in group.items():
+        if isinstance(value, torch.dtype):
+            group[key] = str(value).removeprefix("torch.")
 
 
 def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
@@ -419,8 +437,9 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> N
 
 
 def check_dtype(owner: str, name: str, dtype: Any) -> None:
-    """Raise unless the value is a floating dtype or None."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    """Raise unless the value is a floating dtype, the name of one, or None."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise TypeError(f"{owner}: {name} must be a floating torch.dtype or None, got {dtype!r}")
 
 

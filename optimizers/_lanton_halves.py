@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers._base import dense_gradient, local
+from leanstep.optimizers._base import dense_gradient, dtype_of, local
 from leanstep.optimizers._sharding import Reduction, Steps, placed_like, run
 
 # settings of a group that say what its parameters' ``half_grad`` holds: nothing ("none"), the gradient of the first
@@ -51,7 +51,7 @@ def mark_half(
                 continue
             grad = dense_gradient("LANTON", group, position, param).detach()
             half = grad / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else grad
-            state[param]["half_grad"] = half.to(group["noise_dtype"] or param.dtype, copy=True)
+            state[param]["half_grad"] = half.to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
             copies.append(state[param]["half_grad"])
         group["half_is"] = "gradient"
     whole = [c for c in copies if not hasattr(c, "placements")]

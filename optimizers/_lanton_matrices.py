@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.newton_schulz import compute_dtype, flops, newton_schulz, nuclear_norm
-from leanstep.optimizers._base import local
+from leanstep.optimizers._base import dtype_of, local
 from leanstep.optimizers._lanton_routing import is_stack, matrix_shape
 from leanstep.optimizers._lanton_update import (
     Found,
@@ -62,7 +62,7 @@ def dual_norms(members: list[Member]) -> Iterator[tuple[int, int, Tensor]]:
                 estimator=group["nuclear"],
                 steps=group["nuclear_steps"],
                 coefficients=group["nuclear_coefficients"],
-                dtype=group["ns_dtype"],
+                dtype=dtype_of(group["ns_dtype"]),
             )
         counts = [whole.shape[0] if whole.dim() == 3 else 1 for _, whole in chunk]
         for (k, _), values in zip(chunk, norms.split(counts), strict=True):
@@ -87,7 +87,7 @@ def step_matrices(found: list[Found]) -> None:
                 [matrix for _, matrix in chunk],
                 steps=group["ns_steps"],
                 coefficients=group["ns_coefficients"],
-                dtype=group["ns_dtype"],
+                dtype=dtype_of(group["ns_dtype"]),
             )
         updates = []
         for (k, _), polar in zip(chunk, results, strict=True):
@@ -111,7 +111,7 @@ def step_matrices(found: list[Found]) -> None:
 def _polar_like(member: Member) -> Tensor:
     """Nothing, in the dtype and on the device of the member's polar factor."""
     buffer = local(member.state["momentum_buffer"])
-    return torch.empty(0, dtype=compute_dtype(member.group["ns_dtype"], buffer), device=buffer.device)
+    return torch.empty(0, dtype=compute_dtype(dtype_of(member.group["ns_dtype"]), buffer), device=buffer.device)
 
 
 def _update(x: Found, unit: Unit, direction: Tensor) -> Update:

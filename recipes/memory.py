@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
+from leanstep.optimizers._base import dtype_of
 from leanstep.recipes.build import build_model, build_optimizer, checkpoint_activations
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.halves import halved_groups
@@ -211,7 +212,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the copies of gradients that are taken after half of a step's passes."""
     return sum(
-        parameter.numel() * (group["noise_dtype"] or parameter.dtype).itemsize
+        parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
         for group in halved_groups(optimizer)
         for parameter in group["params"]
         if parameter.requires_grad
