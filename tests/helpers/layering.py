@@ -1,6 +1,7 @@
 """Read imports from source and say which of them the package's layers forbid."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROOT_MODULES = {
 }  # fmt: skip
 # everything may import these, so they import nothing of the package
 SHARED_FILES = {f"leanstep/{name}.py" for name, target in ROOT_MODULES.items() if target == "shared"}
+SHARED_IMPORTS = {"torch", "numpy", "psutil", *sys.stdlib_module_names}
 TRITON_FOLDER = "kernels/triton_impl/"
 
 
@@ -74,6 +76,8 @@ def problems(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {name!r} is not part of the package")
         elif top == "triton" and not path.startswith(TRITON_FOLDER):
             found.append(f"{path}:{line}: only {TRITON_FOLDER} imports Triton, this is {name!r}")
+        elif path in SHARED_FILES and target is None and top not in SHARED_IMPORTS:
+            found.append(f"{path}:{line}: a shared module imports torch at most, not {name!r}")
         elif target is not None and target not in allowed:
             found.append(f"{path}:{line}: {home} may not import {name!r}")
     return found
