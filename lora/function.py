@@ -33,6 +33,7 @@ from leanstep.kernels import (
     lora_up_,
     product,
 )
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.in_place import add, add_product, scale_columns
 from leanstep.lora.order import Order
 
@@ -113,10 +114,12 @@ class LoRAFunction(torch.autograd.Function):
                 keep_x |= wants_x
         ctx.save_for_backward(x if keep_x else None, *kept, *tensors)
         ctx.settings = settings
+        remember_backend(ctx)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
+    @on_remembered_backend
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
         settings = ctx.settings

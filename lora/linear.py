@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.kernels import lora_dropout
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.fast import FastLinear
 from leanstep.lora.function import Setting, Weights, dora_factor, matrix
 from leanstep.lora.layer import Adapter, LoRALayer, mixture
@@ -106,9 +107,11 @@ class _DropoutFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
         ctx.p, ctx.shape = p, x.shape
         ctx.save_for_backward(seed)
+        remember_backend(ctx)
         return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
 
     @staticmethod
+    @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows = grad.reshape(-1, grad.shape[-1])
         return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None

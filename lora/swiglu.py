@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanstep.kernels import swiglu, swiglu_backward_
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.fast import FastLinear, autocasted, fast_linear
 from leanstep.lora.function import (
     FIELDS,
@@ -63,10 +64,12 @@ class SwiGLUFunction(torch.autograd.Function):
                 wants.append(wants_input)
         ctx.save_for_backward(x if any(wants[:2]) else None, outputs[0], outputs[1], *kept, *tensors)
         ctx.settings = settings
+        remember_backend(ctx)
         return outputs[2]
 
     @staticmethod
     @once_differentiable
+    @on_remembered_backend
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
         x, e, u, *rest = saved_of(ctx)

@@ -25,7 +25,7 @@ from leanstep.optimizers._lanton_update import (
     look_ahead,
     matrix_view,
 )
-from leanstep.optimizers._normalized import as_matrices
+from leanstep.optimizers._matrices import as_matrices
 from leanstep.optimizers._whole_matrices import Unit, gather, place, scatter
 
 # elements of the matrices that are worked on at a time (unless one is larger): bounds the memory of a step

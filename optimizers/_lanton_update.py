@@ -14,7 +14,7 @@ from leanstep.kernels import scaled_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers._base import local
 from leanstep.optimizers._lanton_routing import is_stack
-from leanstep.optimizers._normalized import as_matrices
+from leanstep.optimizers._matrices import as_matrices, write_back
 from leanstep.optimizers._rounding import STATE_KEY, seeds_for
 from leanstep.optimizers._sharding import Shard
 
@@ -197,28 +197,27 @@ def _one_by_one(update: Update) -> list[Update]:
 
 def _write(updates: list[Update], group: dict[str, Any], decay: Tensor | None) -> None:
     """One call for updates of one group, device and dtype. ``decay``: the factor that weight decay takes part in."""
-    weights = [matrix_view(u.weight, u.found.member) for u in updates]
-    extras = [matrix_view(u.extra, u.found.member) for u in updates if u.extra is not None]
-    device, dtype = weights[0].device, weights[0].dtype
+    device, dtype = updates[0].weight.device, updates[0].weight.dtype
     lr, rounding = group["lr"], updates[0].found.member.rounding
     decayed = lr if decay is None else decay.reshape(()) * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
     hyper = pack([lr, decay_factor(decayed, group["weight_decay"])], device, compute_dtype(dtype))
-    rows, cols = _scales(updates, weights, hyper.dtype)
+    rows, cols = _scales(updates, hyper)
     seeds = offsets = None
     if rounding == "stochastic":
         members = [u.found.member for u in updates]
         seeds = seeds_for([m.state["step"] for m in members], [m.number for m in members], group["seed"], device)
         offsets = constant([u.offset for u in updates], device, torch.int64)
-    with backend(group):
-        scaled_step(
-            weights, [_beside(u.direction, w) for u, w in zip(updates, weights, strict=True)], rows, cols, extras,
-            hyper=hyper, rounding=rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
-        )  # fmt: skip
-    for update, weight in zip(updates, weights, strict=True):
-        if update.weight.dim() > weight.dim() and not update.weight.is_contiguous():  # flattening had to copy
-            update.weight.copy_(weight.view_as(update.weight))
-            if update.extra is not None:
-                update.extra.copy_(extras[updates.index(update)].view_as(update.extra))
+
+    def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
+        directions = [_beside(u.direction, w) for u, w in zip(updates, matrices, strict=True)]
+        with backend(group):
+            return scaled_step(
+                matrices, directions, rows, cols, kept, hyper=hyper, rounding=rounding,
+                skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
+            )  # fmt: skip
+
+    stacked = [is_stack(group, u.found.member.norm, u.weight.dim()) for u in updates]
+    write_back(step, [u.weight for u in updates], [u.extra for u in updates if u.extra is not None], stacked)
 
 
 def _beside(direction: Tensor, weight: Tensor) -> Tensor:
@@ -227,12 +226,12 @@ def _beside(direction: Tensor, weight: Tensor) -> Tensor:
     return direction.float() if both == {torch.float16, torch.bfloat16} else direction
 
 
-def _scales(updates: list[Update], weights: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _scales(updates: list[Update], like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Every row's factor * size, and for every column 1, or NaN where nothing is to be written."""
-    device = weights[0].device
+    device, weights = like.device, [u.direction for u in updates]
     counts = [u.factor.numel() for u in updates]
     lengths = [[w.shape[d] for w, k in zip(weights, counts, strict=True) for _ in range(k)] for d in (-2, -1)]
-    scales = torch.cat([(u.factor * u.size).to(device) for u in updates]).to(dtype)
+    scales = torch.cat([(u.factor * u.size).to(device) for u in updates]).to(like.dtype)
     ones = torch.ones_like(scales)
     if not on_host(scales):
         bad = torch.cat([u.found.bad.to(device).expand(k) for u, k in zip(updates, counts, strict=True)])

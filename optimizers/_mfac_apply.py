@@ -10,13 +10,14 @@ from torch import Tensor
 from leanstep.kernels import scaled_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
 from leanstep.optimizers._base import by_device_and_dtype, count_nonfinite, local
+from leanstep.optimizers._matrices import as_written, write_back
 from leanstep.optimizers._mfac_bundle import Problem
 from leanstep.optimizers._mfac_columns import gather
 from leanstep.optimizers._mfac_compiled import directions_in_one, is_fake
 from leanstep.optimizers._mfac_scopes import Member, Scope
 from leanstep.optimizers._mfac_step import directions
-from leanstep.optimizers._rounding import STATE_KEY, effective, seeds_for
-from leanstep.optimizers._sharding import Steps, offsets_of, shard_of
+from leanstep.optimizers._rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers._sharding import Steps, shard_of
 
 
 def step(scopes: list[Scope]) -> Steps[None]:
@@ -110,32 +111,21 @@ def _apply(
     rounding = effective("MFAC", group, members[0].position, members[0].param)
     decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
     hyper = pack([group["lr"], decay], device, compute_dtype(dtype))
-    seeds = offsets = None
-    if rounding == "stochastic":
-        steps = [m.state["step"] for m in members]
-        torch._foreach_add_(steps, 1)
-        seeds = seeds_for(steps, [m.number for m in members], group["seed"], device)
-        offsets = offsets_of([shard_of(m.param) for m in members], device)
-    extras = [local(m.state[STATE_KEY[rounding]]) for m in members] if rounding in STATE_KEY else []
-    matrices, thin = [_matrix(w) for w in weights], [_matrix(e) for e in extras]
-    ones = [torch.ones(sum(m.shape), dtype=hyper.dtype, device=device) for m in matrices]
+    states = [m.state for m in members]
+    seeds, offsets = seeds_and_offsets(
+        rounding, states, [m.number for m in members], [shard_of(m.param) for m in members], group["seed"], device
+    )
+    directions = [as_written(u, stacked=False) for u in updates]
+    ones = [torch.ones(sum(d.shape), dtype=hyper.dtype, device=device) for d in directions]
     if went is not None:
         ones = [torch.where(w, one, torch.nan) for w, one in zip(went, ones, strict=True)]
-    scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
-    with use_backend("reference") if group["foreach"] is False else nullcontext():
-        scaled_step(
-            matrices, [_matrix(u) for u in updates], [s[0] for s in scales], [s[1] for s in scales],
-            thin, hyper=hyper, rounding=rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets,
-        )  # fmt: skip
-    for whole, matrix in zip([*weights, *extras], [*matrices, *thin], strict=True):
-        if whole.dim() > 2 and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
-            whole.copy_(matrix.view(whole.shape))
+    scales = [one.split(list(d.shape)) for one, d in zip(ones, directions, strict=True)]
 
+    def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
+        with use_backend("reference") if group["foreach"] is False else nullcontext():
+            return scaled_step(
+                matrices, directions, [s[0] for s in scales], [s[1] for s in scales], kept,
+                hyper=hyper, rounding=rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets,
+            )  # fmt: skip
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """A view of a tensor with two dimensions (a copy where there is none: permuted convolutions)."""
-    if tensor.dim() == 2:
-        return tensor
-    if tensor.dim() < 2:
-        return tensor.view(-1, 1) if tensor.is_contiguous() else tensor.unsqueeze(1)
-    return tensor.flatten(1)
+    write_back(step, weights, rounding_states(states, rounding), [False] * len(weights))

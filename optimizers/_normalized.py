@@ -17,8 +17,9 @@ from leanstep.kernels.reference.scaled_step import scaled_update
 from leanstep.kernels.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
 from leanstep.optimizers._adamw import share_flags
 from leanstep.optimizers._base import count_nonfinite, local
-from leanstep.optimizers._rounding import STATE_KEY, seeds_for
-from leanstep.optimizers._sharding import Reduction, Shard, Steps, cut, like_rows, offsets_of, shard_of, together
+from leanstep.optimizers._matrices import as_matrices, matrix_shape, oriented, write_back
+from leanstep.optimizers._rounding import rounding_states, seeds_and_offsets
+from leanstep.optimizers._sharding import Reduction, Shard, Steps, cut, like_rows, shard_of, together
 
 # power iterations at the first usable gradient, when the vector is a guess, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
@@ -110,30 +111,6 @@ def _step(
     count_nonfinite(group, _apply(weights, mats, scales, states, indices, stored, group, rounding, hyper))
 
 
-def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False) -> Tensor:
-    """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest).
-
-    ``transposed``: the matrices are stored (n, m), as transformers' ``Conv1D`` does; returns their (m, n) view.
-    ``flatten``: three dimensions are a convolution, too.
-    """
-    if transposed:
-        return tensor.mT
-    return tensor.flatten(1) if flatten or tensor.dim() > 3 else tensor
-
-
-def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
-    """The shard of the matrices that :func:`as_matrices` makes of a parameter of up to three dimensions."""
-    if flatten and len(shard.shape) == 3:
-        shape = torch.Size((shard.shape[0], shard.shape[1] * shard.shape[2]))
-        return shard._replace(shape=shape, dim=None if shard.dim is None else min(shard.dim, 1))
-    if not transposed:
-        return shard
-    *stack, n, m = shard.shape
-    first, second = len(stack), len(stack) + 1
-    dim = {first: second, second: first}.get(shard.dim, shard.dim) if shard.dim is not None else None
-    return shard._replace(shape=torch.Size((*stack, m, n)), dim=dim)
-
-
 def _swapped(scales: Scales) -> Scales:
     """Scales of the transposed matrices. A matrix that is not finite has NaN in all its columns: they keep that."""
     bad = [torch.isnan(cols).any(dim=-1, keepdim=True) for cols in scales.cols]
@@ -173,12 +150,6 @@ def _average_after(
         rows.fill_(1.0)
         cols.copy_(torch.where(keep, math.nan, torch.ones_like(cols)))
     return updates, scales
-
-
-def matrix_shape(shard: Shard) -> tuple[int, int]:
-    """(m, n) of the whole matrices of a parameter."""
-    shape = shard.shape
-    return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
 def normalise(
@@ -358,16 +329,7 @@ def _apply(
 
     ``scales``: those of the matrices, or, where they are still to be found, ``end_with_rows``.
     """
-    flatten = group["flatten"]
-    matrices = [as_matrices(w, flatten=flatten) for w in weights]
-    wholes = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
-    extras = [as_matrices(t, flatten=flatten) for t in wholes]
-    seeds = offsets = None
-    if rounding == "stochastic":
-        steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1)
-        seeds = seeds_for(steps, indices, group["seed"], weights[0].device)
-        offsets = offsets_of(shards, weights[0].device)
+    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], hyper.device)
     options = {
         "hyper": hyper,
         "rounding": rounding,
@@ -375,12 +337,11 @@ def _apply(
         "seeds": seeds,
         "offsets": offsets,
     }
-    with _backend(group):
-        if isinstance(scales, bool):
-            flags = sinkhorn_step(matrices, mats, group["num_iters"], extras, end_with_rows=scales, **options)
-        else:
-            flags = scaled_step(matrices, mats, scales.rows, scales.cols, extras, **options)
-    for whole, matrix in zip([*weights, *wholes], [*matrices, *extras], strict=True):
-        if whole.dim() != matrix.dim() and not whole.is_contiguous():  # flattening had to copy (a permuted convolution)
-            whole.copy_(matrix.view_as(whole))
-    return flags
+
+    def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
+        with _backend(group):
+            if isinstance(scales, bool):
+                return sinkhorn_step(matrices, mats, group["num_iters"], kept, end_with_rows=scales, **options)
+            return scaled_step(matrices, mats, scales.rows, scales.cols, kept, **options)
+
+    return write_back(step, weights, rounding_states(states, rounding), [not group["flatten"]] * len(weights))

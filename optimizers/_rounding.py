@@ -5,6 +5,7 @@ The ways themselves are defined in ``leanstep.kernels.reference.rounding``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from leanstep.kernels._hyper import constant
 from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
 from leanstep.optimizers._base import check_choice, describe, local
+from leanstep.optimizers._sharding import Shard, offsets_of
 
 # what each way keeps in the state of a parameter
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
@@ -58,3 +60,30 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
     index = constant(indices, device, torch.int64)
     count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
     return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF
+
+
+def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
+    """This process's parts of what ``rounding`` keeps beside the parameters; empty where it keeps nothing."""
+    return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+
+
+def seeds_and_offsets(
+    rounding: str,
+    states: Sequence[dict[str, Any]],
+    indices: list[int],
+    shards: Sequence[Shard],
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What stochastic rounding draws from, after one more step of every parameter; (None, None) for the other ways.
+
+    Returns:
+        seeds and offsets, int64 [n] each: see :func:`seeds_for` and
+        :func:`leanstep.optimizers._sharding.offsets_of`.
+    """
+    if rounding != "stochastic":
+        return None, None
+    steps = [s["step"] for s in states]
+    offsets = offsets_of(shards, device)
+    torch._foreach_add_(steps, 1)
+    return seeds_for(steps, indices, seed, device), offsets

@@ -113,8 +113,7 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
     if module.groups != 1 or module.padding_mode != "zeros":
         raise ValueError(
             f"{module} has no one matrix of inputs (groups {module.groups}, padding {module.padding_mode!r}); score "
-            f"it by "
-            "magnitude, or leave it out with exclude"
+            "it by magnitude, or leave it out with exclude"
         )
     padding: Any = module.padding
     if isinstance(padding, str):

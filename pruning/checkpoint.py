@@ -79,8 +79,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         method = config["quantization_config"].get("quant_method", "quantization_config in config.json")
         raise ValueError(
             f"{folder} is quantised ({method}), and a zero among quantised weights has no score: expected plain "
-            f"weights of "
-            "fp32, bf16 or fp16. Prune the model it was made from, and quantise the result"
+            "weights of fp32, bf16 or fp16. Prune the model it was made from, and quantise the result"
         )
     index = None
     for name in (_INDEX, _BIN_INDEX):
@@ -249,9 +248,8 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     if absent:
         raise ValueError(
             f"{checkpoint.folder}: the model's tensor {absent[0]} is not among those of the files, so that it is not "
-            f"known "
-            "where pruned weights belong; open the model with transformers, save it with save_pretrained, and prune "
-            "that"
+            "known where pruned weights belong; open the model with transformers, save it with save_pretrained, and "
+            "prune that"
         )
     return {name: tensor for name, tensor in values.items() if name in names}
 

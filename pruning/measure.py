@@ -332,8 +332,7 @@ class Measurement:
         if abs(found - base) > _NOISE * max(1.0, abs(base)):
             raise RuntimeError(
                 f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {found - base:g} "
-                f"in "
-                f"{self.metric.name} when what lies before is not computed again; measure with prefix_cache=False"
+                f"in {self.metric.name} when what lies before is not computed again; measure with prefix_cache=False"
             )
 
     def _run(self) -> Distortion:

@@ -40,8 +40,7 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
     if needed > free:
         raise ValueError(
             f"{out} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room, or name a "
-            f"folder on "
-            "another disk"
+            "folder on another disk"
         )
     return out
 

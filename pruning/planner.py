@@ -303,8 +303,7 @@ class Planner:
                 if columns % pattern.m:
                     raise ValueError(
                         f"{target.name} has {columns} inputs, which groups of {pattern.m} do not fill; leave it out "
-                        f"with "
-                        "exclude, or take another pattern"
+                        "with exclude, or take another pattern"
                     )
             kept[group.name] = group.layer.numel // pattern.m * pattern.n
             patterns[group.name] = str(pattern)

@@ -182,8 +182,7 @@ def check_choices(
         if sparsity is not None and abs(sparsity - fixed.sparsity) > 1e-9:
             raise ValueError(
                 f"pattern {pattern} is a sparsity of {fixed.sparsity:g}, and {sparsity:g} was asked for; leave "
-                f"sparsity out, "
-                f"or take the pattern N:{fixed.m}, whose n each matrix chooses"
+                f"sparsity out, or take the pattern N:{fixed.m}, whose n each matrix chooses"
             )
         if allocation not in ("uniform", "dp"):
             raise ValueError(
@@ -203,8 +202,7 @@ def check_choices(
     if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
         raise ValueError(
             f"allocation={allocation!r} with score={score!r} needs data; without any, take score='magnitude' and one "
-            f"of "
-            "uniform, global, lamp, erk"
+            "of uniform, global, lamp, erk"
         )
 
 

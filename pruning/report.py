@@ -21,8 +21,7 @@ _MOST_CHARTS = 12
 _MOST_ROWS = 1000
 ZEROS_ALONE = (
     "File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster. 2:4 patterns "
-    "can "
-    "use sparse tensor cores."
+    "can use sparse tensor cores."
 )
 
 

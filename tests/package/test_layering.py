@@ -13,6 +13,8 @@ GOOD = {
     "leanstep/__init__.py": "from leanstep.optimizers import Lion",
     "leanstep/cli.py": "def main():\n    from leanstep.recipes import launch",
     "leanstep/__main__.py": "from leanstep.cli import main",
+    "leanstep/_torch.py": "import functools\nimport torch\nfrom leanstep._memory import free_memory",
+    "kernels/cpp_impl/_build.py": "from leanstep._files import replacing",
 }
 BAD = {
     "bare import": ("optimizers/x.py", "import kernels"),
@@ -29,6 +31,9 @@ BAD = {
     "Triton in an optimizer": ("optimizers/x.py", "import triton"),
     "Triton in a kernel front": ("kernels/x.py", "from triton import language"),
     "Triton in the audit": ("kernels/audit.py", "from triton.compiler import ASTSource"),
+    "a library in a shared file": ("leanstep/_memory.py", "import transformers"),
+    "a shared file and the version": ("leanstep/_files.py", "from leanstep import __version__"),
+    "a shared file of the root": ("leanstep/_memory.py", "from leanstep.kernels import use_backend"),
     "tests": ("recipes/x.py", "from tests.helpers import cases"),
 }
 

@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from layering import imported_names, package_files
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -133,13 +134,24 @@ def test_metadata(wheel):
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name for r in requirements if r.marker is None or "extra" not in str(r.marker)}
-    assert core == {"torch", "triton", "numpy", "safetensors"}
+    assert core == {"torch", "triton", "numpy", "safetensors", "psutil"}
     assert set(metadata.get_all("Provides-Extra")) == {"recipes", "demo", "bench", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     for requirement in requirements:
         assert "==" not in str(requirement.specifier), f"{requirement} is a pin; the package gives ranges"
         assert requirement.specifier or requirement.name == "leanstep", f"{requirement} has no lower bound"
+
+
+@pytest.mark.parametrize("extra", ["", "recipes"])
+def test_what_is_declared_is_imported(extra):
+    optional = PROJECT["project"]["optional-dependencies"]
+    declared = {Requirement(text).name for text in (optional[extra] if extra else PROJECT["project"]["dependencies"])}
+    imported = {
+        name.partition(".")[0] for path in package_files() for _, name in imported_names(path.read_text("utf-8"))
+    }
+    unused = declared - imported - {"leanstep"}
+    assert not unused, f"{', '.join(unused)} in pyproject.toml and never imported by the package"
 
 
 @pytest.mark.parametrize(
