@@ -153,16 +153,20 @@ def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
 def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | list[Tensor]:
     """Frobenius norms in fp64 (fp32 on MPS): numbers on a CPU, tensors on a device, which is not to be waited for.
 
-    Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range.
+    Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range. Entries
+    of fp64 matrices are scaled before they are squared.
     """
-    if not singles:
-        return []
-    if singles[0].device.type != "cpu":
+    if singles and singles[0].device.type != "cpu":
+        if any(mat.dtype == torch.float64 for mat in singles):
+            return [reference.frobenius(mat.double().unsqueeze(0)).view(()) for mat in singles]
         wide = torch.float32 if singles[0].device.type == "mps" else torch.float64
         return list(torch._foreach_norm(list(singles), 2, dtype=wide))
     norms = []
     for mat in singles:
-        wide = torch.float64 if torch.float64 in (mat.dtype, compute) else torch.float32
+        if mat.dtype == torch.float64:
+            norms.append(reference.frobenius(mat.unsqueeze(0)).item())
+            continue
+        wide = torch.float64 if compute == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(mat, dtype=wide).item()
         if not 1e-15 < norm < 1e18:
             norm = torch.linalg.vector_norm(mat, dtype=torch.float64).item()

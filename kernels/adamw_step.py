@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import LANES, alias
+
+# elements that torch's fused kernel takes at a time; it rounds single ones differently
+LANES = 64
 
 
 @torch.no_grad()
@@ -93,12 +95,17 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     whole = [size // LANES * LANES for size in sizes]
     ends = [i for i, size in enumerate(sizes) if size > whole[i]]
     if ends:
-        first, second, third, fourth = ([alias(c[i], (sizes[i] - whole[i],), whole[i]) for i in ends] for c in columns)
+        first, second, third, fourth = ([_flat(c[i])[whole[i] :] for i in ends] for c in columns)
         _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
     torch._foreach_add_(steps, 1)
     taken = [int(step) for step in steps]
     numbers = {step: options.numbers(step) for step in set(taken)}
     cpp.adamw_step(*columns, whole, [numbers[step] for step in taken], maximize=options.maximize)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor, in one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @functools.cache

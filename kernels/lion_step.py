@@ -1,19 +1,12 @@
 """The Lion step on lists of tensors."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import EXACT_CASTS, LANES, ONE_LOOP, alias, alike, same_layout, share_layout, variant
+from leanstep.kernels._backend import choose, group_by_dtypes, same_layout
 from leanstep.kernels.reference import lion_step as reference
-
-_LOW = (torch.bfloat16, torch.float16)
-# the compiler chooses another way to sum up to 4096 elements, and would compile that as well
-_MIN_ROWS = 4096 // LANES + 1
-_WIDE = {torch.float32, None}
 
 
 def lion_step(
@@ -114,9 +107,8 @@ def _run(
     if backend == "cpp":
         return _cpp_step(params, grads, exp_avgs, extras, cautious_scale, seeds, offsets, options)
     flags: list[Tensor | None] = [None] * len(params)
-    step = _compiled_step if backend == "compiled" else reference.lion_step
     for i in range(len(params)):
-        flags[i] = step(
+        flags[i] = reference.lion_step(
             params[i],
             grads[i],
             exp_avgs[i],
@@ -147,7 +139,7 @@ def _cpp_step(
     columns = [ts for ts in (params, grads, exp_avgs, extras) if ts]
     row_major = options["rounding"] == "stochastic"
     walkable = [same_layout(row, row_major=row_major) for row in zip(*columns, strict=True)]
-    for members in alike(columns, walkable):
+    for members in group_by_dtypes(columns, walkable):
         chosen = [[ts[i] for i in members] if ts else [] for ts in (params, grads, exp_avgs, extras)]
         found = cpp_lion.lion_step(
             *chosen,
@@ -172,49 +164,6 @@ def _cpp_step(
         )
         flags[i] = 0 if flag is None else flag
     return flags
-
-
-def _compiled_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    extra: Tensor | None,
-    *,
-    skip_nonfinite: bool,
-    seed: Tensor | None,
-    offset: Tensor | int,
-    **options,
-) -> Tensor | None:
-    """The reference, compiled, on the whole rows of the flattened tensors; the rest runs uncompiled."""
-    rows, rest = divmod(param.numel(), LANES)
-    tensors = [param, grad, exp_avg, extra]
-    stochastic = options["rounding"] == "stochastic"
-    if rows < _MIN_ROWS or not share_layout(tensors, row_major=stochastic):
-        return reference.lion_step(
-            param, grad, exp_avg, extra, skip_nonfinite=skip_nonfinite, seed=seed, offset=offset, **options
-        )
-    # 16-bit gradients: looking first and then running without masks beats one masked loop. The sum is finite unless
-    # an entry is not (or it overflows: then the masked loop runs, and is right as well).
-    masked = skip_nonfinite and not (grad.dtype in _LOW and math.isfinite(grad.sum()))
-    flat = [None if t is None else alias(t, (rows, LANES)) for t in tensors]
-    if not stochastic:
-        seed, offset = None, 0
-    elif not isinstance(offset, Tensor):
-        offset = torch.tensor(offset)
-    dtypes = tuple(None if t is None else t.dtype for t in tensors)
-    flags = (options["rounding"], options["cautious_scale"] is None, options["decay_where_aligned"])
-    inductor = EXACT_CASTS if options["rounding"] == "kahan" else ONE_LOOP if set(dtypes) <= _WIDE else {}
-    flag = variant(reference.lion_step, (dtypes, flags, options["maximize"], masked), flat, inductor)(
-        *flat, skip_nonfinite=masked, seed=seed, offset=offset, **options
-    )
-    torch.autograd.graph.increment_version([t for t in tensors[:1] + tensors[2:] if t is not None])
-    if rest:
-        tail: list[Any] = [None if t is None else alias(t, (rest,), rows * LANES) for t in tensors]
-        tail_flag = reference.lion_step(
-            *tail, skip_nonfinite=masked, seed=seed, offset=offset + rows * LANES, **options
-        )
-        flag = flag | tail_flag if masked else None
-    return flag
 
 
 def lion_agreement(
@@ -259,34 +208,20 @@ def _run_agreement(
         return triton_lion.lion_agreement(grads, exp_avgs, **options)
     if backend == "cpp":
         return _cpp_agreement(grads, exp_avgs, options)
-    count = _compiled_agreement if backend == "compiled" else reference.lion_agreement
-    return torch.stack([count(g, m, **options) for g, m in zip(grads, exp_avgs, strict=True)])
+    return torch.stack([reference.lion_agreement(g, m, **options) for g, m in zip(grads, exp_avgs, strict=True)])
 
 
 def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: dict[str, Any]) -> Tensor:
     from leanstep.kernels.cpp_impl import lion_step as cpp_lion
 
     counts = torch.zeros(len(grads))
-    walkable = [same_layout(row, row_major=False) for row in zip(grads, exp_avgs, strict=True)]
-    for members in alike([grads, exp_avgs], walkable):
+    walkable = [same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
+    for members in group_by_dtypes([grads, exp_avgs], walkable):
         found = cpp_lion.lion_agreement([grads[i] for i in members], [exp_avgs[i] for i in members], **options)
         counts[members] = found.to(counts.dtype)
     for i in (i for i, fits in enumerate(walkable) if not fits):
         counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], **options)
     return counts
-
-
-def _compiled_agreement(grad: Tensor, exp_avg: Tensor, **options) -> Tensor:
-    rows, rest = divmod(grad.numel(), LANES)
-    if rows < _MIN_ROWS or not share_layout([grad, exp_avg], row_major=False):
-        return reference.lion_agreement(grad, exp_avg, **options)
-    flat = [alias(t, (rows, LANES)) for t in (grad, exp_avg)]
-    key = (grad.dtype, exp_avg.dtype, options["maximize"], options["skip_nonfinite"])
-    count = variant(reference.lion_agreement, key, flat)(*flat, **options)
-    if rest:
-        tail = [alias(t, (rest,), rows * LANES) for t in (grad, exp_avg)]
-        count = count + reference.lion_agreement(*tail, **options)
-    return count
 
 
 _step_op = torch.library.custom_op("leanstep::lion_step", _run, mutates_args=("params", "exp_avgs", "extras"))

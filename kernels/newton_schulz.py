@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
+from leanstep.kernels._backend import choose, requested_backend
 from leanstep.kernels._newton_schulz_batched import (
     GROWTH,
     TORCH_PRODUCTS,
@@ -51,7 +51,7 @@ def newton_schulz(
             repeated.
         method: "standard" iterates on X. "gram" carries A from step to step, in products of the smaller side only, and
             meets X at the end of a few steps: cheaper for matrices that are not nearly square. "auto": whichever has
-            fewer operations (:func:`flops`); the reference backend takes "standard".
+            fewer operations (:func:`flops`); the definition, in float64 or on request, is "standard".
         dtype: what products are computed in, and the dtype of the result. None: fp64 for fp64 matrices; else bf16 on
             GPUs that have it and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 on all others.
         eps: smallest norm to divide by; not negative.
@@ -219,7 +219,7 @@ def _run(
     triples = _regrouped(coefficients)
     compute = compute_dtype(dtype, matrices[0])
     backend = choose("newton_schulz", matrices[0].device, compute).backend
-    if backend == "reference" and method != "gram":
+    if _wants_definition(compute) and method != "gram":
         return [_definition(mat, triples, eps, compute) for mat in matrices]
     singles = singles_of(matrices)
     found = [torch.empty(0) for _ in singles]
@@ -235,6 +235,11 @@ def _run(
         for i, one in zip(job.members, out.view(-1, job.m, job.n), strict=True):
             found[i] = one
     return _gathered(matrices, found, compute)
+
+
+def _wants_definition(compute: torch.dtype) -> bool:
+    """True in float64 and on request; otherwise plain torch takes matrices of one shape in batches, too."""
+    return compute == torch.float64 or requested_backend() == "reference"
 
 
 def _definition(mat: Tensor, triples: Sequence[Triple], eps: float, dtype: torch.dtype) -> Tensor:
@@ -270,12 +275,13 @@ def _run_nuclear(
     if estimator == "svd":
         for i in filled:
             values[i] = _sum_of_singular_values(singles[i]).to(wide)
-    elif backend == "reference" and estimator == "polar":
+    elif estimator == "polar" and _wants_definition(compute):
         for i in filled:
             values[i] = reference.nuclear_norm(singles[i].unsqueeze(0), triples, compute)[0].to(wide)
     elif estimator == "frobenius":
         for i, norm in enumerate(norms_of(singles, compute)):
-            values[i] = torch.as_tensor(norm).to(wide)
+            # a Python float would become fp32, whatever its size
+            values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide)
     else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import same_layout
+from leanstep.kernels._backend import choose, same_layout
 from leanstep.kernels.cpp_impl import nm_apply as cpp_apply
 from leanstep.kernels.reference import nm_apply as reference
 
@@ -99,7 +98,7 @@ def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
 @torch.no_grad()
 def _run(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     backend = choose("nm_apply", weight.device, weight.dtype).backend
-    if backend != "reference" and same_layout([weight, mask], row_major=False):
+    if backend != "reference" and same_layout([weight, mask]):
         if backend == "cpp":
             return cpp_apply.nm_apply(weight, mask, alpha)
         from leanstep.kernels.triton_impl import nm_apply as triton_apply
@@ -113,7 +112,7 @@ def _run_backward(
     grad: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float
 ) -> Tensor:
     backend = choose("nm_apply_backward", weight.device, weight.dtype, grad.dtype).backend
-    fits = same_layout([weight, mask], row_major=False) and (backend == "cpp" or grad.dtype == weight.dtype)
+    fits = same_layout([weight, mask]) and (backend == "cpp" or grad.dtype == weight.dtype)
     if backend != "reference" and fits:
         if grad.stride() != weight.stride():
             grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import alike
+from leanstep.kernels._backend import choose, group_by_dtypes
 from leanstep.kernels.cpp_impl import nm_mask as cpp_mask
 from leanstep.kernels.reference import nm_mask as reference
 
@@ -78,7 +77,7 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
     flat = [score.detach().contiguous() for score in scores]
-    for members in alike([flat], [score.numel() > 0 for score in flat]):
+    for members in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
         run([flat[i] for i in members], n, m, dim, [dense[i] for i in members])
     for mask, written in zip(out, dense, strict=True):
         if written is not mask:

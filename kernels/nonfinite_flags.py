@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import alike, is_dense
+from leanstep.kernels._backend import choose, group_by_dtypes, is_dense
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
 
     flags = torch.zeros(len(tensors), dtype=torch.int32)
     dense = [is_dense(t) for t in tensors]
-    for members in alike([tensors], dense):
+    for members in group_by_dtypes([tensors], dense):
         flags[members] = cpp.nonfinite_flags([tensors[i] for i in members])
     rest = [i for i, fits in enumerate(dense) if not fits]
     if rest:

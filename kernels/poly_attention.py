@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import _poly_chunks as chunks
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.kernels._poly_tables import MOST_FEATURES, feature_count
 
 _NAME = "poly_attention"
@@ -205,8 +206,10 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, normaliser, center, key_mask)
     ctx.mark_non_differentiable(normaliser)
     ctx.set_materialize_grads(False)
+    remember_backend(ctx)
 
 
+@on_remembered_backend
 def _gradients(ctx, grad, _):
     q, k, v, out, normaliser, center, key_mask = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])

@@ -1,17 +1,12 @@
 """The parameter update p <- p * decay - step * r_i c_j G_ij on lists of matrices."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._compile import EXACT_CASTS, LANES, alias, alike, share_layout, variant
+from leanstep.kernels._backend import choose, group_by_dtypes
 from leanstep.kernels.reference import scaled_step as reference
-
-# below this the call costs more than the arithmetic
-_MIN_ELEMENTS = 2048
 
 
 def scaled_step(
@@ -85,13 +80,12 @@ def _run(
     rest: Sequence[int] = range(len(params))
     if backend == "cpp":
         rest = _cpp_step(params, mats, rows, cols, extras, seeds, offsets, flags, hyper, rounding, skip_nonfinite)
-    step = _compiled_step if backend == "compiled" else _reference_step
     for i in rest:
         param = params[i]
         bad = torch.isnan(cols[i]).any(dim=-1)
         if skip_nonfinite:
             flags[i] = bad.any()
-        step(
+        _reference_step(
             param,
             mats[i],
             rows[i],
@@ -124,7 +118,7 @@ def _cpp_step(
 
     columns = [ts for ts in (params, mats, rows, cols, extras) if ts]
     contiguous = [all(t.is_contiguous() for t in row) for row in zip(*columns, strict=True)]
-    for members in alike(columns, contiguous):
+    for members in group_by_dtypes(columns, contiguous):
         chosen = [[ts[i] for i in members] if ts else [] for ts in (params, mats, rows, cols, extras)]
         flags[members] = cpp_step.scaled_step(
             *chosen,
@@ -153,53 +147,6 @@ def _reference_step(
     if old is not None and bad is not None:
         for tensor, before in zip(written, old, strict=True):
             tensor.copy_(torch.where(bad[..., None, None], before, tensor))
-
-
-def _compiled_step(
-    param: Tensor,
-    mat: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    extra: Tensor | None,
-    bad: Tensor | None,
-    *,
-    hyper: Tensor,
-    rounding: str,
-    seed: Tensor | None,
-    offset: Tensor | int,
-) -> None:
-    """The reference, compiled, on [m, n / lanes, lanes]: a static inner dimension leaves the loop without a tail."""
-    options: dict[str, Any] = {"hyper": hyper, "rounding": rounding, "seed": seed, "offset": offset}
-    if param.dim() == 3 and (bad is None or not bool(bad.any())):
-        for i, part in enumerate(param):
-            options["offset"] = offset + i * part.numel()
-            rest = None if extra is None else extra[i]
-            _compiled_step(part, mat[i], rows[i], cols[i], rest, None, **options)
-        return
-    tensors = [param, mat, extra]
-    m, n = param.shape[-2:]
-    lanes = next(width for width in (LANES, LANES // 2, LANES // 4, 1) if n % width == 0)
-    if (
-        (bad is not None and bool(bad.any()))
-        or param.dim() != 2
-        or param.numel() < _MIN_ELEMENTS
-        or m < 2
-        or n // lanes < 2
-        or not share_layout(tensors, row_major=True)
-    ):
-        _reference_step(param, mat, rows, cols, extra, bad, **options)
-        return
-    if rounding != "stochastic":
-        options["seed"], options["offset"] = None, 0
-    elif not isinstance(offset, Tensor):
-        options["offset"] = torch.tensor(offset)
-    blocks = n // lanes
-    flat = [None if t is None else alias(t, (m, blocks, lanes)) for t in tensors]
-    flat[2:2] = [alias(rows, (m, 1, 1)), alias(cols, (1, blocks, lanes))]
-    dtypes = tuple(None if t is None else t.dtype for t in tensors)
-    inductor = EXACT_CASTS if rounding == "kahan" else {}
-    variant(reference.scaled_step, (dtypes, rounding, lanes), flat, inductor)(*flat, **options)
-    torch.autograd.graph.increment_version([t for t in (param, extra) if t is not None])
 
 
 _step_op = torch.library.custom_op("leanstep::scaled_step", _run, mutates_args=("params", "extras"))

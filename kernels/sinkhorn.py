@@ -161,20 +161,11 @@ def _run(
             if all_reduce is not None:
                 all_reduce(sums)
         return scales
-    scratch = _Scratch() if backend == "compiled" else None
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
-        if mat.numel() == 0:
-            continue
-        batch = as_batch(mat)
-        if scratch is None:
-            r, c = reference.sinkhorn(batch, num_iters, end_with_rows=end_with_rows)
+        if mat.numel():
+            r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
             rows.copy_(r.view(rows.shape))
             cols.copy_(c.view(cols.shape))
-            continue
-        outputs = zip(rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1), strict=True)
-        for one, (r, c) in zip(batch, outputs, strict=True):
-            squares, prescale = scratch.squares(one)
-            _iterate_in_place(squares, prescale, r, c, num_iters, end_with_rows)
     return scales
 
 
@@ -261,49 +252,6 @@ def _reference_pass(
         rows.copy_(r.view(rows.shape))
         out.copy_(means.view(out.shape))
     return colmeans
-
-
-def _iterate_in_place(
-    squares: Tensor, prescale: Tensor, rows: Tensor, cols: Tensor, num_iters: int, end_with_rows: bool
-) -> None:
-    """:func:`reference.iterate` on one matrix in three calls a half-iteration, with the scales written into place.
-
-    Means of 0 are lifted to the smallest normal number, so that their inverses are finite and meet only zeros; the
-    scales of zero rows (by r0 = 0) and of zero columns come out as 0 at the end.
-    """
-    m, n = squares.shape
-    tiny = torch.finfo(squares.dtype).tiny
-    transposed = squares.t()
-    square_cols, inverse = cols.fill_(1.0), rows.fill_(1.0)
-    for iteration in range(num_iters + end_with_rows):
-        torch.addmv(inverse, squares, square_cols, beta=0, alpha=1.0 / n, out=inverse)
-        inverse.clamp_min_(tiny).reciprocal_()
-        if iteration == num_iters:
-            break
-        torch.addmv(square_cols, transposed, inverse, beta=0, alpha=1.0 / m, out=square_cols)
-        if iteration == num_iters - 1:
-            empty = square_cols == 0
-        square_cols.clamp_min_(tiny).reciprocal_()
-    if num_iters:
-        cols.sqrt_().masked_fill_(empty, 0.0)
-    rows.copy_(reference.finish_rows(prescale, inverse))
-
-
-class _Scratch:
-    """One fp32 buffer for the squares, as large as the largest matrix seen: fresh pages cost more than the sums."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-
-    def squares(self, mat: Tensor) -> tuple[Tensor, Tensor]:
-        """(H, r0) of a matrix [m, n]; H lives until the next call."""
-        if self._buffer.numel() < mat.numel():
-            self._buffer = torch.empty(mat.numel(), dtype=torch.float32)
-        out = self._buffer[: mat.numel()].view(mat.shape)
-        torch.abs(mat, out=out) if mat.dtype == torch.float32 else out.copy_(mat).abs_()
-        prescale = reference.inverse_of_largest(out.amax(dim=-1))
-        out.mul_(prescale.unsqueeze(-1)).square_()
-        return out, prescale
 
 
 def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ COMPARISON = "comparison.html"
 EXTRAS = {
     "recipes": ("omegaconf", "yaml", "rich"),
     "training": ("omegaconf", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
-    "report": ("matplotlib",),
 }
 
 

@@ -60,8 +60,8 @@ def error_bounds(
     of the gradient by eta'. With G the largest ``|dO_i| |v_j|``, ``|f|_1`` the largest column sum of the weights, and
     largest absolute entries everywhere else::
 
-        |O~ - O|   <= eta |V|                       |dQ~ - dQ| <= scale (2 eta' + eta) G |K - center|
-        |dV~ - dV| <= eta |dO| |f|_1                |dK~ - dK| <= scale (2 eta' + eta) G |Q| |f|_1
+        |O~ - O|   <= eta |V|                       |dQ~ - dQ| <= |scale| (2 eta' + eta) G |K - center|
+        |dV~ - dV| <= eta |dO| |f|_1                |dK~ - dK| <= |scale| (2 eta' + eta) G |Q| |f|_1
 
     They hold in exact arithmetic, for the function that computes softmax and for the one that computes the polynomial
     with its own gradient. They are loose, by a factor of hundreds where errors average out.
@@ -93,7 +93,7 @@ def error_bounds(
     slope = _each(logit, lambda s: slope_error(coefficients, s))
     eta_slope = torch.where(delta < 1, (delta + slope) / (1 - delta), infinite)
     norm = _top(_only(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
-    factor = scale * (2 * eta_slope + eta) * norm * _top(grad.norm(dim=-1))
+    factor = abs(scale) * (2 * eta_slope + eta) * norm * _top(grad.norm(dim=-1))
     of_query = factor * _top(_only(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
     # the column sums of exact weights, from those of the approximate ones
     sums = _column_sums(query, shifted, coefficients, scale, causal, key_mask)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from leanstep.kernels._modes import unseen
 from leanstep.lora.function import Setting, Weights, lora_linears, matrix
 from leanstep.lora.layer import Adapter, FastPath, common_reasons, layer_order
-from leanstep.lora.quantized import dequantizer
+from leanstep.lora.quantized import dequantizer, why_own_forward
 from leanstep.lora.seeds import new_seed
 
 
@@ -24,6 +24,10 @@ class FastLinear:
 
     lora: Adapter
     siblings: Any = None
+
+    def base_class(self) -> type[nn.Module]:
+        """The class whose forward computes the base product."""
+        return type(self.parts()[0])
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The module with the base weight and bias, A, B, the bias of B, and DoRA's magnitude."""
@@ -53,6 +57,9 @@ class FastLinear:
         weight = base.weight
         assert isinstance(weight, Tensor)
         reason = common_reasons(self.lora, {"weight": weight, "lora_A": a}, x)
+        if reason is not None:
+            return reason
+        reason = why_own_forward(self.base_class())
         if reason is not None:
             return reason
         if weight.requires_grad:

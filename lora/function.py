@@ -12,7 +12,7 @@ X' = dropout(X)::
 
 X is kept, once however many layers share it; H is computed again, at ``2 M n r`` operations, and the dropped entries
 are found again from a seed. DoRA scales the columns of ``Z = X W^T + s H B^T`` by ``c = magnitude / norm`` and keeps Y,
-from which ``Z = (Y - b) / c``.
+from which ``Z = Y / c``; with a bias, ``Y - b`` would have lost digits, and Z is computed again from X.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from leanstep.kernels import (
     lora_up_,
     product,
 )
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.in_place import add, add_product, scale_columns
 from leanstep.lora.order import Order
 
@@ -107,16 +108,18 @@ class LoRAFunction(torch.autograd.Function):
                 setting, layer = settings[i], layers[i]
                 y, h, z = project(x, setting, layer, seeds[i], h)
                 needs = needs_of(ctx, 2 + len(settings), i)
-                held, wants_x = to_keep(y, h, z, setting, needs)
+                held, wants_x = to_keep(y, h, z, setting, needs, layer.bias is not None)
                 outputs.append(y)
                 kept += held
                 keep_x |= wants_x
         ctx.save_for_backward(x if keep_x else None, *kept, *tensors)
         ctx.settings = settings
+        remember_backend(ctx)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
+    @on_remembered_backend
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
         settings = ctx.settings
@@ -187,12 +190,15 @@ def needs_of(ctx: Any, first: int, i: int) -> Weights:
     return Weights(*ctx.needs_input_grad[first + i * FIELDS : first + (i + 1) * FIELDS])
 
 
-def to_keep(y: Tensor, h: Tensor | None, z: Tensor | None, setting: Setting, needs: Weights) -> tuple[Kept, bool]:
+def to_keep(
+    y: Tensor, h: Tensor | None, z: Tensor | None, setting: Setting, needs: Weights, has_bias: bool
+) -> tuple[Kept, bool]:
     """What backward needs of one layer, and whether it needs the layer's input."""
     least = setting.save == "min"
     kept_h = h if needs.b and (not least or not needs.a) else None
     kept_z = z if needs.magnitude and not least else None
-    kept_y = y if needs.magnitude and kept_z is None and setting.dropout == 0 else None
+    # with a bias, Y has lost digits of Z to it: Z is computed again instead
+    kept_y = y if needs.magnitude and kept_z is None and setting.dropout == 0 and not has_bias else None
     wants_x = needs.a or (needs.b and kept_h is None) or (needs.magnitude and kept_z is None and kept_y is None)
     return Kept(kept_h, kept_z, kept_y), bool(wants_x)
 
@@ -405,11 +411,8 @@ def _magnitude_gradient(inner: Inner, x: Tensor | None, part: Part) -> Tensor:
     kept, setting, layer = part.kept, part.setting, part.layer
     assert layer.magnitude is not None and layer.norm is not None and inner.dot is not None
     if kept.y is not None:
-        # Z / norm = (Y - b) / magnitude
+        # Z / norm = Y / magnitude
         total = inner.dot
-        if layer.bias is not None:
-            assert inner.total is not None
-            total = total - inner.total * layer.bias.to(total.dtype)
         magnitude = layer.magnitude.to(layer.norm.dtype)
         # a zero would need Z itself: layers that can see it coming keep that
         result = torch.where(magnitude == 0, 0.0, total / magnitude)

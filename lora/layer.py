@@ -26,6 +26,12 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return hasattr(tensor, "placements")
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
 class FastPath(NamedTuple):
     """Whether a layer runs on the fast path, and the reason in words."""
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.kernels import lora_dropout
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.fast import FastLinear
-from leanstep.lora.function import Weights, dora_factor
+from leanstep.lora.function import Setting, Weights, dora_factor, matrix
 from leanstep.lora.layer import Adapter, LoRALayer, mixture
+from leanstep.lora.quantized import dequantizer, why_own_forward
 from leanstep.lora.seeds import new_seed
 
 
@@ -36,6 +38,10 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         """The layer, A, B, the bias of B, and DoRA's magnitude."""
         return self, self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, self.lora_magnitude_vector
 
+    def base_class(self) -> type[nn.Module]:
+        """The class that the layer had before it was adapted."""
+        return self.lora.base
+
     def in_training(self) -> bool:
         """Whether dropout is on."""
         return self.training
@@ -57,11 +63,25 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         wide = inputs if torch.is_autocast_enabled(x.device.type) else inputs.to(a.weight.dtype)
         update = b(a(wide)) * self.lora.scale
         base = super().forward(x, *args, **kwargs)
+        if not isinstance(base, Tensor):
+            raise TypeError(
+                f"{self.lora.name}: expected a tensor from {self.lora.base.__name__}.forward, to which the adapter is "
+                f"added, got a {type(base).__name__}; leave the layer out with exclude_modules"
+            )
         if self.lora_magnitude_vector is None:
             return (base + update).to(base.dtype)
-        reached = torch.nn.functional.linear(inputs, self.weight.t() if self.lora.transposed else self.weight)
+        if why_own_forward(self.lora.base) is not None:
+            reached = super().forward(inputs, *args, **kwargs)
+            reached = reached if self.bias is None else reached - self.bias
+        else:
+            reached = torch.nn.functional.linear(inputs, self.dense_weight(inputs.dtype))
         c = dora_factor(Weights(self.weight, None, a.weight, b.weight, None, self.lora_magnitude_vector, self.norms()))
         return (base + (c - 1) * reached + c * update).to(base.dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The base weight as an (out, in) matrix, dequantised if need be."""
+        setting = Setting(self.lora.scale, transposed=self.lora.transposed, dense=dequantizer(self))
+        return matrix(setting, Weights(self.weight, None, self.lora_A.weight, self.lora_B.weight), dtype)
 
     def _with_zeros(self, x: Tensor, inputs: Tensor) -> Tensor:
         """The output for an input, of which ``inputs`` is what dropout left: the zeros of the weight are kept."""
@@ -87,9 +107,11 @@ class _DropoutFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
         ctx.p, ctx.shape = p, x.shape
         ctx.save_for_backward(seed)
+        remember_backend(ctx)
         return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
 
     @staticmethod
+    @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows = grad.reshape(-1, grad.shape[-1])
         return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None

@@ -12,7 +12,7 @@ from leanstep.lora.blocks import join_siblings
 from leanstep.lora.config import SAVES
 from leanstep.lora.dora import NormCache
 from leanstep.lora.fast import FastLinear, fast_linear
-from leanstep.lora.layer import Adapter, FastPath, LoRALayer
+from leanstep.lora.layer import Adapter, FastPath, LoRALayer, is_watched
 from leanstep.lora.linear import is_conv1d
 from leanstep.lora.order import NAMES as ORDERS
 from leanstep.lora.swiglu import FusedSwiGLU, fused_swiglu, is_swiglu, members, why_not_fused
@@ -87,12 +87,12 @@ class PeftLinear(FastLinear):
             return f"its dropout is a {type(dropout).__name__}"
         if any(type(factor[active[0]]) is not nn.Linear for factor in (module.lora_A, module.lora_B)):
             return "its factors are not plain linear layers"
-        if _is_watched(base):
+        if is_watched(base):
             return "the base layer has hooks or a forward of its own, which would be passed by"
         for part in _PARTS:
             # at every call: past nn.Module's slower ways to its members
             inner = module._modules[part]._modules.get(active[0])
-            if inner is not None and _is_watched(inner):
+            if inner is not None and is_watched(inner):
                 return f"{part}.{active[0]} has hooks"
         return super().why_not_fast(x)
 
@@ -217,12 +217,6 @@ def _why_none(model: nn.Module) -> str:
     if found:
         return f"the model has no linear LoRA layer of PEFT's; found were {', '.join(found)}, which stay PEFT's own"
     return "the model has no LoRA layer of PEFT's; for a plain model, use apply_lora"
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a call of a module does more than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
 
 
 def _is_ours(module: nn.Module) -> bool:

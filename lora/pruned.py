@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanstep.lora.linear import LoRALinearLayer
-from leanstep.lora.quantized import kind
+from leanstep.lora.quantized import kind, why_own_forward
 
 __all__ = ["keep_zeros"]
 
@@ -51,6 +51,10 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
         for wrong, what in (
             (layer.lora_magnitude_vector is not None, "has DoRA, whose norms are of the unmasked sum; take LoRA"),
             (kind(layer) is not None, f"is a {kind(layer)}, whose zeros are not exact; take a base in 16 bits"),
+            (
+                why_own_forward(layer.lora.base) is not None,
+                f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight",
+            ),
             (layer.lora.fast_path is True, "is to run on the fast path, which forms no masked product"),
             (layer.lora.merged, "is merged already"),
         ):

@@ -10,7 +10,6 @@ backward, in the pass that also gives the gradients of e and u.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanstep.kernels import swiglu, swiglu_backward_
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.fast import FastLinear, autocasted, fast_linear
 from leanstep.lora.function import (
     FIELDS,
@@ -36,11 +36,10 @@ from leanstep.lora.function import (
     to_keep,
     unpack,
 )
-from leanstep.lora.layer import FastPath, Mixin
+from leanstep.lora.layer import FastPath, Mixin, is_watched
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-# what the forward of a block must say, without blanks; x is the name of its argument
-FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+ACTIVATIONS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 _FIRST = 2 + len(NAMES)
 
 
@@ -59,16 +58,18 @@ class SwiGLUFunction(torch.autograd.Function):
             for i in range(3):
                 inputs = swiglu(*outputs) if i == 2 else x
                 y, h, z = project(inputs, settings[i], layers[i], seeds[i], hs[i])
-                held, wants_input = to_keep(y, h, z, settings[i], needs_of(ctx, _FIRST, i))
+                held, wants_input = to_keep(y, h, z, settings[i], needs_of(ctx, _FIRST, i), layers[i].bias is not None)
                 outputs.append(y)
                 kept += held
                 wants.append(wants_input)
         ctx.save_for_backward(x if any(wants[:2]) else None, outputs[0], outputs[1], *kept, *tensors)
         ctx.settings = settings
+        remember_backend(ctx)
         return outputs[2]
 
     @staticmethod
     @once_differentiable
+    @on_remembered_backend
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of every layer's tensors that need one."""
         x, e, u, *rest = saved_of(ctx)
@@ -125,6 +126,8 @@ def members(block: nn.Module) -> list[FastLinear]:
 
 def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
     """The reason against one function for the block, for an input if one is given; None when there is none."""
+    if is_watched(block.act_fn):  # type: ignore[arg-type]
+        return "act_fn has hooks or a forward of its own, which one function for the block would pass by"
     for name in NAMES:
         module = getattr(block, name)
         layer = fast_linear(module)
@@ -141,17 +144,33 @@ def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
     return None
 
 
+def _returned(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named_and_returned(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _instructions(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
+    """The bytecode of a Python function and the attributes it reads; names of local variables are not in it."""
+    code = getattr(function, "__code__", None)
+    return None if code is None or hasattr(function, "__wrapped__") else (code.co_code, code.co_names)
+
+
+# the two ways in which the blocks of transformers write the formula
+_FORMS = {_instructions(_returned), _instructions(_named_and_returned)}
+
+
 def is_swiglu(module: nn.Module) -> bool:
-    """Whether a module is a SwiGLU block whose forward is, word for word, the formula above."""
+    """Whether a module is a SwiGLU block: its forward runs the instructions of the formula above, and no others."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in NAMES):
         return False
-    if type(getattr(module, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
+    activation = type(getattr(module, "act_fn", None))
+    if f"{activation.__module__}.{activation.__qualname__}" not in ACTIVATIONS:
         return False
-    try:
-        source = inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return False
-    return FORMULA in "".join(source.split())
+    return _instructions(type(module).forward) in _FORMS
 
 
 assert FIELDS == 7  # the backward above returns as many gradients per layer

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from leanstep.kernels._compile import is_dense
+from leanstep.kernels._backend import same_layout
 from leanstep.kernels.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.nonfinite_flags import nonfinite_flags
 from leanstep.kernels.reference.rounding import narrow, widen
@@ -142,8 +142,7 @@ def _plain(
 
 def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, or contiguous copies where their layouts differ: torch's fused CPU kernel walks plain memory."""
-    first = row[0]
-    if all(t.is_contiguous() for t in row) or (is_dense(first) and all(t.stride() == first.stride() for t in row)):
+    if same_layout(row):
         return row
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from leanstep._files import publish_folder
+
 __all__ = ["build_once", "cache_root"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -40,12 +42,9 @@ def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[
             partial.mkdir()
             try:
                 build(partial)
-                if target.exists():
-                    shutil.rmtree(target)
-                os.replace(partial, target)
-            except BaseException:
+                publish_folder(partial, target)
+            finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                raise
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from leanstep._memory import free_memory
 from leanstep.recipes.checkpoint import find_checkpoints
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.folder import RunFolder, is_held
@@ -24,7 +25,7 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
         return
     facts.memory = estimate(config, vocabulary, world_size=world_size, device=facts.device)
     section.lines.extend(table([(name, size_text(size)) for name, size in facts.memory.rows()]))
-    free = _free_memory(facts.device)
+    free = free_memory(facts.device)
     if free is None:
         return
     # processes on a CPU share its memory, devices do not
@@ -41,20 +42,6 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
             f"{size_text(need)} do not fit the {size_text(free)} that are free on {facts.device}; in this order: "
             + ", ".join(ways)
         )
-
-
-def _free_memory(device: str) -> int | None:
-    """Free bytes of the device; None where the system does not tell."""
-    if device == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        except OSError:
-            return None
-        sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        return sizes[0] if sizes else None
-    import torch
-
-    return torch.cuda.mem_get_info()[0] if device.startswith("cuda") else None
 
 
 def disk_need(config: RunConfig, memory: Any, world_size: int = 1) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanstep._files import REPLACED, STAGED, publish_folder
+
 __all__ = [
     "CheckpointError",
     "TrainState",
@@ -27,7 +29,6 @@ __all__ = [
     "commit",
     "discard",
     "find_checkpoints",
-    "free_bytes",
     "newest",
     "point",
     "prune",
@@ -39,8 +40,6 @@ __all__ = [
 ]
 
 MARKER = "COMPLETE"
-_STAGING = ".writing-"
-_REPLACED = ".replaced-"
 _CHECKSUM_LIMIT = 256 * 1024**2
 
 
@@ -83,7 +82,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def staging(folder: Path, step: int) -> Path:
     """An empty folder beside the checkpoints, to be filled and given to :func:`commit`."""
-    path = folder / f"{_STAGING}{checkpoint_name(step)}"
+    path = folder / f"{STAGED}{checkpoint_name(step)}"
     shutil.rmtree(path, ignore_errors=True)
     (path / "hf").mkdir(parents=True)
     (path / "trainer").mkdir()
@@ -97,24 +96,10 @@ def commit(staged: Path) -> Path:
     """
     inventory: dict[str, dict[str, int]] = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-        _sync(path)
         inventory[str(path.relative_to(staged))] = _fingerprint(path)
-    marker = staged / MARKER
-    marker.write_text(json.dumps({"files": inventory}, indent=1), encoding="utf-8")
-    _sync(marker)
-    for path in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
-        _sync(path)
-    target = staged.with_name(staged.name.removeprefix(_STAGING))
-    if target.exists():
-        # a folder cannot replace a folder in one call: move the old one out of the way, under a name nobody reads
-        replaced = target.with_name(f"{_REPLACED}{target.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
-        os.replace(staged, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(staged, target)
-    _sync(target.parent)
+    (staged / MARKER).write_text(json.dumps({"files": inventory}, indent=1), encoding="utf-8")
+    target = staged.with_name(staged.name.removeprefix(STAGED))
+    publish_folder(staged, target)
     return target
 
 
@@ -127,10 +112,10 @@ def clean_leftovers(folder: Path) -> list[str]:
     """Remove what an interrupted run left behind and return the names. Call it only while holding the run's lock."""
     if not folder.is_dir():
         return []
-    left = [path for path in folder.iterdir() if path.name.startswith((_STAGING, _REPLACED))]
+    left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED))]
     for path in left:
-        original = folder / path.name.removeprefix(_REPLACED)
-        if path.name.startswith(_REPLACED) and not original.exists():
+        original = folder / path.name.removeprefix(REPLACED)
+        if path.name.startswith(REPLACED) and not original.exists():
             # killed between the two renames of commit: the older checkpoint is whole, put it back
             os.replace(path, original)
         else:
@@ -214,11 +199,6 @@ def read_state(path: Path) -> TrainState:
         raise CheckpointError(f"{path / 'trainer' / 'state.json'} cannot be read: {error}") from None
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes this user may still write on the disk that holds ``path``."""
-    return shutil.disk_usage(path).free
-
-
 def _fingerprint(path: Path) -> dict[str, int]:
     size = path.stat().st_size
     if size > _CHECKSUM_LIMIT:
@@ -228,12 +208,3 @@ def _fingerprint(path: Path) -> dict[str, int]:
         while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return {"size": size, "crc32": checksum}
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

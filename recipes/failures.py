@@ -1,6 +1,5 @@
 """What ends a run early, and what a reader is told about it: which checkpoint is good, and what to type next."""
 
-import errno
 import json
 import math
 from collections.abc import Iterable
@@ -9,7 +8,8 @@ from typing import Any
 
 import torch
 
-from leanstep.recipes.checkpoint import find_checkpoints, free_bytes
+from leanstep._files import free_bytes, is_disk_full
+from leanstep.recipes.checkpoint import find_checkpoints
 from leanstep.recipes.config import RunConfig
 
 __all__ = [
@@ -28,9 +28,6 @@ __all__ = [
 ]
 
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
-
-# the file systems' ways to say that nothing more fits: no space, over quota
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class RunFailure(Exception):
@@ -140,16 +137,10 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     The writers raise what they like on a full disk (RuntimeError, SafetensorError, CheckpointException), so the free
     space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
     """
-    if isinstance(error, OSError) and error.errno in _FULL:
+    other = isinstance(error, Exception) and not isinstance(error, OSError)
+    if is_disk_full(error) or (other and free_bytes(folder) < needed):
         return f"disk full, {format_bytes(free_bytes(folder))} free"
-    text = str(error)
-    if "No space left" in text or "os error 28" in text or "quota" in text.lower():
-        return f"disk full, {format_bytes(free_bytes(folder))} free"
-    if isinstance(error, Exception) and not isinstance(error, OSError) and free_bytes(folder) < needed:
-        return f"disk full, {format_bytes(free_bytes(folder))} free"
-    if isinstance(error, OSError):
-        return f"cannot write: {error}"
-    return None
+    return f"cannot write: {error}" if isinstance(error, OSError) else None
 
 
 def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:

@@ -1,7 +1,6 @@
 """The end of a run: an ordinary Hugging Face folder, a sample of what it writes, and the report."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leanstep._files import publish_folder
 from leanstep.recipes.checkpoint import TrainState
 from leanstep.recipes.config import ExpectConfig, RunConfig
 from leanstep.recipes.failures import RunFailure, disk_trouble
@@ -61,8 +61,7 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
             shutil.rmtree(staged, ignore_errors=True)
         saver.export(staged)
         if accelerator.is_main_process:
-            shutil.rmtree(folder.final, ignore_errors=True)
-            os.replace(staged, folder.final)
+            publish_folder(staged, folder.final)
     except Exception as error:
         failure = error
     fine = all_agree(accelerator, failure is None)

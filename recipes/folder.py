@@ -16,7 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["FolderError", "RunFolder", "environment", "is_held", "write_atomic"]
+from leanstep._files import write_text
+
+__all__ = ["FolderError", "RunFolder", "environment", "is_held"]
 
 # what a start that failed early leaves behind: no run yet
 _TRACES = {".lock", "train.log", "status.json"}
@@ -25,16 +27,6 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets
 
 class FolderError(ValueError):
     """The output folder cannot be used as asked: no one may write there, or another run or process does."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def is_held(root: Path) -> bool:
@@ -118,21 +110,23 @@ class RunFolder:
     def describe(self, config_yaml: str, facts: dict[str, Any]) -> None:
         """Write config.yaml, command.txt and env.json."""
         self.checkpoints.mkdir(exist_ok=True)
-        write_atomic(self.root / "config.yaml", config_yaml)
-        write_atomic(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
-        write_atomic(self.root / "env.json", json.dumps(facts, indent=2) + "\n")
+        write_text(self.root / "config.yaml", config_yaml)
+        write_text(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
+        write_text(self.root / "env.json", json.dumps(facts, indent=2) + "\n")
 
     def status(self, status: str, **facts: Any) -> None:
         """Write status.json: ``running``, ``done``, ``interrupted`` or ``failed:<reason>``, and what else is known."""
         content = {"status": status, **facts, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:
-            write_atomic(self.root / "status.json", json.dumps(content, indent=2) + "\n")
+            write_text(self.root / "status.json", json.dumps(content, indent=2) + "\n")
         except OSError as error:
             print(f"status.json could not be written: {error}", file=sys.stderr)
 
     def is_empty(self) -> bool:
         """Whether no run was begun here: there is no folder, or only what a start that failed early leaves behind."""
-        return not self.root.is_dir() or all(entry.name in _TRACES for entry in self.root.iterdir())
+        if not self.root.is_dir():
+            return True
+        return all(entry.name in _TRACES or entry.suffix == ".tmp" for entry in self.root.iterdir())
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json, empty when there is none or it cannot be read."""
@@ -163,7 +157,7 @@ class RunFolder:
                 continue
             if isinstance(entry, dict) and entry.get("step", 0) <= step and entry.get("kind") != "sample":
                 kept.append(line + "\n")
-        write_atomic(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 def environment(**facts: Any) -> dict[str, Any]:

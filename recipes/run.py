@@ -201,7 +201,10 @@ class Run:
         return result
 
     def update(self, window: list[Batch], result: StepResult) -> None:
-        """Check what the step brought, then update weights and schedule, or leave them as they are and say why."""
+        """Update the weights, unless loss or gradient is not finite; advance the schedule either way.
+
+        Raises RunFailure where the recipe stops at such a step (``stop.nan``, ``stop.loss_above``).
+        """
         config = self.config
         # a gradient out of fp16's range is the scaler's business: it leaves the step out and lowers its scale
         scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from leanstep._files import free_bytes
 from leanstep.lora import LowRankGate
 from leanstep.lora.ties import config_of_merged
 from leanstep.recipes.attention_norms import write_gate
@@ -21,7 +22,6 @@ from leanstep.recipes.checkpoint import (
     commit,
     discard,
     find_checkpoints,
-    free_bytes,
     point,
     prune,
     staging,

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanstep._files import free_bytes
 from leanstep.recipes.check_room import disk_need
 from leanstep.recipes.checkpoint import (
     CheckpointError,
     clean_leftovers,
     find_checkpoints,
-    free_bytes,
     newest,
     point,
     read_state,

@@ -312,8 +312,8 @@ def zero_redundancy_optimizer(world: World) -> None:
 
 
 @case(2)
-def large_matrices_on_the_compiled_path(world: World) -> None:
-    """Shards large enough for the compiled loops, in rows that do not divide, agree with whole matrices."""
+def large_matrices(world: World) -> None:
+    """Shards large enough for whole vectors and blocks, in rows that do not divide, agree with whole matrices."""
     for name, shape in (("lion", (301, 192)), ("lion_stochastic", (301, 192)), ("sinkgd", (301, 192))):
         cls, settings, _, dtype, tolerance = OPTIMIZERS[name]
         whole_param = nn.Parameter(torch.randn(shape).to(dtype))

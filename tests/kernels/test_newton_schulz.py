@@ -11,7 +11,7 @@ from leanstep.kernels._newton_schulz_batched import jobs_of, lengths_of_runs
 from leanstep.kernels.newton_schulz import flops
 from leanstep.kernels.reference.newton_schulz import minimax_quintic, polar_express
 
-BACKENDS = ["reference", "compiled"]
+BACKENDS = ["reference", "auto"]
 METHODS = ["standard", "gram"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 9), (9, 1), (16, 16), (24, 72), (72, 24), (3, 7)]
@@ -255,6 +255,18 @@ def test_the_size_does_not_matter(factor):
             for estimator in ("polar", "svd", "frobenius"):
                 found = nuclear_norm([mat * factor], estimator=estimator) / factor
                 torch.testing.assert_close(found, nuclear_norm([mat], estimator=estimator), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["polar", "svd", "frobenius"])
+@pytest.mark.parametrize("factor", [1e-200, 1e-60, 1e60, 1e200])
+def test_float64_keeps_its_range_and_precision(factor, estimator):
+    mat = normal(20, 33, dtype=torch.float64)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            found = nuclear_norm([mat * factor], estimator=estimator) / factor
+            torch.testing.assert_close(found, nuclear_norm([mat], estimator=estimator), rtol=1e-12, atol=0)
+    if estimator == "frobenius":
+        torch.testing.assert_close(found[0], mat.norm(), rtol=1e-13, atol=0)
 
 
 def test_below_eps_results_shrink_in_proportion():

@@ -263,6 +263,16 @@ def test_errors_stay_within_their_bounds(case):
         assert (error.detach().abs().amax(dim=(2, 3)) <= bound * (1 + 1e-9) + 1e-13).all()
 
 
+def test_bounds_of_a_negative_scale_are_those_of_the_positive_one():
+    q, k, v = tensors(size=0.4)
+    grad = torch.ones_like(v)
+    for found, wanted in zip(
+        error_bounds(q, k, v, grad, scale=-0.3), error_bounds(-q, k, v, grad, scale=0.3), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert (found > 0).all()
+
+
 def test_bounds_say_nothing_where_nothing_holds():
     q, k, v = tensors(size=8.0)
     bounds = error_bounds(q, k, v, torch.ones_like(v))

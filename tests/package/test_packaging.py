@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from layering import imported_names, package_files
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,17 @@ def test_metadata(wheel):
     for requirement in requirements:
         assert "==" not in str(requirement.specifier), f"{requirement} is a pin; the package gives ranges"
         assert requirement.specifier or requirement.name == "leanstep", f"{requirement} has no lower bound"
+
+
+@pytest.mark.parametrize("extra", ["", "recipes"])
+def test_what_is_declared_is_imported(extra):
+    optional = PROJECT["project"]["optional-dependencies"]
+    declared = {Requirement(text).name for text in (optional[extra] if extra else PROJECT["project"]["dependencies"])}
+    imported = {
+        name.partition(".")[0] for path in package_files() for _, name in imported_names(path.read_text("utf-8"))
+    }
+    unused = declared - imported - {"leanstep"}
+    assert not unused, f"{', '.join(unused)} in pyproject.toml and never imported by the package"
 
 
 @pytest.mark.parametrize(

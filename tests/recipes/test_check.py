@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from leanstep import _memory
 from leanstep.recipes import check_room, check_text, loader
 from leanstep.recipes.catalog import describe, recipe_names
 from leanstep.recipes.check import _groups, check, inspect, routing_rows
@@ -212,9 +213,20 @@ def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
 
 
 def test_memory_that_is_not_there(run, monkeypatch):
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
     (found,) = problems(run())
     assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
+
+
+def test_memory_that_a_control_group_does_not_allow(run, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("3000000")
+    (tmp_path / "memory.current").write_text("1000000")
+    (tmp_path / "memory.stat").write_text("inactive_file 0")
+    (tmp_path / "self").write_text("0::/")
+    monkeypatch.setattr(_memory, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(_memory, "PROCESS_CGROUPS", tmp_path / "self")
+    (found,) = problems(run())
+    assert found.startswith("Memory: ") and "do not fit the 1.9 MiB that are free on cpu" in found
 
 
 def test_output_folders(run, tmp_path):
@@ -323,13 +335,13 @@ def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
 
 
 def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypatch):
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000_000)
     args = "optimizer.args={window: 20000, damping: 1e-4}"
     (told,) = section(run(args, name="gpt-nano-mfac"), "Memory").problems
     assert (
         "in this order: optimizer.args.storage=bf16 (the window at half the size), optimizer.args.compression" in told
     )
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
     (told,) = section(run(), "Memory").problems
     assert "optimizer.name=lion or sinkgd" in told
 
