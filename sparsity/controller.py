@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import StepHooks, is_dtensor, local_part, whole_tensor
-from leanstep.kernels.nm_mask import nm_mask
+from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity import sharding
 from leanstep.sparsity.functional import s_ste_scale
 from leanstep.sparsity.methods import METHODS, Method, resolve_schedule
