@@ -89,7 +89,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     for name, folder in SETUPTOOLS["package-dir"].items():
         home = name.replace(".", "/")
         for path in (ROOT / folder).iterdir():
-            if path.is_file() and path.suffix in {".py", ".yaml", ".typed", ".cpp", ".h"}:
+            if path.is_file() and path.suffix in {".py", ".yaml", ".json", ".typed", ".cpp", ".h"}:
                 assert f"{home}/{path.name}" in inside
     assert "leanstep/py.typed" in inside
     assert any(name.startswith("leanstep/recipes/") and name.endswith(".yaml") for name in inside)
