@@ -11,10 +11,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import leanstep.optimizers
 from leanstep import use_backend
-from leanstep.recipes import build
-from leanstep.recipes.arguments import OPTIMIZERS
-from leanstep.recipes.build import build_accelerator, build_model, build_optimizer, build_schedule, optimizer_class
-from leanstep.recipes.config import (
+from leanstep.recipes.config.arguments import OPTIMIZERS
+from leanstep.recipes.config.schema import (
     BatchConfig,
     DataConfig,
     DistributedConfig,
@@ -23,6 +21,14 @@ from leanstep.recipes.config import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+)
+from leanstep.recipes.training import build
+from leanstep.recipes.training.build import (
+    build_accelerator,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    optimizer_class,
 )
 
 INSTALLED = [name for name, spec in OPTIMIZERS.items() if find_spec(spec.partition(":")[0])]

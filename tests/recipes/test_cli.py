@@ -10,7 +10,7 @@ import pytest
 from run_folders import write_run
 
 from leanstep.cli import main
-from leanstep.recipes.loader import load
+from leanstep.recipes.config.loader import load
 
 # Runs the command line and then says on stderr which heavy packages it has imported.
 PROBE = """
@@ -177,11 +177,13 @@ def launched(monkeypatch):
     """Put a recorder in the place of the launcher's run, which has tests of its own."""
     import types
 
+    from leanstep.recipes import training
+
     calls = []
-    module = types.ModuleType("leanstep.recipes.launch")
+    module = types.ModuleType("leanstep.recipes.training.launch")
     module.run = lambda *arguments, **options: calls.append((*arguments, options)) or 0
-    monkeypatch.setitem(sys.modules, "leanstep.recipes.launch", module)
-    monkeypatch.setattr(sys.modules["leanstep.recipes"], "launch", module, raising=False)
+    monkeypatch.setitem(sys.modules, "leanstep.recipes.training.launch", module)
+    monkeypatch.setattr(training, "launch", module, raising=False)
     return calls
 
 
@@ -245,5 +247,5 @@ def test_info_names_versions_devices_and_backends(capsys):
 def test_info_without_a_compiler_says_so(tmp_path):
     result = run("info", env={"PATH": str(tmp_path), "CXX": ""})
     assert result.returncode == 0, result.stderr
-    assert "C++ compiler for the CPU kernels: none; the eager path runs" in result.stdout
+    assert "C++ compiler for the CPU kernels: none; the definitions run, in plain torch" in result.stdout
     assert Path(sys.executable).name in result.stdout

@@ -9,11 +9,11 @@ from typing import get_args
 import argument_table
 import pytest
 
-from leanstep.recipes.arguments import TABLE_FILE, model_keys
-from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps
-from leanstep.recipes.joint import joint_problems
-from leanstep.recipes.loader import ConfigError, dump, load
-from leanstep.recipes.problems import check
+from leanstep.recipes.config.arguments import TABLE_FILE, model_keys
+from leanstep.recipes.config.joint import joint_problems
+from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.problems import check
+from leanstep.recipes.config.schema import BatchConfig, DataConfig, RunConfig, accumulation_steps
 
 BASE = """\
 recipe: pretrain
@@ -522,7 +522,7 @@ def test_model_keys_are_those_of_the_class(family):
 def test_nothing_heavy_is_imported(statement):
     code = (
         "import sys\n"
-        "from leanstep.recipes.loader import ConfigError, load\n"
+        "from leanstep.recipes.config.loader import ConfigError, load\n"
         f"try:\n    {statement}\nexcept ConfigError as error:\n    print(error)\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'triton'} & set(sys.modules)))\n"
     )
