@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels.nm_mask import nm_mask
+from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity import sharding
 from leanstep.sparsity.functional import s_ste_scale
 from leanstep.sparsity.methods import METHODS, Method, resolve_schedule
