@@ -252,7 +252,8 @@ def test_the_size_does_not_matter(factor, dtype):
     for backend in BACKENDS:
         with use_backend(backend):
             (small,) = newton_schulz([mat * factor])
-            assert error(small, newton_schulz([mat])[0].double()) < 0.03
+            # the factor rounds a bf16 matrix
+            assert error(small, newton_schulz([mat])[0].double()) < (0.06 if dtype == torch.bfloat16 else 0.03)
             for estimator in ("polar", "svd", "frobenius"):
                 found = nuclear_norm([mat * factor], estimator=estimator) / factor
                 torch.testing.assert_close(found, nuclear_norm([mat], estimator=estimator), rtol=0.02, atol=0)
