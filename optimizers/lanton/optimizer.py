@@ -207,12 +207,11 @@ class LANTON(LeanOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_betas("LANTON", group["betas"])
-        if isinstance(group["alpha"], str) and group["alpha"] not in ALPHAS:
-            raise ValueError(f"Invalid alpha: {group['alpha']!r}; LANTON expects a number above 0, or 'auto'")
-        if group["alpha"] != "auto":
-            check_number("LANTON", "alpha", group["alpha"], 0.0)
-            if not group["alpha"] > 0:
-                raise ValueError(f"Invalid alpha: {group['alpha']}; LANTON expects a number above 0, or 'auto'")
+        alpha = group["alpha"]
+        if (isinstance(alpha, str) and alpha not in ALPHAS) or alpha == 0:
+            raise ValueError(f"Invalid alpha: {alpha!r}; LANTON expects a number above 0, or 'auto'")
+        if alpha != "auto":
+            check_number("LANTON", "alpha", alpha, 0.0)
         check_number("LANTON", "radius", group["radius"], 0.0)
         for name, choices in (
             ("norm", NORMS), ("scaling", SCALINGS), ("noise", NOISES), ("grouping", GROUPINGS),
@@ -268,8 +267,16 @@ class LANTON(LeanOptimizer):
                 f"{describe(group, position)} of {dims} dimensions. {advice}; leanstep.optimizers.param_groups does so."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict. ``noise`` and ``noise_steps`` of a single matrix have shape (), as in all versions.
+
+        In the optimizer's state they are (1,): torch.compile loses in-place writes to 0-d fp64 inputs on a CPU.
+        """
+        packed = super().state_dict()
+        return {**packed, "state": _reshaped_estimates(packed["state"], (1,), ())}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state. In one of an older version, ``noise`` and ``noise_steps`` of shape () become (1,).
+        """Load a state, keeping the dtype each tensor was saved in.
 
         Raises:
             ValueError: as for every optimizer; a setting of an older version that this one does not have.
@@ -283,13 +290,8 @@ class LANTON(LeanOptimizer):
                     "changed. Continue with the version that saved it, or start without the state."
                 )
         groups = [{k: v for k, v in group.items() if k not in _DROPPED} for group in state_dict["param_groups"]]
-        states = {
-            key: {k: v.reshape(1) if k in ("noise", "noise_steps") and v.dim() == 0 else v for k, v in state.items()}
-            if isinstance(state, dict)
-            else state
-            for key, state in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
+        state = _reshaped_estimates(state_dict["state"], (), (1,))
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
 
     # ---- the step
 
@@ -302,12 +304,10 @@ class LANTON(LeanOptimizer):
             return state
         if "noise" not in state:
             device = local(param).device
-            # never 0-d: torch.compile loses in-place writes to 0-d fp64 inputs on a CPU
-            shape = (matrix_count(group, norm_of(group, param), param),)
-            state["noise"] = torch.zeros(shape, dtype=estimate_dtype(device), device=device)
-            # the number of estimates that H averages; -1 means that there is no previous gradient to compare with
-            start = -1.0 if group["noise"] == "previous" else 0.0
-            state["noise_steps"] = torch.full(shape, start, dtype=torch.float32, device=device)
+            count = matrix_count(Layer(group, param, state, norm_of(group, param)))
+            state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
+            # the number of estimates that H averages; -1 below, for want of a previous gradient to compare with
+            state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
         if group["noise"] == "previous" and "previous_grad" not in state:
             state["previous_grad"] = new_state(param, group["noise_dtype"])
             state["noise_steps"].fill_(-1)
@@ -453,7 +453,7 @@ class LANTON(LeanOptimizer):
         rows: list[dict[str, Any]] = []
         for layer in layers:
             stack = is_stack(layer.group, layer.norm, layer.param.dim())
-            for k in range(matrix_count(layer.group, layer.norm, layer.param)):
+            for k in range(matrix_count(layer)):
                 i = len(rows)
                 row = {
                     "name": names[layer.param] + (f"[{k}]" if stack else ""),
@@ -478,6 +478,18 @@ class LANTON(LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
+
+
+def _reshaped_estimates(states: dict[Any, Any], old: tuple[int, ...], new: tuple[int, ...]) -> dict[Any, Any]:
+    """States whose estimates of shape ``old`` are views of shape ``new``."""
+
+    def reshaped(key: str, value: Any) -> Any:
+        return value.reshape(new) if key in ("noise", "noise_steps") and value.shape == old else value
+
+    return {
+        param: {key: reshaped(key, value) for key, value in state.items()} if isinstance(state, dict) else state
+        for param, state in states.items()
+    }
 
 
 def _name(group: dict[str, Any], position: int) -> str:

@@ -1,7 +1,7 @@
 """One step of LANTON over all layers: noise first, then factors, then momentum and update.
 
-The formulas are in :mod:`leanstep.optimizers.lanton.rule`. Here is which layers, which matrices of a stack, and which
-parts of a sharded parameter they apply to.
+The formulas are in :mod:`leanstep.optimizers.lanton.rule`. This module applies them to layers, to the matrices of a
+stack, and to this process's parts of sharded parameters.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from leanstep.optimizers.common.sharding import Shard, Steps, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
-# columns of the table of known numbers, one row per matrix, summed over processes: the dual norm of the difference (its
-# square for a vector), nonzero if the gradient is not finite, nonzero if it has a nonzero entry, the sum of squares of
-# a vector's new momentum
-_DUAL, _BAD, _ACTIVE, _SQUARE = range(4)
+# Columns of a table with one row per matrix, summed over processes:
+_DUAL = 0  # the dual norm of the difference, without its scale for embeddings, heads and vectors; squared for vectors
+_BAD = 1  # above 0 if the gradient is not finite
+_ACTIVE = 2  # above 0 if the gradient has a nonzero entry
+_SQUARE = 3  # the sum of squares of a vector's new momentum
 
 
 class Layer(NamedTuple):
@@ -82,9 +83,9 @@ def norm_of(group: dict[str, Any], param: Tensor) -> str:
     return "rms" if param.dim() >= 2 else "vector"
 
 
-def matrix_count(group: dict[str, Any], norm: str, param: Tensor) -> int:
+def matrix_count(layer: Layer | LayerStep) -> int:
     """The number of estimates of a parameter."""
-    return param.shape[0] if is_stack(group, norm, param.dim()) else 1
+    return layer.param.shape[0] if is_stack(layer.group, layer.norm, layer.param.dim()) else 1
 
 
 def maximum_of(layer: Layer) -> str:
@@ -103,8 +104,8 @@ def estimate_dtype(device: torch.device) -> torch.dtype:
 def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     """Update the parameters that have a gradient, and their state, in place.
 
-    Besides whole matrices, processes exchange one reduction of four numbers per matrix. Afterwards all of them know all
-    estimates and compute the same maxima.
+    Besides the matrices themselves, processes reduce four numbers per matrix, once. All of them then know all estimates
+    and compute the same maxima.
 
     Args:
         layers: the parameters that have a gradient.
@@ -117,7 +118,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     rows: list[slice] = []  # of each layer in the table
     shards: list[Shard] = []  # of each row
     for x in layers:
-        count = matrix_count(x.group, x.norm, x.param)
+        count = matrix_count(x)
         rows.append(slice(len(shards), len(shards) + count))
         shards += [x.shard] * count
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
@@ -136,7 +137,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     if counters:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
-        infos = [info for info in infos if not info.bad]  # reading the flag costs nothing here
+        infos = [info for info in infos if not info.bad]  # to read a flag costs nothing on the host
     for info in infos:
         _keep_gradient(info)
         _update_momentum(info)
@@ -236,10 +237,10 @@ def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.devi
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
     known: dict[Tensor, Tensor] = {}
     if estimated:
-        counts = [matrix_count(x.group, x.norm, x.param) for x in estimated]
+        counts = [matrix_count(x) for x in estimated]
         parts = factors_and_noise(estimated, device)[0].split(counts)
         known = {x.param: part for x, part in zip(estimated, parts, strict=True)}
-    return [known[x.param] if x.param in known else one.expand(matrix_count(x.group, x.norm, x.param)) for x in layers]
+    return [known[x.param] if x.param in known else one.expand(matrix_count(x)) for x in layers]
 
 
 def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +252,7 @@ def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Te
     alphas: list[float] = []
     automatic: dict[str, list[int]] = {}
     for layer in layers:
-        for _ in range(matrix_count(layer.group, layer.norm, layer.param)):
+        for _ in range(matrix_count(layer)):
             if layer.group["alpha"] == "auto":
                 automatic.setdefault(maximum_of(layer), []).append(len(alphas))
             sharing.setdefault(maximum_of(layer), []).append(len(alphas))
