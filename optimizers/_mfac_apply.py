@@ -17,7 +17,7 @@ from leanstep.optimizers._mfac_compiled import directions_in_one, is_fake
 from leanstep.optimizers._mfac_scopes import Member, Scope
 from leanstep.optimizers._mfac_step import directions
 from leanstep.optimizers._rounding import effective, rounding_states, seeds_and_offsets
-from leanstep.optimizers._sharding import Steps, shard_of
+from leanstep.optimizers._sharding import Steps, plain, shard_of
 
 
 def step(scopes: list[Scope]) -> Steps[None]:
@@ -58,7 +58,7 @@ def _problem(scope: Scope) -> Problem:
     """The scope's gradients as its new row takes them."""
     vectors = []
     for member in scope.members:
-        group, held = member.group, member.columns.part(member.param.detach())
+        group, held = member.group, member.columns.part(plain(member.param.detach()))
         if member.grad is None:
             vector = torch.zeros_like(held, memory_format=torch.contiguous_format)
         else:

@@ -16,11 +16,10 @@ from leanstep.optimizers._base import (
     check_dtype,
     check_flags,
     count_nonfinite,
-    local,
     new_state,
 )
 from leanstep.optimizers._rounding import check_rounding, effective, init_rounding, rounding_states, seeds_and_offsets
-from leanstep.optimizers._sharding import Steps, shard_of, sum_over_shards
+from leanstep.optimizers._sharding import Steps, readable, shard_of, store, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -160,7 +159,7 @@ def lion(
 ) -> Steps[None]:
     """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
     shards = [shard_of(p) for p in params]
-    local_params, local_grads, local_avgs = ([local(t) for t in ts] for ts in (params, grads, exp_avgs))
+    local_params, local_grads, local_avgs = ([readable(t) for t in ts] for ts in (params, grads, exp_avgs))
     skip = group["nonfinite"] != "pass"
     scale = None
     if group["cautious"]:
@@ -185,6 +184,7 @@ def lion(
             flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
     else:
         flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+    store(local_params, params)
     count_nonfinite(group, flags)
 
 
