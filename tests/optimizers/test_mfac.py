@@ -7,7 +7,7 @@ import torch
 from dense_fisher import DenseFisher, flatten, moved, new_params, relative, set_grads, step_and_compare
 
 from leanstep.optimizers import MFAC
-from leanstep.optimizers._mfac_damping import damping_at
+from leanstep.optimizers.mfac.damping import damping_at
 
 SHAPES = ((4, 3), (5,), (), (2, 2, 3))
 LR = 0.1
@@ -390,6 +390,23 @@ def test_gradients_may_be_accumulated():
         b.step()
     assert torch.equal(params[0], twins[0])
     assert a.state[params[0]]["counts"].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "topk", "density": 0.3, "momentum": 0.9}])
+def test_a_step_compiled_by_inductor_is_the_eager_one(options):
+    torch._dynamo.reset()
+    eager, compiled = new_params(SHAPES, torch.float32), new_params(SHAPES, torch.float32)
+    a, b = (MFAC(params, lr=LR, window=3, damping=0.1, **options) for params in (eager, compiled))
+    step = torch.compile(b.step, backend="inductor")
+    for number in range(5):
+        set_grads(eager, number)
+        set_grads(compiled, number)
+        a.step()
+        step()
+    for p, q in zip(eager, compiled, strict=True):
+        assert torch.equal(p, q)
+        assert a.state[p].keys() == b.state[q].keys()
+        assert all(torch.equal(value, b.state[q][key]) for key, value in a.state[p].items())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,51 @@
+"""A window of gradients, one block of columns at a time, as plain torch: dots with its rows, and sums of its rows.
+
+All sums run in fp64, where products of fp32 numbers are exact. Gradients that change slowly give rows that hardly
+differ; the last bits of their dots tell them apart, and in a combination they cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# elements that are widened at a time: a window is never copied whole
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of combinations of the rows of windows of ``dtype``, and of vectors beside them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def column_chunks(window: Tensor, elements: int = _CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Stretches of columns of a window [m, n] with about ``elements`` elements each."""
+    m, n = window.shape
+    width = max(1, elements // max(m, 1))
+    return (slice(start, min(start + width, n)) for start in range(0, n, width))
+
+
+def row_dots(window: Tensor, vector: Tensor) -> Tensor:
+    """Dot products of the rows of a window [m, n] with a vector [n], fp64 [m]."""
+    total = torch.zeros(window.shape[0], dtype=torch.float64, device=window.device)
+    for chunk in column_chunks(window):
+        total += (window[:, chunk].double() * vector[chunk].double()).sum(dim=1)
+    return total
+
+
+def linear_combination(window: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """Write the sum over i of ``coefficients[i] * window[i]`` to ``out`` [n], rounded once."""
+    for chunk in column_chunks(window):
+        out[chunk] = coefficients.double() @ window[:, chunk].double()
+
+
+def row_scale(largest: Tensor) -> Tensor:
+    """The power of two by which a row is divided before it is stored: its largest magnitude becomes 2**14 to 2**15.
+
+    In fp16 that leaves a factor 2 of headroom, and 28 binary orders of magnitude in full precision below it. Dividing
+    by it is exact. ``largest``: fp32, any shape.
+    """
+    exponent = torch.frexp(largest.to(torch.float32)).exponent
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), (exponent - 15).clamp_min(-126))

