@@ -1,32 +1,40 @@
 """Which implementation of an op runs, and why.
 
-Every op has one name and up to four implementations:
+Every op has one name and up to three implementations:
 
-* ``reference``: plain torch, the definition; runs everywhere, in every dtype.
+* ``reference``: the definition in plain torch; runs everywhere, in every dtype.
 * ``cpp``: a small C++ file, compiled on first use; the fast path on a CPU, one call for all tensors of a list.
-* ``compiled``: the reference through ``torch.compile``; the fast path on a CPU for what the C++ files do not cover.
 * ``triton``: one launch for all tensors of a list; the fast path on a GPU.
 
-``auto`` picks by device with the rules of :func:`choose`. A backend asked for by name with :func:`use_backend` that
-cannot run raises :class:`BackendError` with the reason; nothing falls back silently.
+``auto`` takes Triton on a GPU and C++ on a CPU, and the definition where those cannot run: in float64, without Triton,
+without a C++ compiler, in dtypes that the C++ files do not cover. A backend asked for by name with :func:`use_backend`
+that cannot run raises :class:`BackendError` with the reason; nothing falls back silently.
+
+A backward pass runs on the backend that was asked for in its forward pass: autograd's threads do not inherit the
+request, so an autograd function keeps it with :func:`remember_backend` and :func:`on_remembered_backend`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import TYPES, cpp_compiler, why_not_cpp
+from leanstep.kernels.cpp_impl._build import TYPES, why_not_cpp
 
-BACKENDS = ("reference", "cpp", "compiled", "triton")
-_TORCH = ("reference", "compiled", "triton")
-_WINDOW = ("reference", "cpp", "triton")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BACKENDS = ("reference", "cpp", "triton")
+# ops that are products of matrices: on a CPU, torch's BLAS computes them
+_PRODUCTS = ("reference", "triton")
 
 # op name -> the backends that have an implementation of it
 OPS: dict[str, tuple[str, ...]] = {
@@ -36,28 +44,28 @@ OPS: dict[str, tuple[str, ...]] = {
     "scaled_step": BACKENDS,
     "nonfinite_flags": ("reference", "cpp"),
     "adamw_step": ("reference", "cpp"),
-    "newton_schulz": _TORCH,
-    "nuclear_norm": _TORCH,
-    "row_dots": _WINDOW,
-    "linear_combination": _WINDOW,
-    "sparse_row_dots": _WINDOW,
-    "sparse_linear_combination": _WINDOW,
-    "nm_mask": _WINDOW,
-    "nm_apply": _WINDOW,
-    "nm_apply_backward": _WINDOW,
-    "nm_matmul": _WINDOW,
-    "lora_dropout": _WINDOW,
-    "lora_down": _WINDOW,
-    "lora_down_backward": _WINDOW,
-    "lora_up": _WINDOW,
-    "lora_norms": ("reference", "triton"),
-    "lora_scale": _WINDOW,
-    "lora_swiglu": _WINDOW,
-    "poly_features": _WINDOW,
-    "poly_features_backward": _WINDOW,
+    "newton_schulz": _PRODUCTS,
+    "nuclear_norm": _PRODUCTS,
+    "row_dots": BACKENDS,
+    "linear_combination": BACKENDS,
+    "sparse_row_dots": BACKENDS,
+    "sparse_linear_combination": BACKENDS,
+    "nm_mask": BACKENDS,
+    "nm_apply": BACKENDS,
+    "nm_apply_backward": BACKENDS,
+    "nm_matmul": BACKENDS,
+    "lora_dropout": BACKENDS,
+    "lora_down": BACKENDS,
+    "lora_down_backward": BACKENDS,
+    "lora_up": BACKENDS,
+    "lora_norms": _PRODUCTS,
+    "lora_scale": BACKENDS,
+    "lora_swiglu": BACKENDS,
+    "poly_features": BACKENDS,
+    "poly_features_backward": BACKENDS,
 }
 
-# parts of a step that are torch's own on every backend but "cpp": a request for one they do not have is none
+# these ops have only a C++ version; on any other backend that is asked for they run as plain torch
 _TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step")
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
@@ -79,7 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on the backend ``name``.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpp"``, ``"compiled"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Raises:
         ValueError: for any other name.
@@ -99,6 +107,31 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def requested_backend() -> str:
+    """The name given to the innermost :func:`use_backend`, or "auto"."""
+    return _requested.get()
+
+
+def remember_backend(ctx: Any) -> None:
+    """Keep the requested backend on the context of an autograd function; called in its forward pass."""
+    if not torch.compiler.is_compiling():
+        ctx.backend = _requested.get()
+
+
+def on_remembered_backend(backward: Callable[P, T]) -> Callable[P, T]:
+    """Decorate ``backward(ctx, ...)`` to run on the backend that :func:`remember_backend` kept on ``ctx``."""
+
+    @functools.wraps(backward)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        ctx: Any = args[0]
+        if torch.compiler.is_compiling() or not hasattr(ctx, "backend"):  # traced ops choose when they run
+            return backward(*args, **kwargs)
+        with use_backend(ctx.backend):
+            return backward(*args, **kwargs)
+
+    return run
+
+
 def has_triton() -> bool:
     """True when the ``triton`` package can be imported; nothing is imported to find out."""
     return importlib.util.find_spec("triton") is not None
@@ -114,16 +147,6 @@ def _why_not_triton(device: torch.device) -> str | None:
     return f"tensors on {device.type!r} need a GPU for Triton (or TRITON_INTERPRET=1, to test)"
 
 
-def _why_not_compiled(device: torch.device) -> str | None:
-    if device.type == "cpu" and cpp_compiler() is None:
-        return "no C++ compiler on the PATH (CXX, g++, clang++): torch.compile cannot build CPU code"
-    if device.type != "cpu" and not has_triton():
-        return "torch.compile needs the triton package on this device"
-    if device.type == "meta":
-        return "meta tensors hold no data"
-    return None
-
-
 def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if device.type != "cpu":
         return f"C++ kernels run on the CPU, not on {device.type!r}"
@@ -131,10 +154,6 @@ def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
     if foreign:
         return f"the C++ kernels take fp32 and bf16, not {', '.join(foreign)}"
     return why_not_cpp()
-
-
-# on a CPU these are calls of the BLAS on reused scratch memory: nothing for torch.compile to improve, none needed
-_BLAS = ("sinkhorn", "newton_schulz", "nuclear_norm")
 
 
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
@@ -147,8 +166,6 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
         return _why_not_triton(device)
     if backend == "cpp":
         return _why_not_cpp(device, dtypes)
-    if backend == "compiled" and not (op in _BLAS and device.type == "cpu"):
-        return _why_not_compiled(device)
     return None
 
 
@@ -171,15 +188,10 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if device.type != "cpu":
         reason = why_not(op, "triton", device)
         return Choice("reference", reason) if reason else Choice("triton", f"{device.type} device with Triton")
-    if OPS[op] == ("reference", "triton"):
-        return Choice("reference", "BLAS products")
-    not_cpp = why_not(op, "cpp", device, *dtypes)
-    if not_cpp is None:
-        return Choice("cpp", "CPU with a C++ compiler")
-    reason = why_not(op, "compiled", device)
-    if reason is not None:
-        return Choice("reference", not_cpp if "cpp" in OPS[op] else reason)
-    return Choice("compiled", "BLAS products in reused memory" if op in _BLAS else f"torch.compile; {not_cpp}")
+    if OPS[op] == _PRODUCTS:
+        return Choice("reference", "batched products of torch's BLAS")
+    reason = why_not(op, "cpp", device, *dtypes)
+    return Choice("reference", reason) if reason else Choice("cpp", "CPU with a C++ compiler")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:
@@ -189,3 +201,30 @@ def backend_table() -> list[tuple[str, str, str, str]]:
     if accelerator is not None:
         devices.append(accelerator)
     return [(op, str(device), *choose(op, device)) for device in devices for op in OPS]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True when the elements fill one stretch of memory without holes or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
+    """True when all tensors can be walked in storage order together (and in row-major order, if asked)."""
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    first = tensors[0]
+    return not row_major and is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
+
+
+def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:
+    """Indices of the selected tensors, grouped by the dtypes that the lists have at an index, in order."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        if selected[i]:
+            groups.setdefault(tuple(t.dtype for t in row), []).append(i)
+    return list(groups.values())

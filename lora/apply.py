@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from leanstep.lora.blocks import fuse_blocks, unfuse_blocks
 from leanstep.lora.config import LoraConfig
-from leanstep.lora.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
-from leanstep.lora.layer import Adapter, LoRALayer, is_sharded
-from leanstep.lora.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
-from leanstep.lora.quantized import why_unsupported
-from leanstep.lora.targets import rank_of, scale_of, select, why_never_called, with_heads
+from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
+from leanstep.lora.layers.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
+from leanstep.lora.layers.frozen import why_own_forward, why_unsupported
+from leanstep.lora.layers.layer import Adapter, LoRALayer, is_sharded
+from leanstep.lora.layers.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
+from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
 _KINDS = ("Linear", "Conv1D", "Embedding")
@@ -153,11 +153,13 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     if reason is not None:
         yield f"{name} cannot be adapted: {reason}"
         return
-    never = why_never_called(model, name, module)
-    if never is not None:
-        yield f"{name} cannot be adapted: {never}; leave it out with exclude_modules"
-    if config.fast_path and is_sharded(weight):
-        yield f"fast_path=True was asked for, but {name} cannot run on the fast path: its weight is sharded (DTensor)"
+    reason = why_not_adaptable(model, name, module)
+    if reason is not None:
+        yield f"{name} cannot be adapted: {reason}; leave it out with exclude_modules"
+    if config.fast_path and not isinstance(module, nn.Embedding):
+        slow = "its weight is sharded (DTensor)" if is_sharded(weight) else why_own_forward(type(module))
+        if slow is not None:
+            yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {slow}"
     sides, rank = tuple(weight.shape) if isinstance(module, nn.Embedding) else widths(module), rank_of(config, name)
     if rank > min(sides):
         yield (

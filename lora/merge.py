@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.embedding import LoRAEmbeddingLayer
-from leanstep.lora.function import Weights, dora_factor
-from leanstep.lora.layer import LoRALayer
-from leanstep.lora.linear import LoRALinearLayer
-from leanstep.lora.quantized import kind
+from leanstep.lora.layers.autograd import Weights, dora_factor
+from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
+from leanstep.lora.layers.frozen import kind
+from leanstep.lora.layers.layer import LoRALayer
+from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.ties import others_of, retie, tied_groups, untie
 
 
@@ -45,13 +45,21 @@ class MergeReport:
         return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){kept}{untied}"
 
 
+# DoRA's factors below this leave too few digits of a row, or none, to divide them out again
+SMALL_FACTOR = 2.0**-8
+
+
 @dataclass
 class _Undo:
-    """What :func:`unmerge` needs of one layer: the weight itself, or what was added and DoRA's factor."""
+    """What :func:`unmerge` needs of one layer: the weight itself, or what was added and DoRA's factor.
+
+    ``rows`` holds the outputs whose factor is too small to be divided out, and their weights.
+    """
 
     backup: Tensor | None
     factor: Tensor | None
     mask: Tensor | None
+    rows: tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
@@ -100,7 +108,9 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         assert isinstance(weight, Tensor)
         mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
         copied = backup and f"{name}.weight" not in report.untied
-        layer.lora.undo = _Undo(weight.detach().clone() if copied else None, _dora_rows(layer), mask)
+        factor = _dora_rows(layer)
+        rows = None if copied or factor is None else _rows_to_keep(weight.detach(), factor)
+        layer.lora.undo = _Undo(weight.detach().clone() if copied else None, factor, mask, rows)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
@@ -134,7 +144,8 @@ def unmerge(model: nn.Module) -> MergeReport:
         ValueError: for a model that is not merged.
 
     Notes:
-        Without a backup, in 16 bits, a weight does not come back exactly.
+        Without a backup, in 16 bits, a weight does not come back exactly. Rows that a DoRA magnitude near 0 has
+        scaled away do: :func:`merge` keeps them.
     """
     layers = dict(adapted_layers(model))
     if not layers or not all(layer.lora.merged for layer in layers.values()):
@@ -155,9 +166,11 @@ def unmerge(model: nn.Module) -> MergeReport:
             report.layers[name] = float(largest) * torch.finfo(weight.dtype).eps
             exact = _wide(weight)
             if undo.factor is not None:
-                exact = exact / undo.factor
+                exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
             exact = exact - _update(layer)
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
+            if undo.rows is not None:
+                weight.index_copy_(_dim_of_outputs(undo.factor), *undo.rows)
         if f"{name}.bias" not in restored:
             _add_to_bias(layer, -1)
         layer.lora.merged, layer.lora.undo = False, None
@@ -233,6 +246,20 @@ def _dora_rows(layer: LoRALayer) -> Tensor | None:
     a, b = _factors(layer)
     c = dora_factor(Weights(layer.weight, None, a, b, None, magnitude.detach(), layer.norms()))
     return c if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else c.unsqueeze(1)
+
+
+def _dim_of_outputs(factor: Tensor | None) -> int:
+    """The dimension of a base weight that a factor of :func:`_dora_rows` runs along."""
+    return 0 if factor is not None and factor.dim() == 2 else 1
+
+
+def _rows_to_keep(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The outputs whose factor is small, and their weights; None where there are none."""
+    small = factor.flatten().abs() < SMALL_FACTOR
+    if not bool(small.any()):
+        return None
+    index = small.nonzero().flatten()
+    return index, weight.index_select(_dim_of_outputs(factor), index)
 
 
 def _bias_shift(layer: Any) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
+from leanstep.lora.layers.frozen import why_no_tensor
 
 
 def matches(config: LoraConfig, name: str) -> bool:
@@ -35,12 +36,12 @@ def _is_saved(config: LoraConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
-def why_never_called(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why an adapter on a module would never run; None where it would."""
+def why_not_adaptable(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why an adapter on a linear layer or an embedding would never run, or has nothing to add to; None where it can."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.MultiheadAttention) and type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "it is never called: nn.MultiheadAttention reads its weight"
-    return None
+    return None if isinstance(module, nn.Embedding) else why_no_tensor(module, (_sides(module) or (1,))[0])
 
 
 def _listed(rule: list[str] | str | None, name: str) -> bool:
@@ -167,8 +168,8 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
         and not _listed(config.exclude_modules, name)
         and not _is_saved(config, name)
     }
-    never = {name: reason for name in linear if (reason := why_never_called(model, name, linear[name]))}
-    for name, reason in never.items():
+    useless = {name: reason for name in linear if (reason := why_not_adaptable(model, name, linear[name]))}
+    for name, reason in useless.items():
         warnings.warn(f"apply_lora: 'all-linear' leaves out {name}: {reason}", stacklevel=5)
         del linear[name]
     narrow = [name for name, module in linear.items() if rank_of(config, name) > min(_sides(module), default=math.inf)]

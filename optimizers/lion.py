@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leanstep.kernels import lion_agreement, lion_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
-from leanstep.optimizers._base import (
+from leanstep.optimizers.common.base import (
     LeanOptimizer,
     by_device_and_dtype,
     check_betas,
@@ -19,8 +19,14 @@ from leanstep.optimizers._base import (
     local,
     new_state,
 )
-from leanstep.optimizers._rounding import STATE_KEY, check_rounding, effective, init_rounding, seeds_for
-from leanstep.optimizers._sharding import Steps, offsets_of, shard_of, sum_over_shards
+from leanstep.optimizers.common.rounding import (
+    check_rounding,
+    effective,
+    init_rounding,
+    rounding_states,
+    seeds_and_offsets,
+)
+from leanstep.optimizers.common.sharding import Steps, shard_of, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -161,7 +167,6 @@ def lion(
     """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
     shards = [shard_of(p) for p in params]
     local_params, local_grads, local_avgs = ([local(t) for t in ts] for ts in (params, grads, exp_avgs))
-    device = local_params[0].device
     skip = group["nonfinite"] != "pass"
     scale = None
     if group["cautious"]:
@@ -169,13 +174,8 @@ def lion(
         if any(s.groups for s in shards):
             yield from sum_over_shards(counts, shards)
         scale = _cautious_scale(counts, params, hyper)
-    seeds = offsets = None
-    if rounding == "stochastic":
-        steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1)
-        seeds = seeds_for(steps, indices, group["seed"], device)
-        offsets = offsets_of(shards, device)
-    extras = [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], hyper.device)
+    extras = rounding_states(states, rounding)
     options = {
         "hyper": hyper,
         "rounding": rounding,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels.nm_apply import check_grad_flow, nm_apply, nm_apply_backward
-from leanstep.kernels.nm_mask import nm_mask
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
+from leanstep.kernels.nm.apply import check_grad_flow, nm_apply, nm_apply_backward
+from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity.patterns import NM, as_pattern
 
 
@@ -74,8 +75,10 @@ class _SparseWeight(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, mask, alpha, ctx.grad_flow, ctx.srste_lambda = inputs
         ctx.save_for_backward(weight, mask, alpha)
+        remember_backend(ctx)
 
     @staticmethod
+    @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask, alpha = ctx.saved_tensors
         found = nm_apply_backward(grad, weight, mask, alpha, grad_flow=ctx.grad_flow, srste_lambda=ctx.srste_lambda)

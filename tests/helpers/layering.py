@@ -1,6 +1,7 @@
 """Read imports from source and say which of them the package's layers forbid."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,13 +9,13 @@ ROOT = Path(__file__).parents[2]
 
 # what a folder may import of the package itself, besides its own modules
 ALLOWED = {
-    "kernels": set(),
-    "lora": {"kernels"},
-    "optimizers": {"kernels"},
-    "sparsity": {"kernels"},
-    "pruning": {"kernels", "lora", "optimizers", "sparsity", "version", "page"},
-    "recipes": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page"},
-    "leanstep": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page"},
+    "kernels": {"shared"},
+    "lora": {"kernels", "shared"},
+    "optimizers": {"kernels", "shared"},
+    "sparsity": {"kernels", "shared"},
+    "pruning": {"kernels", "lora", "optimizers", "sparsity", "version", "page", "shared"},
+    "recipes": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
+    "leanstep": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
 }
 # the command line is the one door to the recipes
 ALLOWED_TO_FILE = {
@@ -23,7 +24,13 @@ ALLOWED_TO_FILE = {
 }
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
-ROOT_MODULES = {"_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page"}
+ROOT_MODULES = {
+    "_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page",
+    "_files": "shared", "_memory": "shared", "_torch": "shared",
+}  # fmt: skip
+# everything may import these, so they import nothing of the package
+SHARED_FILES = {f"leanstep/{name}.py" for name, target in ROOT_MODULES.items() if target == "shared"}
+SHARED_IMPORTS = {"torch", "numpy", "psutil", *sys.stdlib_module_names}
 TRITON_FOLDER = "kernels/triton_impl/"
 
 
@@ -56,7 +63,7 @@ def layer(name: str) -> str | None:
 def problems(path: str, source: str) -> list[str]:
     """List the forbidden imports of one file; ``path`` is relative to the repository, with slashes."""
     home = path.split("/")[0]
-    allowed = ALLOWED[home] | ALLOWED_TO_FILE.get(path, set()) | {home}
+    allowed = ALLOWED[home] | ALLOWED_TO_FILE.get(path, set()) | {home} if path not in SHARED_FILES else {"shared"}
     found = []
     for line, name in imported_names(source):
         top = name.split(".")[0]
@@ -69,6 +76,8 @@ def problems(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {name!r} is not part of the package")
         elif top == "triton" and not path.startswith(TRITON_FOLDER):
             found.append(f"{path}:{line}: only {TRITON_FOLDER} imports Triton, this is {name!r}")
+        elif path in SHARED_FILES and target is None and top not in SHARED_IMPORTS:
+            found.append(f"{path}:{line}: a shared module imports torch at most, not {name!r}")
         elif target is not None and target not in allowed:
             found.append(f"{path}:{line}: {home} may not import {name!r}")
     return found

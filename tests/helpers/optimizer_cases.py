@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
 
-# every kind of tensor: matrices that reach the compiled loops (with and without a tail), small ones, a stack of
+# every kind of tensor: matrices of many vectors (with and without a tail), small ones, a stack of
 # matrices, a convolution, a vector, a scalar, one element, none
 SHAPES = ((66, 128), (9, 70), (5, 3), (2, 4, 6), (4, 2, 3, 3), (7,), (), (1,), (0, 3), (1, 1))
 SMALL_SHAPES = ((6, 5), (2, 3, 4), (4, 2, 3, 3), (7,), (), (1,), (0, 3))
@@ -56,7 +56,7 @@ class OptimizerCase:
         coupled: the step of a tensor depends on the other tensors; otherwise they may be stepped apart.
         skips_together: a non-finite gradient of one tensor stops the step of all; otherwise that tensor's alone.
         graphs: how many torch.compile makes of six steps: with and without state, and more where steps differ in kind.
-        large: the battery gives it matrices that reach the compiled loops, too (each costs a compilation).
+        large: the battery gives it matrices of many vectors, too.
         extra_fp32: extra memory of a step, in fp32 copies of the largest matrix, beyond small vectors.
     """
 

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from leanstep.kernels.poly_features import poly_features
-from leanstep.lora.attention import LowRankAttentionError, key_means, low_rank_attention
-from leanstep.lora.error_bounds import error_bounds, largest_logit
-from leanstep.lora.paper_chain import chain_gradients, dense_gradients, factor_gradients
-from leanstep.lora.polynomials import (
+from leanstep.kernels.poly.features import poly_features
+from leanstep.lora.attention.attention import LowRankAttentionError, key_means, low_rank_attention
+from leanstep.lora.attention.error_bounds import error_bounds, largest_logit
+from leanstep.lora.attention.features import (
     minimax_coefficients,
     needed_degree,
     relative_error,
     slope_error,
     taylor_coefficients,
 )
+from leanstep.lora.attention.paper_chain import chain_gradients, dense_gradients, factor_gradients
 
 # bound of the logits: least degree of Taylor's sum, and of the best polynomial, for relative errors 0.1, 0.01, 0.001
 DEGREES = {
@@ -261,6 +261,16 @@ def test_errors_stay_within_their_bounds(case):
     bounds = error_bounds(q, k, v, grad, **shared)
     for error, bound in zip(errors, bounds[:4], strict=True):
         assert (error.detach().abs().amax(dim=(2, 3)) <= bound * (1 + 1e-9) + 1e-13).all()
+
+
+def test_bounds_of_a_negative_scale_are_those_of_the_positive_one():
+    q, k, v = tensors(size=0.4)
+    grad = torch.ones_like(v)
+    for found, wanted in zip(
+        error_bounds(q, k, v, grad, scale=-0.3), error_bounds(-q, k, v, grad, scale=0.3), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert (found > 0).all()
 
 
 def test_bounds_say_nothing_where_nothing_holds():

@@ -2,12 +2,13 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from lora_models import randomise, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, apply_lora
-from leanstep.lora.dora import row_norms
+from leanstep.lora.layers.dora import row_norms
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 2), (1, 9, 1), (6, 1, 1), (5000, 3, 2)])
@@ -138,6 +139,37 @@ def test_a_zero_magnitude_gets_its_gradient(model):
     layer(x).backward(g)
     z = x @ (layer.weight + layer.lora.scale * layer.lora_B.weight @ layer.lora_A.weight).t()
     torch.testing.assert_close(layer.lora_magnitude_vector.grad, (g * z).sum(0) / layer.norms())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("save", ["min", "full"])
+def test_the_magnitudes_gradient_is_at_least_as_exact_as_pefts_beside_a_large_bias(save, dropout):
+    """Formed from an output less its bias, it was 24 to 30 % off where PEFT's is 9 to 10 %."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(64, 48)).bfloat16()
+    with torch.no_grad():
+        base[0].bias.fill_(100)
+    settings = {"r": 4, "target_modules": ["0"], "use_dora": True, "lora_dropout": dropout}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    their_layer = theirs.base_model.model[0]
+    ours = apply_lora(copy.deepcopy(base), LoraConfig(**settings, save=save))
+    with torch.no_grad():
+        for name, parameter in ((n, getattr(their_layer, n)["default"].weight) for n in ("lora_A", "lora_B")):
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+            getattr(ours[0], name).weight.copy_(parameter)
+    exact = copy.deepcopy(ours).double()
+    x, g = torch.randn(512, 64).bfloat16(), torch.randn(512, 48).bfloat16()
+    gradients = []
+    for model in (ours, exact):
+        torch.manual_seed(5)
+        model(x.to(model[0].weight.dtype)).backward(g.to(model[0].weight.dtype))
+        gradients.append(model[0].lora_magnitude_vector.grad.double())
+    error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    assert error < 0.02
+    if dropout == 0:
+        theirs.train()(x).backward(g)
+        peft_gradient = their_layer.lora_magnitude_vector["default"].weight.grad.double()
+        assert error <= float((peft_gradient - gradients[1]).norm() / gradients[1].norm())
 
 
 @pytest.mark.parametrize("fast_path", [None, False])

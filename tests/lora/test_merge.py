@@ -52,6 +52,25 @@ def test_a_backup_gives_the_weights_back_bit_for_bit():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["dora", "gpt2 dora", "embeddings"])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-6])
+def test_rows_that_a_magnitude_scaled_away_come_back(case, magnitude, dtype):
+    model = adapted(*CASES[case], dtype)
+    layers = [module for module in model.modules() if hasattr(module, "lora")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_magnitude_vector[1] = magnitude
+    before = [layer.weight.detach().clone() for layer in layers]
+    merge(model)
+    unmerge(model)
+    for layer, weight in zip(layers, before, strict=True):
+        outputs_first = isinstance(layer, torch.nn.Linear)
+        found, wanted = (w if outputs_first else w.t() for w in (layer.weight, weight))
+        assert torch.equal(found[1], wanted[1])
+        assert torch.isfinite(found).all()
+
+
 def test_the_largest_rounding_is_what_the_report_says():
     model = adapted(*CASES["llama"], torch.bfloat16)
     layer = model.model.layers[0].self_attn.q_proj

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 
+import peft
 import pytest
 import torch
 from lora_models import (
@@ -232,8 +233,8 @@ def test_whole_models_are_pickled(make):
 
 @pytest.mark.parametrize("save", ["min", "full"])
 def test_a_dora_output_that_is_changed_in_place_is_an_error_that_says_what_to_do(save):
-    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 2))
-    apply_lora(model, LoraConfig(r=2, target_modules=["0"], use_dora=True, save=save))
+    layers = torch.nn.Linear(8, 6, bias=False), torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 2)
+    model = apply_lora(torch.nn.Sequential(*layers), LoraConfig(r=2, target_modules=["0"], use_dora=True, save=save))
     loss = model(torch.randn(4, 8)).sum()
     if save == "full":
         loss.backward()
@@ -359,6 +360,36 @@ def test_groups_name_every_trained_parameter_once():
     assert optimizer.param_groups[1]["lr"] == 1e-2
     with pytest.raises(ValueError, match="no parameter of the model needs a gradient"):
         lora_groups(model.requires_grad_(False))
+
+
+def test_groups_know_pefts_names():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 9))
+    config = peft.LoraConfig(target_modules=["0", "1"], modules_to_save=["2"], use_dora=True)
+    model = peft.get_peft_model(model, config, adapter_name="mine")
+    groups = lora_groups(model, a={"lr": 1e-3}, b={"lr": 1e-2})
+    names = {group["name"]: [name for name, _ in group["params"]] for group in groups}
+    assert all(name.endswith(("lora_A.mine.weight", "lora_embedding_A.mine")) for name in names["lora_A"])
+    assert all(name.endswith(("lora_B.mine.weight", "lora_embedding_B.mine")) for name in names["lora_B"])
+    assert [len(names[name]) for name in ("lora_A", "lora_B")] == [2, 2]
+    assert [name.removeprefix("base_model.model.") for name in names["rest"]] == [
+        "0.lora_magnitude_vector.mine.weight",
+        "1.lora_magnitude_vector.mine.weight",
+        "2.modules_to_save.mine.weight",
+        "2.modules_to_save.mine.bias",
+    ]
+    config = peft.LoraConfig(target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True)
+    groups = lora_groups(peft.get_peft_model(tiny_gpt2(), config))
+    assert [name.rsplit(".", 3)[1:] for name, _ in groups[2]["params"]] == [["lora_B", "default", "bias"]] * 2
+
+
+def test_groups_say_what_was_not_found():
+    with pytest.raises(ValueError, match=r"expected trained parameters called lora_A or lora_B, got 21 others"):
+        lora_groups(tiny_llama(), b={"lr": 1e-2})
+    model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], save="lora_fa"))
+    with pytest.warns(UserWarning, match="trains nothing that belongs to lora_A, rest"):
+        groups = lora_groups(model, a={"lr": 1e-3}, b={"lr": 1e-2}, rest={"lr": 1.0})
+    assert [group["name"] for group in groups] == ["lora_B"]
+    lora_groups(model, b={"lr": 1e-2})
 
 
 def test_fused_blocks_keep_less():

@@ -13,6 +13,8 @@ GOOD = {
     "leanstep/__init__.py": "from leanstep.optimizers import Lion",
     "leanstep/cli.py": "def main():\n    from leanstep.recipes import launch",
     "leanstep/__main__.py": "from leanstep.cli import main",
+    "leanstep/_torch.py": "import functools\nimport torch\nfrom leanstep._memory import free_memory",
+    "kernels/cpp_impl/_build.py": "from leanstep._files import replacing",
 }
 BAD = {
     "bare import": ("optimizers/x.py", "import kernels"),
@@ -22,13 +24,16 @@ BAD = {
     "upwards by another form": ("kernels/x.py", "from leanstep import optimizers"),
     "upwards through the root": ("kernels/x.py", "from leanstep import Lion"),
     "upwards, whole root": ("optimizers/x.py", "import leanstep"),
-    "upwards, late": ("optimizers/x.py", "def f():\n    import leanstep.recipes.train"),
+    "upwards, late": ("optimizers/x.py", "def f():\n    import leanstep.recipes.training.train"),
     "upwards, by string": ("optimizers/x.py", "import importlib\nimportlib.import_module('leanstep.recipes')"),
     "recipes from the root": ("leanstep/__init__.py", "from leanstep.recipes import train"),
     "command line from a recipe": ("recipes/x.py", "from leanstep.cli import main"),
     "Triton in an optimizer": ("optimizers/x.py", "import triton"),
     "Triton in a kernel front": ("kernels/x.py", "from triton import language"),
     "Triton in the audit": ("kernels/audit.py", "from triton.compiler import ASTSource"),
+    "a library in a shared file": ("leanstep/_memory.py", "import transformers"),
+    "a shared file and the version": ("leanstep/_files.py", "from leanstep import __version__"),
+    "a shared file of the root": ("leanstep/_memory.py", "from leanstep.kernels import use_backend"),
     "tests": ("recipes/x.py", "from tests.helpers import cases"),
 }
 

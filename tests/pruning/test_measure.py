@@ -8,12 +8,12 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import find_targets, measure_curves
-from leanstep.pruning.batches import as_batches, token_sequences
-from leanstep.pruning.calibration import collect_inputs, statistics_for
-from leanstep.pruning.groups import make_groups, split_kept
-from leanstep.pruning.measure import Measurement, weights_hash
-from leanstep.pruning.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
-from leanstep.pruning.prefix import PrefixCache
+from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.groups import make_groups, split_kept
+from leanstep.pruning.measure.measure import Measurement, weights_hash
+from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
+from leanstep.pruning.score.calibration import collect_inputs, statistics_for
 
 LEVELS = (0.5, 0.9)
 MODELS = {

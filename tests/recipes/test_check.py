@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanstep.recipes import check_room, check_text, loader
-from leanstep.recipes.catalog import describe, recipe_names
-from leanstep.recipes.check import _groups, check, inspect, routing_rows
-from leanstep.recipes.check_room import disk_need
-from leanstep.recipes.folder import RunFolder
-from leanstep.recipes.loader import load
-from leanstep.recipes.memory import MemoryEstimate
-from leanstep.recipes.sections import Facts, Section
-from leanstep.recipes.vocabulary import vocabulary_size
+from leanstep import _memory
+from leanstep.recipes.check import room as check_room
+from leanstep.recipes.check import text as check_text
+from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
+from leanstep.recipes.check.memory import MemoryEstimate
+from leanstep.recipes.check.room import disk_need
+from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.config import loader
+from leanstep.recipes.config.catalog import describe, recipe_names
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.data.vocabulary import vocabulary_size
+from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
 
@@ -71,7 +74,7 @@ def test_a_run_that_can_start(run, name, capsys, tmp_path):
 
 
 def test_epochs_count_the_sequences_of_the_text(run):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     config = run()
     sequences = len(load_data(config.data, seed=0).train)
@@ -85,8 +88,8 @@ def test_epochs_count_the_sequences_of_the_text(run):
 
 
 def test_the_routing_table_accounts_for_every_weight(run):
-    from leanstep.recipes.build import build_optimizer
-    from leanstep.recipes.memory import meta_model
+    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.training.build import build_optimizer
 
     config = run("optimizer.groups=[{match: 'layers.0', lr: 0.5, weight_decay: 0.25}]")
     model = meta_model(config, 300)
@@ -143,7 +146,7 @@ def test_a_hub_recipe_offline_names_those_that_need_no_network():
 
 
 def test_a_vocabulary_that_does_not_fit(run, tmp_path):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     folder = tmp_path / "tokenizer"
     load_data(run().data, seed=0).tokenizer.save_pretrained(folder)
@@ -154,7 +157,7 @@ def test_a_vocabulary_that_does_not_fit(run, tmp_path):
 
 
 def test_sentinels_that_text_never_produces_need_no_weights(run):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     tokenizer = load_data(run().data, seed=0).tokenizer
     assert vocabulary_size(tokenizer) == len(tokenizer) == 300
@@ -212,9 +215,20 @@ def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
 
 
 def test_memory_that_is_not_there(run, monkeypatch):
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
     (found,) = problems(run())
     assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
+
+
+def test_memory_that_a_control_group_does_not_allow(run, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("3000000")
+    (tmp_path / "memory.current").write_text("1000000")
+    (tmp_path / "memory.stat").write_text("inactive_file 0")
+    (tmp_path / "self").write_text("0::/")
+    monkeypatch.setattr(_memory, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(_memory, "PROCESS_CGROUPS", tmp_path / "self")
+    (found,) = problems(run())
+    assert found.startswith("Memory: ") and "do not fit the 1.9 MiB that are free on cpu" in found
 
 
 def test_output_folders(run, tmp_path):
@@ -287,7 +301,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_answer_comes_early(no_network,
 def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    from leanstep.recipes.tokenizer import open_tokenizer
+    from leanstep.recipes.data.tokenizer import open_tokenizer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to try again"))
@@ -323,13 +337,13 @@ def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
 
 
 def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypatch):
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000_000)
     args = "optimizer.args={window: 20000, damping: 1e-4}"
     (told,) = section(run(args, name="gpt-nano-mfac"), "Memory").problems
     assert (
         "in this order: optimizer.args.storage=bf16 (the window at half the size), optimizer.args.compression" in told
     )
-    monkeypatch.setattr(check_room, "_free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
     (told,) = section(run(), "Memory").problems
     assert "optimizer.name=lion or sinkgd" in told
 

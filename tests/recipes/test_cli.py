@@ -171,9 +171,9 @@ def launched(monkeypatch):
     import types
 
     calls = []
-    module = types.ModuleType("leanstep.recipes.launch")
+    module = types.ModuleType("leanstep.recipes.training.launch")
     module.run = lambda *arguments: calls.append(arguments) or 0
-    monkeypatch.setitem(sys.modules, "leanstep.recipes.launch", module)
+    monkeypatch.setitem(sys.modules, "leanstep.recipes.training.launch", module)
     monkeypatch.setattr(sys.modules["leanstep.recipes"], "launch", module, raising=False)
     return calls
 
@@ -238,5 +238,5 @@ def test_info_names_versions_devices_and_backends(capsys):
 def test_info_without_a_compiler_says_so(tmp_path):
     result = run("info", env={"PATH": str(tmp_path), "CXX": ""})
     assert result.returncode == 0, result.stderr
-    assert "C++ compiler for the CPU kernels: none; the eager path runs" in result.stdout
+    assert "C++ compiler for the CPU kernels: none; the definitions run, in plain torch" in result.stdout
     assert Path(sys.executable).name in result.stdout

@@ -20,7 +20,7 @@ from faults import (
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes.checkpoint import find_checkpoints
+from leanstep.recipes.training.checkpoint import find_checkpoints
 
 # dropout in every place GPT-2 has it
 MODEL = "n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, resid_pdrop: 0.1, attn_pdrop: 0.1, embd_pdrop: 0.1"
@@ -61,7 +61,7 @@ def sequences(training: Training) -> int:
 @pytest.mark.parametrize(("optimizer", "world"), CASES)
 def test_kill_9_at_a_random_step_changes_nothing(recipe, tmp_path, optimizer, world):
     options = settings(optimizer, world)
-    # the definition and the compiled code make the same updates; compiling is what would take longest here
+    # the definition makes the same updates as the C++ code, and starts without a compiler
     backend = partial(on_backend, "reference")
     whole = run(recipe, options, tmp_path / "whole", world=world, prepare=backend)
     assert whole.codes == [0] * world, whole.text()

@@ -1,0 +1,124 @@
+"""Files and folders that appear whole or not at all, and are on disk when they do. Imports no torch."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = [
+    "free_bytes",
+    "is_disk_full",
+    "publish_folder",
+    "remove_leftovers",
+    "replacing",
+    "staged_folder",
+    "sync",
+    "write_text",
+]
+
+STAGED = ".writing-"
+REPLACED = ".replaced-"
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file name beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
+
+    A reader sees the old content or the new, never a part. When the block raises, ``path`` is left as it was and the
+    new file is removed.
+    """
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of ``path`` by ``text`` (UTF-8) in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; afterwards it is on disk under the name ``target``, which must not exist.
+
+    When the block raises, nothing of it stays. What a killed process leaves goes with :func:`remove_leftovers`.
+
+    Raises:
+        FileExistsError: ``target`` was made in the meantime; it is left as it is.
+    """
+    target = target.absolute()
+    staged = target.with_name(f".{target.name}{STAGED}{os.getpid()}")
+    try:
+        staged.mkdir()
+        yield staged
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "it was made by another process in the meantime", str(target))
+        publish_folder(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish_folder(staged: Path, target: Path) -> None:
+    """Flush ``staged`` with all its files to disk and rename it to ``target``, replacing an older folder there.
+
+    A process killed between the two renames of a replacement leaves the old folder as ``.replaced-NAME``.
+    """
+    for path in (*staged.rglob("*"), staged):
+        sync(path)
+    replaced = target.with_name(f"{REPLACED}{target.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        # no system call replaces a folder that holds something
+        os.replace(target, replaced)
+    os.replace(staged, target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the half-written folders of :func:`staged_folder` whose processes are gone."""
+    for path in target.absolute().parent.glob(f".{target.name}{STAGED}*"):
+        process = path.name.rpartition("-")[2]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, for another user
+        return True
+    return True
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the disk of ``path``."""
+    return shutil.disk_usage(path).free
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's quota on it, is full. Not every writer raises OSError."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("No space left", "os error 28", "StorageFull")) or "quota" in text.lower()

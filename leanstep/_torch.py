@@ -1,0 +1,150 @@
+"""What several methods ask of torch and of models: parts of DTensors, Conv1D, the output head, hooks around a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor. Importing that class to ask would import torch's compiler."""
+    return hasattr(tensor, "placements")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor unchanged."""
+    return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered on every process, which all have to call; any other tensor unchanged."""
+    return cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def place_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, whole on every process, on the device of ``like`` and distributed as it is. Sends nothing."""
+    value = value.to(like.device)
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast("DTensor", like)
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def join_parts(
+    part: Tensor, like: Tensor, shape: Sequence[int] | None = None, placements: Sequence[Any] | None = None
+) -> Tensor:
+    """The DTensor of which every process holds ``part``, placed as the DTensor ``like`` (or by ``placements``).
+
+    Args:
+        part: this process's part.
+        like: a DTensor, which gives the device mesh.
+        shape: of the whole, contiguous; None: as torch infers it from parts of equal size.
+        placements: one for each dimension of the mesh; None: those of ``like``.
+    """
+    from torch.distributed.tensor import DTensor as DTensorClass
+
+    sharded = cast("DTensor", like)
+    stride = None if shape is None else torch.empty(shape, device="meta").stride()
+    size = None if shape is None else torch.Size(shape)
+    placed = sharded.placements if placements is None else placements
+    return DTensorClass.from_local(part, sharded.device_mesh, placed, run_check=False, shape=size, stride=stride)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D (or a subclass): a linear layer whose weight is (in, out)."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's logits, as ``get_output_embeddings`` of transformers names it; else None."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return cast("nn.Module | None", get()) if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
+class StepHooks:
+    """Calls a function on the gradients that an optimizer's step uses, and another one after the step.
+
+    ``before`` runs when the gradients are complete: at the start of ``step()``, and after every call of the closure in
+    ``step(closure)``, which computes them anew. ``after`` runs once for each step made; a step that a gradient scaler
+    skips is none. Both are given the optimizer. Wrappers that pass their steps on to ``.optimizer``, such as
+    Accelerate's, are hooked there.
+
+    Args:
+        optimizer: a torch optimizer.
+        before, after: functions of the optimizer; their results are ignored.
+        caller: begins error messages.
+        parameters: that the optimizer has to train if they require gradients, by name.
+
+    Raises:
+        TypeError: for anything but a torch optimizer.
+        ValueError: if the optimizer does not train some of ``parameters``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[torch.optim.Optimizer], Any],
+        after: Callable[[torch.optim.Optimizer], Any],
+        *,
+        caller: str,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            hint = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
+            raise TypeError(f"{caller}: expected a torch optimizer, got {type(optimizer).__name__}{hint}")
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, p in (parameters or {}).items() if p.requires_grad and id(p) not in trained]
+        if missing:
+            raise ValueError(
+                f"{caller}: {type(optimizer).__name__} does not train {', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}; build the optimizer from this model's parameters (after "
+                "sharding, which replaces them), or freeze them"
+            )
+        self._before, self._after = before, after
+        self._handles = [
+            optimizer.register_step_pre_hook(self._pre_hook),
+            optimizer.register_step_post_hook(self._post_hook),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _pre_hook(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # args[0] is the optimizer itself
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._before(optimizer)
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._before(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluate}
+        return (args[0], evaluate, *args[2:]), kwargs
+
+    def _post_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # a fused optimizer is called even for a step that its gradient scaler skips, and told so by this flag
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is None or not float(skipped):
+            self._after(optimizer)

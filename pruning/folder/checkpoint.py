@@ -1,0 +1,386 @@
+"""Hugging Face folders: opened with every check made beforehand, and written pruned, tensor for tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "checkpoint_values", "load_model", "open_checkpoint", "stored_parameters", "write_weights"]
+
+_INDEX = "model.safetensors.index.json"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# what a copy of the folder does not need: other forms of the weights, and what belongs to the dense ones
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_OWN_FILES = ("sparsity.json", "report.html")
+_QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose files are there, whole, and not quantised.
+
+    Attributes:
+        folder: where it is.
+        files: weight file -> names of its tensors, in the order of the index or the file.
+        config: content of config.json.
+        index: content of the index, None for a single file.
+    """
+
+    folder: Path
+    files: dict[str, tuple[str, ...]]
+    config: dict[str, Any]
+    index: dict[str, Any] | None
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return {name for names in self.files.values() for name in names}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
+
+    def read(self, file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All tensors of one weight file, on the CPU, and the file's metadata."""
+        path = self.folder / file
+        if path.suffix == ".bin":
+            return _load_bin(path), {}
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in self.files[file]}, dict(opened.metadata() or {})
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        """One tensor of a safetensors file, mapped and not read until it is looked at."""
+        with safe_open(self.folder / file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Find and check a checkpoint: a Hugging Face folder, or the name of a model on the hub. Nothing is loaded.
+
+    Raises:
+        ValueError: no checkpoint there, a missing or damaged file, tensors that the index does not have or has and the
+            files do not, quantised weights; the message names the file. For a name: what the hub answered.
+    """
+    folder = _find_folder(source)
+    config = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "quantization_config in config.json")
+        raise ValueError(
+            f"{folder} is quantised ({method}), and a zero among quantised weights has no score: expected plain "
+            "weights of fp32, bf16 or fp16. Prune the model it was made from, and quantise the result"
+        )
+    index = None
+    for name in (_INDEX, _BIN_INDEX):
+        if (folder / name).is_file() and not (folder / _SINGLE[0]).is_file():
+            index = _read_json(folder / name, "")
+            break
+    if index is not None:
+        files = _indexed_files(folder, index, name)
+    else:
+        single = next((name for name in _SINGLE if (folder / name).is_file()), None)
+        if single is None:
+            raise ValueError(_no_weights(folder))
+        files = {single: _tensor_names(folder / single)}
+    return Checkpoint(folder, files, config, index)
+
+
+def _find_folder(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
+        )
+    text = str(source)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise ValueError(
+            f"{path} does not exist: expected a Hugging Face folder, or a name on the hub such as 'org/model'"
+        )
+    return _from_hub(text)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except Exception as error:  # no network, no such model, no access: many types, each with its message
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"there is no folder {name!r} here, and the hub did not give such a model: {reason}"
+        ) from error
+    return folder
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(missing) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be understood: expected a JSON object")
+    return content
+
+
+def _no_weights(folder: Path) -> str:
+    shards = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if shards:
+        return f"{folder} has weights ({', '.join(shards[:3])}, ...) but neither {_INDEX} nor {_SINGLE[0]}"
+    if any(folder.glob("*.gguf")):
+        return f"{folder} has weights in GGUF only, which are quantised; expected {_SINGLE[0]} or shards with an index"
+    return f"{folder} is no checkpoint: it has a config.json but no weights ({_SINGLE[0]}, {_INDEX} or {_SINGLE[1]})"
+
+
+def _indexed_files(folder: Path, index: dict[str, Any], index_name: str) -> dict[str, tuple[str, ...]]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / index_name} has no weight_map")
+    wanted: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        wanted.setdefault(str(file), []).append(str(name))
+    missing = [file for file in sorted(wanted) if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is incomplete: of the {len(wanted)} shards in {index_name}, {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; copy or download again"
+        )
+    for file, names in wanted.items():
+        present = set(_tensor_names(folder / file))
+        absent = [name for name in names if name not in present]
+        if absent or present - set(names):
+            odd = absent[0] if absent else sorted(present - set(names))[0]
+            raise ValueError(f"{folder / file} and {index_name} do not belong together: {odd} is in one of them only")
+    return {file: tuple(names) for file, names in sorted(wanted.items())}
+
+
+def _tensor_names(path: Path) -> tuple[str, ...]:
+    """Names of a file's tensors, once it is seen to be whole and not quantised."""
+    if path.suffix == ".bin":
+        return tuple(_load_bin(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = tuple(file.keys())
+            for name in names:
+                dtype = file.get_slice(name).get_dtype()
+                if dtype in _QUANTISED_DTYPES and len(file.get_slice(name).get_shape()) > 1:
+                    raise ValueError(f"{path} is quantised: {name} is of dtype {dtype}; expected plain weights")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} is damaged: its {size:,} bytes are no whole safetensors file ({error}). A full disk or an "
+            "interrupted copy cuts files short; copy or download it again"
+        ) from None
+    return names
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no state dict but {type(content).__name__}")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a checkpoint, with transformers, in the dtype of its weights and in eval mode.
+
+    Raises:
+        ValueError: transformers does not know it, or the weights do not fit its config.json.
+    """
+    import transformers
+
+    architectures = checkpoint.config.get("architectures") or []
+    names = [name for name in architectures if hasattr(transformers, name)]
+    cls = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, told = cls.from_pretrained(checkpoint.folder, dtype="auto", output_loading_info=True)
+    except Exception as error:  # a broken configuration or file: many types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"transformers could not open the model in {checkpoint.folder}: {reason}") from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+    wrong = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    if wrong:
+        raise ValueError(f"the weights in {checkpoint.folder} do not fit its config.json: {', '.join(wrong[:3])}, ...")
+    checkpoint_values(checkpoint, model)
+    return model.eval().to(device)
+
+
+def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under the names, and in the shapes, that the checkpoint has for them.
+
+    transformers renames some tensors and fuses others when it loads them (the experts of a mixture, for instance); this
+    undoes it.
+
+    Raises:
+        ValueError: a tensor that the checkpoint does not have and that is tied to none that it has.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    values = dict(revert_weight_conversion(model, state)) if hasattr(model, "config") else state
+    names = checkpoint.names
+    written = {tensor.data_ptr() for name, tensor in values.items() if name in names}
+    absent = [n for n, t in values.items() if n not in names and t.numel() and t.data_ptr() not in written]
+    if absent:
+        raise ValueError(
+            f"{checkpoint.folder}: the model's tensor {absent[0]} is not among those of the files, so that it is not "
+            "known where pruned weights belong; open the model with transformers, save it with save_pretrained, and "
+            "prune that"
+        )
+    return {name: tensor for name, tensor in values.items() if name in names}
+
+
+def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], Tensor | None]:
+    """From a parameter's name to its values in the checkpoint's files; None for those that transformers made of several
+    tensors, or that no safetensors file holds.
+    """
+    files = {name: file for file, names in checkpoint.files.items() for name in names}
+    # an expert begins where the parameter of all experts does, but has another shape
+    named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
+    places = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
+
+    def stored(parameter: str) -> Tensor | None:
+        name = places.get(parameter)
+        if name is None or not files[name].endswith(".safetensors"):
+            return None
+        return checkpoint.tensor(files[name], name)
+
+    return stored
+
+
+def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
+    """Write the checkpoint's files into a folder with the tensors of ``values`` where they differ from the stored ones.
+
+    Files, names, dtypes, metadata and everything that is not changed stay as they are; files of ``torch.save`` become
+    safetensors of the corresponding name. A safetensors file is copied, and what is changed is written into the copy,
+    one tensor in memory at a time; of files of ``torch.save``, a file at a time.
+
+    Returns:
+        name -> fraction of zeros, of the tensors that were changed.
+    """
+    changed: dict[str, float] = {}
+    renamed = {file: _safetensors_name(file) for file in checkpoint.files}
+    aliases: set[str] = set()
+    for file in checkpoint.files:
+        if _has_format(checkpoint.folder / file):
+            changed |= _copy_changed(checkpoint, file, values, folder / file)
+            continue
+        tensors, metadata = checkpoint.read(file)
+        for name, stored in tensors.items():
+            value = values.get(name)
+            if value is None or value.shape != stored.shape:
+                continue
+            merged = _merge(stored, value.detach().cpu())
+            if merged is not stored:
+                tensors[name] = merged
+                changed[name] = float((merged == 0).double().mean())
+        if file.endswith(".bin"):
+            aliases |= _drop_aliases(tensors, values)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / renamed[file], metadata={"format": "pt", **metadata})
+        del tensors, contiguous
+    if checkpoint.index is not None:
+        content = dict(checkpoint.index)
+        old = content["weight_map"]
+        content["weight_map"] = {name: renamed[file] for name, file in old.items() if name not in aliases}
+        (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return changed
+
+
+def _has_format(path: Path) -> bool:
+    """Whether a file is one of safetensors that says, as transformers asks for, that torch wrote it."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, framework="pt") as opened:
+        return (opened.metadata() or {}).get("format") == "pt"
+
+
+def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor], to: Path) -> dict[str, float]:
+    """Copy a safetensors file and write the tensors that are changed over the old ones; see :func:`write_weights`."""
+    changed: dict[str, float] = {}
+    shutil.copyfile(checkpoint.folder / file, to)
+    with to.open("r+b") as copy:
+        length = int.from_bytes(copy.read(8), "little")
+        header = json.loads(copy.read(length))
+        for name in checkpoint.files[file]:
+            stored, value = checkpoint.tensor(file, name), values.get(name)
+            if value is None or value.shape != stored.shape:
+                continue
+            merged = _merge(stored, value.detach().cpu())
+            if merged is not stored:
+                copy.seek(8 + length + header[name]["data_offsets"][0])
+                copy.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                changed[name] = float((merged == 0).double().mean())
+    return changed
+
+
+def _merge(stored: Tensor, value: Tensor) -> Tensor:
+    """The stored tensor where the model has it unchanged, the model's values elsewhere; the same object if all are."""
+    same = stored.to(value.dtype) == value
+    if bool(same.all()):
+        return stored
+    return torch.where(same, stored, value.to(stored.dtype))
+
+
+def _safetensors_name(file: str) -> str:
+    if not file.endswith(".bin"):
+        return file
+    return file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
+
+
+def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> set[str]:
+    """Leave one name of every tied weight: safetensors stores no memory twice, and transformers ties it again."""
+    owners: dict[int, str] = {}
+    dropped = set()
+    for name, tensor in list(tensors.items()):
+        owner = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
+        if owner == name:
+            continue
+        tied = name in values and owner in values and values[name].data_ptr() == values[owner].data_ptr()
+        if tied:
+            del tensors[name]
+            dropped.add(name)
+        else:
+            tensors[name] = tensor.clone()
+    return dropped
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """Files of a checkpoint that are copied as they are: configuration, tokenizer, model card, code."""
+    for path in sorted(folder.iterdir()):
+        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+        if wanted and path.name not in _OWN_FILES:
+            yield path
+
+
+def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy everything but the weights into a folder."""
+    for path in other_files(checkpoint.folder):
+        shutil.copyfile(path, folder / path.name)
+    templates = checkpoint.folder / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)

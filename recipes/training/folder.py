@@ -1,0 +1,195 @@
+"""The run folder: who may write in it, and the files that tell a run's story.
+
+``config.yaml  command.txt  env.json  status.json  log.jsonl  train.log  checkpoints/  last  best  final/  report.html``
+
+Only the first process writes. A full disk does not end a run here: lines that cannot be written wait in memory.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from leanstep._files import write_text
+
+__all__ = ["FolderError", "RunFolder", "environment", "is_held"]
+
+# what a start that failed early leaves behind: no run yet
+_TRACES = {".lock", "train.log", "status.json"}
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+class FolderError(ValueError):
+    """The output folder cannot be used as asked: no one may write there, or another run or process does."""
+
+
+def is_held(root: Path) -> bool:
+    """Whether a process trains in the run folder ``root`` now: whether its lock is taken. Takes and leaves nothing.
+
+    False where the file system knows no locks, since then there is nothing to tell by.
+    """
+    try:
+        with (root / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class _Lines:
+    """A text file that grows by lines. Lines that do not fit on a full disk are kept and written with a later one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+
+    def add(self, line: str) -> None:
+        self._waiting.append(line + "\n")
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(self._waiting).encode())
+            self._waiting.clear()
+        except OSError:
+            # a part may have been written: cut it off, so that the file holds whole lines only
+            if self.path.exists() and self.path.stat().st_size > before:
+                os.truncate(self.path, before)
+
+
+class RunFolder:
+    """Paths and files of one run. :meth:`claim` makes the folder this process's own until :meth:`release`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.final = root / "final"
+        self._log = _Lines(root / "log.jsonl")
+        self._text = _Lines(root / "train.log")
+        self._lock: TextIO | None = None
+
+    def claim(self) -> None:
+        """Create the folder and lock it. Raises FolderError when it cannot be written or another process trains there.
+
+        The lock belongs to the process and goes with it, also after ``kill -9``.
+        """
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise FolderError(f"out: {self.root} is a file, expected a folder; choose another with out=FOLDER")
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise FolderError(
+                f"out: the folder {self.root} cannot be written ({error.strerror}); choose another with out=FOLDER"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise FolderError(
+                f"out: another process is training in {self.root}; wait for it, stop it, or choose out=ANOTHER_FOLDER"
+            ) from None
+        except OSError:
+            # some network file systems have no locks: the run goes on without one
+            pass
+
+    def release(self) -> None:
+        """Give up the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def describe(self, config_yaml: str, facts: dict[str, Any]) -> None:
+        """Write config.yaml, command.txt and env.json."""
+        self.checkpoints.mkdir(exist_ok=True)
+        write_text(self.root / "config.yaml", config_yaml)
+        write_text(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
+        write_text(self.root / "env.json", json.dumps(facts, indent=2) + "\n")
+
+    def status(self, status: str, **facts: Any) -> None:
+        """Write status.json: ``running``, ``done``, ``interrupted`` or ``failed:<reason>``, and what else is known."""
+        content = {"status": status, **facts, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        try:
+            write_text(self.root / "status.json", json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            print(f"status.json could not be written: {error}", file=sys.stderr)
+
+    def is_empty(self) -> bool:
+        """Whether no run was begun here: there is no folder, or only what a start that failed early leaves behind."""
+        if not self.root.is_dir():
+            return True
+        return all(entry.name in _TRACES or entry.suffix == ".tmp" for entry in self.root.iterdir())
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of status.json, empty when there is none or it cannot be read."""
+        try:
+            content = json.loads((self.root / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one object to log.jsonl."""
+        self._log.add(json.dumps(entry))
+
+    def text(self, line: str) -> None:
+        """Append one line to train.log."""
+        self._text.add(line)
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what log.jsonl says about steps after ``step``, and a last line cut short: they are computed again."""
+        path = self._log.path
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and entry.get("step", 0) <= step and entry.get("kind") != "sample":
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """Versions of this package and those it stands on, machine, time, git commit if any, and the given facts."""
+    from leanstep._version import __version__
+
+    versions: dict[str, str] = {"leanstep": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        **facts,
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the run was started in, with ``-dirty`` when files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,93 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leanstep import _files
+from leanstep._files import is_disk_full, publish_folder, remove_leftovers, replacing, staged_folder, write_text
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old" and partial.suffix == ".tmp" and partial.name.startswith(".")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
+        partial.write_text("half of the n")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_is_written_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+    events = []
+    sync, replace = _files.sync, os.replace
+    monkeypatch.setattr(_files, "sync", lambda path: (events.append(f"sync {path.name}"), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"rename to {Path(b).name}"), replace(a, b)))
+    with staged_folder(tmp_path / "out") as staged:
+        (staged / "deep").mkdir()
+        (staged / "deep" / "file").write_text("x")
+    assert events.index("sync file") < events.index("rename to out") < events.index(f"sync {tmp_path.name}")
+    assert "sync deep" in events[: events.index("rename to out")]
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    out = tmp_path / "out"
+    with staged_folder(out) as staged:
+        (staged / "file").write_text("x")
+        assert not out.exists()
+    assert (out / "file").read_text() == "x" and os.listdir(tmp_path) == ["out"]
+    with pytest.raises(FileExistsError), staged_folder(out):
+        pass
+    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "other"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_replaces_an_older_one(tmp_path):
+    for content in ("old", "new"):
+        staged = tmp_path / "staged"
+        staged.mkdir()
+        (staged / content).write_text(content)
+        publish_folder(staged, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from leanstep._files import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-P", "-c", code, str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    with staged_folder(out) as staged:
+        remove_leftovers(out)
+        assert os.listdir(tmp_path) == [staged.name]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("PytorchStreamWriter failed: No space left on device (os error 28)"),
+        Exception('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "..." })'),
+    ],
+)
+def test_a_full_disk_is_recognised(error):
+    assert is_disk_full(error)
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied")) and not is_disk_full(ValueError("shape"))
