@@ -97,22 +97,13 @@ class Curve:
         return float(np.interp(kept, self.kept[::-1], self.distortion[::-1]))
 
     def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
-        """The curve, cleaned, with levels between those measured: ``points`` in all, or the measured ones if they are more.
+        """The curve, cleaned, with levels between the measured ones: ``points`` in all, unless more were measured.
 
-<<<<<<< HEAD:pruning/curves.py
-        The measured levels keep their counts and their cleaned D. They are joined by a monotone cubic
-        (:func:`leanstep.pruning.monotone.monotone_cubic`) of log D over the log of pruned to kept weights, which is where
-        curves are near to straight: D is about a power of the sparsity where that is small, and of the density where that
-        is. Between the first two levels the power goes on, at most the fourth and at least the first. Half of the levels
-        between lie evenly in the count, the others evenly in its logarithm; they keep a multiple of ``unit`` more than
-        the last level.
-=======
-        The levels measured are joined by a monotone cubic (:func:`monotone.monotone_cubic`) of log D
-        over the log of pruned to kept weights, which is where curves are near to straight: D is about a power of the
-        sparsity where that is small, and of the density where that is. Between the first two levels the power goes on,
-        at most the fourth and at least the first. Half of the levels lie evenly in the count, the others evenly in its
-        logarithm. The last one stays, the others keep a multiple of ``unit`` more than it, and the first one stays too.
->>>>>>> trunk:pruning/measure/curves.py
+        The measured levels keep their counts and their cleaned D. A monotone cubic joins them: log D over the log of
+        pruned to kept weights, where curves are near to straight, because D is about a power of the sparsity where that
+        is small, and of the density where that is small. Between the first two levels the power goes on, at most the
+        fourth and at least the first. Half of the levels between lie evenly in the count, the others evenly in its
+        logarithm; they keep a multiple of ``unit`` more than the last level.
 
         Raises:
             ValueError: for a curve of N:M levels, between which there is nothing; for points or unit below 1.
