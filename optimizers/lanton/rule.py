@@ -22,17 +22,19 @@ _SMALLEST_ALPHA = 1e-30
 # ---- B = beta1 * B + (1 - beta1) * G
 
 
-def average(buffer: Tensor, gradient: Tensor, beta: float, *, in_place: bool = False) -> Tensor:
-    """The running average ``beta * buffer + (1 - beta) * gradient`` in the buffer's dtype, rounded once.
-
-    With ``beta = beta1`` and the momentum this is the first line. Applied again to the new momentum, it is Nesterov's.
-    """
-    weight = 1.0 - beta
+def momentum(buffer: Tensor, gradient: Tensor, beta1: float, *, in_place: bool = False) -> Tensor:
+    """The new B, in the dtype of the old one, rounded once."""
+    weight = 1.0 - beta1
     if buffer.dtype == gradient.dtype:
         return buffer.lerp_(gradient, weight) if in_place else buffer.lerp(gradient, weight)  # computes in fp32 inside
     wide = torch.promote_types(buffer.dtype, gradient.dtype)
     new = buffer.to(wide).lerp(gradient.to(wide), weight).to(buffer.dtype)
     return buffer.copy_(new) if in_place else new
+
+
+def nesterov(new_momentum: Tensor, gradient: Tensor, beta1: float) -> Tensor:
+    """The tensor whose direction Nesterov's variant takes in place of the new B."""
+    return momentum(new_momentum, gradient, beta1)
 
 
 # ---- O = argmax of <B, O> over the unit ball of the layer's norm

@@ -35,11 +35,11 @@ def full_dual_norm(difference, norm, scaling="scion"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_average_rounds_once(dtype, in_place):
+def test_momentum_is_rounded_once(dtype, in_place):
     buffer, gradient = normal(40, 30, dtype=dtype), normal(40, 30, seed=1, dtype=torch.float32)
     exact = 0.9 * buffer.double() + 0.1 * gradient.double()
     before = buffer.clone()
-    new = rule.average(buffer, gradient, 0.9, in_place=in_place)
+    new = rule.momentum(buffer, gradient, 0.9, in_place=in_place)
     assert new.dtype == dtype and (new is buffer) == in_place
     assert in_place or torch.equal(buffer, before)
     inside = 1e-15 if dtype == torch.float64 else 1e-6  # what it is computed in
@@ -118,7 +118,7 @@ def test_the_lines_together_are_the_rule():
     previous = None
     for step in range(5):
         gradients = [normal(*p.shape, seed=100 * step + i) * 2.0**i for i, p in enumerate(params)]
-        momenta = [rule.average(b, g, 0.95) for b, g in zip(momenta, gradients, strict=True)]
+        momenta = [rule.momentum(b, g, 0.95) for b, g in zip(momenta, gradients, strict=True)]
         measured = torch.full((len(params),), previous is not None)
         if previous is not None:
             differences = [g - h for g, h in zip(gradients, previous, strict=True)]
