@@ -209,10 +209,10 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, non
     noise, counts = (_joined(states, name, table.device) for name in ("noise", "noise_steps"))
     estimates = rule.noise_estimate(noise, duals, per_matrix(lambda layer: layer.group["betas"][1]))
     taken = usable & (counts >= 0) & (per_matrix(lambda layer: layer.measures) > 0) & torch.isfinite(estimates)
-    kept = usable & (per_matrix(lambda layer: layer.keeps) > 0)
+    keeps = usable & (per_matrix(lambda layer: layer.keeps) > 0)
     new_counts = torch.where(taken, counts + 1, counts)
     _distribute(states, "noise", torch.where(taken, estimates, noise))
-    _distribute(states, "noise_steps", torch.where(kept, new_counts.clamp_min(0), new_counts))
+    _distribute(states, "noise_steps", torch.where(keeps, new_counts.clamp_min(0), new_counts))
 
 
 def _remaining_scale(layer: LayerStep) -> float:
