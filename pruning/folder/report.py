@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leanstep._charts import PALETTE, Series, chart, compact
-from leanstep._page import style
-from leanstep._version import __version__
+from leanstep._page import render
 from leanstep.pruning.allocate.budgets import UNITS
 
 __all__ = ["report_page"]
@@ -32,34 +30,17 @@ def report_page(content: Mapping[str, Any]) -> str:
         content: what sparsity.json holds (:meth:`leanstep.pruning.PruneResult.to_dict` and the checkpoint's facts):
             ``layers`` and ``allocation``, and where they are known ``curves``, ``compared``, ``perplexity``, ``notes``.
     """
-    title = f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_lead(content))}</p>',
-        _tiles(content),
-        _notes([*content.get("notes", ()), ZEROS_ALONE]),
-        "<h2>Allocation</h2>",
-        f'<div class="grid">{_allocation_chart(content["layers"])}</div>',
-    ]
-    if content.get("compared"):
-        parts += ["<h2>Cost on held-out data</h2>", _comparison(content)]
-    if content.get("curves"):
-        parts += ["<h2>Rate-distortion curves</h2>", _CURVES_LEAD, f'<div class="grid">{_curve_charts(content)}</div>']
-    parts += ["<h2>Matrices</h2>", _layer_table(content)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{style()}</style></head><body><main>{''.join(parts)}"
-        f"<footer>leanstep {escape(__version__)}</footer></main></body></html>\n"
+    return render(
+        Path(__file__).with_name("pruned.html"),
+        title=f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros",
+        lead=_lead(content),
+        numbers=_tiles(content),
+        remarks=[*content.get("notes", ()), ZEROS_ALONE],
+        allocation=_allocation_chart(content["layers"]),
+        compared=_comparison(content) if content.get("compared") else [],
+        curves=_curve_charts(content) if content.get("curves") else "",
+        layers=_layer_table(content["layers"]),
     )
-
-
-_CURVES_LEAD = (
-    '<p class="lead">Distortion of the output when one matrix alone is pruned, as measured. Some blocks of each kind '
-    "of matrix; the number is that of the sparsest level.</p>"
-)
 
 
 def _lead(content: Mapping[str, Any]) -> str:
@@ -74,7 +55,8 @@ def _lead(content: Mapping[str, Any]) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _tiles(content: Mapping[str, Any]) -> str:
+def _tiles(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The numbers one looks for first: name, value, note."""
     shown = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
     budget = content.get("budget") or {}
     if budget:
@@ -92,15 +74,7 @@ def _tiles(content: Mapping[str, Any]) -> str:
         shown.append(("Predicted", compact(predicted), "sum of the curves, calibration data"))
     if held_out.get("ratio") is not None:
         shown.append(("Additivity ratio", f"{held_out['ratio']:.2f}", "joint over summed; 1: distortions add up"))
-    cells = (
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
-        for name, value, note in shown
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
-
-
-def _notes(notes: Iterable[str]) -> str:
-    return f'<ul class="notes warn">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
+    return shown
 
 
 def role_of(name: str) -> str:
@@ -125,7 +99,8 @@ def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _comparison(content: Mapping[str, Any]) -> str:
+def _comparison(content: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each allocation that was compared on held-out data."""
     applied = content["allocation"]["method"]
     rows = []
     for one in content["compared"]:
@@ -133,8 +108,8 @@ def _comparison(content: Mapping[str, Any]) -> str:
         ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
         error = one.get("joint_stderr")
         joint = compact(one["joint"]) + (f" ± {compact(error)}" if error is not None else "")
-        rows.append([escape(one["method"] + mark), joint, compact(one["summed"]), ratio])
-    return _table(["Allocation", "Joint distortion", "Summed distortion", "Joint / summed"], rows)
+        rows.append([one["method"] + mark, joint, compact(one["summed"]), ratio])
+    return rows
 
 
 def _curve_charts(content: Mapping[str, Any]) -> str:
@@ -159,19 +134,9 @@ def _curve_charts(content: Mapping[str, Any]) -> str:
     return "".join(drawn)
 
 
-def _layer_table(content: Mapping[str, Any]) -> str:
-    rows = []
-    for layer in content["layers"][:_MOST_ROWS]:
-        shape = "x".join(map(str, layer["shape"]))
-        rows.append([escape(layer["name"]), shape, f"{layer['sparsity']:.4f}", escape(layer.get("pattern") or "-")])
-    left = len(content["layers"]) - len(rows)
-    more = f'<p class="lead">{left:,} more in sparsity.json</p>' if left else ""
-    return _table(["Matrix", "Shape", "Sparsity", "N:M"], rows) + more
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    heads = "".join(f"<th{' class=n' if place else ''}>{cell}</th>" for place, cell in enumerate(header))
-    body = "".join(
-        f"<tr><th>{row[0]}</th>{''.join(f'<td class=n>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
-    return f'<div class="card"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [layer["name"], "x".join(map(str, layer["shape"])), f"{layer['sparsity']:.4f}", layer.get("pattern") or "-"]
+        for layer in layers[:_MOST_ROWS]
+    ]
+    return {"header": ["Matrix", "Shape", "Sparsity", "N:M"], "rows": rows, "left_out": len(layers) - len(rows)}
