@@ -14,10 +14,10 @@ from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.rounding import STATE_KEY, effective, seeds_for
 from leanstep.optimizers.common.sharding import Steps, offsets_of, shard_of
 from leanstep.optimizers.mfac import rule
-from leanstep.optimizers.mfac.compiled import directions_in_one, is_fake
+from leanstep.optimizers.mfac.compiled import directions_in_one
 from leanstep.optimizers.mfac.direction import Problem, directions
 from leanstep.optimizers.mfac.scopes import Member, Scope, form_of
-from leanstep.optimizers.mfac.window import gather
+from leanstep.optimizers.mfac.window import gather, is_fake
 
 
 def step(scopes: list[Scope]) -> Steps[None]:

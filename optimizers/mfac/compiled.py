@@ -10,7 +10,6 @@ its inputs and returns a list of tensors.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,12 +53,6 @@ def _encoded(plan: list[Any]) -> str:
 
 # what torch.compiler.assume_constant_result does, which would import the compiler now: called while tracing, not traced
 _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no storage, as when memory is estimated."""
-    loaded = sys.modules.get("torch._subclasses.fake_tensor")
-    return loaded is not None and isinstance(tensor, loaded.FakeTensor)
 
 
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:

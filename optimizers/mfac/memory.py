@@ -9,8 +9,8 @@ from torch import Tensor
 
 from leanstep._memory import free_memory
 from leanstep._torch import local_part
-from leanstep.optimizers.mfac.compiled import is_fake
 from leanstep.optimizers.mfac.scopes import scope_key, scope_state_bytes, window_bytes
+from leanstep.optimizers.mfac.window import is_fake
 
 _GIB = 2**30
 

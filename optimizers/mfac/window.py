@@ -8,6 +8,7 @@ window of a part of it. Windows are then saved, loaded on another number of proc
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -23,6 +24,12 @@ STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 # elements that are widened at a time: a window is never copied whole
 _CHUNK_ELEMENTS = 1 << 20
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no storage, as when memory is estimated."""
+    loaded = sys.modules.get("torch._subclasses.fake_tensor")
+    return loaded is not None and isinstance(tensor, loaded.FakeTensor)
 
 
 class Columns(NamedTuple):

@@ -155,7 +155,7 @@ def mfac_skips_together(world: World) -> None:
 @case(2, 3)
 def mfac_training_equals_one_process(world: World) -> None:
     """Real gradients: fully sharded, replicated, and replicated with the window spread."""
-    for name in ("model", "layer", "gradient"):
+    for name in ("model", "layer", "trust_region"):
         plain = new_model(torch.float64)
         train(plain, build(name, plain), None)
         sharded = shard(new_model(torch.float64), world.size)
