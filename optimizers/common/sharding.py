@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
+from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

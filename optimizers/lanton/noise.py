@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
+from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.base import local
 from leanstep.optimizers.lanton.routing import is_stack, matrix_count
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import compute_dtype, constant
+from leanstep.kernels.steps.common import compute_dtype, constant
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
 from leanstep.optimizers.common.sharding import Shard, Steps, sum_over_shards
 from leanstep.optimizers.lanton.matrices import dual_norms, step_matrices

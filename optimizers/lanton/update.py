@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels import scaled_step, use_backend
-from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
+from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import local
 from leanstep.optimizers.common.matrices import as_matrices, write_back
 from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
@@ -200,21 +200,19 @@ def _write(updates: list[Update], group: dict[str, Any], decay: Tensor | None) -
     device, dtype = updates[0].weight.device, updates[0].weight.dtype
     lr, rounding = group["lr"], updates[0].found.member.rounding
     decayed = lr if decay is None else decay.reshape(()) * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
-    hyper = pack([lr, decay_factor(decayed, group["weight_decay"])], device, compute_dtype(dtype))
-    rows, cols = _scales(updates, hyper)
+    scalars = pack([lr, decay_factor(decayed, group["weight_decay"])], device, compute_dtype(dtype))
+    rows, cols = _scales(updates, scalars)
     seeds = offsets = None
     if rounding == "stochastic":
         members = [u.found.member for u in updates]
         seeds = seeds_for([m.state["step"] for m in members], [m.number for m in members], group["seed"], device)
         offsets = constant([u.offset for u in updates], device, torch.int64)
+    options = StepOptions(scalars, rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets)
 
     def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
         directions = [_beside(u.direction, w) for u, w in zip(updates, matrices, strict=True)]
         with backend(group):
-            return scaled_step(
-                matrices, directions, rows, cols, kept, hyper=hyper, rounding=rounding,
-                skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets,
-            )  # fmt: skip
+            return scaled_step(matrices, directions, rows, cols, kept, options)
 
     stacked = [is_stack(group, u.found.member.norm, u.weight.dim()) for u in updates]
     write_back(step, [u.weight for u in updates], [u.extra for u in updates if u.extra is not None], stacked)
