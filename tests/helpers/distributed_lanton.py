@@ -58,18 +58,20 @@ def lanton_sends_every_matrix_once_each_way(world: World) -> None:
 def lanton_spreads_the_work(world: World) -> None:
     """No process has more to do than its share and one matrix more; all agree who owns what."""
     from leanstep.kernels.matrices.newton_schulz import flops
-    from leanstep.optimizers.common.sharding import shard_of
-    from leanstep.optimizers.common.whole_matrices import place
+    from leanstep.optimizers.lanton.matrices import tasks_of
 
     shapes = [(30, 20)] * 9 + [(8, 40)] * 4 + [(64, 32)]
-    params = [distribute_tensor(torch.zeros(s), mesh(world.size), [Shard(0)]) for s in shapes]
+    params = [nn.Parameter(distribute_tensor(torch.zeros(s), mesh(world.size), [Shard(0)])) for s in shapes]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer = LANTON(params, norm="rms")
+    tasks = tasks_of(list(optimizer._layer_steps(optimizer.param_groups[0], 0)))
     costs = [flops(s) for s in shapes]
-    units = place([shard_of(p) for p in params], [False] * len(params), lambda i, shape: flops(shape))
-    loads = [sum(c for c, u in zip(costs, units, strict=True) if u.owner == r) for r in range(world.size)]
+    loads = [sum(c for c, t in zip(costs, tasks, strict=True) if t.owner == r) for r in range(world.size)]
     assert max(loads) <= sum(costs) / world.size + max(costs)
     if world.size == 2:
         assert max(loads) < 1.1 * min(loads)
-    owners = torch.tensor([u.owner for u in units])
+    owners = torch.tensor([t.owner for t in tasks])
     mine = owners.clone()
     torch.distributed.broadcast(owners, 0)
     assert torch.equal(mine, owners)
