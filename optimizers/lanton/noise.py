@@ -32,7 +32,7 @@ def estimate_dtype(device: torch.device) -> torch.dtype:
 
 
 def init_noise(state: dict[str, Any], group: dict[str, Any], norm: str, param: Tensor) -> None:
-    """Create ``noise`` (H) and ``noise_steps``: 0-d, or [e] for a stack; whole on every process.
+    """Create ``noise`` (H) and ``noise_steps``, [1] or, for a stack, [e]; whole on every process.
 
     ``noise_steps`` counts the estimates that H averages; -1 says that no gradient is kept yet that the next could be
     compared with.
@@ -40,7 +40,8 @@ def init_noise(state: dict[str, Any], group: dict[str, Any], norm: str, param: T
     if "noise" in state:
         return
     device = local(param).device
-    shape = (param.shape[0],) if is_stack(group, norm, param.dim()) else ()
+    # never 0-d: torch.compile loses in-place writes to 0-d fp64 inputs on a CPU
+    shape = (matrix_count(group, norm, param),)
     state["noise"] = torch.zeros(shape, dtype=estimate_dtype(device), device=device)
     start = -1.0 if group["noise"] == "previous" else 0.0
     state["noise_steps"] = torch.full(shape, start, dtype=torch.float32, device=device)
@@ -129,7 +130,7 @@ def report(layers: Sequence[Layer], groups: Sequence[dict[str, Any]]) -> list[di
         for k in range(matrix_count(layer.group, layer.norm, layer.param)):
             at = len(rows)
             row = {
-                "name": names[layer.param] + (f"[{k}]" if layer.state["noise"].dim() else ""),
+                "name": names[layer.param] + (f"[{k}]" if is_stack(layer.group, layer.norm, layer.param.dim()) else ""),
                 "group": layer.key,
                 "norm": layer.norm,
                 "H": noise[at] if counts[at] >= 1 else None,

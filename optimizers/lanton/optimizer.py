@@ -37,6 +37,7 @@ NOISES = ("previous", "halves")
 GROUPINGS = ("norm", "role", "shape")
 SCALINGS = ("scion", "muon")
 DECAY_RATES = ("group", "layer")
+SCALARS = ("noise", "noise_steps")  # the state that has one number for each matrix
 
 
 class LANTON(LeanOptimizer):
@@ -292,6 +293,16 @@ class LANTON(LeanOptimizer):
                 f"LANTON: norm={norm!r} takes {'vectors' if norm == 'vector' else 'matrices'}, got "
                 f"{describe(group, position)} of {dims} dimensions. {advice}; leanstep.optimizers.param_groups does so."
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; ``noise`` and ``noise_steps`` of shape (), as older versions saved them, become (1,)."""
+        states = {
+            key: {k: v.reshape(1) if k in SCALARS and v.dim() == 0 else v for k, v in state.items()}
+            if isinstance(state, dict)
+            else state
+            for key, state in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": states})
 
     # ---- the step
 

@@ -146,7 +146,9 @@ def _update_noise(members: list[Member], rows: list[slice], known: Tensor, bad: 
     noise, counts = (joined(states, name, known.device) for name in ("noise", "noise_steps"))
 
     def each(value: Callable[[Member], float]) -> Tensor:
-        return constant([float(value(members[i])) for i, _ in at], known.device, known.dtype)
+        # a bool that depends on the clock of noise_every is symbolic in a trace, and not to be converted
+        numbers = [value(members[i]) for i, _ in at]
+        return constant([(1.0 if x else 0.0) if isinstance(x, bool) else x for x in numbers], known.device, known.dtype)
 
     values = known[place]
     usable = (values[:, _ACTIVE] > 0) & ~bad[constant([i for i, _ in at], known.device, torch.int64)]

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from leanstep.optimizers import param_groups
+from leanstep.recipes.config.arguments import OPTIMIZERS
 from leanstep.recipes.config.schema import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
-from leanstep.recipes.config.signatures import OPTIMIZERS
 
 __all__ = [
     "FAMILIES",
@@ -159,8 +159,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class that a recipe calls ``name``, imported when it is asked for. Raises ValueError if it is not there."""
-    package, file, cls = OPTIMIZERS[name]
-    module = f"{package}.{file.removesuffix('.py').replace('/', '.')}"
+    module, _, cls = OPTIMIZERS[name].partition(":")
     try:
         return getattr(import_module(module), cls)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
 
 __all__ = ["equivalent_commands", "plan", "run"]
@@ -17,40 +17,25 @@ _MODULE = "leanstep.recipes.training.train"
 _SHUTDOWN_S = 300
 
 
-def run(
-    config_ref: str,
-    overrides: Sequence[str] = (),
-    nproc: int | None = None,
-    resume: str | None = None,
-    dry_run: bool = False,
-) -> int:
+def run(config: RunConfig, recipe: str, overrides: Sequence[str], *, nproc: int = 1, dry_run: bool = False) -> int:
     """Train a recipe and return the exit code (see :func:`leanstep.recipes.training.train.train`).
 
     Args:
-        config_ref: Name of a shipped recipe, or a recipe file.
-        overrides: ``key.path=value`` changes.
-        nproc: Processes on this machine; None or 1 trains in this process.
-        resume: ``auto``, ``never`` or the path of a checkpoint; wins over ``checkpoint.resume``.
+        config: The recipe, loaded.
+        recipe: What it was loaded from: the name of a shipped recipe, or a file.
+        overrides: The ``key.path=value`` changes with which it was loaded; several processes load it again.
+        nproc: Processes on this machine; 1 trains in this process.
         dry_run: Print the resolved recipe and the equivalent command lines, look whether the text is there, and train
             nothing. The exit code is 2 when it is not.
     """
-    world = 1 if nproc is None else nproc
-    overrides = [*overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
-    try:
-        if world < 1:
-            raise ConfigError([f"--nproc: must be at least 1, got {world}"])
-        config = load(config_ref, overrides, world_size=world)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if dry_run:
-        print(plan(config, config_ref, overrides, world))
+        print(plan(config, recipe, overrides, nproc))
         return _look_at_data(config)
-    if world == 1:
+    if nproc == 1:
         from leanstep.recipes.training.train import train
 
         return train(config)
-    return _several(config_ref, overrides, world)
+    return _several(recipe, overrides, nproc)
 
 
 def _look_at_data(config: RunConfig) -> int:

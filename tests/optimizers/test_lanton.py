@@ -1,5 +1,6 @@
 """LANTON against its formula in float64, and what follows from the formula."""
 
+import copy
 import math
 import warnings
 
@@ -422,6 +423,103 @@ def test_a_layer_without_a_gradient_keeps_its_place_in_the_maximum():
     optimizer.step()
     after = optimizer.noise_report()
     assert after[0] == before[0] and after[1]["factor"] < 1.0
+
+
+@pytest.mark.parametrize("norm", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("foreach", [None, False])
+def test_the_scale_of_a_gradient_does_not_change_its_direction(norm, dtype, foreach):
+    """From 1e-30 to 1e30, by powers of two; zeros stay where they are."""
+    chance = torch.Generator().manual_seed(0)
+    for shape in ((9, 6), (3, 8, 8)) if norm == "rms" else SHAPES[norm]:
+        gradient = torch.randn(shape, generator=chance).to(dtype)
+        steps = {}
+        for exponent in (0, -100, -70, -40, -24, 24, 100):
+            param = torch.zeros(shape, dtype=dtype).requires_grad_()
+            param.grad = gradient * 2.0**exponent
+            LANTON([{"params": [param], "norm": norm}], lr=1.0, ns_dtype=torch.float32, foreach=foreach).step()
+            steps[exponent] = param.detach().double()
+        for exponent, step in steps.items():
+            unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+            assert (step - steps[0]).norm() < 8 * unit * steps[0].norm(), exponent
+        param.grad = torch.zeros_like(param)
+        before = param.detach().clone()
+        LANTON([{"params": [param], "norm": norm}], lr=1.0, foreach=foreach).step()
+        assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_convolutions_of_one_shape_in_channels_last(rounding):
+    """Their matrices are copies, to be written back with what the rounding keeps: each to its own parameter."""
+    results = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        chance = torch.Generator().manual_seed(0)
+        weights = [torch.randn(6, 4, 3, 3, generator=chance).bfloat16() for _ in range(2)]
+        params = [w.contiguous(memory_format=layout).requires_grad_() for w in weights]
+        optimizer = LANTON(params, lr=0.01, norm="rms", rounding=rounding, ns_dtype=torch.float32)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=chance).bfloat16()
+            optimizer.step()
+        key = {"kahan": "kahan_compensation", "master": "master_param"}[rounding]
+        results.append([t for p in params for t in (p.detach(), optimizer.state[p][key])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize(
+    ("backend", "kinds", "options"),
+    [
+        ("aot_eager", {"rms": ((5, 4), (2, 3, 4)), "sign": ((3, 2),), "vector": ((6,), (3,))}, {}),
+        ("aot_eager", {"rms": ((5, 4), (2, 3, 4))}, {"noise_every": 2, "alpha": "auto"}),
+        ("inductor", {"rms": ((5, 4), (3, 4)), "vector": ((6,),)}, {"noise_every": 2}),
+    ],
+    ids=["every step", "every other step", "inductor"],
+)
+def test_a_compiled_step_is_the_step(backend, kinds, options):
+    """The estimates are written, and whether a step measures is looked up at every step."""
+    norms = [norm for norm, shapes in kinds.items() for _ in shapes]
+    torch._dynamo.reset()
+    optimizers, parameters = [], []
+    for _ in range(2):
+        parameters.append([torch.ones(shape).requires_grad_() for shapes in kinds.values() for shape in shapes])
+        settings = {"lr": torch.tensor(0.01), "ns_dtype": torch.float32, **options}
+        optimizers.append(grouped(parameters[-1], norms, **settings))
+    steps = [torch.compile(optimizers[0].step, fullgraph=True, backend=backend), optimizers[1].step]
+    for i in range(4):
+        for params, step in zip(parameters, steps, strict=True):
+            for param, gradient in zip(params, gradients(params, i), strict=True):
+                param.grad = gradient
+            step()
+        compiled, plain = (optimizer.noise_report() for optimizer in optimizers)
+        for row, expected in zip(compiled, plain, strict=True):
+            assert row == {key: pytest.approx(value, rel=1e-5) if i and key in ("H", "factor", "lr") else value
+                           for key, value in expected.items()}  # fmt: skip
+        torch.testing.assert_close(*parameters, rtol=1e-5, atol=1e-6)
+    assert all(row["H"] > 0 for row in compiled) and len({row["factor"] for row in compiled}) > 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_estimates_saved_without_dimensions_are_read(dtype):
+    """State of older versions had shape () for a matrix, which torch.compile does not write to."""
+    params, norms = layers(dtype)
+    optimizer = grouped(params, norms, lr=0.01)
+    run(optimizer, params, range(3))
+    assert all(optimizer.state[p][key].shape == (1,) for p in params for key in ("noise", "noise_steps"))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state.update({key: state[key].reshape(()) for key in ("noise", "noise_steps")})
+    other = [p.detach().clone().requires_grad_() for p in params]
+    resumed = grouped(other, norms, lr=0.01)
+    resumed.load_state_dict(saved)
+    assert resumed.noise_report()[0]["H"] == optimizer.noise_report()[0]["H"] > 0
+    for o, ps in ((optimizer, params), (resumed, other)):
+        run(o, ps, range(3, 5))
+    assert all(torch.equal(p, q) for p, q in zip(params, other, strict=True))
+    for p, q in zip(params, other, strict=True):
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == resumed.state[q][key].dtype and torch.equal(value, resumed.state[q][key]), key
 
 
 @pytest.mark.parametrize("nuclear", ["polar", "svd", "frobenius"])

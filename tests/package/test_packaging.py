@@ -92,7 +92,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     for name in SETUPTOOLS["packages"]:
         home = name.replace(".", "/")
         for path in (ROOT / folder_of(name)).iterdir():
-            if path.is_file() and path.suffix in {".py", ".yaml", ".typed", ".cpp", ".h"}:
+            if path.is_file() and path.suffix in {".py", ".yaml", ".json", ".typed", ".cpp", ".h"}:
                 assert f"{home}/{path.name}" in inside
     assert "leanstep/py.typed" in inside
     assert any(name.startswith("leanstep/recipes/configs/") and name.endswith(".yaml") for name in inside)

@@ -10,6 +10,7 @@ import pytest
 from run_folders import write_run
 
 from leanstep.cli import main
+from leanstep.recipes.config.loader import load
 
 # Runs the command line and then says on stderr which heavy packages it has imported.
 PROBE = """
@@ -134,6 +135,12 @@ def test_copy_never_overwrites_unless_forced(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "copy", "llama-60m", "no/such/folder.yaml"]) == 2
 
 
+def test_a_recipe_with_a_base_is_shown_whole(capsys):
+    assert main(["recipes", "show", "llama-nano-lion"]) == 0
+    printed = capsys.readouterr().out
+    assert "hidden_size: 128" in printed and "name: lion" in printed and "base:" not in printed
+
+
 def test_shown_changes_load_again(tmp_path, capsys):
     assert main(["recipes", "show", "llama-nano-adamw", "optimizer.lr=1e-5"]) == 0
     path = tmp_path / "mine.yaml"
@@ -170,31 +177,33 @@ def launched(monkeypatch):
     """Put a recorder in the place of the launcher's run, which has tests of its own."""
     import types
 
+    from leanstep.recipes import training
+
     calls = []
     module = types.ModuleType("leanstep.recipes.training.launch")
-    module.run = lambda *arguments: calls.append(arguments) or 0
+    module.run = lambda *arguments, **options: calls.append((*arguments, options)) or 0
     monkeypatch.setitem(sys.modules, "leanstep.recipes.training.launch", module)
-    monkeypatch.setattr(sys.modules["leanstep.recipes"], "launch", module, raising=False)
+    monkeypatch.setattr(training, "launch", module, raising=False)
     return calls
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["steps=3", "--nproc", "2"], (["steps=3"], 2, None, False)),
-        (["--resume", "steps=3", "seed=1"], (["seed=1", "steps=3"], None, "auto", False)),
-        (["--resume", "never", "steps=3"], (["steps=3"], None, "never", False)),
-        (["steps=3", "--resume"], (["steps=3"], None, "auto", False)),
-        (["--resume=runs/x", "--dry-run", "steps=3", "seed=1"], (["steps=3", "seed=1"], None, "runs/x", True)),
-        (["steps=3", "--dry-run", "seed=1"], (["steps=3", "seed=1"], None, None, True)),
+        (["steps=3", "--nproc", "2"], (["steps=3"], 2, False)),
+        (["--resume", "steps=3", "seed=1"], (["checkpoint.resume=auto", "seed=1", "steps=3"], 1, False)),
+        (["--resume", "never", "steps=3"], (["checkpoint.resume=never", "steps=3"], 1, False)),
+        (["steps=3", "--resume"], (["checkpoint.resume=auto", "steps=3"], 1, False)),
+        (["--resume=runs/x", "--dry-run", "steps=3"], (['checkpoint.resume="runs/x"', "steps=3"], 1, True)),
+        (["steps=3", "--dry-run", "seed=1"], (["seed=1", "steps=3"], 1, True)),
     ],
 )
 def test_train_hands_over_what_was_asked_in_any_order(words, expected, monkeypatch):
     calls = launched(monkeypatch)
     assert main(["train", "llama-nano-adamw", *words]) == 0
-    (call,) = calls
-    assert call[0] == "llama-nano-adamw"
-    assert (sorted(call[1]), *call[2:]) == (sorted(expected[0]), *expected[1:])
+    ((config, recipe, overrides, options),) = calls
+    assert recipe == "llama-nano-adamw" and config == load(recipe, overrides)
+    assert (sorted(overrides), options["nproc"], options["dry_run"]) == expected
 
 
 def test_a_resume_path_is_checked_as_text_not_yaml(monkeypatch, tmp_path):
@@ -202,7 +211,7 @@ def test_a_resume_path_is_checked_as_text_not_yaml(monkeypatch, tmp_path):
     path = tmp_path / "a: b"
     path.mkdir()
     assert main(["train", "llama-nano-adamw", "--resume", str(path)]) == 0
-    assert calls[0][3] == str(path)
+    assert calls[0][0].checkpoint.resume == str(path)
 
 
 def test_a_comparison_never_takes_the_place_of_a_runs_own_report(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
 from leanstep.recipes.check.memory import MemoryEstimate
-from leanstep.recipes.config.rules import optimizer_problems
+from leanstep.recipes.config.arguments import optimizer_arguments
+from leanstep.recipes.config.problems import check
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
 from leanstep.recipes.training import start
 from leanstep.recipes.training.checkpoint import find_checkpoints
@@ -141,7 +142,8 @@ def test_every_optimizer_has_its_own_way_to_keep_less(name, args, hints):
     assert [setting for setting, _ in lighter_state(config)] == hints
     for hint in hints[1:]:
         key, _, value = hint.partition("=")
-        assert not list(optimizer_problems(name, {key.rpartition(".")[2]: int(value) if value.isdigit() else value}))
+        setting = {key.rpartition(".")[2]: int(value) if value.isdigit() else value}
+        assert check(optimizer_arguments(name), setting)[1] == []
 
 
 def test_which_errors_are_out_of_memory():
