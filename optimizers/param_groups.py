@@ -43,7 +43,7 @@ _HEAD_NAME = re.compile(
     r"|(^|\.)(\w+_)?class_embed$"
 )
 # names that blocks also have: an output layer only at the top of a model
-_HEAD_NAME_AT_TOP = re.compile(r"^((transformer|model|decoder)\.)?(output|output_layer|proj_out|fc)$")
+_HEAD_NAME_AT_TOP = re.compile(r"^((transformer|model|decoder)\.)?(output|output_layer|proj_out)$")
 _LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)([._]|$)")
 _EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
 _ROUTER_CLASS = re.compile(r"[Rr]outer|Top[kK]Gat(e|ing)$|M[oO]EGate$")
@@ -96,7 +96,7 @@ def param_groups(
       parameters with a position name (``wpe``, ``position_embeddings``, ``relative_position_bias_table``, ...);
     * ``head``: the model's output embeddings (``get_output_embeddings()``); an ``nn.Linear`` named ``lm_head``,
       ``classifier``, ``score``, ``qa_outputs``, ...; the last one of a module with such a name; one named ``output``,
-      ``output_layer``, ``proj_out`` or ``fc`` at the top of the model;
+      ``output_layer`` or ``proj_out`` at the top of the model;
     * ``norm``: parameters of modules whose class is a norm; ``bias``: others with a bias name (those of fused experts,
       one row per expert, included);
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
