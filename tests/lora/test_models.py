@@ -362,6 +362,7 @@ def test_groups_name_every_trained_parameter_once():
         lora_groups(model.requires_grad_(False))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_groups_know_pefts_names():
     model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 9))
     config = peft.LoraConfig(target_modules=["0", "1"], modules_to_save=["2"], use_dora=True)
