@@ -15,7 +15,7 @@ import torch
 import transformers
 from bench_extra import needed
 
-from leanstep.kernels import dense_product
+from leanstep.kernels.matrices import dense_product
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
 
 peft = needed("peft")

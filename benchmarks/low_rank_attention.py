@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.lora import low_rank_attention
-from leanstep.lora.attention_cost import AttentionShape, cost_ratio
-from leanstep.lora.error_bounds import largest_logit
+from leanstep.lora.attention.cost import AttentionShape, cost_ratio
+from leanstep.lora.attention.error_bounds import largest_logit
 
 DIM, DEGREE = 64, 2
 # bound of the logits of the second table, at the least length

@@ -33,7 +33,7 @@ from leanstep.kernels import (
     window_coefficients,
     write_row,
 )
-from leanstep.kernels.reference.inverse_fisher import dynamic_recursion
+from leanstep.kernels.reference.fisher.inverse_fisher import dynamic_recursion
 
 DAMPING = 1e-5
 

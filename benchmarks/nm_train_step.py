@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from optimizer_step import machine
 
-from leanstep.recipes.build import build_model, build_optimizer
-from leanstep.recipes.config import RunConfig, accumulation_steps
-from leanstep.recipes.loader import find_recipe, load
+from leanstep.recipes.config.loader import find_recipe, load
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps
+from leanstep.recipes.training.build import build_model, build_optimizer
 from leanstep.sparsity import sparsify
 
 VOCABULARY = 2048

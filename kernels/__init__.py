@@ -1,25 +1,10 @@
 """Operations on lists of tensors: one name each, several backends (see ``leanstep.kernels._backend``)."""
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
-from leanstep.kernels.block_inverse_fisher import BlockInverseFisher
-from leanstep.kernels.dense_product import product
-from leanstep.kernels.gradient_window import gram_row, linear_combination, row_dots, write_row
-from leanstep.kernels.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
-from leanstep.kernels.lion_step import lion_agreement, lion_step
-from leanstep.kernels.lora_norms import lora_norms
-from leanstep.kernels.lora_products import lora_down, lora_down_backward, lora_dropout, lora_up_
-from leanstep.kernels.lora_scale import lora_scale_, lora_scale_backward
-from leanstep.kernels.lora_swiglu import swiglu, swiglu_backward_
-from leanstep.kernels.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
-from leanstep.kernels.nm_apply import nm_apply, nm_apply_backward
-from leanstep.kernels.nm_mask import nm_mask
-from leanstep.kernels.nm_matmul import nm_compress, nm_decompress, nm_matmul
-from leanstep.kernels.poly_attention import poly_attention
-from leanstep.kernels.poly_features import poly_features, poly_features_backward
-from leanstep.kernels.scaled_step import scaled_step
-from leanstep.kernels.sinkhorn import Scales, sinkhorn
-from leanstep.kernels.sinkhorn_step import sinkhorn_step
-from leanstep.kernels.sparse_window import (
+from leanstep.kernels.fisher.block_inverse_fisher import BlockInverseFisher
+from leanstep.kernels.fisher.gradient_window import gram_row, linear_combination, row_dots, write_row
+from leanstep.kernels.fisher.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
+from leanstep.kernels.fisher.sparse_window import (
     SparseLayout,
     scatter,
     sparse_gram_row,
@@ -28,6 +13,21 @@ from leanstep.kernels.sparse_window import (
     sparse_row_dots,
     top_k,
 )
+from leanstep.kernels.lora.norms import lora_norms
+from leanstep.kernels.lora.products import lora_down, lora_down_backward, lora_dropout, lora_up_
+from leanstep.kernels.lora.scale import lora_scale_, lora_scale_backward
+from leanstep.kernels.lora.swiglu import swiglu, swiglu_backward_
+from leanstep.kernels.matrices.dense_product import product
+from leanstep.kernels.matrices.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
+from leanstep.kernels.matrices.sinkhorn import Scales, sinkhorn
+from leanstep.kernels.nm.apply import nm_apply, nm_apply_backward
+from leanstep.kernels.nm.mask import nm_mask
+from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
+from leanstep.kernels.poly.attention import poly_attention
+from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.steps.lion_step import lion_agreement, lion_step
+from leanstep.kernels.steps.scaled_step import scaled_step
+from leanstep.kernels.steps.sinkhorn_step import sinkhorn_step
 
 __all__ = [
     "COEFFICIENTS",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. Importing that class to ask would import torch's compiler."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+    return hasattr(tensor, "placements")
 
 
 def local_part(tensor: Tensor) -> Tensor:

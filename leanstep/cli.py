@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _config_error() -> type[Exception]:
     """The loader's error where it is loaded; a class that is never raised where it is not."""
-    loader = sys.modules.get("leanstep.recipes.loader")
+    loader = sys.modules.get("leanstep.recipes.config.loader")
     return loader.ConfigError if loader else UsageError
 
 
@@ -145,7 +145,7 @@ def _positive(text: str) -> int:
 
 def _info(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
-    from leanstep.recipes.machine import collect, render
+    from leanstep.recipes.check.machine import collect, render
 
     facts = collect()
     print(json.dumps(facts, indent=2) if options.json else render(facts))
@@ -162,8 +162,8 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
-    from leanstep.recipes.catalog import describe, recipe_names
-    from leanstep.recipes.loader import load
+    from leanstep.recipes.config.catalog import describe, recipe_names
+    from leanstep.recipes.config.loader import load
 
     facts = [describe(load(name)) for name in recipe_names()]
     if options.json:
@@ -187,7 +187,7 @@ def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("recipes")
-    from leanstep.recipes.loader import dump, find_recipe, load
+    from leanstep.recipes.config.loader import dump, find_recipe, load
 
     if overrides:
         print(dump(load(options.recipe, overrides)), end="")
@@ -199,7 +199,7 @@ def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_copy(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
-    from leanstep.recipes.loader import find_recipe
+    from leanstep.recipes.config.loader import find_recipe
 
     source = find_recipe(options.recipe)
     target = Path(options.file or source.name)
@@ -225,7 +225,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("training")
     _load_for(options, overrides, resume)
-    from leanstep.recipes import launch
+    from leanstep.recipes.training import launch
 
     return launch.run(options.recipe, overrides, options.nproc, resume, options.dry_run)
 
@@ -234,14 +234,14 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("training")
     config = _load_for(options, overrides, None)
-    from leanstep.recipes.check import check
+    from leanstep.recipes.check.check import check
 
     return check(config, world_size=options.nproc or 1)
 
 
 def _load_for(options: argparse.Namespace, overrides: list[str], resume: str | None):  # noqa: ANN202
     """Load the recipe, so that its mistakes are told before torch is imported, and demand the text's package."""
-    from leanstep.recipes.loader import load
+    from leanstep.recipes.config.loader import load
 
     changes = [*overrides, f"checkpoint.resume={json.dumps(resume)}"] if resume else overrides
     config = load(options.recipe, changes, world_size=options.nproc)
@@ -289,7 +289,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     own = [str(run) for run in options.runs if options.out and options.out.resolve() == (run / "report.html").resolve()]
     if own and len(options.runs) > 1:
         raise UsageError(f"--out {options.out} is the report of {own[0]} alone; choose another file for the comparison")
-    from leanstep.recipes.report import write_report
+    from leanstep.recipes.report.report import write_report
 
     print(f"{write_report(options.runs, options.out or _report_file(options.runs))} written")
     return 0

@@ -1,18 +1,18 @@
 """Low-rank adapters whose gradients are formed from their factors, and attention whose gradients are nearly linear."""
 
-from leanstep.lora.adapters import load_adapter, save_adapter
 from leanstep.lora.apply import apply_lora, remove_lora, set_adapters
-from leanstep.lora.attention import LowRankAttentionError, low_rank_attention
+from leanstep.lora.attention.attention import LowRankAttentionError, low_rank_attention
+from leanstep.lora.attention.error_bounds import ErrorBounds, error_bounds
+from leanstep.lora.attention.gate import LowRankGate
+from leanstep.lora.attention.gate_state import GateReport
+from leanstep.lora.attention.monitor import HeadReport, NormMonitor
 from leanstep.lora.config import LoraConfig
-from leanstep.lora.error_bounds import ErrorBounds, error_bounds
-from leanstep.lora.gate import LowRankGate
-from leanstep.lora.gate_state import GateReport
+from leanstep.lora.layers.pruned import keep_zeros
 from leanstep.lora.memory import saved_bytes
 from leanstep.lora.merge import MergeReport, merge, unmerge
-from leanstep.lora.norms import HeadReport, NormMonitor
-from leanstep.lora.peft_bridge import Acceleration, accelerate_peft
-from leanstep.lora.pruned import keep_zeros
-from leanstep.lora.routing import lora_groups
+from leanstep.lora.param_groups import lora_groups
+from leanstep.lora.peft.bridge import Acceleration, accelerate_peft
+from leanstep.lora.peft.files import load_adapter, save_adapter
 
 __all__ = [
     "Acceleration",

@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from leanstep.lora.blocks import fuse_blocks, unfuse_blocks
 from leanstep.lora.config import LoraConfig
-from leanstep.lora.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
-from leanstep.lora.layer import Adapter, LoRALayer, is_sharded
-from leanstep.lora.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
-from leanstep.lora.quantized import why_own_forward, why_unsupported
+from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
+from leanstep.lora.layers.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
+from leanstep.lora.layers.frozen import why_own_forward, why_unsupported
+from leanstep.lora.layers.layer import Adapter, LoRALayer, is_sharded
+from leanstep.lora.layers.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
 from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from leanstep.lora.order import NAMES as ORDERS
+from leanstep.lora.layers.contraction import NAMES as ORDERS
 
 SAVES = ("min", "full", "lora_fa")
 BIASES = ("none", "all", "lora_only")
@@ -83,11 +83,11 @@ class LoraConfig:
             operations (and, for DoRA, the output before the magnitude); ``"lora_fa"``: A is frozen (Zhang et al.,
             "LoRA-FA", arXiv 2308.03303), and only the products with it are kept, M r numbers.
         order: of the products. ``"factors"``: through A and B; ``"sum"``: through ``W + scale * B A``; ``"auto"``: the
-            one with fewer operations (:mod:`leanstep.lora.order`); ``"time"``: the faster one, measured at the first
-            input of each kind (:mod:`leanstep.lora.timed_order`). What was measured may come out otherwise in another
-            process and then rounds otherwise: a run that must be repeated or resumed bit for bit takes another. In 16
-            bits, where the sum loses small adapters, ``"auto"`` and ``"time"`` take the factors; with dropout, DoRA, a
-            quantised base or ``save="lora_fa"``, all do.
+            one with fewer operations (:mod:`leanstep.lora.layers.contraction`); ``"time"``: the faster one, measured
+            at the first input of each kind (:mod:`leanstep.lora.layers.timed_order`). What was measured may come out
+            otherwise in another process and then rounds otherwise: a run that must be repeated or resumed bit for bit
+            takes another. In 16 bits, where the sum loses small adapters, ``"auto"`` and ``"time"`` take the factors;
+            with dropout, DoRA, a quantised base or ``save="lora_fa"``, all do.
         fast_path: None: layers that cannot run on the fast path run as plain torch, and say why in ``fast_path``; True:
             such a layer is an error; False: plain torch everywhere.
         fused_blocks: one function for q, k and v where a block asks for all three, and one for a SwiGLU block, which

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.embedding import LoRAEmbeddingLayer
-from leanstep.lora.function import Weights, dora_factor
-from leanstep.lora.layer import LoRALayer
-from leanstep.lora.linear import LoRALinearLayer
-from leanstep.lora.quantized import kind
+from leanstep.lora.layers.autograd import Weights, dora_factor
+from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
+from leanstep.lora.layers.frozen import kind
+from leanstep.lora.layers.layer import LoRALayer
+from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.ties import others_of, retie, tied_groups, untie
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
-from leanstep.lora.quantized import why_no_tensor
+from leanstep.lora.layers.frozen import why_no_tensor
 
 
 def matches(config: LoraConfig, name: str) -> bool:

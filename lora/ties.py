@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.layer import is_sharded
+from leanstep.lora.layers.layer import is_sharded
 
 __all__ = ["Ties", "config_of_merged", "others_of", "retie", "tied_groups", "untie"]
 

@@ -1,12 +1,12 @@
 """torch.optim-compatible optimizers, one algorithm per file."""
 
-from leanstep.optimizers._base import NonFiniteGradientError
-from leanstep.optimizers.lanton import LANTON
+from leanstep.optimizers.common.base import NonFiniteGradientError
+from leanstep.optimizers.gradient_release import GradientRelease, release_gradients
+from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
-from leanstep.optimizers.mfac import MFAC
+from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import ParamGroups, param_groups
-from leanstep.optimizers.release import GradientRelease, release_gradients
-from leanstep.optimizers.sinkgd import SinkGD
+from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
 __all__ = [
     "LANTON",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leanstep.kernels import lion_agreement, lion_step, use_backend
 from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
-from leanstep.optimizers._base import (
+from leanstep.optimizers.common.base import (
     LeanOptimizer,
     by_device_and_dtype,
     check_betas,
@@ -19,8 +19,14 @@ from leanstep.optimizers._base import (
     local,
     new_state,
 )
-from leanstep.optimizers._rounding import check_rounding, effective, init_rounding, rounding_states, seeds_and_offsets
-from leanstep.optimizers._sharding import Steps, shard_of, sum_over_shards
+from leanstep.optimizers.common.rounding import (
+    check_rounding,
+    effective,
+    init_rounding,
+    rounding_states,
+    seeds_and_offsets,
+)
+from leanstep.optimizers.common.sharding import Steps, shard_of, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leanstep.pruning.targets import find_targets
+from leanstep.pruning.score.targets import find_targets
 
 Result = TypeVar("Result")
 

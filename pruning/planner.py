@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.additivity import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
-from leanstep.pruning.allocation import Allocation, allocate, snap
-from leanstep.pruning.batches import Batch, batches_hash
-from leanstep.pruning.corrections import relinearised_curves, tuned_coefficients
-from leanstep.pruning.curves import Curve
-from leanstep.pruning.densities import atp_betas, outlier_ratio
-from leanstep.pruning.groups import Group
-from leanstep.pruning.knapsack import InfeasibleBudget
-from leanstep.pruning.layers import Layer
-from leanstep.pruning.limit import Limit
-from leanstep.pruning.measure import Levels, Measurement, Progress, levels_of, measure_curves
-from leanstep.pruning.metrics import LOCAL_METRICS, Metric, default_metric
-from leanstep.pruning.originals import Originals
-from leanstep.pruning.prefix import PrefixCache
-from leanstep.pruning.pruners import Pruning, Scores
+from leanstep.pruning.allocate.allocation import Allocation, allocate, snap
+from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.allocate.limit import Limit
+from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.batches import Batch, batches_hash
+from leanstep.pruning.measure.checks import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
+from leanstep.pruning.measure.corrections import relinearised_curves, tuned_coefficients
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.groups import Group
+from leanstep.pruning.measure.measure import Levels, Measurement, Progress, levels_of, measure_curves
+from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, default_metric
+from leanstep.pruning.measure.snapshot import Originals
 from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.layers import Layer
+from leanstep.pruning.score.pruners import Pruning, Scores
 from leanstep.sparsity import NM
 
 __all__ = ["Planner"]

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.batches import Batch, as_batches
-from leanstep.pruning.budgets import KINDS, Budget
-from leanstep.pruning.corrections import CORRECTIONS
-from leanstep.pruning.curves import Curve
-from leanstep.pruning.groups import Group, make_groups
-from leanstep.pruning.latency import LatencyTable
-from leanstep.pruning.limit import Limit, limit_of
-from leanstep.pruning.measure import Progress, evaluating, levels_of
-from leanstep.pruning.metrics import Metric
-from leanstep.pruning.originals import Originals, Stored
+from leanstep.pruning.allocate.budgets import KINDS, Budget
+from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.allocate.limit import Limit, limit_of
+from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.corrections import CORRECTIONS
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.groups import Group, make_groups
+from leanstep.pruning.measure.measure import Progress, evaluating, levels_of
+from leanstep.pruning.measure.metrics import Metric
+from leanstep.pruning.measure.snapshot import Originals, Stored
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.statistics import NEEDS
-from leanstep.pruning.targets import count_uses, find_targets
+from leanstep.pruning.score.statistics import NEEDS
+from leanstep.pruning.score.targets import count_uses, find_targets
 from leanstep.sparsity import NM
 
 __all__ = ["ALLOCATIONS", "check_choices", "prune"]
@@ -65,8 +65,8 @@ def prune(
 
     Args:
         model: any module with linear layers, convolutions or transformers' expert weights.
-        data: calibration data, see :func:`leanstep.pruning.batches.as_batches`. May be None for ``score="magnitude"``
-            with an allocation that measures nothing: ``uniform``, ``global``, ``lamp``, ``erk``.
+        data: calibration data, see :func:`leanstep.pruning.measure.batches.as_batches`. May be None for
+            ``score="magnitude"`` with an allocation that measures nothing: ``uniform``, ``global``, ``lamp``, ``erk``.
         sparsity: fraction of zeros over all pruned matrices, in (0, 1); with the name of a ``budget``, fraction of its
             cost that is removed. None with a :class:`Budget` or a fixed pattern.
         allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from leanstep.pruning.additivity import Additivity
-from leanstep.pruning.allocation import Allocation
-from leanstep.pruning.curves import Curve
-from leanstep.pruning.groups import Group
+from leanstep.pruning.allocate.allocation import Allocation
+from leanstep.pruning.measure.checks import Additivity
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.groups import Group
 
 __all__ = ["PruneResult"]
 

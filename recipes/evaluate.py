@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.provenance import UNKNOWN, read_training
-from leanstep.recipes.sources import open_validation, require
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.provenance import UNKNOWN, read_training
+from leanstep.recipes.data.sources import open_validation, require
 
 if TYPE_CHECKING:
     import torch
@@ -134,10 +134,10 @@ def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
-    from leanstep.recipes.data import load_data, load_validation
-    from leanstep.recipes.tokenizer import open_tokenizer
-    from leanstep.recipes.validation import evaluate
-    from leanstep.recipes.vocabulary import vocabulary_size
+    from leanstep.recipes.data.sequences import load_data, load_validation
+    from leanstep.recipes.data.tokenizer import open_tokenizer
+    from leanstep.recipes.data.vocabulary import vocabulary_size
+    from leanstep.recipes.training.validation import evaluate
 
     folder = find_model_folder(options.checkpoint)
     model = _open_model(folder)

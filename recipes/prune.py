@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.progress import format_duration
-from leanstep.recipes.sources import open_validation, sotu_corpus
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.sources import open_validation, sotu_corpus
+from leanstep.recipes.training.progress import format_duration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -276,7 +276,7 @@ class _Bar:
 
 
 def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.budgets import UNITS
+    from leanstep.pruning.allocate.budgets import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, wanted = 1 - after / dense, 1 - budget["target"] / dense

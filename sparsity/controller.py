@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels.nm_mask import nm_mask
+from leanstep._torch import StepHooks, is_dtensor, local_part, whole_tensor
+from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity import sharding
 from leanstep.sparsity.functional import s_ste_scale
 from leanstep.sparsity.methods import METHODS, Method, resolve_schedule
@@ -150,7 +151,7 @@ class Controller:
         self.layers, self.schedule, self.method, self.score = layers, schedule, method, score
         self.srste_lambda, self.mask_every, self.measure_every = srste_lambda, mask_every, measure_every
         self.measured: dict[str, Measurement] = {}
-        self._hooks: list[Any] = []
+        self._hooks: StepHooks | None = None
 
     @property
     def step_count(self) -> int:
@@ -168,37 +169,23 @@ class Controller:
         return all(s.alpha == 0 and s.pattern == layer.target for s, layer in zip(stages, self.layers, strict=True))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Controller:
-        """Move along with an optimizer, by torch's own hooks before and after its ``step``. Returns the controller.
+        """Follow an optimizer by hooks around its ``step``, with or without a closure. Returns the controller.
 
-        Any number of backward passes may lie between two steps. Steps that a gradient scaler leaves out do not count.
+        Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count.
 
         Raises:
-            TypeError: for what is no torch optimizer. Accelerate's wrapper is one.
-            ValueError: where the controller is attached already, the optimizer does not train the sparse weights, or
+            TypeError: for anything but a torch optimizer. Accelerate's wrapper is one.
+            ValueError: if the controller is attached already, the optimizer does not train the sparse weights, or
                 they are sharded across groups.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            hint = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
-            raise TypeError(f"Controller.attach: expected a torch optimizer, got {type(optimizer).__name__}{hint}")
-        if isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            # Accelerate's wrapper hands its steps on to it, and has no hooks of its own
-            optimizer = inner
-        if self._hooks:
+        if self._hooks is not None:
             raise ValueError("Controller.attach: attached already; call detach first, or each step would count twice")
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [x.name for x in self.layers if x.weight.requires_grad and id(x.weight) not in trained]
-        if missing:
-            raise ValueError(
-                f"Controller.attach: {type(optimizer).__name__} does not train the weights of {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}; build it from this model's parameters (and attach after "
-                "sharding, which replaces them)"
-            )
         for layer in self.layers:
             sharding.check(layer)
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda opt, args, kwargs: self.before_step(opt)),
-            optimizer.register_step_post_hook(lambda opt, args, kwargs: self._after_step(opt)),
-        ]
+        self._hooks = StepHooks(
+            optimizer, self.before_step, lambda _: self.step(), caller="Controller.attach",
+            parameters={layer.names[0]: layer.weight for layer in self.layers},
+        )  # fmt: skip
         if self.step_count == 0:
             # wrapping and sharding may have replaced the weights, by those of another process
             self.refresh()
@@ -206,15 +193,16 @@ class Controller:
 
     def detach(self) -> None:
         """Let go of the optimizer; masks and decay stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """What belongs between backward and the optimizer's step: measurements, and SR-STE's term.
+        """Measure the gradients that a step is about to use, and add SR-STE's term to them.
 
-        :meth:`attach` does it. The gradients of sparse weights are changed where ``srste_lambda`` is not 0.
+        :meth:`attach` calls it, after every call of a closure too. The gradients of sparse weights change where
+        ``srste_lambda`` is not 0.
         """
         self._check_installed()
         if self._measures(self.step_count + 1):
@@ -276,7 +264,7 @@ class Controller:
         found: list[Tensor | None] = []
         for entry in params:
             layer = masks.get(id(entry[1] if isinstance(entry, tuple) else entry))
-            if layer is not None and sharding.is_sharded(layer.weight):
+            if layer is not None and is_dtensor(layer.weight):
                 raise ValueError(f"Controller.masks_of: the weight of layer {layer.name!r} is sharded; call it before")
             found.append(None if layer is None else layer.transform.mask.clone())
         return found
@@ -305,12 +293,6 @@ class Controller:
     def _measurement(self, layer: SparseLayer) -> Measurement:
         return self.measured.setdefault(layer.name, Measurement())
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # a fused optimizer is called for a step that its gradient scaler wants left out, and told so
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is None or not float(skipped):
-            self.step()
-
     def _measures(self, step: int) -> bool:
         return self.measure_every > 0 and (step == 1 or step % self.measure_every == 0)
 
@@ -333,7 +315,7 @@ class Controller:
             if not (always or self._is_due(layer, stage)):
                 continue
             if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
-                transform.beta.fill_(s_ste_scale(sharding.whole(layer.weight.detach()), stage.pattern, dim=layer.dim))
+                transform.beta.fill_(s_ste_scale(whole_tensor(layer.weight.detach()), stage.pattern, dim=layer.dim))
             transform.pattern = stage.pattern
             if stage.pattern.is_dense:
                 transform.mask.fill_(True)
@@ -365,22 +347,22 @@ class Controller:
                 self._measurement(layer).see_masks(layer, before[i], masks[i])
 
     def _score(self, layer: SparseLayer) -> Tensor:
-        weight = sharding.local(layer.weight.detach())
+        weight = local_part(layer.weight.detach())
         if callable(self.score):
-            score = sharding.local(self.score(layer, layer.weight.detach()))
+            score = local_part(self.score(layer, layer.weight.detach()))
             if score.shape != weight.shape:
                 raise ValueError(
                     f"sparsify: the score of layer {layer.name!r} has shape {tuple(score.shape)}, its weight "
                     f"{tuple(weight.shape)}"
                 )
             return score
-        if self.score == "transposable" and sharding.is_sharded(layer.weight):
+        if self.score == "transposable" and is_dtensor(layer.weight):
             raise ValueError(
                 f"sparsify: score 'transposable' needs whole matrices, and {layer.name!r} is sharded; train under DDP, "
                 "or with another score"
             )
         if self.score == "gradient" and layer.weight.grad is not None:
-            return magnitude_times_gradient(weight, sharding.local(layer.weight.grad))
+            return magnitude_times_gradient(weight, local_part(layer.weight.grad))
         return weight
 
     def _check_installed(self) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
-from leanstep.kernels.nm_apply import check_grad_flow, nm_apply, nm_apply_backward
-from leanstep.kernels.nm_mask import nm_mask
+from leanstep.kernels.nm.apply import check_grad_flow, nm_apply, nm_apply_backward
+from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity.patterns import NM, as_pattern
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanstep.kernels.nm_mask import nm_mask as nm_mask_kernel
+from leanstep.kernels.nm.mask import nm_mask as nm_mask_kernel
 from leanstep.sparsity.detect import violations
 from leanstep.sparsity.patterns import NM, as_pattern
 

@@ -57,7 +57,7 @@ def resolve_schedule(schedule: Schedule | int | None, method: str | None) -> tup
         chosen = METHODS[method]
     wanted = chosen.kind or "constant"
     if isinstance(schedule, Schedule):
-        if chosen.kind is not None and chosen.kind not in schedule.kind:
+        if chosen.kind is not None and chosen.kind != schedule.kind:
             raise ValueError(
                 f"sparsify: method {method!r} has a schedule of kind {chosen.kind!r}, got {schedule.kind!r}; give that "
                 "kind, or method 'ste', 'srste' or 'fixed', which go with any"

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from leanstep._torch import is_conv1d, is_dtensor, output_head
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
 from leanstep.sparsity.patterns import NM, match_patterns
 
 AXES = ("in", "out")
 PADS = ("refuse", "zero")
 
-# transformers' GPT-2 layer keeps its weight as (in, out)
-_TRANSPOSED_CLASSES = ("Conv1D",)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 # steps, pattern and target as n and m, dimension of the groups, alpha, beta; the mask's bits follow
@@ -203,8 +202,8 @@ def plan_layers(
         raise ValueError(f"sparsify: expected axis in {AXES} and pad in {PADS}, got {axis!r} and {pad!r}")
     candidates = dict(_candidates(model, axis))
     if not isinstance(patterns, Mapping):
-        head = _head(model)
-        candidates = {name: layer for name, layer in candidates.items() if not _is_head(layer, head)}
+        head = output_head(model)
+        candidates = {name: layer for name, layer in candidates.items() if layer.places[0][0] is not head}
     if not candidates:
         raise ValueError(f"sparsify: {type(model).__name__} has no linear or convolution layer to make sparse")
     chosen = match_patterns(candidates, patterns)
@@ -253,16 +252,14 @@ def remove(module: nn.Module, attribute: str) -> None:
 
 def group_dim(module: nn.Module, axis: str) -> int:
     """The dimension of a layer's weight along which groups lie: its inputs (in-channels) or its outputs."""
-    transposed = type(module).__name__ in _TRANSPOSED_CLASSES
-    return int((axis == "in") != transposed)
+    return int((axis == "in") != is_conv1d(module))
 
 
 def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]]:
     """Every weight that may be sparse, by its name; all names of a module that has several."""
     for module_name, module in model.named_modules(remove_duplicate=False):
         attributes: tuple[str, ...] = ()
-        transposed = type(module).__name__ in _TRANSPOSED_CLASSES
-        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or transposed or _is_foreign_linear(module):
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(module) or _is_foreign_linear(module):
             attributes = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
             attributes = _ATTENTION_WEIGHTS
@@ -296,19 +293,6 @@ def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], li
     return found
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits, as transformers names it; None for other models."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return cast("nn.Module | None", get()) if callable(get) else None
-    except NotImplementedError:
-        return None
-
-
-def _is_head(layer: SparseLayer, head: nn.Module | None) -> bool:
-    return head is not None and layer.places[0][0] is head
-
-
 def _check_weight(layer: SparseLayer) -> nn.Parameter:
     """The weight of a layer that can be parametrized, or an error that says why it cannot."""
     module, attribute = layer.places[0]
@@ -320,7 +304,7 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
     weight = getattr(module, attribute)
     if nn.parameter.is_lazy(weight):
         raise ValueError(f"{where} has no shape yet ({type(module).__name__}); run a batch through the model first")
-    if hasattr(weight, "placements"):
+    if is_dtensor(weight):
         raise ValueError(
             f"{where} is sharded already ({weight.placements}), and FSDP does not follow a weight that is parametrized "
             "later; call sparsify first and fully_shard after it"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from leanstep._torch import is_conv1d
 from leanstep.sparsity.detect import violations
 from leanstep.sparsity.patterns import NM
 
@@ -98,7 +99,7 @@ def obstacle(
 
 def _is_layer(module: nn.Module) -> bool:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+    return isinstance(module, kinds) or is_conv1d(module)
 
 
 def _choose_backend(backend: str) -> str:

@@ -7,10 +7,12 @@ after a step, from the full-precision weights, and the parts are exchanged: 1 by
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from leanstep._torch import is_dtensor, join_parts, local_part, place_like, whole_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -18,25 +20,10 @@ if TYPE_CHECKING:
     from leanstep.sparsity.modules import SparseLayer
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this process may hold a part only."""
-    return hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; all of an ordinary one."""
-    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; a call to all processes where it is sharded."""
-    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
-
-
 def check(layer: SparseLayer) -> None:
     """Raise ValueError where a layer's weight is cut across its groups, or kept as partial sums."""
     weight = layer.weight
-    if not is_sharded(weight):
+    if not is_dtensor(weight):
         return
     for placement in cast("DTensor", weight).placements:
         across = placement.is_shard(layer.dim) or placement.is_shard(layer.dim - weight.dim())
@@ -52,16 +39,17 @@ def local_parts(layer: SparseLayer) -> tuple[Tensor, Tensor, Tensor]:
     """This process's parts of a layer's gradient, weight and mask; the gradient is the one to write into."""
     weight = layer.weight
     assert weight.grad is not None
-    return local(weight.grad), local(weight.detach()), local_mask(layer)
+    return local_part(weight.grad), local_part(weight.detach()), local_mask(layer)
 
 
 def local_mask(layer: SparseLayer) -> Tensor:
     """This process's part of the mask."""
     weight = layer.weight
-    if not is_sharded(weight):
+    if not is_dtensor(weight):
         return layer.transform.mask
     if layer.transform.local_mask is None:
-        layer.transform.local_mask = _cut(layer.transform.mask, cast("DTensor", weight))
+        part = local_part(place_like(layer.transform.mask.view(torch.uint8), weight))
+        layer.transform.local_mask = part.view(torch.bool).clone()
     return layer.transform.local_mask
 
 
@@ -73,35 +61,17 @@ def mask_part(layer: SparseLayer) -> Tensor:
 
 def share_mask(layer: SparseLayer, part: Tensor) -> None:
     """Put together the parts of a new mask. A call to all processes where the weight is sharded."""
-    weight = layer.weight
-    if not is_sharded(weight):
-        return
-    from torch.distributed.tensor import DTensor
-
-    mask, sharded = layer.transform.mask, cast("DTensor", weight)
-    # not every backend exchanges booleans
-    whole = DTensor.from_local(
-        part.view(torch.uint8), sharded.device_mesh, sharded.placements, run_check=False,
-        shape=mask.shape, stride=mask.stride(),
-    ).full_tensor()  # fmt: skip
-    mask.copy_(whole.view(torch.bool))
+    if is_dtensor(layer.weight):
+        mask = layer.transform.mask
+        # not every backend exchanges booleans
+        mask.copy_(whole_tensor(join_parts(part.view(torch.uint8), layer.weight, mask.shape)).view(torch.bool))
 
 
 def total(value: Tensor, weight: Tensor) -> Tensor:
     """The sum over all parts of a weight of a number known for this process's part."""
-    if not is_sharded(weight):
+    if not is_dtensor(weight):
         return value
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import Partial
 
-    sharded = cast("DTensor", weight)
-    placements = [Partial() if placement.is_shard() else placement for placement in sharded.placements]
-    return DTensor.from_local(value, sharded.device_mesh, placements, run_check=False).full_tensor()
-
-
-def _cut(mask: Tensor, weight: DTensor) -> Tensor:
-    """This process's part of a whole mask, cut as the weight is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    # every process has the whole: nothing is sent
-    cut = distribute_tensor(mask.view(torch.uint8), weight.device_mesh, weight.placements, src_data_rank=None)
-    return cut.to_local().view(torch.bool).clone()
+    placements = [Partial() if p.is_shard() else p for p in cast("DTensor", weight).placements]
+    return whole_tensor(join_parts(value, weight, placements=placements))

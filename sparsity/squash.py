@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import is_dtensor
 from leanstep.sparsity.modules import SparseLayer, remove, sparse_layers
-from leanstep.sparsity.sharding import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 _ORIGINAL = ".parametrizations.{}.original"
@@ -37,7 +37,7 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
     if unfinished not in ("refuse", "keep"):
         raise ValueError(f"squash: unfinished must be 'refuse' or 'keep', got {unfinished!r}")
     layers = _checked_layers(model, "squash", unfinished == "refuse")
-    sharded = [layer.name for layer in layers if is_sharded(layer.weight)]
+    sharded = [layer.name for layer in layers if is_dtensor(layer.weight)]
     if sharded:
         raise ValueError(
             f"squash: {sharded[0]!r} is sharded, and FSDP would lose its weight; save plain_state_dict(model, "
@@ -84,7 +84,7 @@ def plain_state_dict(
         if len(missing) == len(keys):
             raise ValueError(f"plain_state_dict: the state has no {keys[0]!r}; it is of another model")
         weight = found[next(key for key in keys if key in found)]
-        if is_sharded(weight):
+        if is_dtensor(weight):
             raise ValueError(f"plain_state_dict: {keys[0]!r} is sharded; give the gathered state dict")
         value = layer.transform.effective(weight.detach())
         renamed |= dict(zip(keys, layer.names, strict=True))

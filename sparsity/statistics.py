@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leanstep._torch import local_part
 from leanstep.sparsity import sharding
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def summary(controller: Controller) -> dict[str, float]:
 def _numbers(layer: SparseLayer, found: Measurement | None) -> Tensor:
     """Kept entries and kept magnitude as fractions, flip rate and gradient noise or -1; fp64 [4]."""
     weight, mask = layer.weight, sharding.local_mask(layer)
-    magnitude = sharding.local(weight.detach()).abs()
+    magnitude = local_part(weight.detach()).abs()
     kept, everything = torch.where(mask, magnitude, 0).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
     parts = sharding.total(torch.stack([mask.sum(dtype=torch.float64), kept, everything]), weight)
     unknown = torch.full((), -1.0, dtype=torch.float64, device=parts.device)

@@ -73,7 +73,7 @@ def why_not_cpp() -> str | None:
 @functools.cache
 def _why_it_fails(compiler: str) -> str | None:
     try:
-        library("nonfinite_flags", {"TENSOR": "float"})
+        library("steps/nonfinite_flags", {"TENSOR": "float"})
     except (BuildError, OSError) as error:
         return f"{compiler} failed: {str(error).splitlines()[-1]}"
     return None
@@ -98,10 +98,10 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
         *command,
         _version(compiler),
         _processor(),
-        *(p.read_text() for p in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))),
+        *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
     ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = cache_folder() / f"{name}-{digest}.so"
+    target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
     if not target.exists():
         _build(command, SOURCES / f"{name}.cpp", target)
     return ctypes.CDLL(str(target))
@@ -113,7 +113,9 @@ def _build(command: list[str], source: Path, target: Path) -> None:
     os.close(handle)
     try:
         ran = subprocess.run(
-            [*command, "-shared", str(source), "-o", partial, *_openmp()], capture_output=True, text=True
+            [*command, f"-I{SOURCES}", "-shared", str(source), "-o", partial, *_openmp()],
+            capture_output=True,
+            text=True,
         )
         if ran.returncode:
             raise BuildError(f"{' '.join(command)} {source} failed:\n{ran.stderr.strip()}")

@@ -80,7 +80,7 @@ def pointer(dtype: str) -> str:
 @cache
 def modules() -> list[ModuleType]:
     """The modules of this package that define kernels."""
-    names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     loaded = [importlib.import_module(name) for name in sorted(names)]
     return [module for module in loaded if hasattr(module, "audit_cases")]
 

@@ -57,9 +57,9 @@ def lanton_sends_every_matrix_once_each_way(world: World) -> None:
 @case(2, 4)
 def lanton_spreads_the_work(world: World) -> None:
     """No process has more to do than its share and one matrix more; all agree who owns what."""
-    from leanstep.kernels.newton_schulz import flops
-    from leanstep.optimizers._sharding import shard_of
-    from leanstep.optimizers._whole_matrices import place
+    from leanstep.kernels.matrices.newton_schulz import flops
+    from leanstep.optimizers.common.sharding import shard_of
+    from leanstep.optimizers.common.whole_matrices import place
 
     shapes = [(30, 20)] * 9 + [(8, 40)] * 4 + [(64, 32)]
     params = [distribute_tensor(torch.zeros(s), mesh(world.size), [Shard(0)]) for s in shapes]

@@ -22,9 +22,9 @@ from distributed_cases import (
 from distributed_world import World, case
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from leanstep.optimizers import Lion, SinkGD, param_groups, release_gradients
+from leanstep.optimizers import LANTON, MFAC, Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
 
 # ---- communication
 
@@ -78,8 +78,6 @@ def every_optimizer_reduces_as_documented(world: World) -> None:
 
 def by_hand(size: int, *placements: Any, dtype: torch.dtype = torch.float32, on: Any = None) -> Model:
     """A model whose parameters of two and more dimensions are distributed with these placements, the rest copied."""
-    from torch.distributed.tensor import Replicate
-
     model = new_model(dtype)
     on = on or mesh(size)
     for name, param in list(model.named_parameters()):
@@ -126,8 +124,6 @@ def columns_of_stacks_may_be_sharded(world: World) -> None:
 @case(4)
 def two_mesh_dimensions(world: World) -> None:
     """Replicated and sharded (HSDP) follows the unsharded run; sharded twice does so for elementwise rules."""
-    from torch.distributed.tensor import Replicate
-
     grid = init_device_mesh("cpu", (2, 2))
     for name, placements in (
         ("lion_cautious", (Replicate(), Shard(0))), ("sinkgd", (Replicate(), Shard(0))),
@@ -153,7 +149,6 @@ def two_mesh_dimensions(world: World) -> None:
 
 @case(2)
 def what_cannot_be_normalised_is_refused(world: World) -> None:
-    from torch.distributed.tensor import Partial
     from torch.distributed.tensor.placement_types import _StridedShard
 
     for placement, said in (
@@ -168,6 +163,122 @@ def what_cannot_be_normalised_is_refused(world: World) -> None:
     set_grads(sharded, 0)
     refused(ValueError, "spectral", build("sinkgd_unit", sharded).step)
     refused(ValueError, "sharded parameters", lambda: release_gradients(sharded, build("lion", sharded)))
+
+
+# ---- gradients that are placed otherwise than their parameters
+
+
+# as tensor parallelism leaves them: (parameter, gradient)
+OTHERWISE = (
+    (Shard(0), Replicate()), (Replicate(), Partial()), (Shard(0), Partial()), (Replicate(), Shard(0)),
+    (Shard(1), Shard(0)),
+)  # fmt: skip
+RULES: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (Lion, {"lr": 1e-2, "weight_decay": 0.1}),
+    (Lion, {"lr": 1e-2, "cautious": True}),
+    (SinkGD, {"lr": 0.1, "scale": 1.0}),
+    (SinkGD, {"lr": 0.1, "scale": 1.0, "momentum": 0.9, "row_mask_tau": 0.1}),
+    (SinkGD, {"lr": 1e-2, "algorithm": "adamw"}),
+    (LANTON, {"lr": 1e-2}),
+    (LANTON, {"lr": 1e-2, "noise": "halves"}),
+    (MFAC, {"lr": 1e-2, "window": 3, "damping": 0.1}),
+)
+
+
+def placed(grad: torch.Tensor, param: nn.Parameter, placement: Any, world: World) -> DTensor:
+    """The gradient with a placement of its own; as a partial sum, processes hold unlike parts of it."""
+    if placement.is_partial():
+        part = grad * (world.rank + 1) / (world.size * (world.size + 1) / 2)
+        return DTensor.from_local(part, param.device_mesh, [placement], run_check=False)
+    return distribute_tensor(grad, param.device_mesh, [placement])
+
+
+@case(2, 3)
+def gradients_may_be_placed_otherwise(world: World) -> None:
+    """Every rule follows the whole run, and leaves ``p.grad`` as it is."""
+    shapes = ((7, 6), (5, 4), (6,))
+    for of_param, of_grad in OTHERWISE:
+        for cls, settings in RULES:
+            note = f"{cls.__name__} {settings}: {of_param}, gradient {of_grad}"
+            torch.manual_seed(0)
+            plain = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+            sharded = []
+            for p in plain:
+                kept = of_param if p.dim() > 1 or of_param != Shard(1) else Replicate()
+                sharded.append(nn.Parameter(distribute_tensor(p.detach(), mesh(world.size), [kept])))
+            optimizers = [cls(params, **settings) for params in (plain, sharded)]
+            for step in range(4):
+                chance = torch.Generator().manual_seed(step)
+                for factor in (0.5, 1.0) if settings.get("noise") == "halves" else (1.0,):
+                    for p, q in zip(plain, sharded, strict=True):
+                        p.grad = torch.randn(p.shape, generator=chance, dtype=torch.float64) * factor
+                        q.grad = placed(p.grad, q, of_grad, world)
+                    if factor < 1:
+                        optimizers[0].mark_half(averaged=True)
+                        optimizers[1].mark_half(averaged=True)
+                before = [q.grad for q in sharded]
+                for optimizer in optimizers:
+                    optimizer.step()
+                assert all(
+                    q.grad is grad and grad.placements == (of_grad,) for q, grad in zip(sharded, before, strict=True)
+                )
+            for p, q in zip(plain, sharded, strict=True):
+                error = (whole(q.detach()) - p).abs().max().item()
+                assert error < 1e-8, f"{note}: differs by {error:.3g}"
+
+
+@case(2)
+def all_processes_raise_on_a_part_of_a_gradient(world: World) -> None:
+    """A partial sum that is not finite on one process is not finite on all."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh(2), [Replicate()]))
+    part = torch.full((4, 3), math.nan if world.rank else 1.0)
+    param.grad = DTensor.from_local(part, mesh(2), [Partial()], run_check=False)
+    optimizer = Lion([param], nonfinite="raise")
+    refused(NonFiniteGradientError, "non-finite gradient", optimizer.step)
+
+
+@case(2)
+def tensor_parallel_training_equals_one_process(world: World) -> None:
+    """A row-wise embedding, a norm on parts of the sequence, column-wise and row-wise layers, by torch's own plan."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    def new() -> nn.Sequential:
+        torch.manual_seed(1)
+        layers = nn.Sequential(nn.Embedding(14, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 14))
+        return layers.to(torch.float64)
+
+    plan = {
+        "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "1": SequenceParallel(),
+        "2": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "4": RowwiseParallel(),
+    }
+    for cls, settings in RULES:
+        if settings.get("noise") == "halves":
+            continue
+        plain, parallel = new(), new()
+        parallelize_module(parallel, mesh(2), plan)
+        parallelize_module(parallel[2], mesh(2), ColwiseParallel())
+        optimizers = [cls(m.parameters(), **settings) for m in (plain, parallel)]
+        otherwise = set()
+        for step in range(3):
+            for model, optimizer in zip((plain, parallel), optimizers, strict=True):
+                optimizer.zero_grad()
+                words = torch.randint(0, 14, (3, 4), generator=torch.Generator().manual_seed(step))
+                nn.functional.cross_entropy(model(words).flatten(0, 1), words.roll(1, 1).flatten()).backward()
+                otherwise |= {
+                    n for n, p in model.named_parameters()
+                    if isinstance(p, DTensor) and p.grad.placements != p.placements
+                }  # fmt: skip
+                optimizer.step()
+        assert len(otherwise) >= 2, otherwise
+        assert_same(parallel, plain, 1e-7, f"{cls.__name__} {settings}")
 
 
 # ---- other engines, larger matrices

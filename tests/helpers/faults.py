@@ -11,7 +11,7 @@ import types
 
 def die_before_the_marker():
     """Leave the way ``kill -9`` does in the middle of writing the second checkpoint."""
-    from leanstep.recipes import checkpoint, saver
+    from leanstep.recipes.training import checkpoint, saver
 
     def commit(staged):
         if staged.name.endswith("step-000006"):
@@ -38,8 +38,8 @@ def die_before_the_rename():
 
 def refuse_to_load():
     """Let a checkpoint that looks whole fail while it is loaded."""
-    from leanstep.recipes.checkpoint import CheckpointError
-    from leanstep.recipes.saver import Saver
+    from leanstep.recipes.training.checkpoint import CheckpointError
+    from leanstep.recipes.training.saver import Saver
 
     def load(saver, path, state):
         raise CheckpointError("the checkpoint could not be loaded")
@@ -51,7 +51,7 @@ def refuse_links_and_removal():
     """Write as a file system does that knows no links and lets nothing be removed."""
     import errno
 
-    from leanstep.recipes import saver
+    from leanstep.recipes.training import saver
 
     def refuse(*arguments):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -61,13 +61,13 @@ def refuse_links_and_removal():
 
 def disk_of(free):
     """Let the disk have ``free`` bytes left when the run starts."""
-    from leanstep.recipes import start
+    from leanstep.recipes.training import start
 
     start.free_bytes = lambda path: free
 
 
 def explode_after_step_6():
-    from leanstep.recipes import build
+    from leanstep.recipes.training import build
 
     factor = build.schedule_factor
     build.schedule_factor = lambda config, steps: lambda made: 300.0 if made >= 6 else factor(config, steps)(made)
@@ -75,7 +75,7 @@ def explode_after_step_6():
 
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     backward, steps = run.backward, []
 
@@ -89,7 +89,7 @@ def nan_at_step_3():
 
 def infinite_gradient_at_step_3():
     """Leave the loss as it is and make one element of one gradient infinite."""
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     backward, steps = run.backward, []
 
@@ -107,7 +107,7 @@ def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch
 
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     backward, steps = run.backward, []
 
@@ -122,7 +122,7 @@ def out_of_memory_at_step_3():
 
 def signal_in_step_4(number):
     """Send this process a signal in the middle of its fourth step."""
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     backward, steps = run.backward, []
 
@@ -137,7 +137,7 @@ def signal_in_step_4(number):
 
 def signal_in_evaluation(number):
     """Send this process a signal in the middle of its first evaluation."""
-    from leanstep.recipes import validation
+    from leanstep.recipes.training import validation
 
     batch, calls = validation._batch, []
 
@@ -172,7 +172,7 @@ def disk_fills_up_at_the_second_checkpoint():
 
 def hang_in_step_4():
     """Stay in the fourth step for ever, and say when a signal was noted."""
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     backward, steps = run.backward, []
 
@@ -234,7 +234,7 @@ def with_a_talking_optimizer(*others):
     """After ``others``: give AdamW the two methods by which an optimizer reports on itself; both ask all processes."""
     import torch
 
-    from leanstep.recipes import build
+    from leanstep.recipes.training import build
 
     for other in others:
         other()
@@ -260,7 +260,7 @@ def with_a_talking_optimizer(*others):
 
 def low_rank_takes(speed, *others):
     """After ``others``: let an operation of low-rank attention be measured to take so many of exact attention's."""
-    from leanstep.lora import gate
+    from leanstep.lora.attention import gate
 
     for other in others:
         other()
@@ -302,8 +302,8 @@ def fsdp2_on_cpu():
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    from leanstep.recipes import build, train
-    from leanstep.recipes.config import DistributedConfig
+    from leanstep.recipes.config.schema import DistributedConfig
+    from leanstep.recipes.training import build, train
 
     accelerator_class, whole = build.Accelerator, train.build_accelerator
 
@@ -325,7 +325,7 @@ def held_at(step, *others):
 
     Changes no number. A test that waits for an earlier step and kills then cannot come too late.
     """
-    from leanstep.recipes import run
+    from leanstep.recipes.training import run
 
     for other in others:
         other()

@@ -40,6 +40,6 @@ def write_c4(folder: Path, texts: list[str], shards: int, split: str = "train") 
 
 def small_blocks() -> None:
     """Let streams of this process have blocks of 16 documents, so that a short run uses several."""
-    from leanstep.recipes.streaming import StreamedSequences
+    from leanstep.recipes.data.streaming import StreamedSequences
 
     StreamedSequences.__init__.__kwdefaults__["block_documents"] = 16

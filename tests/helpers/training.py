@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["leanstep.recipes.train", "leanstep.recipes.report", "transformers.models.gpt2"])
+_CONTEXT.set_forkserver_preload(
+    ["leanstep.recipes.training.train", "leanstep.recipes.report.report", "transformers.models.gpt2"]
+)
 
 _WORDS = [
     "the",
@@ -190,6 +192,6 @@ def _train(
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     if prepare is not None:
         prepare()
-    from leanstep.recipes.train import main
+    from leanstep.recipes.training.train import main
 
     sys.exit(main(arguments))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from leanstep import use_backend
-from leanstep.kernels import adamw_step as module
-from leanstep.kernels.adamw_step import adamw_step
+from leanstep.kernels.steps import adamw_step as module
+from leanstep.kernels.steps.adamw_step import adamw_step
 
 SIZES = [*range(1, 66, 3), 1000, 4097, 65537, 131072]
 SETTINGS = [

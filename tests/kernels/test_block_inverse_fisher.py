@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from leanstep.kernels import BlockInverseFisher, block_inverse_fisher
-from leanstep.kernels.reference.inverse_fisher import dense_fisher, static_recursion
+from leanstep.kernels import BlockInverseFisher
+from leanstep.kernels.fisher import block_inverse_fisher
+from leanstep.kernels.reference.fisher.inverse_fisher import dense_fisher, static_recursion
 
 # (m, d, block): dual, primal, a last block that is primal while the others are dual, whole, single columns
 CASES = [(5, 40, 16), (20, 40, 16), (10, 44, 16), (7, 36, None), (50, 36, None), (3, 8, 1)]

@@ -10,7 +10,7 @@ import torch
 from leanstep.kernels import lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build
-from leanstep.kernels.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
 
 HYPER = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01])
 
@@ -32,11 +32,13 @@ def libraries(folder):
 
 def test_a_variant_is_built_once_and_found_by_another_process(fresh_cache):
     macros = {"TENSOR": "bf16"}
-    _build.library("nonfinite_flags", macros)
+    _build.library("steps/nonfinite_flags", macros)
     built = libraries(fresh_cache)
-    assert len(built) == 1 and built[0].startswith("nonfinite_flags-")
+    assert len(built) == 1 and built[0].startswith("steps-nonfinite_flags-")
     stamp = (fresh_cache / built[0]).stat().st_mtime_ns
-    program = "from leanstep.kernels.cpp_impl import _build; _build.library('nonfinite_flags', {'TENSOR': 'bf16'})"
+    program = (
+        "from leanstep.kernels.cpp_impl import _build; _build.library('steps/nonfinite_flags', {'TENSOR': 'bf16'})"
+    )
     subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120)
     assert libraries(fresh_cache) == built
     assert (fresh_cache / built[0]).stat().st_mtime_ns == stamp
@@ -44,7 +46,7 @@ def test_a_variant_is_built_once_and_found_by_another_process(fresh_cache):
 
 def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
     program = (
-        "import torch; from leanstep.kernels.nonfinite_flags import nonfinite_flags as f;"
+        "import torch; from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags as f;"
         "assert f([torch.tensor([1.0, float('nan')]), torch.ones(3)]).tolist() == [1, 0]"
     )
     together = [subprocess.Popen([sys.executable, "-P", "-c", program]) for _ in range(3)]
@@ -58,7 +60,7 @@ def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypa
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(_build.BuildError, match="license expired"):
-        _build.library("nonfinite_flags", {"TENSOR": "float"})
+        _build.library("steps/nonfinite_flags", {"TENSOR": "float"})
     choice = choose("nonfinite_flags", torch.device("cpu"), torch.float32)
     assert choice.backend == "reference" and "license expired" in choice.reason
     assert not libraries(fresh_cache)
@@ -118,7 +120,7 @@ def test_a_large_matrix_has_the_scales_of_the_definition():
 
 def test_torch_and_the_kernels_share_one_openmp_runtime():
     """Two runtimes would be two pools of threads."""
-    _build.library("nonfinite_flags", {"TENSOR": "float"})
+    _build.library("steps/nonfinite_flags", {"TENSOR": "float"})
     mapped = {
         line.split()[-1]
         for line in Path("/proc/self/maps").read_text().splitlines()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanstep.kernels import dense_product, product
+from leanstep.kernels import product
+from leanstep.kernels.matrices import dense_product
 
 has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SHAPES = [(8, 1, 1), (9, 24, 20), (64, 512, 16), (300, 7, 130), (2, 30, 40)]

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import gram_row, linear_combination, row_dots, use_backend, write_row
-from leanstep.kernels.reference.gradient_window import row_scale
+from leanstep.kernels.reference.fisher.gradient_window import row_scale
 
 BACKENDS = ["reference", "cpp"]
 # from one element to more than the compiled loops need, and their last columns

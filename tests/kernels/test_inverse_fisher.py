@@ -12,8 +12,8 @@ from leanstep.kernels import (
     woodbury_coefficients,
     write_row,
 )
-from leanstep.kernels.inverse_fisher import EIGEN, FAILED, JITTERS, OK
-from leanstep.kernels.reference.inverse_fisher import dense_fisher, dynamic_recursion, static_recursion
+from leanstep.kernels.fisher.inverse_fisher import EIGEN, FAILED, JITTERS, OK
+from leanstep.kernels.reference.fisher.inverse_fisher import dense_fisher, dynamic_recursion, static_recursion
 
 # (m, d): one gradient, fewer than columns, as many, more
 SIZES = [(1, 7), (5, 24), (24, 24), (72, 24)]

@@ -207,7 +207,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_the_index_counts_beyond_32_bits():
-    from leanstep.kernels.reference.lora_products import seed_key
+    from leanstep.kernels.reference.lora.products import seed_key
     from leanstep.kernels.reference.rounding import hash32
 
     high = hash32(torch.tensor([0, 1]), 0)
@@ -219,8 +219,8 @@ def test_the_index_counts_beyond_32_bits():
 
 
 def test_cpp_takes_pieces_of_any_number():
-    from leanstep.kernels.cpp_impl import lora_products as cpp
-    from leanstep.kernels.reference import lora_products as reference
+    from leanstep.kernels.cpp_impl.lora import products as cpp
+    from leanstep.kernels.reference.lora import products as reference
 
     # more rows than a piece has, and a last piece that is not whole
     x, a, e, b = normal(1100, 500), normal(4, 500, seed=1), normal(1100, 4, seed=2), normal(4, 500, seed=3)
@@ -237,8 +237,8 @@ def test_cpp_takes_pieces_of_any_number():
 
 
 def test_a_piece_across_an_index_of_32_bits():
-    from leanstep.kernels.cpp_impl import lora_products as cpp
-    from leanstep.kernels.reference.lora_products import seed_key, threshold
+    from leanstep.kernels.cpp_impl.lora import products as cpp
+    from leanstep.kernels.reference.lora.products import seed_key, threshold
     from leanstep.kernels.reference.rounding import hash32
 
     first, size, p, seed = 2**32 - 700, 20000, 0.4, 11

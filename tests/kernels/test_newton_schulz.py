@@ -7,9 +7,9 @@ import torch
 from kernel_cases import bits_equal, dtype_name, matrices
 
 from leanstep.kernels import COEFFICIENTS, newton_schulz, nuclear_norm, use_backend
-from leanstep.kernels._newton_schulz_batched import jobs_of, lengths_of_runs
-from leanstep.kernels.newton_schulz import flops
-from leanstep.kernels.reference.newton_schulz import minimax_quintic, polar_express
+from leanstep.kernels.matrices.newton_schulz import flops
+from leanstep.kernels.matrices.newton_schulz_batched import jobs_of, lengths_of_runs
+from leanstep.kernels.reference.matrices.newton_schulz import minimax_quintic, polar_express
 
 BACKENDS = ["reference", "auto"]
 METHODS = ["standard", "gram"]
@@ -106,7 +106,7 @@ def test_without_restarts_the_gram_form_fails_in_bf16(monkeypatch):
     exact = oracle(mat, triples_of("polar_express", 5))
     options = {"coefficients": "polar_express", "method": "gram", "dtype": torch.bfloat16}
     assert error(newton_schulz([mat.float()], **options)[0], exact) < 0.5
-    monkeypatch.setattr("leanstep.kernels._newton_schulz_batched.GROWTH", {torch.bfloat16: math.inf})
+    monkeypatch.setattr("leanstep.kernels.matrices.newton_schulz_batched.GROWTH", {torch.bfloat16: math.inf})
     assert not error(newton_schulz([mat.float()], **options)[0], exact) < 10
 
 
@@ -114,7 +114,7 @@ def test_without_restarts_the_gram_form_fails_in_bf16(monkeypatch):
 def test_one_singular_value_above_many_stays_in_bounds_in_bf16(limit, monkeypatch):
     """The case that decides how long the Gram form may go on: three of Jordan's steps are too many."""
     if limit is not None:
-        monkeypatch.setattr("leanstep.kernels._newton_schulz_batched.GROWTH", {torch.bfloat16: limit})
+        monkeypatch.setattr("leanstep.kernels.matrices.newton_schulz_batched.GROWTH", {torch.bfloat16: limit})
     largest = 0.0
     for seed in range(6):
         left, _ = torch.linalg.qr(normal(64, 64, dtype=torch.float64, seed=seed))

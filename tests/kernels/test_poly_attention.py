@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanstep.kernels.poly_attention import (
+from leanstep.kernels.poly.attention import (
     _run,
     _run_backward,
     poly_attention,
@@ -14,7 +14,7 @@ from leanstep.kernels.poly_attention import (
     poly_attention_flops,
     register_flop_formulas,
 )
-from leanstep.kernels.reference import poly_attention as definition
+from leanstep.kernels.reference.poly import attention as definition
 
 
 def taylor(degree):
@@ -150,7 +150,7 @@ def test_heads_are_split_to_fit_the_scratch_memory(causal, monkeypatch):
     q, k, v = inputs()
     whole = poly_attention(q, k, v, taylor(2), scale=0.5, causal=causal, chunk=8)
     grads = torch.autograd.grad(whole[0].sum(), (q, k, v))
-    monkeypatch.setattr("leanstep.kernels._poly_chunks._SCRATCH", {"cpu": 1})
+    monkeypatch.setattr("leanstep.kernels.poly.chunks._SCRATCH", {"cpu": 1})
     parts = poly_attention(q, k, v, taylor(2), scale=0.5, causal=causal, chunk=8)
     same(parts, whole)
     same(torch.autograd.grad(parts[0].sum(), (q, k, v)), grads)

@@ -7,8 +7,8 @@ import torch
 from kernel_cases import bits_equal, dtype_name
 
 from leanstep.kernels import BackendError, use_backend
-from leanstep.kernels._poly_tables import poly_tables
-from leanstep.kernels.poly_features import poly_features, poly_features_backward
+from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.poly.tables import poly_tables
 
 SHAPES = [(1, 3), (2, 6), (3, 0), (4, 1), (5, 4), (16, 3), (64, 2)]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
-triton_window = pytest.importorskip("leanstep.kernels.triton_impl.gradient_window")
+triton_window = pytest.importorskip("leanstep.kernels.triton_impl.fisher.gradient_window")
 
 # columns: one, none, less than a tile, a tile, whole chunks and more, and a number that is not a multiple of 8
 SIZES = [1, 0, 24, 512, 8192, 8192 + 520, 9001]

@@ -2,9 +2,9 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, tensors
 
-from leanstep.kernels.reference import lion_step as reference
+from leanstep.kernels.reference.steps import lion_step as reference
 
-triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.lion_step")
+triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_step")
 
 LR, DECAY, BETA1, BETA2 = 1e-3, 1 - 1e-3 * 0.1, 0.9, 0.99
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master")

@@ -6,7 +6,7 @@ from leanstep.kernels import newton_schulz, nuclear_norm, use_backend
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-triton_newton_schulz = pytest.importorskip("leanstep.kernels.triton_impl.newton_schulz")
+triton_newton_schulz = pytest.importorskip("leanstep.kernels.triton_impl.matrices.newton_schulz")
 tile_of = triton_newton_schulz._tile_of
 
 DTYPES = [torch.bfloat16, torch.float16]

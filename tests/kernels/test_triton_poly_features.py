@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leanstep.kernels import poly_features, poly_features_backward, use_backend
-from leanstep.kernels.poly_attention import poly_attention
+from leanstep.kernels.poly.attention import poly_attention
 
 pytest.importorskip("triton")
 

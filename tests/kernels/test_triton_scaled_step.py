@@ -2,9 +2,9 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name, matrices
 
-from leanstep.kernels.reference import scaled_step as reference
+from leanstep.kernels.reference.steps import scaled_step as reference
 
-triton_step = pytest.importorskip("leanstep.kernels.triton_impl.scaled_step")
+triton_step = pytest.importorskip("leanstep.kernels.triton_impl.steps.scaled_step")
 
 STEP, DECAY = 1e-2, 1 - 1e-3
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master")

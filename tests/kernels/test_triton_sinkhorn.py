@@ -4,7 +4,7 @@ from kernel_cases import DTYPES, bits_equal, dtype_name, matrices, replay_beside
 
 from leanstep.kernels import sinkhorn_step
 
-triton_sinkhorn = pytest.importorskip("leanstep.kernels.triton_impl.sinkhorn")
+triton_sinkhorn = pytest.importorskip("leanstep.kernels.triton_impl.matrices.sinkhorn")
 
 
 def sizes(mats):

@@ -3,9 +3,9 @@ import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import scatter, sparse_layout, top_k
-from leanstep.kernels.reference import sparse_window as reference
+from leanstep.kernels.reference.fisher import sparse_window as reference
 
-triton_window = pytest.importorskip("leanstep.kernels.triton_impl.sparse_window")
+triton_window = pytest.importorskip("leanstep.kernels.triton_impl.fisher.sparse_window")
 
 # (elements, density, block): one entry, none, less than a block, whole blocks with aligned rows, a last short block,
 # and enough entries of a block for every width of the kernel

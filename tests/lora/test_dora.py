@@ -8,7 +8,7 @@ import torch
 from lora_models import randomise, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, apply_lora
-from leanstep.lora.dora import row_norms
+from leanstep.lora.layers.dora import row_norms
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 2), (1, 9, 1), (6, 1, 1), (5000, 3, 2)])

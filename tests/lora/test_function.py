@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanstep.kernels import lora_dropout
-from leanstep.lora.function import Setting, Weights, dora_factor, lora_linears
+from leanstep.lora.layers.autograd import Setting, Weights, dora_factor, lora_linears
+from leanstep.lora.layers.contraction import Order, backward_flops, choose_order, forward_flops
 from leanstep.lora.memory import saved_bytes
-from leanstep.lora.order import Order, backward_flops, choose_order, forward_flops
 
 N, M_OUT, R = 5, 4, 3
 

@@ -7,11 +7,11 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from leanstep.lora.attention import LowRankAttentionError
-from leanstep.lora.gate import LowRankGate
-from leanstep.lora.gate_checks import autocasted_seen
-from leanstep.lora.head_norms import Seen
-from leanstep.lora.norms import NormMonitor
+from leanstep.lora.attention.attention import LowRankAttentionError
+from leanstep.lora.attention.gate import LowRankGate
+from leanstep.lora.attention.gate_checks import autocasted_seen
+from leanstep.lora.attention.monitor import NormMonitor
+from leanstep.lora.attention.norms import Seen
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 # so that low-rank attention is predicted to pay at the length of a test
@@ -295,7 +295,7 @@ def test_adapters_learn_through_low_rank_attention(targets):
 
 def test_the_speed_is_measured_where_none_is_given(monkeypatch):
     calls = []
-    monkeypatch.setattr("leanstep.lora.gate.measure_speed", lambda *args: calls.append(args) or 2.5)
+    monkeypatch.setattr("leanstep.lora.attention.gate.measure_speed", lambda *args: calls.append(args) or 2.5)
     model = llama()
     with LowRankGate(model, "auto", rows=8) as gate:
         model(IDS)
@@ -307,7 +307,7 @@ def test_the_speed_is_measured_where_none_is_given(monkeypatch):
 
 
 def test_measured_speed_is_a_positive_number():
-    from leanstep.lora.attention_cost import measure_speed
+    from leanstep.lora.attention.cost import measure_speed
 
     assert 0.01 < measure_speed(8, 8, 2, torch.device("cpu"), torch.float32, length=256) < 1000
 
@@ -337,7 +337,8 @@ def test_a_gate_goes_on_from_its_state_bit_for_bit(tmp_path, monkeypatch, begin)
     """Before the first switch, between judgements, and long after; with another speed where it goes on."""
     speeds = []
     monkeypatch.setattr(
-        "leanstep.lora.gate.measure_speed", lambda *_: speeds.append(1e-3 if not speeds else 1e3) or speeds[-1]
+        "leanstep.lora.attention.gate.measure_speed",
+        lambda *_: speeds.append(1e-3 if not speeds else 1e3) or speeds[-1],
     )
     model = llama().train()
     settings = dict(rows=8, every=3, spot_every=2, sequences=1)

@@ -17,12 +17,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from leanstep.lora.attention import key_means, low_rank_attention
-from leanstep.lora.attention_cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
-from leanstep.lora.attention_interface import attach, detach
-from leanstep.lora.head_norms import Seen, head_norms, sample_rows, sampled_error
-from leanstep.lora.norms import STATUSES, NormMonitor, judge
-from leanstep.lora.projection_norms import adapter_output, whole_weight
+from leanstep.lora.attention.attention import key_means, low_rank_attention
+from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
+from leanstep.lora.attention.interface import attach, detach
+from leanstep.lora.attention.monitor import STATUSES, NormMonitor, judge
+from leanstep.lora.attention.norms import Seen, head_norms, sample_rows, sampled_error
+from leanstep.lora.attention.projection_norms import adapter_output, whole_weight
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -116,7 +116,7 @@ def test_known_logits_give_the_right_status(size, cheap, status):
     call = Seen(size * q, q, torch.randn(1, 1, 64, 4), 1.0, False)
     found = head_norms(call, degrees=(2, 4), rows=64)
     assert float(found.certified) == pytest.approx(size) == pytest.approx(float(found.sampled))
-    from leanstep.lora.polynomials import needed_degree
+    from leanstep.lora.attention.features import needed_degree
 
     needed = needed_degree(size, 0.05)
     verdict = judge(needed, needed, float(found.errors[0, 0]), {2: 0.5 if cheap else 2.0, 4: 3.0}, 0.05)

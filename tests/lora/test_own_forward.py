@@ -10,7 +10,7 @@ from lora_models import randomise, relative_error, tiny_llama, tokens
 from torch import nn
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, keep_zeros, remove_lora
-from leanstep.lora.quantized import dequantizer
+from leanstep.lora.layers.frozen import dequantizer
 
 
 class QAT(nn.Linear):

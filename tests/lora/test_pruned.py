@@ -8,7 +8,7 @@ from pruned_models import make_gpt2, make_llama
 from torch import nn
 
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, unmerge
-from leanstep.lora.linear import LoRALinearLayer
+from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.merge import merged_state_dict
 from leanstep.pruning import prune
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_masked_sum(dropout, transposed):
     weight = layer.weight.t() if transposed else layer.weight
     # what dropout left is seen in a layer that gives its input back
     update = (layer.lora_B.weight @ layer.lora_A.weight) * layer.lora.scale * (weight != 0)
-    from leanstep.lora.linear import _DropoutFunction, new_seed
+    from leanstep.lora.layers.linear import _DropoutFunction, new_seed
 
     inputs = _DropoutFunction.apply(x, dropout, new_seed()) if dropout else x
     expected = x @ weight.t() + inputs @ update.t() + layer.bias + layer.lora_B.bias * layer.lora.scale

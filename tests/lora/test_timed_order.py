@@ -8,9 +8,10 @@ from lora_models import LLAMA_TARGETS, loss_and_gradients, randomise, relative_e
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, timed_order
-from leanstep.lora.order import Order, choose_order
-from leanstep.lora.timed_order import row_bucket
+from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
+from leanstep.lora.layers import timed_order
+from leanstep.lora.layers.contraction import Order, choose_order
+from leanstep.lora.layers.timed_order import row_bucket
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -112,7 +112,7 @@ def test_half_precision_bases_keep_fp32_factors():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases_compute_with_what_they_hold(bits, dora):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from leanstep.lora.quantized import dequantizer
+    from leanstep.lora.layers.frozen import dequantizer
 
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
     options = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}

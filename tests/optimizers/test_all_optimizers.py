@@ -412,6 +412,52 @@ def test_distributed_checkpoint_state_dict(case: OptimizerCase, flat: bool, tmp_
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_full_state_dict_takes_every_setting(case: OptimizerCase):
+    """What Accelerate saves under FSDP2: torch gathers numbers, strings and tensors, and fails on anything else."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model = _Model(case.params())
+    optimizer = case.build(list(model.items))
+    run(optimizer, list(model.items), range(2))
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    resumed_model = copy.deepcopy(model)
+    resumed = case.build(list(resumed_model.items))
+    set_optimizer_state_dict(resumed_model, resumed, saved, options=options)
+    assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+@every_case
+def test_dtypes_in_groups_are_names(case: OptimizerCase):
+    """States and pickles of old versions, which held the dtypes themselves, are taken."""
+    params = case.params()
+    optimizer = case.build(params)
+    given = {key: value for key, value in case.kwargs.items() if isinstance(value, torch.dtype)}
+    run(optimizer, params, range(2))
+    for group in optimizer.param_groups:
+        assert not any(isinstance(value, torch.dtype) for value in group.values())
+        assert all(f"torch.{group[key]}" == str(value) for key, value in given.items())
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        group.update(given)
+    resumed_params = [p.detach().clone().requires_grad_() for p in params]
+    resumed = case.build(resumed_params)
+    resumed.load_state_dict(old)
+    assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for group in optimizer.param_groups:
+        group.update(given)
+    assert copy.deepcopy(optimizer).state_dict()["param_groups"] == resumed.state_dict()["param_groups"]
+    run(optimizer, params, range(2, 3))
+    run(resumed, resumed_params, range(2, 3))
+    assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+@every_case
 def test_grad_scaler_skips_an_overflow(case: OptimizerCase):
     params = case.params()
     optimizer = case.build(params)

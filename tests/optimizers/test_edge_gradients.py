@@ -32,7 +32,7 @@ def test_any_finite_gradient_leaves_finite_weights_and_is_not_counted(size, back
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e38])
 def test_scales_are_finite_where_shards_of_columns_are_reduced(size):
     mats = [torch.randn(8, 6) * size]
-    from leanstep.kernels.sinkhorn import sinkhorn_of_columns
+    from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns
 
     rule = sinkhorn_of_columns(mats, 3, cols_total=[6])
     try:

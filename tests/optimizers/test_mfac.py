@@ -7,7 +7,7 @@ import torch
 from dense_fisher import DenseFisher, flatten, moved, new_params, relative, set_grads, step_and_compare
 
 from leanstep.optimizers import MFAC
-from leanstep.optimizers._mfac_damping import damping_at
+from leanstep.optimizers.mfac.damping import damping_at
 
 SHAPES = ((4, 3), (5,), (), (2, 2, 3))
 LR = 0.1

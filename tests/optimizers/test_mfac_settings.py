@@ -8,7 +8,7 @@ import torch
 from dense_fisher import new_params, set_grads
 
 from leanstep.optimizers import MFAC
-from leanstep.optimizers import _mfac_memory as memory
+from leanstep.optimizers.mfac import memory
 
 SHAPES = ((4, 3), (5,))
 

@@ -24,7 +24,7 @@ BAD = {
     "upwards by another form": ("kernels/x.py", "from leanstep import optimizers"),
     "upwards through the root": ("kernels/x.py", "from leanstep import Lion"),
     "upwards, whole root": ("optimizers/x.py", "import leanstep"),
-    "upwards, late": ("optimizers/x.py", "def f():\n    import leanstep.recipes.train"),
+    "upwards, late": ("optimizers/x.py", "def f():\n    import leanstep.recipes.training.train"),
     "upwards, by string": ("optimizers/x.py", "import importlib\nimportlib.import_module('leanstep.recipes')"),
     "recipes from the root": ("leanstep/__init__.py", "from leanstep.recipes import train"),
     "command line from a recipe": ("recipes/x.py", "from leanstep.cli import main"),

@@ -63,6 +63,11 @@ def clean_python(wheel, tmp_path_factory) -> Path:
     return python
 
 
+def folder_of(package: str) -> str:
+    """The folder of a package: leanstep.kernels.nm is kernels/nm."""
+    return package.removeprefix("leanstep.").replace(".", "/")
+
+
 def modules_of(wheel: Path) -> list[str]:
     """Dotted names of all Python modules in the wheel."""
     names = [Path(name) for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
@@ -76,23 +81,21 @@ def test_every_package_folder_is_listed():
         if path.relative_to(ROOT).parts[0] not in OUTSIDE | {"build"}
         and not any(part.startswith(".") or part in {"venv", "site-packages"} for part in path.relative_to(ROOT).parts)
     }
-    mapping = SETUPTOOLS["package-dir"]
-    assert sorted(SETUPTOOLS["packages"]) == sorted(mapping)
-    assert {mapping[name] for name in SETUPTOOLS["packages"]} == folders
-    for name, folder in mapping.items():
-        expected = "leanstep" if folder == "leanstep" else "leanstep." + folder.replace("/", ".")
-        assert name == expected
+    assert {folder_of(name) for name in SETUPTOOLS["packages"]} == folders
+    assert SETUPTOOLS["package-dir"] == {
+        name: folder_of(name) for name in SETUPTOOLS["packages"] if "/" not in folder_of(name)
+    }
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for name, folder in SETUPTOOLS["package-dir"].items():
+    for name in SETUPTOOLS["packages"]:
         home = name.replace(".", "/")
-        for path in (ROOT / folder).iterdir():
+        for path in (ROOT / folder_of(name)).iterdir():
             if path.is_file() and path.suffix in {".py", ".yaml", ".typed", ".cpp", ".h"}:
                 assert f"{home}/{path.name}" in inside
     assert "leanstep/py.typed" in inside
-    assert any(name.startswith("leanstep/recipes/") and name.endswith(".yaml") for name in inside)
+    assert any(name.startswith("leanstep/recipes/configs/") and name.endswith(".yaml") for name in inside)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in inside)
     tops = {name.split("/")[0] for name in inside}
     assert all(top == "leanstep" or top.endswith(".dist-info") for top in tops), tops
@@ -102,12 +105,12 @@ def test_the_sdist_is_complete(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "recipes/loader.py", "kernels/__init__.py"} <= inside
+    assert {"pyproject.toml", "README.md", "LICENSE", "recipes/config/loader.py", "kernels/__init__.py"} <= inside
 
 
 def test_every_module_of_the_wheel_imports_in_a_clean_environment(wheel, clean_python, tmp_path):
     modules = [name for name in modules_of(wheel) if not name.endswith("__main__")]
-    assert "leanstep.recipes.loader" in modules
+    assert "leanstep.recipes.config.loader" in modules
     assert "leanstep.kernels.reference" in modules
     code = (
         "import importlib, pathlib, sys\n"
@@ -166,6 +169,6 @@ def test_triton_is_asked_for_where_it_exists(platform):
 def test_the_source_is_python_3_11():
     oldest = tuple(map(int, PROJECT["project"]["requires-python"].removeprefix(">=").split(".")))
     assert oldest == (3, 11)
-    for folder in SETUPTOOLS["package-dir"].values():
-        for path in (ROOT / folder).glob("*.py"):
+    for name in SETUPTOOLS["packages"]:
+        for path in (ROOT / folder_of(name)).glob("*.py"):
             ast.parse(path.read_text("utf-8"), str(path), feature_version=oldest)

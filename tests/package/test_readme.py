@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from leanstep import cli
-from leanstep.recipes import evaluate, loader
+from leanstep.recipes import evaluate
+from leanstep.recipes.config import loader
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from leanstep.cli import main
 from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, find_targets, prune
-from leanstep.pruning.batches import as_batches
-from leanstep.pruning.budgets import cost
-from leanstep.pruning.measure import weights_hash
-from leanstep.pruning.targets import count_uses
+from leanstep.pruning.allocate.budgets import cost
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.score.targets import count_uses
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24"]
 LEVELS = (0.0, 0.4, 0.6, 0.8)

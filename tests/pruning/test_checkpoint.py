@@ -13,7 +13,7 @@ from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_v
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leanstep.pruning.checkpoint import (
+from leanstep.pruning.folder.checkpoint import (
     checkpoint_values,
     copy_others,
     load_model,
@@ -21,8 +21,8 @@ from leanstep.pruning.checkpoint import (
     stored_parameters,
     write_weights,
 )
-from leanstep.pruning.output import check_output, new_folder
-from leanstep.pruning.targets import find_targets
+from leanstep.pruning.folder.output import check_output, new_folder
+from leanstep.pruning.score.targets import find_targets
 
 MAKERS = {"llama": make_llama, "gpt2": make_gpt2, "mixtral": make_mixtral, "vit": make_vit, "deit": make_deit}
 
@@ -193,7 +193,7 @@ def test_an_output_that_exists_or_has_no_place_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_file_that_is_copied_and_changed_is_the_file_that_would_be_written(kind, tmp_path, monkeypatch):
-    from leanstep.pruning import checkpoint as module
+    from leanstep.pruning.folder import checkpoint as module
 
     MAKERS[kind]().to(torch.bfloat16).save_pretrained(tmp_path / "in", max_shard_size="12KB")
     rewrite(tmp_path / "in", tmp_path / "copied")
@@ -224,7 +224,7 @@ def test_stored_parameters_are_those_of_the_files_under_their_own_names(tmp_path
 
 @pytest.mark.parametrize("writer", ["copied", "written"])
 def test_a_disk_that_fills_leaves_nothing(writer, saved, tmp_path, monkeypatch):
-    from leanstep.pruning import checkpoint as module
+    from leanstep.pruning.folder import checkpoint as module
 
     def full(source, path, **options):
         path.write_bytes(b"half")
@@ -243,7 +243,7 @@ def test_a_disk_that_fills_leaves_nothing(writer, saved, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from leanstep.pruning.output import new_folder
+from leanstep.pruning.folder.output import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from leanstep.pruning import Curve, find_targets, level_grid, nm_levels
-from leanstep.pruning.groups import make_groups
-from leanstep.pruning.measure import levels_of
-from leanstep.pruning.monotone import isotonic, monotone_cubic
+from leanstep.pruning.measure.groups import make_groups
+from leanstep.pruning.measure.measure import levels_of
+from leanstep.pruning.measure.monotone import isotonic, monotone_cubic
 
 
 def curve(kept, distortion, numel=1000, stderr=None, patterns=()):

@@ -8,12 +8,12 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import find_targets, measure_curves
-from leanstep.pruning.batches import as_batches, token_sequences
-from leanstep.pruning.calibration import collect_inputs, statistics_for
-from leanstep.pruning.groups import make_groups, split_kept
-from leanstep.pruning.measure import Measurement, weights_hash
-from leanstep.pruning.metrics import Metric, make_metric, summarise
-from leanstep.pruning.prefix import PrefixCache
+from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.groups import make_groups, split_kept
+from leanstep.pruning.measure.measure import Measurement, weights_hash
+from leanstep.pruning.measure.metrics import Metric, make_metric, summarise
+from leanstep.pruning.score.calibration import collect_inputs, statistics_for
 
 LEVELS = (0.5, 0.9)
 MODELS = {
@@ -251,7 +251,7 @@ def test_padding_does_not_count():
 
 def test_kl_over_the_top_entries_and_the_rest_is_at_most_kl_and_equal_with_all():
     dense, pruned = torch.randn(2, 5, 40), torch.randn(2, 5, 40)
-    from leanstep.pruning.metrics import KLTopK
+    from leanstep.pruning.measure.metrics import KLTopK
 
     whole, top = values_of("kl", dense, pruned)[0], values_of(KLTopK(8), dense, pruned)[0]
     assert (top < whole).all() and (top > 0.1 * whole).all()

@@ -10,13 +10,14 @@ import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
 from torch import nn
 
-from leanstep.pruning import Budget, InfeasibleBudget, additivity, find_targets, measure_curves, planner, prune
-from leanstep.pruning.additivity import Additivity
-from leanstep.pruning.batches import as_batches
-from leanstep.pruning.measure import weights_hash
+from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
+from leanstep.pruning.folder.report import report_page
+from leanstep.pruning.measure import checks as additivity
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.checks import Additivity
+from leanstep.pruning.measure.measure import weights_hash
 from leanstep.pruning.prune import ALLOCATIONS
-from leanstep.pruning.report import report_page
-from leanstep.pruning.targets import count_uses
+from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune import _summary
 from leanstep.sparsity import is_nm
 

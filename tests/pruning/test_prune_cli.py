@@ -69,7 +69,7 @@ def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
 
 
 def test_its_logits_are_those_of_the_pruned_model_bit_for_bit(base, tmp_path):
-    from leanstep.pruning import run
+    from leanstep.pruning.folder import run
 
     seen = {}
     write = run.write_weights
@@ -163,7 +163,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_done(base, pruned, 
 
 
 def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monkeypatch, capsys):
-    from leanstep.pruning import checkpoint
+    from leanstep.pruning.folder import checkpoint
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")

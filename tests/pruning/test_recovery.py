@@ -8,10 +8,10 @@ from pruned_models import make_gpt2
 from training import read_log, run, write_text
 
 from leanstep.pruning import find_targets, prune
-from leanstep.recipes.check import _pruning
-from leanstep.recipes.loader import ConfigError, load
-from leanstep.recipes.memory import estimate
-from leanstep.recipes.sections import Facts, Section
+from leanstep.recipes.check.check import _pruning
+from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.sparsity.verify import verify
 
 RECIPE = """\

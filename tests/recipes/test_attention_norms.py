@@ -12,11 +12,11 @@ from training import Training, numbers, read_log, run, write_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from leanstep.lora import LowRankGate
-from leanstep.lora.norms import STATUSES
-from leanstep.recipes.attention_norms import read_gate, write_gate
-from leanstep.recipes.checkpoint import CheckpointError
-from leanstep.recipes.loader import ConfigError, load
-from leanstep.recipes.report import write_report
+from leanstep.lora.attention.monitor import STATUSES
+from leanstep.recipes.config.loader import ConfigError, load
+from leanstep.recipes.methods.attention_norms import read_gate, write_gate
+from leanstep.recipes.report.report import write_report
+from leanstep.recipes.training.checkpoint import CheckpointError
 
 ON = "log.attention_norms=true"
 

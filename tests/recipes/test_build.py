@@ -11,9 +11,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import leanstep.optimizers
 from leanstep import use_backend
-from leanstep.recipes import build
-from leanstep.recipes.build import build_accelerator, build_model, build_optimizer, build_schedule, optimizer_class
-from leanstep.recipes.config import (
+from leanstep.recipes.config.schema import (
     BatchConfig,
     DataConfig,
     DistributedConfig,
@@ -23,7 +21,15 @@ from leanstep.recipes.config import (
     RunConfig,
     ScheduleConfig,
 )
-from leanstep.recipes.signatures import OPTIMIZERS
+from leanstep.recipes.config.signatures import OPTIMIZERS
+from leanstep.recipes.training import build
+from leanstep.recipes.training.build import (
+    build_accelerator,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    optimizer_class,
+)
 
 INSTALLED = [
     name

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from leanstep.recipes.catalog import ALIASES, describe, parameter_count, recipe_names, recipe_path
-from leanstep.recipes.config import ModelConfig, accumulation_steps
-from leanstep.recipes.loader import dump, load
+from leanstep.recipes.config.catalog import ALIASES, describe, parameter_count, recipe_names, recipe_path
+from leanstep.recipes.config.loader import dump, load
+from leanstep.recipes.config.schema import ModelConfig, accumulation_steps
 
 NAMES = recipe_names()
 NANO = [f"{family}-nano-{optimizer}" for family in ("llama", "gpt") for optimizer in ("adamw", "lion", "sinkgd")]

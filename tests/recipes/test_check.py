@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from leanstep import _memory
-from leanstep.recipes import check_room, check_text, loader
-from leanstep.recipes.catalog import describe, recipe_names
-from leanstep.recipes.check import _groups, check, inspect, routing_rows
-from leanstep.recipes.check_room import disk_need
-from leanstep.recipes.folder import RunFolder
-from leanstep.recipes.loader import load
-from leanstep.recipes.memory import MemoryEstimate
-from leanstep.recipes.sections import Facts, Section
-from leanstep.recipes.vocabulary import vocabulary_size
+from leanstep.recipes.check import room as check_room
+from leanstep.recipes.check import text as check_text
+from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
+from leanstep.recipes.check.memory import MemoryEstimate
+from leanstep.recipes.check.room import disk_need
+from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.config import loader
+from leanstep.recipes.config.catalog import describe, recipe_names
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.data.vocabulary import vocabulary_size
+from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
 
@@ -72,7 +74,7 @@ def test_a_run_that_can_start(run, name, capsys, tmp_path):
 
 
 def test_epochs_count_the_sequences_of_the_text(run):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     config = run()
     sequences = len(load_data(config.data, seed=0).train)
@@ -86,8 +88,8 @@ def test_epochs_count_the_sequences_of_the_text(run):
 
 
 def test_the_routing_table_accounts_for_every_weight(run):
-    from leanstep.recipes.build import build_optimizer
-    from leanstep.recipes.memory import meta_model
+    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.training.build import build_optimizer
 
     config = run("optimizer.groups=[{match: 'layers.0', lr: 0.5, weight_decay: 0.25}]")
     model = meta_model(config, 300)
@@ -144,7 +146,7 @@ def test_a_hub_recipe_offline_names_those_that_need_no_network():
 
 
 def test_a_vocabulary_that_does_not_fit(run, tmp_path):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     folder = tmp_path / "tokenizer"
     load_data(run().data, seed=0).tokenizer.save_pretrained(folder)
@@ -155,7 +157,7 @@ def test_a_vocabulary_that_does_not_fit(run, tmp_path):
 
 
 def test_sentinels_that_text_never_produces_need_no_weights(run):
-    from leanstep.recipes.data import load_data
+    from leanstep.recipes.data.sequences import load_data
 
     tokenizer = load_data(run().data, seed=0).tokenizer
     assert vocabulary_size(tokenizer) == len(tokenizer) == 300
@@ -299,7 +301,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_answer_comes_early(no_network,
 def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    from leanstep.recipes.tokenizer import open_tokenizer
+    from leanstep.recipes.data.tokenizer import open_tokenizer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to try again"))

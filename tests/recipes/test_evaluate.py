@@ -11,10 +11,10 @@ import texts
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.data import IGNORED, load_data
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.evaluate import find_model_folder, main
-from leanstep.recipes.validation import evaluate
+from leanstep.recipes.training.validation import evaluate
 
 
 def tiny_llama(vocab_size, **changes):

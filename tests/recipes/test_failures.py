@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes import start
-from leanstep.recipes.checkpoint import find_checkpoints
-from leanstep.recipes.config import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
-from leanstep.recipes.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
-from leanstep.recipes.folder import FolderError, RunFolder
-from leanstep.recipes.memory import MemoryEstimate
-from leanstep.recipes.rules import optimizer_problems
+from leanstep.recipes.check.memory import MemoryEstimate
+from leanstep.recipes.config.rules import optimizer_problems
+from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
+from leanstep.recipes.training import start
+from leanstep.recipes.training.checkpoint import find_checkpoints
+from leanstep.recipes.training.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
+from leanstep.recipes.training.folder import FolderError, RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def test_without_on_signal_the_process_ends_as_usual(recipe, tmp_path):
 
 
 def test_old_handlers_come_back():
-    from leanstep.recipes.signals import StopFlag
+    from leanstep.recipes.training.signals import StopFlag
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with StopFlag() as flag:

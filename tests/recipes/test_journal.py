@@ -8,11 +8,11 @@ import pytest
 from run_folders import write_run
 from training import read_log, run, status, write_recipe
 
-from leanstep.recipes.build import build_model
-from leanstep.recipes.config import ModelConfig
-from leanstep.recipes.flops import flops_per_token, peak_flops
-from leanstep.recipes.progress import format_line
-from leanstep.recipes.report import write_report
+from leanstep.recipes.config.schema import ModelConfig
+from leanstep.recipes.report.report import write_report
+from leanstep.recipes.training.build import build_model
+from leanstep.recipes.training.flops import flops_per_token, peak_flops
+from leanstep.recipes.training.progress import format_line
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import time
 import pytest
 from training import numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes import launch
-from leanstep.recipes.world import WorldError, asked_world_size, check_world
+from leanstep.recipes.training import launch
+from leanstep.recipes.training.world import WorldError, asked_world_size, check_world
 
 OPTIONS = ["steps=12", "batch.micro_batch_size=2", "checkpoint.every=0"]
 
@@ -57,7 +57,7 @@ def test_a_signal_to_the_launcher_then_torchrun_continues(recipe, tmp_path, expe
     assert status(out)["status"] == "interrupted" and 1 <= stopped < 12
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    second = start(*torchrun, "-m", "leanstep.recipes.train", recipe, *options)
+    second = start(*torchrun, "-m", "leanstep.recipes.training.train", recipe, *options)
     said = second.communicate(timeout=120)[0]
     assert second.returncode == 0, said
     assert f"step {stopped} of 12" in said and said.count("world size 2") == 1
@@ -68,7 +68,7 @@ def test_accelerate_launch_connects_its_processes_on_a_cpu(recipe, tmp_path, exp
     # by itself Accelerate starts two processes here that do not know of each other
     out = tmp_path / "run"
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
-    process = start(*command, "-m", "leanstep.recipes.train", recipe, f"out={out}", *OPTIONS)
+    process = start(*command, "-m", "leanstep.recipes.training.train", recipe, f"out={out}", *OPTIONS)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert said.count("world size 2, backend gloo") == 1
@@ -78,7 +78,7 @@ def test_accelerate_launch_connects_its_processes_on_a_cpu(recipe, tmp_path, exp
 def test_accelerate_launch_that_starts_too_few_is_stopped(recipe, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
-    process = start(*command, "-m", "leanstep.recipes.train", recipe, f"out={out}", *OPTIONS)
+    process = start(*command, "-m", "leanstep.recipes.training.train", recipe, f"out={out}", *OPTIONS)
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "asks for 2 processes, but Accelerate connected 1" in said and "leanstep train ... --nproc 2" in said
@@ -96,7 +96,7 @@ def test_world_size_that_nobody_connected_is_stopped():
     ("parent", "number"),
     [
         (
-            "python3 /venv/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.train x.yaml",
+            "python3 /venv/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.training.train x.yaml",
             2,
         ),
         ("python /venv/bin/accelerate launch --num_processes=8 train.py", 8),
@@ -124,8 +124,8 @@ def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     assert "lr: 0.0005" in printed and "resume: never" in printed
     assert "8 sequences of 32 = 2 processes x 1 passes x 4 sequences" in printed
     tail = shlex.join([str(recipe), f"out={out}", "steps=12", "optimizer.lr=5e-4", "checkpoint.resume=never"])
-    assert f"torchrun --standalone --nproc_per_node 2 -m leanstep.recipes.train {tail}" in printed
-    assert f"accelerate launch --multi_gpu --num_processes 2 -m leanstep.recipes.train {tail}" in printed
+    assert f"torchrun --standalone --nproc_per_node 2 -m leanstep.recipes.training.train {tail}" in printed
+    assert f"accelerate launch --multi_gpu --num_processes 2 -m leanstep.recipes.training.train {tail}" in printed
     text = recipe.parent / "text.txt"
     assert f"# data.path: {text}, 1 file, {text.stat().st_size:,} bytes" in printed
     assert "all tokens of a sequence but its first: 31 of 32" in printed
@@ -160,7 +160,9 @@ def test_dry_run_reads_no_more_than_the_beginning(recipe, tmp_path, capsys, monk
     # a character of two bytes lies across the end of what is read
     path = tmp_path / "long.txt"
     path.write_bytes(b"x" + "\u00e9".encode() * 200_000)
-    monkeypatch.setattr("leanstep.recipes.sources.Path.read_bytes", lambda path: pytest.fail("it reads the whole file"))
+    monkeypatch.setattr(
+        "leanstep.recipes.data.sources.Path.read_bytes", lambda path: pytest.fail("it reads the whole file")
+    )
     assert launch.run(str(recipe), [f"data.path={path}", f"data.val_path={path}"], dry_run=True) == 0
     printed = capsys.readouterr().out
     assert f"# data.path: {path}, 1 file, 400,001 bytes" in printed and f"# data.val_path: {path}" in printed
@@ -189,7 +191,7 @@ def test_one_process_that_cannot_start_leaves_exit_code_2(recipe, tmp_path):
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_a_process_ends_with_its_code_after_its_threads_and_its_last_words(world):
     program = (
-        "import atexit, threading, time; from leanstep.recipes.train import leave; "
+        "import atexit, threading, time; from leanstep.recipes.training.train import leave; "
         "atexit.register(print, 'last words'); "
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); leave(3)"
     )

@@ -10,11 +10,11 @@ from training import Training, numbers, run, write_recipe, write_text
 from transformers import AutoModelForCausalLM
 
 from leanstep.lora import load_adapter
-from leanstep.recipes.check import _groups
-from leanstep.recipes.differences import config_differences
-from leanstep.recipes.loader import ConfigError, load
-from leanstep.recipes.memory import estimate
-from leanstep.recipes.sections import Facts, Section
+from leanstep.recipes.check.check import _groups
+from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.config.differences import config_differences
+from leanstep.recipes.config.loader import ConfigError, load
 
 
 @pytest.fixture(scope="module")

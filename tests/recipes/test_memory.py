@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from leanstep.kernels import use_backend
-from leanstep.recipes.build import build_model, build_optimizer
-from leanstep.recipes.loader import load
-from leanstep.recipes.memory import SavedStorages, estimate, meta_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.check.memory import SavedStorages, estimate, meta_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.training.build import build_model, build_optimizer
 
 SMALL = {
     "llama": (
@@ -94,7 +94,7 @@ def test_a_state_that_cannot_be_told_is_an_error(monkeypatch):
                     if parameter.grad.sum().item() > 0:
                         self.state[parameter]["late"] = torch.zeros_like(parameter)
 
-    monkeypatch.setattr("leanstep.recipes.build.optimizer_class", lambda name: Late)
+    monkeypatch.setattr("leanstep.recipes.training.build.optimizer_class", lambda name: Late)
     with pytest.raises(ValueError, match="the state of Late is not known before a step with real numbers"):
         estimate(recipe(optimizer="sgd"), 2048)
 
@@ -148,7 +148,7 @@ def test_published_sizes_take_the_expected_memory(size, optimizer, gigabytes):
     """bf16 weights and state: 2 bytes a weight, and 4 (AdamW), 2 (Lion) or 0 (SinkGD's matrices) of state."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from leanstep.recipes.memory import fake_model
+    from leanstep.recipes.check.memory import fake_model
 
     config = load(f"llama-{size}-{optimizer}" if optimizer != "lion" else f"llama-{size}-adamw")
     if optimizer == "lion":

@@ -11,9 +11,9 @@ import pytest
 from run_folders import write_run
 
 from leanstep._charts import Series, chart, compact, smooth
-from leanstep.recipes.folder import RunFolder
-from leanstep.recipes.report import MOST_BYTES, write_report
-from leanstep.recipes.runlog import duration, read_run
+from leanstep.recipes.report.report import MOST_BYTES, write_report
+from leanstep.recipes.report.runlog import duration, read_run
+from leanstep.recipes.training.folder import RunFolder
 
 VOID = {"meta", "br"}
 

@@ -20,7 +20,7 @@ from faults import (
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes.checkpoint import find_checkpoints
+from leanstep.recipes.training.checkpoint import find_checkpoints
 
 # dropout in every place GPT-2 has it
 MODEL = "n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, resid_pdrop: 0.1, attn_pdrop: 0.1, embd_pdrop: 0.1"

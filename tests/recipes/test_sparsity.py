@@ -11,13 +11,13 @@ from training import Training, numbers, read_log, run, write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from leanstep.cli import main
-from leanstep.recipes.check import inspect
-from leanstep.recipes.config import RunConfig, SparsityConfig
-from leanstep.recipes.differences import config_differences
-from leanstep.recipes.loader import ConfigError, dump, load
-from leanstep.recipes.memory import estimate
-from leanstep.recipes.report import write_report
-from leanstep.recipes.sparse import build_controller, run_operations, schedule_of
+from leanstep.recipes.check.check import inspect
+from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.config.differences import config_differences
+from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.schema import RunConfig, SparsityConfig
+from leanstep.recipes.methods.sparse import build_controller, run_operations, schedule_of
+from leanstep.recipes.report.report import write_report
 from leanstep.sparsity import NM, is_nm, nm_mask
 from leanstep.sparsity.methods import METHODS
 

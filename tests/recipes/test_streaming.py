@@ -12,12 +12,12 @@ import torch
 import training
 from torch.utils.data import DataLoader
 
-from leanstep.recipes import streaming
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.data import IGNORED, load_data
-from leanstep.recipes.sources import open_stream
-from leanstep.recipes.streaming import StreamedSequences, world_of_process
-from leanstep.recipes.tokenizer import load_tokenizer
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data import streaming
+from leanstep.recipes.data.sequences import IGNORED, load_data
+from leanstep.recipes.data.sources import open_stream
+from leanstep.recipes.data.streaming import StreamedSequences, world_of_process
+from leanstep.recipes.data.tokenizer import load_tokenizer
 
 DOCUMENTS = texts.documents(90)
 SHARDS = 5
@@ -259,10 +259,10 @@ def test_other_file_formats_stream_too(tokenizer, tmp_path, source):
 def test_another_process_gives_the_same_sequences(stream, c4, tmp_path):
     """No hash seed, thread or global random state of this process has a part in the order."""
     code = f"""
-from leanstep.recipes.config import DataConfig
-from leanstep.recipes.sources import open_stream
-from leanstep.recipes.streaming import StreamedSequences
-from leanstep.recipes.tokenizer import load_tokenizer
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.sources import open_stream
+from leanstep.recipes.data.streaming import StreamedSequences
+from leanstep.recipes.data.tokenizer import load_tokenizer
 import sys; sys.path.insert(0, {str(texts.__file__.rsplit("/", 1)[0])!r}); import texts
 tokenizer = load_tokenizer("train:400", lambda: texts.documents(90), "documents", {str(tmp_path)!r})
 config = DataConfig(source="local_c4", path={str(c4)!r}, streaming=True, cache_dir={str(tmp_path)!r})

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from training import numbers, read_log, run, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from leanstep.recipes.batches import MicroBatches, count_targets
-from leanstep.recipes.build import schedule_factor
-from leanstep.recipes.config import ExpectConfig, ScheduleConfig
-from leanstep.recipes.data import epoch_order
-from leanstep.recipes.finish import compare, sample
-from leanstep.recipes.folder import RunFolder
-from leanstep.recipes.progress import Clock, Progress, flat_scalars, format_duration, format_line, format_rate
-from leanstep.recipes.step import NonFinite, backward, gradient_norm
+from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
+from leanstep.recipes.data.batches import MicroBatches, count_targets
+from leanstep.recipes.data.sequences import epoch_order
+from leanstep.recipes.training.build import schedule_factor
+from leanstep.recipes.training.finish import compare, sample
+from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.progress import Clock, Progress, flat_scalars, format_duration, format_line, format_rate
+from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 
 
 @pytest.fixture(scope="module")
@@ -281,9 +281,9 @@ def test_the_console_and_train_log_tell_the_same(finished):
 
 
 def test_validation_in_the_run_is_that_of_the_evaluator(finished, recipe):
-    from leanstep.recipes.data import load_data
-    from leanstep.recipes.loader import load
-    from leanstep.recipes.validation import evaluate
+    from leanstep.recipes.config.loader import load
+    from leanstep.recipes.data.sequences import load_data
+    from leanstep.recipes.training.validation import evaluate
 
     data = load_data(load(str(recipe)).data, seed=0)
     model = AutoModelForCausalLM.from_pretrained(finished.out / "final")
@@ -357,7 +357,7 @@ def test_numbers_for_people():
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("leanstep.recipes.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("leanstep.recipes.training.progress.time.perf_counter", lambda: now[0])
     clock = Clock(elapsed_s=100.0)
     assert clock.eta(5, 1, 1) is None
     for _ in range(2):

@@ -37,6 +37,11 @@ CASES = {
     "nothing": ({}, {}, "at least one rule"),
     "unknown method": (MLP, {"method": "magic"}, "expected a method of ste, srste, .*got 'magic'"),
     "needs a schedule": (MLP, {"method": "mdgf-linear"}, "needs to know how long training is"),
+    "part of another kind": (
+        MLP,
+        {"method": "mdgf-linear", "schedule": Schedule(kind="sdgf-stepwise+mdgf-linear", total_steps=9)},
+        r"linear', got 'sdgf-stepwise\+mdgf-linear'",
+    ),
     "another kind": (MLP, {"method": "mdgf-linear", "schedule": Schedule(total_steps=9)}, "linear', got 'constant'"),
     "no schedule": (MLP, {"schedule": "linear"}, "expected a Schedule, a number of steps or None, got str"),
     "flow": (MLP, {"grad_flow": "up"}, "grad_flow must be 'ste', 'decay' or 'fixed', got 'up'"),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
@@ -382,8 +383,59 @@ def test_detaching_and_attaching():
     assert controller.step_count == 0
     with pytest.raises(TypeError, match=r"expected a torch optimizer, got Wrapper \(its .optimizer\?\)"):
         controller.attach(type("Wrapper", (), {"optimizer": optimizer})())
-    with pytest.raises(ValueError, match="SGD does not train the weights of 0, 2, 4"):
+    with pytest.raises(
+        ValueError,
+        match="SGD does not train 0.weight, 2.weight, 4.weight; build",
+    ):
         controller.attach(torch.optim.SGD(make_mlp().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("form", ["closure", "accelerate"])
+def test_the_terms_gradient_is_added_where_a_closure_computes_it(form):
+    """A step with a closure recomputes the gradient after the step has begun."""
+    weights = {}
+    for with_closure in (False, True):
+        model = make_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        stepped = Accelerator(cpu=True).prepare_optimizer(optimizer) if form == "accelerate" else optimizer
+        controller = sparsify(model, MLP, method="srste", srste_lambda=0.5).attach(stepped)
+        inputs, targets = batch()
+
+        def closure(model=model, optimizer=optimizer, inputs=inputs, targets=targets):
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if not with_closure:
+                closure()
+            stepped.step(closure if with_closure else None)
+        assert controller.step_count == 3
+        weights[with_closure] = [layer.weight.detach().clone() for layer in controller.layers]
+    for plain, by_closure in zip(weights[False], weights[True], strict=True):
+        assert torch.equal(plain, by_closure)
+    assert not torch.equal(weights[True][0], make_mlp()[0].weight)
+
+
+def test_every_evaluation_of_lbfgs_has_the_term():
+    model = make_mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    controller = sparsify(model, MLP, method="srste", srste_lambda=0.5).attach(optimizer)
+    layer, inputs, gradients = controller.layers[0], batch()[0], []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean() * 0
+        loss.backward()
+        return loss + 0.25 * sum(x.weight.masked_fill(x.transform.mask, 0).square().sum() for x in controller.layers)
+
+    original = optimizer._gather_flat_grad
+    optimizer._gather_flat_grad = lambda: gradients.append(layer.weight.grad.clone()) or original()
+    pruned = layer.weight.detach().masked_fill(layer.transform.mask, 0)
+    optimizer.step(closure)
+    assert torch.equal(gradients[0], 0.5 * pruned) and len(gradients) > 1
+    assert controller.step_count == 1
 
 
 def test_masked_weights_stay_out_of_the_window_of_m_fac():

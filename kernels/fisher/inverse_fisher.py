@@ -1,0 +1,226 @@
+"""The m x m algebra of a damped empirical Fisher matrix: which combination of its gradients is F^-1 x.
+
+Rows of G [m, d] are gradients, K = G G^T is their Gram matrix and F = damping * I + G^T G / s, with s = m (Frantar,
+Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arXiv 2107.03356) or
+another denominator. F [d, d] is never formed. Its inverse times a vector needs one system with a matrix of the
+window's size, damping * I + K / s, which is solved here in fp64:
+
+* For x = G^T a, a combination of the window's own rows, such as the newest gradient (a = e_j), the push-through
+  identity gives ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: sums only, nothing cancels.
+* For any x, Woodbury's identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It
+  subtracts: where x lies among the gradients, the error is about eps * |g|^2 / (s * damping) with fp32 gradients.
+
+Both equal the paper's two recursions, which :mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OK = 0
+JITTERS = 5  # status 1 to JITTERS: that many additions to the diagonal were tried until one worked
+EIGEN = JITTERS + 1
+FAILED = JITTERS + 2
+EPS = 2.0**-24  # half a unit in the last place of fp32
+
+_FIRST_JITTER = 1e-12  # times the mean of the diagonal; ten times as much at each further attempt
+# of the result, at worst, by rounding the combination of rows
+_TOLERATED = 1e-2
+# times eps and the largest eigenvalue: what the rounding of K makes of an eigenvalue of zero
+_NOISE = 8.0
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of the window's rows, and how each system was solved.
+
+    Attributes:
+        values: fp64 [..., n].
+        status: int32 [...]: ``OK`` (0) by Cholesky; 1 to ``JITTERS`` by Cholesky with 1e-12 times the mean of the
+            diagonal, ten times as much at each further attempt, added to it; ``EIGEN`` by eigenvalues; ``FAILED`` by
+            the diagonal alone, only without ``wait``.
+    """
+
+    values: Tensor
+    status: Tensor
+
+
+def window_coefficients(
+    gram: Tensor,
+    damping: float | Tensor,
+    denominator: float,
+    target: int | Tensor,
+    *,
+    wait: bool = True,
+    eps: float = EPS,
+) -> Coefficients:
+    """The c with ``F^-1 G^T a = G^T c``: c = (damping * I + K / s)^-1 a, by the push-through identity.
+
+    Args:
+        gram: K, fp64 [n, n] of the n rows that are in use, or [..., n, n] for several windows. Not written.
+        damping: > 0; a number, or a tensor of shape [...] on the device of ``gram``.
+        denominator: s > 0: the window's size m, or the number n of rows in use.
+        target: the row j for x = g_j (a = e_j, in every window), or a itself, [..., n].
+        wait: read on the host whether a system is too badly conditioned, once, and solve that one in another way.
+            Without, nothing is read: ``values`` is then a divided by the diagonal (for a = e_j: as if the window held
+            g_j alone) and the status is ``FAILED``. Under CUDA graph capture, nothing can be read.
+        eps: relative rounding of K and of the combination that will be formed; fp32's, or 2**-53 for float64 windows.
+
+    Returns:
+        :class:`Coefficients`.
+
+    Raises:
+        ValueError: for sizes that do not match, a damping or denominator that is not positive, an index outside the
+            window, or (with ``wait``) an entry of ``gram`` that is not finite.
+
+    Notes:
+        n^3 / 3 multiply-adds per window, and a copy of ``gram``.
+
+        Where gradients depend on one another (repeated ones, say) and the damping is small beside eps times their
+        squares, the solution has huge entries whose rows should cancel, and in fp32 do not. So a system is solved
+        by eigenvalues as well where ``eps * sum_i |c_i| |g_i|`` exceeds a hundredth of the result's norm
+        ``sqrt(c^T K c)``. Combinations of rows that are zero but for rounding are left out of c then: eigenvalues of
+        K up to 8 eps times the largest, to which nothing in G^T c belongs.
+    """
+    _check(gram, damping, denominator, "window_coefficients")
+    n = gram.shape[-1]
+    if isinstance(target, int):
+        if not 0 <= target < n:
+            raise ValueError(f"window_coefficients: row {target} is outside the window of {n} rows")
+        right = gram.new_zeros(gram.shape[:-1])
+        right[..., target] = 1.0
+    else:
+        if target.shape != gram.shape[:-1]:
+            raise ValueError(
+                f"window_coefficients: expected a target of shape {tuple(gram.shape[:-1])}, got {tuple(target.shape)}"
+            )
+        right = target.to(torch.float64)
+    return _solve(gram, right, damping, denominator, wait, eps)
+
+
+def woodbury_coefficients(
+    gram: Tensor,
+    dots: Tensor,
+    damping: float | Tensor,
+    denominator: float,
+    *,
+    wait: bool = True,
+    eps: float = EPS,
+) -> Coefficients:
+    """The c with ``F^-1 x = x / damping + G^T c`` for any x: c = -(damping * I + K / s)^-1 G x / (damping * s).
+
+    Args:
+        gram, damping, denominator, wait, eps: as for :func:`window_coefficients`.
+        dots: G x, fp64 [..., n].
+
+    Returns:
+        :class:`Coefficients`.
+
+    Raises:
+        ValueError: as for :func:`window_coefficients`.
+
+    Notes:
+        Where x is a combination of the gradients in the window, :func:`window_coefficients` is far more accurate.
+    """
+    _check(gram, damping, denominator, "woodbury_coefficients")
+    if dots.shape != gram.shape[:-1]:
+        raise ValueError(
+            f"woodbury_coefficients: expected dots of shape {tuple(gram.shape[:-1])}, got {tuple(dots.shape)}"
+        )
+    solved = _solve(gram, dots.to(torch.float64), damping, denominator, wait, eps)
+    by_damping = damping.unsqueeze(-1) if isinstance(damping, Tensor) and damping.dim() else damping
+    return Coefficients(solved.values / (-denominator * by_damping), solved.status)
+
+
+def _solve(
+    gram: Tensor, right: Tensor, damping: float | Tensor, denominator: float, wait: bool, eps: float
+) -> Coefficients:
+    if not isinstance(damping, Tensor):
+        damping = torch.full((), damping, dtype=torch.float64, device=gram.device)
+    if torch.compiler.is_compiling():
+        return Coefficients(*torch.ops.leanstep.inverse_fisher_solve(gram, right, damping, denominator, wait, eps))
+    return Coefficients(*_run(gram, right, damping, denominator, wait, eps))
+
+
+@torch.no_grad()
+def _run(
+    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, wait: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    matrix = gram / denominator
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping.to(torch.float64).unsqueeze(-1)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+    failed = (info != 0) | ~_is_accurate(gram, values, eps)
+    if not wait:
+        return torch.where(failed.unsqueeze(-1), right / diagonal, values), failed.to(torch.int32) * FAILED
+    status = torch.zeros(failed.shape, dtype=torch.int32)
+    failed_on_host = failed.cpu()  # the one wait for the device
+    if failed_on_host.any():
+        dampings = damping.expand(failed.shape)
+        for where in map(tuple, failed_on_host.nonzero().tolist()):
+            found = _solve_badly_conditioned(gram[where], right[where], dampings[where], denominator, eps)
+            values[where], status[where] = found
+    return values, status.to(gram.device, non_blocking=True)
+
+
+def _is_accurate(gram: Tensor, values: Tensor, eps: float) -> Tensor:
+    """Whether the rows' combination is larger than its rounding; False where anything is not finite."""
+    rounding = eps * (values.abs() * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(dim=-1)
+    squared_norm = (values * (gram @ values.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
+    return (rounding == 0) | (rounding <= _TOLERATED * squared_norm.clamp_min(0).sqrt())
+
+
+def _solve_badly_conditioned(
+    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, eps: float
+) -> tuple[Tensor, int]:
+    """Solve one system [n, n] that Cholesky does not: with a little more damping, or by its eigenvalues."""
+    if not torch.isfinite(gram).all():
+        raise ValueError(
+            "the Gram matrix of the window has entries that are not finite: a gradient was not finite, or its squared "
+            "norm exceeds fp32. Skip such gradients or clip them before they are stored."
+        )
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    matrix = gram / denominator + damping * identity
+    jitter = _FIRST_JITTER * matrix.diagonal().mean()
+    for attempt in range(1, JITTERS + 1):
+        factor, info = torch.linalg.cholesky_ex(matrix + jitter * identity)
+        if not info:
+            values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+            if _is_accurate(gram, values, eps):
+                return values, attempt
+        jitter = jitter * 10
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    resolved = eigenvalues > _NOISE * eps * eigenvalues[-1]
+    inverse = torch.where(resolved, 1 / (damping + eigenvalues / denominator), 0.0)
+    return vectors @ (inverse * (vectors.T @ right)), EIGEN
+
+
+def _check(gram: Tensor, damping: float | Tensor, denominator: float, name: str) -> None:
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or not gram.shape[-1] or gram.dtype != torch.float64:
+        raise ValueError(
+            f"{name}: expected a float64 Gram matrix [..., n, n], n >= 1; got {tuple(gram.shape)} in {gram.dtype}"
+        )
+    # looking at a tensor's value would wait for the device
+    if not isinstance(damping, Tensor) and not 0 < damping < float("inf"):
+        raise ValueError(f"{name}: expected a damping > 0, got {damping}")
+    if isinstance(damping, Tensor) and damping.dim() and damping.shape != gram.shape[:-2]:
+        raise ValueError(f"{name}: expected a damping of shape {tuple(gram.shape[:-2])}, got {tuple(damping.shape)}")
+    if not denominator > 0:
+        raise ValueError(f"{name}: expected a denominator > 0, got {denominator}")
+
+
+def _op(
+    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, wait: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _run(gram, right, damping, denominator, wait, eps)
+
+
+_solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _op, mutates_args=())
+
+
+@_solve_op.register_fake
+def _(gram, right, damping, denominator, wait, eps):
+    return torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32)

@@ -1,0 +1,345 @@
+"""A window of sparse gradients: a few entries of every block of a row, as values and places inside the block.
+
+The layout of S-MFAC (Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress
+Preconditioners", arXiv 2306.06098; code: github.com/IST-DASLab/ISTA-DASLab-Optimizers): per parameter of n elements,
+``values`` [m, k] in bf16 or fp32 and ``indices`` [m, k] in int16, k about density * n. At a density of 1 % and bf16
+that is 4 bytes in place of 400 of an fp32 window. A row is what it holds, rounded values and all; what it leaves out
+of a gradient belongs in the error feedback: ``e = a - scatter(*top_k(a, layout), layout)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.cpp_impl.fisher import sparse_window as cpp_window
+from leanstep.kernels.fisher import gradient_window as dense
+from leanstep.kernels.fisher.gradient_window import (
+    backend_of,
+    check_coefficients,
+    check_groups,
+    check_out,
+    scaled_coefficients,
+    total_by_group,
+)
+from leanstep.kernels.reference.fisher import sparse_window as reference
+from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
+from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
+
+MAX_BLOCK = 1 << 15  # places are int16
+
+
+def sparse_layout(numel: int, density: float, block: int = 4096) -> SparseLayout:
+    """Keep ``ceil(density * size)`` entries of every block of a row, at least one.
+
+    Args:
+        numel: elements of a row.
+        density: 0 < density <= 1.
+        block: elements of a block, 1 to 2**15; the last one may be shorter.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"sparse_layout: expected 0 < density <= 1, got {density}")
+    if not 1 <= block <= MAX_BLOCK:
+        raise ValueError(f"sparse_layout: expected a block of 1 to {MAX_BLOCK} elements, got {block}")
+    if numel < 0:
+        raise ValueError(f"sparse_layout: expected numel >= 0, got {numel}")
+    return SparseLayout(numel, block, _entries(block, density), _entries(numel % block, density))
+
+
+def _entries(size: int, density: float) -> int:
+    # 0.07 * 100 is a little more than 7
+    return min(size, math.ceil(round(size * density, 9)))
+
+
+@torch.no_grad()
+def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """A sparse row: the entries of largest magnitude of every block.
+
+    Args:
+        vector: ``layout.numel`` elements of any floating dtype (magnitudes are compared in fp32); not written.
+        layout: of :func:`sparse_layout`.
+        dtype: of the values, rounded to nearest.
+
+    Returns:
+        (values [k] in ``dtype``, int16 [k]: places inside their blocks, ascending). Of entries of equal magnitude
+        the first ones are kept, on every device.
+
+    Raises:
+        ValueError: for a vector of another size.
+
+    Notes:
+        Reads the vector twice; scratch memory of 8 bytes per element.
+    """
+    if vector.numel() != layout.numel:
+        raise ValueError(f"top_k: the layout is of {layout.numel} elements, the vector has {vector.numel()}")
+    vector = vector.detach().reshape(-1)
+    if layout.is_dense:
+        places = torch.arange(layout.numel, device=vector.device) % layout.block
+        return vector.to(dtype, copy=True), places.to(torch.int16)
+    return reference.top_k(vector, layout, dtype)
+
+
+@torch.no_grad()
+def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense row [numel] that ``values`` and ``indices`` [k] stand for; zero where the row holds nothing.
+
+    Raises:
+        ValueError: for other than ``layout.k`` values or indices.
+    """
+    if values.shape != (layout.k,) or indices.shape != (layout.k,):
+        raise ValueError(
+            f"scatter: expected {layout.k} values and indices, got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    out = torch.empty(layout.numel, dtype=dtype, device=values.device)
+    reference.scatter(values, indices, layout, out)
+    return out
+
+
+def sparse_row_dots(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    *,
+    groups: Sequence[int] | None = None,
+) -> Tensor:
+    """Dot products of every sparse row with a dense vector.
+
+    Args:
+        values: one [m, k_b] per parameter, of one device and dtype (bf16, fp16, fp32, fp64); not written.
+        indices: one int16 [m, k_b] per parameter.
+        vectors: one per parameter, of ``layouts[b].numel`` elements, any floating dtype.
+        layouts: one per parameter.
+        groups: as for :func:`leanstep.kernels.row_dots`.
+
+    Returns:
+        fp64 [m], or [G, m] with ``groups``.
+
+    Raises:
+        ValueError: for sizes or dtypes that do not match.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads values and indices once; the vectors' elements are gathered. Dense layouts run as
+        :func:`leanstep.kernels.row_dots` of the values, and read no indices.
+    """
+    _check(values, indices, layouts, groups, "sparse_row_dots")
+    for b, (vector, layout) in enumerate(zip(vectors, layouts, strict=True)):
+        if vector.numel() != layout.numel:
+            raise ValueError(
+                f"sparse_row_dots: vectors[{b}] has {vector.numel()} elements, its layout is of {layout.numel}"
+            )
+    if all(layout.is_dense for layout in layouts):
+        return dense.row_dots(values, vectors, groups=groups)
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.sparse_row_dots(
+            list(values), list(indices), list(vectors), _numbers(layouts), _listed(groups)
+        )
+    return _run_dots(values, indices, vectors, layouts, groups)
+
+
+def sparse_gram_row(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    index: int,
+    layouts: Sequence[SparseLayout],
+    *,
+    groups: Sequence[int] | None = None,
+) -> Tensor:
+    """Row ``index`` of the Gram matrix of a sparse window, from the rows as they are stored.
+
+    Args:
+        index: the row, 0 <= index < m.
+        values, indices, layouts, groups: as for :func:`sparse_row_dots`.
+
+    Returns:
+        fp64 [m], or [G, m] with ``groups``.
+
+    Raises:
+        ValueError: as for :func:`sparse_row_dots`, and for an index outside the window.
+
+    Notes:
+        Reads values and indices once. Scratch memory: the row as a dense fp32 vector.
+    """
+    _check(values, indices, layouts, groups, "sparse_gram_row")
+    if not 0 <= index < values[0].shape[0]:
+        raise ValueError(f"sparse_gram_row: index {index} is outside the window of {values[0].shape[0]} rows")
+    wide = wide_dtype(values[0].dtype)
+    rows = [
+        v[index] if layout.is_dense else scatter(v[index], i[index], layout, dtype=wide)
+        for v, i, layout in zip(values, indices, layouts, strict=True)
+    ]
+    return sparse_row_dots(values, indices, rows, layouts, groups=groups)
+
+
+def sparse_linear_combination(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    coefficients: Tensor,
+    layouts: Sequence[SparseLayout],
+    *,
+    groups: Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Linear combination of the sparse rows, as dense vectors.
+
+    Args:
+        values, indices, layouts, groups: as for :func:`sparse_row_dots`.
+        coefficients: fp64 or fp32 [m]; [G, m] with ``groups``.
+        out: contiguous fp32 tensors (fp64 for fp64 values) of ``numel`` elements, to be overwritten. None: new ones.
+
+    Returns:
+        ``out``, [numel] per parameter; zero outside the rows' common support.
+
+    Raises:
+        ValueError: for sizes or dtypes that do not match.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads values and indices once and writes ``out``. Rows are added in order, so results repeat bit for bit.
+        Dense layouts run as :func:`leanstep.kernels.linear_combination` of the values, and read no indices.
+    """
+    _check(values, indices, layouts, groups, "sparse_linear_combination")
+    check_coefficients(coefficients, values[0].shape[0], groups, "sparse_linear_combination")
+    wide = wide_dtype(values[0].dtype)
+    if out is None:
+        out = [torch.empty(layout.numel, dtype=wide, device=values[0].device) for layout in layouts]
+    else:
+        check_out(out, [(layout.numel,) for layout in layouts], wide, "sparse_linear_combination")
+    if all(layout.is_dense for layout in layouts):
+        return dense.linear_combination(values, coefficients, groups=groups, out=out)
+    if torch.compiler.is_compiling():
+        torch.ops.leanstep.sparse_linear_combination(
+            list(values), list(indices), coefficients, _numbers(layouts), _listed(groups), list(out)
+        )
+    else:
+        _run_combination(values, indices, coefficients, layouts, groups, out)
+    return list(out)
+
+
+@torch.no_grad()
+def _run_dots(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int] | None,
+) -> Tensor:
+    backend = backend_of("sparse_row_dots", values[0])
+    flat_vectors = [v.detach().reshape(-1) for v in vectors]
+    owners = [0] * len(values) if groups is None else groups
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
+
+        dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+    elif backend == "cpp":
+        dots = cpp_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+    else:
+        dots = total_by_group(map(reference.row_dots, values, indices, flat_vectors, layouts), owners)
+    return dots[0] if groups is None else dots
+
+
+@torch.no_grad()
+def _run_combination(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    coefficients: Tensor,
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int] | None,
+    out: Sequence[Tensor],
+) -> None:
+    backend = backend_of("sparse_linear_combination", values[0])
+    stored, flat_out = scaled_coefficients(coefficients, None), [o.view(-1) for o in out]
+    owners = [0] * len(values) if groups is None else groups
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
+
+        triton_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+    elif backend == "cpp":
+        cpp_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+    else:
+        for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
+            reference.linear_combination(v.detach(), i, stored[group], layout, result)
+
+
+def _listed(groups: Sequence[int] | None) -> list[int] | None:
+    return None if groups is None else list(groups)
+
+
+def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:
+    return [number for layout in layouts for number in layout]
+
+
+def _layouts(numbers: Sequence[int]) -> list[SparseLayout]:
+    return [SparseLayout(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
+
+
+def _check(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int] | None,
+    name: str,
+) -> None:
+    if not values:
+        raise ValueError(f"{name}: expected at least one window, got an empty list")
+    if not len(values) == len(indices) == len(layouts):
+        raise ValueError(
+            f"{name}: expected one of indices and layouts per window, got {len(indices)} and {len(layouts)} for "
+            f"{len(values)}"
+        )
+    m, dtype = values[0].shape[0], values[0].dtype
+    if m == 0:
+        raise ValueError(f"{name}: expected windows of at least one row, got shape {tuple(values[0].shape)}")
+    for b, (v, i, layout) in enumerate(zip(values, indices, layouts, strict=True)):
+        if v.shape != (m, layout.k) or v.dtype != dtype:
+            raise ValueError(
+                f"{name}: expected values[{b}] of shape {(m, layout.k)} and {dtype}, got {tuple(v.shape)} of {v.dtype}"
+            )
+        if i.shape != v.shape or i.dtype != torch.int16:
+            raise ValueError(
+                f"{name}: expected indices[{b}] of shape {(m, layout.k)} and torch.int16, got {tuple(i.shape)} of "
+                f"{i.dtype}"
+            )
+    check_groups(groups, len(values), name)
+
+
+def _dots_op(
+    values: list[Tensor], indices: list[Tensor], vectors: list[Tensor], layouts: list[int], groups: list[int] | None
+) -> Tensor:
+    return _run_dots(values, indices, vectors, _layouts(layouts), groups)
+
+
+def _combination_op(
+    values: list[Tensor],
+    indices: list[Tensor],
+    coefficients: Tensor,
+    layouts: list[int],
+    groups: list[int] | None,
+    out: list[Tensor],
+) -> None:
+    _run_combination(values, indices, coefficients, _layouts(layouts), groups, out)
+
+
+_sparse_row_dots_op = torch.library.custom_op("leanstep::sparse_row_dots", _dots_op, mutates_args=())
+_sparse_linear_combination_op = torch.library.custom_op(
+    "leanstep::sparse_linear_combination", _combination_op, mutates_args=("out",)
+)
+
+
+@_sparse_row_dots_op.register_fake
+def _(values, indices, vectors, layouts, groups):
+    m = values[0].shape[0]
+    shape = (m,) if groups is None else (max(groups) + 1, m)
+    return values[0].new_empty(shape, dtype=torch.float64)
+
+
+@_sparse_linear_combination_op.register_fake
+def _(values, indices, coefficients, layouts, groups, out):
+    return None

@@ -1,0 +1,58 @@
+"""DoRA's norms: those of the rows of a weight with its adapter."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.reference.lora import norms as reference
+
+
+@torch.no_grad()
+def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor) -> Tensor:
+    """Norm of every row of ``W + s B A``, from products r wide.
+
+    With s the scale::
+
+        norm_j^2 = |W_j|^2 + (2 s (W A^T)_j + s^2 (B (A A^T))_j) . B_j
+
+    Args:
+        weight: [m, n], floating. a: [r, n], b: [m, r], floating.
+        scale: s.
+        squares: [m], ``|W_j|^2`` in the dtype of the result.
+
+    Returns:
+        [m], fp64 where one of the matrices is, else fp32.
+
+    Raises:
+        ValueError: for shapes that do not match, or squares of another dtype.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        ``2 m n r`` operations. The Triton kernel reads a 16-bit weight once as it is, with a split of A into three
+        parts of 8 bits whose products with it are exact, so that tensor cores give what fp32 would; elsewhere 2048 rows
+        at a time are widened for the BLAS, as they are for fp32 weights, which the BLAS reads once too, for ranks
+        above 64, for transposed weights, and for rows of other than multiples of 64.
+    """
+    dtype = torch.float64 if torch.float64 in (weight.dtype, a.dtype, b.dtype) else torch.float32
+    _check(weight, a, b, squares, dtype)
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    mix = torch.mm(wide_b, torch.mm(wide_a, wide_a.t()).mul_(scale * scale))
+    return _module(weight, dtype).lora_norms(weight, wide_a, wide_b, mix, scale, squares)
+
+
+def _check(weight: Tensor, a: Tensor, b: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
+    (m, n), r = weight.shape, len(a)
+    if a.shape != (r, n) or b.shape != (m, r) or squares.shape != (m,):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, a, b, squares))
+        raise ValueError(f"lora_norms: expected [m, n], [r, n], [m, r] and [m], got {shapes}")
+    if squares.dtype != dtype:
+        raise ValueError(f"lora_norms: expected squares of {dtype}, got {squares.dtype}")
+
+
+def _module(weight: Tensor, dtype: torch.dtype):
+    traced = torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter)
+    if not traced and weight.numel() and choose("lora_norms", weight.device, dtype).backend == "triton":
+        from leanstep.kernels.triton_impl.lora import norms as triton_norms
+
+        return triton_norms
+    return reference

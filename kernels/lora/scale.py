@@ -1,0 +1,92 @@
+"""DoRA's factor on the columns of an output, and what its gradient needs."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl.lora import scale as cpp_scale
+from leanstep.kernels.reference.lora import scale as reference
+
+
+def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = y * c + bias``, in place; returns y.
+
+    Args:
+        y: [M, m], floating; written.
+        c: [m], fp32, or fp64 for an fp64 y.
+        bias: [m] of y's dtype.
+
+    Raises:
+        ValueError: for shapes and dtypes that do not match.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Computed in c's dtype, rounded once. Reads and writes y once.
+    """
+    _check("lora_scale_", y, c, bias)
+    if _is_traced(y) or not y.numel() or not y.is_contiguous():
+        reference.lora_scale_(y, c, bias)
+    else:
+        _module(y).lora_scale_(y, c.contiguous(), bias)
+    return y
+
+
+def lora_scale_backward(
+    g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * c``, and the sums over rows of ``g * y`` and of g.
+
+    Args:
+        g: [M, m], the gradient of an output. y: the output, or None for no sum with it (what is returned is void).
+        c: [m], fp32, or fp64 for fp64 tensors.
+        in_place: let the product take the memory of g.
+
+    Returns:
+        ([M, m] of g's dtype, [m] and [m] of c's dtype).
+
+    Raises:
+        ValueError, BackendError: as :func:`lora_scale_`.
+
+    Notes:
+        One pass: reads g and y, writes the product.
+    """
+    _check("lora_scale_backward", g, c, None)
+    if y is not None and (y.shape != g.shape or y.dtype != g.dtype):
+        raise ValueError(
+            f"lora_scale_backward: expected g and y alike, got {tuple(g.shape)} of {g.dtype} and {tuple(y.shape)} of "
+            f"{y.dtype}"
+        )
+    if _is_traced(g) or not g.numel():
+        return reference.lora_scale_backward(g, y, c)
+    g = g.contiguous()
+    inner = g if in_place else torch.empty_like(g)
+    return _module(g).lora_scale_backward(g, None if y is None else y.contiguous(), c.contiguous(), inner)
+
+
+def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if y.dim() != 2 or c.shape != y.shape[1:] or c.dtype != wide or not y.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a matrix and {wide} factors of its columns, got {tuple(y.shape)} of {y.dtype} and "
+            f"{tuple(c.shape)} of {c.dtype}"
+        )
+    if bias is not None and (bias.shape != c.shape or bias.dtype != y.dtype):
+        raise ValueError(
+            f"{name}: expected a bias of {y.dtype} for {tuple(c.shape)}, got {bias.dtype}, {tuple(bias.shape)}"
+        )
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether plain torch must run: under torch.compile, which fuses it, and for fake tensors, which have no memory."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def _module(y: Tensor):
+    backend = choose("lora_scale", y.device, y.dtype).backend
+    if backend == "cpp":
+        return cpp_scale
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.lora import scale as triton_scale
+
+        return triton_scale
+    return reference

@@ -1,0 +1,83 @@
+"""The gated activation of a SwiGLU block, recomputed in backward instead of kept."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl.lora import swiglu as cpp_swiglu
+from leanstep.kernels.reference.lora import swiglu as reference
+
+
+def swiglu(e: Tensor, u: Tensor) -> Tensor:
+    """``silu(e) * u`` with ``silu(e) = e / (1 + exp(-e))``, elementwise, in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        e, u: one shape and floating dtype; not written. No gradient is recorded.
+
+    Raises:
+        ValueError: for shapes or dtypes that differ.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads both inputs and writes the result once.
+    """
+    _check("swiglu", e, u)
+    if _is_traced(e):
+        return reference.swiglu(e, u)
+    return _module(e).swiglu(e.detach().contiguous(), u.detach().contiguous())
+
+
+def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``silu(e) * u`` again, and the gradients of e and u for the gradient ``grad`` of it, the last in its memory.
+
+    With s = 1 / (1 + exp(-e))::
+
+        de = grad u s (1 + e (1 - s))        du = grad e s
+
+    Args:
+        grad: row-major; written.
+        e, u: of grad's shape and floating dtype; not written.
+
+    Returns:
+        (silu(e) * u, de, du); du is ``grad``.
+
+    Raises:
+        ValueError: as :func:`swiglu`, and for a grad that is not row-major.
+        BackendError: as :func:`swiglu`.
+
+    Notes:
+        One pass: reads three tensors and writes three.
+    """
+    _check("swiglu_backward_", e, u, grad)
+    if not grad.is_contiguous():
+        raise ValueError(
+            f"swiglu_backward_: expected a row-major grad, got strides {grad.stride()}; call grad.contiguous()"
+        )
+    if _is_traced(e):
+        return reference.swiglu_backward_(grad, e, u)
+    return _module(e).swiglu_backward_(grad, e.detach().contiguous(), u.detach().contiguous())
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether plain torch must run: under torch.compile, which fuses it, and for fake tensors, which have no memory."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def _module(e: Tensor):
+    backend = choose("lora_swiglu", e.device, e.dtype).backend if e.numel() else "reference"
+    if backend == "cpp":
+        return cpp_swiglu
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
+
+        return triton_swiglu
+    return reference
+
+
+def _check(name: str, e: Tensor, *others: Tensor) -> None:
+    for other in others:
+        if other.shape != e.shape or other.dtype != e.dtype or not e.is_floating_point():
+            raise ValueError(
+                f"{name}: expected tensors of one shape and floating dtype, got {tuple(e.shape)} of {e.dtype} and "
+                f"{tuple(other.shape)} of {other.dtype}"
+            )

@@ -1,0 +1,346 @@
+"""Newton-Schulz on batches of matrices of one shape: in the standard form, and in the Gram form.
+
+The public functions of ``leanstep.kernels.matrices.newton_schulz`` check, choose and collect. This module decides
+what is multiplied, in which order and into which memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.reference.matrices import newton_schulz as reference
+from leanstep.kernels.reference.matrices.newton_schulz import Triple
+
+# The Gram form carries A = X X^T from step to step, whose rounding errors grow by the square of the slopes a of the
+# steps between. It starts again from X where the product of the slopes passes this. In bf16 that lets pairs of steps
+# through whose slopes are low (Jordan's, the later ones of others): errors and largest singular values are then those
+# of the standard form. After three steps, one singular value far above the others may be carried out of the interval
+# where the steps converge, and after five, all digits may be lost.
+GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
+
+# whose inverse is a finite fp32 number
+_SMALLEST_NORM = 1e-38
+
+# Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
+# batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
+# hundred rows keeps no more than one thread busy, one of a few thousand all of them.
+_CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
+_GPU_CHUNK = 1 << 25
+
+
+def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
+    """Lengths of the runs of steps between which the Gram form starts again from X."""
+    runs: list[int] = []
+    slope = 1.0
+    for a, _, _ in triples:
+        if not runs or slope > GROWTH[dtype]:
+            runs.append(0)
+            slope = 1.0
+        runs[-1] += 1
+        slope *= a
+    return runs
+
+
+def operations(m: int, n: int, runs: Sequence[int]) -> int:
+    """Multiplications and additions of the products in these runs on one matrix, with all entries counted."""
+    small, large = sorted((m, n))
+    return sum(4 * small**2 * large + (8 * run - 6) * small**3 for run in runs)
+
+
+def plan(triples: Sequence[Triple], dtype: torch.dtype, method: str, m: int, n: int) -> list[int]:
+    """Lengths of the runs for matrices [m, n]; runs of one step are the standard form."""
+    forms = {"standard": [1] * len(triples), "gram": lengths_of_runs(triples, dtype)}
+    if method == "auto":
+        return min(forms.values(), key=lambda runs: operations(m, n, runs))
+    return forms[method]
+
+
+class Products(NamedTuple):
+    """Products with symmetric results, of batches: how a backend computes them into ``out``."""
+
+    gram: Callable[[Tensor, Tensor], Tensor]  # (x, out): x x^T
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]  # (left, right, out), of symmetric matrices that commute
+    # (base, left, right, beta, alpha, out): beta base + alpha left right, of symmetric matrices that commute
+    add: Callable[[Tensor, Tensor, Tensor, float, float, Tensor], Tensor]
+
+
+def _gram(x: Tensor, out: Tensor) -> Tensor:
+    return multiply(x, x.mT, out)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Left right, of batches or of two matrices, into ``out``."""
+    return torch.mm(left, right, out=out) if out.dim() == 2 else torch.bmm(left, right, out=out)
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """Beta base + alpha left right, of batches or of single matrices, into ``out``."""
+    add = torch.addmm if out.dim() == 2 else torch.baddbmm
+    return add(base, left, right, beta=beta, alpha=alpha, out=out)
+
+
+# every entry is computed: no BLAS has a batched product that fills one triangle, and halving by blocks gains nothing
+# on matrices of a few hundred rows
+TORCH_PRODUCTS = Products(_gram, multiply, add_product)
+
+
+class Scratch:
+    """Named buffers, each as large as the largest that was asked for: fresh pages cost as much as a product."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size], Tensor] = {}
+        self._dtype, self._device = dtype, device
+
+    def take(self, name: str, shape: torch.Size) -> Tensor:
+        """The buffer of this name, in this shape."""
+        view = self._views.get((name, shape))
+        if view is None:
+            size = shape.numel()
+            if name not in self._buffers or self._buffers[name].numel() < size:
+                self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
+            view = self._views[name, shape] = self._buffers[name][:size].view(shape)
+        return view
+
+    def others(self, shape: torch.Size, taken: Tensor | None) -> list[Tensor]:
+        """Three buffers of this shape, none of which is ``taken``."""
+        return [t for name in ("0", "1", "2", "3") if (t := self.take(name, shape)) is not taken][:3]
+
+
+class Job(NamedTuple):
+    """A few matrices of one shape: where they are in the list of all, and their common size."""
+
+    members: list[int]
+    m: int
+    n: int
+
+    def shape(self) -> torch.Size:
+        """Of the batch; a single matrix stays one, which saves a CPU a few calls per product."""
+        return torch.Size((self.m, self.n) if len(self.members) == 1 else (len(self.members), self.m, self.n))
+
+
+def gram_shape(shape: torch.Size) -> torch.Size:
+    """Of the Gram matrices on the smaller side."""
+    small = min(shape[-2:])
+    return torch.Size((*shape[:-2], small, small))
+
+
+def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
+    """All matrices [m, n] with entries, by shape and in handy numbers."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, mat in enumerate(singles):
+        if mat.numel():
+            by_shape.setdefault((mat.shape[0], mat.shape[1]), []).append(i)
+    for (m, n), members in by_shape.items():
+        if singles[0].device.type == "cpu":
+            count = max(_CPU_SMALL // (m * n), min(torch.get_num_threads(), _CPU_CHUNK // (m * n)), 1)
+        else:
+            count = max(_GPU_CHUNK // (m * n), 1)
+        for start in range(0, len(members), count):
+            yield Job(members[start : start + count], m, n)
+
+
+def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """All matrices [m, n], those of stacks one by one."""
+    return [one for mat in matrices for one in (mat.reshape(-1, *mat.shape[-2:]).unbind() if mat.dim() > 2 else [mat])]
+
+
+def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | list[Tensor]:
+    """Frobenius norms in fp64 (fp32 on MPS): numbers on a CPU, tensors on a device, which is not to be waited for.
+
+    Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range. Entries
+    of fp64 matrices are scaled before they are squared.
+    """
+    if singles and singles[0].device.type != "cpu":
+        if any(mat.dtype == torch.float64 for mat in singles):
+            return [reference.frobenius(mat.double().unsqueeze(0)).view(()) for mat in singles]
+        wide = torch.float32 if singles[0].device.type == "mps" else torch.float64
+        return list(torch._foreach_norm(list(singles), 2, dtype=wide))
+    norms = []
+    for mat in singles:
+        if mat.dtype == torch.float64:
+            norms.append(reference.frobenius(mat.unsqueeze(0)).item())
+            continue
+        wide = torch.float64 if compute == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(mat, dtype=wide).item()
+        if not 1e-15 < norm < 1e18:
+            norm = torch.linalg.vector_norm(mat, dtype=torch.float64).item()
+        norms.append(norm)
+    return norms
+
+
+def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
+    """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
+    floor = max(eps, _SMALLEST_NORM)
+    parts = out.unbind() if out.dim() == 3 else [out]
+    chosen = [norm for i in job.members if isinstance(norm := norms[i], Tensor)]
+    if chosen:
+        sizes = torch.stack(chosen)
+        scales = torch.where(sizes < float("inf"), sizes.clamp(min=floor).reciprocal(), float("nan"))
+        stack = reference.widen(torch.stack([singles[i] for i in job.members]))
+        torch.mul(stack, scales.to(stack.dtype).view(-1, 1, 1), out=out.view(stack.shape))
+        return out
+    for i, part in zip(job.members, parts, strict=True):
+        norm, mat = norms[i], singles[i]
+        scale = 1.0 / max(norm, floor) if norm < float("inf") else float("nan")
+        if mat.dtype == part.dtype:
+            torch.mul(mat, scale, out=part)
+        elif part.dtype == torch.float16 or mat.dtype == torch.float64:
+            torch.mul(reference.widen(mat), scale, out=part)  # the entries may not fit before they are scaled
+        else:
+            part.copy_(mat).mul_(scale)  # faster than at once
+    return out
+
+
+def iterate(
+    x: Tensor,
+    triples: Sequence[Triple],
+    runs: Sequence[int],
+    products: Products,
+    scratch: Scratch,
+    out: Tensor,
+    gram: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """The steps on normalised matrices [B, m, n] or [m, n], into ``out``; ``x`` is not written.
+
+    ``gram``: their Gram matrices where they are known already; written over. ``scale``: [B, 1, 1] or [1, 1], what ``x``
+    is yet to be multiplied by.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    shape = gram_shape(x.shape)
+    remaining = iter(triples)
+    for number, length in enumerate(runs):
+        last = number == len(runs) - 1
+        result = out if last else scratch.take(f"x{number % 2}", x.shape)
+        if gram is None or number:
+            gram = products.gram(x.mT if tall else x, scratch.take("gram", shape))
+        factor, slope = _run_of_steps(gram, [next(remaining) for _ in range(length)], tall, products, scratch)
+        if scale is not None and number == 0:
+            if length == 1:
+                x = torch.mul(x, scale, out=scratch.take("x1", x.shape))
+            else:
+                factor.mul_(scale)
+        left, right = (x, factor) if tall else (factor, x)
+        x = add_product(x, left, right, slope, 1.0, result) if length == 1 else multiply(left, right, result)
+    return x
+
+
+def _run_of_steps(
+    gram: Tensor, triples: Sequence[Triple], tall: bool, products: Products, scratch: Scratch
+) -> tuple[Tensor, float]:
+    """(Q, slope) such that these steps take X to slope X + Q X (X Q where tall); writes over ``gram``, their A.
+
+    With q = a I + b A + c A^2, a step takes A to q A q and Q to q Q: with one and the same rounded q, so that A stays
+    that of Q X. A single step keeps a X apart, which is more exact than X times a rounded diagonal.
+    """
+    total: Tensor | None = None
+    for number, (a, b, c) in enumerate(triples):
+        first, second, *_ = scratch.others(gram.shape, total)
+        q = products.add(gram, gram, gram, b, c, first)
+        if len(triples) == 1:
+            return q, a
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        if number < len(triples) - 1:
+            products.multiply(q, products.multiply(gram, q, second), gram)
+        if total is None:
+            total = q
+        else:
+            # rounded factors do not quite commute: the later one belongs on the side away from X
+            left, right = (total, q) if tall else (q, total)
+            total = products.multiply(left, right, second)
+    assert total is not None
+    return total, 0.0
+
+
+def _trace_of_polar(gram: Tensor, triples: Sequence[Triple], products: Products, scratch: Scratch) -> Tensor:
+    """tr(A Q) for Q X the iterate that the steps make of X, as [B]; writes over ``gram``, which is A = X X^T.
+
+    Y = A Q is carried along. The last step needs no product of its own: tr(q Y) = a tr Y + <A, b Y + c A Y>.
+    """
+    y = gram
+    for a, b, c in triples[:-1]:
+        first, second, third = scratch.others(gram.shape, y)
+        q = products.add(gram, gram, gram, b, c, first)
+        half = products.add(gram, gram, q, a, 1.0, second)
+        y = half if y is gram else products.add(y, q, y, a, 1.0, third)
+        products.add(half, half, q, a, 1.0, gram)
+    trace = y.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide_of(gram))
+    if not triples:
+        return trace
+    a, b, c = triples[-1]
+    first, second, _ = scratch.others(gram.shape, y)
+    return a * trace + _inner(gram, products.add(y, gram, y, b, c, first), second)
+
+
+def _inner(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """<X, Y> of every matrix, as [B]; ``out`` is written over."""
+    # rows in their own dtype, since another one makes a copy of all entries; their rounding averages out
+    return torch.mul(x, y, out=out).sum(-1).view(-1, x.shape[-2]).sum(-1, dtype=wide_of(x))
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    """The dtype of sums: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def nuclear_norms(
+    mats: list[Tensor], triples: Sequence[Triple], products: Products, scratch: Scratch, compute: torch.dtype
+) -> Tensor:
+    """Estimates for matrices of one shape, [B]."""
+    job = Job(list(range(len(mats))), *mats[0].shape)
+    if mats[0].device.type == "cpu" and compute in (torch.bfloat16, torch.float32):
+        found = _estimate(_as_they_are(mats, job, scratch, compute), triples, products, scratch, ordinary=True)
+        if found is not None:
+            return found
+    norms = norms_of(mats, compute)
+    found = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
+    assert found is not None
+    sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
+    return found * torch.stack(sizes)
+
+
+def _as_they_are(mats: list[Tensor], job: Job, scratch: Scratch, compute: torch.dtype) -> Tensor:
+    """The matrices of a job in the dtype that is computed in: not to be written to."""
+    if len(mats) == 1 and mats[0].dtype == compute:
+        return mats[0]
+    x = scratch.take("x", job.shape())
+    for mat, part in zip(mats, x.unbind() if x.dim() == 3 else [x], strict=True):
+        part.copy_(mat)
+    return x
+
+
+def _estimate(
+    x: Tensor, triples: Sequence[Triple], products: Products, scratch: Scratch, ordinary: bool = False
+) -> Tensor | None:
+    """<X, P(X)> of matrices [B, m, n] or [m, n], as [B]; ``x`` is not written.
+
+    ``ordinary``: None instead, if one is of a size that would need to be scaled before it is squared.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    gram = products.gram(x.mT if tall else x, scratch.take("gram", gram_shape(x.shape)))
+    # The Frobenius norm of A is the square of the 4-norm of the singular values. As a list: a norm along dimensions of
+    # a batch takes a CPU five times as long
+    grams = list(gram.unbind()) if gram.dim() == 3 else [gram]
+    sizes = torch.stack(torch._foreach_norm(grams, 2, dtype=wide_of(x)))
+    if ordinary and not all(1e-12 < size < 1e12 for size in sizes.tolist()):
+        return None
+    squares = sizes.view(-1, 1, 1) if gram.dim() == 3 else sizes.view(1, 1)
+    inverse = torch.where(squares == 0, 0.0, squares.reciprocal())
+    # in the dtype of what it multiplies, since mixed products are slow
+    scale = inverse.to(x.dtype)
+    gram.mul_(scale)
+    if len(lengths_of_runs(triples, x.dtype)) <= 1:
+        # the estimate for A as it was scaled, over what it was scaled by
+        used = scale.to(wide_of(x)).sqrt().flatten()
+        trace = _trace_of_polar(gram, triples, products, scratch)
+        return torch.where(used == 0, 0.0, trace / used)
+    polar = scratch.take("polar", x.shape)
+    runs = plan(triples, x.dtype, "auto", *x.shape[-2:])
+    iterate(x, triples, runs, products, scratch, polar, gram, inverse.sqrt().to(x.dtype))
+    return _inner(x, polar, polar)

@@ -1,0 +1,270 @@
+"""Square-root Sinkhorn row and column scales of lists of matrices."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.reference.matrices import sinkhorn as reference
+from leanstep.kernels.reference.matrices.sinkhorn import finish_columns
+
+
+class Scales(NamedTuple):
+    """Row scales [B, m] and column scales [B, n] of every matrix, as views of two flat buffers."""
+
+    rows: list[Tensor]
+    cols: list[Tensor]
+    flat_rows: Tensor
+    flat_cols: Tensor
+
+
+def as_batch(mat: Tensor) -> Tensor:
+    """[m, n] or [..., m, n] as a batch [B, m, n]."""
+    return mat.reshape(-1, *mat.shape[-2:]) if mat.dim() != 2 else mat.unsqueeze(0)
+
+
+def sinkhorn(
+    mats: Sequence[Tensor],
+    num_iters: int,
+    *,
+    end_with_rows: bool = False,
+    rows_total: Sequence[int] | None = None,
+    cols_total: Sequence[int] | None = None,
+    all_reduce: Callable[[Tensor], None] | None = None,
+) -> Scales:
+    """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
+
+    One iteration scales every row to norm sqrt(n), then every column to norm sqrt(m) (Scetbon, Ma, Gong, Meeds,
+    "Gradient Multi-Normalization for Stateless and Scalable LLM Training", arXiv 2502.06742, SR-Sinkhorn). Rows are
+    dimension -2 and come first; after L iterations the columns are exact. Zero rows and columns keep scale 0.
+
+    Args:
+        mats: matrices [..., m, n] of one device, any strides, bf16, fp16, fp32 or fp64; not written. Leading
+            dimensions are independent matrices (fused experts).
+        num_iters: L >= 0; 0 leaves r = 1 / max|row| (with ``end_with_rows``: one row half-iteration alone).
+        end_with_rows: append one row half-iteration.
+        rows_total, cols_total: m and n of the whole matrices, where ``mats`` are shards of rows.
+        all_reduce: sums a flat fp32 buffer over the shards, in place; called once per iteration with the column means
+            of all matrices. None: the matrices are whole.
+
+    Returns:
+        :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
+
+    Raises:
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Sums run in fp32. Rows are first scaled (C++: where it matters), so finite gradients of any size work;
+        an entry 1e-13 times smaller than the largest of its row counts as zero in fp32.
+        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums. An
+        iteration reads every matrix once; on a CPU matrices of less than 4 MB leave memory only once.
+    """
+    if not mats:
+        empty = torch.zeros(0)
+        return Scales([], [], empty, empty)
+    if torch.compiler.is_compiling() and all_reduce is None:
+        rows, cols = torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows)
+        return _scales(mats, rows, cols)
+    return _run(mats, num_iters, end_with_rows, rows_total, cols_total, all_reduce)
+
+
+def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
+    """Cut the flat buffers into one [..., m] and one [..., n] view a matrix."""
+    rows = flat_rows.split([m.shape[:-1].numel() for m in mats])
+    cols = flat_cols.split([m.shape[:-2].numel() * m.shape[-1] for m in mats])
+    return Scales(
+        [r.view(m.shape[:-1]) for r, m in zip(rows, mats, strict=True)],
+        [c.view(*m.shape[:-2], m.shape[-1]) for c, m in zip(cols, mats, strict=True)],
+        flat_rows,
+        flat_cols,
+    )
+
+
+def new_scales(mats: Sequence[Tensor]) -> Scales:
+    """Room for the scales of the matrices: rows 0, columns 1."""
+    first = mats[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
+    cols = torch.ones(sum(m.shape[:-2].numel() * m.shape[-1] for m in mats), dtype=wide, device=first.device)
+    return _scales(mats, rows, cols)
+
+
+def sinkhorn_of_rows(
+    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
+) -> Generator[tuple[Tensor, str], None, Scales]:
+    """:func:`sinkhorn` of shards of rows, as a generator for callers that reduce for several lists at once.
+
+    Yields (flat buffer, "sum") once per iteration: the column means of all matrices, to be summed over the shards in
+    place before it goes on.
+    """
+    backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
+    scales = new_scales(mats)
+    cols_total = [m.shape[-1] for m in mats]
+    for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+        yield sums, "sum"
+    return scales
+
+
+def sinkhorn_of_columns(
+    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, cols_total: Sequence[int]
+) -> Generator[tuple[Tensor, str], None, Scales]:
+    """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
+
+    Yields (flat buffer, "max") once, the largest entries of all rows, then (flat buffer, "sum") once per row
+    half-iteration, the row means: to be reduced over the shards in place before it goes on.
+    """
+    scales = new_scales(mats)
+    batches = [as_batch(m) for m in mats]
+    sums = torch.zeros_like(scales.flat_rows)
+    parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
+    cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
+    for batch, part in zip(batches, parts, strict=True):
+        if batch.numel():
+            part.copy_(batch.abs().amax(dim=-1))
+    yield sums, "max"
+    prescale = reference.inverse_of_largest(sums)
+    first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
+    for iteration in range(num_iters + end_with_rows):
+        for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
+            part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        yield sums, "sum"
+        sums.copy_(reference.reciprocal_or_zero(sums))
+        scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
+        if iteration == num_iters:
+            break
+        for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
+            squares = reference.scaled_squares(batch, r0)
+            c.copy_(finish_columns(reference.column_half(squares, part, batch.shape[-2])))
+    return scales
+
+
+@torch.no_grad()
+def _run(
+    mats: Sequence[Tensor],
+    num_iters: int,
+    end_with_rows: bool,
+    rows_total: Sequence[int] | None,
+    cols_total: Sequence[int] | None,
+    all_reduce: Callable[[Tensor], None] | None,
+) -> Scales:
+    backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
+    scales = new_scales(mats)
+    if backend == "cpp" and all_reduce is None:
+        _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
+        return scales
+    if backend == "triton" or all_reduce is not None:
+        rows_total = rows_total or [m.shape[-2] for m in mats]
+        cols_total = cols_total or [m.shape[-1] for m in mats]
+        for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+            if all_reduce is not None:
+                all_reduce(sums)
+        return scales
+    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+        if mat.numel():
+            r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
+            rows.copy_(r.view(rows.shape))
+            cols.copy_(c.view(cols.shape))
+    return scales
+
+
+def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
+    """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
+    from leanstep.kernels.cpp_impl.matrices import sinkhorn as cpp_sinkhorn
+
+    columns: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+        if mat.numel() == 0:
+            continue
+        if mat.stride(-1) != 1 and mat.shape[-1] != 1:
+            mat = mat.contiguous()
+        members = columns.setdefault(mat.dtype, ([], [], []))
+        if mat.dim() == 2:
+            for column, tensor in zip(members, (mat, rows, cols), strict=True):
+                column.append(tensor)
+        else:
+            batch = as_batch(mat)
+            for column, stack in zip(
+                members, (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1)), strict=True
+            ):
+                column.extend(stack)
+    for chosen, rows_out, cols_out in columns.values():
+        cpp_sinkhorn.sinkhorn(chosen, rows_out, cols_out, num_iters, end_with_rows)
+
+
+def _iterate_together(
+    mats: Sequence[Tensor],
+    scales: Scales,
+    num_iters: int,
+    end_with_rows: bool,
+    rows_total: Sequence[int],
+    cols_total: Sequence[int],
+    backend: str,
+) -> Generator[Tensor, None, None]:
+    """All matrices one iteration at a time: one launch (GPU) per iteration, after which the column means are yielded.
+
+    Where the matrices are shards of rows, the caller sums them over the shards, in place, before going on.
+    """
+    one_pass = _triton_pass if backend == "triton" else _reference_pass
+    for iteration in range(num_iters + end_with_rows):
+        colmeans = one_pass(mats, scales, rows_total, cols_total, iteration == 0)
+        if iteration == num_iters:  # the closing row half-iteration needs no columns
+            break
+        yield colmeans
+        scales.flat_cols.copy_(finish_columns(colmeans))
+
+
+def _triton_pass(
+    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
+) -> Tensor:
+    from leanstep.kernels.triton_impl.matrices import sinkhorn as triton_sinkhorn
+
+    return triton_sinkhorn.sinkhorn_pass(
+        [as_batch(m) for m in mats],
+        scales.flat_rows,
+        scales.flat_cols,
+        rows_total=list(rows_total),
+        cols_total=list(cols_total),
+        first=first,
+    )
+
+
+def _reference_pass(
+    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
+) -> Tensor:
+    colmeans = torch.zeros_like(scales.flat_cols)
+    for mat, rows, cols, out, m, n in zip(
+        mats, scales.rows, scales.cols, _scales(mats, scales.flat_rows, colmeans).cols, rows_total, cols_total,
+        strict=True,
+    ):  # fmt: skip
+        if mat.numel() == 0:
+            continue
+        batch = as_batch(mat)
+        r, means = reference.sinkhorn_pass(
+            batch,
+            rows.view(batch.shape[:-1]),
+            cols.view(batch.shape[0], -1),
+            rows_total=m,
+            cols_total=n,
+            first=first,
+        )
+        rows.copy_(r.view(rows.shape))
+        out.copy_(means.view(out.shape))
+    return colmeans
+
+
+def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:
+    scales = _run(mats, num_iters, end_with_rows, None, None, None)
+    return scales.flat_rows, scales.flat_cols
+
+
+_sinkhorn_op = torch.library.custom_op("leanstep::sinkhorn", _op, mutates_args=())
+
+
+@_sinkhorn_op.register_fake
+def _(mats, num_iters, end_with_rows):
+    wide = torch.float64 if mats[0].dtype == torch.float64 else torch.float32
+    rows = sum(m.shape[:-1].numel() for m in mats)
+    cols = sum(m.shape[:-2].numel() * m.shape[-1] for m in mats)
+    return mats[0].new_empty(rows, dtype=wide), mats[0].new_empty(cols, dtype=wide)

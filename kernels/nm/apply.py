@@ -1,0 +1,144 @@
+"""Weights under an N:M mask with decay, and the gradient behind them."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose, same_layout
+from leanstep.kernels.cpp_impl.nm import apply as cpp_apply
+from leanstep.kernels.reference.nm import apply as reference
+
+GRAD_FLOWS = ("ste", "decay", "fixed")
+
+
+def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    """``weight * (mask + (1 - mask) * alpha)``, elementwise.
+
+    Args:
+        weight: any shape and floating dtype; not written.
+        mask: bool, same shape; True where a weight is kept.
+        alpha: 0-d floating tensor on the same device, the factor of pruned weights.
+
+    Returns:
+        A new tensor like ``weight``. With alpha = 0 pruned entries are +0, whatever they were; with alpha = 1 the
+        weight bit for bit.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Products are taken in fp32 and rounded once. Reads weight and mask and writes the result once: 9 bytes per fp32
+        element. All backends agree bit for bit. Under torch.compile it is plain torch, for the compiler to fuse.
+    """
+    _check(weight, mask, alpha, "nm_apply")
+    if torch.compiler.is_compiling() or _is_empty_or_foreign(weight):
+        return reference.nm_apply(weight, mask, alpha)
+    return _run(weight, mask, alpha)
+
+
+def nm_apply_backward(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    alpha: Tensor,
+    *,
+    grad_flow: str = "ste",
+    srste_lambda: float = 0.0,
+) -> Tensor:
+    """The gradient that a weight gets from the gradient g of its masked self.
+
+    Kept entries get g. Pruned ones get, by ``grad_flow``::
+
+        "ste":    g             (straight through)
+        "decay":  alpha * g     (the derivative of nm_apply)
+        "fixed":  0             (the mask never changes)
+
+    and ``srste_lambda * weight`` besides (SR-STE: Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun, Li, "Learning N:M Fine-grained
+    Structured Sparse Neural Networks From Scratch", arXiv 2102.04010).
+
+    Args:
+        grad: gradient of the masked weight, same shape, any floating dtype; not written.
+        weight, mask, alpha: as for :func:`nm_apply`.
+        grad_flow: "ste", "decay" or "fixed".
+        srste_lambda: factor of the SR-STE term, >= 0.
+
+    Returns:
+        A tensor like ``weight``, new unless it is the gradient as it is (straight through, without an SR-STE term).
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads grad, mask and, with an SR-STE term, weight once, and writes the result. All backends agree bit for bit.
+    """
+    _check(weight, mask, alpha, "nm_apply_backward")
+    check_grad_flow(grad_flow, srste_lambda, "nm_apply_backward")
+    if grad.shape != weight.shape:
+        raise ValueError(
+            f"nm_apply_backward: expected a gradient of shape {tuple(weight.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad_flow == "ste" and not srste_lambda:
+        return grad.to(weight.dtype)
+    # a gradient that is itself differentiated must be made of operations that autograd knows
+    differentiable = torch.is_grad_enabled() and (grad.requires_grad or weight.requires_grad)
+    if torch.compiler.is_compiling() or differentiable or _is_empty_or_foreign(weight):
+        return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+    return _run_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+
+
+def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
+    """Raise ValueError unless both are what :func:`nm_apply_backward` takes."""
+    if grad_flow not in GRAD_FLOWS:
+        raise ValueError(f"{name}: grad_flow must be one of {', '.join(GRAD_FLOWS)}, got {grad_flow!r}")
+    if not 0 <= srste_lambda < float("inf"):
+        raise ValueError(f"{name}: srste_lambda must be >= 0, got {srste_lambda!r}")
+
+
+@torch.no_grad()
+def _run(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    backend = choose("nm_apply", weight.device, weight.dtype).backend
+    if backend != "reference" and same_layout([weight, mask]):
+        if backend == "cpp":
+            return cpp_apply.nm_apply(weight, mask, alpha)
+        from leanstep.kernels.triton_impl.nm import apply as triton_apply
+
+        return triton_apply.nm_apply(weight, mask, alpha)
+    return reference.nm_apply(weight, mask, alpha)
+
+
+@torch.no_grad()
+def _run_backward(
+    grad: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float
+) -> Tensor:
+    backend = choose("nm_apply_backward", weight.device, weight.dtype, grad.dtype).backend
+    fits = same_layout([weight, mask]) and (backend == "cpp" or grad.dtype == weight.dtype)
+    if backend != "reference" and fits:
+        if grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
+        if backend == "cpp":
+            return cpp_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+        from leanstep.kernels.triton_impl.nm import apply as triton_apply
+
+        return triton_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+    return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+
+
+def _is_empty_or_foreign(weight: Tensor) -> bool:
+    """Whether there is no memory to hand to a kernel: nothing, or a subclass such as DTensor or a fake tensor."""
+    return weight.numel() == 0 or type(weight) not in (Tensor, torch.nn.Parameter)
+
+
+def _check(weight: Tensor, mask: Tensor, alpha: Tensor, name: str) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: expected a weight of floating dtype, got {weight.dtype}")
+    if mask.shape != weight.shape or mask.dtype != torch.bool or mask.device != weight.device:
+        raise ValueError(
+            f"{name}: expected a mask of shape {tuple(weight.shape)}, torch.bool, on {weight.device}; got "
+            f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
+        )
+    if alpha.dim() or not alpha.is_floating_point() or alpha.device != weight.device:
+        raise ValueError(
+            f"{name}: expected alpha as a 0-d floating tensor on {weight.device}, got shape {tuple(alpha.shape)} of "
+            f"{alpha.dtype} on {alpha.device}"
+        )

@@ -1,0 +1,135 @@
+"""N:M masks from scores."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose, group_by_dtypes
+from leanstep.kernels.cpp_impl.nm import mask as cpp_mask
+from leanstep.kernels.reference.nm import mask as reference
+
+# longest group of the Triton kernel
+MAX_FAST_M = 128
+
+
+def nm_mask(
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    *,
+    dim: int = -1,
+    check: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Keep the n entries of largest magnitude of every m consecutive ones along a dimension.
+
+    For every group of m entries the n with the largest ``|score|`` are True. Of equal ones the last is kept (and so of
+    a group of zeros the last n), which makes masks reproducible and lets a layer that starts at zero grow.
+
+    Args:
+        scores: tensors of one device, any shape and floating dtype; not written. Weights are their own scores.
+        n: entries kept, 0 <= n <= m.
+        m: entries of a group; it must divide the size of every tensor along ``dim``. The fast paths take m <= 128.
+        dim: dimension along which groups lie.
+        check: whether to look for entries that are not finite first (and wait for the device to say).
+        out: bool tensors of the same shapes, to be overwritten. None: new ones.
+
+    Returns:
+        ``out``: one bool tensor per score, True where a weight is kept.
+
+    Raises:
+        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` that does not fit; and
+            with ``check``, entries that are not finite.
+        TypeError: for scores that are not of floating dtype.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check`` NaN counts as larger
+        than any number. All backends agree exactly.
+    """
+    _check(scores, n, m, dim, out)
+    if check:
+        _check_finite(scores)
+    if out is None:
+        out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    if torch.compiler.is_compiling() or any(type(s) not in (Tensor, torch.nn.Parameter) for s in scores):
+        # subclasses, such as fake tensors, have no memory to hand to a kernel
+        torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
+    else:
+        _run(list(scores), n, m, dim, list(out))
+    return list(out)
+
+
+@torch.no_grad()
+def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    if not scores:
+        return
+    # all backends take fp32, bf16 and fp16
+    wide = [torch.float64] if any(s.dtype == torch.float64 for s in scores) else []
+    backend = choose("nm_mask", scores[0].device, *wide).backend
+    if backend == "reference" or (m > MAX_FAST_M and m != n):
+        for score, mask in zip(scores, out, strict=True):
+            mask.copy_(reference.nm_mask(score, n, m, dim))
+        return
+    run = _triton_mask if backend == "triton" else cpp_mask.nm_mask
+    dense = [
+        mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
+    ]
+    flat = [score.detach().contiguous() for score in scores]
+    for members in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
+        run([flat[i] for i in members], n, m, dim, [dense[i] for i in members])
+    for mask, written in zip(out, dense, strict=True):
+        if written is not mask:
+            mask.copy_(written)
+    torch.autograd.graph.increment_version(out)
+
+
+def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    from leanstep.kernels.triton_impl.nm import mask as triton_mask
+
+    triton_mask.nm_mask(scores, n, m, dim, out)
+
+
+def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:
+    if m < 1 or not 0 <= n <= m:
+        raise ValueError(f"nm_mask: expected 0 <= n <= m and m >= 1, got n = {n}, m = {m}")
+    for i, score in enumerate(scores):
+        if not score.is_floating_point():
+            raise TypeError(f"nm_mask: scores[{i}] is {score.dtype}, expected a floating dtype")
+        if not -score.dim() <= dim < score.dim():
+            raise ValueError(f"nm_mask: scores[{i}] of shape {tuple(score.shape)} has no dimension {dim}")
+        if score.shape[dim] % m:
+            raise ValueError(
+                f"nm_mask: scores[{i}] of shape {tuple(score.shape)} has {score.shape[dim]} entries along dimension "
+                f"{dim}, which groups of {m} do not fill: {score.shape[dim] % m} are left over"
+            )
+    if out is None:
+        return
+    if len(out) != len(scores):
+        raise ValueError(f"nm_mask: expected one mask in out per score, got {len(out)} for {len(scores)}")
+    for i, (score, mask) in enumerate(zip(scores, out, strict=True)):
+        if mask.shape != score.shape or mask.dtype != torch.bool or mask.device != score.device:
+            raise ValueError(
+                f"nm_mask: expected out[{i}] of shape {tuple(score.shape)}, torch.bool, on {score.device}; got "
+                f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
+            )
+
+
+def _check_finite(scores: Sequence[Tensor]) -> None:
+    for i, score in enumerate(scores):
+        finite = score.detach().isfinite()
+        if not finite.all():
+            count = int((~finite).sum())
+            raise ValueError(
+                f"nm_mask: {count} of the {score.numel()} entries of scores[{i}], of shape {tuple(score.shape)}, are "
+                "not finite: the weights or what they were scored with have diverged"
+            )
+
+
+_nm_mask_op = torch.library.custom_op("leanstep::nm_mask", _run, mutates_args=("out",))
+
+
+@_nm_mask_op.register_fake
+def _(scores, n, m, dim, out):
+    return None

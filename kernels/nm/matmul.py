@@ -1,0 +1,135 @@
+"""Compressed N:M matrices, and products with them."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl.nm import matmul as cpp_matmul
+from leanstep.kernels.reference.nm import matmul as reference
+
+
+def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """The n entries of every m along the last dimension that hold the nonzeros, and their places.
+
+    Args:
+        weight: [..., in], any floating dtype, at most n nonzeros in every m; not written.
+        n: entries kept of a group, 0 <= n <= m.
+        m: entries of a group, 1 <= m <= 256; it must divide ``in``.
+
+    Returns:
+        (values [..., in / m, n] of the weight's dtype, indices [..., in / m, n] uint8): the entries of each group and
+        their places in it, ascending. A group of fewer nonzeros is filled with its -0 entries, then with zeros at its
+        first free places; so equal weights have equal compressed forms, and the round trip is exact to the bit unless
+        nonzeros leave a -0 no room.
+
+    Raises:
+        ValueError: for n or m out of range, m that does not divide the row, or a group of more than n nonzeros.
+    """
+    if not 1 <= m <= 256 or not 0 <= n <= m:
+        raise ValueError(f"nm_compress: expected 0 <= n <= m <= 256 and m >= 1, got n = {n}, m = {m}")
+    if weight.dim() == 0 or weight.shape[-1] % m:
+        raise ValueError(f"nm_compress: groups of {m} do not fill the last dimension of {tuple(weight.shape)}")
+    counts = (weight.detach().unflatten(-1, (-1, m)) != 0).sum(dim=-1)
+    if counts.numel() and int(counts.max()) > n:
+        where = tuple((counts > n).nonzero()[0].tolist())
+        raise ValueError(
+            f"nm_compress: the weight of shape {tuple(weight.shape)} is not {n}:{m}: {int((counts > n).sum())} groups "
+            f"have more nonzeros; the first is {where}, with {int(counts[where])}"
+        )
+    return reference.compress(weight, n, m)
+
+
+def nm_decompress(values: Tensor, indices: Tensor, m: int) -> Tensor:
+    """The dense matrix that :func:`nm_compress` made ``values`` and ``indices`` from: [..., groups * m].
+
+    Raises:
+        ValueError: for shapes that differ, indices that are not uint8 or not below m, or places named twice in a group.
+    """
+    _check_compressed(values, indices, m, "nm_decompress")
+    if indices.numel():
+        wide = indices.to(torch.int16)
+        if int(wide.max()) >= m or (indices.shape[-1] > 1 and int(wide.diff(dim=-1).min()) <= 0):
+            raise ValueError(
+                f"nm_decompress: indices of shape {tuple(indices.shape)} are not ascending numbers below {m} in every "
+                "group: the compressed form is damaged, or of another pattern"
+            )
+    return reference.decompress(values, indices, m)
+
+
+def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
+    """``x W^T`` for a compressed N:M matrix W.
+
+    ``out[t, o] = sum over g, k of values[o, g, k] * x[t, g * m + indices[o, g, k]]``
+
+    Args:
+        x: [..., in], floating; not written.
+        values: [out, in / m, n] of x's dtype, from :func:`nm_compress`.
+        indices: uint8 [out, in / m, n], each below m. Not looked at: a wrong one reads a wrong entry of x.
+        m: entries of a group; in / m groups.
+
+    Returns:
+        [..., out] of x's dtype.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not match, or where a gradient would be needed.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Products and sums run in fp32 (fp64 for fp64) and are rounded once. On a CPU the compressed matrix is read once
+        per 64 rows of x (16, where fewer are left), and n / m of the dense product's multiplications are done; so it is
+        on a GPU for fewer than 32 rows, of which it takes 4 at a time. For more, and in the reference, the dense matrix
+        is formed first (scratch memory of its size). ``benchmarks/nm_matmul.py`` measures where that is faster than the
+        dense product.
+    """
+    _check_compressed(values, indices, m, "nm_matmul")
+    if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
+        raise ValueError(
+            f"nm_matmul: expected x [..., in] and values [out, in / {m}, n], got {tuple(x.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    if x.dtype != values.dtype or not x.is_floating_point() or x.device != values.device:
+        raise ValueError(
+            f"nm_matmul: expected x and values of one floating dtype on one device, got {x.dtype} on {x.device} and "
+            f"{values.dtype} on {values.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+        raise ValueError(
+            "nm_matmul: the product is for inference and has no gradient; call it under torch.no_grad(), or multiply "
+            "with nm_decompress(values, indices, m)"
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.nm_matmul(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
+    return _run(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
+
+
+@torch.no_grad()
+def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
+    if not x.numel() or not values.numel():
+        return x.new_zeros(x.shape[0], values.shape[0])
+    backend = choose("nm_matmul", x.device, x.dtype).backend
+    if backend == "cpp":
+        return cpp_matmul.nm_matmul(x, values, indices, m)
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.nm import matmul as triton_matmul
+
+        return triton_matmul.nm_matmul(x, values, indices, m)
+    return reference.nm_matmul(x, values, indices, m)
+
+
+def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> None:
+    if values.dim() < 2 or values.shape != indices.shape or indices.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: expected values [..., groups, n] and uint8 indices of that shape, got {tuple(values.shape)} and "
+            f"{tuple(indices.shape)} of {indices.dtype}"
+        )
+    if not values.shape[-1] <= m <= 256 or m < 1:
+        raise ValueError(f"{name}: expected groups of {values.shape[-1]} to 256 entries, got m = {m}")
+
+
+_nm_matmul_op = torch.library.custom_op("leanstep::nm_matmul", _run, mutates_args=())
+
+
+@_nm_matmul_op.register_fake
+def _(x, values, indices, m):
+    return x.new_empty(x.shape[0], values.shape[0])

@@ -1,0 +1,315 @@
+"""Attention whose exponential is a polynomial, in time linear in the length; with its own exact gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
+from leanstep.kernels.poly import chunks
+from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count
+
+_NAME = "poly_attention"
+
+
+def poly_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coefficients: Sequence[float],
+    *,
+    scale: float,
+    causal: bool = False,
+    center: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    chunk: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Attention with the weights ``p(s_ij) / sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``, and their sums.
+
+    The gradient is that of this function with ``center`` held fixed: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j - dO_i .
+    O_i)``. No matrix of L x M is formed, and none of d x d outer products.
+
+    Args:
+        q: [B, Hq, L, d], floating.
+        k: [B, H, M, d] of q's dtype, where H divides Hq: query head h reads key head ``h // (Hq / H)``.
+        v: [B, H, M, e] of q's dtype.
+        coefficients: of p, the constant first; g + 1 of them.
+        scale: factor of the products.
+        causal: query i sees keys j <= i; then M = L.
+        center: [H, d] or [B, H, d], taken off the keys; no gradient goes to it.
+        key_mask: [B, M] bool, True where a key counts.
+        chunk: queries and keys taken at a time. Within a causal chunk, weights are formed.
+
+    Returns:
+        (out [B, Hq, L, e] of q's dtype, sums D [B, Hq, L] in fp32 or fp64). Where no key counts, both are 0. A D that
+        is negative or not finite means that p was no approximation of exp there: see
+        :func:`leanstep.lora.low_rank_attention`, which looks.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match, or more than 2^20 features.
+
+    Notes:
+        With ``k = C(d + g, g)`` features and e' = e + 1, the forward pass takes ``2 k e' (Hq L + H M)`` floating-point
+        operations and the backward pass ``2 k e' (2 Hq L + 3 H M)``, 2 k H M less; causal ones a chunk fewer, and
+        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. :func:`poly_attention_flops` and its sister
+        count them exactly; :func:`register_flop_formulas` tells torch's counter. Sums run in fp32 (fp64 for fp64).
+        Saved for backward: q, k, v, out and D. Scratch: one or two states of [k, e'] a head, and the features of a
+        chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: D has an error of about
+        1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
+    """
+    _check(q, k, v, coefficients, causal, center, key_mask, chunk)
+    if center is not None:
+        center = center.detach().to(torch.promote_types(q.dtype, torch.float32))
+        center = center.expand(k.shape[0], -1, -1) if center.dim() == 2 else center
+    return torch.ops.leanstep.poly_attention(
+        q, k, v, center, key_mask, [float(c) for c in coefficients], float(scale), causal, chunk
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coefficients: Sequence[float],
+    causal: bool,
+    center: Tensor | None,
+    key_mask: Tensor | None,
+    chunk: int,
+) -> None:
+    if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{_NAME}: expected q [B, Hq, L, d], k [B, H, M, d] and v [B, H, M, e], got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{_NAME}: expected one batch and query heads that are a multiple of key heads, got q {tuple(q.shape)} and "
+            f"k {tuple(k.shape)}"
+        )
+    if not q.is_floating_point() or len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"{_NAME}: expected q, k and v of one floating dtype on one device, got {kinds}")
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{_NAME}: causal attention needs as many keys as queries, got {k.shape[2]} and {q.shape[2]}; "
+            "decoding with a cache of keys has nothing to gain from it: use exact attention there"
+        )
+    if len(coefficients) < 1 or chunk < 1:
+        raise ValueError(f"{_NAME}: expected coefficients and a chunk >= 1, got {list(coefficients)} and {chunk}")
+    features = feature_count(q.shape[3], len(coefficients) - 1)
+    if features > MOST_FEATURES:
+        raise ValueError(
+            f"{_NAME}: degree {len(coefficients) - 1} of heads of {q.shape[3]} has {features:,} features, more than "
+            f"{MOST_FEATURES:,}; take a lower degree"
+        )
+    if center is not None and tuple(center.shape) not in (
+        tuple(k.shape[1:2] + k.shape[3:]),
+        (*k.shape[:2], k.shape[3]),
+    ):
+        raise ValueError(
+            f"{_NAME}: expected center [H, d] or [B, H, d] for keys {tuple(k.shape)}, got {tuple(center.shape)}"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"{_NAME}: expected a bool key_mask [B, M] = {(k.shape[0], k.shape[2])}, True where a key counts, got "
+            f"{tuple(key_mask.shape)} of {key_mask.dtype}"
+        )
+
+
+def _heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center: Tensor | None,
+    key_mask: Tensor | None,
+    coefficients: Sequence[float],
+    scale: float,
+    causal: bool,
+    chunk: int,
+) -> chunks.Heads:
+    """Batch and key heads as one dimension, queries of a key head beside each other."""
+    heads = k.shape[1]
+    return chunks.Heads(
+        q.unflatten(1, (heads, -1)).flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        None if center is None else center.flatten(0, 1),
+        None if key_mask is None else key_mask.repeat_interleave(heads, dim=0),
+        scale,
+        coefficients,
+        causal,
+        chunk,
+    )
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center: Tensor | None,
+    key_mask: Tensor | None,
+    coefficients: list[float],
+    scale: float,
+    causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
+        out, normaliser = chunks.forward(heads)
+    return out.view(*q.shape[:3], v.shape[3]), normaliser.view(q.shape[:3])
+
+
+def _run_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    normaliser: Tensor,
+    center: Tensor | None,
+    key_mask: Tensor | None,
+    coefficients: list[float],
+    scale: float,
+    causal: bool,
+    chunk: int,
+    wanted: list[bool],
+) -> list[Tensor]:
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
+        grad, out, normaliser = (
+            x.unflatten(1, (k.shape[1], -1)).flatten(0, 1) for x in (grad, out, normaliser)
+        )  # fmt: skip
+        found = chunks.backward(heads, grad, out, normaliser, wanted)
+    return [
+        x.new_empty(0) if result is None else result.view(x.shape) for x, result in zip((q, k, v), found, strict=True)
+    ]
+
+
+_op = torch.library.custom_op("leanstep::poly_attention", _run, mutates_args=())
+_backward_op = torch.library.custom_op("leanstep::poly_attention_backward", _run_backward, mutates_args=())
+
+
+@_op.register_fake
+def _(q, k, v, center, key_mask, coefficients, scale, causal, chunk):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, out, normaliser, center, key_mask, coefficients, scale, causal, chunk, wanted):
+    return [x.new_empty(x.shape if want else 0) for x, want in zip((q, k, v), wanted, strict=True)]
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, center, key_mask, *ctx.settings = inputs
+    out, normaliser = output
+    ctx.save_for_backward(q, k, v, out, normaliser, center, key_mask)
+    ctx.mark_non_differentiable(normaliser)
+    ctx.set_materialize_grads(False)
+    remember_backend(ctx)
+
+
+@on_remembered_backend
+def _gradients(ctx, grad, _):
+    q, k, v, out, normaliser, center, key_mask = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    if grad is None:
+        return (None,) * 9
+    found = torch.ops.leanstep.poly_attention_backward(
+        grad, q, k, v, out, normaliser, center, key_mask, *ctx.settings, wanted
+    )
+    return (*(x if want else None for x, want in zip(found, wanted, strict=True)), *(None,) * 6)
+
+
+_op.register_autograd(_gradients, setup_context=_setup)
+
+
+def poly_attention_flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    degree: int,
+    *,
+    causal: bool = False,
+    chunk: int = 128,
+) -> int:
+    """Floating-point operations of the matrix products of :func:`poly_attention`'s forward pass."""
+    rows = _Rows(q_shape, k_shape, v_shape, degree, causal, chunk)
+    if not causal:
+        return rows.states(rows.queries + rows.keys)
+    return rows.states(rows.after_first + rows.before_last) + rows.within(rows.dim + rows.wide)
+
+
+def poly_attention_backward_flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    degree: int,
+    *,
+    causal: bool = False,
+    chunk: int = 128,
+    wanted: Sequence[bool] = (True, True, True),
+) -> int:
+    """Floating-point operations of its backward pass's matrix products, for the gradients ``wanted`` of q, k and v."""
+    rows = _Rows(q_shape, k_shape, v_shape, degree, causal, chunk)
+    of_q, of_k, of_v = wanted
+    queries, keys = (rows.after_first, rows.before_last) if causal else (rows.queries, rows.keys)
+    total = (queries + keys) * of_q + queries * (of_k or of_v) + keys * of_k
+    found = rows.states(total) + rows.states(keys * of_v) * (rows.wide - 1) // rows.wide
+    if causal:
+        of_products = (rows.wide + rows.dim * (of_q + of_k)) * (of_q or of_k)
+        found += rows.within(rows.dim + (rows.wide - 1) * of_v + of_products)
+    return found
+
+
+class _Rows:
+    """How many rows meet a state, and how many pairs lie within chunks, over all heads."""
+
+    def __init__(
+        self,
+        q_shape: Sequence[int],
+        k_shape: Sequence[int],
+        v_shape: Sequence[int],
+        degree: int,
+        causal: bool,
+        chunk: int,
+    ) -> None:
+        batch, query_heads, length, self.dim = q_shape
+        heads, keys = batch * k_shape[1], k_shape[2]
+        self.features, self.wide = feature_count(self.dim, degree), v_shape[3] + 1
+        self.queries, self.keys = batch * query_heads * length, heads * keys
+        sizes = [min(chunk, length - start) for start in range(0, length, chunk)] if causal else []
+        if sizes:
+            self.after_first = batch * query_heads * (length - sizes[0])
+            self.before_last = heads * (length - sizes[-1])
+        else:
+            self.after_first = self.before_last = 0
+        self.pairs = batch * query_heads * sum(size * size for size in sizes)
+
+    def states(self, rows: int) -> int:
+        """Products of so many rows of features with a state."""
+        return 2 * self.features * self.wide * rows
+
+    def within(self, width: int) -> int:
+        """Products over ``width`` for every pair within a chunk."""
+        return 2 * self.pairs * width
+
+
+def register_flop_formulas() -> None:
+    """Teach torch's FlopCounterMode these formulas: call it before such a mode is made. Calling it again is harmless.
+
+    Not done on import, because the counter's module imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    if torch.ops.leanstep.poly_attention in flop_registry:
+        return
+
+    @register_flop_formula(torch.ops.leanstep.poly_attention)
+    def _(q, k, v, center, key_mask, coefficients, scale, causal, chunk, *args, out_shape=None, **kwargs):
+        return poly_attention_flops(q, k, v, len(coefficients) - 1, causal=causal, chunk=chunk)
+
+    @register_flop_formula(torch.ops.leanstep.poly_attention_backward)
+    def _(grad, q, k, v, out, total, center, mask, coefficients, scale, causal, chunk, wanted, *args, **kwargs):
+        settings = dict(causal=causal, chunk=chunk, wanted=wanted)
+        return poly_attention_backward_flops(q, k, v, len(coefficients) - 1, **settings)

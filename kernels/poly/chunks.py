@@ -1,0 +1,280 @@
+"""Polynomial attention without the matrix of weights: features, running states and chunks; forward and backward.
+
+Letters: n independent key heads, g queries to a key, L queries, M keys, d dims of q and k, e of v and one more for the
+normaliser, k features. The matrix ``[V, 1]`` (``values``) carries numerator and denominator through the same products:
+
+    forward    O1 = f(X) S,  S = f(Y)^T [V, 1];  O = O1[:e-1] / O1[e-1]
+    backward   G = [dO / D, -(dO . O) / D];  T = f(X)^T G
+               dX = J(X)^T (S G^T),  dY = J(Y)^T (T [V, 1]^T),  d[V, 1] = f(Y) T
+
+Causal sums run over chunks: S holds the chunks before, T those after, and within a chunk the polynomial is taken of the
+products themselves, masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.poly.tables import feature_count, poly_tables
+from leanstep.kernels.reference.poly.attention import polynomial
+
+# bytes of the features of one chunk: more heads at once do not fit
+_SCRATCH = {"cpu": 16 << 20}
+_SCRATCH_ELSEWHERE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The inputs of some key heads, as they came: q [n, g, L, d], k [n, M, d], v [n, M, e - 1], all of one dtype.
+
+    ``center`` [n, d] is taken off the keys, ``mask`` [n, M] is True where a key counts, ``scale`` goes on the queries.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    center: Tensor | None
+    mask: Tensor | None
+    scale: float
+    coefficients: Sequence[float]
+    causal: bool
+    chunk: int
+
+    @property
+    def degree(self) -> int:
+        """The degree of the polynomial."""
+        return len(self.coefficients) - 1
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype that sums run in."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def slices(self, length: int) -> list[slice]:
+        """The chunks of a sequence."""
+        return [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
+
+    def queries(self, at: slice) -> Tensor:
+        """Scaled queries of a chunk, features first: [n, d, g * c]."""
+        x = self.q[:, :, at].to(self.wide) * self.scale
+        return x.flatten(1, 2).mT.contiguous()
+
+    def keys(self, at: slice) -> Tensor:
+        """Centred keys of a chunk: [n, d, c]."""
+        y = self.k[:, at].to(self.wide)
+        y = y if self.center is None else y - self.center[:, None, :]
+        return y.mT.contiguous()
+
+    def values(self, at: slice) -> Tensor:
+        """``[V, 1]`` of a chunk, zero for keys that do not count: [n, c, e]."""
+        v = self.v[:, at].to(self.wide)
+        v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
+        # a masked value may be anything, NaN included
+        return v if self.mask is None else torch.where(self.mask[:, at, None], v, 0.0)
+
+    def split(self) -> Iterator[tuple[slice, Heads]]:
+        """Parts of the heads that are few enough for the scratch memory."""
+        n, group, _, dim = self.q.shape
+        bytes_of_one = feature_count(dim, self.degree) * self.chunk * group * self.wide.itemsize
+        budget = _SCRATCH.get(self.q.device.type, _SCRATCH_ELSEWHERE)
+        size = max(1, budget // bytes_of_one)
+        for start in range(0, n, size):
+            at = slice(start, start + size)
+            center = None if self.center is None else self.center[at]
+            mask = None if self.mask is None else self.mask[at]
+            part = (self.q[at], self.k[at], self.v[at], center, mask)
+            yield at, Heads(*part, self.scale, self.coefficients, self.causal, self.chunk)
+
+
+def _ratios(heads: Heads) -> Tensor | None:
+    """Coefficient of each feature over Taylor's, [k, 1]; None where all are 1."""
+    ratios = [c * math.factorial(t) for t, c in enumerate(heads.coefficients)]
+    if all(abs(ratio - 1) < 1e-15 for ratio in ratios):
+        return None
+    degrees = poly_tables(heads.q.shape[-1], heads.degree, heads.q.device).degrees
+    return torch.tensor(ratios, dtype=heads.wide, device=heads.q.device)[degrees.long(), None]
+
+
+class _State:
+    """A running sum of ``features^T rows``: [n, k, e], read with the polynomial's coefficients in it."""
+
+    def __init__(self, heads: Heads) -> None:
+        n, dim = heads.q.shape[0], heads.q.shape[-1]
+        size = (n, feature_count(dim, heads.degree), heads.v.shape[-1] + 1)
+        self.sum = torch.zeros(size, dtype=heads.wide, device=heads.q.device)
+        self.ratios = _ratios(heads)
+
+    def add(self, features: Tensor, rows: Tensor) -> None:
+        """Add a chunk: features [n, k, c], rows [n, c, e]."""
+        # in place, by the name that torch's counter of operations knows
+        torch.baddbmm(self.sum, features, rows, out=self.sum)
+
+    def read(self) -> Tensor:
+        """The sum, each row times its coefficient over Taylor's."""
+        return self.sum if self.ratios is None else self.sum * self.ratios
+
+
+def _within(heads: Heads, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of a chunk's queries [n, d, g c] and keys [n, d, c], [n, g c, c], and which of them a query may see."""
+    length = y.shape[-1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
+    return torch.bmm(x.mT, y), seen.repeat(x.shape[-1] // length, 1)
+
+
+def forward(heads: Heads) -> tuple[Tensor, Tensor]:
+    """Output [n, g, L, e - 1] in the dtype of the inputs, and the normalisers [n, g, L]."""
+    n, group, length, _ = heads.q.shape
+    out = heads.v.new_empty(n, group, length, heads.v.shape[-1])
+    normaliser = torch.empty(n, group, length, dtype=heads.wide, device=out.device)
+    for at, part in heads.split():
+        (_forward_causal if heads.causal else _forward_full)(part, out[at], normaliser[at])
+    return out, normaliser
+
+
+def _divide(sums: Tensor, out: Tensor, normaliser: Tensor) -> None:
+    """Write a chunk's numerators over denominators; zero where there is nothing to divide by."""
+    sums = sums.unflatten(1, (out.shape[1], -1))
+    total = sums[..., -1]
+    normaliser.copy_(total)
+    out.copy_(sums[..., :-1] / torch.where(total == 0, 1.0, total)[..., None])
+
+
+def _forward_full(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
+    state = _State(heads)
+    for at in heads.slices(heads.k.shape[1]):
+        state.add(poly_features(heads.keys(at), heads.degree), heads.values(at))
+    weights = state.read()
+    for at in heads.slices(heads.q.shape[2]):
+        sums = torch.bmm(poly_features(heads.queries(at), heads.degree).mT, weights)
+        _divide(sums, out[:, :, at], normaliser[:, :, at])
+
+
+def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
+    state = _State(heads)
+    slices = heads.slices(heads.k.shape[1])
+    for at in slices:
+        x, y, values = heads.queries(at), heads.keys(at), heads.values(at)
+        products, seen = _within(heads, x, y)
+        sums = torch.bmm(polynomial(products, heads.coefficients).mul_(seen), values)
+        if at.start:
+            torch.baddbmm(sums, poly_features(x, heads.degree).mT, state.read(), out=sums)
+        if at is not slices[-1]:
+            state.add(poly_features(y, heads.degree), values)
+        _divide(sums, out[:, :, at], normaliser[:, :, at])
+
+
+@dataclass(frozen=True)
+class _Upstream:
+    """What the backward pass of some heads knows of the result, and where its gradients go; None where not wanted."""
+
+    grad: Tensor
+    out: Tensor
+    normaliser: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+
+    def rows(self, at: slice, wide: torch.dtype) -> Tensor:
+        """``[dO / D, -(dO . O) / D]`` of a chunk of queries: [n, g c, e]."""
+        grad, out, total = self.grad[:, :, at].to(wide), self.out[:, :, at].to(wide), self.normaliser[:, :, at, None]
+        both = torch.cat([grad, -(grad * out).sum(dim=-1, keepdim=True)], dim=-1)
+        return torch.where(total == 0, 0.0, both / total).flatten(1, 2)
+
+
+def backward(
+    heads: Heads, grad: Tensor, out: Tensor, normaliser: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v, those that are wanted, in their dtype, from that of the output."""
+    inputs = (heads.q, heads.k, heads.v)
+    results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    for at, part in heads.split():
+        rows = [None if result is None else result[at] for result in results]
+        upstream = _Upstream(grad[at], out[at], normaliser[at], *rows)
+        (_backward_causal if heads.causal else _backward_full)(part, upstream)
+    dq, dk, dv = (None if x is None else x.to(heads.q.dtype) for x in results)
+    return dq, dk, dv
+
+
+def _add_queries(heads: Heads, up: _Upstream, at: slice, x: Tensor, grad: Tensor) -> None:
+    """Take the gradient of a chunk's features to its queries."""
+    if up.dq is not None:
+        dx = poly_features_backward(grad, x, heads.degree).mT.unflatten(1, (heads.q.shape[1], -1))
+        up.dq[:, :, at] += dx * heads.scale
+
+
+def _add_keys(heads: Heads, up: _Upstream, at: slice, y: Tensor, suffix: Tensor) -> None:
+    """Take what queries want of a chunk's keys, summed up in the state, to its keys and values."""
+    if up.dk is not None:
+        grad = torch.bmm(suffix, heads.values(at).mT)
+        up.dk[:, at] += poly_features_backward(grad, y, heads.degree).mT
+    if up.dv is not None:
+        _add_values(heads, up.dv, at, torch.bmm(poly_features(y, heads.degree).mT, suffix[..., :-1]))
+
+
+def _add_values(heads: Heads, dv: Tensor, at: slice, rows: Tensor) -> None:
+    dv[:, at] += rows if heads.mask is None else torch.where(heads.mask[:, at, None], rows, 0.0)
+
+
+def _backward_full(heads: Heads, up: _Upstream) -> None:
+    of_queries, of_keys = heads.slices(heads.q.shape[2]), heads.slices(heads.k.shape[1])
+    keys_wanted = up.dk is not None or up.dv is not None
+    state, suffix = _State(heads), _State(heads)
+    if up.dq is not None:
+        for at in of_keys:
+            state.add(poly_features(heads.keys(at), heads.degree), heads.values(at))
+    weights = state.read()
+    for at in of_queries:
+        x, rows = heads.queries(at), up.rows(at, heads.wide)
+        if up.dq is not None:
+            _add_queries(heads, up, at, x, torch.bmm(weights, rows.mT))
+        if keys_wanted:
+            suffix.add(poly_features(x, heads.degree), rows)
+    if keys_wanted:
+        weights = suffix.read()
+        for at in of_keys:
+            _add_keys(heads, up, at, heads.keys(at), weights)
+
+
+def _backward_causal(heads: Heads, up: _Upstream) -> None:
+    slices = heads.slices(heads.k.shape[1])
+    state = _State(heads)
+    for at in slices:
+        x, y, values, rows = heads.queries(at), heads.keys(at), heads.values(at), up.rows(at, heads.wide)
+        _backward_within(heads, up, at, x, y, values, rows)
+        if up.dq is not None:
+            if at.start:
+                _add_queries(heads, up, at, x, torch.bmm(state.read(), rows.mT))
+            if at is not slices[-1]:
+                state.add(poly_features(y, heads.degree), values)
+    if up.dk is None and up.dv is None:
+        return
+    suffix = _State(heads)
+    for at in reversed(slices):
+        if at is not slices[-1]:
+            _add_keys(heads, up, at, heads.keys(at), suffix.read())
+        if at.start:
+            suffix.add(poly_features(heads.queries(at), heads.degree), up.rows(at, heads.wide))
+
+
+def _backward_within(
+    heads: Heads, up: _Upstream, at: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
+) -> None:
+    """The part of a chunk's gradients that comes from its own queries and keys."""
+    products, seen = _within(heads, x, y)
+    if up.dv is not None:
+        weights = polynomial(products, heads.coefficients).mul_(seen)
+        _add_values(heads, up.dv, at, torch.bmm(weights.mT, rows[..., :-1]))
+    if up.dq is None and up.dk is None:
+        return
+    slope = [t * c for t, c in enumerate(heads.coefficients)][1:] or [0.0]
+    grad = polynomial(products, slope).mul_(seen).mul_(torch.bmm(rows, values.mT))
+    if up.dq is not None:
+        up.dq[:, :, at] += torch.bmm(grad, y.mT).unflatten(1, (heads.q.shape[1], -1)) * heads.scale
+    if up.dk is not None:
+        up.dk[:, at] += torch.bmm(grad.mT, x.mT)

@@ -1,0 +1,101 @@
+"""All monomials of a vector up to a degree: the features whose products are a Taylor sum of exp."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl.poly import features as cpp
+from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count, poly_tables
+from leanstep.kernels.reference.poly import features as reference
+
+
+def poly_features(x: Tensor, degree: int) -> Tensor:
+    """The features of every column of x: all monomials up to ``degree``, over the roots of their exponents' factorials.
+
+    ``f(x) . f(y) = sum over t <= degree of (x . y)^t / t!``
+
+    Args:
+        x: [n, d, c], floating; a column is a vector. Not written.
+        degree: g >= 0.
+
+    Returns:
+        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. Columns stay contiguous, so that products
+        over the features and over the columns are both plain matrix products.
+
+    Raises:
+        ValueError: for another shape or dtype, a negative degree, or more than 2^20 features.
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        fp32 and wider are computed as they are, narrower dtypes in fp32 and rounded once. Every feature is written once
+        and, unless it is of the highest degree, read once; x is read once for every feature, from the cache.
+    """
+    dim = _check(x, degree, "poly_features")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    tables = poly_tables(dim, degree, x.device)
+    if not x.numel():
+        return x.new_ones(x.shape[0], feature_count(dim, degree), x.shape[2])
+    backend = choose("poly_features", x.device, wide.dtype).backend
+    if backend == "cpp":
+        return cpp.poly_features(wide, tables).to(x.dtype)
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.poly import features as triton_features
+
+        return triton_features.poly_features(wide, tables).to(x.dtype)
+    return reference.poly_features(wide, tables).to(x.dtype)
+
+
+def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
+    """The gradient of x from that of :func:`poly_features`: the transposed Jacobian times ``grad``.
+
+    ``dx[i] = sum over features b below the highest degree of sqrt(b_i + 1) f[b] grad[b + e_i]``, with b_i the exponent
+    of x_i in b
+
+    Args:
+        grad: [n, k, c] of x's dtype; not written.
+        x: [n, d, c], as given to :func:`poly_features`; not written.
+        degree: the same.
+
+    Returns:
+        [n, d, c] of x's dtype.
+
+    Raises:
+        ValueError, BackendError: as :func:`poly_features`, and for a gradient of another shape or dtype.
+
+    Notes:
+        Features below the highest degree are made again. On the CPU a row of ``grad`` is read once for every variable
+        of its monomial, and nothing else is as large; the definition has temporaries of ``d C(d + g - 1, g - 1) c``.
+    """
+    dim = _check(x, degree, "poly_features_backward")
+    expected = (x.shape[0], feature_count(dim, degree), x.shape[2])
+    if tuple(grad.shape) != expected or grad.dtype != x.dtype or grad.device != x.device:
+        raise ValueError(
+            f"poly_features_backward: expected a gradient {expected} of {x.dtype} on {x.device}, got "
+            f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}"
+        )
+    if not x.numel() or degree == 0:
+        return torch.zeros_like(x)
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, wide_grad, tables = x.to(wide_dtype), grad.to(wide_dtype), poly_tables(dim, degree, x.device)
+    backend = choose("poly_features_backward", x.device, wide_dtype).backend
+    if backend == "cpp":
+        return cpp.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.poly import features as triton_features
+
+        return triton_features.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+    return reference.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+
+
+def _check(x: Tensor, degree: int, name: str) -> int:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating x [n, d, c], got {tuple(x.shape)} of {x.dtype}")
+    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
+        raise ValueError(f"{name}: expected a whole degree >= 0, got {degree!r}")
+    features = feature_count(x.shape[1], degree)
+    if features > MOST_FEATURES:
+        raise ValueError(
+            f"{name}: degree {degree} of {x.shape[1]} variables has {features:,} features, more than "
+            f"{MOST_FEATURES:,}; take a lower degree"
+        )
+    return x.shape[1]

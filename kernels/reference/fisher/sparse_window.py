@@ -1,0 +1,121 @@
+"""A window of sparse gradients, one block of columns at a time, as plain torch.
+
+A row is cut into blocks and holds the same number of entries of every block: values [m, k], and their places inside
+their blocks as int16 [m, k], ascending, no place twice. The last block may be shorter and holds fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
+
+# entries whose places are spelled out, in int64, at a time
+_CHUNK_ENTRIES = 1 << 21
+
+
+class SparseLayout(NamedTuple):
+    """Which entries a sparse row of ``numel`` elements holds: ``per_block`` of each block of ``block`` elements.
+
+    Attributes:
+        numel: length of the dense row.
+        block: elements of a block, at most 2**15, so that a place in it is an int16.
+        per_block: entries kept of a full block.
+        last: entries kept of the last block, where it is shorter; else 0.
+    """
+
+    numel: int
+    block: int
+    per_block: int
+    last: int
+
+    @property
+    def full_blocks(self) -> int:
+        """Number of blocks of full length."""
+        return self.numel // self.block
+
+    @property
+    def k(self) -> int:
+        """Entries of a row."""
+        return self.full_blocks * self.per_block + self.last
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a row holds every element, in order, so that its values are the dense row."""
+        return self.k == self.numel
+
+
+def block_starts(layout: SparseLayout, device: torch.device) -> Tensor:
+    """Position in the dense row where the block of each of a row's entries begins: int64 [k]."""
+    entry = torch.arange(layout.k, device=device)
+    return entry.div(max(layout.per_block, 1), rounding_mode="floor").clamp_max(layout.full_blocks) * layout.block
+
+
+def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The entries of largest magnitude of every block of a vector [numel]; of equal ones the first."""
+    values, places = [], []
+    split = layout.full_blocks * layout.block
+    parts = [(vector[:split].view(-1, layout.block), layout.per_block), (vector[split:].view(1, -1), layout.last)]
+    for part, count in parts:
+        if part.numel() and count:
+            kept = _largest(part, count)
+            values.append(part.gather(1, kept).to(dtype).view(-1))
+            places.append(kept.to(torch.int16).view(-1))
+    if not values:
+        return vector.new_empty(0, dtype=dtype), torch.empty(0, dtype=torch.int16, device=vector.device)
+    return torch.cat(values), torch.cat(places)
+
+
+def _largest(blocks: Tensor, count: int) -> Tensor:
+    """Ascending places of the ``count`` largest magnitudes in every row; of equal ones the first ones.
+
+    ``torch.topk`` promises no order among equals, so it is given keys of which no two are equal: the bits of the
+    magnitude, which as integers are in the order of the numbers, and below them the place from the end.
+    """
+    width = blocks.shape[1]
+    backwards = torch.arange(width - 1, -1, -1, device=blocks.device)
+    bits = blocks.to(torch.float32).abs().view(torch.int32)
+    keys = bits.to(torch.int64).mul_(1 << 15).add_(backwards)  # twenty times as fast as shifting, on a CPU
+    kept = torch.topk(keys, count, dim=1, sorted=False).values & 0x7FFF
+    return (width - 1 - kept).sort(dim=1).values
+
+
+def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, out: Tensor) -> None:
+    """Write the dense row [numel] that ``values`` and ``indices`` [k] stand for."""
+    places = block_starts(layout, values.device) + indices
+    out.zero_().index_copy_(0, places, values.to(out.dtype))
+
+
+def row_chunks(values: Tensor) -> Iterator[slice]:
+    """Stretches of rows of a sparse window [m, k]."""
+    m, k = values.shape
+    height = max(1, _CHUNK_ENTRIES // max(k, 1))
+    return (slice(start, min(start + height, m)) for start in range(0, m, height))
+
+
+def row_dots(values: Tensor, indices: Tensor, vector: Tensor, layout: SparseLayout) -> Tensor:
+    """Dot products of the rows with a dense vector [numel]: products in fp32, totals in fp64. Returns fp64 [m]."""
+    wide = wide_dtype(values.dtype)
+    starts = block_starts(layout, values.device)
+    total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
+    vector = vector.to(wide)
+    for chunk in row_chunks(values):
+        gathered = vector[starts + indices[chunk]]
+        total[chunk] = (values[chunk].to(wide) * gathered).sum(dim=1, dtype=torch.float64)
+    return total
+
+
+def linear_combination(
+    values: Tensor, indices: Tensor, coefficients: Tensor, layout: SparseLayout, out: Tensor
+) -> None:
+    """Write the sum over i of ``coefficients[i] * row_i`` to ``out`` [numel], in fp32, row after row."""
+    wide = wide_dtype(values.dtype)
+    starts = block_starts(layout, values.device)
+    out.zero_()
+    for chunk in row_chunks(values):
+        products = values[chunk].to(wide) * coefficients[chunk].to(wide).unsqueeze(1)
+        out.index_add_(0, (starts + indices[chunk]).view(-1), products.view(-1))

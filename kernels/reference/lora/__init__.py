@@ -1,0 +1,1 @@
+"""Products of low-rank adapters, in plain torch."""

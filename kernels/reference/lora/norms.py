@@ -1,0 +1,16 @@
+"""Norms of the rows of a weight with an adapter, without the matrix ``B A``, in plain torch."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.matrices.dense_product import product
+
+# rows of the weight that are widened at a time
+ROWS = 2048
+
+
+def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, squares: Tensor) -> Tensor:
+    """Roots of ``squares + ((2 scale) weight a^T + mix) . b``, row by row, in the dtype of ``squares``."""
+    cross = torch.cat([product(part.to(a.dtype), a.t()) for part in weight.split(ROWS)])
+    total = squares + cross.mul_(2 * scale).add_(mix).mul_(b).sum(1)
+    return total.clamp_(min=0).sqrt_()

@@ -1,0 +1,1 @@
+"""N:M masks and products, in plain torch."""

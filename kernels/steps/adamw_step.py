@@ -1,0 +1,124 @@
+"""The AdamW rule on a list of CPU tensors: torch's fused kernel, or one of the same bits that is faster in bf16."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from leanstep.kernels._backend import choose
+
+# elements that torch's fused kernel takes at a time; it rounds single ones differently
+LANES = 64
+
+
+@torch.no_grad()
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """One step of ``torch.optim.AdamW(fused=True)`` on CPU tensors, bit for bit.
+
+    ``p <- p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``m`` and ``v``
+    the averages of ``g`` and ``g^2`` and ``t`` the steps, this one included (Loshchilov and Hutter, 2019).
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU; the four of a row have one dtype and one
+            dense layout. All but the gradients are updated in place.
+        steps: fp32 scalars, steps done before; increased in place.
+        lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW`` takes them.
+
+    Raises:
+        BackendError: when a backend was asked for that cannot run here.
+
+    Notes:
+        Reads p, g, m, v and writes p, m, v once. In bf16 torch's kernel waits for its conversions, not for the memory:
+        there a C++ kernel takes what fills torch's vectors, and torch the rest, once the two were seen to give the same
+        bits. In fp32 torch's is the C++ kernel. Neither looks for non-finite gradients nor counts the version of what
+        it changes.
+    """
+    if not params:
+        return
+    columns = (params, grads, exp_avgs, exp_avg_sqs)
+    options = _Options(lr, betas, eps, weight_decay, maximize)
+    chosen = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
+    if chosen.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
+        _cpp(columns, steps, options)
+    else:
+        _torch(columns, steps, options)
+
+
+# parameters, gradients, averages, averages of squares
+_Columns = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+class _Options(NamedTuple):
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    def numbers(self, step: int) -> tuple[float, ...]:
+        """Those of a tensor that has taken ``step`` steps, in double precision as torch computes them."""
+        lr, (beta1, beta2) = float(self.lr), self.betas
+        size = -lr / (1 - beta1**step)
+        return 1 - lr * self.weight_decay, 1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), self.eps, size
+
+
+def _torch(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
+    beta1, beta2 = options.betas
+    adamw(
+        *columns, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=options.lr,
+        weight_decay=options.weight_decay, eps=options.eps, maximize=options.maximize,
+    )  # fmt: skip
+
+
+def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
+    from leanstep.kernels.cpp_impl.steps import adamw_step as cpp
+
+    # what does not fill a vector goes through torch's loop over single entries, whose roundings are others
+    sizes = [p.numel() for p in columns[0]]
+    whole = [size // LANES * LANES for size in sizes]
+    ends = [i for i, size in enumerate(sizes) if size > whole[i]]
+    if ends:
+        first, second, third, fourth = ([_flat(c[i])[whole[i] :] for i in ends] for c in columns)
+        _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
+    torch._foreach_add_(steps, 1)
+    taken = [int(step) for step in steps]
+    numbers = {step: options.numbers(step) for step in set(taken)}
+    cpp.adamw_step(*columns, whole, [numbers[step] for step in taken], maximize=options.maximize)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor, in one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+@functools.cache
+def _same_bits() -> bool:
+    """Whether the C++ kernel gives the bits of this build of torch: how a compiler fuses products is not promised."""
+    chance = torch.Generator().manual_seed(0)
+    made = [torch.randn(64 * LANES, generator=chance) * scale for scale in (2e-2, 1e-3, 1e-4, 1e-6)]
+    for betas in ((0.9, 0.999), (0.0, 0.5)):
+        results = []
+        for run in (_torch, _cpp):
+            param, grad, avg, avg_sq = (t.abs().bfloat16() if t is made[3] else t.bfloat16() for t in made)
+            run(([param], [grad], [avg], [avg_sq]), [torch.zeros(())], _Options(1e-3, betas, 1e-8, 0.1, False))
+            results.append(torch.stack([param, avg, avg_sq]))
+        if not torch.equal(*results):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Windows of gradients and inverse Fisher matrices, in Triton."""

@@ -1,0 +1,217 @@
+"""Dots of a sparse window's rows with a vector, and combinations of its rows, each one launch for all its blocks.
+
+Bytes: both read values and indices once: 4 bytes per entry in bf16. What they gather from, or add to, is a block of a
+dense vector at a time, which the cache holds: 4 bytes more per entry, and for the combination 4 written. A program of
+the combination owns a block and goes through the rows in order, so that no two programs add to the same element and
+results repeat bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
+from leanstep.kernels.triton_impl._common import TL_DTYPE, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import (
+    Staging,
+    by_key,
+    device_programs,
+    device_rows,
+    is_aligned,
+    on_device,
+    warps,
+)
+from leanstep.kernels.triton_impl.fisher.gradient_window import eights, pointer_to, reduce_chunks
+
+BLOCK_M, BLOCK_N, THREADS = 8, 256, 256
+TILES = 8
+# entries of a row's block that are added at a time -> threads; the widest goes over longer ones in several turns
+WIDTHS = {64: 64, 256: 128, 1024: 256}
+
+
+@triton.jit(do_not_specialize=["m"])
+def sparse_dots_kernel(
+    table, programs, partial, m,
+    V_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of TILES * BLOCK_N entries.
+
+    A row of the table is (values, indices, vector, k, entries per block, elements per block, first chunk, 0).
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 8
+    piece = (entry & 0xFFFFFFFF).to(tl.int32)
+    row_blocks = tl.cdiv(m, BLOCK_M)
+    chunk = piece // row_blocks
+    offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < m
+    k = eights(tl.load(row + 3), ALIGNED)
+    v_ptr = pointer_to(tl.load(row + 0), V_DTYPE, ALIGNED)
+    i_ptr = pointer_to(tl.load(row + 1), tl.int16, ALIGNED)
+    x_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    per_block = tl.load(row + 4).to(tl.int32)
+    block = tl.load(row + 5)
+    start = chunk * (TILES * BLOCK_N)
+    count = eights(tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
+    at = offs_m.to(tl.int64)[:, None] * k + start
+
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for t in range(0, tl.cdiv(count, BLOCK_N)):
+        offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (offs_n < count)[None, :]
+        i = tl.load(i_ptr + at + offs_n[None, :], mask=mask, other=0)
+        v = to_float(tl.load(v_ptr + at + offs_n[None, :], mask=mask, other=0.0))
+        begin = ((start + offs_n) // per_block).to(tl.int64) * block
+        x = tl.load(x_ptr + begin[None, :] + i, mask=mask, other=0.0)
+        sums += v * x
+    at_m = (tl.load(row + 6) + chunk) * m + offs_m
+    tl.store(partial + at_m, tl.sum(sums, 1), mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["m"])
+def sparse_combination_kernel(
+    table, programs, coefficients, m, V_DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All rows of one block. A row of the table is (values, indices, out, k, entries per block, elements per block,
+    numel, group).
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 8
+    piece = entry & 0xFFFFFFFF
+    k = tl.load(row + 3)
+    per_block = tl.load(row + 4)
+    block = tl.load(row + 5)
+    size = tl.minimum(tl.load(row + 6) - piece * block, block).to(tl.int32)
+    count = tl.minimum(k - piece * per_block, per_block).to(tl.int32)
+    v_ptr = tl.load(row + 0).to(tl.pointer_type(V_DTYPE)) + piece * per_block
+    i_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int16)) + piece * per_block
+    out_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + piece * block
+    c_ptr = coefficients + tl.load(row + 7) * m
+    lane = tl.arange(0, BLOCK_K)
+
+    zeros = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for j in range(0, size, BLOCK_K):
+        tl.store(out_ptr + j + lane, zeros, mask=j + lane < size)
+    for row_number in range(0, m):
+        # what comes now may have been written by other threads of this program
+        tl.debug_barrier()
+        c = tl.load(c_ptr + row_number)
+        for j in range(0, count, BLOCK_K):
+            mask = j + lane < count
+            i = tl.load(i_ptr + j + lane, mask=mask, other=0).to(tl.int32)
+            v = to_float(tl.load(v_ptr + j + lane, mask=mask, other=0.0))
+            # no place occurs twice in a row
+            so_far = tl.load(out_ptr + i, mask=mask, other=0.0)
+            tl.store(out_ptr + i, so_far + v * c, mask=mask)
+        v_ptr += k
+        i_ptr += k
+
+
+def row_dots(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int],
+    count: int,
+) -> Tensor:
+    """fp64 [count, m]: dots of the rows of sparse windows with vectors [numel]."""
+    device, m = values[0].device, values[0].shape[0]
+    staging = Staging()
+    rows, keys, pieces, chunks = [], [], [], [0] * count
+    for b in sorted(range(len(values)), key=lambda b: groups[b]):  # a group's chunks lie side by side
+        v, i, x = staging.read(values[b]), staging.read(indices[b]), staging.read(vectors[b], torch.float32)
+        layout = layouts[b]
+        numbers = (layout.k, max(layout.per_block, 1), layout.block)
+        rows.append((v.data_ptr(), i.data_ptr(), x.data_ptr(), *numbers, sum(chunks), 0))
+        keys.append(is_aligned(v, i) and layout.k % 8 == 0)
+        chunks[groups[b]] += triton.cdiv(layout.k, TILES * BLOCK_N)
+        pieces.append(triton.cdiv(layout.k, TILES * BLOCK_N) * triton.cdiv(m, BLOCK_M))
+    partial = torch.empty(sum(chunks) * m, dtype=torch.float32, device=device)
+    table = device_rows(rows, device)
+    with on_device(device):
+        for aligned, members in by_key(keys).items():
+            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
+            if programs is not None:
+                sparse_dots_kernel[(programs.numel(),)](
+                    table, programs, partial, m, TL_DTYPE[values[0].dtype], aligned,
+                    BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
+                )  # fmt: skip
+    staging.finish()
+    return reduce_chunks(partial, chunks, m)
+
+
+def linear_combination(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    coefficients: Tensor,
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int],
+    out: Sequence[Tensor],
+) -> None:
+    """Write the combinations of the sparse rows with fp32 coefficients [G, m] to fp32 `out`, [numel] each."""
+    device, m = values[0].device, values[0].shape[0]
+    staging = Staging()
+    coefficients = coefficients.contiguous()
+    rows, keys, pieces = [], [], []
+    for value, index, layout, group, result in zip(values, indices, layouts, groups, out, strict=True):
+        v, i = staging.read(value), staging.read(index)
+        numbers = (layout.k, layout.per_block, layout.block, layout.numel)
+        rows.append((v.data_ptr(), i.data_ptr(), result.data_ptr(), *numbers, group))
+        keys.append(next((width for width in WIDTHS if layout.per_block <= width), max(WIDTHS)))
+        pieces.append(triton.cdiv(layout.numel, layout.block))
+    table = device_rows(rows, device)
+    with on_device(device):
+        for width, members in by_key(keys).items():
+            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
+            if programs is not None:
+                # fused multiply-adds would round differently from the definition
+                sparse_combination_kernel[(programs.numel(),)](
+                    table, programs, coefficients, m, TL_DTYPE[values[0].dtype], width,
+                    num_warps=warps(WIDTHS[width]), enable_fp_fusion=False,
+                )  # fmt: skip
+    staging.finish()
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launchers above can pick."""
+    return [
+        *(_dots_case(v, aligned) for v in TL_DTYPE for aligned in (True, False)),
+        *(_combination_case(v, width) for v in TL_DTYPE for width in WIDTHS),
+    ]
+
+
+def _dots_case(v: torch.dtype, aligned: bool) -> AuditCase:
+    return AuditCase(
+        kernel=sparse_dots_kernel,
+        label=f"v {v} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), m="i32"),
+        constants=dict(V_DTYPE=TL_DTYPE[v], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=BLOCK_M * BLOCK_N,
+        read=v.itemsize + 2,
+        written=0,
+        cached=4,
+        wide=aligned,
+    )  # fmt: skip
+
+
+def _combination_case(v: torch.dtype, width: int) -> AuditCase:
+    return AuditCase(
+        kernel=sparse_combination_kernel,
+        label=f"v {v} {width}".replace("torch.", ""),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp32"), m="i32"),
+        constants=dict(V_DTYPE=TL_DTYPE[v], BLOCK_K=width),
+        threads=WIDTHS[width],
+        fp_fusion=False,
+        elements=width,
+        read=v.itemsize + 2,
+        # to the block of the result, which stays in the cache
+        written=4,
+        cached=4,
+    )  # fmt: skip

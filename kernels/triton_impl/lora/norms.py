@@ -1,0 +1,120 @@
+"""DoRA's norms in one pass over a 16-bit weight.
+
+Bytes: the weight is read once, A once by every program, from the cache; B and a matrix of its size once. A is fp32: cut
+into three bf16 numbers of which it is the sum to 24 bits, its products with a bf16 weight are exact and their sums
+fp32. An fp16 weight is cut too, into two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.reference.lora import norms as reference
+from leanstep.kernels.triton_impl._common import INTERPRETED, round_to, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+
+# columns of a tile; and for every width that ranks are padded to, the rows of a program: the more, the less of A it
+# reads for each, and the fewer programs there are
+BLOCK_K, THREADS = 64, 256
+ROWS = {16: 32, 64: 64}
+
+
+@triton.jit
+def _part(x):
+    """The nearest bf16 number, as a factor of a product; the interpreter's product of bf16 is wrong, of fp32 right."""
+    part = round_to(x, tl.bfloat16)
+    return to_float(part) if INTERPRETED else part
+
+
+@triton.jit
+def _products(w, a, sums, HALF: tl.constexpr):
+    """``sums + w a^T`` for w of 8 bits, or of 11 if HALF, and a of 24."""
+    high = _part(w)
+    a1 = _part(a)
+    rest = a - to_float(a1)
+    a2 = _part(rest)
+    a3 = _part(rest - to_float(a2))
+    # small terms first
+    sums = tl.dot(high, tl.trans(a3), sums)
+    if HALF:
+        low = _part(w - to_float(high))
+        sums = tl.dot(low, tl.trans(a2), sums)
+        sums = tl.dot(low, tl.trans(a1), sums)
+    sums = tl.dot(high, tl.trans(a2), sums)
+    return tl.dot(high, tl.trans(a1), sums)
+
+
+@triton.jit(do_not_specialize=["m", "tiles", "r", "scale"])
+def lora_norms_kernel(
+    w_ptr, a_ptr, b_ptr, mix_ptr, squares_ptr, out_ptr, m, tiles, r, scale,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of as many tiles as are said."""
+    # seen to be a multiple, so that rows begin where wide accesses may
+    n = tiles * BLOCK_K
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    rows = offs_m.to(tl.int64)[:, None]
+    inside, ranks = offs_m < m, offs_r < r
+    cross = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(0, n, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        w = to_float(tl.load(w_ptr + rows * n + offs_k[None, :], mask=inside[:, None], other=0.0))
+        a = tl.load(a_ptr + offs_r.to(tl.int64)[:, None] * n + offs_k[None, :], mask=ranks[:, None], other=0.0)
+        cross = _products(w, a, cross, HALF)
+    at = rows * r + offs_r[None, :]
+    mask = inside[:, None] & ranks[None, :]
+    b = tl.load(b_ptr + at, mask=mask, other=0.0)
+    mix = tl.load(mix_ptr + at, mask=mask, other=0.0)
+    added = tl.sum((2 * scale * cross + mix) * b, 1)
+    total = tl.load(squares_ptr + offs_m, mask=inside, other=0.0) + added
+    # a NaN stays one
+    total = tl.where(total < 0, 0.0, total)
+    tl.store(out_ptr + offs_m, tl.sqrt_rn(total), mask=inside)
+
+
+def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, squares: Tensor) -> Tensor:
+    """As the definition; a, b, mix and squares in fp32."""
+    (m, n), r = weight.shape, len(a)
+    block_r = next((block for block in ROWS if r <= block), None)
+    if weight.dtype not in _NAMES or block_r is None or n % BLOCK_K or not weight.is_contiguous():
+        return reference.lora_norms(weight, a, b, mix, scale, squares)
+    norms, rows = torch.empty_like(squares), ROWS[block_r]
+    with on_device(weight.device):
+        lora_norms_kernel[(triton.cdiv(m, rows),)](
+            weight, a.contiguous(), b.contiguous(), mix, squares.contiguous(), norms, m, n // BLOCK_K, r, scale,
+            HALF=weight.dtype == torch.float16, BLOCK_M=rows, BLOCK_K=BLOCK_K, BLOCK_R=block_r,
+            num_warps=warps(THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+    return norms
+
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launcher above can pick."""
+    return [_case(dtype, block_r) for dtype in _NAMES for block_r in ROWS]
+
+
+def _case(dtype: torch.dtype, block_r: int) -> AuditCase:
+    rows, wide = ROWS[block_r], pointer("fp32")
+    tile = rows * BLOCK_K
+    return AuditCase(
+        kernel=lora_norms_kernel,
+        label=f"{_NAMES[dtype]} rank {block_r}",
+        arguments=dict(
+            w_ptr=pointer(_NAMES[dtype]), a_ptr=wide, b_ptr=wide, mix_ptr=wide, squares_ptr=wide, out_ptr=wide,
+            m="i32", tiles="i32", r="i32", scale="fp32",
+        ),
+        constants=dict(HALF=dtype == torch.float16, BLOCK_M=rows, BLOCK_K=BLOCK_K, BLOCK_R=block_r),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=tile,
+        # counted as if B, the matrix of its size and the squares were read, and the norms written, once per tile
+        read=dtype.itemsize + (8 * block_r + 4) * rows / tile,
+        written=4 * rows / tile,
+        cached=4 * block_r * BLOCK_K / tile,
+    )  # fmt: skip

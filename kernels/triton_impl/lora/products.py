@@ -1,0 +1,256 @@
+"""Products r wide with dropout on the way: what is dropped is found from a hash, and never stored.
+
+Bytes: x, or y, moves once; the factors are read by every program, which the cache serves. Products of 16-bit matrices
+of ranks up to 64 run here; fp32 ones would lose digits on tensor cores, and large ranks fill no register tile: these
+take the dropped matrix and the BLAS.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
+from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, load_tile, random_bits, round_to, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+
+BLOCK, THREADS = 2048, 256
+# rows and columns of a tile of x or y
+BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 256
+# of a tile of x where all ranks are summed beside it, which more would spill
+DOWN_M, DOWN_K = 32, 32
+RANKS = (16, 64)
+# rows of x whose part of a gradient one program sums
+CHUNK = 1024
+
+
+@triton.jit
+def _kept(index, key, limit):
+    """Whether the element of a 64-bit row-major index survives; key and limit are unsigned 32-bit."""
+    high = random_bits((index >> 32).to(tl.uint32), tl.zeros([], dtype=tl.uint32))
+    return random_bits(index.to(tl.uint32), key ^ high) >= limit
+
+
+@triton.jit
+def _factor(x, DTYPE: tl.constexpr):
+    """A factor of a product: the interpreter's product of bf16 is wrong, that of fp32 is right."""
+    return to_float(x) if INTERPRETED else x.to(DTYPE)
+
+
+@triton.jit
+def _dropout_tile(x_ptr, out_ptr, start, offs, mask, key, limit, gain):
+    x = to_float(load_tile(x_ptr + offs, mask)) * gain
+    kept = _kept(start + offs, key, limit)
+    tl.store(out_ptr + offs, round_to(tl.where(kept, x, 0.0), out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["numel", "key", "limit", "gain"])
+def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.constexpr):
+    """BLOCK elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
+    if start + BLOCK <= numel:
+        _dropout_tile(x_ptr + start, out_ptr + start, start, lane, None, key, limit, gain)
+    else:
+        _dropout_tile(x_ptr + start, out_ptr + start, start, lane, lane < numel - start, key, limit, gain)
+
+
+@triton.jit
+def _dropped(x_ptr, offs_m, offs_n, rows, columns, key, limit, gain):
+    """A tile of dropout(x), in fp32, rounded as the definition rounds it."""
+    at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
+    x = to_float(tl.load(x_ptr + at, mask=mask, other=0.0)) * gain
+    return round_to(tl.where(_kept(at, key, limit), x, 0.0), x_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "r", "key", "limit", "gain"])
+def lora_down_kernel(
+    x_ptr, a_ptr, h_ptr, rows, n, r, key, limit, gain,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of dropout(x) a^T."""
+    key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    kind = x_ptr.dtype.element_ty
+    sums = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(0, n, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = _dropped(x_ptr, offs_m, offs_k, rows, n, key, limit, gain)
+        mask = (offs_r < r)[:, None] & (offs_k < n)[None, :]
+        a = tl.load(a_ptr + offs_r.to(tl.int64)[:, None] * n + offs_k[None, :], mask=mask, other=0.0)
+        sums = tl.dot(_factor(x, kind), tl.trans(_factor(a, kind)), sums)
+    at = offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]
+    tl.store(h_ptr + at, round_to(sums, kind), mask=(offs_m < rows)[:, None] & (offs_r < r)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "n", "r", "key", "limit", "gain"])
+def lora_down_backward_kernel(
+    x_ptr, e_ptr, out_ptr, rows, n, r, key, limit, gain,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K columns of e^T dropout(x), over CHUNK rows; out is [chunks, r, n] in fp32."""
+    key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    kind = x_ptr.dtype.element_ty
+    sums = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    for start in range(0, CHUNK, BLOCK_M):
+        offs_m = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK_M)
+        x = _dropped(x_ptr, offs_m, offs_k, rows, n, key, limit, gain)
+        mask = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
+        e = tl.load(e_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :], mask=mask, other=0.0)
+        sums = tl.dot(tl.trans(_factor(e, kind)), _factor(x, kind), sums)
+    at = (tl.program_id(1).to(tl.int64) * r + offs_r)[:, None] * n + offs_k[None, :]
+    tl.store(out_ptr + at, sums, mask=(offs_r < r)[:, None] & (offs_k < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "m", "r", "scale", "key", "limit", "gain"])
+def lora_up_kernel(
+    y_ptr, h_ptr, b_ptr, rows, m, r, step_r, step_m, scale, key, limit, gain,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of y += dropout(scale h b), in place."""
+    key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    kind = y_ptr.dtype.element_ty
+    mask_h = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
+    h = tl.load(h_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :], mask=mask_h, other=0.0)
+    mask_b = (offs_r < r)[:, None] & (offs_n < m)[None, :]
+    place = offs_r.to(tl.int64)[:, None] * step_r + offs_n.to(tl.int64)[None, :] * step_m
+    b = tl.load(b_ptr + place, mask=mask_b, other=0.0)
+    product = tl.dot(_factor(h, kind), _factor(b, kind)) * (scale * gain)
+    at = offs_m.to(tl.int64)[:, None] * m + offs_n[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_n < m)[None, :]
+    y = to_float(tl.load(y_ptr + at, mask=mask, other=0.0)) + tl.where(_kept(at, key, limit), product, 0.0)
+    tl.store(y_ptr + at, round_to(y, kind), mask=mask)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """`x / (1 - p)` where the mask keeps, 0 elsewhere; x row-major. Equal to the definition bit for bit."""
+    out = torch.empty_like(x)
+    with on_device(x.device):
+        lora_dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x, out, x.numel(), *_numbers(p, seed), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=False
+        )
+    return out
+
+
+def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
+    """`dropout(x) a^T`; x row-major."""
+    (rows, n), r = x.shape, a.shape[0]
+    if _block_r(x, r) is None:
+        return dropout(x, p, seed) @ a.t()
+    h = x.new_empty(rows, r)
+    with on_device(x.device):
+        lora_down_kernel[(triton.cdiv(rows, DOWN_M),)](
+            x, a.contiguous(), h, rows, n, r, *_numbers(p, seed), BLOCK_M=DOWN_M, BLOCK_K=DOWN_K,
+            BLOCK_R=_block_r(x, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+    return h
+
+
+def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """`e^T dropout(x)`, and `dropout(x) a^T` where `a` is given; x row-major."""
+    (rows, n), r = x.shape, e.shape[1]
+    if _block_r(x, r) is None:
+        kept = dropout(x, p, seed)
+        return e.t() @ kept, None if a is None else kept @ a.t()
+    chunks = triton.cdiv(rows, CHUNK)
+    sums = x.new_empty(chunks, r, n, dtype=torch.float32)
+    with on_device(x.device):
+        lora_down_backward_kernel[(triton.cdiv(n, BLOCK_K), chunks)](
+            x, e.contiguous(), sums, rows, n, r, *_numbers(p, seed), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+            BLOCK_R=_block_r(x, r), CHUNK=CHUNK, num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+    return sums.sum(0).to(x.dtype), None if a is None else lora_down(x, a, p, seed)
+
+
+def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int) -> None:
+    """`y += dropout(scale h b)`, in place; y row-major."""
+    (rows, m), r = y.shape, h.shape[1]
+    if _block_r(y, r) is None:
+        y.add_(dropout(h @ b, p, seed), alpha=scale)
+        return
+    with on_device(y.device):
+        lora_up_kernel[(triton.cdiv(m, BLOCK_K), triton.cdiv(rows, BLOCK_M))](
+            y, h.contiguous(), b, rows, m, r, *b.stride(), scale, *_numbers(p, seed), BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_K, BLOCK_R=_block_r(y, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _block_r(x: Tensor, r: int) -> int | None:
+    """The width of the tile that holds a rank; None where no kernel here should form the product."""
+    if x.dtype == torch.float32:
+        return None
+    return next((block for block in RANKS if r <= block), None)
+
+
+def _numbers(p: float, seed: int) -> tuple[int, int, float]:
+    """Key and threshold as signed 32-bit numbers, and the gain."""
+    limit = min(threshold(p), 2**32 - 1)
+    return seed_key(seed), limit - 2**32 if limit >= 2**31 else limit, gain(p)
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launchers above can pick."""
+    small = (torch.bfloat16, torch.float16)
+    products = [_product_case(d, kernel, r) for d in small for kernel in ("down", "backward", "up") for r in RANKS]
+    return [_dropout_case(dtype) for dtype in TL_DTYPE] + products
+
+
+def _dropout_case(dtype: torch.dtype) -> AuditCase:
+    kind = pointer(_NAMES[dtype])
+    return AuditCase(
+        kernel=lora_dropout_kernel,
+        label=_NAMES[dtype],
+        arguments=dict(x_ptr=kind, out_ptr=kind, numel="i64", key="i32", limit="i32", gain="fp32"),
+        constants=dict(BLOCK=BLOCK),
+        threads=THREADS,
+        fp_fusion=False,
+        elements=BLOCK,
+        read=dtype.itemsize,
+        written=dtype.itemsize,
+    )
+
+
+def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
+    kind = pointer(_NAMES[dtype])
+    sizes = dict(rows="i32", n="i32", r="i32")
+    numbers = dict(key="i32", limit="i32", gain="fp32")
+    rows, columns = (DOWN_M, DOWN_K) if name == "down" else (BLOCK_M, BLOCK_K)
+    blocks = dict(BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r)
+    tile = rows * columns
+    # what of the factors is read beside a tile
+    factor = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r
+    # a tile of x or y, the factor's part beside it, and (down, backward) what a program writes at its end
+    if name == "down":
+        kernel, arguments = lora_down_kernel, dict(x_ptr=kind, a_ptr=kind, h_ptr=kind) | sizes
+        written = rows * block_r * dtype.itemsize / tile
+    elif name == "backward":
+        kernel, arguments = lora_down_backward_kernel, dict(x_ptr=kind, e_ptr=kind, out_ptr=pointer("fp32")) | sizes
+        blocks, written = blocks | dict(CHUNK=CHUNK), block_r * BLOCK_K * 4 / tile
+    else:
+        kernel, arguments = lora_up_kernel, dict(y_ptr=kind, h_ptr=kind, b_ptr=kind)
+        arguments |= dict(rows="i32", m="i32", r="i32", step_r="i32", step_m="i32", scale="fp32")
+        blocks, written = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_R=block_r), dtype.itemsize
+    return AuditCase(
+        kernel=kernel,
+        label=f"{name} {_NAMES[dtype]} rank {block_r}",
+        arguments=arguments | numbers,
+        constants=blocks,
+        threads=DOT_THREADS,
+        fp_fusion=True,
+        elements=tile,
+        read=dtype.itemsize,
+        written=written,
+        cached=factor * dtype.itemsize / tile,
+    )

@@ -1,0 +1,219 @@
+"""N:M masks, one or two launches for all tensors of a list.
+
+Bytes: scores are read and masks written once, 5 bytes per fp32 element. Contiguous groups of a power of two lie in the
+registers of one thread, or of neighbours, with 128-bit accesses. What does not fill a block of those, groups of other
+lengths, and groups along other axes are taken lane by lane.
+
+A magnitude is compared by its bits, which as integers are in the order of the numbers; so both 16-bit formats are one.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.triton_impl._common import aligned_pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import device_programs, device_rows, is_aligned, on_device, warps
+
+# 16 elements per thread and tile: one 128-bit store of the mask
+BLOCK, THREADS = 2048, 128
+TILES = 8
+# of long groups, more rounds than this, and the threshold is found bit by bit
+MOST_ROUNDS, LONG = 8, 64
+EXACT = (2, 4, 8, 16, 32, 64, 128)
+# group lengths of the other kernel, up to which shorter ones are filled
+PADDED = (8, 32, 128)
+# bits of the infinite; those of every NaN are more
+INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+WORDS = {4: tl.int32, 2: tl.int16}
+
+
+@triton.jit
+def _keys(x, infinite):
+    """Magnitudes as integers; every NaN is one number, larger than all others."""
+    if x.dtype == tl.int16:
+        magnitude = x.to(tl.int32) & 0x7FFF
+    else:
+        magnitude = x & 0x7FFFFFFF
+    return tl.minimum(magnitude, infinite + 1)
+
+
+@triton.jit
+def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
+    """The largest entry `rounds` times, of equal ones the last; or dropped the smallest, of equal ones the first."""
+    keys = tl.where((dropping != 0) & (keys >= 0), 0x7FFFFFFF - keys, keys)
+    place = tl.where(dropping != 0, m - 1 - lane, lane)
+    for _ in range(0, rounds):
+        best = tl.max(keys, AXIS, keep_dims=True)
+        found = tl.max(tl.where(keys == best, place, -1), AXIS, keep_dims=True)
+        keys = tl.where(place == found, -1, keys)
+    return (keys == -1) != (dropping != 0)
+
+
+@triton.jit
+def _kept_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """The entries above the n-th largest, and the last ones that equal it: bit by bit, the key and then the place."""
+    threshold = tl.sum(keys * 0, AXIS, keep_dims=True)
+    for step in range(0, BITS):
+        trial = threshold | (1 << (BITS - 1 - step))
+        count = tl.sum((keys >= trial).to(tl.int32), AXIS, keep_dims=True)
+        threshold = tl.where(count >= n, trial, threshold)
+    # above all places where a key is above the threshold, below them where it is below
+    place = tl.where(keys == threshold, lane, tl.where(keys > threshold, 128, -1))
+    first = tl.sum(keys * 0, AXIS, keep_dims=True)
+    for step in range(0, 7):
+        trial = first | (1 << (6 - step))
+        count = tl.sum((place >= trial).to(tl.int32), AXIS, keep_dims=True)
+        first = tl.where(count >= n, trial, first)
+    return place >= first
+
+
+@triton.jit
+def _kept(keys, lane, n, m, rounds, dropping, AXIS: tl.constexpr, WORD: tl.constexpr, THRESHOLD: tl.constexpr):
+    """1 where an entry is kept."""
+    if THRESHOLD:
+        kept = _kept_by_threshold(keys, lane, n, AXIS, WORD.primitive_bitwidth - 1)
+    else:
+        kept = _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS)
+    return kept.to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["n", "rounds", "dropping", "infinite"])
+def nm_mask_kernel(
+    table, programs, n, rounds, dropping, infinite,
+    WORD: tl.constexpr, THRESHOLD: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """TILES blocks of contiguous groups of M, a power of two. A row of the table is (scores, mask, blocks)."""
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 3
+    first = (entry & 0xFFFFFFFF) * TILES
+    s_ptr = aligned_pointer(tl.load(row + 0), WORD) + first * BLOCK
+    k_ptr = aligned_pointer(tl.load(row + 1), tl.int8) + first * BLOCK
+    lane = tl.arange(0, M)[None, :]
+    for t in range(0, tl.minimum(tl.load(row + 2) - first, TILES).to(tl.int32)):
+        offs = t * BLOCK + tl.arange(0, BLOCK)
+        keys = tl.reshape(_keys(tl.load(s_ptr + offs), infinite), [BLOCK // M, M])
+        kept = _kept(keys, lane, n, M, rounds, dropping, 1, WORD, THRESHOLD)
+        tl.store(k_ptr + offs, tl.reshape(kept, [BLOCK]))
+
+
+@triton.jit(do_not_specialize=["n", "m", "rounds", "dropping", "infinite"])
+def nm_mask_strided_kernel(
+    table, programs, n, m, rounds, dropping, infinite,
+    WORD: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T groups of any length up to BLOCK_M whose entries are `inner` elements apart.
+
+    A row of the table is (scores, mask, groups, inner).
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 4
+    s_ptr = tl.load(row + 0).to(tl.pointer_type(WORD))
+    k_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int8))
+    inner = tl.load(row + 3)
+    group = (entry & 0xFFFFFFFF) * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = group // inner * (m * inner) + group % inner
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    offs = begin[None, :] + lane * inner
+    mask = (group < tl.load(row + 2))[None, :] & (lane < m)
+    # what fills a group up is never the largest and never the smallest
+    keys = tl.where(lane < m, _keys(tl.load(s_ptr + offs, mask=mask, other=0), infinite), -2)
+    tl.store(k_ptr + offs, _kept(keys, lane, n, m, rounds, dropping, 0, WORD, THRESHOLD), mask=mask)
+
+
+def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor]) -> None:
+    """Masks of contiguous scores of one dtype, none empty, into contiguous bool tensors.
+
+    The definition is `leanstep.kernels.reference.nm.mask`; results are equal to it.
+    """
+    if n == m:
+        for mask in out:
+            mask.fill_(True)
+        return
+    whole, rest = [], []
+    for score, mask in zip(scores, out, strict=True):
+        apart = math.prod(score.shape[dim % score.dim() + 1 :])
+        exact = apart == 1 and m in EXACT and is_aligned(score, mask)
+        blocks = score.numel() // BLOCK if exact else 0
+        if blocks:
+            whole.append((score.data_ptr(), mask.data_ptr(), blocks))
+        groups = (score.numel() - blocks * BLOCK) // m
+        if groups:
+            begin = blocks * BLOCK
+            rest.append((score.data_ptr() + begin * score.itemsize, mask.data_ptr() + begin, groups, apart))
+    dropping, rounds = int(m - n < n), min(n, m - n)
+    selection = (rounds, dropping, INFINITE[scores[0].dtype], WORDS[scores[0].itemsize], _by_threshold(m, rounds))
+    device = scores[0].device
+    with on_device(device):
+        if whole:
+            programs = device_programs([triton.cdiv(blocks, TILES) for *_, blocks in whole], device)
+            nm_mask_kernel[(programs.numel(),)](
+                device_rows(whole, device), programs, n, *selection,
+                M=m, BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS),
+            )  # fmt: skip
+        if rest:
+            height = BLOCK // _padded(m)
+            programs = device_programs([triton.cdiv(groups, height) for _, _, groups, _ in rest], device)
+            nm_mask_strided_kernel[(programs.numel(),)](
+                device_rows(rest, device), programs, n, m, *selection,
+                BLOCK_M=_padded(m), BLOCK_T=height, num_warps=warps(THREADS),
+            )  # fmt: skip
+
+
+def _padded(m: int) -> int:
+    return next(size for size in PADDED if m <= size)
+
+
+def _by_threshold(m: int, rounds: int) -> bool:
+    return _padded(m) >= LONG and rounds > MOST_ROUNDS
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launcher above can pick."""
+    return [
+        case(itemsize, m, threshold)
+        for case, lengths in ((_exact_case, EXACT), (_strided_case, PADDED))
+        for itemsize in WORDS
+        for m in lengths
+        for threshold in {False, _by_threshold(m, m // 2)}
+    ]
+
+
+def _label(itemsize: int, m: str, threshold: bool) -> str:
+    return f"s {8 * itemsize} bits {m}{' threshold' if threshold else ''}"
+
+
+def _exact_case(itemsize: int, m: int, threshold: bool) -> AuditCase:
+    return AuditCase(
+        kernel=nm_mask_kernel,
+        label=_label(itemsize, f"m {m}", threshold),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), n="i32", rounds="i32", dropping="i32",
+                       infinite="i32"),
+        constants=dict(WORD=WORDS[itemsize], THRESHOLD=threshold, M=m, BLOCK=BLOCK, TILES=TILES),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=BLOCK,
+        read=itemsize,
+        written=1,
+        wide=True,
+        flat=True,
+    )  # fmt: skip
+
+
+def _strided_case(itemsize: int, m: int, threshold: bool) -> AuditCase:
+    return AuditCase(
+        kernel=nm_mask_strided_kernel,
+        label=_label(itemsize, f"up to {m}", threshold),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), n="i32", m="i32", rounds="i32", dropping="i32",
+                       infinite="i32"),
+        constants=dict(WORD=WORDS[itemsize], THRESHOLD=threshold, BLOCK_M=m, BLOCK_T=BLOCK // m),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=BLOCK,
+        read=itemsize,
+        written=1,
+    )  # fmt: skip

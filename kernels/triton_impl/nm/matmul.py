@@ -1,0 +1,92 @@
+"""Products with a compressed N:M matrix: every row of it gathers what it needs of a few rows of x.
+
+Bytes: per tile of rows of x, values and indices are read once (5 bytes per kept fp32 weight, 3 in 16 bits), and as many
+entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows are left to the
+dense matrix, formed for the purpose: tensor cores do not gather.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.reference.nm.matmul import decompress
+from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+
+THREADS = 128
+# rows of x in a tile -> rows of the matrix, and kept weights of each, that are taken at a time
+TILES = {1: (16, 64), 4: (16, 32)}
+# rows of x from which on the dense product is used
+MANY = 32
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "length", "n", "m"])
+def nm_matmul_kernel(
+    x_ptr, v_ptr, i_ptr, out_ptr, tokens, rows, length, n, m, stride_x,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T rows of x times BLOCK_O rows of the matrix; `length` is the number of kept weights of a row."""
+    offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_o = (offs_o < rows)[None, :, None]
+    mask_t = (offs_t < tokens)[:, None, None]
+    begin = offs_o.to(tl.int64)[None, :, None] * length
+    begin_x = offs_t.to(tl.int64)[:, None, None] * stride_x
+    sums = tl.zeros([BLOCK_T, BLOCK_O, BLOCK_K], dtype=tl.float32)
+    for k in range(0, length, BLOCK_K):
+        offs_k = (k + tl.arange(0, BLOCK_K))[None, None, :]
+        mask = mask_o & (offs_k < length)
+        v = to_float(tl.load(v_ptr + begin + offs_k, mask=mask, other=0.0))
+        place = tl.load(i_ptr + begin + offs_k, mask=mask, other=0).to(tl.int32)
+        column = offs_k // n * m + place
+        x = to_float(tl.load(x_ptr + begin_x + column, mask=mask & mask_t, other=0.0))
+        sums += x * v
+    total = tl.sum(sums, 2)
+    at = offs_t.to(tl.int64)[:, None] * rows + offs_o[None, :]
+    mask = (offs_t < tokens)[:, None] & (offs_o < rows)[None, :]
+    tl.store(out_ptr + at, round_to(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
+    """`x W^T` for x [t, in] and W compressed, of one dtype; nothing empty."""
+    tokens, (rows, groups, n) = x.shape[0], values.shape
+    if tokens >= MANY:
+        return x @ decompress(values, indices, m).T
+    x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
+    out = x.new_empty(tokens, rows)
+    block_t = 1 if tokens == 1 else 4
+    block_o, block_k = TILES[block_t]
+    with on_device(x.device):
+        nm_matmul_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_t))](
+            x, values, indices, out, tokens, rows, groups * n, n, m, x.stride(0),
+            BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=warps(THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launcher above can pick."""
+    return [_case(x, block_t) for x in TL_DTYPE for block_t in TILES]
+
+
+def _case(x: torch.dtype, block_t: int) -> AuditCase:
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[x]
+    block_o, block_k = TILES[block_t]
+    return AuditCase(
+        kernel=nm_matmul_kernel,
+        label=f"x {x} {block_t} rows".replace("torch.", ""),
+        arguments=dict(
+            x_ptr=pointer(name), v_ptr=pointer(name), i_ptr=pointer("u8"), out_ptr=pointer(name), tokens="i32",
+            rows="i32", length="i32", n="i32", m="i32", stride_x="i32",
+        ),
+        constants=dict(BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=block_o * block_k,
+        read=x.itemsize + 1,
+        written=0,
+        # the gathered entries of x, and in tiles of several rows values and indices as often
+        cached=x.itemsize * block_t + (block_t - 1) * (x.itemsize + 1),
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Polynomial features of columns and the gradient behind them, one launch each, fp32.
+
+Bytes: the forward pass writes every feature once; its factors come from the columns of x, which the cache holds. The
+backward pass reads the gradient of a feature once for every variable of its monomial, from memory the first time.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.poly.tables import PolyTables
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+
+THREADS = 128
+# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: with 16
+# variables, gfx942 has not the scalar registers for their masks
+BLOCK_F, BLOCK_I, BLOCK_C = 16, 8, 64
+
+
+@triton.jit(do_not_specialize=["dim", "features", "columns", "degree"])
+def poly_features_kernel(
+    x_ptr, variables_ptr, norm_ptr, out_ptr, dim, features, columns, degree, BLOCK_F: tl.constexpr, BLOCK_C:
+tl.constexpr ):  # fmt: skip
+    """BLOCK_F features of BLOCK_C columns of one matrix."""
+    offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    matrix = tl.program_id(2).to(tl.int64)
+    mask_f, mask_c = offs_f < features, (offs_c < columns)[None, :]
+    begin = x_ptr + matrix * dim * columns
+    norm = tl.load(norm_ptr + offs_f, mask=mask_f, other=0.0)
+    value = tl.zeros([BLOCK_F, BLOCK_C], dtype=tl.float32) + norm[:, None]
+    for t in range(degree):
+        i = tl.load(variables_ptr + offs_f.to(tl.int64) * degree + t, mask=mask_f, other=-1)[:, None]
+        x = tl.load(begin + i.to(tl.int64) * columns + offs_c[None, :], mask=mask_c & (i >= 0), other=1.0)
+        value *= x
+    at = (matrix * features + offs_f)[:, None] * columns + offs_c[None, :]
+    tl.store(out_ptr + at, value, mask=mask_f[:, None] & mask_c)
+
+
+@triton.jit(do_not_specialize=["dim", "features", "lower", "columns", "degree"])
+def poly_features_backward_kernel(
+    g_ptr, x_ptr, variables_ptr, norm_ptr, up_ptr, lift_ptr, out_ptr, dim, features, lower, columns, degree,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_I variables of BLOCK_C columns of one matrix."""
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    matrix = tl.program_id(2).to(tl.int64)
+    mask_i, mask_c = offs_i < dim, offs_c < columns
+    mask = mask_i[:, None] & mask_c[None, :]
+    begin, begin_g = x_ptr + matrix * dim * columns, g_ptr + matrix * features * columns
+    total = tl.zeros([BLOCK_I, BLOCK_C], dtype=tl.float32)
+    # a block of pointers, though all are the same: a mask takes no scalar
+    of_b = variables_ptr + tl.zeros([BLOCK_C], dtype=tl.int32)
+    up_b, lift_b = up_ptr + offs_i, lift_ptr + offs_i
+    for b in range(lower):
+        # a feature below the highest degree has no last variable
+        f = tl.zeros([BLOCK_C], dtype=tl.float32) + tl.load(norm_ptr + b)
+        for t in range(degree - 1):
+            i = tl.load(of_b + t).to(tl.int64)
+            f *= tl.load(begin + i * columns + offs_c, mask=mask_c & (i >= 0), other=1.0)
+        up = tl.load(up_b, mask=mask_i, other=0).to(tl.int64)
+        lift = tl.load(lift_b, mask=mask_i, other=0.0)
+        g = tl.load(begin_g + up[:, None] * columns + offs_c[None, :], mask=mask, other=0.0)
+        total += lift[:, None] * f[None, :] * g
+        # rows of the tables; their products with b would not fit 32 bits
+        of_b += degree
+        up_b += dim
+        lift_b += dim
+    out = (matrix * dim + offs_i)[:, None] * columns + offs_c[None, :]
+    tl.store(out_ptr + out, total, mask=mask)
+
+
+@functools.lru_cache(maxsize=16)
+def _monomials(tables: PolyTables) -> tuple[Tensor, Tensor]:
+    """Variables of every feature [k, max(g, 1)], -1 where it has fewer, and its whole weight [k], fp32."""
+    degree = len(tables.starts) - 2
+    parent, last = tables.parent.long().cpu(), tables.last.cpu()
+    variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32)
+    norm = tables.weight.cpu().clone()
+    for t in range(1, degree + 1):
+        rows = slice(tables.starts[t], tables.starts[t + 1])
+        variables[rows] = variables[parent[rows]]
+        variables[rows, t - 1] = last[rows]
+        norm[rows] *= norm[parent[rows]]
+    return variables.to(tables.parent.device), norm.float().to(tables.parent.device)
+
+
+def poly_features(x: Tensor, tables: PolyTables) -> Tensor:
+    """Features [n, k, c] of x [n, d, c], fp32; nothing empty."""
+    x = x.contiguous()
+    n, dim, columns = x.shape
+    variables, norm = _monomials(tables)
+    features = len(norm)
+    out = x.new_empty(n, features, columns)
+    with on_device(x.device):
+        poly_features_kernel[(triton.cdiv(features, BLOCK_F), triton.cdiv(columns, BLOCK_C), n)](
+            x, variables, norm, out, dim, features, columns, variables.shape[1],
+            BLOCK_F=BLOCK_F, BLOCK_C=BLOCK_C, num_warps=warps(THREADS), enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
+    """The gradient of x [n, d, c], fp32; nothing empty, degree at least 1."""
+    grad, x = grad.contiguous(), x.contiguous()
+    n, dim, columns = x.shape
+    variables, norm = _monomials(tables)
+    out = torch.empty_like(x)
+    with on_device(x.device):
+        poly_features_backward_kernel[(triton.cdiv(dim, BLOCK_I), triton.cdiv(columns, BLOCK_C), n)](
+            grad, x, variables, norm, tables.up, tables.lift32, out, dim, len(norm), len(tables.up), columns,
+            variables.shape[1], BLOCK_I=BLOCK_I, BLOCK_C=BLOCK_C, num_warps=warps(THREADS), enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def audit_cases() -> list[AuditCase]:
+    """Both kernels; the degree is an argument."""
+    sizes = dict.fromkeys(("dim", "features", "lower", "columns", "degree"), "i32")
+    forward = AuditCase(
+        kernel=poly_features_kernel,
+        label="fp32",
+        arguments=dict(x_ptr=pointer("fp32"), variables_ptr=pointer("i32"), norm_ptr=pointer("fp32"),
+                       out_ptr=pointer("fp32"), **{name: kind for name, kind in sizes.items() if name != "lower"}),
+        constants=dict(BLOCK_F=BLOCK_F, BLOCK_C=BLOCK_C),
+        threads=THREADS,
+        fp_fusion=False,
+        elements=BLOCK_F * BLOCK_C,
+        read=0,
+        written=0,
+        # one factor a turn of the loop, and which it is
+        cached=4 + 4 / BLOCK_C,
+    )  # fmt: skip
+    backward = AuditCase(
+        kernel=poly_features_backward_kernel,
+        label="fp32",
+        arguments=dict(g_ptr=pointer("fp32"), x_ptr=pointer("fp32"), variables_ptr=pointer("i32"),
+                       norm_ptr=pointer("fp32"), up_ptr=pointer("i32"), lift_ptr=pointer("fp32"),
+                       out_ptr=pointer("fp32"), **sizes),
+        constants=dict(BLOCK_I=BLOCK_I, BLOCK_C=BLOCK_C),
+        threads=THREADS,
+        fp_fusion=True,
+        elements=BLOCK_I * BLOCK_C,
+        read=4,
+        written=0,
+        # which rows, and their roots
+        cached=8 / BLOCK_C,
+    )  # fmt: skip
+    return [forward, backward]

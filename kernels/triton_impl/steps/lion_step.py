@@ -1,0 +1,326 @@
+"""Lion's update and its agreement count, each as one launch for all tensors of a list.
+
+Bytes: `lion_step` reads p, g and m (and the Kahan remainder or fp32 master) and writes p and m (and that), once each;
+`lion_agreement` reads g and m once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.triton_impl._common import (
+    ROUNDINGS,
+    TL_DTYPE,
+    aligned_pointer,
+    load_tile,
+    parameter_value,
+    random_bits,
+    remainder,
+    round_to,
+    rounded_parameter,
+    to_float,
+)
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import (
+    Staging,
+    by_key,
+    device_programs,
+    device_rows,
+    effective_rounding,
+    is_aligned,
+    on_device,
+    warps,
+)
+
+# 8 elements per thread and tile: one 128-bit access per 16-bit tensor, two per fp32 tensor
+BLOCK = 2048
+TILES = 4
+THREADS = 256
+
+# bits of the runtime argument `mode`; runtime, because each would otherwise double the number of compiled kernels
+MAXIMIZE, SKIP_NONFINITE, DECAY_WHERE_ALIGNED, CAUTIOUS = 1, 2, 4, 8
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _step_tile(
+    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
+    ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Update one tile; `mask` is None for a whole one. Returns 1 where the gradient is not finite and is skipped."""
+    g = to_float(load_tile(g_ptr + offs, mask))
+    m_old = load_tile(m_ptr + offs, mask)
+    p_old = load_tile(p_ptr + offs, mask)
+    e_old = p_old
+    if ROUNDING == "kahan" or ROUNDING == "master":
+        e_old = load_tile(e_ptr + offs, mask)
+
+    g = tl.where((mode & 1) != 0, -g, g)
+    skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
+    m = to_float(m_old)
+    u = _sign(beta1 * m + omb1 * g)
+    u = tl.where(((mode & 8) == 0) | (u * g > 0), u * scale, 0.0)
+    value = parameter_value(p_old, e_old, ROUNDING)
+    decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
+    value = decayed - lr * u
+
+    random = random_bits(offs.to(tl.uint32) + index, seed)
+    p = rounded_parameter(value, random, p_old.dtype, ROUNDING)
+    tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
+    if ROUNDING == "kahan" or ROUNDING == "master":
+        e = remainder(value, p, e_old.dtype, ROUNDING)
+        tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
+    m = round_to(beta2 * m + omb2 * g, m_old.dtype)
+    tl.store(m_ptr + offs, tl.where(skip, m_old, m), mask=mask)
+    return skip.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["mode"])
+def lion_step_kernel(
+    rows, programs, hyper, scales, seeds, offsets, flags, mode,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Program k updates TILES * BLOCK elements of one tensor. A row is (p, g, m, extra, numel, aligned, index, 0)."""
+    entry = tl.load(programs + tl.program_id(0))
+    row = rows + (entry >> 32) * 8
+    start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
+    count = tl.minimum(tl.load(row + 4) - start, TILES * BLOCK).to(tl.int32)
+    i = tl.load(row + 6)
+
+    lr = tl.load(hyper + 0)
+    decay = tl.load(hyper + 1)
+    beta1 = tl.load(hyper + 2)
+    omb1 = tl.load(hyper + 3)
+    beta2 = tl.load(hyper + 4)
+    omb2 = tl.load(hyper + 5)
+    scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
+    seed = tl.load(seeds + i).to(tl.uint32)
+    index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
+
+    lane = tl.arange(0, BLOCK)
+    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    # whole tiles of aligned tensors: no mask and a provable alignment, so that accesses are 128 bits wide
+    whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
+    p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + start
+    g_ptr = aligned_pointer(tl.load(row + 1), G_DTYPE) + start
+    m_ptr = aligned_pointer(tl.load(row + 2), M_DTYPE) + start
+    e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
+    for t in range(0, whole):
+        seen |= _step_tile(
+            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+        )  # fmt: skip
+    # the tail, and tensors that start anywhere; read again, because an address kept from above is a register spilled
+    p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
+    g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
+    m_ptr = tl.load(row + 2).to(tl.pointer_type(M_DTYPE)) + start
+    e_ptr = tl.load(row + 3).to(tl.pointer_type(E_DTYPE)) + start
+    for t in range(whole, tl.cdiv(count, BLOCK)):
+        offs = t * BLOCK + lane
+        seen |= _step_tile(
+            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+        )  # fmt: skip
+    if tl.max(seen, 0) != 0:
+        tl.store(flags + tl.load(row + 6), 1)
+
+
+@triton.jit
+def _agreement_tile(g_ptr, m_ptr, offs, mask, beta1, omb1, mode):
+    g = to_float(load_tile(g_ptr + offs, mask))
+    m = to_float(load_tile(m_ptr + offs, mask))
+    g = tl.where((mode & 1) != 0, -g, g)
+    skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
+    u = _sign(beta1 * m + omb1 * g)
+    return ((u * g > 0) & ~skip).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["mode"])
+def lion_agreement_kernel(
+    rows, programs, hyper, counts, mode,
+    G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Count the elements whose update has the gradient's sign. A row is (g, m, numel, aligned, index, 0)."""
+    entry = tl.load(programs + tl.program_id(0))
+    row = rows + (entry >> 32) * 6
+    start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
+    count = tl.minimum(tl.load(row + 2) - start, TILES * BLOCK).to(tl.int32)
+    beta1 = tl.load(hyper + 2)
+    omb1 = tl.load(hyper + 3)
+
+    lane = tl.arange(0, BLOCK)
+    agree = tl.zeros([BLOCK], dtype=tl.int32)
+    whole = tl.where(tl.load(row + 3) != 0, count // BLOCK, 0)
+    g_ptr = aligned_pointer(tl.load(row + 0), G_DTYPE) + start
+    m_ptr = aligned_pointer(tl.load(row + 1), M_DTYPE) + start
+    for t in range(0, whole):
+        agree += _agreement_tile(g_ptr, m_ptr, t * BLOCK + lane, None, beta1, omb1, mode)
+    g_ptr = tl.load(row + 0).to(tl.pointer_type(G_DTYPE)) + start
+    m_ptr = tl.load(row + 1).to(tl.pointer_type(M_DTYPE)) + start
+    for t in range(whole, tl.cdiv(count, BLOCK)):
+        offs = t * BLOCK + lane
+        agree += _agreement_tile(g_ptr, m_ptr, offs, offs < count, beta1, omb1, mode)
+    # integers add up to the same sum in any order
+    tl.atomic_add(counts + tl.load(row + 4), tl.sum(agree, 0).to(tl.int64))
+
+
+def lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    *,
+    hyper: Tensor,
+    rounding: str,
+    cautious_scale: Tensor | None,
+    decay_where_aligned: bool,
+    maximize: bool,
+    skip_nonfinite: bool,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """Update `params`, `exp_avgs` and `extras` in place; int32 flags say which tensors had entries skipped.
+
+    The definition is `leanstep.kernels.reference.steps.lion_step`; results are equal to it bit for bit.
+    """
+    device = hyper.device
+    flags = torch.zeros(len(params), dtype=torch.int32, device=device)
+    staging = Staging()
+    keeps_extra = rounding in ("kahan", "master")
+    rows, keys, pieces = [], [], []
+    for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
+        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        p = staging.write(p)
+        g = staging.read(g, _native_dtype(g.dtype, p.dtype))
+        m = staging.write(m, _native_dtype(m.dtype, p.dtype, torch.bfloat16))
+        e = None if e is None else staging.write(e)
+        aligned = is_aligned(p, g, m, e)
+        rows.append(
+            (p.data_ptr(), g.data_ptr(), m.data_ptr(), 0 if e is None else e.data_ptr(), p.numel(), aligned, i, 0)
+        )
+        keys.append((p.dtype, g.dtype, m.dtype, p.dtype if e is None else e.dtype, rounds))
+        pieces.append(triton.cdiv(p.numel(), BLOCK * TILES))
+    if not any(pieces):
+        return flags
+    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
+    mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE | decay_where_aligned * DECAY_WHERE_ALIGNED
+    mode |= (cautious_scale is not None) * CAUTIOUS
+    table = device_rows(rows, device)
+    with on_device(device):
+        for (*dtypes, rounds), members in by_key(keys).items():
+            programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
+            if programs is None:
+                continue
+            # fused multiply-adds would round differently from the definition
+            lion_step_kernel[(programs.numel(),)](
+                table, programs, hyper, hyper if cautious_scale is None else cautious_scale,
+                zeros if seeds is None else seeds, zeros if offsets is None else offsets, flags, mode,
+                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
+                num_warps=warps(THREADS), enable_fp_fusion=False,
+            )  # fmt: skip
+    staging.finish()
+    return flags
+
+
+def lion_agreement(
+    grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *, hyper: Tensor, maximize: bool, skip_nonfinite: bool
+) -> Tensor:
+    """Number of elements per tensor whose update has the sign of the gradient, as fp32; exact and deterministic."""
+    device = hyper.device
+    counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
+    staging = Staging()
+    rows, keys, pieces = [], [], []
+    for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
+        g = staging.read(g)
+        m = staging.read(m, _native_dtype(m.dtype, g.dtype, torch.bfloat16))
+        rows.append((g.data_ptr(), m.data_ptr(), g.numel(), is_aligned(g, m), i, 0))
+        keys.append((g.dtype, m.dtype))
+        pieces.append(triton.cdiv(g.numel(), BLOCK * TILES))
+    if any(pieces):
+        table = device_rows(rows, device)
+        mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE
+        with on_device(device):
+            for (g_dtype, m_dtype), members in by_key(keys).items():
+                programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
+                if programs is not None:
+                    lion_agreement_kernel[(programs.numel(),)](
+                        table, programs, hyper, counts, mode, TL_DTYPE[g_dtype], TL_DTYPE[m_dtype],
+                        BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                    )  # fmt: skip
+    staging.finish()
+    return counts.to(torch.float32)
+
+
+def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernel takes a tensor: its own if compiled for, else fp32 through an exact copy."""
+    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else others))
+    return dtype if dtype in native else torch.float32
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that the launchers above can pick."""
+    cases = []
+    for p in TL_DTYPE:
+        for g, m in _dtype_pairs(p):
+            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
+                e = torch.float32 if rounding == "master" else p
+                cases.append(_step_case(p, g, m, e, rounding))
+    for g in TL_DTYPE:
+        for m in dict.fromkeys(_native_dtype(m, g, torch.bfloat16) for m in TL_DTYPE):
+            cases.append(_agreement_case(g, m))
+    return cases
+
+
+def _dtype_pairs(p: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
+    grads = dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE)
+    exp_avgs = dict.fromkeys(_native_dtype(m, p, torch.bfloat16) for m in TL_DTYPE)
+    return [(g, m) for g in grads for m in exp_avgs]
+
+
+def _step_case(p: torch.dtype, g: torch.dtype, m: torch.dtype, e: torch.dtype, rounding: str) -> AuditCase:
+    extra = e.itemsize if rounding in ("kahan", "master") else 0
+    return AuditCase(
+        kernel=lion_step_kernel,
+        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""),
+        arguments=dict(
+            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), scales=pointer("fp32"),
+            seeds=pointer("i64"), offsets=pointer("i64"), flags=pointer("i32"), mode="i32",
+        ),
+        constants=dict(
+            P_DTYPE=TL_DTYPE[p], G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], E_DTYPE=TL_DTYPE[e], ROUNDING=rounding,
+            BLOCK=BLOCK, TILES=TILES,
+        ),
+        threads=THREADS,
+        fp_fusion=False,
+        elements=BLOCK,
+        read=p.itemsize + g.itemsize + m.itemsize + extra,
+        written=p.itemsize + m.itemsize + extra,
+        wide=True,
+        flat=True,
+    )  # fmt: skip
+
+
+def _agreement_case(g: torch.dtype, m: torch.dtype) -> AuditCase:
+    return AuditCase(
+        kernel=lion_agreement_kernel,
+        label=f"g {g} m {m}".replace("torch.", ""),
+        arguments=dict(
+            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), counts=pointer("i64"), mode="i32"
+        ),
+        constants=dict(G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], BLOCK=BLOCK, TILES=TILES),
+        threads=THREADS,
+        fp_fusion=False,
+        elements=BLOCK,
+        read=g.itemsize + m.itemsize,
+        written=0,
+        wide=True,
+        flat=True,
+    )  # fmt: skip

@@ -1,0 +1,286 @@
+"""The update of SinkGD, `p = p * decay - step * (r_i * G_ij) * c_j`, as one launch for all matrices of a list.
+
+Bytes: reads G and p (with it the Kahan remainder, or instead of it the fp32 master) and writes p (and that), once each;
+the scale vectors come from the cache. A small launch before it looks for NaN in the column scales: 4 bytes per column.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.triton_impl._common import (
+    ROUNDINGS,
+    TL_DTYPE,
+    aligned_pointer,
+    load_tile,
+    parameter_value,
+    random_bits,
+    remainder,
+    rounded_parameter,
+    to_float,
+)
+from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._multi_tensor import (
+    Staging,
+    by_key,
+    device_programs,
+    device_rows,
+    effective_rounding,
+    has_aligned_rows,
+    on_device,
+    warps,
+)
+
+# 8 elements per thread. A program walks down ROWS rows of one column strip
+BLOCK_M, BLOCK_N = 8, 256
+ROWS = 32
+THREADS = 256
+SCAN, SCAN_THREADS = 1024, 128
+
+
+@triton.jit
+def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
+    """Whether a matrix has a NaN among its column scales: into `bad` per matrix of the batch, `flags` per tensor."""
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 24
+    batch = entry & 0xFFFFFFFF
+    n = tl.load(row + 4)
+    c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
+    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    for j in range(0, n.to(tl.int32), BLOCK):
+        offs = j + tl.arange(0, BLOCK)
+        c = tl.load(c_ptr + offs, mask=offs < n, other=0.0)
+        seen |= (c != c).to(tl.int32)
+    found = tl.max(seen, 0)
+    tl.store(bad + tl.load(row + 18) + batch, found)
+    if found != 0:
+        # several matrices of a batch may write, all of them the same value
+        tl.store(flags + tl.load(row + 19), 1)
+
+
+@triton.jit
+def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to the program's first row, and the strides of rows and columns."""
+    address = tl.load(row + ADDRESS)
+    stride_b = tl.load(row + field)
+    stride_m = tl.load(row + field + 1)
+    if ALIGNED:
+        # rounding down changes nothing for an aligned matrix, but proves where its rows start
+        stride_b = (stride_b // 8) * 8
+        stride_m = (stride_m // 8) * 8
+        stride_n = 1
+        ptr = aligned_pointer(address, DTYPE)
+    else:
+        stride_n = tl.load(row + field + 2)
+        ptr = address.to(tl.pointer_type(DTYPE))
+    return ptr + batch * stride_b + start * stride_m, stride_m, stride_n
+
+
+@triton.jit
+def scaled_step_kernel(
+    table, programs, hyper, seeds, offsets, bad,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a strip of BLOCK_N columns.
+
+    A row of the table is (p, g, extra addresses, m, n, strides of p, of g, of extra, row scales, column scales
+    addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 24
+    piece = (entry & 0xFFFFFFFF).to(tl.int32)
+    row_blocks = tl.load(row + 16).to(tl.int32)
+    column_blocks = tl.load(row + 17).to(tl.int32)
+    strip = piece // column_blocks
+    batch = strip // row_blocks
+    if tl.load(bad + tl.load(row + 18) + batch) == 0:
+        m = tl.load(row + 3)
+        n = tl.load(row + 4)
+        start = (strip % row_blocks).to(tl.int64) * ROWS
+        count = tl.minimum(m - start, ROWS).to(tl.int32)
+        offs_n = (piece % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
+        c = tl.load(c_ptr + offs_n, mask=offs_n < n, other=0.0)
+        r_ptr = tl.load(row + 14).to(tl.pointer_type(tl.float32)) + batch * m + start
+        p_ptr, p_stride_m, p_stride_n = _strided(row, 5, batch, start, 0, P_DTYPE, ALIGNED)
+        g_ptr, g_stride_m, g_stride_n = _strided(row, 8, batch, start, 1, G_DTYPE, ALIGNED)
+        e_ptr, e_stride_m, e_stride_n = _strided(row, 11, batch, start, 2, E_DTYPE, ALIGNED)
+        step = tl.load(hyper + 0)
+        decay = tl.load(hyper + 1)
+        i = tl.load(row + 19)
+        seed = tl.load(seeds + i).to(tl.uint32)
+        index = ((batch * m + start) * n + tl.load(offsets + i)).to(tl.uint32)
+        if ALIGNED:
+            mask_n = offs_n < (n.to(tl.int32) // 8) * 8
+        else:
+            mask_n = offs_n < n.to(tl.int32)
+        for t in range(0, tl.cdiv(count, BLOCK_M)):
+            offs_m = t * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < count
+            mask = mask_m[:, None] & mask_n[None, :]
+            r = tl.load(r_ptr + offs_m, mask=mask_m, other=0.0)
+            p_ptrs = p_ptr + offs_m[:, None] * p_stride_m + offs_n[None, :] * p_stride_n
+            e_ptrs = e_ptr + offs_m[:, None] * e_stride_m + offs_n[None, :] * e_stride_n
+            g = load_tile(g_ptr + offs_m[:, None] * g_stride_m + offs_n[None, :] * g_stride_n, mask)
+            # [BLOCK_M, BLOCK_N]; beside a master copy nobody asks for the parameter itself, and its load vanishes
+            p_old = load_tile(p_ptrs, mask)
+            e_old = p_old
+            if ROUNDING == "kahan" or ROUNDING == "master":
+                e_old = load_tile(e_ptrs, mask)
+            u = (r[:, None] * to_float(g)) * c[None, :]
+            value = parameter_value(p_old, e_old, ROUNDING) * decay - step * u
+            # index of an element in the whole tensor, modulo 2**32
+            local = offs_m.to(tl.uint32)[:, None] * n.to(tl.uint32) + offs_n.to(tl.uint32)[None, :]
+            p = rounded_parameter(value, random_bits(local + index, seed), P_DTYPE, ROUNDING)
+            tl.store(p_ptrs, p, mask=mask)
+            if ROUNDING == "kahan" or ROUNDING == "master":
+                tl.store(e_ptrs, remainder(value, p, E_DTYPE, ROUNDING), mask=mask)
+
+
+def scaled_step(
+    params: Sequence[Tensor],
+    mats: Sequence[Tensor],
+    rows: Tensor | Sequence[Tensor],
+    cols: Tensor | Sequence[Tensor],
+    extras: Sequence[Tensor],
+    *,
+    hyper: Tensor,
+    rounding: str,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """Update `params` and `extras` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
+
+    `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
+    `sinkhorn_pass`, or a list. `hyper` is fp32 [step, decay] on the device. Returns int32 flags: with `skip_nonfinite`,
+    1 where a matrix of the tensor has a NaN column scale; such matrices are left as they are. The definition is
+    `leanstep.kernels.reference.steps.scaled_step`; results are equal to it bit for bit.
+    """
+    device = hyper.device
+    flags = torch.zeros(len(params), dtype=torch.int32, device=device)
+    staging = Staging()
+    scales = [_addresses(rows, params, -2), _addresses(cols, params, -1)]
+    table, keys, pieces, batches = _table(params, mats, extras, scales, rounding, staging)
+    if not any(pieces):
+        return flags
+    bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
+    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
+    device_table = device_rows(table, device)
+    with on_device(device):
+        scans = device_programs(batches, device) if skip_nonfinite else None
+        if scans is not None:
+            column_nan_kernel[(scans.numel(),)](
+                device_table, scans, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
+            )
+        for key, members in by_key(keys).items():
+            programs = device_programs([k * member for k, member in zip(pieces, members, strict=True)], device)
+            if programs is not None:
+                # fused multiply-adds would round differently from the definition
+                scaled_step_kernel[(programs.numel(),)](
+                    device_table, programs, hyper, zeros if seeds is None else seeds,
+                    zeros if offsets is None else offsets, bad, **_constants(*key), num_warps=warps(THREADS),
+                    enable_fp_fusion=False,
+                )  # fmt: skip
+    staging.finish()
+    return flags
+
+
+def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim: int) -> list[int]:
+    """Where each tensor's row scales (dim -2) or column scales (dim -1) start."""
+    if not isinstance(scales, Tensor):
+        return [s.data_ptr() for s in scales]
+    sizes = [p.shape[:-2].numel() * p.shape[dim] for p in params]
+    return [scales.data_ptr() + scales.element_size() * sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _table(
+    params: Sequence[Tensor],
+    mats: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    scales: list[list[int]],
+    rounding: str,
+    staging: Staging,
+):
+    """Per tensor: its row of the table, its configuration, its number of programs and of matrices."""
+    table, keys, pieces, batches = [], [], [], []
+    keeps_extra = rounding in ("kahan", "master")
+    for i, (p, g) in enumerate(zip(params, mats, strict=True)):
+        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
+        p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
+        b, m, n = p.shape
+        row_blocks, column_blocks = triton.cdiv(m, ROWS), triton.cdiv(n, BLOCK_N)
+        table.append(
+            (p.data_ptr(), g.data_ptr(), e.data_ptr(), m, n, *p.stride(), *g.stride(), *e.stride(), scales[0][i],
+             scales[1][i], row_blocks, column_blocks, sum(batches), i, 0, 0, 0, 0)
+        )  # fmt: skip
+        keys.append((p.dtype, g.dtype, e.dtype, rounds, all(has_aligned_rows(t) for t in (p, g, e))))
+        pieces.append(b * row_blocks * column_blocks)
+        batches.append(b)
+    return table, keys, pieces, batches
+
+
+def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernel takes G: its own if compiled for, else fp32 through a copy, which is exact."""
+    native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
+    return dtype if dtype in native else torch.float32
+
+
+def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, aligned: bool):
+    return {
+        "P_DTYPE": TL_DTYPE[p], "G_DTYPE": TL_DTYPE[g], "E_DTYPE": TL_DTYPE[e], "ROUNDING": rounding,
+        "ALIGNED": aligned, "ROWS": ROWS, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N,
+    }  # fmt: skip
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every configuration that `scaled_step` can pick."""
+    cases = [_scan_case()]
+    for p in TL_DTYPE:
+        for g in dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE):
+            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
+                cases += [_step_case(p, g, rounding, aligned) for aligned in (True, False)]
+    return cases
+
+
+def _step_case(p: torch.dtype, g: torch.dtype, rounding: str, aligned: bool) -> AuditCase:
+    e = torch.float32 if rounding == "master" else p
+    extra = e.itemsize if rounding in ("kahan", "master") else 0
+    rows = "aligned" if aligned else "any strides"
+    return AuditCase(
+        kernel=scaled_step_kernel,
+        label=f"p {p} g {g} {rounding} {rows}".replace("torch.", ""),
+        arguments=dict(
+            table=pointer("i64"), programs=pointer("i64"),
+            hyper=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
+        ),
+        constants=_constants(p, g, e, rounding, aligned),
+        threads=THREADS,
+        fp_fusion=False,
+        elements=BLOCK_M * BLOCK_N,
+        read=g.itemsize + extra + (0 if rounding == "master" else p.itemsize),
+        written=p.itemsize + extra,
+        wide=aligned,
+    )  # fmt: skip
+
+
+def _scan_case() -> AuditCase:
+    return AuditCase(
+        kernel=column_nan_kernel,
+        label="column scales",
+        arguments=dict(
+            table=pointer("i64"), programs=pointer("i64"), bad=pointer("i32"),
+            flags=pointer("i32"),
+        ),
+        constants=dict(BLOCK=SCAN),
+        threads=SCAN_THREADS,
+        fp_fusion=False,
+        elements=SCAN,
+        read=4,
+        written=0,
+    )  # fmt: skip

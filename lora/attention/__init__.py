@@ -1,0 +1,5 @@
+"""Low-rank attention, the gate that decides where it runs, and the norms that it decides by."""
+
+from leanstep.lora.attention.attention import LowRankAttentionError, low_rank_attention
+
+__all__ = ["LowRankAttentionError", "low_rank_attention"]

@@ -1,0 +1,187 @@
+"""Attention whose time grows linearly with the length, where logits are small: the public function, with its checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.poly.attention import poly_attention
+from leanstep.lora.attention.features import taylor_coefficients
+from leanstep.lora.attention.paper_chain import paper_chain_attention
+
+__all__ = ["LowRankAttentionError", "key_means", "low_rank_attention"]
+
+
+class LowRankAttentionError(ArithmeticError):
+    """A normaliser is negative, zero or not finite: the polynomial is no approximation of exp for these logits."""
+
+
+def low_rank_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    degree: int = 2,
+    causal: bool = False,
+    scale: float | None = None,
+    center: bool | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    coefficients: Sequence[float] | None = None,
+    chunk_size: int = 128,
+    check: bool = True,
+    reference: str | None = None,
+) -> Tensor:
+    """Softmax attention with a polynomial in place of exp: ``O(L k d)`` instead of ``O(L^2 d)``, forward and backward.
+
+    ``O_i = sum_j p(s_ij) v_j / sum_j p(s_ij)``, with ``s_ij = scale * q_i . (k_j - center)`` and p the Taylor sum of
+    exp, ``p(s) = sum over t <= g of s^t / t!``. p factors over ``k = C(d + g, g)`` features of each q and each k, so
+    that no L x L matrix is formed. The gradient is that of the function computed: ``dS_ij = p'(s_ij) / D_i * (dO_i .
+    v_j - dO_i . O_i)``. It flows into the projections as any gradient does, so it serves adapters on Q and V (where
+    nothing but q and v wants one, nothing else is computed) and on Q, K and V alike.
+
+    It is an **approximation**, good while logits are small: :func:`leanstep.lora.attention.error_bounds` says how good,
+    :class:`leanstep.lora.NormMonitor` on which side a model stands, and :class:`leanstep.lora.LowRankGate` uses it only
+    where it is good enough and pays. At head size 64 and degree 2, k is 2145, which a sequence must exceed by far.
+
+    Args:
+        query: [B, Hq, L, d], floating.
+        key: [B, H, M, d], H a divisor of Hq (grouped queries).
+        value: [B, H, M, e].
+        degree: g. Taylor sums of even degree are positive everywhere, and so are normalisers; 2 is the only degree
+            whose features are few enough at the usual head sizes.
+        causal: query i sees keys up to i.
+        scale: of the products; None for ``d ** -0.5``.
+        center: taken off the keys, which changes no softmax and makes logits smaller. True takes the mean of the keys
+            that count, a tensor [H, d] or [B, H, d] is taken as it is. None is True, but False where causal: there the
+            mean would let outputs depend, within the error of the approximation, on keys to come. Give a running mean
+            instead, as the gate does. No gradient flows through it.
+        key_mask: [B, M] bool, True where a key counts; padding is False.
+        coefficients: of another polynomial than Taylor's, the constant first, as of
+            :func:`leanstep.lora.attention.features.minimax_coefficients`; its degree is taken from it.
+        chunk_size: tokens taken at a time; it changes memory and speed, and results by rounding alone.
+        check: look at the normalisers and raise where they are not positive. Reads one flag back from the device; not
+            done inside ``torch.compile``.
+        reference: ``"paper_chain"`` takes the gradient by the paper's own chain of low-rank factors, for small heads
+            and short sequences, not causal and with Taylor's polynomial: an oracle, and slow.
+
+    Returns:
+        [B, Hq, L, e] of the dtype of the inputs. Queries that see no key get zeros.
+
+    Raises:
+        ValueError: for shapes, dtypes, a degree or a combination that cannot be; the message says which.
+        LowRankAttentionError: for a normaliser that is not positive and finite.
+
+    Notes:
+        Sums run in fp32, fp64 for fp64. Saved for backward: q, k, v, the output and one number a query. Scratch memory:
+        the features of one chunk and a state of k x (e + 1) for as many heads as fit 16 MB (1 GB on a GPU).
+        ``benchmarks/low_rank_attention.py`` measures time and error beside exact attention.
+
+    References:
+        Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational
+        Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer Models, arXiv:2406.03136, theorems 3.1 and A.1.
+        The chunked causal form is that of linear attention.
+
+    Example:
+        >>> import torch
+        >>> from leanstep.lora import low_rank_attention
+        >>> q, k, v = (0.3 * torch.randn(1, 2, 256, 8) for _ in range(3))
+        >>> out = low_rank_attention(q, k, v, causal=True)
+        >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> bool((out - exact).abs().max() < 1e-2)
+        True
+    """
+    if coefficients is None:
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise ValueError(f"low_rank_attention: expected a whole degree >= 1, got {degree!r}")
+        coefficients = taylor_coefficients(degree)
+    _check_numbers(scale, center, coefficients, chunk_size)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    shift = _center(center, key, key_mask, causal)
+    if reference is not None:
+        out, total = _by_reference(reference, query, key, value, scale, coefficients, causal, key_mask, shift)
+    else:
+        out, total = poly_attention(
+            query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask,
+            chunk=chunk_size,
+        )  # fmt: skip
+    if check and not torch.compiler.is_compiling():
+        check_normalisers(total, coefficients, causal, key_mask)
+    return out
+
+
+def key_means(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Mean over the keys that count of [B, H, M, d]: [B, H, d], fp32 or fp64, without a gradient."""
+    wide = key.detach().to(torch.promote_types(key.dtype, torch.float32))
+    if key_mask is None:
+        return wide.mean(dim=-2) if key.shape[-2] else wide.sum(dim=-2)
+    if key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            "low_rank_attention: expected a bool key_mask [B, M], True where a key counts, for keys "
+            f"{tuple(key.shape)}, got {tuple(key_mask.shape)} of {key_mask.dtype}"
+        )
+    counted = torch.where(key_mask[:, None, :, None], wide, 0.0).sum(dim=-2)
+    return counted / key_mask.sum(dim=-1).clamp(min=1)[:, None, None]
+
+
+def _check_numbers(scale: object, center: object, coefficients: Sequence[float], chunk_size: object) -> None:
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"low_rank_attention: expected a finite scale, or None for d ** -0.5, got {scale!r}")
+    if not (center is None or isinstance(center, bool | Tensor)):
+        raise ValueError(f"low_rank_attention: expected center True, False, None or a tensor, got {center!r}")
+    if len(coefficients) < 2 or not all(math.isfinite(c) for c in coefficients):
+        raise ValueError(
+            f"low_rank_attention: expected two or more finite coefficients, the constant first, got {coefficients!r}"
+        )
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"low_rank_attention: expected a whole chunk_size >= 1, got {chunk_size!r}")
+
+
+def _center(center: bool | Tensor | None, key: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
+    if isinstance(center, Tensor):
+        return center
+    wanted = not causal if center is None else center
+    return key_means(key, key_mask) if wanted and key.dim() == 4 else None
+
+
+def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool, key_mask: Tensor | None) -> None:
+    """Raise LowRankAttentionError unless normalisers [B, Hq, L] of queries that see a key are positive and finite."""
+    wrong = ~((total > 0) & total.isfinite())
+    if key_mask is not None:
+        seen = key_mask.cumsum(dim=-1) > 0 if causal else key_mask.any(dim=-1, keepdim=True)
+        wrong = wrong & seen[:, None, :]
+    if total.numel() and bool(wrong.any()):
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise LowRankAttentionError(
+            f"low_rank_attention: {int(wrong.sum())} of {wrong.numel()} normalisers are not positive and finite; the "
+            f"first is {float(total[where]):g}, of (batch, head, query) {where}. A polynomial of degree "
+            f"{len(coefficients) - 1} does not stand for exp at these logits: take exact attention here, an even "
+            "degree, or coefficients for a larger bound"
+        )
+
+
+def _by_reference(
+    reference: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    coefficients: Sequence[float],
+    causal: bool,
+    key_mask: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if reference != "paper_chain":
+        raise ValueError(f"low_rank_attention: expected reference 'paper_chain' or None, got {reference!r}")
+    degree = len(coefficients) - 1
+    if causal or key_mask is not None or list(coefficients) != taylor_coefficients(degree):
+        raise ValueError(
+            "low_rank_attention: the paper's chain knows neither causal nor masked attention, nor other polynomials "
+            "than Taylor's: a masked matrix of weights is of no low rank. Leave out reference"
+        )
+    group = query.shape[1] // key.shape[1]
+    key = key if shift is None else key - shift.to(key.dtype)[..., None, :]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return paper_chain_attention(query, key, value, scale, degree)

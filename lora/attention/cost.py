@@ -1,0 +1,126 @@
+"""What exact and low-rank attention cost, forward and backward: operations, and time where it was measured."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from leanstep.kernels.poly.attention import poly_attention, poly_attention_backward_flops, poly_attention_flops
+from leanstep.lora.attention.features import taylor_coefficients
+
+__all__ = ["AttentionShape", "break_even", "cost_ratio", "exact_flops", "low_rank_flops", "measure_speed"]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention: query heads, key heads, length of queries and keys, dims of q and k, dims of v."""
+
+    heads: int
+    key_heads: int
+    length: int
+    dim: int
+    wide: int
+    causal: bool = True
+    batch: int = 1
+
+
+def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
+    """Operations of the matrix products of exact attention that does not keep its weights, as FlashAttention.
+
+    Forward ``2 L^2 (d + e)`` a head, backward ``2 L^2 (3 d + 2 e)``: S, dP, dQ, dK and dV; half of both where causal.
+    """
+    pairs = shape.length * (shape.length + 1) // 2 if shape.causal else shape.length**2
+    width = shape.dim + shape.wide + backward * (3 * shape.dim + 2 * shape.wide)
+    return 2 * shape.batch * shape.heads * pairs * width
+
+
+def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, backward: bool = True) -> int:
+    """Operations of the matrix products of :func:`leanstep.lora.low_rank_attention`, as it makes them."""
+    sizes = (
+        (shape.batch, shape.heads, shape.length, shape.dim),
+        (shape.batch, shape.key_heads, shape.length, shape.dim),
+        (shape.batch, shape.key_heads, shape.length, shape.wide),
+    )
+    found = poly_attention_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    if backward:
+        found += poly_attention_backward_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    return found
+
+
+def cost_ratio(
+    shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
+) -> float:
+    """Predicted cost of low-rank over exact attention: the ratio of their operations, times that of seconds for one.
+
+    ``speed`` is :func:`measure_speed`'s, 1 where nothing was measured.
+    """
+    return speed * low_rank_flops(shape, degree, chunk, backward) / exact_flops(shape, backward)
+
+
+def break_even(
+    shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
+) -> int:
+    """The length from which on low-rank attention is predicted to be cheaper, to a chunk or a part in a thousand."""
+
+    def cheaper(length: int) -> bool:
+        return cost_ratio(replace(shape, length=length), degree, chunk, speed, backward) < 1
+
+    high = 2
+    while not cheaper(high):
+        high *= 2
+    low = high // 2
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if cheaper(middle) else (middle, high)
+    return high
+
+
+@functools.lru_cache(maxsize=64)
+def measure_speed(
+    dim: int, wide: int, degree: int, device: torch.device, dtype: torch.dtype, chunk: int = 128, length: int = 1024
+) -> float:
+    """Seconds per operation of low-rank over exact attention, forward and backward, on this device.
+
+    Measured once per process on one causal head of ``length`` tokens: medians of 5 runs each, in turns. On a CPU takes
+    about a second at head size 64 and degree 2.
+    """
+    shape = AttentionShape(1, 1, length, dim, wide)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 1, length, width, device=device, generator=generator).mul_(0.1).to(dtype).requires_grad_()
+        for width in (dim, dim, wide)
+    )
+    coefficients = taylor_coefficients(degree)
+
+    def low_rank() -> torch.Tensor:
+        return poly_attention(q, k, v, coefficients, scale=dim**-0.5, causal=True, chunk=chunk)[0]
+
+    def exact() -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    times: dict[Callable[[], torch.Tensor], list[float]] = {low_rank: [], exact: []}
+    with torch.enable_grad():
+        for _ in range(6):
+            for run, found in times.items():
+                found.append(_seconds(run, (q, k, v)))
+    slow, fast = (statistics.median(found[1:]) for found in times.values())
+    return (slow / low_rank_flops(shape, degree, chunk)) / (fast / exact_flops(shape))
+
+
+def _seconds(run: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> float:
+    _wait(inputs[0].device)
+    begin = time.perf_counter()
+    torch.autograd.grad(run().sum(), inputs)
+    _wait(inputs[0].device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

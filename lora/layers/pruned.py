@@ -1,0 +1,92 @@
+"""Adapters on a pruned base: what is zero in the base weight stays zero in the sum that the model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanstep.lora.layers.frozen import kind, why_own_forward
+from leanstep.lora.layers.linear import LoRALinearLayer
+
+__all__ = ["keep_zeros"]
+
+
+def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[str]:
+    """Let adapted layers of a pruned model compute ``y = x (W + scale (B A) * (W != 0))^T + b``.
+
+    An adapter as it is fills the zeros of its base when it is merged. Here the product of its factors is masked in
+    training already, so that the merged model is as sparse as the base and computes what was trained: :func:`merge`
+    and the final folder of a run then keep the zeros without being told to.
+
+    Args:
+        model: adapted by :func:`leanstep.lora.apply_lora` and not merged; changed in place.
+        layers: names of adapted linear layers; None: all whose base weight has a zero.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: for a name that is no adapted linear layer, DoRA (whose norms are of the unmasked sum), a quantised
+            base, ``fast_path=True``, or a merged adapter. Nothing is changed.
+
+    Notes:
+        Such a layer is computed whole instead of through its factors, and keeps a matrix of its weight's size for
+        backward. An adapter that is stored alone does not say that its product is masked: another program that adds
+        it to the base gets a dense model. Hand on the merged one.
+
+    References:
+        Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
+        2410.03750.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinearLayer)}
+    names = [name for name, layer in adapted.items() if _has_zeros(layer)] if layers is None else list(layers)
+    for name in names:
+        if name not in adapted:
+            raise ValueError(f"keep_zeros: {name!r} is no linear layer with an adapter")
+        layer = adapted[name]
+        for wrong, what in (
+            (layer.lora_magnitude_vector is not None, "has DoRA, whose norms are of the unmasked sum; take LoRA"),
+            (kind(layer) is not None, f"is a {kind(layer)}, whose zeros are not exact; take a base in 16 bits"),
+            (
+                why_own_forward(layer.lora.base) is not None,
+                f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight",
+            ),
+            (layer.lora.fast_path is True, "is to run on the fast path, which forms no masked product"),
+            (layer.lora.merged, "is merged already"),
+        ):
+            if wrong:
+                raise ValueError(f"keep_zeros: {name} {what}")
+    for name in names:
+        adapted[name].lora.keep_zeros = True
+    return names
+
+
+def _has_zeros(layer: LoRALinearLayer) -> bool:
+    return kind(layer) is None and bool((layer.weight == 0).any())
+
+
+def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale B A`` where a weight [out, in] is not zero, and 0 elsewhere, in the factors' dtype."""
+    return _MaskedProduct.apply(weight, a, b, scale)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """Keeps the factors only; the mask is read off the frozen weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(weight, a, b)
+        ctx.scale = scale
+        # not in place: selective activation checkpointing may hold the product
+        return ((b @ a) * scale).masked_fill(weight == 0, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        weight, a, b = ctx.saved_tensors
+        grad = grad.masked_fill(weight == 0, 0).mul_(ctx.scale)
+        return None, b.t() @ grad if ctx.needs_input_grad[1] else None, grad @ a.t(), None

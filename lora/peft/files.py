@@ -1,0 +1,324 @@
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+A key is ``base_model.model.`` and the parameter's name in the model. Names are those of PEFT, without the name of an
+adapter: ``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
+``LAYER.lora_embedding_A`` (r, vocabulary). The bias of an adapted layer is ``LAYER.base_layer.bias``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from leanstep.lora.apply import adapted_layers, attach_adapters, modules_to_save, plan_lora
+from leanstep.lora.config import LoraConfig
+from leanstep.lora.layers.layer import is_sharded
+from leanstep.lora.layers.linear import LoRALinearLayer, widths
+from leanstep.lora.targets import fitted, rank_of, scale_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+_FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's adapter under the keys of PEFT's files; sharded ones are gathered, on every process."""
+    config: LoraConfig = model.lora_config  # type: ignore[assignment]
+    layers = dict(adapted_layers(model))
+    wholes = tuple(f"{name}." for name in modules_to_save(model, config))
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, end = name.rpartition(".")
+        if any(f".{part}" in f".{name}" for part in _FACTORS) or name.startswith(wholes):
+            key = name
+        elif end == "bias" and parameter.requires_grad and config.bias != "none":
+            key = f"{owner}.base_layer.bias" if owner in layers else name
+        else:
+            continue
+        value = parameter.detach()
+        state[PREFIX + key] = cast("DTensor", value).full_tensor() if is_sharded(value) else value
+    return state
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a model's adapter, so that :func:`load_adapter` and ``peft.PeftModel.from_pretrained`` can read it.
+
+    Args:
+        model: adapted by :func:`leanstep.lora.apply_lora`, merged or not.
+        folder: made where it is missing; files of an adapter in it are replaced, each at once.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for a model without adapters, a tensor with a NaN or an infinity, or a file in place of the folder;
+            nothing is written.
+    """
+    config = getattr(model, "lora_config", None)
+    if not isinstance(config, LoraConfig):
+        raise ValueError("save_adapter: the model has no adapters; apply_lora gives it some")
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"save_adapter: {target} is a file; expected a folder, for {CONFIG} and {WEIGHTS}")
+    state = adapter_state(model)
+    broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"save_adapter: {broken[0]} holds NaN or infinity ({len(broken)} tensors in all)")
+    settings = config.to_dict() | {"inference_mode": True, "fan_in_fan_out": _all_transposed(model)}
+    if not settings["base_model_name_or_path"]:
+        settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if settings["target_modules"] == "all-linear":
+        settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
+    _replace(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(target / CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8"))
+    return target
+
+
+def _all_transposed(model: nn.Module) -> bool:
+    linear = [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinearLayer)]
+    return bool(linear) and all(layer.lora.transposed for layer in linear)
+
+
+def _replace(path: Path, write) -> None:
+    """Write beside the target and rename: a reader finds the old file or the new one, whole."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(partial))
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object) -> Model:
+    """Read an adapter that :func:`save_adapter` or PEFT wrote, into a plain model or one with such an adapter.
+
+    Args:
+        model: the base model of the adapter; changed in place. A plain one is adapted as the file says.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+        changes: fields of :class:`leanstep.lora.LoraConfig` to set otherwise, such as ``save`` or ``lora_dropout``.
+
+    Returns:
+        The model; the adapter can be trained further.
+
+    Raises:
+        FileNotFoundError: without these files.
+        ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
+            unexpected key, or a shape that differs; for a start that changed the base (PiSSA and its like); for tensors
+            with a NaN or an infinity, or of whole numbers; for a model that is adapted already, a scale
+            (``lora_alpha``, ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is
+            unchanged.
+
+    Notes:
+        Warns where the file names another base than the model's config does, holds another base weight of an embedding
+        or head (PEFT writes adapted and resized ones; they are taken over), or names layers that the model lacks beside
+        those that it has.
+    """
+    source = Path(folder)
+    merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
+    if merged:
+        raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
+    config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
+    tensors = _read_weights(source)
+    _check_values(tensors, source)
+    state = _by_parameter(tensors)
+    base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
+    adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
+    plan: dict[str, nn.Module] = {}
+    if adapted:
+        expected = {key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias") for key in adapter_state(model)}
+        shapes = {key: tuple(model.get_parameter(key).shape) for key in expected}
+    else:
+        try:
+            config = fitted(model, config, str(source))
+            plan = plan_lora(model, config)
+            shapes = _planned_shapes(model, plan, config)
+        except ValueError as error:
+            raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    embeddings = _embedding_shapes(model, set(state) - set(shapes))
+    shapes |= embeddings
+    _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
+    _compare_scales(model, config, f"{source} ({base})")
+    _compare_names(model, config, source)
+    _compare_embeddings(model, {key: state[key] for key in embeddings}, source)
+    if not adapted:
+        attach_adapters(model, plan, config)
+    with torch.no_grad():
+        for key, value in state.items():
+            _write(model.get_parameter(key), value)
+    for _, layer in adapted_layers(model):
+        layer.lora.norms.clear()
+    return model
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        like = cast("DTensor", parameter)
+        value = distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+    parameter.copy_(value)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The configuration in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter`.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; expected PEFT's settings by name")
+    return LoraConfig.from_dict(settings)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        try:
+            return load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}; it is damaged or of another kind") from error
+    if (folder / OLD_WEIGHTS).is_file():
+        return torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
+    raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
+
+
+def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"load_adapter: {source}: {key} is {kind}; expected a tensor of floating-point numbers")
+        if not torch.isfinite(value.float()).all():
+            raise ValueError(f"load_adapter: {source}: {key} holds NaN or infinity")
+
+
+def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names of the model's parameters.
+
+    With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` thrice: also under its wrapper's own names, and
+    as they were before training.
+    """
+    state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if not key.endswith(".original_module.bias"):
+            name = key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias")
+            state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
+    return state
+
+
+def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of embedding and head that are among other keys: PEFT writes adapted and resized ones."""
+    getters = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
+    modules = [module for getter in getters if (module := getter()) is not None]
+    names = {f"{name}.weight": module for name, module in model.named_modules() if any(module is m for m in modules)}
+    return {name: tuple(names[name].weight.shape) for name in others & set(names)}
+
+
+def _compare_embeddings(model: nn.Module, found: dict[str, Tensor], source: Path) -> None:
+    """Say so where the base weight of an embedding or head in the file is not the model's."""
+    for key, value in found.items():
+        own = model.get_parameter(key)
+        if not is_sharded(own) and not torch.equal(value.to(own), own):
+            warnings.warn(
+                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that is not the model's; "
+                "it is taken over, and save_adapter does not write it",
+                stacklevel=3,
+            )
+
+
+def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter's tensors in a model that is not adapted yet, by parameter name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in plan.items():
+        r = rank_of(config, name)
+        if isinstance(module, nn.Embedding):
+            n, m = module.num_embeddings, module.embedding_dim
+            shapes |= {f"{name}.lora_embedding_A": (r, n), f"{name}.lora_embedding_B": (m, r)}
+        else:
+            n, m = widths(module)
+            shapes |= {f"{name}.lora_A.weight": (r, n), f"{name}.lora_B.weight": (m, r)}
+            if config.lora_bias:
+                shapes[f"{name}.lora_B.bias"] = (m,)
+        if config.use_dora:
+            shapes[f"{name}.lora_magnitude_vector"] = (m,)
+    wholes = modules_to_save(model, config)
+    for name, whole in wholes.items():
+        shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in whole.named_parameters()}
+    for name, parameter in model.named_parameters():
+        owner, _, end = name.rpartition(".")
+        if end == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in plan)):
+            shapes[name] = tuple(parameter.shape)
+    return shapes
+
+
+def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
+    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} keys are missing, such as {PREFIX}{missing[0]}")
+    if foreign:
+        problems.append(f"{len(foreign)} keys are not of this model and configuration, such as {PREFIX}{foreign[0]}")
+    for key in sorted(set(expected) & set(found)):
+        if expected[key] != found[key]:
+            problems.append(f"{PREFIX}{key} has shape {found[key]}, the model needs {expected[key]}")
+            break
+    if problems:
+        raise ValueError(f"load_adapter: {where} does not fit this model: " + "; ".join(problems))
+
+
+def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
+    """What an adapted model must have in common with a file besides the tensors."""
+    scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
+    differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
+    if differ:
+        name, (own, wanted) = next(iter(differ.items()))
+        more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
+        raise ValueError(
+            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {own:g} in the "
+            f"model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is adapted as "
+            "the file says"
+        )
+
+
+def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
+    """Say so where the file names another base than the model is."""
+    wanted, own = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
+    if wanted and own and _place(wanted) != _place(own):
+        warnings.warn(
+            f"load_adapter: {source} was made for {wanted!r}, and this model is {own!r}; if that is another base, it "
+            "computes something else than it was trained to",
+            stacklevel=3,
+        )
+
+
+def _place(name: str) -> str:
+    """One form for a model's name on the hub, its folder in the hub's cache, and a path."""
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
+    name = cached.group(1).replace("--", "/") if cached else name
+    return os.path.realpath(os.path.expanduser(name))

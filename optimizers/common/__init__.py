@@ -1,0 +1,1 @@
+"""What all optimizers share: the frame of a step, rounding, sharding."""

@@ -1,0 +1,459 @@
+"""What every leanstep optimizer shares: the frame of a step, checks, state that survives a reload, skipped updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from leanstep.optimizers.common.sharding import Steps, placed_like, run, shard_of, sum_over_shards, together
+
+T = TypeVar("T")
+
+NONFINITE = ("skip", "raise", "pass")
+
+# settings that many optimizers have, and that do not tell whose a state is
+_COMMON_SETTINGS = frozenset(
+    ("lr", "betas", "weight_decay", "eps", "momentum", "nesterov", "maximize", "foreach", "fused", "capturable")
+    + ("differentiable", "rounding", "momentum_dtype", "seed", "nonfinite")
+)
+
+
+# state tensors that have the shape of their parameter
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "previous_grad", "kahan_compensation", "master_param")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient has an infinite or NaN entry, and the optimizer was built with ``nonfinite="raise"``."""
+
+
+class Batch(NamedTuple):
+    """Parameters of one group that have a gradient, in order, with what belongs to each."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    indices: list[int]  # of the parameter among those of all groups
+    positions: list[int]  # of the parameter in its group
+
+    def pick(self, chosen: list[int]) -> Batch:
+        """The members at the given places."""
+
+        def of(column: list[T]) -> list[T]:
+            return [column[i] for i in chosen]
+
+        return Batch(of(self.params), of(self.grads), of(self.states), of(self.indices), of(self.positions))
+
+
+class LeanOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose state keeps its dtype when loaded and whose non-finite skips are counted.
+
+    All state lives in ``self.state`` and ``self.param_groups``; nothing else is on ``self``, so deepcopy, pickle,
+    ``state_dict`` and ``torch.distributed.checkpoint`` see all of it.
+
+    The frame of a step is here. A method provides what differs: :meth:`_check_group`, :meth:`_init_state` and
+    :meth:`_group_steps`; or, where its rule spans groups, :meth:`_steps`.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after its settings have been checked as the constructor's are. The dict given is not changed."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
+        group = {"nonfinite_count": 0, **param_group, "optimizer": self._method()}
+        self._check_group({**self.defaults, **group})
+        try:
+            super().add_param_group(group)
+        except ValueError as error:
+            twice = self._held_already(group)
+            if twice is None:
+                raise
+            raise ValueError(f"{type(self).__name__}: {error}: {twice}") from None
+        _name_dtypes(self.param_groups[-1])
+        for position, param in enumerate(self.param_groups[-1]["params"]):
+            if param.is_complex():
+                name = describe(self.param_groups[-1], position)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is complex ({param.dtype}); expected a real floating dtype. "
+                    "Give torch.view_as_real(parameter) to the optimizer or use another one."
+                )
+
+    def _held_already(self, new: dict[str, Any]) -> str | None:
+        """Which parameter of a group that torch refused is in another group; None where that was not the reason."""
+        places = {id(p): g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for position, param in enumerate(new["params"]):
+            if isinstance(param, Tensor) and id(param) in places:
+                return f"{describe(new, position)} is in group {places[id(param)]!r} already"
+        return None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError when a group's settings are out of range; those of all methods, here."""
+        owner = type(self).__name__
+        check_number(owner, "learning rate", group["lr"], 0.0)
+        check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
+        check_choice(owner, "nonfinite", group["nonfinite"], NONFINITE)
+        check_flags(owner, group, ("maximize",), ("foreach",))
+
+    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter that has a gradient, with what is missing in it created."""
+        raise NotImplementedError
+
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+        """The rules that update a group, or its parameter at ``only``, ready to be run.
+
+        ``first_index`` counts the parameters of the groups before. What is wrong with a gradient is raised here:
+        nothing has been changed yet.
+        """
+        raise NotImplementedError
+
+    def _steps(self) -> list[Steps[None]]:
+        """The rules of a whole step. A method whose rule spans groups replaces this."""
+        parts: list[Steps[None]] = []
+        first_index = 0
+        for group in self.param_groups:
+            parts += self._group_steps(group, first_index)
+            first_index += len(group["params"])
+        return parts
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        loss = call_closure(closure)
+        self._raise_on_nonfinite()
+        if torch.compiler.is_compiling():
+            self._init_group()
+        run(together(self._steps()))
+        return loss
+
+    @torch.no_grad()
+    def _step_one(self, group: dict[str, Any], first_index: int, position: int) -> None:
+        """Update the parameter at ``position`` of a group; ``first_index`` as in :meth:`_group_steps`."""
+        run(together(self._group_steps(group, first_index, position)))
+
+    def _init_group(self) -> None:
+        """Create the state of all parameters that have a gradient.
+
+        The name is torch's: while torch.compile traces a step, a method of an optimizer that is called so is not traced
+        but called, and the state is looked at once, after it. State created later would not be seen.
+        """
+        for group in self.param_groups:
+            for position, param, _ in self._with_gradient(group):
+                self._init_state(group, position, param)
+
+    def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(position, parameter, gradient) of the parameters that have one, or just of that at ``only``.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        for position in range(len(group["params"])) if only is None else (only,):
+            param = group["params"][position]
+            if param.grad is not None:
+                yield position, param, dense_gradient(type(self).__name__, group, position, param)
+
+    def _batch(self, group: dict[str, Any], first_index: int, only: int | None = None) -> Batch:
+        """What :meth:`_group_steps` updates, with its state created."""
+        batch = Batch([], [], [], [], [])
+        for position, param, grad in self._with_gradient(group, only):
+            batch.params.append(param)
+            batch.grads.append(grad)
+            batch.states.append(self._init_state(group, position, param))
+            batch.indices.append(first_index + position)
+            batch.positions.append(position)
+        return batch
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in settings that an older state does not have."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("optimizer", self._method())
+            group.setdefault("nonfinite_count", 0)
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
+                group.setdefault(key, self.defaults[key])
+            _name_dtypes(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with the count of non-finite updates as a plain int (reads the device).
+
+        A value that is a number before the first step and a tensor after it could not be loaded by
+        ``torch.distributed.checkpoint``, which wants the same kinds on both sides.
+        """
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group["nonfinite_count"] = int(group.get("nonfinite_count", 0))
+        return packed
+
+    @classmethod
+    def _method(cls) -> str:
+        """Whose state this is: the class right below LeanOptimizer, also for what a user derives from it."""
+        return next(
+            c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
+        )
+
+    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
+        own = self.defaults.keys() - _COMMON_SETTINGS
+        for group in state_dict["param_groups"]:
+            other = group.get("optimizer")
+            if other is None and 2 * len(own & group.keys()) < len(own):
+                missing = ", ".join(sorted(own - group.keys()))
+                other = f"another optimizer (its groups have no {missing})"
+            if other not in (None, self._method()):
+                raise ValueError(
+                    f"{type(self).__name__}: the state was saved by {other}, and {self._method()} cannot continue from "
+                    f"it; nothing was changed. Load it into the optimizer that saved it, or start without it."
+                )
+
+    def _refuse_misfits(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
+        own, theirs = (
+            [name for group in groups for name in group.get("param_names") or ()]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        # other names altogether are a renamed model, as torch takes them
+        if own != theirs and sorted(own) == sorted(theirs):
+            here, there = next(pair for pair in zip(own, theirs, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"{type(self).__name__}: the saved state has its parameters in another order ({there!r} where {here!r} "
+                "is here); nothing was changed. Build the optimizer over the parameters in the order of the one that "
+                "saved the state."
+            )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+                kept = state_dict["state"].get(key, {})
+                wrong = [k for k in _SHAPED if isinstance(kept.get(k), Tensor) and kept[k].shape != param.shape]
+                if wrong:
+                    names = saved.get("param_names")
+                    whose = names[position] if names else f"parameter {position} of its group"
+                    raise ValueError(
+                        f"{type(self).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
+                        f"{wrong[0]} has shape {tuple(kept[wrong[0]].shape)}; nothing was changed. Build the optimizer "
+                        "over the parameters in the order of the one that saved the state."
+                    )
+
+    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
+        """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
+        return True
+
+    def _stays_on_cpu(self, key: str) -> bool:
+        """Whether a state tensor is read by the host and therefore kept in its memory."""
+        return False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, keeping the dtype each tensor was saved in.
+
+        torch casts floating state to the parameter's dtype on load; fp32 state beside a bf16 parameter would lose
+        half its bits. Here it is put back bit for bit, before any hook of the user sees it.
+
+        Raises:
+            ValueError: the state of another optimizer, of other groups or of parameters of other shapes; nothing was
+                changed.
+        """
+        final: dict[str, Any] = {}
+
+        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._refuse_foreign(loaded)
+            self._refuse_misfits(loaded)
+            final.update(loaded)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            restore_dtypes(self, final)
+
+        before = self.register_load_state_dict_pre_hook(remember)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def nonfinite_count(self) -> int:
+        """How many updates met a gradient with an infinite or NaN entry so far (reads the device).
+
+        With ``nonfinite="skip"`` every tensor counts once in every step that left it, or entries of it, alone; the
+        other policies count nothing. Groups keep their own counts, ``group["nonfinite_count"]``: a number at first and
+        in a state dict, which carries them on, and a tensor on the device between steps. Sharded, each process counts
+        the parts it holds. A step that ``GradScaler`` skips never gets here.
+        """
+        return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors held now: nothing before the first step; sharded, of all processes together."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self.state.values()
+            if isinstance(state, dict)  # hooks may leave values of their own beside the parameters' states
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    def _raise_on_nonfinite(self) -> None:
+        """The policy "raise": look at all gradients (one wait) before anything is changed."""
+        named = [
+            (describe(group, position), param, placed_like(param.grad, param))
+            for group in self.param_groups
+            if group["nonfinite"] == "raise"
+            for position, param in enumerate(group["params"])
+            if param.grad is not None and not param.grad.is_sparse
+        ]
+        if not named:
+            return
+        device = named[0][1].device
+        flags = torch.stack([~torch.isfinite(local(grad)).all().to(device) for *_, grad in named]).float()
+        shards = [shard_of(param) for _, param, _ in named]
+        if any(s.groups for s in shards):  # all processes raise, or none
+            run(sum_over_shards(flags, shards))
+        bad = [name for (name, *_), flag in zip(named, flags.tolist(), strict=True) if flag]
+        if bad:
+            raise NonFiniteGradientError(
+                f"{type(self).__name__}: non-finite gradient in {', '.join(bad[:5])}"
+                f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; nothing was updated. "
+                'Lower the learning rate, clip, or build the optimizer with nonfinite="skip".'
+            )
+
+
+def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
+    """Add the flagged tensors of a step to the group's counter, on the device."""
+    if flags.numel() == 0:
+        return
+    total = flags.sum()
+    if isinstance(group.get("nonfinite_count"), Tensor):
+        group["nonfinite_count"].add_(total.to(group["nonfinite_count"].device))
+    else:
+        group["nonfinite_count"] = total + group.get("nonfinite_count", 0)
+
+
+def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
+    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
+    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
+        for key, saved in loaded["state"].get(saved_id, {}).items():
+            current = optimizer.state[param].get(key)
+            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
+                continue
+            device = current.device if key == "step" else param.device
+            if optimizer._stays_on_cpu(key):
+                device = torch.device("cpu")
+            kept = optimizer._keeps_dtype(group, param, key)
+            if (kept and current.dtype != saved.dtype) or current.device != device:
+                optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def describe(group: dict[str, Any], position: int) -> str:
+    """Name of a parameter for messages: its own name, if the group knows it, and its shape."""
+    names = group.get("param_names")
+    name = names[position] if names else f"parameter {position} of group {group.get('name', '(unnamed)')!r}"
+    return f"{name} {tuple(group['params'][position].shape)}"
+
+
+def holds_factors(group: dict[str, Any]) -> bool:
+    """Whether a group is one of low-rank factors, as :func:`leanstep.lora.lora_groups` names them: all are matrices."""
+    return group.get("name") in ("lora_A", "lora_B")
+
+
+def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
+    """The gradient of a parameter, distributed as the parameter is; refused when it is sparse."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
+            "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
+        )
+    return placed_like(grad, param)
+
+
+def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
+    """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
+    return torch.zeros_like(param, dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+
+
+def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a setting of a group names.
+
+    Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
+    state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
+    """
+    return getattr(torch, setting) if isinstance(setting, str) else setting
+
+
+def _name_dtypes(group: dict[str, Any]) -> None:
+    """Replace dtypes among the settings of a group by their names; see :func:`dtype_of`."""
+    for key, value in group.items():
+        if isinstance(value, torch.dtype):
+            group[key] = str(value).removeprefix("torch.")
+
+
+def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Positions of the parameters of every (device, dtype) set, in order."""
+    sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, param in enumerate(params):
+        sets.setdefault((param.device, param.dtype), []).append(position)
+    return sets
+
+
+def check_number(
+    owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
+) -> None:
+    """Raise unless low <= value <= high (< high, if open). Tensors of one element are numbers."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
+            raise ValueError(f"{label} must be 1-element; {owner} got shape {tuple(value.shape)}")
+        if value.device.type not in ("cpu", "meta"):
+            return  # reading it would wait for the device
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    open_high = open_high or high == math.inf
+    if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
+        end = ")" if open_high else "]"
+        raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
+
+
+def check_flags(owner: str, group: dict[str, Any], flags: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raise unless the named settings are True or False (or None, for the optional ones)."""
+    for name in (*flags, *optional):
+        if not isinstance(group[name], bool) and not (name in optional and group[name] is None):
+            expected = "True, False or None" if name in optional else "True or False"
+            raise TypeError(f"{owner}: {name} must be {expected}, got {group[name]!r}")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
+
+
+def check_dtype(owner: str, name: str, dtype: Any) -> None:
+    """Raise unless the value is a floating dtype, the name of one, or None."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise TypeError(f"{owner}: {name} must be a floating torch.dtype or None, got {dtype!r}")
+
+
+def check_betas(owner: str, betas: Any) -> None:
+    """Raise unless betas are two numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; {owner} expects two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        check_number(owner, f"beta parameter at index {i}", beta, 0.0, 1.0, open_high=True)
+
+
+def call_closure(closure: Callable[[], Any] | None) -> Any:
+    """Evaluate a closure with gradients on, as torch's optimizers do."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

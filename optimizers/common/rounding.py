@@ -1,0 +1,89 @@
+"""State and seeds for the ways an fp32 update meets a parameter of lower precision.
+
+The ways themselves are defined in ``leanstep.kernels.reference.rounding``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._hyper import constant
+from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
+from leanstep.optimizers.common.base import check_choice, describe, local
+from leanstep.optimizers.common.sharding import Shard, offsets_of
+
+# what each way keeps in the state of a parameter
+STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
+
+
+def check_rounding(owner: str, group: dict[str, Any]) -> None:
+    """Raise unless ``rounding`` and ``seed`` of a group are valid."""
+    check_choice(owner, "rounding", group["rounding"], ROUNDINGS)
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"Invalid seed: {seed!r}; {owner} expects an int in [0, 2**32)")
+
+
+def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:
+    """The way that applies to one parameter: wide parameters need none.
+
+    Raises:
+        ValueError: for stochastic rounding of fp16, whose range makes unbiased rounding impossible near its ends.
+    """
+    rounding = group["rounding"]
+    if param.dtype in (torch.float32, torch.float64):
+        return "nearest"
+    if rounding == "stochastic" and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{owner}: rounding='stochastic' supports bfloat16 parameters, but {describe(group, position)} is "
+            f"{param.dtype}. Use rounding='master' or 'kahan' for it."
+        )
+    return rounding
+
+
+def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
+    """Create what ``rounding`` keeps for a parameter."""
+    if rounding == "kahan" and "kahan_compensation" not in state:
+        state["kahan_compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    elif rounding == "master" and "master_param" not in state:
+        state["master_param"] = param.detach().to(torch.float32, copy=True)
+    elif rounding == "stochastic" and "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+
+
+def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.device) -> Tensor:
+    """One 32-bit seed per tensor, from the optimizer's seed, the tensor's index and its step count; [n] int64."""
+    index = constant(indices, device, torch.int64)
+    count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
+    return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF
+
+
+def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
+    """This process's parts of what ``rounding`` keeps beside the parameters; empty where it keeps nothing."""
+    return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+
+
+def seeds_and_offsets(
+    rounding: str,
+    states: Sequence[dict[str, Any]],
+    indices: list[int],
+    shards: Sequence[Shard],
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What stochastic rounding draws from, after one more step of every parameter; (None, None) for the other ways.
+
+    Returns:
+        seeds and offsets, int64 [n] each: see :func:`seeds_for` and
+        :func:`leanstep.optimizers.common.sharding.offsets_of`.
+    """
+    if rounding != "stochastic":
+        return None, None
+    steps = [s["step"] for s in states]
+    offsets = offsets_of(shards, device)
+    torch._foreach_add_(steps, 1)
+    return seeds_for(steps, indices, seed, device), offsets

@@ -1,0 +1,193 @@
+"""Which part of a parameter this process holds, and how sums over the other parts are asked for.
+
+FSDP2 (``fully_shard``) cuts parameters into DTensors, along dimension 0 unless told otherwise. Elementwise rules need
+only their own part; SinkGD needs the column sums (or, cut the other way, the row sums) of its matrices.
+
+A rule that needs sums is a generator (:data:`Steps`): it yields the tensors to be reduced, and goes on when they hold
+the result. :func:`together` advances many such rules side by side and :func:`run` answers what all of them ask at one
+time with one all-reduce, so that a whole model costs as many as its longest rule. Where nothing is sharded nothing is
+yielded, the rules run one after the other, and nothing that they return is used: torch.compile would lose it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._hyper import constant
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+class Shard(NamedTuple):
+    """A process's part of a parameter."""
+
+    shape: torch.Size  # of the whole parameter
+    dim: int | None = None  # the dimension that is cut; None when this process holds all, or the cut is another
+    offset: int | None = 0  # row-major index of the part's first element in the whole; None when it is not one range
+    groups: tuple[Any, ...] = ()  # sums over these process groups, one after the other, cover the whole
+    placements: Any = None  # for messages
+
+
+class Reduction(NamedTuple):
+    """A tensor to be summed (or its maximum taken) over a process group, in place."""
+
+    tensor: Tensor
+    group: Any
+    op: str = "sum"
+
+
+# a rule that asks for reductions while it runs, and returns a T
+Steps = Generator[list[Reduction], None, T]
+
+
+def shard_of(param: Tensor) -> Shard:
+    """Describe this process's part of ``param``.
+
+    Raises:
+        ValueError: for a DTensor that holds partial sums.
+    """
+    if not hasattr(param, "placements"):
+        return Shard(param.shape)
+    from torch.distributed.tensor import Shard as ShardPlacement
+
+    mesh, placements = cast("DTensor", param).device_mesh, param.placements
+    if any(p.is_partial() for p in placements):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} holds partial sums ({placements}); leanstep optimizers take "
+            "parameters that are replicated or sharded: redistribute it first"
+        )
+    sharded = [i for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
+    if not sharded:
+        return Shard(param.shape, placements=placements)
+    groups = tuple(mesh.get_group(i) for i in sharded)
+    placement = placements[sharded[0]]
+    if len(sharded) > 1 or type(placement) is not ShardPlacement:
+        return Shard(param.shape, None, None, groups, placements)
+    if placement.dim != 0:
+        return Shard(param.shape, placement.dim, None, groups, placements)
+    rows = param.shape[0]
+    chunk = -(-rows // mesh.size(sharded[0]))  # DTensor cuts like torch.chunk
+    start = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
+    return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
+
+
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, distributed as its parameter is; unchanged where it already is.
+
+    Tensor parallelism leaves other placements: the gradient of a row-wise embedding is replicated, that of a norm
+    between sequence-parallel layers is a partial sum. A rule for this process's part needs the same part of both.
+    Communicates where they differ, so that all processes have to call; the gradient itself is not written.
+    """
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(grad, "placements", placements) == placements:
+        return grad
+    return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
+
+
+def cut(shard: Shard) -> str | None:
+    """How the matrices of a parameter are cut: "rows", "columns", or None when each is whole on one process.
+
+    Raises:
+        ValueError: for matrices cut along both dimensions, or in strides.
+    """
+    if not shard.groups:
+        return None
+    if shard.dim is None:
+        raise ValueError(
+            f"SinkGD takes matrices that are whole or sharded along one dimension over one mesh dimension "
+            f"(fully_shard's way); got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
+            "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
+        )
+    if len(shard.shape) == 3:  # a stack of matrices
+        return (None, "rows", "columns")[shard.dim]
+    return "columns" if shard.dim else "rows"
+
+
+def like_rows(param: Tensor, value: Tensor) -> Tensor:
+    """This process's ``value`` [e_local, n] as a DTensor [e, n], sharded as ``param`` [e, ...] is."""
+    from torch.distributed.tensor import DTensor as DTensorClass
+
+    sharded = cast("DTensor", param)
+    shape = torch.Size([param.shape[0], value.shape[1]])
+    return DTensorClass.from_local(
+        value, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+    )
+
+
+def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
+    """int64 [n]: where each part starts in its whole tensor, for stochastic rounding.
+
+    Raises:
+        ValueError: for a part that is not one range of the whole.
+    """
+    for shard in shards:
+        if shard.offset is None:
+            raise ValueError(
+                f"rounding='stochastic' needs parameters that are whole or sharded along dimension 0; got placements "
+                f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
+            )
+    return constant([s.offset or 0 for s in shards], device, torch.int64)
+
+
+def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
+    """Sum ``values`` [n], one number per tensor, over the processes that hold parts of it, in place."""
+    for level in range(max([len(s.groups) for s in shards])):
+        members: dict[Any, list[int]] = {}
+        for i, shard in enumerate(shards):
+            if len(shard.groups) > level:
+                members.setdefault(shard.groups[level], []).append(i)
+        parts = [(chosen, values if len(chosen) == len(shards) else values[chosen]) for chosen in members.values()]
+        yield [Reduction(part, group) for group, (_, part) in zip(members, parts, strict=True)]
+        for chosen, part in parts:
+            if part is not values:
+                values[chosen] = part
+
+
+def together(parts: Sequence[Steps[T]]) -> Steps[list[T]]:
+    """Advance several rules side by side; what they ask for at one time is asked for together."""
+    if torch.compiler.is_compiling():  # tracing follows `yield from`, and loses what is returned
+        for part in parts:
+            yield from part
+        return []
+    results: dict[int, T] = {}
+    while len(results) < len(parts):
+        asked: list[Reduction] = []
+        for i, part in enumerate(parts):
+            if i in results:
+                continue
+            try:
+                asked += next(part)
+            except StopIteration as end:
+                results[i] = end.value
+        if asked:
+            yield asked
+    return [results[i] for i in range(len(parts))]
+
+
+def run(steps: Steps[Any]) -> None:
+    """Run a rule to its end, reducing what it asks for."""
+    for asked in steps:
+        _reduce(asked)
+
+
+def _reduce(asked: list[Reduction]) -> None:
+    """One all-reduce for every (process group, operation, dtype): on the tensor itself, or on a flat copy of many."""
+    sets: dict[Any, list[Tensor]] = {}
+    for tensor, group, op in asked:
+        sets.setdefault((group, op, tensor.dtype, tensor.device), []).append(tensor)
+    for (group, op, *_), tensors in sets.items():
+        alone = len(tensors) == 1 and tensors[0].is_contiguous()
+        flat = tensors[0] if alone else torch.cat([t.reshape(-1) for t in tensors])
+        kind = torch.distributed.ReduceOp.MAX if op == "max" else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(flat, op=kind, group=group)
+        if not alone:
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,177 @@
+"""The AdamW rule for the tensors a matrix method does not take: torch's own functional, fed and guarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from leanstep.kernels._backend import same_layout
+from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
+from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local, new_state
+from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
+from leanstep.optimizers.common.sharding import Shard, Steps, offsets_of, shard_of, sum_over_shards
+
+
+def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
+    """Create step, exp_avg and exp_avg_sq as torch does; in fp32 where the update is rounded with care."""
+    if "exp_avg_sq" in state:
+        return
+    device = local(param).device if uses_fused(param, group) else torch.device("cpu")
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+    dtype = None if rounding == "nearest" else torch.float32
+    state["exp_avg"] = new_state(param, dtype)
+    state["exp_avg_sq"] = new_state(param, dtype)
+
+
+def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether torch's fused kernel runs: asked for, or possible and not refused.
+
+    Raises:
+        RuntimeError: asked for where there is none.
+    """
+    supported = _get_fused_kernels_supported_devices()
+    possible = param.is_floating_point() and param.device.type in supported
+    if group["fused"] and not possible:
+        raise RuntimeError(
+            f"`fused=True` requires all the params to be floating point Tensors of supported devices: {supported}, got "
+            f"one of {param.dtype} on {param.device}; build SinkGD with fused=None, which uses the kernel where it is"
+        )
+    if group["fused"] is not None:
+        return group["fused"]
+    return possible and not torch.compiler.is_compiling() and group["foreach"] is None
+
+
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    roundings: list[str],
+    indices: list[int],
+    group: dict[str, Any],
+) -> Steps[None]:
+    """Decoupled Adam on a list of tensors with a gradient; bit-equal to ``torch.optim.AdamW`` with the same flags.
+
+    A non-finite gradient anywhere in a (device, dtype) set skips the whole set, on the device: one check, no wait.
+    """
+    for (device, _), members in by_device_and_dtype(params).items():
+        chosen = [local(params[i]) for i in members]
+        chosen_grads = [local(grads[i]) for i in members]
+        found = None
+        if group["nonfinite"] == "skip":
+            flags = nonfinite_flags(chosen_grads)
+            yield from share_flags(flags, [shard_of(params[i]) for i in members])
+            count_nonfinite(group, flags)
+            found = flags.any()
+            if device.type == "cpu" and not torch.compiler.is_compiling():
+                if found:
+                    continue
+                found = None
+        rounding = roundings[members[0]]
+        run = _plain if rounding == "nearest" else _rounded
+        kept = [states[i] for i in members]
+        run(chosen, chosen_grads, kept, group, found, rounding, [indices[i] for i in members],
+            [shard_of(params[i]) for i in members])  # fmt: skip
+
+
+def share_flags(flags: Tensor, shards: list[Shard]) -> Steps[None]:
+    """Raise a flag where any shard of the tensor has raised it, in place."""
+    if not any(s.groups for s in shards):
+        return
+    total = flags.to(torch.float32)  # in fp32 they travel with the column sums
+    yield from sum_over_shards(total, shards)
+    flags.copy_(total > 0)
+
+
+def _plain(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    found: Tensor | None,
+    *_: Any,
+) -> None:
+    """torch's functional AdamW on the parameters themselves."""
+    beta1, beta2 = group["betas"]
+    fused = uses_fused(params[0], group)
+    exp_avgs, exp_avg_sqs = ([local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq"))
+    steps = [s["step"] for s in states]
+    kept = None
+    if found is not None and not fused:  # no kernel to tell: put back what was there
+        kept = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
+    columns = [params, grads, exp_avgs, exp_avg_sqs]
+    fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
+    fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
+    rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    if fused and found is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        adamw_step_on_host(fed_params, fed_grads, fed_avgs, fed_sqs, steps, betas=(beta1, beta2), **rule)
+    else:
+        adamw(
+            fed_params,
+            fed_grads,
+            fed_avgs,
+            fed_sqs,
+            [],
+            steps,
+            # torch's lists take no tensor as a rate
+            foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
+            fused=fused,
+            capturable=fused and params[0].device.type != "cpu",
+            found_inf=found.to(torch.float32) if found is not None and fused else None,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            **rule,
+        )
+    if fused:
+        for row, used in zip(zip(*columns, strict=True), fed, strict=True):
+            if used is not row and used[0] is not row[0]:
+                for i in (0, 2, 3):
+                    row[i].copy_(used[i])
+            else:
+                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels do not
+    if kept is not None and found is not None:
+        for tensor, before in kept:
+            tensor.copy_(torch.where(found.to(tensor.device), before, tensor))
+
+
+def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, or contiguous copies where their layouts differ: torch's fused CPU kernel walks plain memory."""
+    if same_layout(row):
+        return row
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
+
+
+def _rounded(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    found: Tensor | None,
+    rounding: str,
+    indices: list[int],
+    shards: list[Shard],
+) -> None:
+    """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the set."""
+    extras = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
+    wide = [widen(p, e, rounding) for p, e in zip(params, extras, strict=True)]
+    _plain(wide, [g.float() for g in grads], states, group, found)
+    seeds: Any = [None] * len(params)
+    offsets: Any = [0] * len(params)
+    if rounding == "stochastic":
+        offsets = offsets_of(shards, params[0].device)
+        seeds = seeds_for([s["step"] for s in states], indices, group["seed"], params[0].device)
+    for param, extra, value, seed, offset in zip(params, extras, wide, seeds, offsets, strict=True):
+        new_param, new_extra = narrow(value, param, rounding, seed, offset)
+        if found is not None:
+            new_param = torch.where(found, param.to(new_param.dtype), new_param)
+            if extra is not None and new_extra is not None:
+                new_extra = torch.where(found, extra, new_extra)
+        param.copy_(new_param)
+        if extra is not None and new_extra is not None and extra is not value:
+            extra.copy_(new_extra)

@@ -1,0 +1,291 @@
+"""SinkGD: the gradient, normalised over rows and columns alternately, is the update. No state for matrices."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.optimizers.common.base import (
+    LeanOptimizer,
+    by_device_and_dtype,
+    check_betas,
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_number,
+    describe,
+    holds_factors,
+    new_state,
+)
+from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
+from leanstep.optimizers.common.sharding import Steps
+from leanstep.optimizers.sinkgd import matrices as _normalized
+from leanstep.optimizers.sinkgd.adamw import adamw_step, init_adamw
+
+ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
+MOMENTUM_ORDERS = ("pre", "post")
+SPECTRAL = (None, "unit", "muon")
+
+
+class SinkGD(LeanOptimizer):
+    r"""SinkGD: stateless descent along the square-root Sinkhorn normalisation of the gradient.
+
+    For a matrix G (m, n), rows first, ``num_iters`` times::
+
+        X[i, :] = sqrt(n) * X[i, :] / ||X[i, :]||      every row
+        X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column
+        p = p * (1 - lr * scale * weight_decay) - lr * scale * X
+
+    X keeps the signs of G and has root mean square 1, so ``lr * scale`` is the root mean square of the update, whatever
+    the size of the gradient: clipping by norm and loss scaling change nothing for these tensors.
+
+    One object serves a whole model. Every group has an ``algorithm``:
+
+    * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of
+      four and more dimensions flattened to (m, rest); with ``flatten`` also those of three.
+    * "balanced": for embeddings and heads: the momentum's look-ahead ``beta * M + (1 - beta) * G``, rows below
+      ``row_mask_tau`` times the mean row norm dropped, ``num_iters`` iterations and one more row step, so that every
+      token's update has the same size. Replaces AdamW there at half its state (or none, with ``momentum=0``).
+    * "adamw": ``torch.optim.AdamW``, bit for bit, with the group's lr, betas, eps and weight_decay.
+    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest; said once in a warning, because embeddings
+      and heads belong elsewhere. :func:`leanstep.optimizers.param_groups` makes better groups.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: global step size eta, a number or a one-element tensor. AdamW groups use it without ``scale``.
+        scale: alpha; 0.05 with lr 0.02 is the published pair, 0.2 suits an lr tuned for AdamW.
+        num_iters: L, the number of (row, column) iterations.
+        weight_decay: decoupled; multiplied by lr * scale for normalised tensors, by lr for AdamW's.
+        momentum: weight of the old buffer; 0 keeps no state.
+        momentum_order: "pre": normalise the momentum; "post": average the normalised gradients.
+        nesterov: look ahead by one gradient.
+        row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
+        base_width: shrink the step of a matrix by base_width / n, to carry lr from one width to another.
+        spectral: hold the operator norm of the update near a target, by one warm-started power iteration per step
+            (20 at a matrix's first finite gradient that is not zero; an estimate from below, exact as gradients
+            settle): "unit" at 1, "muon" at sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State:
+            n values. Until all matrices of a tensor have had such a gradient, a step waits for the device.
+        betas, eps: of the AdamW groups.
+        fused: of the AdamW groups; None: where torch has a fused kernel.
+        foreach: None or True: lists at once; False: the definition, a tensor at a time.
+        transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's, or
+            stacked (e, in, out); they are normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
+        flatten: of a group whose tensors of three dimensions are no stacks but one matrix (m, rest) each, as the
+            weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
+        rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
+        nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
+            device are left alone together; "raise" and "pass" as for Lion.
+
+    Raises:
+        ValueError, TypeError: settings out of range; a vector in a group whose algorithm takes matrices.
+        RuntimeError: a sparse gradient.
+        NonFiniteGradientError: see ``nonfinite``.
+
+    Notes:
+        State: none for matrices (``momentum_buffer``, ``power_vector`` and ``power_warm``, ``step``,
+        ``kahan_compensation`` or ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory
+        of a step: on a CPU one fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all
+        column sums per iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is
+        gathered. Columns sharded: row sums instead, and one more for the rows' largest entries.
+        ``torch.compile`` of the step makes one graph.
+        Differs from the paper only in form: row and column scales instead of rewriting X.
+
+    References:
+        Scetbon, Ma, Gong, Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
+        arXiv 2502.06742 (SR-Sinkhorn and SinkGD).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "algorithm": "sinkgd"},
+        ...           {"params": [p for p in model.parameters() if p.dim() < 2], "algorithm": "adamw", "lr": 1e-3}]
+        >>> optimizer = SinkGD(groups, lr=2e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-2,
+        scale: float = 0.05,
+        num_iters: int = 5,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.0,
+        momentum_order: str = "pre",
+        nesterov: bool = False,
+        row_mask_tau: float = 0.0,
+        base_width: int | None = None,
+        spectral: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+        algorithm: str = "auto",
+        transposed: bool = False,
+        flatten: bool = False,
+        rounding: str = "nearest",
+        momentum_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        nonfinite: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "scale": scale,
+            "num_iters": num_iters,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "momentum_order": momentum_order,
+            "nesterov": nesterov,
+            "row_mask_tau": row_mask_tau,
+            "base_width": base_width,
+            "spectral": spectral,
+            "betas": betas,
+            "eps": eps,
+            "fused": fused,
+            "algorithm": algorithm,
+            "transposed": transposed,
+            "flatten": flatten,
+            "rounding": rounding,
+            "momentum_dtype": momentum_dtype,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+        _say_how_auto_routes(self.param_groups)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_number("SinkGD", "scale", group["scale"], 0.0)
+        check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
+        check_number("SinkGD", "row_mask_tau", group["row_mask_tau"], 0.0)
+        check_number("SinkGD", "epsilon value", group["eps"], 0.0)
+        check_betas("SinkGD", group["betas"])
+        check_choice("SinkGD", "momentum_order", group["momentum_order"], MOMENTUM_ORDERS)
+        check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
+        check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
+        check_rounding("SinkGD", group)
+        check_flags("SinkGD", group, ("nesterov", "transposed", "flatten"), ("fused",))
+        check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
+        iters = group["num_iters"]
+        if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
+            raise ValueError(f"Invalid num_iters: {iters!r}; SinkGD expects an int of at least 1")
+        if group["base_width"] is not None:
+            check_number("SinkGD", "base_width", group["base_width"], 1)
+            if group["spectral"] == "muon":
+                raise ValueError("SinkGD: base_width and spectral='muon' both correct for width; choose one")
+        if group["transposed"] and group["flatten"]:
+            raise ValueError(
+                "SinkGD: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
+            )
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("SinkGD: nesterov needs momentum > 0")
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("SinkGD: `fused` and `foreach` cannot be True together")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; a vector in a group whose algorithm takes matrices is an error."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for position, param in enumerate(group["params"]):
+            if algorithm_of(group, param) == "adamw":
+                continue
+            most = 2 if group["algorithm"] == "balanced" else 3 if group["transposed"] else param.dim()
+            if not 2 <= param.dim() <= most:
+                name = describe(group, position)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} of {param.dim()} dimensions. "
+                    "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
+                    "(Parameters flattened by a sharding engine have lost their rows and cannot be normalised.)"
+                )
+
+    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
+        """All but the moments of AdamW, where torch's own step runs on them and wants the parameter's dtype."""
+        plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
+        return not (plain and key in ("exp_avg", "exp_avg_sq"))
+
+    def _stays_on_cpu(self, key: str) -> bool:
+        return key == "power_warm"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in settings that an older state does not have; step counts become tensors."""
+        super().__setstate__(state)
+        for kept in self.state.values():  # where hooks may leave values of their own
+            if isinstance(kept, dict) and "step" in kept and not torch.is_tensor(kept["step"]):
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
+
+    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
+        state = self.state[param]
+        rounding = effective("SinkGD", group, position, param)
+        if algorithm_of(group, param) == "adamw":
+            init_adamw(state, param, group, rounding)
+        elif group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
+        if group["spectral"] and algorithm_of(group, param) != "adamw":
+            _normalized.init_power_vector(state, param, group)
+        init_rounding(state, param, rounding)
+        return state
+
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+        batch = self._batch(group, first_index, only)
+        algorithms = [algorithm_of(group, p) for p in batch.params]
+        parts: list[Steps[None]] = []
+        rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
+        if rest:
+            chosen = batch.pick(rest)
+            roundings = [effective("SinkGD", group, i, p) for i, p in zip(chosen.positions, chosen.params, strict=True)]
+            parts.append(adamw_step(chosen.params, chosen.grads, chosen.states, roundings, chosen.indices, group))
+        matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
+        for (device, dtype), members in by_device_and_dtype([batch.params[i] for i in matrices]).items():
+            places = [matrices[i] for i in members]
+            chosen = batch.pick(places)
+            parts.append(
+                _normalized.step(
+                    chosen.params,
+                    chosen.grads,
+                    chosen.states,
+                    chosen.indices,
+                    group=group,
+                    algorithm=algorithms[places[0]],
+                    rounding=effective("SinkGD", group, chosen.positions[0], chosen.params[0]),
+                    hyper=sinkgd_hyper(group, device, dtype),
+                )
+            )
+        return parts
+
+
+def sinkgd_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scalars of a group as the kernels take them: [lr * scale, 1 - lr * scale * weight_decay]."""
+    lr = group["lr"]
+    step = (lr.to(torch.float64) if isinstance(lr, Tensor) else lr) * group["scale"]
+    return pack([step, decay_factor(step, group["weight_decay"])], device, compute_dtype(dtype))
+
+
+def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
+    """The rule that a group applies to a parameter."""
+    if group["algorithm"] != "auto":
+        return group["algorithm"]
+    return "sinkgd" if param.dim() >= 2 else "adamw"
+
+
+def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
+    auto = [p for group in groups if group["algorithm"] == "auto" and not holds_factors(group) for p in group["params"]]
+    matrices = sum(p.dim() >= 2 for p in auto)
+    if matrices:
+        rest = len(auto) - matrices
+        warnings.warn(
+            f"SinkGD: {matrices} parameters of two or more dimensions are taken as matrices"
+            f"{f', {rest} others go to AdamW' if rest else ''}. Embeddings and heads are matrices here too: "
+            "leanstep.optimizers.param_groups(model) routes them by module; algorithm='sinkgd' means them all.",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""Choose how many weights each layer keeps."""

@@ -1,0 +1,212 @@
+"""Prune a checkpoint folder: everything is checked first, and the result appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanstep._version import __version__
+from leanstep.pruning.folder.checkpoint import (
+    Checkpoint,
+    checkpoint_values,
+    copy_others,
+    load_model,
+    open_checkpoint,
+    stored_parameters,
+    write_weights,
+)
+from leanstep.pruning.folder.output import check_output, new_folder
+from leanstep.pruning.folder.report import report_page
+from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.measure import Progress, evaluating
+from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.prune import check_choices, prune
+from leanstep.pruning.result import PruneResult
+
+__all__ = ["CalibrationText", "prune_checkpoint"]
+
+SIDECAR = "sparsity.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text to calibrate a language model with, and how much of it.
+
+    Attributes:
+        documents: the texts, in order.
+        label: what messages and the report call them.
+        samples: sequences for the scores.
+        curve_samples: so many of them for the curves.
+        held_out: sequences for the comparison with uniform sparsity, and for perplexity; none of the others.
+        held_out_documents: texts that those are taken from; None: the same texts.
+        seq_len: tokens of a sequence; None: what the tokenizer says the model was trained with, at most 2048.
+        seed: decides which sequences are taken.
+    """
+
+    documents: tuple[str, ...]
+    label: str = "text"
+    samples: int = 128
+    curve_samples: int = 16
+    held_out: int = 8
+    held_out_documents: tuple[str, ...] | None = None
+    seq_len: int | None = None
+    seed: int = 0
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    data: CalibrationText | Any = None,
+    *,
+    held_out: Any = None,
+    evaluate: bool = False,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> PruneResult:
+    """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
+
+    ``out`` gets the weights as dense safetensors, in as many files as they were; tokenizer and configuration, copied;
+    ``sparsity.json`` (what was done, per tensor, with the curves); and ``report.html``. It opens in transformers, and
+    its logits are those of the pruned model bit for bit.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        out: the folder to be made; it must not exist. Until all is written it does not.
+        data: a :class:`CalibrationText` for language models; else what :func:`prune` takes.
+        held_out: as for :func:`prune`; with a text, taken from it.
+        evaluate: measure perplexity on the held-out sequences before and after.
+        resume: go on with curves that an interrupted run measured, which lie in ``OUT.curves.jsonl``.
+        device: where to calibrate.
+        progress: see :func:`measure_curves`.
+        **settings: those of :func:`prune`.
+
+    Raises:
+        ValueError: no whole, plain checkpoint; too little text; settings that do not go together; a target out of
+            reach;
+            ``out`` exists, or curves of an interrupted run lie beside it and ``resume`` is off.
+        OSError: the disk is full. Whatever is raised, ``source`` is untouched and ``out`` is not there.
+
+    Notes:
+        Memory: the model, whose weights are mapped from the files until they are pruned, and what :func:`prune` takes
+        without a copy of anything: the dense weights are read again from the files. Files of ``torch.save`` are copied
+        in memory, and so are weights that transformers fuses or renames in loading, as experts.
+    """
+    check_choices(data=data, **settings)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} is not there: {str(error).splitlines()[0]}") from None
+    out = check_output(out)
+    partial = out.with_name(f"{out.name}.curves.jsonl")
+    if partial.exists() and not resume:
+        raise ValueError(
+            f"{partial} holds curves that an interrupted run measured: go on with it (--resume), or remove it to "
+            f"begin again"
+        )
+    checkpoint = open_checkpoint(source)
+    check_output(out, checkpoint.size)
+    sequences = _sequences(checkpoint, data) if isinstance(data, CalibrationText) else None
+    model = load_model(checkpoint, device)
+    content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    if sequences is not None:
+        assert isinstance(data, CalibrationText)
+        scores, held_out = sequences
+        settings = {"curve_data": scores[: data.curve_samples], **settings}
+        content["calibration_text"] = (
+            f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
+        )
+        data = scores
+    perplexity: dict[str, Any] = {}
+    if evaluate:
+        if held_out is None:
+            raise ValueError("perplexity needs held-out sequences: give a text")
+        perplexity["before"], perplexity["tokens"] = _perplexity(model, held_out)
+    stored = stored_parameters(checkpoint, model)
+    result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
+    if evaluate:
+        perplexity["after"], _ = _perplexity(model, held_out)
+        result.perplexity = perplexity
+    content |= result.to_dict()
+    with new_folder(out) as folder:
+        values = checkpoint_values(checkpoint, model)
+        changed = write_weights(checkpoint, values, folder)
+        copy_others(checkpoint, folder)
+        content["tensors"] = _tensor_rows(changed, result)
+        (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    return result
+
+
+def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
+    """What each tensor of the files is, under the names that ``leanstep verify`` reads."""
+    rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
+    for group in result.groups:
+        pattern = result.chosen[group.name][1]
+        for target in group.targets:
+            if pattern and target.expert is None and target.parameter in rows:
+                rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
+    return rows
+
+
+def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
+    """Sequences for calibration and held-out ones, cut from the text with the checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    if text.curve_samples > text.samples:
+        raise ValueError(
+            f"curve_samples {text.curve_samples} are some of the samples, of which there are {text.samples}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except Exception as error:  # missing or broken: many types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{checkpoint.folder} has no tokenizer that could be opened, which text needs: {reason}"
+        ) from error
+    positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
+    length = text.seq_len or min(tokenizer.model_max_length, positions, 2048)
+    if not 2 <= length <= positions:
+        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
+    vocabulary = checkpoint.config.get("vocab_size")
+
+    def cut(documents: tuple[str, ...], count: int) -> Tensor:
+        found = token_sequences(
+            lambda document: tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"],
+            documents,
+            count,
+            length,
+            end=tokenizer.eos_token_id,
+            seed=text.seed,
+        )
+        if isinstance(vocabulary, int) and int(found.max()) >= vocabulary:
+            raise ValueError(
+                f"{checkpoint.folder}: its tokenizer has more tokens than the model, which has {vocabulary}"
+            )
+        return found
+
+    if text.held_out_documents is not None:
+        return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
+    found = cut(text.documents, text.samples + text.held_out)
+    return found[text.held_out :], found[: text.held_out]
+
+
+def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
+    """exp of the mean loss over all targets of some sequences, and how many targets there are."""
+    metric = CEDelta()
+    parts = []
+    with evaluating(model):
+        for batch in as_batches(sequences, model, batch_size=4):
+            output = batch.run(model)
+            parts.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+    return math.exp(summarise(parts).mean), int(sum(float(counts.sum()) for _, counts in parts))

@@ -1,0 +1,226 @@
+"""Run a model from any of its blocks on: what lies before it is computed once and answered from a cache.
+
+No code of a model is copied. Earlier blocks give back what they gave before instead of computing, and everything around
+them (embeddings, masks, rotary tables, the head) runs as it is, so that any keyword argument of any version of a model
+reaches its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from leanstep.pruning.measure.batches import Batch
+
+__all__ = ["PrefixCache", "find_stages"]
+
+
+class _Reached(Exception):
+    """Ends a forward pass where nothing more of it is needed."""
+
+
+def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
+    """The modules that a model runs one after the other, each once, in the order of their calls: blocks and the like.
+
+    Lists (``nn.ModuleList``, ``nn.Sequential``) are taken apart, and so is a module that holds most of its parent's
+    weights, as ``model.model`` does.
+    """
+    candidates = list(_expand(model, "", inside_list=False))
+    calls: dict[str, int] = {}
+    order: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            order.append(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates]
+    try:
+        with torch.no_grad():
+            batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(candidates)
+    return [(name, modules[name]) for name in order if calls[name] == 1]
+
+
+def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tuple[str, nn.Module]]:
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        size = sum(parameter.numel() for parameter in child.parameters())
+        if size == 0:
+            continue
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from _expand(child, f"{name}.", inside_list=True)
+        elif not inside_list and 2 * size > whole and any(True for _ in child.children()):
+            yield from _expand(child, f"{name}.", inside_list=False)
+        else:
+            yield name, child
+
+
+class PrefixCache:
+    """Forward passes of a model over fixed batches, from one of its stages on.
+
+    Stages before :attr:`position` are answered from the cache: their last one's output is kept for every batch, in the
+    model's dtype and on its device (tokens x width values). Positions are numbers of stages; where an output of earlier
+    stages is needed again later, as by a sum of two embeddings, there is none. The cache belongs to the weights that
+    the stages had when
+    :meth:`advance` passed them.
+
+    Args:
+        model: called as it is, in whatever mode it is.
+        batches: the inputs.
+        enabled: False computes every pass whole.
+        like: another cache of the same model; where it can be cut is taken from there instead of found again.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: PrefixCache | None = None
+    ) -> None:
+        self.model, self.batches = model, batches
+        self.stages: list[tuple[str, nn.Module]] = []
+        # positions from which the model can be run, which are those behind a stage whose output is all that is needed
+        self.starts: tuple[int, ...] = (0,)
+        self.position = 0
+        # why nothing is cached, where that was asked for and cannot be
+        self.note = ""
+        self._outputs: list[Any] = []
+        self._numbers: dict[nn.Module, int] = {}
+        if enabled and like is not None and like.model is model and like.stages:
+            self.stages, self.starts, self.note = like.stages, like.starts, like.note
+        elif enabled:
+            self._find_stages()
+
+    @torch.no_grad()
+    def _find_stages(self) -> None:
+        """Find the stages and, by trying on a sample, behind which of them the model can be cut."""
+        sample = self.batches[0].sample(0)
+        self.stages = find_stages(self.model, sample)
+        expected = _tensors(sample.run(self.model))
+        trial = PrefixCache(self.model, [sample], enabled=False)
+        trial.stages = self.stages
+        for position in range(1, len(self.stages)):
+            # from the last place where it can be cut on: nothing is computed twice
+            before = trial.position, trial._outputs
+            trial.starts = (*self.starts, position)
+            try:
+                trial.advance(position)
+                found = _tensors(trial.run(0))
+                same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                same = False
+            if same:
+                self.starts = (*self.starts, position)
+            else:
+                trial.position, trial._outputs = before
+        if len(self.starts) == 1:
+            self.note = (
+                "prefixes are not cached, every pass is whole: no part of the model needs the one before it alone"
+            )
+
+    def number(self, module: nn.Module) -> int | None:
+        """Number of the stage that holds a module, None where none does."""
+        if not self._numbers:
+            for number, (_, stage) in enumerate(self.stages):
+                for part in stage.modules():
+                    self._numbers.setdefault(part, number)
+        return self._numbers.get(module)
+
+    def start(self, module: nn.Module) -> int:
+        """The last position from which a pass still runs a module."""
+        number = self.number(module)
+        return 0 if number is None else max(start for start in self.starts if start <= number)
+
+    def reset(self) -> None:
+        """Forget what is cached and begin before the first stage."""
+        self.position, self._outputs = 0, []
+
+    def run(self, index: int) -> Any:
+        """The model's output on a batch, computed from :attr:`position` on."""
+        with self._answered(self.position, index):
+            return self.batches[index].run(self.model)
+
+    def advance(self, position: int) -> None:
+        """Go on to a later position of :attr:`starts`: keep what the stages before it give with the weights of now."""
+        if position == self.position:
+            return
+        if position not in self.starts or position < self.position:
+            raise ValueError(f"cannot advance from {self.position} to {position}, only to later ones of {self.starts}")
+        self._outputs = [self.until(index, position - 1)[2] for index in range(len(self.batches))]
+        self.position = position
+
+    @torch.no_grad()
+    def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Arguments, keyword arguments and output of a stage on a batch; the pass ends there."""
+        found: list[Any] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            found.append((args, kwargs, _cloned(output)))
+            raise _Reached
+
+        handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
+        try:
+            with self._answered(self.position, index):
+                self.batches[index].run(self.model)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def run_on(self, index: int, outputs: Sequence[Any]) -> Any:
+        """The model's output on a batch for each of several outputs of the stage at :attr:`position`, as one batch."""
+        joined = _joined(outputs)
+        with self._answered(self.position + 1, index, joined):
+            return self.batches[index].tiled(len(outputs)).run(self.model)
+
+    @contextmanager
+    def _answered(self, position: int, index: int, output: Any = None) -> Iterator[None]:
+        """Let the stages before ``position`` give back what the last of them gave; none of them computes."""
+        stored: list[tuple[nn.Module, Any]] = []
+        if position and output is None:
+            output = self._outputs[index]
+        # cloned: what follows may write into it, as nn.ReLU(inplace=True) does; what earlier stages give is not used
+        unused = _cloned(output) if position > 1 else None
+        try:
+            for number, (_, stage) in enumerate(self.stages[:position], 1):
+                stored.append((stage, stage.__dict__.get("forward")))
+                if number < position:
+                    stage.forward = lambda *args, **kwargs: unused
+                else:
+                    stage.forward = lambda *args, **kwargs: _cloned(output)
+            yield
+        finally:
+            for stage, forward in stored:
+                if forward is None:
+                    del stage.forward
+                else:
+                    stage.forward = forward
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+
+
+def _cloned(output: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    """Outputs of one structure, their tensors one behind the other along the batch."""
+    flat = [tree_flatten(output) for output in outputs]
+    leaves = [
+        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return tree_unflatten(leaves, flat[0][1])

@@ -1,0 +1,451 @@
+"""Measure rate-distortion curves: prune one matrix at a time, run the model on from there, and compare its output."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
+from leanstep.pruning.measure.groups import Group, make_groups
+from leanstep.pruning.measure.metrics import (
+    LOCAL_METRICS,
+    Distortion,
+    Metric,
+    NMSEHidden,
+    default_metric,
+    logits_of,
+    make_metric,
+    summarise,
+)
+from leanstep.pruning.measure.partial import PartialCurves
+from leanstep.pruning.score.calibration import statistics_for
+from leanstep.pruning.score.pruners import Pruners, Pruning, prune_group
+from leanstep.pruning.score.statistics import NEEDS, LayerStatistics
+from leanstep.pruning.score.targets import Target, find_targets
+
+__all__ = ["Levels", "Measurement", "levels_of", "measure_curves", "weights_hash"]
+
+# a model whose output moves by more than this when nothing is changed cannot be measured
+_NOISE = 1e-9
+
+Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+Progress = Callable[[int, int, str], Any]
+
+
+def measure_curves(
+    model: nn.Module,
+    data: Any,
+    *,
+    sparsity: float = 0.5,
+    score: str = "wanda",
+    pattern: str = "unstructured",
+    metric: str | Metric | None = None,
+    granularity: str = "matrix",
+    groups: Sequence[Group] | None = None,
+    levels: Sequence[float] | None = None,
+    highest: float = 0.95,
+    score_options: Mapping[str, Any] | None = None,
+    score_data: Any = None,
+    batch_size: int = 8,
+    prefix_cache: bool = True,
+    variants: int | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Curve]:
+    """Measure what pruning each matrix alone, to each of some levels, does to the model's output.
+
+    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error. The
+    weights are those of before when this returns or raises, bit for bit.
+
+    Args:
+        model: any module; it is run in eval mode, without gradients.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences of a language model do.
+        sparsity: the target that levels lie around.
+        score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
+        pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
+        metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
+            ``ce_delta``; or, at the layer itself and without running the model on, ``local_nmse`` and ``fisher``.
+        granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
+        groups: what is pruned, instead of what ``granularity`` makes of all of :func:`find_targets`.
+        levels: sparsities to measure; None: a grid around ``sparsity``.
+        highest: no level of the grid is sparser.
+        score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
+        score_data: what the score's statistics are taken from; None: ``data``.
+        batch_size: samples of a pass, where ``data`` is one tensor.
+        prefix_cache: compute what lies before a matrix's block once, and not for every level.
+        variants: levels that are run as one batch behind the block; None: 1 on a CPU, 4 elsewhere. Memory grows with
+            it, and numbers differ in rounding.
+        resume: a file that points are noted in as they are measured; what it holds already is not measured again.
+        progress: called with (points measured, points in all, what is measured).
+
+    Returns:
+        name of the matrix or group -> :class:`Curve`, in the order of the targets.
+
+    Raises:
+        ValueError: settings that are none, a model whose output is not reproducible, a ``resume`` file of something
+            else.
+
+    Notes:
+        Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
+        token, and the statistics of one block. Time: a forward pass over the data per level, half of it on average with
+        ``prefix_cache``.
+
+    References:
+        K. Xu, Z. Wang, X. Geng, M. Wu, X. Li, W. Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in
+        Deep Neural Networks", arXiv 2308.10438.
+    """
+    groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
+    wanted = levels_of(groups, sparsity, pattern, levels=levels, highest=highest)
+    batches = as_batches(data, model, batch_size=batch_size)
+    source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
+    name = metric if isinstance(metric, str) else (metric.name if metric else default_metric(model))
+    partial = None
+    if resume is not None:
+        identity = {
+            "weights": weights_hash(model),
+            "data": batches_hash(batches),
+            "score data": batches_hash(source),
+            "metric": name,
+            "score": score,
+            "score options": dict(score_options or {}),
+            "levels": hashlib.sha256(repr(wanted).encode()).hexdigest(),
+        }
+        partial = PartialCurves(Path(resume), identity)
+    with evaluating(model):
+        if name in LOCAL_METRICS:
+            pruning = Pruning(PrefixCache(model, source, enabled=prefix_cache), score, score_options)
+            return _measure_locally(groups, wanted, name, pruning, progress)
+        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, variants=variants)
+        try:
+            cache = PrefixCache(model, source, enabled=prefix_cache, like=measurement.cache)
+            pruning = Pruning(cache, score, score_options)
+            return measurement.curves(groups, wanted, pruning, partial, progress)
+        finally:
+            measurement.close()
+
+
+def levels_of(
+    groups: Sequence[Group],
+    sparsity: float,
+    pattern: str = "unstructured",
+    *,
+    levels: Sequence[float] | None = None,
+    highest: float = 0.95,
+) -> Levels:
+    """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
+    found: Levels = {}
+    for group in groups:
+        size = group.layer.numel
+        patterns: tuple[str, ...] = ()
+        if pattern == "unstructured":
+            kept = (
+                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
+                if levels is None
+                else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
+            )
+            nonzero = sum(int(target.weight.count_nonzero()) for target in group.targets)
+            if nonzero < kept[0]:
+                kept = (nonzero, *(count for count in kept if count < nonzero))
+        else:
+            letter, _, m = pattern.partition(":")
+            if letter != "N" or not m.isdigit() or int(m) < 2:
+                raise ValueError(
+                    f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
+                )
+            for target in group.targets:
+                if target.weight.shape[1] % int(m):
+                    raise ValueError(
+                        f"{target.name} has {target.weight.shape[1]} inputs, which groups of {m} do not fill; leave it "
+                        "out with exclude, or take another M"
+                    )
+            kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
+        found[group.name] = (tuple(kept), tuple(patterns))
+    return found
+
+
+def _sparsest(sparsity: float) -> float:
+    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
+    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients, and the modes of all modules as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def kept_weights(targets: Sequence[Target]) -> Iterator[None]:
+    """Whatever is written into these matrices inside, they are afterwards what they were, bit for bit."""
+    saved = [target.weight.clone() for target in targets]
+    try:
+        yield
+    finally:
+        for target, weight in zip(targets, saved, strict=True):
+            target.weight.copy_(weight)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Measurement:
+    """A model, data, and the dense model's outputs on them, against which changed weights are measured.
+
+    The reference is the output of the weights at construction. :meth:`joint` measures whatever the weights are now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        metric: str | Metric | None = None,
+        *,
+        prefix_cache: bool = True,
+        variants: int | None = None,
+        like: PrefixCache | None = None,
+    ) -> None:
+        self.model, self.batches = model, batches
+        self.metric = make_metric(metric, model)
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        self.variants = (1 if on_cpu else 4) if variants is None else variants
+        if isinstance(self.metric, NMSEHidden):  # compares what the head is given, which is not split
+            self.variants = 1
+        if self.variants < 1:
+            raise ValueError(f"variants must be at least 1, got {variants}")
+        with evaluating(model):
+            self.cache = PrefixCache(model, batches, enabled=prefix_cache, like=like)
+            self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
+        self._check_finite()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self.metric.close()
+
+    def _check_finite(self) -> None:
+        """A dense model that gives NaN, or another output the second time, has no distortion to speak of."""
+        with evaluating(self.model):
+            found = self.joint()
+        if not abs(found.mean) <= _NOISE:
+            raise ValueError(
+                f"the model's output is not reproducible: the same inputs twice differ by {found.mean:g} in "
+                f"{self.metric.name}. NaN comes from weights or inputs that are not finite, other numbers from dropout "
+                "that eval() does not switch off or from kernels that are not deterministic"
+            )
+
+    def joint(self) -> Distortion:
+        """Distortion of the weights as they are now."""
+        with evaluating(self.model):
+            parts = [
+                self.metric.compare(kept, batch.run(self.model), batch)
+                for kept, batch in zip(self.reference, self.batches, strict=True)
+            ]
+        return summarise(parts)
+
+    def curves(
+        self,
+        groups: Sequence[Group],
+        levels: Levels,
+        pruning: Pruning,
+        partial: PartialCurves | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Curve]:
+        """Measure all groups, those of early stages first. D is counted from the weights as they are.
+
+        Around a model that is pruned already, whose distortion is not 0, that is what each change adds.
+        """
+        total = sum(len(levels[group.name][0]) - 1 for group in groups)
+        done = 0
+        base = self.joint().mean
+        found: dict[str, Curve] = {}
+        points = {} if partial is None else partial.points
+        for start, members in self.by_start(groups):
+            missing = [g for g in members if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
+            pruners = Pruners(pruning, (), {})
+            if missing:
+                self._enter(start, base)
+                pruners = pruning.pruners(missing, start)
+            for group in members:
+                kept = levels[group.name][0]
+                measured = {count: points[group.name, count] for count in kept[1:] if (group.name, count) in points}
+                for count, point in self._levels(group, pruners, levels[group.name], measured):
+                    measured[count] = point
+                    if partial is not None:
+                        partial.add(group.name, count, point)
+                    if progress is not None:
+                        progress(done + len(measured), total, group.name)
+                pruners.release(group)
+                done += len(kept) - 1
+                found[group.name] = _curve(group, levels[group.name], measured, self.metric.name, base)
+        self.cache.reset()
+        pruning.cache.reset()
+        return {group.name: found[group.name] for group in groups}
+
+    def singles(
+        self, groups: Sequence[Group], chosen: Mapping[str, tuple[int, str]], pruning: Pruning
+    ) -> dict[str, Distortion]:
+        """Distortion of each group alone at the level chosen for it: kept weights, and an N:M pattern or ""."""
+        found: dict[str, Distortion] = {}
+        for start, members in self.by_start(groups):
+            self._enter(start, 0.0)
+            pruners = pruning.pruners(members, start)
+            for group in members:
+                found[group.name] = self.measure(prune_group(group, pruners, *chosen[group.name]))
+                pruners.release(group)
+        self.cache.reset()
+        pruning.cache.reset()
+        return {group.name: found[group.name] for group in groups}
+
+    def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
+        """Groups by the position from which the model has to be run for them."""
+        starts: dict[int, list[Group]] = {}
+        for group in groups:
+            start = min(self.cache.start(target.module) for target in group.targets)
+            starts.setdefault(start, []).append(group)
+        return sorted(starts.items())
+
+    def _enter(self, start: int, base: float) -> None:
+        """Cache what lies before a stage, and see that this changes nothing: level 0 of every curve in it."""
+        self.cache.advance(start)
+        found = self._run().mean
+        if abs(found - base) > _NOISE * max(1.0, abs(base)):
+            raise RuntimeError(
+                f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {found - base:g} "
+                f"in {self.metric.name} when what lies before is not computed again; measure with prefix_cache=False"
+            )
+
+    def _run(self) -> Distortion:
+        return summarise(
+            self.metric.compare(self.reference[index], self.cache.run(index), batch)
+            for index, batch in enumerate(self.batches)
+        )
+
+    def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
+        """Distortion with some matrices changed, run from the cache's position on; they are put back."""
+        with kept_weights([target for target, _ in changed]):
+            for target, weight in changed:
+                target.weight.copy_(weight)
+            return self._run()
+
+    def _levels(
+        self,
+        group: Group,
+        pruners: Pruners,
+        levels: tuple[tuple[int, ...], tuple[str, ...]],
+        measured: Mapping[int, Distortion],
+    ) -> Iterator[tuple[int, Distortion]]:
+        """Measure the levels that are missing."""
+        kept, patterns = levels
+        missing = [
+            (count, patterns[k] if patterns else "") for k, count in enumerate(kept) if k and count not in measured
+        ]
+        position = self.cache.position
+        inside = all(self.cache.number(target.module) == position for target in group.targets)
+        together = self.variants if inside and position + 1 in self.cache.starts else 1
+        for first in range(0, len(missing), together):
+            part = missing[first : first + together]
+            changes = [prune_group(group, pruners, count, pattern) for count, pattern in part]
+            points = [self.measure(changes[0])] if len(part) == 1 else self._measure_together(changes)
+            yield from ((count, point) for (count, _), point in zip(part, points, strict=True))
+
+    def _measure_together(self, changes: Sequence[Sequence[tuple[Target, Tensor]]]) -> list[Distortion]:
+        """Several levels of a group: its stage once for each, what follows once for all."""
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in changes]
+        stage = self.cache.stages[self.cache.position][1]
+        for index, batch in enumerate(self.batches):
+            args, kwargs, _ = self.cache.until(index, self.cache.position)
+            outputs = []
+            for changed in changes:
+                with kept_weights([target for target, _ in changed]):
+                    for target, weight in changed:
+                        target.weight.copy_(weight)
+                    outputs.append(stage(*args, **kwargs))
+            logits = _split(self.cache.run_on(index, outputs), len(changes), batch.size)
+            for part, output in zip(parts, logits, strict=True):
+                part.append(self.metric.compare(self.reference[index], output, batch))
+        return [summarise(part) for part in parts]
+
+
+def _split(output: Any, count: int, size: int) -> list[Tensor]:
+    return list(logits_of(output).split(size))[:count]
+
+
+def _curve(
+    group: Group,
+    levels: tuple[tuple[int, ...], tuple[str, ...]],
+    measured: Mapping[int, Distortion],
+    metric: str,
+    base: float = 0.0,
+) -> Curve:
+    kept, patterns = levels
+    points = [measured[count] for count in kept[1:]]
+    return Curve(
+        name=group.name,
+        numel=group.layer.numel,
+        kept=kept,
+        distortion=(0.0, *(point.mean - base for point in points)),
+        stderr=(0.0, *(0.0 if math.isnan(point.stderr) else point.stderr for point in points)),
+        metric=metric,
+        patterns=patterns,
+    )
+
+
+def _measure_locally(
+    groups: Sequence[Group], levels: Levels, metric: str, pruning: Pruning, progress: Progress | None
+) -> dict[str, Curve]:
+    """Curves from the layer's own statistics: a pass over the data for each group, and none for its levels.
+
+    ``local_nmse``: tr(dW H dW') / tr(W H W') with H the sum over tokens of x x'. ``fisher``: 1/2 sum_j F_jj dw_j^2
+    with F the mean over samples of the squared gradient.
+    """
+    found: dict[str, Curve] = {}
+    total = sum(len(levels[group.name][0]) - 1 for group in groups)
+    done = 0
+    own = "gram" if metric == "local_nmse" else "gradients"
+    for group in groups:
+        statistics = statistics_for(pruning.cache, group.targets, sorted({own, *NEEDS[pruning.score]}))
+        pruners = {target.name: pruning.pruner(target, statistics[target.name]) for target in group.targets}
+        kept, patterns = levels[group.name]
+        measured = {}
+        for k, count in enumerate(kept[1:], 1):
+            changes = prune_group(group, pruners, count, patterns[k] if patterns else "")
+            value = sum(_local(metric, target.weight, new, statistics[target.name]) for target, new in changes)
+            measured[count] = Distortion(value, 0.0)
+            done += 1
+            if progress is not None:
+                progress(done, total, group.name)
+        found[group.name] = _curve(group, levels[group.name], measured, metric)
+    return found
+
+
+def _local(metric: str, dense: Tensor, pruned: Tensor, statistics: LayerStatistics) -> float:
+    dense, change = dense.float(), (dense - pruned).float()
+    if metric == "fisher":
+        assert statistics.gradients is not None
+        fisher = statistics.gradients.square().mean(0).view(change.shape)
+        return 0.5 * float((fisher * change.square()).sum(dtype=torch.float64))
+    assert statistics.gram is not None
+    error = (change @ statistics.gram * change).sum(dtype=torch.float64)
+    whole = (dense @ statistics.gram * dense).sum(dtype=torch.float64)
+    return float(error / whole) if float(whole) > 0 else 0.0

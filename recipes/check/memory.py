@@ -1,0 +1,270 @@
+"""How much memory a run needs, found without allocating it: the model is built and stepped with fake tensors.
+
+Weights, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward pass
+of one micro batch, each counted once; the allocator's rounding and the kernels' workspaces are not in it, so the peak
+adds a margin.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+from leanstep.kernels import use_backend
+from leanstep.optimizers.common.base import dtype_of
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.methods.halves import halved_groups
+from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.methods.pruned import mask_bytes
+from leanstep.recipes.methods.sparse import plan
+from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
+
+__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
+
+_OPTIONAL = ("gradient exchange", "masks, masked weights")
+MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process. ``logits`` is the fp32 copy of one micro batch's logits that the loss needs for a moment.
+
+    Attributes:
+        weights, gradients, optimizer_state: exact, tied weights once. With FSDP2 their shard of ``1 / world_size``.
+            Among the gradients is the copy of them that LANTON with noise="halves" takes after half of the passes.
+        activations: saved for the backward pass of one micro batch.
+        logits: ``4 * micro_batch_size * seq_len * vocab_size``.
+        exchange: the buckets in which DDP sends gradients; 0 on one process.
+        sparsity: masks of sparse or pruned weights, a byte each, and the masked weights that backward of sparse ones
+            needs.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    logits: int
+    exchange: int = 0
+    sparsity: int = 0
+
+    @property
+    def peak(self) -> int:
+        """All of it and a margin of a tenth."""
+        parts = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
+        return int((sum(parts) + self.sparsity) * (1 + MARGIN))
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Name and bytes of each part, for printing."""
+        named = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer state", self.optimizer_state),
+            ("activations", self.activations),
+            ("logits in fp32", self.logits),
+            ("gradient exchange", self.exchange),
+            ("masks, masked weights", self.sparsity),
+            ("peak, with a margin of 10 %", self.peak),
+        ]
+        return [(name, size) for name, size in named if size or name not in _OPTIONAL]
+
+
+class SavedStorages:
+    """Context manager that counts what autograd saves: distinct storages other than a model's weights and buffers.
+
+    Works on fake and on real tensors. The storages are kept alive while it counts, so that none is missed because it
+    took the address of one that was freed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._saved: dict[int, torch.UntypedStorage] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedStorages":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage._cdata not in self._known:
+            self._saved.setdefault(storage._cdata, storage)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the saved storages' sizes."""
+        return sum(storage.nbytes() for storage in self._saved.values())
+
+
+def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
+    """Estimate the memory of one process of a run with a tokenizer of ``vocab_size`` tokens.
+
+    Takes a second or so and a few megabytes, whatever the size of the model. ``device`` is where the tensors pretend to
+    be, which decides the attention kernel; it must exist.
+
+    Raises ValueError for a model or an optimizer that cannot be built.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(config, vocab_size, device)
+        optimizer = build_optimizer(config.optimizer, model)
+        activations = _activation_bytes(config, model, device)
+        weights = unique_bytes(model.parameters())
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradient = unique_bytes(gradients)
+        if config.release_gradients:
+            gradient = max((tensor.nbytes for tensor in gradients), default=0)
+        state = optimizer_state_bytes(optimizer)
+        half = _half_bytes(optimizer)
+    sharded = config.distributed.strategy == "fsdp2" and world_size > 1
+    shards = world_size if sharded else 1
+    return MemoryEstimate(
+        weights=-(-weights // shards),
+        gradients=-(-(gradient + half) // shards),
+        optimizer_state=-(-state // shards),
+        activations=activations,
+        logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
+        exchange=gradient if world_size > 1 and not sharded else 0,
+        sparsity=_sparsity_bytes(config, vocab_size),
+    )
+
+
+def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
+    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded.
+
+    Of a pruned model, the masks that are kept.
+    """
+    if config.pruning.keep_masks:
+        return mask_bytes(config, meta_model(config, vocab_size))
+    if not config.sparsity.patterns:
+        return 0
+    layers = plan(config, meta_model(config, vocab_size))
+    return sum(layer.weight.numel() * (1 + layer.weight.element_size()) for layer in layers)
+
+
+def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
+    """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
+    model = meta_model(config, vocab_size)
+    _replace_tensors(model, device)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
+
+
+def meta_model(config: RunConfig, vocab_size: int) -> Any:
+    """The run's model on the meta device: names and shapes without memory. Reads only config.json of ``init_from``."""
+    dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    # outside of any fake mode: the casts inside would fail on fake parameters
+    with unset_fake_temporarily(), torch.device("meta"):
+        if config.model.init_from is None:
+            return build_model(config.model, vocab_size, dtype)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+        adapt(config, model)
+        return model
+
+
+def _replace_tensors(model: nn.Module, device: str) -> None:
+    """Put an uninitialised tensor in the place of each parameter and buffer; what was tied stays tied."""
+    new: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in new:
+                    made = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    new[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+                tensors[name] = new[id(old)]
+
+
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state after a step with a gradient for every parameter, on real or fake parameters.
+
+    The step is made where the optimizer has no state yet; gradients that are missing are made empty, so that on real
+    parameters the step writes rubbish into them: give it fake ones.
+    """
+    if not optimizer.state:
+        before = [dict(group) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            # what asks for values, and what only repeats work, changes nothing about the state
+            group.update({key: value for key, value in (("nonfinite", "pass"), ("num_iters", 1)) if key in group})
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+        with use_backend("reference"), warnings.catch_warnings():
+            # comparing the addresses of two fake tensors, which are equal, is harmless here
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            _first_step(optimizer)
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.update(old)
+    return unique_bytes(_tensors(list(optimizer.state.values())))
+
+
+def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the copies of gradients that are taken after half of a step's passes."""
+    return sum(
+        parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
+        for group in halved_groups(optimizer)
+        for parameter in group["params"]
+        if parameter.requires_grad
+    )
+
+
+def _first_step(optimizer: torch.optim.Optimizer) -> None:
+    """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
+    halves = halved_groups(optimizer)
+    if halves:
+        optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    except DataDependentOutputException:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not all(optimizer.state.get(parameter) for parameter in parameters):
+            name = type(optimizer).__name__
+            raise ValueError(f"the state of {name} is not known before a step with real numbers") from None
+    for group in halves:
+        for parameter in group["params"]:
+            # lasts no longer than a step, which fake tensors may have stopped
+            optimizer.state.get(parameter, {}).pop("half_grad", None)
+
+
+def unique_bytes(tensors: Any) -> int:
+    """Bytes of distinct storages, so that tied weights and views count once."""
+    storages = {_storage(tensor)._cdata: _storage(tensor) for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
+    """Run forward and backward of one micro batch and count what was saved; leaves the gradients in place."""
+    shape = (config.batch.micro_batch_size, config.data.seq_len)
+    input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
+    with SavedStorages(model) as saved, context:
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    loss.backward()
+    return saved.bytes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()

@@ -1,0 +1,123 @@
+"""The recipes that come with the package: their names, files, and what each asks for. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanstep.recipes.config.schema import ModelConfig, RunConfig
+
+__all__ = ["ALIASES", "RecipeFacts", "describe", "parameter_count", "recipe_names", "recipe_path"]
+
+FOLDER = Path(__file__).parents[1] / "configs"
+# A size alone means its run with the optimizer this package is about.
+ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
+GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more than a day on a desktop's CPU
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted. Their aliases are not among them."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
+    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
+    if not path.is_file():
+        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
+    return path
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What ``leanstep recipes list`` prints of one recipe.
+
+    Attributes:
+        name, aliases, description: how it is called and what it is.
+        parameters: number of weights, tied ones counted once; None when a folder or the tokenizer decides it.
+        tokens: ``steps * batch.tokens_per_step``.
+        flops: ``6 * parameters * tokens``, the usual estimate of forward and backward.
+        network, gpu: whether it reads from the hub, and whether it is more than a CPU does in a day.
+        expected: the validation loss it should reach, where one is known, and who says so.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    description: str
+    parameters: int | None
+    tokens: int
+    flops: float | None
+    optimizer: str
+    data: str
+    network: bool
+    gpu: bool
+    expected_val_loss: float | None
+    expected_source: str
+
+
+def describe(config: RunConfig) -> RecipeFacts:
+    """Collect the facts of a loaded recipe."""
+    data = config.data
+    parameters = parameter_count(config.model, _known_vocabulary(data.tokenizer))
+    tokens = config.steps * config.batch.tokens_per_step
+    flops = 6.0 * parameters * tokens if parameters else None
+    source = data.source if data.source == "sotu" else data.name or data.path or data.source
+    return RecipeFacts(
+        name=config.name,
+        aliases=tuple(alias for alias, name in ALIASES.items() if name == config.name),
+        description=config.description,
+        parameters=parameters,
+        tokens=tokens,
+        flops=flops,
+        optimizer=config.optimizer.name,
+        data=source,
+        network=data.source == "hf" or not (data.tokenizer.startswith("train:") or _is_folder(data.tokenizer)),
+        gpu=flops is not None and flops > GPU_FLOPS,
+        expected_val_loss=config.expect.val_loss,
+        expected_source=config.expect.source,
+    )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a tokenizer's name is a path, which need not be there yet: names on the hub have one slash at most."""
+    return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
+
+
+def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int | None:
+    """Number of weights by the formula of the family, without building the model; tied weights count once.
+
+    LLaMA with vocabulary V, width h, MLP width m, L layers, q query and k key-value heads of size d:
+    ``V h (2 if untied) + L (2 h q d + 2 h k d + 3 h m + 2 h) + h``, and biases where switched on. GPT-2 with P
+    positions: ``V h + P h + L (4 h^2 + 2 h m + 9 h + m) + 2 h``. None when the vocabulary is not known or the model
+    comes from a folder.
+    """
+    sizes = model.config
+    vocabulary = sizes.get("vocab_size", vocab_size)
+    if model.init_from or vocabulary is None:
+        return None
+    return _gpt2_count(sizes, vocabulary) if model.family == "gpt2" else _llama_count(sizes, vocabulary)
+
+
+def _llama_count(sizes: dict[str, Any], vocabulary: int) -> int:
+    width, mlp = sizes.get("hidden_size", 4096), sizes.get("intermediate_size", 11008)
+    layers, heads = sizes.get("num_hidden_layers", 32), sizes.get("num_attention_heads", 32)
+    head = sizes.get("head_dim") or width // heads
+    queries, keys = heads * head, (sizes.get("num_key_value_heads") or heads) * head
+    attention = 2 * width * queries + 2 * width * keys
+    if sizes.get("attention_bias"):
+        attention += queries + 2 * keys + width
+    feed_forward = 3 * width * mlp + (2 * mlp + width if sizes.get("mlp_bias") else 0)
+    tables = 1 if sizes.get("tie_word_embeddings", False) else 2
+    return tables * vocabulary * width + layers * (attention + feed_forward + 2 * width) + width
+
+
+def _gpt2_count(sizes: dict[str, Any], vocabulary: int) -> int:
+    width, positions, layers = sizes.get("n_embd", 768), sizes.get("n_positions", 1024), sizes.get("n_layer", 12)
+    mlp = sizes.get("n_inner") or 4 * width
+    layer = 4 * width * width + 2 * width * mlp + 9 * width + mlp
+    tables = 1 if sizes.get("tie_word_embeddings", True) else 2
+    return (tables * vocabulary + positions) * width + layers * layer + 2 * width
+
+
+def _known_vocabulary(tokenizer: str) -> int | None:
+    """The size of a tokenizer that the recipe trains; others are known only once they are opened."""
+    return int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else None

@@ -1,0 +1,119 @@
+"""Which sequences each micro batch holds: a pure function of seed and position, whatever was drawn or saved before.
+
+The epochs, each in its own order, form one endless row of sequences. An optimizer step takes the next
+``tokens_per_step / seq_len`` of them, across the end of an epoch too, and deals them out micro batch by micro batch:
+first one to each process, then the second one to each. The position in the row is therefore the number of steps made,
+and the same sequences make up a step on one process or on eight.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Sampler
+
+from leanstep.recipes.data.sequences import IGNORED, LoadedData, epoch_order
+
+__all__ = ["MicroBatches", "Windows", "count_targets"]
+
+Batch = dict[str, torch.Tensor]
+
+
+class MicroBatches(Sampler[list[int]]):
+    """Batch sampler over the endless row: ``count`` batches of ``batch_size`` indices from position ``start`` on.
+
+    Accelerate deals its batches out to the processes in turn. It holds two permutations at most (8 bytes a sequence).
+    """
+
+    drop_last = True
+
+    def __init__(self, length: int, seed: int, batch_size: int, start: int, count: int) -> None:
+        self.length, self.seed, self.batch_size, self.start, self.count = length, seed, batch_size, start, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        orders: dict[int, torch.Tensor] = {}
+        for number in range(self.count):
+            first = self.start + number * self.batch_size
+            yield [self._index(position, orders) for position in range(first, first + self.batch_size)]
+
+    def _index(self, position: int, orders: dict[int, torch.Tensor]) -> int:
+        epoch, place = divmod(position, self.length)
+        if epoch not in orders:
+            orders.pop(epoch - 2, None)
+            orders[epoch] = epoch_order(self.length, self.seed, epoch)
+        return int(orders[epoch][place])
+
+
+class Windows:
+    """The micro batches of one process, grouped into optimizer steps, from step ``made`` to step ``steps``.
+
+    Iterating gives lists of ``accumulation`` batches on the accelerator's device. :meth:`state` is what a checkpoint
+    needs to go on after the last window that was taken.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        data: LoadedData,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        accumulation: int,
+        made: int,
+        steps: int,
+        stream_state: dict[str, Any] | None = None,
+    ) -> None:
+        self._data, self._device, self._accumulation = data, accelerator.device, accumulation
+        self.sequences = micro_batch_size * accumulation * accelerator.num_processes
+        self._count = steps - made
+        # a loader's iterator draws a seed when it is made: from here, not from the generator that dropout uses
+        generator = torch.Generator().manual_seed(0)
+        if data.stream:
+            if stream_state is not None:
+                data.train.load_state_dict(stream_state)
+            # not prepared: the stream deals itself out, and Accelerate's loader reads one batch ahead of its state
+            self._loader: Any = DataLoader(data.train, batch_size=micro_batch_size, drop_last=True, generator=generator)
+        else:
+            sampler = MicroBatches(
+                len(data.train),
+                seed,
+                micro_batch_size,
+                start=made * self.sequences,
+                count=self._count * accumulation * accelerator.num_processes,
+            )
+            loader = DataLoader(data.train, batch_sampler=sampler, generator=generator)
+            self._loader = accelerator.prepare(loader)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self._loader)
+        for _ in range(self._count):
+            window = []
+            for _ in range(self._accumulation):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    raise ValueError(
+                        "data: the stream ended before the last step; lower steps, or give more text"
+                    ) from None
+                window.append({key: value.to(self._device) for key, value in batch.items()})
+            yield window
+
+    def positions(self, step: int) -> list[int] | None:
+        """First and last place in the row that the window after ``step`` steps takes; None for a stream."""
+        if self._data.stream:
+            return None
+        return [step * self.sequences, (step + 1) * self.sequences - 1]
+
+    def state(self) -> dict[str, Any] | None:
+        """The stream's own state; None for map-style data, whose position follows from the step."""
+        return self._data.train.state_dict() if self._data.stream else None
+
+
+def count_targets(window: list[Batch]) -> torch.Tensor:
+    """Number of predicted tokens in a window, int64 scalar: labels that count, without each sequence's first."""
+    # the model predicts token t + 1 at place t, so the first label is never a target
+    return torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in window]).sum()

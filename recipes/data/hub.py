@@ -1,0 +1,125 @@
+"""The hub of Hugging Face: what of a recipe comes from there, whether it can be reached, and what to do when it cannot.
+
+Its libraries retry a connection five times over half a minute before they look into their cache. Here one question is
+asked first, and without an answer they are told to work offline.
+"""
+
+import importlib.resources
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+if TYPE_CHECKING:
+    from leanstep.recipes.config.schema import RunConfig
+
+__all__ = [
+    "check_hub",
+    "from_hub",
+    "is_folder_name",
+    "no_network",
+    "offline",
+    "offline_recipes",
+    "offline_unless_reached",
+    "unreachable",
+]
+
+_PATIENCE_S = 5.0
+
+
+def offline_recipes() -> list[str]:
+    """Names of the shipped recipes that need no network."""
+    folder = importlib.resources.files("leanstep.recipes") / "configs"
+    files = [item for item in folder.iterdir() if item.name.endswith(".yaml")]
+    return sorted(f.name.removesuffix(".yaml") for f in files if "source: sotu" in f.read_text(encoding="utf-8"))
+
+
+def from_hub(config: "RunConfig") -> dict[str, str]:
+    """What a recipe takes from the hub, by the key that asks for it."""
+    data, model = config.data, config.model
+    wanted = {}
+    if data.source == "hf" and data.name:
+        wanted["data.name"] = data.name
+    tokenizer = data.tokenizer
+    if not tokenizer.startswith("train:") and not is_folder_name(tokenizer) and not Path(tokenizer).is_dir():
+        wanted["data.tokenizer"] = tokenizer
+    if model.init_from and not is_folder_name(model.init_from) and not Path(model.init_from).expanduser().exists():
+        wanted["model.init_from"] = model.init_from
+    return wanted
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name can be no repository of the hub, and so is that of a folder, there or not."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be reached, found in a few seconds at most; None when it answers."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE_S).close()
+    except HTTPError:
+        return None  # an answer, if not a friendly one
+    except (OSError, ValueError) as error:
+        return f"{constants.ENDPOINT}: {getattr(error, 'reason', error)}"
+    return None
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the libraries of the hub answer from their cache, or fail at once."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def offline_unless_reached() -> Iterator[None]:
+    """:func:`offline` where the hub is :func:`unreachable`."""
+    if unreachable() is None:
+        yield
+    else:
+        with offline():
+            yield
+
+
+def no_network(what: str, reason: str) -> ConnectionError:
+    """The error for ``what`` cannot be had without the network; names the recipes that need none."""
+    names = ", ".join(offline_recipes()) or "those with data.source: sotu"
+    return ConnectionError(
+        f"{what} needs the network, and the hub cannot be reached ({reason}). Recipes that need no network: {names}. "
+        "Or copy the data here and set data.source and data.path"
+    )
+
+
+def check_hub(name: str) -> None:
+    """Ask the hub once, without retries, whether it is there and has the dataset ``name``.
+
+    Raises:
+        ConnectionError: the hub cannot be reached or offline mode is on; names the recipes that need no network.
+        ValueError: the hub answers that there is no such dataset.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    what = f"data.source 'hf': the dataset '{name}'"
+    if constants.HF_HUB_OFFLINE:
+        raise no_network(what, "HF_HUB_OFFLINE is set")
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except GatedRepoError as error:
+        message = f"data.name: '{name}' is gated; accept its terms on the hub and run `hf auth login`"
+        raise ValueError(message) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"data.name: the hub has no dataset '{name}'") from error
+    except Exception as error:  # each http library has its own family of connection errors
+        raise no_network(what, f"{type(error).__name__}: {error}".splitlines()[0]) from error

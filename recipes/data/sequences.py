@@ -1,0 +1,329 @@
+"""From a recipe's ``data`` section to sequences: read, tokenise, hold out, pack or pad, and the order of each epoch."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from leanstep.recipes.data.shards import TokenFile, tokenise
+from leanstep.recipes.data.sources import Corpus, open_corpus, open_validation
+from leanstep.recipes.data.tokenizer import load_tokenizer, trained_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerFast
+
+    from leanstep.recipes.config.schema import DataConfig
+
+__all__ = [
+    "IGNORED",
+    "LoadedData",
+    "PackedSequences",
+    "PaddedDocuments",
+    "as_sequence",
+    "cut_document",
+    "epoch_order",
+    "load_data",
+    "load_validation",
+]
+
+IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
+
+# While the tokenizer is trained nobody knows yet where the last val_tokens tokens begin. So many bytes a token are
+# kept from it at the end of the text: more than any vocabulary here reaches (5.1 at 16,384 on English prose).
+_BYTES_HELD_OUT = 8
+_MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more would change few merges and take minutes
+
+
+class PackedSequences(Dataset):
+    """Sequences of ``seq_len`` tokens cut one after the other from a stream of documents joined by end-of-text tokens.
+
+    Item i is ``{"input_ids": int64 [seq_len], "labels": int64 [seq_len]}`` with ``labels`` equal to ``input_ids``: the
+    model shifts them. What is left at the end, fewer than ``seq_len`` tokens, is dropped, or with ``keep_rest`` padded
+    and its padding labelled -100, so that evaluation counts every token.
+    """
+
+    def __init__(
+        self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int, keep_rest: bool = False
+    ) -> None:
+        self.file, self.start, self.stop, self.seq_len, self.pad_id = file, start, stop, seq_len, pad_id
+        tokens = stop - start
+        # one token alone has nothing to predict
+        self.length = tokens // seq_len + int(keep_rest and tokens % seq_len > 1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index = _checked(index, self.length)
+        begin = self.start + index * self.seq_len
+        return as_sequence(self.file.tokens[begin : min(begin + self.seq_len, self.stop)], self.seq_len, self.pad_id)
+
+
+class PaddedDocuments(Dataset):
+    """One sequence per document, cut to ``seq_len`` tokens or padded to it on the right, as C4 protocols publish it.
+
+    Items are as in :class:`PackedSequences`. A cut document keeps its end-of-text token as the last one; padding is
+    labelled -100. Attention is causal, so that tokens never see the padding on their right and no mask is needed.
+    """
+
+    def __init__(self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int) -> None:
+        self.file, self.start, self.stop, self.seq_len, self.pad_id = file, start, stop, seq_len, pad_id
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        document = self.start + _checked(index, len(self))
+        begin, end = (int(self.file.ends[document - 1]) if document else 0), int(self.file.ends[document])
+        return as_sequence(cut_document(self.file.tokens[begin:end], self.seq_len), self.seq_len, self.pad_id)
+
+
+def cut_document(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """Cut a document to ``seq_len`` tokens, of which the last stays its end-of-text token."""
+    return tokens if len(tokens) <= seq_len else np.concatenate([tokens[: seq_len - 1], tokens[-1:]])
+
+
+def _checked(index: int, length: int) -> int:
+    if not -length <= index < length:
+        raise IndexError(f"sequence {index} of {length}")
+    return index % length
+
+
+def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Make ``input_ids`` and ``labels`` of at most ``seq_len`` tokens, padded on the right, padding labelled -100."""
+    input_ids = torch.from_numpy(tokens.astype(np.int64))
+    labels = input_ids.clone()
+    missing = seq_len - len(tokens)
+    if missing:
+        input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=pad_id)
+        labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORED)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order of one epoch: a permutation of ``range(length)``, int64 ``[length]``, from these three alone.
+
+    It reads and moves no global random state, so that any position of any epoch can be found again after a restart.
+    """
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(mixed) % 2**63)
+    return torch.randperm(length, generator=generator)
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """Data ready for training.
+
+    Attributes:
+        tokenizer: a transformers fast tokenizer with an end-of-text token; ``model_max_length`` is ``seq_len``.
+        train: map-style dataset of sequences, or an iterable one when ``stream`` is True.
+        validation: map-style dataset; of length 0 when ``val_tokens`` is 0 and there is no validation text.
+        bytes_per_token: UTF-8 bytes of validation text per validation token (end-of-text tokens counted as tokens
+            without bytes, cut text not counted); ``loss / ln 2 / bytes_per_token`` is bits per byte. None without
+            validation text.
+        stream: whether ``train`` is a :class:`leanstep.recipes.data.streaming.StreamedSequences`.
+        facts: what :meth:`summary` prints, in order.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    train: Any
+    validation: Any
+    bytes_per_token: float | None
+    stream: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Describe source, tokenizer, training and validation data, one line each."""
+        width = max(map(len, self.facts), default=0)
+        return "\n".join(f"{name:<{width}}  {fact}" for name, fact in self.facts.items())
+
+
+def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None) -> LoadedData:
+    """Load the data of a recipe; the first call tokenises and caches, later ones map the cache.
+
+    Validation is ``data.val_path`` or a split of its own where the source has one, else the last ``val_tokens`` tokens
+    of the text, which neither the model nor the tokenizer is trained on. Every process of a run may call this at once.
+
+    Args:
+        config: the ``data`` section.
+        seed: decides the order of streamed data; of map-style data the caller does, by :func:`epoch_order`.
+        rank, world_size: which part of a stream this process reads; None asks torch.distributed, then the environment.
+
+    Raises:
+        ValueError: missing, empty or binary text, an unknown column, fewer tokens than one sequence.
+        ConnectionError, ModuleNotFoundError, OSError: no network, a missing package, a cache that cannot be written.
+    """
+    if config.streaming:
+        from leanstep.recipes.data.streaming import load_stream
+
+        return load_stream(config, seed=seed, rank=rank, world_size=world_size)
+    corpus = open_corpus(config)
+    separate = open_validation(config) if config.val_path or config.val_tokens else None
+    tokenizer, file = _tokenise_held_out(config, corpus, 0 if separate else config.val_tokens)
+    tokenizer.model_max_length = config.seq_len
+    facts = {"data": f"{corpus.label}: {len(file.ends):,} documents, {len(file):,} tokens"}
+    facts["tokenizer"] = f"{config.tokenizer}, {len(tokenizer):,} tokens"
+    boundary = len(file)
+    if separate:
+        train, _ = _split(config, tokenizer, file, boundary)
+        validation, bytes_per_token, facts["validation"] = load_validation(config, separate, tokenizer)
+    else:
+        boundary = _boundary(config, file, config.val_tokens)
+        train, validation = _split(config, tokenizer, file, boundary)
+        bytes_per_token = _bytes_per_token(config, tokenizer, file, boundary)
+        facts["validation"] = _describe_tail(corpus, file, boundary, validation)
+        if corpus.in_time_order and len(validation):
+            facts["held out"] = "newer than all training text, which is harder than a random split"
+    if len(train) == 0:
+        raise ValueError(
+            f"data: '{corpus.label}' leaves {boundary:,} tokens to train on, fewer "
+            f"than one sequence of data.seq_len {config.seq_len}; give more text, or lower seq_len or val_tokens"
+        )
+    facts["training"] = _describe(config, train)
+    return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
+
+
+# -- tokenizer and held-out text ------------------------------------------------------------------------------------
+
+
+def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) -> tuple[Any, TokenFile]:
+    """Get the tokenizer and the tokens, such that a trained tokenizer saw nothing of the last ``val_tokens`` tokens."""
+    if trained_size(config.tokenizer) is None:
+        tokenizer = load_tokenizer(config.tokenizer, corpus.documents, "", config.cache_dir)
+        file = tokenise(corpus, tokenizer, config.cache_dir)
+        _check_held_out(corpus, file, val_tokens)
+        return tokenizer, file
+    spare = val_tokens * _BYTES_HELD_OUT
+    counted = _count_bytes(corpus.documents(), _MOST_TRAINED_ON + 2 * spare)
+    held_out = min(spare, counted // 2)
+    while True:
+        keep = min(counted - held_out, _MOST_TRAINED_ON)
+        identity = f"first {keep} bytes of {corpus.fingerprint}"
+        tokenizer = load_tokenizer(
+            config.tokenizer, lambda keep=keep: _first_bytes(corpus.documents(), keep), identity, config.cache_dir
+        )
+        file = tokenise(corpus, tokenizer, config.cache_dir)
+        _check_held_out(corpus, file, val_tokens)
+        after = _text_bytes_after(file, tokenizer, _boundary(config, file, val_tokens))
+        if keep <= int(file.text_bytes.sum()) - after:
+            return tokenizer, file
+        if held_out == counted // 2:
+            raise ValueError(
+                f"data.val_tokens: the last {val_tokens:,} tokens are more than half of the text of "
+                f"'{corpus.label}' ({len(file):,} tokens); lower it, or give data.val_path"
+            )
+        held_out = min(2 * held_out, counted // 2)
+
+
+def _count_bytes(texts: "Any", most: int) -> int:
+    """Count the UTF-8 bytes of texts, up to the text with which ``most`` is reached."""
+    count = 0
+    for text in texts:
+        count += len(text.encode("utf-8", "surrogatepass"))
+        if count >= most:
+            break
+    return count
+
+
+def _first_bytes(texts: "Any", keep: int) -> "Iterator[str]":
+    """Yield texts up to ``keep`` bytes in all, the last one cut."""
+    for text in texts:
+        raw = text.encode("utf-8", "surrogatepass")
+        if len(raw) >= keep:
+            yield raw[:keep].decode("utf-8", "ignore")
+            return
+        keep -= len(raw)
+        yield text
+
+
+def _check_held_out(corpus: Corpus, file: TokenFile, val_tokens: int) -> None:
+    if val_tokens >= len(file):
+        raise ValueError(
+            f"data.val_tokens: {val_tokens:,} tokens cannot be held out from '{corpus.label}', which has "
+            f"{len(file):,} tokens in all; lower it, or give data.val_path"
+        )
+
+
+def _boundary(config: "DataConfig", file: TokenFile, val_tokens: int) -> int:
+    """First held-out token: ``val_tokens`` before the end, or the start of the document there if it is kept whole."""
+    boundary = len(file) - val_tokens
+    if config.packing or val_tokens == 0:
+        return boundary
+    document = int(np.searchsorted(file.ends, boundary, side="right"))
+    return int(file.ends[document - 1]) if document else 0
+
+
+def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
+    """Count the bytes of text from token ``boundary`` on, to within the character that the boundary may cut."""
+    if boundary >= len(file):
+        return 0
+    first = int(np.searchsorted(file.ends, boundary, side="right"))
+    begin, end = (int(file.ends[first - 1]) if first else 0), int(file.ends[first])
+    size = int(file.text_bytes[first])
+    if boundary > begin:
+        ids = file.tokens[boundary : end - 1].astype(np.int64).tolist()  # without its end of text
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        size = min(size, len(text.encode("utf-8", "surrogatepass")))
+    return size + int(file.text_bytes[first + 1 :].sum())
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------
+
+
+def _split(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> tuple[Any, Any]:
+    """Make training sequences before token ``boundary`` and validation sequences after it, by documents if padded."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if config.packing:
+        train = PackedSequences(file, 0, boundary, config.seq_len, pad_id=pad_id)
+        held_out = PackedSequences(file, boundary, len(file), config.seq_len, pad_id=pad_id, keep_rest=True)
+        return train, held_out
+    document = int(np.searchsorted(file.ends, boundary, side="right"))
+    train = PaddedDocuments(file, 0, document, config.seq_len, pad_id=pad_id)
+    return train, PaddedDocuments(file, document, len(file.ends), config.seq_len, pad_id=pad_id)
+
+
+def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> float | None:
+    """Bytes of the text that the sequences after ``boundary`` show, per token that they show."""
+    if boundary >= len(file):
+        return None
+    if config.packing:
+        return _text_bytes_after(file, tokenizer, boundary) / (len(file) - boundary)
+    first = int(np.searchsorted(file.ends, boundary, side="right"))
+    begins, ends = np.concatenate([[0], file.ends[:-1]])[first:], file.ends[first:]
+    is_cut = ends - begins > config.seq_len
+    shown = [file.tokens[begin : begin + config.seq_len - 1].astype(np.int64).tolist() for begin in begins[is_cut]]
+    texts = tokenizer.backend_tokenizer.decode_batch(shown)
+    size = int(file.text_bytes[first:][~is_cut].sum()) + sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return size / int(np.minimum(ends - begins, config.seq_len).sum())
+
+
+def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tuple[Any, float | None, str]:
+    """Tokenise a validation text of its own: (dataset, bytes per token, description).
+
+    All of it is used, or the first ``val_tokens`` tokens where the source is a large public set.
+    """
+    whole = bool(config.val_path)
+    file = tokenise(corpus, tokenizer, config.cache_dir, at_most=None if whole else config.val_tokens)
+    _, validation = _split(config, tokenizer, file, 0)
+    bytes_per_token = _bytes_per_token(config, tokenizer, file, 0)
+    return validation, bytes_per_token, f"{corpus.label}: {len(file):,} tokens, {len(validation):,} sequences"
+
+
+def _describe(config: "DataConfig", train: Any) -> str:
+    if not config.packing:
+        return f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
+    return f"{len(train):,} sequences of {config.seq_len} tokens ({len(train) * config.seq_len:,} tokens an epoch)"
+
+
+def _describe_tail(corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:
+    if boundary >= len(file):
+        return "none (data.val_tokens: 0)"
+    text = f"last {len(file) - boundary:,} tokens, {len(validation):,} sequences"
+    if corpus.names:
+        first = corpus.names[int(np.searchsorted(file.ends, boundary, side="right"))]
+        text += f", from {first} to {corpus.names[-1]}" if first != corpus.names[-1] else f", of {first}"
+    return text

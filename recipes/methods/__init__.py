@@ -1,0 +1,1 @@
+"""The methods of the package in a recipe's run."""

@@ -1,0 +1,77 @@
+"""Low-rank adapters of a run: from the recipe to an adapted model, and what is stored of it.
+
+A folder of a run with adapters holds the merged model, which opens like any other, and ``adapter/``, which opens in
+peft too. A checkpoint goes on from the adapter and from the base, ``model.init_from``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora.apply import adapted_layers
+from leanstep.lora.merge import merged_state_dict
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.methods.pruned import mask_adapters
+from leanstep.recipes.training.checkpoint import CheckpointError
+
+__all__ = ["ADAPTER", "adapt", "describe_adapters", "is_adapted", "load_adapters", "merged_weights", "write_adapter"]
+
+ADAPTER = "adapter"
+
+
+def adapt(config: RunConfig, model: torch.nn.Module) -> None:
+    """Give the model the adapters of ``config.lora``, if it has targets. Raises ValueError for what cannot be."""
+    lora = config.lora
+    if not lora.target_modules:
+        return
+    targets: Any = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=targets,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
+        save=lora.save,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config.model.init_from,
+    )
+    try:
+        apply_lora(model, settings)
+    except ValueError as error:
+        raise ValueError(f"lora: {error}") from None
+    mask_adapters(config, model)
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return next(adapted_layers(model), None) is not None
+
+
+def describe_adapters(model: torch.nn.Module) -> str:
+    """``14 layers, 98,304 of 1,164,800 parameters are trained``."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"{len(list(adapted_layers(model)))} layers, {trained:,} of {total:,} parameters are trained"
+
+
+def merged_weights(model: torch.nn.Module, others: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What to write into a Hugging Face folder for an adapted model; ``others`` for any other one."""
+    return merged_state_dict(model) if is_adapted(model) else others
+
+
+def write_adapter(model: torch.nn.Module, path: Path) -> None:
+    """Write the adapter beside the merged model, if there is one."""
+    if is_adapted(model):
+        save_adapter(model, path / ADAPTER)
+
+
+def load_adapters(model: torch.nn.Module, path: Path) -> None:
+    """Read what :func:`write_adapter` wrote. Raises CheckpointError where it is missing or of another model."""
+    try:
+        load_adapter(model, path / ADAPTER)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the adapter cannot be loaded: {error}") from error

@@ -1,0 +1,122 @@
+"""Training on after pruning: the masks of a run, what they cost, and what its folders say of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from leanstep.lora import keep_zeros
+from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.pruning import MaskKeeper, keep_masks
+from leanstep.pruning.score.targets import prunable_names
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.sparsity.verify import PATTERNS_FILE
+
+__all__ = [
+    "build_masks",
+    "mask_adapters",
+    "mask_bytes",
+    "masked_names",
+    "write_sparsity",
+    "zeros_forgotten",
+    "zeros_of",
+]
+
+
+def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
+    """The parameters whose zeros are kept, where there are any; none unless ``pruning.keep_masks``.
+
+    Raises ValueError for wildcards that match nothing, or nothing to keep.
+    """
+    pruning = config.pruning
+    if not pruning.keep_masks:
+        return []
+    adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    exclude = [*pruning.exclude, *(["*.lora_*"] if adapters else [])]
+    try:
+        return prunable_names(model, include=pruning.include, exclude=exclude)
+    except ValueError as error:
+        raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
+
+
+def mask_adapters(config: RunConfig, model: torch.nn.Module) -> None:
+    """Mask the products of adapters where their base is zero, when the recipe keeps masks."""
+    names = {name.rpartition(".")[0] for name in masked_names(config, model)}
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
+    # on the meta device every matrix may have zeros
+    zeros = [n for n, layer in found.items() if n in names and (layer.weight.is_meta or not bool(layer.weight.all()))]
+    keep_zeros(model, zeros)
+
+
+def build_masks(
+    config: RunConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+) -> MaskKeeper | None:
+    """Keep the zeros of a pruned model, when the recipe asks for it."""
+    names = masked_names(config, model)
+    if not names:
+        if forgotten := zeros_forgotten(config):
+            say(f"WARNING: {forgotten}")
+        return None
+    try:
+        keeper = keep_masks(model, optimizer, include=names)
+    except ValueError as error:
+        raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
+    say(f"pruning     {keeper.sparsity():.2%} of {len(keeper.masks)} matrices are zero and stay zero")
+    return keeper
+
+
+def zeros_forgotten(config: RunConfig) -> str:
+    """What to say where the run begins with a model that says it is pruned, and does not keep its zeros; or ""."""
+    source = config.model.init_from
+    if config.pruning.keep_masks or config.sparsity.patterns or not source:
+        return ""
+    if not (Path(source) / PATTERNS_FILE).is_file():
+        return ""
+    said = f"{source} is pruned, as its {PATTERNS_FILE} says, and training fills its zeros"
+    return f"{said}; pruning.keep_masks=true keeps them"
+
+
+def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:
+    """A byte for every weight of the matrices whose zeros are kept."""
+    parameters = dict(model.named_parameters())
+    return sum(parameters[name].numel() for name in masked_names(config, model))
+
+
+def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Name -> zeros and entries, of the tensors with these names in a folder's safetensors files."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in set(names) & set(weights.keys()):
+                tensor = weights.get_tensor(name)
+                found[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
+    return {name: found[name] for name in names if name in found}
+
+
+def write_sparsity(names: list[str], source: str, path: Path) -> None:
+    """Say beside the weights of a folder how many of each pruned matrix are zero, counted in its files.
+
+    N:M patterns are those that ``source``, the pruned model that the run began with, says of itself: zeros only stay.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    counts = zeros_of(path, names)
+    patterns = _patterns(Path(source))
+    for name, (zeros, numel) in counts.items():
+        rows[name] = {"sparsity": zeros / numel, **patterns.get(name, {})}
+    if rows:
+        total = sum(numel for _, numel in counts.values())
+        content = {"source": source, "sparsity": sum(zeros for zeros, _ in counts.values()) / total, "tensors": rows}
+        (path / PATTERNS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _patterns(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> pattern and dimension, where a folder says so."""
+    try:
+        content = json.loads((folder / PATTERNS_FILE).read_text(encoding="utf-8"))
+        entries = content.get("tensors", content).items()
+        return {name: {key: row[key] for key in ("pattern", "dim")} for name, row in entries if row.get("pattern")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

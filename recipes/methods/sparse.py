@@ -1,0 +1,156 @@
+"""N:M sparsity of a run: from the recipe to a controller, what checkpoints need besides, and what to report."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.training.checkpoint import CheckpointError
+from leanstep.sparsity import Controller, Schedule, plain_state_dict, sparsify
+from leanstep.sparsity.flops import FORMULA, Operations, training_operations
+from leanstep.sparsity.methods import METHODS
+from leanstep.sparsity.modules import SparseLayer, plan_layers, sparse_layers
+from leanstep.sparsity.squash import sparse_state
+from leanstep.sparsity.verify import PATTERNS_FILE
+
+__all__ = [
+    "build_controller",
+    "describe_sparsity",
+    "load_sparse",
+    "plan",
+    "report",
+    "run_operations",
+    "save_sparse",
+    "schedule_of",
+    "weights_for_others",
+    "without_sparse",
+    "write_patterns",
+]
+
+STATE_FILE = "sparsity.safetensors"
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """The schedule of ``config.sparsity`` over the run's steps. Raises ValueError for settings that contradict."""
+    sparsity = config.sparsity
+    return Schedule(
+        kind=METHODS[sparsity.method].kind or "constant",
+        total_steps=config.steps,
+        dense=sparsity.dense,
+        finetune=sparsity.finetune,
+        decay=sparsity.decay,
+        alpha_end=sparsity.alpha_end,
+        coarsest=sparsity.coarsest,
+        freeze_mask_in_finetune=sparsity.freeze_mask_in_finetune,
+    )
+
+
+def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
+    """The layers of ``model``, on any device, that the recipe makes sparse; none without ``sparsity.patterns``."""
+    sparsity = config.sparsity
+    return plan_layers(model, sparsity.patterns, sparsity.axis, sparsity.pad) if sparsity.patterns else []
+
+
+def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller | None:
+    """Make ``model`` sparse as the recipe says; None without ``sparsity.patterns``.
+
+    Call it once the optimizer is built, whose groups go by names, and before the model is sharded. Raises ValueError
+    for layers that cannot be sparse.
+    """
+    sparsity = config.sparsity
+    if not sparsity.patterns:
+        return None
+    return sparsify(
+        model,
+        sparsity.patterns,
+        schedule=schedule_of(config),
+        method=sparsity.method,
+        score=sparsity.score,
+        grad_flow=sparsity.grad_flow,
+        srste_lambda=sparsity.srste_lambda,
+        mask_every=sparsity.mask_every,
+        axis=sparsity.axis,
+        pad=sparsity.pad,
+        measure_every=config.log.every,
+    )
+
+
+def describe_sparsity(controller: Controller) -> str:
+    """``1:16 12 layers, 589,824 weights; 2:4 ...``."""
+    found: dict[str, list[int]] = {}
+    for layer in controller.layers:
+        found.setdefault(str(layer.target), []).append(layer.transform.mask.numel())
+    return "; ".join(f"{pattern} {len(sizes)} layers, {sum(sizes):,} weights" for pattern, sizes in found.items())
+
+
+def weights_for_others(model: torch.nn.Module, gathered: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What to write into a Hugging Face folder: weights as the model computes with them, under plain names.
+
+    ``gathered`` is the state dict of a sharded model. None means the model's own, which is right for a dense one.
+    """
+    return plain_state_dict(model, gathered) if sparse_layers(model) else gathered
+
+
+def write_patterns(model: torch.nn.Module, path: Path) -> None:
+    """Say beside the weights what they are, for ``leanstep verify``, once the schedule has made them so."""
+    layers = sparse_layers(model)
+    if layers and all(layer.transform.pattern == layer.target and layer.transform.alpha == 0 for layer in layers):
+        # transformers stores some models under other names than their modules have
+        stored: set[str] = set()
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                stored |= set(weights.keys())
+        named = [(name, layer) for layer in layers for name in layer.names if name in stored]
+        content = {name: {"pattern": str(layer.target), "dim": layer.dim} for name, layer in named}
+        (path / PATTERNS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def save_sparse(model: torch.nn.Module, trainer: Path) -> None:
+    """Write what the Hugging Face folder lacks for going on: dense weights and masks. Nothing for a dense model."""
+    state = sparse_state(model)
+    if state:
+        # a tied weight is stored once
+        own = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+        save_file({name: state[name].contiguous() for name in own.values()}, trainer / STATE_FILE)
+
+
+def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor]:
+    """Read what :func:`save_sparse` wrote; empty for a dense model. Raises CheckpointError where it is missing."""
+    if not sparse_layers(model):
+        return {}
+    file = trainer / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: the checkpoint is of a run without sparsity")
+    return load_file(file)
+
+
+def without_sparse(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``weights`` of a Hugging Face folder without the sparse ones, whose dense originals are stored apart."""
+    sparse = {name for layer in sparse_layers(model) for name in layer.names}
+    return {name: tensor for name, tensor in weights.items() if name not in sparse}
+
+
+def run_operations(config: RunConfig, layers: Iterable[SparseLayer], flops_per_token: int) -> Operations:
+    """Floating-point operations of the run, counted dense, theoretical and for hardware."""
+    tokens = config.batch.tokens_per_step
+    sizes = [(layer.weight.numel(), layer.target) for layer in layers]
+    return training_operations(
+        float(flops_per_token) * tokens,
+        sizes,
+        schedule_of(config),
+        steps=config.steps,
+        tokens=tokens,
+        transposable=config.sparsity.score == "transposable",
+    )
+
+
+def report(config: RunConfig, controller: Controller, flops_per_token: int) -> dict[str, Any]:
+    """What ``sparsity_report.json`` holds: a row for each layer, and the operations of the run."""
+    operations = run_operations(config, controller.layers, flops_per_token)
+    counted = {"dense": operations.dense, "theoretical": operations.theoretical, "hardware": operations.hardware}
+    return {"layers": controller.statistics(), "operations": counted, "formula": FORMULA}

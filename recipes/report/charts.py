@@ -1,0 +1,120 @@
+"""The charts of a report: which numbers of the log are drawn over what."""
+
+from collections.abc import Callable
+
+from leanstep._charts import Series, chart, compact, smooth
+from leanstep.recipes.report.runlog import Run
+
+__all__ = ["curves", "reported_curves"]
+
+_MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
+
+
+def _fixed(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}" if abs(value) < 1000 else compact(value)
+
+
+def curves(runs: list[Run], most_points: int) -> str:
+    """All charts of runs: loss over steps, tokens and time, validation, learning rate, gradient norm, speed, memory."""
+    longest = max((run.last("elapsed_s") or 0.0 for run in runs), default=0.0)
+    unit, per_unit = next((u, s) for u, s in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if longest >= 2 * s or s == 1)
+    alone = len(runs) == 1
+    marks = []
+    if alone and (expected := runs[0].expectation()):
+        marks = [(expected[0], f"expected validation loss {expected[0]:g}")]
+    settings = {"most_points": most_points}
+
+    def over(key: str, scale: float = 1.0) -> Callable[[Run], list[float | None]]:
+        return lambda run: [None if x is None else x / scale for x in run.column(key)]
+
+    peaks = [peak for run in runs if (peak := max((x for x in run.column("lr") if x), default=None))]
+    steps, losses = _losses(runs, over("step")), {"y_format": _fixed(3), **settings}
+    charts = [
+        chart([*steps, *_validation(runs, "loss")], title="Loss", x_label="step", marks=marks, wide=True, **losses)
+        if alone
+        else chart(_validation(runs, "loss"), title="Validation loss", x_label="step", wide=True, **losses)
+        + chart(steps, title="Training loss over steps", x_label="step", wide=True, **losses),
+        chart(_losses(runs, over("tokens")), title="Training loss over tokens", x_label="tokens", **losses),
+        chart(
+            _losses(runs, over("elapsed_s", per_unit)),
+            title="Training loss over time",
+            x_label=f"time ({unit})",
+            **losses,
+        ),
+        chart(_validation(runs, "bits_per_byte"), title="Validation bits per byte", x_label="step", **losses),
+        chart(
+            _plain(runs, "lr"),
+            title="Learning rate",
+            x_label="step",
+            # rates of different optimizers differ by orders of magnitude
+            log_y=len(peaks) > 1 and max(peaks) > 8 * min(peaks),
+            **settings,
+        ),
+        chart(_plain(runs, "grad_norm"), title="Gradient norm", x_label="step", log_y=True, **settings),
+        chart(_plain(runs, "tokens_per_s"), title="Tokens per second", x_label="step", **settings),
+        chart(_plain(runs, "memory_gib"), title="Peak device memory (GiB)", x_label="step", **settings),
+    ]
+    drawn = "".join(charts)
+    return drawn or '<p class="lead">Nothing was logged yet.</p>'
+
+
+def _losses(runs: list[Run], x_of: Callable[[Run], list[float | None]]) -> list[Series]:
+    """The training loss of each run: smoothed over a neighbourhood, with the raw values faint behind it."""
+    series = []
+    for color, run in enumerate(runs):
+        xs, ys = _known(x_of(run), run.column("loss"))
+        name = "training" if len(runs) == 1 else run.name
+        width = len(ys) // 40
+        if width:
+            series.append(Series(name, xs, ys, color, "faint"))
+        series.append(Series(name, xs, smooth(ys, width), color))
+    return series
+
+
+def _known(xs: list[float | None], ys: list[float | None]) -> tuple[list[float], list[float | None]]:
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _validation(runs: list[Run], key: str) -> list[Series]:
+    series = []
+    for index, run in enumerate(runs):
+        xs, ys = _known(run.column("step", "evals"), run.column(key, "evals"))
+        if len(runs) == 1:
+            series.append(Series("validation", xs, ys, 1, "dash", dots=True))
+        else:
+            series.append(Series(run.name, xs, ys, index, dots=True))
+    return series
+
+
+def _plain(runs: list[Run], key: str) -> list[Series]:
+    names = [key.replace("_", " ") if len(runs) == 1 else run.name for run in runs]
+    return [
+        Series(name, *_known(run.column("step"), run.column(key)), color)
+        for color, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+
+
+def reported_curves(run: Run, section: str, most_points: int) -> str:
+    """Numbers of a section of the log: "optimizer", "sparsity", "attention" or "gate".
+
+    Keys ``A/x`` and ``A/y`` are lines of one chart ``A``; other keys have a chart each.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in run.reported_keys(section):
+        groups.setdefault(key.partition("/")[0], []).append(key)
+    charts = []
+    for name, keys in list(groups.items())[:_MOST_CHARTS]:
+        # evenly over the layers, since they come in the order of the model
+        shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
+        part = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
+        series = [
+            Series(key.partition("/")[2] or key, *_known(run.column("step"), run.reported_column(section, key)), color)
+            for color, key in enumerate(shown)
+        ]
+        known = [y for one in series for y in one.y if y is not None]
+        # layers often differ by orders of magnitude
+        log_y = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
+        title = f"{section.capitalize()}: {name}{part}"
+        charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
+    return "".join(charts)

@@ -1,0 +1,248 @@
+"""Read a run folder, of a run that is done, running or dead, and say what in it deserves attention."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from leanstep.recipes.training.folder import is_held
+
+__all__ = ["Run", "duration", "flat", "read_run"]
+
+_SHOWN_WARNINGS = 8
+
+
+@dataclass
+class Run:
+    """What the files of one run say. Missing files leave their part empty.
+
+    ``train`` and ``evals`` are the objects of log.jsonl of those kinds, in order; ``problems`` is text for people.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    sample: str | None = None
+    status: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    problems: list[str] = field(default_factory=list)
+    optimizer_report: list[dict[str, Any]] = field(default_factory=list)
+    sparsity_report: dict[str, Any] = field(default_factory=dict)
+    attention_report: list[dict[str, Any]] = field(default_factory=list)
+    gate_report: list[dict[str, Any]] = field(default_factory=list)
+    held: bool = False
+
+    @property
+    def state(self) -> str:
+        """``done``, ``running``, ``interrupted``, ``crashed``, ``failed:<reason>``, or ``unknown``.
+
+        ``crashed`` is what says of itself that it runs while no process holds its folder: it was killed.
+        """
+        word = str(self.status.get("status", "unknown"))
+        return "crashed" if word == "running" and not self.held else word
+
+    @property
+    def final_eval(self) -> dict[str, Any]:
+        """The last evaluation, or an empty dict."""
+        return self.evals[-1] if self.evals else {}
+
+    def column(self, key: str, rows: str = "train") -> list[float | None]:
+        """A number of every line of the log; None where it is missing or not a number."""
+        return [number(row.get(key)) for row in getattr(self, rows)]
+
+    def last(self, key: str) -> float | None:
+        """The last known value of a number in the training lines."""
+        return next((value for value in reversed(self.column(key)) if value is not None), None)
+
+    def median(self, key: str) -> float | None:
+        """Median of a number in the training lines."""
+        known = [value for value in self.column(key) if value is not None and math.isfinite(value)]
+        return median(known) if known else None
+
+    def speed(self) -> float | None:
+        """Median targets per second."""
+        return self.median("tokens_per_s")
+
+    def reported_keys(self, section: str) -> list[str]:
+        """Names of the numbers that a section of the log, as "optimizer", reported in training, in their order."""
+        rows = (row.get(section) for row in self.train)
+        return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+
+    def reported_column(self, section: str, key: str) -> list[float | None]:
+        """One of them for every line of the log."""
+        rows = (row.get(section) for row in self.train)
+        return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
+
+    def setting(self, path: str) -> Any:
+        """A value of the configuration by its dotted path, None if it is not there."""
+        value: Any = self.config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def expectation(self) -> tuple[float, float, bool] | None:
+        """(expected validation loss, tolerance, met) if the recipe expects one and there is an evaluation."""
+        wanted, found = number(self.setting("expect.val_loss")), number(self.final_eval.get("loss"))
+        if wanted is None or found is None:
+            return None
+        tolerance = number(self.setting("expect.tolerance")) or 0.0
+        return wanted, tolerance, abs(found - wanted) <= tolerance
+
+
+def number(value: Any) -> float | None:
+    """The value as a float, None if it is not a number; YAML 1.1 readers take ``4e-3`` for text."""
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Flatten nested mappings to dotted keys with text values."""
+    if isinstance(values, dict) and values:
+        parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
+        return {key: text for part in parts for key, text in part.items()}
+    if values is None or isinstance(values, (bool, float)):
+        return {prefix: f"{values:g}" if isinstance(values, float) else json.dumps(values)}
+    return {prefix: ", ".join(map(str, values)) if isinstance(values, list) else str(values)}
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds for people: 42.0 s, 3 min 12 s, 2 h 05 min."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def read_run(folder: Path) -> Run:
+    """Read the folder of a run.
+
+    Raises ValueError if it is no run folder: neither log.jsonl nor config.yaml is in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"'{folder}' is not a folder; expected a run folder with log.jsonl and config.yaml")
+    if not (folder / "log.jsonl").is_file() and not (folder / "config.yaml").is_file():
+        raise ValueError(f"'{folder}' is not a run folder: it has neither log.jsonl nor config.yaml")
+    run = Run(folder, folder.resolve().name)
+    run.config_text = _text(run, "config.yaml")
+    run.config = _yaml(run)
+    run.name = str(run.config.get("name") or run.name)
+    run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
+    run.command = _text(run, "command.txt", needed=False).strip()
+    run.held = is_held(folder)
+    run.optimizer_report, run.attention_report, run.gate_report = (
+        [row for row in _json(run, name, needed=False, kind=list) if isinstance(row, dict)]
+        for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
+    )
+    run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
+    _read_log(run)
+    run.problems = [*_judge(run), *run.problems]
+    return run
+
+
+def _text(run: Run, name: str, *, needed: bool = True) -> str:
+    try:
+        return (run.folder / name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        if needed:
+            run.problems.append(f"{name} is missing or cannot be read")
+        return ""
+
+
+def _yaml(run: Run) -> dict[str, Any]:
+    try:
+        import yaml
+
+        content = yaml.safe_load(run.config_text)
+    except ImportError:
+        run.problems.append("config.yaml is shown as it is: reading it needs pip install 'leanstep[recipes]'")
+        return {}
+    except yaml.YAMLError:
+        run.problems.append("config.yaml cannot be understood")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any:
+    text = _text(run, name, needed=needed)
+    try:
+        content = json.loads(text) if text else kind()
+    except ValueError:
+        run.problems.append(f"{name} cannot be understood")
+        content = kind()
+    return content if isinstance(content, kind) else kind()
+
+
+def _read_log(run: Run) -> None:
+    unreadable = 0
+    for line in _text(run, "log.jsonl").splitlines():
+        try:
+            entry = json.loads(line)
+            kind = entry["kind"]
+            step = number(entry.get("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unreadable += bool(line.strip())
+            continue
+        if kind == "sample":
+            run.sample = str(entry.get("text", ""))
+        elif step is None:
+            unreadable += 1
+        elif kind in ("train", "eval"):
+            (run.train if kind == "train" else run.evals).append(entry)
+    if unreadable:
+        run.problems.append(
+            f"{_count(unreadable, 'line')} of log.jsonl could not be read and {_is(unreadable)} left out"
+        )
+
+
+def _count(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def _is(amount: int) -> str:
+    return "is" if amount == 1 else "are"
+
+
+def _judge(run: Run) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    found = []
+    steps, step = run.status.get("steps"), run.status.get("step")
+    if run.state.startswith("failed"):
+        found.append(f"The run failed ({run.state.partition(':')[2] or 'no reason given'}) at step {step} of {steps}.")
+    elif run.state == "crashed":
+        found.append(
+            f"The run is not done: status.json says that it is running, but no process holds the folder. It was killed "
+            f"after step {step} of {steps}; the same command continues it."
+        )
+    elif run.state != "done":
+        found.append(f"The run is not done ({run.state}): step {step} of {steps}.")
+    if (run.folder / "nan_dump").is_dir():
+        found.append(f"The batch that went wrong is in {run.folder / 'nan_dump'}.")
+    if skipped := int(run.last("nonfinite") or 0):
+        found.append(f"{_count(skipped, 'step')} with a loss or gradient that was not finite.")
+    if broken := sum(1 for value in run.column("loss") if value is None or not math.isfinite(value)):
+        found.append(f"The training loss is not finite in {_count(broken, 'logged step')}.")
+    if (met := run.expectation()) and not met[2]:
+        found.append(f"The validation loss {run.final_eval['loss']:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
+    losses = [(value, row["step"]) for value, row in zip(run.column("loss", "evals"), run.evals, strict=True) if value]
+    if losses and losses[-1][0] > 1.02 * min(losses)[0]:
+        best, at = min(losses)
+        found.append(f"The validation loss rose from {best:.4f} at step {at} to {losses[-1][0]:.4f}.")
+    lines = [line.strip() for line in _text(run, "train.log", needed=False).splitlines() if "WARNING" in line]
+    different = list(dict.fromkeys(lines))
+    found += [line[:300] for line in different[:_SHOWN_WARNINGS]]
+    if len(different) > _SHOWN_WARNINGS:
+        found.append(f"{_count(len(different) - _SHOWN_WARNINGS, 'more warning')} in train.log.")
+    return found

@@ -1,0 +1,301 @@
+"""From configuration to objects: the only place that does it. Classes get plain arguments and never see a recipe."""
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin, LoggerType
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from leanstep.optimizers import param_groups
+from leanstep.recipes.config.schema import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from leanstep.recipes.config.signatures import OPTIMIZERS
+
+__all__ = [
+    "FAMILIES",
+    "build_accelerator",
+    "build_model",
+    "build_optimizer",
+    "build_schedule",
+    "checkpoint_activations",
+    "optimizer_class",
+    "schedule_factor",
+    "wants_cpu",
+]
+
+FAMILIES: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+}
+# What the optimizers that have an algorithm for matrices and AdamW for the rest call the former.
+_MATRIX_ALGORITHM = {"sinkgd": "sinkgd", "muon": "muon"}
+
+_MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
+
+
+def wants_cpu(device: str) -> bool:
+    """Whether a run with this ``device`` setting uses the CPU. Raises ValueError when the device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' was asked for, torch sees no such device here; take device=cpu or device=auto")
+    return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The Accelerator of a run: device, mixed precision, accumulation, sharding and trackers, all from the recipe.
+
+    The recipe decides these, so what an ``accelerate config`` file says about them has no effect. Raises ValueError
+    for fp16 or FSDP2 on a CPU, for a tracker that is not installed, and when ``batch.tokens_per_step`` does not divide.
+    """
+    cpu = wants_cpu(config.device)
+    if cpu:
+        # without it torchrun and accelerate launch start processes that never connect to each other
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if cpu and config.precision == "fp16":
+        raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
+    plugin = _fsdp_plugin() if config.distributed.strategy == "fsdp2" else None
+    if plugin is not None and cpu:
+        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp")
+    _check_trackers(config.log.trackers)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=_MIXED_PRECISION[config.precision],
+        # the loop hands over whole windows of micro batches, so the end of the loader is never the end of a window
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        fsdp_plugin=plugin,
+        # one schedule step is one optimizer step, however many processes there are
+        step_scheduler_with_optimizer=False,
+        log_with=list(config.log.trackers) or None,
+        project_dir=config.out,
+    )
+    accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)
+    return accelerator
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """Accelerate's FSDP plugin, version 2, one unit per transformer layer (as the model names them), sharded state."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Accelerate only warns when a tracker is missing, and then records nothing; here it is an error."""
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    shipped = {item.value for item in LoggerType} - {"all"}
+    # classes that somebody registered with Accelerate are there by being registered
+    installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
+    for name in names:
+        if name not in installed:
+            hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
+            raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
+
+
+def build_model(
+    config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32, end_token: int | None = None
+) -> PreTrainedModel:
+    """Build the transformers model of ``config`` with random weights, or read it from ``config.init_from``.
+
+    Args:
+        config: Family and configuration keys. Without ``vocab_size`` among them, the model gets the tokenizer's.
+        vocab_size: Number of tokens the tokenizer can produce.
+        dtype: Of the weights. Random weights are drawn in fp32 and rounded.
+        end_token: The token that begins and ends documents, which generation starts from and stops at.
+
+    Weights are drawn from torch's global generator: seed it first.
+
+    Raises:
+        ValueError: An unknown configuration key, or a model vocabulary smaller than the tokenizer's.
+    """
+    if config.init_from is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=dtype)
+        _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
+        return model
+    config_class, model_class = FAMILIES[config.family]
+    known = set(config_class().to_dict()) | set(inspect.signature(config_class.__init__).parameters)
+    unknown = sorted(set(config.config) - known)
+    if unknown:
+        raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
+    # no pad_token_id: an embedding with a padding index would keep that token from learning in a later training
+    settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
+    _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
+    model = model_class(config_class(**settings)).to(dtype)
+    # not every class name tells transformers which loss it has, and then it warns
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
+    if model_size < tokenizer_size:
+        raise ValueError(
+            f"{where}: the model has {model_size} tokens, the tokenizer produces {tokenizer_size}; "
+            f"take a vocabulary of at least {tokenizer_size}, or leave vocab_size out to fit it to the tokenizer"
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let ``model`` recompute each layer's activations in backward instead of keeping them: less memory."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        # older transformers know it by this name only
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that a recipe calls ``name``, imported when it is asked for. Raises ValueError if it is not there."""
+    package, file, cls = OPTIMIZERS[name]
+    module = f"{package}.{file.removesuffix('.py').replace('/', '.')}"
+    try:
+        return getattr(import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise
+        raise ValueError(f"optimizer.name: '{name}' is {module}.{cls}, which this installation does not have") from None
+
+
+def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer over the groups of :func:`leanstep.optimizers.param_groups`, one group per role.
+
+    AdamW is torch's, with ``fused=True`` unless ``args`` says otherwise. Weight decay falls on matrices only: norms,
+    biases, token and position embeddings get ``weight_decay`` 0. An entry of ``config.groups`` changes this, or any
+    other option, for the parameters it selects; the first entry that selects a parameter wins.
+
+    Raises:
+        ValueError: An optimizer that is not installed, an argument that it does not take, a value that it refuses, or
+            an entry of ``groups`` that selects nothing.
+    """
+    cls = optimizer_class(config.name)
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
+    unknown = sorted(set(options) - set(inspect.signature(cls.__init__).parameters))
+    if unknown:
+        raise ValueError(f"optimizer.args: {cls.__name__} takes no argument {', '.join(map(repr, unknown))}")
+    if config.name == "adamw":
+        options.setdefault("fused", True)
+    groups = list(_groups(config, model))
+    try:
+        return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
+    except TypeError as error:
+        # of a recipe, a value of the wrong type is as much a mistake to be told as one out of range
+        raise ValueError(f"optimizer: {error}") from error
+
+
+def _python_value(key: str, value: Any) -> Any:
+    """What YAML cannot say: tuples, and dtypes by their names."""
+    if isinstance(value, list):
+        return tuple(value)
+    if key.endswith("dtype") and isinstance(value, str):
+        dtype = getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"optimizer.args.{key}: torch has no dtype {value!r}; take float32 or bfloat16")
+        return dtype
+    return value
+
+
+def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Split each role's group by the first entry of ``config.groups`` that selects a parameter."""
+    rules = [_Rule(entry, index) for index, entry in enumerate(config.groups)]
+    for base in param_groups(model):
+        role = base["name"]
+        common = {key: value for key, value in base.items() if key not in ("name", "params")}
+        algorithm = common.pop("algorithm", "adamw")
+        if config.name in _MATRIX_ALGORITHM:
+            common["algorithm"] = algorithm if algorithm == "adamw" else _MATRIX_ALGORITHM[config.name]
+        members: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        for name, parameter in base["params"]:
+            chosen = next((rule.index for rule in rules if rule.selects(name, role)), None)
+            members.setdefault(chosen, []).append((name, parameter))
+        for index, params in members.items():
+            override = {} if index is None else rules[index].options
+            label = role if index is None else f"{role}/{index}"
+            yield {**common, **override, "name": label, "params": params}
+    for rule in rules:
+        if not rule.used:
+            raise ValueError(f"optimizer.groups[{rule.index}]: {rule.text} selects no parameter of the model")
+
+
+class _Rule:
+    """One entry of ``optimizer.groups``: which parameters it selects, and the options it gives them."""
+
+    def __init__(self, entry: dict[str, Any], index: int) -> None:
+        self.index = index
+        self.match, self.role = entry.get("match"), entry.get("role")
+        if (self.match is None) == (self.role is None):
+            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
+        self.text = f"match {self.match!r}" if self.match is not None else f"role {self.role!r}"
+        self.options = {key: _python_value(key, value) for key, value in entry.items() if key not in ("match", "role")}
+        self.used = False
+
+    def selects(self, name: str, role: str) -> bool:
+        found = role == self.role if self.match is None else re.search(self.match, name) is not None
+        self.used |= found
+        return found
+
+
+def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of the number of optimizer steps already made, 0 to steps - 1.
+
+    Warm-up of w steps: ``(n + 1) / (w + 1)``, so that no step is spent at rate 0; then with
+    ``t = (n - w) / (steps - 1 - w)``, from 1 at t = 0 to ``f = final_fraction`` at the last step, t = 1:
+    cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
+    """
+    given = config.warmup_steps
+    warmup = round(config.warmup_fraction * steps) if given is None else given
+    final = config.final_fraction
+
+    def factor(made: int) -> float:
+        if made < warmup:
+            return (made + 1) / (warmup + 1)
+        progress = min(1.0, (made - warmup) / max(1, steps - 1 - warmup))
+        if config.name == "cosine":
+            return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+        if config.name == "linear":
+            return 1 - (1 - final) * progress
+        return 1.0
+
+    return factor
+
+
+def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The learning-rate schedule over ``steps`` optimizer steps, whatever the number of processes.
+
+    Every group's rate is multiplied by :func:`schedule_factor`.
+    """
+    return LambdaLR(optimizer, schedule_factor(config, steps))
+
+
+def check_positions(model: PreTrainedModel, seq_len: int) -> None:
+    """Raise ValueError when sequences of ``seq_len`` tokens are longer than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
+            "model.config.max_position_embeddings (gpt2: n_positions)"
+        )
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """``hidden 28 tensors, 850,000 elements, lr 0.004; ...``."""
+    parts = []
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        settings = [f"lr {group['lr']:g}", f"weight decay {group['weight_decay']:g}"]
+        if "algorithm" in group:
+            settings.insert(0, str(group["algorithm"]))
+        parts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
+    return "; ".join(parts)

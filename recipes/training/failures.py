@@ -1,0 +1,183 @@
+"""What ends a run early, and what a reader is told about it: which checkpoint is good, and what to type next."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanstep._files import free_bytes, is_disk_full
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.training.checkpoint import find_checkpoints
+
+__all__ = [
+    "EXIT_BAD_CONFIG",
+    "EXIT_DONE",
+    "EXIT_MEMORY",
+    "EXIT_NAN",
+    "RunFailure",
+    "disk_trouble",
+    "format_bytes",
+    "is_out_of_memory",
+    "layer_norms",
+    "memory_message",
+    "nonfinite_message",
+    "write_nan_dump",
+]
+
+EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
+
+
+class RunFailure(Exception):
+    """Ends the run: ``reason`` goes to status.json as ``failed:<reason>``, the text to the reader."""
+
+    def __init__(self, reason: str, exit_code: int, message: str) -> None:
+        self.reason, self.exit_code = reason, exit_code
+        super().__init__(message)
+
+
+def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
+    """Say what happened at ``step``, which checkpoint is good, and what to try, in the order of cost."""
+    warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
+    lines = [
+        f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"  last good checkpoint: {_last(folder)}",
+        f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
+        f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",
+    ]
+    if config.max_grad_norm is None and not config.release_gradients:
+        lines.append("  clip the gradient:    max_grad_norm=1.0")
+    if config.precision != "fp32":
+        lines.append("  more precision:       precision=fp32")
+    lines.append("  These change the recipe: start anew with out=ANOTHER_FOLDER (and model.init_from=CHECKPOINT/hf).")
+    return "\n".join(lines)
+
+
+def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tuple[str, int]] = ()) -> str:
+    """Say where memory ran out and what to change, the settings that keep the maths first.
+
+    ``rows`` are the parts of the memory estimate: name and bytes.
+    """
+    micro = config.batch.micro_batch_size
+    lines = [f"step {step}: out of memory ({_peak()})."]
+    lines += [f"    {name:<28}  {format_bytes(size):>10}" for name, size in rows]
+    lines.append("  Try, in this order:")
+    if micro > 1:
+        lines.append(f"    batch.micro_batch_size={micro // 2}        the same maths in more passes; may be resumed")
+    if not config.activation_checkpointing:
+        lines.append("    activation_checkpointing=true     the same maths, about a third slower; may be resumed")
+    if config.precision in ("fp32",):
+        lines.append("    precision=bf16                    activations at half the size")
+    elif config.precision in ("bf16", "fp16"):
+        lines.append("    precision=bf16-pure               weights, gradients and optimizer state at half the size")
+    lines += [f"    {setting:<32}  {why}" for setting, why in lighter_state(config)]
+    lines.append(f"  last good checkpoint: {_last(folder)}")
+    return "\n".join(lines)
+
+
+def lighter_state(config: RunConfig) -> list[tuple[str, str]]:
+    """Settings under which the optimizer keeps less, the most like this run first, and what each changes."""
+    name, args = config.optimizer.name, config.optimizer.args
+    found = []
+    if name == "adamw":
+        found.append(
+            ("optimizer.name=lion or sinkgd", "one state tensor or none, where AdamW has two (a run of its own)")
+        )
+    elif name == "lion":
+        found.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
+    elif name == "lanton" and args.get("noise_adaptive", True) and not args.get("noise_dtype"):
+        found.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
+    elif name == "mfac":
+        if not args.get("compression"):
+            if not args.get("storage"):
+                found.append(("optimizer.args.storage=bf16", "the window at half the size"))
+            found.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
+        window = int(args.get("window", 1024))
+        if window > 1:
+            found.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
+    return found
+
+
+def _last(folder: Path) -> str:
+    found = find_checkpoints(folder / "checkpoints")
+    return str(found[-1]) if found else "none yet"
+
+
+def _peak() -> str:
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} of {total / 2**30:.2f} GiB"
+    import resource
+
+    # Linux counts this in KiB
+    return f"this process had {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at its peak"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's GPU error, for Python's MemoryError, and for what torch's CPU allocator raises."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def format_bytes(size: float) -> str:
+    """``12.3 KiB``, ``12.3 MiB``, ``12.3 GiB``."""
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} GiB"
+
+
+def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
+    """Say what kept a checkpoint from being written, or None when the error is no matter of the disk.
+
+    The writers raise what they like on a full disk (RuntimeError, SafetensorError, CheckpointException), so the free
+    space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
+    """
+    other = isinstance(error, Exception) and not isinstance(error, OSError)
+    if is_disk_full(error) or (other and free_bytes(folder) < needed):
+        return f"disk full, {format_bytes(free_bytes(folder))} free"
+    return f"cannot write: {error}" if isinstance(error, OSError) else None
+
+
+def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:
+    """Norms of each parameter and its gradient (fp32); None where there is no gradient."""
+    table: dict[str, dict[str, float | None]] = {}
+    for name, parameter in named_parameters:
+        gradient = None if parameter.grad is None else _norm(parameter.grad)
+        table[name] = {"weight": _norm(parameter), "gradient": gradient}
+    return table
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
+    # a sharded tensor's norm is a collective call: every process comes through here
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(full.item())
+
+
+def write_nan_dump(folder: Path, facts: dict[str, Any], batches: dict[str, torch.Tensor]) -> Path:
+    """Write ``nan_dump/report.json`` (step, positions, learning rates, norms) and ``batch.safetensors``.
+
+    JSON knows no NaN: non-finite numbers are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / "nan_dump"
+    target.mkdir(exist_ok=True)
+    (target / "report.json").write_text(json.dumps(_plain(facts), indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, target / "batch.safetensors")
+    return target
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,136 @@
+"""``leanstep train``: one process here, or several through torchrun's API, or only the plan."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
+
+__all__ = ["equivalent_commands", "plan", "run"]
+
+_MODULE = "leanstep.recipes.training.train"
+# after a signal, workers get this long to finish their step and save before they are killed (torchrun: 30 s)
+_SHUTDOWN_S = 300
+
+
+def run(
+    config_ref: str,
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+    resume: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Train a recipe and return the exit code (see :func:`leanstep.recipes.training.train.train`).
+
+    Args:
+        config_ref: Name of a shipped recipe, or a recipe file.
+        overrides: ``key.path=value`` changes.
+        nproc: Processes on this machine; None or 1 trains in this process.
+        resume: ``auto``, ``never`` or the path of a checkpoint; wins over ``checkpoint.resume``.
+        dry_run: Print the resolved recipe and the equivalent command lines, look whether the text is there, and train
+            nothing. The exit code is 2 when it is not.
+    """
+    world = 1 if nproc is None else nproc
+    overrides = [*overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+    try:
+        if world < 1:
+            raise ConfigError([f"--nproc: must be at least 1, got {world}"])
+        config = load(config_ref, overrides, world_size=world)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if dry_run:
+        print(plan(config, config_ref, overrides, world))
+        return _look_at_data(config)
+    if world == 1:
+        from leanstep.recipes.training.train import train
+
+        return train(config)
+    return _several(config_ref, overrides, world)
+
+
+def _look_at_data(config: RunConfig) -> int:
+    """Print what the text is, as far as its beginning tells, or why it cannot be used; returns the exit code."""
+    from leanstep.recipes.data.sources import look
+
+    try:
+        print("\n".join(f"# {line}" for line in look(config.data)))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: int) -> str:
+    """The resolved recipe, what a step consists of, and the command lines that do the same."""
+    passes = accumulation_steps(config, world)
+    tokens = config.batch.tokens_per_step
+    sequences = tokens // config.data.seq_len
+    lines = [
+        dump(config).rstrip(),
+        "",
+        f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all",
+        f"# a step: {sequences} sequences of {config.data.seq_len} = {world} processes x {passes} passes x "
+        f"{config.batch.micro_batch_size} sequences",
+        f"# targets: {targets_note(config.data.seq_len)}",
+        f"# output: {Path(config.out)}",
+        "# the same by hand:",
+        *(f"#   {command}" for command in equivalent_commands(config_ref, overrides, world)),
+    ]
+    return "\n".join(lines)
+
+
+def equivalent_commands(config_ref: str, overrides: Sequence[str], world: int) -> list[str]:
+    """The torchrun and accelerate lines that run the same, on this machine's kind of device."""
+    tail = shlex.join([config_ref, *overrides])
+    torchrun = f"torchrun --standalone --nproc_per_node {world} -m {_MODULE} {tail}"
+    accelerate = f"accelerate launch --num_processes {world} -m {_MODULE} {tail}"
+    if world > 1:
+        accelerate = accelerate.replace("launch ", "launch --multi_gpu ")
+    if not _has_gpu():
+        return [torchrun, f"ACCELERATE_USE_CPU=true {accelerate}"]
+    return [torchrun, accelerate]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _several(config_ref: str, overrides: Sequence[str], world: int) -> int:
+    """Start the workers through torchrun's own code, in this process; what became of them makes the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    if not _has_gpu():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        # torchrun would give each worker one thread
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    os.environ["LEANSTEP_NPROC"] = str(world)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
+    # the agent hands each of these on to the workers and waits for them; SIGUSR1 is what Slurm sends as a warning
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", signals]
+    options = get_args_parser().parse_args([*arguments, "-m", _MODULE, config_ref, *overrides])
+    try:
+        torchrun(options)
+    except SignalException as ended:
+        return 130 if ended.sigval == signal.SIGINT else 143
+    except ChildFailedError as failed:
+        return _worst(failure.exitcode for failure in failed.failures.values())
+    finally:
+        os.environ.pop("LEANSTEP_NPROC", None)
+    return 0
+
+
+def _worst(codes: Iterable[int]) -> int:
+    """The exit code that says most: one of ours if a worker gave one, else 1."""
+    # workers that another's failure took down were killed by a signal: negative codes
+    return next((code for code in codes if code in (2, 3, 4, 130, 143)), 1)

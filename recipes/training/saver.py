@@ -1,0 +1,239 @@
+"""Writes and reads the checkpoints of a run through Accelerate, and keeps the run going when the disk is full."""
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from leanstep._files import free_bytes
+from leanstep.lora import LowRankGate
+from leanstep.lora.ties import config_of_merged
+from leanstep.recipes.config.schema import CheckpointConfig
+from leanstep.recipes.data.batches import Windows
+from leanstep.recipes.methods.attention_norms import write_gate
+from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
+from leanstep.recipes.methods.pruned import write_sparsity
+from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
+from leanstep.recipes.training.checkpoint import (
+    CheckpointError,
+    TrainState,
+    checkpoint_name,
+    commit,
+    discard,
+    find_checkpoints,
+    point,
+    prune,
+    staging,
+    write_state,
+)
+from leanstep.recipes.training.failures import disk_trouble, format_bytes
+from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.world import all_agree, main_does
+
+__all__ = ["Saver"]
+
+
+class Saver:
+    """Saves and loads one run. Weights are stored once, in ``hf/``, unless they are sharded.
+
+    Every process must call :meth:`save` and :meth:`load` at the same step. Peak memory: nothing beyond the writers' own
+    buffers for replicated models; for sharded ones the whole state dict on the CPU of the first process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        config: CheckpointConfig,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Callable[[str], None],
+    ) -> None:
+        self._accelerator, self._folder, self._config, self._model = accelerator, folder, config, model
+        self._tokenizer, self._say = tokenizer, say
+        self._sharded = accelerator.distributed_type == "FSDP"
+        # why the last save failed, for every log line until one succeeds
+        self.trouble: str | None = None
+        # the names of parameters whose zeros are kept, and the pruned model they come from
+        self.pruned: tuple[list[str], str] | None = None
+        # decides in every process which attention runs low-rank
+        self.gate: LowRankGate | None = None
+        if not self._sharded:
+            accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
+            accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def save(self, state: TrainState, windows: Windows) -> bool:
+        """Write the checkpoint of ``state.step``. False when the disk did not take it: the run may go on.
+
+        Raises whatever went wrong when the disk is not to blame.
+        """
+        needed = self._expected_bytes()
+        problem = main_does(self._accelerator, lambda: self._preflight(needed))
+        if problem is None:
+            problem = self._write(state, windows, needed)
+        self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
+        if problem:
+            last = find_checkpoints(self._folder.checkpoints)
+            kept = last[-1].name if last else "none"
+            self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {kept}")
+        return problem is None
+
+    def _write(self, state: TrainState, windows: Windows, needed: int) -> str | None:
+        accelerator = self._accelerator
+        staged = Path(main_does(accelerator, lambda: str(self._stage(state.step))))
+        problem, failure = None, None
+        try:
+            self._fill(staged, state, windows)
+        except Exception as error:
+            problem, failure = disk_trouble(error, self._folder.root, needed), error
+        # a barrier as well: after it, every process has written its part
+        fine = all_agree(accelerator, failure is None)
+        if fine and accelerator.is_main_process:
+            try:
+                committed = commit(staged)
+            except Exception as error:
+                problem, failure = disk_trouble(error, self._folder.root, needed), error
+            else:
+                self._finish(committed, state)
+        fine = all_agree(accelerator, failure is None)
+        if not fine and accelerator.is_main_process:
+            discard(staged)
+        if failure is not None and problem is None:
+            raise failure
+        return None if fine else (problem or "another process could not write its part")
+
+    def _stage(self, step: int) -> Path:
+        try:
+            return staging(self._folder.checkpoints, step)
+        except OSError:
+            # the folders are tried again while writing, where the error is reported
+            return self._folder.checkpoints / f".writing-{checkpoint_name(step)}"
+
+    def _fill(self, staged: Path, state: TrainState, windows: Windows) -> None:
+        accelerator = self._accelerator
+        self.export(staged / "hf")
+        accelerator.save_state(str(staged / "trainer"))
+        stream = windows.state()
+        if stream is not None:
+            torch.save(stream, staged / "trainer" / f"stream_{accelerator.process_index}.pt")
+        if self.gate is not None:
+            write_gate(self.gate, staged / "trainer", accelerator.process_index)
+        if accelerator.is_main_process:
+            write_state(staged, state)
+            if not self._sharded:
+                save_sparse(accelerator.unwrap_model(self._model), staged / "trainer")
+
+    def export(self, path: Path) -> None:
+        """Write an ordinary Hugging Face folder, model and tokenizer. Every process must call it when sharded."""
+        model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
+        weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
+        if self._accelerator.is_main_process:
+            with config_of_merged(model):
+                model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
+            write_adapter(model, path)
+            write_patterns(model, path)
+            if self.pruned is not None:
+                write_sparsity(*self.pruned, path)
+            self._tokenizer.save_pretrained(path)
+
+    def _finish(self, path: Path, state: TrainState) -> None:
+        """Renew the links and remove old checkpoints. The new one is whole already: what fails here is only said."""
+        self._link("last", path)
+        keep = []
+        if self._config.keep_best and state.best_step is not None:
+            best = self._folder.checkpoints / checkpoint_name(state.best_step)
+            if best.is_dir():
+                self._link("best", best)
+                keep.append(best)
+        try:
+            prune(self._folder.checkpoints, self._config.keep_last, keep)
+        except OSError as error:
+            self._say(f"WARNING: older checkpoints could not be removed: {error}")
+
+    def _link(self, name: str, target: Path) -> None:
+        link = self._folder.root / name
+        try:
+            point(link, target)
+        except OSError as error:
+            self._say(f"WARNING: the link {link} could not be set to {target.name}: {error}")
+
+    def _preflight(self, needed: int) -> str | None:
+        free = free_bytes(self._folder.root)
+        if free >= needed:
+            return None
+        return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free"
+
+    def _expected_bytes(self) -> int:
+        """Weights and optimizer state as they are in memory; the rest of a checkpoint is small."""
+        tensors = [*self._model.parameters(), *_tensors(self._optimizer_state())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _optimizer_state(self) -> list[Any]:
+        return [list(optimizer.state.values()) for optimizer in self._accelerator._optimizers]
+
+    def load(self, path: Path, state: TrainState) -> dict[str, Any] | None:
+        """Load weights, optimizer, schedule and random generators; return the stream's state, None without a stream.
+
+        Raises CheckpointError when the number of processes changed and the state of a stream depends on it.
+        """
+        accelerator = self._accelerator
+        trainer = path / "trainer"
+        accelerator.load_state(str(trainer))
+        # Accelerate restores its count of passes too, which is off when the accumulation changed: windows begin at 0
+        accelerator.step = 0
+        if state.world_size == accelerator.num_processes:
+            self._check_generators(trainer)
+        streams = sorted(trainer.glob("stream_*.pt"))
+        if not streams:
+            return None
+        if len(streams) != accelerator.num_processes:
+            raise CheckpointError(
+                f"{path}: its stream was read by {len(streams)} processes, this run has {accelerator.num_processes}; "
+                f"continue it with --nproc {len(streams)}"
+            )
+        loaded = torch.load(trainer / f"stream_{accelerator.process_index}.pt", weights_only=True)
+        assert isinstance(loaded, dict)
+        return loaded
+
+    def _check_generators(self, trainer: Path) -> None:
+        """Accelerate only logs when random states cannot be loaded; a run that lost them is not the same run."""
+        from accelerate.utils import load
+
+        saved = load(trainer / f"random_states_{self._accelerator.process_index}.pkl")
+        if not torch.equal(saved["torch_manual_seed"], torch.get_rng_state()):
+            raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
+
+    def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
+        """Before Accelerate loads a state: take the weights from ``hf/`` and leave none for it to look for."""
+        model = self._accelerator.unwrap_model(models[0])
+        if is_adapted(model):
+            # the base is there already, and the weights in hf/ have the adapter in them
+            load_adapters(model, Path(trainer).parent / "hf")
+            models.clear()
+            return
+        files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
+        own = model.state_dict()
+        loaded: set[str] = set()
+        parts = ((file, without_sparse(model, load_file(file))) for file in files)
+        for file, part in chain(parts, [(Path(trainer), load_sparse(model, Path(trainer)))]):
+            result = model.load_state_dict(part, strict=False)
+            if result.unexpected_keys:
+                raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")
+            loaded.update(part)
+        # a tied weight is stored once, under one of its names
+        present = {own[name].data_ptr() for name in loaded}
+        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in present and tensor.numel()]
+        if missing:
+            raise CheckpointError(f"{Path(trainer).parent / 'hf'}: no weights for {', '.join(missing[:5])}")
+        models.clear()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

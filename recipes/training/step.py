@@ -1,0 +1,107 @@
+"""One optimizer step over a window of micro batches: the loss per token, the gradient norm, and what all agree on."""
+
+import math
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from leanstep.recipes.data.batches import Batch, count_targets
+
+__all__ = ["NonFinite", "StepResult", "backward", "describe_nonfinite", "gradient_norm", "share"]
+
+
+class StepResult(NamedTuple):
+    """What all processes agree on after backward: ``norm`` is None when gradients are released inside backward."""
+
+    loss: float
+    norm: float | None
+    targets: int
+    signal: int
+
+    def finite(self) -> bool:
+        """Whether loss and gradient norm are finite numbers."""
+        return math.isfinite(self.loss) and (self.norm is None or math.isfinite(self.norm))
+
+
+class NonFinite(Exception):
+    """A non-finite loss that must not reach backward, because backward updates the weights."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+        super().__init__(f"loss {loss}")
+
+
+def backward(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    window: list[Batch],
+    *,
+    check: bool,
+    half: Callable[[float], None] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Accumulate the gradient of the window's mean loss per target and return (this process's part of it, targets).
+
+    Loss = sum of the token losses / number of targets, both over all micro batches and processes: that of one big
+    batch, whatever each micro batch holds. With ``check``, raises NonFinite before the backward of a non-finite loss.
+    ``half`` is called after half of the micro batches, rounded down, with their share of all.
+    """
+    targets = count_targets(window)
+    if accelerator.num_processes > 1:
+        targets = accelerator.reduce(targets, reduction="sum")
+    divisor = targets.clamp(min=1)
+    # Accelerate divides by the accumulation steps and the exchange of gradients by the processes: both are undone
+    factor = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(window, start=1):
+        with accelerator.accumulate(model):
+            loss = model(**batch, use_cache=False, num_items_in_batch=divisor).loss
+            if check and not torch.isfinite(loss):
+                raise NonFinite(float(loss.detach()))
+            accelerator.backward(loss * factor)
+        total += loss.detach()
+        if half is not None and number == len(window) // 2:
+            half(number / len(window))
+    return total, int(targets)
+
+
+def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float | None) -> torch.Tensor:
+    """The 2-norm of all gradients before clipping, scalar; clips them to ``limit`` unless it is None."""
+    if limit is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    else:
+        accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def share(
+    accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | None, received: int, late: bool
+) -> tuple[float, float | None, int]:
+    """Sum the parts of the loss and take over each other's signals: one collective call and one synchronisation.
+
+    A run out of time counts as SIGTERM, which also stands for SIGUSR1.
+    """
+    interrupted = received == signal.SIGINT
+    terminated = late or received not in (0, signal.SIGINT)
+    values = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    values[0] = loss
+    if interrupted or terminated:
+        values[1], values[2] = float(interrupted), float(terminated)
+    if accelerator.num_processes > 1:
+        values = accelerator.reduce(values, reduction="sum")
+    if norm is not None:
+        values = torch.cat([values, norm.double().reshape(1).to(values.device)])
+    total, interrupts, terminations, *norms = values.tolist()
+    number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+    return total, norms[0] if norms else None, int(number)
+
+
+def describe_nonfinite(loss: float, norm: float | None) -> str:
+    """``loss is nan`` or ``the gradient norm is inf (loss 3.4123)``."""
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    return f"the gradient norm is {norm} (loss {loss:.4f})"
