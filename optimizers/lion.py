@@ -16,7 +16,6 @@ from leanstep.optimizers.common.base import (
     check_dtype,
     check_flags,
     count_nonfinite,
-    local,
     new_state,
 )
 from leanstep.optimizers.common.rounding import (
@@ -26,7 +25,7 @@ from leanstep.optimizers.common.rounding import (
     rounding_states,
     seeds_and_offsets,
 )
-from leanstep.optimizers.common.sharding import Steps, shard_of, sum_over_shards
+from leanstep.optimizers.common.sharding import Steps, readable, shard_of, store, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -166,7 +165,7 @@ def lion(
 ) -> Steps[None]:
     """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
     shards = [shard_of(p) for p in params]
-    local_params, local_grads, local_avgs = ([local(t) for t in ts] for ts in (params, grads, exp_avgs))
+    local_params, local_grads, local_avgs = ([readable(t) for t in ts] for ts in (params, grads, exp_avgs))
     skip = group["nonfinite"] != "pass"
     scale = None
     if group["cautious"]:
@@ -191,6 +190,7 @@ def lion(
             flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
     else:
         flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+    store(local_params, params)
     count_nonfinite(group, flags)
 
 

@@ -139,6 +139,8 @@ void first_squares(
         r0[k] = power_of_largest(rows[k], n);
         scaling = true;
     }
+    // rows past the end repeat the last one: unscaled, their infinite squares times a factor of 0 would be NaN
+    std::fill(r0 + count, r0 + ROWS, r0[count - 1]);
     if (scaling) squares<true, true>(rows, r0, square, h, n, sums);
 }
 

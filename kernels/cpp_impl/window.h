@@ -14,4 +14,13 @@ inline float widen(fp16 value) {
     return from_bits(sign | (magnitude < 0x0F800000u ? finite : magnitude | 0x7F800000u));
 }
 
+// sum + a * b. The product of two numbers of a window is exact, so that one rounding or two are the same
+inline double fused(double a, double b, double sum) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fma(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 }  // namespace

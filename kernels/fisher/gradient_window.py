@@ -48,8 +48,8 @@ def row_dots(
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        Reads every window once. Products and sums of stretches of columns run in fp32 (never TF32), their total in
-        fp64. No copy of a window, in any dtype.
+        Reads every window once. Products and sums run in fp64: of gradients that change slowly, the last bits of the
+        dots tell the rows apart. No copy of a window, in any dtype.
     """
     _check(windows, vectors, scales, groups, "row_dots", "vectors")
     if torch.compiler.is_compiling():
@@ -94,7 +94,7 @@ def linear_combination(
 
     Args:
         windows, scales, groups: as for :func:`row_dots`.
-        coefficients: fp64 or fp32 [m]; [G, m] with ``groups``. They are rounded to fp32 once, after the scales.
+        coefficients: fp64 or fp32 [m]; [G, m] with ``groups``.
         out: contiguous fp32 tensors (fp64 for fp64 windows) of the blocks' shapes, to be overwritten. None: new ones.
 
     Returns:
@@ -105,7 +105,8 @@ def linear_combination(
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        Reads every window once and writes ``out`` once. Sums run in fp32 over the rows.
+        Reads every window once and writes ``out`` once. Sums run in fp64 and are rounded once: rows that hardly differ
+        cancel in a combination.
     """
     _check(windows, None, scales, groups, "linear_combination", "")
     check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
@@ -252,9 +253,9 @@ def _run_combination(
     if backend == "triton":
         from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
 
-        triton_window.linear_combination(flat_windows, stored.to(torch.float32), owners, flat_out)
+        triton_window.linear_combination(flat_windows, stored, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(flat_windows, stored.to(torch.float32), owners, flat_out)
+        cpp_window.linear_combination(flat_windows, stored, owners, flat_out)
     else:
         for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
             reference.linear_combination(window, stored[group], result)

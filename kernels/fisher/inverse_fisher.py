@@ -8,7 +8,7 @@ window's size, damping * I + K / s, which is solved here in fp64:
 * For x = G^T a, a combination of the window's own rows, such as the newest gradient (a = e_j), the push-through
   identity gives ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: sums only, nothing cancels.
 * For any x, Woodbury's identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It
-  subtracts: where x lies among the gradients, the error is about eps * |g|^2 / (s * damping) with fp32 gradients.
+  subtracts: where x lies among the gradients, the error is about 2**-24 * |g|^2 / (s * damping) with fp32 gradients.
 
 Both equal the paper's two recursions, which :mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out.
 """
@@ -24,10 +24,10 @@ OK = 0
 JITTERS = 5  # status 1 to JITTERS: that many additions to the diagonal were tried until one worked
 EIGEN = JITTERS + 1
 FAILED = JITTERS + 2
-EPS = 2.0**-24  # half a unit in the last place of fp32
+EPS = 2.0**-53  # half a unit in the last place of fp64, in which K is summed and rows are combined
 
 _FIRST_JITTER = 1e-12  # times the mean of the diagonal; ten times as much at each further attempt
-# of the result, at worst, by rounding the combination of rows
+# relative error of the result, at worst, by the rounding of K and of the combination of rows
 _TOLERATED = 1e-2
 # times eps and the largest eigenvalue: what the rounding of K makes of an eigenvalue of zero
 _NOISE = 8.0
@@ -66,7 +66,9 @@ def window_coefficients(
         wait: read on the host whether a system is too badly conditioned, once, and solve that one in another way.
             Without, nothing is read: ``values`` is then a divided by the diagonal (for a = e_j: as if the window held
             g_j alone) and the status is ``FAILED``. Under CUDA graph capture, nothing can be read.
-        eps: relative rounding of K and of the combination that will be formed; fp32's, or 2**-53 for float64 windows.
+        eps: relative rounding of K and of the combination that will be formed: that of fp64, in which
+            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. 2**-24 for a K that
+            was summed in fp32.
 
     Returns:
         :class:`Coefficients`.
@@ -78,11 +80,13 @@ def window_coefficients(
     Notes:
         n^3 / 3 multiply-adds per window, and a copy of ``gram``.
 
-        Where gradients depend on one another (repeated ones, say) and the damping is small beside eps times their
-        squares, the solution has huge entries whose rows should cancel, and in fp32 do not. So a system is solved
-        by eigenvalues as well where ``eps * sum_i |c_i| |g_i|`` exceeds a hundredth of the result's norm
-        ``sqrt(c^T K c)``. Combinations of rows that are zero but for rounding are left out of c then: eigenvalues of
-        K up to 8 eps times the largest, to which nothing in G^T c belongs.
+        Where gradients hardly differ and the damping is small beside their squares, the solution has large entries
+        whose rows cancel. An error of eps |g_i| |g_j| in K_ij changes G^T c by at most
+        ``eps * sqrt(tr K / (damping s)) / 2 * sum_i |c_i| |g_i|``, and rounding the combination by
+        ``eps * sum_i |c_i| |g_i|``. Where the sum of both exceeds a hundredth of the result's norm
+        ``sqrt(c^T K c)``, the system is solved in another way, by a larger diagonal or by eigenvalues. Eigenvalues of
+        K up to 8 eps times the largest are left out of c then: they are those of combinations of rows that are zero
+        but for rounding, to which nothing in G^T c belongs.
     """
     _check(gram, damping, denominator, "window_coefficients")
     n = gram.shape[-1]
@@ -153,7 +157,7 @@ def _run(
     diagonal += damping.to(torch.float64).unsqueeze(-1)
     factor, info = torch.linalg.cholesky_ex(matrix)
     values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    failed = (info != 0) | ~_is_accurate(gram, values, eps)
+    failed = (info != 0) | ~_is_accurate(gram, values, damping, denominator, eps)
     if not wait:
         return torch.where(failed.unsqueeze(-1), right / diagonal, values), failed.to(torch.int32) * FAILED
     status = torch.zeros(failed.shape, dtype=torch.int32)
@@ -166,9 +170,15 @@ def _run(
     return values, status.to(gram.device, non_blocking=True)
 
 
-def _is_accurate(gram: Tensor, values: Tensor, eps: float) -> Tensor:
-    """Whether the rows' combination is larger than its rounding; False where anything is not finite."""
-    rounding = eps * (values.abs() * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(dim=-1)
+def _is_accurate(gram: Tensor, values: Tensor, damping: Tensor, denominator: float, eps: float) -> Tensor:
+    """Whether the result is larger than what rounding K and the rows' combination makes of it; False for NaN.
+
+    With A = damping * I + K / s, an error E of K changes G^T c by -G^T A^-1 E c / s. The norm of G^T A^-1 is at most
+    max_x x / (damping + x^2 / s) = sqrt(s / damping) / 2, and that of E c at most eps sqrt(tr K) sum |c_i| |g_i|.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    magnitude = (values.abs() * squares.sqrt()).sum(dim=-1)
+    rounding = eps * (1 + (squares.sum(dim=-1) / (damping * denominator)).sqrt() / 2) * magnitude
     squared_norm = (values * (gram @ values.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
     return (rounding == 0) | (rounding <= _TOLERATED * squared_norm.clamp_min(0).sqrt())
 
@@ -189,7 +199,7 @@ def _solve_badly_conditioned(
         factor, info = torch.linalg.cholesky_ex(matrix + jitter * identity)
         if not info:
             values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-            if _is_accurate(gram, values, eps):
+            if _is_accurate(gram, values, damping, denominator, eps):
                 return values, attempt
         jitter = jitter * 10
     eigenvalues, vectors = torch.linalg.eigh(gram)

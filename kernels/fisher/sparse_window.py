@@ -126,8 +126,8 @@ def sparse_row_dots(
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        Reads values and indices once; the vectors' elements are gathered. Dense layouts run as
-        :func:`leanstep.kernels.row_dots` of the values, and read no indices.
+        Reads values and indices once; the vectors' elements are gathered. Products and sums run in fp64. Dense layouts
+        run as :func:`leanstep.kernels.row_dots` of the values, and read no indices.
     """
     _check(values, indices, layouts, groups, "sparse_row_dots")
     for b, (vector, layout) in enumerate(zip(vectors, layouts, strict=True)):
@@ -202,7 +202,8 @@ def sparse_linear_combination(
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        Reads values and indices once and writes ``out``. Rows are added in order, so results repeat bit for bit.
+        Reads values and indices once and writes ``out``. Rows are added in order and in fp64, so results repeat bit for
+        bit. Scratch memory: 8 bytes per element on a GPU.
         Dense layouts run as :func:`leanstep.kernels.linear_combination` of the values, and read no indices.
     """
     _check(values, indices, layouts, groups, "sparse_linear_combination")
@@ -260,9 +261,9 @@ def _run_combination(
     if backend == "triton":
         from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
 
-        triton_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+        triton_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(values, indices, stored.to(torch.float32), layouts, owners, flat_out)
+        cpp_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
     else:
         for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
             reference.linear_combination(v.detach(), i, stored[group], layout, result)

@@ -35,14 +35,14 @@ def newton_schulz(
     coefficients: str | Sequence[Triple] = "jordan",
     method: str = "auto",
     dtype: torch.dtype | None = None,
-    eps: float = 1e-7,
+    eps: float = 0.0,
 ) -> list[Tensor]:
     """Approximate polar factors: for M = U S V^T, close to U V^T.
 
     With X = M / max(||M||_F, eps), each step is ``X <- a X + (b A + c A^2) X``, A = X X^T on the smaller side. How
     close the singular values come to 1 is a matter of the coefficients: with "jordan" those above 0.2 % of the
     Frobenius norm end between 0.68 and 1.21; "polar_express" and the classic ones converge to 1. Directions in which M
-    is zero stay zero. Matrices of a norm below ``eps`` come out smaller in proportion; zero gives zero.
+    is zero stay zero, and so does a matrix of zeros. The scale of M does not change the result, unless ``eps`` is set.
 
     Args:
         matrices: [m, n] or stacks [..., m, n] of one device, of any sizes, strides and floating dtypes; never written.
@@ -54,7 +54,8 @@ def newton_schulz(
             fewer operations (:func:`flops`); the definition, in float64 or on request, is "standard".
         dtype: what products are computed in, and the dtype of the result. None: fp64 for fp64 matrices; else bf16 on
             GPUs that have it and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 on all others.
-        eps: smallest norm to divide by; not negative.
+        eps: smallest norm to divide by; not negative. Matrices of a smaller norm come out smaller in proportion; Muon
+            has 1e-7. With 0 the limit is 1e-38 (1e-300 for fp64 matrices).
 
     Returns:
         One tensor per matrix, of its shape, contiguous. A matrix with a non-finite entry gives NaN. Results of

@@ -22,8 +22,8 @@ from leanstep.kernels.reference.matrices.newton_schulz import Triple
 # where the steps converge, and after five, all digits may be lost.
 GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
 
-# whose inverse is a finite fp32 number
-_SMALLEST_NORM = 1e-38
+# whose inverses are finite in the dtypes that matrices are scaled in
+_SMALLEST_NORM = {torch.float32: 1e-38, torch.float64: 1e-300}
 
 # Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
 # batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
@@ -176,7 +176,7 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | l
 
 def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
     """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
-    floor = max(eps, _SMALLEST_NORM)
+    floor = max(eps, _SMALLEST_NORM[wide_of(singles[job.members[0]])])
     parts = out.unbind() if out.dim() == 3 else [out]
     chosen = [norm for i in job.members if isinstance(norm := norms[i], Tensor)]
     if chosen:

@@ -22,7 +22,7 @@ class Scales(NamedTuple):
 
 def as_batch(mat: Tensor) -> Tensor:
     """[m, n] or [..., m, n] as a batch [B, m, n]."""
-    return mat.reshape(-1, *mat.shape[-2:]) if mat.dim() != 2 else mat.unsqueeze(0)
+    return mat.flatten(0, -3) if mat.dim() > 2 else mat.unsqueeze(0)
 
 
 def sinkhorn(

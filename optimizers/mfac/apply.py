@@ -12,7 +12,7 @@ from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
-from leanstep.optimizers.common.sharding import Steps, shard_of
+from leanstep.optimizers.common.sharding import Steps, plain, shard_of
 from leanstep.optimizers.mfac.bundle import Problem
 from leanstep.optimizers.mfac.columns import gather
 from leanstep.optimizers.mfac.compiled import directions_in_one, is_fake
@@ -58,7 +58,7 @@ def _problem(scope: Scope) -> Problem:
     """The scope's gradients as its new row takes them."""
     vectors = []
     for member in scope.members:
-        group, held = member.group, member.columns.part(member.param.detach())
+        group, held = member.group, member.columns.part(plain(member.param.detach()))
         if member.grad is None:
             vector = torch.zeros_like(held, memory_format=torch.contiguous_format)
         else:

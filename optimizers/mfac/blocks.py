@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
+from leanstep.kernels.reference.fisher.gradient_window import row_scale
 from leanstep.optimizers.common.base import local
 from leanstep.optimizers.mfac.window import Part
 
@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class BlockPart(Part):
-    """Pieces that are runs of blocks. Products and sums run in fp32 (fp64 for fp64 windows), dots end in fp64."""
+    """Pieces that are runs of blocks. Products and sums run in fp64, as those of whole windows do."""
 
     def _open(self) -> None:
         self.windows = []
@@ -58,28 +58,27 @@ class BlockPart(Part):
     def norms(self, vectors: Sequence[Tensor]) -> Tensor:
         found = torch.zeros(self.top, dtype=torch.float64, device=vectors[0].device)
         for piece, vector in zip(self.pieces, vectors, strict=True):
-            wide = vector.reshape(piece.blocks, -1).to(wide_dtype(vector.dtype))
+            wide = vector.reshape(piece.blocks, -1).double()
             found[piece.slot : piece.slot + piece.blocks] = wide.square().sum(dim=1)
         return found
 
     def dots_with(self, vectors: Sequence[Tensor], live: int) -> Tensor:
         found = torch.zeros(self.top, live, dtype=torch.float64, device=vectors[0].device)
-        wide = wide_dtype(self.windows[0].dtype)
         for piece, window, vector in zip(self.pieces, self.windows, vectors, strict=True):
             blocks = vector.reshape(piece.blocks, -1)
             for chunk in _chunks(window):
-                products = window[:live, chunk].to(wide) * blocks[chunk].to(wide)
+                products = window[:live, chunk].double() * blocks[chunk].double()
                 found[piece.slot + chunk.start : piece.slot + chunk.stop] = products.sum(dim=-1).T
         return found if self.scales is None else found * self.scales[:, :live]
 
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live, wide = coefficients.shape[1], wide_dtype(self.windows[0].dtype)
+        live = coefficients.shape[1]
         stored = coefficients[: self.top] if self.scales is None else coefficients[: self.top] * self.scales[:, :live]
         for piece, window, result in zip(self.pieces, self.windows, out, strict=True):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
-                weights = stored[piece.slot + chunk.start : piece.slot + chunk.stop].T.to(wide).unsqueeze(-1)
-                blocks[chunk] = (window[:live, chunk].to(wide) * weights).sum(dim=0)
+                weights = stored[piece.slot + chunk.start : piece.slot + chunk.stop].T.double().unsqueeze(-1)
+                blocks[chunk] = (window[:live, chunk].double() * weights).sum(dim=0)
 
 
 def _chunks(window: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import use_backend, window_coefficients, woodbury_coefficients
-from leanstep.kernels.fisher.inverse_fisher import EIGEN, EPS, OK
+from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
 from leanstep.optimizers.common.sharding import Reduction, Steps
 from leanstep.optimizers.mfac.columns import Columns
@@ -240,10 +240,6 @@ class Bundle:
     def _denominator(self) -> int:
         return self.window if self.settings["scaling"] == "window" else self.after
 
-    def _rounding(self) -> float:
-        """Relative rounding of the sums over rows: fp32's, unless all windows are wide."""
-        return 2.0**-53 if all(_wide(p.state) == torch.float64 for part, _ in self.parts for p in part.pieces) else EPS
-
     def _ages(self) -> Tensor:
         """Weights [G, n] of the rows in the average of the gradients: (1 - momentum) * momentum ** age."""
         momentum = self.settings["momentum"]
@@ -261,7 +257,7 @@ class Bundle:
             target = self._ages()
         chosen = self._slots_of(good)
         right = target if isinstance(target, int) else target[chosen]
-        solved = window_coefficients(grams[chosen], damping, self._denominator(), right, eps=self._rounding())
+        solved = window_coefficients(grams[chosen], damping, self._denominator(), right)
         coefficients = grams.new_zeros(self.slots, self.after)
         coefficients[chosen] = solved.values
         image = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
@@ -275,7 +271,7 @@ class Bundle:
         grams = self._grams()
         damping = damping_at(self.settings, self.steps_done, self.problems[0].rate)
         chosen = self._slots_of(good)
-        solved = woodbury_coefficients(grams[chosen], dots[chosen], damping, self._denominator(), eps=self._rounding())
+        solved = woodbury_coefficients(grams[chosen], dots[chosen], damping, self._denominator())
         coefficients = grams.new_zeros(self.slots, self.after)
         coefficients[chosen] = solved.values
         along = torch.full_like(own, 1.0 / damping)

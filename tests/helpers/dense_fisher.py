@@ -35,6 +35,37 @@ class DenseFisher:
         return self.solve(row)
 
 
+def slow_rows(m: int, d: int, change: float) -> Tensor:
+    """fp32 gradients [m, d] of length 1 that change slowly, as full-batch ones do: one direction, small differences."""
+    chance = torch.Generator().manual_seed(11)
+    rows = torch.randn(d, generator=chance) + change * torch.randn(m, d, generator=chance)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def newest_preconditioned(rows: Tensor, damping: float, denominator: float, newest: int = -1) -> Tensor:
+    """F^-1 of one of the rows, in float64 by singular values: nothing is squared, so that small differences stay."""
+    left, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    return (left[newest] * sizes / (damping + sizes.square() / denominator)) @ right
+
+
+def stored_rows(optimizer: Any, params: list[Tensor]) -> Tensor:
+    """The rows of M-FAC's window as it stores them, [window, elements of all parameters], in float64."""
+    blocks = []
+    for param in params:
+        state = optimizer.state[param]
+        if "window" in state:
+            rows = state["window"].double()
+            if "window_scale" in optimizer.state[params[0]]:
+                rows = rows * optimizer.state[params[0]]["window_scale"].double().view(-1, *[1] * param.dim())
+        elif "window_left" in state:
+            rows = state["window_left"].double() @ state["window_right"].double().mT
+        else:
+            rows = torch.zeros(len(state["window_values"]), *param.shape, dtype=torch.float64)
+            rows.scatter_(-1, state["window_indices"].view(torch.int16).long(), state["window_values"].double())
+        blocks.append(rows.flatten(1))
+    return torch.cat(blocks, dim=1)
+
+
 def new_params(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
     chance = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=chance, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]

@@ -1,6 +1,8 @@
 """Which files and functions of the package a call goes through, in the order in which they are entered."""
 
+import importlib
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,7 @@ def walk(call: Callable[[], Any], until: str | None = None) -> list[tuple[str, s
         call: what to run, in this thread.
         until: "file:function" at whose entry the call is abandoned; None: run it to its end.
     """
+    import_all()
     entered: dict[tuple[str, str], None] = {}
 
     def profile(frame: FrameType, event: str, _: object) -> None:
@@ -46,6 +49,15 @@ def walk(call: Callable[[], Any], until: str | None = None) -> list[tuple[str, s
     finally:
         sys.setprofile(previous)
     return list(entered)
+
+
+def import_all() -> None:
+    """Import every module of the package, so that a walk sees calls and no class bodies."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    for package in packages:
+        for path in (ROOT / package.removeprefix("leanstep.").replace(".", "/")).glob("*.py"):
+            if path.stem not in ("__init__", "__main__"):
+                importlib.import_module(f"{package}.{path.stem}")
 
 
 def files(steps: list[tuple[str, str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dense_fisher import newest_preconditioned, slow_rows
 
 from leanstep.kernels import BlockInverseFisher
 from leanstep.kernels.fisher import block_inverse_fisher
@@ -69,6 +70,18 @@ def test_heavy_tails_and_a_small_damping_keep_the_diagonal_exact(dtype, m, block
     if m >= block and dtype == torch.float32:
         first = static_recursion(rows[:, :block], damping).diagonal().double()
         assert ((first - want[:block]).abs() / want[:block]).max() > 1e-2
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+@pytest.mark.parametrize("change", [1e-2, 1e-4, 1e-6])
+def test_gradients_that_change_slowly(change, form):
+    rows, damping = slow_rows(16, 120, change), 1e-7
+    found = BlockInverseFisher(rows, damping=damping, form=form)
+    exact = newest_preconditioned(rows, damping, 16)
+    assert (found.solve(rows[-1]) - exact).norm() < 1e-6 * exact.norm()
+    _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    inside = right.square().T @ (1 / (damping + sizes.square() / 16) - 1 / damping)
+    torch.testing.assert_close(found.diagonal(), 1 / damping + inside, rtol=1e-6, atol=0)
 
 
 def test_a_diagonal_that_rounding_has_taken_over_is_never_clamped():

@@ -6,7 +6,7 @@ import torch
 from leanstep.kernels import scaled_step, use_backend
 
 BACKENDS = ["reference", "cpp"]
-SHAPES = [(1, 1), (5, 7), (6, 128), (33, 192), (3, 4, 6), (2, 5, 128), (0, 3), (4, 0)]
+SHAPES = [(1, 1), (5, 7), (6, 128), (33, 192), (3, 4, 6), (2, 5, 128), (0, 3), (4, 0), (2, 0, 3), (0, 4, 3), (2, 3, 0)]
 
 
 def arguments(shape, dtype=torch.float32, mat_dtype=None, seed=0):

@@ -69,12 +69,12 @@ def test_dtypes(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lists_stacks_and_layouts(backend):
-    stack, empty = normal(3, 9, 20), torch.empty(0, 5)
-    mats = [normal(9, 20), stack, empty, normal(20, 9).mT, normal(18, 40)[::2, ::2], torch.empty(5, 0)]
+    stack, empty, no_rows = normal(3, 9, 20), torch.empty(0, 5), torch.empty(2, 0, 3)
+    mats = [normal(9, 20), stack, empty, normal(20, 9).mT, normal(18, 40)[::2, ::2], torch.empty(5, 0), no_rows]
     with use_backend(backend):
         scales = sinkhorn(mats, 5)
-    assert [tuple(r.shape) for r in scales.rows] == [(9,), (3, 9), (0,), (9,), (9,), (5,)]
-    assert [tuple(c.shape) for c in scales.cols] == [(20,), (3, 20), (5,), (20,), (20,), (0,)]
+    assert [tuple(r.shape) for r in scales.rows] == [(9,), (3, 9), (0,), (9,), (9,), (5,), (2, 0)]
+    assert [tuple(c.shape) for c in scales.cols] == [(20,), (3, 20), (5,), (20,), (20,), (0,), (2, 3)]
     assert scales.flat_rows.numel() == sum(r.numel() for r in scales.rows)
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
         if mat.numel():
@@ -118,6 +118,22 @@ def test_closed_forms():
 def test_the_size_does_not_matter(factor):
     g = normal(20, 33)
     close(iterate(g * factor, 5), iterate(g, 5), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.9e19, 1e30, 1e37])
+def test_rows_whose_squares_overflow_stand_anywhere(backend, dtype, size):
+    """Loops over several rows at a time repeat the last one where the number of rows does not divide."""
+    for rows in range(1, 10):
+        mats = [normal(rows, 7, dtype=dtype, seed=rows), normal(2, rows, 7, dtype=dtype), normal(rows, 7, dtype=dtype)]
+        mats[0] *= size
+        mats[1] *= size
+        mats[2][-1] *= size
+        with use_backend(backend):
+            scales = sinkhorn(mats, 3, end_with_rows=True)
+        for mat, r, c in zip(mats, scales.rows, scales.cols, strict=True):
+            close(r.double().unsqueeze(-1) * mat * c.double().unsqueeze(-2), literal(mat, 3, end_with_rows=True), 1e-6)
 
 
 def test_equivariance():

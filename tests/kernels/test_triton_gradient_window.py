@@ -34,13 +34,13 @@ def check(m, dtype, vector_dtype, groups, device="cpu"):
         for k, x in enumerate((vector.double(), block[m - 1].double())):
             want[k, 0, group] += block.double() @ x
             want[k, 1, group] += block.double().abs() @ x.abs()
-    # fp32 sums of up to 16 products a lane, then of 512 lanes, beside the sums of magnitudes: measured below 2e-7
+    # fp64 sums, beside the sums of magnitudes: measured 1.4e-14, most of it the oracle's
     for found, (sums, magnitudes) in zip((dots, gram), want, strict=True):
         assert found.dtype == torch.float64
-        assert ((found - sums).abs() <= 1e-6 * magnitudes).all()
+        assert ((found - sums).abs() <= 1e-13 * magnitudes).all()
     for block, result, group, kept in zip(blocks, out, groups, before, strict=True):
         c = coefficients[group].double()
-        assert ((result - c @ block.double()).abs() <= 1e-6 * (c.abs() @ block.double().abs())).all()
+        assert ((result - c @ block.double()).abs() <= 2**-24 * (c.abs() @ block.double().abs())).all()
         bits_equal(block, kept)
     return dots, gram, *out
 

@@ -104,6 +104,8 @@ def test_the_op_on_this_backend(shape):
     mat = normal(*shape, dtype=torch.float32)
     with use_backend("triton"):
         (found,) = newton_schulz([mat], dtype=torch.bfloat16)
+        for factor in (2.0**-100, 2.0**-30, 2.0**100):
+            assert (newton_schulz([mat * factor], dtype=torch.bfloat16)[0] - found).norm() < 0.01 * found.norm()
         norm = nuclear_norm([mat], dtype=torch.bfloat16)
     (exact,) = newton_schulz([mat.double()])
     # bf16: torch's own products give 0.02 on such matrices

@@ -42,7 +42,7 @@ def check(m, dtype, groups, device="cpu"):
         want = torch.empty_like(found, device="cpu")
         reference.linear_combination(v.cpu(), i.cpu(), coefficients[group].cpu(), layout, want)
         bits_equal(found.cpu(), want)
-    assert ((dots - sums).abs() <= 1e-6 * magnitudes).all()
+    assert ((dots - sums).abs() <= 1e-14 * magnitudes).all()
     return dots, *out
 
 

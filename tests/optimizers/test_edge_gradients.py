@@ -29,6 +29,30 @@ def test_any_finite_gradient_leaves_finite_weights_and_is_not_counted(size, back
     assert (param[0] != 0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 8), (6, 8), (7, 8), (8, 8), (3, 5, 8)], ids=str)
+def test_squares_that_overflow_in_any_number_of_rows(shape, backend):
+    param = torch.nn.Parameter(torch.zeros(shape))
+    param.grad = torch.randn(shape).sign() * 1.9e19
+    optimizer = SinkGD([param], lr=1.0, scale=0.5, algorithm="sinkgd", nonfinite="skip")
+    with use_backend(backend):
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), -0.5 * param.grad.sign())
+    assert optimizer.nonfinite_count() == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (2, 3, 0)], ids=str)
+def test_stacks_without_entries_are_stepped(shape, backend):
+    params = [torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(4, 3))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = SinkGD(params, lr=1.0, scale=0.5, algorithm="sinkgd")
+    with use_backend(backend):
+        optimizer.step()
+    torch.testing.assert_close(params[1].detach(), torch.full((4, 3), -0.5))
+
+
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e38])
 def test_scales_are_finite_where_shards_of_columns_are_reduced(size):
     mats = [torch.randn(8, 6) * size]

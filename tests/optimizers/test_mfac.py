@@ -392,6 +392,23 @@ def test_gradients_may_be_accumulated():
     assert a.state[params[0]]["counts"].tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": "topk", "density": 0.3, "momentum": 0.9}])
+def test_a_step_compiled_by_inductor_is_the_eager_one(options):
+    torch._dynamo.reset()
+    eager, compiled = new_params(SHAPES, torch.float32), new_params(SHAPES, torch.float32)
+    a, b = (MFAC(params, lr=LR, window=3, damping=0.1, **options) for params in (eager, compiled))
+    step = torch.compile(b.step, backend="inductor")
+    for number in range(5):
+        set_grads(eager, number)
+        set_grads(compiled, number)
+        a.step()
+        step()
+    for p, q in zip(eager, compiled, strict=True):
+        assert torch.equal(p, q)
+        assert a.state[p].keys() == b.state[q].keys()
+        assert all(torch.equal(value, b.state[q][key]) for key, value in a.state[p].items())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 import leanstep.optimizers
 from leanstep import use_backend
 from leanstep.recipes.config.schema import (
+    OPTIMIZERS,
     BatchConfig,
     DataConfig,
     DistributedConfig,
@@ -21,7 +22,6 @@ from leanstep.recipes.config.schema import (
     RunConfig,
     ScheduleConfig,
 )
-from leanstep.recipes.config.signatures import OPTIMIZERS
 from leanstep.recipes.training import build
 from leanstep.recipes.training.build import (
     build_accelerator,
@@ -31,11 +31,7 @@ from leanstep.recipes.training.build import (
     optimizer_class,
 )
 
-INSTALLED = [
-    name
-    for name, (package, file, _) in OPTIMIZERS.items()
-    if find_spec(f"{package}.{file.removesuffix('.py').replace('/', '.')}")
-]
+INSTALLED = [name for name, spec in OPTIMIZERS.items() if find_spec(spec.partition(":")[0])]
 LLAMA = ModelConfig(
     config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 )
@@ -108,14 +104,16 @@ def test_the_table_of_optimizers_is_that_of_the_package():
 
 @pytest.mark.parametrize("source", [None, "VALUE = 1\n"], ids=["no module", "no class"])
 def test_an_optimizer_that_is_not_there_is_named(monkeypatch, tmp_path, source):
-    monkeypatch.setitem(OPTIMIZERS, "novel", ("novel_package", "inner/novel.py", "Novel"))
+    monkeypatch.setitem(OPTIMIZERS, "novel", "novel_package.inner.novel:Novel")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "novel_package" / "inner").mkdir(parents=True)
     if source is not None:
         (tmp_path / "novel_package" / "inner" / "novel.py").write_text(source)
     try:
         with pytest.raises(ValueError, match=r"optimizer.name: 'novel' is novel_package.inner.novel.Novel, which this"):
-            build_optimizer(OptimizerConfig(name="novel"), build_model(LLAMA, 300))
+            config = OptimizerConfig()
+            object.__setattr__(config, "name", "novel")
+            build_optimizer(config, build_model(LLAMA, 300))
     finally:
         for name in [name for name in sys.modules if name.startswith("novel_package")]:
             del sys.modules[name]

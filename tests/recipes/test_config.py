@@ -3,17 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
-from typing import get_type_hints
+from dataclasses import FrozenInstanceError, is_dataclass, replace
+from typing import get_args
 
+import argument_table
 import pytest
 
-from leanstep.recipes.config.joint import joint_problems
 from leanstep.recipes.config.loader import ConfigError, dump, load
-from leanstep.recipes.config.rules import ARGUMENT_BOUNDS, optimizer_problems
-from leanstep.recipes.config.rules import CHOICES as CHOICE_PLACES
+from leanstep.recipes.config.rules import TABLE_FILE, joint_problems, model_keys
 from leanstep.recipes.config.schema import BatchConfig, DataConfig, RunConfig, accumulation_steps
-from leanstep.recipes.config.signatures import Accepts, model_config_fields, optimizer_arguments, string_constants
+from leanstep.recipes.config.values import check
 
 BASE = """\
 recipe: pretrain
@@ -110,24 +109,21 @@ def test_configs_are_frozen_and_checked_in_python():
     config = RunConfig()
     with pytest.raises(FrozenInstanceError):
         config.steps = 3
-    with pytest.raises(TypeError):
-        BatchConfig(4096, 16)
-    with pytest.raises(ValueError, match="DataConfig.seq_len must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"seq_len\s+Input should be greater than or equal to 2 .*input_value=1"):
         DataConfig(seq_len=1)
 
 
 def test_every_number_of_the_schema_has_a_range():
     def numbers(schema):
-        hints = get_type_hints(schema)
-        for item in fields(schema):
-            if is_dataclass(hints[item.name]):
-                yield from numbers(hints[item.name])
-            elif {"int", "float"} & set(Accepts.of(hints[item.name]).words):
-                yield schema, item
+        for name, item in schema.__pydantic_fields__.items():
+            if is_dataclass(item.annotation):
+                yield from numbers(item.annotation)
+            elif {int, float} & {item.annotation, *get_args(item.annotation)}:
+                yield f"{schema.__name__}.{name}", item.metadata
 
-    found = list(numbers(RunConfig))
+    found = dict(numbers(RunConfig))
     assert len(found) > 15
-    assert [(schema.__name__, item.name) for schema, item in found if not item.metadata] == []
+    assert [name for name, limits in found.items() if not limits] == []
 
 
 def test_accumulation_follows_from_tokens_and_processes():
@@ -135,6 +131,55 @@ def test_accumulation_follows_from_tokens_and_processes():
     assert [accumulation_steps(config, world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
     with pytest.raises(ValueError, match=r"131072 does not divide into .* 256 \* .* 64 \* 3 processes = 49152 tokens"):
         accumulation_steps(config, 3)
+
+
+# -- recipes that derive from others --------------------------------------------------------------------------------
+
+
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(recipe, tmp_path):
+    recipe(BASE + "description: the base\nexpect: {val_loss: 3, source: measured}\n", "first.yaml")
+    config = load(recipe("base: first.yaml\nsteps: 7\nmodel: {config: {num_hidden_layers: 3}}\n"))
+    assert (config.steps, config.data.seq_len, config.optimizer.lr) == (7, 64, 1e-3)
+    assert config.model.config == {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    assert (config.name, config.out, config.description, config.expect.val_loss) == ("mine", "runs/mine", "", None)
+    assert load(recipe("base: llama-nano-adamw\nsteps: 9\n")).model == load("llama-nano-adamw").model
+    (tmp_path / "last.yaml").write_text("base: mine.yaml\nseed: 3\n")
+    assert replace(load(tmp_path / "last.yaml"), seed=0, name="mine", out="runs/mine", source_file="") == replace(
+        load(tmp_path / "mine.yaml"), source_file=""
+    )
+
+
+def test_what_belongs_to_a_class_stays_with_it(recipe):
+    recipe(BASE.replace("lr: 1e-3", "lr: 1e-3, args: {amsgrad: true}, groups: [{role: head, lr: 1}]"), "first.yaml")
+    config = load(recipe("base: first.yaml\noptimizer: {name: lion}\n"))
+    assert (config.optimizer.name, config.optimizer.lr) == ("lion", 1e-3)
+    assert (config.optimizer.args, config.optimizer.groups) == ({}, [])
+    assert load(recipe("base: first.yaml\noptimizer: {lr: 1}\n")).optimizer.args == {"amsgrad": True}
+    assert load(recipe("base: first.yaml\nmodel: {family: gpt2}\n")).model.config == {}
+
+
+def test_mistakes_of_a_base_are_told_in_its_file(recipe, tmp_path):
+    recipe("stepz: 3\nseed: -1\nbatch: {tokens_per_step: 0}\n", "first.yaml")
+    path = recipe("base: first.yaml\nseed: 1\noptimizer: {lr: -1}\n")
+    assert [problem.replace(f"{tmp_path}/", "") for problem in problems_of(path, ["steps=x"])] == [
+        "mine.yaml:3: optimizer.lr must be at least 0, got -1",
+        "first.yaml:1: unknown key 'stepz'; did you mean 'steps'?",
+        "first.yaml:3: batch.tokens_per_step must be at least 1, got 0",
+        "override: steps: expected a whole number, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("mine.yaml", "mine.yaml:1: base: mine.yaml derives from itself"),
+        ("other.yaml", "mine.yaml:1: base: other.yaml: no such file"),
+        ("llama-nano-adamv", "mine.yaml:1: base: llama-nano-adamv: no recipe or file of that name; did you mean"),
+        ("3", "mine.yaml:1: base: expected the name of a recipe or a file, got 3"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_told(recipe, base, message):
+    assert problems_of(recipe(f"base: {base}\nsteps: 3\n"))[0].startswith(message)
 
 
 # -- what is wrong --------------------------------------------------------------------------------------------------
@@ -179,8 +224,8 @@ def test_everything_at_once_with_lines(recipe):
         "mine.yaml:15: duplicate key 'seed'; it is first on line 2",
         "mine.yaml:17: schedule.warmup_fraction must be at least 0 and at most 1, got 2",
         "mine.yaml:18: stop: expected a mapping, got null; its keys go below it",
-        "override: unknown key 'optimizer.nam'; did you mean 'optimizer.name'?",
         "override: steps: expected a whole number, got 'x'",
+        "override: unknown key 'optimizer.nam'; did you mean 'optimizer.name'?",
     ]
 
 
@@ -252,7 +297,10 @@ WRONG = {
     "argument type": ("optimizer.args.amsgrad=3", "optimizer.args.amsgrad: expected true or false, got 3"),
     "argument length": ("optimizer.args.betas=[0.9]", "optimizer.args.betas: expected a list of 2, got 1: [0.9]"),
     "argument range": ("optimizer.args.betas=[0, 1]", "optimizer.args.betas must be at least 0 and less than 1, got 1"),
-    "pattern": ("optimizer.groups=[{match: '[', lr: 1}]", "optimizer.groups.0.match: '[' is not a regular expression"),
+    "pattern": (
+        "optimizer.groups=[{match: '[', lr: 1}]",
+        "optimizer.groups.0.match must be a regular expression, got '['",
+    ),
     "no selector": ("optimizer.groups=[{lr: 1}]", "optimizer.groups.0 must select parameters by 'match'"),
     "two selectors": ("optimizer.groups=[{match: a, role: head, lr: 1}]", "optimizer.groups.0 must select parameters"),
     "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role: expected one of 'hidden'"),
@@ -318,11 +366,9 @@ def test_words_and_ranges_of_lanton_and_mfac(recipe, argument, message):
     assert message in found
 
 
-def test_every_list_of_words_is_there():
-    for key, place in CHOICE_PLACES.items():
-        assert string_constants(*place), key
-    for name, arguments in (("lanton", {"alpha": 2.0, "scaling": "muon"}), ("mfac", {"scope": 64, "storage": None})):
-        assert list(optimizer_problems(name, arguments)) == []
+def test_words_and_numbers_that_the_classes_take(recipe):
+    for name, arguments in (("lanton", "{alpha: 2.0, scaling: muon}"), ("mfac", "{scope: 64, storage: null}")):
+        load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, args: {arguments}}}"])
 
 
 def test_an_override_of_a_whole_section_is_where_its_mistakes_are(recipe):
@@ -441,50 +487,31 @@ def test_files_that_cannot_be_read(tmp_path, recipe):
 # -- the classes behind the open parts ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd", "muon", "sgd"])
-def test_arguments_read_from_source_are_those_of_the_class(name):
-    import inspect
-
-    from leanstep.recipes.training.build import optimizer_class
-
-    parameters = list(inspect.signature(optimizer_class(name).__init__).parameters)
-    assert list(optimizer_arguments(name)) == parameters[1:]
+def test_the_table_of_arguments_is_that_of_the_classes():
+    made, written = argument_table.table(), json.loads(TABLE_FILE.read_text())
+    for name, arguments in made["optimizers"].items():
+        assert written["optimizers"].get(name) == arguments, f"{name}: run python tests/helpers/argument_table.py"
+    assert written["roles"] == made["roles"] and written["optimizers"].keys() == made["optimizers"].keys()
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sinkgd", "lanton", "mfac"])
-def test_ranges_known_before_torch_are_those_the_class_enforces(name):
-    import torch
-
-    from leanstep.recipes.training.build import optimizer_class
-
-    checked = 0
-    for argument, bounds in ARGUMENT_BOUNDS.items():
-        if argument not in optimizer_arguments(name):
-            continue
-        wrong = {"at_least": -1, "above": 0, "below": 1}
-        for bound in bounds:
-            value = {**wrong, "at_most": 2}[bound] if bound != "at_least" else bounds[bound] - 1
-            with pytest.raises(ValueError):
-                optimizer_class(name)(
-                    [torch.nn.Parameter(torch.ones(2, 2))],
-                    **{argument: (value, 0.9) if argument == "betas" else value},
-                )
-            checked += 1
-    assert checked >= 3
+def test_the_table_knows_words_and_ranges():
+    lanton, mfac = argument_table.table()["optimizers"]["lanton"], argument_table.table()["optimizers"]["mfac"]
+    assert lanton["alpha"] == {"types": ["float"], "choices": ["auto"], "gt": 0}
+    assert mfac["density"] == {"types": ["float"], "gt": 0, "le": 1}
+    assert lanton["betas"] == {"items": "float", "length": 2, "ge": 0, "lt": 1}
+    assert mfac["window"] == {"types": ["int"], "ge": 1}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_model_keys_read_from_source_are_those_of_the_class(family):
+def test_model_keys_are_those_of_the_class(family):
     import transformers
 
     cls = {"llama": transformers.LlamaConfig, "gpt2": transformers.GPT2Config}[family]
-    known = model_config_fields(family)
-    own = {key for key in cls().to_dict() if not key.startswith("_")} - {"model_type", "output_attentions"}
-    assert own <= set(known)
-    for key, value in cls().to_dict().items():
-        if key in known:
-            plain = json.loads(json.dumps(value))
-            assert known[key].problem(plain) is None, key
+    known = set(model_keys(family).__annotations__)
+    values = json.loads(json.dumps(cls().to_dict()))
+    own = {key for key in values if not key.startswith("_")} - {"model_type", "output_attentions"}
+    assert own <= known
+    assert check(model_keys(family), {key: value for key, value in values.items() if key in known})[1] == []
 
 
 # -- before torch ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 import pytest
 from training import numbers, read_log, run, status, write_recipe
 
+from leanstep.cli import main
 from leanstep.recipes.training import launch
 from leanstep.recipes.training.world import WorldError, asked_world_size, check_world
 
@@ -114,12 +115,15 @@ def test_asked_world_size_reads_the_environment():
     assert asked_world_size({"WORLD_SIZE": "4", "LEANSTEP_NPROC": "2"}, "") == {"WORLD_SIZE": 4, "--nproc": 2}
 
 
+def dry_run(recipe, *words):
+    """`leanstep train RECIPE WORDS --dry-run`; its exit code."""
+    return main(["train", str(recipe), *words, "--dry-run"])
+
+
 def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     out = tmp_path / "run"
-    code = launch.run(
-        str(recipe), [f"out={out}", "steps=12", "optimizer.lr=5e-4"], nproc=2, resume="never", dry_run=True
-    )
-    assert code == 0 and not out.exists()
+    options = ["steps=12", "optimizer.lr=5e-4", "--nproc", "2", "--resume", "never"]
+    assert dry_run(recipe, f"out={out}", *options) == 0 and not out.exists()
     printed = capsys.readouterr().out
     assert "lr: 0.0005" in printed and "resume: never" in printed
     assert "8 sequences of 32 = 2 processes x 1 passes x 4 sequences" in printed
@@ -132,7 +136,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     # the plan is a recipe: it can be saved and run
     plan = tmp_path / "plan.yaml"
     plan.write_text(printed)
-    assert launch.run(str(plan), [], dry_run=True) == 0
+    assert dry_run(plan) == 0
 
 
 TEXTS = {
@@ -150,7 +154,7 @@ def test_dry_run_looks_whether_the_text_is_there(recipe, tmp_path, capsys, conte
     path = tmp_path / "corpus.jsonl"
     if content is not None:
         path.write_bytes(content)
-    code = launch.run(str(recipe), [f"data.path={path}", f"data.source={source}"], dry_run=True)
+    code = dry_run(recipe, f"data.path={path}", f"data.source={source}")
     printed, error = capsys.readouterr()
     assert code == 2 and message.format(path=path) in error
     assert "# the same by hand:" in printed, "the plan is printed all the same"
@@ -163,20 +167,21 @@ def test_dry_run_reads_no_more_than_the_beginning(recipe, tmp_path, capsys, monk
     monkeypatch.setattr(
         "leanstep.recipes.data.sources.Path.read_bytes", lambda path: pytest.fail("it reads the whole file")
     )
-    assert launch.run(str(recipe), [f"data.path={path}", f"data.val_path={path}"], dry_run=True) == 0
+    assert dry_run(recipe, f"data.path={path}", f"data.val_path={path}") == 0
     printed = capsys.readouterr().out
     assert f"# data.path: {path}, 1 file, 400,001 bytes" in printed and f"# data.val_path: {path}" in printed
-    assert launch.run("llama-60m", [], dry_run=True) == 0
+    assert dry_run("llama-60m") == 0
     assert "# data.name: allenai/c4 on the hub, not asked for" in capsys.readouterr().out
 
 
 def test_bad_recipes_and_numbers_are_exit_code_2(recipe, capsys):
-    assert launch.run(str(recipe), ["stepz=3"]) == 2
+    assert dry_run(recipe, "stepz=3") == 2
     assert "stepz" in capsys.readouterr().err
-    assert launch.run(str(recipe), [], nproc=0) == 2
+    with pytest.raises(SystemExit, match="2"):
+        dry_run(recipe, "--nproc", "0")
     assert "--nproc" in capsys.readouterr().err
     # 256 tokens a step do not divide by 3 processes
-    assert launch.run(str(recipe), [], nproc=3) == 2
+    assert dry_run(recipe, "--nproc", "3") == 2
     assert re.search(r"tokens_per_step.*does not divide", capsys.readouterr().err, re.S)
 
 
@@ -191,7 +196,7 @@ def test_one_process_that_cannot_start_leaves_exit_code_2(recipe, tmp_path):
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_a_process_ends_with_its_code_after_its_threads_and_its_last_words(world):
     program = (
-        "import atexit, threading, time; from leanstep.recipes.training.train import leave; "
+        "import atexit, threading, time; from leanstep.recipes.training.launch import leave; "
         "atexit.register(print, 'last words'); "
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); leave(3)"
     )

@@ -1,44 +1,39 @@
 // Dots of a window's rows with a vector, and combinations of its rows: reference/gradient_window.py. Each reads the
 // windows once. WINDOW: float, bf16 or fp16.
 //
-// A thread takes a stretch of columns of all rows: what the rows share, the vector or the result, then stays in the
-// second-level cache. Results do not depend on the number of threads.
+// Sums run in fp64, where products of two such numbers are exact: rows that hardly differ are told apart by the last
+// bits of their dots, and cancel in a combination. A thread takes a stretch of columns of all rows: what the rows share,
+// the vector or the sums, then stays in the second-level cache. Results do not depend on the number of threads.
 #include "window.h"
 
 namespace {
 
-constexpr int64_t COLUMNS = 16384;
-// products that are added up in fp32 before fp64 takes over
-constexpr int64_t LANES = 1024;
+constexpr int64_t COLUMNS = 16384, SUMS = 8192;
 constexpr int ROWS = 4;
 
 // dots of R rows, whose sums do not wait for one another
 template <int R>
 void dots_of_rows(const WINDOW* __restrict w, const float* __restrict x, int64_t n, int64_t pitch, double* dots) {
-    double total[R] = {};
-    for (int64_t begin = 0; begin < n; begin += LANES) {
-        const int64_t end = std::min(begin + LANES, n);
-        float a = 0, b = 0, c = 0, d = 0;
+    double a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
-        for (int64_t j = begin; j < end; ++j) {
-            a += widen(w[j]) * x[j];
-            if constexpr (R > 1) b += widen(w[pitch + j]) * x[j];
-            if constexpr (R > 2) c += widen(w[2 * pitch + j]) * x[j];
-            if constexpr (R > 3) d += widen(w[3 * pitch + j]) * x[j];
-        }
-        const float sums[4] = {a, b, c, d};
-        for (int r = 0; r < R; ++r) total[r] += sums[r];
+    for (int64_t j = 0; j < n; ++j) {
+        const double y = x[j];
+        a = fused(double(widen(w[j])), y, a);
+        if constexpr (R > 1) b = fused(double(widen(w[pitch + j])), y, b);
+        if constexpr (R > 2) c = fused(double(widen(w[2 * pitch + j])), y, c);
+        if constexpr (R > 3) d = fused(double(widen(w[3 * pitch + j])), y, d);
     }
-    for (int r = 0; r < R; ++r) dots[r] = total[r];
+    const double sums[4] = {a, b, c, d};
+    std::copy(sums, sums + R, dots);
 }
 
 template <int R>
-void add_rows(const WINDOW* __restrict w, const float* c, int64_t n, int64_t pitch, float* __restrict out) {
+void add_rows(const WINDOW* __restrict w, const double* c, int64_t n, int64_t pitch, double* __restrict sums) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        float sum = out[j];
+        double sum = sums[j];
         for (int r = 0; r < R; ++r) sum += c[r] * widen(w[r * pitch + j]);
-        out[j] = sum;
+        sums[j] = sum;
     }
 }
 
@@ -74,18 +69,19 @@ extern "C" void row_dots(
 // coefficients: [groups, m]
 extern "C" void linear_combination(
     int64_t count, const WINDOW** windows, float** out, const int64_t* sizes, const int64_t* pitches,
-    const int64_t* owners, int64_t m, const float* coefficients, int threads
+    const int64_t* owners, int64_t m, const double* coefficients, int threads
 ) {
-    const auto columns = [](int64_t) { return COLUMNS; };
+    const auto columns = [](int64_t) { return SUMS; };
     for_blocks(count, sizes, threads, columns, [=](int64_t t, int64_t begin, int64_t end) {
         const WINDOW* w = windows[t] + begin;
-        const float* c = coefficients + owners[t] * m;
+        const double* c = coefficients + owners[t] * m;
         const int64_t n = end - begin, pitch = pitches[t];
-        std::fill(out[t] + begin, out[t] + end, 0.0f);
+        std::vector<double> sums(n);
         int64_t i = 0;
         for (; i + 2 * ROWS <= m; i += 2 * ROWS) {
-            add_rows<2 * ROWS>(w + i * pitch, c + i, n, pitch, out[t] + begin);
+            add_rows<2 * ROWS>(w + i * pitch, c + i, n, pitch, sums.data());
         }
-        for (; i < m; ++i) add_rows<1>(w + i * pitch, c + i, n, pitch, out[t] + begin);
+        for (; i < m; ++i) add_rows<1>(w + i * pitch, c + i, n, pitch, sums.data());
+        std::copy(sums.begin(), sums.end(), out[t] + begin);
     });
 }

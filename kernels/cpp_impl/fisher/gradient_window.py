@@ -32,7 +32,7 @@ def row_dots(windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Seque
 def linear_combination(
     windows: Sequence[Tensor], coefficients: Tensor, groups: Sequence[int], out: Sequence[Tensor]
 ) -> None:
-    """Write the combinations of the rows of windows [m, n] with fp32 coefficients [G, m] to fp32 ``out``, [n] each."""
+    """Write the combinations of the rows of windows [m, n] with fp64 coefficients [G, m] to fp32 ``out``, [n] each."""
     windows = [_dense_rows(w) for w in windows]
     coefficients = coefficients.contiguous()
     _library(windows).linear_combination(

@@ -1,15 +1,15 @@
 // Dots of a sparse window's rows with a vector, and combinations of its rows: reference/sparse_window.py. Each reads
 // values and indices once. WINDOW: float, bf16 or fp16.
 //
-// A thread takes a few blocks of all rows: what it gathers from, or adds to, then stays in the cache. No two threads add
-// to the same element, and every element gets its rows in order.
+// Sums run in fp64, as in gradient_window.cpp. A thread takes a few blocks of all rows: what it gathers from, or adds to,
+// then stays in the cache. No two threads add to the same element, and every element gets its rows in order.
 #include "window.h"
 
 namespace {
 
 // entries of a row that are taken together, so that a row's stretch fills whole cache lines; and elements of the dense
-// vector that they may point to, which fit the second-level cache
-constexpr int64_t ENTRIES = 256, ELEMENTS = 1 << 16;
+// vector that they may point to, whose sums fit the second-level cache
+constexpr int64_t ENTRIES = 256, ELEMENTS = 1 << 15;
 
 struct Window {
     const WINDOW* values;
@@ -40,17 +40,17 @@ std::vector<int64_t> blocks_of(const std::vector<Window>& windows) {
     return blocks;
 }
 
-float dot(const WINDOW* __restrict v, const int16_t* __restrict places, const float* __restrict x, int64_t n) {
-    float sum = 0;
+double dot(const WINDOW* __restrict v, const int16_t* __restrict indices, const float* __restrict x, int64_t n) {
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t e = 0; e < n; ++e) sum += widen(v[e]) * x[places[e]];
+    for (int64_t e = 0; e < n; ++e) sum = fused(double(widen(v[e])), double(x[indices[e]]), sum);
     return sum;
 }
 
-void add(const WINDOW* __restrict v, const int16_t* __restrict places, float c, int64_t n, float* __restrict out) {
-    // no place occurs twice in a row
+void add(const WINDOW* __restrict v, const int16_t* __restrict indices, double c, int64_t n, double* __restrict sums) {
+    // no index occurs twice in a row
 #pragma omp simd
-    for (int64_t e = 0; e < n; ++e) out[places[e]] += c * widen(v[e]);
+    for (int64_t e = 0; e < n; ++e) sums[indices[e]] += c * widen(v[e]);
 }
 
 }  // namespace
@@ -90,20 +90,22 @@ extern "C" void row_dots(
 extern "C" void linear_combination(
     int64_t count, const WINDOW** values, const int16_t** indices, float** out, const int64_t* numel,
     const int64_t* block, const int64_t* per_block, const int64_t* k, const int64_t* owners, int64_t m,
-    const float* coefficients, int threads
+    const double* coefficients, int threads
 ) {
     const std::vector<Window> windows = windows_of(count, values, indices, numel, block, per_block, k);
     const std::vector<int64_t> blocks = blocks_of(windows);
     const auto together = [&](int64_t t) { return windows[t].together(); };
     for_blocks(count, blocks.data(), threads, together, [&](int64_t t, int64_t begin, int64_t end) {
         const Window& window = windows[t];
-        std::fill(out[t] + begin * window.block, out[t] + std::min(end * window.block, window.numel), 0.0f);
+        const int64_t first = begin * window.block;
+        std::vector<double> sums(std::min(end * window.block, window.numel) - first);
         for (int64_t i = 0; i < m; ++i) {
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t at = i * window.k + b * window.per_block;
                 add(window.values + at, window.indices + at, coefficients[owners[t] * m + i], window.entries(b),
-                    out[t] + b * window.block);
+                    sums.data() + b * window.block - first);
             }
         }
+        std::copy(sums.begin(), sums.end(), out[t] + first);
     });
 }

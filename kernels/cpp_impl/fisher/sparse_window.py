@@ -46,7 +46,7 @@ def linear_combination(
     groups: Sequence[int],
     out: Sequence[Tensor],
 ) -> None:
-    """Write the combinations of the sparse rows with fp32 coefficients [G, m] to fp32 ``out``, [numel] each."""
+    """Write the combinations of the sparse rows with fp64 coefficients [G, m] to fp32 ``out``, [numel] each."""
     values, indices = [v.contiguous() for v in values], [i.contiguous() for i in indices]
     coefficients = coefficients.contiguous()
     library("fisher/sparse_window", {"WINDOW": WINDOW_TYPES[values[0].dtype]}).linear_combination(

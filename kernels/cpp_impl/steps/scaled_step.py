@@ -79,6 +79,4 @@ def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
     """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their members."""
     if all(t.dim() == dims for t in tensors):
         return tensors
-    return [
-        part for t in tensors for part in (t.reshape(-1, *t.shape[t.dim() - dims :]) if t.dim() > dims else t[None])
-    ]
+    return [part for t in tensors for part in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]

@@ -1,4 +1,8 @@
-"""A window of gradients, one block of columns at a time, as plain torch: dots with its rows, and sums of its rows."""
+"""A window of gradients, one block of columns at a time, as plain torch: dots with its rows, and sums of its rows.
+
+All sums run in fp64, where products of fp32 numbers are exact. Gradients that change slowly give rows that hardly
+differ; the last bits of their dots tell them apart, and in a combination they cancel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products and sums of windows of ``dtype``."""
+    """The dtype of combinations of the rows of windows of ``dtype``, and of vectors beside them."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -24,23 +28,17 @@ def column_chunks(window: Tensor, elements: int = _CHUNK_ELEMENTS) -> Iterator[s
 
 
 def row_dots(window: Tensor, vector: Tensor) -> Tensor:
-    """Dot products of the rows of a window [m, n] with a vector [n]: products and chunks' sums in fp32, total in fp64.
-
-    Returns:
-        fp64 [m].
-    """
-    wide = wide_dtype(window.dtype)
+    """Dot products of the rows of a window [m, n] with a vector [n], fp64 [m]."""
     total = torch.zeros(window.shape[0], dtype=torch.float64, device=window.device)
     for chunk in column_chunks(window):
-        total += (window[:, chunk].to(wide) * vector[chunk].to(wide)).sum(dim=1)
+        total += (window[:, chunk].double() * vector[chunk].double()).sum(dim=1)
     return total
 
 
 def linear_combination(window: Tensor, coefficients: Tensor, out: Tensor) -> None:
-    """Write the sum over i of ``coefficients[i] * window[i]`` to ``out`` [n], in fp32 (fp64 for fp64 windows)."""
-    wide = wide_dtype(window.dtype)
+    """Write the sum over i of ``coefficients[i] * window[i]`` to ``out`` [n], rounded once."""
     for chunk in column_chunks(window):
-        out[chunk] = (window[:, chunk].to(wide) * coefficients.to(wide).unsqueeze(1)).sum(dim=0)
+        out[chunk] = coefficients.double() @ window[:, chunk].double()
 
 
 def row_scale(largest: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
-
 # entries whose places are spelled out, in int64, at a time
 _CHUNK_ENTRIES = 1 << 21
 
@@ -98,24 +96,22 @@ def row_chunks(values: Tensor) -> Iterator[slice]:
 
 
 def row_dots(values: Tensor, indices: Tensor, vector: Tensor, layout: SparseLayout) -> Tensor:
-    """Dot products of the rows with a dense vector [numel]: products in fp32, totals in fp64. Returns fp64 [m]."""
-    wide = wide_dtype(values.dtype)
+    """Dot products of the rows with a dense vector [numel], fp64 [m]."""
     starts = block_starts(layout, values.device)
     total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
-    vector = vector.to(wide)
+    vector = vector.double()
     for chunk in row_chunks(values):
-        gathered = vector[starts + indices[chunk]]
-        total[chunk] = (values[chunk].to(wide) * gathered).sum(dim=1, dtype=torch.float64)
+        total[chunk] = (values[chunk].double() * vector[starts + indices[chunk]]).sum(dim=1)
     return total
 
 
 def linear_combination(
     values: Tensor, indices: Tensor, coefficients: Tensor, layout: SparseLayout, out: Tensor
 ) -> None:
-    """Write the sum over i of ``coefficients[i] * row_i`` to ``out`` [numel], in fp32, row after row."""
-    wide = wide_dtype(values.dtype)
+    """Write the sum over i of ``coefficients[i] * row_i`` to ``out`` [numel], in fp64, row after row, rounded once."""
     starts = block_starts(layout, values.device)
-    out.zero_()
+    total = torch.zeros(layout.numel, dtype=torch.float64, device=values.device)
     for chunk in row_chunks(values):
-        products = values[chunk].to(wide) * coefficients[chunk].to(wide).unsqueeze(1)
-        out.index_add_(0, (starts + indices[chunk]).view(-1), products.view(-1))
+        products = values[chunk].double() * coefficients[chunk].double().unsqueeze(1)
+        total.index_add_(0, (starts + indices[chunk]).view(-1), products.view(-1))
+    out.copy_(total)

@@ -57,7 +57,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 def newton_schulz(batch: Tensor, triples: Sequence[Triple], eps: float, dtype: torch.dtype) -> Tensor:
     """Approximate polar factors of ``batch`` [B, m, n], computed in ``dtype``; see ``kernels.newton_schulz``."""
     wide = widen(batch, dtype)
-    return iterate((wide / frobenius(wide).clamp(min=eps)).to(dtype), triples)
+    smallest = torch.finfo(wide.dtype).tiny  # zeros stay zero
+    return iterate((wide / frobenius(wide).clamp(min=max(eps, smallest))).to(dtype), triples)
 
 
 def iterate(iterate_0: Tensor, triples: Sequence[Triple]) -> Tensor:

@@ -1,9 +1,12 @@
 """Dots of a window's rows with a vector, and linear combinations of its rows, each one launch for all its blocks.
 
 Bytes: `row_dots` reads every window once, and the vector once from memory and from then on from the cache, a column's
-element for every `BLOCK_M` rows. Its fp32 sums over `TILES * BLOCK_N` columns go to a second kernel, which adds them in
-fp64 and in fixed order: 4 bytes per row and 8192 columns. `linear_combination` reads every window once and writes its
-result once.
+element for every `BLOCK_M` rows. Its sums over `TILES * BLOCK_N` columns go to a second kernel, which adds them in
+fixed order: 8 bytes per row and 8192 columns. `linear_combination` reads every window once and writes its result once.
+
+All sums run in fp64, as in reference/gradient_window.py: one conversion and one multiply-add per element of the window.
+GPUs for data centers do that at the speed of their memory. Where fp64 runs at 1/64 of fp32 it bounds both kernels: by
+the numbers of the data sheets at 0.6 to 1 times the speed of memory for fp32 rows, at half of that for 16-bit ones.
 """
 
 from collections.abc import Sequence
@@ -74,13 +77,13 @@ def window_dots_kernel(
     # the vector may be a row of the window, whose number changes at every step, and whose address then need not
     x_ptr = pointer_to(tl.load(row + 1), X_DTYPE, ALIGNED) + start + index * pitch
 
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float64)
     for t in range(0, tl.cdiv(count, BLOCK_N)):
         offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < count
         x = to_float(tl.load(x_ptr + offs_n, mask=mask_n, other=0.0))
         g = to_float(tl.load(g_rows + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0))
-        sums += g * x[None, :]
+        sums += g.to(tl.float64) * x.to(tl.float64)[None, :]
     at = (tl.load(row + 4) + chunk) * m + offs_m
     tl.store(partial + at, tl.sum(sums, 1), mask=mask_m)
 
@@ -97,7 +100,7 @@ def window_reduce_kernel(table, partial, dots, m, BLOCK_C: tl.constexpr, BLOCK_R
         offs_c = t * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (offs_c < chunks)[:, None] & (offs_r < m)[None, :]
         part = tl.load(partial + (first + offs_c)[:, None] * m + offs_r[None, :], mask=mask, other=0.0)
-        sums += part.to(tl.float64)
+        sums += part
     tl.store(dots + tl.program_id(1).to(tl.int64) * m + offs_r, tl.sum(sums, 0), mask=offs_r < m)
 
 
@@ -120,15 +123,15 @@ def window_combination_kernel(
     lane = tl.arange(0, BLOCK_M)
     g_rows = g_ptr + start + lane.to(tl.int64)[:, None] * pitch + offs_n[None, :]
 
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float64)
     for t in range(0, tl.cdiv(m, BLOCK_M)):
         offs_m = t * BLOCK_M + lane
         mask_m = offs_m < m
         c = tl.load(c_ptr + offs_m, mask=mask_m, other=0.0)
         g = to_float(tl.load(g_rows, mask=mask_m[:, None] & mask_n[None, :], other=0.0))
-        sums += c[:, None] * g
+        sums += c[:, None] * g.to(tl.float64)
         g_rows += BLOCK_M * pitch
-    tl.store(out_ptr + start + offs_n, tl.sum(sums, 0), mask=mask_n)
+    tl.store(out_ptr + start + offs_n, tl.sum(sums, 0).to(tl.float32), mask=mask_n)
 
 
 def row_dots(
@@ -148,7 +151,7 @@ def row_dots(
         keys.append(is_aligned(window, vector) and n % 8 == 0 and pitch % 8 == 0)
         chunks[groups[b]] += triton.cdiv(n, TILES * BLOCK_N)
         pieces.append(triton.cdiv(n, TILES * BLOCK_N) * triton.cdiv(m, BLOCK_M))
-    partial = torch.empty(sum(chunks) * m, dtype=torch.float32, device=device)
+    partial = torch.empty(sum(chunks) * m, dtype=torch.float64, device=device)
     table = device_rows(rows, device)
     with on_device(device):
         for aligned, members in by_key(keys).items():
@@ -169,7 +172,7 @@ def _dense_rows(window: Tensor, staging: Staging) -> Tensor:
 
 
 def reduce_chunks(partial: Tensor, chunks: Sequence[int], m: int) -> Tensor:
-    """fp64 [G, m] from fp32 [chunk, m], the chunks of one group after those of another; `chunks`: how many of each."""
+    """fp64 [G, m] from fp64 [chunk, m], the chunks of one group after those of another; `chunks`: how many of each."""
     device = partial.device
     dots = torch.empty(len(chunks), m, dtype=torch.float64, device=device)
     firsts = [sum(chunks[:g]) for g in range(len(chunks))]
@@ -184,7 +187,7 @@ def reduce_chunks(partial: Tensor, chunks: Sequence[int], m: int) -> Tensor:
 def linear_combination(
     windows: Sequence[Tensor], coefficients: Tensor, groups: Sequence[int], out: Sequence[Tensor]
 ) -> None:
-    """Write the combinations of the rows of windows [m, n] with fp32 coefficients [G, m] to fp32 `out`, [n] each."""
+    """Write the combinations of the rows of windows [m, n] with fp64 coefficients [G, m] to fp32 `out`, [n] each."""
     device, m = windows[0].device, windows[0].shape[0]
     staging = Staging()
     coefficients = coefficients.contiguous()
@@ -221,7 +224,7 @@ def _dots_case(g: torch.dtype, x: torch.dtype, aligned: bool) -> AuditCase:
     return AuditCase(
         kernel=window_dots_kernel,
         label=f"g {g} x {x} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), m="i32", index="i32"),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp64"), m="i32", index="i32"),
         constants=dict(
             G_DTYPE=TL_DTYPE[g], X_DTYPE=TL_DTYPE[x], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES
         ),
@@ -239,7 +242,7 @@ def _combination_case(g: torch.dtype, aligned: bool) -> AuditCase:
     return AuditCase(
         kernel=window_combination_kernel,
         label=f"g {g} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp32"), m="i32"),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp64"), m="i32"),
         constants=dict(G_DTYPE=TL_DTYPE[g], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N),
         threads=THREADS,
         fp_fusion=True,
@@ -254,11 +257,11 @@ def _reduce_case() -> AuditCase:
     return AuditCase(
         kernel=window_reduce_kernel,
         label="partial sums",
-        arguments=dict(table=pointer("i64"), partial=pointer("fp32"), dots=pointer("fp64"), m="i32"),
+        arguments=dict(table=pointer("i64"), partial=pointer("fp64"), dots=pointer("fp64"), m="i32"),
         constants=dict(BLOCK_C=REDUCE_CHUNKS, BLOCK_R=REDUCE_ROWS),
         threads=REDUCE_THREADS,
         fp_fusion=True,
         elements=REDUCE_CHUNKS * REDUCE_ROWS,
-        read=4,
+        read=8,
         written=0,
     )  # fmt: skip

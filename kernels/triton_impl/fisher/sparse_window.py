@@ -1,9 +1,9 @@
 """Dots of a sparse window's rows with a vector, and combinations of its rows, each one launch for all its blocks.
 
 Bytes: both read values and indices once: 4 bytes per entry in bf16. What they gather from, or add to, is a block of a
-dense vector at a time, which the cache holds: 4 bytes more per entry, and for the combination 4 written. A program of
-the combination owns a block and goes through the rows in order, so that no two programs add to the same element and
-results repeat bit for bit.
+dense vector at a time, which the cache holds: 4 bytes more per entry, and for the combination, whose sums are fp64, 8
+and 8 written. A program of the combination owns a block and goes through the rows in order, so that no two programs add
+to the same element and results repeat bit for bit. All sums run in fp64, as in gradient_window.py.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def sparse_dots_kernel(
     count = eights(tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
     at = offs_m.to(tl.int64)[:, None] * k + start
 
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float64)
     for t in range(0, tl.cdiv(count, BLOCK_N)):
         offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = mask_m[:, None] & (offs_n < count)[None, :]
@@ -67,7 +67,7 @@ def sparse_dots_kernel(
         v = to_float(tl.load(v_ptr + at + offs_n[None, :], mask=mask, other=0.0))
         begin = ((start + offs_n) // per_block).to(tl.int64) * block
         x = tl.load(x_ptr + begin[None, :] + i, mask=mask, other=0.0)
-        sums += v * x
+        sums += v.to(tl.float64) * x.to(tl.float64)
     at_m = (tl.load(row + 6) + chunk) * m + offs_m
     tl.store(partial + at_m, tl.sum(sums, 1), mask=mask_m)
 
@@ -76,7 +76,7 @@ def sparse_dots_kernel(
 def sparse_combination_kernel(
     table, programs, coefficients, m, V_DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All rows of one block. A row of the table is (values, indices, out, k, entries per block, elements per block,
+    """All rows of one block. A row of the table is (values, indices, sums, k, entries per block, elements per block,
     numel, group).
     """
     entry = tl.load(programs + tl.program_id(0))
@@ -89,13 +89,13 @@ def sparse_combination_kernel(
     count = tl.minimum(k - piece * per_block, per_block).to(tl.int32)
     v_ptr = tl.load(row + 0).to(tl.pointer_type(V_DTYPE)) + piece * per_block
     i_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int16)) + piece * per_block
-    out_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + piece * block
+    sums_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float64)) + piece * block
     c_ptr = coefficients + tl.load(row + 7) * m
     lane = tl.arange(0, BLOCK_K)
 
-    zeros = tl.zeros([BLOCK_K], dtype=tl.float32)
+    zeros = tl.zeros([BLOCK_K], dtype=tl.float64)
     for j in range(0, size, BLOCK_K):
-        tl.store(out_ptr + j + lane, zeros, mask=j + lane < size)
+        tl.store(sums_ptr + j + lane, zeros, mask=j + lane < size)
     for row_number in range(0, m):
         # what comes now may have been written by other threads of this program
         tl.debug_barrier()
@@ -103,10 +103,10 @@ def sparse_combination_kernel(
         for j in range(0, count, BLOCK_K):
             mask = j + lane < count
             i = tl.load(i_ptr + j + lane, mask=mask, other=0).to(tl.int32)
-            v = to_float(tl.load(v_ptr + j + lane, mask=mask, other=0.0))
-            # no place occurs twice in a row
-            so_far = tl.load(out_ptr + i, mask=mask, other=0.0)
-            tl.store(out_ptr + i, so_far + v * c, mask=mask)
+            v = to_float(tl.load(v_ptr + j + lane, mask=mask, other=0.0)).to(tl.float64)
+            # no index occurs twice in a row
+            so_far = tl.load(sums_ptr + i, mask=mask, other=0.0)
+            tl.store(sums_ptr + i, so_far + v * c, mask=mask)
         v_ptr += k
         i_ptr += k
 
@@ -131,7 +131,7 @@ def row_dots(
         keys.append(is_aligned(v, i) and layout.k % 8 == 0)
         chunks[groups[b]] += triton.cdiv(layout.k, TILES * BLOCK_N)
         pieces.append(triton.cdiv(layout.k, TILES * BLOCK_N) * triton.cdiv(m, BLOCK_M))
-    partial = torch.empty(sum(chunks) * m, dtype=torch.float32, device=device)
+    partial = torch.empty(sum(chunks) * m, dtype=torch.float64, device=device)
     table = device_rows(rows, device)
     with on_device(device):
         for aligned, members in by_key(keys).items():
@@ -153,15 +153,16 @@ def linear_combination(
     groups: Sequence[int],
     out: Sequence[Tensor],
 ) -> None:
-    """Write the combinations of the sparse rows with fp32 coefficients [G, m] to fp32 `out`, [numel] each."""
+    """Write the combinations of the sparse rows with fp64 coefficients [G, m] to fp32 `out`, [numel] each."""
     device, m = values[0].device, values[0].shape[0]
     staging = Staging()
     coefficients = coefficients.contiguous()
     rows, keys, pieces = [], [], []
-    for value, index, layout, group, result in zip(values, indices, layouts, groups, out, strict=True):
+    sums = [torch.empty(layout.numel, dtype=torch.float64, device=device) for layout in layouts]
+    for value, index, layout, group, total in zip(values, indices, layouts, groups, sums, strict=True):
         v, i = staging.read(value), staging.read(index)
         numbers = (layout.k, layout.per_block, layout.block, layout.numel)
-        rows.append((v.data_ptr(), i.data_ptr(), result.data_ptr(), *numbers, group))
+        rows.append((v.data_ptr(), i.data_ptr(), total.data_ptr(), *numbers, group))
         keys.append(next((width for width in WIDTHS if layout.per_block <= width), max(WIDTHS)))
         pieces.append(triton.cdiv(layout.numel, layout.block))
     table = device_rows(rows, device)
@@ -175,6 +176,7 @@ def linear_combination(
                     num_warps=warps(WIDTHS[width]), enable_fp_fusion=False,
                 )  # fmt: skip
     staging.finish()
+    torch._foreach_copy_(list(out), sums)
 
 
 def audit_cases() -> list[AuditCase]:
@@ -189,7 +191,7 @@ def _dots_case(v: torch.dtype, aligned: bool) -> AuditCase:
     return AuditCase(
         kernel=sparse_dots_kernel,
         label=f"v {v} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), m="i32"),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp64"), m="i32"),
         constants=dict(V_DTYPE=TL_DTYPE[v], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES),
         threads=THREADS,
         fp_fusion=True,
@@ -205,13 +207,13 @@ def _combination_case(v: torch.dtype, width: int) -> AuditCase:
     return AuditCase(
         kernel=sparse_combination_kernel,
         label=f"v {v} {width}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp32"), m="i32"),
+        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp64"), m="i32"),
         constants=dict(V_DTYPE=TL_DTYPE[v], BLOCK_K=width),
         threads=WIDTHS[width],
         fp_fusion=False,
         elements=width,
         read=v.itemsize + 2,
-        # to the block of the result, which stays in the cache
-        written=4,
-        cached=4,
+        # to the sums of the block, which stay in the cache
+        written=8,
+        cached=8,
     )  # fmt: skip
