@@ -63,9 +63,9 @@ def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
     return (n, m) if group["transposed"] else (m, n)
 
 
-def scale_of(x: LayerStep) -> float:
+def scale_of(layer: LayerStep) -> float:
     """The :func:`dual_norm_scale` of a parameter's matrices."""
-    return rule.dual_norm_scale("rms", matrix_shape(x.group, x.shard.shape), x.group["scaling"])
+    return rule.dual_norm_scale("rms", matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"])
 
 
 def backend(group: dict[str, Any]) -> AbstractContextManager[object]:
@@ -87,8 +87,8 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
     """
     tasks: list[MatrixTask] = []
     loads: dict[Any, list[float]] = {}
-    for i, x in enumerate(layers):
-        shard, stack = x.shard, is_stack(x.group, x.norm, x.param.dim())
+    for i, layer in enumerate(layers):
+        shard, stack = layer.shard, is_stack(layer.group, layer.norm, layer.param.dim())
         if not shard.groups:
             tasks.append(MatrixTask(i, shard.shape))
             continue
@@ -106,7 +106,7 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
             rank = torch.distributed.get_rank(group)
             tasks.append(MatrixTask(i, torch.Size((sizes[rank], *shard.shape[1:])), first=sum(sizes[:rank])))
             for r, size in enumerate(sizes):
-                load[r] += _cost(x, torch.Size((size, *shard.shape[1:])))
+                load[r] += _cost(layer, torch.Size((size, *shard.shape[1:])))
         elif stack:
             shape = torch.Size(shard.shape[1:])
             tasks += [MatrixTask(i, shape, k, k, shard.dim - 1, group) for k in range(shard.shape[0])]
@@ -126,9 +126,9 @@ def _with_owners(tasks: list[MatrixTask], costs: list[float], loads: dict[Any, l
     return assigned
 
 
-def _cost(x: LayerStep, shape: torch.Size) -> float:
-    count = shape[0] if is_stack(x.group, "rms", len(shape)) else 1
-    return count * flops(matrix_shape(x.group, shape), x.group["ns_steps"])
+def _cost(layer: LayerStep, shape: torch.Size) -> float:
+    count = shape[0] if is_stack(layer.group, "rms", len(shape)) else 1
+    return count * flops(matrix_shape(layer.group, shape), layer.group["ns_steps"])
 
 
 # ---- what is done with them
@@ -144,8 +144,8 @@ def nuclear_norms(
             norms = rule.nuclear_norms([whole for _, whole in batch], group["nuclear"], dtype_of(group["ns_dtype"]))
         counts = [whole.shape[0] if whole.dim() == 3 else 1 for _, whole in batch]
         for (task, _), values in zip(batch, norms.split(counts), strict=True):
-            x = layers[task.layer_index]
-            scale = scale_of(x) * rule.noise_scale(x.group["noise"], x.group["half_fraction"])
+            layer = layers[task.layer_index]
+            scale = scale_of(layer) * rule.noise_scale(layer.group["noise"], layer.group["half_fraction"])
             yield task, values.double() * scale
 
 
@@ -182,10 +182,10 @@ def directions(
         yield [(t, as_written(p, stack)) for t, p, stack in zip(sharded, pieces, stacks, strict=True)]
 
 
-def _like_polar(x: LayerStep) -> Tensor:
+def _like_polar(layer: LayerStep) -> Tensor:
     """An empty tensor with the dtype and device of a parameter's polar factor."""
-    buffer = local(x.state["momentum_buffer"])
-    return torch.empty(0, dtype=compute_dtype(dtype_of(x.group["ns_dtype"]), buffer), device=buffer.device)
+    buffer = local(layer.state["momentum_buffer"])
+    return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), buffer), device=buffer.device)
 
 
 def _whole_matrices(
@@ -220,8 +220,8 @@ def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
         if task.mine and math.prod(task.shape) > 0:
-            x = layers[task.layer_index]
-            settings = tuple(x.group[name] for name in _BATCH_SETTINGS)
-            shape = (len(task.shape), *matrix_shape(x.group, task.shape))
-            sets.setdefault((settings, x.param.device, x.param.dtype, shape), []).append(task)
+            layer = layers[task.layer_index]
+            settings = tuple(layer.group[name] for name in _BATCH_SETTINGS)
+            shape = (len(task.shape), *matrix_shape(layer.group, task.shape))
+            sets.setdefault((settings, layer.param.device, layer.param.dtype, shape), []).append(task)
     return list(sets.values())

@@ -115,7 +115,7 @@ class LANTON(LeanOptimizer):
             where the device has matrix units for it, else fp32.
         nuclear: the estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias that all layers share
             cancels in f. "svd": exact, and slow. "frobenius": a lower bound without any product, too small by up to the
-            square root of the rank; for layers of similar shape.
+            square root of the rank. Use it for layers of similar shape.
         transposed: of a group whose matrices are stored (in, out), as in transformers' ``Conv1D``.
             :func:`leanstep.optimizers.param_groups` sets it, and ``flatten``.
         flatten: of a group whose tensors of three dimensions are single matrices (m, rest), not stacks: weights of

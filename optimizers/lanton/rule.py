@@ -1,7 +1,7 @@
 """LANTON's rule, a function for each line of the formula in :class:`leanstep.optimizers.LANTON`, in its order.
 
-The functions take tensors of any dtype, float64 included, and no optimizer. :mod:`leanstep.optimizers.lanton.step`
-calls them for all layers of a model.
+They need no optimizer and take tensors of any floating dtype, float64 included. A step of the optimizer calls them for
+all layers of a model (:mod:`leanstep.optimizers.lanton.step`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ _SMALLEST_ALPHA = 1e-30
 # ---- B = beta1 * B + (1 - beta1) * G
 
 
-def average(buffer: Tensor, gradient: Tensor, beta: float, *, in_place: bool = False) -> Tensor:
-    """The running average ``beta * buffer + (1 - beta) * gradient`` in the buffer's dtype, rounded once.
-
-    With ``beta = beta1`` and the momentum this is the first line. Applied again to the new momentum, it is Nesterov's.
-    """
-    weight = 1.0 - beta
+def momentum(buffer: Tensor, gradient: Tensor, beta1: float, *, in_place: bool = False) -> Tensor:
+    """The new B, in the dtype of the old one, rounded once."""
+    weight = 1.0 - beta1
     if buffer.dtype == gradient.dtype:
         return buffer.lerp_(gradient, weight) if in_place else buffer.lerp(gradient, weight)  # computes in fp32 inside
     wide = torch.promote_types(buffer.dtype, gradient.dtype)
@@ -35,14 +32,19 @@ def average(buffer: Tensor, gradient: Tensor, beta: float, *, in_place: bool = F
     return buffer.copy_(new) if in_place else new
 
 
+def nesterov(new_momentum: Tensor, gradient: Tensor, beta1: float) -> Tensor:
+    """The tensor whose direction Nesterov's variant takes in place of the new B."""
+    return momentum(new_momentum, gradient, beta1)
+
+
 # ---- O = argmax of <B, O> over the unit ball of the layer's norm
 
 
 def dual_norm_scale(norm: str, shape: tuple[int, ...], scaling: str = "scion") -> float:
-    """The factor in the dual norm and in O that depends on the layer's shape alone.
+    """The common factor of the dual norm and of O, which depends on the shape alone.
 
-    ``shape`` is (m, n) = (out, in) for "rms": sqrt(m / n) with "scion", 0.2 * sqrt(max(m, n)) with "muon". "sign" has 1
-    and "vector" sqrt(d) for d entries.
+    For "rms" and shape (m, n) = (out, in), it is sqrt(m / n) with "scion" and 0.2 * sqrt(max(m, n)) with "muon"; for
+    "vector" sqrt(d) with d entries; for "sign" 1.
     """
     if norm == "rms":
         m, n = shape
@@ -53,7 +55,7 @@ def dual_norm_scale(norm: str, shape: tuple[int, ...], scaling: str = "scion") -
 def polar_factors(
     momenta: Sequence[Tensor], steps: int = 5, coefficients: str = "jordan", dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """U V^T of matrices [m, n] or stacks [e, m, n]: O of norm "rms" without its :func:`dual_norm_scale`."""
+    """U V^T of matrices [m, n] or stacks [e, m, n]. Times the :func:`dual_norm_scale`, this is O of norm "rms"."""
     return newton_schulz(momenta, steps=steps, coefficients=coefficients, dtype=dtype)
 
 
@@ -76,22 +78,23 @@ def vector_direction(momentum: Tensor, square: Tensor, scale: float) -> Tensor:
 
 
 def nuclear_norms(differences: Sequence[Tensor], estimator: str = "polar", dtype: torch.dtype | None = None) -> Tensor:
-    """Nuclear norms of matrices or stacks, one per matrix: dual norms of "rms" without :func:`dual_norm_scale`."""
+    """Nuclear norms of matrices or stacks, one per matrix: times :func:`dual_norm_scale`, dual norms of "rms"."""
     return nuclear_norm(differences, estimator=estimator, dtype=dtype)
 
 
 def partial_dual_norm(difference: Tensor, norm: str, dtype: torch.dtype) -> Tensor:
-    """The part that some entries of a layer add to the dual norm of "sign", or to its square for "vector"."""
+    """Sum of absolute values for "sign", sum of squares for "vector": they add up over the parts of a layer."""
     if norm == "sign":
         return torch.linalg.vector_norm(difference, 1, dtype=compute_dtype(difference.dtype)).to(dtype)
     return torch.linalg.vector_norm(difference, dtype=dtype).square()
 
 
 def noise_scale(noise: str, fraction: float = 0.5) -> float:
-    """The factor that gives the kept difference the variance of G - G', G' an independent gradient of a whole batch.
+    """The factor by which the kept difference has the variance of G - G', where G' is an independent gradient.
 
-    "previous" keeps G - G' itself. "halves" keeps h - w G = w (1 - w) (g_a - g_b), for a first part of fraction w with
-    mean gradient g_a; its variance is w (1 - w) Var(G), and that of G - G' is 2 Var(G).
+    "previous" keeps G - G' itself. "halves" keeps h - w G: the first part of the batch, of fraction w, contributes
+    h = w g_a to G = w g_a + (1 - w) g_b. The difference is w (1 - w) (g_a - g_b), of variance w (1 - w) Var(G), whereas
+    G - G' has variance 2 Var(G).
     """
     return 1.0 if noise == "previous" else math.sqrt(2.0 / (fraction * (1.0 - fraction)))
 
@@ -115,10 +118,10 @@ def inverse_rates(noise: Tensor, alpha: Tensor | float) -> Tensor:
 
 
 def factors(inverse_rates: Tensor, measured: Tensor) -> Tensor:
-    """f of the layers that share one maximum.
+    """f of layers that share one maximum.
 
-    A layer without an estimate has f = 1 and does not enter the maximum. Taken as H = 0, it would be the least noisy
-    layer and slow down all others.
+    A layer without an estimate has f = 1 and does not enter the maximum. With H = 0 in place of an estimate, it would
+    be the least noisy layer and slow down all others.
     """
     smallest = torch.where(measured, inverse_rates, float("inf")).amin()
     return torch.where(measured, (smallest / inverse_rates).sqrt(), 1.0)

@@ -23,7 +23,7 @@ from leanstep.optimizers.lanton.matrices import is_stack
 
 # Columns of a table with one row per matrix, summed over processes:
 _DUAL = 0  # the dual norm of the difference, without its scale for embeddings, heads and vectors; squared for vectors
-_BAD = 1  # above 0 if the gradient is not finite
+_NONFINITE = 1  # above 0 if the gradient is not finite
 _ACTIVE = 2  # above 0 if the gradient has a nonzero entry
 _SQUARE = 3  # the sum of squares of a vector's new momentum
 
@@ -57,7 +57,7 @@ class GradientInfo(NamedTuple):
 
     layer: LayerStep
     factor: Tensor  # [1], or [e] for a stack
-    bad: Tensor  # 0-d bool: the gradient is not finite, and the parameter is left alone
+    nonfinite: Tensor  # 0-d bool: the gradient is not finite, and the parameter is left alone
     active: Tensor  # bool [1] or [e]: the gradient has a nonzero entry
     square: Tensor  # 0-d: sum of squares of a vector's momentum
 
@@ -110,61 +110,63 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         layers: the parameters that have a gradient.
         estimated: all parameters that have an estimate, with or without a gradient.
     """
-    layers = [x for x in layers if x.param.numel() > 0]
+    layers = [layer for layer in layers if layer.param.numel() > 0]
     if not layers:
         return
     device = local(layers[0].param).device
     rows: list[slice] = []  # of each layer in the table
     shards: list[Shard] = []  # of each row
-    for x in layers:
-        count = matrix_count(x)
+    for layer in layers:
+        count = matrix_count(layer)
         rows.append(slice(len(shards), len(shards) + count))
-        shards += [x.shard] * count
+        shards += [layer.shard] * count
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
     if any(s.groups for s in shards):
         yield from sum_over_shards(table, shards)
-    bad = table[constant([r.start for r in rows], device, torch.int64), _BAD] > 0
-    _count_nonfinite(layers, bad)
-    _update_noise(layers, rows, table, bad)
+    nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
+    _count_nonfinite(layers, nonfinite)
+    _update_noise(layers, rows, table, nonfinite)
     factors = _factors(layers, estimated, device)
     infos = []
-    for x, r, factor, flag in zip(layers, rows, factors, bad.unbind(), strict=True):
-        home = local(x.param).device
-        infos.append(GradientInfo(x, factor, flag.to(home), (table[r, _ACTIVE] > 0).to(home), table[r.start, _SQUARE]))
-    counters = [x.state["step"] for x in layers if x.rounding == "stochastic"]
+    for layer, r, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
+        home = local(layer.param).device
+        infos.append(
+            GradientInfo(layer, factor, flag.to(home), (table[r, _ACTIVE] > 0).to(home), table[r.start, _SQUARE])
+        )
+    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic"]
     if counters:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
-        infos = [info for info in infos if not info.bad]  # to read a flag costs nothing on the host
+        infos = [info for info in infos if not info.nonfinite]  # to read a flag costs nothing on the host
     for info in infos:
         _keep_gradient(info)
         _update_momentum(info)
     _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
     hidden = [info for info in infos if info.layer.norm == "rms"]
-    for batch in matrices.directions([info.layer for info in hidden], lambda i: _ahead(hidden[i].layer)):
+    for batch in matrices.directions([info.layer for info in hidden], lambda i: _direction_momentum(hidden[i].layer)):
         _write([_matrix_update(hidden[task.layer_index], task, direction) for task, direction in batch])
 
 
 def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
     """Fill in this process's part of the table."""
-    checked = [i for i, x in enumerate(layers) if x.group["nonfinite"] == "skip"]
+    checked = [i for i, layer in enumerate(layers) if layer.group["nonfinite"] == "skip"]
     for positions in by_device_and_dtype([layers[i].param for i in checked]).values():
         flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
         starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
-        table[starts, _BAD] = flags.to(table)
-    for x, r in zip(layers, rows, strict=True):
-        if x.measures or x.keeps:
-            grad = local(x.grad)
+        table[starts, _NONFINITE] = flags.to(table)
+    for layer, r in zip(layers, rows, strict=True):
+        if layer.measures or layer.keeps:
+            grad = local(layer.grad)
             active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
-            _of_this_process(x, table[r, _ACTIVE]).copy_(active)
-        if x.norm == "vector":
-            momentum = rule.average(_momentum(x), _signed(x), x.group["betas"][0])
-            ahead = _ahead(x, momentum)
+            _of_this_process(layer, table[r, _ACTIVE]).copy_(active)
+        if layer.norm == "vector":
+            momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
+            ahead = _direction_momentum(layer, momentum)
             table[r.start, _SQUARE] = torch.linalg.vector_norm(ahead, dtype=table.dtype).square()
-        if x.measures and x.norm != "rms":
-            table[r.start, _DUAL] = rule.partial_dual_norm(_difference(x), x.norm, table.dtype)
-    hidden = [i for i, x in enumerate(layers) if x.measures and x.norm == "rms"]
+        if layer.measures and layer.norm != "rms":
+            table[r.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
+    hidden = [i for i, layer in enumerate(layers) if layer.measures and layer.norm == "rms"]
     for task, norms in matrices.nuclear_norms([layers[i] for i in hidden], lambda i: _difference(layers[hidden[i]])):
         start = rows[hidden[task.layer_index]].start + task.first
         table[start : start + norms.numel(), _DUAL] = norms.to(table)
@@ -176,19 +178,19 @@ def _any(grad: Tensor) -> Tensor:
     return start.any() if start is grad or bool(start.any()) else grad.any()
 
 
-def _count_nonfinite(layers: list[LayerStep], bad: Tensor) -> None:
+def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
     """Add parameters with a non-finite gradient to the counts of their groups."""
     by_group: dict[int, list[int]] = {}
-    for i, x in enumerate(layers):
-        if x.group["nonfinite"] == "skip":
-            by_group.setdefault(id(x.group), []).append(i)
+    for i, layer in enumerate(layers):
+        if layer.group["nonfinite"] == "skip":
+            by_group.setdefault(id(layer.group), []).append(i)
     for indices in by_group.values():
-        count_nonfinite(layers[indices[0]].group, bad[constant(indices, bad.device, torch.int64)])
+        count_nonfinite(layers[indices[0]].group, nonfinite[constant(indices, nonfinite.device, torch.int64)])
 
 
-def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, bad: Tensor) -> None:
+def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, nonfinite: Tensor) -> None:
     """Take the dual norms of this step's differences into the estimates."""
-    measuring = [i for i, x in enumerate(layers) if x.measures or x.keeps]
+    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.keeps]
     if not measuring:
         return
     pairs = [(i, r) for i in measuring for r in range(rows[i].start, rows[i].stop)]
@@ -200,24 +202,24 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, bad
         return constant([(1.0 if v else 0.0) if isinstance(v, bool) else v for v in numbers], table.device, table.dtype)
 
     values = table[constant([r for _, r in pairs], table.device, torch.int64)]
-    usable = (values[:, _ACTIVE] > 0) & ~bad[constant([i for i, _ in pairs], table.device, torch.int64)]
-    is_vector = per_matrix(lambda x: x.norm == "vector") > 0
+    usable = (values[:, _ACTIVE] > 0) & ~nonfinite[constant([i for i, _ in pairs], table.device, torch.int64)]
+    is_vector = per_matrix(lambda layer: layer.norm == "vector") > 0
     duals = torch.where(is_vector, values[:, _DUAL].sqrt(), values[:, _DUAL]) * per_matrix(_remaining_scale)
     noise, counts = (_joined(states, name, table.device) for name in ("noise", "noise_steps"))
-    estimates = rule.noise_estimate(noise, duals, per_matrix(lambda x: x.group["betas"][1]))
-    taken = usable & (counts >= 0) & (per_matrix(lambda x: x.measures) > 0) & torch.isfinite(estimates)
-    kept = usable & (per_matrix(lambda x: x.keeps) > 0)
+    estimates = rule.noise_estimate(noise, duals, per_matrix(lambda layer: layer.group["betas"][1]))
+    taken = usable & (counts >= 0) & (per_matrix(lambda layer: layer.measures) > 0) & torch.isfinite(estimates)
+    keeps = usable & (per_matrix(lambda layer: layer.keeps) > 0)
     new_counts = torch.where(taken, counts + 1, counts)
     _distribute(states, "noise", torch.where(taken, estimates, noise))
-    _distribute(states, "noise_steps", torch.where(kept, new_counts.clamp_min(0), new_counts))
+    _distribute(states, "noise_steps", torch.where(keeps, new_counts.clamp_min(0), new_counts))
 
 
-def _remaining_scale(x: LayerStep) -> float:
+def _remaining_scale(layer: LayerStep) -> float:
     """The number that turns the table's entry into a dual norm; 1 for hidden matrices, whose entry is one."""
-    if not x.measures or x.norm == "rms":
+    if not layer.measures or layer.norm == "rms":
         return 1.0
-    scale = rule.dual_norm_scale(x.norm, tuple(x.param.shape))
-    return rule.noise_scale(x.group["noise"], x.group["half_fraction"]) * scale
+    scale = rule.dual_norm_scale(layer.norm, tuple(layer.param.shape))
+    return rule.noise_scale(layer.group["noise"], layer.group["half_fraction"]) * scale
 
 
 def _joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -> Tensor:
@@ -236,10 +238,10 @@ def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.devi
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
     known: dict[Tensor, Tensor] = {}
     if estimated:
-        counts = [matrix_count(x) for x in estimated]
+        counts = [matrix_count(layer) for layer in estimated]
         parts = factors_and_noise(estimated, device)[0].split(counts)
-        known = {x.param: part for x, part in zip(estimated, parts, strict=True)}
-    return [known[x.param] if x.param in known else one.expand(matrix_count(x)) for x in layers]
+        known = {layer.param: part for layer, part in zip(estimated, parts, strict=True)}
+    return [known[layer.param] if layer.param in known else one.expand(matrix_count(layer)) for layer in layers]
 
 
 def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,41 +273,41 @@ def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Te
 # ---- one parameter
 
 
-def _signed(x: LayerStep) -> Tensor:
-    grad = local(x.grad)
-    return -grad if x.group["maximize"] else grad
+def _signed(layer: LayerStep) -> Tensor:
+    grad = local(layer.grad)
+    return -grad if layer.group["maximize"] else grad
 
 
-def _momentum(x: LayerStep) -> Tensor:
-    return local(x.state["momentum_buffer"])
+def _momentum(layer: LayerStep) -> Tensor:
+    return local(layer.state["momentum_buffer"])
 
 
-def _ahead(x: LayerStep, momentum: Tensor | None = None) -> Tensor:
+def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
     """The tensor whose direction is taken: the momentum as stored or, with Nesterov, averaged once more with G."""
-    momentum = _momentum(x) if momentum is None else momentum
-    return rule.average(momentum, _signed(x), x.group["betas"][0]) if x.group["nesterov"] else momentum
+    momentum = _momentum(layer) if momentum is None else momentum
+    return rule.nesterov(momentum, _signed(layer), layer.group["betas"][0]) if layer.group["nesterov"] else momentum
 
 
-def _difference(x: LayerStep) -> Tensor:
+def _difference(layer: LayerStep) -> Tensor:
     """This process's part of the difference that, times ``noise_scale``, measures the noise.
 
     G minus the previous gradient, or h - w * G for the halves of a batch. In the dtype of the gradients: its rounding
     does not matter to a norm, and halves what is sent.
     """
-    grad = local(x.grad)
-    if x.group["noise"] == "previous":
-        return grad - local(x.state["previous_grad"])
-    half = local(x.state["half_grad"])
-    return half.sub(grad, alpha=x.group["half_fraction"]) if x.group["half_is"] == "gradient" else half
+    grad = local(layer.grad)
+    if layer.group["noise"] == "previous":
+        return grad - local(layer.state["previous_grad"])
+    half = local(layer.state["half_grad"])
+    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
 
 
 def _keep_gradient(info: GradientInfo) -> None:
     """Keep the gradient for the next step, except matrices that are not finite or zero."""
-    x = info.layer
-    if not x.keeps:
+    layer = info.layer
+    if not layer.keeps:
         return
-    grad, previous = local(x.grad), local(x.state["previous_grad"])
-    take = _of_this_process(x, info.active & ~info.bad)
+    grad, previous = local(layer.grad), local(layer.state["previous_grad"])
+    take = _of_this_process(layer, info.active & ~info.nonfinite)
     if _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
@@ -315,20 +317,20 @@ def _keep_gradient(info: GradientInfo) -> None:
 
 def _update_momentum(info: GradientInfo) -> None:
     """Update the momentum, unless the gradient is not finite."""
-    x, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
-    if not _on_host(buffer) and x.group["nonfinite"] == "skip":  # on the host, bad ones have been sorted out
-        buffer.copy_(torch.where(info.bad, buffer, rule.average(buffer, _signed(x), beta)))
+    layer, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
+    if not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host they have been left out
+        buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
     else:
-        rule.average(buffer, _signed(x), beta, in_place=True)
+        rule.momentum(buffer, _signed(layer), beta, in_place=True)
 
 
-def _of_this_process(x: LayerStep, values: Tensor) -> Tensor:
+def _of_this_process(layer: LayerStep, values: Tensor) -> Tensor:
     """The values of the matrices that this process holds (parts of), from one value per matrix of a stack."""
-    shard = x.shard
+    shard = layer.shard
     if values.numel() == 1 or not shard.groups or shard.dim != 0 or shard.offset is None:
         return values
     first = shard.offset // math.prod(shard.shape[1:])
-    return values[first : first + local(x.param).shape[0]]
+    return values[first : first + local(layer.param).shape[0]]
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -341,26 +343,28 @@ def _on_host(tensor: Tensor) -> bool:
 
 def _elementwise_update(info: GradientInfo) -> Update:
     """Embeddings and heads move along the signs of their momenta, vectors along momenta of root mean square 1."""
-    x = info.layer
-    momentum = as_written(_ahead(x), stacked=False)
-    if x.norm == "sign":
+    layer = info.layer
+    momentum = as_written(_direction_momentum(layer), stacked=False)
+    if layer.norm == "sign":
         direction = rule.sign_direction(momentum)
     else:
-        direction = rule.vector_direction(momentum, info.square, rule.dual_norm_scale("vector", tuple(x.param.shape)))
-    return Update(info, local(x.param), _rounding_state(x), direction, info.factor * x.group["radius"])
+        direction = rule.vector_direction(
+            momentum, info.square, rule.dual_norm_scale("vector", tuple(layer.param.shape))
+        )
+    return Update(info, local(layer.param), _rounding_state(layer), direction, info.factor * layer.group["radius"])
 
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Hidden matrices move along the polar factors of their momenta."""
-    x, state = info.layer, _rounding_state(info.layer)
-    factor = _of_this_process(x, info.factor) if task.matrix is None else info.factor[task.matrix : task.matrix + 1]
-    scale = x.group["radius"] * matrices.scale_of(x)
-    weight, state = task.piece(local(x.param)), None if state is None else task.piece(state)
+    layer, state = info.layer, _rounding_state(info.layer)
+    factor = _of_this_process(layer, info.factor) if task.matrix is None else info.factor[task.matrix : task.matrix + 1]
+    scale = layer.group["radius"] * matrices.scale_of(layer)
+    weight, state = task.piece(local(layer.param)), None if state is None else task.piece(state)
     return Update(info, weight, state, direction, factor * scale)
 
 
-def _rounding_state(x: LayerStep) -> Tensor | None:
-    states = rounding_states([x.state], x.rounding)
+def _rounding_state(layer: LayerStep) -> Tensor | None:
+    states = rounding_states([layer.state], layer.rounding)
     return states[0] if states else None
 
 
@@ -379,8 +383,10 @@ def _write_alike(updates: list[Update]) -> None:
     group, rounding = layers[0].group, layers[0].rounding
     seeds = offsets = None
     if rounding == "stochastic":
-        seeds = seeds_for([x.state["step"] for x in layers], [x.param_index for x in layers], group["seed"], device)
-        offsets = constant([x.shard.offset or 0 for x in layers], device, torch.int64)
+        seeds = seeds_for(
+            [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
+        )
+        offsets = constant([layer.shard.offset or 0 for layer in layers], device, torch.int64)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
         with matrices.backend(group):
@@ -390,7 +396,7 @@ def _write_alike(updates: list[Update]) -> None:
                 [u.scale for u in updates],
                 group["lr"],
                 group["weight_decay"],
-                skipped=[] if _on_host(updates[0].direction) else [u.info.bad for u in updates],
+                skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
                 rounding=rounding,
                 rounding_states=states,
                 seeds=seeds,
@@ -399,5 +405,5 @@ def _write_alike(updates: list[Update]) -> None:
             )
 
     states = [u.rounding_state for u in updates if u.rounding_state is not None]
-    stacked = [is_stack(group, x.norm, u.weight.dim()) for x, u in zip(layers, updates, strict=True)]
+    stacked = [is_stack(group, layer.norm, u.weight.dim()) for layer, u in zip(layers, updates, strict=True)]
     write_back(write, [u.weight for u in updates], states, stacked)

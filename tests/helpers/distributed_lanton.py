@@ -44,11 +44,13 @@ def lanton_sends_every_matrix_once_each_way(world: World) -> None:
     }.items():
         optimizer = build(name, model)
         for step, exchanges in enumerate(kinds):
-            seen = count_collectives(optimizer, model, step)
-            assert [op for op, _ in seen].count("alltoall_base_") == exchanges, f"{name}, step {step}: {seen}"
-            others = [s for s in seen if s[0] != "alltoall_base_"]
+            collectives = count_collectives(optimizer, model, step)
+            assert [op for op, _ in collectives].count("alltoall_base_") == exchanges, (
+                f"{name}, step {step}: {collectives}"
+            )
+            others = [s for s in collectives if s[0] != "alltoall_base_"]
             assert others == [told], f"{name}, step {step}: {others}"
-            sent = torch.tensor([size for op, size in seen if op == "alltoall_base_"])
+            sent = torch.tensor([size for op, size in collectives if op == "alltoall_base_"])
             torch.distributed.all_reduce(sent)
             # what goes out is counted where it leaves and where it arrives; stacks of experts stay where they are
             assert sent.tolist() == [2 * 8 * cut] * exchanges, f"{name}, step {step}: {sent.tolist()} for {cut}"

@@ -64,11 +64,11 @@ def test_follows_the_formula(options, foreach):
     formula = Formula([p.detach().clone() for p in params], norms, lr=0.1, **options)
     optimizer = grouped(params, norms, lr=0.1, foreach=foreach, **EXACT, **options)
     for step in range(6):
-        found = gradients(params, step)
-        for param, gradient in zip(params, found, strict=True):
+        step_gradients = gradients(params, step)
+        for param, gradient in zip(params, step_gradients, strict=True):
             param.grad = gradient
         optimizer.step()
-        formula.step(found)
+        formula.step(step_gradients)
         torch.testing.assert_close([p.detach() for p in params], formula.params, rtol=0, atol=1e-9)
         assert [row["factor"] for row in optimizer.noise_report()] == pytest.approx(formula.factors, rel=1e-6)
     assert [row["H"] for row in optimizer.noise_report()] == pytest.approx(formula.noise, rel=1e-6)
@@ -209,7 +209,7 @@ def test_multiplying_gradients_is_dividing_alpha():
         results.append(params)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     results = []
-    for c in (1.0, 8.0):  # and with alpha found by itself, of no matter
+    for c in (1.0, 8.0):  # and with alpha="auto" it makes no difference
         params, norms = layers(torch.float32)
         run(grouped(params, norms, lr=0.01, alpha="auto"), params, range(8), lambda g, c=c: g * c)
         results.append(params)
@@ -258,8 +258,8 @@ def test_nuclear_estimators(nuclear, low, high):
     for gradient in (first, second):
         param.grad = gradient
         optimizer.step()
-    found = math.sqrt(optimizer.noise_report()[0]["H"]) / dual_norm((second - first).double(), "rms")
-    assert low < found < high
+    ratio = math.sqrt(optimizer.noise_report()[0]["H"]) / dual_norm((second - first).double(), "rms")
+    assert low < ratio < high
 
 
 def test_noise_does_not_change_the_decay():
@@ -289,15 +289,20 @@ def test_noise_every():
     """Every third step measures, against the gradient right before it."""
     params, norms = layers()
     optimizer = grouped(params, norms, lr=0.0, noise_every=3, nuclear="svd")
-    seen = []
+    estimates = []
     for step in range(8):
         run(optimizer, params, range(step, step + 1))
-        seen.append(optimizer.noise_report()[0]["H"])
-    assert seen[0] is None and seen[1] == seen[2] == seen[3] and seen[4] == seen[5] == seen[6] and seen[3] != seen[4]
+        estimates.append(optimizer.noise_report()[0]["H"])
+    assert (
+        estimates[0] is None
+        and estimates[1] == estimates[2] == estimates[3]
+        and estimates[4] == estimates[5] == estimates[6]
+        and estimates[3] != estimates[4]
+    )
     first, second = (gradients(params, step)[0] for step in (0, 1))
-    assert seen[1] == pytest.approx(0.1 * dual_norm(second - first, "rms") ** 2, rel=1e-6)
+    assert estimates[1] == pytest.approx(0.1 * dual_norm(second - first, "rms") ** 2, rel=1e-6)
     third, fourth = (gradients(params, step)[0] for step in (3, 4))
-    assert seen[4] == pytest.approx(0.9 * seen[1] + 0.1 * dual_norm(fourth - third, "rms") ** 2, rel=1e-6)
+    assert estimates[4] == pytest.approx(0.9 * estimates[1] + 0.1 * dual_norm(fourth - third, "rms") ** 2, rel=1e-6)
 
 
 def test_momentum_and_inputs_are_not_overwritten_in_bf16():
@@ -381,7 +386,7 @@ def test_what_is_missing_or_not_finite_leaves_the_estimates():
     params, norms = layers(torch.float32)
     optimizer = grouped(params, norms, lr=0.01)
     run(optimizer, params, range(3))
-    kept = {key: optimizer.state[params[0]][key].clone() for key in ("noise", "noise_steps", "previous_grad")}
+    before = {key: optimizer.state[params[0]][key].clone() for key in ("noise", "noise_steps", "previous_grad")}
     moved = params[1].detach().clone()
     for change in (None, float("nan"), 0.0):
         for param, gradient in zip(params, gradients(params, 3), strict=True):
@@ -391,7 +396,7 @@ def test_what_is_missing_or_not_finite_leaves_the_estimates():
         else:
             params[0].grad.fill_(change)
         optimizer.step()
-        for key, value in kept.items():
+        for key, value in before.items():
             assert torch.equal(optimizer.state[params[0]][key], value), (change, key)
     assert not torch.equal(params[1], moved)
     assert optimizer.nonfinite_count() == 1
@@ -594,9 +599,9 @@ def test_grouping(grouping, expected):
     model = Net()
     groups = param_groups(model, overrides=[("q_proj", {})])
     rows = trained(model, LANTON(groups, lr=0.01, grouping=grouping)).noise_report()
-    found = {row["name"]: row["group"] for row in rows}
-    assert {name: found[name] for name in expected} == expected
-    for key in set(found.values()):
+    maxima = {row["name"]: row["group"] for row in rows}
+    assert {name: maxima[name] for name in expected} == expected
+    for key in set(maxima.values()):
         assert max(row["factor"] for row in rows if row["group"] == key) == 1.0
 
 

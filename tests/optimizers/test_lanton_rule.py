@@ -35,11 +35,11 @@ def full_dual_norm(difference, norm, scaling="scion"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_average_rounds_once(dtype, in_place):
+def test_momentum_is_rounded_once(dtype, in_place):
     buffer, gradient = normal(40, 30, dtype=dtype), normal(40, 30, seed=1, dtype=torch.float32)
     exact = 0.9 * buffer.double() + 0.1 * gradient.double()
     before = buffer.clone()
-    new = rule.average(buffer, gradient, 0.9, in_place=in_place)
+    new = rule.momentum(buffer, gradient, 0.9, in_place=in_place)
     assert new.dtype == dtype and (new is buffer) == in_place
     assert in_place or torch.equal(buffer, before)
     inside = 1e-15 if dtype == torch.float64 else 1e-6  # what it is computed in
@@ -71,8 +71,8 @@ def test_noise_scale_gives_the_halves_the_variance_of_two_gradients(fraction):
     """12 samples of variance 1: a part of them has variance 1 / (12 w), the whole 1 / 12."""
     samples = normal(20000, 12)
     first = samples[:, : round(12 * fraction)].sum(1) / 12  # h = w * g_a
-    kept = first - fraction * samples.mean(1)
-    assert (rule.noise_scale("halves", fraction) * kept).var().item() == pytest.approx(2 / 12, rel=0.03)
+    difference = first - fraction * samples.mean(1)
+    assert (rule.noise_scale("halves", fraction) * difference).var().item() == pytest.approx(2 / 12, rel=0.03)
     assert rule.noise_scale("previous") == 1.0
 
 
@@ -82,8 +82,8 @@ def test_estimates_and_factors():
     torch.testing.assert_close(new, torch.tensor([1.3, 14.4, 82.9], dtype=torch.float64))
     everywhere = torch.ones(3, dtype=torch.bool)
     for alpha, expected in ((1e-9, [1, 1 / 2, 1 / 3]), (1e9, [1, 1, 1]), (1e-300, [1, 1 / 2, 1 / 3])):
-        found = rule.factors(rule.inverse_rates(noise, alpha), everywhere)
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+        factors = rule.factors(rule.inverse_rates(noise, alpha), everywhere)
+        torch.testing.assert_close(factors, torch.tensor(expected, dtype=torch.float64))
     rates = 2.0 / (4.0 + noise).sqrt()
     torch.testing.assert_close(1 / rule.inverse_rates(noise, 2.0), rates)
     torch.testing.assert_close(rule.factors(1 / rates, everywhere), (rates / rates.max()).sqrt())
@@ -118,7 +118,7 @@ def test_the_lines_together_are_the_rule():
     previous = None
     for step in range(5):
         gradients = [normal(*p.shape, seed=100 * step + i) * 2.0**i for i, p in enumerate(params)]
-        momenta = [rule.average(b, g, 0.95) for b, g in zip(momenta, gradients, strict=True)]
+        momenta = [rule.momentum(b, g, 0.95) for b, g in zip(momenta, gradients, strict=True)]
         measured = torch.full((len(params),), previous is not None)
         if previous is not None:
             differences = [g - h for g, h in zip(gradients, previous, strict=True)]
