@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.sharding import Steps, placed_like, run, shard_of, sum_over_shards, together
+from leanstep.optimizers.common.sharding import (
+    Steps,
+    check_class,
+    placed_like,
+    plain,
+    readable,
+    run,
+    shard_of,
+    sum_over_shards,
+    together,
+)
+from leanstep.optimizers.common.sharding import local as local  # where the rules look for it
 
 T = TypeVar("T")
 
@@ -303,7 +314,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         if not named:
             return
         device = named[0][1].device
-        flags = torch.stack([~torch.isfinite(local(grad)).all().to(device) for *_, grad in named]).float()
+        flags = torch.stack([~torch.isfinite(readable(grad)).all().to(device) for *_, grad in named]).float()
         shards = [shard_of(param) for _, param, _ in named]
         if any(s.groups for s in shards):  # all processes raise, or none
             run(sum_over_shards(flags, shards))
@@ -344,12 +355,6 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
                 optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
-
-
 def describe(group: dict[str, Any], position: int) -> str:
     """Name of a parameter for messages: its own name, if the group knows it, and its shape."""
     names = group.get("param_names")
@@ -363,7 +368,10 @@ def holds_factors(group: dict[str, Any]) -> bool:
 
 
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
-    """The gradient of a parameter, distributed as the parameter is; refused when it is sparse."""
+    """The gradient of a parameter, distributed as the parameter is; refused when it is sparse.
+
+    Both may be of a class that keeps its elements in other tensors, if those can be copied; the gradient is, here.
+    """
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
@@ -371,12 +379,14 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
-    return placed_like(grad, param)
+    check_class(owner, describe(group, position), param)
+    check_class(owner, f"the gradient of {describe(group, position)}", grad)
+    return plain(placed_like(grad, param))
 
 
 def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
     """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
-    return torch.zeros_like(param, dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+    return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
 
 
 def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:

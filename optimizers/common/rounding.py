@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
 from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
-from leanstep.optimizers.common.base import check_choice, describe, local
-from leanstep.optimizers.common.sharding import Shard, offsets_of
+from leanstep.kernels.steps.common import constant
+from leanstep.optimizers.common.base import check_choice, describe, new_state
+from leanstep.optimizers.common.sharding import Shard, local, offsets_of, plain
 
 # what each way keeps in the state of a parameter
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
@@ -48,9 +48,9 @@ def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -
 def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
     """Create what ``rounding`` keeps for a parameter."""
     if rounding == "kahan" and "kahan_compensation" not in state:
-        state["kahan_compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["kahan_compensation"] = new_state(param)
     elif rounding == "master" and "master_param" not in state:
-        state["master_param"] = param.detach().to(torch.float32, copy=True)
+        state["master_param"] = plain(param.detach()).to(torch.float32, copy=True)
     elif rounding == "stochastic" and "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
+from leanstep._torch import is_dtensor, join_parts
+from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -79,6 +80,68 @@ def shard_of(param: Tensor) -> Shard:
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor, or this process's part of it, is of a class whose elements kernels can address.
+
+    Classes made by ``torch.Tensor._make_wrapper_subclass``, as of quantized weights, hold other tensors instead.
+    Torch's own stand-ins of tracing and estimation are left as they are.
+    """
+    kind = type(local(tensor))
+    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses.")
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, for kernels to read: itself or, of a class without memory, a plain copy."""
+    part = local(tensor)
+    if torch.compiler.is_compiling() or has_memory(part):
+        return part
+    copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+    copy.copy_(part)  # whose class decides what that returns
+    return copy
+
+
+def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Write changed parts that :func:`readable` copied back into their tensors, by their class's own ``copy_``."""
+    for part, tensor in zip(parts, tensors, strict=True):
+        held = local(tensor)
+        if held is not part and not has_memory(held):
+            held.copy_(part)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor of an ordinary class with the same elements, distributed the same: itself, where it is one."""
+    if torch.compiler.is_compiling() or has_memory(tensor):
+        return tensor
+    part = readable(tensor)
+    return join_parts(part, tensor, tensor.shape) if is_dtensor(tensor) else part
+
+
+# classes without memory that can be read into plain tensors and written from them
+_copyable: set[type] = set()
+
+
+def check_class(owner: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of a class that can neither be addressed nor copied; nothing has been changed."""
+    if torch.compiler.is_compiling() or has_memory(tensor) or type(local(tensor)) in _copyable:
+        return
+    part = local(tensor).detach()
+    try:
+        part.clone().copy_(readable(part))
+    except Exception as error:
+        raise TypeError(
+            f"{owner}: {name} is a {type(part).__name__}, which cannot be copied to a plain tensor and back "
+            f"({type(error).__name__}: {error}); expected torch.Tensor, Parameter, a DTensor of them, or a class of "
+            "tensors with clone and copy_. Nothing was updated. Leave it to another optimizer, or freeze it."
+        ) from error
+    _copyable.add(type(part))
+
+
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient, distributed as its parameter is; unchanged where it already is.
 
@@ -89,6 +152,8 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     placements = getattr(param, "placements", None)
     if placements is None or getattr(grad, "placements", placements) == placements:
         return grad
+    if any(p.is_partial() for p in placements):
+        return grad  # shard_of refuses such a parameter
     return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
 from leanstep.optimizers.mfac.direction import Direction, Problem, directions
-from leanstep.optimizers.mfac.scopes import form_of
-from leanstep.optimizers.mfac.window import Columns, combination_dtype
+from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
+_FORMS = {form.__name__: form for form in (DenseRows, BlockRows, SparseRows, LowRankRows)}
 _OF_SCOPE = ("gram", "counters", "stats", "window_scale")
 _OF_ROWS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
 
@@ -37,7 +38,8 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor
         row_keys = [[key for key in _OF_ROWS if key in state] for state in problem.states]
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
-        plan.append([problem.settings, scope_keys, row_keys, [list(c.shape) for c in problem.columns]])
+        forms = [form.__name__ for form in problem.forms]
+        plan.append([problem.settings, scope_keys, row_keys, forms, [list(c.shape) for c in problem.columns]])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
     rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
@@ -58,10 +60,10 @@ _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
     """The problems again, from the lists that an operation can take."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
-    for (settings, scope_keys, row_keys, shapes), lr in zip(json.loads(plan), rates, strict=True):
+    for (settings, scope_keys, row_keys, names, shapes), lr in zip(json.loads(plan), rates, strict=True):
         scope_state = {key: next(next_tensor) for key in scope_keys}
         states = [{key: next(next_tensor) for key in keys} for keys in row_keys]
-        forms = [form_of(state, settings["scope"]) for state in states]
+        forms = [_FORMS[name] for name in names]
         columns = [Columns(tuple(shape)) for shape in shapes]
         yield Problem(settings, scope_state, states, forms, columns, [next(next_vector) for _ in shapes], lr)
 

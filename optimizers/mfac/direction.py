@@ -14,7 +14,7 @@ from torch import Tensor
 from leanstep.kernels import use_backend
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.sharding import Reduction, Steps, together
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of

@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import compute_dtype
+from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer, new_state
 from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps
-from leanstep.optimizers.mfac import apply, rule
+from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
-from leanstep.optimizers.mfac.scopes import Member, Scope, init_scope_state, init_window, scope_key, shared_settings
+from leanstep.optimizers.mfac.scopes import (
+    Member,
+    Scope,
+    init_scope_state,
+    init_window,
+    scope_key,
+    shared_settings,
+    step_scopes,
+)
 from leanstep.optimizers.mfac.settings import check_loaded, check_masks, check_settings, upgraded
 from leanstep.optimizers.mfac.window import columns_of
 
@@ -291,7 +299,7 @@ class MFAC(LeanOptimizer):
 
     def _steps(self) -> list[Steps[None]]:
         scopes = self._scopes(self._gradients())
-        return [apply.step(scopes)] if scopes else []
+        return [step_scopes(scopes)] if scopes else []
 
 
 def _nonzero(param: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,17 +1,26 @@
-"""The scopes of M-FAC: which parameters share a window's Gram matrix, in which form, and what a scope keeps."""
+"""The scopes of M-FAC: which parameters share a window, what a scope keeps, and the step of all scopes together."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
+from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
+from leanstep.optimizers.common.matrices import as_written, write_back
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.sharding import Steps, plain, shard_of
+from leanstep.optimizers.mfac import rule
+from leanstep.optimizers.mfac.compiled import directions_in_one
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
-from leanstep.optimizers.mfac.direction import STATS
+from leanstep.optimizers.mfac.direction import STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
-from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of
+from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
 
 # the first one that accepts a parameter stores its rows
 FORMS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
@@ -90,7 +99,7 @@ def _new_form(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
     return next(form for form in FORMS if form.accepts(param, group))
 
 
-def form_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
+def _form_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
     """The form that a parameter's window has."""
     return BlockRows if isinstance(scope, int) else next(form for form in FORMS if form.key in state)
 
@@ -115,3 +124,98 @@ def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
 def _block_count(param: Tensor, scope: str | int) -> int:
     """How many Gram matrices the scope of a parameter has."""
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
+
+
+def step_scopes(scopes: list[Scope]) -> Steps[None]:
+    """Compute the directions of all scopes, then move the parameters."""
+    problems = [_problem(scope) for scope in scopes]
+    members = [member for scope in scopes for member in scope.members]
+    updates: list[Tensor | None] = []
+    updated = None  # bool [members], only if the host does not know which members have an update
+    if torch.compiler.is_compiling() or is_fake(problems[0].vectors[0]):
+        in_one, flags, updated = directions_in_one(problems)
+        updates += in_one
+    else:
+        results = yield from directions(problems)
+        flags = torch.tensor([flag for result in results for flag in result.flags], dtype=torch.int32)
+        for scope, result in zip(scopes, results, strict=True):
+            updates += result.updates or [None] * len(scope.members)
+        updates = _gathered(members, updates)
+    groups: dict[int, list[int]] = {}
+    for i, member in enumerate(members):
+        groups.setdefault(id(member.group), []).append(i)
+    for indices in groups.values():
+        count_nonfinite(members[indices[0]].group, flags[indices])
+        moved = [(i, u) for i in indices if (u := updates[i]) is not None and members[i].grad is not None]
+        sets = by_device_and_dtype([members[i].param for i, _ in moved])
+        for (device, dtype), positions in sets.items():
+            chosen, own_updates = zip(*[moved[k] for k in positions], strict=True)
+            own_updated = None if updated is None else updated[list(chosen)]
+            _move([members[i] for i in chosen], list(own_updates), own_updated, device, dtype)
+
+
+def _problem(scope: Scope) -> Problem:
+    """The scope's gradients as its new row takes them."""
+    members, vectors = scope.members, []
+    for member in members:
+        group, weight = member.group, member.columns.part(plain(member.param.detach()))
+        if member.grad is None:
+            vector = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        else:
+            vector = member.columns.part(member.grad)
+            vector = -vector if group["maximize"] else vector
+            if group["decay"] == "coupled" and group["weight_decay"]:
+                vector = vector.add(weight, alpha=group["weight_decay"])
+        if "mask" in member.state:
+            vector = vector * member.columns.part(member.state["mask"])
+        vectors.append(vector)
+    forms = [_form_of(m.state, scope.settings["scope"]) for m in members]
+    states, columns, lr = [m.state for m in members], [m.columns for m in members], members[0].group["lr"]
+    return Problem(scope.settings, scope.scope_state, states, forms, columns, vectors, lr)
+
+
+def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
+    """Whole updates of parameters whose window is spread over replicas."""
+    sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for i, (member, update) in enumerate(zip(members, updates, strict=True)):
+        if update is not None and member.columns.cut is not None:
+            sets.setdefault(update.dtype, []).append((i, update))
+    for parts in sets.values():
+        whole = gather([update for _, update in parts], [members[i].param for i, _ in parts])
+        for (i, _), update in zip(parts, whole, strict=True):
+            updates[i] = update
+    return updates
+
+
+def _move(
+    members: list[Member], updates: list[Tensor], updated: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Average the updates, if asked to, and move the parameters of a group that share device and dtype."""
+    group, states = members[0].group, [m.state for m in members]
+    weights = [local_part(m.param) for m in members]
+    updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
+    if "momentum_buffer" in states[0]:
+        buffers = [local_part(state["momentum_buffer"]) for state in states]
+        for i, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
+            averaged = rule.average(buffer, update, group["momentum"])
+            buffer.copy_(averaged if updated is None else torch.where(updated[i], averaged, buffer))
+        updates = buffers
+    rounding = effective("MFAC", group, members[0].position, members[0].param)
+    decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
+    scalars = pack([group["lr"], decay], device, compute_dtype(dtype))
+    seeds, offsets = seeds_and_offsets(
+        rounding, states, [m.number for m in members], [shard_of(m.param) for m in members], group["seed"], device
+    )
+    options = StepOptions(scalars, rounding, skip_nonfinite=updated is not None, seeds=seeds, offsets=offsets)
+    matrices = [as_written(u, stacked=False) for u in updates]
+    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=device) for m in matrices]
+    if updated is not None:  # a step with a scale of NaN is skipped
+        ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]
+    scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
+    rows, columns = [s[0] for s in scales], [s[1] for s in scales]
+
+    def write(parameters: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
+        with use_backend("reference") if group["foreach"] is False else nullcontext():
+            return scaled_step(parameters, matrices, rows, columns, rounding_state, options)
+
+    write_back(write, weights, rounding_states(states, rounding), [False] * len(weights))

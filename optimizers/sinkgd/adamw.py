@@ -9,13 +9,22 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from leanstep.kernels._backend import same_layout
+from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local, new_state
+from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, new_state
 from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
-from leanstep.optimizers.common.sharding import Shard, Steps, offsets_of, shard_of, sum_over_shards
+from leanstep.optimizers.common.sharding import (
+    Shard,
+    Steps,
+    local,
+    offsets_of,
+    readable,
+    shard_of,
+    store,
+    sum_over_shards,
+)
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -60,7 +69,7 @@ def adamw_step(
     A non-finite gradient anywhere in a (device, dtype) set skips the whole set, on the device: one check, no wait.
     """
     for (device, _), members in by_device_and_dtype(params).items():
-        chosen = [local(params[i]) for i in members]
+        chosen = [readable(params[i]) for i in members]
         chosen_grads = [local(grads[i]) for i in members]
         found = None
         if group["nonfinite"] == "skip":
@@ -77,6 +86,7 @@ def adamw_step(
         kept = [states[i] for i in members]
         run(chosen, chosen_grads, kept, group, found, rounding, [indices[i] for i in members],
             [shard_of(params[i]) for i in members])  # fmt: skip
+        store(chosen, [params[i] for i in members])
 
 
 def share_flags(flags: Tensor, shards: list[Shard]) -> Steps[None]:

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
+from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
 from leanstep.optimizers import NonFiniteGradientError
@@ -507,6 +508,37 @@ def test_layouts_do_not_matter(case: OptimizerCase):
     expanded[0].grad = torch.randn(6, 1).to(case.dtype).expand(6, 5)
     optimizer.step()
     assert torch.isfinite(expanded[0]).all()
+
+
+@every_case
+@pytest.mark.parametrize("wrap_grads", [False, True], ids=["parameters", "gradients-too"])
+def test_tensors_without_memory_of_their_own(case: OptimizerCase, wrap_grads: bool):
+    """Parameters of classes such as quantized weights step as plain ones do; their address is never asked for."""
+    plain = case.params(case.shapes)
+    wrapped = [torch.nn.Parameter(WrappedTensor(p.detach().clone())) for p in plain]
+    a, b = case.build(plain), case.build(wrapped)
+    for step in range(3):
+        fill_grads(plain, step)
+        for p, w in zip(plain, wrapped, strict=True):
+            w.grad = WrappedTensor(p.grad.clone()) if wrap_grads else p.grad.clone()
+        a.step()
+        b.step()
+    assert_same(plain, [w.inner for w in wrapped])
+    for p, w in zip(plain, wrapped, strict=True):
+        assert_same(a.state.get(p, {}).values(), b.state.get(w, {}).values())
+        assert all(type(value) is torch.Tensor for value in b.state.get(w, {}).values())
+
+
+@every_case
+def test_tensors_that_cannot_be_copied_are_refused(case: OptimizerCase):
+    params = case.params(((6, 5), (5, 4)))
+    odd = torch.nn.Parameter(Uncopyable(torch.ones(4, 3, dtype=case.dtype)))
+    optimizer = case.build([("first", params[0]), ("odd", odd), ("last", params[1])])
+    fill_grads([*params, odd], 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(TypeError, match=r"odd \(4, 3\) is a Uncopyable.*has no copy_.*Nothing was updated"):
+        optimizer.step()
+    assert_same(before, params)
 
 
 @every_case
