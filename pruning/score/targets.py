@@ -213,16 +213,25 @@ def _choose(
                 f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {_some(matrices)}"
             )
     if include is None:
-        chosen = [name for name in matrices if roles[name] in _PRUNED_ROLES and not _special(model, name)]
+        chosen = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
     else:
         chosen = [name for name in matrices if any(fnmatchcase(name, rule) for rule in include)]
-        wrong = [name for name in chosen if roles[name] not in (*_PRUNED_ROLES, "head")]
+        wrong = [name for name in chosen if not _is_pruned(model, name, roles[name], asked=True)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
     chosen = [name for name in chosen if not any(fnmatchcase(name, rule) for rule in exclude)]
     if not chosen:
         raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {_some(matrices)}")
     return chosen
+
+
+def _is_pruned(model: nn.Module, name: str, role: str, *, asked: bool = False) -> bool:
+    """Whether a matrix is pruned by default, or if a rule asks for it."""
+    if role == "other":
+        # linear layers with one output, and bare matrices of modules that are not torch's
+        parameter = model.get_parameter(name)
+        return parameter.dim() == 2 and (asked or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear))
+    return role in _PRUNED_ROLES or (asked and role in ("head", "router"))
 
 
 def _special(model: nn.Module, name: str) -> bool:
