@@ -83,15 +83,15 @@ class AuditCase(Launch):
 def recorded_cases(
     launch_all: Callable[[], object], promises: Mapping[Any, Callable[[Launch], dict[str, Any]]]
 ) -> list[AuditCase]:
-    """The distinct launches that `launch_all` makes, with what `promises` says of each kernel's: AuditCase's own fields.
+    """The distinct launches that `launch_all` makes, each with the fields that `promises` gives for its kernel.
 
     Nothing is run on a device: a launcher is called with CPU or meta tensors, and its kernels are only recorded.
     """
     launches: list[Launch] = []
 
     def record(
-        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool, **named: Any
-    ):
+        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool = True, **named: Any
+    ) -> None:
         bound = dict(zip(kernel.arg_names, values, strict=False)) | named
         constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
         arguments = {name: mangle_type(value) for name, value in bound.items() if name not in constants}
@@ -99,7 +99,7 @@ def recorded_cases(
         launch = Launch(
             kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion
         )
-        if launch not in launches:
+        if kernel in promises and launch not in launches:  # launchers may use kernels of other modules
             launches.append(launch)
 
     with mock.patch.object(JITFunction, "run", record):
@@ -116,11 +116,6 @@ class Build:
     machine_code: str
     resources: str
     shared: int
-
-
-def pointer(dtype: str) -> str:
-    """Type of an argument that points to a torch allocation."""
-    return "*" + dtype
 
 
 @cache

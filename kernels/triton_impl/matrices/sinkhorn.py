@@ -339,8 +339,8 @@ def _pass_promise(launch: Launch) -> dict[str, Any]:
     label = f"g {g} {'aligned' if aligned else 'any strides'}".replace("torch.", "")
     if launch.kernel is sinkhorn_tile_kernel:
         return promise | dict(label=f"{label} {launch.constants['BLOCK_N']}", written=0)
-    # written: the partial sums, which stay in the cache. Read again: G for the rows' sums and for the columns', c, and the
-    # partial sums so far
+    # read again: G for the rows' sums and for the columns', c, and the partial sums so far. Written: the partial sums,
+    # which stay in the cache
     again = 2 * g.itemsize + 8 / WIDE_ROWS
     return promise | dict(label=f"{label} wider", written=4 / WIDE_ROWS, cached=again, sweeps=3)
 
