@@ -14,8 +14,6 @@ from leanstep._page import style
 from leanstep._version import __version__
 from leanstep.pruning.allocate.budgets import UNITS
 
-__all__ = ["report_page"]
-
 _MOST_LINES = len(PALETTE)
 _MOST_CHARTS = 12
 _MOST_ROWS = 1000

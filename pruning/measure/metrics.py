@@ -12,7 +12,16 @@ from torch.nn.functional import cross_entropy
 
 from leanstep.pruning.measure.batches import Batch
 
-__all__ = ["LOCAL_METRICS", "METRICS", "Distortion", "Metric", "default_metric", "make_metric", "summarise"]
+__all__ = [
+    "LOCAL_METRICS",
+    "METRICS",
+    "Distortion",
+    "Metric",
+    "default_metric",
+    "kl_divergence",
+    "make_metric",
+    "summarise",
+]
 
 # measured at the layer itself, without running the model on
 LOCAL_METRICS = ("local_nmse", "fisher")
