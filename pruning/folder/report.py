@@ -1,4 +1,4 @@
-"""report.html of a pruned checkpoint: how far each matrix was pruned, what that does, and what it cost. No script."""
+"""report.html of a pruned checkpoint: the sparsity of each matrix, its curve, and the cost. No script."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 from leanstep._charts import PALETTE, Series, chart, compact
 from leanstep._page import render
 from leanstep.pruning.allocate.budgets import UNITS
-
-__all__ = ["report_page"]
 
 _MOST_LINES = len(PALETTE)
 _MOST_CHARTS = 12
@@ -27,54 +25,67 @@ def report_page(content: Mapping[str, Any]) -> str:
     """The whole page, as text; values are escaped.
 
     Args:
-        content: what sparsity.json holds (:meth:`leanstep.pruning.PruneResult.to_dict` and the checkpoint's facts):
-            ``layers`` and ``allocation``, and where they are known ``curves``, ``compared``, ``perplexity``, ``notes``.
+        content: of sparsity.json (:meth:`leanstep.pruning.PruneResult.to_dict` and facts of the checkpoint):
+            ``layers`` and ``allocation``; ``curves``, ``compared``, ``perplexity`` and ``notes`` if they are known.
     """
+    rows = [
+        [row["name"], "x".join(map(str, row["shape"])), f"{row['sparsity']:.4f}", row.get("pattern") or "-"]
+        for row in content["layers"]
+    ]
+    shown = {"header": ["Matrix", "Shape", "Sparsity", "N:M"], "rows": rows[:_MOST_ROWS]}
     return render(
-        Path(__file__).with_name("pruned.html"),
+        Path(__file__).parent / "templates" / "pruned.html",
         title=f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros",
         lead=_lead(content),
-        numbers=_tiles(content),
+        numbers=_numbers(content),
         remarks=[*content.get("notes", ()), ZEROS_ALONE],
         allocation=_allocation_chart(content["layers"]),
-        compared=_comparison(content) if content.get("compared") else [],
+        comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
-        layers=_layer_table(content["layers"]),
+        matrices=shown | {"left_out": len(rows) - len(shown["rows"])},
     )
 
 
 def _lead(content: Mapping[str, Any]) -> str:
-    method = content["allocation"]["method"]
     facts = [
-        f"allocation {method}",
+        f"allocation {content['allocation']['method']}",
         f"score {content['score']}",
         f"pattern {content['pattern']}",
         f"metric {content['metric']}",
-        f"calibration {content['calibration_text']}" if content.get("calibration_text") else "",
     ]
-    return " · ".join(fact for fact in facts if fact)
+    if content.get("calibration_text"):
+        facts.append(f"calibration {content['calibration_text']}")
+    return " · ".join(facts)
 
 
-def _tiles(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The numbers one looks for first: name, value, note."""
-    shown = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
+def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and note of each tile."""
+    numbers = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
     budget = content.get("budget") or {}
     if budget:
         note = f"of {compact(budget['before'])} before; the budget: {compact(budget['target'])} at most"
-        shown.append((UNITS[budget["kind"]].capitalize(), compact(budget["after"]), note))
+        numbers.append((UNITS[budget["kind"]].capitalize(), compact(budget["after"]), note))
     perplexity = content.get("perplexity") or {}
     for name, label in (("before", "Perplexity before"), ("after", "Perplexity after")):
         if perplexity.get(name) is not None:
-            shown.append((label, f"{perplexity[name]:.2f}", f"over {compact(perplexity.get('tokens') or 0)} targets"))
+            numbers.append((label, f"{perplexity[name]:.2f}", f"over {compact(perplexity.get('tokens') or 0)} targets"))
     held_out = content.get("held_out") or {}
     if held_out.get("joint") is not None:
-        shown.append((f"Distortion ({content['metric']})", compact(held_out["joint"]), "measured, held-out data"))
+        numbers.append((f"Distortion ({content['metric']})", compact(held_out["joint"]), "measured, held-out data"))
     predicted = content["allocation"].get("predicted")
     if predicted is not None:
-        shown.append(("Predicted", compact(predicted), "sum of the curves, calibration data"))
+        numbers.append(("Predicted", compact(predicted), "sum of the curves, calibration data"))
     if held_out.get("ratio") is not None:
-        shown.append(("Additivity ratio", f"{held_out['ratio']:.2f}", "joint over summed; 1: distortions add up"))
-    return shown
+        numbers.append(("Additivity ratio", f"{held_out['ratio']:.2f}", "joint over summed; 1: distortions add up"))
+    return numbers
+
+
+def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
+    """The row of an allocation that was measured on held-out data."""
+    error = "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
+    ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
+    mark = " (applied)" if one["method"] == applied else ""
+    return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
 
 
 def role_of(name: str) -> str:
@@ -99,19 +110,6 @@ def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _comparison(content: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each allocation that was compared on held-out data."""
-    applied = content["allocation"]["method"]
-    rows = []
-    for one in content["compared"]:
-        mark = " (applied)" if one["method"] == applied else ""
-        ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
-        error = one.get("joint_stderr")
-        joint = compact(one["joint"]) + (f" ± {compact(error)}" if error is not None else "")
-        rows.append([one["method"] + mark, joint, compact(one["summed"]), ratio])
-    return rows
-
-
 def _curve_charts(content: Mapping[str, Any]) -> str:
     blocks = {layer["name"]: layer.get("block") for layer in content["layers"]}
     roles: dict[str, list[Mapping[str, Any]]] = {}
@@ -132,11 +130,3 @@ def _curve_charts(content: Mapping[str, Any]) -> str:
             series.append(Series(label, sparsities[1:], curve["distortion"][1:], color=number, dots=True))
         drawn.append(chart(series, title=role, x_label="sparsity", log_y=True))
     return "".join(drawn)
-
-
-def _layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [
-        [layer["name"], "x".join(map(str, layer["shape"])), f"{layer['sparsity']:.4f}", layer.get("pattern") or "-"]
-        for layer in layers[:_MOST_ROWS]
-    ]
-    return {"header": ["Matrix", "Shape", "Sparsity", "N:M"], "rows": rows, "left_out": len(layers) - len(rows)}
