@@ -165,8 +165,8 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
-    from leanstep.recipes.config.catalog import describe, recipe_names
-    from leanstep.recipes.config.loader import load
+    from leanstep.recipes.config.catalog import describe
+    from leanstep.recipes.config.loader import load, recipe_names
 
     facts = [describe(load(name)) for name in recipe_names()]
     if options.json:
@@ -229,10 +229,18 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if resume:
         # quoted, since a path may look like something else to YAML
         overrides = [*overrides, f"checkpoint.resume={resume if resume in ('auto', 'never') else json.dumps(resume)}"]
-    config = _load_for(options, overrides)
-    from leanstep.recipes.training import launch
+    config, processes = _load_for(options, overrides), options.nproc or 1
+    if options.dry_run:
+        from leanstep.recipes.training.launch import dry_run
 
-    return launch.run(config, options.recipe, overrides, nproc=options.nproc or 1, dry_run=options.dry_run)
+        return dry_run(config, options.recipe, overrides, processes)
+    if processes > 1:
+        from leanstep.recipes.training.launch import launch
+
+        return launch(options.recipe, overrides, processes)
+    from leanstep.recipes.training.train import train
+
+    return train(config)
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> int:

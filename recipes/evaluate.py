@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.provenance import UNKNOWN, read_training
-from leanstep.recipes.data.sources import open_validation, require
+from leanstep.recipes.data.sources import open_file
+from leanstep.recipes.data.tokens import require
 
 if TYPE_CHECKING:
     import torch
@@ -135,8 +136,7 @@ def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     from leanstep.recipes.data.sequences import load_data, load_validation
-    from leanstep.recipes.data.tokenizer import open_tokenizer
-    from leanstep.recipes.data.vocabulary import vocabulary_size
+    from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
     from leanstep.recipes.training.validation import evaluate
 
     folder = find_model_folder(options.checkpoint)
@@ -156,7 +156,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     else:
         seen = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, told = load_validation(config, open_validation(config), tokenizer)
+        dataset, bytes_per_token, told = load_validation(config, open_file(config, options.data), tokenizer)
     device = _device(options.device)
     result = evaluate(
         model.to(device),

@@ -109,7 +109,7 @@ class Problem:
         unit = unit if whole else (largest - least) / states or 1.0
         unit = max(math.floor(unit), 1) if self._budget.kind == "params" else unit
         self._costs, units = quantize(costs, largest, unit)
-        return least, unit, solve_knapsack(self._costs, losses, units)
+        return least, unit, solve_knapsack(self._costs, losses, units + len(costs))
 
     def choose(self, target: float) -> Choice:
         """The best levels for one target, at most the largest, with what rounding left of it given back.
@@ -119,7 +119,11 @@ class Problem:
         """
         self._check(target)
         units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
-        places = self._table.choose(units)
+        # rounded up, costs may add up to as many units too many as there are layers: what fits in truth is taken
+        for slack in range(0 if self._unit == 1.0 else len(self._levels), -1, -1):
+            places = self._table.choose(min(units + slack, self._table.budget))
+            if sum(float(levels.cost[k]) for levels, k in zip(self._levels, places, strict=True)) <= target:
+                break
         losses = [levels.loss for levels in self._levels]
         gap = solve_lagrange(self._costs, losses, units)[1] - self._table.value(units)
         return self._repaired(places, target, max(gap, 0.0))
@@ -130,6 +134,8 @@ class Problem:
         Of more than ``most`` points, that many are given, evenly spread, the ends among them.
         """
         costs, losses = self._table.front()
+        inside = self._offset + self._unit * costs <= self._budget.target
+        costs, losses = costs[inside], losses[inside]
         if len(costs) > most:
             some = np.unique(np.linspace(0, len(costs) - 1, most).round().astype(np.int64))
             costs, losses = costs[some], losses[some]

@@ -97,13 +97,13 @@ class Curve:
         return float(np.interp(kept, self.kept[::-1], self.distortion[::-1]))
 
     def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
-        """The curve, cleaned, on at most ``points`` levels, ``unit`` weights or a multiple of it apart.
+        """The curve, cleaned, with levels between the measured ones: ``points`` in all, unless more were measured.
 
-        The levels measured are joined by a monotone cubic (:func:`monotone.monotone_cubic`) of log D
-        over the log of pruned to kept weights, which is where curves are near to straight: D is about a power of the
-        sparsity where that is small, and of the density where that is. Between the first two levels the power goes on,
-        at most the fourth and at least the first. Half of the levels lie evenly in the count, the others evenly in its
-        logarithm. The last one stays, the others keep a multiple of ``unit`` more than it, and the first one stays too.
+        The measured levels keep their counts and their cleaned D. A monotone cubic joins them: log D over the log of
+        pruned to kept weights, where curves are near to straight, because D is about a power of the sparsity where that
+        is small, and of the density where that is small. Between the first two levels the power goes on, at most the
+        fourth and at least the first. Half of the levels between lie evenly in the count, the others evenly in its
+        logarithm; they keep a multiple of ``unit`` more than the last level.
 
         Raises:
             ValueError: for a curve of N:M levels, between which there is nothing; for points or unit below 1.
@@ -113,19 +113,23 @@ class Curve:
         if points < 2 or unit < 1:
             raise ValueError(f"Curve.dense_grid: expected points >= 2 and unit >= 1, got {points} and {unit}")
         clean = self.cleaned()
-        kept = clean._grid(points, unit)
-        values = np.maximum.accumulate([0.0, *clean._interpolate(kept[1:])]).tolist()
-        errors = np.interp(kept, self.kept[::-1], self.stderr[::-1]).tolist()
-        return replace(clean, kept=tuple(kept.tolist()), distortion=tuple(values), stderr=tuple(errors))
+        measured = np.array(clean.kept)
+        kept = np.union1d(measured, clean._between(points - len(measured), unit))[::-1]
+        values = np.array([0.0, *clean._interpolate(kept[1:])])
+        values[np.isin(kept, measured)] = clean.distortion
+        values = np.maximum.accumulate(values)
+        errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
+        lists = (tuple(array.tolist()) for array in (kept, values, errors))
+        return replace(clean, **dict(zip(("kept", "distortion", "stderr"), lists, strict=True)))
 
-    def _grid(self, points: int, unit: int) -> np.ndarray:
-        """Kept counts, decreasing."""
+    def _between(self, count: int, unit: int) -> np.ndarray:
+        """At most ``count`` kept counts from the last level to the first."""
         first, last = self.kept[0], self.kept[-1]
-        half = points // 2
-        even = np.linspace(last, first, points - half)
+        half = max(count, 0) // 2
+        even = np.linspace(last, first, max(count, 0) - half)
         log_even = np.geomspace(last + 0.5, first + 0.5, half) - 0.5
         steps = np.rint((np.concatenate([even, log_even]) - last) / unit).clip(0, (first - last) // unit)
-        return np.unique(np.append(last + steps.astype(np.int64) * unit, first))[::-1]
+        return last + steps.astype(np.int64) * unit
 
     def _coordinate(self, kept: np.ndarray) -> np.ndarray:
         """log(removed / kept), by half a weight away from infinity."""

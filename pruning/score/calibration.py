@@ -36,15 +36,7 @@ def statistics_for(
         ValueError: a layer whose inputs were never seen, or of a kind that has no matrix of inputs.
     """
     needs = tuple(needs)
-    found: dict[str, LayerStatistics] = {}
-    for target in targets:
-        columns, device = target.weight.shape[1], target.weight.device
-        statistics = LayerStatistics()
-        if "square_sum" in needs:
-            statistics.square_sum = torch.zeros(columns, device=device)
-        if "gram" in needs:
-            statistics.gram = torch.zeros(columns, columns, device=device)
-        found[target.name] = statistics
+    found = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
         gradients = collect_gradients(cache.model, cache.batches, targets, samples=gradient_samples)
         for name, rows in gradients.items():

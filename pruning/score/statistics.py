@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class LayerStatistics:
 
     Attributes:
         count: inputs added, that is, tokens.
-        square_sum: fp64 [in], sum of x_j^2; None where it is not wanted.
+        square_sum: fp64 [in], sum of x_j^2, 8 bytes per input; None where it is not wanted.
         gram: fp32 [in, in], sum of x x^T; None where it is not wanted.
         gradients: [m, out * in], floating: a gradient per sample or mini-batch, each [out, in] flattened.
     """
@@ -41,20 +42,25 @@ class LayerStatistics:
         """
         if score not in NEEDS:
             raise ValueError(f"score must be one of {', '.join(NEEDS)}, got {score!r}")
-        found = cls()
-        if "square_sum" in NEEDS[score]:
-            found.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
-        if "gram" in NEEDS[score]:
-            found.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        return found
+        return cls.empty(NEEDS[score], in_features, device)
+
+    @classmethod
+    def empty(cls, fields: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
+        """Zero sums for ``square_sum`` and ``gram``, where ``fields`` name them."""
+        statistics = cls()
+        if "square_sum" in fields:
+            statistics.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        if "gram" in fields:
+            statistics.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        return statistics
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
-        """Add inputs [..., in]; sums are formed in fp32 and kept as they are described above."""
+        """Add inputs [..., in]: squares in fp32, summed in the dtypes described above."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         self.count += len(rows)
         if self.square_sum is not None:
-            self.square_sum += rows.square().sum(dim=0).to(self.square_sum)
+            self.square_sum += rows.square().sum(dim=0, dtype=self.square_sum.dtype).to(self.square_sum.device)
         if self.gram is not None:
             self.gram.addmm_(rows.T.to(self.gram.device), rows.to(self.gram.device))
 

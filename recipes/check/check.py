@@ -119,7 +119,7 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
         return
     from leanstep.recipes.check.memory import meta_model
     from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-    from leanstep.recipes.training.flops import flops_per_token
+    from leanstep.recipes.training.build import flops_per_token
 
     vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
     if not vocabulary:

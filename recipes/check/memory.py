@@ -24,7 +24,7 @@ from leanstep.recipes.methods.pruned import mask_bytes
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
 
-__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
+__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "estimate_or_reason", "optimizer_state_bytes", "unique_bytes"]
 
 _OPTIONAL = ("gradient exchange", "masks, masked weights")
 MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
@@ -122,7 +122,7 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
         state = optimizer_state_bytes(optimizer)
-        half = _half_bytes(optimizer)
+        half = _half_bytes(optimizer) if hasattr(optimizer, "mark_half") else 0
     sharded = config.distributed.strategy == "fsdp2" and world_size > 1
     shards = world_size if sharded else 1
     return MemoryEstimate(
@@ -134,6 +134,16 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
     )
+
+
+def estimate_or_reason(
+    config: RunConfig, vocab_size: int, world_size: int, device: str
+) -> tuple[MemoryEstimate | None, str]:
+    """:func:`estimate`, or None and the reason where it cannot be made: that alone must not end a run."""
+    try:
+        return estimate(config, vocab_size, world_size=world_size, device=device), ""
+    except Exception as error:
+        return None, str(error) or type(error).__name__
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
@@ -168,7 +178,8 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
-        adapt(config, model)
+        if config.lora.target_modules:
+            adapt(config, model)
         return model
 
 
@@ -176,7 +187,8 @@ def _replace_tensors(model: nn.Module, device: str) -> None:
     """Put an uninitialised tensor in the place of each parameter and buffer; what was tied stays tied."""
     new: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, old in tensors.items():
                 if old is None:
                     continue
@@ -221,7 +233,7 @@ def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
     """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
-    halves = halved_groups(optimizer)
+    halves = halved_groups(optimizer) if hasattr(optimizer, "mark_half") else []
     if halves:
         optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
     try:

@@ -3,15 +3,14 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from leanstep._memory import free_memory
 from leanstep.recipes.check.sections import Facts, Section, size_text, table
 from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.training.checkpoint import find_checkpoints
+from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.folder import RunFolder, is_held
 
-__all__ = ["disk", "disk_need", "memory", "output"]
+__all__ = ["disk", "memory", "output"]
 
 
 def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
@@ -42,17 +41,6 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
             f"{size_text(need)} do not fit the {size_text(free)} that are free on {facts.device}; in this order: "
             + ", ".join(ways)
         )
-
-
-def disk_need(config: RunConfig, memory: Any, world_size: int = 1) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, final model.
-
-    ``memory`` is that of one process: sharded, each of the ``world_size`` processes writes the part that it holds.
-    """
-    shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    checkpoint = shards * (memory.weights + memory.optimizer_state)
-    kept = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    return checkpoint, kept * checkpoint + shards * memory.weights
 
 
 def disk(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:

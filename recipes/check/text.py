@@ -5,8 +5,7 @@ from pathlib import Path
 from leanstep.recipes.check.sections import Facts, Section
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
 from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
-from leanstep.recipes.data.tokenizer import trained_size
-from leanstep.recipes.data.vocabulary import vocabulary_size
+from leanstep.recipes.data.tokens import trained_size, vocabulary_size
 
 __all__ = ["length", "network", "text"]
 
@@ -98,7 +97,7 @@ def text(config: RunConfig, section: Section, facts: Facts) -> None:
 
 def _vocabulary(config: RunConfig) -> int:
     """Number of ids that text can turn into, which the model must have."""
-    from leanstep.recipes.data.tokenizer import open_tokenizer
+    from leanstep.recipes.data.tokens import open_tokenizer
 
     size = trained_size(config.data.tokenizer)
     return size if size is not None else vocabulary_size(open_tokenizer(config.data.tokenizer))

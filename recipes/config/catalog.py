@@ -1,30 +1,15 @@
-"""The recipes that come with the package: their names, files, and what each asks for. Imports no torch."""
+"""What each recipe that comes with the package asks for. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanstep.recipes.config.loader import ALIASES
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 
-__all__ = ["ALIASES", "RecipeFacts", "describe", "parameter_count", "recipe_names", "recipe_path"]
+__all__ = ["RecipeFacts", "describe", "parameter_count"]
 
-FOLDER = Path(__file__).parents[1] / "configs"
-# A size alone means its run with the optimizer this package is about.
-ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
 GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more than a day on a desktop's CPU
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted. Their aliases are not among them."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
-    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
-    if not path.is_file():
-        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
-    return path
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[s
     """
     planned = bool(config.sparsity.patterns)
     free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None and not planned
-    forbidden, rounding = [], []
+    forbidden: list[str] = []
+    rounding: list[str] = []
     for key, before, now in _changes(saved, asdict(config)):
         if key == "steps" and free_steps:
             continue

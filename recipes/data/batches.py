@@ -65,7 +65,6 @@ class Windows:
         accumulation: int,
         made: int,
         steps: int,
-        stream_state: dict[str, Any] | None = None,
     ) -> None:
         self._data, self._device, self._accumulation = data, accelerator.device, accumulation
         self.sequences = micro_batch_size * accumulation * accelerator.num_processes
@@ -73,8 +72,6 @@ class Windows:
         # a loader's iterator draws a seed when it is made: from here, not from the generator that dropout uses
         generator = torch.Generator().manual_seed(0)
         if data.stream:
-            if stream_state is not None:
-                data.train.load_state_dict(stream_state)
             # not prepared: the stream deals itself out, and Accelerate's loader reads one batch ahead of its state
             self._loader: Any = DataLoader(data.train, batch_size=micro_batch_size, drop_last=True, generator=generator)
         else:

@@ -17,8 +17,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep.recipes.data.cache import cache_root
 from leanstep.recipes.data.hub import check_hub, no_network
+from leanstep.recipes.data.tokens import cache_root, require
 
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import DataConfig
@@ -28,9 +28,9 @@ __all__ = [
     "find_files",
     "look",
     "open_corpus",
+    "open_file",
     "open_stream",
     "open_validation",
-    "require",
     "row_text",
     "sotu_corpus",
     "text_corpus",
@@ -66,13 +66,6 @@ class Corpus:
         for text in texts:
             _add_text(digest, text)
         return cls(label, digest.hexdigest(), lambda: texts, **settings)
-
-
-def require(module: str, extra: str = "recipes") -> None:
-    """Raise ModuleNotFoundError naming the extra that brings ``module`` if it is not installed. Imports nothing."""
-    if importlib.util.find_spec(module) is None:
-        message = f"'{module}' is not installed; it comes with: pip install 'leanstep[{extra}]'"
-        raise ModuleNotFoundError(message, name=module)
 
 
 # -- State of the Union ---------------------------------------------------------------------------------------------
@@ -354,6 +347,11 @@ def _path(config: "DataConfig") -> str:
     return config.path
 
 
+def open_file(config: "DataConfig", path: str) -> Corpus:
+    """Open a validation text of its own: JSON or Parquet by its suffix, with ``config.text_key``, else plain text."""
+    return _files_corpus(config, path, _kind_of(path), "data.val_path")
+
+
 def open_validation(config: "DataConfig") -> Corpus | None:
     """Open the validation text that has a place of its own, or return None: it is held out from the training text.
 
@@ -361,7 +359,7 @@ def open_validation(config: "DataConfig") -> Corpus | None:
     C4, or the split ``validation`` of a streamed hub dataset.
     """
     if config.val_path:
-        return _files_corpus(config, config.val_path, _kind_of(config.val_path), "data.val_path")
+        return open_file(config, config.val_path)
     if config.source == "local_c4" and _c4_files(_path(config), "validation"):
         return _files_corpus(config, _path(config), "local_c4", "data.path", "validation")
     if config.source == "hf" and config.streaming:

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, epoch_order, load_validation
 from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
-from leanstep.recipes.data.tokenizer import encode, load_tokenizer, trained_size
+from leanstep.recipes.data.tokens import encode, load_tokenizer, trained_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,7 +89,7 @@ class StreamedSequences(IterableDataset):
         self.num_shards = int(rows.num_shards)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # what __iter__ starts from: the state at the start of a block, and the sequences of that block already given
-        self._block = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "left_over": []}
+        self._block: dict[str, Any] = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "left_over": []}
         self._given = 0
 
     @property
@@ -220,7 +220,8 @@ def load_stream(
         "training": f"sequences of {config.seq_len} tokens, {'packed' if config.packing else 'one document each'}; "
         f"process {train.rank} of {train.world_size}" + (f", split {way}" if train.world_size > 1 else ""),
     }
-    validation, bytes_per_token, facts["validation"] = [], None, "none (data.val_tokens: 0)"
+    validation: Any = []
+    bytes_per_token, facts["validation"] = None, "none (data.val_tokens: 0)"
     if separate is not None:
         validation, bytes_per_token, facts["validation"] = load_validation(config, separate, tokenizer)
     return LoadedData(tokenizer, train, validation, bytes_per_token, stream=True, facts=facts)

@@ -22,10 +22,8 @@ ADAPTER = "adapter"
 
 
 def adapt(config: RunConfig, model: torch.nn.Module) -> None:
-    """Give the model the adapters of ``config.lora``, if it has targets. Raises ValueError for what cannot be."""
+    """Give the model the adapters of ``config.lora``. Raises ValueError for what cannot be adapted."""
     lora = config.lora
-    if not lora.target_modules:
-        return
     targets: Any = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
     settings = LoraConfig(
         r=lora.r,

@@ -53,13 +53,9 @@ def mask_adapters(config: RunConfig, model: torch.nn.Module) -> None:
 
 def build_masks(
     config: RunConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-) -> MaskKeeper | None:
-    """Keep the zeros of a pruned model, when the recipe asks for it."""
+) -> MaskKeeper:
+    """Keep the zeros of a pruned model (``pruning.keep_masks``)."""
     names = masked_names(config, model)
-    if not names:
-        if forgotten := zeros_forgotten(config):
-            say(f"WARNING: {forgotten}")
-        return None
     try:
         keeper = keep_masks(model, optimizer, include=names)
     except ValueError as error:

@@ -51,20 +51,18 @@ def schedule_of(config: RunConfig) -> Schedule:
 
 
 def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
-    """The layers of ``model``, on any device, that the recipe makes sparse; none without ``sparsity.patterns``."""
+    """The layers of ``model``, on any device, that the recipe makes sparse (``sparsity.patterns``)."""
     sparsity = config.sparsity
-    return plan_layers(model, sparsity.patterns, sparsity.axis, sparsity.pad) if sparsity.patterns else []
+    return plan_layers(model, sparsity.patterns, sparsity.axis, sparsity.pad)
 
 
-def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller | None:
-    """Make ``model`` sparse as the recipe says; None without ``sparsity.patterns``.
+def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller:
+    """Make ``model`` sparse as the recipe says (``sparsity.patterns``).
 
     Call it once the optimizer is built, whose groups go by names, and before the model is sharded. Raises ValueError
     for layers that cannot be sparse.
     """
     sparsity = config.sparsity
-    if not sparsity.patterns:
-        return None
     return sparsify(
         model,
         sparsity.patterns,

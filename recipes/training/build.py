@@ -1,4 +1,13 @@
-"""From configuration to objects: the only place that does it. Classes get plain arguments and never see a recipe."""
+"""From configuration to objects: the only place that does it. Classes get plain arguments and never see a recipe.
+
+Floating-point operations of a model, by formula, and what a device can do at most: together the utilisation.
+
+The formula is :data:`FORMULA`, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language Modeling with
+Pathways", arXiv:2204.02311: each weight takes part in one multiplication and one addition for a token forward and in
+two of each backward, and attention multiplies queries with keys and its weights with values. Recomputed activations,
+norms, activation functions and the optimizer are left out, so that the number says how fast the model was trained and
+not how busy the device was.
+"""
 
 import inspect
 import math
@@ -20,20 +29,36 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
+from leanstep import optimizers
 from leanstep.optimizers import param_groups
-from leanstep.recipes.config.arguments import OPTIMIZERS
-from leanstep.recipes.config.schema import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from leanstep.optimizers.param_groups import parameter_roles
+from leanstep.recipes.config.schema import (
+    OPTIMIZERS,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    accumulation_steps,
+)
+from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.methods.lora import adapt
 
 __all__ = [
     "FAMILIES",
+    "FORMULA",
     "build_accelerator",
     "build_model",
     "build_optimizer",
+    "build_run_model",
     "build_schedule",
     "checkpoint_activations",
+    "flops_per_token",
     "optimizer_class",
+    "peak_flops",
+    "release_gradients",
     "schedule_factor",
     "wants_cpu",
 ]
@@ -126,7 +151,7 @@ def build_model(
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class, model_class = FAMILIES[config.family]
-    known = set(config_class().to_dict()) | set(inspect.signature(config_class.__init__).parameters)
+    known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
     unknown = sorted(set(config.config) - known)
     if unknown:
         raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
@@ -136,6 +161,20 @@ def build_model(
     model = model_class(config_class(**settings)).to(dtype)
     # not every class name tells transformers which loss it has, and then it warns
     model.loss_type = "ForCausalLM"
+    return model
+
+
+def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that a run trains: :func:`build_model` with adapters, recomputation and compilation as asked for."""
+    dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
+    check_positions(model, config.data.seq_len)
+    if config.lora.target_modules:
+        adapt(config, model)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        model.compile()
     return model
 
 
@@ -246,6 +285,19 @@ class _Rule:
         return found
 
 
+def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    """Let the optimizer step inside backward. Raises ValueError where it cannot."""
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            "release_gradients: it updates weights before the processes exchange their gradients, so it needs "
+            f"one process and this run has {accelerator.num_processes}; set release_gradients=false"
+        )
+    try:
+        optimizers.release_gradients(model, optimizer)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate as a function of the number of optimizer steps already made, 0 to steps - 1.
 
@@ -298,3 +350,54 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
             settings.insert(0, str(group["algorithm"]))
         parts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
     return "; ".join(parts)
+
+
+FORMULA = (
+    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), L layers, h heads x "
+    "their width, s tokens in a sequence, padding included"
+)
+
+# Dense 16-bit tensor-core TFLOP/s with fp32 accumulation from the makers' data sheets, by a part of the device's name;
+# the first that fits counts. Data sheets that give the rate with sparsity are halved.
+_PEAK_TFLOPS = (
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200", 989),
+    ("A100", 312),
+    ("L40S", 362),
+    ("L4", 121),
+    ("RTX 4090", 165),
+    ("MI300X", 1307),
+)
+
+
+def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
+    """Operations of forward and backward for one token of a sequence of ``seq_len``: :data:`FORMULA`.
+
+    Call it before the model is sharded. Without ``num_hidden_layers`` and the like in its configuration, attention is
+    left out.
+    """
+    roles = parameter_roles(model)
+    head: Any = model.get_output_embeddings()
+    tied = None if head is None else head.weight
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if roles[name] not in ("embedding", "position") or parameter is tied
+    )
+    config: Any = model.config
+    sizes = config.get_text_config()
+    layers, heads = (getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if layers is None or heads is None:
+        return 6 * weights
+    width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
+    return 6 * weights + 12 * layers * width * seq_len
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Most operations per second of a device by its name, in 16-bit precisions; None for a CPU and where unknown."""
+    # a slice of a device has a part of its peak, and fp32's depends on whether TF32 is allowed
+    if precision == "fp32" or " MIG " in device_name:
+        return None
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)

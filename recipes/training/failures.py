@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
 
-from leanstep._files import free_bytes, is_disk_full
+from leanstep._files import format_bytes, free_bytes, is_disk_full
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
 
 __all__ = [
@@ -19,12 +22,11 @@ __all__ = [
     "EXIT_NAN",
     "RunFailure",
     "disk_trouble",
-    "format_bytes",
+    "dump_step",
     "is_out_of_memory",
     "layer_norms",
     "memory_message",
     "nonfinite_message",
-    "write_nan_dump",
 ]
 
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
@@ -122,15 +124,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def format_bytes(size: float) -> str:
-    """``12.3 KiB``, ``12.3 MiB``, ``12.3 GiB``."""
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if size < 1000:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} GiB"
-
-
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     """Say what kept a checkpoint from being written, or None when the error is no matter of the disk.
 
@@ -159,18 +152,22 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(full.item())
 
 
-def write_nan_dump(folder: Path, facts: dict[str, Any], batches: dict[str, torch.Tensor]) -> Path:
-    """Write ``nan_dump/report.json`` (step, positions, learning rates, norms) and ``batch.safetensors``.
+def dump_step(
+    accelerator: Accelerator, folder: Path, model: torch.nn.Module, facts: dict[str, Any], window: list[Batch]
+) -> None:
+    """Write ``nan_dump/report.json`` (``facts`` and the norms of the layers) and the step's ``batch.safetensors``.
 
-    JSON knows no NaN: non-finite numbers are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+    Every process calls it, the first one writes. JSON knows no NaN: non-finite numbers are written as the strings
+    ``"nan"``, ``"inf"`` and ``"-inf"``.
     """
-    from safetensors.torch import save_file
-
+    norms = layer_norms(accelerator.unwrap_model(model).named_parameters())
+    if not accelerator.is_main_process:
+        return
     target = folder / "nan_dump"
     target.mkdir(exist_ok=True)
-    (target / "report.json").write_text(json.dumps(_plain(facts), indent=1), encoding="utf-8")
+    (target / "report.json").write_text(json.dumps(_plain(facts | {"layers": norms}), indent=1), encoding="utf-8")
+    batches = {f"{key}.{index}": value for index, batch in enumerate(window) for key, value in batch.items()}
     save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, target / "batch.safetensors")
-    return target
 
 
 def _plain(value: Any) -> Any:

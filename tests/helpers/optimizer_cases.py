@@ -266,9 +266,7 @@ CASES = (
         kwargs={
             "lr": 5e-3,
             "alpha": "auto",
-            "decay_rate": "layer",
             "weight_decay": 0.1,
-            "bias_correction": True,
             "ns_dtype": torch.float32,
         },
         groups=_norm_groups,
@@ -285,7 +283,6 @@ CASES = (
             "scaling": "muon",
             "nesterov": True,
             "noise_every": 2,
-            "grouping": "shape",
             "ns_dtype": torch.float32,
         },
         state={**_LANTON, **_NOISE},

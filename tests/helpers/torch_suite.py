@@ -107,7 +107,7 @@ LANTON_INFO = OptimizerInfo(
         ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"noise_adaptive": False, "scaling": "muon", "nesterov": True}, "Muon"),
-        ({"alpha": "auto", "noise_every": 2, "grouping": "shape"}, "noise every second step, by shape"),
+        ({"alpha": "auto", "noise_every": 2}, "noise every second step"),
     ),
     optim_error_inputs_func=_errors(
         _same({"lr": -0.5}, "Invalid learning rate: -0.5"),

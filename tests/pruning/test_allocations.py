@@ -67,6 +67,52 @@ def test_every_rule_keeps_exactly_what_was_asked(blocks, method, sparsity):
     assert reverse.kept == found.kept and reverse.predicted == pytest.approx(found.predicted, rel=1e-12)
 
 
+def jagged(rng, numel, levels):
+    """A measured curve that no smooth one goes through: steps of any height at counts of any kind."""
+    kept = np.sort(rng.choice(np.arange(1, numel), levels, replace=False))[::-1]
+    distortion = np.cumsum(rng.random(levels) ** 6)
+    return (numel, *kept.tolist()), (0.0, *distortion.tolist())
+
+
+def jagged_layers(seed, sizes, levels):
+    rng = np.random.default_rng(seed)
+    layers = [Layer(f"{i}", (1, numel)) for i, numel in enumerate(sizes)]
+    points = [jagged(rng, layer.numel, levels) for layer in layers]
+    return layers, {
+        layer.name: Curve(layer.name, layer.numel, kept, distortion, (0.0,) * (levels + 1), "kl")
+        for layer, (kept, distortion) in zip(layers, points, strict=True)
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_no_allocation_of_measured_levels_beats_the_program(seed, scale):
+    """Exact up to 65,536 weights between sparsest and densest; above, costs are rounded to 1/32768 of the layers."""
+    layers, curves = jagged_layers(seed, [n * scale for n in (150, 400, 700, 333)], 5)
+    every = list(itertools.product(*(range(6) for _ in layers)))
+    paid = np.array([sum(curves[x.name].kept[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
+    lost = np.array([sum(curves[x.name].distortion[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
+    for budget in np.random.default_rng(seed).permutation(paid)[:60].tolist():
+        found = allocate(layers, budget=Budget("params", budget), curves=curves)
+        best = lost[paid <= budget].min()
+        assert found.predicted <= best * (1 + (1e-12 if scale == 1 else 1e-3)) + 1e-15
+        if all(found.kept[x.name] in curves[x.name].kept for x in layers):
+            assert found.predicted == sum(
+                curves[x.name].distortion[curves[x.name].kept.index(found.kept[x.name])] for x in layers
+            )
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7])
+def test_one_layer_is_predicted_what_was_measured(sparsity):
+    kept = level_grid(100_000, sparsity)
+    rng = np.random.default_rng(0)
+    distortion = (0.0, *np.cumsum(rng.random(len(kept) - 1) ** 6).tolist())
+    layer, measured = Layer("w", (1, 100_000)), Curve("w", 100_000, kept, distortion, (0.0,) * len(kept), "kl")
+    for count, expected in zip(kept, distortion, strict=True):
+        found = allocate([layer], budget=Budget("params", count), curves={"w": measured})
+        assert found.kept == {"w": count} and found.predicted == expected
+
+
 @pytest.mark.parametrize("method", ["dp", "uniform", "global", "lamp", "erk", "owl", "atp"])
 def test_bounds_hold_and_the_total_too(blocks, method):
     layers, curves = blocks

@@ -12,7 +12,7 @@ from leanstep.pruning.measure.activation_cache import PrefixCache
 from leanstep.pruning.measure.batches import as_batches, token_sequences
 from leanstep.pruning.measure.groups import make_groups, split_kept
 from leanstep.pruning.measure.measure import Measurement, weights_hash
-from leanstep.pruning.measure.metrics import Metric, make_metric, summarise
+from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, statistics_for
 
 LEVELS = (0.5, 0.9)
@@ -251,11 +251,41 @@ def test_padding_does_not_count():
 
 def test_kl_over_the_top_entries_and_the_rest_is_at_most_kl_and_equal_with_all():
     dense, pruned = torch.randn(2, 5, 40), torch.randn(2, 5, 40)
-    from leanstep.pruning.measure.metrics import KLTopK
-
     whole, top = values_of("kl", dense, pruned)[0], values_of(KLTopK(8), dense, pruned)[0]
     assert (top < whole).all() and (top > 0.1 * whole).all()
     torch.testing.assert_close(values_of(KLTopK(39), dense, pruned)[0], whole, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["kl", "kl_topk"])
+@pytest.mark.parametrize("step", [1e-5, 1e-3, 1.0])
+def test_kl_keeps_its_digits_where_the_outputs_are_near(metric, step):
+    """A sum of p (log p - log q) in fp32 is rounding noise there, and negative about as often as not."""
+    dense = 3 * torch.randn(4, 8, 300)
+    pruned = dense + step * torch.randn(4, 8, 300)
+    p, q = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
+    sums = values_of(metric, dense, pruned)[0]
+    torch.testing.assert_close(sums, (p.exp() * (p - q)).sum((1, 2)), rtol=1e-2 if step < 1e-4 else 1e-4, atol=0)
+    # what no entry of the dense model's output has, and what only it has
+    assert values_of(metric, dense * 100, dense * 100 + step)[0].min() >= 0
+    assert values_of(metric, dense * 100, pruned * -100)[0].isfinite().all()
+
+
+def test_kl_of_entries_without_probability():
+    p = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    q = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    torch.testing.assert_close(kl_divergence(p, q), torch.tensor([0.5]).log().neg())
+    assert kl_divergence(q, p).item() == torch.inf and kl_divergence(p, p).item() == 0
+
+
+def test_kl_over_few_entries_counts_a_small_rest():
+    """1 - sum(top) loses a rest of 1e-9, which the pruned model may give a hundred times."""
+    dense = torch.zeros(1, 1, 20)
+    dense[..., 4:] = -24.0
+    pruned = dense.clone()
+    pruned[..., 4:] = -10.0
+    p, q = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum((1, 2))
+    torch.testing.assert_close(values_of(KLTopK(4), dense, pruned)[0], expected, rtol=1e-4, atol=0)
 
 
 def test_mse_of_a_language_model_does_not_see_what_softmax_does_not_see():
@@ -287,7 +317,8 @@ def test_statistics_leave_padding_out():
     handle.remove()
     rows = seen[-1][mask.bool()]
     assert found.count == 26 == len(rows)
-    torch.testing.assert_close(found.square_sum.float(), rows.square().sum(0), rtol=1e-4, atol=1e-6)
+    assert found.square_sum.dtype == torch.float64
+    torch.testing.assert_close(found.square_sum, rows.double().square().sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.gram, rows.T @ rows, rtol=1e-4, atol=1e-5)
 
 

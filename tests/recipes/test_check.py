@@ -14,9 +14,9 @@ from leanstep.recipes.check.memory import MemoryEstimate
 from leanstep.recipes.check.room import disk_need
 from leanstep.recipes.check.sections import Facts, Section
 from leanstep.recipes.config import loader
-from leanstep.recipes.config.catalog import describe, recipe_names
-from leanstep.recipes.config.loader import load
-from leanstep.recipes.data.vocabulary import vocabulary_size
+from leanstep.recipes.config.catalog import describe
+from leanstep.recipes.config.loader import load, recipe_names
+from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
@@ -301,7 +301,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_answer_comes_early(no_network,
 def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    from leanstep.recipes.data.tokenizer import open_tokenizer
+    from leanstep.recipes.data.tokens import open_tokenizer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to try again"))

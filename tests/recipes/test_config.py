@@ -9,11 +9,10 @@ from typing import get_args
 import argument_table
 import pytest
 
-from leanstep.recipes.config.arguments import TABLE_FILE, model_keys
-from leanstep.recipes.config.joint import joint_problems
 from leanstep.recipes.config.loader import ConfigError, dump, load
-from leanstep.recipes.config.problems import check
+from leanstep.recipes.config.rules import TABLE_FILE, joint_problems, model_keys
 from leanstep.recipes.config.schema import BatchConfig, DataConfig, RunConfig, accumulation_steps
+from leanstep.recipes.config.values import check
 
 BASE = """\
 recipe: pretrain

@@ -14,10 +14,8 @@ import torch
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import shards, sources
-from leanstep.recipes.data.cache import build_once, cache_root
 from leanstep.recipes.data.sequences import IGNORED, epoch_order, load_data
-from leanstep.recipes.data.shards import read_shard, write_shard
-from leanstep.recipes.data.tokenizer import encode, train_bpe
+from leanstep.recipes.data.tokens import build_once, cache_root, encode, read_shard, train_bpe, write_shard
 
 DOCUMENTS = texts.documents(60)
 

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanstep.kernels import lora_dropout
-from leanstep.lora.layers.autograd import Setting, Weights, dora_factor, lora_linears
-from leanstep.lora.layers.contraction import Order, backward_flops, choose_order, forward_flops
+from leanstep.lora.layers.autograd import Setting, Weights, lora_linears
+from leanstep.lora.layers.contraction import ContractionPath, backward_flops, contraction_path, forward_flops
 from leanstep.lora.memory import saved_bytes
+from leanstep.lora.rule import dora_factor
 
 N, M_OUT, R = 5, 4, 3
 
@@ -52,7 +53,7 @@ def formula(x, setting, weights, seed=None):
     bias = 0 if weights.bias is None else weights.bias
     if weights.magnitude is None:
         return x @ w.t() + bias + update
-    c = dora_factor(weights)
+    c = dora_factor(weights.magnitude, weights.norm)
     return x @ w.t() + bias + (c - 1) * (inputs @ w.t()) + c * update
 
 
@@ -75,16 +76,19 @@ def test_gradients_are_those_of_the_formula(save, dora, p, b_bias, transposed):
 
 
 @pytest.mark.parametrize(
-    ("dora", "p", "order"),
+    ("dora", "p", "path"),
     [
-        *((dora, p, Order()) for dora in (False, True) for p in (0.0, 0.3)),
+        *((dora, p, ContractionPath()) for dora in (False, True) for p in (0.0, 0.3)),
         # the sum is formed without dropout and DoRA only
-        *((False, 0.0, order) for order in (Order(True, True), Order(True, False), Order(False, True))),
+        *(
+            (False, 0.0, path)
+            for path in (ContractionPath(True, True), ContractionPath(True, False), ContractionPath(False, True))
+        ),
     ],
 )
-def test_gradcheck(dora, p, order):
+def test_gradcheck(dora, p, path):
     weights, x = layer(dora=dora, b_bias=True), double(2, N)
-    setting = Setting(0.8, p, "min", False, order)
+    setting = Setting(0.8, p, "min", False, path)
     seed = torch.tensor(3) if p else None
     norm = weights.norm
 
@@ -172,7 +176,7 @@ def test_products_of_all_layers_at_once_are_those_of_each(dora):
     n, rows = 12, 9
     shapes = [(20, 3, 0.5, "min"), (16, 5, 2.0, "full"), (12, 2, 1.5, "min")]
     weights = [layer(n, m, r, dora=dora) for m, r, _, _ in shapes]
-    settings = [Setting(scale, 0.0, save, False, Order()) for _, _, scale, save in shapes]
+    settings = [Setting(scale, 0.0, save, False, ContractionPath()) for _, _, scale, save in shapes]
     x = double(rows, n)
     leaves = [x] + [tensor for one in weights for tensor in (one.a, one.b, one.magnitude) if tensor is not None]
     upstream = [double(rows, m).detach() for m, _, _, _ in shapes]
@@ -239,25 +243,25 @@ def test_the_shape_watcher_sees_a_full_gradient():
     assert {(20, 24), (24, 20)} & shapes.seen
 
 
-@pytest.mark.parametrize("through_sum", [False, True])
+@pytest.mark.parametrize("materialize_sum", [False, True])
 @pytest.mark.parametrize("save", ["min", "full"])
-def test_the_operations_are_those_of_the_formulas(through_sum, save):
+def test_the_operations_are_those_of_the_formulas(materialize_sum, save):
     rows, n, m, r = 40, 24, 20, 4
     weights, x = layer(n, m, r), double(rows, n)
-    order = Order(through_sum, through_sum)
+    path = ContractionPath(materialize_sum, materialize_sum)
     # torch counts addmm, and not addmm in place
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as forward:
-        y = run(x, Setting(1.0, 0.0, save, False, order), weights)
+        y = run(x, Setting(1.0, 0.0, save, False, path), weights)
     with FlopCounterMode(display=False, custom_mapping=in_place) as backward:
         y.sum().backward()
-    assert forward.get_total_flops() == forward_flops(rows, n, m, r, through_sum)
+    assert forward.get_total_flops() == forward_flops(rows, n, m, r, materialize_sum)
     # the sum does without H in forward, so that backward forms it either way
-    recompute = save == "min" or through_sum
-    assert backward.get_total_flops() == backward_flops(rows, n, m, r, through_sum, recompute)
+    recompute = save == "min" or materialize_sum
+    assert backward.get_total_flops() == backward_flops(rows, n, m, r, materialize_sum, recompute)
 
 
-def all_orders(rows, n, m, r):
+def all_paths(rows, n, m, r):
     """Operations of every way to the output and to the three gradients, by hand."""
     product = lambda i, j, k: 2 * i * j * k  # noqa: E731
     forward = {
@@ -276,16 +280,16 @@ def all_orders(rows, n, m, r):
     return forward, backward
 
 
-def test_the_chosen_order_is_the_cheapest_of_all():
+def test_the_path_taken_is_the_cheapest_of_all():
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
         rows, n, m = (int(2 ** (torch.rand((), generator=generator) * 10 + 3)) for _ in range(3))
         r = 1 + int(torch.randint(0, max(1, min(n, m) // 8), (), generator=generator))
-        forward, backward = all_orders(rows, n, m, r)
-        order = choose_order(rows, n, m, r, dtype=torch.float32, plain=True)
+        forward, backward = all_paths(rows, n, m, r)
+        path = contraction_path(rows, n, m, r, torch.float32)
         for chosen, costs, best in (
-            (forward["sum" if order.forward else "factors"], forward, 0.03),
-            (backward["sum" if order.backward else "factors", "e", "h"], backward, 0.03),
+            (forward["sum" if path.forward else "factors"], forward, 0.03),
+            (backward["sum" if path.backward else "factors", "e", "h"], backward, 0.03),
         ):
             # a full gradient pays for tiny batches at large ranks only; the rule does not take it
             within = {key: cost for key, cost in costs.items() if "full" not in key}
@@ -295,12 +299,10 @@ def test_the_chosen_order_is_the_cheapest_of_all():
 
 
 def test_the_sum_wins_where_the_rule_says():
-    assert choose_order(4096, 256, 256, 64, dtype=torch.float32, plain=True) == Order(True, True)
-    assert choose_order(64, 256, 256, 64, dtype=torch.float32, plain=True) == Order()
-    assert choose_order(4096, 4096, 4096, 8, dtype=torch.float32, plain=True) == Order()
-    assert choose_order(4096, 256, 256, 64, dtype=torch.bfloat16, plain=True) == Order()
-    assert choose_order(4096, 256, 256, 64, dtype=torch.float32, plain=False) == Order()
-    assert choose_order(4, 4, 4, 1, dtype=torch.bfloat16, plain=True, asked="sum") == Order(True, True)
+    assert contraction_path(4096, 256, 256, 64, torch.float32) == ContractionPath(True, True)
+    assert contraction_path(64, 256, 256, 64, torch.float32) == ContractionPath()
+    assert contraction_path(4096, 4096, 4096, 8, torch.float32) == ContractionPath()
+    assert contraction_path(4096, 256, 256, 64, torch.bfloat16) == ContractionPath()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Polynomials in place of exp: Taylor's and the best ones, their errors, and the degree that a tolerance takes.
+"""Polynomials in place of exp: Taylor's and the best ones, their errors, and the degree that a tolerance needs.
 
 Errors are relative to exp, on ``|x| <= bound``: delta = ``max |p(x) / exp(x) - 1|``. A softmax whose exponentials are
 off by delta has weights off by eta = ``2 delta / (1 - delta)``, relative to each of them.
@@ -23,7 +23,7 @@ __all__ = [
     "taylor_coefficients",
 ]
 
-# sums of exp of a higher degree lose too many digits in fp64 to say what their error is
+# the error of Taylor sums of a higher degree cannot be computed in fp64
 MOST_DEGREE = 64
 
 
@@ -37,7 +37,7 @@ def taylor_coefficients(degree: int) -> list[float]:
 def relative_error(coefficients: Sequence[float], bound: float) -> float:
     """delta of a polynomial: the largest of ``|p(x) / exp(x) - 1|`` over ``|x| <= bound``; inf where exp overflows.
 
-    It is attained at an end or where ``p' = p``, so that it is found and not sampled.
+    Exact, not sampled: the largest error is at an end or where ``p' = p``.
     """
     return _error_of(Polynomial(list(coefficients)), bound)
 
@@ -48,7 +48,7 @@ def slope_error(coefficients: Sequence[float], bound: float) -> float:
 
 
 def softmax_error(delta: float) -> float:
-    """eta: how far, relative to each of them, softmax weights are off at most; inf for delta of 1 and more."""
+    """eta: the largest relative error of softmax weights; inf for delta of 1 and more."""
     return 2 * delta / (1 - delta) if delta < 1 else math.inf
 
 
@@ -61,7 +61,7 @@ def _error_of(p: Polynomial, bound: float) -> float:
     turning = p.deriv() - p
     if turning.degree() > 0:
         roots = turning.roots()
-        # a double root comes out with an imaginary part; a point too many does no harm
+        # a double root gets an imaginary part by rounding; a point too many does no harm
         points += [x for x in roots.real if abs(x) < bound]
     return float(max(abs(p(x) * math.exp(-x) - 1) for x in points))
 
@@ -70,9 +70,9 @@ def _error_of(p: Polynomial, bound: float) -> float:
 def minimax_coefficients(bound: float, degree: int) -> tuple[float, ...]:
     """Coefficients of the polynomial with the least delta on ``|x| <= bound``, by Remez's exchange.
 
-    It needs a lower degree than Taylor's for the same delta, and is positive there if its delta is below 1; beyond the
-    bound it is nothing. Taylor's is the better one near 0, where most logits of most heads lie. Raises ValueError for
-    a bound that is not in (0, 30], or a degree not in 0 to 24.
+    It needs a lower degree than Taylor's for the same delta, and is positive on that interval if its delta is below 1.
+    Beyond the bound it approximates nothing. Taylor's is better near 0, where most logits of most heads lie. Raises
+    ValueError for a bound outside (0, 30], or a degree outside 0 to 24.
     """
     if not 0 < bound <= 30 or not 0 <= degree <= 24:
         raise ValueError(
@@ -81,11 +81,11 @@ def minimax_coefficients(bound: float, degree: int) -> tuple[float, ...]:
     grid = bound * np.cos(np.linspace(np.pi, 0, 64 * (degree + 2) + 1))
     inverse = np.exp(-grid)
     basis = np.polynomial.chebyshev.chebvander(grid / bound, degree) * inverse[:, None]
-    at = np.linspace(0, len(grid) - 1, degree + 2).round().astype(int)
+    nodes = np.linspace(0, len(grid) - 1, degree + 2).round().astype(int)
     best, least = np.zeros(degree + 1), np.inf
     for _ in range(40):
         signs = np.where(np.arange(degree + 2) % 2, -1.0, 1.0)
-        solved = np.linalg.solve(np.column_stack([basis[at], signs]), np.ones(degree + 2))
+        solved = np.linalg.solve(np.column_stack([basis[nodes], signs]), np.ones(degree + 2))
         error = basis @ solved[:-1] - 1
         worst = np.abs(error).max()
         # where rounding is as large as the error, exchanges lead nowhere
@@ -94,15 +94,15 @@ def minimax_coefficients(bound: float, degree: int) -> tuple[float, ...]:
         if worst <= abs(solved[-1]) * (1 + 1e-9) + 1e-15:
             break
         exchanged = _extremes(error, degree + 2)
-        if exchanged is None or (exchanged == at).all():
+        if exchanged is None or (exchanged == nodes).all():
             break
-        at = exchanged
-    found = Chebyshev(best, domain=[-bound, bound]).convert(kind=Polynomial)
-    return tuple(float(c) for c in np.pad(found.coef, (0, degree + 1 - len(found.coef))))
+        nodes = exchanged
+    power = Chebyshev(best, domain=[-bound, bound]).convert(kind=Polynomial)
+    return tuple(float(c) for c in np.pad(power.coef, (0, degree + 1 - len(power.coef))))
 
 
 def _extremes(error: np.ndarray, count: int) -> np.ndarray | None:
-    """The place of the largest error in every run of one sign; the ``count`` neighbours with the largest errors."""
+    """The indices of ``count`` neighbouring extremes of alternating sign with the largest errors; None if too few."""
     runs = np.split(np.arange(len(error)), np.flatnonzero(np.diff(np.sign(error))) + 1)
     peaks = np.array([run[np.abs(error[run]).argmax()] for run in runs])
     if len(peaks) < count:
@@ -113,7 +113,7 @@ def _extremes(error: np.ndarray, count: int) -> np.ndarray | None:
 
 
 def needed_degree(bound: float, tolerance: float, *, kind: str = "softmax", even: bool = True) -> int | None:
-    """The least degree of Taylor's sum that keeps to a tolerance where no logit is larger than ``bound``.
+    """The least degree of Taylor's sum within a tolerance where no logit is larger than ``bound``.
 
     Args:
         bound: S, the largest absolute logit, scaled and with centred keys.

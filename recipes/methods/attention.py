@@ -11,26 +11,22 @@ from leanstep.recipes.training.checkpoint import CheckpointError
 __all__ = ["build_gate", "build_monitor", "read_gate", "write_gate"]
 
 
-def build_monitor(config: RunConfig, model: torch.nn.Module) -> NormMonitor | None:
-    """Watch the attention of ``model``, as it is trained, at log steps; None unless ``log.attention_norms`` is set.
+def build_monitor(model: torch.nn.Module) -> NormMonitor:
+    """Watch the attention of ``model``, as it is trained, at log steps (``log.attention_norms``).
 
     Raises ValueError for a model whose attention cannot be watched.
     """
-    if not config.log.attention_norms:
-        return None
     try:
         return NormMonitor(model)
     except ValueError as error:
         raise ValueError(f"log.attention_norms: {error}") from None
 
 
-def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate | None:
-    """Let the attention of ``model`` run low-rank where that is close and pays; None for ``lora.attention: exact``.
+def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
+    """Let the attention of ``model`` run low-rank where that is close and pays (``lora.attention: auto``).
 
     Raises ValueError for a model whose attention cannot be reached.
     """
-    if config.lora.attention == "exact":
-        return None
     try:
         return LowRankGate(model, config.lora.attention, tolerance=config.lora.attention_tolerance, seed=config.seed)
     except ValueError as error:

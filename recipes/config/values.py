@@ -1,23 +1,149 @@
-"""From what pydantic refuses to lines that say what was expected, what came, and which key was meant."""
+"""Values of a recipe: read from YAML with their lines, changed at a path, and checked with the key and the word meant.
+
+Numbers follow YAML 1.2 where PyYAML alone does not: ``1e-4`` is a number, not text. Dates stay text.
+"""
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
-__all__ = ["KeyPath", "Problem", "all_keys", "check", "show", "unknown_key"]
+__all__ = [
+    "Document",
+    "KeyPath",
+    "Problem",
+    "all_keys",
+    "check",
+    "leaves",
+    "overlay",
+    "parse_scalar",
+    "read_document",
+    "remove_at",
+    "set_at",
+    "show",
+    "unknown_key",
+    "value_at",
+]
 
-KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"): positions in lists are decimal text
+KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with floats as in YAML 1.2 and without dates, so that a value means the same in every position."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?\.(?:inf|Inf|INF)
+             |\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+@dataclass
+class Document:
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for what is wrong with its form."""
+
+    value: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_document(text: str) -> Document:
+    """Parse ``text``. Syntax errors, duplicate keys and self-references become ``problems``, never exceptions."""
+    document = Document()
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if root is not None:
+            document.value = _convert(root, (), document, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        document.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {what}"))
+    except yaml.YAMLError as error:  # characters that YAML forbids carry no mark
+        document.problems.append((1, f"not valid YAML: {' '.join(str(error).split())}"))
+    return document
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of ``text`` as a recipe file would read it after ``key:``; raises ValueError where it is not YAML."""
+    document = read_document(text)
+    if document.problems:
+        raise ValueError(document.problems[0][1])
+    return document.value
+
+
+def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[int, ...]) -> Any:
+    """Turn a composed node into dicts, lists and scalars, noting lines and duplicate keys on the way."""
+    line = node.start_mark.line + 1
+    if id(node) in parents:
+        document.problems.append((line, f"{'.'.join(path)} contains itself through an alias"))
+        return None
+    below = (*parents, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            document.lines[(*path, str(index))] = item.start_mark.line + 1
+        return [_convert(item, (*path, str(index)), document, below) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return _scalar(node, path, document)
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key_line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            document.problems.append((key_line, f"keys must be plain words, got {key_node.tag.rpartition(':')[2]}"))
+            continue
+        key = key_node.value
+        here = (*path, key)
+        if key in result:
+            first = document.lines[here]
+            document.problems.append((key_line, f"duplicate key '{'.'.join(here)}'; it is first on line {first}"))
+            continue
+        document.lines[here] = key_line
+        result[key] = _convert(value_node, here, document, below)
+    return result
+
+
+def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    """Construct one scalar; an unknown ``!tag`` or an impossible number is a problem on its line."""
+    constructor = _Loader("")
+    try:
+        return constructor.construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        document.problems.append((node.start_mark.line + 1, f"{'.'.join(path)}: not valid YAML: {reason}"))
+        return None
+    finally:
+        constructor.dispose()
+
+
 Problem = tuple[KeyPath, str]
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
 _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
@@ -70,13 +196,16 @@ def _place(schema: Any, location: tuple[int | str, ...], value: Any) -> tuple[in
 
 
 def _problem(schema: Any, place: tuple[int | str, ...], part: Any, whole: Any, above: KeyPath) -> Problem:
-    annotation, limits, path, rest, value = schema, [], [], [], whole
+    annotation, value = schema, whole
+    limits: list[Any] = []
+    path: list[str] = []
+    rest: list[int | str] = []
     for step in place:
         value = value[step]
         fields = _fields(annotation)
         if fields is None:
             rest.append(step)
-            annotation, limits = _element(annotation), limits
+            annotation = _element(annotation)
         elif step in fields:
             path.append(str(step))
             annotation, limits = fields[str(step)]
@@ -97,7 +226,7 @@ def _problem(schema: Any, place: tuple[int | str, ...], part: Any, whole: Any, a
 def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
     """Name -> (type, limits) of the keys of a section, or None for a type that is no section."""
     if is_dataclass(annotation):
-        infos: dict[str, FieldInfo] = annotation.__pydantic_fields__  # type: ignore[attr-defined]
+        infos: dict[str, FieldInfo] = vars(annotation)["__pydantic_fields__"]
         return {name: (info.annotation, info.metadata) for name, info in infos.items() if not info.exclude}
     if is_typeddict(annotation):
         return {name: (hint, []) for name, hint in get_type_hints(annotation, include_extras=True).items()}
@@ -144,7 +273,7 @@ def _expected(annotation: Any, value: Any) -> str:
         elif origin is dict or is_dataclass(origin):
             words.append("a mapping")
         else:
-            words.append("a list" if origin in (list, tuple) else _WORDS.get(origin, str(origin)))
+            words.append("a list" if origin in (list, tuple) else _WORDS.get(origin) or str(origin))
     if choices:
         words.insert(0, ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices)))
     if "a number" in words and "a whole number" in words:
@@ -165,7 +294,7 @@ def show(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value}"
     text = repr(value)
-    kind = {dict: "a mapping ", list: "a list "}.get(type(value), "")
+    kind = "a mapping " if isinstance(value, dict) else "a list " if isinstance(value, list) else ""
     return kind + (text if len(text) <= 60 else f"{text[:57]}...")
 
 
@@ -187,3 +316,67 @@ def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     for name, (annotation, _) in (_fields(schema) or {}).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
+
+
+def value_at(tree: Any, path: KeyPath) -> Any:
+    """The value at ``path``, or None."""
+    for step in path:
+        if isinstance(tree, list):
+            tree = tree[int(step)] if int(step) < len(tree) else None
+        else:
+            tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
+
+
+def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section; where one of the two is not a mapping, ``top`` wins."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every scalar under ``value`` with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def set_at(tree: Any, path: KeyPath, value: Any) -> None:
+    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
+    for depth, step in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(tree, list):
+            if not step.isdecimal() or int(step) >= len(tree):
+                raise ValueError(f"{'.'.join(path[:depth])} is a list of {len(tree)}, which has no position {step!r}")
+            key: Any = int(step)
+        elif isinstance(tree, dict):
+            key = step
+            if not last and tree.get(key) is None:
+                tree[key] = {}
+        else:
+            raise ValueError(f"{'.'.join(path[:depth])} is {tree!r}, which has no keys below it")
+        if last:
+            tree[key] = value
+        else:
+            tree = tree[key]
+
+
+def remove_at(tree: Any, path: KeyPath) -> None:
+    """Delete what is at ``path``, if it is there; elements of a list are removed with the whole list."""
+    for step in path[:-1]:
+        if not isinstance(tree, dict) or step not in tree:
+            return
+        if isinstance(tree[step], list):
+            del tree[step]
+            return
+        tree = tree[step]
+    if isinstance(tree, dict):
+        tree.pop(path[-1], None)
