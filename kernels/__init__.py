@@ -25,9 +25,9 @@ from leanstep.kernels.nm.mask import nm_mask
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.steps.lion_step import lion_agreement, lion_step
-from leanstep.kernels.steps.scaled_step import scaled_step
-from leanstep.kernels.steps.sinkhorn_step import sinkhorn_step
+from leanstep.kernels.steps.scaled_step import scaled_step, sinkhorn_step
 
 __all__ = [
     "COEFFICIENTS",
@@ -36,6 +36,7 @@ __all__ = [
     "Coefficients",
     "Scales",
     "SparseLayout",
+    "StepOptions",
     "backend_table",
     "gram_row",
     "linear_combination",

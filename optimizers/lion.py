@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import lion_agreement, lion_step, use_backend
-from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
+from leanstep.kernels import StepOptions, lion_agreement, lion_step, use_backend
+from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import (
     LeanOptimizer,
     by_device_and_dtype,
@@ -138,14 +138,14 @@ class Lion(LeanOptimizer):
             params, grads, states, indices, positions = batch.pick(members)
             rounding = effective("Lion", group, positions[0], params[0])
             exp_avgs = [state["exp_avg"] for state in states]
-            hyper = lion_hyper(group, device, dtype)
+            scalars = lion_scalars(group, device, dtype)
             parts.append(
-                lion(params, grads, exp_avgs, states, indices=indices, group=group, rounding=rounding, hyper=hyper)
+                lion(params, grads, exp_avgs, states, indices=indices, group=group, rounding=rounding, scalars=scalars)
             )
         return parts
 
 
-def lion_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def lion_scalars(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The scalars of a group as the kernels take them: [lr, decay, beta1, 1 - beta1, beta2, 1 - beta2]."""
     beta1, beta2 = group["betas"]
     decay = decay_factor(group["lr"], group["weight_decay"])
@@ -161,40 +161,37 @@ def lion(
     indices: list[int],
     group: dict[str, Any],
     rounding: str,
-    hyper: Tensor,
+    scalars: Tensor,
 ) -> Steps[None]:
     """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
     shards = [shard_of(p) for p in params]
     local_params, local_grads, local_avgs = ([readable(t) for t in ts] for ts in (params, grads, exp_avgs))
-    skip = group["nonfinite"] != "pass"
-    scale = None
+    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], scalars.device)
+    options = StepOptions(
+        scalars,
+        rounding,
+        decay_where_aligned=group["cautious_decay"],
+        maximize=group["maximize"],
+        skip_nonfinite=group["nonfinite"] != "pass",
+        seeds=seeds,
+        offsets=offsets,
+    )
     if group["cautious"]:
-        counts = lion_agreement(local_grads, local_avgs, hyper=hyper, maximize=group["maximize"], skip_nonfinite=skip)
+        counts = lion_agreement(local_grads, local_avgs, options)
         if any(s.groups for s in shards):
             yield from sum_over_shards(counts, shards)
-        scale = _cautious_scale(counts, params, hyper)
-    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], hyper.device)
-    extras = rounding_states(states, rounding)
-    options = {
-        "hyper": hyper,
-        "rounding": rounding,
-        "cautious_scale": scale,
-        "decay_where_aligned": group["cautious_decay"],
-        "maximize": group["maximize"],
-        "skip_nonfinite": skip,
-        "seeds": seeds,
-        "offsets": offsets,
-    }
+        options = options._replace(cautious_scale=_cautious_scale(counts, params, scalars.dtype))
+    tensors = (local_params, local_grads, local_avgs, rounding_states(states, rounding))
     if group["foreach"] is False:
         with use_backend("reference"):
-            flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+            flags = lion_step(*tensors, options)
     else:
-        flags = lion_step(local_params, local_grads, local_avgs, extras, **options)
+        flags = lion_step(*tensors, options)
     store(local_params, params)
     count_nonfinite(group, flags)
 
 
-def _cautious_scale(counts: Tensor, params: list[Tensor], hyper: Tensor) -> Tensor:
+def _cautious_scale(counts: Tensor, params: list[Tensor], dtype: torch.dtype) -> Tensor:
     """1 / mean(mask) of every whole tensor, in fp32: the mean is at least 1e-5."""
     sizes = constant([max(p.numel(), 1) for p in params], counts.device, counts.dtype)
-    return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(hyper.dtype)
+    return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(dtype)

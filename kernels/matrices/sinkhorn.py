@@ -1,5 +1,6 @@
 """Square-root Sinkhorn row and column scales of lists of matrices."""
 
+import ctypes
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, integers, library, pointers
 from leanstep.kernels.reference.matrices import sinkhorn as reference
 from leanstep.kernels.reference.matrices.sinkhorn import finish_columns
 
@@ -171,8 +173,6 @@ def _run(
 
 def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
     """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
-    from leanstep.kernels.cpp_impl.matrices import sinkhorn as cpp_sinkhorn
-
     columns: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
         if mat.numel() == 0:
@@ -190,7 +190,18 @@ def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_wi
             ):
                 column.extend(stack)
     for chosen, rows_out, cols_out in columns.values():
-        cpp_sinkhorn.sinkhorn(chosen, rows_out, cols_out, num_iters, end_with_rows)
+        library("matrices/sinkhorn", {"MAT": TYPES[chosen[0].dtype]}).sinkhorn(
+            ctypes.c_int64(len(chosen)),
+            pointers(chosen),
+            integers([m.shape[0] for m in chosen]),
+            integers([m.shape[1] for m in chosen]),
+            integers([m.stride(0) for m in chosen]),
+            pointers(rows_out),
+            pointers(cols_out),
+            ctypes.c_int64(num_iters),
+            int(end_with_rows),
+            torch.get_num_threads(),
+        )
 
 
 def _iterate_together(

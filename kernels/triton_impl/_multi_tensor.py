@@ -15,7 +15,7 @@ Under CUDA graph capture an array that is new is uploaded by the graph itself, s
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
 _CACHE_BYTES = 32 << 20  # device memory that the kept arrays may take before the least recently used ones go
@@ -147,6 +149,23 @@ def warps(threads: int) -> int:
 def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
     """For each distinct key, in order of first appearance, which positions have it."""
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
+
+
+def launches(keys: Sequence[Hashable], pieces: Sequence[int], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """(key, map of programs) of every launch: tensor i gets `pieces[i]` programs in the launch of `keys[i]`."""
+    for key, selected in by_key(keys).items():
+        programs = device_programs([n * is_in for n, is_in in zip(pieces, selected, strict=True)], device)
+        if programs is not None:
+            yield key, programs
+
+
+def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]:
+    """Those of the options, or zeros for `count` tensors: kernels always read them."""
+    seeds, offsets = options.seeds, options.offsets
+    if seeds is None or offsets is None:
+        zeros = torch.zeros(count, dtype=torch.int64, device=options.scalars.device)
+        return zeros if seeds is None else seeds, zeros if offsets is None else offsets
+    return seeds, offsets
 
 
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
 from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
+from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.base import check_choice, describe, new_state
 from leanstep.optimizers.common.sharding import Shard, local, offsets_of, plain
 

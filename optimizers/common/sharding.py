@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts
-from leanstep.kernels._hyper import constant
+from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels import scaled_step
-from leanstep.kernels._hyper import compute_dtype, constant, decay_factor, pack
+from leanstep.kernels import StepOptions, scaled_step
 from leanstep.kernels.matrices.newton_schulz import newton_schulz, nuclear_norm
+from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 
 # the smallest alpha that alpha="auto" finds: gradients without noise have a median of 0
 _SMALLEST_ALPHA = 1e-30
@@ -170,11 +170,13 @@ def update(
         _repeated(matrix_scales, params, counts, -2),
         _repeated(ones, params, counts, -1),
         list(rounding_states),
-        hyper=pack([lr, decay_factor(lr, weight_decay)], device, dtype),
-        rounding=rounding,
-        skip_nonfinite=skip_nonfinite,
-        seeds=seeds,
-        offsets=offsets,
+        StepOptions(
+            pack([lr, decay_factor(lr, weight_decay)], device, dtype),
+            rounding,
+            skip_nonfinite=skip_nonfinite,
+            seeds=seeds,
+            offsets=offsets,
+        ),
     )
 
 

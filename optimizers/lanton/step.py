@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.common import constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for

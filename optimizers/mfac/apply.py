@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from leanstep.kernels import scaled_step, use_backend
-from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
@@ -110,22 +110,20 @@ def _apply(
         updates = buffers
     rounding = effective("MFAC", group, members[0].position, members[0].param)
     decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
-    hyper = pack([group["lr"], decay], device, compute_dtype(dtype))
+    scalars = pack([group["lr"], decay], device, compute_dtype(dtype))
     states = [m.state for m in members]
     seeds, offsets = seeds_and_offsets(
         rounding, states, [m.number for m in members], [shard_of(m.param) for m in members], group["seed"], device
     )
+    options = StepOptions(scalars, rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets)
     directions = [as_written(u, stacked=False) for u in updates]
-    ones = [torch.ones(sum(d.shape), dtype=hyper.dtype, device=device) for d in directions]
+    ones = [torch.ones(sum(d.shape), dtype=scalars.dtype, device=device) for d in directions]
     if went is not None:
         ones = [torch.where(w, one, torch.nan) for w, one in zip(went, ones, strict=True)]
     scales = [one.split(list(d.shape)) for one, d in zip(ones, directions, strict=True)]
 
     def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
         with use_backend("reference") if group["foreach"] is False else nullcontext():
-            return scaled_step(
-                matrices, directions, [s[0] for s in scales], [s[1] for s in scales], kept,
-                hyper=hyper, rounding=rounding, skip_nonfinite=went is not None, seeds=seeds, offsets=offsets,
-            )  # fmt: skip
+            return scaled_step(matrices, directions, [s[0] for s in scales], [s[1] for s in scales], kept, options)
 
     write_back(step, weights, rounding_states(states, rounding), [False] * len(weights))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import compute_dtype
+from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer, new_state
 from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps

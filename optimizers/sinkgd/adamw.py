@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from leanstep.kernels._backend import same_layout
+from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, new_state
 from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
 from leanstep.optimizers.common.sharding import (

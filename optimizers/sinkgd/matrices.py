@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import Scales, scaled_step, sinkhorn, sinkhorn_step, use_backend
-from leanstep.kernels._hyper import compute_dtype
+from leanstep.kernels import Scales, StepOptions, scaled_step, sinkhorn, sinkhorn_step, use_backend
 from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
 from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.reference.steps.scaled_step import scaled_update
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
 from leanstep.optimizers.common.base import count_nonfinite, local
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_and_offsets
@@ -34,15 +33,15 @@ def step(
     group: dict[str, Any],
     algorithm: str,
     rounding: str,
-    hyper: Tensor,
+    scalars: Tensor,
 ) -> Steps[None]:
     """Normalise and apply, for matrices of one device and dtype; parameters and state in place."""
     shards = [shard_of(p) for p in params]
     if group["foreach"] is not False:
-        yield from _step(params, grads, states, indices, shards, group, algorithm, rounding, hyper)
+        yield from _step(params, grads, states, indices, shards, group, algorithm, rounding, scalars)
         return
     for p, g, state, index, shard in zip(params, grads, states, indices, shards, strict=True):
-        yield from _step([p], [g], [state], [index], [shard], group, algorithm, rounding, hyper)
+        yield from _step([p], [g], [state], [index], [shard], group, algorithm, rounding, scalars)
 
 
 def _backend(group: dict[str, Any]) -> AbstractContextManager[object]:
@@ -59,7 +58,7 @@ def _step(
     group: dict[str, Any],
     algorithm: str,
     rounding: str,
-    hyper: Tensor,
+    scalars: Tensor,
 ) -> Steps[None]:
     stored, transposed, flatten = shards, group["transposed"], group["flatten"]
     shards = [oriented(s, transposed, flatten) for s in stored]
@@ -88,7 +87,7 @@ def _step(
     end_with_rows = algorithm == "balanced"
     plain = not (group["momentum"] or group["spectral"] or transposed) and group["base_width"] is None
     if plain and not any(cuts):
-        flags = _apply(weights, mats, end_with_rows, states, indices, stored, group, rounding, hyper)
+        flags = _apply(weights, mats, end_with_rows, states, indices, stored, group, rounding, scalars)
         count_nonfinite(group, flags)
         return
     if any(cuts):
@@ -108,7 +107,7 @@ def _step(
         mats, scales = _average_after(mats, scales, states, group, bad)
     if transposed:
         mats, scales = [m.mT for m in mats], _swapped(scales)
-    count_nonfinite(group, _apply(weights, mats, scales, states, indices, stored, group, rounding, hyper))
+    count_nonfinite(group, _apply(weights, mats, scales, states, indices, stored, group, rounding, scalars))
 
 
 def _swapped(scales: Scales) -> Scales:
@@ -323,25 +322,19 @@ def _apply(
     shards: list[Shard],
     group: dict[str, Any],
     rounding: str,
-    hyper: Tensor,
+    scalars: Tensor,
 ) -> Tensor:
     """Write the update into the weights; returns the non-finite flags.
 
     ``scales``: those of the matrices, or, where they are still to be found, ``end_with_rows``.
     """
-    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], hyper.device)
-    options = {
-        "hyper": hyper,
-        "rounding": rounding,
-        "skip_nonfinite": group["nonfinite"] != "pass",
-        "seeds": seeds,
-        "offsets": offsets,
-    }
+    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], scalars.device)
+    options = StepOptions(scalars, rounding, skip_nonfinite=group["nonfinite"] != "pass", seeds=seeds, offsets=offsets)
 
     def step(matrices: list[Tensor], kept: list[Tensor]) -> Tensor:
         with _backend(group):
             if isinstance(scales, bool):
-                return sinkhorn_step(matrices, mats, group["num_iters"], kept, end_with_rows=scales, **options)
-            return scaled_step(matrices, mats, scales.rows, scales.cols, kept, **options)
+                return sinkhorn_step(matrices, mats, kept, options, num_iters=group["num_iters"], end_with_rows=scales)
+            return scaled_step(matrices, mats, scales.rows, scales.cols, kept, options)
 
     return write_back(step, weights, rounding_states(states, rounding), [not group["flatten"]] * len(weights))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import compute_dtype, decay_factor, pack
+from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import (
     LeanOptimizer,
     by_device_and_dtype,
@@ -258,13 +258,13 @@ class SinkGD(LeanOptimizer):
                     group=group,
                     algorithm=algorithms[places[0]],
                     rounding=effective("SinkGD", group, chosen.positions[0], chosen.params[0]),
-                    hyper=sinkgd_hyper(group, device, dtype),
+                    scalars=sinkgd_scalars(group, device, dtype),
                 )
             )
         return parts
 
 
-def sinkgd_hyper(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def sinkgd_scalars(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The scalars of a group as the kernels take them: [lr * scale, 1 - lr * scale * weight_decay]."""
     lr = group["lr"]
     step = (lr.to(torch.float64) if isinstance(lr, Tensor) else lr) * group["scale"]

@@ -20,10 +20,10 @@ from torch import Tensor
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, pointer
 from leanstep.kernels.triton_impl._multi_tensor import (
-    by_key,
     device_programs,
     device_rows,
     has_aligned_rows,
+    launches,
     on_device,
     warps,
 )
@@ -262,14 +262,12 @@ def sinkhorn_pass(
         return colmeans
     device_table = device_rows(table, rows.device)
     with on_device(rows.device):
-        for key, members in by_key(keys).items():
-            programs = device_programs([k * member for k, member in zip(blocks, members, strict=True)], rows.device)
-            if programs is not None:
-                kernel, constants, threads = _configuration(*key)
-                kernel[(programs.numel(),)](
-                    device_table, programs, rows, cols, partial, int(first), **constants, num_warps=warps(threads),
-                    enable_fp_fusion=True,
-                )  # fmt: skip
+        for key, programs in launches(keys, blocks, rows.device):
+            kernel, constants, threads = _configuration(*key)
+            kernel[(programs.numel(),)](
+                device_table, programs, rows, cols, partial, int(first), **constants, num_warps=warps(threads),
+                enable_fp_fusion=True,
+            )  # fmt: skip
         programs = device_programs(column_blocks, rows.device)
         if programs is not None:
             sinkhorn_reduce_kernel[(programs.numel(),)](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     TL_DTYPE,
@@ -26,12 +27,12 @@ from leanstep.kernels.triton_impl._common import (
 from leanstep.kernels.triton_impl._compile import AuditCase, pointer
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
-    device_programs,
     device_rows,
     effective_rounding,
     is_aligned,
+    launches,
     on_device,
+    seeds_and_offsets,
     warps,
 )
 
@@ -84,7 +85,7 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_step_kernel(
-    rows, programs, hyper, scales, seeds, offsets, flags, mode,
+    rows, programs, scalars, scales, seeds, offsets, flags, mode,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -95,12 +96,12 @@ def lion_step_kernel(
     count = tl.minimum(tl.load(row + 4) - start, TILES * BLOCK).to(tl.int32)
     i = tl.load(row + 6)
 
-    lr = tl.load(hyper + 0)
-    decay = tl.load(hyper + 1)
-    beta1 = tl.load(hyper + 2)
-    omb1 = tl.load(hyper + 3)
-    beta2 = tl.load(hyper + 4)
-    omb2 = tl.load(hyper + 5)
+    lr = tl.load(scalars + 0)
+    decay = tl.load(scalars + 1)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
+    beta2 = tl.load(scalars + 4)
+    omb2 = tl.load(scalars + 5)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
     seed = tl.load(seeds + i).to(tl.uint32)
     index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
@@ -145,7 +146,7 @@ def _agreement_tile(g_ptr, m_ptr, offs, mask, beta1, omb1, mode):
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_agreement_kernel(
-    rows, programs, hyper, counts, mode,
+    rows, programs, scalars, counts, mode,
     G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Count the elements whose update has the gradient's sign. A row is (g, m, numel, aligned, index, 0)."""
@@ -153,8 +154,8 @@ def lion_agreement_kernel(
     row = rows + (entry >> 32) * 6
     start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
     count = tl.minimum(tl.load(row + 2) - start, TILES * BLOCK).to(tl.int32)
-    beta1 = tl.load(hyper + 2)
-    omb1 = tl.load(hyper + 3)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
 
     lane = tl.arange(0, BLOCK)
     agree = tl.zeros([BLOCK], dtype=tl.int32)
@@ -176,28 +177,19 @@ def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str,
-    cautious_scale: Tensor | None,
-    decay_where_aligned: bool,
-    maximize: bool,
-    skip_nonfinite: bool,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
+    rounding_state: Sequence[Tensor],
+    options: StepOptions,
 ) -> Tensor:
-    """Update `params`, `exp_avgs` and `extras` in place; int32 flags say which tensors had entries skipped.
+    """Update `params`, `exp_avgs` and `rounding_state` in place; int32 flags say which tensors had entries skipped.
 
     The definition is `leanstep.kernels.reference.steps.lion_step`; results are equal to it bit for bit.
     """
-    device = hyper.device
+    scalars, device = options.scalars, options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
-    keeps_extra = rounding in ("kahan", "master")
     rows, keys, pieces = [], [], []
     for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
-        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
         p = staging.write(p)
         g = staging.read(g, _native_dtype(g.dtype, p.dtype))
         m = staging.write(m, _native_dtype(m.dtype, p.dtype, torch.bfloat16))
@@ -210,19 +202,16 @@ def lion_step(
         pieces.append(triton.cdiv(p.numel(), BLOCK * TILES))
     if not any(pieces):
         return flags
-    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
-    mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE | decay_where_aligned * DECAY_WHERE_ALIGNED
-    mode |= (cautious_scale is not None) * CAUTIOUS
+    scales = scalars if options.cautious_scale is None else options.cautious_scale
+    seeds, offsets = seeds_and_offsets(options, len(params))
+    mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
+    mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
-        for (*dtypes, rounds), members in by_key(keys).items():
-            programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
-            if programs is None:
-                continue
+        for (*dtypes, rounds), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
-                table, programs, hyper, hyper if cautious_scale is None else cautious_scale,
-                zeros if seeds is None else seeds, zeros if offsets is None else offsets, flags, mode,
+                table, programs, scalars, scales, seeds, offsets, flags, mode,
                 *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
@@ -230,11 +219,13 @@ def lion_step(
     return flags
 
 
-def lion_agreement(
-    grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *, hyper: Tensor, maximize: bool, skip_nonfinite: bool
-) -> Tensor:
+def _mode(options: StepOptions) -> int:
+    return options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
+
+
+def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options: StepOptions) -> Tensor:
     """Number of elements per tensor whose update has the sign of the gradient, as fp32; exact and deterministic."""
-    device = hyper.device
+    device = options.scalars.device
     counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
     staging = Staging()
     rows, keys, pieces = [], [], []
@@ -246,15 +237,12 @@ def lion_agreement(
         pieces.append(triton.cdiv(g.numel(), BLOCK * TILES))
     if any(pieces):
         table = device_rows(rows, device)
-        mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE
         with on_device(device):
-            for (g_dtype, m_dtype), members in by_key(keys).items():
-                programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
-                if programs is not None:
-                    lion_agreement_kernel[(programs.numel(),)](
-                        table, programs, hyper, counts, mode, TL_DTYPE[g_dtype], TL_DTYPE[m_dtype],
-                        BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
-                    )  # fmt: skip
+            for dtypes, programs in launches(keys, pieces, device):
+                lion_agreement_kernel[(programs.numel(),)](
+                    table, programs, options.scalars, counts, _mode(options), *(TL_DTYPE[d] for d in dtypes),
+                    BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                )  # fmt: skip
     staging.finish()
     return counts.to(torch.float32)
 
@@ -291,7 +279,7 @@ def _step_case(p: torch.dtype, g: torch.dtype, m: torch.dtype, e: torch.dtype, r
         kernel=lion_step_kernel,
         label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""),
         arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), scales=pointer("fp32"),
+            rows=pointer("i64"), programs=pointer("i64"), scalars=pointer("fp32"), scales=pointer("fp32"),
             seeds=pointer("i64"), offsets=pointer("i64"), flags=pointer("i32"), mode="i32",
         ),
         constants=dict(
@@ -313,7 +301,7 @@ def _agreement_case(g: torch.dtype, m: torch.dtype) -> AuditCase:
         kernel=lion_agreement_kernel,
         label=f"g {g} m {m}".replace("torch.", ""),
         arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), counts=pointer("i64"), mode="i32"
+            rows=pointer("i64"), programs=pointer("i64"), scalars=pointer("fp32"), counts=pointer("i64"), mode="i32"
         ),
         constants=dict(G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], BLOCK=BLOCK, TILES=TILES),
         threads=THREADS,

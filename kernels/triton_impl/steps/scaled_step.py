@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     TL_DTYPE,
@@ -25,12 +26,13 @@ from leanstep.kernels.triton_impl._common import (
 from leanstep.kernels.triton_impl._compile import AuditCase, pointer
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
     device_programs,
     device_rows,
     effective_rounding,
     has_aligned_rows,
+    launches,
     on_device,
+    seeds_and_offsets,
     warps,
 )
 
@@ -81,7 +83,7 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def scaled_step_kernel(
-    table, programs, hyper, seeds, offsets, bad,
+    table, programs, scalars, seeds, offsets, bad,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +111,8 @@ def scaled_step_kernel(
         p_ptr, p_stride_m, p_stride_n = _strided(row, 5, batch, start, 0, P_DTYPE, ALIGNED)
         g_ptr, g_stride_m, g_stride_n = _strided(row, 8, batch, start, 1, G_DTYPE, ALIGNED)
         e_ptr, e_stride_m, e_stride_n = _strided(row, 11, batch, start, 2, E_DTYPE, ALIGNED)
-        step = tl.load(hyper + 0)
-        decay = tl.load(hyper + 1)
+        step = tl.load(scalars + 0)
+        decay = tl.load(scalars + 1)
         i = tl.load(row + 19)
         seed = tl.load(seeds + i).to(tl.uint32)
         index = ((batch * m + start) * n + tl.load(offsets + i)).to(tl.uint32)
@@ -146,46 +148,38 @@ def scaled_step(
     mats: Sequence[Tensor],
     rows: Tensor | Sequence[Tensor],
     cols: Tensor | Sequence[Tensor],
-    extras: Sequence[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
-    skip_nonfinite: bool,
+    rounding_state: Sequence[Tensor],
+    options: StepOptions,
 ) -> Tensor:
-    """Update `params` and `extras` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
+    """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
     `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
-    `sinkhorn_pass`, or a list. `hyper` is fp32 [step, decay] on the device. Returns int32 flags: with `skip_nonfinite`,
+    `sinkhorn_pass`, or a list. Returns int32 flags: with `skip_nonfinite`,
     1 where a matrix of the tensor has a NaN column scale; such matrices are left as they are. The definition is
     `leanstep.kernels.reference.steps.scaled_step`; results are equal to it bit for bit.
     """
-    device = hyper.device
+    device = options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
     scales = [_addresses(rows, params, -2), _addresses(cols, params, -1)]
-    table, keys, pieces, batches = _table(params, mats, extras, scales, rounding, staging)
+    table, keys, pieces, batches = _table(params, mats, rounding_state, scales, options.rounding, staging)
     if not any(pieces):
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
-    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
+    seeds, offsets = seeds_and_offsets(options, len(params))
     device_table = device_rows(table, device)
     with on_device(device):
-        scans = device_programs(batches, device) if skip_nonfinite else None
+        scans = device_programs(batches, device) if options.skip_nonfinite else None
         if scans is not None:
             column_nan_kernel[(scans.numel(),)](
                 device_table, scans, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
             )
-        for key, members in by_key(keys).items():
-            programs = device_programs([k * member for k, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                # fused multiply-adds would round differently from the definition
-                scaled_step_kernel[(programs.numel(),)](
-                    device_table, programs, hyper, zeros if seeds is None else seeds,
-                    zeros if offsets is None else offsets, bad, **_constants(*key), num_warps=warps(THREADS),
-                    enable_fp_fusion=False,
-                )  # fmt: skip
+        for key, programs in launches(keys, pieces, device):
+            # fused multiply-adds would round differently from the definition
+            scaled_step_kernel[(programs.numel(),)](
+                device_table, programs, options.scalars, seeds, offsets, bad, **_constants(*key),
+                num_warps=warps(THREADS), enable_fp_fusion=False,
+            )  # fmt: skip
     staging.finish()
     return flags
 
@@ -201,16 +195,15 @@ def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim:
 def _table(
     params: Sequence[Tensor],
     mats: Sequence[Tensor],
-    extras: Sequence[Tensor],
+    rounding_state: Sequence[Tensor],
     scales: list[list[int]],
     rounding: str,
     staging: Staging,
 ):
     """Per tensor: its row of the table, its configuration, its number of programs and of matrices."""
     table, keys, pieces, batches = [], [], [], []
-    keeps_extra = rounding in ("kahan", "master")
     for i, (p, g) in enumerate(zip(params, mats, strict=True)):
-        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
         g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
         p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
@@ -257,7 +250,7 @@ def _step_case(p: torch.dtype, g: torch.dtype, rounding: str, aligned: bool) -> 
         label=f"p {p} g {g} {rounding} {rows}".replace("torch.", ""),
         arguments=dict(
             table=pointer("i64"), programs=pointer("i64"),
-            hyper=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
+            scalars=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
         ),
         constants=_constants(p, g, e, rounding, aligned),
         threads=THREADS,
