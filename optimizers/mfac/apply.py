@@ -9,10 +9,10 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions, scaled_step, use_backend
 from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
-from leanstep.optimizers.common.sharding import Steps, plain, shard_of
+from leanstep.optimizers.common.sharding import Steps, local, plain, shard_of
 from leanstep.optimizers.mfac.bundle import Problem
 from leanstep.optimizers.mfac.columns import gather
 from leanstep.optimizers.mfac.compiled import directions_in_one, is_fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.reference.fisher.gradient_window import row_scale
-from leanstep.optimizers.common.base import local
+from leanstep.optimizers.common.sharding import local
 from leanstep.optimizers.mfac.window import Part
 
 # elements that are widened at a time: a window is never copied whole

@@ -12,12 +12,12 @@ from torch import Tensor
 from leanstep.kernels import use_backend, window_coefficients, woodbury_coefficients
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
+from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.sharding import Reduction, Steps
 from leanstep.optimizers.mfac.columns import Columns
 from leanstep.optimizers.mfac.damping import damping_at
 from leanstep.optimizers.mfac.scopes import FIGURES, part_class, pieces_of
 from leanstep.optimizers.mfac.window import Part, Piece
-from leanstep.optimizers.sinkgd.adamw import nonfinite_flags
 
 _JITTERED, _EIGEN, _CLIPPED, _RATIO, _DECREASE, _NORM = range(len(FIGURES))
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import local
-from leanstep.optimizers.common.sharding import Shard, shard_of
+from leanstep.optimizers.common.sharding import Shard, local, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leanstep.optimizers.common.base import check_choice, check_number
+from leanstep.optimizers.common.checks import check_choice, check_number
 
 
 def _sigmoid(t: float) -> float:

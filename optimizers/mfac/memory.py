@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import local
+from leanstep.optimizers.common.sharding import local
 from leanstep.optimizers.mfac.compiled import is_fake
 from leanstep.optimizers.mfac.scopes import home_bytes, scope_key, window_bytes
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import local
+from leanstep.optimizers.common.sharding import local
 from leanstep.optimizers.mfac.blocks import BlockPart
 from leanstep.optimizers.mfac.columns import Columns, columns_of
 from leanstep.optimizers.mfac.lowrank import LowRankPart, init_low_rank, is_low_rank, low_rank_bytes

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leanstep.kernels import row_dots, scatter, sparse_layout, sparse_linear_combination, sparse_row_dots, top_k
 from leanstep.kernels.fisher.sparse_window import MAX_BLOCK
-from leanstep.optimizers.common.base import local
+from leanstep.optimizers.common.sharding import local
 from leanstep.optimizers.mfac.columns import Columns, new_columns
 from leanstep.optimizers.mfac.window import Part, storage_dtype
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from leanstep.kernels import linear_combination, row_dots
 from leanstep.kernels.fisher.gradient_window import largest_magnitude
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.base import local
+from leanstep.optimizers.common.sharding import local
 from leanstep.optimizers.mfac.columns import Columns, new_columns
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
