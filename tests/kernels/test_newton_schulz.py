@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from kernel_cases import bits_equal, dtype_name, matrices
+from polar_express import minimax_quintic, polar_express
 
 from leanstep.kernels import COEFFICIENTS, newton_schulz, nuclear_norm, use_backend
 from leanstep.kernels.matrices.newton_schulz import flops
 from leanstep.kernels.matrices.newton_schulz_batched import jobs_of, lengths_of_runs
-from leanstep.kernels.reference.matrices.newton_schulz import minimax_quintic, polar_express
 
 BACKENDS = ["reference", "auto"]
 METHODS = ["standard", "gram"]
