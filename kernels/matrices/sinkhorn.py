@@ -112,26 +112,31 @@ def sinkhorn_of_columns(
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
+
+    def of_rows(flat: Tensor) -> list[Tensor]:
+        views = _scales(mats, flat, scales.flat_cols).rows
+        return [view.view(batch.shape[:-1]) for view, batch in zip(views, batches, strict=True)]
+
     sums = torch.zeros_like(scales.flat_rows)
-    parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
+    row_sums_of = of_rows(sums)
     cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
-    for batch, part in zip(batches, parts, strict=True):
+    for batch, row_sums in zip(batches, row_sums_of, strict=True):
         if batch.numel():
-            part.copy_(batch.abs().amax(dim=-1))
+            row_sums.copy_(batch.abs().amax(dim=-1))
     yield sums, "max"
     prescale = reference.inverse_of_largest(sums)
-    first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
+    prescales = of_rows(prescale)
     for iteration in range(num_iters + end_with_rows):
-        for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
-            part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        for batch, row_sums, r0, c, n in zip(batches, row_sums_of, prescales, cols, cols_total, strict=True):
+            row_sums.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
         yield sums, "sum"
         sums.copy_(reference.reciprocal_or_zero(sums))
         scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
         if iteration == num_iters:
             break
-        for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
+        for batch, row_sums, r0, c in zip(batches, row_sums_of, prescales, cols, strict=True):
             squares = reference.scaled_squares(batch, r0)
-            c.copy_(finish_columns(reference.column_half(squares, part, batch.shape[-2])))
+            c.copy_(finish_columns(reference.column_half(squares, row_sums, batch.shape[-2])))
     return scales
 
 

@@ -22,8 +22,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # Tuned for slope at 0: after five steps, singular values from 0.2 % of the norm are between 0.68 and 1.21, those
     # from 1 % below 1.14; they do not converge to 1
     "jordan": ((3.4445, -4.7750, 2.0315),),
-    # Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, for singular values from 1e-3, the paper's lower
-    # bound, with its safety factor; tests/helpers/polar_express.py derives it
+    # Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, for singular values from 1e-3, the
+    # paper's lower bound, with its safety factor; tests/helpers/polar_express.py derives it
     "polar_express": (
         (8.20516041400557, -22.90193498705603, 16.4607249101803),
         (4.06639515994277, -2.86115408675514, 0.5183995226694738),
