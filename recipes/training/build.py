@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from leanstep import optimizers
+from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.recipes.config.schema import (
@@ -379,7 +380,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     left out.
     """
     roles = parameter_roles(model)
-    head: Any = model.get_output_embeddings()
+    head = output_head(model)
     tied = None if head is None else head.weight
     weights = sum(
         parameter.numel()

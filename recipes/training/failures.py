@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from leanstep._files import format_bytes, free_bytes, is_disk_full
+from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
@@ -148,8 +149,7 @@ def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[st
 def _norm(tensor: torch.Tensor) -> float:
     norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
     # a sharded tensor's norm is a collective call: every process comes through here
-    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(full.item())
+    return float(whole_tensor(norm).item())
 
 
 def dump_step(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from leanstep._torch import whole_tensor
 from leanstep.recipes.data.batches import Batch, count_targets
 
 __all__ = ["NonFinite", "StepResult", "backward", "describe_nonfinite", "gradient_norm", "share"]
@@ -75,7 +76,7 @@ def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float
         accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole_tensor(norm)
 
 
 def share(

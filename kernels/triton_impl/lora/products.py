@@ -5,6 +5,8 @@ matrices of ranks up to 64. fp32 products would lose digits on tensor cores, and
 for them, the dropped matrix is stored and the BLAS multiplies it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, load_tile, random_bits, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 BLOCK, THREADS = 2048, 256
@@ -197,60 +199,33 @@ def _numbers(p: float, seed: int) -> tuple[int, int, float]:
     return seed_key(seed), limit - 2**32 if limit >= 2**31 else limit, gain(p)
 
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    small = (torch.bfloat16, torch.float16)
-    products = [_product_case(d, kernel, r) for d in small for kernel in ("down", "backward", "up") for r in RANKS]
-    return [_dropout_case(dtype) for dtype in TL_DTYPE] + products
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
+            for r in RANKS if dtype != torch.float32 else ():
+                x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((8, 16), (r, 16), (8, r)))
+                lora_down_backward(x, h, a, 0.5, 1)
+                lora_up_(x, h, a, 1.0, 0.5, 1)
+
+    products = dict.fromkeys((lora_down_kernel, lora_down_backward_kernel, lora_up_kernel), _product_promise)
+    return recorded_cases(launch_all, products | {lora_dropout_kernel: _dropout_promise})
 
 
-def _dropout_case(dtype: torch.dtype) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    return AuditCase(
-        kernel=lora_dropout_kernel,
-        label=_NAMES[dtype],
-        arguments=dict(x_ptr=kind, out_ptr=kind, numel="i64", key="i32", limit="i32", gain="fp32"),
-        constants=dict(BLOCK=BLOCK),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=dtype.itemsize,
-        written=dtype.itemsize,
-    )
+def _dropout_promise(launch: Launch) -> dict[str, Any]:
+    size = launch.dtype("x_ptr").itemsize
+    return dict(label=launch.arguments["x_ptr"].strip("*"), elements=BLOCK, read=size, written=size)
 
 
-def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    sizes = dict(rows="i32", n="i32", r="i32")
-    numbers = dict(key="i32", limit="i32", gain="fp32")
+def _product_promise(launch: Launch) -> dict[str, Any]:
+    name = {lora_down_kernel: "down", lora_down_backward_kernel: "backward", lora_up_kernel: "up"}[launch.kernel]
+    block_r, large = launch.constants["BLOCK_R"], "y_ptr" if name == "up" else "x_ptr"
     rows, columns = (DOWN_M, DOWN_K) if name == "down" else (BLOCK_M, BLOCK_K)
-    blocks = dict(BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r)
-    tile = rows * columns
-    # what of the factors is read beside a tile
-    factor = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r
-    # a tile of x or y, the factor's part beside it, and (down, backward) what a program writes at its end
-    if name == "down":
-        kernel, arguments = lora_down_kernel, dict(x_ptr=kind, a_ptr=kind, h_ptr=kind) | sizes
-        written = rows * block_r * dtype.itemsize / tile
-    elif name == "backward":
-        kernel, arguments = lora_down_backward_kernel, dict(x_ptr=kind, e_ptr=kind, out_ptr=pointer("fp32")) | sizes
-        blocks, written = blocks | dict(CHUNK=CHUNK), block_r * BLOCK_K * 4 / tile
-    else:
-        kernel, arguments = lora_up_kernel, dict(y_ptr=kind, h_ptr=kind, b_ptr=kind)
-        arguments |= dict(rows="i32", m="i32", r="i32", step_r="i32", step_m="i32", scale="fp32")
-        blocks, written = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_R=block_r), dtype.itemsize
-    return AuditCase(
-        kernel=kernel,
-        label=f"{name} {_NAMES[dtype]} rank {block_r}",
-        arguments=arguments | numbers,
-        constants=blocks,
-        threads=DOT_THREADS,
-        fp_fusion=True,
-        elements=tile,
-        read=dtype.itemsize,
-        written=written,
-        cached=factor * dtype.itemsize / tile,
-    )
+    tile, size = rows * columns, launch.dtype(large).itemsize
+    # bytes of the factors that are read beside a tile, and that (down, backward) a program writes at its end
+    factors = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r * size
+    written = {"down": rows * block_r * size / tile, "backward": block_r * BLOCK_K * 4 / tile, "up": size}[name]
+    label = f"{name} {launch.arguments[large].strip('*')} rank {block_r}"
+    return dict(label=label, elements=tile, read=size, written=written, cached=factors / tile)

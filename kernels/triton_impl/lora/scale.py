@@ -4,13 +4,15 @@ Bytes: the forward pass reads and writes the output; the backward pass reads gra
 Factors and sums are as long as a row, and few.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # rows and columns of a tile, and the number of tiles below each other that are summed together
@@ -78,47 +80,38 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -
     return inner, sums.sum(0)
 
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    forward = [_forward_case(dtype, has_bias) for dtype in TL_DTYPE for has_bias in (False, True)]
-    return forward + [_backward_case(dtype) for dtype in TL_DTYPE]
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
+            lora_scale_(y, c, None)
+            lora_scale_(y, c, y[0])
+            lora_scale_backward(y, y, c, y)
+
+    return recorded_cases(launch_all, {lora_scale_kernel: _promise, lora_scale_backward_kernel: _backward_promise})
 
 
-def _forward_case(dtype: torch.dtype, has_bias: bool) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    return AuditCase(
-        kernel=lora_scale_kernel,
-        label=f"{_NAMES[dtype]}{' bias' if has_bias else ''}",
-        arguments=dict(
-            y_ptr=kind, c_ptr=pointer("fp32"), bias_ptr=kind if has_bias else pointer("fp32"), rows="i32",
-            columns="i32",
-        ),
-        constants=dict(HAS_BIAS=has_bias, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N),
-        threads=THREADS,
-        fp_fusion=True,
+def _promise(launch: Launch) -> dict[str, Any]:
+    size, has_bias = launch.dtype("y_ptr").itemsize, launch.constants["HAS_BIAS"]
+    return dict(
+        label=f"{launch.arguments['y_ptr'].strip('*')}{' bias' if has_bias else ''}",
         elements=BLOCK_M * BLOCK_N,
-        read=dtype.itemsize,
-        written=dtype.itemsize,
+        read=size,
+        written=size,
         # factors and biases, which every row of threads reads for itself
-        cached=4.0 + (dtype.itemsize if has_bias else 0),
-    )  # fmt: skip
+        cached=4.0 + (size if has_bias else 0),
+    )
 
 
-def _backward_case(dtype: torch.dtype) -> AuditCase:
-    kind, sums = pointer(_NAMES[dtype]), pointer("fp32")
-    return AuditCase(
-        kernel=lora_scale_backward_kernel,
-        label=_NAMES[dtype],
-        arguments=dict(g_ptr=kind, y_ptr=kind, c_ptr=sums, inner_ptr=kind, sums_ptr=sums, rows="i32", columns="i32"),
-        constants=dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=True,
+def _backward_promise(launch: Launch) -> dict[str, Any]:
+    size = launch.dtype("g_ptr").itemsize
+    return dict(
+        label=launch.arguments["g_ptr"].strip("*"),
         elements=BLOCK_M * BLOCK_N,
-        read=2 * dtype.itemsize,
+        read=2 * size,
         # a row of sums, once per TILES tiles of 16 rows; counted as if once per tile
-        written=dtype.itemsize + 4 / BLOCK_M,
+        written=size + 4 / BLOCK_M,
         cached=4.0,
     )
