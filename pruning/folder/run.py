@@ -27,7 +27,6 @@ from leanstep.pruning.folder.checkpoint import (
     stored_parameters,
     write_weights,
 )
-from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches, token_sequences
 from leanstep.pruning.measure.measure import Progress
 from leanstep.pruning.measure.metrics import CEDelta, summarise
@@ -139,6 +138,8 @@ def prune_checkpoint(
     if evaluate:
         perplexity["after"], _ = _perplexity(model, held_out)
         result.perplexity = perplexity
+    from leanstep.pruning.folder.report import report_page
+
     content |= result.to_dict()
     with new_folder(out) as folder:
         values = checkpoint_values(checkpoint, model)
