@@ -2,12 +2,11 @@
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.fisher.block_inverse_fisher import BlockInverseFisher
-from leanstep.kernels.fisher.gradient_window import gram_row, linear_combination, row_dots, write_row
-from leanstep.kernels.fisher.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
+from leanstep.kernels.fisher.gradient_window import linear_combination, row_dots
+from leanstep.kernels.fisher.inverse_fisher import Coefficients, window_coefficients
 from leanstep.kernels.fisher.sparse_window import (
     SparseLayout,
     scatter,
-    sparse_gram_row,
     sparse_layout,
     sparse_linear_combination,
     sparse_row_dots,
@@ -38,7 +37,6 @@ __all__ = [
     "SparseLayout",
     "StepOptions",
     "backend_table",
-    "gram_row",
     "linear_combination",
     "lion_agreement",
     "lion_step",
@@ -66,7 +64,6 @@ __all__ = [
     "scatter",
     "sinkhorn",
     "sinkhorn_step",
-    "sparse_gram_row",
     "sparse_layout",
     "sparse_linear_combination",
     "sparse_row_dots",
@@ -75,6 +72,4 @@ __all__ = [
     "top_k",
     "use_backend",
     "window_coefficients",
-    "woodbury_coefficients",
-    "write_row",
 ]

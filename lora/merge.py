@@ -12,7 +12,7 @@ from leanstep.lora.apply import adapted_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
-from leanstep.lora.rule import dora_factor
+from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.ties import other_names, retie, tied_groups, untie
 
 # DoRA's factors below this leave too few digits of a row, or none, to divide them out again

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.poly.attention import poly_attention
-from leanstep.lora.attention.paper_chain import paper_chain_attention
 from leanstep.lora.attention.polynomials import taylor_coefficients
 
 __all__ = ["LowRankAttentionError", "key_means", "low_rank_attention"]
@@ -32,7 +31,6 @@ def low_rank_attention(
     coefficients: Sequence[float] | None = None,
     chunk_size: int = 128,
     check: bool = True,
-    reference: str | None = None,
 ) -> Tensor:
     """Softmax attention with a polynomial in place of exp: ``O(L k d)`` instead of ``O(L^2 d)``, forward and backward.
 
@@ -58,13 +56,10 @@ def low_rank_attention(
             mean would let outputs depend, within the error of the approximation, on later keys. A running mean does
             not; the gate uses one. No gradient flows through it.
         key_mask: [B, M] bool, True where a key counts; padding is False.
-        coefficients: of another polynomial, the constant first, such as
-            :func:`leanstep.lora.attention.polynomials.minimax_coefficients`; replaces ``degree``.
+        coefficients: of another polynomial, the constant first; replaces ``degree``.
         chunk_size: tokens processed at a time; changes memory and speed, and results only by rounding.
         check: raise where normalisers are not positive. Reads one flag back from the device; skipped inside
             ``torch.compile``.
-        reference: ``"paper_chain"`` computes the gradient by the paper's own chain of low-rank factors: a slow oracle
-            for small heads and short sequences, not causal, with Taylor's polynomial.
 
     Returns:
         [B, Hq, L, e] of the dtype of the inputs. Queries that see no key get zeros.
@@ -76,7 +71,8 @@ def low_rank_attention(
     Notes:
         Sums run in fp32, fp64 for fp64. Saved for backward: q, k, v, the output and one number per query. Scratch
         memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a GPU).
-        ``benchmarks/low_rank_attention.py`` compares time and error with exact attention.
+        ``benchmarks/low_rank_attention.py`` compares time and error with exact attention. The paper's own chain of
+        low-rank factors for the gradient, which is slower, is in :mod:`leanstep.lora.attention.paper_chain`.
 
     References:
         Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational
@@ -99,13 +95,9 @@ def low_rank_attention(
     _check_numbers(scale, center, coefficients, chunk_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shift = _center(center, key, key_mask, causal)
-    if reference is not None:
-        out, total = _by_reference(reference, query, key, value, scale, coefficients, causal, key_mask, shift)
-    else:
-        out, total = poly_attention(
-            query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask,
-            chunk=chunk_size,
-        )  # fmt: skip
+    out, total = poly_attention(
+        query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask, chunk=chunk_size
+    )
     if check and not torch.compiler.is_compiling():
         check_normalisers(total, coefficients, causal, key_mask)
     return out
@@ -159,28 +151,3 @@ def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool
             f"{len(coefficients) - 1} does not approximate exp at these logits: take exact attention here, an even "
             "degree, or coefficients for a larger bound"
         )
-
-
-def _by_reference(
-    reference: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    coefficients: Sequence[float],
-    causal: bool,
-    key_mask: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if reference != "paper_chain":
-        raise ValueError(f"low_rank_attention: expected reference 'paper_chain' or None, got {reference!r}")
-    degree = len(coefficients) - 1
-    if causal or key_mask is not None or list(coefficients) != taylor_coefficients(degree):
-        raise ValueError(
-            "low_rank_attention: the paper's chain has neither causal nor masked attention, nor other polynomials "
-            "than Taylor's: a masked matrix of weights has no low rank. Leave out reference"
-        )
-    group = query.shape[1] // key.shape[1]
-    key = key if shift is None else key - shift.to(key.dtype)[..., None, :]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return paper_chain_attention(query, key, value, scale, degree)

@@ -24,7 +24,7 @@ from leanstep.lora.layers.autograd import Setting, dense_weight
 from leanstep.lora.layers.dora import row_norms
 from leanstep.lora.layers.frozen import dequantizer
 from leanstep.lora.layers.pruned import masked_update
-from leanstep.lora.rule import dora_factor
+from leanstep.lora.layers.rule import dora_factor
 
 __all__ = [
     "HeadNorms",

@@ -1,7 +1,7 @@
 """Linear layers with adapters as one autograd function that keeps their input and little else.
 
-The formulas are in :mod:`leanstep.lora.rule`. X is kept, once however many layers share it. H is computed again in
-backward, at ``2 M n r`` operations, and dropout's mask is found again from its seed. DoRA keeps Y, from which
+The formulas are in :mod:`leanstep.lora.layers.rule`. X is kept, once however many layers share it. In backward, H is
+computed again, at ``2 M n r`` operations, and dropout's mask comes again from its seed. DoRA keeps Y, from which
 ``Z = Y / c``; with a bias, ``Y - b`` would have lost digits of Z, so Z is computed again from X.
 """
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from leanstep.kernels import lora_dropout, product, swiglu, swiglu_backward_
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
-from leanstep.lora import rule
+from leanstep.lora.layers import rule
 from leanstep.lora.layers.contraction import ContractionPath
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.lora.layers.dora import row_norms
 from leanstep.lora.layers.linear import Adapter, FastPath, LoRALayer, mixture, why_not_fast
-from leanstep.lora.rule import dora_factor
+from leanstep.lora.layers.rule import dora_factor
 
 
 class LoRAEmbeddingLayer(LoRALayer):

@@ -23,7 +23,7 @@ from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_l
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path
 from leanstep.lora.layers.dora import NormCache
 from leanstep.lora.layers.frozen import dequantizer, why_own_forward, widths
-from leanstep.lora.rule import dora_factor
+from leanstep.lora.layers.rule import dora_factor
 
 __all__ = [
     "Adapter",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts
+from leanstep._torch import local_part as local
 from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def shard_of(param: Tensor) -> Shard:
     Raises:
         ValueError: for a DTensor that holds partial sums.
     """
-    if not hasattr(param, "placements"):
+    if not is_dtensor(param):
         return Shard(param.shape)
     from torch.distributed.tensor import Shard as ShardPlacement
 
-    mesh, placements = cast("DTensor", param).device_mesh, param.placements
+    sharded_param = cast("DTensor", param)
+    mesh, placements = sharded_param.device_mesh, sharded_param.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} holds partial sums ({placements}); leanstep optimizers take "
@@ -78,12 +80,6 @@ def shard_of(param: Tensor) -> Shard:
     chunk = -(-rows // mesh.size(sharded[0]))  # DTensor cuts like torch.chunk
     start = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -67,7 +67,7 @@ class Update(NamedTuple):
 
     info: GradientInfo
     weight: Tensor  # this process's part, or one matrix of it
-    rounding_state: Tensor | None
+    rounding_states: list[Tensor]  # empty, or the one of the weight
     direction: Tensor  # a matrix or stack, as the weight is written
     scale: Tensor  # [1], or [e] for a stack
 
@@ -120,12 +120,14 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         count = matrix_count(layer)
         rows.append(slice(len(shards), len(shards) + count))
         shards += [layer.shard] * count
+    # what the rule has to know of each matrix: dual norms and flags
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
     if any(s.groups for s in shards):
         yield from sum_over_shards(table, shards)
     nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
     _count_nonfinite(layers, nonfinite)
+    # H and f
     _update_noise(layers, rows, table, nonfinite)
     factors = _factors(layers, estimated, device)
     infos = []
@@ -139,6 +141,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
         infos = [info for info in infos if not info.nonfinite]  # to read a flag costs nothing on the host
+    # G' of the next step, B, and p along O
     for info in infos:
         _keep_gradient(info)
         _update_momentum(info)
@@ -246,27 +249,20 @@ def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.devi
 
 def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(f, H, number of estimates) of all matrices of the layers, as vectors in order."""
-    states = [layer.state for layer in layers]
-    noise, counts = (_joined(states, name, device) for name in ("noise", "noise_steps"))
-    measured = counts >= 1
-    sharing: dict[str, list[int]] = {}
-    alphas: list[float] = []
-    automatic: dict[str, list[int]] = {}
-    for layer in layers:
-        for _ in range(matrix_count(layer)):
-            if layer.group["alpha"] == "auto":
-                automatic.setdefault(maximum_of(layer), []).append(len(alphas))
-            sharing.setdefault(maximum_of(layer), []).append(len(alphas))
-            alphas.append(1.0 if layer.group["alpha"] == "auto" else float(layer.group["alpha"]))
-    alpha = constant(alphas, device, noise.dtype)
-    for key, indices in automatic.items():
-        estimates = torch.where(measured, noise, float("nan"))[constant(sharing[key], device, torch.int64)]
-        alpha = alpha.index_put((constant(indices, device, torch.int64),), rule.automatic_alpha(estimates))
-    inverse_rates = rule.inverse_rates(noise, alpha)
-    factors = torch.ones_like(noise)
-    for indices in sharing.values():
+    noise, counts = (_joined([layer.state for layer in layers], name, device) for name in ("noise", "noise_steps"))
+    measured, factors = counts >= 1, torch.ones_like(noise)
+    alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
+    maxima = [maximum_of(layer) for layer in layers for _ in range(matrix_count(layer))]
+    for maximum in dict.fromkeys(maxima):
+        indices = [i for i, name in enumerate(maxima) if name == maximum]
         index = constant(indices, device, torch.int64)
-        factors = factors.index_put((index,), rule.factors(inverse_rates[index], measured[index]))
+        automatic = [alphas[i] == "auto" for i in indices]
+        alpha = constant([1.0 if alphas[i] == "auto" else float(alphas[i]) for i in indices], device, noise.dtype)
+        if any(automatic):
+            median = rule.automatic_alpha(torch.where(measured[index], noise[index], float("nan")))
+            alpha = torch.where(constant(automatic, device, torch.bool), median, alpha)
+        rates = rule.inverse_rates(noise[index], alpha)
+        factors = factors.index_put((index,), rule.factors(rates, measured[index]))
     return factors, noise, counts
 
 
@@ -348,24 +344,23 @@ def _elementwise_update(info: GradientInfo) -> Update:
     if layer.norm == "sign":
         direction = rule.sign_direction(momentum)
     else:
-        direction = rule.vector_direction(
-            momentum, info.square, rule.dual_norm_scale("vector", tuple(layer.param.shape))
-        )
-    return Update(info, local(layer.param), _rounding_state(layer), direction, info.factor * layer.group["radius"])
+        scale = rule.dual_norm_scale("vector", tuple(layer.param.shape))
+        direction = rule.vector_direction(momentum, info.square, scale)
+    return _update(info, direction, info.factor * layer.group["radius"])
 
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Hidden matrices move along the polar factors of their momenta."""
-    layer, state = info.layer, _rounding_state(info.layer)
-    factor = _of_this_process(layer, info.factor) if task.matrix is None else info.factor[task.matrix : task.matrix + 1]
-    scale = layer.group["radius"] * matrices.scale_of(layer)
-    weight, state = task.piece(local(layer.param)), None if state is None else task.piece(state)
-    return Update(info, weight, state, direction, factor * scale)
+    layer, matrix = info.layer, task.matrix
+    factor = _of_this_process(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
+    return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), matrix)
 
 
-def _rounding_state(layer: LayerStep) -> Tensor | None:
-    states = rounding_states([layer.state], layer.rounding)
-    return states[0] if states else None
+def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:
+    """Of this process's part of a parameter, or of a matrix of a stack."""
+    parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
+    weight, *states = parts if matrix is None else [part[matrix] for part in parts]
+    return Update(info, weight, states, direction, scale)
 
 
 def _write(updates: list[Update]) -> None:
@@ -404,6 +399,6 @@ def _write_alike(updates: list[Update]) -> None:
                 skip_nonfinite=group["nonfinite"] != "pass",
             )
 
-    states = [u.rounding_state for u in updates if u.rounding_state is not None]
+    states = [state for u in updates for state in u.rounding_states]
     stacked = [is_stack(group, layer.norm, u.weight.dim()) for layer, u in zip(layers, updates, strict=True)]
     write_back(write, [u.weight for u in updates], states, stacked)

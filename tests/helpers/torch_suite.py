@@ -133,10 +133,7 @@ MFAC_INFO = OptimizerInfo(
             "maximize, coupled decay",
         ),
         ({"window": 4, "damping": 1.0, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
-        (
-            {"window": 4, "damping": 1.0, "momentum": 0.5, "momentum_on": "gradient", "warmup_steps": 2},
-            "momentum of gradients",
-        ),
+        ({"window": 4, "damping": 1.0, "max_update_norm": 0.5}, "trust region"),
         ({"window": 8, "damping": 1.0, "compression": "topk", "density": 0.5}, "sparse rows"),
     ),
     optim_error_inputs_func=_errors(

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from leanstep.kernels import lora_dropout
 from leanstep.lora.layers.autograd import Setting, Weights, lora_linears
 from leanstep.lora.layers.contraction import ContractionPath, backward_flops, contraction_path, forward_flops
+from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.memory import saved_bytes
-from leanstep.lora.rule import dora_factor
 
 N, M_OUT, R = 5, 4, 3
 

@@ -1,10 +1,10 @@
-"""The formulas of leanstep.lora.rule, each by itself in float64, against autograd of the formula as it is written."""
+"""The formulas of leanstep.lora.layers.rule, each by itself in float64, against autograd of the plain formula."""
 
 import pytest
 import torch
 
 from leanstep.kernels import lora_dropout
-from leanstep.lora import rule
+from leanstep.lora.layers import rule
 
 M, N, OUT, R, SCALE = 7, 5, 6, 3, 1.7
 
