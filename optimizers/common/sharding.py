@@ -60,7 +60,8 @@ def shard_of(param: Tensor) -> Shard:
         return Shard(param.shape)
     from torch.distributed.tensor import Shard as ShardPlacement
 
-    mesh, placements = cast("DTensor", param).device_mesh, param.placements
+    sharded_param = cast("DTensor", param)
+    mesh, placements = sharded_param.device_mesh, sharded_param.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} holds partial sums ({placements}); leanstep optimizers take "
