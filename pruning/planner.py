@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Allocation, allocate, keep_total, snap
-from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable
+from leanstep.pruning.allocate.allocation import Allocation, snap
+from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable, keep_total
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.allocate.methods import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import (

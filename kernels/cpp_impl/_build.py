@@ -39,18 +39,18 @@ def cpp_compiler() -> str | None:
 
 
 @functools.cache
-def _first_compiler(chosen: str, path: str) -> str | None:
-    names = [chosen] if chosen else ["g++", "clang++", "c++"]
-    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+def _first_compiler(requested: str, path: str) -> str | None:
+    names = [requested] if requested else ["g++", "clang++", "c++"]
+    return next((file for name in names if (file := shutil.which(name, path=path))), None)
 
 
 def cache_folder() -> Path:
     """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder where that cannot be written."""
-    chosen = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
+    folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        if os.access(chosen, os.W_OK | os.X_OK):
-            return chosen
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
     except OSError:
         pass
     fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
@@ -94,13 +94,13 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     if compiler is None:
         raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
     command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    parts = [
+    ingredients = [
         *command,
         _version(compiler),
         _processor(),
         *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
     ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
     target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
     if not target.exists():
         _build(command, SOURCES / f"{name}.cpp", target)

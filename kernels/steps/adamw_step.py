@@ -56,8 +56,8 @@ def adamw_step(
         return
     columns = (params, grads, exp_avgs, exp_avg_sqs)
     options = _Options(lr, betas, eps, weight_decay, maximize)
-    chosen = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
-    if chosen.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
+    choice = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
+    if choice.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
         _cpp(columns, steps, options)
     else:
         _torch(columns, steps, options)

@@ -52,8 +52,8 @@ class Launch:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a constexpr argument names, or that a pointer points to."""
-        found = self.constants[name] if name in self.constants else self.arguments[name]
-        return next(dtype for dtype, triton_dtype in TL_DTYPE.items() if triton_dtype.name == str(found).strip("*"))
+        value = self.constants[name] if name in self.constants else self.arguments[name]
+        return next(dtype for dtype, triton_dtype in TL_DTYPE.items() if triton_dtype.name == str(value).strip("*"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class _UploadCache:
     def __init__(self, capacity: int = _CACHE_BYTES):
         self.capacity = capacity
         self.uploads = 0
-        self._kept: OrderedDict[Hashable, _Upload] = OrderedDict()
+        self._cached: OrderedDict[Hashable, _Upload] = OrderedDict()
         self._captured: list[_Upload] = []
         self._bytes = 0
         # gradients released in backward are stepped from autograd's threads
@@ -54,30 +54,30 @@ class _UploadCache:
         """The device copy of `build()`, which must depend on `key` alone."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            found = self._kept.get((device, key))
-            if found is None:
+            upload = self._cached.get((device, key))
+            if upload is None:
                 return self._add((device, key), _upload(build(), device, capturing), capturing)
-            self._kept.move_to_end((device, key))
+            self._cached.move_to_end((device, key))
             if capturing:
                 # the graph reads this memory at every replay, long after the cache has forgotten it. The warm-up that
                 # uploaded it also wrote the tensors it points at, so whoever replays is ordered after it already
-                self._captured.append(found)
-            elif found.event is not None:
-                _order_after(found, device)
-            return found.device
+                self._captured.append(upload)
+            elif upload.event is not None:
+                _order_after(upload, device)
+            return upload.device
 
-    def _add(self, key: Hashable, made: _Upload, capturing: bool) -> Tensor:
+    def _add(self, key: Hashable, upload: _Upload, capturing: bool) -> Tensor:
         self.uploads += 1
         if capturing:
             # its content exists only once the graph has run, so no eager launch may find it
-            self._captured.append(made)
-            return made.device
-        self._kept[key] = made
-        self._bytes += made.device.nbytes
-        while self._bytes > self.capacity and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
+            self._captured.append(upload)
+            return upload.device
+        self._cached[key] = upload
+        self._bytes += upload.device.nbytes
+        while self._bytes > self.capacity and len(self._cached) > 1:
+            _, dropped = self._cached.popitem(last=False)
             self._bytes -= dropped.device.nbytes
-        return made.device
+        return upload.device
 
 
 def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Upload:
@@ -87,18 +87,18 @@ def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Uploa
     pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
     pinned.copy_(host)
     with torch.cuda.device(device):
-        made = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
+        upload = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
         if not capturing:
-            made.event = torch.cuda.Event()
-            made.event.record(made.stream)
-    return made
+            upload.event = torch.cuda.Event()
+            upload.event.record(upload.stream)
+    return upload
 
 
-def _order_after(found: _Upload, device: torch.device) -> None:
+def _order_after(upload: _Upload, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device)
-    if stream != found.stream:
-        stream.wait_event(found.event)
-        found.device.record_stream(stream)
+    if stream != upload.stream:
+        stream.wait_event(upload.event)
+        upload.device.record_stream(stream)
 
 
 _uploads = _UploadCache()
@@ -182,7 +182,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._alive: list[Tensor] = []
         self._written: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -191,7 +191,7 @@ class Staging:
 
     def hold(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, alive until `finish`."""
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         return tensor
 
     def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,20 +201,20 @@ class Staging:
             self._written.append((tensor.detach(), staged))
         return staged
 
-    def rounded(self, param: Tensor, extra: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
+    def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
         """The tensor that a kernel updates, what it keeps beside it, and how it rounds; as `rounding` means for them.
 
         Stochastic rounding is defined for bfloat16, and an fp32 parameter needs nothing beside it: nothing is left of
         an fp32 value rounded to fp32, and a master copy is updated in the parameter's place and copied to it.
         """
-        if extra is not None and param.dtype == torch.float32:
+        if state is not None and param.dtype == torch.float32:
             if rounding == "master":
-                self._written.append((param.detach(), extra.detach()))
-                return extra, None, "nearest"
-            param.detach().add_(extra.detach())
-            extra.detach().zero_()
+                self._written.append((param.detach(), state.detach()))
+                return state, None, "nearest"
+            param.detach().add_(state.detach())
+            state.detach().zero_()
             return param, None, "nearest"
-        return param, extra, effective_rounding(rounding, param.dtype)
+        return param, state, effective_rounding(rounding, param.dtype)
 
     def finish(self) -> None:
         """Copy what the kernel changed back to where it belongs, and let go of the copies."""
@@ -222,4 +222,4 @@ class Staging:
         for tensor, staged in reversed(self._written):
             tensor.copy_(staged)
         self._written.clear()
-        self._kept.clear()
+        self._alive.clear()

@@ -360,3 +360,9 @@ def _level_at(kept: Sequence[int], numel: int, sparsity: float) -> int:
     """Index of the densest level of at least this sparsity, or of the sparsest level."""
     most = math.floor((1 - sparsity) * numel + 0.5)
     return next((level for level, count in enumerate(kept) if count <= most), len(kept) - 1)
+
+
+def keep_total(total: int, sparsity: float | None) -> int:
+    """Weights that are kept of ``total``; the number of zeros is rounded up."""
+    # 0.7 * 1000 is a bit more than 700: a whole number but for rounding is taken as one
+    return total - math.ceil((sparsity or 0.0) * total - 1e-6)

@@ -83,6 +83,36 @@ OWL_SPREAD = 0.08
 OWL_MULTIPLE = 5.0
 
 
+def counts_by_rule(
+    layers: Sequence[Layer],
+    method: str,
+    sparsity: float,
+    keep: int,
+    lower: Ints,
+    upper: Ints,
+    *,
+    scores: Mapping[str, Tensor] | None,
+    outliers: Mapping[int, float] | Mapping[str, float] | None,
+    spread: float,
+    beta: float | None,
+) -> Ints:
+    """Weights that each layer keeps by a method of :func:`leanstep.pruning.allocate`, ``keep`` in all."""
+    fit = np.array([layer.numel for layer in layers], dtype=np.int64), keep, lower, upper
+    if method == "uniform":
+        return scaled(np.ones(len(layers)), *fit)
+    if method == "erk":
+        return scaled(erk(layers), *fit)
+    if method == "owl":
+        assert outliers is not None
+        return shifted(owl(layers, outliers, spread), *fit)
+    if method == "atp":
+        assert beta is not None
+        return shifted(atp(layers, sparsity, beta), *fit)
+    assert scores is not None
+    compared = LampScores(scores) if method == "lamp" else scores
+    return counts_above_threshold([layer.name for layer in layers], compared, keep, lower, upper)
+
+
 def erk(layers: Sequence[Layer]) -> Floats:
     """Densities of the Erdos-Renyi kernel rule, up to a factor: ``sum(shape) / prod(shape)``.
 

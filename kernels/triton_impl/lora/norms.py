@@ -1,8 +1,8 @@
 """DoRA's norms in one pass over a 16-bit weight.
 
-Bytes: the weight is read once, A once by every program, from the cache; B and a matrix of its size once. A is fp32: cut
-into three bf16 numbers of which it is the sum to 24 bits, its products with a bf16 weight are exact and their sums
-fp32. An fp16 weight is cut too, into two.
+Bytes: the weight, B and a matrix of B's size are read once; every program reads A, from the cache. A is fp32 and is
+split into three bf16 numbers that add up to its 24 bits: their products with a bf16 weight are exact, and are summed in
+fp32. An fp16 weight is split too, into two.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from leanstep.kernels.triton_impl._common import INTERPRETED, round_to, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# columns of a tile; and for every width that ranks are padded to, the rows of a program: the more, the less of A it
-# reads for each, and the fewer programs there are
+# columns of a tile; and, by the padded rank, the rows of a program: more rows read A less often, but there are fewer
+# programs
 BLOCK_K, THREADS = 64, 256
 ROWS = {16: 32, 64: 64}
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 @triton.jit
 def _part(x):
-    """The nearest bf16 number, as a factor of a product; the interpreter's product of bf16 is wrong, of fp32 right."""
+    """The nearest bf16 number, as a factor of a product; in fp32 in the interpreter, whose bf16 products are wrong."""
     part = round_to(x, tl.bfloat16)
     return to_float(part) if INTERPRETED else part
 
@@ -54,8 +54,8 @@ def lora_norms_kernel(
     w_ptr, a_ptr, b_ptr, mix_ptr, squares_ptr, out_ptr, m, tiles, r, scale,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of as many tiles as are said."""
-    # seen to be a multiple, so that rows begin where wide accesses may
+    """BLOCK_M rows of ``tiles`` tiles."""
+    # visibly a multiple of BLOCK_K, so that the compiler may use wide accesses
     n = tiles * BLOCK_K
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)

@@ -1,8 +1,8 @@
-"""Products r wide with dropout on the way: what is dropped is found from a hash, and never stored.
+"""The r-wide products with dropout, whose mask is computed from a hash as x is read and never stored.
 
-Bytes: x, or y, moves once; the factors are read by every program, which the cache serves. Products of 16-bit matrices
-of ranks up to 64 run here; fp32 ones would lose digits on tensor cores, and large ranks fill no register tile: these
-take the dropped matrix and the BLAS.
+Bytes: x, or y, is read (and written) once; every program reads the factors, from the cache. These kernels run 16-bit
+matrices of ranks up to 64. fp32 products would lose digits on tensor cores, and larger ranks do not fit in registers:
+for them, the dropped matrix is stored and the BLAS multiplies it.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 BLOCK, THREADS = 2048, 256
 # rows and columns of a tile of x or y
 BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 256
-# of a tile of x where all ranks are summed beside it, which more would spill
+# of a tile of x where sums of all ranks are in registers too; larger tiles would spill
 DOWN_M, DOWN_K = 32, 32
 RANKS = (16, 64)
-# rows of x whose part of a gradient one program sums
+# rows of x that one program sums into a gradient
 CHUNK = 1024
 
 
@@ -36,7 +36,7 @@ def _kept(index, key, limit):
 
 @triton.jit
 def _factor(x, DTYPE: tl.constexpr):
-    """A factor of a product: the interpreter's product of bf16 is wrong, that of fp32 is right."""
+    """A factor of a product; in fp32 in the interpreter, whose products of bf16 are wrong."""
     return to_float(x) if INTERPRETED else x.to(DTYPE)
 
 
@@ -61,7 +61,7 @@ def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.const
 
 @triton.jit
 def _dropped(x_ptr, offs_m, offs_n, rows, columns, key, limit, gain):
-    """A tile of dropout(x), in fp32, rounded as the definition rounds it."""
+    """A tile of dropout(x), in fp32, rounded as in the definition."""
     at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
     x = to_float(tl.load(x_ptr + at, mask=mask, other=0.0)) * gain
@@ -134,7 +134,7 @@ def lora_up_kernel(
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """`x / (1 - p)` where the mask keeps, 0 elsewhere; x row-major. Equal to the definition bit for bit."""
+    """`x / (1 - p)` where the mask is True, 0 elsewhere; x row-major. Equal to the definition bit for bit."""
     out = torch.empty_like(x)
     with on_device(x.device):
         lora_dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](

@@ -1,4 +1,4 @@
-"""DoRA's factor on columns, and what its gradient needs, one pass each.
+"""DoRA's factor on columns, and its gradient, one pass each.
 
 Bytes: the forward pass reads and writes the output; the backward pass reads gradient and output and writes one tensor.
 Factors and sums are as long as a row, and few.
@@ -15,7 +15,7 @@ from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# rows and columns of a tile, and tiles below each other whose sums are taken together
+# rows and columns of a tile, and the number of tiles below each other that are summed together
 BLOCK_M, BLOCK_N, THREADS = 16, 128, 256
 TILES = 16
 
@@ -39,26 +39,22 @@ def lora_scale_kernel(
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def lora_scale_backward_kernel(
-    g_ptr, y_ptr, c_ptr, inner_ptr, dot_ptr, total_ptr, rows, columns,
+    g_ptr, y_ptr, c_ptr, inner_ptr, sums_ptr, rows, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles below each other, and a row of each table of sums."""
+    """TILES tiles below each other, and a row of the table of sums."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n < columns
     c = tl.load(c_ptr + offs_n, mask=inside, other=0.0)[None, :]
-    dots = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    totals = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for t in range(0, TILES):
         offs_m = (tl.program_id(1) * TILES + t) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_m < rows)[:, None] & inside[None, :]
         at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
         g = to_float(tl.load(g_ptr + at, mask=mask, other=0.0))
-        dots += g * to_float(tl.load(y_ptr + at, mask=mask, other=0.0))
-        totals += g
+        sums += g * to_float(tl.load(y_ptr + at, mask=mask, other=0.0))
         tl.store(inner_ptr + at, round_to(g * c, inner_ptr.dtype.element_ty), mask=mask)
-    place = tl.program_id(1).to(tl.int64) * columns + offs_n
-    tl.store(dot_ptr + place, tl.sum(dots, 0), mask=inside)
-    tl.store(total_ptr + place, tl.sum(totals, 0), mask=inside)
+    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * columns + offs_n, tl.sum(sums, 0), mask=inside)
 
 
 def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
@@ -71,17 +67,17 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y` and of g, in fp32; matrices row-major."""
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y`, in fp32; matrices row-major."""
     rows, columns = g.shape
     chunks = triton.cdiv(rows, BLOCK_M * TILES)
-    dots, totals = (g.new_empty(chunks, columns, dtype=torch.float32) for _ in range(2))
+    sums = g.new_empty(chunks, columns, dtype=torch.float32)
     with on_device(g.device):
         lora_scale_backward_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
-            g, g if y is None else y, c, inner, dots, totals, rows, columns,
+            g, g if y is None else y, c, inner, sums, rows, columns,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
         )  # fmt: skip
-    return inner, dots.sum(0), totals.sum(0)
+    return inner, sums.sum(0)
 
 
 def audit_cases() -> list[AuditCase]:
@@ -115,7 +111,7 @@ def _backward_promise(launch: Launch) -> dict[str, Any]:
         label=launch.arguments["g_ptr"].strip("*"),
         elements=BLOCK_M * BLOCK_N,
         read=2 * size,
-        # two rows of sums, once per TILES tiles of 16 rows; counted as if once per tile
-        written=size + 8 / BLOCK_M,
+        # a row of sums, once per TILES tiles of 16 rows; counted as if once per tile
+        written=size + 4 / BLOCK_M,
         cached=4.0,
     )

@@ -1,7 +1,7 @@
 """Polynomial features of columns and the gradient behind them, one launch each, fp32.
 
-Bytes: the forward pass writes every feature once; its factors come from the columns of x, which the cache holds. The
-backward pass reads the gradient of a feature once for every variable of its monomial, from memory the first time.
+Bytes: the forward pass writes every feature once and reads x from the cache. The backward pass reads the gradient of a
+feature once for every variable of its monomial, the first time from memory.
 """
 
 import functools
@@ -17,8 +17,8 @@ from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_ca
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: with 16
-# variables, gfx942 has not the scalar registers for their masks
+# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: for the masks
+# of 16 variables, gfx942 has too few scalar registers
 BLOCK_F, BLOCK_I, BLOCK_C = 16, 8, 64
 
 
