@@ -24,7 +24,7 @@ def candidates(params: list[torch.Tensor], device: str) -> dict[str, Callable[[]
     """name -> one step, or five where the name says so."""
     options = {"lr": 1e-6, "norm": "rms", "scaling": "muon"}
     fifth = LANTON(params, noise_every=5, **options)
-    found: dict[str, Callable[[], object]] = {
+    steps: dict[str, Callable[[], object]] = {
         "torch Muon": torch.optim.Muon(params, lr=1e-6).step,
         "LANTON": LANTON(params, **options).step,
         "LANTON, noise every fifth step": lambda: [fifth.step() for _ in range(5)],
@@ -34,8 +34,8 @@ def candidates(params: list[torch.Tensor], device: str) -> dict[str, Callable[[]
     if device != "cpu" and importlib.util.find_spec("dion"):
         from dion import Muon
 
-        found["dion Muon"] = Muon(params, lr=1e-6).step
-    return found
+        steps["dion Muon"] = Muon(params, lr=1e-6).step
+    return steps
 
 
 def measure(dtype: torch.dtype, rounds: int, device: str) -> list[str]:

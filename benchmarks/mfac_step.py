@@ -24,14 +24,14 @@ import torch
 from optimizer_step import machine
 
 from leanstep.kernels import (
-    gram_row,
     linear_combination,
-    sparse_gram_row,
+    row_dots,
+    scatter,
     sparse_layout,
     sparse_linear_combination,
+    sparse_row_dots,
     top_k,
     window_coefficients,
-    write_row,
 )
 from leanstep.kernels.reference.fisher.inverse_fisher import dynamic_recursion
 
@@ -54,14 +54,14 @@ class Dense:
         sizes = block_sizes(columns)
         self.windows = [torch.randn(rows, n, device=device).to(dtype) for n in sizes]
         self.gradients = [torch.randn(n, device=device) for n in sizes]
-        self.scales = torch.ones(rows, device=device) if dtype == torch.float16 else None
-        self.gram = torch.stack([gram_row(self.windows, i, scales=self.scales) for i in range(rows)])
+        self.gram = torch.stack([row_dots(self.windows, [w[i] for w in self.windows]) for i in range(rows)])
         self.index, self.rows = rows - 1, rows
 
     def dots(self) -> None:
         """Store the gradient, always in one row: repeated rows would need another way to solve."""
-        write_row(self.windows, self.index, self.gradients, scales=self.scales)
-        row = gram_row(self.windows, self.index, scales=self.scales)
+        newest = [w[self.index] for w in self.windows]
+        torch._foreach_copy_(newest, self.gradients)
+        row = row_dots(self.windows, newest)
         self.gram[self.index] = row
         self.gram[:, self.index] = row
 
@@ -71,7 +71,7 @@ class Dense:
 
     def combine(self) -> None:
         """The preconditioned gradient."""
-        self.update = linear_combination(self.windows, self.coefficients, scales=self.scales)
+        self.update = linear_combination(self.windows, self.coefficients)
 
 
 class Published:
@@ -115,7 +115,9 @@ class Sparse:
             self.gradients, self.layouts, self.values, self.indices, strict=True
         ):
             values[self.index], indices[self.index] = top_k(gradient, layout)
-        sparse_gram_row(self.values, self.indices, self.index, self.layouts)
+        triples = zip(self.values, self.indices, self.layouts, strict=True)
+        newest = [scatter(values[self.index], indices[self.index], layout) for values, indices, layout in triples]
+        sparse_row_dots(self.values, self.indices, newest, self.layouts)
         coefficients, _ = window_coefficients(self.gram, DAMPING, self.rows, self.index)
         self.update = sparse_linear_combination(self.values, self.indices, coefficients, self.layouts)
 

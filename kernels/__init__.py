@@ -2,12 +2,11 @@
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.fisher.block_inverse_fisher import BlockInverseFisher
-from leanstep.kernels.fisher.gradient_window import gram_row, linear_combination, row_dots, write_row
-from leanstep.kernels.fisher.inverse_fisher import Coefficients, window_coefficients, woodbury_coefficients
+from leanstep.kernels.fisher.gradient_window import linear_combination, row_dots
+from leanstep.kernels.fisher.inverse_fisher import Coefficients, window_coefficients
 from leanstep.kernels.fisher.sparse_window import (
     SparseLayout,
     scatter,
-    sparse_gram_row,
     sparse_layout,
     sparse_linear_combination,
     sparse_row_dots,
@@ -25,9 +24,9 @@ from leanstep.kernels.nm.mask import nm_mask
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.steps.lion_step import lion_agreement, lion_step
-from leanstep.kernels.steps.scaled_step import scaled_step
-from leanstep.kernels.steps.sinkhorn_step import sinkhorn_step
+from leanstep.kernels.steps.scaled_step import scaled_step, sinkhorn_step
 
 __all__ = [
     "COEFFICIENTS",
@@ -36,8 +35,8 @@ __all__ = [
     "Coefficients",
     "Scales",
     "SparseLayout",
+    "StepOptions",
     "backend_table",
-    "gram_row",
     "linear_combination",
     "lion_agreement",
     "lion_step",
@@ -65,7 +64,6 @@ __all__ = [
     "scatter",
     "sinkhorn",
     "sinkhorn_step",
-    "sparse_gram_row",
     "sparse_layout",
     "sparse_linear_combination",
     "sparse_row_dots",
@@ -74,6 +72,4 @@ __all__ = [
     "top_k",
     "use_backend",
     "window_coefficients",
-    "woodbury_coefficients",
-    "write_row",
 ]

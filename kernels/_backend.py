@@ -21,11 +21,10 @@ import contextvars
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from leanstep.kernels.cpp_impl._build import TYPES, why_not_cpp
 
@@ -201,30 +200,3 @@ def backend_table() -> list[tuple[str, str, str, str]]:
     if accelerator is not None:
         devices.append(accelerator)
     return [(op, str(device), *choose(op, device)) for device in devices for op in OPS]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """True when the elements fill one stretch of memory without holes or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
-    """True when all tensors can be walked in storage order together (and in row-major order, if asked)."""
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    first = tensors[0]
-    return not row_major and is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
-
-
-def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:
-    """Indices of the selected tensors, grouped by the dtypes that the lists have at an index, in order."""
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        if selected[i]:
-            groups.setdefault(tuple(t.dtype for t in row), []).append(i)
-    return list(groups.values())

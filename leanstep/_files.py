@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
+    "format_bytes",
     "free_bytes",
     "is_disk_full",
     "publish_folder",
@@ -122,3 +123,12 @@ def is_disk_full(error: BaseException) -> bool:
         return True
     text = str(error)
     return any(sign in text for sign in ("No space left", "os error 28", "StorageFull")) or "quota" in text.lower()
+
+
+def format_bytes(size: float) -> str:
+    """``12.3 KiB``, ``12.3 MiB``, ``12.3 GiB``."""
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} GiB"

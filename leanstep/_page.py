@@ -1,8 +1,17 @@
-"""How a report looks, on a light and a dark screen and on paper: one style sheet."""
+"""HTML pages of reports: one layout, one style sheet for light and dark screens and for paper, shared Jinja macros."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from leanstep._charts import PALETTE, STYLE
+from leanstep._version import __version__
 
-__all__ = ["style"]
+__all__ = ["render"]
+
+_TEMPLATES = Path(__file__).with_name("templates")
 
 _COLORS = {
     "light": "--page:#f6f7f9;--card:#fff;--text:#1a1d23;--muted:#5c6470;--line:#e3e6eb;--axis:#9aa2ae;--accent:#2457d6;"
@@ -11,6 +20,21 @@ _COLORS = {
     "--accent:#7aa8ff;--good:#5fd6a0;--good-back:#12301f;--bad:#ff8f86;--bad-back:#3a1614;--warn:#f0c060;"
     "--warn-back:#33270c;",
 }
+
+
+def render(template: Path, **values: Any) -> str:
+    """Render a page from a template that extends ``layout.html``; every value is escaped.
+
+    Args:
+        template: the file; templates beside it and those of this package can be included.
+        values: ``title``, and what the template asks for; ``version`` and ``footer`` (texts) have defaults.
+    """
+    loader = FileSystemLoader([template.parent, _TEMPLATES])
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shared = {"style": Markup(style()), "version": __version__, "footer": ()}
+    return environment.get_template(template.name).render({**shared, **values}) + "\n"
 
 
 def style() -> str:

@@ -9,16 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import is_conv1d, is_dtensor
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
-from leanstep.lora.layers.frozen import why_own_forward, why_unsupported
-from leanstep.lora.layers.layer import Adapter, LoRALayer, is_sharded
-from leanstep.lora.layers.linear import LoRALinearLayer, attach_linear, detach_linear, is_conv1d, is_linear, widths
+from leanstep.lora.layers.frozen import is_linear, why_own_forward, why_unsupported, widths
+from leanstep.lora.layers.linear import Adapter, LoRALayer, LoRALinearLayer, attach_linear, detach_linear
 from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
-_KINDS = ("Linear", "Conv1D", "Embedding")
 
 
 def apply_lora(model: Model, config: LoraConfig) -> Model:
@@ -30,18 +29,19 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         config: what to adapt and how.
 
     Returns:
-        The model, with ``config`` as ``model.lora_config`` (a copy, where its task adds a head). Trainable are the
-        factors (fp32, or fp64 in an fp64 model), DoRA's magnitudes, ``modules_to_save``, and the biases that
-        ``config.bias`` names.
+        The model, with ``config`` as ``model.lora_config`` (a copy, where its task adds a head). The factors (fp32, or
+        fp64 in an fp64 model), DoRA's magnitudes, ``modules_to_save`` and the biases of ``config.bias`` require
+        gradients.
 
     Raises:
         TypeError: for a configuration of another class.
-        ValueError: for a model that is adapted already, a target that fits nothing (with names like it), a rank larger
-            than a layer, a base weight of a dtype that cannot be adapted, a layer that is never called, or
-            ``fast_path=True`` where it is known already that a layer cannot run on it. The model is unchanged.
+        ValueError: for a model that is adapted already, a target that selects nothing (the message gives similar
+            names), a rank larger than a layer, a base weight of a dtype that cannot be adapted, a layer that is never
+            called or returns no tensor, or ``fast_path=True`` where a layer cannot run on the fast path. The model is
+            unchanged.
 
     Notes:
-        Memory: r (in + out) numbers per layer. What backward keeps is in ``LoraConfig.save``.
+        Memory: r (in + out) numbers per layer. ``LoraConfig.save`` says what backward keeps.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -53,17 +53,40 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     return model
 
 
+def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The layers that :func:`apply_lora` would adapt, by name, after every check."""
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
+    plan = select(model, config)
+    problems = [problem for name, module in plan.items() for problem in _problems(model, name, module, config)]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
+    modules_to_save(model, config)
+    return plan
+
+
 def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
     """Adapt the layers of a plan, and freeze everything else."""
-    adapters = make_adapters(plan, config)
     saved = modules_to_save(model, config)
     # under all its names: a merge may give each of them a parameter of its own
     frozen = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, module in plan.items():
-        attach = attach_embedding if isinstance(module, nn.Embedding) else attach_linear
-        attach(module, adapters[name], config)
+        is_embedding = isinstance(module, nn.Embedding)
+        adapter = Adapter(
+            name=name,
+            rank=rank_of(config, name),
+            scale=scale_of(config, name),
+            dropout=0.0 if is_embedding else config.lora_dropout,
+            save=config.save,
+            fast_path=config.fast_path,
+            transposed=is_conv1d(module),
+        )
+        (attach_embedding if is_embedding else attach_linear)(module, adapter, config)
         _rebind_hooks(module)
     _train_saved(model, saved)
     _train_biases(model, plan, config)
@@ -80,7 +103,7 @@ def remove_lora(model: Model) -> Model:
     stay as they were trained.
 
     Raises:
-        ValueError: for a model without adapters, or a layer whose class was changed since (by a parametrization, say).
+        ValueError: for a model without adapters, or a layer whose class has changed since (by a parametrization, say).
     """
     layers = dict(adapted_layers(model))
     for name, module in layers.items():
@@ -106,45 +129,31 @@ def remove_lora(model: Model) -> Model:
     return model
 
 
+@torch.no_grad()
+def set_adapters(model: nn.Module, enabled: bool) -> None:
+    """Turn all adapters on or off; off, adapted layers compute what those of the base do.
+
+    Modules in ``modules_to_save`` and biases are trained in place, and stay as they are.
+
+    Raises:
+        ValueError: for a model without adapters, or with one that is merged.
+    """
+    layers = list(adapted_layers(model))
+    if not layers or any(layer.lora.merged for _, layer in layers):
+        raise ValueError("set_adapters: expected a model with adapters that are not merged")
+    for _, layer in layers:
+        layer.lora.enabled = enabled
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """The adapted layers of a model by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
 
 
-def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that :func:`apply_lora` would adapt, by name, after every check."""
-    if next(adapted_layers(model), None) is not None:
-        raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
-    plan = select(model, config, _KINDS)
-    problems = [problem for name, module in plan.items() for problem in _problems(model, name, module, config)]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
-    modules_to_save(model, config)
-    return plan
-
-
-def make_adapters(plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, Adapter]:
-    """The numbers of every layer's adapter."""
-    return {
-        name: Adapter(
-            name=name,
-            rank=rank_of(config, name),
-            scale=scale_of(config, name),
-            dropout=0.0 if isinstance(module, nn.Embedding) else config.lora_dropout,
-            save=config.save,
-            order=config.order,
-            fast_path=config.fast_path,
-            transposed=is_conv1d(module),
-        )
-        for name, module in plan.items()
-    }
-
-
 def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
-    if not is_linear(module) and not isinstance(module, nn.Embedding):
+    """Why a module that the configuration selects cannot be adapted."""
+    is_embedding = isinstance(module, nn.Embedding)
+    if not is_linear(module) and not is_embedding:
         yield f"{name} is a {type(module).__name__}; adapted are linear layers, Conv1D and embeddings"
         return
     weight = module.weight
@@ -156,17 +165,17 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     reason = why_not_adaptable(model, name, module)
     if reason is not None:
         yield f"{name} cannot be adapted: {reason}; leave it out with exclude_modules"
-    if config.fast_path and not isinstance(module, nn.Embedding):
-        slow = "its weight is sharded (DTensor)" if is_sharded(weight) else why_own_forward(type(module))
-        if slow is not None:
-            yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {slow}"
-    sides, rank = tuple(weight.shape) if isinstance(module, nn.Embedding) else widths(module), rank_of(config, name)
+    slow = "its weight is sharded (DTensor)" if is_dtensor(weight) else None
+    slow = slow or (None if is_embedding else why_own_forward(type(module)))
+    if config.fast_path and slow is not None:
+        yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {slow}"
+    sides, rank = tuple(weight.shape) if is_embedding else widths(module), rank_of(config, name)
     if rank > min(sides):
         yield (
             f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}, there by "
             "rank_pattern, or leave it out with exclude_modules"
         )
-    if config.lora_bias and isinstance(module, nn.Embedding):
+    if config.lora_bias and is_embedding:
         yield f"{name} is an embedding, which has no bias on B; leave it out, or lora_bias"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not go with"
@@ -180,17 +189,17 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     Raises:
         ValueError: for a name that fits no module.
     """
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save or ():
         hits = {n: m for n, m in model.named_modules() if n == wanted or n.endswith(f".{wanted}")}
         if not hits:
             raise ValueError(f"apply_lora: modules_to_save {wanted!r} fits no module of the model")
-        found |= hits
-    return found
+        modules |= hits
+    return modules
 
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
-    """Train some modules whole; a parameter that others use as well becomes their own first."""
+    """Let whole modules require gradients; a parameter that they share with others is copied first."""
     inside = {id(module) for whole in saved.values() for module in whole.modules()}
     elsewhere = {
         id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
@@ -216,22 +225,6 @@ def _train_biases(model: nn.Module, plan: dict[str, nn.Module], config: LoraConf
 
 
 def _rebind_hooks(module: nn.Module) -> None:
-    """Accelerate's hooks keep the method they replaced; it must be the one of the class the layer has now."""
+    """Let Accelerate's hooks, which keep the forward they replaced, call that of the layer's new class."""
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def set_adapters(model: nn.Module, enabled: bool) -> None:
-    """Turn all adapters on or off; off, adapted layers compute as those of the base do.
-
-    Modules in ``modules_to_save`` and biases are trained in place, and stay as they are.
-
-    Raises:
-        ValueError: for a model without adapters, or with one that is merged.
-    """
-    layers = list(adapted_layers(model))
-    if not layers or any(layer.lora.merged for _, layer in layers):
-        raise ValueError("set_adapters: expected a model with adapters that are not merged")
-    for _, layer in layers:
-        layer.lora.enabled = enabled

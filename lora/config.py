@@ -1,4 +1,4 @@
-"""What to adapt and how: PEFT's fields under PEFT's names, and the few that only the fast path has."""
+"""What to adapt and how: PEFT's fields under PEFT's names, and three that only the fast path has."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from leanstep.lora.layers.contraction import NAMES as ORDERS
-
 SAVES = ("min", "full", "lora_fa")
 BIASES = ("none", "all", "lora_only")
 
-# fields of this package, which adapter_config.json does not have
-_OWN = ("save", "order", "fast_path", "fused_blocks")
-# fields that older versions of PEFT do not know, and refuse to read: written where they say something
+# this package's fields, which adapter_config.json does not have
+_OWN = ("save", "fast_path", "fused_blocks")
+# fields that older versions of PEFT refuse to read: written only where they are set
 _RECENT = ("exclude_modules", "lora_bias")
-# the heads that PEFT trains besides, for these tasks
+# heads that PEFT trains in addition, for these tasks
 HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
-# PEFT's fields that change what an adapter computes and that this package has no code for
+# PEFT's fields that change what an adapter computes, and that this package does not implement
 _FOREIGN = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -33,9 +31,7 @@ _FOREIGN = (
     "use_bdlora",
     "use_qalora",
 )
-
-
-# how the factors of a file may have begun: others put a part of the base into them, and change the base by it
+# initialisations that leave the base as it is; others move a part of the base into the factors
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
@@ -54,47 +50,41 @@ class LoraConfig:
     """A low-rank adapter: ``W x + scale * B A x``, ``scale = lora_alpha / r``.
 
     Args:
-        r: rank of the factors A (r, in) and B (out, r); not more than a layer's smaller side.
+        r: rank of the factors A (r, in) and B (out, r); at most a layer's smaller side.
         lora_alpha: numerator of the scale.
-        target_modules: which layers. A list of names, each a layer's whole name or its end after a dot; or a text, a
-            regular expression for the whole name; or ``"all-linear"``, every linear layer but the output head, those in
-            ``modules_to_save``, those narrower than their rank, and those that are never called (``out_proj`` of
-            ``nn.MultiheadAttention``).
-        exclude_modules: which of these not; a list of names or a regular expression.
-        lora_dropout: probability with which the adapter's input is dropped, in training.
-        bias: which biases of the base model are trained besides: ``"none"``, ``"all"``, or those of adapted layers,
+        target_modules: the layers to adapt. A list of names, each a layer's whole name or its end after a dot; a
+            string, a regular expression for the whole name; or ``"all-linear"``, every linear layer except the output
+            head, those in ``modules_to_save``, those narrower than their rank, those that are never called
+            (``out_proj`` of ``nn.MultiheadAttention``), and those that return no tensor (a router of experts).
+        exclude_modules: layers to leave out of these; a list of names or a regular expression.
+        lora_dropout: probability of dropping an entry of the adapter's input, in training.
+        bias: which biases of the base model are trained: ``"none"``, ``"all"``, or those of adapted layers,
             ``"lora_only"``.
         use_rslora: ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
-        use_dora: a magnitude per output beside the direction (Liu et al., "DoRA", arXiv 2402.09353), for linear layers,
-            Conv1D and embeddings.
-        modules_to_save: names of modules that are trained and saved whole, as a new head is.
+        use_dora: train a magnitude per output next to the direction (Liu et al., "DoRA", arXiv 2402.09353), for linear
+            layers, Conv1D and embeddings.
+        modules_to_save: names of modules that are trained and saved whole, such as a new head.
         init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
-            deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both uniform and normal,
-            for tests.
-        fan_in_fan_out: kept for the file; what a layer's weight looks like is known from its class.
-        layers_to_transform: numbers of the layers to adapt, where names have numbers; ``layers_pattern`` is the name
-            before the number.
+            deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both random, for tests.
+        fan_in_fan_out: kept for the file; the layout of a layer's weight is known from its class.
+        layers_to_transform: numbers of the layers to adapt, where names contain numbers; ``layers_pattern`` is the part
+            of the name before the number.
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r, lora_alpha of those layers.
-        lora_bias: a bias on B, for linear layers and Conv1D without DoRA.
-        task_type: kept for the file. With ``"SEQ_CLS"`` and ``"TOKEN_CLS"``, ``modules_to_save`` gains the model's
+        lora_bias: train a bias on B, for linear layers and Conv1D without DoRA.
+        task_type: kept for the file. For ``"SEQ_CLS"`` and ``"TOKEN_CLS"``, ``modules_to_save`` gains the model's
             ``classifier`` and ``score``, as in PEFT.
         base_model_name_or_path, revision, inference_mode: kept for the file.
-        save: what backward keeps. ``"min"``: the input; ``"full"``: the products with A too, which saves ``2 M n r``
-            operations (and, for DoRA, the output before the magnitude); ``"lora_fa"``: A is frozen (Zhang et al.,
-            "LoRA-FA", arXiv 2308.03303), and only the products with it are kept, M r numbers.
-        order: of the products. ``"factors"``: through A and B; ``"sum"``: through ``W + scale * B A``; ``"auto"``: the
-            one with fewer operations (:mod:`leanstep.lora.layers.contraction`); ``"time"``: the faster one, measured
-            at the first input of each kind (:mod:`leanstep.lora.layers.timed_order`). What was measured may come out
-            otherwise in another process and then rounds otherwise: a run that must be repeated or resumed bit for bit
-            takes another. In 16 bits, where the sum loses small adapters, ``"auto"`` and ``"time"`` take the factors;
-            with dropout, DoRA, a quantised base or ``save="lora_fa"``, all do.
-        fast_path: None: layers that cannot run on the fast path run as plain torch, and say why in ``fast_path``; True:
+        save: what backward keeps. ``"min"``: the input, and for DoRA without bias the output; ``"full"``: also the
+            products with A, which saves ``2 M n r`` operations, and DoRA's product, which saves ``2 M n m`` where the
+            layer has a bias; ``"lora_fa"``: A is frozen (Zhang et al., "LoRA-FA", arXiv 2308.03303), and only the
+            products with it are kept, M r numbers.
+        fast_path: None: layers that cannot run on the fast path run in plain torch, and say why in ``fast_path``; True:
             such a layer is an error; False: plain torch everywhere.
-        fused_blocks: one function for q, k and v where a block asks for all three, and one for a SwiGLU block, which
-            then keeps its input and the two inner projections only.
+        fused_blocks: run q, k and v of a block as one function, and each SwiGLU block as one, which then keeps only its
+            input and the two inner projections.
 
     Raises:
-        ValueError: for a rank or a probability out of range, and unknown values; all of them are named.
+        ValueError: for a rank or a probability out of range, and unknown values; the message names all of them.
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
@@ -121,7 +111,6 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     save: Literal["min", "full", "lora_fa"] = "min"
-    order: Literal["auto", "factors", "sum", "time"] = "auto"
     fast_path: bool | None = None
     fused_blocks: bool = True
 
@@ -135,9 +124,9 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
-        found = self._wrong_types() or self._problems()
-        if found:
-            raise ValueError("LoraConfig: " + "; ".join(found))
+        problems = self._wrong_types() or self._problems()
+        if problems:
+            raise ValueError("LoraConfig: " + "; ".join(problems))
 
     def _wrong_types(self) -> list[str]:
         problems = []
@@ -174,7 +163,6 @@ class LoraConfig:
         for name, allowed in (
             ("bias", BIASES),
             ("save", SAVES),
-            ("order", ORDERS),
             ("fast_path", (None, True, False)),
             ("init_lora_weights", (True, False, "gaussian", "orthogonal")),
             *((name, (True, False)) for name in _SWITCHES),
@@ -207,11 +195,11 @@ class LoraConfig:
     def from_dict(cls, settings: Mapping[str, Any]) -> LoraConfig:
         """The configuration that an ``adapter_config.json`` holds.
 
-        Unknown keys that say nothing (null, false, empty) are left out; others are named in a warning.
+        Warns of unknown keys with a value; those that are null, false or empty are ignored.
 
         Raises:
-            ValueError: for another kind of adapter, a variant of LoRA that is not in this package, or one whose base is
-                not the plain one (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+            ValueError: for another kind of adapter, a variant of LoRA that is not implemented here, or an
+                initialisation that changed the base (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
         """
         kind = settings.get("peft_type", "LORA")
         if str(kind).rsplit(".", 1)[-1] != "LORA":

@@ -12,25 +12,25 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()
     """Bytes that autograd keeps for backward in a forward pass.
 
     Args:
-        forward: runs the pass; what it returns stays alive until the count is made.
-        parameters: tensors that are there anyway and do not count, such as ``model.parameters()``.
+        forward: runs the pass; its result is kept alive until the count is made.
+        parameters: tensors that exist anyway and do not count, such as ``model.parameters()``.
 
     Returns:
         The size of all distinct storages among the saved tensors: a tensor that is kept twice counts once, a view
-        counts as what it is a view of.
+        counts as the whole of its base.
     """
     known = {parameter.untyped_storage()._cdata for parameter in parameters}
-    found: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            # held, so that no other storage takes its place in memory while the count goes on
-            found[storage._cdata] = storage
+            # kept alive, so that no other storage gets its address during the count
+            storages[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         result = forward()
-    total = sum(storage.nbytes() for storage in found.values())
+    total = sum(storage.nbytes() for storage in storages.values())
     del result
     return total

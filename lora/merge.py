@@ -1,4 +1,4 @@
-"""Adapters folded into the base weights, and out again, with the rounding that it costs."""
+"""Merge adapters into the base weights and take them out again, with a report of the rounding that this costs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.layers.autograd import Weights, dora_factor
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
-from leanstep.lora.layers.frozen import kind
-from leanstep.lora.layers.layer import LoRALayer
-from leanstep.lora.layers.linear import LoRALinearLayer
-from leanstep.lora.ties import others_of, retie, tied_groups, untie
+from leanstep.lora.layers.frozen import quantized_kind
+from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
+from leanstep.lora.layers.rule import dora_factor
+from leanstep.lora.ties import other_names, retie, tied_groups, untie
+
+# DoRA's factors below this leave too few digits of a row, or none, to divide them out again
+SMALL_FACTOR = 2.0**-8
 
 
 @dataclass
 class MergeReport:
-    """What folding did to the weights.
+    """The rounding of a :func:`merge` or :func:`unmerge`.
 
     Attributes:
         layers: name of each layer -> drift. For :func:`merge`, the largest difference between the stored weight and the
             exact sum (in fp32, fp64 for fp64 weights): what rounding to the weight's dtype cost. For :func:`unmerge`, 0
             with a backup, and without one an estimate, the spacing of the dtype at the weight's largest entry.
-        masked: name of each layer -> entries that were 0 before and stayed so, where ``keep_mask``.
-        untied: name of each parameter of a layer that was in other places too -> these; it is the layer's own now.
+        masked: name of each layer -> number of zeros that were kept, with ``keep_mask``.
+        untied: name of each parameter that was tied -> its other names; it is the layer's own now.
     """
 
     layers: dict[str, float] = field(default_factory=dict)
@@ -40,40 +42,40 @@ class MergeReport:
 
     def __str__(self) -> str:
         worst = max(self.layers, key=self.layers.__getitem__, default="none")
-        kept = f", {sum(self.masked.values()):,} zeros kept" if self.masked else ""
+        masked = f", {sum(self.masked.values()):,} zeros kept" if self.masked else ""
         untied = f", {len(self.untied)} untied" if self.untied else ""
-        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){kept}{untied}"
-
-
-# DoRA's factors below this leave too few digits of a row, or none, to divide them out again
-SMALL_FACTOR = 2.0**-8
+        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){masked}{untied}"
 
 
 @dataclass
 class _Undo:
-    """What :func:`unmerge` needs of one layer: the weight itself, or what was added and DoRA's factor.
+    """What :func:`unmerge` needs of one layer.
 
-    ``rows`` holds the outputs whose factor is too small to be divided out, and their weights.
+    Attributes:
+        backup: the weight as it was, if it was to be kept.
+        factor: DoRA's factors, shaped to multiply the base weight.
+        mask: True where the weight was not 0, if zeros are kept.
+        small: indices of outputs whose factor is too small to be divided out, and their weights.
     """
 
     backup: Tensor | None
     factor: Tensor | None
     mask: Tensor | None
-    rows: tuple[Tensor, Tensor] | None
+    small: tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
 def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) -> MergeReport:
-    """Fold every adapter into its base weight: ``W + scale B A``, for DoRA with rows scaled by ``magnitude / norm``.
+    """Merge every adapter into its base weight: ``W + scale B A``, for DoRA with rows scaled by ``magnitude / norm``.
 
     The sum is taken in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype. The factors stay, so that
-    :func:`unmerge` can take them out; :func:`leanstep.lora.remove_lora` drops them, and the model is a plain one.
+    :func:`unmerge` can take them out; :func:`leanstep.lora.remove_lora` removes them and leaves a plain model.
 
     Args:
         model: adapted and not merged; its weights are changed in place.
-        keep_mask: what is 0 in a base weight stays 0: a pruned model stays pruned. The merged layer then computes
-            something else than the adapted one did, by what the adapter had put there; not so where
-            :func:`leanstep.lora.keep_zeros` was called before training, whose layers keep them in any case.
+        keep_mask: keep zeros of the base weight: a pruned model stays pruned. The merged layer then computes something
+            else than the adapted one, unless :func:`leanstep.lora.keep_zeros` was called before training; such layers
+            keep their zeros in any case.
         backup: keep the weights as they were, for an exact :func:`unmerge`: as much memory as the adapted layers.
 
     Returns:
@@ -84,9 +86,9 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             base (which would be quantised again), or biases on B where the base has none. No weight is changed.
 
     Notes:
-        Where an adapted layer's weight is another module's too, as an embedding's and an output head's, each gets its
-        own, with a warning, and the config of a transformers model says ``tie_word_embeddings=False``; :func:`unmerge`
-        ties them again.
+        Where an adapted weight is tied, as an embedding's and an output head's may be, each module gets its own, with a
+        warning, and the config of a transformers model says ``tie_word_embeddings=False``; :func:`unmerge` ties them
+        again.
     """
     layers = dict(adapted_layers(model))
     if not layers:
@@ -95,35 +97,36 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         if layer.lora.merged:
             raise ValueError(f"merge: {name} is merged already")
         _check_mergeable(name, layer)
-        # one layer's weight at a time: a refusal comes before the first change, and no copy of the model is made
+        # one layer's weight at a time: the first change comes after all checks, without a copy of the model
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():
             raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
     report = MergeReport()
     if groups := tied_groups(model):
         model.lora_ties = untie(model, groups)  # type: ignore[assignment]
-        report.untied = others_of(groups, layers)
+        report.untied = other_names(groups, layers)
     for name, layer in layers.items():
         exact = merged_weight(layer, keep_mask)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
-        copied = backup and f"{name}.weight" not in report.untied
-        factor = _dora_rows(layer)
-        rows = None if copied or factor is None else _rows_to_keep(weight.detach(), factor)
-        layer.lora.undo = _Undo(weight.detach().clone() if copied else None, factor, mask, rows)
+        original = weight.detach().clone() if backup and f"{name}.weight" not in report.untied else None
+        factor = _dora_factors(layer)
+        small = None if original is not None or factor is None else _small_rows(weight.detach(), factor)
+        layer.lora.undo = _Undo(original, factor, mask, small)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
             report.masked[name] = int((~mask).sum())
         layer.lora.merged = True
         _add_to_bias(layer, 1)
-        layer.lora.norms.clear()
+        layer.lora.norms = None
     return report
 
 
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
-    if kind(layer) is not None:
-        raise ValueError(f"merge: {name} is a {kind(layer)}, to be quantised again after; load it in 16 bits")
+    kind = quantized_kind(layer)
+    if kind is not None:
+        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after; load it in 16 bits")
     if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is None:
         raise ValueError(f"merge: {name} has a bias on B and none of its own to add it to")
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
@@ -144,8 +147,8 @@ def unmerge(model: nn.Module) -> MergeReport:
         ValueError: for a model that is not merged.
 
     Notes:
-        Without a backup, in 16 bits, a weight does not come back exactly. Rows that a DoRA magnitude near 0 has
-        scaled away do: :func:`merge` keeps them.
+        Without a backup, in 16 bits, a weight does not come back exactly. Rows that a DoRA magnitude near 0 has scaled
+        away do: :func:`merge` keeps them.
     """
     layers = dict(adapted_layers(model))
     if not layers or not all(layer.lora.merged for layer in layers.values()):
@@ -156,34 +159,37 @@ def unmerge(model: nn.Module) -> MergeReport:
         undo: _Undo = layer.lora.undo
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        if f"{name}.weight" in restored:
-            report.layers[name] = 0.0
-        elif undo.backup is not None:
+        report.layers[name] = 0.0
+        if undo.backup is not None:
             weight.copy_(undo.backup)
-            report.layers[name] = 0.0
-        else:
+        elif f"{name}.weight" not in restored:
             largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
             report.layers[name] = float(largest) * torch.finfo(weight.dtype).eps
-            exact = _wide(weight)
-            if undo.factor is not None:
-                exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
-            exact = exact - _update(layer)
-            weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
-            if undo.rows is not None:
-                weight.index_copy_(_dim_of_outputs(undo.factor), *undo.rows)
+            weight.copy_(_without_adapter(layer, undo))
+            if undo.small is not None:
+                weight.index_copy_(_output_dim(undo.factor), *undo.small)
         if f"{name}.bias" not in restored:
             _add_to_bias(layer, -1)
         layer.lora.merged, layer.lora.undo = False, None
-        layer.lora.norms.clear()
+        layer.lora.norms = None
     return report
+
+
+def _without_adapter(layer: LoRALayer, undo: _Undo) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    exact = _widened(layer.weight)
+    if undo.factor is not None:
+        exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
+    exact = exact - _update(layer)
+    return exact if undo.mask is None else torch.where(undo.mask, exact, 0.0)
 
 
 def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
     """The merged weight of one layer, in fp32 or fp64."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    exact = _wide(weight) + _update(layer)
-    factor = _dora_rows(layer)
+    exact = _widened(weight) + _update(layer)
+    factor = _dora_factors(layer)
     if factor is not None:
         exact = exact * factor
     return torch.where(weight != 0, exact, 0.0) if keep_mask or layer.lora.keep_zeros else exact
@@ -191,11 +197,11 @@ def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` that the base model would have with the adapter merged; the model is not changed.
+    """The ``state_dict`` of the base model with the adapter merged; the model is not changed.
 
-    Takes the memory of the adapted layers' weights. What is tied to one of them has its values in the state, and for a
-    folder the config must say so: :func:`leanstep.lora.ties.config_of_merged`. Raises ValueError for quantised or
-    parametrised bases.
+    Takes the memory of the adapted layers' weights. Parameters tied to one of them stand under every name; before the
+    model is saved, its config must say so: :func:`leanstep.lora.ties.config_of_merged`. Raises ValueError for quantised
+    or parametrised bases.
     """
     layers = dict(adapted_layers(model))
     untied = {holder.name for group in tied_groups(model) for holder in group}
@@ -211,64 +217,68 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         elif layer is not None and not layer.lora.merged and end == "bias":
             value = value + _bias_shift(layer)
         elif name in untied:
-            # those of the others that stay one parameter are written each as well
+            # the other names of a parameter that stays tied are written too
             value = value.clone()
         state[name] = value
     return state
 
 
-def _wide(weight: Tensor) -> Tensor:
+def _widened(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """A and B, for an embedding too."""
+    """A and B, of an embedding too."""
     if isinstance(layer, LoRAEmbeddingLayer):
         return layer.lora_embedding_A, layer.lora_embedding_B
     assert isinstance(layer, LoRALinearLayer)
     return layer.lora_A.weight, layer.lora_B.weight
 
 
+def _outputs_last(layer: LoRALayer) -> bool:
+    """Whether outputs run along the last dimension of the base weight."""
+    return layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer)
+
+
 def _update(layer: Any) -> Tensor:
-    """``scale B A`` in the layout of the base weight, in its wide dtype."""
+    """``scale B A`` in the layout of the base weight, in fp32 or fp64."""
     a, b = _factors(layer)
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     update = (b.detach().to(dtype) @ a.detach().to(dtype)).mul_(layer.lora.scale)
-    return update.t() if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else update
+    return update.t() if _outputs_last(layer) else update
 
 
-def _dora_rows(layer: LoRALayer) -> Tensor | None:
-    """DoRA's factor of every output, shaped to multiply the base weight."""
+def _dora_factors(layer: LoRALayer) -> Tensor | None:
+    """DoRA's factor of every output, shaped to multiply the base weight; None without DoRA."""
     assert isinstance(layer, (LoRALinearLayer, LoRAEmbeddingLayer))
     magnitude = layer.lora_magnitude_vector
     if magnitude is None:
         return None
-    a, b = _factors(layer)
-    c = dora_factor(Weights(layer.weight, None, a, b, None, magnitude.detach(), layer.norms()))
-    return c if layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer) else c.unsqueeze(1)
+    c = dora_factor(magnitude.detach(), layer.norms())
+    return c if _outputs_last(layer) else c.unsqueeze(1)
 
 
-def _dim_of_outputs(factor: Tensor | None) -> int:
-    """The dimension of a base weight that a factor of :func:`_dora_rows` runs along."""
+def _output_dim(factor: Tensor | None) -> int:
+    """The dimension of a base weight along which outputs run, from the shape of :func:`_dora_factors`."""
     return 0 if factor is not None and factor.dim() == 2 else 1
 
 
-def _rows_to_keep(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The outputs whose factor is small, and their weights; None where there are none."""
+def _small_rows(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The indices of outputs whose factor is small, and their weights; None where there are none."""
     small = factor.flatten().abs() < SMALL_FACTOR
     if not bool(small.any()):
         return None
-    index = small.nonzero().flatten()
-    return index, weight.index_select(_dim_of_outputs(factor), index)
+    indices = small.nonzero().flatten()
+    return indices, weight.index_select(_output_dim(factor), indices)
 
 
 def _bias_shift(layer: Any) -> Tensor:
-    """What the bias of B contributes to the layer's own, in its dtype; 0 without one."""
+    """What the bias of B adds to the layer's bias, in its dtype; 0 without a bias on B."""
     if layer.lora_B.bias is None:
         return torch.zeros_like(layer.bias)
     bias: Tensor = layer.lora_B.bias
     shift = bias.detach() * layer.lora.scale
-    factor = layer.lora.undo.factor if layer.lora.merged else _dora_rows(layer)
+    factor = layer.lora.undo.factor if layer.lora.merged else _dora_factors(layer)
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Parameters that several modules share, of which a merge changes one: each gets its own, until it is taken back."""
+"""Tied parameters of which a merge changes one: each module gets its own, until the merge is undone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from leanstep._torch import is_dtensor
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.layers.layer import is_sharded
 
-__all__ = ["Ties", "config_of_merged", "others_of", "retie", "tied_groups", "untie"]
+__all__ = ["Ties", "config_of_merged", "other_names", "retie", "tied_groups", "untie"]
 
 
 class Holder(NamedTuple):
-    """A place of a parameter: the module and the names."""
+    """A module that holds a tied parameter: the parameter's full name, the module, and its name there."""
 
     name: str
     module: nn.Module
@@ -34,18 +34,18 @@ class Ties:
 
 
 def tied_groups(model: nn.Module) -> list[list[Holder]]:
-    """The places of every parameter that a merge changes in one of them, and that is in others too."""
-    places: dict[Any, list[Holder]] = defaultdict(list)
+    """The holders of every tied parameter that a merge changes in one of them."""
+    holders: dict[Any, list[Holder]] = defaultdict(list)
     for owner, module in model.named_modules():
         for end, parameter in module.named_parameters(recurse=False):
-            places[_memory(parameter)].append(Holder(f"{owner}.{end}" if owner else end, module, end))
-    changed = {name for name, layer in adapted_layers(model) if not layer.lora.merged}
-    groups = (group for group in places.values() if len(group) > 1)
-    return [group for group in groups if any(_is_changed(holder, changed) for holder in group)]
+            holders[_memory(parameter)].append(Holder(f"{owner}.{end}" if owner else end, module, end))
+    layers = _unmerged(model)
+    groups = (group for group in holders.values() if len(group) > 1)
+    return [group for group in groups if any(_is_changed(holder, layers) for holder in group)]
 
 
-def others_of(groups: list[list[Holder]], layers: Container[str]) -> dict[str, list[str]]:
-    """The places of parameters of ``layers`` by name, and the other places that each is in."""
+def other_names(groups: list[list[Holder]], layers: Container[str]) -> dict[str, list[str]]:
+    """For each parameter of ``layers`` by name, the other names of it."""
     return {
         holder.name: [other.name for other in group if other is not holder]
         for group in groups
@@ -55,94 +55,100 @@ def others_of(groups: list[list[Holder]], layers: Container[str]) -> dict[str, l
 
 
 def _memory(parameter: Tensor) -> Any:
-    """What tells whether two parameters are one: the memory, where there is some to tell by."""
-    if is_sharded(parameter) or parameter.device.type == "meta" or not parameter.numel():
+    """A key that tied parameters share: their memory, or their identity where there is no memory to compare."""
+    if is_dtensor(parameter) or parameter.device.type == "meta" or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr()
 
 
-def _is_changed(holder: Holder, changed: set[str]) -> bool:
-    if holder.name.rpartition(".")[0] not in changed:
+def _unmerged(model: nn.Module) -> set[str]:
+    return {name for name, layer in adapted_layers(model) if not layer.lora.merged}
+
+
+def _is_changed(holder: Holder, layers: set[str]) -> bool:
+    """Whether merging the adapters of ``layers`` changes a holder's parameter."""
+    if holder.name.rpartition(".")[0] not in layers:
         return False
     layer: Any = holder.module
     return holder.end == "weight" or (holder.end == "bias" and layer.lora_B.bias is not None)
 
 
 def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
-    """Give every place in ``groups`` a parameter of its own, but the first one that keeps its values.
+    """Give every holder in ``groups`` a parameter of its own; the first that a merge does not change keeps the old one.
 
-    Where these were all that a transformers model ties, its config says afterwards that it ties nothing: a folder with
-    the model then opens as what it is.
+    Where these were all ties of a transformers model, its config then says ``tie_word_embeddings=False``, so that a
+    folder with the merged model opens with both weights.
 
     Raises:
-        ValueError: for a parameter that is sharded, which cannot be taken apart any more; nothing is changed.
+        ValueError: for a sharded parameter, which cannot be untied; nothing is changed.
     """
     for first, *others in groups:
-        if is_sharded(getattr(first.module, first.end)):
+        if is_dtensor(getattr(first.module, first.end)):
             raise ValueError(
                 f"merge: {first.name} and {others[0].name} are one parameter, which is sharded; load the base with "
                 "tie_word_embeddings=False, or merge before it is sharded"
             )
     ties = Ties()
-    changed = {name for name, layer in adapted_layers(model) if not layer.lora.merged}
+    layers = _unmerged(model)
     for group in groups:
-        keeps = next((holder for holder in group if not _is_changed(holder, changed)), None)
+        unchanged = next((holder for holder in group if not _is_changed(holder, layers)), None)
         for holder in group:
             shared = getattr(holder.module, holder.end)
             ties.parameters.append((holder, shared))
-            if holder is not keeps:
-                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                setattr(holder.module, holder.end, own)
-    for module in _untied_owners(model, groups):
+            if holder is not unchanged:
+                copy = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                setattr(holder.module, holder.end, copy)
+    for module in _untied_models(model, groups):
         ties.configs.append((module, module.all_tied_weights_keys))
         module.config.tie_word_embeddings, module.all_tied_weights_keys = False, {}
     names = "; ".join(" and ".join(holder.name for holder in group) for group in groups)
     config = ", and config.tie_word_embeddings is False" if ties.configs else ""
     warnings.warn(
-        f"merge: {names} were one parameter, and an adapter is of one of these places only; each has one of its own "
-        f"now{config}, until unmerge",
+        f"merge: {names} were one parameter, and only one of them is adapted; each has its own parameter now{config}, "
+        "until unmerge",
         stacklevel=3,
     )
     return ties
 
 
 def retie(model: nn.Module) -> set[str]:
-    """Undo :func:`untie`, if there is anything to undo; the names of the parameters that are what they were."""
+    """Undo :func:`untie`, if it was called; returns the names of the parameters that are restored by it."""
     ties: Ties | None = getattr(model, "lora_ties", None)
     if ties is None:
         return set()
     for holder, parameter in ties.parameters:
         setattr(holder.module, holder.end, parameter)
-    for module, pairs in ties.configs:
-        module.config.tie_word_embeddings, module.all_tied_weights_keys = True, pairs
+    for module, keys in ties.configs:
+        module.config.tie_word_embeddings, module.all_tied_weights_keys = True, keys
     del model.lora_ties
     return {holder.name for holder, _ in ties.parameters}
 
 
-def _untied_owners(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
+def _untied_models(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
     """The transformers models in ``model`` all of whose ties are among ``groups``."""
     names = {holder.name for group in groups for holder in group}
-    found = []
+    models = []
     for prefix, module in model.named_modules():
-        pairs: Any = getattr(module, "all_tied_weights_keys", None)
-        if not pairs or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        keys: Any = getattr(module, "all_tied_weights_keys", None)
+        if not keys or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
             continue
         start = f"{prefix}." if prefix else ""
-        if all(start + target in names or start + source in names for target, source in pairs.items()):
-            found.append(module)
-    return found
+        if all(start + target in names or start + source in names for target, source in keys.items()):
+            models.append(module)
+    return models
 
 
 @contextlib.contextmanager
 def config_of_merged(model: nn.Module) -> Iterator[None]:
-    """Let the config of a transformers model say, for the time of a ``save_pretrained`` of
-    :func:`leanstep.lora.merge.merged_state_dict`, whether the merged model ties its embeddings.
+    """Context manager for ``save_pretrained`` with :func:`leanstep.lora.merge.merged_state_dict`.
+
+    Inside, a transformers model's config says whether the merged model ties its embeddings.
     """
-    owners = _untied_owners(model, tied_groups(model))
-    for module in owners:
+    models = _untied_models(model, tied_groups(model))
+    for module in models:
         module.config.tie_word_embeddings = False
     try:
         yield
     finally:
-        for module in owners:
+        for module in models:
             module.config.tie_word_embeddings = True

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-ROLES = ("hidden", "expert", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
+from leanstep._torch import is_conv1d, output_head
+
+ROLES = ("hidden", "expert", "router", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
 
 # role -> settings of its group; "algorithm" (SinkGD's) and "norm" (LANTON's) are ignored by optimizers without them
 DEFAULTS: dict[str, dict[str, Any]] = {
     "hidden": {"algorithm": "sinkgd", "norm": "rms"},
     "expert": {"algorithm": "sinkgd", "norm": "rms"},
+    "router": {"algorithm": "sinkgd", "norm": "rms"},
     "conv": {"algorithm": "sinkgd", "norm": "rms"},
     "lora": {"algorithm": "sinkgd", "norm": "rms"},
     "embedding": {"algorithm": "adamw", "norm": "sign", "weight_decay": 0.0},
@@ -21,17 +25,40 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "head": {"algorithm": "adamw", "norm": "sign"},
     "norm": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
     "bias": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
-    "other": {"algorithm": "adamw", "norm": "auto", "weight_decay": 0.0},
+    "other": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
 }
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_POSITION_NAME = re.compile(r"(^|[._])(wpe|pos_emb|pos_embed|position_embeddings?|embed_positions)([._]|$)")
-_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score|head)$")
+_MATRIX_MODULES = (nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_WEIGHT_LEAF = re.compile(r"(\w+_)?weight(_\w+)?")
+_BIAS_LEAF = re.compile(r"\w*bias(_\w+)?")
+_POSITION_NAME = re.compile(
+    r"(^|[._])(wpe|(abs|rel)?_?pos|(abs|rel)pos|positions?|positional|rel(ative)?_(attention|position)|rel_embeddings"
+    r"|distance_embedding)([._]|$)"
+)
+_POSITION_CLASS = re.compile(r"(Position\w*|RelPos)(Embed|Encod|Bias)")
+_EMBEDDING_CLASS = re.compile(r"Embeddings?$")
+_HEAD_NAME = re.compile(
+    r"(^|\.)((?!pre_)\w{2,}_)?(heads?|classifiers?)$|(^|\.)(score|embed_out|output_projection|qa_outputs|logits_proj)$"
+    r"|(^|\.)(\w+_)?class_embed$"
+)
+# names that blocks also have: an output layer only at the top of a model
+_HEAD_NAME_AT_TOP = re.compile(r"^((transformer|model|decoder)\.)?(output|output_layer|proj_out)$")
 _LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)([._]|$)")
 _EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
+_ROUTER_CLASS = re.compile(r"[Rr]outer|Top[kK]Gat(e|ing)$|M[oO]EGate$")
+_MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)
 # modules of transformers that store their matrices (in, out); newer expert modules say so in `is_transposed`
-_TRANSPOSED_CLASSES = ("Conv1D", "Llama4TextExperts", "GptOssExperts")
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
 _NORM_CLASS = re.compile(r"(norm|LayerScale)", re.IGNORECASE)
+# path components that torch.compile, checkpointing, FSDP1 and PEFT put between a module and what it wraps
+_WRAPPER = (
+    r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer|original_module|modules_to_save\.[^.]+)"
+)
+_WRAPPERS = re.compile(rf"(?<![^.]){_WRAPPER}(\.|$)")
+_LAST_WRAPPERS = re.compile(rf"((^|\.){_WRAPPER})+$")
+# DDP's and PEFT's around a whole model
+_ROOT_WRAPPERS = re.compile(r"^(module\.|base_model\.model\.)+")
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -63,22 +90,30 @@ def param_groups(
 ) -> ParamGroups:
     """Sort the trainable parameters of a model into groups by what they are.
 
-    Roles, decided by module type first and by name where types do not tell:
+    Roles are decided by module type first, and by name where types do not tell:
 
-    * ``embedding``: weights of ``nn.Embedding`` (a head tied to one is an embedding); ``position``: those with a
-      position name (``wpe``, ``position_embeddings``, ...);
-    * ``head``: the model's output embeddings (``get_output_embeddings()``), or an ``nn.Linear`` named ``lm_head``,
-      ``classifier``, ``score``, ``head``, ...;
-    * ``norm``: parameters of modules whose class is a norm; ``bias``: others whose name ends in ``bias`` (those of
-      fused experts, one row per expert, included);
+    * ``embedding``: weights of ``nn.Embedding`` (a head tied to one is an embedding); ``position``: embeddings and bare
+      parameters with a position name (``wpe``, ``position_embeddings``, ``relative_position_bias_table``, ...);
+    * ``head``: the model's output embeddings (``get_output_embeddings()``); an ``nn.Linear`` named ``lm_head``,
+      ``classifier``, ``score``, ``qa_outputs``, ...; the last one of a module with such a name; one named ``output``,
+      ``output_layer`` or ``proj_out`` at the top of the model;
+    * ``norm``: parameters of modules whose class is a norm; ``bias``: others with a bias name (those of fused experts,
+      one row per expert, included);
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
-    * ``expert``: three-dimensional weights of fused experts (one matrix per expert);
-    * ``hidden``: every other matrix; ``other``: what is left (single vectors and scalars).
+    * ``expert``: three-dimensional weights of fused experts (one matrix per expert); ``router``: matrices that score
+      experts;
+    * ``hidden``: matrices of linear, recurrent and attention layers, and those of other modules that are called a
+      weight; ``other``: everything else, such as vectors (of whatever shape: a gate of shape (1, n) is one), scalars,
+      state-space matrices, tokens and queries.
+
+    Parametrized weights, compiled, checkpointed and FSDP-wrapped modules and PEFT's copies of modules (its
+    ``modules_to_save``) have the role of what they wrap.
 
     Matrices that are known to be stored (in, out) are in groups of their own with ``transposed=True``: those of
     transformers' ``Conv1D`` (GPT-2), and expert weights of modules that say ``is_transposed`` or are known by class
     (GPT-OSS, Aria, Llama 4). All others are taken as (out, in). Weights (out, in, width) of one-dimensional
-    convolutions are in one with ``flatten=True``, as they are no stacks.
+    convolutions are in one with ``flatten=True``, as they are no stacks. Tables of vectors, such as biases of experts,
+    are in one with ``norm="sign"``.
 
     Args:
         model: any module.
@@ -133,7 +168,7 @@ def param_groups(
             used[match] = True
             label = rules[match][0].pattern
             key, values = (len(ROLES) + match, role), {**chosen[role], **rules[match][1]}
-        if id(param) in transposed and role in ("hidden", "expert"):
+        if id(param) in transposed and role in ("hidden", "expert", "router"):
             key, values = (*key, "transposed"), {**values, "transposed": True}
         elif role == "conv" and param.dim() == 3:
             key, values = (*key, "flatten"), {**values, "flatten": True}
@@ -167,60 +202,131 @@ def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Role of every parameter, by its name in ``model.named_parameters()``."""
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(param), []).append((module_name, module, leaf))
-    output = _output_module(model)
+    uses = _uses(model)
+    head, head_paths = output_head(model), _head_paths(model)
+    head_ids = set() if head is None else {id(param) for param in head.parameters()}
     return {
-        name: _role(name, param, owners[id(param)], output)
+        name: _role(name, param, uses[id(param)], id(param) in head_ids or uses[id(param)][0].path in head_paths)
         for name, param in model.named_parameters()
-    }  # fmt: skip
+    }
 
 
 def transposed_parameters(model: nn.Module) -> set[int]:
     """Identities of the weights that are known to be stored (in, out), or (e, in, out)."""
     return {
-        id(param)
-        for module in model.modules()
-        if type(module).__name__ in _TRANSPOSED_CLASSES or getattr(module, "is_transposed", False) is True
-        for param in module.parameters(recurse=False)
-        if param.dim() in (2, 3)
+        param_id
+        for param_id, uses in _uses(model).items()
+        for use in uses
+        if use.dims in (2, 3)
+        and (
+            is_conv1d(use.module)
+            or type(use.module).__name__ in _TRANSPOSED_EXPERTS
+            or getattr(use.module, "is_transposed", False) is True
+        )
     }
 
 
-def _output_module(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits, as transformers names it; None for other models."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:
-        return None
+class _Use(NamedTuple):
+    """A module that computes with a parameter, whatever wraps the module or parametrizes the weight."""
+
+    path: str  # of the module, without the components of wrappers
+    module: nn.Module
+    parent: nn.Module
+    leaf: str  # the attribute that the module reads, such as "weight"
+    dims: int
 
 
-def _role(name: str, param: nn.Parameter, owners: list[tuple[str, nn.Module, str]], output: nn.Module | None) -> str:
+def _uses(model: nn.Module) -> dict[int, list[_Use]]:
+    """Every use of every parameter, by the parameter's identity."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses: dict[int, list[_Use]] = {}
+    for name, module in modules.items():
+        for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            owner_name, attribute = name, leaf
+            if isinstance(module, parametrize.ParametrizationList):
+                # "layer.parametrizations.weight" holds "original"; weight norm's "original0" is a vector of magnitudes
+                owner_name, _, attribute = name.rpartition("parametrizations.")
+                owner_name = owner_name.removesuffix(".")
+            parent = modules[_LAST_WRAPPERS.sub("", owner_name).rpartition(".")[0]]
+            use = _Use(_plain_path(owner_name), modules[owner_name], parent, attribute, param.dim())
+            uses.setdefault(id(param), []).append(use)
+    return uses
+
+
+def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> str:
     if _LORA_NAME.search(name):
         return "lora" if param.dim() >= 2 else "other"
     # a tied head has two owners: the embedding decides
-    for module_name, module, _ in owners:
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            return "position" if _POSITION_NAME.search(module_name) else "embedding"
-    module_name, module, leaf = owners[0]
-    if _NORM_CLASS.search(type(module).__name__):
+    for use in uses:
+        if _is_embedding(use):
+            return "position" if _is_position(use) else "embedding"
+    use = uses[0]
+    class_name = type(use.module).__name__
+    if _NORM_CLASS.search(class_name):
         return "norm"
-    if leaf.endswith("bias"):
+    known = isinstance(use.module, (*_MATRIX_MODULES, *_CONV)) or is_conv1d(use.module)
+    if param.dim() >= 2 and not known and _is_position(use):
+        return "position"
+    if _BIAS_LEAF.fullmatch(use.leaf):
         return "bias"
     if param.dim() < 2:
         return "other"
-    if _POSITION_NAME.search(name):
-        return "position"
-    if module is output or (isinstance(module, nn.Linear) and _HEAD_NAME.search(module_name)):
+    if in_head and not _is_router(use):
         return "head"
-    if isinstance(module, _CONV):
+    if isinstance(use.module, _CONV):
         return "conv"
+    if sum(side != 1 for side in param.shape) < 2:
+        return "other"  # a vector, whatever its number of dimensions
     if param.dim() == 3:
-        return "expert" if _EXPERT_NAME.search(name) or "expert" in type(module).__name__.lower() else "other"
-    return "hidden" if param.dim() == 2 else "conv"
+        return "expert" if _EXPERT_NAME.search(name) or "expert" in class_name.lower() else "other"
+    if not known and not _WEIGHT_LEAF.fullmatch(use.leaf):
+        return "other"
+    if param.dim() > 3:
+        return "conv"
+    return "router" if _is_router(use) else "hidden"
+
+
+def _is_embedding(use: _Use) -> bool:
+    """Whether a module looks up rows of a table; classes that are not torch's are known by name."""
+    if isinstance(use.module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    named = _EMBEDDING_CLASS.search(type(use.module).__name__) and use.leaf == "weight" and use.dims == 2
+    return bool(named) and not isinstance(use.module, _MATRIX_MODULES)
+
+
+def _is_position(use: _Use) -> bool:
+    return bool(_POSITION_NAME.search(f"{use.path}.{use.leaf}") or _POSITION_CLASS.search(type(use.module).__name__))
+
+
+def _head_paths(model: nn.Module) -> set[str]:
+    """Paths of linear layers that are output layers by name, or the last ones of modules with such a name."""
+    paths = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        path = _plain_path(name)
+        if isinstance(module, nn.Linear):
+            if _HEAD_NAME.search(path) or _HEAD_NAME_AT_TOP.search(path):
+                paths.add(path)
+        elif _HEAD_NAME.search(path):
+            layers = [f"{path}.{leaf}" for leaf, child in module.named_children() if isinstance(child, nn.Linear)]
+            paths.update(layers if isinstance(module, nn.ModuleList) else layers[-1:])
+    return paths
+
+
+def _plain_path(name: str) -> str:
+    """A module's name without the components that wrappers put in."""
+    return _ROOT_WRAPPERS.sub("", _WRAPPERS.sub("", name)).removesuffix(".")
+
+
+def _is_router(use: _Use) -> bool:
+    """Whether a matrix scores the experts of a mixture."""
+    if any(_ROUTER_CLASS.search(type(module).__name__) for module in (use.module, use.parent)):
+        return True
+    leaf = use.path.rpartition(".")[2]
+    if leaf != "gate":
+        return leaf == "router"
+    # gates of other kinds have this name, too
+    around = [type(use.parent).__name__, *(name for name, _ in use.parent.named_children())]
+    return any(_MIXTURE.search(word) for word in around)
 
 
 def _check_claimed_once(model: nn.Module, groups: ParamGroups) -> None:

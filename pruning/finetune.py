@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from leanstep._torch import StepHooks, place_like, whole_tensor
 from leanstep.pruning.score.targets import find_targets
 
 Result = TypeVar("Result")
@@ -26,12 +26,13 @@ def keep_masks(
 ) -> MaskKeeper:
     """Keep the zeros of a pruned model while an optimizer trains it.
 
-    Before every step the gradients of pruned weights become zero, as if the model computed with ``weight * mask``;
-    after it, so do the weights, whatever weight decay, momentum or a normalized update did to them.
+    The gradients that a step uses are zero for pruned weights, as if the model computed with ``weight * mask``: before
+    ``step()``, and after every call of the closure in ``step(closure)``. After the step the weights are zero too,
+    whatever weight decay, momentum or a normalized update did to them.
 
     Args:
         model: pruned. After sharding, which replaces parameters, if it is to be sharded.
-        optimizer: that trains it; None: :meth:`MaskKeeper.attach` one later.
+        optimizer: that trains it, or Accelerate's wrapper of it; None: :meth:`MaskKeeper.attach` one later.
         masks: by parameter name, True where a weight is kept; None: what is not zero now, of the matrices that
             :func:`leanstep.pruning.find_targets` names with ``include`` and ``exclude``, where anything is zero.
         include, exclude: only without ``masks``.
@@ -64,7 +65,7 @@ def keep_masks(
     if masks is None:
         names = dict.fromkeys(target.parameter for target in find_targets(model, include=include, exclude=exclude))
         found = {name: parameters[name].detach() != 0 for name in names}
-        masks = {name: mask for name, mask in found.items() if not bool(_whole(mask).all())}
+        masks = {name: mask for name, mask in found.items() if not bool(whole_tensor(mask).all())}
         if not masks:
             raise ValueError("keep_masks: no matrix of the model has a zero: prune it first, or give masks")
     for name, mask in masks.items():
@@ -92,8 +93,8 @@ class MaskKeeper:
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]):
         self.parameters = dict(parameters)
         # what is filled with zeros, so that no step has to make it
-        self._pruned = {name: _like(~mask, self.parameters[name]) for name, mask in masks.items()}
-        self._hooks: list[RemovableHandle] = []
+        self._pruned = {name: place_like(~mask, self.parameters[name]) for name, mask in masks.items()}
+        self._hooks: list[StepHooks] = []
 
     def __enter__(self) -> MaskKeeper:
         return self
@@ -108,25 +109,20 @@ class MaskKeeper:
 
     def sparsity(self) -> float:
         """Fraction of the masked parameters' weights that are pruned."""
-        pruned = sum(int(_whole(p.sum())) for p in self._pruned.values())
+        pruned = sum(int(whole_tensor(p.sum())) for p in self._pruned.values())
         return pruned / sum(p.numel() for p in self._pruned.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> MaskKeeper:
         """Act before and after every step of an optimizer. Returns the keeper; errors as :func:`keep_masks`."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            inner = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
-            raise TypeError(f"keep_masks: expected a torch optimizer, got {type(optimizer).__name__}{inner}")
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [n for n, p in self.parameters.items() if p.requires_grad and id(p) not in trained]
-        if missing:
-            raise ValueError(
-                f"keep_masks: {type(optimizer).__name__} does not train {missing[:5]}; build it from this model's "
-                "parameters, freeze them, or leave them out of the masks"
+        self._hooks.append(
+            StepHooks(
+                optimizer,
+                lambda _: self.mask_gradients(),
+                lambda _: self.apply(),
+                caller="keep_masks",
+                parameters=self.parameters,
             )
-        self._hooks += [
-            optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
-            optimizer.register_step_post_hook(lambda *_: self.apply()),
-        ]
+        )
         return self
 
     def detach(self) -> None:
@@ -271,8 +267,7 @@ class GradualPruner:
         self._keeper: MaskKeeper | None = None
         # one pair of hooks for good: none can be added while an optimizer runs its hooks
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            StepHooks(optimizer, lambda _: self._before_step(), lambda _: self._after_step(), caller="GradualPruner")
         ]
 
     def _before_step(self) -> None:
@@ -304,17 +299,3 @@ class GradualPruner:
         """Go on from :meth:`state_dict`; the model's weights are those of that step."""
         self.step_count, self.sparsity = state["step"], state["sparsity"]
         self._keeper = keep_masks(self.model) if self.sparsity > 0 else None
-
-
-def _whole(tensor: Any) -> Tensor:
-    """All of a tensor, where a process may hold a part only."""
-    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor
-
-
-def _like(mask: Tensor, parameter: Any) -> Tensor:
-    """A mask where its parameter is: on its device, and sharded as it is."""
-    if hasattr(parameter, "placements") and not hasattr(mask, "placements"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(mask.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return mask.to(parameter.device)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.schema import DataConfig
-from leanstep.recipes.data.sources import open_validation, sotu_corpus
-from leanstep.recipes.training.progress import format_duration
+from leanstep.recipes.data.sources import open_file, sotu_corpus
+from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +135,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             device=options.device,
             progress=bar,
             sparsity=options.sparsity,
-            budget=options.budget,
-            latencies=latencies,
+            budget=options.budget if latencies is None else latencies,
             allocation=options.allocation,
             score=options.score,
             pattern=options.pattern,
@@ -197,9 +196,9 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
     if options.data == "sotu":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
-        config = DataConfig(source="text", val_path=options.data, text_key=options.text_key)
+        config = DataConfig(source="text", text_key=options.text_key)
         try:
-            documents = tuple(open_validation(config).documents())
+            documents = tuple(open_file(config, options.data).documents())
         except ValueError as error:
             raise ValueError(_in_options(str(error))) from error
     return CalibrationText(

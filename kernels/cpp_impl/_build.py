@@ -39,18 +39,18 @@ def cpp_compiler() -> str | None:
 
 
 @functools.cache
-def _first_compiler(chosen: str, path: str) -> str | None:
-    names = [chosen] if chosen else ["g++", "clang++", "c++"]
-    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+def _first_compiler(requested: str, path: str) -> str | None:
+    names = [requested] if requested else ["g++", "clang++", "c++"]
+    return next((file for name in names if (file := shutil.which(name, path=path))), None)
 
 
 def cache_folder() -> Path:
     """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder where that cannot be written."""
-    chosen = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
+    folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        if os.access(chosen, os.W_OK | os.X_OK):
-            return chosen
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
     except OSError:
         pass
     fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
@@ -94,13 +94,13 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     if compiler is None:
         raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
     command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    parts = [
+    ingredients = [
         *command,
         _version(compiler),
         _processor(),
         *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
     ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
     target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
     if not target.exists():
         _build(command, SOURCES / f"{name}.cpp", target)
@@ -171,3 +171,30 @@ def integers(values: Sequence[int]) -> ctypes.Array:
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """The address of a tensor's first element; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True when the elements fill one stretch of memory without holes or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
+    """True when all tensors can be walked in storage order together (and in row-major order, if asked)."""
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    first = tensors[0]
+    return not row_major and is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
+
+
+def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:
+    """Indices of the selected tensors, grouped by the dtypes that the lists have at an index, in order."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        if selected[i]:
+            groups.setdefault(tuple(t.dtype for t in row), []).append(i)
+    return list(groups.values())

@@ -113,32 +113,32 @@ inline float before_rounding(float value, uint32_t index, uint32_t seed) {
 
 // parameter's dtype for Kahan's compensation, fp32 for a master copy
 template <typename Param, int rounding>
-struct Extra {
+struct RoundingState {
     using type = float;
 };
 template <typename Param>
-struct Extra<Param, KAHAN> {
+struct RoundingState<Param, KAHAN> {
     using type = Param;
 };
 
-template <int rounding, typename Param, typename ExtraT>
-inline float weight_of(Param param, const ExtraT* extra, int64_t i) {
-    if constexpr (rounding == MASTER) return extra[i];
-    if constexpr (rounding == KAHAN) return widen(param) + widen(extra[i]);
+template <int rounding, typename Param, typename StateT>
+inline float weight_of(Param param, const StateT* state, int64_t i) {
+    if constexpr (rounding == MASTER) return state[i];
+    if constexpr (rounding == KAHAN) return widen(param) + widen(state[i]);
     return widen(param);
 }
 
 // writes the new weight where `keep` is false
-template <int rounding, typename Param, typename ExtraT>
-inline void store_weight(float value, bool keep, Param* param, ExtraT* extra, int64_t i, uint32_t index, uint32_t seed) {
+template <int rounding, typename Param, typename StateT>
+inline void store_weight(float value, bool keep, Param* param, StateT* state, int64_t i, uint32_t index, uint32_t seed) {
     Param rounded;
     narrow(before_rounding<rounding, Param>(value, index, seed), rounded);
     if constexpr (rounding == KAHAN) {
-        ExtraT lost;
+        StateT lost;
         narrow(value - widen(rounded), lost);
-        extra[i] = keep ? extra[i] : lost;
+        state[i] = keep ? state[i] : lost;
     }
-    if constexpr (rounding == MASTER) extra[i] = keep ? extra[i] : value;
+    if constexpr (rounding == MASTER) state[i] = keep ? state[i] : value;
     param[i] = keep ? param[i] : rounded;
 }
 

@@ -1,4 +1,4 @@
-"""A window of gradients: writing a row, dots of all rows with a vector, and linear combinations of rows.
+"""A window of gradients: dots of all rows with a vector, and linear combinations of rows.
 
 The window of M-FAC (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
 Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. It is kept as one block of columns per
@@ -51,35 +51,10 @@ def row_dots(
         Reads every window once. Products and sums run in fp64: of gradients that change slowly, the last bits of the
         dots tell the rows apart. No copy of a window, in any dtype.
     """
-    _check(windows, vectors, scales, groups, "row_dots", "vectors")
+    _check(windows, vectors, scales, groups, "row_dots")
     if torch.compiler.is_compiling():
-        return torch.ops.leanstep.row_dots(list(windows), list(vectors), scales, _listed(groups))
-    return _run_dots(windows, vectors, 0, scales, groups)
-
-
-def gram_row(
-    windows: Sequence[Tensor], index: int, *, scales: Tensor | None = None, groups: Sequence[int] | None = None
-) -> Tensor:
-    """Row ``index`` of the Gram matrix G G^T, from the rows as they are stored.
-
-    Args:
-        windows, scales, groups: as for :func:`row_dots`.
-        index: the row, 0 <= index < m.
-
-    Returns:
-        fp64 [m], or [G, m] with ``groups``: ``out[i] = row_i . row_index``.
-
-    Raises:
-        ValueError: as for :func:`row_dots`, and for an index outside the window.
-
-    Notes:
-        Reads every window once.
-    """
-    _check(windows, None, scales, groups, "gram_row", "")
-    _check_index(windows, index, "gram_row")
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.gram_row(list(windows), index, scales, _listed(groups))
-    return _run_dots(windows, None, index, scales, groups)
+        return torch.ops.leanstep.row_dots(list(windows), list(vectors), scales, as_list(groups))
+    return _run_dots(windows, vectors, scales, groups)
 
 
 def linear_combination(
@@ -108,7 +83,7 @@ def linear_combination(
         Reads every window once and writes ``out`` once. Sums run in fp64 and are rounded once: rows that hardly differ
         cancel in a combination.
     """
-    _check(windows, None, scales, groups, "linear_combination", "")
+    _check(windows, None, scales, groups, "linear_combination")
     check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
     if out is None:
         wide = reference.wide_dtype(windows[0].dtype)
@@ -116,69 +91,10 @@ def linear_combination(
     else:
         check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
     if torch.compiler.is_compiling():
-        torch.ops.leanstep.linear_combination(list(windows), coefficients, scales, _listed(groups), list(out))
+        torch.ops.leanstep.linear_combination(list(windows), coefficients, scales, as_list(groups), list(out))
     else:
         _run_combination(windows, coefficients, scales, groups, out)
     return list(out)
-
-
-@torch.no_grad()
-def write_row(
-    windows: Sequence[Tensor],
-    index: int,
-    vectors: Sequence[Tensor],
-    *,
-    scales: Tensor | None = None,
-    groups: Sequence[int] | None = None,
-    largest: Tensor | None = None,
-) -> None:
-    """Store a row: ``windows[b][index] = vectors[b] / s``, rounded to nearest in the window's dtype.
-
-    With ``scales``, s is the power of two that brings the row's largest magnitude to between 2**14 and 2**15, which
-    keeps fp16 from overflowing and costs no precision; it goes to ``scales[index]``. Without, s = 1.
-
-    Args:
-        windows: as for :func:`row_dots`; row ``index`` is overwritten.
-        index: the row, 0 <= index < m.
-        vectors: one per block, any floating dtype; not written. Finite: see to that before.
-        scales: fp32 [m] ([G, m] with ``groups``), element ``index`` of which is overwritten.
-        groups: as for :func:`row_dots`.
-        largest: fp32 0-d ([G] with ``groups``): largest magnitude in the row, where ``windows`` are shards of it.
-            None: that of ``vectors``.
-
-    Raises:
-        ValueError: for no blocks, blocks of unequal m, an index outside the window, or sizes that do not match.
-
-    Notes:
-        Reads ``vectors`` and writes one row, once each. With ``scales`` reads ``vectors`` twice, and needs scratch
-        memory of their size.
-    """
-    _check(windows, vectors, scales, groups, "write_row", "vectors")
-    _check_index(windows, index, "write_row")
-    rows = [w[index] for w in windows]
-    sources = [v.detach().reshape(r.shape) for v, r in zip(vectors, rows, strict=True)]
-    if scales is None:
-        torch._foreach_copy_(rows, sources)
-        return
-    count = 1 if groups is None else scales.shape[0]
-    owners = [0] * len(rows) if groups is None else list(groups)
-    members = [[b for b, owner in enumerate(owners) if owner == g] for g in range(count)]
-    if largest is None:
-        largest = torch.stack([largest_magnitude([sources[b] for b in owned], scales) for owned in members])
-    scale = reference.row_scale(largest.reshape(count))
-    scales[..., index] = scale if groups is not None else scale[0]
-    for owned, inverse in zip(members, scale.reciprocal().unbind(), strict=True):
-        if owned:
-            wide = [sources[b].to(reference.wide_dtype(sources[b].dtype)) for b in owned]
-            torch._foreach_copy_([rows[b] for b in owned], torch._foreach_mul(wide, inverse))
-
-
-def largest_magnitude(vectors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """0-d fp32: the largest magnitude in all the vectors, 0 for none; on the device of ``like``."""
-    present = [v for v in vectors if v.numel()]
-    if not present:
-        return torch.zeros((), device=like.device)
-    return torch.stack([n.to(torch.float32) for n in torch._foreach_norm(present, math.inf)]).amax()
 
 
 def flat(window: Tensor) -> Tensor:
@@ -211,31 +127,22 @@ def backend_of(op: str, window: Tensor) -> str:
 
 @torch.no_grad()
 def _run_dots(
-    windows: Sequence[Tensor],
-    vectors: Sequence[Tensor] | None,
-    index: int,
-    scales: Tensor | None,
-    groups: Sequence[int] | None,
+    windows: Sequence[Tensor], vectors: Sequence[Tensor], scales: Tensor | None, groups: Sequence[int] | None
 ) -> Tensor:
-    """Dots with the vectors, or with the windows' own row ``index`` where there are none."""
     flat_windows = [flat(w) for w in windows]
-    others = None if vectors is None else [v.detach().reshape(-1) for v in vectors]
+    flat_vectors = [v.detach().reshape(-1) for v in vectors]
     owners = [0] * len(windows) if groups is None else groups
     backend = backend_of("row_dots", windows[0])
     if backend == "triton":
         from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
 
-        dots = triton_window.row_dots(flat_windows, others, index, owners, max(owners) + 1)
+        dots = triton_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        others = others or [w[index] for w in flat_windows]
-        dots = cpp_window.row_dots(flat_windows, others, owners, max(owners) + 1)
+        dots = cpp_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
     else:
-        others = others or [w[index] for w in flat_windows]
-        dots = total_by_group(map(reference.row_dots, flat_windows, others), owners)
+        dots = total_by_group(map(reference.row_dots, flat_windows, flat_vectors), owners)
     dots = dots[0] if groups is None else dots
-    if scales is None:
-        return dots
-    return dots * scales if vectors is not None else dots * scales * scales[..., index : index + 1]
+    return dots if scales is None else dots * scales
 
 
 @torch.no_grad()
@@ -261,7 +168,8 @@ def _run_combination(
             reference.linear_combination(window, stored[group], result)
 
 
-def _listed(groups: Sequence[int] | None) -> list[int] | None:
+def as_list(groups: Sequence[int] | None) -> list[int] | None:
+    """Groups as an operation takes them."""
     return None if groups is None else list(groups)
 
 
@@ -271,7 +179,6 @@ def _check(
     scales: Tensor | None,
     groups: Sequence[int] | None,
     name: str,
-    what: str,
 ) -> None:
     if not windows:
         raise ValueError(f"{name}: expected at least one window, got an empty list")
@@ -286,11 +193,11 @@ def _check(
             )
     if vectors is not None:
         if len(vectors) != len(windows):
-            raise ValueError(f"{name}: expected one of {what} per window, got {len(vectors)} for {len(windows)}")
+            raise ValueError(f"{name}: expected one of vectors per window, got {len(vectors)} for {len(windows)}")
         for b, (window, vector) in enumerate(zip(windows, vectors, strict=True)):
             if vector.numel() != math.prod(window.shape[1:]):
                 raise ValueError(
-                    f"{name}: {what}[{b}] has shape {tuple(vector.shape)}, but the rows of windows[{b}] have "
+                    f"{name}: vectors[{b}] has shape {tuple(vector.shape)}, but the rows of windows[{b}] have "
                     f"{tuple(window.shape[1:])}"
                 )
     check_groups(groups, len(windows), name)
@@ -303,11 +210,6 @@ def check_groups(groups: Sequence[int] | None, count: int, name: str) -> None:
     """Raise unless there is one non-negative number for each of ``count`` blocks."""
     if groups is not None and (len(groups) != count or min(groups) < 0):
         raise ValueError(f"{name}: expected groups with a number >= 0 for each of {count} blocks, got {list(groups)}")
-
-
-def _check_index(windows: Sequence[Tensor], index: int, name: str) -> None:
-    if windows and not 0 <= index < windows[0].shape[0]:
-        raise ValueError(f"{name}: index {index} is outside the window of {windows[0].shape[0]} rows")
 
 
 def check_coefficients(coefficients: Tensor, m: int, groups: Sequence[int] | None, name: str) -> None:
@@ -330,11 +232,7 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torc
 
 
 def _dots_op(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    return _run_dots(windows, vectors, 0, scales, groups)
-
-
-def _gram_op(windows: list[Tensor], index: int, scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    return _run_dots(windows, None, index, scales, groups)
+    return _run_dots(windows, vectors, scales, groups)
 
 
 def _combination_op(
@@ -348,13 +246,11 @@ def _combination_op(
 
 
 _row_dots_op = torch.library.custom_op("leanstep::row_dots", _dots_op, mutates_args=())
-_gram_row_op = torch.library.custom_op("leanstep::gram_row", _gram_op, mutates_args=())
 _linear_combination_op = torch.library.custom_op("leanstep::linear_combination", _combination_op, mutates_args=("out",))
 
 
 @_row_dots_op.register_fake
-@_gram_row_op.register_fake
-def _(windows, other, scales, groups):
+def _(windows, vectors, scales, groups):
     m = windows[0].shape[0]
     shape = (m,) if groups is None else (max(groups) + 1, m)
     return windows[0].new_empty(shape, dtype=torch.float64)

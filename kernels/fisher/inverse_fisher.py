@@ -5,12 +5,10 @@ Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order I
 another denominator. F [d, d] is never formed. Its inverse times a vector needs one system with a matrix of the
 window's size, damping * I + K / s, which is solved here in fp64:
 
-* For x = G^T a, a combination of the window's own rows, such as the newest gradient (a = e_j), the push-through
-  identity gives ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: sums only, nothing cancels.
-* For any x, Woodbury's identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It
-  subtracts: where x lies among the gradients, the error is about 2**-24 * |g|^2 / (s * damping) with fp32 gradients.
-
-Both equal the paper's two recursions, which :mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out.
+For x = G^T a, a combination of the window's own rows, such as the newest gradient (a = e_j), the push-through identity
+gives ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: nothing is subtracted, so nothing cancels. The paper's two
+recursions, which :mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out, give the same, but subtract from
+x / damping; with fp32 gradients their error is about 2**-24 * |g|^2 / (s * damping).
 """
 
 from __future__ import annotations
@@ -102,40 +100,6 @@ def window_coefficients(
             )
         right = target.to(torch.float64)
     return _solve(gram, right, damping, denominator, wait, eps)
-
-
-def woodbury_coefficients(
-    gram: Tensor,
-    dots: Tensor,
-    damping: float | Tensor,
-    denominator: float,
-    *,
-    wait: bool = True,
-    eps: float = EPS,
-) -> Coefficients:
-    """The c with ``F^-1 x = x / damping + G^T c`` for any x: c = -(damping * I + K / s)^-1 G x / (damping * s).
-
-    Args:
-        gram, damping, denominator, wait, eps: as for :func:`window_coefficients`.
-        dots: G x, fp64 [..., n].
-
-    Returns:
-        :class:`Coefficients`.
-
-    Raises:
-        ValueError: as for :func:`window_coefficients`.
-
-    Notes:
-        Where x is a combination of the gradients in the window, :func:`window_coefficients` is far more accurate.
-    """
-    _check(gram, damping, denominator, "woodbury_coefficients")
-    if dots.shape != gram.shape[:-1]:
-        raise ValueError(
-            f"woodbury_coefficients: expected dots of shape {tuple(gram.shape[:-1])}, got {tuple(dots.shape)}"
-        )
-    solved = _solve(gram, dots.to(torch.float64), damping, denominator, wait, eps)
-    by_damping = damping.unsqueeze(-1) if isinstance(damping, Tensor) and damping.dim() else damping
-    return Coefficients(solved.values / (-denominator * by_damping), solved.status)
 
 
 def _solve(

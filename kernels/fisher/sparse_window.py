@@ -18,6 +18,7 @@ from torch import Tensor
 from leanstep.kernels.cpp_impl.fisher import sparse_window as cpp_window
 from leanstep.kernels.fisher import gradient_window as dense
 from leanstep.kernels.fisher.gradient_window import (
+    as_list,
     backend_of,
     check_coefficients,
     check_groups,
@@ -139,43 +140,9 @@ def sparse_row_dots(
         return dense.row_dots(values, vectors, groups=groups)
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.sparse_row_dots(
-            list(values), list(indices), list(vectors), _numbers(layouts), _listed(groups)
+            list(values), list(indices), list(vectors), _numbers(layouts), as_list(groups)
         )
     return _run_dots(values, indices, vectors, layouts, groups)
-
-
-def sparse_gram_row(
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    index: int,
-    layouts: Sequence[SparseLayout],
-    *,
-    groups: Sequence[int] | None = None,
-) -> Tensor:
-    """Row ``index`` of the Gram matrix of a sparse window, from the rows as they are stored.
-
-    Args:
-        index: the row, 0 <= index < m.
-        values, indices, layouts, groups: as for :func:`sparse_row_dots`.
-
-    Returns:
-        fp64 [m], or [G, m] with ``groups``.
-
-    Raises:
-        ValueError: as for :func:`sparse_row_dots`, and for an index outside the window.
-
-    Notes:
-        Reads values and indices once. Scratch memory: the row as a dense fp32 vector.
-    """
-    _check(values, indices, layouts, groups, "sparse_gram_row")
-    if not 0 <= index < values[0].shape[0]:
-        raise ValueError(f"sparse_gram_row: index {index} is outside the window of {values[0].shape[0]} rows")
-    wide = wide_dtype(values[0].dtype)
-    rows = [
-        v[index] if layout.is_dense else scatter(v[index], i[index], layout, dtype=wide)
-        for v, i, layout in zip(values, indices, layouts, strict=True)
-    ]
-    return sparse_row_dots(values, indices, rows, layouts, groups=groups)
 
 
 def sparse_linear_combination(
@@ -217,7 +184,7 @@ def sparse_linear_combination(
         return dense.linear_combination(values, coefficients, groups=groups, out=out)
     if torch.compiler.is_compiling():
         torch.ops.leanstep.sparse_linear_combination(
-            list(values), list(indices), coefficients, _numbers(layouts), _listed(groups), list(out)
+            list(values), list(indices), coefficients, _numbers(layouts), as_list(groups), list(out)
         )
     else:
         _run_combination(values, indices, coefficients, layouts, groups, out)
@@ -267,10 +234,6 @@ def _run_combination(
     else:
         for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
             reference.linear_combination(v.detach(), i, stored[group], layout, result)
-
-
-def _listed(groups: Sequence[int] | None) -> list[int] | None:
-    return None if groups is None else list(groups)
 
 
 def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:

@@ -223,7 +223,7 @@ def _run(
     if _wants_definition(compute) and method != "gram":
         return [_definition(mat, triples, eps, compute) for mat in matrices]
     singles = singles_of(matrices)
-    found = [torch.empty(0) for _ in singles]
+    factors = [torch.empty(0) for _ in singles]
     norms = norms_of(singles, compute)
     products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
     for job in jobs_of(singles):
@@ -233,9 +233,9 @@ def _run(
             iterate(x, triples, plan(triples, compute, method, job.m, job.n), products, scratch, out)
         else:
             scaled(singles, norms, job, eps, out)
-        for i, one in zip(job.members, out.view(-1, job.m, job.n), strict=True):
-            found[i] = one
-    return _gathered(matrices, found, compute)
+        for i, factor in zip(job.indices, out.view(-1, job.m, job.n), strict=True):
+            factors[i] = factor
+    return _as_given(matrices, factors, compute)
 
 
 def _wants_definition(compute: torch.dtype) -> bool:
@@ -248,17 +248,19 @@ def _definition(mat: Tensor, triples: Sequence[Triple], eps: float, dtype: torch
     return reference.newton_schulz(batch, triples, eps, dtype).reshape(mat.shape).contiguous()
 
 
-def _gathered(matrices: Sequence[Tensor], found: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The results of single matrices, stacked where a stack came in."""
+def _as_given(matrices: Sequence[Tensor], factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """One result per tensor of the caller: the results of single matrices, stacked for a stack."""
     results, position = [], 0
     for mat in matrices:
         count = mat.shape[:-2].numel()
-        parts = found[position : position + count]
+        results_of_stack = factors[position : position + count]
         position += count
         if mat.numel() == 0:
             results.append(torch.empty(mat.shape, dtype=dtype, device=mat.device))
         else:
-            results.append(parts[0] if mat.dim() == 2 else torch.stack(list(parts)).view(mat.shape))
+            results.append(
+                results_of_stack[0] if mat.dim() == 2 else torch.stack(list(results_of_stack)).view(mat.shape)
+            )
     return results
 
 
@@ -286,8 +288,8 @@ def _run_nuclear(
     else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):
-            found = nuclear_norms([singles[i] for i in job.members], triples, products, scratch, compute)
-            for i, value in zip(job.members, found, strict=True):
+            estimates = nuclear_norms([singles[i] for i in job.indices], triples, products, scratch, compute)
+            for i, value in zip(job.indices, estimates, strict=True):
                 values[i] = value.to(wide)
     return torch.stack(values) if values else torch.zeros(0, dtype=wide, device=matrices[0].device)
 

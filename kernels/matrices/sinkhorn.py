@@ -1,12 +1,14 @@
 """Square-root Sinkhorn row and column scales of lists of matrices."""
 
-from collections.abc import Callable, Generator, Sequence
+import ctypes
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, integers, library, pointers
 from leanstep.kernels.reference.matrices import sinkhorn as reference
 from leanstep.kernels.reference.matrices.sinkhorn import finish_columns
 
@@ -30,9 +32,6 @@ def sinkhorn(
     num_iters: int,
     *,
     end_with_rows: bool = False,
-    rows_total: Sequence[int] | None = None,
-    cols_total: Sequence[int] | None = None,
-    all_reduce: Callable[[Tensor], None] | None = None,
 ) -> Scales:
     """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
 
@@ -45,9 +44,6 @@ def sinkhorn(
             dimensions are independent matrices (fused experts).
         num_iters: L >= 0; 0 leaves r = 1 / max|row| (with ``end_with_rows``: one row half-iteration alone).
         end_with_rows: append one row half-iteration.
-        rows_total, cols_total: m and n of the whole matrices, where ``mats`` are shards of rows.
-        all_reduce: sums a flat fp32 buffer over the shards, in place; called once per iteration with the column means
-            of all matrices. None: the matrices are whole.
 
     Returns:
         :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
@@ -64,10 +60,9 @@ def sinkhorn(
     if not mats:
         empty = torch.zeros(0)
         return Scales([], [], empty, empty)
-    if torch.compiler.is_compiling() and all_reduce is None:
-        rows, cols = torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows)
-        return _scales(mats, rows, cols)
-    return _run(mats, num_iters, end_with_rows, rows_total, cols_total, all_reduce)
+    if torch.compiler.is_compiling():
+        return _scales(mats, *torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows))
+    return _run(mats, num_iters, end_with_rows)
 
 
 def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
@@ -117,80 +112,75 @@ def sinkhorn_of_columns(
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
+
+    def of_rows(flat: Tensor) -> list[Tensor]:
+        views = _scales(mats, flat, scales.flat_cols).rows
+        return [view.view(batch.shape[:-1]) for view, batch in zip(views, batches, strict=True)]
+
     sums = torch.zeros_like(scales.flat_rows)
-    parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
+    row_sums_of = of_rows(sums)
     cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
-    for batch, part in zip(batches, parts, strict=True):
+    for batch, row_sums in zip(batches, row_sums_of, strict=True):
         if batch.numel():
-            part.copy_(batch.abs().amax(dim=-1))
+            row_sums.copy_(batch.abs().amax(dim=-1))
     yield sums, "max"
     prescale = reference.inverse_of_largest(sums)
-    first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
+    prescales = of_rows(prescale)
     for iteration in range(num_iters + end_with_rows):
-        for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
-            part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        for batch, row_sums, r0, c, n in zip(batches, row_sums_of, prescales, cols, cols_total, strict=True):
+            row_sums.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
         yield sums, "sum"
         sums.copy_(reference.reciprocal_or_zero(sums))
         scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
         if iteration == num_iters:
             break
-        for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
+        for batch, row_sums, r0, c in zip(batches, row_sums_of, prescales, cols, strict=True):
             squares = reference.scaled_squares(batch, r0)
-            c.copy_(finish_columns(reference.column_half(squares, part, batch.shape[-2])))
+            c.copy_(finish_columns(reference.column_half(squares, row_sums, batch.shape[-2])))
     return scales
 
 
 @torch.no_grad()
-def _run(
-    mats: Sequence[Tensor],
-    num_iters: int,
-    end_with_rows: bool,
-    rows_total: Sequence[int] | None,
-    cols_total: Sequence[int] | None,
-    all_reduce: Callable[[Tensor], None] | None,
-) -> Scales:
+def _run(mats: Sequence[Tensor], num_iters: int, end_with_rows: bool) -> Scales:
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
-    if backend == "cpp" and all_reduce is None:
+    if backend == "cpp":
         _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
-        return scales
-    if backend == "triton" or all_reduce is not None:
-        rows_total = rows_total or [m.shape[-2] for m in mats]
-        cols_total = cols_total or [m.shape[-1] for m in mats]
-        for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
-            if all_reduce is not None:
-                all_reduce(sums)
-        return scales
-    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
-        if mat.numel():
-            r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
-            rows.copy_(r.view(rows.shape))
-            cols.copy_(c.view(cols.shape))
+    elif backend == "triton":
+        rows_total, cols_total = [m.shape[-2] for m in mats], [m.shape[-1] for m in mats]
+        for _ in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+            pass  # the matrices are whole: there is nothing to reduce
+    else:
+        for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+            if mat.numel():
+                r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
+                rows.copy_(r.view(rows.shape))
+                cols.copy_(c.view(cols.shape))
     return scales
 
 
 def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
     """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
-    from leanstep.kernels.cpp_impl.matrices import sinkhorn as cpp_sinkhorn
-
-    columns: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    lists_of: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
-        if mat.numel() == 0:
-            continue
-        if mat.stride(-1) != 1 and mat.shape[-1] != 1:
-            mat = mat.contiguous()
-        members = columns.setdefault(mat.dtype, ([], [], []))
-        if mat.dim() == 2:
-            for column, tensor in zip(members, (mat, rows, cols), strict=True):
-                column.append(tensor)
-        else:
-            batch = as_batch(mat)
-            for column, stack in zip(
-                members, (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1)), strict=True
-            ):
-                column.extend(stack)
-    for chosen, rows_out, cols_out in columns.values():
-        cpp_sinkhorn.sinkhorn(chosen, rows_out, cols_out, num_iters, end_with_rows)
+        if mat.numel():
+            batch = as_batch(mat if mat.stride(-1) == 1 or mat.shape[-1] == 1 else mat.contiguous())
+            stacks = (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1))
+            for tensors, stack in zip(lists_of.setdefault(mat.dtype, ([], [], [])), stacks, strict=True):
+                tensors.extend(stack)
+    for dtype, (matrices, rows_out, cols_out) in lists_of.items():
+        library("matrices/sinkhorn", {"MAT": TYPES[dtype]}).sinkhorn(
+            ctypes.c_int64(len(matrices)),
+            pointers(matrices),
+            integers([m.shape[0] for m in matrices]),
+            integers([m.shape[1] for m in matrices]),
+            integers([m.stride(0) for m in matrices]),
+            pointers(rows_out),
+            pointers(cols_out),
+            ctypes.c_int64(num_iters),
+            int(end_with_rows),
+            torch.get_num_threads(),
+        )
 
 
 def _iterate_together(
@@ -255,7 +245,7 @@ def _reference_pass(
 
 
 def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:
-    scales = _run(mats, num_iters, end_with_rows, None, None, None)
+    scales = _run(mats, num_iters, end_with_rows)
     return scales.flat_rows, scales.flat_cols
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, same_layout
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.cpp_impl.nm import apply as cpp_apply
 from leanstep.kernels.reference.nm import apply as reference
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, group_by_dtypes
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import group_by_dtypes
 from leanstep.kernels.cpp_impl.nm import mask as cpp_mask
 from leanstep.kernels.reference.nm import mask as reference
 

@@ -1,4 +1,4 @@
-"""Attention whose exponential is a polynomial, in time linear in the length; with its own exact gradient."""
+"""Attention with a polynomial in place of exp, in time linear in the length, and its exact gradient."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.kernels.poly import chunks
-from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count
+from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 
 _NAME = "poly_attention"
 
@@ -24,10 +24,10 @@ def poly_attention(
     key_mask: Tensor | None = None,
     chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the weights ``p(s_ij) / sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``, and their sums.
+    """Attention with the weights ``p(s_ij) / D_i``, ``D_i = sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``.
 
     The gradient is that of this function with ``center`` held fixed: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j - dO_i .
-    O_i)``. No matrix of L x M is formed, and none of d x d outer products.
+    O_i)``. No L x M matrix is formed.
 
     Args:
         q: [B, Hq, L, d], floating.
@@ -36,26 +36,24 @@ def poly_attention(
         coefficients: of p, the constant first; g + 1 of them.
         scale: factor of the products.
         causal: query i sees keys j <= i; then M = L.
-        center: [H, d] or [B, H, d], taken off the keys; no gradient goes to it.
+        center: [H, d] or [B, H, d], subtracted from the keys; without a gradient.
         key_mask: [B, M] bool, True where a key counts.
-        chunk: queries and keys taken at a time. Within a causal chunk, weights are formed.
+        chunk: queries and keys processed at a time. Weights are formed within causal chunks only.
 
     Returns:
-        (out [B, Hq, L, e] of q's dtype, sums D [B, Hq, L] in fp32 or fp64). Where no key counts, both are 0. A D that
-        is negative or not finite means that p was no approximation of exp there: see
-        :func:`leanstep.lora.low_rank_attention`, which looks.
+        (out [B, Hq, L, e] of q's dtype, normalisers D [B, Hq, L] in fp32 or fp64). Both are 0 where no key counts. If a
+        D is negative or not finite, p does not approximate exp there; :func:`leanstep.lora.low_rank_attention` checks.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, or more than 2^20 features.
 
     Notes:
-        With ``k = C(d + g, g)`` features and e' = e + 1, the forward pass takes ``2 k e' (Hq L + H M)`` floating-point
-        operations and the backward pass ``2 k e' (2 Hq L + 3 H M)``, 2 k H M less; causal ones a chunk fewer, and
-        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query. :func:`poly_attention_flops` and its sister
-        count them exactly; :func:`register_flop_formulas` tells torch's counter. Sums run in fp32 (fp64 for fp64).
-        Saved for backward: q, k, v, out and D. Scratch: one or two states of [k, e'] a head, and the features of a
-        chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: D has an error of about
-        1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
+        With ``k = C(d + g, g)`` features, the forward pass takes about ``2 k e (Hq L + H M)`` floating-point operations
+        and the backward pass ``2 k e (2 Hq L + 3 H M)``; :func:`poly_attention_flops` and
+        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). Saved for backward:
+        q, k, v, out and D. Scratch: one or two states of [k, e + 1] a head, and the features of a chunk of as many
+        heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: whatever p(s) is, D has an error of about
+        1e-7 * (scale |q| |k|)^g / g!.
     """
     _check(q, k, v, coefficients, causal, center, key_mask, chunk)
     if center is not None:
@@ -97,10 +95,10 @@ def _check(
     if len(coefficients) < 1 or chunk < 1:
         raise ValueError(f"{_NAME}: expected coefficients and a chunk >= 1, got {list(coefficients)} and {chunk}")
     features = feature_count(q.shape[3], len(coefficients) - 1)
-    if features > MOST_FEATURES:
+    if features > MAX_FEATURES:
         raise ValueError(
             f"{_NAME}: degree {len(coefficients) - 1} of heads of {q.shape[3]} has {features:,} features, more than "
-            f"{MOST_FEATURES:,}; take a lower degree"
+            f"{MAX_FEATURES:,}; take a lower degree"
         )
     if center is not None and tuple(center.shape) not in (
         tuple(k.shape[1:2] + k.shape[3:]),
@@ -127,7 +125,7 @@ def _heads(
     causal: bool,
     chunk: int,
 ) -> chunks.Heads:
-    """Batch and key heads as one dimension, queries of a key head beside each other."""
+    """Batch and key heads as one dimension, with the queries of each key head in the next."""
     heads = k.shape[1]
     return chunks.Heads(
         q.unflatten(1, (heads, -1)).flatten(0, 1),
@@ -234,10 +232,9 @@ def poly_attention_flops(
     chunk: int = 128,
 ) -> int:
     """Floating-point operations of the matrix products of :func:`poly_attention`'s forward pass."""
-    rows = _Rows(q_shape, k_shape, v_shape, degree, causal, chunk)
-    if not causal:
-        return rows.states(rows.queries + rows.keys)
-    return rows.states(rows.after_first + rows.before_last) + rows.within(rows.dim + rows.wide)
+    queries, keys, pairs = _rows(q_shape, k_shape, causal, chunk)
+    wide = v_shape[3] + 1
+    return 2 * feature_count(q_shape[3], degree) * wide * (queries + keys) + 2 * pairs * (q_shape[3] + wide)
 
 
 def poly_attention_backward_flops(
@@ -251,65 +248,21 @@ def poly_attention_backward_flops(
     wanted: Sequence[bool] = (True, True, True),
 ) -> int:
     """Floating-point operations of its backward pass's matrix products, for the gradients ``wanted`` of q, k and v."""
-    rows = _Rows(q_shape, k_shape, v_shape, degree, causal, chunk)
+    queries, keys, pairs = _rows(q_shape, k_shape, causal, chunk)
+    dim, wide = q_shape[3], v_shape[3] + 1
     of_q, of_k, of_v = wanted
-    queries, keys = (rows.after_first, rows.before_last) if causal else (rows.queries, rows.keys)
-    total = (queries + keys) * of_q + queries * (of_k or of_v) + keys * of_k
-    found = rows.states(total) + rows.states(keys * of_v) * (rows.wide - 1) // rows.wide
-    if causal:
-        of_products = (rows.wide + rows.dim * (of_q + of_k)) * (of_q or of_k)
-        found += rows.within(rows.dim + (rows.wide - 1) * of_v + of_products)
-    return found
+    full_width = (queries + keys) * of_q + queries * (of_k or of_v) + keys * of_k
+    states = 2 * feature_count(dim, degree) * (wide * full_width + (wide - 1) * keys * of_v)
+    of_products = (wide + dim * (of_q + of_k)) * (of_q or of_k)
+    return states + 2 * pairs * (dim + (wide - 1) * of_v + of_products)
 
 
-class _Rows:
-    """How many rows meet a state, and how many pairs lie within chunks, over all heads."""
-
-    def __init__(
-        self,
-        q_shape: Sequence[int],
-        k_shape: Sequence[int],
-        v_shape: Sequence[int],
-        degree: int,
-        causal: bool,
-        chunk: int,
-    ) -> None:
-        batch, query_heads, length, self.dim = q_shape
-        heads, keys = batch * k_shape[1], k_shape[2]
-        self.features, self.wide = feature_count(self.dim, degree), v_shape[3] + 1
-        self.queries, self.keys = batch * query_heads * length, heads * keys
-        sizes = [min(chunk, length - start) for start in range(0, length, chunk)] if causal else []
-        if sizes:
-            self.after_first = batch * query_heads * (length - sizes[0])
-            self.before_last = heads * (length - sizes[-1])
-        else:
-            self.after_first = self.before_last = 0
-        self.pairs = batch * query_heads * sum(size * size for size in sizes)
-
-    def states(self, rows: int) -> int:
-        """Products of so many rows of features with a state."""
-        return 2 * self.features * self.wide * rows
-
-    def within(self, width: int) -> int:
-        """Products over ``width`` for every pair within a chunk."""
-        return 2 * self.pairs * width
-
-
-def register_flop_formulas() -> None:
-    """Teach torch's FlopCounterMode these formulas: call it before such a mode is made. Calling it again is harmless.
-
-    Not done on import, because the counter's module imports Triton.
-    """
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    if torch.ops.leanstep.poly_attention in flop_registry:
-        return
-
-    @register_flop_formula(torch.ops.leanstep.poly_attention)
-    def _(q, k, v, center, key_mask, coefficients, scale, causal, chunk, *args, out_shape=None, **kwargs):
-        return poly_attention_flops(q, k, v, len(coefficients) - 1, causal=causal, chunk=chunk)
-
-    @register_flop_formula(torch.ops.leanstep.poly_attention_backward)
-    def _(grad, q, k, v, out, total, center, mask, coefficients, scale, causal, chunk, wanted, *args, **kwargs):
-        settings = dict(causal=causal, chunk=chunk, wanted=wanted)
-        return poly_attention_backward_flops(q, k, v, len(coefficients) - 1, **settings)
+def _rows(q_shape: Sequence[int], k_shape: Sequence[int], causal: bool, chunk: int) -> tuple[int, int, int]:
+    """The rows of queries and of keys that meet a state, and the pairs within chunks, over all heads."""
+    batch, query_heads, length, _ = q_shape
+    if not causal:
+        return batch * query_heads * length, batch * k_shape[1] * k_shape[2], 0
+    sizes = [min(chunk, length - start) for start in range(0, length, chunk)] or [0]
+    # queries of the first chunk and keys of the last one meet no state
+    queries, keys = batch * query_heads * (length - sizes[0]), batch * k_shape[1] * (length - sizes[-1])
+    return queries, keys, batch * query_heads * sum(size * size for size in sizes)

@@ -1,12 +1,13 @@
 """How an fp32 update meets a parameter of lower precision: the four ways, as plain torch.
 
-``rounding`` names the way; ``extra`` is the tensor it keeps beside the parameter:
+``rounding`` names the way; ``rounding_state`` is the tensor it keeps beside the parameter:
 
-* ``nearest``: the parameter is widened, updated in fp32 and rounded once. No extra.
+* ``nearest``: the parameter is widened, updated in fp32 and rounded once. No state.
 * ``stochastic``: rounded up or down with probability by distance (bf16 only), from a counter-based hash of the
-  element's index and a seed, so that a step can be replayed. No extra.
-* ``kahan``: ``extra`` (parameter's dtype) holds what rounding dropped; parameter + extra carry about 16 bits.
-* ``master``: ``extra`` (fp32) is the weight; the parameter is its rounded copy.
+  element's index and a seed, so that a step can be replayed. No state.
+* ``kahan``: ``rounding_state`` (parameter's dtype) holds what rounding dropped; their sum carries
+  about 16 bits.
+* ``master``: ``rounding_state`` (fp32) is the weight; the parameter is its rounded copy.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit
 
 
-def widen(param: Tensor, extra: Tensor | None, rounding: str) -> Tensor:
+def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor:
     """The value of a parameter in the dtype the update is computed in (fp32, or fp64 for fp64 parameters)."""
     if rounding == "master":
-        assert extra is not None
-        return extra
+        assert rounding_state is not None
+        return rounding_state
     wide = param if param.dtype == torch.float64 else param.float()
     if rounding == "kahan":
-        assert extra is not None
-        return wide + extra.to(wide.dtype)
+        assert rounding_state is not None
+        return wide + rounding_state.to(wide.dtype)
     return wide
 
 
@@ -70,12 +71,12 @@ def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
 
 
 def narrow(
-    value: Tensor, param: Tensor, rounding: str, seed: Tensor | int | None = None, offset: Tensor | int = 0
+    value: Tensor, param: Tensor, rounding: str, seed: Tensor | int | None = None, offset: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """New contents of (parameter, extra) for the fp32 ``value``, to be written with ``copy_`` (which rounds)."""
+    """New contents of parameter and rounding state for the fp32 ``value``; ``copy_`` of them rounds."""
     if rounding == "stochastic" and param.dtype == torch.bfloat16:
         assert seed is not None
-        return round_stochastic(value, hash32(element_index(value, offset), seed)), None
+        return round_stochastic(value, hash32(element_index(value, 0 if offset is None else offset), seed)), None
     if rounding == "kahan":
         rounded = value.to(param.dtype)
         return rounded, (value - rounded.to(value.dtype)).to(param.dtype)

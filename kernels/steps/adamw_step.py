@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import integers, library, pointers
 
 # elements that torch's fused kernel takes at a time; it rounds single ones differently
 LANES = 64
@@ -54,8 +56,8 @@ def adamw_step(
         return
     columns = (params, grads, exp_avgs, exp_avg_sqs)
     options = _Options(lr, betas, eps, weight_decay, maximize)
-    chosen = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
-    if chosen.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
+    choice = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
+    if choice.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
         _cpp(columns, steps, options)
     else:
         _torch(columns, steps, options)
@@ -88,8 +90,6 @@ def _torch(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
 
 
 def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
-    from leanstep.kernels.cpp_impl.steps import adamw_step as cpp
-
     # what does not fill a vector goes through torch's loop over single entries, whose roundings are others
     sizes = [p.numel() for p in columns[0]]
     whole = [size // LANES * LANES for size in sizes]
@@ -100,7 +100,14 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     torch._foreach_add_(steps, 1)
     taken = [int(step) for step in steps]
     numbers = {step: options.numbers(step) for step in set(taken)}
-    cpp.adamw_step(*columns, whole, [numbers[step] for step in taken], maximize=options.maximize)
+    rows = [number for step in taken for number in numbers[step]]
+    library("steps/adamw_step", {"MAXIMIZE": int(options.maximize)}).adamw_step(
+        ctypes.c_int64(len(sizes)),
+        *(pointers(column) for column in columns),
+        integers(whole),
+        (ctypes.c_float * len(rows))(*rows),
+        torch.get_num_threads(),
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:

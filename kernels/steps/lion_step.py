@@ -1,28 +1,23 @@
 """The Lion step on lists of tensors."""
 
-from typing import Any
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, group_by_dtypes, same_layout
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, address, group_by_dtypes, integers, library, pointers, same_layout
 from leanstep.kernels.reference.steps import lion_step as reference
+from leanstep.kernels.steps.common import StepOptions
 
 
 def lion_step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
-    extras: list[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str = "nearest",
-    cautious_scale: Tensor | None = None,
-    decay_where_aligned: bool = False,
-    maximize: bool = False,
-    skip_nonfinite: bool = True,
-    seeds: Tensor | None = None,
-    offsets: Tensor | None = None,
+    rounding_state: list[Tensor],
+    options: StepOptions,
 ) -> Tensor:
     """One Lion step (Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, Algorithm 2).
 
@@ -38,53 +33,32 @@ def lion_step(
         params: tensors of one device and dtype, any shape; updated in place.
         grads: same shapes; any floating dtype; not written.
         exp_avgs: momenta m, same shapes, any floating dtype; updated in place.
-        extras: empty, or one tensor per parameter for ``rounding`` "kahan" (parameter's dtype) and "master" (fp32).
-        hyper: 1-D tensor of 6 on the device: [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
-        rounding: how the new value meets the parameter's dtype: "nearest", "stochastic", "kahan" or "master"; see
-            ``leanstep.kernels.reference.rounding``.
-        cautious_scale: fp32 [len(params)]; factor of agreeing entries (Liang et al., arXiv 2411.16085). None: off.
-        decay_where_aligned: decay only entries with u * p >= 0 (Chen et al., arXiv 2510.12402).
-        maximize: ascend instead.
-        skip_nonfinite: entries with a non-finite gradient keep parameter, momentum and extra as they are.
-        seeds: int64 [len(params)] of unsigned 32-bit values, for "stochastic".
-        offsets: int64 [len(params)]: index of each tensor's first element in its whole tensor, where it is a shard.
+        rounding_state: one tensor per parameter for the roundings "kahan" (in the parameter's dtype) and "master"
+            (fp32), updated in place; empty for the others.
+        options: see :class:`StepOptions`; ``scalars`` are
+            [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
 
     Returns:
-        int32 [len(params)]: 1 where the gradient had a non-finite entry.
+        int32 [len(params)]: 1 where the gradient had a non-finite entry. With ``skip_nonfinite`` such entries keep
+        parameter, momentum and rounding state; without it all flags are 0.
 
     Raises:
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. No temporary of a tensor's size on the fast
-        paths. All backends agree bit for bit (products and sums are not contracted).
+        Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. The fast paths make no temporary of a
+        tensor's size. All backends agree bit for bit: products and sums are not contracted.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.leanstep.lion_step(
-            params, grads, exp_avgs, extras, hyper, rounding, cautious_scale, decay_where_aligned, maximize,
-            skip_nonfinite, seeds, offsets,
-        )  # fmt: skip
-    return _run(
-        params, grads, exp_avgs, extras, hyper, rounding, cautious_scale, decay_where_aligned, maximize,
-        skip_nonfinite, seeds, offsets,
-    )  # fmt: skip
+        return torch.ops.leanstep.lion_step(params, grads, exp_avgs, rounding_state, *options)
+    return _step(params, grads, exp_avgs, rounding_state, *options)
 
 
 @torch.no_grad()
-def _run(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    extras: list[Tensor],
-    hyper: Tensor,
-    rounding: str,
-    cautious_scale: Tensor | None,
-    decay_where_aligned: bool,
-    maximize: bool,
-    skip_nonfinite: bool,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
+def _step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], rounding_state: list[Tensor], *fields
 ) -> Tensor:
+    options = StepOptions(*fields)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads, exp_avgs) for t in ts)
@@ -92,95 +66,69 @@ def _run(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
 
-        return triton_lion.lion_step(
-            params, grads, exp_avgs, extras, hyper=hyper, rounding=rounding, cautious_scale=cautious_scale,
-            decay_where_aligned=decay_where_aligned, maximize=maximize, skip_nonfinite=skip_nonfinite,
-            seeds=seeds, offsets=offsets,
-        )  # fmt: skip
-    options: dict[str, Any] = {
-        "hyper": hyper,
-        "rounding": rounding,
-        "decay_where_aligned": decay_where_aligned,
-        "maximize": maximize,
-        "skip_nonfinite": skip_nonfinite,
-    }
+        return triton_lion.lion_step(params, grads, exp_avgs, rounding_state, options)
+    lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
+    flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
+    remaining: Sequence[int] = range(len(params))
     if backend == "cpp":
-        return _cpp_step(params, grads, exp_avgs, extras, cautious_scale, seeds, offsets, options)
-    flags: list[Tensor | None] = [None] * len(params)
-    for i in range(len(params)):
-        flags[i] = reference.lion_step(
-            params[i],
-            grads[i],
-            exp_avgs[i],
-            extras[i] if extras else None,
-            cautious_scale=None if cautious_scale is None else cautious_scale[i],
-            seed=None if seeds is None else seeds[i],
-            offset=0 if offsets is None else offsets[i],
-            **options,
-        )
-    quiet = torch.zeros((), dtype=torch.bool, device=params[0].device)
-    return torch.stack([quiet if flag is None else flag for flag in flags]).to(torch.int32)
-
-
-def _cpp_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    extras: list[Tensor],
-    cautious_scale: Tensor | None,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """One call for all tensors of the same dtypes; those whose rows differ in layout go through the reference."""
-    from leanstep.kernels.cpp_impl.steps import lion_step as cpp_lion
-
-    flags = torch.zeros(len(params), dtype=torch.int32)
-    columns = [ts for ts in (params, grads, exp_avgs, extras) if ts]
-    row_major = options["rounding"] == "stochastic"
-    walkable = [same_layout(row, row_major=row_major) for row in zip(*columns, strict=True)]
-    for members in group_by_dtypes(columns, walkable):
-        chosen = [[ts[i] for i in members] if ts else [] for ts in (params, grads, exp_avgs, extras)]
-        found = cpp_lion.lion_step(
-            *chosen,
-            cautious_scale=None if cautious_scale is None else cautious_scale[members],
-            seeds=None if seeds is None else seeds[members],
-            offsets=None if offsets is None else offsets[members],
-            **options,
-        )
-        flags[members] = found
-    written = [t for ts in (params, exp_avgs, extras) for t in ts]
-    torch.autograd.graph.increment_version(written)
-    for i in (i for i, fits in enumerate(walkable) if not fits):
-        flag = reference.lion_step(
-            params[i],
-            grads[i],
-            exp_avgs[i],
-            extras[i] if extras else None,
-            cautious_scale=None if cautious_scale is None else cautious_scale[i],
-            seed=None if seeds is None else seeds[i],
-            offset=0 if offsets is None else offsets[i],
-            **options,
-        )
-        flags[i] = 0 if flag is None else flag
+        walkable = [same_layout(row, row_major=options.rounding == "stochastic") for row in zip(*lists, strict=True)]
+        for indices in group_by_dtypes(lists, walkable):
+            flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
+        torch.autograd.graph.increment_version([t for ts in (params, exp_avgs, rounding_state) for t in ts])
+        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
+    for i in remaining:
+        flag = reference.lion_step(*(ts[i] for ts in lists), options=options.of(i))
+        if flag is not None:
+            flags[i] = flag
     return flags
 
 
-def lion_agreement(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    *,
-    hyper: Tensor,
-    maximize: bool = False,
-    skip_nonfinite: bool = True,
-) -> Tensor:
+def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
+    """Step tensors of one dtype each (parameters, gradients, momenta), every row of them in one dense layout."""
+    params, grads, exp_avgs, *rounding_state = lists
+    macros = {
+        **_macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite),
+        "PARAM": TYPES[params[0].dtype],
+        "ROUNDING": options.rounding.upper(),
+        "CAUTIOUS": int(options.cautious_scale is not None),
+        "ALIGNED": int(options.decay_where_aligned),
+    }
+    flags = torch.zeros(len(params), dtype=torch.int32)
+    library("steps/lion_step", macros).lion_step(
+        ctypes.c_int64(len(params)),
+        pointers(params),
+        pointers(grads),
+        pointers(exp_avgs),
+        pointers(rounding_state[0]) if rounding_state else None,
+        integers([p.numel() for p in params]),
+        address(options.scalars),
+        address(options.cautious_scale),
+        address(options.seeds),
+        address(options.offsets),
+        address(flags),
+        torch.get_num_threads(),
+    )
+    return flags
+
+
+def _macros(grad: Tensor, exp_avg: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
+    return {
+        "GRAD": TYPES[grad.dtype],
+        "AVG": TYPES[exp_avg.dtype],
+        "MAXIMIZE": int(maximize),
+        "SKIP": int(skip_nonfinite),
+    }
+
+
+def lion_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOptions) -> Tensor:
     """Count, per tensor, the entries whose Lion update agrees in sign with the gradient.
 
     Cautious Lion scales the agreeing entries by numel / count. Under sharding the counts are summed over the shards
     before the scale is formed.
 
     Args:
-        grads, exp_avgs, hyper, maximize, skip_nonfinite: as for :func:`lion_step`.
+        grads, exp_avgs: as for :func:`lion_step`.
+        options: of :func:`lion_step`; ``scalars``, ``maximize`` and ``skip_nonfinite`` are read.
 
     Returns:
         fp32 [len(grads)] (exact up to 2**24 on backends that count in fp32; integer counts are converted once).
@@ -188,51 +136,71 @@ def lion_agreement(
     Notes:
         Reads g and m once each.
     """
+    fields = (options.scalars, options.maximize, options.skip_nonfinite)
     if torch.compiler.is_compiling():
-        return torch.ops.leanstep.lion_agreement(grads, exp_avgs, hyper, maximize, skip_nonfinite)
-    return _run_agreement(grads, exp_avgs, hyper, maximize, skip_nonfinite)
+        return torch.ops.leanstep.lion_agreement(grads, exp_avgs, *fields)
+    return _agreement(grads, exp_avgs, *fields)
 
 
 @torch.no_grad()
-def _run_agreement(
-    grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, maximize: bool, skip_nonfinite: bool
+def _agreement(
+    grads: list[Tensor], exp_avgs: list[Tensor], scalars: Tensor, maximize: bool, skip_nonfinite: bool
 ) -> Tensor:
+    options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
     if not grads:
         return torch.zeros(0)
-    dtypes = dict.fromkeys([hyper.dtype, *(t.dtype for ts in (grads, exp_avgs) for t in ts)])
+    dtypes = dict.fromkeys([scalars.dtype, *(t.dtype for ts in (grads, exp_avgs) for t in ts)])
     backend = choose("lion_agreement", grads[0].device, *dtypes).backend
-    options: dict[str, Any] = {"hyper": hyper, "maximize": maximize, "skip_nonfinite": skip_nonfinite}
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
 
-        return triton_lion.lion_agreement(grads, exp_avgs, **options)
+        return triton_lion.lion_agreement(grads, exp_avgs, options)
+    counts = torch.zeros(len(grads), device=grads[0].device)
+    remaining: Sequence[int] = range(len(grads))
     if backend == "cpp":
-        return _cpp_agreement(grads, exp_avgs, options)
-    return torch.stack([reference.lion_agreement(g, m, **options) for g, m in zip(grads, exp_avgs, strict=True)])
-
-
-def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: dict[str, Any]) -> Tensor:
-    from leanstep.kernels.cpp_impl.steps import lion_step as cpp_lion
-
-    counts = torch.zeros(len(grads))
-    walkable = [same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
-    for members in group_by_dtypes([grads, exp_avgs], walkable):
-        found = cpp_lion.lion_agreement([grads[i] for i in members], [exp_avgs[i] for i in members], **options)
-        counts[members] = found.to(counts.dtype)
-    for i in (i for i, fits in enumerate(walkable) if not fits):
-        counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], **options)
+        walkable = [same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
+        for indices in group_by_dtypes([grads, exp_avgs], walkable):
+            exact = _cpp_agreement([grads[i] for i in indices], [exp_avgs[i] for i in indices], options)
+            counts[indices] = exact.to(counts.dtype)
+        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
+    for i in remaining:
+        counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], options)
     return counts
 
 
-_step_op = torch.library.custom_op("leanstep::lion_step", _run, mutates_args=("params", "exp_avgs", "extras"))
-_agreement_op = torch.library.custom_op("leanstep::lion_agreement", _run_agreement, mutates_args=())
+def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOptions) -> Tensor:
+    """int64 counts of agreeing entries, for tensors of one dtype each."""
+    macros = _macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite)
+    counts = torch.zeros(len(grads), dtype=torch.int64)
+    variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
+    library("steps/lion_step", variant).lion_agreement(
+        ctypes.c_int64(len(grads)),
+        pointers(grads),
+        pointers(exp_avgs),
+        integers([g.numel() for g in grads]),
+        address(options.scalars),
+        address(counts),
+        torch.get_num_threads(),
+    )
+    return counts
+
+
+_step_op = torch.library.custom_op(
+    "leanstep::lion_step",
+    _step,
+    mutates_args=("params", "exp_avgs", "rounding_state"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] rounding_state, Tensor scalars, "
+    "str rounding, Tensor? cautious_scale, bool decay_where_aligned, bool maximize, bool skip_nonfinite, "
+    "Tensor? seeds, Tensor? offsets) -> Tensor",
+)
+_agreement_op = torch.library.custom_op("leanstep::lion_agreement", _agreement, mutates_args=())
 
 
 @_step_op.register_fake
-def _(params, grads, exp_avgs, extras, hyper, *_):
-    return hyper.new_empty(len(params), dtype=torch.int32)
+def _(params, grads, exp_avgs, rounding_state, scalars, *_):
+    return scalars.new_empty(len(params), dtype=torch.int32)
 
 
 @_agreement_op.register_fake
-def _(grads, exp_avgs, hyper, *_):
-    return hyper.new_empty(len(grads), dtype=torch.float32)
+def _(grads, exp_avgs, scalars, *_):
+    return scalars.new_empty(len(grads), dtype=torch.float32)

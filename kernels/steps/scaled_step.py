@@ -1,12 +1,25 @@
-"""The parameter update p <- p * decay - step * r_i c_j G_ij on lists of matrices."""
+"""The update p <- p * decay - step * r_i c_j G_ij of lists of matrices, with scales given or found by Sinkhorn."""
 
+import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, group_by_dtypes
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import (
+    TYPES,
+    address,
+    group_by_dtypes,
+    integers,
+    library,
+    pointer_array,
+    pointers,
+)
+from leanstep.kernels.matrices.sinkhorn import sinkhorn
 from leanstep.kernels.reference.steps import scaled_step as reference
+from leanstep.kernels.steps.common import StepOptions
 
 
 def scaled_step(
@@ -14,13 +27,8 @@ def scaled_step(
     mats: list[Tensor],
     rows: list[Tensor],
     cols: list[Tensor],
-    extras: list[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str = "nearest",
-    skip_nonfinite: bool = True,
-    seeds: Tensor | None = None,
-    offsets: Tensor | None = None,
+    rounding_state: list[Tensor],
+    options: StepOptions,
 ) -> Tensor:
     """Apply scaled matrices to parameters, elementwise in fp32 (fp64 for fp64 parameters)::
 
@@ -29,42 +37,91 @@ def scaled_step(
     Args:
         params: parameters [..., m, n] of one device and dtype; updated in place.
         mats: matrices G, same shapes, any floating dtype; not written.
-        rows, cols: scales [..., m] and [..., n] of every matrix, fp32, cut from two flat buffers in list order
-            (:func:`leanstep.kernels.matrices.sinkhorn` returns such lists).
-        extras: as for :func:`leanstep.kernels.steps.lion_step`.
-        hyper: 1-D tensor of 2 on the device: [step, decay].
-        rounding, seeds, offsets: as for :func:`leanstep.kernels.steps.lion_step`.
-        skip_nonfinite: leave a matrix alone whose column scales hold a NaN (its gradient was not finite).
+        rows, cols: scales [..., m] and [..., n] of every matrix, fp32 (:func:`leanstep.kernels.sinkhorn` returns such
+            lists).
+        rounding_state: as for :func:`leanstep.kernels.lion_step`.
+        options: see :class:`StepOptions`; ``scalars`` are [step, decay]. With ``skip_nonfinite`` a matrix whose column
+            scales hold a NaN (its gradient was not finite) is left alone.
+
+    Returns:
+        int32 [len(params)]: 1 where a matrix was not finite. Without ``skip_nonfinite`` all are 0.
+
+    Raises:
+        BackendError: the requested backend cannot run here.
+
+    Notes:
+        Reads G and p and writes p once each: 12 bytes per fp32 element.
+    """
+    lists = (params, mats, rows, cols, rounding_state)
+    fields = (options.scalars, options.rounding, options.skip_nonfinite, options.seeds, options.offsets)
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.scaled_step(*lists, *fields)
+    return _step(*lists, *fields)
+
+
+@torch.no_grad()
+def sinkhorn_step(
+    params: list[Tensor],
+    mats: list[Tensor],
+    rounding_state: list[Tensor],
+    options: StepOptions,
+    *,
+    num_iters: int,
+    end_with_rows: bool = False,
+) -> Tensor:
+    """:func:`leanstep.kernels.sinkhorn` of the matrices, then :func:`scaled_step` with its scales.
+
+    Args:
+        params, mats, rounding_state, options: as for :func:`scaled_step`.
+        num_iters, end_with_rows: as for :func:`leanstep.kernels.sinkhorn`.
 
     Returns:
         int32 [len(params)]: 1 where a matrix was not finite.
 
     Raises:
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads G and p and writes p once each: 12 bytes per fp32 element.
+        The C++ backend updates every matrix before it goes on to the next, so that one of less than 4 MB is read from
+        memory once, not twice; bits are those of the two operations.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.scaled_step(
-            params, mats, rows, cols, extras, hyper, rounding, skip_nonfinite, seeds, offsets
-        )
-    return _run(params, mats, rows, cols, extras, hyper, rounding, skip_nonfinite, seeds, offsets)
+    if not _fits_one_call(params, mats, rounding_state):
+        scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
+        return scaled_step(params, mats, scales.rows, scales.cols, rounding_state, options)
+    state = [rounding_state] if rounding_state else []
+    flags = _cpp_step(params, mats, None, None, *state, options=options, iterations=(num_iters, end_with_rows))
+    torch.autograd.graph.increment_version([*params, *rounding_state])
+    return flags
+
+
+def _fits_one_call(params: list[Tensor], mats: list[Tensor], rounding_state: list[Tensor]) -> bool:
+    """True where one C++ call finds the scales and steps: contiguous matrices with entries, of one dtype each list."""
+    if torch.compiler.is_compiling() or not params:
+        return False
+    lists = (params, mats, rounding_state)
+    dtypes = dict.fromkeys(t.dtype for ts in (params, mats) for t in ts)
+    device = params[0].device
+    return (
+        all(choose(op, device, *dtypes).backend == "cpp" for op in ("sinkhorn", "scaled_step"))
+        and all(len({t.dtype for t in ts}) <= 1 for ts in lists)
+        and all(t.is_contiguous() and t.numel() for ts in lists for t in ts)
+    )
 
 
 @torch.no_grad()
-def _run(
+def _step(
     params: list[Tensor],
     mats: list[Tensor],
     rows: list[Tensor],
     cols: list[Tensor],
-    extras: list[Tensor],
-    hyper: Tensor,
+    rounding_state: list[Tensor],
+    scalars: Tensor,
     rounding: str,
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
+    options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     dtypes = dict.fromkeys(t.dtype for ts in (params, mats) for t in ts)
@@ -72,86 +129,101 @@ def _run(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
 
-        return triton_step.scaled_step(
-            params, mats, _joined(rows), _joined(cols), extras, hyper=hyper,
-            rounding=rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets,
-        )  # fmt: skip
+        # scale vectors of all matrices behind one another
+        flat_rows, flat_cols = (torch.cat([scale.reshape(-1) for scale in scales]) for scales in (rows, cols))
+        return triton_step.scaled_step(params, mats, flat_rows, flat_cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    rest: Sequence[int] = range(len(params))
+    lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
+    remaining: Sequence[int] = range(len(params))
     if backend == "cpp":
-        rest = _cpp_step(params, mats, rows, cols, extras, seeds, offsets, flags, hyper, rounding, skip_nonfinite)
-    for i in rest:
-        param = params[i]
-        bad = torch.isnan(cols[i]).any(dim=-1)
-        if skip_nonfinite:
-            flags[i] = bad.any()
-        _reference_step(
-            param,
-            mats[i],
-            rows[i],
-            cols[i],
-            extras[i] if extras else None,
-            bad if skip_nonfinite else None,
-            hyper=hyper,
-            rounding=rounding,
-            seed=None if seeds is None else seeds[i],
-            offset=0 if offsets is None else offsets[i],
-        )
+        contiguous = [all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+        for indices in group_by_dtypes(lists, contiguous):
+            selected = [[ts[i] for i in indices] for ts in lists]
+            flags[indices] = _cpp_step(*selected, options=options.of(indices))
+        torch.autograd.graph.increment_version([*params, *rounding_state])
+        remaining = [i for i, is_covered in enumerate(contiguous) if not is_covered]
+    for i in remaining:
+        nonfinite = torch.isnan(cols[i]).any(dim=-1) if skip_nonfinite else None
+        if nonfinite is not None:
+            flags[i] = nonfinite.any()
+        _reference_step([ts[i] for ts in lists], nonfinite, options.of(i))
     return flags
+
+
+def _reference_step(tensors: list[Tensor], nonfinite: Tensor | None, options: StepOptions) -> None:
+    """The reference, with the old contents put back where a matrix was not finite."""
+    written = [tensors[0], *tensors[4:]]
+    old = [t.clone() for t in written] if nonfinite is not None and bool(nonfinite.any()) else []
+    reference.scaled_step(*tensors, options=options)
+    for tensor, before in zip(written, old, strict=bool(old)):
+        assert nonfinite is not None
+        tensor.copy_(torch.where(nonfinite[..., None, None], before, tensor))
 
 
 def _cpp_step(
     params: list[Tensor],
     mats: list[Tensor],
-    rows: list[Tensor],
-    cols: list[Tensor],
-    extras: list[Tensor],
-    seeds: Tensor | None,
-    offsets: Tensor | None,
-    flags: Tensor,
-    hyper: Tensor,
-    rounding: str,
-    skip_nonfinite: bool,
-) -> list[int]:
-    """One call for all contiguous tensors of the same dtypes; the positions of the others are returned."""
-    from leanstep.kernels.cpp_impl.steps import scaled_step as cpp_step
+    rows: list[Tensor] | None,
+    cols: list[Tensor] | None,
+    rounding_state: list[Tensor] | None = None,
+    *,
+    options: StepOptions,
+    iterations: tuple[int, bool] = (0, False),
+) -> Tensor:
+    """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices).
 
-    columns = [ts for ts in (params, mats, rows, cols, extras) if ts]
-    contiguous = [all(t.is_contiguous() for t in row) for row in zip(*columns, strict=True)]
-    for members in group_by_dtypes(columns, contiguous):
-        chosen = [[ts[i] for i in members] if ts else [] for ts in (params, mats, rows, cols, extras)]
-        flags[members] = cpp_step.scaled_step(
-            *chosen,
-            hyper=hyper,
-            rounding=rounding,
-            skip_nonfinite=skip_nonfinite,
-            seeds=None if seeds is None else seeds[members],
-            offsets=None if offsets is None else offsets[members],
-        )
-    torch.autograd.graph.increment_version([t for ts in (params, extras) for t in ts])
-    return [i for i, fits in enumerate(contiguous) if not fits]
+    Without ``rows`` and ``cols`` the scales are found first, in the same call; ``iterations`` are then
+    (num_iters, end_with_rows).
+    """
+    macros: dict[str, str | int] = {
+        "PARAM": TYPES[params[0].dtype],
+        "MAT": TYPES[mats[0].dtype],
+        "ROUNDING": options.rounding.upper(),
+        "SKIP": int(options.skip_nonfinite),
+    }
+    # a stack of matrices is several, which belong to one parameter
+    owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]
+    within = [e for p in params for e in range(p.shape[:-2].numel())]
+    first = [0] * len(params) if options.offsets is None else options.offsets.tolist()
+    sizes = [p.shape[-2] * p.shape[-1] for p in params]
+    heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
+    arguments: list[object] = [pointers(_matrices(params, 2)), pointers(_matrices(mats, 2))]
+    if rows is not None and cols is not None:
+        arguments += [pointers(_matrices(rows, 1)), pointers(_matrices(cols, 1))]
+    else:
+        memory = torch.empty(sum(heights) + sum(widths))
+        starts = itertools.accumulate([*heights, *widths][:-1], initial=0)
+        addresses = [memory.data_ptr() + memory.element_size() * start for start in starts]
+        arguments += [pointer_array(addresses[: len(owners)]), pointer_array(addresses[len(owners) :])]
+    arguments.append(pointers(_matrices(rounding_state, 2)) if rounding_state else None)
+    arguments += [integers(heights), integers(widths)]
+    if rows is None:
+        arguments += [ctypes.c_int64(iterations[0]), int(iterations[1])]
+    flags = torch.zeros(len(params), dtype=torch.int32)
+    name = "sinkhorn_step" if rows is None else "scaled_step"
+    getattr(library(f"steps/{name}", macros), name)(
+        ctypes.c_int64(len(owners)),
+        *arguments,
+        address(options.scalars),
+        None if options.seeds is None else integers(options.seeds[owners].tolist()),
+        integers([first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]),
+        integers(owners),
+        address(flags),
+        torch.get_num_threads(),
+    )
+    return flags
 
 
-def _joined(scales: list[Tensor]) -> Tensor:
-    """Scale vectors of all matrices behind one another, as the Triton kernels read them."""
-    return torch.cat([scale.reshape(-1) for scale in scales])
+def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
+    """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their matrices."""
+    if all(t.dim() == dims for t in tensors):
+        return tensors
+    return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]
 
 
-def _reference_step(
-    param: Tensor, mat: Tensor, rows: Tensor, cols: Tensor, extra: Tensor | None, bad: Tensor | None, **options
-) -> None:
-    """The reference, with the old contents put back where a matrix was not finite."""
-    written = [param] if extra is None else [param, extra]
-    old = [t.clone() for t in written] if bad is not None and bool(bad.any()) else None
-    reference.scaled_step(param, mat, rows.unsqueeze(-1), cols.unsqueeze(-2), extra, **options)
-    if old is not None and bad is not None:
-        for tensor, before in zip(written, old, strict=True):
-            tensor.copy_(torch.where(bad[..., None, None], before, tensor))
-
-
-_step_op = torch.library.custom_op("leanstep::scaled_step", _run, mutates_args=("params", "extras"))
+_step_op = torch.library.custom_op("leanstep::scaled_step", _step, mutates_args=("params", "rounding_state"))
 
 
 @_step_op.register_fake
-def _(params, mats, rows, cols, extras, hyper, *_):
-    return hyper.new_empty(len(params), dtype=torch.int32)
+def _(params, mats, rows, cols, rounding_state, scalars, *_):
+    return scalars.new_empty(len(params), dtype=torch.int32)

@@ -71,12 +71,12 @@ def stochastic_bfloat16(x, random):
 
 
 @triton.jit
-def parameter_value(p, extra, ROUNDING: tl.constexpr):
+def parameter_value(p, state, ROUNDING: tl.constexpr):
     """fp32 value that the parameter stands for: with its Kahan remainder, or its fp32 master copy."""
     if ROUNDING == "master":
-        value = to_float(extra)
+        value = to_float(state)
     elif ROUNDING == "kahan":
-        value = to_float(p) + to_float(extra)
+        value = to_float(p) + to_float(state)
     else:
         value = to_float(p)
     return value
@@ -96,10 +96,10 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
 def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
     """What is kept beside the rounded parameter: the rounding error (kahan) or the value itself (master)."""
     if ROUNDING == "kahan":
-        extra = round_to(value - to_float(p), E_DTYPE)
+        state = round_to(value - to_float(p), E_DTYPE)
     else:
-        extra = value
-    return extra
+        state = value
+    return state
 
 
 @triton.jit

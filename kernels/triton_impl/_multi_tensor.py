@@ -15,7 +15,7 @@ Under CUDA graph capture an array that is new is uploaded by the graph itself, s
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
 _CACHE_BYTES = 32 << 20  # device memory that the kept arrays may take before the least recently used ones go
@@ -42,7 +44,7 @@ class _UploadCache:
     def __init__(self, capacity: int = _CACHE_BYTES):
         self.capacity = capacity
         self.uploads = 0
-        self._kept: OrderedDict[Hashable, _Upload] = OrderedDict()
+        self._cached: OrderedDict[Hashable, _Upload] = OrderedDict()
         self._captured: list[_Upload] = []
         self._bytes = 0
         # gradients released in backward are stepped from autograd's threads
@@ -52,30 +54,30 @@ class _UploadCache:
         """The device copy of `build()`, which must depend on `key` alone."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            found = self._kept.get((device, key))
-            if found is None:
+            upload = self._cached.get((device, key))
+            if upload is None:
                 return self._add((device, key), _upload(build(), device, capturing), capturing)
-            self._kept.move_to_end((device, key))
+            self._cached.move_to_end((device, key))
             if capturing:
                 # the graph reads this memory at every replay, long after the cache has forgotten it. The warm-up that
                 # uploaded it also wrote the tensors it points at, so whoever replays is ordered after it already
-                self._captured.append(found)
-            elif found.event is not None:
-                _order_after(found, device)
-            return found.device
+                self._captured.append(upload)
+            elif upload.event is not None:
+                _order_after(upload, device)
+            return upload.device
 
-    def _add(self, key: Hashable, made: _Upload, capturing: bool) -> Tensor:
+    def _add(self, key: Hashable, upload: _Upload, capturing: bool) -> Tensor:
         self.uploads += 1
         if capturing:
             # its content exists only once the graph has run, so no eager launch may find it
-            self._captured.append(made)
-            return made.device
-        self._kept[key] = made
-        self._bytes += made.device.nbytes
-        while self._bytes > self.capacity and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
+            self._captured.append(upload)
+            return upload.device
+        self._cached[key] = upload
+        self._bytes += upload.device.nbytes
+        while self._bytes > self.capacity and len(self._cached) > 1:
+            _, dropped = self._cached.popitem(last=False)
             self._bytes -= dropped.device.nbytes
-        return made.device
+        return upload.device
 
 
 def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Upload:
@@ -85,18 +87,18 @@ def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Uploa
     pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
     pinned.copy_(host)
     with torch.cuda.device(device):
-        made = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
+        upload = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
         if not capturing:
-            made.event = torch.cuda.Event()
-            made.event.record(made.stream)
-    return made
+            upload.event = torch.cuda.Event()
+            upload.event.record(upload.stream)
+    return upload
 
 
-def _order_after(found: _Upload, device: torch.device) -> None:
+def _order_after(upload: _Upload, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device)
-    if stream != found.stream:
-        stream.wait_event(found.event)
-        found.device.record_stream(stream)
+    if stream != upload.stream:
+        stream.wait_event(upload.event)
+        upload.device.record_stream(stream)
 
 
 _uploads = _UploadCache()
@@ -149,6 +151,23 @@ def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
 
 
+def launches(keys: Sequence[Hashable], pieces: Sequence[int], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """(key, map of programs) of every launch: tensor i gets `pieces[i]` programs in the launch of `keys[i]`."""
+    for key, selected in by_key(keys).items():
+        programs = device_programs([n * is_in for n, is_in in zip(pieces, selected, strict=True)], device)
+        if programs is not None:
+            yield key, programs
+
+
+def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]:
+    """Those of the options, or zeros for `count` tensors: kernels always read them."""
+    seeds, offsets = options.seeds, options.offsets
+    if seeds is None or offsets is None:
+        zeros = torch.zeros(count, dtype=torch.int64, device=options.scalars.device)
+        return zeros if seeds is None else seeds, zeros if offsets is None else offsets
+    return seeds, offsets
+
+
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
     """How parameters of `dtype` are rounded where `rounding` is asked for: wide ones, and some, to nearest only."""
     if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
@@ -163,7 +182,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._alive: list[Tensor] = []
         self._written: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -172,7 +191,7 @@ class Staging:
 
     def hold(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, alive until `finish`."""
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         return tensor
 
     def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -182,20 +201,20 @@ class Staging:
             self._written.append((tensor.detach(), staged))
         return staged
 
-    def rounded(self, param: Tensor, extra: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
+    def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
         """The tensor that a kernel updates, what it keeps beside it, and how it rounds; as `rounding` means for them.
 
         Stochastic rounding is defined for bfloat16, and an fp32 parameter needs nothing beside it: nothing is left of
         an fp32 value rounded to fp32, and a master copy is updated in the parameter's place and copied to it.
         """
-        if extra is not None and param.dtype == torch.float32:
+        if state is not None and param.dtype == torch.float32:
             if rounding == "master":
-                self._written.append((param.detach(), extra.detach()))
-                return extra, None, "nearest"
-            param.detach().add_(extra.detach())
-            extra.detach().zero_()
+                self._written.append((param.detach(), state.detach()))
+                return state, None, "nearest"
+            param.detach().add_(state.detach())
+            state.detach().zero_()
             return param, None, "nearest"
-        return param, extra, effective_rounding(rounding, param.dtype)
+        return param, state, effective_rounding(rounding, param.dtype)
 
     def finish(self) -> None:
         """Copy what the kernel changed back to where it belongs, and let go of the copies."""
@@ -203,4 +222,4 @@ class Staging:
         for tensor, staged in reversed(self._written):
             tensor.copy_(staged)
         self._written.clear()
-        self._kept.clear()
+        self._alive.clear()

@@ -1,4 +1,4 @@
-"""Attention whose time grows linearly with the length, where logits are small: the public function, with its checks."""
+"""Low-rank attention: softmax attention with a polynomial for exp, in time linear in the length; and its checks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.poly.attention import poly_attention
-from leanstep.lora.attention.features import taylor_coefficients
-from leanstep.lora.attention.paper_chain import paper_chain_attention
+from leanstep.lora.attention.polynomials import taylor_coefficients
 
 __all__ = ["LowRankAttentionError", "key_means", "low_rank_attention"]
 
 
 class LowRankAttentionError(ArithmeticError):
-    """A normaliser is negative, zero or not finite: the polynomial is no approximation of exp for these logits."""
+    """A normaliser is negative, zero or not finite: the polynomial does not approximate exp at these logits."""
 
 
 def low_rank_attention(
@@ -32,52 +31,48 @@ def low_rank_attention(
     coefficients: Sequence[float] | None = None,
     chunk_size: int = 128,
     check: bool = True,
-    reference: str | None = None,
 ) -> Tensor:
     """Softmax attention with a polynomial in place of exp: ``O(L k d)`` instead of ``O(L^2 d)``, forward and backward.
 
-    ``O_i = sum_j p(s_ij) v_j / sum_j p(s_ij)``, with ``s_ij = scale * q_i . (k_j - center)`` and p the Taylor sum of
-    exp, ``p(s) = sum over t <= g of s^t / t!``. p factors over ``k = C(d + g, g)`` features of each q and each k, so
-    that no L x L matrix is formed. The gradient is that of the function computed: ``dS_ij = p'(s_ij) / D_i * (dO_i .
-    v_j - dO_i . O_i)``. It flows into the projections as any gradient does, so it serves adapters on Q and V (where
-    nothing but q and v wants one, nothing else is computed) and on Q, K and V alike.
+    ``O_i = sum_j p(s_ij) v_j / D_i`` with ``D_i = sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)`` and p the
+    Taylor sum of exp, ``p(s) = sum over t <= g of s^t / t!``. p factors over ``k = C(d + g, g)`` features of each q and
+    each k, so no L x L matrix is formed. The gradient is that of this function: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j
+    - dO_i . O_i)``. Gradients of q, k and v are computed only where they are needed.
 
-    It is an **approximation**, good while logits are small: :func:`leanstep.lora.attention.error_bounds` says how good,
-    :class:`leanstep.lora.NormMonitor` on which side a model stands, and :class:`leanstep.lora.LowRankGate` uses it only
-    where it is good enough and pays. At head size 64 and degree 2, k is 2145, which a sequence must exceed by far.
+    This is an **approximation** for small logits. :func:`leanstep.lora.error_bounds` bounds its error,
+    :class:`leanstep.lora.NormMonitor` measures it on a model, and :class:`leanstep.lora.LowRankGate` uses it only where
+    the error is small and it is faster. At head size 64 and degree 2, k is 2145; a sequence must be far longer.
 
     Args:
         query: [B, Hq, L, d], floating.
         key: [B, H, M, d], H a divisor of Hq (grouped queries).
         value: [B, H, M, e].
-        degree: g. Taylor sums of even degree are positive everywhere, and so are normalisers; 2 is the only degree
-            whose features are few enough at the usual head sizes.
+        degree: g. Taylor sums of even degree are positive everywhere, and so are normalisers; at the usual head sizes,
+            only degree 2 has few enough features.
         causal: query i sees keys up to i.
         scale: of the products; None for ``d ** -0.5``.
-        center: taken off the keys, which changes no softmax and makes logits smaller. True takes the mean of the keys
-            that count, a tensor [H, d] or [B, H, d] is taken as it is. None is True, but False where causal: there the
-            mean would let outputs depend, within the error of the approximation, on keys to come. Give a running mean
-            instead, as the gate does. No gradient flows through it.
+        center: subtracted from the keys, which changes no softmax and makes logits smaller. True: the mean of the keys
+            that count; or a tensor [H, d] or [B, H, d]; False: nothing. None is True, but False where causal: there the
+            mean would let outputs depend, within the error of the approximation, on later keys. A running mean does
+            not; the gate uses one. No gradient flows through it.
         key_mask: [B, M] bool, True where a key counts; padding is False.
-        coefficients: of another polynomial than Taylor's, the constant first, as of
-            :func:`leanstep.lora.attention.features.minimax_coefficients`; its degree is taken from it.
-        chunk_size: tokens taken at a time; it changes memory and speed, and results by rounding alone.
-        check: look at the normalisers and raise where they are not positive. Reads one flag back from the device; not
-            done inside ``torch.compile``.
-        reference: ``"paper_chain"`` takes the gradient by the paper's own chain of low-rank factors, for small heads
-            and short sequences, not causal and with Taylor's polynomial: an oracle, and slow.
+        coefficients: of another polynomial, the constant first; replaces ``degree``.
+        chunk_size: tokens processed at a time; changes memory and speed, and results only by rounding.
+        check: raise where normalisers are not positive. Reads one flag back from the device; skipped inside
+            ``torch.compile``.
 
     Returns:
         [B, Hq, L, e] of the dtype of the inputs. Queries that see no key get zeros.
 
     Raises:
-        ValueError: for shapes, dtypes, a degree or a combination that cannot be; the message says which.
+        ValueError: for shapes, dtypes, a degree or a combination of arguments that is not supported.
         LowRankAttentionError: for a normaliser that is not positive and finite.
 
     Notes:
-        Sums run in fp32, fp64 for fp64. Saved for backward: q, k, v, the output and one number a query. Scratch memory:
-        the features of one chunk and a state of k x (e + 1) for as many heads as fit 16 MB (1 GB on a GPU).
-        ``benchmarks/low_rank_attention.py`` measures time and error beside exact attention.
+        Sums run in fp32, fp64 for fp64. Saved for backward: q, k, v, the output and one number per query. Scratch
+        memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a GPU).
+        ``benchmarks/low_rank_attention.py`` compares time and error with exact attention. The paper's own chain of
+        low-rank factors for the gradient, which is slower, is in :mod:`leanstep.lora.attention.paper_chain`.
 
     References:
         Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational
@@ -100,13 +95,9 @@ def low_rank_attention(
     _check_numbers(scale, center, coefficients, chunk_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shift = _center(center, key, key_mask, causal)
-    if reference is not None:
-        out, total = _by_reference(reference, query, key, value, scale, coefficients, causal, key_mask, shift)
-    else:
-        out, total = poly_attention(
-            query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask,
-            chunk=chunk_size,
-        )  # fmt: skip
+    out, total = poly_attention(
+        query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask, chunk=chunk_size
+    )
     if check and not torch.compiler.is_compiling():
         check_normalisers(total, coefficients, causal, key_mask)
     return out
@@ -150,38 +141,13 @@ def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool
     """Raise LowRankAttentionError unless normalisers [B, Hq, L] of queries that see a key are positive and finite."""
     wrong = ~((total > 0) & total.isfinite())
     if key_mask is not None:
-        seen = key_mask.cumsum(dim=-1) > 0 if causal else key_mask.any(dim=-1, keepdim=True)
-        wrong = wrong & seen[:, None, :]
+        sees_a_key = key_mask.cumsum(dim=-1) > 0 if causal else key_mask.any(dim=-1, keepdim=True)
+        wrong = wrong & sees_a_key[:, None, :]
     if total.numel() and bool(wrong.any()):
-        where = tuple(wrong.nonzero()[0].tolist())
+        first = tuple(wrong.nonzero()[0].tolist())
         raise LowRankAttentionError(
             f"low_rank_attention: {int(wrong.sum())} of {wrong.numel()} normalisers are not positive and finite; the "
-            f"first is {float(total[where]):g}, of (batch, head, query) {where}. A polynomial of degree "
-            f"{len(coefficients) - 1} does not stand for exp at these logits: take exact attention here, an even "
+            f"first is {float(total[first]):g}, of (batch, head, query) {first}. A polynomial of degree "
+            f"{len(coefficients) - 1} does not approximate exp at these logits: take exact attention here, an even "
             "degree, or coefficients for a larger bound"
         )
-
-
-def _by_reference(
-    reference: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    coefficients: Sequence[float],
-    causal: bool,
-    key_mask: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if reference != "paper_chain":
-        raise ValueError(f"low_rank_attention: expected reference 'paper_chain' or None, got {reference!r}")
-    degree = len(coefficients) - 1
-    if causal or key_mask is not None or list(coefficients) != taylor_coefficients(degree):
-        raise ValueError(
-            "low_rank_attention: the paper's chain knows neither causal nor masked attention, nor other polynomials "
-            "than Taylor's: a masked matrix of weights is of no low rank. Leave out reference"
-        )
-    group = query.shape[1] // key.shape[1]
-    key = key if shift is None else key - shift.to(key.dtype)[..., None, :]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return paper_chain_attention(query, key, value, scale, degree)

@@ -1,4 +1,4 @@
-"""What exact and low-rank attention cost, forward and backward: operations, and time where it was measured."""
+"""The cost of exact and low-rank attention, forward and backward: operations, and measured time per operation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels.poly.attention import poly_attention, poly_attention_backward_flops, poly_attention_flops
-from leanstep.lora.attention.features import taylor_coefficients
+from leanstep.lora.attention.polynomials import taylor_coefficients
 
 __all__ = ["AttentionShape", "break_even", "cost_ratio", "exact_flops", "low_rank_flops", "measure_speed"]
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of an attention: query heads, key heads, length of queries and keys, dims of q and k, dims of v."""
+    """Sizes of an attention layer: query heads, key heads, tokens, dims of q and k (``dim``) and of v (``wide``)."""
 
     heads: int
     key_heads: int
@@ -31,9 +31,9 @@ class AttentionShape:
 
 
 def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
-    """Operations of the matrix products of exact attention that does not keep its weights, as FlashAttention.
+    """Operations of the matrix products of exact attention that does not keep its weights, such as FlashAttention.
 
-    Forward ``2 L^2 (d + e)`` a head, backward ``2 L^2 (3 d + 2 e)``: S, dP, dQ, dK and dV; half of both where causal.
+    A head takes ``2 L^2 (d + e)`` forward and ``2 L^2 (3 d + 2 e)`` backward (S, dP, dQ, dK and dV); half where causal.
     """
     pairs = shape.length * (shape.length + 1) // 2 if shape.causal else shape.length**2
     width = shape.dim + shape.wide + backward * (3 * shape.dim + 2 * shape.wide)
@@ -41,24 +41,24 @@ def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
 
 
 def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, backward: bool = True) -> int:
-    """Operations of the matrix products of :func:`leanstep.lora.low_rank_attention`, as it makes them."""
+    """Operations of the matrix products of :func:`leanstep.lora.low_rank_attention`."""
     sizes = (
         (shape.batch, shape.heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.wide),
     )
-    found = poly_attention_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    flops = poly_attention_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
     if backward:
-        found += poly_attention_backward_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
-    return found
+        flops += poly_attention_backward_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
+    return flops
 
 
 def cost_ratio(
     shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
 ) -> float:
-    """Predicted cost of low-rank over exact attention: the ratio of their operations, times that of seconds for one.
+    """Predicted cost of low-rank over exact attention: the ratio of their operations times ``speed``.
 
-    ``speed`` is :func:`measure_speed`'s, 1 where nothing was measured.
+    ``speed`` is the ratio of seconds per operation, as :func:`measure_speed` gives it; 1 compares operations.
     """
     return speed * low_rank_flops(shape, degree, chunk, backward) / exact_flops(shape, backward)
 
@@ -66,7 +66,7 @@ def cost_ratio(
 def break_even(
     shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
 ) -> int:
-    """The length from which on low-rank attention is predicted to be cheaper, to a chunk or a part in a thousand."""
+    """The length from which low-rank attention is predicted to be cheaper, to within a thousandth."""
 
     def cheaper(length: int) -> bool:
         return cost_ratio(replace(shape, length=length), degree, chunk, speed, backward) < 1
@@ -87,8 +87,8 @@ def measure_speed(
 ) -> float:
     """Seconds per operation of low-rank over exact attention, forward and backward, on this device.
 
-    Measured once per process on one causal head of ``length`` tokens: medians of 5 runs each, in turns. On a CPU takes
-    about a second at head size 64 and degree 2.
+    Measured once per process on one causal head of ``length`` tokens: medians of 5 runs each, in turns. Takes about a
+    second on a CPU at head size 64 and degree 2.
     """
     shape = AttentionShape(1, 1, length, dim, wide)
     generator = torch.Generator(device).manual_seed(0)
@@ -107,10 +107,10 @@ def measure_speed(
     times: dict[Callable[[], torch.Tensor], list[float]] = {low_rank: [], exact: []}
     with torch.enable_grad():
         for _ in range(6):
-            for run, found in times.items():
-                found.append(_seconds(run, (q, k, v)))
-    slow, fast = (statistics.median(found[1:]) for found in times.values())
-    return (slow / low_rank_flops(shape, degree, chunk)) / (fast / exact_flops(shape))
+            for run, seconds in times.items():
+                seconds.append(_seconds(run, (q, k, v)))
+    of_low_rank, of_exact = (statistics.median(seconds[1:]) for seconds in times.values())
+    return (of_low_rank / low_rank_flops(shape, degree, chunk)) / (of_exact / exact_flops(shape))
 
 
 def _seconds(run: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> float:

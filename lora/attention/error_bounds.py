@@ -1,8 +1,8 @@
-"""How far low-rank attention and its gradients can be from exact ones, from norms alone."""
+"""Bounds of the error of low-rank attention and its gradients, from norms alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.attention import key_means
-from leanstep.lora.attention.features import relative_error, slope_error, softmax_error, taylor_coefficients
+from leanstep.lora.attention.polynomials import relative_error, slope_error, softmax_error, taylor_coefficients
 
 __all__ = ["ErrorBounds", "error_bounds", "largest_logit"]
 
@@ -31,12 +31,15 @@ class ErrorBounds(NamedTuple):
 
 
 def largest_logit(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """``scale * max |q_i| * max |k_j|``, [B, Hq]: no logit of the head is larger (Cauchy-Schwarz). O(L d).
+    """``|scale| * max |q_i| * max |k_j|``, [B, Hq]: no logit of the head is larger (Cauchy-Schwarz). O(L d).
 
-    Masked keys do not count; keys are taken as they are, so centre them first.
+    Masked keys do not count. Keys are not centred here.
     """
-    q, k = (torch.linalg.vector_norm(x.detach(), dim=-1, dtype=_wide(x)) for x in (query, key))
-    return abs(scale) * _top(q) * _top(_only(k, key_mask)).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    q, k = (
+        torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in (query, key)
+    )
+    return abs(scale) * _largest(q) * _largest(_counted(k, key_mask)).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
 def error_bounds(
@@ -55,25 +58,25 @@ def error_bounds(
 ) -> ErrorBounds:
     """Bounds of ``|low_rank - exact|`` for the output, and for dQ, dK and dV of a gradient ``grad`` of the output.
 
-    With S the largest logit, delta and delta' the largest relative errors of p and p' on [-S, S], ``eta = 2 delta / (1
-    - delta)`` and ``eta' = (delta + delta') / (1 - delta)``, every weight is off by at most eta of itself, and those
-    of the gradient by eta'. With G the largest ``|dO_i| |v_j|``, ``|f|_1`` the largest column sum of the weights, and
-    largest absolute entries everywhere else::
+    S is the largest logit; delta and delta' are the largest relative errors of p and p' on [-S, S]. Weights have a
+    relative error of at most ``eta = 2 delta / (1 - delta)``, and those of the gradient of ``eta' = (delta + delta') /
+    (1 - delta)``. G is the largest ``|dO_i| |v_j|``, ``|f|_1`` the largest column sum of the weights, and every other
+    ``|.|`` the largest absolute entry::
 
         |O~ - O|   <= eta |V|                       |dQ~ - dQ| <= |scale| (2 eta' + eta) G |K - center|
         |dV~ - dV| <= eta |dO| |f|_1                |dK~ - dK| <= |scale| (2 eta' + eta) G |Q| |f|_1
 
-    They hold in exact arithmetic, for the function that computes softmax and for the one that computes the polynomial
-    with its own gradient. They are loose, by a factor of hundreds where errors average out.
+    The bounds hold in exact arithmetic. They are loose, by a factor of hundreds where errors average out.
 
     Args:
-        query, key, value, degree, causal, scale, key_mask, coefficients: as given to
-            :func:`leanstep.lora.low_rank_attention`; ``center`` as it takes it off: a tensor, None for the default.
-        grad: [B, Hq, L, e]; None leaves the gradients' bounds at inf.
-        logit: S [B, Hq], if it is known better than by :func:`largest_logit`.
+        query, key, value, degree, causal, scale, key_mask, coefficients: as for
+            :func:`leanstep.lora.low_rank_attention`.
+        center: what that subtracts from the keys: a tensor, or None for its default.
+        grad: [B, Hq, L, e]; without it, the gradients' bounds are inf.
+        logit: S [B, Hq], if a better bound is known than :func:`largest_logit`.
 
     Returns:
-        :class:`ErrorBounds`. Costs one pass of the approximation on values of one column, for the column sums.
+        The :class:`ErrorBounds`. Their column sums cost one pass of the approximation on values of one column.
     """
     coefficients = taylor_coefficients(degree) if coefficients is None else list(coefficients)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -82,25 +85,25 @@ def error_bounds(
     shifted = key if center is None else key - center.double()[..., None, :]
     batch, heads, group = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     logit = largest_logit(query, shifted, scale, key_mask) if logit is None else logit.double()
-    delta = _each(logit, lambda s: relative_error(coefficients, s))
-    eta = _each(delta, softmax_error)
+    delta = _map(logit, lambda s: relative_error(coefficients, s))
+    eta = _map(delta, softmax_error)
     infinite = torch.full_like(eta, torch.inf)
-    most_value = _top(_only(value.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
-    out = eta * most_value
+    largest_value = _largest(_counted(value.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    out = eta * largest_value
     if grad is None:
         return ErrorBounds(out, infinite, infinite[:, ::group], infinite[:, ::group], logit, eta)
     grad = grad.detach().double()
-    slope = _each(logit, lambda s: slope_error(coefficients, s))
+    slope = _map(logit, lambda s: slope_error(coefficients, s))
     eta_slope = torch.where(delta < 1, (delta + slope) / (1 - delta), infinite)
-    norm = _top(_only(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
-    factor = abs(scale) * (2 * eta_slope + eta) * norm * _top(grad.norm(dim=-1))
-    of_query = factor * _top(_only(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
-    # the column sums of exact weights, from those of the approximate ones
+    norm = _largest(_counted(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    factor = abs(scale) * (2 * eta_slope + eta) * norm * _largest(grad.norm(dim=-1))
+    of_query = factor * _largest(_counted(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    # the column sums of exact weights are at most this much larger
     sums = _column_sums(query, shifted, coefficients, scale, causal, key_mask)
     grown = torch.where(delta < 1, (1 + delta) / (1 - delta), infinite)
-    sums = sums * _top(grown.view(batch, heads, group))
-    of_key = _top((factor * _top(query.abs().amax(dim=-1))).view(batch, heads, group)) * sums
-    of_value = _top((eta * _top(grad.abs().amax(dim=-1))).view(batch, heads, group)) * sums
+    sums = sums * _largest(grown.view(batch, heads, group))
+    of_key = _largest((factor * _largest(query.abs().amax(dim=-1))).view(batch, heads, group)) * sums
+    of_value = _largest((eta * _largest(grad.abs().amax(dim=-1))).view(batch, heads, group)) * sums
     return ErrorBounds(out, of_query, of_key, of_value, logit, eta)
 
 
@@ -112,22 +115,18 @@ def _column_sums(
     with torch.enable_grad():
         out, _ = poly_attention(query, key, value, coefficients, scale=scale, causal=causal, key_mask=key_mask)
         (sums,) = torch.autograd.grad(out.sum(), value)
-    return _top(sums.squeeze(-1).abs())
+    return _largest(sums.squeeze(-1).abs())
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _only(rows: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Numbers of keys [B, H, M], zero for those that do not count."""
+def _counted(rows: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Values of keys [B, H, M], zero for those that do not count."""
     return rows if key_mask is None else torch.where(key_mask[:, None, :], rows, 0.0)
 
 
-def _top(rows: Tensor) -> Tensor:
+def _largest(rows: Tensor) -> Tensor:
     return rows.amax(dim=-1) if rows.shape[-1] else rows.sum(dim=-1)
 
 
-def _each(values: Tensor, function) -> Tensor:
-    found = [function(float(x)) if x == x else torch.inf for x in values.flatten().tolist()]
-    return torch.tensor(found, dtype=torch.float64, device=values.device).view(values.shape)
+def _map(values: Tensor, function: Callable[[float], float]) -> Tensor:
+    results = [function(float(x)) if x == x else torch.inf for x in values.flatten().tolist()]
+    return torch.tensor(results, dtype=torch.float64, device=values.device).view(values.shape)

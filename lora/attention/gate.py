@@ -1,4 +1,4 @@
-"""Low-rank attention in a model, only where it is close enough and cheaper, and exact attention everywhere else."""
+"""Low-rank attention in a model where it is close enough and cheaper, and exact attention everywhere else."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels._modes import unseen
+from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.attention import LowRankAttentionError, check_normalisers, key_means
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention.error_bounds import largest_logit
-from leanstep.lora.attention.features import taylor_coefficients
 from leanstep.lora.attention.gate_checks import (
     NON_FINITE,
     all_finite,
-    autocasted_seen,
-    distance,
+    autocasted_inputs,
     exact_attention,
+    relative_distance,
     verdict,
     why_impossible,
 )
 from leanstep.lora.attention.gate_state import GateReport, LayerState, Plan, check_state
-from leanstep.lora.attention.interface import Call, Tap, attach, detach
-from leanstep.lora.attention.norms import Seen, head_norms, sample_rows, sampled_error
+from leanstep.lora.attention.interface import AttentionInputs, Call, Tap, attach, detach
+from leanstep.lora.attention.norms import head_norms, sample_rows, sampled_error
+from leanstep.lora.attention.polynomials import taylor_coefficients
 
 __all__ = ["LowRankGate"]
 
@@ -35,30 +35,30 @@ MODES = ("exact", "auto", "force")
 
 
 class LowRankGate:
-    """Lets the attention layers of a transformers model run low-rank where that is certified or measured, and pays.
+    """Runs attention layers of a transformers model low-rank where that is close enough and cheaper.
 
     In mode ``"auto"`` a layer runs exactly until ``patience`` judgements in a row find all its heads within the
-    tolerance (by the bound ``scale * max |q| * max |k|``, or by sampled logits and the error on sampled queries) and
-    low-rank attention predicted cheaper at this length. From then on **every** call compares sampled queries with exact
-    attention; where they differ by more than the tolerance, a normaliser is not positive, something overflows or is
-    not finite, the same call is answered exactly, and the layer starts over. What is measured is reported either way.
+    tolerance, by the bound ``scale * max |q| * max |k|`` or by sampled logits and the error on sampled queries, and
+    low-rank attention is predicted to be cheaper at this length. From then on **every** call compares sampled queries
+    with exact attention. If they differ by more than the tolerance, or a normaliser is not positive, or something is
+    not finite, the same call is computed exactly, and the layer starts over. :meth:`report` has all measurements.
 
     Args:
-        model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). The implementation it has is
-            the exact one, and comes back with :meth:`close`.
-        mode: ``"exact"`` (default), ``"auto"``, or ``"force"``, for research: low-rank wherever it is possible at all,
+        model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). Its own implementation is
+            the exact one; :meth:`close` restores it.
+        mode: ``"exact"`` (default), ``"auto"``, or, for research, ``"force"``: low-rank wherever that is possible,
             whatever the error.
         degree: of Taylor's sum; even.
         tolerance: of the relative error of softmax weights, and of the output on sampled queries.
         every: calls of a layer between judgements, while it runs exactly.
-        patience: judgements in a row that must be good. With 2 and more, what is taken off the keys comes from batches
-            before, and causal attention stays causal.
-        rows: queries compared in every low-rank call; sequences: of how many of a batch, others every time. The bound
-            of the logits is of the whole batch.
-        spot_every: low-rank calls of a layer in training between comparisons of one head's gradients with exact ones,
-            which take the time of exact attention of one head; 0 for none.
+        patience: number of favourable judgements in a row that are needed. With 2 and more, the mean subtracted from
+            the keys comes from earlier batches, so causal attention stays causal.
+        rows: number of queries compared in every low-rank call; sequences: from how many sequences of the batch, others
+            every time. The bound of the logits is of the whole batch.
+        spot_every: number of low-rank calls of a layer in training between comparisons of one head's gradients with
+            exact ones, each of which costs exact attention of one head; 0 for none.
         chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
-        speed: time of an operation over exact attention's; None measures it, about a second once (see
+        speed: seconds per operation relative to exact attention. None measures it once, in about a second (see
             :func:`leanstep.lora.attention.cost.measure_speed`), unless a loaded state has it; 1 compares operations.
         seed: of the samples.
 
@@ -67,12 +67,12 @@ class LowRankGate:
         LowRankAttentionError: in a forward pass, in mode ``"force"``, for a normaliser that is not positive.
 
     Notes:
-        Never low-rank, with the reason in the report: dropout in attention, one query against a cache, masks other than
-        causal and padding, soft caps, sinks and position biases, dtypes that differ. Under autocast, q, k and v get its
-        dtype first, as torch casts them for exact attention. The check of every low-rank call reads one number back
-        from the device. Processes of a distributed run decide each for itself, which is sound:
-        attention exchanges nothing. The pass that activation checkpointing repeats does what the first one did. With
-        :meth:`state_dict`, training that is resumed decides as it would have without the break.
+        These always run exactly, with the reason in the report: dropout in attention, one query against a cache, masks
+        other than causal and padding, soft caps, sinks and position biases, dtypes that differ. Under autocast, q, k
+        and v are cast to its dtype first, as torch does for exact attention. The check of every low-rank call reads one
+        number back from the device. Each process of a distributed run decides for itself; attention exchanges nothing.
+        The pass that activation checkpointing repeats follows the decision of the first one. With :meth:`state_dict`,
+        resumed training decides as it would have without the interruption.
 
     Example:
         >>> import torch
@@ -135,7 +135,7 @@ class LowRankGate:
         self.close()
 
     def close(self) -> None:
-        """Take the gate off; the model has its own attention back. The report stays."""
+        """Remove the gate and restore the model's own attention. The report stays."""
         for tap in self._taps.values():
             if tap.gate is self:
                 tap.gate = None
@@ -144,25 +144,26 @@ class LowRankGate:
         self._taps = {}
 
     def report(self) -> list[GateReport]:
-        """What every layer did and does, in the order of the model."""
+        """The report of every layer, in the order of the model."""
         return [state.report() for state in self._layers.values()]
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers for a log: the share of low-rank calls, fallbacks, and the last measured error of every layer."""
         rows = self.report()
         calls = max(1, sum(row.calls for row in rows))
-        found = {
+        numbers = {
             "low-rank calls": sum(row.low_rank_calls for row in rows) / calls,
             "fallbacks": float(sum(row.fallbacks for row in rows)),
         }
-        found |= {f"gate error/{row.layer}": row.error for row in rows if row.error is not None}
+        numbers |= {f"gate error/{row.layer}": row.error for row in rows if row.error is not None}
         for row in rows:
-            found |= {f"gate {kind} error/{row.layer}": value for kind, value in row.gradient_errors.items()}
-        return found
+            numbers |= {f"gate {kind} error/{row.layer}": value for kind, value in row.gradient_errors.items()}
+        return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides what the next calls do, as tensors, numbers and texts: the layers' decisions, counters,
-        errors and key means, the measured speeds, and the generator of the samples.
+        """Everything that the next decisions depend on, as tensors, numbers and strings.
+
+        The layers' decisions, counters, errors and key means, the measured speeds, and the generator of the samples.
         """
         return {
             "settings": self._settings(),
@@ -172,7 +173,7 @@ class LowRankGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as the gate did whose :meth:`state_dict` this is: the same calls then get the same answers.
+        """Continue from another gate's :meth:`state_dict`: the same calls then get the same answers.
 
         Raises:
             ValueError: for a state of other layers, or of another degree or tolerance; the gate is unchanged.
@@ -184,22 +185,22 @@ class LowRankGate:
         self._speeds = dict(state["speeds"])
 
     def _settings(self) -> dict[str, Any]:
-        """What decisions are made for."""
+        """The settings that decisions depend on."""
         return {"degree": self.degree, "tolerance": self.tolerance}
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Attention of one call, exact or not; called by the layer."""
+        """Compute attention of one call, exactly or not; called by the layer."""
         state = self._layers[call.layer]
-        call = replace(call, seen=autocasted_seen(call.seen))
+        call = replace(call, inputs=autocasted_inputs(call.inputs))
         if _in_backward():
             if not state.plan.low_rank:
                 return call.exact()
-            return _as_layer(self._attention(call.seen, state.plan.center)[0])
+            return _as_layer(self._attention(call.inputs, state.plan.center)[0])
         state.calls += 1
-        # what is measured is no part of a pass that is repeated
-        out = self._low_rank(call, state) if unseen(lambda: self._wanted(call, state)) else None
+        # a repeated pass does not measure
+        out = self._low_rank(call, state) if outside_dispatch_modes(lambda: self._wanted(call, state)) else None
         if out is not None:
             state.low_rank_calls += 1
             return _as_layer(out)
@@ -207,7 +208,7 @@ class LowRankGate:
         return call.exact()
 
     def _wanted(self, call: Call, state: LayerState) -> bool:
-        """Whether the call is to run low-rank; says why not."""
+        """Whether the call should run low-rank; ``state.reason`` says why not."""
         if self.mode == "exact":
             state.reason = "mode is 'exact'"
             return False
@@ -215,15 +216,15 @@ class LowRankGate:
         if impossible is not None:
             state.reason = impossible
             return False
-        seen = call.seen
-        (batch, heads, length, dim), key_heads = seen.query.shape, seen.key.shape[1]
-        shape = AttentionShape(heads, key_heads, length, dim, seen.value.shape[-1], seen.causal, batch)
-        settings = (self.degree, self.chunk_size, self._speed(seen))
+        inputs = call.inputs
+        (batch, heads, length, dim), key_heads = inputs.query.shape, inputs.key.shape[1]
+        shape = AttentionShape(heads, key_heads, length, dim, inputs.value.shape[-1], inputs.causal, batch)
+        settings = (self.degree, self.chunk_size, self._speed(inputs))
         state.cost = cost_ratio(shape, *settings, backward=torch.is_grad_enabled())
         if self.mode == "force":
             state.reason = "mode is 'force'"
             return True
-        # a layer that is on is compared in every call
+        # a layer that is on is checked in every call instead
         if not state.on and ((state.calls - 1) % self.every == 0 or 0 < state.good < self.patience):
             self._judge(call, state)
         if state.on and state.cost >= 1:
@@ -233,115 +234,122 @@ class LowRankGate:
             )
         return state.on and state.cost < 1
 
-    def _speed(self, seen: Seen) -> float:
+    def _speed(self, inputs: AttentionInputs) -> float:
         if self.speed is not None:
             return self.speed
-        dim, wide, device, dtype = seen.query.shape[-1], seen.value.shape[-1], seen.query.device, seen.query.dtype
-        # without the device's number, which may be another where a saved state is loaded
+        query, dim, wide = inputs.query, inputs.query.shape[-1], inputs.value.shape[-1]
+        device, dtype = query.device, query.dtype
+        # without the device's index, which may be another where a saved state is loaded
         kind = f"{dim} {wide} {device.type} {dtype}"
         if kind not in self._speeds:
             self._speeds[kind] = measure_speed(dim, wide, self.degree, device, dtype, self.chunk_size)
         return self._speeds[kind]
 
-    def _sequences(self, seen: Seen) -> slice:
+    def _sequences(self, inputs: AttentionInputs) -> slice:
         """Some neighbouring sequences of the batch, others every time."""
-        last = max(0, seen.query.shape[0] - self.sequences)
+        last = max(0, inputs.query.shape[0] - self.sequences)
         start = int(torch.randint(last + 1, (), generator=self.generator))
         return slice(start, start + self.sequences)
 
     def _judge(self, call: Call, state: LayerState) -> None:
         """Look at the norms of all heads and at the error on sampled queries, and switch the layer on or off."""
-        seen = call.seen.some(self._sequences(call.seen))
-        found = head_norms(seen, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
+        inputs = call.inputs
+        few = inputs.sequences(self._sequences(inputs))
+        norms = head_norms(few, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
         # the certificate is of the whole batch
-        shift = key_means(call.seen.key, call.seen.key_mask) if state.center is None else state.center
-        moved = call.seen.key.detach() - shift[..., None, :]
-        certified = float(largest_logit(call.seen.query, moved, call.seen.scale, call.seen.key_mask).max())
-        sampled = float(found.sampled.max())
-        state.error, state.logit = float(found.errors.max()), sampled
+        shift = key_means(inputs.key, inputs.key_mask) if state.center is None else state.center
+        centred = inputs.key.detach() - shift[..., None, :]
+        certified = float(largest_logit(inputs.query, centred, inputs.scale, inputs.key_mask).max())
+        sampled = float(norms.sampled.max())
+        state.error, state.logit = float(norms.errors.max()), sampled
         good, why = verdict(certified, sampled, state.error, self.coefficients, self.tolerance)
         if why != NON_FINITE:
-            means = key_means(seen.key, seen.key_mask).mean(dim=0)
-            state.center = means if state.center is None else state.center.lerp(means, 0.1)
+            _update_center(state, few)
         state.good = state.good + 1 if good else 0
         state.on = state.good >= self.patience
         waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
         state.reason = why + waiting
 
     def _low_rank(self, call: Call, state: LayerState) -> Tensor | None:
-        """The output if it passes the checks; None for exact attention instead."""
-        out, total = self._attention(call.seen, state.center)
-        return out if unseen(lambda: self._passes(call.seen, out, total, state)) else None
+        """The output if it passes the checks; None where the call is to be computed exactly."""
+        out, total = self._attention(call.inputs, state.center)
+        return out if outside_dispatch_modes(lambda: self._passes(call.inputs, out, total, state)) else None
 
-    def _passes(self, seen: Seen, out: Tensor, total: Tensor, state: LayerState) -> bool:
+    def _passes(self, inputs: AttentionInputs, out: Tensor, total: Tensor, state: LayerState) -> bool:
         """Whether an output and its normalisers are good; the layer falls back if they are not."""
         center = state.center
         try:
-            check_normalisers(total.detach(), self.coefficients, seen.causal, seen.key_mask)
+            check_normalisers(total.detach(), self.coefficients, inputs.causal, inputs.key_mask)
         except LowRankAttentionError as error:
             if self.mode == "force":
                 raise
-            self._fall_back(state, str(error) if all_finite(seen) else NON_FINITE)
+            self._fall_back(state, str(error) if all_finite(inputs) else NON_FINITE)
             return False
-        chosen = self._sequences(seen)
-        few = seen.some(chosen)
-        at = sample_rows(seen.query.shape[2], self.rows, self.generator).to(out.device)
-        state.error = float(sampled_error(few, out[chosen], at).max())
+        sequences = self._sequences(inputs)
+        few = inputs.sequences(sequences)
+        indices = sample_rows(inputs.query.shape[2], self.rows, self.generator).to(out.device)
+        state.error = float(sampled_error(few, out[sequences], indices).max())
         if self.mode == "auto" and not state.error <= self.tolerance:
             why = f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}"
-            self._fall_back(state, why if math.isfinite(state.error) or all_finite(seen) else NON_FINITE)
+            self._fall_back(state, why if math.isfinite(state.error) or all_finite(inputs) else NON_FINITE)
             return False
         state.largest_error = max(state.largest_error, state.error)
         state.plan = Plan(True, center)
-        if self.mode == "force" or not seen.causal or state.low_rank_calls % 8 == 0:
-            means = key_means(few.key, few.key_mask).mean(dim=0)
-            state.center = means if center is None else center.lerp(means, 0.1)
+        if self.mode == "force" or not inputs.causal or state.low_rank_calls % 8 == 0:
+            _update_center(state, few)
         if self.spot_every and out.requires_grad and state.low_rank_calls % self.spot_every == 0:
-            self._spot_check(seen, center, out, state)
+            self._spot_check(inputs, center, out, state)
         return True
 
     def _fall_back(self, state: LayerState, why: str) -> None:
         state.on, state.good, state.fallbacks, state.reason = False, 0, state.fallbacks + 1, f"fell back: {why}"
 
-    def _attention(self, seen: Seen, center: Tensor | None) -> tuple[Tensor, Tensor]:
-        # by hand what low_rank_attention does, since the normalisers are wanted
+    def _attention(self, inputs: AttentionInputs, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        # not low_rank_attention, which does not return the normalisers
         return poly_attention(
-            seen.query, seen.key, seen.value, self.coefficients, scale=seen.scale, causal=seen.causal, center=center,
-            key_mask=seen.key_mask, chunk=self.chunk_size,
+            inputs.query, inputs.key, inputs.value, self.coefficients, scale=inputs.scale, causal=inputs.causal,
+            center=center, key_mask=inputs.key_mask, chunk=self.chunk_size,
         )  # fmt: skip
 
-    def _spot_check(self, seen: Seen, center: Tensor | None, out: Tensor, state: LayerState) -> None:
-        """Once the gradient of the output is there, compare one head's gradients with those of exact attention."""
-        group = seen.query.shape[1] // seen.key.shape[1]
-        batch = int(torch.randint(seen.query.shape[0], (), generator=self.generator))
-        head = int(torch.randint(seen.query.shape[1], (), generator=self.generator))
+    def _spot_check(self, inputs: AttentionInputs, center: Tensor | None, out: Tensor, state: LayerState) -> None:
+        """Compare the gradients of one head with those of exact attention, once the gradient of the output is known."""
+        group = inputs.query.shape[1] // inputs.key.shape[1]
+        batch = int(torch.randint(inputs.query.shape[0], (), generator=self.generator))
+        head = int(torch.randint(inputs.query.shape[1], (), generator=self.generator))
         key_head = head // group
         q, k, v = (
-            x.detach()[batch, at][None, None]
-            for x, at in ((seen.query, head), (seen.key, key_head), (seen.value, key_head))
+            x.detach()[batch, index][None, None]
+            for x, index in ((inputs.query, head), (inputs.key, key_head), (inputs.value, key_head))
         )
-        mask = None if seen.key_mask is None else seen.key_mask[batch : batch + 1]
+        mask = None if inputs.key_mask is None else inputs.key_mask[batch : batch + 1]
         shift = None if center is None else center[key_head][None]
 
         @torch.enable_grad()
         def compare(grad: Tensor) -> None:
-            own = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-            alone = Seen(*own, seen.scale, seen.causal, mask)
+            leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+            alone = AttentionInputs(*leaves, inputs.scale, inputs.causal, mask)
             upstream = grad.detach()[batch, head][None, None]
-            found, _ = self._attention(alone, shift)
-            want = exact_attention(alone)
-            grads = [torch.autograd.grad(y, (alone.query, alone.key, alone.value), upstream) for y in (found, want)]
-            pairs = zip(("O", "dQ", "dK", "dV"), (found, *grads[0]), (want, *grads[1]), strict=True)
-            state.gradient_errors = {kind: distance(a.detach(), b.detach()) for kind, a, b in pairs}
+            outputs = self._attention(alone, shift)[0], exact_attention(alone)
+            low_rank, exact = ((y, *torch.autograd.grad(y, leaves, upstream)) for y in outputs)
+            state.gradient_errors = {
+                kind: relative_distance(a.detach(), b.detach())
+                for kind, a, b in zip(("O", "dQ", "dK", "dV"), low_rank, exact, strict=True)
+            }
 
         out.register_hook(compare)
 
 
+def _update_center(state: LayerState, inputs: AttentionInputs) -> None:
+    """Move the running mean of the keys a tenth of the way to the mean of these."""
+    means = key_means(inputs.key, inputs.key_mask).mean(dim=0)
+    state.center = means if state.center is None else state.center.lerp(means, 0.1)
+
+
 def _as_layer(out: Tensor) -> tuple[Tensor, None]:
-    """[B, H, L, e] as transformers' layers want it, [B, L, H, e], and no weights."""
+    """[B, H, L, e] as transformers' layers expect it, [B, L, H, e], and no weights."""
     return out.transpose(1, 2).contiguous(), None
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running: then a forward pass is one that activation checkpointing repeats."""
+    """Whether autograd is running: a forward pass is then one that activation checkpointing repeats."""
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What the gate of :mod:`leanstep.lora.attention.gate` remembers: of each layer, and in a file."""
+"""The state and the report of one layer under :class:`leanstep.lora.LowRankGate`, and how they are saved."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class GateReport:
     Attributes:
         layer: its name.
         low_rank: whether its last call ran low-rank; reason: why, or why not.
-        error: relative error of the output last measured on sampled queries, of what ran low-rank or would have; None
-            before the first measurement.
+        error: relative error of the output on sampled queries when last measured, of low-rank attention, whether it was
+            used or not; None before the first measurement.
         largest_error: the largest such error among the calls that ran low-rank.
         logit: the largest sampled logit of the last judgement.
-        cost: predicted cost over exact attention at the length of the last call.
-        calls, low_rank_calls, fallbacks: how many calls there were, ran low-rank, and were answered exactly after all.
-        gradient_errors: relative errors of O, dQ, dK and dV of one head, of the last spot check; empty before.
+        cost: predicted cost relative to exact attention, at the length of the last call.
+        calls, low_rank_calls, fallbacks: the number of all calls, of those that ran low-rank, and of those that were
+            computed exactly because a check failed.
+        gradient_errors: relative errors of O, dQ, dK and dV of one head at the last spot check; empty before.
     """
 
     layer: str
@@ -50,10 +51,12 @@ class Plan(NamedTuple):
 
 @dataclass
 class LayerState:
-    """What the gate remembers of one layer; most of it as in :class:`GateReport`.
+    """The gate's state of one layer; most of it as in :class:`GateReport`.
 
-    ``on`` after so many ``good`` judgements in a row; ``center``, the running mean of keys [H, d]; ``plan``, what the
-    last call did.
+    Attributes:
+        on: whether the layer may run low-rank; ``good`` counts the judgements in a row that were in favour.
+        center: the running mean of keys [H, d].
+        plan: the decision for the last call.
     """
 
     name: str
@@ -72,37 +75,37 @@ class LayerState:
     gradient_errors: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> GateReport:
-        """For the user."""
+        """The user's view of the state."""
         return GateReport(
             self.name, self.plan.low_rank, self.reason, self.error, self.largest_error, self.logit, self.cost,
             self.calls, self.low_rank_calls, self.fallbacks, dict(self.gradient_errors),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the name: numbers, texts, and the centre as a copy."""
-        found = {key: getattr(self, key) for key in _KEPT}
-        found["center"] = None if self.center is None else self.center.clone()
-        return found | {"gradient_errors": dict(self.gradient_errors), "low_rank": self.plan.low_rank}
+        """Everything but the name: numbers, strings, and the center as a copy."""
+        state = {key: getattr(self, key) for key in _SAVED}
+        state["center"] = None if self.center is None else self.center.clone()
+        return state | {"gradient_errors": dict(self.gradient_errors), "low_rank": self.plan.low_rank}
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`to_dict` gave, the centre as a copy on ``device``."""
-        for key in _KEPT:
+        """Take over a state of :meth:`to_dict`, with the center as a copy on ``device``."""
+        for key in _SAVED:
             setattr(self, key, saved[key])
         center = saved["center"]
         self.center = None if center is None else center.to(device, copy=True)
         self.gradient_errors = dict(saved["gradient_errors"])
-        # a repeated pass belongs to a call of this process; until there is one, the plan only reports
+        # repeated passes belong to calls of this process; until there is one, the plan only reports
         self.plan = Plan(saved["low_rank"], self.center)
 
 
-_KEPT = tuple(item.name for item in fields(LayerState) if item.name not in ("name", "plan"))
+_SAVED = tuple(item.name for item in fields(LayerState) if item.name not in ("name", "plan"))
 
 
 def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) -> None:
-    """Look whether a gate with these layers and settings can take over a saved state.
+    """Check that a gate with these layers and settings can take over a saved state.
 
     Raises:
-        ValueError: for something else than a gate's state, one of other layers, or one made with other settings.
+        ValueError: for anything but a gate's state, a state of other layers, or one made with other settings.
     """
     wanted = {"settings", "generator", "speeds", "layers"}
     if not isinstance(state, Mapping) or wanted - state.keys():
@@ -125,7 +128,7 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
             f"LowRankGate: the state's decisions were made with other settings: {'; '.join(differ)}; take the same, or "
             "do not load it, and the layers are judged anew"
         )
-    keys = {"low_rank", *_KEPT}
+    keys = {"low_rank", *_SAVED}
     broken = [name for name, saved in state["layers"].items() if keys - saved.keys()]
     if broken:
         raise ValueError(f"LowRankGate: the state of {_few(broken)} lacks some of {', '.join(sorted(keys))}")

@@ -1,8 +1,8 @@
-"""A place in transformers' attention layers where queries, keys and values pass, after rotary embeddings.
+"""Taps on transformers' attention layers, where queries, keys and values pass after rotary embeddings.
 
-transformers' models call attention by a name in a registry. Here a name ``leanstep_X`` is added for an implementation X
-(``sdpa``, ``eager``, ...): it does what X does, unless the layer has a :class:`Tap`, whose observers then see the
-tensors, and whose gate may compute something else. Masks are made as for X.
+transformers' models call attention by a name in a registry. For an implementation X (``sdpa``, ``eager``, ...) the name
+``leanstep_X`` is added here. It does what X does, unless the layer has a :class:`Tap`: then the tap's observers see the
+tensors, and its gate may compute something else. Masks are made as for X.
 """
 
 from __future__ import annotations
@@ -11,44 +11,65 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from leanstep.lora.attention.norms import Seen
-
-__all__ = ["Call", "Tap", "attach", "attention_layers", "detach"]
+__all__ = ["AttentionInputs", "Call", "Tap", "attach", "attention_layers", "detach", "read_mask"]
 
 _PREFIX = "leanstep_"
 _ATTRIBUTE = "_leanstep_tap"
 
 
+class AttentionInputs(NamedTuple):
+    """The inputs of one attention layer: q [B, Hq, L, d], k [B, H, M, d], v [B, H, M, e], and their mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    causal: bool
+    key_mask: Tensor | None = None
+
+    def sequences(self, index: slice) -> AttentionInputs:
+        """The inputs of some sequences of the batch, detached."""
+        q, k, v = (x.detach()[index] for x in (self.query, self.key, self.value))
+        mask = None if self.key_mask is None else self.key_mask[index]
+        return AttentionInputs(q, k, v, self.scale, self.causal, mask)
+
+
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer's attention: its tensors, what its mask means, and the exact implementation.
+    """One call of a layer's attention.
 
-    ``masked`` says in words why the mask is none that low-rank attention knows; None where ``seen`` describes it.
+    Attributes:
+        layer: the attention layer.
+        inputs: its tensors, and what its mask means.
+        unsupported_mask: why low-rank attention cannot handle this mask, or None.
+        dropout: on attention weights.
+        exact: computes the output [B, L, Hq, e] and the weights, or None for them, by the exact implementation.
+        special: names of features of the layer that low-rank attention does not have.
     """
 
     layer: nn.Module
-    seen: Seen
-    masked: str | None
+    inputs: AttentionInputs
+    unsupported_mask: str | None
     dropout: float
     exact: Callable[[], tuple[Tensor, Tensor | None]]
     special: tuple[str, ...]
 
 
 class Observer(Protocol):
-    """What looks at calls."""
+    """Looks at calls."""
 
     def see(self, call: Call) -> None:
-        """Look at one call; nothing may be changed."""
+        """Look at one call without changing anything."""
 
 
 class Gate(Protocol):
-    """What may answer a call in place of the exact implementation."""
+    """May answer a call in place of the exact implementation."""
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The output [B, L, Hq, e] and the weights, or None for them."""
@@ -56,7 +77,7 @@ class Gate(Protocol):
 
 @dataclass
 class Tap:
-    """What is attached to one attention layer."""
+    """The observers and the gate of one attention layer."""
 
     name: str
     observers: list[Observer] = field(default_factory=list)
@@ -69,21 +90,21 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: if there are none.
     """
-    found = {
+    layers = {
         name: module
         for name, module in model.named_modules()
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
         and not getattr(module, "is_cross_attention", False)
     }  # fmt: skip
-    if not found:
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no attention layers that call transformers' attention by name; LLaMA, GPT-2 "
             "and their relatives in transformers have"
         )
-    return found
+    return layers
 
 
-def _owner(model: nn.Module) -> Any:
+def _transformers_model(model: nn.Module) -> Any:
     """The transformers model in ``model``, which may be wrapped, as by PEFT."""
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
@@ -97,7 +118,7 @@ def attach(model: nn.Module) -> dict[nn.Module, Tap]:
     Raises:
         ValueError: for a model without such layers, or with an implementation that cannot be called by name.
     """
-    layers, owner = attention_layers(model), _owner(model)
+    layers, owner = attention_layers(model), _transformers_model(model)
     current = owner.config._attn_implementation
     if not current.startswith(_PREFIX):
         owner.set_attn_implementation(_register(current, next(iter(layers.values()))))
@@ -108,13 +129,13 @@ def attach(model: nn.Module) -> dict[nn.Module, Tap]:
 
 
 def detach(model: nn.Module) -> None:
-    """Take away taps that nothing uses; with the last of them, give the model its own implementation back."""
+    """Remove unused taps once no tap of the model is in use, and restore the model's attention implementation."""
     taps = [(layer, layer.__dict__.get(_ATTRIBUTE)) for layer in attention_layers(model).values()]
     if any(tap is not None and (tap.observers or tap.gate is not None) for _, tap in taps):
         return
     for layer, _ in taps:
         layer.__dict__.pop(_ATTRIBUTE, None)
-    owner = _owner(model)
+    owner = _transformers_model(model)
     current = owner.config._attn_implementation
     if current.startswith(_PREFIX):
         owner.set_attn_implementation(current.removeprefix(_PREFIX))
@@ -135,15 +156,15 @@ def _register(original: str, layer: nn.Module) -> str:
 
 
 def _implementation(original: str, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function of an implementation; "eager" is one of the model's own file."""
+    """The function of an implementation; "eager" is a function in the model's own file."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if original in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[original]
-    for kind in type(layer).__mro__:
-        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if found is not None:
-            return found
+    for cls in type(layer).__mro__:
+        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager
     raise ValueError(
         f"{type(layer).__name__} brings no eager attention; load the model with attn_implementation='sdpa'"
     )
@@ -160,7 +181,7 @@ def _forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls under the name ``leanstep_ORIGINAL``."""
+    """The function that transformers calls under the name ``leanstep_ORIGINAL``."""
 
     def exact() -> tuple[Tensor, Tensor | None]:
         run = _implementation(original, module)
@@ -186,23 +207,29 @@ def _tapped(
     query, key, _ = tensors
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1
-    masked: str | None = None
+    unsupported_mask: str | None = None
     key_mask: Tensor | None = None
     if mask is not None:
-        causal, key_mask, masked = read_mask(mask, key.shape[0], query.shape[2], key.shape[2])
+        causal, key_mask, unsupported_mask = read_mask(mask, key.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     special = tuple(name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None)
-    call = Call(module, Seen(*tensors, scale, causal, key_mask), masked, dropout, exact, special)
+    inputs = AttentionInputs(*tensors, scale, causal, key_mask)
+    call = Call(module, inputs, unsupported_mask, dropout, exact, special)
     for observer in list(tap.observers):
         observer.see(call)
     return exact() if tap.gate is None else tap.gate.answer(call)
 
 
 def read_mask(mask: Tensor, batch: int, length: int, keys: int) -> tuple[bool, Tensor | None, str | None]:
-    """What a mask [B, 1, L, M] means: (causal, which keys count [B, M] or None for all, or why it is nothing of the
-    kind).
+    """Recognise causal masks and padding.
 
-    True, or 0 where it is added, is what is visible. Rows of queries that are padding themselves may be anything.
+    Args:
+        mask: [B, 1, L, M]; visible is True, or 0 where the mask is added. Rows of padded queries may be anything.
+        batch, length, keys: B, L, M.
+
+    Returns:
+        (whether it is causal, the keys that count [B, M] or None for all, why it is neither causal nor padding or
+        None).
     """
     if mask.dim() != 4 or mask.shape[1] != 1 or length != keys or mask.shape[-2:] != (length, keys):
         return False, None, f"a mask of shape {tuple(mask.shape)} for {length} queries and {keys} keys"

@@ -1,35 +1,41 @@
-"""Norms of the queries and keys of each head, sampled logits, and the error that low-rank attention makes on them."""
+"""The norms of an attention layer: of its queries and keys by head, and of the projections that make them.
+
+:func:`head_norms` measures norms, sampled logits and the error that low-rank attention makes on sampled queries.
+:class:`ProjectionNorms` says which factor makes queries and keys large: the input, the frozen weight, or the adapter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
+from leanstep._torch import is_conv1d
+from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.reference.poly.attention import polynomial
 from leanstep.lora.attention.attention import key_means
 from leanstep.lora.attention.error_bounds import largest_logit
-from leanstep.lora.attention.features import taylor_coefficients
+from leanstep.lora.attention.interface import AttentionInputs
+from leanstep.lora.attention.polynomials import taylor_coefficients
+from leanstep.lora.layers.autograd import Setting, dense_weight
+from leanstep.lora.layers.dora import row_norms
+from leanstep.lora.layers.frozen import dequantizer
+from leanstep.lora.layers.pruned import masked_update
+from leanstep.lora.layers.rule import dora_factor
 
-__all__ = ["HeadNorms", "Seen", "head_norms", "sample_rows", "sampled_error"]
-
-
-class Seen(NamedTuple):
-    """What an attention layer computes with: q [B, Hq, L, d], k [B, H, M, d], v [B, H, M, e], and what masks it."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    causal: bool
-    key_mask: Tensor | None = None
-
-    def some(self, at: slice) -> Seen:
-        """The same for some sequences, detached."""
-        q, k, v = (x.detach()[at] for x in (self.query, self.key, self.value))
-        return Seen(q, k, v, self.scale, self.causal, None if self.key_mask is None else self.key_mask[at])
+__all__ = [
+    "HeadNorms",
+    "ProjectionNorms",
+    "adapter_output",
+    "find_projections",
+    "head_norms",
+    "sample_rows",
+    "sampled_error",
+    "whole_weight",
+]
 
 
 class HeadNorms(NamedTuple):
@@ -38,9 +44,8 @@ class HeadNorms(NamedTuple):
     Attributes:
         gamma_q, gamma_k: largest absolute entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``: the theorem's norms.
         certified, certified_raw: ``scale * max |q_i| * max |k_j|`` with and without centred keys; no logit is larger.
-        sampled, sampled_raw: the largest logit that queries of the sampled rows see, with and without centred keys.
-        errors: [degrees, Hq], relative error of the output on the sampled rows, ``|O~ - O| / |O|``, for degrees 2, 4,
-            ..
+        sampled, sampled_raw: the largest logit of the sampled queries, with and without centred keys.
+        errors: [degrees, Hq], relative error of the output on the sampled queries, ``|O~ - O| / |O|``, for each degree.
     """
 
     gamma_q: Tensor
@@ -53,104 +58,269 @@ class HeadNorms(NamedTuple):
 
 
 def sample_rows(length: int, rows: int, generator: torch.Generator | None = None) -> Tensor:
-    """Up to ``rows`` different queries, ascending; the last one, which sees most in causal attention, among them."""
+    """Indices of up to ``rows`` different queries, ascending, with the last one, which sees most if causal."""
     if rows >= length:
         return torch.arange(length)
-    chosen = torch.randperm(length - 1, generator=generator)[: rows - 1]
-    return torch.cat([chosen, torch.tensor([length - 1])]).sort().values
+    others = torch.randperm(length - 1, generator=generator)[: rows - 1]
+    return torch.cat([others, torch.tensor([length - 1])]).sort().values
 
 
 def head_norms(
-    seen: Seen,
+    inputs: AttentionInputs,
     *,
     degrees: Sequence[int] = (2,),
     rows: int = 256,
     center: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> HeadNorms:
-    """Measure the heads of a layer in ``O(L d)``: everything but the sampled logits takes one pass over q and k.
+    """Measure the heads of a layer in ``O(L d)``: one pass over q and k, and the sampled queries against all keys.
 
     Args:
-        seen: its inputs; all sequences count.
+        inputs: of the layer; all sequences count.
         degrees: of Taylor's sum, whose errors are measured.
-        rows: sampled queries; they meet all keys.
-        center: what is taken off the keys, [H, d] or [B, H, d]; None takes their mean.
-        generator: of the sampled rows.
+        rows: number of sampled queries.
+        center: subtracted from the keys, [H, d] or [B, H, d]; None takes their mean.
+        generator: of the sample.
     """
-    with torch.no_grad(), torch.autocast(seen.query.device.type, enabled=False):
-        q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (seen.query, seen.key))
-        shift = key_means(k, seen.key_mask) if center is None else center.to(k.dtype)
+    with torch.no_grad(), torch.autocast(inputs.query.device.type, enabled=False):
+        q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (inputs.query, inputs.key))
+        shift = key_means(k, inputs.key_mask) if center is None else center.to(k.dtype)
         group = q.shape[1] // k.shape[1]
-        kept = k if seen.key_mask is None else torch.where(seen.key_mask[:, None, :, None], k, 0.0)
-        moved = k - shift[..., None, :]
-        root = abs(seen.scale) ** 0.5
-        tops = [
+        counted = k if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], k, 0.0)
+        centred = k - shift[..., None, :]
+        root = abs(inputs.scale) ** 0.5
+        largest = [
             root * q.abs().amax(dim=(2, 3)),
-            root * kept.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1),
-            largest_logit(q, moved, seen.scale, seen.key_mask),
-            largest_logit(q, k, seen.scale, seen.key_mask),
+            root * counted.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1),
+            largest_logit(q, centred, inputs.scale, inputs.key_mask),
+            largest_logit(q, k, inputs.scale, inputs.key_mask),
         ]
-        at = sample_rows(q.shape[2], rows, generator).to(q.device)
-        sampled = [_sampled(seen, q[:, :, at], k, moved, at, head, degrees) for head in range(k.shape[1])]
-        per_head = [torch.cat(parts, dim=-1) for parts in zip(*sampled, strict=True)]
-        return HeadNorms(*(top.amax(dim=0) for top in tops), *per_head)
+        indices = sample_rows(q.shape[2], rows, generator).to(q.device)
+        sampled = [
+            _sample_head(inputs, q[:, :, indices], k, centred, indices, head, degrees) for head in range(k.shape[1])
+        ]
+        per_head = [torch.cat(heads, dim=-1) for heads in zip(*sampled, strict=True)]
+        return HeadNorms(*(entries.amax(dim=0) for entries in largest), *per_head)
 
 
-def _sampled(
-    seen: Seen, q: Tensor, k: Tensor, moved: Tensor, at: Tensor, head: int, degrees: Sequence[int]
+def _sample_head(
+    inputs: AttentionInputs, q: Tensor, k: Tensor, centred: Tensor, indices: Tensor, head: int, degrees: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest centred and plain logits [group] that the rows of one key head see, and errors [degrees, group]."""
+    """Of the sampled queries of one key head: the largest centred and plain logits [group], errors [degrees, group]."""
     group = q.shape[1] // k.shape[1]
     rows = q[:, head * group : (head + 1) * group]
-    visible = _visible(seen, at)
-    centred, plain = (seen.scale * rows @ x[:, head, None].mT for x in (moved, k))
-    largest = [torch.where(visible, s.abs(), 0.0).amax(dim=(0, 2, 3)) for s in (centred, plain)]
-    value = seen.value.detach()[:, head, None].to(q.dtype)
+    visible = _visible(inputs, indices)
+    logits, plain = (inputs.scale * rows @ x[:, head, None].mT for x in (centred, k))
+    largest = [torch.where(visible, s.abs(), 0.0).amax(dim=(0, 2, 3)) for s in (logits, plain)]
+    value = inputs.value.detach()[:, head, None].to(q.dtype)
     exact = _softmax(plain, visible) @ value
     errors = [
-        _error(torch.where(visible, polynomial(centred, taylor_coefficients(g)), 0.0), value, exact) for g in degrees
+        _error(torch.where(visible, polynomial(logits, taylor_coefficients(g)), 0.0), value, exact) for g in degrees
     ]
     return largest[0], largest[1], torch.stack(errors)
 
 
-def _visible(seen: Seen, at: Tensor) -> Tensor:
-    """Which keys the queries ``at`` see: [1 or B, 1, rows, M]."""
-    keys = torch.arange(seen.key.shape[2], device=at.device)
-    visible = (
-        (keys <= at[:, None]) if seen.causal else torch.ones(len(at), len(keys), dtype=torch.bool, device=at.device)
-    )
-    return visible[None, None] if seen.key_mask is None else visible & seen.key_mask[:, None, None, :]
+def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
+    """Which keys the queries at ``indices`` see: [1 or B, 1, rows, M]."""
+    keys = torch.arange(inputs.key.shape[2], device=indices.device)
+    every = torch.ones(len(indices), len(keys), dtype=torch.bool, device=indices.device)
+    visible = (keys <= indices[:, None]) if inputs.causal else every
+    return visible[None, None] if inputs.key_mask is None else visible & inputs.key_mask[:, None, None, :]
 
 
-def _softmax(s: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over what is visible, zero for rows that see nothing."""
-    weights = torch.softmax(s.masked_fill(~visible, -torch.inf), dim=-1)
+def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over visible keys, zero for queries that see none."""
+    weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
     return torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0)
 
 
 def _error(weights: Tensor, value: Tensor, exact: Tensor) -> Tensor:
-    """Relative error of the rows' output a head, inf where a normaliser is not positive: [group]."""
+    """Relative error of a head's sampled output, inf where a normaliser is not positive: [group]."""
     total = weights.sum(dim=-1, keepdim=True)
     out = weights @ value / torch.where(total > 0, total, 1.0)
-    unseen = (weights == 0).all(dim=-1, keepdim=True)
-    wrong = ~(((total > 0) & total.isfinite()) | unseen)
-    off = (out - exact).square().sum(dim=(0, 2, 3)).sqrt()
-    found = off / exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(off.dtype).tiny)
-    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0) | ~found.isfinite(), torch.inf, found)
+    empty = (weights == 0).all(dim=-1, keepdim=True)
+    wrong = ~(((total > 0) & total.isfinite()) | empty)
+    difference = (out - exact).square().sum(dim=(0, 2, 3)).sqrt()
+    size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(difference.dtype).tiny)
+    error = difference / size
+    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0) | ~error.isfinite(), torch.inf, error)
 
 
-def sampled_error(seen: Seen, out: Tensor, at: Tensor) -> Tensor:
-    """Relative error [Hq] of an output [B, Hq, L, e] on the queries ``at``; inf if it is not finite."""
+def sampled_error(inputs: AttentionInputs, out: Tensor, indices: Tensor) -> Tensor:
+    """Relative error [Hq] of an output [B, Hq, L, e] on the queries at ``indices``; inf if it is not finite."""
     with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        group = seen.query.shape[1] // seen.key.shape[1]
+        group = inputs.query.shape[1] // inputs.key.shape[1]
         wide = torch.promote_types(out.dtype, torch.float32)
-        visible = _visible(seen, at)
-        found = []
-        for head in range(seen.key.shape[1]):
+        visible = _visible(inputs, indices)
+        errors = []
+        for head in range(inputs.key.shape[1]):
             heads = slice(head * group, (head + 1) * group)
-            s = seen.scale * seen.query.detach()[:, heads, at].to(wide) @ seen.key.detach()[:, head, None].to(wide).mT
-            exact = _softmax(s, visible) @ seen.value.detach()[:, head, None].to(wide)
-            off = (out.detach()[:, heads, at].to(wide) - exact).square().sum(dim=(0, 2, 3)).sqrt()
+            query, key = inputs.query.detach()[:, heads, indices], inputs.key.detach()[:, head, None]
+            logits = inputs.scale * query.to(wide) @ key.to(wide).mT
+            exact = _softmax(logits, visible) @ inputs.value.detach()[:, head, None].to(wide)
+            difference = (out.detach()[:, heads, indices].to(wide) - exact).square().sum(dim=(0, 2, 3)).sqrt()
             size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(wide).tiny)
-            found.append(torch.where((off / size).isfinite(), off / size, torch.inf))
-        return torch.cat(found)
+            errors.append(torch.where((difference / size).isfinite(), difference / size, torch.inf))
+        return torch.cat(errors)
+
+
+# --- projections ------------------------------------------------------------------------------------------------------
+
+
+def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
+    """For "q" and "k", the layer that computes it and the index of its part of the output: 1 is k in a fused c_attn."""
+    if hasattr(layer, "q_proj") and hasattr(layer, "k_proj"):
+        return {"q": (layer.q_proj, 0), "k": (layer.k_proj, 0)}
+    if hasattr(layer, "c_attn"):
+        return {"q": (layer.c_attn, 0), "k": (layer.c_attn, 1)}
+    return {}
+
+
+class _ActiveAdapter(NamedTuple):
+    """An adapter that is on: ``factor * (W + scale B A)``, where factor [out] is DoRA's, or None.
+
+    With several of PEFT's, W includes the earlier ones.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    factor: Tensor | None = None
+
+
+def adapter_output(module: nn.Module, x: Tensor) -> Tensor | None:
+    """``scale * x A^T B^T`` of a layer's active adapters, ours or PEFT's, with DoRA times ``magnitude / norm``.
+
+    None where it has none. Costs O(L r (n + m)), and with DoRA O(n m r) for the norms.
+    """
+    if _keeps_zeros(module):
+        return x.float() @ _masked(module).mT
+    total: Any = None
+    for a, b, scale, factor in _active_adapters(module):
+        added = scale * (x.to(a.dtype) @ a.mT) @ b.mT
+        total = added if total is None else total + added
+        total = total if factor is None else total * factor.to(total.dtype)
+    return total
+
+
+def whole_weight(module: nn.Module) -> Tensor | None:
+    """The (out, in) weight of a projection with its adapters, in fp32; None for a quantised one."""
+    base = getattr(module, "base_layer", module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    dense = (weight.detach().mT if is_conv1d(base) else weight.detach()).float()
+    if _keeps_zeros(module):
+        return dense + _masked(module)
+    for a, b, scale, factor in _active_adapters(module):
+        dense = dense + scale * b.detach().float() @ a.detach().float()
+        dense = dense if factor is None else dense * factor.float()[:, None]
+    return dense
+
+
+def _active_adapters(module: Any) -> list[_ActiveAdapter]:
+    """A layer's adapters that are on: ours, or PEFT's active ones."""
+    a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+    if a is None or b is None:
+        return []
+    lora = getattr(module, "lora", None)
+    if lora is not None:
+        if lora.merged or not lora.enabled:
+            return []
+        magnitude = module.lora_magnitude_vector
+        factor = None if magnitude is None else dora_factor(magnitude.detach(), module.norms())
+        return [_ActiveAdapter(a.weight, b.weight, lora.scale, factor)]
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return []
+    return [_peft_adapter(module, name) for name in getattr(module, "active_adapters", []) if name in a]
+
+
+def _peft_adapter(module: Any, name: str) -> _ActiveAdapter:
+    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if type(variant).__name__ != "DoraLinearVariant":
+        return _ActiveAdapter(a, b, scale)
+    base = module.get_base_layer()
+    setting = Setting(scale, transposed=is_conv1d(base), dense=dequantizer(base))
+    dense = dense_weight(setting, base.weight.detach(), torch.float32)
+    norm = row_norms(dense, a.detach(), b.detach(), scale)
+    return _ActiveAdapter(a, b, scale, dora_factor(module.lora_magnitude_vector[name].weight.detach(), norm))
+
+
+def _keeps_zeros(module: Any) -> bool:
+    lora = getattr(module, "lora", None)
+    return lora is not None and lora.keep_zeros and lora.enabled and not lora.merged
+
+
+def _masked(module: Any) -> Tensor:
+    """The adapter (out, in) of a layer that keeps the zeros of its base, in fp32."""
+    weight = module.weight.detach()
+    update = masked_update(
+        weight.mT if module.lora.transposed else weight, module.lora_A.weight, module.lora_B.weight, module.lora.scale
+    )
+    return update.detach().float()
+
+
+class ProjectionNorms:
+    """Hooks on the projections of one attention layer, which measure norms in the passes where ``on`` is set.
+
+    Attributes:
+        largest: for "q" and "k" a dict of ``input``, the largest entry of X, and of ``base`` and ``adapter`` [heads],
+            the largest entries of X W* and of scale * X A^T B^T by head, with DoRA both times ``magnitude / norm``,
+            before rotary embeddings.
+        full: [heads], the norm that the theorem needs in addition where K is adapted too: the largest entry of
+            ``X W_Q W_K``, of up to 64 tokens a sequence; None where the weight of K cannot be read.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.on = layer, False
+        self.largest: dict[str, dict[str, Tensor]] = {}
+        self.full: Tensor | None = None
+        self._parts: dict[nn.Module, list[tuple[str, int]]] = {}
+        for name, (module, part) in find_projections(layer).items():
+            self._parts.setdefault(module, []).append((name, part))
+        self._handles = [module.register_forward_hook(self._see) for module in self._parts]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    @_disable_dynamo
+    def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self.on or not inputs or not isinstance(output, Tensor):
+            return
+        # a pass that activation checkpointing repeats does not measure
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            outside_dispatch_modes(lambda: self._measure(module, inputs[0].detach(), output.detach()))
+
+    def _measure(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        added = adapter_output(module, x)
+        base = output if added is None else output - added.to(output.dtype)
+        for name, part in self._parts[module]:
+            entries = {"input": x.abs().amax().float(), "base": self._by_head(base, part)}
+            entries["adapter"] = torch.zeros_like(entries["base"]) if added is None else self._by_head(added, part)
+            self.largest[name] = entries
+            if name == "q":
+                self.full = self._through_keys(self._slice(output, part))
+
+    def _by_head(self, y: Tensor, part: int) -> Tensor:
+        """Largest absolute entry of every head: [heads]."""
+        heads = self._slice(y, part).unflatten(-1, (-1, self.layer.head_dim))
+        return heads.abs().flatten(0, -3).amax(dim=(0, 2)).float()
+
+    def _slice(self, y: Tensor, part: int) -> Tensor:
+        layer: Any = self.layer
+        return y[..., part * layer.embed_dim : (part + 1) * layer.embed_dim] if hasattr(layer, "c_attn") else y
+
+    def _through_keys(self, q: Tensor) -> Tensor | None:
+        """Largest entry of ``q W_K`` of every head, [heads], for queries [.., L, heads * d]."""
+        module, part = find_projections(self.layer)["k"]
+        weight = whole_weight(module)
+        if weight is None:
+            return None
+        dim: Any = self.layer.head_dim
+        keys = self._slice(weight.mT, part).mT.unflatten(0, (-1, dim))
+        rows = q[..., :: max(1, q.shape[-2] // 64), :].unflatten(-1, (-1, dim)).float().flatten(0, -3)
+        group = rows.shape[1] // keys.shape[0]
+        return torch.stack([(rows[:, h] @ keys[h // group]).abs().amax() for h in range(rows.shape[1])])

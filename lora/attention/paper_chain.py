@@ -1,6 +1,6 @@
-"""The gradient of adapters in attention as the paper forms it, exactly and by its chain of low-rank factors.
+"""The gradient of adapters in attention as the paper computes it, exactly and by its chain of low-rank factors.
 
-One head and one sequence, letters as there: L tokens, ``Q = X W_Q``, ``K``, ``V`` of (L, d); f = softmax of
+One head and one sequence, in the paper's letters: L tokens, ``Q = X W_Q``, ``K``, ``V`` of (L, d); f = softmax of
 ``scale * Q K^T``, (L, L); c the gradient of the output ``f V`` (the paper's ``f C3 - Y``, of its squared loss), (L, d).
 
     dP = c V^T,   r_i = sum_j f_ij dP_ij,   p = f * dP - diag(r) f
@@ -12,10 +12,10 @@ Two corrections to the paper's text, each confirmed by finite differences: p's s
 (read literally, with columns of f, the gradient is wrong by the size of itself), and dB is ``C1^T p C2 A^T``, not
 ``C1^T p A C2``, whose shapes do not fit.
 
-The chain takes f as ``U V1^T`` with k columns: then dP is of rank d, ``f * dP`` the product of row-wise Khatri-Rao
-products of rank k d, and ``diag(r) f`` of rank k again, so that no (L, L) matrix is formed. Its cost, ``4 L k d^2``,
-pays only for very long sequences; :func:`leanstep.lora.low_rank_attention` has a gradient of ``L k d``. This one is its
-oracle, and shows how the theorem works.
+The chain takes f as ``U V1^T`` with k columns. Then dP has rank d, ``f * dP`` is a product of row-wise Khatri-Rao
+products of rank k d, and ``diag(r) f`` has rank k again, so no (L, L) matrix is formed. Its cost, ``4 L k d^2``, pays
+only for very long sequences; the gradient of :func:`leanstep.lora.low_rank_attention` costs ``L k d``. This chain is
+its oracle, and shows how the theorem works.
 
 Reference: Hu, Su, Kuo, Song, Liu, Computational Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer
 Models, arXiv:2406.03136, lemmas 3.1 to 3.7 and A.1; Alman, Song, arXiv:2402.04497.
@@ -45,10 +45,9 @@ class AttentionGradients(NamedTuple):
 def dense_gradients(
     f: Tensor, query: Tensor, key: Tensor, value: Tensor, c: Tensor, scale: float
 ) -> AttentionGradients:
-    """Gradients through softmax weights f [.., L, M] that are formed; query [.., L, d], key [.., M, d], value [.., M,
-    e].
+    """Gradients through a whole matrix of softmax weights f [.., L, M].
 
-    ``c`` [.., L, e] is the gradient of ``f @ value``.
+    query [.., L, d], key [.., M, d], value [.., M, e]; ``c`` [.., L, e] is the gradient of ``f @ value``.
     """
     dp = c @ value.mT
     r = (f * dp).sum(dim=-1, keepdim=True)
@@ -72,7 +71,7 @@ def chain_gradients(
 
 
 def _khatri_rao_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, matrix: Tensor) -> Tensor:
-    """``((left right^T) * (left_rows right_rows^T)) matrix``, from row-wise Khatri-Rao products that are not formed."""
+    """``((left right^T) * (left_rows right_rows^T)) matrix``, without forming the row-wise Khatri-Rao products."""
     inner = torch.einsum("...jk,...ja,...jb->...kab", right, right_rows, matrix)
     return torch.einsum("...ik,...ia,...kab->...ib", left, left_rows, inner)
 
@@ -117,8 +116,8 @@ def paper_chain_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, L, e] with Taylor's polynomial for exp and the gradient of the chain, and its normalisers.
 
-    As many heads of each; not causal: a masked f is of no low rank. The gradient is that of softmax at the approximate
-    weights, ``p = f~ * dP - diag(r) f~``, and not that of the approximation, which has the polynomial's derivative in
-    it. Memory and time grow with ``k d^2``: for short sequences and small heads.
+    Needs as many key heads as query heads; not causal: a masked f has no low rank. The gradient is that of softmax at
+    the approximate weights, ``p = f~ * dP - diag(r) f~``, not that of the approximation, which contains the
+    polynomial's derivative. Memory and time grow with ``k d^2``: for short sequences and small heads.
     """
     return _PaperChain.apply(query, key, value, scale, degree)

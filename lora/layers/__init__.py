@@ -1,1 +1,1 @@
-"""Adapted layers and their gradients."""
+"""Adapted layers: linear layers, embeddings, blocks of them, and their gradients."""

@@ -1,18 +1,8 @@
-"""Linear layers with low-rank adapters on one input, as one autograd function that keeps the input and nothing else.
+"""Linear layers with adapters as one autograd function that keeps their input and little else.
 
-With X (M, n) the input, W (m, n) the frozen weight, A (r, n) and B (m, r) the factors, s the scale and
-X' = dropout(X)::
-
-    H  = X' A^T                     (M, r)
-    Y  = X W^T + b + s H B^T
-    E  = dY B                       (M, r)
-    dA = s E^T X'                   (r, n), never through dY^T X, which is as large as W
-    dB = s dY^T H                   (m, r)
-    dX = dY W + s dropout'(E A)
-
-X is kept, once however many layers share it; H is computed again, at ``2 M n r`` operations, and the dropped entries
-are found again from a seed. DoRA scales the columns of ``Z = X W^T + s H B^T`` by ``c = magnitude / norm`` and keeps Y,
-from which ``Z = Y / c``; with a bias, ``Y - b`` would have lost digits, and Z is computed again from X.
+The formulas are in :mod:`leanstep.lora.layers.rule`. X is kept, once however many layers share it. In backward, H is
+computed again, at ``2 M n r`` operations, and dropout's mask comes again from its seed. DoRA keeps Y, from which
+``Z = Y / c``; with a bias, ``Y - b`` would have lost digits of Z, so Z is computed again from X.
 """
 
 from __future__ import annotations
@@ -25,21 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanstep.kernels import (
-    lora_down,
-    lora_down_backward,
-    lora_dropout,
-    lora_scale_backward,
-    lora_up_,
-    product,
-)
+from leanstep.kernels import lora_dropout, product
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
-from leanstep.lora.layers.contraction import Order
-from leanstep.lora.layers.in_place import add, add_product, scale_columns
+from leanstep.lora.layers import rule
+from leanstep.lora.layers.contraction import ContractionPath
 
 
 class Weights(NamedTuple):
-    """The tensors of one layer: base weight and bias, factors, the bias of B, and DoRA's magnitude and norms."""
+    """The tensors of one layer: base weight and bias, A, B, the bias of B, and DoRA's magnitude and norms."""
 
     weight: Tensor
     bias: Tensor | None
@@ -50,7 +33,7 @@ class Weights(NamedTuple):
     norm: Tensor | None = None
 
 
-FIELDS = len(Weights._fields)
+_FIELDS = len(Weights._fields)
 
 
 @dataclass(frozen=True)
@@ -59,19 +42,57 @@ class Setting:
 
     Attributes:
         scale: s.
-        dropout: p, 0 where the layer is not training.
+        dropout: p; 0 where the layer is not training.
         save: ``"min"``, ``"full"`` or ``"lora_fa"``; see :class:`leanstep.lora.LoraConfig`.
-        transposed: the weight is (n, m), as transformers' Conv1D keeps it.
-        order: which products go through ``W + s B A``.
-        dense: makes a matrix of a quantised weight; None where it is one.
+        transposed: the weight is (n, m), as in transformers' Conv1D.
+        path: which products go through ``W + s B A``.
+        dense: dequantises the weight; None where it is not quantised.
     """
 
     scale: float
     dropout: float = 0.0
     save: str = "min"
     transposed: bool = False
-    order: Order = Order()
+    path: ContractionPath = ContractionPath()
     dense: Callable[[Tensor], Tensor] | None = None
+
+
+class LayerPass(NamedTuple):
+    """One layer in a pass.
+
+    Attributes:
+        setting, weights: what the layer computes with.
+        seed: of dropout's mask, or None.
+        needs: which of the weights need a gradient.
+        h, z, y: H, DoRA's Z, and the output: what forward computed, then what it kept, else None.
+    """
+
+    setting: Setting
+    weights: Weights
+    seed: Tensor | None
+    needs: Weights
+    h: Tensor | None = None
+    z: Tensor | None = None
+    y: Tensor | None = None
+
+
+def new_seed() -> Tensor:
+    """A seed for dropout: int64, 0-d, on the CPU.
+
+    Drawn from the CPU's global generator: ``torch.manual_seed`` makes a run repeatable, and activation checkpointing,
+    which restores that generator, draws the same seed again. It waits for no device.
+    """
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")
+
+
+def dense_weight(setting: Setting, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The base weight as a dense (m, n) matrix or view in ``dtype``."""
+    dense = weight if setting.dense is None else setting.dense(weight)
+    dense = dense.to(dtype)
+    return dense.t() if setting.transposed else dense
+
+
+# --- the functions that layers call -----------------------------------------------------------------------------------
 
 
 def lora_linears(
@@ -81,351 +102,290 @@ def lora_linears(
 
     Args:
         x: [..., n], floating.
-        settings, weights, seeds: one of each per layer; a seed (int64, 0-d, CPU) where there is dropout.
+        settings, weights, seeds: one of each per layer; a seed where there is dropout.
 
     Returns:
         One [..., m] of x's dtype per layer.
     """
-    flat = [tensor for layer in weights for tensor in layer]
     rows = x.reshape(-1, x.shape[-1])
-    outputs = LoRAFunction.apply(rows, tuple(settings), *seeds, *flat)
-    # views are made outside: what a function returns can then be changed in place by those who come after
+    outputs = LoRAFunction.apply(rows, tuple(settings), *seeds, *(tensor for layer in weights for tensor in layer))
+    # views are made outside the function, so that later code may change its outputs in place
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
+def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Dropout of [..., n] that drops what the fast path drops for this seed, with its gradient."""
+    return _DropoutFunction.apply(x, p, seed)
+
+
 class LoRAFunction(torch.autograd.Function):
-    """See the formulas above; called by :func:`lora_linears`."""
+    """:func:`lora_linears` on rows. Arguments: x [M, n], the settings, then the seeds and weights of all layers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """[M, n] to one [M, m] per layer. ``tensors``: the seeds, then the weights of each layer."""
-        seeds, layers = unpack(settings, tensors)
-        outputs: list[Tensor] = []
+        """One output [M, m] per layer."""
+        layers = layers_of(ctx, settings, tensors)
         kept: list[Tensor | None] = []
-        keep_x = False
+        needs_x = False
         with torch.autocast(x.device.type, enabled=False):
-            for i, h in enumerate(shared_down(x, settings, layers)):
-                setting, layer = settings[i], layers[i]
-                y, h, z = project(x, setting, layer, seeds[i], h)
-                needs = needs_of(ctx, 2 + len(settings), i)
-                held, wants_x = to_keep(y, h, z, setting, needs, layer.bias is not None)
-                outputs.append(y)
-                kept += held
-                keep_x |= wants_x
-        ctx.save_for_backward(x if keep_x else None, *kept, *tensors)
+            passes = [forward_layer(layer, x, h) for layer, h in zip(layers, shared_hidden(x, layers), strict=True)]
+        for layer in passes:
+            tensors_kept, needs_input = kept_tensors(layer)
+            kept += tensors_kept
+            needs_x |= needs_input
+        ctx.save_for_backward(x if needs_x else None, *kept, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
-        return tuple(outputs)
+        return tuple(layer.y for layer in passes)  # type: ignore[misc]
 
     @staticmethod
     @once_differentiable
     @on_remembered_backend
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x and of every layer's tensors that need one."""
-        settings = ctx.settings
-        saved = saved_of(ctx)
-        count = 1 + 3 * len(settings)
-        x, kept = saved[0], saved[1:count]
-        seeds, layers = unpack(settings, saved[count:])
-        parts = [
-            Part(
-                g, Kept(*kept[3 * i : 3 * i + 3]), settings[i], layers[i], seeds[i], needs_of(ctx, 2 + len(settings), i)
-            )
-            for i, g in enumerate(gradients)
-        ]
+        """The gradients of x and of the tensors that need one."""
+        x, *saved = saved_tensors(ctx)
+        layers = layers_of(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            dx, results = layers_backward(x, parts, ctx.needs_input_grad[0])
-        return (dx, None, *(None,) * len(settings), *results)
+            dx, of_weights = backward_layers(x, layers, gradients, ctx.needs_input_grad[0])
+        return (dx, None, *(None,) * len(layers), *of_weights)
 
 
-def saved_of(ctx: Any) -> tuple[Tensor, ...]:
-    """What a forward pass kept."""
+class _DropoutFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p, ctx.shape = p, x.shape
+        ctx.save_for_backward(seed)
+        remember_backend(ctx)
+        return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
+
+    @staticmethod
+    @on_remembered_backend
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def layers_of(
+    ctx: Any, settings: Sequence[Setting], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None] = ()
+) -> list[LayerPass]:
+    """The layers of a call, from its flat arguments: the seeds, then the weights of each; ``kept``: H, Z, Y of each."""
+    count = len(settings)
+
+    def weights_of(index: int, values: Sequence[Any]) -> Weights:
+        return Weights(*values[count + index * _FIELDS : count + (index + 1) * _FIELDS])
+
+    # after x and the settings
+    needs = ctx.needs_input_grad[2:]
+    return [
+        LayerPass(
+            setting,
+            weights_of(i, tensors),
+            tensors[i],
+            weights_of(i, needs),
+            *(kept[3 * i : 3 * i + 3] if kept else ()),
+        )
+        for i, setting in enumerate(settings)
+    ]
+
+
+def shared_hidden(x: Tensor, layers: Sequence[LayerPass]) -> Sequence[Tensor | None]:
+    """H of each layer, as columns of one product for all; None for each where they must be computed one by one."""
+    if len(layers) == 1 or any(layer.setting.dropout > 0 or layer.setting.path.forward for layer in layers):
+        return (None,) * len(layers)
+    a = torch.cat([layer.weights.a.to(x.dtype) for layer in layers])
+    return product(x, a.t()).split([len(layer.weights.a) for layer in layers], 1)
+
+
+def forward_layer(layer: LayerPass, x: Tensor, h: Tensor | None = None) -> LayerPass:
+    """The layer with its output for x [M, n], and H and DoRA's Z where they were formed; H may be given."""
+    setting, weights, dtype = layer.setting, layer.weights, x.dtype
+    a, b = weights.a.to(dtype), weights.b.to(dtype)
+    w = dense_weight(setting, weights.weight, dtype)
+    bias = _to(weights.bias, dtype)
+    if weights.magnitude is not None:
+        h = rule.hidden(x, a, setting.dropout, layer.seed) if h is None else h
+        return _forward_dora(layer, x, w, bias, h)
+    if weights.b_bias is not None:
+        shift = weights.b_bias.to(dtype) * setting.scale
+        bias = shift if bias is None else bias + shift
+    if setting.path.forward:
+        return layer._replace(y=product(x, rule.materialized_sum(w, a, b, setting.scale).t(), bias))
+    h = rule.hidden(x, a, setting.dropout, layer.seed) if h is None else h
+    return layer._replace(h=h, y=rule.output(x, w, bias, h, b, setting.scale))
+
+
+def _forward_dora(layer: LayerPass, x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor) -> LayerPass:
+    setting, weights = layer.setting, layer.weights
+    assert weights.magnitude is not None and weights.norm is not None
+    c, keep_z = rule.dora_factor(weights.magnitude, weights.norm), setting.save != "min"
+    base = product(lora_dropout(x, setting.dropout, layer.seed), w.t())
+    rest = bias if setting.dropout == 0 else rule.dora_rest(x, w, bias, base)
+    z = rule.dora_product(base, h, weights.b.to(x.dtype), setting.scale, _to(weights.b_bias, x.dtype))
+    return layer._replace(h=h, z=z, y=rule.dora_output(z, c, rest, keep_z))
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def kept_tensors(layer: LayerPass) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
+    """What backward needs of (H, Z, Y), and whether it needs the layer's input."""
+    setting, needs = layer.setting, layer.needs
+    least = setting.save == "min"
+    h = layer.h if needs.b and (not least or not needs.a) else None
+    z = layer.z if needs.magnitude and not least else None
+    exact = setting.dropout == 0 and layer.weights.bias is None
+    y = layer.y if needs.magnitude and z is None and exact else None
+    needs_input = needs.a or (needs.b and h is None) or (needs.magnitude and z is None and y is None)
+    return (h, z, y), bool(needs_input)
+
+
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors of a forward pass. Raises RuntimeError with advice where one was changed in place."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if any(setting.save == "min" for setting in ctx.settings) and "inplace operation" in str(error):
-            # of what is kept, only DoRA's outputs are in others' hands besides the inputs
+            # besides inputs, only DoRA's outputs are both kept here and known to others
             raise RuntimeError(
                 f"{error}\nAn input of an adapted layer, or the output of one with DoRA, was changed in place after it "
-                "was computed, as nn.ReLU(inplace=True) does; change a copy, or keep DoRA's products besides with "
+                "was computed, as nn.ReLU(inplace=True) does; change a copy, or let DoRA keep its products with "
                 'LoraConfig(save="full")'
             ) from None
         raise
 
 
-class Kept(NamedTuple):
-    """What the forward pass of one layer kept: H, DoRA's Z, and the output."""
-
-    h: Tensor | None
-    z: Tensor | None
-    y: Tensor | None
+# --- backward ---------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """One of the layers on an input, on the way back.
+class InnerGradients(NamedTuple):
+    """The gradients of one layer's output and of what it is made of.
 
     Attributes:
-        g: [M, m], the gradient of the output.
-        kept, setting, layer, seed: of the layer.
-        needs: which of the layer's tensors need a gradient.
-        own: whether g is nobody else's, and may be written.
+        dy: of Y [M, m]; overwritten by dz where nothing needs it any more.
+        dz: of DoRA's Z; dy without DoRA.
+        e: ``dZ B`` [M, r], where it is needed.
+        sums: over rows of dY times the Z or Y that was kept [m], for DoRA.
     """
 
-    g: Tensor
-    kept: Kept
-    setting: Setting
-    layer: Weights
-    seed: Tensor | None
-    needs: Weights
-    own: bool = False
-
-    def has_done_with_g(self) -> bool:
-        """Whether DoRA needs g no more when it has been through the columns' factors."""
-        formed = self.kept.y is not None or self.kept.z is not None or not self.needs.magnitude
-        return self.own and formed and self.setting.dropout == 0 and not self.needs.bias
-
-
-def needs_of(ctx: Any, first: int, i: int) -> Weights:
-    """Which tensors of layer i need a gradient, where layer 0's begin at argument ``first``."""
-    return Weights(*ctx.needs_input_grad[first + i * FIELDS : first + (i + 1) * FIELDS])
-
-
-def to_keep(
-    y: Tensor, h: Tensor | None, z: Tensor | None, setting: Setting, needs: Weights, has_bias: bool
-) -> tuple[Kept, bool]:
-    """What backward needs of one layer, and whether it needs the layer's input."""
-    least = setting.save == "min"
-    kept_h = h if needs.b and (not least or not needs.a) else None
-    kept_z = z if needs.magnitude and not least else None
-    # with a bias, Y has lost digits of Z to it: Z is computed again instead
-    kept_y = y if needs.magnitude and kept_z is None and setting.dropout == 0 and not has_bias else None
-    wants_x = needs.a or (needs.b and kept_h is None) or (needs.magnitude and kept_z is None and kept_y is None)
-    return Kept(kept_h, kept_z, kept_y), bool(wants_x)
-
-
-def unpack(
-    settings: Sequence[Setting], tensors: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor | None], list[Weights]]:
-    """Seeds and weights from the flat list."""
-    n = len(settings)
-    layers = [Weights(*tensors[k : k + FIELDS]) for k in range(n, n + n * FIELDS, FIELDS)]  # type: ignore[arg-type]
-    return tensors[:n], layers
-
-
-def matrix(setting: Setting, layer: Weights, dtype: torch.dtype) -> Tensor:
-    """The base weight as a dense (m, n) view or matrix in ``dtype``."""
-    dense = layer.weight if setting.dense is None else setting.dense(layer.weight)
-    dense = dense.to(dtype)
-    return dense.t() if setting.transposed else dense
-
-
-def merged(setting: Setting, layer: Weights, dtype: torch.dtype) -> Tensor:
-    """``W + s B A``, a new matrix."""
-    w = matrix(setting, layer, dtype)
-    return torch.addmm(w, layer.b.to(dtype), layer.a.to(dtype), alpha=setting.scale)
-
-
-def shared_down(x: Tensor, settings: Sequence[Setting], layers: Sequence[Weights]) -> Sequence[Tensor | None]:
-    """H of each layer from one product for all, as columns of it; None for each where one product will not do."""
-    if len(layers) == 1 or any(setting.dropout > 0 or setting.order.forward for setting in settings):
-        return (None,) * len(layers)
-    a = torch.cat([layer.a.to(x.dtype) for layer in layers])
-    return product(x, a.t()).split([len(layer.a) for layer in layers], 1)
-
-
-def project(
-    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, h: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y, H, Z): the output, and what was formed on the way, unless it is given; Z for DoRA only."""
-    dtype, p = x.dtype, setting.dropout
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    if layer.magnitude is not None:
-        return _project_dora(x, setting, layer, seed, bias, h)
-    if layer.b_bias is not None:
-        shift = layer.b_bias.to(dtype) * setting.scale
-        bias = shift if bias is None else bias + shift
-    if setting.order.forward:
-        return _linear(x, merged(setting, layer, dtype), bias), None, None
-    y = _linear(x, matrix(setting, layer, dtype), bias)
-    h = lora_down(x, layer.a.to(dtype), p, seed) if h is None else h
-    return add_product(y, h, layer.b.to(dtype).t(), setting.scale), h, None
-
-
-def _project_dora(
-    x: Tensor, setting: Setting, layer: Weights, seed: Tensor | None, bias: Tensor | None, h: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    h = lora_down(x, layer.a.to(x.dtype), setting.dropout, seed) if h is None else h
-    # z is kept where "full" says so; otherwise y takes its memory
-    c, keep = dora_factor(layer), setting.save != "min"
-    if setting.dropout == 0:
-        z = _dora_output(x, h, setting, layer)
-        return scale_columns(z, c, bias, keep), h, z
-    # the magnitude weighs the dropped input's part only: Y = X W^T + b + (c - 1) (X' W^T) + c s H B^T
-    w = matrix(setting, layer, x.dtype)
-    z = _linear(lora_dropout(x, setting.dropout, seed), w, None)
-    y = add(_linear(x, w, bias), z, -1.0)
-    z = _add_up(z, h, setting, layer)
-    return add(y, scale_columns(z, c, keep=keep)), h, z
-
-
-def _dora_output(x: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
-    """Z = X W^T + s (H B^T + b_B)."""
-    return _add_up(_linear(x, matrix(setting, layer, x.dtype), None), h, setting, layer)
-
-
-def _add_up(z: Tensor, h: Tensor, setting: Setting, layer: Weights) -> Tensor:
-    z = add_product(z, h, layer.b.to(z.dtype).t(), setting.scale)
-    return z if layer.b_bias is None else add(z, layer.b_bias.to(z.dtype), setting.scale)
-
-
-def dora_factor(layer: Weights) -> Tensor:
-    """``c = magnitude / norm``; 1 where the norm is 0, as in a row that was pruned away."""
-    assert layer.magnitude is not None and layer.norm is not None
-    empty = layer.norm == 0
-    # a quotient that is not taken has a gradient all the same, 0 times infinity
-    return torch.where(empty, 1.0, layer.magnitude.to(layer.norm.dtype) / torch.where(empty, 1.0, layer.norm))
-
-
-def layers_backward(x: Tensor | None, parts: Sequence[Part], wants_dx: bool) -> tuple[Tensor | None, list[Any]]:
-    """The gradient of an input, if it is wanted, and those of the tensors of the layers on it, one after another.
-
-    Products with A, r wide, are taken of all layers at once where no mask and no other order keeps them apart: x and dx
-    are then read once instead of once a layer.
-    """
-    dx: Tensor | None = None
-    results: list[Any] = []
-    if len(parts) == 1 or not all(
-        part.needs.a and part.setting.dropout == 0 and not part.setting.order.backward for part in parts
-    ):
-        for part in parts:
-            inner = inner_gradients(part)
-            results += tensor_gradients(inner, x, part)
-            dx = input_gradient(inner, part, dx) if wants_dx else None
-        return dx, results
-    assert x is not None
-    dtype, ranks = x.dtype, [len(part.layer.a) for part in parts]
-    # with its scale, which then is in H and in dx
-    a = torch.cat([(part.layer.a * part.setting.scale).to(dtype) for part in parts])
-    again = any(part.needs.b and part.kept.h is None for part in parts)
-    hs = product(x, a.t()).split(ranks, 1) if again else (None,) * len(parts)
-    products = []
-    for part, h in zip(parts, hs, strict=True):
-        inner = inner_gradients(part)
-        results.append(tensor_gradients(inner, x, part, h, want_a=False))
-        assert inner.e is not None  # as A's gradient is wanted
-        products.append(inner.e)
-        if wants_dx:
-            w = matrix(part.setting, part.layer, dtype)
-            dx = product(inner.z, w, dx)
-    e = torch.cat(products, 1)
-    for part, grads, d_a in zip(parts, results, product(e.t(), x).split(ranks), strict=True):
-        grads[2] = d_a.to(part.layer.a.dtype) * part.setting.scale
-    return None if dx is None else product(e, a, dx), [grad for grads in results for grad in grads]
-
-
-class Inner(NamedTuple):
-    """What the gradient of an output becomes on its way in.
-
-    Attributes:
-        g: of the output, [M, m]; z where the part has done with it.
-        z: of Z, which is that of the output without DoRA.
-        e: E = dZ B, [M, r], where it is needed.
-        dot: DoRA's sums over rows of dY * Y, [m], in the norms' dtype, where the output was kept.
-        total: sums over rows of dY, likewise.
-    """
-
-    g: Tensor
-    z: Tensor
+    dy: Tensor
+    dz: Tensor
     e: Tensor | None
-    dot: Tensor | None = None
-    total: Tensor | None = None
+    sums: Tensor | None = None
 
 
-def inner_gradients(part: Part) -> Inner:
-    """The gradients of Z and of H, and the sums that DoRA's magnitude needs."""
-    g, kept, layer = part.g, part.kept, part.layer
-    inner, dot, total = g, None, None
-    if layer.magnitude is not None:
-        y = kept.y if kept.z is None else kept.z
-        inner, dot, total = lora_scale_backward(g, y, dora_factor(layer), part.has_done_with_g())
-    e = None if part.setting.order.backward and not part.needs.a else product(inner, layer.b.to(g.dtype))
-    return Inner(g, inner, e, dot, total)
+def backward_layers(
+    x: Tensor | None, layers: Sequence[LayerPass], gradients: Sequence[Tensor], needs_dx: bool, overwrite: bool = False
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of the shared input, if it is needed, and those of the weights of all layers, one after another.
 
-
-def tensor_gradients(
-    inner: Inner, x: Tensor | None, part: Part, scaled_h: Tensor | None = None, want_a: bool = True
-) -> list[Tensor | None]:
-    """The gradients of a layer's tensors, in their dtypes and order.
+    Where no mask and no materialised sum forbids it, products with A are taken for all layers at once: x and dx are
+    then read once instead of once per layer.
 
     Args:
-        inner: of the layer.
-        x: [M, n], where it was kept.
-        part: the layer.
-        scaled_h: s H, if it is there.
-        want_a: whether that of A is to be among them.
+        x: [M, n], where it was kept. layers: with what they kept. gradients: of their outputs, [M, m] each.
+        overwrite: whether the memory of ``gradients`` may be reused.
     """
-    g, setting, layer, needs, h = inner.g, part.setting, part.layer, part.needs, part.kept.h
-    s, a = setting.scale, layer.a.to(g.dtype)
-    d_bias = d_a = d_b = d_b_bias = d_magnitude = None
-    if needs.bias and layer.bias is not None:
-        d_bias = g.sum(0).to(layer.bias.dtype)
-    if needs.a and want_a:
+    dx: Tensor | None = None
+    of_weights: list[list[Tensor | None]] = []
+    together = all(layer.needs.a and layer.setting.dropout == 0 and not layer.setting.path.backward for layer in layers)
+    if len(layers) == 1 or not together:
+        for layer, dy in zip(layers, gradients, strict=True):
+            inner = inner_gradients(layer, dy, overwrite)
+            of_weights.append(weight_gradients(layer, inner, x))
+            dx = input_gradient(layer, inner, dx) if needs_dx else None
+        return dx, [gradient for layer in of_weights for gradient in layer]
+    assert x is not None
+    dtype, ranks = x.dtype, [len(layer.weights.a) for layer in layers]
+    # s A of every layer: its scale is then in H and in dx
+    a = torch.cat([(layer.weights.a * layer.setting.scale).to(dtype) for layer in layers])
+    recompute = any(layer.needs.b and layer.h is None for layer in layers)
+    hiddens = product(x, a.t()).split(ranks, 1) if recompute else (None,) * len(layers)
+    parts = []
+    for layer, dy, h in zip(layers, gradients, hiddens, strict=True):
+        inner = inner_gradients(layer, dy, overwrite)
+        of_weights.append(weight_gradients(layer, inner, x, scaled_h=h, with_a=False))
+        assert inner.e is not None
+        parts.append(inner.e)
+        if needs_dx:
+            dx = product(inner.dz, dense_weight(layer.setting, layer.weights.weight, dtype), dx)
+    e = torch.cat(parts, 1)
+    for layer, of_layer, da in zip(layers, of_weights, product(e.t(), x).split(ranks), strict=True):
+        of_layer[2] = da.to(layer.weights.a.dtype) * layer.setting.scale
+    dx = None if dx is None else product(e, a, dx)
+    return dx, [gradient for layer in of_weights for gradient in layer]
+
+
+def inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> InnerGradients:
+    """The gradients from that of the output; ``overwrite`` allows to reuse the memory of ``dy``."""
+    setting, weights, needs = layer.setting, layer.weights, layer.needs
+    dz, sums = dy, None
+    if weights.magnitude is not None:
+        assert weights.norm is not None
+        formed = layer.y if layer.z is None else layer.z
+        # the magnitude's gradient needs dY again where Z is computed again
+        last_use = (formed is not None or not needs.magnitude) and setting.dropout == 0 and not needs.bias
+        c = rule.dora_factor(weights.magnitude, weights.norm)
+        dz, sums = rule.gradient_of_product(dy, formed, c, overwrite and last_use)
+    needs_e = needs.a or not setting.path.backward
+    return InnerGradients(dy, dz, rule.gradient_of_hidden(dz, weights.b.to(dy.dtype)) if needs_e else None, sums)
+
+
+def weight_gradients(
+    layer: LayerPass, inner: InnerGradients, x: Tensor | None, scaled_h: Tensor | None = None, with_a: bool = True
+) -> list[Tensor | None]:
+    """The gradients of the layer's tensors, in their order and dtypes; ``scaled_h`` is s H, where it is known."""
+    setting, weights, needs, h = layer.setting, layer.weights, layer.needs, layer.h
+    scale, p, a = setting.scale, setting.dropout, weights.a.to(inner.dy.dtype)
+    d_bias = da = db = d_b_bias = d_magnitude = None
+    if needs.bias and weights.bias is not None:
+        d_bias = inner.dy.sum(0).to(weights.bias.dtype)
+    if needs.a and with_a:
         assert x is not None and inner.e is not None
-        again = a if needs.b and h is None else None
-        d_a, formed = lora_down_backward(x, inner.e, again, setting.dropout, part.seed)
-        h = formed if h is None else h
-        d_a = d_a.to(layer.a.dtype).mul_(s)
-    if needs.b:
-        if h is None and scaled_h is None:
+        recompute = a if needs.b and h is None else None
+        da, recomputed = rule.gradient_of_a(x, inner.e, scale, weights.a.dtype, p, layer.seed, recompute)
+        h = recomputed if h is None else h
+    if needs.b and (h is not None or scaled_h is None):
+        if h is None:
             assert x is not None
-            h = lora_down(x, a, setting.dropout, part.seed)
-        factor, left = (s, h) if h is not None else (1.0, scaled_h)
-        assert left is not None
-        # a product with few rows is faster than one with few columns
-        d_b = product(left.t(), inner.z).t().to(layer.b.dtype, memory_format=torch.contiguous_format).mul(factor)
-    if needs.b_bias and layer.b_bias is not None:
-        d_b_bias = inner.z.sum(0).to(layer.b_bias.dtype).mul_(s)
+            h = rule.hidden(x, a, p, layer.seed)
+        db = rule.gradient_of_b(inner.dz, h, scale, weights.b.dtype)
+    elif needs.b and scaled_h is not None:
+        db = rule.gradient_of_b(inner.dz, scaled_h, 1.0, weights.b.dtype)
+    if needs.b_bias and weights.b_bias is not None:
+        d_b_bias = inner.dz.sum(0).to(weights.b_bias.dtype).mul_(scale)
     if needs.magnitude:
-        d_magnitude = _magnitude_gradient(inner, x, part)
-    return [None, d_bias, d_a, d_b, d_b_bias, d_magnitude, None]
+        d_magnitude = _magnitude_gradient(layer, inner, x)
+    return [None, d_bias, da, db, d_b_bias, d_magnitude, None]
 
 
-def input_gradient(inner: Inner, part: Part, dx: Tensor | None) -> Tensor:
-    """``dx + dY W + s dropout'(E A)``, in the memory of dx."""
-    dtype, setting, layer = inner.g.dtype, part.setting, part.layer
-    dora_dropout = layer.magnitude is not None and setting.dropout > 0
-    w = (merged if setting.order.backward else matrix)(setting, layer, dtype)
-    outer = inner.g if dora_dropout else inner.z
-    dx = product(outer, w, dx)
-    if dora_dropout:
-        # the dropped input reaches W with weight c - 1
-        dx += lora_dropout(product(inner.z - inner.g, w), setting.dropout, part.seed)
-    if setting.order.backward:
-        return dx
+def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | None) -> Tensor:
+    setting, weights, sums = layer.setting, layer.weights, inner.sums
+    assert weights.magnitude is not None and weights.norm is not None and sums is not None
+    divisor = weights.norm
+    if layer.y is not None:
+        # sums of dY Y; a magnitude of 0 would need Z: layers that can see it ask to keep that
+        divisor = weights.magnitude.to(weights.norm.dtype)
+    elif layer.z is None:
+        assert x is not None
+        dropped = lora_dropout(x, setting.dropout, layer.seed)
+        base = product(dropped, dense_weight(setting, weights.weight, x.dtype).t())
+        h, b = rule.hidden(dropped, weights.a.to(x.dtype)), weights.b.to(x.dtype)
+        z = rule.dora_product(base, h, b, setting.scale, _to(weights.b_bias, x.dtype))
+        _, sums = rule.gradient_of_product(inner.dy, z, weights.norm)
+    return rule.gradient_of_magnitude(sums, divisor, weights.norm).to(weights.magnitude.dtype)
+
+
+def input_gradient(layer: LayerPass, inner: InnerGradients, dx: Tensor | None) -> Tensor:
+    """``dx`` plus the layer's gradient of its input, in the memory of ``dx``."""
+    setting, weights, dtype = layer.setting, layer.weights, inner.dy.dtype
+    w, a = dense_weight(setting, weights.weight, dtype), weights.a.to(dtype)
+    if setting.path.backward:
+        return product(inner.dz, rule.materialized_sum(w, a, weights.b.to(dtype), setting.scale), dx)
     assert inner.e is not None
-    return lora_up_(dx, inner.e, layer.a.to(dtype), setting.scale, setting.dropout, part.seed)
-
-
-def _magnitude_gradient(inner: Inner, x: Tensor | None, part: Part) -> Tensor:
-    """Sum over rows of ``dY * Z / norm``."""
-    kept, setting, layer = part.kept, part.setting, part.layer
-    assert layer.magnitude is not None and layer.norm is not None and inner.dot is not None
-    if kept.y is not None:
-        # Z / norm = Y / magnitude
-        total = inner.dot
-        magnitude = layer.magnitude.to(layer.norm.dtype)
-        # a zero would need Z itself: layers that can see it coming keep that
-        result = torch.where(magnitude == 0, 0.0, total / magnitude)
-    else:
-        total = inner.dot
-        if kept.z is None:
-            assert x is not None
-            inputs = lora_dropout(x, setting.dropout, part.seed)
-            z = _dora_output(inputs, product(inputs, layer.a.to(x.dtype).t()), setting, layer)
-            _, total, _ = lora_scale_backward(inner.g, z, layer.norm)
-        result = total / layer.norm
-    return torch.where(layer.norm == 0, 0.0, result).to(layer.magnitude.dtype)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x, weight.t(), bias)
+    split = weights.magnitude is not None and setting.dropout > 0
+    dy, masked_dy = (inner.dy, inner.dz - inner.dy) if split else (inner.dz, None)
+    return rule.gradient_of_input(dy, w, inner.e, a, setting.scale, setting.dropout, layer.seed, dx, masked_dy)

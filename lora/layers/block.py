@@ -1,4 +1,4 @@
-"""Layers that are asked for one input run as one function: q, k and v of an attention block, and SwiGLU blocks."""
+"""Layers that share an input run as one function: q, k and v of an attention block, and SwiGLU blocks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from leanstep.lora.layers.autograd import lora_linears
-from leanstep.lora.layers.fast import FastLinear, autocasted, fast_linear
-from leanstep.lora.layers.layer import mixture
-from leanstep.lora.layers.linear import LoRALinearLayer
-from leanstep.lora.layers.swiglu import FusedSwiGLU, is_swiglu, members
+from leanstep.kernels import swiglu, swiglu_backward_
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
+from leanstep.lora.layers.autograd import (
+    Setting,
+    backward_layers,
+    forward_layer,
+    inner_gradients,
+    input_gradient,
+    kept_tensors,
+    layers_of,
+    lora_linears,
+    saved_tensors,
+    shared_hidden,
+    weight_gradients,
+)
+from leanstep.lora.layers.frozen import is_watched
+from leanstep.lora.layers.linear import (
+    FastLinear,
+    FastPath,
+    LoRALinearLayer,
+    Mixin,
+    autocasted,
+    fast_linear,
+    mixture,
+)
 
-# the names that a block's projections of one input go by
+# names of projections that share an input within one module
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+SWIGLU = ("gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 
 
 class Siblings:
-    """Layers of one block that get the same input one after another.
+    """Layers of one block that are called with the same input one after another.
 
-    The first that is asked computes all, in one function with one gradient of the input; the others find their output
-    waiting. When an input comes that is another one (as in cross-attention), the group is given up for good, and every
-    layer computes for itself.
+    The first call computes the outputs of all layers, in one function with one gradient of the input; the calls of the
+    others return theirs. When a layer is called with another input (as in cross-attention), the group is given up for
+    good, and every layer computes its own output.
     """
 
     def __init__(self, layers: Sequence[FastLinear]) -> None:
@@ -44,35 +67,34 @@ class Siblings:
         self._forget()
 
     def take(self, layer: FastLinear, x: Tensor) -> Tensor | None:
-        """The output of one layer, or None where it has to compute for itself."""
-        # a compiled program shares the input's storage anyway, and must not depend on what waits here
-        # and a tensor of inference mode does not tell whether it was changed
+        """The output of one layer, or None where the layer has to compute it itself."""
+        # a compiled program shares the input's storage anyway, and must not depend on waiting outputs;
+        # a tensor of inference mode does not tell whether it was changed
         if self.broken or torch.compiler.is_compiling() or x.is_inference():
             return None
-        place = next((i for i, other in enumerate(self.layers) if other is layer), None)
-        if place is None:
+        index = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        if index is None:
             # a replica of the layer, as DataParallel makes them
             return None
         if self._waiting:
-            if place in self._waiting and self._is_source(x):
-                return self._waiting.pop(place)
+            if index in self._waiting and self._is_source(x):
+                return self._waiting.pop(index)
             self.broken = not self._is_abandoned()
             self._forget()
             if self.broken:
                 return None
-        # before anything else of them: a layer of PEFT's that the active adapter is not on has no numbers to look at
+        # the first check: a layer of PEFT's without the active adapter has no numbers to look at
         if any(other.why_not_fast(x) is not None for other in self.layers):
             return None
-        return self._compute(place, x)
+        return self._compute(index, x)
 
-    def _compute(self, place: int, x: Tensor) -> Tensor:
+    def _compute(self, index: int, x: Tensor) -> Tensor:
         inputs = autocasted(x)
-        operands = [other.operands(inputs) for other in self.layers]
-        settings, weights = zip(*operands, strict=True)
+        settings, weights = zip(*(other.operands(inputs) for other in self.layers), strict=True)
         outputs = lora_linears(inputs, settings, weights, [other.seed() for other in self.layers])
-        self._waiting = {i: y for i, y in enumerate(outputs) if i != place}
+        self._waiting = {i: y for i, y in enumerate(outputs) if i != index}
         self._source = (weakref.ref(x), x._version, torch.is_grad_enabled())
-        return outputs[place]
+        return outputs[index]
 
     def _is_source(self, x: Tensor) -> bool:
         assert self._source is not None
@@ -90,10 +112,10 @@ def join_siblings(model: nn.Module) -> None:
     for module in model.modules():
         for names in GROUPS:
             layers = [fast_linear(getattr(module, name, None)) for name in names]
-            found = [layer for layer in layers if layer is not None and layer.siblings is None]
-            if len(found) == len(names):
-                group = Siblings(found)
-                for layer in found:
+            free = [layer for layer in layers if layer is not None and layer.siblings is None]
+            if len(free) == len(names):
+                group = Siblings(free)
+                for layer in free:
                     layer.siblings = group
 
 
@@ -101,7 +123,7 @@ def fuse_blocks(model: nn.Module) -> None:
     """Find the blocks of an adapted model and let each run as one function."""
     join_siblings(model)
     for module in list(model.modules()):
-        if is_swiglu(module) and len(members(module)) == 3:
+        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
             module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
 
 
@@ -111,5 +133,137 @@ def unfuse_blocks(model: nn.Module) -> None:
         if isinstance(module, LoRALinearLayer):
             module.siblings = None
         if isinstance(module, FusedSwiGLU):
-            own: Any = type(module).__bases__[1]
-            module.__class__ = own
+            original: Any = type(module).__bases__[1]
+            module.__class__ = original
+
+
+# --- SwiGLU blocks ----------------------------------------------------------------------------------------------------
+
+
+def fused_swiglu(block: nn.Module, x: Tensor) -> Tensor:
+    """The output of a SwiGLU block whose three layers are all on the fast path."""
+    x = autocasted(x)
+    layers = swiglu_layers(block)
+    settings, weights = zip(*(layer.operands(x) for layer in layers), strict=True)
+    seeds = [layer.seed() for layer in layers]
+    rows = x.reshape(-1, x.shape[-1])
+    y = SwiGLUFunction.apply(rows, settings, *seeds, *(tensor for layer in weights for tensor in layer))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """``down(silu(e) * u)`` with ``e = gate(X)`` and ``u = up(X)``, on rows; it keeps X, e and u.
+
+    Arguments are those of :class:`leanstep.lora.layers.autograd.LoRAFunction`, for gate, up and down. torch keeps e,
+    silu(e), u and the input of down, their product. Here backward computes that product again, in the pass that gives
+    the gradients of e and u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> Tensor:
+        """[M, n] to [M, n]."""
+        gate, up, down = layers_of(ctx, settings, tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            h_gate, h_up = shared_hidden(x, (gate, up))
+            gate, up = forward_layer(gate, x, h_gate), forward_layer(up, x, h_up)
+            assert gate.y is not None and up.y is not None
+            down = forward_layer(down, swiglu(gate.y, up.y))
+        kept = [kept_tensors(layer) for layer in (gate, up, down)]
+        tensors_kept = [tensor for layer, _ in kept for tensor in layer]
+        ctx.save_for_backward(x if kept[0][1] or kept[1][1] else None, gate.y, up.y, *tensors_kept, *tensors)
+        ctx.settings = settings
+        remember_backend(ctx)
+        assert down.y is not None
+        return down.y
+
+    @staticmethod
+    @once_differentiable
+    @on_remembered_backend
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the tensors that need one."""
+        x, e, u, *saved = saved_tensors(ctx)
+        gate, up, down = layers_of(ctx, ctx.settings, saved[9:], saved)
+        with torch.autocast(dy.device.type, enabled=False):
+            inner = inner_gradients(down, dy)
+            down_input, de, du = swiglu_backward_(input_gradient(down, inner, None), e, u)
+            of_down = weight_gradients(down, inner, down_input)
+            del down_input, inner
+            # de and du are made here, so they may be overwritten
+            dx, of_others = backward_layers(x, (gate, up), (de, du), ctx.needs_input_grad[0], overwrite=True)
+        return (dx, None, None, None, None, *of_others, *of_down)
+
+
+class FusedSwiGLU(Mixin):
+    """Mixed into a block's own class: its forward becomes :func:`fused_swiglu` where every layer allows it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., n] to [..., n]."""
+        if args or kwargs or why_not_fused(self, x) is not None:
+            return super().forward(x, *args, **kwargs)
+        return fused_swiglu(self, x)
+
+    @property
+    def fast_path(self) -> FastPath:
+        """Whether the block runs as one function, and why (not)."""
+        return swiglu_fast_path(self)
+
+
+def swiglu_fast_path(block: nn.Module) -> FastPath:
+    """Whether a SwiGLU block runs as one function, and why (not)."""
+    reason = why_not_fused(block)
+    return FastPath(reason is None, reason or "one function that keeps its input and the two inner projections")
+
+
+def swiglu_layers(block: nn.Module) -> list[FastLinear]:
+    """Those of a block's layers gate, up and down that are fast layers."""
+    layers = [fast_linear(getattr(block, name)) for name in SWIGLU]
+    return [layer for layer in layers if layer is not None]
+
+
+def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why a SwiGLU block cannot run as one function, for an input if one is given; None when it can."""
+    if is_watched(block.act_fn):  # type: ignore[arg-type]
+        return "act_fn has hooks or a forward of its own, which one function for the block would skip"
+    for name in SWIGLU:
+        module = getattr(block, name)
+        layer = fast_linear(module)
+        if layer is None:
+            return f"{name} is not adapted"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{name} has hooks, which one function for the block would skip"
+        if layer is module and "forward" in vars(module):
+            return f"{name} has a forward of its own"
+        # the input of down does not exist yet; it has the dtype of x
+        reason = layer.why_not_fast(x)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _returned(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named_and_returned(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _instructions(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
+    """The bytecode of a Python function and the attributes it reads; names of local variables are not in it."""
+    code = getattr(function, "__code__", None)
+    return None if code is None or hasattr(function, "__wrapped__") else (code.co_code, code.co_names)
+
+
+# the two ways in which transformers' blocks write the formula
+_SWIGLU_FORWARDS = {_instructions(_returned), _instructions(_named_and_returned)}
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether a module is a SwiGLU block: its forward runs the instructions of one of the two above, and no others."""
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in SWIGLU):
+        return False
+    activation = type(getattr(module, "act_fn", None))
+    if f"{activation.__module__}.{activation.__qualname__}" not in ACTIVATIONS:
+        return False
+    return _instructions(type(module).forward) in _SWIGLU_FORWARDS

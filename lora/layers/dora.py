@@ -23,7 +23,7 @@ ROWS = 2048
 @torch.no_grad()
 def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared norm of every row of a matrix (m, n), in ``dtype``."""
-    return torch.cat([part.to(dtype).square().sum(1) for part in weight.split(ROWS)])
+    return torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(ROWS)])
 
 
 @torch.no_grad()
@@ -31,82 +31,74 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
     """Norm of every row of ``weight + scale * b a``.
 
     Args:
-        weight: (m, n), floating. a: (r, n). b: (m, r). squares: what :func:`row_squares` gives of the weight.
+        weight: (m, n), floating. a: (r, n). b: (m, r). squares: :func:`row_squares` of the weight, if known.
 
     Returns:
-        (m,), fp32, or fp64 where the weight or the factors are.
+        (m,), fp32, or fp64 where the weight or a factor is.
     """
-    dtype = norm_dtype(weight, a, b)
+    dtype = _norm_dtype(weight, a, b)
     return lora_norms(weight, a, b, scale, row_squares(weight, dtype) if squares is None else squares)
 
 
-def norm_dtype(*tensors: Tensor) -> torch.dtype:
-    """What norms of these matrices are computed in: fp64 where one of them is, else fp32."""
+def _norm_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-class _Key(NamedTuple):
-    """What tells that a tensor is as it was: the memory, kept alive by the alias, and the count of its changes."""
+class _Version(NamedTuple):
+    """A tensor's memory, kept alive by the alias, and the count of its in-place changes."""
 
     alias: Tensor
-    version: int
+    changes: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Key:
-        return cls(tensor.detach(), _changes(tensor))
+    def of(cls, tensor: Tensor) -> _Version:
+        return cls(tensor.detach(), _change_count(tensor))
 
-    def holds(self, tensor: Tensor) -> bool:
+    def is_current(self, tensor: Tensor) -> bool:
         return (
             self.alias.data_ptr() == tensor.data_ptr()
-            and self.version == _changes(tensor)
+            and self.changes == _change_count(tensor)
             and self.alias.shape == tensor.shape
             and self.alias.dtype == tensor.dtype
         )
 
 
-def _changes(tensor: Tensor) -> int:
-    """How often a tensor was written in place; tensors of inference mode do not count."""
+def _change_count(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count that."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 class NormCache:
-    """The norms of one layer, computed when they are not known.
+    """The norms of one layer, computed again when a tensor that they depend on has changed.
 
-    In training they are computed at every call: optimizers may write through ``.data``, which nothing counts. The
-    squares of the frozen weight are kept, and in evaluation the norms are too, until a tensor's memory or its count of
-    changes differs or :meth:`clear` is called (``eval()`` does, and the ``train()`` that ends an evaluation).
+    In training, norms are computed at every call, since optimizers may write through ``.data``, which is not counted;
+    only the squares of the frozen weight are kept. In evaluation, norms are kept until a tensor's memory or change
+    count differs. ``eval()``, and ``train()`` after an evaluation, drop the whole cache.
     """
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._squares: tuple[_Key, Tensor] | None = None
-        self._norms: tuple[tuple[_Key, ...], float, Tensor] | None = None
+        self._squares: tuple[_Version, Tensor] | None = None
+        self._norms: tuple[tuple[_Version, ...], float, Tensor] | None = None
 
     def __deepcopy__(self, memo: object) -> NormCache:
         return NormCache()
 
-    def __getstate__(self) -> dict:
-        return {}
-
-    def __setstate__(self, state: dict) -> None:
-        self.clear()
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return NormCache, ()
 
     def norms(self, source: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, training: bool) -> Tensor:
-        """:func:`row_norms` of ``weight``; ``source`` is the parameter it was made from, which is watched instead."""
+        """:func:`row_norms` of ``weight``; ``source`` is the parameter that it comes from, whose changes count."""
         if torch.compiler.is_compiling() or type(source) not in (Tensor, torch.nn.Parameter):
-            # no memory to tell by, as in fake tensors
+            # changes cannot be told, as of fake tensors
             return row_norms(weight, a, b, scale)
         if not training and self._norms is not None:
-            keys, for_scale, norms = self._norms
-            if scale == for_scale and all(key.holds(t) for key, t in zip(keys, (source, a, b), strict=True)):
+            versions, for_scale, norms = self._norms
+            if scale == for_scale and all(v.is_current(t) for v, t in zip(versions, (source, a, b), strict=True)):
                 return norms
-        dtype = norm_dtype(weight, a, b)
-        if self._squares is None or not self._squares[0].holds(source) or self._squares[1].dtype != dtype:
-            self._squares = (_Key.of(source), row_squares(weight, dtype))
+        dtype = _norm_dtype(weight, a, b)
+        if self._squares is None or not self._squares[0].is_current(source) or self._squares[1].dtype != dtype:
+            self._squares = (_Version.of(source), row_squares(weight, dtype))
         norms = row_norms(weight, a, b, scale, self._squares[1])
         if not training:
-            self._norms = (tuple(map(_Key.of, (source, a, b))), scale, norms)
+            self._norms = (tuple(map(_Version.of, (source, a, b))), scale, norms)
         return norms

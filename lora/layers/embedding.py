@@ -1,7 +1,7 @@
-"""Adapted embeddings: one row of r numbers per token, and a matrix to the width of the model.
+"""Adapted embeddings: ``y = W[t] + scale * A^T[t] B^T``.
 
-torch's own operations are lean here: the tokens have no gradient, and what autograd keeps is the tokens and
-``H = A^T[tokens]``, r numbers per token.
+torch's own operations suffice: tokens have no gradient, and autograd keeps the tokens and ``H = A^T[t]``, r numbers per
+token.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels._modes import unseen
-from leanstep.lora.layers.autograd import Weights, dora_factor
+from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.lora.layers.dora import row_norms
-from leanstep.lora.layers.layer import Adapter, FastPath, LoRALayer, common_reasons, mixture
+from leanstep.lora.layers.linear import Adapter, FastPath, LoRALayer, mixture, why_not_fast
+from leanstep.lora.layers.rule import dora_factor
 
 
 class LoRAEmbeddingLayer(LoRALayer):
@@ -42,32 +42,26 @@ class LoRAEmbeddingLayer(LoRALayer):
             scale_grad_by_freq=self.scale_grad_by_freq,  # type: ignore[arg-type]
         )
         b = self.lora_embedding_B
-        scale = self.lora.scale
         embed_scale = getattr(self, "embed_scale", None)
         if embed_scale is not None:
-            # some models multiply what an embedding gives, inside it
+            # some models scale the output inside the embedding
             h = h * torch.as_tensor(embed_scale).to(h)
-        rows, inner = base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1])
-        y = torch.addmm(rows.to(b.dtype), inner, b.t(), alpha=scale)
+        base_rows, h_rows = base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1])
+        y = torch.addmm(base_rows.to(b.dtype), h_rows, b.t(), alpha=self.lora.scale)
         if self.lora_magnitude_vector is not None:
-            a = self.lora_embedding_A
-            y = y * dora_factor(Weights(self.weight, None, a, b, None, self.lora_magnitude_vector, self.norms()))
+            y = y * dora_factor(self.lora_magnitude_vector, self.norms())
         return y.to(base.dtype).view(base.shape)
-
-    def why_not_fast(self, x: Tensor | None = None) -> str | None:
-        """The reason against the fast path; None when there is none."""
-        return common_reasons(self.lora, {"weight": self.weight}, None)
 
     @property
     def fast_path(self) -> FastPath:
         """Whether the next forward pass runs on the fast path, and why (not)."""
-        reason = self.why_not_fast()
+        reason = why_not_fast(self.lora, {"weight": self.weight})
         return FastPath(reason is None, reason or "torch's own operations, which keep r numbers per token")
 
     def norms(self) -> Tensor:
         """DoRA's norms, of the columns of the embedding: (width,), no gradient."""
         a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
-        return unseen(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
+        return outside_dispatch_modes(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
 
 
 class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):  # type: ignore[misc]
@@ -75,7 +69,7 @@ class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):  # type: ignore[misc]
 
 
 def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
-    """Turn an embedding into an adapted one, in place. Everything has been checked before."""
+    """Turn an embedding into an adapted one, in place, after all checks."""
     weight = module.weight
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     a = torch.zeros(adapter.rank, module.num_embeddings, device=weight.device, dtype=dtype)
@@ -86,8 +80,7 @@ def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
     module.lora_embedding_A, module.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
     module.register_parameter("lora_magnitude_vector", None)
     base: Any = type(module)
-    adapter.base = base
-    module.__class__ = mixture(base, LoRAEmbeddingLayer)
+    adapter.base, module.__class__ = base, mixture(base, LoRAEmbeddingLayer)
     assert isinstance(module, LoRAEmbeddingLayer)
     if config.use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits, as bitsandbytes stores them: a dense matrix for the time of a product, never kept."""
+"""What is known of the frozen layer under an adapter: its sides, its forward, and how to dequantise its weight."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = ("Linear4bit", "Linear8bitLt")
-# the forwards that compute x W^T + b and nothing else; a subclass with one of its own may do more
+from leanstep._torch import is_conv1d
+
+# forwards that compute x W^T + b and nothing else; a subclass with one of its own may do more
 KNOWN_FORWARDS = frozenset(
     {
         "torch.nn.modules.linear.Linear.forward",
@@ -22,24 +23,91 @@ KNOWN_FORWARDS = frozenset(
         "bitsandbytes.nn.modules.Linear8bitLt.forward",
     }
 )
-# dtypes that linear layers can be adapted in
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+# dtypes of base weights that can be adapted
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def kind(module: nn.Module) -> str | None:
-    """``"Linear4bit"``, ``"Linear8bitLt"`` or None, by the class's name: bitsandbytes need not be there."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D, or a subclass."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def widths(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    n, m = module.weight.shape
+    return n, m
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its class's forward: hooks, or a forward set on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def why_own_forward(cls: type[nn.Module]) -> str | None:
+    """Why the fast path cannot replace a class's forward: it is not one of :data:`KNOWN_FORWARDS`; else None."""
+    forward = cls.forward
+    name = f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', None)}"
+    # a wrapper made with functools.wraps has the name of the function it wraps
+    if name in KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
+        return None
+    return f"{cls.__name__} has a forward of its own, which may compute more than x W^T + b"
+
+
+class _WithoutHooks(nn.Module):
+    """Calls the forward of a module's class and none of its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return type(self.module).forward(self.module, x)
+
+
+def why_no_tensor(module: nn.Module, width: int) -> str | None:
+    """Why an adapter cannot be added to a layer's output: it is not a tensor. None where it is, or is not known.
+
+    An unknown forward is run once on tensors without data ("meta").
+    """
+    if why_own_forward(type(module)) is None:
+        return None
+    bare = _WithoutHooks(module)
+    tensors = itertools.chain(bare.named_parameters(), bare.named_buffers())
+    try:
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+        dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)
+        x = torch.empty(2, width, dtype=dtype, device="meta")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = torch.func.functional_call(bare, meta, (x,))
+    except Exception:  # an unknown forward may fail on such tensors in any way
+        return None
+    if isinstance(output, Tensor):
+        return None
+    return f"{type(module).__name__} returns a {type(output).__name__}, and adapters are added to a tensor"
+
+
+# --- quantised weights ------------------------------------------------------------------------------------------------
+
+
+def quantized_kind(module: nn.Module) -> str | None:
+    """``"Linear4bit"``, ``"Linear8bitLt"`` or None, by the class's name: bitsandbytes is not imported to ask."""
     for cls in type(module).__mro__:
-        if cls.__module__.split(".")[0] == "bitsandbytes" and cls.__name__ in KINDS:
+        if cls.__module__.split(".")[0] == "bitsandbytes" and cls.__name__ in QUANTIZED:
             return cls.__name__
     return None
 
 
 def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What makes the dense (out, in) matrix of a quantised layer's weight; None for a dense layer."""
-    found = kind(module)
-    if found is None:
+    """The function from a quantised layer's weight to its dense (out, in) matrix; None for a dense layer."""
+    kind = quantized_kind(module)
+    if kind is None:
         return None
-    return _dense_4bit if found == "Linear4bit" else functools.partial(_dense_8bit, module)
+    return _dense_4bit if kind == "Linear4bit" else functools.partial(_dense_8bit, module)
 
 
 def _dense_4bit(weight: Any) -> Tensor:
@@ -63,60 +131,16 @@ def _dense_8bit(module: Any, weight: Any) -> Tensor:
     return codes.to(torch.float32).mul_(scales.to(torch.float32).unsqueeze(1) / 127)
 
 
-def why_own_forward(cls: type[nn.Module]) -> str | None:
-    """Why the fast path cannot stand in for a class's forward: it is not one of :data:`KNOWN_FORWARDS`."""
-    forward = cls.forward
-    name = f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', None)}"
-    # a wrapper made with functools.wraps has the name of what it wraps
-    if name in KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
-        return None
-    return f"{cls.__name__} has a forward of its own, which may compute more than x W^T + b"
-
-
-class _WithoutHooks(nn.Module):
-    """Calls the forward of a module's class and none of its hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Any:
-        """What the class's forward returns."""
-        return type(self.module).forward(self.module, x)
-
-
-def why_no_tensor(module: nn.Module, width: int) -> str | None:
-    """Why no adapter can be added to a layer's output: it is not one tensor. None where it is, or cannot be known.
-
-    A forward that is not known is run once on tensors without data ("meta").
-    """
-    if why_own_forward(type(module)) is None:
-        return None
-    bare = _WithoutHooks(module)
-    states = itertools.chain(bare.named_parameters(), bare.named_buffers())
-    try:
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in states}
-        dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)
-        x = torch.empty(2, width, dtype=dtype, device="meta")
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            output = torch.func.functional_call(bare, meta, (x,))
-    except Exception:  # what a foreign forward does with such tensors is its own affair
-        return None
-    if isinstance(output, Tensor):
-        return None
-    return f"{type(module).__name__} returns a {type(output).__name__}, and adapters are added to a tensor"
-
-
 def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer with this weight cannot be adapted; None when it can."""
+    """Why a layer with this weight cannot be adapted, by its dtype; None when it can."""
     if weight.dtype in FLOATS:
         return None
-    if kind(module) is None:
+    kind = quantized_kind(module)
+    if kind is None:
         found, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
         return f"its weight is {found}; adapted are layers in {', '.join(known)}, and bitsandbytes' in 4 and 8 bits"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        return f"it is a {kind(module)} of bitsandbytes, which cannot be imported here: {error}"
+        return f"it is a {kind} of bitsandbytes, which cannot be imported here: {error}"
     return None

@@ -1,20 +1,286 @@
-"""Adapted linear layers: ``torch.nn.Linear``, transformers' ``Conv1D``, and what is derived from them."""
+"""Adapted layers: their numbers, whether and why they are fast, and the linear ones among them.
+
+A layer is adapted in place: it stays the same object, keeps its parameters and their names, and becomes an instance of
+a subclass of its class, which adds ``lora_A`` and ``lora_B`` (or ``lora_embedding_A`` and ``_B``), and
+``lora_magnitude_vector`` for DoRA. So a ``state_dict`` of the base model stays one, hooks stay, ``isinstance`` holds,
+and quantised or parametrised layers need no wrapper.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels import lora_dropout
-from leanstep.kernels._backend import on_remembered_backend, remember_backend
-from leanstep.lora.layers.autograd import Setting, Weights, dora_factor, matrix
-from leanstep.lora.layers.fast import FastLinear
-from leanstep.lora.layers.frozen import dequantizer, why_own_forward
-from leanstep.lora.layers.layer import Adapter, LoRALayer, mixture
-from leanstep.lora.layers.seeds import new_seed
+from leanstep._torch import is_dtensor
+from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
+from leanstep.lora.layers.contraction import ContractionPath, contraction_path
+from leanstep.lora.layers.dora import NormCache
+from leanstep.lora.layers.frozen import dequantizer, why_own_forward, widths
+from leanstep.lora.layers.rule import dora_factor
+
+__all__ = [
+    "Adapter",
+    "FastLinear",
+    "FastPath",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRALinearLayer",
+    "Mixin",
+    "attach_linear",
+    "autocasted",
+    "detach_linear",
+    "fast_linear",
+    "mixture",
+]
+
+
+class FastPath(NamedTuple):
+    """Whether a layer runs on the fast path, and the reason in words."""
+
+    on: bool
+    reason: str
+
+
+@dataclass
+class Adapter:
+    """The numbers of one layer's adapter.
+
+    Attributes:
+        name: the layer's name in the model.
+        rank, scale, dropout, save, fast_path: as in :class:`leanstep.lora.LoraConfig`, for this layer.
+        transposed: whether the base weight is (in, out).
+        merged: whether the base weight contains the adapter.
+        enabled: whether the adapter is on.
+        keep_zeros: whether zeros of the base weight stay zero (:func:`leanstep.lora.keep_zeros`).
+        base: the class the layer had before.
+        norms: DoRA's norms; None until they are needed.
+        undo: what :func:`leanstep.lora.unmerge` needs.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    dropout: float
+    save: str
+    fast_path: bool | None
+    transposed: bool
+    base: type[nn.Module] = nn.Module
+    merged: bool = False
+    enabled: bool = True
+    keep_zeros: bool = False
+    norms: NormCache | None = None
+    undo: Any = None
+
+
+# --- classes made of two ----------------------------------------------------------------------------------------------
+
+
+class Mixin(nn.Module):
+    """Base of classes that are mixed into a module's own class; pickled as the two, since a mixture has no name."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = super().__reduce_ex__(protocol)
+        bases = type(self).__bases__[::-1]
+        known = len(bases) == 2 and mixture(*bases) is type(self)
+        return (_new, bases, *state[2:]) if known else state
+
+
+@functools.cache
+def mixture(cls: Any, mixin: Any) -> Any:
+    """The subclass of a module's class and a mixin; one for each pair."""
+    name = f"LoRA{cls.__name__}"
+    # such as LoRALinear, which has a name
+    named = next((c for c in mixin.__subclasses__() if c.__bases__ == (mixin, cls) and c.__name__ == name), None)
+    return named or type(name, (mixin, cls), {"__module__": mixin.__module__})
+
+
+def _new(cls: Any, mixin: Any) -> nn.Module:
+    made = mixture(cls, mixin)
+    return made.__new__(made)
+
+
+class LoRALayer(Mixin):
+    """Base of adapted layers; mixed into the layer's own class."""
+
+    lora: Adapter
+
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``; DoRA's norms are computed anew afterwards. Warns where the adapter is merged."""
+        if mode and self.lora.merged:
+            warnings.warn(
+                "train() of a model with merged adapters, whose factors get no gradient; unmerge(model) first",
+                stacklevel=2,
+            )
+        # training loops call train() at every step; while training, norms are computed anew anyway
+        if not (mode and self.training):
+            self.lora.norms = None
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        lora = self.lora
+        state = "merged" if lora.merged else "on" if lora.enabled else "off"
+        return f"{super().extra_repr()}, lora r={lora.rank} scale={lora.scale:g} dropout={lora.dropout:g} ({state})"
+
+
+# --- the fast path ----------------------------------------------------------------------------------------------------
+
+
+def why_not_fast(lora: Adapter, tensors: dict[str, Tensor | None]) -> str | None:
+    """Why a layer of any kind cannot run on the fast path; None when it can."""
+    if lora.fast_path is False:
+        return "turned off by fast_path=False"
+    if lora.merged:
+        return "the adapter is merged into the base weight: the base layer runs"
+    if not lora.enabled:
+        return "the adapter is disabled: the base layer runs"
+    if lora.keep_zeros:
+        return "the zeros of the base weight are kept, for which the product of the factors is formed and masked"
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            return f"{name} is sharded (DTensor): torch's own operations know how to multiply it"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform, which autograd functions of this kind do not support"
+    return None
+
+
+class FastLinear:
+    """A linear layer with an adapter: :class:`LoRALinearLayer`, or one of PEFT's.
+
+    Attributes:
+        lora: the adapter's numbers.
+        siblings: the layers that share its input (:class:`leanstep.lora.layers.block.Siblings`), or None.
+    """
+
+    lora: Adapter
+    siblings: Any = None
+
+    def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The module with the base weight and bias, A, B, the bias of B, and DoRA's magnitude."""
+        raise NotImplementedError
+
+    def base_class(self) -> type[nn.Module]:
+        """The class whose forward computes the base product."""
+        return type(self.parts()[0])
+
+    def in_training(self) -> bool:
+        """Whether dropout is on."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output in plain torch."""
+        raise NotImplementedError
+
+    @property
+    def fast_path(self) -> FastPath:
+        """Whether the next forward pass runs on the fast path, and why (not)."""
+        reason = self.why_not_fast()
+        if reason is not None:
+            return FastPath(False, reason)
+        alone = self.siblings is not None and self.siblings.broken
+        others = ", for this layer alone: the layers beside it were given other inputs, so each keeps its own"
+        return FastPath(True, "one autograd function that keeps the input only" + (others if alone else ""))
+
+    def why_not_fast(self, x: Tensor | None = None) -> str | None:
+        """Why the layer cannot run on the fast path, for an input if one is given; None when it can."""
+        base, a, _, _, _ = self.parts()
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        reason = why_not_fast(self.lora, {"weight": weight, "lora_A": a}) or why_own_forward(self.base_class())
+        if reason is not None:
+            return reason
+        if weight.requires_grad:
+            return "the base weight is trained, whose gradient is a full matrix"
+        quantized = dequantizer(base) is not None
+        if not quantized and not weight.is_floating_point():
+            return f"the base weight is {weight.dtype}, which no code here can multiply"
+        if x is None:
+            return None
+        if not x.is_floating_point():
+            return f"the input is {x.dtype}, which has no gradient"
+        if not quantized and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"the input is {x.dtype} and the base weight {weight.dtype}"
+        return None
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] to [..., out], on the fast path where that is possible."""
+        if self.siblings is not None:
+            y = self.siblings.take(self, x)
+            if y is not None:
+                return y
+        reason = self.why_not_fast(x)
+        if reason is not None:
+            if self.lora.fast_path:
+                raise RuntimeError(f"{self.lora.name}: fast_path=True was asked for, but {reason}")
+            return self.plain(x, *args, **kwargs)
+        x = autocasted(x)
+        setting, weights = self.operands(x)
+        return lora_linears(x, (setting,), (weights,), (self.seed(),))[0]
+
+    def seed(self) -> Tensor | None:
+        """A new seed where the next pass has dropout."""
+        return new_seed() if self.in_training() and self.lora.dropout > 0 else None
+
+    def operands(self, x: Tensor) -> tuple[Setting, Weights]:
+        """The layer's arguments of :func:`leanstep.lora.layers.autograd.lora_linears` for an input."""
+        base, a, b, b_bias, magnitude = self.parts()
+        lora, dense = self.lora, dequantizer(base)
+        p = lora.dropout if self.in_training() else 0.0
+        save, norm, path = lora.save, None, ContractionPath()
+        if magnitude is not None:
+            norm = self.norms()
+            if save == "min" and _can_read(magnitude) and bool((magnitude == 0).any()):
+                # the magnitude's gradient needs Z, which a zero magnitude removes from the output
+                save = "full"
+        elif p == 0 and dense is None and save != "lora_fa":
+            path = contraction_path(x.numel() // max(1, x.shape[-1]), a.shape[1], b.shape[0], lora.rank, x.dtype)
+        setting = Setting(lora.scale, p, save, lora.transposed, path, dense)
+        return setting, Weights(base.weight, base.bias, a, b, b_bias, magnitude, norm)  # type: ignore[arg-type]
+
+    def norms(self) -> Tensor:
+        """DoRA's norms: (out,), fp32 or fp64, no gradient."""
+        return outside_dispatch_modes(self._norms)
+
+    def _norms(self) -> Tensor:
+        base, a, b, _, _ = self.parts()
+        a, b, lora = a.detach(), b.detach(), self.lora
+        assert isinstance(base.weight, Tensor)
+        weight = base.weight.detach() if base.weight.is_floating_point() else base.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        dense = dense_weight(Setting(lora.scale, transposed=lora.transposed, dense=dequantizer(base)), weight, dtype)
+        if lora.norms is None:
+            lora.norms = NormCache()
+        return lora.norms.norms(weight, dense, a, b, lora.scale, self.in_training())
+
+
+def _can_read(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read without waiting for a device."""
+    real = type(tensor) in (Tensor, nn.Parameter)
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes linear layers in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def fast_linear(module: nn.Module | None) -> FastLinear | None:
+    """The fast layer that a module is, or that :func:`leanstep.lora.accelerate_peft` made its forward; else None."""
+    if isinstance(module, FastLinear):
+        return module
+    owner = getattr(vars(module).get("forward"), "__self__", None) if isinstance(module, nn.Module) else None
+    return owner if isinstance(owner, FastLinear) else None
+
+
+# --- adapted linear layers --------------------------------------------------------------------------------------------
 
 
 class LoRALinearLayer(FastLinear, LoRALayer):
@@ -52,15 +318,15 @@ class LoRALinearLayer(FastLinear, LoRALayer):
             return super().forward(x, *args, **kwargs)
         return self.run(x, *args, **kwargs)
 
-    def plain(self, x: Tensor, reason: str, *args: Any, **kwargs: Any) -> Tensor:
-        """The same in plain torch."""
-        a, b = self.lora_A, self.lora_B
-        inputs = x
+    def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output in plain torch."""
+        dropped = x
         if self.training and self.lora.dropout > 0:
-            inputs = _DropoutFunction.apply(x, self.lora.dropout, new_seed())
+            dropped = seeded_dropout(x, self.lora.dropout, new_seed())
         if self.lora.keep_zeros:
-            return self._with_zeros(x, inputs)
-        wide = inputs if torch.is_autocast_enabled(x.device.type) else inputs.to(a.weight.dtype)
+            return self._with_zeros(x, dropped)
+        a, b = self.lora_A, self.lora_B
+        wide = dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(a.weight.dtype)
         update = b(a(wide)) * self.lora.scale
         base = super().forward(x, *args, **kwargs)
         if not isinstance(base, Tensor):
@@ -70,86 +336,48 @@ class LoRALinearLayer(FastLinear, LoRALayer):
             )
         if self.lora_magnitude_vector is None:
             return (base + update).to(base.dtype)
-        if why_own_forward(self.lora.base) is not None:
-            reached = super().forward(inputs, *args, **kwargs)
-            reached = reached if self.bias is None else reached - self.bias
+        if why_own_forward(self.lora.base) is None:
+            lora = self.lora
+            setting = Setting(lora.scale, transposed=lora.transposed, dense=dequantizer(self))
+            product = nn.functional.linear(dropped, dense_weight(setting, self.weight, dropped.dtype))
         else:
-            reached = torch.nn.functional.linear(inputs, self.dense_weight(inputs.dtype))
-        c = dora_factor(Weights(self.weight, None, a.weight, b.weight, None, self.lora_magnitude_vector, self.norms()))
-        return (base + (c - 1) * reached + c * update).to(base.dtype)
+            product = super().forward(dropped, *args, **kwargs)
+            product = product if self.bias is None else product - self.bias
+        c = dora_factor(self.lora_magnitude_vector, self.norms())
+        return (base + (c - 1) * product + c * update).to(base.dtype)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The base weight as an (out, in) matrix, dequantised if need be."""
-        setting = Setting(self.lora.scale, transposed=self.lora.transposed, dense=dequantizer(self))
-        return matrix(setting, Weights(self.weight, None, self.lora_A.weight, self.lora_B.weight), dtype)
-
-    def _with_zeros(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """The output for an input, of which ``inputs`` is what dropout left: the zeros of the weight are kept."""
+    def _with_zeros(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """The output where zeros of the weight are kept; ``dropped`` is x after dropout."""
         from leanstep.lora.layers.pruned import masked_update
 
         weight = self.weight.t() if self.lora.transposed else self.weight
         update = masked_update(weight, self.lora_A.weight, self.lora_B.weight, self.lora.scale)
-        linear = torch.nn.functional.linear
-        if inputs is x:
+        linear = nn.functional.linear
+        if dropped is x:
             # what the merged layer computes, rounded as its weight will be
             y = linear(x, (weight + update).to(weight.dtype), self.bias)
         else:
             y = linear(x, weight, self.bias)
-            y = y + linear(inputs, update.to(weight.dtype))
+            y = y + linear(dropped, update.to(weight.dtype))
         bias = self.lora_B.bias
         return y if bias is None else (y + bias * self.lora.scale).to(y.dtype)
-
-
-class _DropoutFunction(torch.autograd.Function):
-    """Dropout whose mask is found again from its seed: the plain path drops what the fast path drops."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        ctx.p, ctx.shape = p, x.shape
-        ctx.save_for_backward(seed)
-        remember_backend(ctx)
-        return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
-
-    @staticmethod
-    @on_remembered_backend
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None
 
 
 class LoRALinear(LoRALinearLayer, nn.Linear):  # type: ignore[misc]
     """An adapted ``torch.nn.Linear``; see :class:`LoRALinearLayer` for what it computes."""
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D, or derived from them."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer with an (in, out) weight."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
-
-
-def widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    n, m = module.weight.shape
-    return n, m
-
-
 def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
-    """Turn a linear layer into an adapted one, in place. Everything has been checked before."""
+    """Turn a linear layer into an adapted one, in place, after all checks."""
     n, m = widths(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    # PEFT keeps the factors of 16-bit models in fp32, and so do we: updates are small
+    # as in PEFT, factors of 16-bit models are fp32: updates are small
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     device = weight.device
     module.lora_A = nn.Linear(n, adapter.rank, bias=False, device=device, dtype=dtype)
     module.lora_B = nn.Linear(adapter.rank, m, bias=config.lora_bias, device=device, dtype=dtype)
-    reset_factors(module.lora_A, module.lora_B, config.init_lora_weights)
+    _initialize(module.lora_A, module.lora_B, config.init_lora_weights)
     module.lora = adapter
     module.siblings = None
     module.register_parameter("lora_magnitude_vector", None)
@@ -165,7 +393,7 @@ def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
 
 
 @torch.no_grad()
-def reset_factors(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
+def _initialize(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
     """Initialise the factors; see ``init_lora_weights`` of :class:`leanstep.lora.LoraConfig`."""
     if how is False:
         return

@@ -1,4 +1,4 @@
-"""Adapters on a pruned base: what is zero in the base weight stays zero in the sum that the model computes with."""
+"""Adapters on a pruned base: zeros of the base weight stay zero in the merged weight."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanstep.lora.layers.frozen import kind, why_own_forward
+from leanstep.lora.layers.frozen import quantized_kind, why_own_forward
 from leanstep.lora.layers.linear import LoRALinearLayer
 
-__all__ = ["keep_zeros"]
+__all__ = ["keep_zeros", "masked_update"]
 
 
 def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[str]:
     """Let adapted layers of a pruned model compute ``y = x (W + scale (B A) * (W != 0))^T + b``.
 
-    An adapter as it is fills the zeros of its base when it is merged. Here the product of its factors is masked in
-    training already, so that the merged model is as sparse as the base and computes what was trained: :func:`merge`
-    and the final folder of a run then keep the zeros without being told to.
+    A plain adapter fills the zeros of its base when it is merged. Here the product of the factors is masked in training
+    already, so the merged model is as sparse as the base and computes what was trained. :func:`leanstep.lora.merge` and
+    the final folder of a run then keep the zeros without ``keep_mask``.
 
     Args:
         model: adapted by :func:`leanstep.lora.apply_lora` and not merged; changed in place.
@@ -30,13 +30,14 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
         The names of the layers.
 
     Raises:
-        ValueError: for a name that is no adapted linear layer, DoRA (whose norms are of the unmasked sum), a quantised
-            base, ``fast_path=True``, or a merged adapter. Nothing is changed.
+        ValueError: for a name that is not an adapted linear layer, DoRA (whose norms are of the unmasked sum), a
+            quantised base, a layer whose forward is unknown, ``fast_path=True``, or a merged adapter. Nothing is
+            changed.
 
     Notes:
-        Such a layer is computed whole instead of through its factors, and keeps a matrix of its weight's size for
-        backward. An adapter that is stored alone does not say that its product is masked: another program that adds
-        it to the base gets a dense model. Hand on the merged one.
+        Such a layer forms the (out, in) product of its factors and keeps a matrix of its weight's size for backward. A
+        stored adapter does not say that its product is masked: another program that adds it to the base gets a dense
+        model. Pass on the merged model instead.
 
     References:
         Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
@@ -47,26 +48,28 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
     for name in names:
         if name not in adapted:
             raise ValueError(f"keep_zeros: {name!r} is no linear layer with an adapter")
-        layer = adapted[name]
-        for wrong, what in (
-            (layer.lora_magnitude_vector is not None, "has DoRA, whose norms are of the unmasked sum; take LoRA"),
-            (kind(layer) is not None, f"is a {kind(layer)}, whose zeros are not exact; take a base in 16 bits"),
-            (
-                why_own_forward(layer.lora.base) is not None,
-                f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight",
-            ),
-            (layer.lora.fast_path is True, "is to run on the fast path, which forms no masked product"),
-            (layer.lora.merged, "is merged already"),
-        ):
-            if wrong:
-                raise ValueError(f"keep_zeros: {name} {what}")
+        reason = _why_not(adapted[name])
+        if reason is not None:
+            raise ValueError(f"keep_zeros: {name} {reason}")
     for name in names:
         adapted[name].lora.keep_zeros = True
     return names
 
 
+def _why_not(layer: LoRALinearLayer) -> str | None:
+    if layer.lora_magnitude_vector is not None:
+        return "has DoRA, whose norms are of the unmasked sum; take LoRA"
+    if quantized_kind(layer) is not None:
+        return f"is a {quantized_kind(layer)}, whose zeros are not exact; take a base in 16 bits"
+    if why_own_forward(layer.lora.base) is not None:
+        return f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight"
+    if layer.lora.fast_path is True:
+        return "was given fast_path=True, and the fast path forms no masked product"
+    return "is merged already" if layer.lora.merged else None
+
+
 def _has_zeros(layer: LoRALinearLayer) -> bool:
-    return kind(layer) is None and bool((layer.weight == 0).any())
+    return quantized_kind(layer) is None and bool((layer.weight == 0).any())
 
 
 def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -75,13 +78,13 @@ def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """Keeps the factors only; the mask is read off the frozen weight again."""
+    """Keeps the factors only; the mask is computed again from the frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(weight, a, b)
         ctx.scale = scale
-        # not in place: selective activation checkpointing may hold the product
+        # not in place: selective activation checkpointing may keep the product
         return ((b @ a) * scale).masked_fill(weight == 0, 0)
 
     @staticmethod

@@ -8,30 +8,102 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import is_conv1d
 from leanstep.lora.config import SAVES
-from leanstep.lora.layers.block import join_siblings
-from leanstep.lora.layers.contraction import NAMES as ORDERS
+from leanstep.lora.layers.block import (
+    FusedSwiGLU,
+    fused_swiglu,
+    is_swiglu,
+    join_siblings,
+    swiglu_fast_path,
+    swiglu_layers,
+    why_not_fused,
+)
 from leanstep.lora.layers.dora import NormCache
-from leanstep.lora.layers.fast import FastLinear, fast_linear
-from leanstep.lora.layers.layer import Adapter, FastPath, LoRALayer, is_watched
-from leanstep.lora.layers.linear import is_conv1d
-from leanstep.lora.layers.swiglu import FusedSwiGLU, fused_swiglu, is_swiglu, members, why_not_fused
+from leanstep.lora.layers.frozen import is_watched
+from leanstep.lora.layers.linear import Adapter, FastLinear, FastPath, LoRALayer, fast_linear
 
 _LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
-
-
 # the modules in a layer that PEFT calls and the fast path does not
-_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+_INNER = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+
+
+class Acceleration:
+    """The result of :func:`accelerate_peft`: reports the fast layers, and undoes the acceleration."""
+
+    def __init__(self, layers: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> None:
+        self._layers, self._blocks = layers, blocks
+
+    def fast_path(self) -> dict[str, FastPath]:
+        """Whether each layer's next forward pass runs on the fast path, and why (not), by name."""
+        fast = {name: fast_linear(module) for name, module in self._layers.items()}
+        layers = {name: layer.fast_path for name, layer in fast.items() if layer is not None}
+        return layers | {name: swiglu_fast_path(block) for name, block in self._blocks.items() if _is_ours(block)}
+
+    def undo(self) -> None:
+        """Give every module its own forward back. A second call does nothing."""
+        for module in (*self._blocks.values(), *self._layers.values()):
+            _restore_forward(module)
+        self._layers, self._blocks = {}, {}
+
+
+def accelerate_peft(
+    model: nn.Module, *, save: str = "min", fast_path: bool | None = None, fused_blocks: bool = True
+) -> Acceleration:
+    """Let the LoRA layers of a PEFT model compute on the fast path.
+
+    Modules, names, parameters, hooks and ``state_dict`` stay as they are. The layers get a ``forward`` that checks at
+    every call whether the fast path can run, and otherwise calls PEFT's.
+
+    Args:
+        model: a PEFT model, or any model with ``peft.tuners.lora`` layers; changed in place.
+        save, fast_path, fused_blocks: as in :class:`leanstep.lora.LoraConfig`.
+
+    Returns:
+        The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
+
+    Raises:
+        ValueError: for unknown values, a model without linear LoRA layers of PEFT's, a layer with a forward of its own,
+            or, with ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
+
+    Notes:
+        A model that is accelerated already, as a deepcopy of one is, gets the new settings; any of its handles undoes
+        the acceleration. After PEFT's ``merge_and_unload`` or ``unload``, a block's own forward comes back with
+        ``undo()`` or with the block's next pass.
+        Outputs equal PEFT's up to rounding: in 16 bits, products r wide are computed in the base's dtype, PEFT's in
+        fp32. Dropout drops other entries than ``torch.nn.Dropout``, with the same probability.
+    """
+    if save not in SAVES:
+        raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
+    layers = {name: PeftLinear(module, name, save, fast_path) for name, module in _peft_linears(model)}
+    if not layers:
+        raise ValueError(f"accelerate_peft: {_why_none(model)}")
+    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
+    if taken:
+        raise ValueError(f"accelerate_peft: {taken[0]} has a forward of its own already; take that away first")
+    reasons = {name: layer.why_not_fast() for name, layer in layers.items()}
+    if fast_path and any(reasons.values()):
+        name, reason = next((name, reason) for name, reason in reasons.items() if reason)
+        raise ValueError(f"accelerate_peft: fast_path=True was asked for, but {name} cannot: {reason}")
+    for module in model.modules():
+        _restore_forward(module)
+    for layer in layers.values():
+        layer.module.forward = layer.forward
+    blocks = _fuse(model) if fused_blocks else {}
+    return Acceleration({name: layer.module for name, layer in layers.items()}, blocks)
 
 
 class PeftLinear(FastLinear):
-    """One of PEFT's LoRA layers, read at every call: adapters can be added, switched and merged as before."""
+    """One of PEFT's LoRA layers, read anew at every call: adapters can be added, switched and merged as before."""
 
-    def __init__(self, module: Any, name: str, save: str, order: str, fast_path: bool | None) -> None:
-        self.module, self.name = module, name
-        self.save, self.order, self.wanted = save, order, fast_path
+    def __init__(self, module: Any, name: str, save: str, fast_path: bool | None) -> None:
+        self.module, self.name, self.save, self.wanted = module, name, save, fast_path
         self.siblings = None
         self.norm_cache = NormCache()
+
+    def _active(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.module.active_adapters if name in self.module.lora_A]
 
     @property
     def lora(self) -> Adapter:  # type: ignore[override]
@@ -44,7 +116,6 @@ class PeftLinear(FastLinear):
             scale=module.scaling[name],
             dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
             save=self.save,
-            order=self.order,
             fast_path=self.wanted,
             transposed=is_conv1d(module.get_base_layer()),
             merged=bool(module.merged),
@@ -52,29 +123,19 @@ class PeftLinear(FastLinear):
             norms=self.norm_cache,
         )
 
-    def _active(self) -> list[str]:
-        """The active adapters that this layer has."""
-        return [name for name in self.module.active_adapters if name in self.module.lora_A]
-
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The base layer, A, B, the bias of B, and DoRA's magnitude."""
         module, name = self.module, self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
-        dora = name in module.lora_variant
-        return (
-            module.get_base_layer(),
-            a.weight,
-            b.weight,
-            b.bias,
-            module.lora_magnitude_vector[name].weight if dora else None,
-        )
+        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+        return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
 
     def in_training(self) -> bool:
         """Whether dropout is on."""
         return self.module.training
 
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
-        """The reason against the fast path, for an input if one is given; None when there is none."""
+        """Why the layer cannot run on the fast path, for an input if one is given; None when it can."""
         module = self.module
         active = self._active()
         if len(active) != 1:
@@ -89,20 +150,20 @@ class PeftLinear(FastLinear):
             return "its factors are not plain linear layers"
         if is_watched(base):
             return "the base layer has hooks or a forward of its own, which would be passed by"
-        for part in _PARTS:
-            # at every call: past nn.Module's slower ways to its members
-            inner = module._modules[part]._modules.get(active[0])
+        for name in _INNER:
+            # _modules, since this runs at every call and nn.Module's own look-up is slower
+            inner = module._modules[name]._modules.get(active[0])
             if inner is not None and is_watched(inner):
-                return f"{part}.{active[0]} has hooks"
+                return f"{name}.{active[0]} has hooks"
         return super().why_not_fast(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the module's forward is now."""
+        """The forward that the module gets."""
         if args or kwargs or self.module.merged or self.module.disable_adapters or not self._active():
-            return type(self.module).forward(self.module, x, *args, **kwargs)
+            return self.plain(x, *args, **kwargs)
         return self.run(x)
 
-    def plain(self, x: Tensor, reason: str, *args: Any, **kwargs: Any) -> Tensor:
+    def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own forward."""
         return type(self.module).forward(self.module, x, *args, **kwargs)
 
@@ -114,85 +175,13 @@ class _Block:
         self.module = module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not members(self.module) and not torch.compiler.is_compiling():
+        """The forward that the block gets."""
+        if not swiglu_layers(self.module) and not torch.compiler.is_compiling():
             # PEFT has unloaded its layers, and does not know of this forward
-            _give_back(self.module)
+            _restore_forward(self.module)
         if args or kwargs or why_not_fused(self.module, x) is not None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
-        return fused_swiglu(x, members(self.module))
-
-
-class Acceleration:
-    """What :func:`accelerate_peft` returns: the fast layers, and the way back."""
-
-    def __init__(self, layers: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> None:
-        self._layers, self._blocks = layers, blocks
-
-    def fast_path(self) -> dict[str, FastPath]:
-        """Whether each layer's next forward pass runs on the fast path, and why (not), by name."""
-        found = {name: fast_linear(module) for name, module in self._layers.items()}
-        layers = {name: layer.fast_path for name, layer in found.items() if layer is not None}
-        reasons = {name: why_not_fused(block) for name, block in self._blocks.items() if _is_ours(block)}
-        text = "one function that keeps its input and the two inner projections"
-        return layers | {name: FastPath(reason is None, reason or text) for name, reason in reasons.items()}
-
-    def undo(self) -> None:
-        """Give every module its own forward back. A second call does nothing."""
-        for module in (*self._blocks.values(), *self._layers.values()):
-            _give_back(module)
-        self._layers, self._blocks = {}, {}
-
-
-def accelerate_peft(
-    model: nn.Module,
-    *,
-    save: str = "min",
-    order: str = "auto",
-    fast_path: bool | None = None,
-    fused_blocks: bool = True,
-) -> Acceleration:
-    """Let the LoRA layers of a PEFT model compute on the fast path.
-
-    Modules, names, parameters, hooks and ``state_dict`` stay as they are: the layers get a ``forward`` of their own,
-    which looks at every call whether it can run, and otherwise calls PEFT's.
-
-    Args:
-        model: a PEFT model, or any model with ``peft.tuners.lora`` layers; changed in place.
-        save, order, fast_path, fused_blocks: as in :class:`leanstep.lora.LoraConfig`.
-
-    Returns:
-        The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
-
-    Raises:
-        ValueError: for unknown values, a model without linear LoRA layers of PEFT's, a layer with a forward of its own,
-            or, with ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
-
-    Notes:
-        A model that is accelerated already, as a deepcopy of one is, gets these settings instead of those it had; any
-        of its handles undoes it. After PEFT's ``merge_and_unload`` or ``unload``, ``undo()`` or a block's next pass
-        gives it its own forward back.
-        Outputs are PEFT's to rounding: in 16 bits, products r wide are taken in the base's dtype, PEFT's in fp32.
-        Dropout drops other entries than ``torch.nn.Dropout`` does, with the same probability.
-    """
-    for name, value, allowed in (("save", save, SAVES), ("order", order, ORDERS)):
-        if value not in allowed:
-            raise ValueError(f"accelerate_peft: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    layers = {name: PeftLinear(module, name, save, order, fast_path) for name, module in _peft_linears(model)}
-    if not layers:
-        raise ValueError(f"accelerate_peft: {_why_none(model)}")
-    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
-    if taken:
-        raise ValueError(f"accelerate_peft: {taken[0]} has a forward of its own already; take that away first")
-    reasons = {name: layer.why_not_fast() for name, layer in layers.items()}
-    if fast_path and any(reasons.values()):
-        name, reason = next((name, reason) for name, reason in reasons.items() if reason)
-        raise ValueError(f"accelerate_peft: fast_path=True was asked for, but {name} cannot: {reason}")
-    for module in model.modules():
-        _give_back(module)
-    for layer in layers.values():
-        layer.module.forward = layer.forward
-    blocks = _fuse(model) if fused_blocks else {}
-    return Acceleration({name: layer.module for name, layer in layers.items()}, blocks)
+        return fused_swiglu(self.module, x)
 
 
 def _fuse(model: nn.Module) -> dict[str, nn.Module]:
@@ -202,7 +191,7 @@ def _fuse(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if "forward" in vars(module) or isinstance(module, FusedSwiGLU):
             continue
-        if is_swiglu(module) and len(members(module)) == 3:
+        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
             blocks[name] = module
             module.forward = _Block(module).forward
     return blocks
@@ -212,10 +201,10 @@ def _why_none(model: nn.Module) -> str:
     """Why a model has no layer to accelerate."""
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         return "the model is adapted by apply_lora, and on the fast path already"
-    peft = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
-    found = sorted({type(module).__name__ for module in peft})
-    if found:
-        return f"the model has no linear LoRA layer of PEFT's; found were {', '.join(found)}, which stay PEFT's own"
+    layers = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
+    kinds = sorted({type(module).__name__ for module in layers})
+    if kinds:
+        return f"the model has no linear LoRA layer of PEFT's; found were {', '.join(kinds)}, which stay PEFT's own"
     return "the model has no LoRA layer of PEFT's; for a plain model, use apply_lora"
 
 
@@ -225,8 +214,8 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(owner, (PeftLinear, _Block))
 
 
-def _give_back(module: nn.Module) -> None:
-    """Give a module its own forward back, if it has one of ours."""
+def _restore_forward(module: nn.Module) -> None:
+    """Give a module the forward of its class back, if it has one of ours."""
     if _is_ours(module):
         del module.forward
 

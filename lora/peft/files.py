@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-A key is ``base_model.model.`` and the parameter's name in the model. Names are those of PEFT, without the name of an
-adapter: ``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
+A key is ``base_model.model.`` and the parameter's name in the model. Names are PEFT's, without the adapter's name:
+``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
 ``LAYER.lora_embedding_A`` (r, vocabulary). The bias of an adapted layer is ``LAYER.base_layer.bias``.
 """
 
@@ -12,24 +12,22 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from leanstep._files import replacing, write_text
+from leanstep._torch import is_dtensor, place_like, whole_tensor
 from leanstep.lora.apply import adapted_layers, attach_adapters, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
-from leanstep.lora.layers.layer import is_sharded
-from leanstep.lora.layers.linear import LoRALinearLayer, widths
-from leanstep.lora.targets import fitted, rank_of, scale_of
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from leanstep.lora.layers.frozen import widths
+from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,21 +37,20 @@ _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's adapter under the keys of PEFT's files; sharded ones are gathered, on every process."""
+    """The tensors of a model's adapter by the keys of PEFT's files; all processes gather the sharded ones together."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     layers = dict(adapted_layers(model))
-    wholes = tuple(f"{name}." for name in modules_to_save(model, config))
+    saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
-        if any(f".{part}" in f".{name}" for part in _FACTORS) or name.startswith(wholes):
+        if any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
             key = name
         elif end == "bias" and parameter.requires_grad and config.bias != "none":
             key = f"{owner}.base_layer.bias" if owner in layers else name
         else:
             continue
-        value = parameter.detach()
-        state[PREFIX + key] = cast("DTensor", value).full_tensor() if is_sharded(value) else value
+        state[PREFIX + key] = whole_tensor(parameter.detach())
     return state
 
 
@@ -62,7 +59,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         model: adapted by :func:`leanstep.lora.apply_lora`, merged or not.
-        folder: made where it is missing; files of an adapter in it are replaced, each at once.
+        folder: created where it is missing; each file in it is replaced in one step.
 
     Returns:
         The folder.
@@ -88,8 +85,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
-    _replace(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(target / CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8"))
+    with replacing(target / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_text(target / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
     return target
 
 
@@ -98,25 +96,13 @@ def _all_transposed(model: nn.Module) -> bool:
     return bool(linear) and all(layer.lora.transposed for layer in linear)
 
 
-def _replace(path: Path, write) -> None:
-    """Write beside the target and rename: a reader finds the old file or the new one, whole."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(partial))
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
 def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object) -> Model:
     """Read an adapter that :func:`save_adapter` or PEFT wrote, into a plain model or one with such an adapter.
 
     Args:
-        model: the base model of the adapter; changed in place. A plain one is adapted as the file says.
+        model: the base model of the adapter; changed in place. A plain one is adapted by the file's configuration.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
-        changes: fields of :class:`leanstep.lora.LoraConfig` to set otherwise, such as ``save`` or ``lora_dropout``.
+        changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``.
 
     Returns:
         The model; the adapter can be trained further.
@@ -124,15 +110,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     Raises:
         FileNotFoundError: without these files.
         ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
-            unexpected key, or a shape that differs; for a start that changed the base (PiSSA and its like); for tensors
-            with a NaN or an infinity, or of whole numbers; for a model that is adapted already, a scale
-            (``lora_alpha``, ``use_rslora``, patterns) that differs, or an adapter that is merged. The model is
-            unchanged.
+            unexpected key, or a shape that differs; for an initialisation that changed the base (PiSSA and similar
+            ones); for tensors with a NaN or an infinity, or of integers; for an adapted model whose scale
+            (``lora_alpha``, ``use_rslora``, patterns) differs, or which is merged. The model is unchanged.
 
     Notes:
-        Warns where the file names another base than the model's config does, holds another base weight of an embedding
-        or head (PEFT writes adapted and resized ones; they are taken over), or names layers that the model lacks beside
-        those that it has.
+        Warns if the file names another base than the model's config, holds another base weight of an embedding or head
+        (PEFT writes adapted and resized ones; they replace the model's), or names some layers that the model lacks.
     """
     source = Path(folder)
     merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
@@ -150,7 +134,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         shapes = {key: tuple(model.get_parameter(key).shape) for key in expected}
     else:
         try:
-            config = fitted(model, config, str(source))
+            config = without_foreign_names(model, config, str(source))
             plan = plan_lora(model, config)
             shapes = _planned_shapes(model, plan, config)
         except ValueError as error:
@@ -167,16 +151,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         for key, value in state.items():
             _write(model.get_parameter(key), value)
     for _, layer in adapted_layers(model):
-        layer.lora.norms.clear()
+        layer.lora.norms = None
     return model
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:
-    if is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        like = cast("DTensor", parameter)
-        value = distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+    if is_dtensor(parameter):
+        value = place_like(value.to(parameter.dtype), parameter)
     parameter.copy_(value)
 
 
@@ -219,10 +200,10 @@ def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
 
 
 def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file under the names of the model's parameters.
+    """The tensors of a file by the names of the model's parameters.
 
-    With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` thrice: also under its wrapper's own names, and
-    as they were before training.
+    With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` three times: also under its wrapper's names, and
+    from before training.
     """
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -233,21 +214,24 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of embedding and head that are among other keys: PEFT writes adapted and resized ones."""
+    """Shapes of the base weights of embedding and head that are among ``others``, keys that no adapter has.
+
+    PEFT writes adapted and resized ones.
+    """
     getters = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
     modules = [module for getter in getters if (module := getter()) is not None]
     names = {f"{name}.weight": module for name, module in model.named_modules() if any(module is m for m in modules)}
     return {name: tuple(names[name].weight.shape) for name in others & set(names)}
 
 
-def _compare_embeddings(model: nn.Module, found: dict[str, Tensor], source: Path) -> None:
-    """Say so where the base weight of an embedding or head in the file is not the model's."""
-    for key, value in found.items():
-        own = model.get_parameter(key)
-        if not is_sharded(own) and not torch.equal(value.to(own), own):
+def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Warn where the base weight of an embedding or head in the file is not the model's."""
+    for key, value in weights.items():
+        current = model.get_parameter(key)
+        if not is_dtensor(current) and not torch.equal(value.to(current), current):
             warnings.warn(
                 f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that is not the model's; "
-                "it is taken over, and save_adapter does not write it",
+                "it replaces the model's, and save_adapter does not write it",
                 stacklevel=3,
             )
 
@@ -267,8 +251,7 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
                 shapes[f"{name}.lora_B.bias"] = (m,)
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (m,)
-    wholes = modules_to_save(model, config)
-    for name, whole in wholes.items():
+    for name, whole in modules_to_save(model, config).items():
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in whole.named_parameters()}
     for name, parameter in model.named_parameters():
         owner, _, end = name.rpartition(".")
@@ -277,48 +260,48 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
     return shapes
 
 
-def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    missing, foreign = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     problems = []
     if missing:
         problems.append(f"{len(missing)} keys are missing, such as {PREFIX}{missing[0]}")
     if foreign:
         problems.append(f"{len(foreign)} keys are not of this model and configuration, such as {PREFIX}{foreign[0]}")
-    for key in sorted(set(expected) & set(found)):
-        if expected[key] != found[key]:
-            problems.append(f"{PREFIX}{key} has shape {found[key]}, the model needs {expected[key]}")
+    for key in sorted(set(expected) & set(shapes)):
+        if expected[key] != shapes[key]:
+            problems.append(f"{PREFIX}{key} has shape {shapes[key]}, the model needs {expected[key]}")
             break
     if problems:
         raise ValueError(f"load_adapter: {where} does not fit this model: " + "; ".join(problems))
 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
-    """What an adapted model must have in common with a file besides the tensors."""
+    """Raise ValueError where an adapted model's scales are not the file's."""
     scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
-        name, (own, wanted) = next(iter(differ.items()))
+        name, (current, wanted) = next(iter(differ.items()))
         more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
         raise ValueError(
-            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {own:g} in the "
-            f"model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is adapted as "
-            "the file says"
+            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {current:g} in "
+            f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is "
+            "adapted as the file says"
         )
 
 
 def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
-    """Say so where the file names another base than the model is."""
-    wanted, own = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
-    if wanted and own and _place(wanted) != _place(own):
+    """Warn where the file names another base than the model's."""
+    wanted, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
+    if wanted and name and _normalized(wanted) != _normalized(name):
         warnings.warn(
-            f"load_adapter: {source} was made for {wanted!r}, and this model is {own!r}; if that is another base, it "
+            f"load_adapter: {source} was made for {wanted!r}, and this model is {name!r}; if that is another base, it "
             "computes something else than it was trained to",
             stacklevel=3,
         )
 
 
-def _place(name: str) -> str:
-    """One form for a model's name on the hub, its folder in the hub's cache, and a path."""
+def _normalized(name: str) -> str:
+    """The same string for a model's name on the hub and its folder in the hub's cache; a path is made absolute."""
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
     name = cached.group(1).replace("--", "/") if cached else name
     return os.path.realpath(os.path.expanduser(name))

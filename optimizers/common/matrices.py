@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.sharding import Shard
+from leanstep.optimizers.common.sharding import Shard, readable, store
 
 
 def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False) -> Tensor:
@@ -70,10 +70,12 @@ def write_back(
     Returns:
         What ``step`` returned.
     """
-    matrices = [as_written(w, s) for w, s in zip(weights, stacked, strict=True)]
+    parts = [readable(w) for w in weights]
+    matrices = [as_written(w, s) for w, s in zip(parts, stacked, strict=True)]
     states = [as_written(t, s) for t, s in zip(rounding_states, stacked, strict=True)] if rounding_states else []
     flags = step(matrices, states)
-    for stored, matrix in zip([*weights, *rounding_states], [*matrices, *states], strict=True):
+    for stored, matrix in zip([*parts, *rounding_states], [*matrices, *states], strict=True):
         if stored.dim() > matrix.dim() and not stored.is_contiguous():  # to flatten it may have made a copy
             stored.copy_(matrix.view_as(stored))
+    store(parts, weights)
     return flags

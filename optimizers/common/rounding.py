@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import constant
-from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
-from leanstep.optimizers.common.base import check_choice, describe, local
-from leanstep.optimizers.common.sharding import Shard, offsets_of
+from leanstep.kernels.reference.rounding import hash32
+from leanstep.kernels.steps.common import constant
+from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.sharding import Shard, local, new_state, offsets_of, plain
 
 # what each way keeps in the state of a parameter
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
-
-
-def check_rounding(owner: str, group: dict[str, Any]) -> None:
-    """Raise unless ``rounding`` and ``seed`` of a group are valid."""
-    check_choice(owner, "rounding", group["rounding"], ROUNDINGS)
-    seed = group["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"Invalid seed: {seed!r}; {owner} expects an int in [0, 2**32)")
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:
@@ -48,9 +40,9 @@ def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -
 def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
     """Create what ``rounding`` keeps for a parameter."""
     if rounding == "kahan" and "kahan_compensation" not in state:
-        state["kahan_compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["kahan_compensation"] = new_state(param)
     elif rounding == "master" and "master_param" not in state:
-        state["master_param"] = param.detach().to(torch.float32, copy=True)
+        state["master_param"] = plain(param.detach()).to(torch.float32, copy=True)
     elif rounding == "stochastic" and "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
 

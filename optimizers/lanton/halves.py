@@ -1,29 +1,26 @@
-"""LANTON's noise from the two halves of a batch: what is remembered between the micro-batches of a step."""
+"""LANTON's noise from the two halves of a batch: what is kept between the micro-batches of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import dense_gradient, dtype_of, local
-from leanstep.optimizers.common.sharding import Reduction, Steps, placed_like, run
+from leanstep._torch import is_dtensor
+from leanstep.optimizers.common.base import dense_gradient
+from leanstep.optimizers.common.sharding import Reduction, Steps, dtype_of, local, placed_like, run
 
-# settings of a group that say what its parameters' ``half_grad`` holds: nothing ("none"), the gradient of the first
-# part ("gradient"), which was ``half_fraction`` of the whole, or its difference with the whole ("difference")
+# settings of a group that say what ``half_grad`` of its parameters holds: nothing ("none"), the gradient of the first
+# part ("gradient"), which is ``half_fraction`` of the batch, or its difference from the whole gradient ("difference");
+# and whether a half was ever marked
 NOTHING: dict[str, Any] = {"half_is": "none", "half_fraction": 0.5, "half_seen": False}
 
-# elements that are averaged over processes at a time
-_BUCKET = 2**23
+# tensors that are averaged over processes at a time
+_BUCKET = 16
 
 State = MutableMapping[Tensor, dict[str, Any]]
-
-
-def measured_by_halves(group: Mapping[str, Any]) -> bool:
-    """Whether a group takes its noise from halves."""
-    return group["noise_adaptive"] and group["noise"] == "halves"
 
 
 def mark_half(
@@ -34,14 +31,13 @@ def mark_half(
     process_group: Any,
     loss_scale: float | Tensor,
 ) -> None:
-    """See :meth:`leanstep.optimizers.LANTON.mark_half`."""
+    """See :meth:`leanstep.optimizers.LANTON.mark_half`; ``groups`` are those with noise="halves"."""
     if not 0 < fraction < 1:
         raise ValueError(f"LANTON.mark_half: expected a fraction of the micro-batches in (0, 1), got {fraction}")
-    chosen = [g for g in groups if measured_by_halves(g)]
-    if not chosen:
+    if not groups:
         raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
     copies: list[Tensor] = []
-    for group in chosen:
+    for group in groups:
         group["half_is"], group["half_fraction"], group["half_seen"] = "none", float(fraction), True
         if group["noise_clock"]:
             continue
@@ -50,18 +46,22 @@ def mark_half(
             if param.grad is None:
                 continue
             grad = dense_gradient("LANTON", group, position, param).detach()
-            half = grad / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else grad
-            state[param]["half_grad"] = half.to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
-            copies.append(state[param]["half_grad"])
+            half = _unscaled(grad, loss_scale).to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
+            state[param]["half_grad"] = half
+            copies.append(half)
         group["half_is"] = "gradient"
-    whole = [c for c in copies if not hasattr(c, "placements")]
+    whole = [c for c in copies if not is_dtensor(c)]
     if whole and averaged is not True:
         _average(whole, averaged, process_group)
-    if not copies and any(g["half_is"] == "gradient" for g in chosen):
+    if not copies and any(g["half_is"] == "gradient" for g in groups):
         raise RuntimeError(
             "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first half "
             "(under FSDP2, with gradients reduced in each of them)"
         )
+
+
+def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:
+    return grad / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else grad
 
 
 def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) -> None:
@@ -76,47 +76,36 @@ def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) ->
             "over them cannot be seen. Say averaged=False inside DistributedDataParallel's no_sync() (Accelerate's "
             "accumulate() uses it), averaged=True outside."
         )
-    run(_sum_in_buckets(copies, process_group or torch.distributed.group.WORLD))
+    run(_sums(copies, process_group or torch.distributed.group.WORLD))
     torch._foreach_div_(copies, world)
 
 
-def _sum_in_buckets(copies: list[Tensor], process_group: Any) -> Steps[None]:
-    bucket: list[Reduction] = []
-    held = 0
-    for copy in copies:
-        bucket.append(Reduction(copy, process_group))
-        held += copy.numel()
-        if held >= _BUCKET:
-            yield bucket
-            bucket, held = [], 0
-    if bucket:
-        yield bucket
+def _sums(copies: list[Tensor], process_group: Any) -> Steps[None]:
+    """Sums over the processes, of a few tensors at a time: they travel in a flat copy."""
+    for start in range(0, len(copies), _BUCKET):
+        yield [Reduction(copy, process_group) for copy in copies[start : start + _BUCKET]]
 
 
 def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | Tensor) -> None:
-    """See :meth:`leanstep.optimizers.LANTON.mark_whole`."""
-    chosen = [g for g in groups if measured_by_halves(g)]
-    if not any(g["half_seen"] for g in chosen):
+    """See :meth:`leanstep.optimizers.LANTON.mark_whole`; ``groups`` are those with noise="halves"."""
+    if not any(g["half_seen"] for g in groups):
         raise RuntimeError("LANTON.mark_whole: call mark_half() after the first half of the micro-batches")
-    for group in chosen:
+    for group in groups:
         if group["half_is"] != "gradient":
             continue
         for param in group["params"]:
-            kept = state.get(param, {})
-            if "half_grad" in kept and param.grad is not None:
-                half, grad = local(kept["half_grad"]), local(placed_like(param.grad, param))
-                scaled = isinstance(loss_scale, Tensor) or loss_scale != 1
-                half.sub_(grad / loss_scale if scaled else grad, alpha=group["half_fraction"])
+            param_state = state.get(param, {})
+            if "half_grad" in param_state and param.grad is not None:
+                grad = _unscaled(local(placed_like(param.grad, param)), loss_scale)
+                local(param_state["half_grad"]).sub_(grad, alpha=group["half_fraction"])
         group["half_is"] = "difference"
 
 
 def check_marked(group: dict[str, Any]) -> None:
-    """Raise RuntimeError in a first step without a mark: the factors would stay at 1 without a word.
+    """Raise RuntimeError in a first step without a mark, in which all factors would stay at 1 without a warning.
 
-    Not at lr 0, with which torch.distributed.checkpoint steps to have the state created.
+    Not at lr 0: torch.distributed.checkpoint makes such a step to have the state created.
     """
-    if not measured_by_halves(group):
-        return
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "LANTON: noise='halves' cannot be compiled into a step: the copies come and go between steps, which "
@@ -132,7 +121,7 @@ def check_marked(group: dict[str, Any]) -> None:
 
 
 def forget(group: dict[str, Any], state: State) -> None:
-    """Drop what was remembered, once the step is done."""
+    """Drop the copies once the step is done."""
     if group["half_is"] == "none":
         return
     for param in group["params"]:

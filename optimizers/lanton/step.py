@@ -1,206 +1,404 @@
-"""The step of LANTON over all groups: noise first, then the factors of the layers, then momentum and update."""
+"""One step of LANTON over all layers: noise first, then factors, then momentum and update.
+
+The formulas are in :mod:`leanstep.optimizers.lanton.rule`. This module applies them to layers, to the matrices of a
+stack, and to this process's parts of sharded parameters.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._hyper import compute_dtype, constant
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
-from leanstep.optimizers.common.sharding import Shard, Steps, sum_over_shards
-from leanstep.optimizers.lanton.matrices import dual_norms, step_matrices
-from leanstep.optimizers.lanton.noise import (
-    Layer,
-    estimate_dtype,
-    joined,
-    layer_factors,
-    new_estimates,
-    write_back,
-)
-from leanstep.optimizers.lanton.routing import matrix_count
-from leanstep.optimizers.lanton.update import (
-    Found,
-    Member,
-    Update,
-    apply,
-    average,
-    averaged,
-    difference,
-    difference_size,
-    extra_of,
-    here,
-    keep_gradient,
-    look_ahead,
-    matrix_view,
-    on_host,
-)
-from leanstep.optimizers.sinkgd.adamw import nonfinite_flags
+from leanstep.kernels.steps.common import constant, nonfinite_flags
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
+from leanstep.optimizers.common.matrices import as_written, write_back
+from leanstep.optimizers.common.rounding import rounding_states, seeds_for
+from leanstep.optimizers.common.sharding import Shard, Steps, local, sum_over_shards
+from leanstep.optimizers.lanton import matrices, rule
+from leanstep.optimizers.lanton.matrices import is_stack
 
-# what is known of a matrix once its parts are summed over processes: the dual norm of the difference (of a vector, its
-# square), whether the gradient is not finite, whether it has a nonzero entry, the square of a vector's new momentum
-_DUAL, _BAD, _ACTIVE, _SQUARE = range(4)
+# Columns of a table with one row per matrix, summed over processes:
+_DUAL = 0  # the dual norm of the difference, without its scale for embeddings, heads and vectors; squared for vectors
+_NONFINITE = 1  # above 0 if the gradient is not finite
+_ACTIVE = 2  # above 0 if the gradient has a nonzero entry
+_SQUARE = 3  # the sum of squares of a vector's new momentum
 
 
-def step(members: list[Member], layers: list[Layer]) -> Steps[None]:
-    """Update all parameters that have a gradient; parameters and state in place.
+class Layer(NamedTuple):
+    """A parameter with a noise estimate: one, or one for each matrix of a stack."""
 
-    One reduction of a few numbers a matrix is all that the processes tell one another beside the matrices themselves:
-    all of them then know every estimate, and find the same maxima.
+    group: dict[str, Any]
+    param: Tensor
+    state: dict[str, Any]
+    norm: str  # "rms", "sign" or "vector"
+
+
+class LayerStep(NamedTuple):
+    """A parameter with a gradient at this step."""
+
+    group: dict[str, Any]
+    param: Tensor
+    state: dict[str, Any]
+    norm: str
+    grad: Tensor
+    rounding: str
+    shard: Shard
+    param_index: int  # among the parameters of all groups
+    measures: bool  # the difference of this step enters H
+    keeps: bool  # the gradient is kept for the next step
+
+
+class GradientInfo(NamedTuple):
+    """A parameter with a gradient, and the numbers that all processes know of it."""
+
+    layer: LayerStep
+    factor: Tensor  # [1], or [e] for a stack
+    nonfinite: Tensor  # 0-d bool: the gradient is not finite, and the parameter is left alone
+    active: Tensor  # bool [1] or [e]: the gradient has a nonzero entry
+    square: Tensor  # 0-d: sum of squares of a vector's momentum
+
+
+class Update(NamedTuple):
+    """An update to be written: ``weight <- weight * decay - lr * scale * direction``."""
+
+    info: GradientInfo
+    weight: Tensor  # this process's part, or one matrix of it
+    rounding_states: list[Tensor]  # empty, or the one of the weight
+    direction: Tensor  # a matrix or stack, as the weight is written
+    scale: Tensor  # [1], or [e] for a stack
+
+
+# ---- norms and shapes of parameters
+
+
+def norm_of(group: dict[str, Any], param: Tensor) -> str:
+    """The norm that a group gives to a parameter: "rms", "sign" or "vector"."""
+    if group["norm"] != "auto":
+        return group["norm"]
+    return "rms" if param.dim() >= 2 else "vector"
+
+
+def matrix_count(layer: Layer | LayerStep) -> int:
+    """The number of estimates of a parameter."""
+    return layer.param.shape[0] if is_stack(layer.group, layer.norm, layer.param.dim()) else 1
+
+
+def maximum_of(layer: Layer) -> str:
+    """Name of the maximum that a layer shares in."""
+    return layer.norm if layer.group["grouping"] == "norm" else f"{layer.norm}/{layer.group['name']}"
+
+
+def estimate_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of H, a squared sum over a whole matrix: fp64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# ---- the step
+
+
+def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
+    """Update the parameters that have a gradient, and their state, in place.
+
+    Besides the matrices themselves, processes reduce four numbers per matrix, once. All of them then know all estimates
+    and compute the same maxima.
 
     Args:
-        members: the parameters that have a gradient.
-        layers: every parameter with an estimate, whether it has a gradient now or not.
+        layers: the parameters that have a gradient.
+        estimated: all parameters that have an estimate, with or without a gradient.
     """
-    members = [m for m in members if m.param.numel() > 0]
-    if not members:
+    layers = [layer for layer in layers if layer.param.numel() > 0]
+    if not layers:
         return
-    device = local(members[0].param).device
-    rows: list[slice] = []
-    shards: list[Shard] = []
-    for m in members:
-        rows.append(slice(len(shards), len(shards) + matrix_count(m.group, m.norm, m.param)))
-        shards += [m.shard] * matrix_count(m.group, m.norm, m.param)
-    known = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
-    _look(members, rows, known)
+    device = local(layers[0].param).device
+    rows: list[slice] = []  # of each layer in the table
+    shards: list[Shard] = []  # of each row
+    for layer in layers:
+        count = matrix_count(layer)
+        rows.append(slice(len(shards), len(shards) + count))
+        shards += [layer.shard] * count
+    # what the rule has to know of each matrix: dual norms and flags
+    table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
+    _measure(layers, rows, table)
     if any(s.groups for s in shards):
-        yield from sum_over_shards(known, shards)
-    bad = known[constant([r.start for r in rows], device, torch.int64), _BAD] > 0
-    _count(members, bad)
-    _update_noise(members, rows, known, bad)
-    factors = _factors(members, layers, device)
-    found: list[Found] = []
-    for m, r, factor, flag in zip(members, rows, factors, bad.unbind(), strict=True):
-        there = local(m.param).device
-        active = (known[r, _ACTIVE] > 0).to(there)
-        found.append(Found(m, factor, flag.to(there), active, known[r.start, _SQUARE]))
-    rounded = [m.state["step"] for m in members if m.rounding == "stochastic"]
-    if rounded:
-        torch._foreach_add_(rounded, 1)
-    if on_host(known):
-        found = [x for x in found if not x.bad]  # to read it is free here: nothing of them is touched
-    for x in found:
-        keep_gradient(x)
-        average(x)
-    _step_elementwise([x for x in found if x.member.norm != "rms"])
-    step_matrices([x for x in found if x.member.norm == "rms"])
+        yield from sum_over_shards(table, shards)
+    nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
+    _count_nonfinite(layers, nonfinite)
+    # H and f
+    _update_noise(layers, rows, table, nonfinite)
+    factors = _factors(layers, estimated, device)
+    infos = []
+    for layer, r, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
+        home = local(layer.param).device
+        infos.append(
+            GradientInfo(layer, factor, flag.to(home), (table[r, _ACTIVE] > 0).to(home), table[r.start, _SQUARE])
+        )
+    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic"]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if _on_host(table):
+        infos = [info for info in infos if not info.nonfinite]  # to read a flag costs nothing on the host
+    # G' of the next step, B, and p along O
+    for info in infos:
+        _keep_gradient(info)
+        _update_momentum(info)
+    _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
+    hidden = [info for info in infos if info.layer.norm == "rms"]
+    for batch in matrices.directions([info.layer for info in hidden], lambda i: _direction_momentum(hidden[i].layer)):
+        _write([_matrix_update(hidden[task.layer_index], task, direction) for task, direction in batch])
 
 
-def _look(members: list[Member], rows: list[slice], known: Tensor) -> None:
-    """Fill in this process's part of what is to be known."""
-    checked = [i for i, m in enumerate(members) if m.group["nonfinite"] == "skip"]
-    for places in by_device_and_dtype([members[i].param for i in checked]).values():
-        flags = nonfinite_flags([local(members[checked[k]].grad) for k in places])
-        starts = constant([rows[checked[k]].start for k in places], known.device, torch.int64)
-        known[starts, _BAD] = flags.to(known)
-    for member, r in zip(members, rows, strict=True):
-        if member.layer >= 0 and (member.measures or member.keeps):
-            grad = local(member.grad)
+def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
+    """Fill in this process's part of the table."""
+    checked = [i for i, layer in enumerate(layers) if layer.group["nonfinite"] == "skip"]
+    for positions in by_device_and_dtype([layers[i].param for i in checked]).values():
+        flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
+        starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
+        table[starts, _NONFINITE] = flags.to(table)
+    for layer, r in zip(layers, rows, strict=True):
+        if layer.measures or layer.keeps:
+            grad = local(layer.grad)
             active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
-            here(member, known[r, _ACTIVE]).copy_(active)
-        if member.norm == "vector":
-            momentum = look_ahead(member, averaged(member))
-            known[r.start, _SQUARE] = torch.linalg.vector_norm(momentum, dtype=known.dtype).square()
-        if member.measures and member.norm != "rms":
-            known[r.start, _DUAL] = _partial_dual(member, known.dtype)
-    hidden = [i for i, m in enumerate(members) if m.measures and m.norm == "rms"]
-    for place, first, norms in dual_norms([members[i] for i in hidden]):
-        start = rows[hidden[place]].start + first
-        known[start : start + norms.numel(), _DUAL] = norms.to(known)
+            _of_this_process(layer, table[r, _ACTIVE]).copy_(active)
+        if layer.norm == "vector":
+            momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
+            ahead = _direction_momentum(layer, momentum)
+            table[r.start, _SQUARE] = torch.linalg.vector_norm(ahead, dtype=table.dtype).square()
+        if layer.measures and layer.norm != "rms":
+            table[r.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
+    hidden = [i for i, layer in enumerate(layers) if layer.measures and layer.norm == "rms"]
+    for task, norms in matrices.nuclear_norms([layers[i] for i in hidden], lambda i: _difference(layers[hidden[i]])):
+        start = rows[hidden[task.layer_index]].start + task.first
+        table[start : start + norms.numel(), _DUAL] = norms.to(table)
 
 
 def _any(grad: Tensor) -> Tensor:
     """Whether a gradient has a nonzero entry. On a CPU one among the first saves reading the rest."""
-    start = grad.flatten()[:64] if on_host(grad) and grad.is_contiguous() else grad
+    start = grad.flatten()[:64] if _on_host(grad) and grad.is_contiguous() else grad
     return start.any() if start is grad or bool(start.any()) else grad.any()
 
 
-def _partial_dual(member: Member, dtype: torch.dtype) -> Tensor:
-    """What this process's part adds to the sum of entries ("sign") or of squares ("vector") of the difference."""
-    delta = difference(member)
-    if member.norm == "sign":
-        return torch.linalg.vector_norm(delta, 1, dtype=compute_dtype(delta.dtype)).to(dtype)
-    return torch.linalg.vector_norm(delta, dtype=dtype).square()
+def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
+    """Add parameters with a non-finite gradient to the counts of their groups."""
+    by_group: dict[int, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if layer.group["nonfinite"] == "skip":
+            by_group.setdefault(id(layer.group), []).append(i)
+    for indices in by_group.values():
+        count_nonfinite(layers[indices[0]].group, nonfinite[constant(indices, nonfinite.device, torch.int64)])
 
 
-def _count(members: list[Member], bad: Tensor) -> None:
-    """Add tensors with a non-finite gradient to the counts of their groups."""
-    places: dict[int, list[int]] = {}
-    for i, m in enumerate(members):
-        if m.group["nonfinite"] == "skip":
-            places.setdefault(id(m.group), []).append(i)
-    for chosen in places.values():
-        count_nonfinite(members[chosen[0]].group, bad[constant(chosen, bad.device, torch.int64)])
-
-
-def _update_noise(members: list[Member], rows: list[slice], known: Tensor, bad: Tensor) -> None:
+def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, nonfinite: Tensor) -> None:
     """Take the dual norms of this step's differences into the estimates."""
-    chosen = [i for i, m in enumerate(members) if m.layer >= 0 and (m.measures or m.keeps)]
-    if not chosen:
+    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.keeps]
+    if not measuring:
         return
-    at = [(i, r) for i in chosen for r in range(rows[i].start, rows[i].stop)]
-    place = constant([r for _, r in at], known.device, torch.int64)
-    states = [members[i].state for i in chosen]
-    noise, counts = (joined(states, name, known.device) for name in ("noise", "noise_steps"))
+    pairs = [(i, r) for i in measuring for r in range(rows[i].start, rows[i].stop)]
+    states = [layers[i].state for i in measuring]
 
-    def each(value: Callable[[Member], float]) -> Tensor:
-        # a bool that depends on the clock of noise_every is symbolic in a trace, and not to be converted
-        numbers = [value(members[i]) for i, _ in at]
-        return constant([(1.0 if x else 0.0) if isinstance(x, bool) else x for x in numbers], known.device, known.dtype)
+    def per_matrix(value: Callable[[LayerStep], float]) -> Tensor:
+        # a bool that depends on the clock of noise_every is symbolic in a trace, where it cannot be converted
+        numbers = [value(layers[i]) for i, _ in pairs]
+        return constant([(1.0 if v else 0.0) if isinstance(v, bool) else v for v in numbers], table.device, table.dtype)
 
-    values = known[place]
-    usable = (values[:, _ACTIVE] > 0) & ~bad[constant([i for i, _ in at], known.device, torch.int64)]
-    vector = each(lambda m: m.norm == "vector") > 0
-    duals = torch.where(vector, values[:, _DUAL].sqrt(), values[:, _DUAL]) * each(_dual_size)
-    measured = usable & (counts >= 0) & (each(lambda m: m.measures) > 0)
-    kept = usable & (each(lambda m: m.keeps) > 0)
-    beta2 = each(lambda m: m.group["betas"][1])
-    noise, counts = new_estimates(noise, counts, duals, beta2, measured, kept)
-    write_back(states, "noise", noise)
-    write_back(states, "noise_steps", counts)
+    values = table[constant([r for _, r in pairs], table.device, torch.int64)]
+    usable = (values[:, _ACTIVE] > 0) & ~nonfinite[constant([i for i, _ in pairs], table.device, torch.int64)]
+    is_vector = per_matrix(lambda layer: layer.norm == "vector") > 0
+    duals = torch.where(is_vector, values[:, _DUAL].sqrt(), values[:, _DUAL]) * per_matrix(_remaining_scale)
+    noise, counts = (_joined(states, name, table.device) for name in ("noise", "noise_steps"))
+    estimates = rule.noise_estimate(noise, duals, per_matrix(lambda layer: layer.group["betas"][1]))
+    taken = usable & (counts >= 0) & (per_matrix(lambda layer: layer.measures) > 0) & torch.isfinite(estimates)
+    keeps = usable & (per_matrix(lambda layer: layer.keeps) > 0)
+    new_counts = torch.where(taken, counts + 1, counts)
+    _distribute(states, "noise", torch.where(taken, estimates, noise))
+    _distribute(states, "noise_steps", torch.where(keeps, new_counts.clamp_min(0), new_counts))
 
 
-def _dual_size(member: Member) -> float:
-    """What the norm of the difference is still to be multiplied by; hidden matrices have theirs already."""
-    if not member.measures or member.norm == "rms":
+def _remaining_scale(layer: LayerStep) -> float:
+    """The number that turns the table's entry into a dual norm; 1 for hidden matrices, whose entry is one."""
+    if not layer.measures or layer.norm == "rms":
         return 1.0
-    return difference_size(member) * (math.sqrt(member.param.numel()) if member.norm == "vector" else 1.0)
+    scale = rule.dual_norm_scale(layer.norm, tuple(layer.param.shape))
+    return rule.noise_scale(layer.group["noise"], layer.group["half_fraction"]) * scale
 
 
-def _factors(members: list[Member], layers: list[Layer], device: torch.device) -> list[Tensor]:
-    """f of every matrix of every member: [1] or [e]."""
+def _joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -> Tensor:
+    """One state of all layers as a vector in the dtype of estimates."""
+    return torch.cat([s[name].to(device) for s in states]).to(estimate_dtype(device))
+
+
+def _distribute(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> None:
+    """Write a vector back into the states it was joined from."""
+    for state, part in zip(states, values.split([s[name].numel() for s in states]), strict=True):
+        state[name].copy_(part)
+
+
+def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.device) -> list[Tensor]:
+    """f of every matrix of every layer: [1] or [e]."""
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
-    found: tuple[Tensor, ...] = ()
-    if layers:
-        factors = layer_factors(layers, device)[0]
-        found = factors.split([matrix_count(layer.group, layer.norm, layer.param) for layer in layers])
-    return [found[m.layer] if m.layer >= 0 else one.expand(matrix_count(m.group, m.norm, m.param)) for m in members]
+    known: dict[Tensor, Tensor] = {}
+    if estimated:
+        counts = [matrix_count(layer) for layer in estimated]
+        parts = factors_and_noise(estimated, device)[0].split(counts)
+        known = {layer.param: part for layer, part in zip(estimated, parts, strict=True)}
+    return [known[layer.param] if layer.param in known else one.expand(matrix_count(layer)) for layer in layers]
 
 
-def _step_elementwise(found: list[Found]) -> None:
-    """Embeddings and heads along the sign of their momenta, vectors along the momenta at root mean square 1."""
-    updates = []
-    for x in found:
-        member = x.member
-        direction = matrix_view(look_ahead(member, local(member.state["momentum_buffer"])), member)
-        if member.norm == "sign":
-            direction = direction.sign()
-        else:  # in double precision: one over the norm of a tiny vector is more than fp32 holds
-            scale = torch.where(x.square > 0, math.sqrt(member.param.numel()) / x.square.sqrt(), 0.0).to(
-                direction.device
-            )
-            direction = (direction.to(scale.dtype) * scale).to(compute_dtype(direction.dtype))
-        updates.append(
-            Update(
-                x,
-                local(member.param),
-                extra_of(member),
-                direction,
-                x.factor,
-                member.group["radius"],
-                member.shard.offset or 0,
-            )
+def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(f, H, number of estimates) of all matrices of the layers, as vectors in order."""
+    noise, counts = (_joined([layer.state for layer in layers], name, device) for name in ("noise", "noise_steps"))
+    measured, factors = counts >= 1, torch.ones_like(noise)
+    alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
+    maxima = [maximum_of(layer) for layer in layers for _ in range(matrix_count(layer))]
+    for maximum in dict.fromkeys(maxima):
+        indices = [i for i, name in enumerate(maxima) if name == maximum]
+        index = constant(indices, device, torch.int64)
+        automatic = [alphas[i] == "auto" for i in indices]
+        alpha = constant([1.0 if alphas[i] == "auto" else float(alphas[i]) for i in indices], device, noise.dtype)
+        if any(automatic):
+            median = rule.automatic_alpha(torch.where(measured[index], noise[index], float("nan")))
+            alpha = torch.where(constant(automatic, device, torch.bool), median, alpha)
+        rates = rule.inverse_rates(noise[index], alpha)
+        factors = factors.index_put((index,), rule.factors(rates, measured[index]))
+    return factors, noise, counts
+
+
+# ---- one parameter
+
+
+def _signed(layer: LayerStep) -> Tensor:
+    grad = local(layer.grad)
+    return -grad if layer.group["maximize"] else grad
+
+
+def _momentum(layer: LayerStep) -> Tensor:
+    return local(layer.state["momentum_buffer"])
+
+
+def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
+    """The tensor whose direction is taken: the momentum as stored or, with Nesterov, averaged once more with G."""
+    momentum = _momentum(layer) if momentum is None else momentum
+    return rule.nesterov(momentum, _signed(layer), layer.group["betas"][0]) if layer.group["nesterov"] else momentum
+
+
+def _difference(layer: LayerStep) -> Tensor:
+    """This process's part of the difference that, times ``noise_scale``, measures the noise.
+
+    G minus the previous gradient, or h - w * G for the halves of a batch. In the dtype of the gradients: its rounding
+    does not matter to a norm, and halves what is sent.
+    """
+    grad = local(layer.grad)
+    if layer.group["noise"] == "previous":
+        return grad - local(layer.state["previous_grad"])
+    half = local(layer.state["half_grad"])
+    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
+
+
+def _keep_gradient(info: GradientInfo) -> None:
+    """Keep the gradient for the next step, except matrices that are not finite or zero."""
+    layer = info.layer
+    if not layer.keeps:
+        return
+    grad, previous = local(layer.grad), local(layer.state["previous_grad"])
+    take = _of_this_process(layer, info.active & ~info.nonfinite)
+    if _on_host(grad) and bool(take.all()):
+        previous.copy_(grad)
+    else:
+        mask = take.view(-1, *[1] * (grad.dim() - 1)) if take.numel() > 1 else take[0]
+        previous.copy_(torch.where(mask, grad, previous))
+
+
+def _update_momentum(info: GradientInfo) -> None:
+    """Update the momentum, unless the gradient is not finite."""
+    layer, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
+    if not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host they have been left out
+        buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
+    else:
+        rule.momentum(buffer, _signed(layer), beta, in_place=True)
+
+
+def _of_this_process(layer: LayerStep, values: Tensor) -> Tensor:
+    """The values of the matrices that this process holds (parts of), from one value per matrix of a stack."""
+    shard = layer.shard
+    if values.numel() == 1 or not shard.groups or shard.dim != 0 or shard.offset is None:
+        return values
+    first = shard.offset // math.prod(shard.shape[1:])
+    return values[first : first + local(layer.param).shape[0]]
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+# ---- updates
+
+
+def _elementwise_update(info: GradientInfo) -> Update:
+    """Embeddings and heads move along the signs of their momenta, vectors along momenta of root mean square 1."""
+    layer = info.layer
+    momentum = as_written(_direction_momentum(layer), stacked=False)
+    if layer.norm == "sign":
+        direction = rule.sign_direction(momentum)
+    else:
+        scale = rule.dual_norm_scale("vector", tuple(layer.param.shape))
+        direction = rule.vector_direction(momentum, info.square, scale)
+    return _update(info, direction, info.factor * layer.group["radius"])
+
+
+def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
+    """Hidden matrices move along the polar factors of their momenta."""
+    layer, matrix = info.layer, task.matrix
+    factor = _of_this_process(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
+    return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), matrix)
+
+
+def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:
+    """Of this process's part of a parameter, or of a matrix of a stack."""
+    parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
+    weight, *states = parts if matrix is None else [part[matrix] for part in parts]
+    return Update(info, weight, states, direction, scale)
+
+
+def _write(updates: list[Update]) -> None:
+    """Write updates of any groups: those of one group, device and dtype in one call."""
+    sets: dict[Any, list[Update]] = {}
+    for u in updates:
+        if u.weight.numel() > 0:
+            sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
+    for alike in sets.values():
+        _write_alike(alike)
+
+
+def _write_alike(updates: list[Update]) -> None:
+    layers, device = [u.info.layer for u in updates], updates[0].weight.device
+    group, rounding = layers[0].group, layers[0].rounding
+    seeds = offsets = None
+    if rounding == "stochastic":
+        seeds = seeds_for(
+            [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
         )
-    apply(updates)
+        offsets = constant([layer.shard.offset or 0 for layer in layers], device, torch.int64)
+
+    def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
+        with matrices.backend(group):
+            return rule.update(
+                weights,
+                [u.direction for u in updates],
+                [u.scale for u in updates],
+                group["lr"],
+                group["weight_decay"],
+                skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
+                rounding=rounding,
+                rounding_states=states,
+                seeds=seeds,
+                offsets=offsets,
+                skip_nonfinite=group["nonfinite"] != "pass",
+            )
+
+    states = [state for u in updates for state in u.rounding_states]
+    stacked = [is_stack(group, layer.norm, u.weight.dim()) for layer, u in zip(layers, updates, strict=True)]
+    write_back(write, [u.weight for u in updates], states, stacked)

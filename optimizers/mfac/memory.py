@@ -1,27 +1,24 @@
-"""What a window of gradients costs, and whether the device has it."""
+"""What a window of gradients costs, and whether the device has room for it."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import local
-from leanstep.optimizers.mfac.compiled import is_fake
-from leanstep.optimizers.mfac.scopes import home_bytes, scope_key, window_bytes
+from leanstep._memory import free_memory
+from leanstep._torch import local_part
+from leanstep.optimizers.mfac.scopes import scope_key, scope_state_bytes, window_bytes
+from leanstep.optimizers.mfac.window import is_fake
 
 _GIB = 2**30
-# a limit that stands for none
-_NO_LIMIT = 2**60
 
 
 def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
     """Bytes of windows and Gram matrices that this process holds, or will, by device."""
     needed: dict[torch.device, int] = {}
-    homes: set[Any] = set()
+    scopes: set[Any] = set()
     index = 0
     for number, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
@@ -29,56 +26,33 @@ def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
             index += 1
             if not param.requires_grad:
                 continue
-            device = local(param).device
-            extra = 0 if key in homes else home_bytes(param, group)
-            homes.add(key)
-            needed[device] = needed.get(device, 0) + window_bytes(param, group) + extra
+            device = local_part(param).device
+            once = 0 if key in scopes else scope_state_bytes(param, group)
+            scopes.add(key)
+            needed[device] = needed.get(device, 0) + window_bytes(param, group) + once
     return needed
 
 
-def check_memory(groups: list[dict[str, Any]], held: int = 0) -> None:
-    """Raise unless every device has room for the windows; ``held``: bytes of them that are allocated already.
+def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+    """Raise unless every device has room for the windows; ``states`` are allocated already.
 
     Raises:
         ValueError: with the numbers, and what smaller forms would take.
     """
     params = [p for g in groups for p in g["params"]]
-    if any(is_fake(local(p)) or p.device.type == "meta" for p in params):
+    if any(is_fake(local_part(p)) or p.device.type == "meta" for p in params):
         return  # nothing will be allocated
+    tensors = [local_part(v) for state in states for v in state.values() if isinstance(v, Tensor)]
+    allocated = sum(t.numel() * t.element_size() for t in tensors)
     for device, needed in needed_bytes(groups).items():
-        available = available_bytes(device)
-        if available is not None and needed - held > available:
+        available = free_memory(device)
+        if available is not None and needed - allocated > available:
             raise ValueError(_refusal(groups, device, needed, available))
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, as far as its system tells; None where it does not."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # what torch's allocator keeps for itself is there as well
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _host_bytes() if device.type == "cpu" else None
-
-
-def _host_bytes() -> int | None:
-    """Of the machine, or of what a container allows."""
-    found: list[int] = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < _NO_LIMIT:
-            found.append(int(text) - int(used.read_text()))
-    except (OSError, ValueError):
-        pass
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found) if found else None
-
-
 def _refusal(groups: list[dict[str, Any]], device: torch.device, needed: int, available: int) -> str:
-    params = [p for g in groups for p in g["params"] if p.requires_grad and local(p).device == device]
-    count, window = sum(local(p).numel() for p in params), groups[0]["window"]
+    params = [p for g in groups for p in g["params"] if p.requires_grad and local_part(p).device == device]
+    count, window = sum(local_part(p).numel() for p in params), groups[0]["window"]
     options = {
         "storage='bf16'": {"compression": None, "storage": "bf16"},
         "compression='topk'": {"compression": "topk", "storage": None},
@@ -99,9 +73,3 @@ def _refusal(groups: list[dict[str, Any]], device: torch.device, needed: int, av
 
 def _gib(size: int) -> str:
     return f"{size / _GIB:,.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:,.1f} MiB"
-
-
-def state_bytes_of(states: list[dict[str, Any]]) -> int:
-    """Bytes held here by state tensors."""
-    tensors = [local(v) for state in states for v in state.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,35 +1,33 @@
-"""The scopes of M-FAC: which parameters share a window's Gram matrix, and where it is kept."""
+"""The scopes of M-FAC: which parameters share a window, what a scope keeps, and the step of all scopes together."""
 
 from __future__ import annotations
 
-import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import local
-from leanstep.optimizers.mfac.blocks import BlockPart
-from leanstep.optimizers.mfac.columns import Columns, columns_of
-from leanstep.optimizers.mfac.lowrank import LowRankPart, init_low_rank, is_low_rank, low_rank_bytes
-from leanstep.optimizers.mfac.sparse import SparsePart, init_sparse, is_sparse, sparse_bytes
-from leanstep.optimizers.mfac.window import Part, Piece, dense_bytes, init_dense
+from leanstep._torch import local_part
+from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
+from leanstep.optimizers.common.matrices import as_written, write_back
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.sharding import Steps, plain, shard_of
+from leanstep.optimizers.mfac import rule
+from leanstep.optimizers.mfac.compiled import directions_in_one
+from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
+from leanstep.optimizers.mfac.direction import STATS, Problem, directions
+from leanstep.optimizers.mfac.settings import SHARED
+from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
 
-# settings that all groups of a scope must agree on
-SHARED = (
-    "scope", "window", "damping", "damping_schedule", "scaling", "storage", "compression", "density", "rank",
-    "momentum_on", "warmup_steps", "max_update_norm", "precondition", "precondition_every", "window_every",
-    "shard_window", "nonfinite", "foreach",
-)  # fmt: skip
-# and those that a saved window depends on
-STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
-
-# columns of `figures`, one row per Gram matrix
-FIGURES = ("jittered", "eigen", "clipped", "ratio", "decrease", "norm")
+# the first one that accepts a parameter stores its rows
+FORMS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
 
 
 class Member(NamedTuple):
-    """A parameter of a scope. ``grad`` is None where it has none at this step."""
+    """A parameter of a scope. ``grad`` is None if it has none at this step."""
 
     group: dict[str, Any]
     position: int
@@ -46,46 +44,13 @@ class Scope(NamedTuple):
     Attributes:
         members: those that have state.
         settings: the shared ones.
-        home: the state that holds ``gram``, ``counts``, ``figures`` and ``window_scale``.
+        scope_state: the state of the first member, which also holds ``gram``, ``counters``, ``stats`` and
+            ``window_scale``.
     """
 
     members: list[Member]
     settings: dict[str, Any]
-    home: dict[str, Any]
-
-
-def form_of(param: Tensor, settings: dict[str, Any]) -> str:
-    """In which form a parameter's rows are kept: "dense", "topk" or "lowrank"."""
-    if settings["compression"] == "topk" and is_sparse(param.shape, settings["density"]):
-        return "topk"
-    if settings["compression"] == "lowrank" and is_low_rank(param.shape, settings["rank"]):
-        return "lowrank"
-    return "dense"
-
-
-_INIT = {"dense": init_dense, "topk": init_sparse, "lowrank": init_low_rank}
-_BYTES = {"dense": dense_bytes, "topk": sparse_bytes, "lowrank": low_rank_bytes}
-_FORM_BY_KEY = {"window": Part, "window_values": SparsePart, "window_left": LowRankPart}
-
-
-def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the window of a parameter, of zero rows, unless it is there."""
-    if not any(key in state for key in _FORM_BY_KEY):
-        columns = columns_of(param, spread=group["shard_window"])
-        _INIT[form_of(param, group)](state, param, columns, group)
-
-
-def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes that :func:`init_window` allocates here, or will."""
-    columns = columns_of(param, spread=group["shard_window"])
-    return _BYTES[form_of(param, group)](param, columns, group)
-
-
-def part_class(state: dict[str, Any], scope: str | int) -> type[Part]:
-    """The operations for the form that a parameter's window has."""
-    if isinstance(scope, int):
-        return BlockPart
-    return next(kind for key, kind in _FORM_BY_KEY.items() if key in state)
+    scope_state: dict[str, Any]
 
 
 def scope_key(group: dict[str, Any], number: int, position: int, index: int) -> tuple[Any, ...]:
@@ -101,67 +66,156 @@ def scope_key(group: dict[str, Any], number: int, position: int, index: int) -> 
     return ("parameter", index)
 
 
-def block_count(param: Tensor, scope: str | int) -> int:
-    """How many Gram matrices the scope of a parameter has."""
-    return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
-
-
 def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The settings of a scope's groups that must agree.
 
     Raises:
-        ValueError: where they do not; the message names the setting and the groups' values.
+        ValueError: if they do not; the message names the setting and the groups' values.
     """
-    keys = (*SHARED, "momentum") if groups[0]["momentum_on"] == "gradient" else SHARED
     first = groups[0]
     for group in groups[1:]:
-        for key in keys:
+        for key in SHARED:
             if group[key] != first[key]:
                 raise ValueError(
                     f"MFAC: groups that share a window (scope={first['scope']!r}) need one {key}, got {first[key]!r} "
                     f"and {group[key]!r}. Give them the same, or build them with scope='group'."
                 )
-    return {key: first[key] for key in keys}
+    return {key: first[key] for key in SHARED}
 
 
-def init_home(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
-    """Create what a scope keeps: the Gram matrix of its rows, two counts, and figures of its last step."""
-    m, device = settings["window"], local(param).device
-    blocks = block_count(param, settings["scope"])
+def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Create the window of a parameter, of zero rows, unless it is there."""
+    if not any(form.key in state for form in FORMS):
+        columns = columns_of(param, spread=group["shard_window"])
+        _new_form(param, group).init_state(state, param, columns, group)
+
+
+def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
+    """Bytes that :func:`init_window` allocates here, or will."""
+    return _new_form(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
+
+
+def _new_form(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
+    return next(form for form in FORMS if form.accepts(param, group))
+
+
+def _form_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
+    """The form that a parameter's window has."""
+    return BlockRows if isinstance(scope, int) else next(form for form in FORMS if form.key in state)
+
+
+def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
+    """Create what a scope keeps: the Gram matrix of its rows, two counters, and stats of its last step."""
+    m, device = settings["window"], local_part(param).device
+    blocks = _block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    state["counts"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the host, which chooses rows by them
-    state["figures"] = torch.zeros(blocks, len(FIGURES), dtype=torch.float64, device=device)
+    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the host, which chooses rows by them
+    state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
     if settings["storage"] == "fp16":
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
 
 
-def home_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes of what :func:`init_home` allocates on the device."""
+def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
+    """Bytes of what :func:`init_scope_state` allocates on the device."""
     m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
-    return block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(FIGURES))
+    return _block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
 
 
-def pieces_of(member: int, first_slot: int, columns: Columns, state: Any, scope: Any) -> list[Piece]:
-    """The columns of a parameter that are held here: whole blocks in one piece, and what is left at either end.
+def _block_count(param: Tensor, scope: str | int) -> int:
+    """How many Gram matrices the scope of a parameter has."""
+    return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 
-    Raises:
-        ValueError: for blocks of a parameter whose part here is not one range of it.
-    """
-    held = math.prod(columns.shape)
-    if not isinstance(scope, int):
-        return [Piece(member, first_slot, None, state)]
-    if columns.offset is None:
-        raise ValueError(
-            f"MFAC: scope={scope} cuts parameters into ranges of elements, but a part of shape {columns.shape} of one "
-            "that is sharded along another dimension than 0 is no range; use scope='layer' or 'model'"
-        )
-    start, end = columns.offset, columns.offset + held
-    first, last = -(-start // scope), end // scope  # the blocks from first to last are here as a whole
-    pieces: list[Piece] = []
-    for low, high, block in ((start, min(first * scope, end), start // scope), (max(last * scope, start), end, last)):
-        if low < high and (first <= last or not pieces):
-            pieces.append(Piece(member, first_slot + block, (low - start, high - start), state))
-    if first < last:
-        span = (first * scope - start, last * scope - start)
-        pieces.append(Piece(member, first_slot + first, span, state, last - first))
-    return pieces
+
+def step_scopes(scopes: list[Scope]) -> Steps[None]:
+    """Compute the directions of all scopes, then move the parameters."""
+    problems = [_problem(scope) for scope in scopes]
+    members = [member for scope in scopes for member in scope.members]
+    updates: list[Tensor | None] = []
+    updated = None  # bool [members], only if the host does not know which members have an update
+    if torch.compiler.is_compiling() or is_fake(problems[0].vectors[0]):
+        in_one, flags, updated = directions_in_one(problems)
+        updates += in_one
+    else:
+        results = yield from directions(problems)
+        flags = torch.tensor([flag for result in results for flag in result.flags], dtype=torch.int32)
+        for scope, result in zip(scopes, results, strict=True):
+            updates += result.updates or [None] * len(scope.members)
+        updates = _gathered(members, updates)
+    groups: dict[int, list[int]] = {}
+    for i, member in enumerate(members):
+        groups.setdefault(id(member.group), []).append(i)
+    for indices in groups.values():
+        count_nonfinite(members[indices[0]].group, flags[indices])
+        moved = [(i, u) for i in indices if (u := updates[i]) is not None and members[i].grad is not None]
+        sets = by_device_and_dtype([members[i].param for i, _ in moved])
+        for (device, dtype), positions in sets.items():
+            chosen, own_updates = zip(*[moved[k] for k in positions], strict=True)
+            own_updated = None if updated is None else updated[list(chosen)]
+            _move([members[i] for i in chosen], list(own_updates), own_updated, device, dtype)
+
+
+def _problem(scope: Scope) -> Problem:
+    """The scope's gradients as its new row takes them."""
+    members, vectors = scope.members, []
+    for member in members:
+        group, weight = member.group, member.columns.part(plain(member.param.detach()))
+        if member.grad is None:
+            vector = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        else:
+            vector = member.columns.part(member.grad)
+            vector = -vector if group["maximize"] else vector
+            if group["decay"] == "coupled" and group["weight_decay"]:
+                vector = vector.add(weight, alpha=group["weight_decay"])
+        if "mask" in member.state:
+            vector = vector * member.columns.part(member.state["mask"])
+        vectors.append(vector)
+    forms = [_form_of(m.state, scope.settings["scope"]) for m in members]
+    states, columns, lr = [m.state for m in members], [m.columns for m in members], members[0].group["lr"]
+    return Problem(scope.settings, scope.scope_state, states, forms, columns, vectors, lr)
+
+
+def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
+    """Whole updates of parameters whose window is spread over replicas."""
+    sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for i, (member, update) in enumerate(zip(members, updates, strict=True)):
+        if update is not None and member.columns.cut is not None:
+            sets.setdefault(update.dtype, []).append((i, update))
+    for parts in sets.values():
+        whole = gather([update for _, update in parts], [members[i].param for i, _ in parts])
+        for (i, _), update in zip(parts, whole, strict=True):
+            updates[i] = update
+    return updates
+
+
+def _move(
+    members: list[Member], updates: list[Tensor], updated: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Average the updates, if asked to, and move the parameters of a group that share device and dtype."""
+    group, states = members[0].group, [m.state for m in members]
+    weights = [local_part(m.param) for m in members]
+    updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
+    if "momentum_buffer" in states[0]:
+        buffers = [local_part(state["momentum_buffer"]) for state in states]
+        for i, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
+            averaged = rule.average(buffer, update, group["momentum"])
+            buffer.copy_(averaged if updated is None else torch.where(updated[i], averaged, buffer))
+        updates = buffers
+    rounding = effective("MFAC", group, members[0].position, members[0].param)
+    decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
+    scalars = pack([group["lr"], decay], device, compute_dtype(dtype))
+    seeds, offsets = seeds_and_offsets(
+        rounding, states, [m.number for m in members], [shard_of(m.param) for m in members], group["seed"], device
+    )
+    options = StepOptions(scalars, rounding, skip_nonfinite=updated is not None, seeds=seeds, offsets=offsets)
+    matrices = [as_written(u, stacked=False) for u in updates]
+    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=device) for m in matrices]
+    if updated is not None:  # a step with a scale of NaN is skipped
+        ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]
+    scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
+    rows, columns = [s[0] for s in scales], [s[1] for s in scales]
+
+    def write(parameters: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
+        with use_backend("reference") if group["foreach"] is False else nullcontext():
+            return scaled_step(parameters, matrices, rows, columns, rounding_state, options)
+
+    write_back(write, weights, rounding_states(states, rounding), [False] * len(weights))

@@ -1,4 +1,4 @@
-"""Checks of M-FAC's settings and of a state that is to be loaded."""
+"""Checks of M-FAC's settings and of a state to be loaded, and the upgrade of states that older versions saved."""
 
 from __future__ import annotations
 
@@ -7,54 +7,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import check_choice, check_flags, check_number, describe
-from leanstep.optimizers.mfac.damping import check_schedule
-from leanstep.optimizers.mfac.scopes import STRUCTURAL
+from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, describe
+from leanstep.optimizers.mfac.rule import CURVES
 from leanstep.optimizers.mfac.window import STORAGES
 
 SCALINGS = ("window", "count")
 SCOPES = ("model", "group", "layer")
 COMPRESSIONS = (None, "topk", "lowrank")
-MOMENTUM_ON = ("update", "gradient")
 DECAYS = ("decoupled", "coupled")
-PRECONDITIONED = ("row", "gradient")
+SCHEDULES = (*CURVES, "exponential", "lr")
+
+# settings that all groups of a scope must agree on
+SHARED = (
+    "scope", "window", "damping", "damping_schedule", "scaling", "storage", "compression", "density", "rank",
+    "max_update_norm", "shard_window", "nonfinite", "foreach",
+)  # fmt: skip
+# settings that a saved window depends on
+STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
+
+# state keys of older versions, and settings that they had, with the only value that is still supported
+_RENAMED_KEYS = {"figures": "stats", "counts": "counters"}
+_REMOVED_SETTINGS = {
+    "momentum_on": "update",
+    "precondition": "row",
+    "precondition_every": 1,
+    "window_every": 1,
+    "warmup_steps": 0,
+}
 
 
 def check_settings(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError for settings of a group that are out of range or exclude each other."""
-    for name in ("window", "precondition_every", "window_every", "rank"):
-        _check_count(name, group[name], least=1)
-    _check_count("warmup_steps", group["warmup_steps"], least=0)
-    check_number("MFAC", "damping", group["damping"], 0.0)
+    for name in ("window", "rank"):
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"Invalid {name}: {value}; MFAC expects at least 1")
     if isinstance(group["damping"], Tensor):
         raise TypeError(f"MFAC: damping must be a number, got {group['damping']!r}")
-    if group["damping"] == 0:
-        raise ValueError("Invalid damping: 0; MFAC needs it greater than 0 (the Fisher matrix alone has no inverse)")
-    check_schedule(group["damping_schedule"])
+    _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
+    _check_schedule(group["damping_schedule"])
     check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
     _check_scope(group["scope"])
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
     check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
-    if group["density"] == 0:
-        raise ValueError("Invalid density: 0; MFAC expects the fraction of entries kept in (0, 1]")
+    _check_positive("density", group["density"], "the fraction of entries kept, in (0, 1]")
     check_number("MFAC", "momentum value", group["momentum"], 0.0, 1.0, open_high=True)
-    check_choice("MFAC", "momentum_on", group["momentum_on"], MOMENTUM_ON)
     check_choice("MFAC", "decay", group["decay"], DECAYS)
-    check_choice("MFAC", "precondition", group["precondition"], PRECONDITIONED)
     if group["max_update_norm"] is not None:
-        check_number("MFAC", "max_update_norm", group["max_update_norm"], 0.0)
-        if group["max_update_norm"] == 0:
-            raise ValueError("Invalid max_update_norm: 0; MFAC expects a length greater than 0, or None")
+        _check_positive("max_update_norm", group["max_update_norm"], "a length greater than 0, or None")
     check_flags("MFAC", group, ("sparse", "shard_window"))
     _check_joint(group)
 
 
-def _check_count(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"Invalid {name}: {value}; MFAC expects at least {least}")
+def _check_positive(name: str, value: Any, expected: str) -> None:
+    check_number("MFAC", name, value, 0.0)
+    if value == 0:
+        raise ValueError(f"Invalid {name}: 0; MFAC expects {expected}")
 
 
 def _check_scope(scope: Any) -> None:
@@ -64,12 +75,23 @@ def _check_scope(scope: Any) -> None:
         raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
 
 
+def _check_schedule(schedule: Any) -> None:
+    if schedule is None:
+        return
+    if not isinstance(schedule, (tuple, list)) or not schedule or len(schedule) != (2 if schedule[0] == "lr" else 3):
+        raise ValueError(
+            f"Invalid damping_schedule: {schedule!r}; MFAC expects None, (curve, steps, last damping) with a curve of "
+            f"{SCHEDULES[:-1]}, or ('lr', reference learning rate)"
+        )
+    check_choice("MFAC", "damping_schedule", schedule[0], SCHEDULES)
+    for name, value in zip(("number of steps or rate", "last damping"), schedule[1:], strict=False):
+        check_number("MFAC", f"damping_schedule: {name}", value, 0.0)
+        if value == 0:
+            raise ValueError(f"Invalid damping_schedule: {schedule!r}; MFAC expects the {name} to be greater than 0")
+
+
 def _check_joint(group: dict[str, Any]) -> None:
     """Settings that exclude each other."""
-    if group["warmup_steps"] > group["window"]:
-        raise ValueError(
-            f"Invalid warmup_steps: {group['warmup_steps']}; the window never holds more than {group['window']} rows"
-        )
     if group["compression"] and group["storage"] == "fp16":
         raise ValueError("MFAC: storage='fp16' is for whole rows; with a compression use 'bf16' or 'fp32'")
     if group["compression"] and isinstance(group["scope"], int):
@@ -77,15 +99,6 @@ def _check_joint(group: dict[str, Any]) -> None:
             f"MFAC: scope={group['scope']} (blocks) is for whole rows; with compression={group['compression']!r} use "
             f"one of {SCOPES}"
         )
-    if group["momentum_on"] == "gradient" and group["momentum"]:
-        for name in ("window_every", "precondition_every"):
-            if group[name] != 1:
-                raise ValueError(
-                    f"MFAC: momentum_on='gradient' averages the rows of the window and needs {name}=1, "
-                    f"got {group[name]}; use momentum_on='update'"
-                )
-        if group["precondition"] == "gradient":
-            raise ValueError("MFAC: momentum_on='gradient' preconditions rows of the window; use precondition='row'")
     if group["shard_window"] and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "MFAC: shard_window=True spreads the window over the processes of torch.distributed, which is not "
@@ -110,13 +123,35 @@ def check_masks(group: dict[str, Any]) -> None:
             )
 
 
-def check_loaded(own: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError where a saved window does not fit: another m or form, other parameters, or another order."""
-    groups = state_dict["param_groups"]
-    if len(groups) != len(own):
+def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of this or an older version, under today's names. The one given is not changed.
+
+    Raises:
+        ValueError: for a state of an older version that used a setting that no longer exists.
+    """
+    groups = []
+    for group in state_dict["param_groups"]:
+        for name, value in _REMOVED_SETTINGS.items():
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"MFAC: the state was saved with {name}={group[name]!r}, an option that no longer exists; nothing "
+                    "was changed. Continue with the version that saved it, or start without the state."
+                )
+        groups.append({key: value for key, value in group.items() if key not in _REMOVED_SETTINGS})
+    states = {
+        number: {_RENAMED_KEYS.get(key, key): value for key, value in state.items()}
+        for number, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if a saved window does not fit: another m or form, other parameters, or another order."""
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
         return  # torch says so
     advice = "nothing was changed. Build MFAC as it was when the state was saved, or start without it."
-    for group, saved in zip(own, groups, strict=True):
+    for group, saved in zip(groups, saved_groups, strict=True):
         for key in STRUCTURAL:
             if key in saved and saved[key] != group[key]:
                 raise ValueError(
@@ -125,10 +160,10 @@ def check_loaded(own: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
         names, saved_names = group.get("param_names"), saved.get("param_names")
         if names and saved_names and names != saved_names:
             pairs = zip(saved_names, names, strict=False)
-            place = next(
+            difference = next(
                 (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
             )
-            raise ValueError(f"MFAC: the saved window has its parameters in another order ({place}); {advice}")
+            raise ValueError(f"MFAC: the saved window has its parameters in another order ({difference}); {advice}")
         for position, number in enumerate(saved["params"]):
             if position < len(group["params"]):
                 _check_window(group, position, state_dict["state"].get(number, {}), advice)

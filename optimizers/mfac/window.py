@@ -1,131 +1,270 @@
-"""The window of M-FAC as it is stored: whole rows (here), sparse rows, or rows of low rank.
+"""M-FAC's window as a process stores it: which columns it holds, and whole rows of them or blocks of rows.
 
-A :class:`Part` is a list of pieces of rows that live on one device in one form, and the operations that a step needs:
-take a new row, its dots with the rows that are there, write it, and combine rows. A piece belongs to one Gram matrix,
-whose number is its slot; results come per slot.
+The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. If the parameter is a DTensor, so is the window,
+cut along the same dimension (one further on). If replicas of a plain parameter share a window, each process holds the
+window of a part of it. Windows are then saved, loaded on another number of processes and copied like parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels import linear_combination, row_dots
-from leanstep.kernels.fisher.gradient_window import largest_magnitude
+from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.base import local
-from leanstep.optimizers.mfac.columns import Columns, new_columns
+from leanstep.optimizers.common.sharding import shard_of
+from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# elements that are widened at a time: a window is never copied whole
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no storage, as when memory is estimated."""
+    loaded = sys.modules.get("torch._subclasses.fake_tensor")
+    return loaded is not None and isinstance(tensor, loaded.FakeTensor)
+
+
+class Columns(NamedTuple):
+    """A process's columns of one parameter's window.
+
+    Attributes:
+        shape: of this process's part of the parameter.
+        groups: process groups; sums over them, one after the other, cover the parameter.
+        offset: row-major index of the part's first element in the parameter; None if the part is not one range.
+        cut: (dimension, start, length) of this process's part of a replicated parameter; None otherwise.
+    """
+
+    shape: tuple[int, ...]
+    groups: tuple[Any, ...] = ()
+    offset: int | None = 0
+    cut: tuple[int, int, int] | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This process's part of a gradient (or parameter), a plain tensor."""
+        held = local_part(tensor)
+        return held if self.cut is None else held.narrow(*self.cut)
+
+
+def columns_of(param: Tensor, *, spread: bool) -> Columns:
+    """Describe the columns held here; ``spread``: replicas of a plain parameter (scalars excepted) share its window."""
+    shard = shard_of(param)
+    if is_dtensor(param):
+        return Columns(tuple(local_part(param).shape), shard.groups, shard.offset)
+    if not spread or param.dim() == 0:
+        return Columns(tuple(param.shape))
+    group = torch.distributed.group.WORLD
+    start, length = _rows_of_process(param.shape[0], torch.distributed.get_world_size(), torch.distributed.get_rank())
+    offset = start * math.prod(param.shape[1:])
+    return Columns((length, *param.shape[1:]), (group,), offset, (0, start, length))
+
+
+def _rows_of_process(rows: int, processes: int, rank: int) -> tuple[int, int]:
+    """(start, length) of a process's rows, divided as torch.chunk and DTensor do."""
+    chunk = -(-rows // processes)
+    start = min(rank * chunk, rows)
+    return start, min(chunk, rows - start)
+
+
+def new_columns(
+    param: Tensor, columns: Columns, tail: Sequence[int], dtype: torch.dtype, *, window: int | None
+) -> Tensor:
+    """Zeros ``(window, *tail)``, or ``tail`` without a window, spread over the processes as the parameter is.
+
+    Args:
+        tail: sizes of the whole, whose first dimensions are the parameter's first, including every one that is cut.
+    """
+    lead, whole = () if window is None else (window,), tuple(param.shape)
+    here = [columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)]
+    zeros = torch.zeros((*lead, *here), dtype=dtype, device=local_part(param).device)
+    if not is_dtensor(param) and columns.cut is None:
+        return zeros
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if is_dtensor(param):
+        sharded = cast("DTensor", param)
+        mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
+    else:
+        mesh, placements = DeviceMesh.from_group(columns.groups[0], zeros.device.type), [Shard(len(lead))]
+    shape = torch.Size((*lead, *tail))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _shifted(placement: Any, by: int) -> Any:
+    """A placement of a parameter's dimension, for a tensor with ``by`` more dimensions in front."""
+    if placement.is_replicate():
+        return placement
+    if hasattr(placement, "split_factor"):
+        return type(placement)(placement.dim + by, split_factor=placement.split_factor)
+    return type(placement)(placement.dim + by)
+
+
+def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Whole updates of replicated parameters, from the parts that the processes computed: one all-gather.
+
+    Args:
+        updates: this process's parts, of one dtype and device, cut as :func:`columns_of` says.
+        params: the parameters, whole here.
+    """
+    processes = torch.distributed.get_world_size()
+    lengths = [[_rows_of_process(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
+    sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
+    own = updates[0].new_zeros(max(map(sum, sizes)))
+    flat = torch.cat([u.reshape(-1) for u in updates])
+    own[: flat.numel()] = flat
+    gathered = own.new_empty(processes, own.numel())
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), own)
+    parts = [row[: sum(size)].split(size) for row, size in zip(gathered, sizes, strict=True)]
+    return [torch.cat([part[i] for part in parts]).view(p.shape) for i, p in enumerate(params)]
 
 
 class Piece(NamedTuple):
     """A run of one parameter's columns.
 
     Attributes:
-        member: place of the parameter in the list of the step.
-        slot: which Gram matrix its columns count in; of the first of several blocks.
-        span: the columns of the flattened part held here; None for all of them.
+        member: index of the parameter in the list of the step.
+        gram: index of the Gram matrix that its columns belong to; of the first one of several blocks.
+        span: the columns held here, in the flattened part; None for all of them.
         state: of the parameter.
-        blocks: how many equally long blocks the columns are, in consecutive slots.
+        blocks: into how many equally long blocks the columns are cut, each with a Gram matrix of its own.
     """
 
     member: int
-    slot: int
+    gram: int
     span: tuple[int, int] | None
     state: dict[str, Any]
     blocks: int = 1
 
-    def scaled(self, vector: Tensor, factors: Tensor) -> Tensor:
-        """The flat vector of the piece, times its slots' factors."""
-        if self.blocks == 1:
-            return vector * factors[self.slot]
-        by_block = vector.view(self.blocks, -1) * factors[self.slot : self.slot + self.blocks].unsqueeze(1)
-        return by_block.view(-1)
+
+def pieces_of(member: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
+    """The columns of a parameter that are held here: all whole blocks as one piece, and a partial one at either end.
+
+    Raises:
+        ValueError: for blocks of a parameter whose part here is not one range of it.
+    """
+    if not isinstance(scope, int):
+        return [Piece(member, first_gram, None, state)]
+    if columns.offset is None:
+        raise ValueError(
+            f"MFAC: scope={scope} cuts parameters into ranges of elements, but a part of shape {columns.shape} of one "
+            "that is sharded along another dimension than 0 is no range; use scope='layer' or 'model'"
+        )
+    start, end = columns.offset, columns.offset + math.prod(columns.shape)
+    first, last = -(-start // scope), end // scope  # blocks first to last are here as a whole
+    pieces: list[Piece] = []
+    for low, high, block in ((start, min(first * scope, end), start // scope), (max(last * scope, start), end, last)):
+        if low < high and (first <= last or not pieces):
+            pieces.append(Piece(member, first_gram + block, (low - start, high - start), state))
+    if first < last:
+        span = (first * scope - start, last * scope - start)
+        pieces.append(Piece(member, first_gram + first, span, state, last - first))
+    return pieces
 
 
-class Part:
-    """Pieces of rows of one form, device and dtype, cut over the same processes; of whole rows, unless derived.
+def storage_dtype(settings: dict[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype of stored rows: as asked, else bf16 for sparse rows, fp64 for fp64 parameters, fp32 for the rest."""
+    if settings["storage"] is not None:
+        return STORAGES[settings["storage"]]
+    if settings["compression"] == "topk":
+        return torch.bfloat16
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+class DenseRows:
+    """Pieces of whole rows of one device and dtype, cut over the same processes; the base of the other forms.
+
+    A step calls :meth:`encode`, :meth:`dots` and :meth:`squared_norms`, :meth:`write`, :meth:`combine`, in this order.
 
     Args:
         pieces: in the order of the parameters.
         settings: of their scopes.
-        scales: fp32 [G, m] of rows stored in fp16; None otherwise.
+        scales: fp32 [grams, m] of rows stored in fp16; None otherwise.
     """
+
+    key: ClassVar[str] = "window"  # in the parameter's state, with the dtype of stored rows
 
     def __init__(self, pieces: Sequence[Piece], settings: dict[str, Any], scales: Tensor | None = None) -> None:
         self.pieces = pieces
         self.settings = settings
-        self.slots = [piece.slot for piece in pieces]
-        self.top = max(piece.slot + piece.blocks for piece in pieces)
-        self.scales = None if scales is None else scales[: self.top]
+        self.grams = [piece.gram for piece in pieces]
+        self.gram_count = max(piece.gram + piece.blocks for piece in pieces)
+        self.scales = None if scales is None else scales[: self.gram_count]
         self.rows: list[Tensor] = []
         self._open()
 
+    @staticmethod
+    def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
+        """Whether new windows of a parameter take this form."""
+        return True
+
+    @staticmethod
+    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
+        """Create ``window`` [m, *shape]."""
+        dtype = storage_dtype(settings, param)
+        state["window"] = new_columns(param, columns, param.shape, dtype, window=settings["window"])
+
+    @staticmethod
+    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
+        """Bytes of what :meth:`init_state` creates, for the columns held here."""
+        return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
+
     def _open(self) -> None:
-        self.windows = [local(p.state["window"]) for p in self.pieces]
+        self.windows = [local_part(p.state["window"]) for p in self.pieces]
 
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
-        """fp32 [slots]: the largest magnitude of every slot's new row in these columns."""
-        found = [torch.zeros((), device=vectors[0].device) for _ in range(self.top)]
-        for slot, vector in zip(self.slots, vectors, strict=True):
-            found[slot] = torch.maximum(found[slot], largest_magnitude([vector], vector))
-        return torch.stack(found)
+        """fp32 [grams]: the largest magnitude of every new row in these columns."""
+        largest = torch.zeros(self.gram_count, device=vectors[0].device)
+        for gram, vector in zip(self.grams, vectors, strict=True):
+            if vector.numel():
+                largest[gram] = torch.maximum(largest[gram], torch.linalg.vector_norm(vector, math.inf).float())
+        return largest
 
-    def take(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
-        """Bring a new row into the form in which it would be stored. Nothing is written yet.
+    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
+        """Bring new rows into the form in which they would be stored. Writes nothing.
 
-        ``largest``: fp32 [G], over all processes; only with scales.
+        ``largest``: fp32 [grams], over all processes; only with scales.
         """
         dtype = self.windows[0].dtype
         if self.scales is None:
             self.rows = [v.to(dtype) for v in vectors]
             return
         assert largest is not None
-        self.factors = row_scale(largest[: self.scales.shape[0]])
+        self.factors = row_scale(largest[: self.gram_count])
         inverse = self.factors.reciprocal()
-        self.rows = [(v.float() * inverse[slot]).to(dtype) for v, slot in zip(vectors, self.slots, strict=True)]
+        self.rows = [(v.float() * inverse[gram]).to(dtype) for v, gram in zip(vectors, self.grams, strict=True)]
 
     def dots(self, live: int) -> Tensor:
-        """fp64 [slots, live]: dots of the rows that are stored with the new row."""
-        return self._scaled(row_dots(self._live(live), self.rows, scales=self._scales(live), groups=self.slots))
+        """fp64 [grams, live]: dots of the stored rows with the new one."""
+        return self._scaled(rule.gram_row(self._live(live), self.rows, self._scales(live), self.grams))
 
-    def own(self) -> Tensor:
-        """fp64 [slots]: squared norm of the new row."""
-        found = row_dots([r.reshape(1, -1) for r in self.rows], self.rows, groups=self.slots)
-        return self._scaled(self._scaled(found)).squeeze(1)
+    def squared_norms(self) -> Tensor:
+        """fp64 [grams]: squared norms of the new rows."""
+        squares = rule.gram_row([r.reshape(1, -1) for r in self.rows], self.rows, None, self.grams)
+        return self._scaled(self._scaled(squares)).squeeze(1)
 
-    def norms(self, vectors: Sequence[Tensor]) -> Tensor:
-        """fp64 [slots]: squared norms of any vectors."""
-        wide = [v.to(wide_dtype(v.dtype)) for v in vectors]
-        return row_dots([v.reshape(1, -1) for v in wide], wide, groups=self.slots).squeeze(1)
-
-    def dots_with(self, vectors: Sequence[Tensor], live: int) -> Tensor:
-        """fp64 [slots, live]: dots of the rows that are stored with any vector."""
-        return row_dots(self._live(live), vectors, scales=self._scales(live), groups=self.slots)
-
-    def write(self, index: int, slots: set[int]) -> None:
-        """Store the new row at ``index``, in the slots given."""
-        chosen = [i for i, slot in enumerate(self.slots) if slot in slots]
-        if not chosen:
-            return
-        torch._foreach_copy_(
-            [self.windows[i][index] for i in chosen],
-            [self.rows[i].view(self.windows[i].shape[1:]) for i in chosen],
-        )
+    def write(self, index: int, grams: set[int]) -> None:
+        """Store the new rows of the given Gram matrices at ``index``."""
+        indices = [i for i, gram in enumerate(self.grams) if gram in grams]
+        if indices:
+            torch._foreach_copy_(
+                [self.windows[i][index] for i in indices],
+                [self.rows[i].view(self.windows[i].shape[1:]) for i in indices],
+            )
 
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        """Write the combinations of the first n rows with ``coefficients`` [G, n] into ``out``, flat, one a piece."""
+        """Write the combinations of the first n rows with ``coefficients`` [grams, n] to ``out``, flat, one a piece."""
         live = coefficients.shape[1]
-        coefficients = coefficients[: self.top]
-        linear_combination(
-            self._live(live), coefficients, scales=self._scales(live), groups=self.slots,
-            out=[o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)],
-        )  # fmt: skip
+        shaped = [o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)]
+        rule.direction(self._live(live), coefficients[: self.gram_count], self._scales(live), self.grams, shaped)
 
     def _live(self, count: int) -> list[Tensor]:
         return [w[:count] for w in self.windows]
@@ -137,21 +276,74 @@ class Part:
         return dots if self.scales is None else dots * self.factors.to(torch.float64).unsqueeze(1)
 
 
-def init_dense(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-    """Create ``window`` [m, *shape]."""
-    dtype = storage_dtype(settings, param)
-    state["window"] = new_columns(param, columns, param.shape, dtype, window=settings["window"])
+class BlockRows(DenseRows):
+    """Whole rows whose columns are cut into blocks, each with a Gram matrix of its own.
+
+    A parameter may have thousands of blocks; they are worked on together, as one more dimension of its window.
+    """
+
+    def _open(self) -> None:
+        self.windows = []
+        for piece in self.pieces:
+            window = local_part(piece.state["window"])
+            assert piece.span is not None
+            columns = window.view(window.shape[0], -1)[:, piece.span[0] : piece.span[1]]
+            self.windows.append(columns.unflatten(1, (piece.blocks, -1)))
+
+    def largest(self, vectors: Sequence[Tensor]) -> Tensor:
+        largest = torch.zeros(self.gram_count, device=vectors[0].device)
+        for piece, vector in zip(self.pieces, vectors, strict=True):
+            largest[_grams(piece)] = vector.view(piece.blocks, -1).abs().amax(dim=1)
+        return largest
+
+    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
+        dtype = self.windows[0].dtype
+        blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
+        if self.scales is None:
+            self.rows = [b.to(dtype) for b in blocks]
+            return
+        assert largest is not None
+        self.factors = row_scale(largest[: self.gram_count])
+        inverse = self.factors.reciprocal().unsqueeze(1)
+        self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
+
+    def dots(self, live: int) -> Tensor:
+        dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
+        for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
+            for chunk in _chunks(window):
+                products = window[:live, chunk].double() * row[chunk].double()
+                dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
+        return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
+
+    def squared_norms(self) -> Tensor:
+        squares = torch.zeros(self.gram_count, 1, dtype=torch.float64, device=self.windows[0].device)
+        for piece, row in zip(self.pieces, self.rows, strict=True):
+            squares[_grams(piece), 0] = row.double().square().sum(dim=1)
+        return self._scaled(self._scaled(squares)).squeeze(1)
+
+    def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
+        live = coefficients.shape[1]
+        stored = coefficients[: self.gram_count]
+        stored = stored if self.scales is None else stored * self.scales[:, :live]
+        for piece, window, result in zip(self.pieces, self.windows, out, strict=True):
+            blocks = result.view(piece.blocks, -1)
+            for chunk in _chunks(window):
+                weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
+                blocks[chunk] = (window[:live, chunk].double() * weights).sum(dim=0)
 
 
-def dense_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-    """Bytes of the window of the columns held here."""
-    return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
+def _grams(piece: Piece) -> slice:
+    """The Gram matrices of a piece's blocks."""
+    return slice(piece.gram, piece.gram + piece.blocks)
 
 
-def storage_dtype(settings: dict[str, Any], param: Tensor) -> torch.dtype:
-    """The dtype of stored rows: as asked, else bf16 for sparse rows, fp64 for fp64 parameters, fp32 for the rest."""
-    if settings["storage"] is not None:
-        return STORAGES[settings["storage"]]
-    if settings["compression"] == "topk":
-        return torch.bfloat16
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+def _chunks(window: Tensor) -> Iterator[slice]:
+    """Ranges of blocks of a window [m, blocks, size] with about ``_CHUNK_ELEMENTS`` elements each."""
+    m, blocks, size = window.shape
+    count = max(1, _CHUNK_ELEMENTS // max(m * size, 1))
+    return (slice(start, min(start + count, blocks)) for start in range(0, blocks, count))
+
+
+def combination_dtype(state: dict[str, Any]) -> torch.dtype:
+    """The dtype of combinations of a parameter's rows."""
+    return wide_dtype(next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state))

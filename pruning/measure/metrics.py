@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from leanstep._torch import output_head
 from leanstep.pruning.measure.batches import Batch
 
-__all__ = ["LOCAL_METRICS", "METRICS", "Distortion", "Metric", "default_metric", "make_metric", "summarise"]
+__all__ = [
+    "LOCAL_METRICS",
+    "METRICS",
+    "Distortion",
+    "Metric",
+    "default_metric",
+    "kl_divergence",
+    "make_metric",
+    "summarise",
+]
 
 # measured at the layer itself, without running the model on
 LOCAL_METRICS = ("local_nmse", "fisher")
@@ -70,6 +80,31 @@ class _TokenMetric(Metric):
         raise NotImplementedError
 
 
+# below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
+_SERIES = 1 / 16
+# logits whose divergence is computed together, so that its temporaries stay in a core's cache: 1.8 times the time of a
+# plain sum of p d over all tokens at once, on a CPU, and a tenth of its memory
+_TOGETHER = 1 << 19
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q) = sum_v p_v (expm1(d_v) - d_v)`` over the last dimension, with ``d = log q - log p``.
+
+    For normalized p and q this equals ``-sum_v p_v d_v``. Every term is at least 0, and a rounding error e of d changes
+    a term by about ``p d e``, not by ``p e``: nearby distributions keep their digits, and no sum is negative.
+
+    Args:
+        log_p, log_q: log-probabilities [..., V], floating; -inf is allowed.
+
+    Returns:
+        [...], of their dtype; inf where q is 0 and p is not.
+    """
+    d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
+    series = p * d.square() * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
+    terms = torch.where(d.abs() < _SERIES, series, (q - p) - p * d)
+    return torch.where(p == 0, q, terms).sum(-1)
+
+
 class KL(_TokenMetric):
     """Mean over tokens of KL(softmax(z) || softmax(z~)) in fp32. Keeps the log-probabilities, 4 bytes each."""
 
@@ -79,7 +114,9 @@ class KL(_TokenMetric):
         return rows.float().log_softmax(-1)
 
     def _values(self, kept: Tensor, rows: Tensor) -> Tensor:
-        return (kept.exp() * (kept - rows.float().log_softmax(-1))).sum(-1)
+        together = max(1, _TOGETHER // rows.shape[-1])
+        pairs = zip(kept.split(together), rows.split(together), strict=True)
+        return torch.cat([kl_divergence(dense, logits.float().log_softmax(-1)) for dense, logits in pairs])
 
 
 class KLTopK(_TokenMetric):
@@ -97,13 +134,14 @@ class KLTopK(_TokenMetric):
 
     def _values(self, kept: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         places, dense = kept
-        return (dense.exp() * (dense - _bucketed(rows.float().log_softmax(-1), places))).sum(-1)
+        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), places))
 
 
 def _bucketed(log_probabilities: Tensor, places: Tensor) -> Tensor:
-    """Log-probabilities at some places, and of all the others together."""
+    """Log-probabilities at some places, and of all the others together: -inf where there are no others."""
     top = log_probabilities.gather(-1, places)
-    rest = (-torch.expm1(top.logsumexp(-1, keepdim=True))).clamp_min(torch.finfo(torch.float32).tiny).log()
+    # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
+    rest = log_probabilities.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([top, rest], dim=-1)
 
 
@@ -139,8 +177,7 @@ class NMSEHidden(Metric):
         self._handle: Any = None
 
     def prepare(self, model: nn.Module) -> None:
-        get = getattr(model, "get_output_embeddings", None)
-        head = get() if callable(get) else None
+        head = output_head(model)
         if head is None:
             linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
             if not linears:
@@ -240,8 +277,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _is_language_model(model: nn.Module) -> bool:
-    get = getattr(model, "get_output_embeddings", None)
-    return callable(get) and get() is not None
+    return output_head(model) is not None
 
 
 def _tokens(output: Any, batch: Batch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How much memory a run needs, found without allocating it: the model is built and stepped with fake tensors.
+"""Estimate the memory of a run without allocating it: the model is built and stepped with fake tensors.
 
 Weights, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward pass
 of one micro batch, each counted once; the allocator's rounding and the kernels' workspaces are not in it, so the peak
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
-from leanstep.optimizers.common.base import dtype_of
+from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
@@ -24,7 +24,7 @@ from leanstep.recipes.methods.pruned import mask_bytes
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
 
-__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "optimizer_state_bytes", "unique_bytes"]
+__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "estimate_or_reason", "optimizer_state_bytes", "unique_bytes"]
 
 _OPTIONAL = ("gradient exchange", "masks, masked weights")
 MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
@@ -54,12 +54,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """All of it and a margin of a tenth."""
-        parts = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
-        return int((sum(parts) + self.sparsity) * (1 + MARGIN))
+        """The sum of all parts and a margin of a tenth."""
+        sizes = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
+        return int((sum(sizes) + self.sparsity) * (1 + MARGIN))
 
     def rows(self) -> list[tuple[str, int]]:
-        """Name and bytes of each part, for printing."""
+        """Name and bytes of each part, in the order to print them."""
         named = [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -122,7 +122,7 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
         state = optimizer_state_bytes(optimizer)
-        half = _half_bytes(optimizer)
+        half = _half_bytes(optimizer) if hasattr(optimizer, "mark_half") else 0
     sharded = config.distributed.strategy == "fsdp2" and world_size > 1
     shards = world_size if sharded else 1
     return MemoryEstimate(
@@ -136,10 +136,20 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
     )
 
 
-def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
-    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded.
+def estimate_or_reason(
+    config: RunConfig, vocab_size: int, world_size: int, device: str
+) -> tuple[MemoryEstimate | None, str]:
+    """:func:`estimate`, or None and the reason where it cannot be made: that alone must not end a run."""
+    try:
+        return estimate(config, vocab_size, world_size=world_size, device=device), ""
+    except Exception as error:
+        return None, str(error) or type(error).__name__
 
-    Of a pruned model, the masks that are kept.
+
+def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Bytes of a mask and a masked copy of every sparse weight; for a pruned model, bytes of the masks.
+
+    The masked copy is not sharded.
     """
     if config.pruning.keep_masks:
         return mask_bytes(config, meta_model(config, vocab_size))
@@ -150,7 +160,7 @@ def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
 
 
 def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
-    """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
+    """Build the run's model with fake tensors as weights; call it under a ``FakeTensorMode``."""
     model = meta_model(config, vocab_size)
     _replace_tensors(model, device)
     if config.activation_checkpointing:
@@ -159,7 +169,7 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
 
 
 def meta_model(config: RunConfig, vocab_size: int) -> Any:
-    """The run's model on the meta device: names and shapes without memory. Reads only config.json of ``init_from``."""
+    """Build the run's model on the meta device, without memory. Of ``init_from``, only config.json is read."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     # outside of any fake mode: the casts inside would fail on fake parameters
     with unset_fake_temporarily(), torch.device("meta"):
@@ -168,15 +178,17 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
-        adapt(config, model)
+        if config.lora.target_modules:
+            adapt(config, model)
         return model
 
 
 def _replace_tensors(model: nn.Module, device: str) -> None:
-    """Put an uninitialised tensor in the place of each parameter and buffer; what was tied stays tied."""
+    """Replace each parameter and buffer by an uninitialised tensor; tied tensors stay tied."""
     new: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, old in tensors.items():
                 if old is None:
                     continue
@@ -189,8 +201,8 @@ def _replace_tensors(model: nn.Module, device: str) -> None:
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state after a step with a gradient for every parameter, on real or fake parameters.
 
-    The step is made where the optimizer has no state yet; gradients that are missing are made empty, so that on real
-    parameters the step writes rubbish into them: give it fake ones.
+    An optimizer without state makes a step first. Missing gradients are uninitialised memory, so that this step ruins
+    real parameters: pass fake ones.
     """
     if not optimizer.state:
         before = [dict(group) for group in optimizer.param_groups]
@@ -220,8 +232,8 @@ def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
-    """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
-    halves = halved_groups(optimizer)
+    """Make a step. Fake tensors may stop it where it reads a value; by then LANTON and M-FAC have their state."""
+    halves = halved_groups(optimizer) if hasattr(optimizer, "mark_half") else []
     if halves:
         optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
     try:
@@ -244,7 +256,7 @@ def unique_bytes(tensors: Any) -> int:
 
 
 def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
-    """Run forward and backward of one micro batch and count what was saved; leaves the gradients in place."""
+    """Bytes saved for backward in the forward pass of one micro batch; the gradients stay in the parameters."""
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
@@ -256,7 +268,7 @@ def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested dicts, lists and tuples."""
+    """Yield every tensor inside nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -1,35 +1,20 @@
-"""The recipes that come with the package: their names, files, and what each asks for. Imports no torch."""
+"""Facts of the shipped recipes for `leanstep recipes list`. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanstep.recipes.config.loader import ALIASES
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 
-__all__ = ["ALIASES", "RecipeFacts", "describe", "parameter_count", "recipe_names", "recipe_path"]
+__all__ = ["RecipeFacts", "describe", "parameter_count"]
 
-FOLDER = Path(__file__).parents[1] / "configs"
-# A size alone means its run with the optimizer this package is about.
-ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
 GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more than a day on a desktop's CPU
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted. Their aliases are not among them."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
-    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
-    if not path.is_file():
-        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
-    return path
 
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What ``leanstep recipes list`` prints of one recipe.
+    """Facts of one recipe, as ``leanstep recipes list`` prints them.
 
     Attributes:
         name, aliases, description: how it is called and what it is.
@@ -78,7 +63,7 @@ def describe(config: RunConfig) -> RecipeFacts:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a tokenizer's name is a path, which need not be there yet: names on the hub have one slash at most."""
+    """Whether a tokenizer's name is a path, existing or not; names on the hub have at most one slash."""
     return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
 
 
@@ -119,5 +104,5 @@ def _gpt2_count(sizes: dict[str, Any], vocabulary: int) -> int:
 
 
 def _known_vocabulary(tokenizer: str) -> int | None:
-    """The size of a tokenizer that the recipe trains; others are known only once they are opened."""
+    """Vocabulary of a tokenizer that the recipe trains; None for one that has to be opened."""
     return int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else None

@@ -20,22 +20,35 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from leanstep.recipes.config.arguments import (
-    MODEL_CONFIGS,
-    OPTIMIZERS,
+from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
+from leanstep.recipes.config.rules import (
     OWN_KEYS,
     group_options,
+    joint_problems,
     model_keys,
     optimizer_arguments,
 )
-from leanstep.recipes.config.catalog import ALIASES, recipe_names, recipe_path
-from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
-from leanstep.recipes.config.joint import joint_problems
-from leanstep.recipes.config.problems import KeyPath, Problem, check, show, unknown_key
-from leanstep.recipes.config.schema import ExpectConfig, RunConfig
-from leanstep.recipes.config.yaml_lines import parse_scalar, read_document
+from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
+from leanstep.recipes.config.values import (
+    KeyPath,
+    Problem,
+    check,
+    leaves,
+    overlay,
+    parse_scalar,
+    read_document,
+    remove_at,
+    set_at,
+    show,
+    unknown_key,
+    value_at,
+)
 
-__all__ = ["ConfigError", "dump", "load"]
+__all__ = ["ALIASES", "ConfigError", "dump", "find_recipe", "load", "recipe_names", "recipe_path"]
+
+FOLDER = Path(__file__).parents[1] / "configs"
+# A size alone means its run with the optimizer this package is about.
+ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
 
 Place = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
 _OVERRIDE = (1 << 30, 0, "override")
@@ -82,6 +95,19 @@ def dump(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted. Their aliases are not among them."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
+    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
+    if not path.is_file():
+        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
+    return path
+
+
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a shipped recipe or of a path. Raises ConfigError that names the nearest recipes."""
     text = os.fspath(name_or_path)
@@ -101,7 +127,7 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader:
-    """A file over its base, with overrides: the merged plain values, where each came from, and the problems so far."""
+    """Reads a file, its base and overrides into plain values, noting the place of each value and all problems."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.stem = str(path), path.stem
@@ -131,11 +157,12 @@ class _Reader:
         below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
         merged = _derive(below, value)
         # of what the base says, the places of those values that are still there
-        self.places = {key: place for key, place in self.places.items() if _at(below, key) is _at(merged, key)} | lines
+        inherited = {key: place for key, place in self.places.items() if value_at(below, key) is value_at(merged, key)}
+        self.places = inherited | lines
         return merged
 
     def _read_base(self, name: Any, place: Place, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """The values that a recipe inherits: all but what its base is called and is known to give."""
+        """The values of the base, without its name, description and expected result."""
         try:
             if not isinstance(name, str):
                 raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
@@ -158,7 +185,7 @@ class _Reader:
                 self.problems.append((_OVERRIDE, f"expected key.path=value, got {override!r}"))
                 continue
             try:
-                _set(self.value, path, parse_scalar(text))
+                set_at(self.value, path, parse_scalar(text))
             except ValueError as error:
                 self.problems.append((_OVERRIDE, f"{key}: {error}"))
                 continue
@@ -190,13 +217,13 @@ class _Reader:
         return config
 
     def expectation(self, config: RunConfig) -> ExpectConfig:
-        """What is expected of ``config``, built here: what the file says of itself, if the overrides leave it so."""
+        """The expected result of ``config``: that of the file, unless overrides change what decides it."""
         expect = config.expect
         if expect.val_loss is None or not self.overridden or any(path[0] == "expect" for path in self.overridden):
             return expect
         self.value, changed = self.written, self.value
         self._resolve()
-        self.value, recipe = changed, _overlay(asdict(RunConfig(name=self.stem)), self.value)
+        self.value, recipe = changed, overlay(asdict(RunConfig(name=self.stem)), self.value)
         breaking = expectation_breakers(recipe, config)
         if not breaking:
             return expect
@@ -206,10 +233,10 @@ class _Reader:
 
     def _resolve(self) -> None:
         """Replace every text with ``${...}`` by what it refers to, so that the checks see values."""
-        texts = [(path, text) for path, text in _leaves(self.value) if isinstance(text, str)]
+        texts = [(path, text) for path, text in leaves(self.value) if isinstance(text, str)]
         referring = any("${" in text for _, text in texts)
         defaults = asdict(RunConfig(name=self.stem)) if referring else {}
-        whole = OmegaConf.create(_overlay(defaults, self.value)) if referring else None
+        whole = OmegaConf.create(overlay(defaults, self.value)) if referring else None
         for path, text in texts:
             if text == "???":
                 self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
@@ -219,13 +246,13 @@ class _Reader:
                     for step in path:
                         node = node[int(step) if OmegaConf.is_list(node) else step]
                     resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-                    _set(self.value, path, resolved)
+                    set_at(self.value, path, resolved)
                 except OmegaConfBaseException as error:
                     reason = str(error).splitlines()[0]
                     self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
 
     def _check_open_parts(self) -> None:
-        """The parts whose keys are another class's.
+        """Check the parts whose keys belong to another class: optimizer arguments, groups, model configuration.
 
         Where the name of that class is wrong, they are checked against the one nearest to it, and where none is near,
         what is wrong for all of them is told.
@@ -245,7 +272,7 @@ class _Reader:
                 self._add(path, message)
 
     def _check_switches(self) -> None:
-        """Sections with settings and without the key that turns them on, which would change nothing in silence."""
+        """Report sections that have settings but not the key that switches them on: they would have no effect."""
         for name, switch in SWITCHES.items():
             section = self._section(name)
             if section and switch not in section and not any((name, key) in self.broken for key in section):
@@ -256,7 +283,7 @@ class _Reader:
                 )
 
     def _candidates(self, path: KeyPath, name: Any, table: Collection[str]) -> list[str]:
-        """The classes that ``name`` may mean: itself, else the nearest one, else all."""
+        """The classes that ``name`` may mean: itself if it is valid, else the nearest one, else all."""
         if path not in self.broken:
             return [name]
         return get_close_matches(str(name).lower(), table, n=1) or list(table)
@@ -268,7 +295,7 @@ class _Reader:
         """The values without those that a problem names."""
         result = deepcopy(self.value)
         for path in sorted(self.broken, key=len, reverse=True):
-            _remove(result, path)
+            remove_at(result, path)
         return result
 
     def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
@@ -286,26 +313,26 @@ class _Reader:
         return self.places[written[0]] if written else (0, 0, self.file)
 
     def _written(self, paths: list[KeyPath]) -> KeyPath:
-        """Of keys that break a rule together, the one to point at: an overridden one, else the first in the file."""
+        """The key to point at, of those that break a rule together: an overridden one, else the first in the file."""
         overridden = [path for path in paths if path in self.overridden]
         return next(iter([*overridden, *(path for path in paths if path in self.places)]), paths[0])
 
     def _report(self) -> list[str]:
-        """The problems in the order of the file, those of its base after them, those of overrides last."""
+        """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
         return [f"{place}: {message}" for (_, _, place), message in ordered]
 
 
 def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:
-    """What is wrong in ``optimizer.args``."""
+    """Problems in ``optimizer.args``."""
     path = ("optimizer", "args")
-    own = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
+    misplaced = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
     others = {key: value for key, value in args.items() if key not in OWN_KEYS}
-    return [*own, *check(optimizer_arguments(name), others, path)[1]]
+    return [*misplaced, *check(optimizer_arguments(name), others, path)[1]]
 
 
 def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
-    """What is wrong in the entries of ``optimizer.groups``: each has one selector, and options of the class."""
+    """Problems in ``optimizer.groups``: each entry needs one selector and at least one option of the class."""
     for index, entry in enumerate(groups):
         if not isinstance(entry, dict):
             continue  # a problem of the section's own type
@@ -321,27 +348,17 @@ def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
 
 
 def _part(section: dict[str, Any], key: str, kind: type) -> Any:
-    """A value of the section if it is of that type, else an empty one: what is wrong with it is told elsewhere."""
+    """The value at ``key`` if it has type ``kind``, else an empty one; :func:`check` reports wrong types."""
     value = section.get(key)
     return value if isinstance(value, kind) else kind()
 
 
 def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, key by key; what belongs to the class that a section names goes with that name."""
+    """Merge ``top`` over ``base``. If ``top`` names another class, the class's own keys are not inherited."""
     for section, (name, open_parts) in _OPEN_PARTS.items():
         if name in _part(top, section, dict) and section in base:
             base = {**base, section: {key: value for key, value in base[section].items() if key not in open_parts}}
-    return _overlay(base, top)
-
-
-def _at(tree: Any, path: KeyPath) -> Any:
-    """The value at ``path``, or None."""
-    for step in path:
-        if isinstance(tree, list):
-            tree = tree[int(step)] if int(step) < len(tree) else None
-        else:
-            tree = tree.get(step) if isinstance(tree, dict) else None
-    return tree
+    return overlay(base, top)
 
 
 def _wrong_for_all(problems: Iterable[list[tuple[KeyPath, str]]]) -> list[tuple[KeyPath, str]]:
@@ -349,57 +366,3 @@ def _wrong_for_all(problems: Iterable[list[tuple[KeyPath, str]]]) -> list[tuple[
     first, *others = problems
     paths = [{path for path, _ in other} for other in others]
     return [(path, message) for path, message in first if all(path in other for other in paths)]
-
-
-def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section; where one of the two is not a mapping, ``top`` wins."""
-    result = dict(base)
-    for key, value in top.items():
-        below = result.get(key)
-        result[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
-def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every scalar under ``value`` with its path."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, str(index)))
-    else:
-        yield path, value
-
-
-def _set(tree: Any, path: KeyPath, value: Any) -> None:
-    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
-    for depth, step in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(tree, list):
-            if not step.isdecimal() or int(step) >= len(tree):
-                raise ValueError(f"{'.'.join(path[:depth])} is a list of {len(tree)}, which has no position {step!r}")
-            key: Any = int(step)
-        elif isinstance(tree, dict):
-            key = step
-            if not last and tree.get(key) is None:
-                tree[key] = {}
-        else:
-            raise ValueError(f"{'.'.join(path[:depth])} is {tree!r}, which has no keys below it")
-        if last:
-            tree[key] = value
-        else:
-            tree = tree[key]
-
-
-def _remove(tree: Any, path: KeyPath) -> None:
-    """Delete what is at ``path``, if it is there; elements of a list are removed with the whole list."""
-    for step in path[:-1]:
-        if not isinstance(tree, dict) or step not in tree:
-            return
-        if isinstance(tree[step], list):
-            del tree[step]
-            return
-        tree = tree[step]
-    if isinstance(tree, dict):
-        tree.pop(path[-1], None)

@@ -1,7 +1,7 @@
 """The schema of a recipe: frozen dataclasses whose fields are the keys of the file. Imports neither torch nor YAML.
 
 pydantic checks types and ranges, of objects built in Python and of files. Rules between several fields are in
-:mod:`leanstep.recipes.config.joint`.
+:mod:`leanstep.recipes.config.rules`.
 """
 
 import re
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from leanstep.recipes.config.arguments import OPTIMIZERS
-
 __all__ = [
+    "MODEL_CONFIGS",
+    "OPTIMIZERS",
     "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -33,8 +33,20 @@ __all__ = [
 ]
 
 
-# every section refuses unknown keys and numbers that are not finite, and cannot be changed once it is made
-_section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+# what `optimizer.name` and `model.family` may be: the module and the class
+OPTIMIZERS = {
+    "adamw": "torch.optim:AdamW",
+    "lion": "leanstep.optimizers:Lion",
+    "sinkgd": "leanstep.optimizers:SinkGD",
+    "lanton": "leanstep.optimizers:LANTON",
+    "mfac": "leanstep.optimizers:MFAC",
+    "muon": "leanstep.recipes.methods.muon:MuonAdamW",
+    "sgd": "torch.optim:SGD",
+}
+MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}
+
+# of every section: unknown keys and numbers that are not finite are refused
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _not_blank(text: str) -> str:
@@ -71,25 +83,28 @@ Text = Annotated[str, AfterValidator(_not_blank)]
 Name = Annotated[Text, AfterValidator(_plain_name)]
 Tokenizer = Annotated[Text, AfterValidator(_tokenizer)]
 Pattern = Annotated[str, BeforeValidator(_pattern)]
-OptimizerName = str if TYPE_CHECKING else Literal[tuple(OPTIMIZERS)]
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ExpectConfig:
-    """The result this recipe is known to give; compared and printed at the end, never fatal.
+    """The known result of the recipe; compared and printed at the end of a run, never fatal.
 
     It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
     expects nothing (see :func:`leanstep.recipes.config.loader.load`).
     """
 
-    val_loss: float | None = Field(None, gt=0)
-    tolerance: float = Field(0.1, ge=0)
+    val_loss: float | None = Field(default=None, gt=0)
+    tolerance: float = Field(default=0.1, ge=0)
     source: str = ""
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    """What to train: a transformers family and its configuration keys, or a Hugging Face folder to continue from.
+    """The model: a transformers family and its configuration keys, or a Hugging Face folder to start from.
 
     ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
     """
@@ -99,9 +114,9 @@ class ModelConfig:
     init_from: str | None = None
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
-    """Where the text comes from and how it becomes token sequences of ``seq_len``.
+    """The text, and how it becomes token sequences of ``seq_len``.
 
     ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
     ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
@@ -115,15 +130,15 @@ class DataConfig:
     subset: str | None = None
     text_key: Text = "text"
     tokenizer: Tokenizer = "train:2048"
-    seq_len: int = Field(256, ge=2)
+    seq_len: int = Field(default=256, ge=2)
     packing: bool = True
-    val_tokens: int = Field(150_000, ge=0)
+    val_tokens: int = Field(default=150_000, ge=0)
     val_path: str | None = None
     streaming: bool = False
     cache_dir: str | None = None
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BatchConfig:
     """Tokens per optimizer step over the whole world, and sequences per forward pass of one process.
 
@@ -131,11 +146,11 @@ class BatchConfig:
     process or eight.
     """
 
-    tokens_per_step: int = Field(4096, ge=1)
-    micro_batch_size: int = Field(16, ge=1)
+    tokens_per_step: int = Field(default=4096, ge=1)
+    micro_batch_size: int = Field(default=16, ge=1)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimizerConfig:
     """The optimizer by name, its learning rate and weight decay, further keyword arguments, and per-group settings.
 
@@ -145,13 +160,13 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "adamw"
-    lr: float = Field(1e-3, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-3, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     args: dict[str, Any] = Field(default_factory=dict)
     groups: list[dict[str, Any]] = Field(default_factory=list)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ScheduleConfig:
     """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
 
@@ -159,14 +174,14 @@ class ScheduleConfig:
     """
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_fraction: float = Field(0.05, ge=0, le=1)
-    warmup_steps: int | None = Field(None, ge=0)
-    final_fraction: float = Field(0.1, ge=0, le=1)
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SparsityConfig:
-    """N:M sparsity while training: which layers, by what method, on what schedule. Without ``patterns``, none.
+    """N:M sparsity while training: layers, method and schedule. Off without ``patterns``.
 
     ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
     the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
@@ -182,22 +197,22 @@ class SparsityConfig:
         "sdgf-geometric+mdgf-exponential", "s-ste",
     ] = "ste"  # fmt: skip
     grad_flow: Literal["ste", "decay", "fixed"] | None = None
-    srste_lambda: float | None = Field(None, ge=0)
-    dense: float = Field(0.0, ge=0, le=1)
-    finetune: float = Field(0.0, ge=0, le=1)
-    decay: float | None = Field(None, gt=0)
-    alpha_end: float | None = Field(None, ge=0, lt=1)
-    coarsest: int = Field(8, ge=1)
+    srste_lambda: float | None = Field(default=None, ge=0)
+    dense: float = Field(default=0.0, ge=0, le=1)
+    finetune: float = Field(default=0.0, ge=0, le=1)
+    decay: float | None = Field(default=None, gt=0)
+    alpha_end: float | None = Field(default=None, ge=0, lt=1)
+    coarsest: int = Field(default=8, ge=1)
     freeze_mask_in_finetune: bool = False
-    mask_every: int = Field(1, ge=1)
+    mask_every: int = Field(default=1, ge=1)
     score: Literal["magnitude", "gradient", "transposable"] = "magnitude"
     axis: Literal["in", "out"] = "in"
     pad: Literal["refuse", "zero"] = "refuse"
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PruningConfig:
-    """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
+    """Training after pruning: with ``keep_masks``, the zeros of the model in ``model.init_from`` stay zero.
 
     The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
     ``exclude`` are wildcards over their names, as there. With a ``lora`` section, adapters are masked likewise.
@@ -208,9 +223,9 @@ class PruningConfig:
     exclude: list[str] = Field(default_factory=list)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LoraSectionConfig:
-    """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
+    """Fine-tuning by low-rank adapters of the model in ``model.init_from``. Off without ``target_modules``.
 
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
     :class:`leanstep.lora.LoraConfig`, whose ``order`` is not among them: it stays ``auto``, since ``time`` may round
@@ -224,27 +239,27 @@ class LoraSectionConfig:
     """
 
     target_modules: list[str] = Field(default_factory=list)
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16.0, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
     save: Literal["min", "full", "lora_fa"] = "min"
     attention: Literal["exact", "auto"] = "exact"
-    attention_tolerance: float = Field(0.01, gt=0)
+    attention_tolerance: float = Field(default=0.01, gt=0)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
     """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
 
-    every: int = Field(100, ge=0)
+    every: int = Field(default=100, ge=0)
     at_start: bool = False
-    batches: int | None = Field(None, ge=1)
+    batches: int | None = Field(default=None, ge=1)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
     """Checkpoints every so many steps (0: at the end only), how many to keep, and what to do with those found.
 
@@ -252,14 +267,14 @@ class CheckpointConfig:
     path of a checkpoint folder.
     """
 
-    every: int = Field(200, ge=0)
-    keep_last: int = Field(2, ge=1)
+    every: int = Field(default=200, ge=0)
+    keep_last: int = Field(default=2, ge=1)
     keep_best: bool = False
     on_signal: bool = True
     resume: Text = "auto"
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LogConfig:
     """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
@@ -267,30 +282,30 @@ class LogConfig:
     to low-rank attention (:class:`leanstep.lora.NormMonitor`).
     """
 
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     attention_norms: bool = False
     trackers: list[str] = Field(default_factory=list)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StopConfig:
-    """When to stop early: at a non-finite loss, at a loss above a limit, or after so many hours."""
+    """Conditions to stop early: a non-finite loss, a loss above a limit, a number of hours."""
 
     nan: bool = True
-    loss_above: float | None = Field(None, gt=0)
-    max_hours: float | None = Field(None, gt=0)
+    loss_above: float | None = Field(default=None, gt=0)
+    max_hours: float | None = Field(default=None, gt=0)
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DistributedConfig:
-    """How several processes share the model: replicated (``ddp``) or sharded (``fsdp2``). One process ignores it."""
+    """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``)."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
-@_section
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    """One run, whole: everything that decides its result. ``name`` and ``out`` come from the file's name.
+    """A whole run: everything that decides its result. ``name`` and ``out`` default to the file's name.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
     optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
@@ -300,8 +315,8 @@ class RunConfig:
     name: Name = "run"
     description: str = ""
     expect: ExpectConfig = Field(default_factory=ExpectConfig)
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    steps: int = Field(600, ge=1)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    steps: int = Field(default=600, ge=1)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
@@ -315,14 +330,14 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    source_file: str = ""
+    source_file: str = Field(default="", exclude=True)  # where it was loaded from; no key of a file
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
@@ -344,7 +359,7 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
 
 
 def targets_note(seq_len: int) -> str:
-    """What a token is where losses, rates and token counts are told: the one explanation, for run, check and plan."""
+    """Explain what losses, rates and token counts refer to; the same text for run, check and plan."""
     return (
         f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
         f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"

@@ -1,15 +1,15 @@
-"""From a recipe's ``data`` section to sequences: read, tokenise, hold out, pack or pad, and the order of each epoch."""
+"""Make token sequences from a recipe's ``data`` section: read, tokenise, hold out, pack or pad, order."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from leanstep.recipes.data.shards import TokenFile, tokenise
 from leanstep.recipes.data.sources import Corpus, open_corpus, open_validation
-from leanstep.recipes.data.tokenizer import load_tokenizer, trained_size
+from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise, trained_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,9 +203,8 @@ def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) ->
     while True:
         keep = min(counted - held_out, _MOST_TRAINED_ON)
         identity = f"first {keep} bytes of {corpus.fingerprint}"
-        tokenizer = load_tokenizer(
-            config.tokenizer, lambda keep=keep: _first_bytes(corpus.documents(), keep), identity, config.cache_dir
-        )
+        texts = partial(_first_bytes_of, corpus, keep)
+        tokenizer = load_tokenizer(config.tokenizer, texts, identity, config.cache_dir)
         file = tokenise(corpus, tokenizer, config.cache_dir)
         _check_held_out(corpus, file, val_tokens)
         after = _text_bytes_after(file, tokenizer, _boundary(config, file, val_tokens))
@@ -229,9 +228,9 @@ def _count_bytes(texts: "Any", most: int) -> int:
     return count
 
 
-def _first_bytes(texts: "Any", keep: int) -> "Iterator[str]":
+def _first_bytes_of(corpus: Corpus, keep: int) -> "Iterator[str]":
     """Yield texts up to ``keep`` bytes in all, the last one cut."""
-    for text in texts:
+    for text in corpus.documents():
         raw = text.encode("utf-8", "surrogatepass")
         if len(raw) >= keep:
             yield raw[:keep].decode("utf-8", "ignore")
@@ -282,8 +281,8 @@ def _split(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int)
         held_out = PackedSequences(file, boundary, len(file), config.seq_len, pad_id=pad_id, keep_rest=True)
         return train, held_out
     document = int(np.searchsorted(file.ends, boundary, side="right"))
-    train = PaddedDocuments(file, 0, document, config.seq_len, pad_id=pad_id)
-    return train, PaddedDocuments(file, document, len(file.ends), config.seq_len, pad_id=pad_id)
+    documents = PaddedDocuments(file, 0, document, config.seq_len, pad_id=pad_id)
+    return documents, PaddedDocuments(file, document, len(file.ends), config.seq_len, pad_id=pad_id)
 
 
 def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> float | None:

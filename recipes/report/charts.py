@@ -1,6 +1,7 @@
-"""The charts of a report: which numbers of the log are drawn over what."""
+"""The charts of a report, drawn from the numbers of the log."""
 
 from collections.abc import Callable
+from functools import partial
 
 from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.report.runlog import Run
@@ -22,40 +23,33 @@ def curves(runs: list[Run], most_points: int) -> str:
     marks = []
     if alone and (expected := runs[0].expectation()):
         marks = [(expected[0], f"expected validation loss {expected[0]:g}")]
-    settings = {"most_points": most_points}
+    draw = partial(chart, most_points=most_points)
+    draw_loss = partial(draw, y_format=_fixed(3))
 
     def over(key: str, scale: float = 1.0) -> Callable[[Run], list[float | None]]:
         return lambda run: [None if x is None else x / scale for x in run.column(key)]
 
     peaks = [peak for run in runs if (peak := max((x for x in run.column("lr") if x), default=None))]
-    steps, losses = _losses(runs, over("step")), {"y_format": _fixed(3), **settings}
+    training, validation = _losses(runs, over("step")), _validation(runs, "loss")
+    if alone:
+        losses = draw_loss([*training, *validation], title="Loss", x_label="step", marks=marks, wide=True)
+    else:
+        losses = draw_loss(validation, title="Validation loss", x_label="step", wide=True)
+        losses += draw_loss(training, title="Training loss over steps", x_label="step", wide=True)
+    over_time = _losses(runs, over("elapsed_s", per_unit))
+    # rates of different optimizers differ by orders of magnitude
+    log_rates = len(peaks) > 1 and max(peaks) > 8 * min(peaks)
     charts = [
-        chart([*steps, *_validation(runs, "loss")], title="Loss", x_label="step", marks=marks, wide=True, **losses)
-        if alone
-        else chart(_validation(runs, "loss"), title="Validation loss", x_label="step", wide=True, **losses)
-        + chart(steps, title="Training loss over steps", x_label="step", wide=True, **losses),
-        chart(_losses(runs, over("tokens")), title="Training loss over tokens", x_label="tokens", **losses),
-        chart(
-            _losses(runs, over("elapsed_s", per_unit)),
-            title="Training loss over time",
-            x_label=f"time ({unit})",
-            **losses,
-        ),
-        chart(_validation(runs, "bits_per_byte"), title="Validation bits per byte", x_label="step", **losses),
-        chart(
-            _plain(runs, "lr"),
-            title="Learning rate",
-            x_label="step",
-            # rates of different optimizers differ by orders of magnitude
-            log_y=len(peaks) > 1 and max(peaks) > 8 * min(peaks),
-            **settings,
-        ),
-        chart(_plain(runs, "grad_norm"), title="Gradient norm", x_label="step", log_y=True, **settings),
-        chart(_plain(runs, "tokens_per_s"), title="Tokens per second", x_label="step", **settings),
-        chart(_plain(runs, "memory_gib"), title="Peak device memory (GiB)", x_label="step", **settings),
+        losses,
+        draw_loss(_losses(runs, over("tokens")), title="Training loss over tokens", x_label="tokens"),
+        draw_loss(over_time, title="Training loss over time", x_label=f"time ({unit})"),
+        draw_loss(_validation(runs, "bits_per_byte"), title="Validation bits per byte", x_label="step"),
+        draw(_plain(runs, "lr"), title="Learning rate", x_label="step", log_y=log_rates),
+        draw(_plain(runs, "grad_norm"), title="Gradient norm", x_label="step", log_y=True),
+        draw(_plain(runs, "tokens_per_s"), title="Tokens per second", x_label="step"),
+        draw(_plain(runs, "memory_gib"), title="Peak device memory (GiB)", x_label="step"),
     ]
-    drawn = "".join(charts)
-    return drawn or '<p class="lead">Nothing was logged yet.</p>'
+    return "".join(charts) or '<p class="lead">Nothing was logged yet.</p>'
 
 
 def _losses(runs: list[Run], x_of: Callable[[Run], list[float | None]]) -> list[Series]:
@@ -107,14 +101,14 @@ def reported_curves(run: Run, section: str, most_points: int) -> str:
     for name, keys in list(groups.items())[:_MOST_CHARTS]:
         # evenly over the layers, since they come in the order of the model
         shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
-        part = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
+        share = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
         series = [
             Series(key.partition("/")[2] or key, *_known(run.column("step"), run.reported_column(section, key)), color)
             for color, key in enumerate(shown)
         ]
-        known = [y for one in series for y in one.y if y is not None]
+        values = [y for line in series for y in line.y if y is not None]
         # layers often differ by orders of magnitude
-        log_y = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
-        title = f"{section.capitalize()}: {name}{part}"
+        log_y = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+        title = f"{section.capitalize()}: {name}{share}"
         charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
     return "".join(charts)

@@ -1,42 +1,45 @@
 """The report: one self-contained HTML page about a run, or comparing several. No script, no network, under 300 KB."""
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from leanstep._charts import PALETTE, compact
 from leanstep._files import replacing
-from leanstep._page import style
+from leanstep._page import render
 from leanstep.recipes.report.charts import curves, reported_curves
-from leanstep.recipes.report.parts import (
-    attention_table,
-    badge,
-    cut,
-    differences,
-    evaluations,
-    gate_table,
-    lead,
-    notes,
-    optimizer_table,
-    pairs,
-    results,
-    sparsity_tables,
-    tiles,
-)
-from leanstep.recipes.report.runlog import Run, flat, read_run
+from leanstep.recipes.report.runlog import Run, duration, flat, number, read_run
 
 __all__ = ["MOST_BYTES", "write_report"]
 
 MOST_BYTES = 300_000
 _POINTS = (400, 200, 100, 50, 25, 10)  # of each curve: fewer when many runs would make the page too large
 _MOST_TEXT = 12_000  # characters of a configuration or a sample
+_MOST_EVALUATIONS = 25
+_TEMPLATES = Path(__file__).with_name("templates")
+# section of the log -> its title, the file of its rows, and the columns to show (none: those that are there)
+_PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "sparsity": ("Sparsity", "sparsity_report.json", ()),
+    "attention": (
+        "Attention norms",
+        "attention_report.json",
+        ("layer", "head", "rho", "certified", "sampled", "degree", "error", "cost", "drift", "status", "why"),
+    ),
+    "gate": (
+        "Low-rank attention",
+        "gate_report.json",
+        ("layer", "low_rank", "calls", "low_rank_calls", "fallbacks", "error", "largest_error", "cost", "reason"),
+    ),
+    "optimizer": ("What the optimizer says", "optimizer_report.json", ()),
+}
+_SHARED_FACTS = ("device", "versions.torch", "versions.leanstep", "world")
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
 
-    Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt, optimizer_report.json and
-    sparsity_report.json, attention_report.json and gate_report.json of each run;
-    what is missing or damaged is named in the report. The file replaces an older one at once and whole.
+    Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt and the ``*_report.json`` files of each
+    run; what is missing or damaged is named in the report. The file replaces an older one at once and whole.
 
     Raises:
         ValueError: no folder is given, or one of them is no run folder.
@@ -67,80 +70,199 @@ def _name_apart(runs: list[Run]) -> None:
 
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"[:200]
-    body = _single(runs[0], most_points, most_text) if len(runs) == 1 else _comparison(runs, most_points, most_text)
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        # whatever a configuration or a sample holds, nothing on this page may run or load
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{style()}</style></head><body><main>{body}"
-        f"<footer>leanstep {escape(version)} &middot; {' &middot; '.join(escape(str(run.folder)) for run in runs)}"
-        "</footer></main></body></html>\n"
-    )
+    shared = {
+        "version": version,
+        "footer": [str(run.folder) for run in runs],
+        "curves": curves(runs, most_points),
+    }
+    if len(runs) == 1:
+        return render(_TEMPLATES / "run.html", **shared, **_single(runs[0], most_points, most_text))
+    return render(_TEMPLATES / "comparison.html", **shared, **_comparison(runs, most_text))
 
 
-def _single(run: Run, most_points: int, most_text: int) -> str:
-    parts = [
-        f'<div class="head"><h1>{escape(run.name)}</h1>{badge(run)}</div>',
-        f'<p class="lead">{lead(run)}</p>',
-        tiles(run),
-        notes(run.problems),
-        "<h2>Curves</h2>",
-        f'<div class="grid">{curves([run], most_points)}</div>',
-    ]
-    if run.reported_keys("sparsity") or run.sparsity_report:
-        drawn = reported_curves(run, "sparsity", min(most_points, 200))
-        parts += ["<h2>Sparsity</h2>", f'<div class="grid">{drawn}</div>', sparsity_tables(run, most_text)]
-    if run.reported_keys("attention") or run.attention_report:
-        drawn = reported_curves(run, "attention", min(most_points, 200))
-        parts += ["<h2>Attention norms</h2>", f'<div class="grid">{drawn}</div>', attention_table(run, most_text)]
-    if run.reported_keys("gate") or run.gate_report:
-        drawn = reported_curves(run, "gate", min(most_points, 200))
-        parts += ["<h2>Low-rank attention</h2>", f'<div class="grid">{drawn}</div>', gate_table(run, most_text)]
-    if run.reported_keys("optimizer") or run.optimizer_report:
-        drawn = reported_curves(run, "optimizer", min(most_points, 200))
-        parts += [
-            "<h2>What the optimizer says</h2>",
-            f'<div class="grid">{drawn}</div>',
-            optimizer_table(run, most_text),
-        ]
-    if run.sample is not None and most_text:
-        parts.append(f"<h2>A sample of its writing</h2><div class=card><blockquote>{cut(run.sample, most_text)}")
-        parts.append("</blockquote></div>")
-    if run.evals:
-        parts += ["<h2>Evaluations</h2>", evaluations(run)]
-    if run.config_text and most_text:
-        parts += ["<h2>Configuration</h2>", f"<div class=card><pre>{cut(run.config_text, most_text)}</pre></div>"]
+def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
+    """The values of the template for one run."""
     environment = flat(run.env) | ({"command": run.command} if run.command else {})
-    if environment:
-        parts += ["<h2>Environment</h2>", pairs(environment)]
-    return "".join(parts)
+    return {
+        "title": run.name,
+        "run": run,
+        "lead": _lead(run),
+        "numbers": _tiles(run),
+        "parts": list(_parts(run, most_points, most_text)),
+        "sample": _cut(run.sample, most_text),
+        "evaluations": _evaluations(run),
+        "configuration": _cut(run.config_text, most_text),
+        "environment": [(name, value[:1000]) for name, value in environment.items()],
+    }
 
 
-def _comparison(runs: list[Run], most_points: int, most_text: int) -> str:
-    problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
-    parts = [
-        f"<h1>Comparison of {len(runs)} runs</h1>",
-        '<p class="lead">Sorted by validation loss. Compare losses only between runs on the same text with the same '
-        "tokenizer; bits per byte compares across tokenizers.</p>",
-        "<h2>Results</h2>",
-        results(runs),
-        notes(problems),
-        "<h2>Curves</h2>",
-        f'<div class="grid">{curves(runs, most_points)}</div>',
-        "<h2>What differs</h2>",
-        differences([flat(run.config) for run in runs], runs, "The configurations are the same."),
-        "<h2>Where they ran</h2>",
-        differences([flat(run.env) for run in runs], runs, "The environments are the same.", only_different=False),
+def _cut(text: str | None, most: int) -> str:
+    """``text`` cut to ``most`` characters; "" where there is no room for any."""
+    if not text or not most:
+        return ""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} characters more)"
+
+
+def _lead(run: Run) -> list[str]:
+    """The description, and in one line what was trained, how, on what, when."""
+    optimizer, rate = run.setting("optimizer.name"), run.setting("optimizer.lr")
+    facts = [
+        f"{parameters:,.0f} parameters" if (parameters := number(run.env.get("parameters"))) else "",
+        str(run.setting("model.family") or ""),
+        f"{optimizer}, lr {rate}" if optimizer else "",
+        f"data {run.setting('data.source')}" if run.setting("data.source") else "",
+        f"seed {run.setting('seed')}" if run.setting("seed") is not None else "",
+        str(run.env.get("started") or "")[:10],
     ]
-    if most_text:
-        share = most_text // len(runs)
-        samples = [(run.name, run.sample) for run in runs if run.sample is not None]
-        if samples:
-            parts.append("<h2>Samples of their writing</h2><div class=card><table><tbody>")
-            parts += [f"<tr><th>{escape(name)}</th><td>{cut(sample, share)}</td></tr>" for name, sample in samples]
-            parts.append("</tbody></table></div>")
-    return "".join(parts)
+    lines = [str(run.config.get("description") or ""), " · ".join(fact for fact in facts if fact)]
+    return [line for line in lines if line]
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The main results as (name, value, note)."""
+    final = run.final_eval
+    loss, per_byte = number(final.get("loss")), number(final.get("bits_per_byte"))
+    expected, verdict = run.expectation(), ""
+    if expected:
+        verdict = f"expected {expected[0]:g} ± {expected[1]:g}: {'met' if expected[2] else 'not met'}"
+    elif loss is not None:
+        verdict = f"at step {final.get('step')}"
+    shown = [("Validation loss", f"{loss:.4f}", verdict)] if loss is not None else []
+    if (perplexity := number(final.get("perplexity"))) is not None:
+        shown.append(("Perplexity", f"{perplexity:.2f}", f"over {compact(number(final.get('tokens')) or 0)} targets"))
+    if per_byte is not None:
+        shown.append(("Bits per byte", f"{per_byte:.4f}", "comparable across tokenizers"))
+    if (train := run.last("loss")) is not None:
+        shown.append(("Training loss", f"{train:.4f}", "last logged step"))
+    step, steps = run.status.get("step"), run.status.get("steps")
+    if step is not None:
+        shown.append(("Steps", f"{step:,}", f"of {steps:,}" if isinstance(steps, int) else ""))
+    if (tokens := run.last("tokens")) is not None:
+        shown.append(("Tokens", compact(tokens), "targets trained on"))
+    if (speed := run.speed()) is not None:
+        shown.append(("Tokens per second", compact(speed), "targets, median"))
+    if (work := run.median("tflops")) is not None:
+        used = run.median("mfu")
+        shown.append(("Model TFLOP/s", compact(work), "6N + 12Lhs" if used is None else f"{used:.1%} of the peak"))
+    shown.append(("Time", duration(run.last("elapsed_s")), str(run.env.get("device") or "")))
+    if (memory := run.last("memory_gib")) is not None:
+        shown.append(("Peak memory", f"{memory:.2f} GiB", "on the device"))
+    return shown
+
+
+def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any]]:
+    """The sections of the methods that this run has: curves of their numbers, and their rows at the end."""
+    layers = run.sparsity_report.get("layers")
+    rows = {
+        "sparsity": layers if isinstance(layers, list) else [],
+        "attention": run.attention_report,
+        "gate": run.gate_report,
+        "optimizer": run.optimizer_report,
+    }
+    for name, (title, file, columns) in _PARTS.items():
+        if run.reported_keys(name) or rows[name] or (name == "sparsity" and run.sparsity_report):
+            yield {
+                "title": title,
+                "curves": reported_curves(run, name, min(most_points, 200)),
+                "operations": _operations(run) if name == "sparsity" else [],
+                "table": _table([row for row in rows[name] if isinstance(row, dict)], columns, most_text),
+                "file": file,
+            }
+
+
+def _operations(run: Run) -> list[tuple[str, str, str]]:
+    """The operations of a sparse run by each way to count them, and their share of a dense run's."""
+    counts = run.sparsity_report.get("operations")
+    known = {name: number(value) for name, value in counts.items()} if isinstance(counts, dict) else {}
+    dense = known.get("dense")
+    return [
+        (name, compact(value), f"{value / dense:.3f}" if dense else "-")
+        for name, value in known.items()
+        if value is not None
+    ]
+
+
+def _table(reported: list[dict[str, Any]], columns: tuple[str, ...], most_text: int) -> dict[str, Any]:
+    """As many rows as the page has room for; all their columns where ``columns`` is empty."""
+    shown = reported[: max(1, most_text // 120)]
+    present = list(dict.fromkeys(key for row in shown for key in row))
+    header = [key for key in columns if key in present] if columns else present
+    cells = [[_cell(row.get(key, "")) for key in header] for row in shown]
+    return {"header": header, "rows": cells, "left_out": len(reported) - len(shown)}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:200]
+
+
+def _evaluations(run: Run) -> list[list[str]]:
+    """The validations, evenly chosen where there are many; the last one is among them."""
+    shown = run.evals
+    if len(shown) > _MOST_EVALUATIONS:
+        shown = run.evals[:: -(-len(run.evals) // (_MOST_EVALUATIONS - 1))]
+        if shown[-1] is not run.evals[-1]:
+            shown = [*shown, run.evals[-1]]
+    formats = {"loss": "{:.4f}", "perplexity": "{:.2f}", "bits_per_byte": "{:.4f}", "tokens": "{:,.0f}"}
+    return [[str(row["step"]), *(_format(row.get(key), text) for key, text in formats.items())] for row in shown]
+
+
+def _format(value: Any, text: str) -> str:
+    known = number(value)
+    return "-" if known is None else text.format(known)
+
+
+def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
+    """The values of the template for several runs."""
+    configurations, environments = [flat(run.config) for run in runs], [flat(run.env) for run in runs]
+    return {
+        "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}"[:200],
+        "runs": runs,
+        "results": _results(runs),
+        "problems": [f"{run.name}: {problem}" for run in runs for problem in run.problems],
+        "configurations": _differences(configurations),
+        "environments": _differences(environments, always=_SHARED_FACTS),
+        "samples": [(run.name, text) for run in runs if (text := _cut(run.sample, most_text // len(runs)))],
+    }
+
+
+def _results(runs: list[Run]) -> list[dict[str, Any]]:
+    """A row for each run, best validation loss first."""
+
+    def loss_of(run: Run) -> float:
+        loss = number(run.final_eval.get("loss"))
+        return float("inf") if loss is None or loss != loss else loss
+
+    ordered = sorted(enumerate(runs), key=lambda pair: loss_of(pair[1]))
+    best = min((loss_of(run) for run in runs if run.state == "done"), default=None)
+    return [
+        {
+            "run": run,
+            "color": index % len(PALETTE),
+            "optimizer": run.setting("optimizer.name") or "-",
+            "rate": _format(run.setting("optimizer.lr"), "{:g}"),
+            "loss": _format(run.final_eval.get("loss"), "{:.4f}"),
+            "best": run.state == "done" and loss_of(run) == best,
+            "numbers": [
+                _format(run.final_eval.get("perplexity"), "{:.2f}"),
+                _format(run.final_eval.get("bits_per_byte"), "{:.4f}"),
+                _format(run.status.get("step"), "{:,.0f}"),
+                compact(tokens) if (tokens := run.last("tokens")) is not None else "-",
+                compact(speed) if (speed := run.speed()) is not None else "-",
+                duration(run.last("elapsed_s")),
+            ],
+        }
+        for index, run in ordered
+    ]
+
+
+def _differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+    """(key, the value of each run) where runs differ, and (key, [value]) for the ``always`` ones where they do not."""
+    rows = []
+    for key in dict.fromkeys(key for column in columns for key in column):
+        values = [column.get(key, "-")[:200] for column in columns]
+        if len(set(values)) > 1 and key not in ("name", "out", "source_file"):
+            rows.append((key, values))
+        elif key in always:
+            rows.append((key, values[:1]))
+    return rows

@@ -1,4 +1,13 @@
-"""From configuration to objects: the only place that does it. Classes get plain arguments and never see a recipe."""
+"""Build the objects that a recipe names. Their classes get plain arguments and never see a recipe.
+
+Floating-point operations of a model, by formula, and what a device can do at most: together the utilisation.
+
+The formula is :data:`FORMULA`, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language Modeling with
+Pathways", arXiv:2204.02311: each weight takes part in one multiplication and one addition for a token forward and in
+two of each backward, and attention multiplies queries with keys and its weights with values. Recomputed activations,
+norms, activation functions and the optimizer are left out, so that the number says how fast the model was trained and
+not how busy the device was.
+"""
 
 import inspect
 import math
@@ -20,20 +29,37 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
+from leanstep import optimizers
+from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
-from leanstep.recipes.config.arguments import OPTIMIZERS
-from leanstep.recipes.config.schema import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from leanstep.optimizers.param_groups import parameter_roles
+from leanstep.recipes.config.schema import (
+    OPTIMIZERS,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    accumulation_steps,
+)
+from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.methods.lora import adapt
 
 __all__ = [
     "FAMILIES",
+    "FORMULA",
     "build_accelerator",
     "build_model",
     "build_optimizer",
+    "build_run_model",
     "build_schedule",
     "checkpoint_activations",
+    "flops_per_token",
     "optimizer_class",
+    "peak_flops",
+    "release_gradients",
     "schedule_factor",
     "wants_cpu",
 ]
@@ -56,9 +82,9 @@ def wants_cpu(device: str) -> bool:
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
-    """The Accelerator of a run: device, mixed precision, accumulation, sharding and trackers, all from the recipe.
+    """Build the Accelerator: device, mixed precision, accumulation, sharding and trackers as the recipe says.
 
-    The recipe decides these, so what an ``accelerate config`` file says about them has no effect. Raises ValueError
+    An ``accelerate config`` file has no effect on these. Raises ValueError
     for fp16 or FSDP2 on a CPU, for a tracker that is not installed, and when ``batch.tokens_per_step`` does not divide.
     """
     cpu = wants_cpu(config.device)
@@ -94,7 +120,7 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Accelerate only warns when a tracker is missing, and then records nothing; here it is an error."""
+    """Raise ValueError for a tracker that is not installed; Accelerate would warn and record nothing."""
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # classes that somebody registered with Accelerate are there by being registered
@@ -126,7 +152,7 @@ def build_model(
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class, model_class = FAMILIES[config.family]
-    known = set(config_class().to_dict()) | set(inspect.signature(config_class.__init__).parameters)
+    known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
     unknown = sorted(set(config.config) - known)
     if unknown:
         raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
@@ -139,6 +165,20 @@ def build_model(
     return model
 
 
+def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation."""
+    dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
+    check_positions(model, config.data.seq_len)
+    if config.lora.target_modules:
+        adapt(config, model)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        model.compile()
+    return model
+
+
 def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
     if model_size < tokenizer_size:
         raise ValueError(
@@ -148,7 +188,7 @@ def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let ``model`` recompute each layer's activations in backward instead of keeping them: less memory."""
+    """Recompute each layer's activations in backward instead of keeping them, to save memory."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -158,7 +198,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class that a recipe calls ``name``, imported when it is asked for. Raises ValueError if it is not there."""
+    """Import the class that a recipe calls ``name``. Raises ValueError if it is not there."""
     module, _, cls = OPTIMIZERS[name].partition(":")
     try:
         return getattr(import_module(module), cls)
@@ -195,7 +235,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
 
 
 def _python_value(key: str, value: Any) -> Any:
-    """What YAML cannot say: tuples, and dtypes by their names."""
+    """Convert what YAML cannot express: lists to tuples, names of dtypes to dtypes."""
     if isinstance(value, list):
         return tuple(value)
     if key.endswith("dtype") and isinstance(value, str):
@@ -215,11 +255,11 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         algorithm = common.pop("algorithm", "adamw")
         if config.name in _MATRIX_ALGORITHM:
             common["algorithm"] = algorithm if algorithm == "adamw" else _MATRIX_ALGORITHM[config.name]
-        members: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        by_rule: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
-            chosen = next((rule.index for rule in rules if rule.selects(name, role)), None)
-            members.setdefault(chosen, []).append((name, parameter))
-        for index, params in members.items():
+            rule_index = next((rule.index for rule in rules if rule.selects(name, role)), None)
+            by_rule.setdefault(rule_index, []).append((name, parameter))
+        for index, params in by_rule.items():
             override = {} if index is None else rules[index].options
             label = role if index is None else f"{role}/{index}"
             yield {**common, **override, "name": label, "params": params}
@@ -229,7 +269,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
 
 
 class _Rule:
-    """One entry of ``optimizer.groups``: which parameters it selects, and the options it gives them."""
+    """One entry of ``optimizer.groups``: a selector of parameters and the options they get."""
 
     def __init__(self, entry: dict[str, Any], index: int) -> None:
         self.index = index
@@ -241,13 +281,26 @@ class _Rule:
         self.used = False
 
     def selects(self, name: str, role: str) -> bool:
-        found = role == self.role if self.match is None else re.search(self.match, name) is not None
-        self.used |= found
-        return found
+        selected = role == self.role if self.match is None else re.search(self.match, name) is not None
+        self.used |= selected
+        return selected
+
+
+def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    """Let the optimizer step inside backward. Raises ValueError where it cannot."""
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            "release_gradients: it updates weights before the processes exchange their gradients, so it needs "
+            f"one process and this run has {accelerator.num_processes}; set release_gradients=false"
+        )
+    try:
+        optimizers.release_gradients(model, optimizer)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate as a function of the number of optimizer steps already made, 0 to steps - 1.
+    """Return the factor on the learning rate as a function of the steps already made, 0 to steps - 1.
 
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so that no step is spent at rate 0; then with
     ``t = (n - w) / (steps - 1 - w)``, from 1 at t = 0 to ``f = final_fraction`` at the last step, t = 1:
@@ -290,11 +343,62 @@ def check_positions(model: PreTrainedModel, seq_len: int) -> None:
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     """``hidden 28 tensors, 850,000 elements, lr 0.004; ...``."""
-    parts = []
+    texts = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
         settings = [f"lr {group['lr']:g}", f"weight decay {group['weight_decay']:g}"]
         if "algorithm" in group:
             settings.insert(0, str(group["algorithm"]))
-        parts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
-    return "; ".join(parts)
+        texts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
+    return "; ".join(texts)
+
+
+FORMULA = (
+    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), L layers, h heads x "
+    "their width, s tokens in a sequence, padding included"
+)
+
+# Dense 16-bit tensor-core TFLOP/s with fp32 accumulation from the makers' data sheets, by a part of the device's name;
+# the first that fits counts. Data sheets that give the rate with sparsity are halved.
+_PEAK_TFLOPS = (
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200", 989),
+    ("A100", 312),
+    ("L40S", 362),
+    ("L4", 121),
+    ("RTX 4090", 165),
+    ("MI300X", 1307),
+)
+
+
+def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
+    """Operations of forward and backward for one token of a sequence of ``seq_len``: :data:`FORMULA`.
+
+    Call it before the model is sharded. Without ``num_hidden_layers`` and the like in its configuration, attention is
+    left out.
+    """
+    roles = parameter_roles(model)
+    head = output_head(model)
+    tied = None if head is None else head.weight
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if roles[name] not in ("embedding", "position") or parameter is tied
+    )
+    config: Any = model.config
+    sizes = config.get_text_config()
+    layers, heads = (getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if layers is None or heads is None:
+        return 6 * weights
+    width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
+    return 6 * weights + 12 * layers * width * seq_len
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Most operations per second of a device by its name, in 16-bit precisions; None for a CPU and where unknown."""
+    # a slice of a device has a part of its peak, and fp32's depends on whether TF32 is allowed
+    if precision == "fp32" or " MIG " in device_name:
+        return None
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)

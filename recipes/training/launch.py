@@ -1,47 +1,33 @@
-"""``leanstep train``: one process here, or several through torchrun's API, or only the plan."""
+"""Launch ``leanstep train`` in several processes through torchrun's API, print its plan, end a process."""
 
+import atexit
+import contextlib
 import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
+from leanstep.recipes.data.sources import look
 
-__all__ = ["equivalent_commands", "plan", "run"]
+__all__ = ["dry_run", "equivalent_commands", "launch", "leave", "plan"]
 
 _MODULE = "leanstep.recipes.training.train"
 # after a signal, workers get this long to finish their step and save before they are killed (torchrun: 30 s)
 _SHUTDOWN_S = 300
 
 
-def run(config: RunConfig, recipe: str, overrides: Sequence[str], *, nproc: int = 1, dry_run: bool = False) -> int:
-    """Train a recipe and return the exit code (see :func:`leanstep.recipes.training.train.train`).
+def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> int:
+    """Print the resolved recipe and the equivalent command lines, look whether the text is there, and train nothing.
 
-    Args:
-        config: The recipe, loaded.
-        recipe: What it was loaded from: the name of a shipped recipe, or a file.
-        overrides: The ``key.path=value`` changes with which it was loaded; several processes load it again.
-        nproc: Processes on this machine; 1 trains in this process.
-        dry_run: Print the resolved recipe and the equivalent command lines, look whether the text is there, and train
-            nothing. The exit code is 2 when it is not.
+    ``recipe`` and ``overrides`` are what ``config`` was loaded from. The exit code is 2 where the text cannot be used.
     """
-    if dry_run:
-        print(plan(config, recipe, overrides, nproc))
-        return _look_at_data(config)
-    if nproc == 1:
-        from leanstep.recipes.training.train import train
-
-        return train(config)
-    return _several(recipe, overrides, nproc)
-
-
-def _look_at_data(config: RunConfig) -> int:
-    """Print what the text is, as far as its beginning tells, or why it cannot be used; returns the exit code."""
-    from leanstep.recipes.data.sources import look
-
+    print(plan(config, recipe, overrides, world))
     try:
         print("\n".join(f"# {line}" for line in look(config.data)))
     except (ValueError, OSError, ImportError) as error:
@@ -50,8 +36,8 @@ def _look_at_data(config: RunConfig) -> int:
     return 0
 
 
-def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: int) -> str:
-    """The resolved recipe, what a step consists of, and the command lines that do the same."""
+def plan(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> str:
+    """Text: the resolved recipe, the parts of a step, and equivalent command lines."""
     passes = accumulation_steps(config, world)
     tokens = config.batch.tokens_per_step
     sequences = tokens // config.data.seq_len
@@ -64,14 +50,14 @@ def plan(config: RunConfig, config_ref: str, overrides: Sequence[str], world: in
         f"# targets: {targets_note(config.data.seq_len)}",
         f"# output: {Path(config.out)}",
         "# the same by hand:",
-        *(f"#   {command}" for command in equivalent_commands(config_ref, overrides, world)),
+        *(f"#   {command}" for command in equivalent_commands(recipe, overrides, world)),
     ]
     return "\n".join(lines)
 
 
-def equivalent_commands(config_ref: str, overrides: Sequence[str], world: int) -> list[str]:
-    """The torchrun and accelerate lines that run the same, on this machine's kind of device."""
-    tail = shlex.join([config_ref, *overrides])
+def equivalent_commands(recipe: str, overrides: Sequence[str], world: int) -> list[str]:
+    """Equivalent torchrun and accelerate command lines for this machine's kind of device."""
+    tail = shlex.join([recipe, *overrides])
     torchrun = f"torchrun --standalone --nproc_per_node {world} -m {_MODULE} {tail}"
     accelerate = f"accelerate launch --num_processes {world} -m {_MODULE} {tail}"
     if world > 1:
@@ -87,8 +73,8 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _several(config_ref: str, overrides: Sequence[str], world: int) -> int:
-    """Start the workers through torchrun's own code, in this process; what became of them makes the exit code."""
+def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
+    """Start the workers by torchrun's API and wait for them; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
@@ -103,7 +89,7 @@ def _several(config_ref: str, overrides: Sequence[str], world: int) -> int:
     # the agent hands each of these on to the workers and waits for them; SIGUSR1 is what Slurm sends as a warning
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", signals]
-    options = get_args_parser().parse_args([*arguments, "-m", _MODULE, config_ref, *overrides])
+    options = get_args_parser().parse_args([*arguments, "-m", _MODULE, recipe, *overrides])
     try:
         torchrun(options)
     except SignalException as ended:
@@ -116,6 +102,25 @@ def _several(config_ref: str, overrides: Sequence[str], world: int) -> int:
 
 
 def _worst(codes: Iterable[int]) -> int:
-    """The exit code that says most: one of ours if a worker gave one, else 1."""
+    """The most informative exit code: one of ours if a worker returned one, else 1."""
     # workers that another's failure took down were killed by a signal: negative codes
     return next((code for code in codes if code in (2, 3, 4, 130, 143)), 1)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    Of several processes that trained on the CPU, now and then one aborts when it is all over: torch's threads do not
+    outlast its global objects ("terminate called without an active exception"), and the launcher calls the run failed.
+    So all that Python does at its end is done, and the destructors are not run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

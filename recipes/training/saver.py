@@ -1,5 +1,10 @@
-"""Writes and reads the checkpoints of a run through Accelerate, and keeps the run going when the disk is full."""
+"""Write and read checkpoints through Accelerate; write the final model, a sample and the report.
 
+A full disk ends no run before its end: the newest complete checkpoint stays.
+"""
+
+import math
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -8,14 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from leanstep._files import free_bytes
+from leanstep._files import format_bytes, free_bytes, publish_folder
 from leanstep.lora import LowRankGate
 from leanstep.lora.ties import config_of_merged
-from leanstep.recipes.config.schema import CheckpointConfig
+from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
-from leanstep.recipes.methods.attention_norms import write_gate
+from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
@@ -31,11 +36,11 @@ from leanstep.recipes.training.checkpoint import (
     staging,
     write_state,
 )
-from leanstep.recipes.training.failures import disk_trouble, format_bytes
+from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.world import all_agree, main_does
 
-__all__ = ["Saver"]
+__all__ = ["Saver", "compare", "export_final", "finish", "sample"]
 
 
 class Saver:
@@ -68,9 +73,9 @@ class Saver:
             accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self, state: TrainState, windows: Windows) -> bool:
-        """Write the checkpoint of ``state.step``. False when the disk did not take it: the run may go on.
+        """Write the checkpoint of ``state.step``. Returns False if the disk refused it: the run may go on.
 
-        Raises whatever went wrong when the disk is not to blame.
+        Errors that are not the disk's are raised.
         """
         needed = self._expected_bytes()
         problem = main_does(self._accelerator, lambda: self._preflight(needed))
@@ -79,8 +84,8 @@ class Saver:
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
         if problem:
             last = find_checkpoints(self._folder.checkpoints)
-            kept = last[-1].name if last else "none"
-            self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {kept}")
+            newest = last[-1].name if last else "none"
+            self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {newest}")
         return problem is None
 
     def _write(self, state: TrainState, windows: Windows, needed: int) -> str | None:
@@ -142,7 +147,7 @@ class Saver:
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:
-        """Renew the links and remove old checkpoints. The new one is whole already: what fails here is only said."""
+        """Renew the links and remove old checkpoints. The new one is complete: failures here are warnings."""
         self._link("last", path)
         keep = []
         if self._config.keep_best and state.best_step is not None:
@@ -201,7 +206,7 @@ class Saver:
         return loaded
 
     def _check_generators(self, trainer: Path) -> None:
-        """Accelerate only logs when random states cannot be loaded; a run that lost them is not the same run."""
+        """Raise CheckpointError if the random state was not restored; Accelerate would only log that."""
         from accelerate.utils import load
 
         saved = load(trainer / f"random_states_{self._accelerator.process_index}.pkl")
@@ -209,7 +214,7 @@ class Saver:
             raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
-        """Before Accelerate loads a state: take the weights from ``hf/`` and leave none for it to look for."""
+        """Hook before Accelerate loads a state: load the weights from ``hf/``, where Accelerate does not look."""
         model = self._accelerator.unwrap_model(models[0])
         if is_adapted(model):
             # the base is there already, and the weights in hf/ have the adapter in them
@@ -219,17 +224,17 @@ class Saver:
         files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
-        own = model.state_dict()
+        expected = model.state_dict()
         loaded: set[str] = set()
-        parts = ((file, without_sparse(model, load_file(file))) for file in files)
-        for file, part in chain(parts, [(Path(trainer), load_sparse(model, Path(trainer)))]):
-            result = model.load_state_dict(part, strict=False)
+        files_with_weights = ((file, without_sparse(model, load_file(file))) for file in files)
+        for file, weights in chain(files_with_weights, [(Path(trainer), load_sparse(model, Path(trainer)))]):
+            result = model.load_state_dict(weights, strict=False)
             if result.unexpected_keys:
                 raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")
-            loaded.update(part)
+            loaded.update(weights)
         # a tied weight is stored once, under one of its names
-        present = {own[name].data_ptr() for name in loaded}
-        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in present and tensor.numel()]
+        present = {expected[name].data_ptr() for name in loaded}
+        missing = [name for name, tensor in expected.items() if tensor.data_ptr() not in present and tensor.numel()]
         if missing:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'}: no weights for {', '.join(missing[:5])}")
         models.clear()
@@ -237,3 +242,99 @@ class Saver:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+_SAMPLE_TOKENS = 64
+_TEMPERATURE = 0.8
+
+
+def finish(
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    saver: Saver,
+    state: TrainState,
+    say: Callable[[str], None],
+) -> None:
+    """Write ``final/``, sample from it, compare with what was expected. Raises RunFailure when it cannot be written."""
+    export_final(accelerator, folder, saver)
+    if accelerator.is_main_process:
+        text = sample(folder.final, config.seed, accelerator.device)
+        folder.log({"step": state.step, "kind": "sample", "text": text})
+        say(f"sample (temperature {_TEMPERATURE:g}, seed {config.seed}):\n{text}")
+        if state.val_loss is not None:
+            say(compare(state.val_loss, config.expect))
+        say(f"model and tokenizer: {folder.final}")
+
+
+def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Write report.html. A missing package or a full disk is a warning."""
+    try:
+        from leanstep.recipes.report.report import write_report as write
+
+        say(f"report: {write([folder.root], folder.root / 'report.html')}")
+    except (ImportError, OSError) as error:
+        say(f"WARNING: no report was written: {error}")
+
+
+def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
+    """Write the model and tokenizer to ``final/``, aside first and then renamed, replacing an older one."""
+    staged = folder.root / ".writing-final"
+    failure: Exception | None = None
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(staged, ignore_errors=True)
+        saver.export(staged)
+        if accelerator.is_main_process:
+            publish_folder(staged, folder.final)
+    except Exception as error:
+        failure = error
+    fine = all_agree(accelerator, failure is None)
+    if not fine and accelerator.is_main_process:
+        shutil.rmtree(staged, ignore_errors=True)
+    if failure is not None:
+        trouble = disk_trouble(failure, folder.root, 0)
+        if trouble is None:
+            raise failure
+        raise RunFailure(
+            "disk",
+            1,
+            f"{folder.final} could not be written: {trouble}. Make room and start the same command again: it continues "
+            "from the last checkpoint",
+        ) from failure
+
+
+def sample(path: Path, seed: int, device: torch.device) -> str:
+    """Let the model in a folder write text from the start of a document; the same for the same seed and device.
+
+    The run's random state is left as it was.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    start = torch.tensor([[tokenizer.eos_token_id]], device=device)
+    positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=min(_SAMPLE_TOKENS, positions - 1),
+            do_sample=True,
+            temperature=_TEMPERATURE,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(tokens[0, 1:], skip_special_tokens=True))
+
+
+def compare(val_loss: float, expect: ExpectConfig) -> str:
+    """One line: the validation loss, and whether it is what the recipe says it should be. Never fatal."""
+    line = f"validation loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700.0)):.2f}"
+    if expect.val_loss is None:
+        return line + (f" (not compared: {expect.source})" if expect.source else "")
+    difference = val_loss - expect.val_loss
+    source = f" ({expect.source})" if expect.source else ""
+    where = "within" if abs(difference) <= expect.tolerance else "NOT within"
+    return (
+        f"{line}: {where} the expected {expect.val_loss:.4f} +- {expect.tolerance:g}{source}, "
+        f"difference {difference:+.4f}"
+    )

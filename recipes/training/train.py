@@ -1,31 +1,84 @@
-"""Train a recipe in this process, one of those that torchrun or Accelerate started or the only one.
+"""Train a recipe in this process, the only one or one of those that torchrun or Accelerate started.
 
-``python -m leanstep.recipes.training.train RECIPE key=value ...``; the same line works behind
-``accelerate launch -m`` and ``torchrun --standalone --nproc_per_node N -m``, on a CPU too.
+``python -m leanstep.recipes.training.train RECIPE key=value ...``; the same line works behind ``accelerate launch -m``
+and ``torchrun --standalone --nproc_per_node N -m``, on a CPU too.
+
+Read :class:`Run` from top to bottom: ``begin`` builds what the recipe names and loads the checkpoint to continue from,
+``loop`` makes the steps, evaluates and saves, ``finish`` writes the model and the reports.
 """
 
 import argparse
-import atexit
-import contextlib
+import dataclasses
+import math
 import os
+import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from leanstep._version import __version__
+from leanstep.recipes.check.memory import estimate_or_reason
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.training.build import build_accelerator
-from leanstep.recipes.training.failures import RunFailure
+from leanstep.recipes.config.schema import RunConfig, targets_note
+from leanstep.recipes.data.batches import Batch, Windows
+from leanstep.recipes.data.sequences import load_data
+from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.methods.attention import build_gate, build_monitor, read_gate
+from leanstep.recipes.methods.halves import find_halves
+from leanstep.recipes.methods.lora import describe_adapters
+from leanstep.recipes.methods.pruned import build_masks, zeros_forgotten
+from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
+from leanstep.recipes.training.build import (
+    build_accelerator,
+    build_optimizer,
+    build_run_model,
+    build_schedule,
+    describe_groups,
+    flops_per_token,
+    release_gradients,
+)
+from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, pass_over, read_state
+from leanstep.recipes.training.failures import (
+    EXIT_BAD_CONFIG,
+    EXIT_DONE,
+    EXIT_MEMORY,
+    EXIT_NAN,
+    RunFailure,
+    dump_step,
+    is_out_of_memory,
+    memory_message,
+    nonfinite_message,
+)
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.progress import Progress
-from leanstep.recipes.training.run import Run, refuse
-from leanstep.recipes.training.world import asked_world_size, check_world
+from leanstep.recipes.training.logger import Progress, RunLogger
+from leanstep.recipes.training.saver import Saver, finish, write_report
+from leanstep.recipes.training.step import (
+    NonFinite,
+    StepResult,
+    all_reduce_step_scalars,
+    backward,
+    describe_nonfinite,
+    gradient_norm,
+)
+from leanstep.recipes.training.validation import validate
+from leanstep.recipes.training.world import (
+    EXIT_CODES,
+    StopFlag,
+    asked_world_size,
+    check_world,
+    describe_world,
+    main_does,
+    maximum,
+    seed_process,
+)
 
-__all__ = ["leave", "main", "train"]
+__all__ = ["Run", "main", "train"]
+
+# a save that takes longer may not fit into the 30 seconds that torchrun leaves a worker after SIGTERM
+_SLOW_SAVE_S = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(options.recipe, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
-        return refuse(error)
+        return _refuse(error)
     return train(config)
 
 
@@ -56,7 +109,7 @@ def train(config: RunConfig) -> int:
         accelerator = build_accelerator(config)
         check_world(accelerator.num_processes, asked_world_size())
     except ValueError as error:
-        return refuse(error)
+        return _refuse(error)
     # transformers would draw a bar for every file it reads or writes
     disable_progress_bar()
     folder = RunFolder(Path(config.out))
@@ -65,35 +118,353 @@ def train(config: RunConfig) -> int:
         try:
             return run.go()
         except RunFailure as failure:
-            run.journal.status(f"failed:{failure.reason}", run.state, any_process=True)
+            run.logger.status(f"failed:{failure.reason}", run.state, any_process=True)
             progress.say(str(failure), error=True)
             return failure.exit_code
         except Exception as error:
             if run.begun:
-                run.journal.status(f"failed:{type(error).__name__}", run.state, any_process=True)
+                run.logger.status(f"failed:{type(error).__name__}", run.state, any_process=True)
             raise
         finally:
             folder.release()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code.
+def _refuse(error: Exception) -> int:
+    """Print why a run cannot start, once for all processes; returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_BAD_CONFIG
 
-    Of several processes that trained on the CPU, now and then one aborts when it is all over: torch's threads do not
-    outlast its global objects ("terminate called without an active exception"), and the launcher calls the run failed.
-    So all that Python does at its end is done, and the destructors are not run.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(code)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+
+class Run:
+    """One start of a run; the methods stand in the order of events."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
+        self.config, self.accelerator, self.folder, self.say = config, accelerator, folder, progress.say
+        self.logger = RunLogger(config, accelerator, folder, progress)
+        self.state = TrainState()
+        self.begun = False
+
+    def go(self) -> int:
+        """Begin, train, finish; returns the exit code."""
+        try:
+            if not self.begin():
+                return EXIT_DONE
+        except (ValueError, ImportError, OSError) as error:
+            return _refuse(error)
+        leave = lambda: self.logger.status("interrupted", self.state)  # noqa: E731
+        with StopFlag(self.config.checkpoint.on_signal, leaving=leave) as self.stop:
+            try:
+                number = self.loop()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                rows = self.memory.rows() if self.memory else ()
+                message = memory_message(self.config, self.folder.root, self.state.step + 1, rows)
+                raise RunFailure("out of memory", EXIT_MEMORY, message) from error
+            if number:
+                return self.interrupted(number)
+            self.finish()
+        self.logger.status("done", self.state)
+        if self.accelerator.is_main_process:
+            write_report(self.folder, self.say)
+        self.accelerator.end_training()
+        return EXIT_DONE
+
+    # -- begin ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """Claim the folder, build the run's parts, load the checkpoint. False if an earlier start finished the run.
+
+        Raises ValueError, ImportError or OSError for what cannot be built or continued here.
+        """
+        config, accelerator = self.config, self.accelerator
+        start = main_does(accelerator, lambda: choose_start(config, self.folder))
+        self.say(
+            f"leanstep {__version__}: {config.name}, {describe_world(accelerator)}, precision {config.precision}, "
+            f"{accelerator.gradient_accumulation_steps} x {config.batch.micro_batch_size} sequences of "
+            f"{config.data.seq_len} per process and step"
+        )
+        for line in (f"output in {self.folder.root}", *start.notes):
+            self.say(line)
+        if start.checkpoint is not None:
+            self.state = read_state(start.checkpoint)
+        if self.state.step >= config.steps and self.folder.read_status().get("status") == "done":
+            self.say(
+                f"this run is done (step {self.state.step}); to run it again, take out=ANOTHER_FOLDER or remove "
+                f"{self.folder.root}"
+            )
+            return False
+        self.load_data()
+        self.build_model_and_optimizer()
+        self.resume(start.checkpoint)
+        for note in main_does(accelerator, lambda: pass_over(start, self.folder)):
+            self.say(note)
+        self.begun = True
+        self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)
+        return True
+
+    def load_data(self) -> None:
+        """Read and tokenise the text; compare disk and memory with what the run needs."""
+        config, accelerator = self.config, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
+        self.say(self.data.summary())
+        self.say(f"targets     {targets_note(config.data.seq_len)}")
+        self.memory, self.memory_unknown = None, ""
+        if self.state.step < config.steps:
+            vocabulary = vocabulary_size(self.data.tokenizer)
+            self.memory, self.memory_unknown = estimate_or_reason(config, vocabulary, world, accelerator.device.type)
+            warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
+            if warning:
+                self.say(warning)
+
+    def build_model_and_optimizer(self) -> None:
+        """Build model, optimizer and schedule; apply the sparsity, adapters and masks of the recipe."""
+        config, accelerator = self.config, self.accelerator
+        # the same weights in every process; later each one gets random numbers of its own
+        seed_process(config.seed)
+        model = build_run_model(config, self.data.tokenizer)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops_per_token = flops_per_token(model, config.data.seq_len)
+        optimizer = build_optimizer(config.optimizer, model)
+        self.say(f"model       {type(model).__name__}, {self.parameters:,} parameters")
+        if config.lora.target_modules:
+            self.say(f"adapters    {describe_adapters(model)}")
+        self.say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
+        # the optimizer's groups go by the names that weights have until now
+        self.sparsity = build_controller(config, model) if config.sparsity.patterns else None
+        if self.sparsity is not None:
+            self.say(f"sparsity    {config.sparsity.method}: {describe_sparsity(self.sparsity)}")
+        if self.memory_unknown:
+            # after everything is built: what cannot be built says the same, and better
+            reason = self.memory_unknown
+            self.say(f"WARNING: memory and disk could not be compared with what the run needs: {reason}")
+        # both in one call: sharding replaces the parameters, in the optimizer too
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model.train()
+        bare_model, bare_optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
+        if self.sparsity is not None:
+            self.sparsity.attach(bare_optimizer)
+        # what is zero in model.init_from, before a checkpoint of this run is loaded
+        self.masks = build_masks(config, bare_model, bare_optimizer, self.say) if config.pruning.keep_masks else None
+        if config.model.init_from and (forgotten := zeros_forgotten(config)):
+            self.say(f"WARNING: {forgotten}")
+        self.schedule = accelerator.prepare(build_schedule(config.schedule, bare_optimizer, config.steps))
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Load the checkpoint, if there is one; then set up what depends on the loaded step."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model, optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
+        self.saver = Saver(accelerator, self.folder, config.checkpoint, self.model, self.data.tokenizer, self.say)
+        if self.masks is not None:
+            self.saver.pruned = list(self.masks.parameters), str(config.model.init_from)
+        # the step is part of the seed for a run that goes on with another number of processes
+        seed_process(config.seed, rank, state.step)
+        stream = None if checkpoint is None else self.saver.load(checkpoint, state)
+        if stream is not None:
+            self.data.train.load_state_dict(stream)
+        if checkpoint is not None and state.world_size != world:
+            self.say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
+        state.config, state.world_size = dataclasses.asdict(config), world
+        if config.release_gradients:
+            release_gradients(accelerator, model, optimizer)
+        self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None
+        self.norms = build_monitor(model) if config.log.attention_norms else None
+        self.gate = self.saver.gate = build_gate(config, model) if config.lora.attention != "exact" else None
+        if self.gate is not None and checkpoint is not None:
+            problem = read_gate(self.gate, checkpoint / "trainer", rank, world)
+            if problem:
+                self.say(f"WARNING: {problem}")
+
+    # -- train ------------------------------------------------------------------------------------------------------
+
+    def loop(self) -> int:
+        """Train to the last step. Returns the signal that ended it early, saved, or 0."""
+        config, state = self.config, self.state
+        self.windows = Windows(
+            self.accelerator,
+            self.data,
+            seed=config.seed,
+            micro_batch_size=config.batch.micro_batch_size,
+            accumulation=self.accelerator.gradient_accumulation_steps,
+            made=state.step,
+            steps=config.steps,
+        )
+        if state.eval_pending or (config.eval.at_start and state.step == 0):
+            number = self.evaluate()
+            if number:
+                self.save()
+                return number
+        for window in self.windows:
+            number = self.step(window)
+            improved = False
+            if self.due(config.eval.every):
+                before = state.best_loss
+                number = self.evaluate() or number
+                improved = config.checkpoint.keep_best and state.best_loss != before
+            if number or improved or self.due(config.checkpoint.every):
+                self.save()
+            if number and state.step < config.steps:
+                return number
+        return 0
+
+    def due(self, every: int) -> bool:
+        """Whether an action of every ``every`` steps, and of the last one, is due now."""
+        step = self.state.step
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+    def step(self, window: list[Batch]) -> int:
+        """One optimizer step: backward over the window, checks, update, log. Returns the signal to stop by, or 0."""
+        config, accelerator = self.config, self.accelerator
+        if self.norms is not None and self.logger.is_logged(self.state.step + 1):
+            self.norms.arm()
+        try:
+            half = None if self.halves is None else self.halves.half
+            loss_part, targets = backward(accelerator, self.model, window, check=config.release_gradients, half=half)
+        except NonFinite as error:
+            raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
+        if self.halves is not None:
+            self.halves.whole()
+        if self.masks is not None:
+            self.masks.mask_gradients()
+        norm = None
+        if not config.release_gradients:
+            norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
+        loss, norm_value, number = all_reduce_step_scalars(
+            accelerator, loss_part, norm, self.stop.received, self.out_of_time()
+        )
+        result = StepResult(loss, norm_value, targets, number)
+        rate = self.schedule.get_last_lr()[0]
+        self.update(window, result)
+        self.state.step += 1
+        self.state.tokens += targets
+        self.logger.clock.stepped(targets)
+        sources = {
+            "optimizer": self.optimizer.optimizer,
+            "sparsity": self.sparsity,
+            "attention": self.norms,
+            "gate": self.gate,
+        }
+        self.logger.step(self.state, result, rate, sources, note=self.saver.trouble)
+        return number
+
+    def update(self, window: list[Batch], result: StepResult) -> None:
+        """Update the weights, unless loss or gradient is not finite; advance the schedule either way.
+
+        Raises RunFailure where the recipe stops at such a step (``stop.nan``, ``stop.loss_above``).
+        """
+        stop = self.config.stop
+        # a gradient out of fp16's range is the scaler's business: it leaves the step out and lowers its scale
+        scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)
+        sound = result.finite() or scaled
+        if not sound and stop.nan:
+            raise self.failure(window, result, describe_nonfinite(result.loss, result.norm), "nan")
+        if stop.loss_above is not None and result.loss > stop.loss_above:
+            what = f"loss {result.loss:.4f} is above stop.loss_above {stop.loss_above:g}"
+            raise self.failure(window, result, what, "loss_above")
+        self.state.nonfinite += not result.finite()
+        if sound:
+            # with released gradients the weights are updated already, and this ends the step
+            self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+    def failure(self, window: list[Batch], result: StepResult, what: str, reason: str) -> RunFailure:
+        """Write nan_dump/ and return the failure that ends the run; every process calls it."""
+        step = self.state.step + 1
+        facts = {
+            "step": step,
+            "what": what,
+            "loss": result.loss,
+            "grad_norm": result.norm,
+            "lr": self.schedule.get_last_lr(),
+            "sequences": self.windows.positions(self.state.step),
+        }
+        try:
+            dump_step(self.accelerator, self.folder.root, self.model, facts, window)
+        except OSError as error:
+            self.say(f"WARNING: nan_dump could not be written: {error}")
+        return RunFailure(reason, EXIT_NAN, nonfinite_message(self.config, self.folder.root, step, what))
+
+    def evaluate(self) -> int:
+        """Validate and log; returns the signal that interrupted it (then it is pending), else 0."""
+        state, config = self.state, self.config
+        if len(self.data.validation) == 0:
+            return 0
+        interrupting = 0
+        gate = None if self.gate is None else self.gate.state_dict()
+
+        def interrupted() -> bool:
+            nonlocal interrupting
+            interrupting = maximum(self.accelerator, int(self.stop.received))
+            return interrupting != 0
+
+        with self.logger.clock.pause("eval"):
+            result = validate(
+                self.accelerator,
+                self.model,
+                self.data,
+                micro_batch_size=config.batch.micro_batch_size,
+                batches=config.eval.batches,
+                interrupted=interrupted,
+            )
+        state.eval_pending = result is None
+        if result is None:
+            if self.gate is not None and gate is not None:
+                # the evaluation is made again from its beginning
+                self.gate.load_state_dict(gate)
+            return interrupting
+        state.val_loss = result.loss
+        if state.best_loss is None or result.loss < state.best_loss:
+            state.best_loss, state.best_step = result.loss, state.step
+        self.logger.evaluation(state, result)
+        return 0
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. A full disk is a warning."""
+        clock = self.logger.clock
+        self.state.elapsed_s = clock.elapsed_s
+        with clock.pause("save") as spent:
+            saved = self.saver.save(self.state, self.windows)
+        if saved:
+            slow = ""
+            if spent() > _SLOW_SAVE_S:
+                slow = (
+                    "; under torchrun a save after SIGTERM has 30 s: signal the workers themselves (Slurm: "
+                    "--signal=TERM@300), or raise TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+                )
+            self.say(f"step {self.state.step}/{self.config.steps}  checkpoint saved in {spent():.1f} s{slow}")
+
+    # -- end --------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write the final model and the reports of optimizer, sparsity and attention."""
+        for watching in (self.norms, self.gate):
+            if watching is not None:
+                watching.close()
+        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.say)
+        self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)
+
+    def interrupted(self, number: int) -> int:
+        """Say how to continue; returns the exit code of the signal."""
+        self.logger.status("interrupted", self.state)
+        why = signal.Signals(self.stop.received or number).name
+        if self.out_of_time():
+            why = f"stop.max_hours ({self.config.stop.max_hours:g})"
+        outcome = self.saver.trouble or "saved. The same command continues it"
+        self.say(f"stopped by {why} after step {self.state.step}: {outcome}")
+        self.accelerator.end_training()
+        return EXIT_CODES[signal.Signals(number)]
+
+    def out_of_time(self) -> bool:
+        """Whether this start of the run has lasted longer than ``stop.max_hours``."""
+        hours = self.config.stop.max_hours
+        return hours is not None and self.logger.clock.here_s > 3600 * hours
 
 
 if __name__ == "__main__":
+    from leanstep.recipes.training.launch import leave
+
     leave(main())

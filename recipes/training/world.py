@@ -1,11 +1,18 @@
-"""Several processes acting as one: do they know of each other, and what do they agree on."""
+"""Several processes acting as one: check that they are connected, reduce values, handle signals.
+
+Signals become a flag that the training loop reads at safe points, so that a run ends between two steps, saved. A
+handler must not save by itself: it may run in the middle of an optimizer step, and in a group of processes each would
+be at another place. Here it only notes the signal; the loop agrees on it with the other processes and acts.
+"""
 
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 __all__ = [
+    "EXIT_CODES",
+    "StopFlag",
     "WorldError",
     "all_agree",
     "asked_world_size",
@@ -32,7 +41,7 @@ class WorldError(ValueError):
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
-    """Every number of processes that was asked for, by where it was asked.
+    """Collect the numbers of processes that were asked for, by where they were asked for.
 
     Looked at: ``--nproc`` (handed down by our launcher), ``WORLD_SIZE`` (torchrun and accelerate set it), and the
     command line of the parent process, because ``accelerate launch --cpu --num_processes 2`` starts one process and
@@ -44,9 +53,9 @@ def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None
     if environ.get("WORLD_SIZE", "").isdigit():
         asked["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
     command = _parent_command() if parent is None else parent
-    found = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
-    if found:
-        asked["accelerate launch --num_processes"] = int(found[2])
+    match = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
+    if match:
+        asked["accelerate launch --num_processes"] = int(match[2])
     return asked
 
 
@@ -84,7 +93,7 @@ def describe_world(accelerator: Accelerator) -> str:
 
 
 def maximum(accelerator: Accelerator, value: int) -> int:
-    """The largest ``value`` of all processes; a collective call when there are several."""
+    """The largest ``value`` of all processes. A collective call if there are several."""
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor([value], device=accelerator.device)
@@ -93,7 +102,7 @@ def maximum(accelerator: Accelerator, value: int) -> int:
 
 
 def all_agree(accelerator: Accelerator, fine: bool) -> bool:
-    """Whether ``fine`` is true in every process; a collective call when there are several."""
+    """Whether ``fine`` is true in every process. A collective call if there are several."""
     return maximum(accelerator, int(not fine)) == 0
 
 
@@ -123,3 +132,47 @@ def seed_process(seed: int, *more: int) -> None:
 def device_name(device: torch.device) -> str:
     """``cuda:0 (NVIDIA H100)`` or ``cpu``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+# exit code of a run that a signal ended after saving. SIGUSR1 is the warning that batch systems send before they take
+# the machine away; it says the same as SIGTERM and gets the same code.
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+
+class StopFlag:
+    """Context manager that turns SIGTERM, SIGUSR1 and SIGINT into :attr:`received`; restores the old handlers.
+
+    A second SIGINT calls ``leaving`` and leaves at once with exit code 130, saving nothing: checkpoints are written
+    aside and renamed, so there is none to damage. Only the main thread may install handlers; elsewhere Python raises
+    ValueError.
+    With ``enabled=False`` it installs nothing and the signals keep their usual effect.
+    """
+
+    def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
+        self.received = 0
+        self._leaving = leaving
+        self._enabled = enabled
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopFlag":
+        if self._enabled:
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not set from Python and cannot be put back from here
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
+            try:
+                self._leaving()
+            finally:
+                os._exit(EXIT_CODES[signal.SIGINT])
+        self.received = number

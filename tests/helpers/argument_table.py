@@ -19,7 +19,8 @@ from typing import Any, Literal, Union
 import torch
 
 from leanstep.optimizers import param_groups
-from leanstep.recipes.config.arguments import MODEL_CONFIGS, OPTIMIZERS, TABLE_FILE
+from leanstep.recipes.config.rules import TABLE_FILE
+from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null", Any: "any"}

@@ -134,13 +134,13 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     "lanton": (LANTON, _LANTON, {}, torch.float64, 1e-9),
     "lanton_muon": (
         LANTON,
-        {**_LANTON, "scaling": "muon", "nesterov": True, "alpha": "auto", "noise_every": 2, "grouping": "shape"},
+        {**_LANTON, "scaling": "muon", "nesterov": True, "alpha": "auto", "noise_every": 2, "grouping": "role"},
         {}, torch.float64, 1e-9,
     ),
     "lanton_base": (LANTON, {**_LANTON, "noise_adaptive": False}, {}, torch.float64, 1e-9),
     "lanton_foreach_off": (LANTON, {**_LANTON, "foreach": False, "nuclear": "svd"}, {}, torch.float64, 1e-9),
     "lanton_stochastic": (LANTON, {**_LANTON, "rounding": "stochastic"}, {}, torch.bfloat16, 2**-6),
-    "lanton_master": (LANTON, {**_LANTON, "rounding": "master", "decay_rate": "layer"}, {}, torch.bfloat16, 2**-7),
+    "lanton_master": (LANTON, {**_LANTON, "rounding": "master"}, {}, torch.bfloat16, 2**-7),
 }  # fmt: skip
 
 

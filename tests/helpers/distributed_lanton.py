@@ -44,11 +44,13 @@ def lanton_sends_every_matrix_once_each_way(world: World) -> None:
     }.items():
         optimizer = build(name, model)
         for step, exchanges in enumerate(kinds):
-            seen = count_collectives(optimizer, model, step)
-            assert [op for op, _ in seen].count("alltoall_base_") == exchanges, f"{name}, step {step}: {seen}"
-            others = [s for s in seen if s[0] != "alltoall_base_"]
+            collectives = count_collectives(optimizer, model, step)
+            assert [op for op, _ in collectives].count("alltoall_base_") == exchanges, (
+                f"{name}, step {step}: {collectives}"
+            )
+            others = [s for s in collectives if s[0] != "alltoall_base_"]
             assert others == [told], f"{name}, step {step}: {others}"
-            sent = torch.tensor([size for op, size in seen if op == "alltoall_base_"])
+            sent = torch.tensor([size for op, size in collectives if op == "alltoall_base_"])
             torch.distributed.all_reduce(sent)
             # what goes out is counted where it leaves and where it arrives; stacks of experts stay where they are
             assert sent.tolist() == [2 * 8 * cut] * exchanges, f"{name}, step {step}: {sent.tolist()} for {cut}"
@@ -58,18 +60,20 @@ def lanton_sends_every_matrix_once_each_way(world: World) -> None:
 def lanton_spreads_the_work(world: World) -> None:
     """No process has more to do than its share and one matrix more; all agree who owns what."""
     from leanstep.kernels.matrices.newton_schulz import flops
-    from leanstep.optimizers.common.sharding import shard_of
-    from leanstep.optimizers.common.whole_matrices import place
+    from leanstep.optimizers.lanton.matrices import tasks_of
 
     shapes = [(30, 20)] * 9 + [(8, 40)] * 4 + [(64, 32)]
-    params = [distribute_tensor(torch.zeros(s), mesh(world.size), [Shard(0)]) for s in shapes]
+    params = [nn.Parameter(distribute_tensor(torch.zeros(s), mesh(world.size), [Shard(0)])) for s in shapes]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer = LANTON(params, norm="rms")
+    tasks = tasks_of(list(optimizer._layer_steps(optimizer.param_groups[0], 0)))
     costs = [flops(s) for s in shapes]
-    units = place([shard_of(p) for p in params], [False] * len(params), lambda i, shape: flops(shape))
-    loads = [sum(c for c, u in zip(costs, units, strict=True) if u.owner == r) for r in range(world.size)]
+    loads = [sum(c for c, t in zip(costs, tasks, strict=True) if t.owner == r) for r in range(world.size)]
     assert max(loads) <= sum(costs) / world.size + max(costs)
     if world.size == 2:
         assert max(loads) < 1.1 * min(loads)
-    owners = torch.tensor([u.owner for u in units])
+    owners = torch.tensor([t.owner for t in tasks])
     mine = owners.clone()
     torch.distributed.broadcast(owners, 0)
     assert torch.equal(mine, owners)

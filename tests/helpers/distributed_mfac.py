@@ -33,10 +33,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
     "blocks": ({"scope": 7}, torch.float64, 1e-11),
     "fp16": ({"storage": "fp16"}, torch.float32, 1e-4),
     "topk": ({"compression": "topk", "density": 0.3, "storage": "fp32"}, torch.float64, 1e-6),
-    "gradient": ({"precondition": "gradient", "window_every": 2, "max_update_norm": 0.7}, torch.float64, 1e-11),
-    "momentum_on_gradient": (
-        {"momentum": 0.5, "momentum_on": "gradient", "warmup_steps": 2}, torch.float64, 1e-11,
-    ),
+    "trust_region": ({"max_update_norm": 0.7}, torch.float64, 1e-11),
     "sparse": ({"sparse": True, "decay": "coupled", "weight_decay": 0.1}, torch.float64, 1e-11),
     "stochastic": ({"rounding": "stochastic", "storage": "bf16"}, torch.bfloat16, 2**-6),
 }  # fmt: skip
@@ -109,7 +106,7 @@ def local_windows(optimizer: MFAC) -> list[torch.Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in found]
 
 
-for _name in ("model", "model_fp32", "layer", "blocks", "fp16", "topk", "gradient", "sparse"):
+for _name in ("model", "model_fp32", "layer", "blocks", "fp16", "topk", "trust_region", "sparse"):
     _worlds = (1, 2, 3, 4) if _name == "model" else (2, 3) if _name == "topk" else (2,)
     add_case(f"mfac_{_name}_replicas_follow", _worlds, functools.partial(replicas_follow_one_process, _name))
 
@@ -158,7 +155,7 @@ def mfac_skips_together(world: World) -> None:
 @case(2, 3)
 def mfac_training_equals_one_process(world: World) -> None:
     """Real gradients: fully sharded, replicated, and replicated with the window spread."""
-    for name in ("model", "layer", "gradient"):
+    for name in ("model", "layer", "trust_region"):
         plain = new_model(torch.float64)
         train(plain, build(name, plain), None)
         sharded = shard(new_model(torch.float64), world.size)

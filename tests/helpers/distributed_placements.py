@@ -23,6 +23,7 @@ from distributed_world import World, case
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from wrapped_tensor import WrappedTensor
 
 from leanstep.optimizers import LANTON, MFAC, Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
 
@@ -279,6 +280,37 @@ def tensor_parallel_training_equals_one_process(world: World) -> None:
                 optimizer.step()
         assert len(otherwise) >= 2, otherwise
         assert_same(parallel, plain, 1e-7, f"{cls.__name__} {settings}")
+
+
+@case(2)
+def parts_may_be_of_a_class_without_memory(world: World) -> None:
+    """FSDP2 over quantized weights: the part that a process holds is of a class of its own."""
+    for cls, settings in RULES:
+        if settings.get("noise") == "halves":
+            continue
+        torch.manual_seed(0)
+        plain = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh(2), [Shard(0)])) for shape in ((7, 6), (6,))]
+        wrapped = []
+        for p in plain:
+            part = WrappedTensor(p.detach().to_local().clone())
+            whole_of_parts = DTensor.from_local(
+                part, mesh(2), [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
+            )
+            wrapped.append(nn.Parameter(whole_of_parts))
+        optimizers = [cls(params, **settings) for params in (plain, wrapped)]
+        for step in range(3):
+            chance = torch.Generator().manual_seed(step)
+            for p, w in zip(plain, wrapped, strict=True):
+                set_grad(p, torch.randn(p.shape, generator=chance))
+                w.grad = p.grad
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, w in zip(plain, wrapped, strict=True):
+            part = w.detach().to_local()
+            assert isinstance(part, WrappedTensor), type(part)
+            assert torch.equal(part.inner, p.detach().to_local()), f"{cls.__name__} {settings}"
+            for value in optimizers[1].state[w].values():
+                assert not isinstance(value, DTensor) or type(value.to_local()) is torch.Tensor
 
 
 # ---- other engines, larger matrices

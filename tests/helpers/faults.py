@@ -61,9 +61,9 @@ def refuse_links_and_removal():
 
 def disk_of(free):
     """Let the disk have ``free`` bytes left when the run starts."""
-    from leanstep.recipes.training import start
+    from leanstep.recipes.training import checkpoint
 
-    start.free_bytes = lambda path: free
+    checkpoint.free_bytes = lambda path: free
 
 
 def explode_after_step_6():
@@ -75,23 +75,23 @@ def explode_after_step_6():
 
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def poisoned(accelerator, model, window, **options):
         part, targets = backward(accelerator, model, window, **options)
         steps.append(1)
         return (part * float("nan") if len(steps) == 3 else part), targets
 
-    run.backward = poisoned
+    train.backward = poisoned
 
 
 def infinite_gradient_at_step_3():
     """Leave the loss as it is and make one element of one gradient infinite."""
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def poisoned(accelerator, model, window, **options):
         result = backward(accelerator, model, window, **options)
@@ -100,16 +100,16 @@ def infinite_gradient_at_step_3():
             next(model.parameters()).grad.view(-1)[0] = float("inf")
         return result
 
-    run.backward = poisoned
+    train.backward = poisoned
 
 
 def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch
 
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def exhausted(*arguments, **options):
         steps.append(1)
@@ -117,14 +117,14 @@ def out_of_memory_at_step_3():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return backward(*arguments, **options)
 
-    run.backward = exhausted
+    train.backward = exhausted
 
 
 def signal_in_step_4(number):
     """Send this process a signal in the middle of its fourth step."""
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def signalled(*arguments, **options):
         steps.append(1)
@@ -132,7 +132,7 @@ def signal_in_step_4(number):
             os.kill(os.getpid(), number)
         return backward(*arguments, **options)
 
-    run.backward = signalled
+    train.backward = signalled
 
 
 def signal_in_evaluation(number):
@@ -172,9 +172,9 @@ def disk_fills_up_at_the_second_checkpoint():
 
 def hang_in_step_4():
     """Stay in the fourth step for ever, and say when a signal was noted."""
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def hanging(*arguments, **options):
         steps.append(1)
@@ -191,7 +191,7 @@ def hang_in_step_4():
                 time.sleep(0.01)
         return backward(*arguments, **options)
 
-    run.backward = hanging
+    train.backward = hanging
 
 
 def with_a_tracker():
@@ -325,15 +325,15 @@ def held_at(step, *others):
 
     Changes no number. A test that waits for an earlier step and kills then cannot come too late.
     """
-    from leanstep.recipes.training import run
+    from leanstep.recipes.training import train
 
     for other in others:
         other()
-    backward, steps = run.backward, []
+    backward, steps = train.backward, []
 
     def held(*arguments, **options):
         steps.append(1)
         time.sleep(10.0 if len(steps) == step else 0.01)
         return backward(*arguments, **options)
 
-    run.backward = held
+    train.backward = held

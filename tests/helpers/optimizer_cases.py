@@ -120,8 +120,8 @@ _LION_BF16 = {"exp_avg": _BF16}
 _LANTON = {"momentum_buffer": torch.float32, "previous_grad": torch.float32}
 _LANTON_BF16 = {"momentum_buffer": _BF16, "previous_grad": _BF16}
 _NOISE = {"noise": torch.float64, "noise_steps": torch.float32}
-_MFAC_HOME = {"gram": torch.float64, "counts": torch.int64, "figures": torch.float64}
-_MFAC = {"window": torch.float32, **_MFAC_HOME}
+_MFAC_SCOPE = {"gram": torch.float64, "counters": torch.int64, "stats": torch.float64}
+_MFAC = {"window": torch.float32, **_MFAC_SCOPE}
 
 CASES = (
     OptimizerCase(
@@ -266,9 +266,7 @@ CASES = (
         kwargs={
             "lr": 5e-3,
             "alpha": "auto",
-            "decay_rate": "layer",
             "weight_decay": 0.1,
-            "bias_correction": True,
             "ns_dtype": torch.float32,
         },
         groups=_norm_groups,
@@ -285,7 +283,6 @@ CASES = (
             "scaling": "muon",
             "nesterov": True,
             "noise_every": 2,
-            "grouping": "shape",
             "ns_dtype": torch.float32,
         },
         state={**_LANTON, **_NOISE},
@@ -368,7 +365,7 @@ CASES = (
         name="MFAC-topk",
         cls=MFAC,
         kwargs={"lr": 6e-2, "window": 4, "damping": 1.0, "compression": "topk", "density": 0.4},
-        state={"window_values": _BF16, "window_indices": torch.uint8, "error": torch.float32, **_MFAC_HOME},
+        state={"window_values": _BF16, "window_indices": torch.uint8, "error": torch.float32, **_MFAC_SCOPE},
         coupled=True,
         skips_together=True,
         exact_foreach=False,
@@ -378,7 +375,7 @@ CASES = (
         name="MFAC-lowrank",
         cls=MFAC,
         kwargs={"lr": 2e-2, "window": 4, "damping": 1.0, "compression": "lowrank", "rank": 2, "scope": "group"},
-        state={**dict.fromkeys(("window_left", "window_right", "error", "basis"), torch.float32), **_MFAC_HOME},
+        state={**dict.fromkeys(("window_left", "window_right", "error", "basis"), torch.float32), **_MFAC_SCOPE},
         coupled=True,
         skips_together=True,
         exact_foreach=False,
@@ -387,7 +384,7 @@ CASES = (
     OptimizerCase(
         name="MFAC-bf16",
         cls=MFAC,
-        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "momentum": 0.5, "momentum_on": "gradient"},
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0},
         dtype=_BF16,
         state=_MFAC,
         coupled=True,
@@ -410,7 +407,7 @@ CASES = (
     OptimizerCase(
         name="MFAC-kahan",
         cls=MFAC,
-        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "rounding": "kahan", "window_every": 2},
+        kwargs={"lr": 0.5, "window": 4, "damping": 30.0, "rounding": "kahan"},
         dtype=_BF16,
         state={**_MFAC, "kahan_compensation": _BF16},
         coupled=True,

@@ -107,7 +107,7 @@ LANTON_INFO = OptimizerInfo(
         ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"noise_adaptive": False, "scaling": "muon", "nesterov": True}, "Muon"),
-        ({"alpha": "auto", "noise_every": 2, "grouping": "shape"}, "noise every second step, by shape"),
+        ({"alpha": "auto", "noise_every": 2}, "noise every second step"),
     ),
     optim_error_inputs_func=_errors(
         _same({"lr": -0.5}, "Invalid learning rate: -0.5"),
@@ -133,10 +133,7 @@ MFAC_INFO = OptimizerInfo(
             "maximize, coupled decay",
         ),
         ({"window": 4, "damping": 1.0, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
-        (
-            {"window": 4, "damping": 1.0, "momentum": 0.5, "momentum_on": "gradient", "warmup_steps": 2},
-            "momentum of gradients",
-        ),
+        ({"window": 4, "damping": 1.0, "max_update_norm": 0.5}, "trust region"),
         ({"window": 8, "damping": 1.0, "compression": "topk", "density": 0.5}, "sparse rows"),
     ),
     optim_error_inputs_func=_errors(

@@ -66,7 +66,7 @@ def _train(folder: Path) -> list[tuple[str, str]]:
 
 
 PROGRAMME = "pruning/allocate/knapsack.py:solve_knapsack"
-LOOP = "recipes/training/run.py:Run.loop"
+LOOP = "recipes/training/train.py:Run.loop"
 EVERYTHING = ("kernels", "leanstep", "lora", "optimizers", "pruning", "recipes", "sparsity")
 CASES = {
     "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 8, EVERYTHING),

@@ -5,15 +5,16 @@ import threading
 import pytest
 import torch
 
-from leanstep.kernels import BackendError, backend_table, lion_step, newton_schulz, sinkhorn, use_backend
-from leanstep.kernels._backend import OPS, choose, group_by_dtypes, is_dense, same_layout
+from leanstep.kernels import BackendError, StepOptions, backend_table, lion_step, newton_schulz, sinkhorn, use_backend
+from leanstep.kernels._backend import OPS, choose
+from leanstep.kernels.cpp_impl._build import group_by_dtypes, is_dense, same_layout
 from leanstep.optimizers import SinkGD
 
 
 def lion_arguments(dtype=torch.float32):
     tensors = [[torch.ones(4, dtype=dtype)] for _ in range(3)]
-    hyper = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01], dtype=torch.float64 if dtype == torch.float64 else None)
-    return (*tensors, []), {"hyper": hyper}
+    scalars = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01], dtype=torch.float64 if dtype == torch.float64 else None)
+    return *tensors, [], StepOptions(scalars)
 
 
 def test_blocks_nest_and_reset():
@@ -48,16 +49,16 @@ def test_a_backend_that_an_op_does_not_have_is_refused():
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    args, kwargs = lion_arguments()
+    args = lion_arguments()
     with use_backend("triton"):
         with pytest.raises(BackendError, match="lion_step.*'triton'.*cpu.*GPU"):
-            lion_step(*args, **kwargs)
+            lion_step(*args)
         with pytest.raises(BackendError, match="sinkhorn.*GPU"):
             sinkhorn([torch.ones(2, 2)], 1)
     assert torch.equal(args[0][0], torch.ones(4))
     monkeypatch.setattr("leanstep.kernels._backend.has_triton", lambda: False)
     with use_backend("triton"), pytest.raises(BackendError, match="not installed"):
-        lion_step(*args, **kwargs)
+        lion_step(*args)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -82,11 +83,11 @@ def test_without_a_compiler_the_definition_runs(monkeypatch):
             continue
         products = op in ("newton_schulz", "nuclear_norm", "lora_norms")  # they need no compiler
         assert backend == "reference" and ("BLAS" if products else "no C++ compiler") in reason
-    args, kwargs = lion_arguments()
-    lion_step(*args, **kwargs)
+    args = lion_arguments()
+    lion_step(*args)
     assert torch.equal(args[0][0], torch.full((4,), 0.9))
     with use_backend("cpp"), pytest.raises(BackendError, match="no C\\+\\+ compiler"):
-        lion_step(*args, **kwargs)
+        lion_step(*args)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert choose("lion_step", torch.device("cpu")).backend == "reference"
 

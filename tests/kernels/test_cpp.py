@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanstep.kernels import lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
+from leanstep.kernels import StepOptions, lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build
-from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags
+from leanstep.kernels.steps.common import nonfinite_flags
 
-HYPER = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01])
+SCALARS = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01])
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_variant_is_built_once_and_found_by_another_process(fresh_cache):
 
 def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
     program = (
-        "import torch; from leanstep.kernels.steps.nonfinite_flags import nonfinite_flags as f;"
+        "import torch; from leanstep.kernels.steps.common import nonfinite_flags as f;"
         "assert f([torch.tensor([1.0, float('nan')]), torch.ones(3)]).tolist() == [1, 0]"
     )
     together = [subprocess.Popen([sys.executable, "-P", "-c", program]) for _ in range(3)]
@@ -99,7 +99,7 @@ def test_the_number_of_threads_changes_no_bit():
             with use_backend("cpp"):
                 scales = sinkhorn(mats, 3)
                 param, momentum = mats[0].clone(), torch.zeros_like(mats[0])
-                lion_step([param], [mats[0]], [momentum], [], hyper=HYPER)
+                lion_step([param], [mats[0]], [momentum], [], StepOptions(SCALARS))
             results.append([scales.flat_rows, scales.flat_cols, param, momentum])
     finally:
         torch.set_num_threads(before)
@@ -140,19 +140,19 @@ def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
         params = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
         mats = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
         mats[1][1, 2, 3] = float("nan")
-        extras = {"kahan": [torch.zeros_like(p) for p in params], "master": [p.float() for p in params]}.get(
+        states = {"kahan": [torch.zeros_like(p) for p in params], "master": [p.float() for p in params]}.get(
             rounding, []
         )
-        options = {"hyper": torch.tensor([0.125, 0.75]), "rounding": rounding}
+        options = StepOptions(torch.tensor([0.125, 0.75]), rounding)
         if rounding == "stochastic":
-            options |= {"seeds": torch.arange(len(params)) + 5, "offsets": torch.arange(len(params)) * 100}
+            options = options._replace(seeds=torch.arange(len(params)) + 5, offsets=torch.arange(len(params)) * 100)
         with use_backend("cpp"):
             if one_call:
-                flags = sinkhorn_step(params, mats, 3, extras, end_with_rows=True, **options)
+                flags = sinkhorn_step(params, mats, states, options, num_iters=3, end_with_rows=True)
             else:
                 scales = sinkhorn(mats, 3, end_with_rows=True)
-                flags = scaled_step(params, mats, scales.rows, scales.cols, extras, **options)
-        return [flags, *params, *extras]
+                flags = scaled_step(params, mats, scales.rows, scales.cols, states, options)
+        return [flags, *params, *states]
 
     for more in ((), ((0, 5), (5, 0))):  # empty ones take the way of two calls
         for one, two in zip(run(True, more), run(False, more), strict=True):

@@ -3,16 +3,14 @@
 import pytest
 import torch
 from dense_fisher import newest_preconditioned, slow_rows
+from gradient_windows import gram_row, woodbury_coefficients, write_row
 from kernel_cases import bits_equal
 
 from leanstep.kernels import (
-    gram_row,
     linear_combination,
     row_dots,
     use_backend,
     window_coefficients,
-    woodbury_coefficients,
-    write_row,
 )
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, FAILED, JITTERS, OK
 from leanstep.kernels.reference.fisher.inverse_fisher import dense_fisher, dynamic_recursion, static_recursion
@@ -136,11 +134,11 @@ def test_several_windows_at_once_each_with_its_damping():
     rows = normal(3, 5, 11)
     grams, dampings = rows @ rows.mT, torch.tensor([1e-1, 1e-3, 1e-5], dtype=torch.float64)
     pushed = window_coefficients(grams, dampings, 5, 4)
-    general = woodbury_coefficients(grams, rows[:, :, 0], dampings, 5)
+    general = window_coefficients(grams, dampings, 5, rows[:, :, 0])
     assert pushed.status.tolist() == general.status.tolist() == [OK] * 3
     for i, damping in enumerate(dampings.tolist()):
         torch.testing.assert_close(pushed.values[i], window_coefficients(grams[i], damping, 5, 4).values)
-        want = woodbury_coefficients(grams[i], rows[i, :, 0], damping, 5).values
+        want = window_coefficients(grams[i], damping, 5, rows[i, :, 0]).values
         torch.testing.assert_close(general.values[i], want)
 
 
@@ -174,7 +172,7 @@ def test_16_bit_windows_need_the_stored_gradient_everywhere(dtype, bound):
     gradients /= gradients.norm(dim=1, keepdim=True)
     window, scales = [torch.empty(m, d, dtype=dtype)], torch.empty(m)
     for i, gradient in enumerate(gradients):
-        write_row(window, i, [gradient], scales=scales)
+        write_row(window[0], i, gradient, scales)
     gram = torch.stack([gram_row(window, i, scales=scales) for i in range(m)])
     exact = pushed_through(gradients.double(), damping, m - 1)
     coefficients, _ = window_coefficients(gram, damping, m, m - 1)
@@ -306,7 +304,6 @@ def test_inputs_stay_and_bad_arguments_are_named():
         (lambda: window_coefficients(gram[:, :3], 1.0, 4, 0), r"got \(4, 3\)"),
         (lambda: window_coefficients(gram[:0, :0], 1.0, 4, 0), "n >= 1"),
         (lambda: window_coefficients(gram, torch.ones(2), 4, 0), r"damping of shape \(\)"),
-        (lambda: woodbury_coefficients(gram, torch.ones(3), 1.0, 4), r"dots of shape \(4,\), got \(3,\)"),
         (lambda: window_coefficients(broken, 1.0, 4, 0), "not finite.*[Ss]kip"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -318,7 +315,7 @@ def test_compiles_whole():
     gram = gram @ gram.T
 
     def solve(gram, dots):
-        return window_coefficients(gram, 1e-2, 5, 2).values, woodbury_coefficients(gram, dots, 1e-2, 5).values
+        return window_coefficients(gram, 1e-2, 5, 2).values, window_coefficients(gram, 1e-2, 5, dots).values
 
     dots = normal(5, seed=1)
     found = torch.compile(solve, fullgraph=True, backend="aot_eager")(gram, dots)
@@ -335,7 +332,7 @@ def test_a_ring_of_gradients_is_the_window_of_the_last_ones(scaling):
     gradients = normal(3 * m + 2, d)
     for step, gradient in enumerate(gradients):
         index, live = step % m, min(step + 1, m)
-        write_row(window, index, [gradient])
+        write_row(window[0], index, gradient)
         row = gram_row([w[:live] for w in window], index)
         gram[index, :live] = row
         gram[:live, index] = row
@@ -352,6 +349,6 @@ def test_the_gram_matrix_stays_exact_over_ten_thousand_gradients():
     window, gram = [torch.zeros(m, 7, dtype=torch.float64)], torch.zeros(m, m, dtype=torch.float64)
     for step in range(10_000):
         index = step % m
-        write_row(window, index, [torch.randn(7, generator=generator, dtype=torch.float64)])
+        write_row(window[0], index, torch.randn(7, generator=generator, dtype=torch.float64))
         gram[index] = gram[:, index] = gram_row(window, index)
     torch.testing.assert_close(gram, window[0] @ window[0].T, rtol=1e-12, atol=1e-12)

@@ -5,15 +5,19 @@ import itertools
 import pytest
 import torch
 
-from leanstep.kernels import BackendError, lion_agreement, lion_step, use_backend
+from leanstep.kernels import BackendError, StepOptions, lion_agreement, lion_step, use_backend
 
 BACKENDS = ["reference", "cpp"]
 SETTINGS = (0.01, 0.999, 0.9, 0.1, 0.99, 0.01)
 SHAPES = [(), (1,), (0,), (0, 3), (63,), (129,), (4160,), (65, 77), (3, 35, 41)]
 
 
-def hyper(dtype=torch.float32):
+def scalars(dtype=torch.float32):
     return torch.tensor(SETTINGS, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def step_options(dtype=torch.float32, **settings):
+    return StepOptions(scalars(dtype), **settings)
 
 
 def tensors(shape, dtypes, seed=0):
@@ -23,7 +27,7 @@ def tensors(shape, dtypes, seed=0):
 
 def oracle(p, g, m, *, maximize=False, scale=None, aligned=False):
     """The update in fp64, with the fp32 scalars that the kernel is given, and c."""
-    lr, decay, b1, a1, b2, a2 = hyper().double().tolist()
+    lr, decay, b1, a1, b2, a2 = scalars().double().tolist()
     p, g, m = p.double(), g.double(), m.double()
     g = -g if maximize else g
     c = b1 * m + a1 * g
@@ -51,7 +55,7 @@ def test_shapes(backend, shape, dirty_memory):
     old = [p.clone(), m.clone()]
     before = g.clone()
     with use_backend(backend):
-        flags = lion_step([p], [g], [m], [], hyper=hyper())
+        flags = lion_step([p], [g], [m], [], step_options())
     assert flags.dtype == torch.int32 and flags.tolist() == [0]
     assert torch.equal(g, before)
     check(p, g, m, old)
@@ -73,11 +77,11 @@ def test_dtypes(backend, dtypes):
     old, before = [p.clone(), m.clone()], g.clone()
     if backend == "cpp" and {torch.float16, torch.float64} & set(dtypes):
         with use_backend(backend), pytest.raises(BackendError, match="fp32 and bf16, not float"):
-            lion_step([p], [g], [m], [], hyper=hyper(dtypes[0]))
+            lion_step([p], [g], [m], [], step_options(dtypes[0]))
         assert torch.equal(p, old[0]) and torch.equal(m, old[1])
         backend = "auto"
     with use_backend(backend):
-        lion_step([p], [g], [m], [], hyper=hyper(dtypes[0]))
+        lion_step([p], [g], [m], [], step_options(dtypes[0]))
     assert torch.equal(g, before)
     if dtypes[0] == torch.float64:
         lr, decay, b1, a1, b2, a2 = SETTINGS
@@ -107,21 +111,21 @@ def test_backends_agree_bit_for_bit(options):
             for held, t in zip((params, grads, momenta), tensors(shape, [torch.bfloat16] * 3, i), strict=True):
                 held.append(t)
         grads[0][1, 3] = float("inf")
-        extras = []
+        states = []
         if rounding == "kahan":
-            extras = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).bfloat16() / 512 for p in params]
+            states = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).bfloat16() / 512 for p in params]
         if rounding == "master":
-            extras = [p.float() * 1.001 for p in params]
+            states = [p.float() * 1.001 for p in params]
         call = {k: v for k, v in options.items() if k != "cautious"}
         if options.get("cautious"):
             with use_backend(backend):
-                call["cautious_scale"] = 100 / lion_agreement(grads, momenta, hyper=hyper())
+                call["cautious_scale"] = 100 / lion_agreement(grads, momenta, step_options())
         if rounding == "stochastic":
             call |= {"seeds": torch.tensor([1, 2**32 - 1, 77]), "offsets": torch.tensor([0, 4480, 5])}
         with use_backend(backend):
-            flags = lion_step(params, grads, momenta, extras, hyper=hyper(), **call)
+            flags = lion_step(params, grads, momenta, states, step_options(**call))
         assert flags.tolist() == [1, 0, 0]
-        results.append([*params, *momenta, *extras])
+        results.append([*params, *momenta, *states])
     for first, *others in zip(*results, strict=True):
         assert all(torch.equal(first, other) for other in others)
 
@@ -132,7 +136,7 @@ def test_layouts(backend):
     base = tensors((130, 66), [torch.float32] * 3)
     want = [t.clone() for t in base]
     with use_backend(backend):
-        lion_step(want[:1], want[1:2], want[2:], [], hyper=hyper())
+        lion_step(want[:1], want[1:2], want[2:], [], step_options())
 
         def transposed(t):
             return t.t().contiguous().t()
@@ -145,7 +149,7 @@ def test_layouts(backend):
 
         for kinds in ([transposed] * 3, [strided] * 3, [unaligned] * 3, (transposed, unaligned, strided)):
             p, g, m = (kind(t.clone()) for kind, t in zip(kinds, base, strict=True))
-            lion_step([p], [g], [m], [], hyper=hyper())
+            lion_step([p], [g], [m], [], step_options())
             assert torch.equal(p, want[0]) and torch.equal(m, want[2]) and torch.equal(g, base[1])
 
 
@@ -156,9 +160,9 @@ def test_views_of_one_storage(backend):
     want = [flat[:5000].clone(), flat[5000:10000].clone(), flat[10000:15000].clone()]
     p, g, m = (flat[i * 5000 : (i + 1) * 5000] for i in range(3))
     rest = flat[15000:].clone()
-    lion_step([want[0]], [want[1]], [want[2]], [], hyper=hyper())
+    lion_step([want[0]], [want[1]], [want[2]], [], step_options())
     with use_backend(backend):
-        lion_step([p], [g], [m], [], hyper=hyper())
+        lion_step([p], [g], [m], [], step_options())
     assert torch.equal(flat, torch.cat([*want, rest]))
 
 
@@ -170,7 +174,7 @@ def test_non_finite_entries(backend):
     for i, j, value in bad:
         g[i, j] = value
     with use_backend(backend):
-        flags = lion_step([p, torch.ones(3)], [g, torch.ones(3)], [m, torch.ones(3)], [], hyper=hyper())
+        flags = lion_step([p, torch.ones(3)], [g, torch.ones(3)], [m, torch.ones(3)], [], step_options())
     assert flags.tolist() == [1, 0]
     for i, j, _ in bad:
         assert p[i, j] == old[0][i, j] and m[i, j] == old[1][i, j]
@@ -186,33 +190,33 @@ def test_agreement(backend, shape):
     if g.numel() > 9:
         g[2, 2] = float("nan")
     with use_backend(backend):
-        found = lion_agreement([g], [m], hyper=hyper())
+        found = lion_agreement([g], [m], step_options())
     c = 0.9 * m.double() + 0.1 * g.double()
     assert found.dtype == torch.float32
     assert found.item() == int(((torch.sign(c) * g > 0) & torch.isfinite(g)).sum())
 
 
 def test_empty_lists():
-    assert lion_step([], [], [], [], hyper=hyper()).numel() == 0
-    assert lion_agreement([], [], hyper=hyper()).numel() == 0
+    assert lion_step([], [], [], [], step_options()).numel() == 0
+    assert lion_agreement([], [], step_options()).numel() == 0
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
 def test_opcheck(rounding):
     params, grads, momenta = ([t] for t in tensors((3, 5), [torch.bfloat16] * 3))
-    extras = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
+    states = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
     seeds = torch.tensor([3]) if rounding == "stochastic" else None
-    args = (params, grads, momenta, extras, hyper(), rounding, None, False, False, True, seeds, seeds)
+    args = (params, grads, momenta, states, scalars(), rounding, None, False, False, True, seeds, seeds)
     torch.library.opcheck(torch.ops.leanstep.lion_step, args)
-    torch.library.opcheck(torch.ops.leanstep.lion_agreement, (grads, momenta, hyper(), False, True))
+    torch.library.opcheck(torch.ops.leanstep.lion_agreement, (grads, momenta, scalars(), False, True))
 
 
 def test_a_list_is_its_members():
     """Tensors of many sizes in one call and one by one."""
     together = [tensors(s, [torch.float32] * 3, i) for i, s in enumerate(SHAPES)]
     alone = [[t.clone() for t in row] for row in together]
-    lion_step(*(list(x) for x in zip(*together, strict=True)), [], hyper=hyper())
+    lion_step(*(list(x) for x in zip(*together, strict=True)), [], step_options())
     for p, g, m in alone:
-        lion_step([p], [g], [m], [], hyper=hyper())
+        lion_step([p], [g], [m], [], step_options())
     for a, b in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
         assert torch.equal(a, b)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanstep.kernels import scaled_step, use_backend
+from leanstep.kernels import StepOptions, scaled_step, use_backend
 
 BACKENDS = ["reference", "cpp"]
 SHAPES = [(1, 1), (5, 7), (6, 128), (33, 192), (3, 4, 6), (2, 5, 128), (0, 3), (4, 0), (2, 0, 3), (0, 4, 3), (2, 3, 0)]
@@ -19,8 +19,12 @@ def arguments(shape, dtype=torch.float32, mat_dtype=None, seed=0):
     return p, g, rows, cols
 
 
-def hyper(dtype=torch.float32):
+def scalars(dtype=torch.float32):
     return torch.tensor([0.125, 0.75], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def step_options(dtype=torch.float32, **settings):
+    return StepOptions(scalars(dtype), **settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -32,7 +36,7 @@ def test_formula(backend, shape, dtype, dirty_memory):
     p, g, rows, cols = arguments(shape, dtype)
     old, untouched = p.double().clone(), [t.clone() for t in (g, rows, cols)]
     with use_backend(backend):
-        flags = scaled_step([p], [g], [rows], [cols], [], hyper=hyper(dtype))
+        flags = scaled_step([p], [g], [rows], [cols], [], step_options(dtype))
     assert flags.dtype == torch.int32 and flags.tolist() == [0]
     want = old * 0.75 - 0.125 * (rows.double().unsqueeze(-1) * g.double() * cols.double().unsqueeze(-2))
     # one rounding of the storage dtype, and a few of the arithmetic
@@ -49,17 +53,17 @@ def test_backends_agree(rounding):
     for backend in BACKENDS:
         rows = [arguments(s, torch.bfloat16, torch.float32, i) for i, s in enumerate([(6, 128), (5, 7), (2, 3, 128)])]
         params, mats, r, c = (list(x) for x in zip(*rows, strict=True))
-        extras = []
+        states = []
         if rounding == "kahan":
-            extras = [torch.zeros_like(p) + 1e-3 for p in params]
+            states = [torch.zeros_like(p) + 1e-3 for p in params]
         elif rounding == "master":
-            extras = [p.float() for p in params]
+            states = [p.float() for p in params]
         seeds = torch.tensor([5, 6, 7]) if rounding == "stochastic" else None
         with use_backend(backend):
-            scaled_step(params, mats, r, c, extras, hyper=hyper(), rounding=rounding, seeds=seeds)
-        values = extras if rounding == "master" else params
+            scaled_step(params, mats, r, c, states, step_options(rounding=rounding, seeds=seeds))
+        values = states if rounding == "master" else params
         if rounding == "kahan":
-            values = [p.float() + e.float() for p, e in zip(params, extras, strict=True)]
+            values = [p.float() + e.float() for p, e in zip(params, states, strict=True)]
         results.append(values)
     for a, *others in zip(*results, strict=True):
         for b in others:
@@ -78,10 +82,10 @@ def test_a_nan_column_leaves_the_matrix_alone(backend, shape):
     before, extra = bad[0].clone(), bad[0].clone()
     with use_backend(backend):
         params, mats, rows, cols = ([a, b] for a, b in zip(bad, good, strict=True))
-        flags = scaled_step(params, mats, rows, cols, [extra, good[0].clone()], hyper=hyper(), rounding="master")
+        flags = scaled_step(params, mats, rows, cols, [extra, good[0].clone()], step_options(rounding="master"))
         assert flags.tolist() == [1, 0]
         assert torch.equal(bad[0], before) and torch.equal(extra, before)
-        scaled_step(params, mats, rows, cols, [], hyper=hyper(), skip_nonfinite=False)
+        scaled_step(params, mats, rows, cols, [], step_options(skip_nonfinite=False))
     assert bad[0].isnan().all()
 
 
@@ -91,7 +95,7 @@ def test_one_bad_matrix_of_a_stack(backend):
     cols[1] = float("nan")
     before = p.clone()
     with use_backend(backend):
-        assert scaled_step([p], [g], [rows], [cols], [], hyper=hyper()).tolist() == [1]
+        assert scaled_step([p], [g], [rows], [cols], [], step_options()).tolist() == [1]
     assert torch.equal(p[1], before[1])
     assert (p[[0, 2]] != before[[0, 2]]).all()
 
@@ -101,22 +105,22 @@ def test_layouts(backend):
     p, g, rows, cols = arguments((6, 128))
     want = p.clone()
     with use_backend(backend):
-        scaled_step([want], [g], [rows], [cols], [], hyper=hyper())
+        scaled_step([want], [g], [rows], [cols], [], step_options())
         for odd in (
             p.t().contiguous().t(),
             torch.zeros(6, 256)[:, ::2].copy_(p),
             torch.zeros(6 * 128 + 1)[1:].view(6, 128).copy_(p),
         ):
-            scaled_step([odd], [g.t().contiguous().t()], [rows], [cols], [], hyper=hyper())
+            scaled_step([odd], [g.t().contiguous().t()], [rows], [cols], [], step_options())
             torch.testing.assert_close(odd, want, rtol=1e-6, atol=1e-7)
 
 
 def test_empty_list():
-    assert scaled_step([], [], [], [], [], hyper=hyper()).numel() == 0
+    assert scaled_step([], [], [], [], [], step_options()).numel() == 0
 
 
 def test_opcheck():
     p, g, rows, cols = arguments((3, 5), torch.bfloat16)
     extra = p.float()
-    args = ([p], [g], [rows], [cols], [extra], hyper(), "master", True, None, None)
+    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, None, None)
     torch.library.opcheck(torch.ops.leanstep.scaled_step, args)

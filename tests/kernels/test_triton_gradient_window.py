@@ -26,8 +26,8 @@ def check(m, dtype, vector_dtype, groups, device="cpu"):
     coefficients = torch.randn(count, m, device=device)
     before = [b.clone() for b in blocks]
     out = [torch.full((n,), float("nan"), device=device) for n in SIZES]
-    dots = triton_window.row_dots(blocks, vectors, 0, groups, count)
-    gram = triton_window.row_dots(blocks, None, m - 1, groups, count)
+    dots = triton_window.row_dots(blocks, vectors, groups, count)
+    gram = triton_window.row_dots(blocks, [b[m - 1] for b in blocks], groups, count)
     triton_window.linear_combination(blocks, coefficients, groups, out)
     want = torch.zeros(2, 2, count, m, dtype=torch.float64, device=device)
     for block, vector, group in zip(blocks, vectors, groups, strict=True):
@@ -60,14 +60,13 @@ def test_vectors_of_another_dtype_and_a_group_of_no_elements():
 
 @pytest.mark.interpret
 def test_the_public_functions_reach_the_kernels_with_scales():
-    from leanstep.kernels import gram_row, linear_combination, row_dots, use_backend
+    from leanstep.kernels import linear_combination, row_dots, use_backend
 
     blocks = [torch.randn(5, 3, 8).half(), torch.randn(5, 7).half()]
     vectors, scales = [torch.randn(3, 8), torch.randn(7)], torch.rand(5)
     coefficients = torch.randn(5, dtype=torch.float64)
     for function, arguments in (
         (row_dots, (blocks, vectors)),
-        (gram_row, (blocks, 2)),
         (linear_combination, (blocks, coefficients)),
     ):
         found = {}
@@ -90,7 +89,9 @@ def test_follows_the_oracle_on_the_device_and_repeats_exactly(dtype, m):
 
 @pytest.mark.gpu
 def test_the_solution_on_the_device_is_that_of_the_cpu():
-    from leanstep.kernels import gram_row, linear_combination, window_coefficients
+    from gradient_windows import gram_row
+
+    from leanstep.kernels import linear_combination, window_coefficients
 
     rows = torch.randn(40, 10_000) + torch.randn(10_000)
     found = []

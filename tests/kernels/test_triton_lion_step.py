@@ -2,6 +2,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, tensors
 
+from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.steps import lion_step as reference
 
 triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_step")
@@ -11,7 +12,7 @@ ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfinite": True}, {"cautious": True})
 
 
-def hyper(device="cpu"):
+def scalars(device="cpu"):
     return torch.tensor([LR, DECAY, BETA1, 1 - BETA1, BETA2, 1 - BETA2], dtype=torch.float32, device=device)
 
 
@@ -19,41 +20,34 @@ def build(p_dtype, g_dtype, m_dtype, rounding, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     params, grads, exp_avgs = (tensors(d, generator, device) for d in (p_dtype, g_dtype, m_dtype))
     if rounding == "kahan":
-        extras = [torch.zeros_like(p) for p in params]
+        states = [torch.zeros_like(p) for p in params]
     else:
-        extras = [p.to(torch.float32, copy=True) for p in params] if rounding == "master" else []
+        states = [p.to(torch.float32, copy=True) for p in params] if rounding == "master" else []
     seeds = torch.randint(0, 2**32, (len(params),), generator=generator).to(device)
     offsets = torch.randint(0, 2**34, (len(params),), generator=generator).to(device)
-    return params, grads, exp_avgs, extras, seeds, offsets
+    return params, grads, exp_avgs, states, seeds, offsets
 
 
 def compare(p_dtype, g_dtype, m_dtype, rounding, switch, device="cpu", poison=False):
-    params, grads, exp_avgs, extras, seeds, offsets = build(p_dtype, g_dtype, m_dtype, rounding, device)
+    params, grads, exp_avgs, states, seeds, offsets = build(p_dtype, g_dtype, m_dtype, rounding, device)
     if poison:
         grads[2][1, 1] = float("nan")
         grads[5][-1] = float("inf")
-    options = {"maximize": False, "decay_where_aligned": False, "skip_nonfinite": False} | switch
-    scale = torch.linspace(1, 2, len(params), device=device) if options.pop("cautious", False) else None
+    switches = {"skip_nonfinite": False} | switch
+    scale = torch.linspace(1, 2, len(params), device=device) if switches.pop("cautious", False) else None
     before = [g.clone() for g in grads]
-    expected = [[t.clone() for t in part] for part in (params, exp_avgs, extras)]
-    flags = triton_lion.lion_step(
-        params, grads, exp_avgs, extras, hyper=hyper(device), rounding=rounding, cautious_scale=scale,
-        seeds=seeds, offsets=offsets, **options,
-    )  # fmt: skip
+    expected = [[t.clone() for t in part] for part in (params, exp_avgs, states)]
+    options = StepOptions(scalars(device), rounding, scale, **switches, seeds=seeds, offsets=offsets)
+    flags = triton_lion.lion_step(params, grads, exp_avgs, states, options)
     for i in range(len(params)):
-        reference.lion_step(
-            expected[0][i], grads[i], expected[1][i], expected[2][i] if extras else None, hyper=hyper(device),
-            rounding=rounding, cautious_scale=None if scale is None else scale[i], seed=seeds[i], offset=offsets[i],
-            **options,
-        )  # fmt: skip
-    for part, wanted in zip((params, exp_avgs, extras), expected, strict=True):
+        state = expected[2][i] if states else None
+        reference.lion_step(expected[0][i], grads[i], expected[1][i], state, options=options.of(i))
+    for part, wanted in zip((params, exp_avgs, states), expected, strict=True):
         for actual, want in zip(part, wanted, strict=True):
             bits_equal(actual, want)
     for g, want in zip(grads, before, strict=True):
         bits_equal(g, want)
-    skipped = (
-        [i in (2, 5) for i in range(len(params))] if poison and options["skip_nonfinite"] else [False] * len(params)
-    )
+    skipped = [i in (2, 5) for i in range(len(params))] if poison and options.skip_nonfinite else [False] * len(params)
     assert flags.dtype == torch.int32 and flags.bool().tolist() == skipped
 
 
@@ -86,15 +80,12 @@ def test_nonfinite_gradients_pass_when_told_to():
 
 @pytest.mark.interpret
 def test_close_to_a_float64_oracle():
-    params, grads, exp_avgs, extras, seeds, offsets = build(*[torch.float32] * 3, "nearest")
+    params, grads, exp_avgs, states, seeds, offsets = build(*[torch.float32] * 3, "nearest")
     oracle = []
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         p, g, m = p.double(), g.double(), m.double()
         oracle.append((p * DECAY - LR * torch.sign(BETA1 * m + (1 - BETA1) * g), BETA2 * m + (1 - BETA2) * g))
-    triton_lion.lion_step(
-        params, grads, exp_avgs, extras, hyper=hyper(), rounding="nearest", cautious_scale=None, seeds=seeds,
-        offsets=offsets, maximize=False, decay_where_aligned=False, skip_nonfinite=True,
-    )  # fmt: skip
+    triton_lion.lion_step(params, grads, exp_avgs, states, StepOptions(scalars(), seeds=seeds, offsets=offsets))
     for p, m, (want_p, want_m) in zip(params, exp_avgs, oracle, strict=True):
         # three roundings of values below 5: 3 * 2**-24 * 5
         torch.testing.assert_close(p.double(), want_p, rtol=0, atol=9e-7)
@@ -107,9 +98,10 @@ def test_agreement_counts_exactly(dtype):
     _, grads, exp_avgs, *_ = build(dtype, dtype, torch.float32, "nearest")
     grads[5][3] = float("inf")
     for options in ({"maximize": False, "skip_nonfinite": True}, {"maximize": True, "skip_nonfinite": False}):
-        counts = triton_lion.lion_agreement(grads, exp_avgs, hyper=hyper(), **options)
+        counts = triton_lion.lion_agreement(grads, exp_avgs, StepOptions(scalars(), **options))
         wanted = [
-            reference.lion_agreement(g, m, hyper=hyper(), **options) for g, m in zip(grads, exp_avgs, strict=True)
+            reference.lion_agreement(g, m, StepOptions(scalars(), **options))
+            for g, m in zip(grads, exp_avgs, strict=True)
         ]
         assert counts.dtype == torch.float32 and counts.tolist() == [int(w) for w in wanted]
     assert max(counts) > 100
@@ -117,14 +109,11 @@ def test_agreement_counts_exactly(dtype):
 
 @pytest.mark.interpret
 def test_an_empty_list_and_empty_tensors_launch_nothing():
-    options = dict(
-        hyper=hyper(), rounding="nearest", cautious_scale=None, seeds=None, offsets=None, maximize=False,
-        decay_where_aligned=False, skip_nonfinite=True,
-    )  # fmt: skip
-    assert triton_lion.lion_step([], [], [], [], **options).shape == (0,)
+    options = StepOptions(scalars())
+    assert triton_lion.lion_step([], [], [], [], options).shape == (0,)
     empty = [torch.zeros(0)]
-    assert triton_lion.lion_step(empty, empty, empty, [], **options).tolist() == [0]
-    assert triton_lion.lion_agreement([], [], hyper=hyper(), maximize=False, skip_nonfinite=True).shape == (0,)
+    assert triton_lion.lion_step(empty, empty, empty, [], options).tolist() == [0]
+    assert triton_lion.lion_agreement([], [], options).shape == (0,)
 
 
 @pytest.mark.gpu
@@ -137,15 +126,12 @@ def test_equals_the_reference_on_the_device(p_dtype, rounding):
 
 @pytest.mark.gpu
 def test_a_captured_step_replays_as_the_eager_one():
-    options = dict(
-        rounding="nearest", cautious_scale=None, maximize=False, decay_where_aligned=False, skip_nonfinite=True
-    )
     sets = [build(torch.bfloat16, torch.bfloat16, torch.float32, "nearest", "cuda") for _ in range(2)]
-    rates = hyper("cuda")
+    rates = scalars("cuda")
 
     def step(which):
         *lists, seeds, offsets = sets[which]
-        triton_lion.lion_step(*lists, hyper=rates, seeds=seeds, offsets=offsets, **options)
+        triton_lion.lion_step(*lists, StepOptions(rates, seeds=seeds, offsets=offsets))
 
     replay_beside_eager(step)
     for part in range(3):

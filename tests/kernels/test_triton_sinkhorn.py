@@ -2,7 +2,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name, matrices, replay_beside_eager
 
-from leanstep.kernels import sinkhorn_step
+from leanstep.kernels import StepOptions, sinkhorn_step
 
 triton_sinkhorn = pytest.importorskip("leanstep.kernels.triton_impl.matrices.sinkhorn")
 
@@ -112,7 +112,7 @@ def test_passes_follow_the_oracle_on_the_device_and_repeat_exactly(dtype):
 @pytest.mark.gpu
 def test_a_captured_step_replays_as_the_eager_one():
     """Scales and update of a list of matrices: all launches of a step, none of which waits for the host."""
-    hyper = torch.tensor([1e-2, 0.999], device="cuda")
+    options = StepOptions(torch.tensor([1e-2, 0.999], device="cuda"))
     sets = [
         ([m.clone() for m in matrices(torch.bfloat16, torch.Generator().manual_seed(0), "cuda", wide=True)],
          matrices(torch.bfloat16, torch.Generator().manual_seed(1), "cuda", wide=True))
@@ -121,7 +121,7 @@ def test_a_captured_step_replays_as_the_eager_one():
 
     def step(which):
         params, mats = sets[which]
-        sinkhorn_step(params, mats, 3, [], hyper=hyper)
+        sinkhorn_step(params, mats, [], options, num_iters=3)
 
     replay_beside_eager(step)
     for captured, eager in zip(sets[0][0], sets[1][0], strict=True):

@@ -6,19 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minimax import minimax_coefficients
 from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels.poly.features import poly_features
 from leanstep.lora.attention.attention import LowRankAttentionError, key_means, low_rank_attention
 from leanstep.lora.attention.error_bounds import error_bounds, largest_logit
-from leanstep.lora.attention.features import (
-    minimax_coefficients,
+from leanstep.lora.attention.paper_chain import (
+    chain_gradients,
+    dense_gradients,
+    factor_gradients,
+    paper_chain_attention,
+)
+from leanstep.lora.attention.polynomials import (
     needed_degree,
     relative_error,
     slope_error,
     taylor_coefficients,
 )
-from leanstep.lora.attention.paper_chain import chain_gradients, dense_gradients, factor_gradients
 
 # bound of the logits: least degree of Taylor's sum, and of the best polynomial, for relative errors 0.1, 0.01, 0.001
 DEGREES = {
@@ -161,9 +166,6 @@ def test_bad_arguments_are_named():
         (dict(center="mean"), "center True, False, None or a tensor, got 'mean'"),
         (dict(coefficients=[]), "two or more finite coefficients"),
         (dict(coefficients=[1.0, float("nan")]), "two or more finite coefficients"),
-        (dict(reference="chain"), "'paper_chain' or None"),
-        (dict(reference="paper_chain", causal=True), "neither causal nor masked"),
-        (dict(reference="paper_chain", coefficients=[1.0, 1.0, 0.4]), "other polynomials"),
     ]:
         with pytest.raises(ValueError, match=message):
             low_rank_attention(q, k, v, **settings_)
@@ -178,8 +180,10 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.parametrize("bound", DEGREES)
 def test_least_degrees(bound):
-    for kind, want in zip(("exp", "minimax"), DEGREES[bound], strict=True):
-        assert tuple(needed_degree(bound, t, kind=kind, even=False) for t in (0.1, 0.01, 0.001)) == want
+    polynomials = taylor_coefficients, lambda degree: minimax_coefficients(float(bound), degree)
+    for polynomial, want in zip(polynomials, DEGREES[bound], strict=True):
+        errors = [relative_error(polynomial(degree), bound) for degree in range(max(want) + 1)]
+        assert tuple(next(g for g, e in enumerate(errors) if e <= t) for t in (0.1, 0.01, 0.001)) == want
 
 
 @given(st.floats(0.01, 12), st.integers(0, 12))
@@ -204,8 +208,6 @@ def test_degrees_grow_with_the_bound_and_end_at_the_most():
     assert relative_error([1.0], 1000.0) == math.inf
     for call in (
         lambda: needed_degree(1.0, 0.0),
-        lambda: needed_degree(1.0, 0.1, kind="sinh"),
-        lambda: minimax_coefficients(0.0, 2),
         lambda: taylor_coefficients(-1),
         lambda: relative_error([1.0], float("nan")),
     ):
@@ -347,7 +349,8 @@ def test_the_chain_is_exact_for_weights_of_low_rank(shape):
 
 def test_the_chain_as_the_gradient_of_attention():
     q, k, v = tensors(heads=(4, 2), size=0.6)
-    found = low_rank_attention(q, k, v, degree=2, reference="paper_chain")
+    centred = (k - key_means(k)[..., None, :]).repeat_interleave(2, dim=1)
+    found, _ = paper_chain_attention(q, centred, v.repeat_interleave(2, dim=1), 0.5, 2)
     torch.testing.assert_close(found, low_rank_attention(q, k, v, degree=2))
     grad = torch.randn_like(found)
     grads = torch.autograd.grad(found, (q, k, v), grad)

@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from leanstep.lora.attention.attention import LowRankAttentionError
 from leanstep.lora.attention.gate import LowRankGate
-from leanstep.lora.attention.gate_checks import autocasted_seen
+from leanstep.lora.attention.gate_checks import autocasted_inputs
+from leanstep.lora.attention.interface import AttentionInputs
 from leanstep.lora.attention.monitor import NormMonitor
-from leanstep.lora.attention.norms import Seen
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 # so that low-rank attention is predicted to pay at the length of a test
@@ -428,6 +428,6 @@ def test_under_autocast_q_k_and_v_have_its_dtype(implementation):
 
 
 def test_fp64_stays_so_under_autocast():
-    seen = Seen(*(torch.ones(1, 1, 3, 2, dtype=torch.float64) for _ in range(3)), 1.0, True)
+    seen = AttentionInputs(*(torch.ones(1, 1, 3, 2, dtype=torch.float64) for _ in range(3)), 1.0, True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert {x.dtype for x in autocasted_seen(seen)[:3]} == {torch.float64}
+        assert {x.dtype for x in autocasted_inputs(seen)[:3]} == {torch.float64}

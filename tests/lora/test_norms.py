@@ -19,10 +19,9 @@ from transformers import (
 
 from leanstep.lora.attention.attention import key_means, low_rank_attention
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
-from leanstep.lora.attention.interface import attach, detach
+from leanstep.lora.attention.interface import AttentionInputs, attach, detach
 from leanstep.lora.attention.monitor import STATUSES, NormMonitor, judge
-from leanstep.lora.attention.norms import Seen, head_norms, sample_rows, sampled_error
-from leanstep.lora.attention.projection_norms import adapter_output, whole_weight
+from leanstep.lora.attention.norms import adapter_output, head_norms, sample_rows, sampled_error, whole_weight
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +46,7 @@ def seen(heads=(4, 2), length=30, dim=8, causal=True, masked=False, seed=0, size
     if masked:
         mask = torch.ones(2, length, dtype=torch.bool)
         mask[0, :7] = False
-    return Seen(q, k, v, dim**-0.5, causal, mask)
+    return AttentionInputs(q, k, v, dim**-0.5, causal, mask)
 
 
 def visible_logits(call, center=None):
@@ -107,16 +106,16 @@ def test_rows_are_sampled_without_repetition_and_the_last_is_among_them():
 
 @pytest.mark.parametrize(
     ("size", "cheap", "status"),
-    [(0.2, True, "certified-fast"), (0.2, False, "bounded-but-slow"), (4.0, True, "hard side")],
+    [(0.2, True, "certified-fast"), (0.2, False, "bounded-but-slow"), (4.0, True, "not-certified")],
 )
 def test_known_logits_give_the_right_status(size, cheap, status):
     # one direction: the bound is attained, and equals the size
     q = torch.zeros(1, 1, 64, 4)
     q[..., 0] = torch.linspace(-1, 1, 64)
-    call = Seen(size * q, q, torch.randn(1, 1, 64, 4), 1.0, False)
+    call = AttentionInputs(size * q, q, torch.randn(1, 1, 64, 4), 1.0, False)
     found = head_norms(call, degrees=(2, 4), rows=64)
     assert float(found.certified) == pytest.approx(size) == pytest.approx(float(found.sampled))
-    from leanstep.lora.attention.features import needed_degree
+    from leanstep.lora.attention.polynomials import needed_degree
 
     needed = needed_degree(size, 0.05)
     verdict = judge(needed, needed, float(found.errors[0, 0]), {2: 0.5 if cheap else 2.0, 4: 3.0}, 0.05)
@@ -127,11 +126,11 @@ def test_verdicts():
     costs = {2: 0.5, 4: 2.0}
     assert judge(2, 2, 0.01, costs, 0.05) == ("certified-fast", 2)
     assert judge(8, 2, 0.01, costs, 0.05) == ("measured-fast", 2)
-    assert judge(8, 2, 0.06, costs, 0.05) == ("hard side", 4)
+    assert judge(8, 2, 0.06, costs, 0.05) == ("not-certified", 4)
     assert judge(8, 4, 0.01, costs, 0.05) == ("bounded-but-slow", 4)
     assert judge(4, 4, 0.01, costs, 0.05) == ("bounded-but-slow", 4)
-    assert judge(None, 6, 0.01, costs, 0.05) == ("hard side", 4)
-    assert judge(8, 2, float("nan"), costs, 0.05) == ("hard side", 4)
+    assert judge(None, 6, 0.01, costs, 0.05) == ("not-certified", 4)
+    assert judge(8, 2, float("nan"), costs, 0.05) == ("not-certified", 4)
 
 
 class _Traffic(TorchDispatchMode):
@@ -189,7 +188,7 @@ def test_the_monitor_sees_what_attention_sees_and_changes_nothing(make, implemen
     captured = {}
     taps = attach(model)
     recorder = type(
-        "Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.seen.some(slice(2)))}
+        "Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.inputs.sequences(slice(2)))}
     )()
     for tap in taps.values():
         tap.observers.append(recorder)
@@ -289,7 +288,7 @@ def test_large_keys_are_on_the_hard_side_and_the_reason_names_the_factor():
         first, second = monitor.report()[:4], monitor.report()[4:]
         assert {row.status for row in first} <= {"bounded-but-slow", "certified-fast"}
         for row in second:
-            assert row.status == "hard side" and row.of == "k" and row.dominant == "W*"
+            assert row.status == "not-certified" and row.of == "k" and row.dominant == "W*"
             assert "keys" in row.why and "QK-norm" in row.why and (row.degree is None or row.degree > 4)
         # drift is against the first sight of a head
         with torch.no_grad():
@@ -318,7 +317,7 @@ def test_degenerate_values_are_reported_and_not_fatal(value, part, everywhere):
         assert len(rows) == 4 and all(row.status in STATUSES for row in rows)
         monitor.diagnostics()
     if not math.isfinite(value) and part != "v_proj":
-        assert rows[0].status == "hard side" and "non-finite logits" in rows[0].why and rows[0].degree is None
+        assert rows[0].status == "not-certified" and "non-finite logits" in rows[0].why and rows[0].degree is None
     if value == 0:
         assert rows[-1].status == "bounded-but-slow"
 

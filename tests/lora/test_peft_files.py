@@ -113,12 +113,14 @@ def test_what_peft_writes_besides_is_understood(case, tmp_path):
     torch.testing.assert_close(again(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_base_embedding_of_a_file_is_taken_over(tmp_path):
+def test_the_base_embedding_of_a_file_replaces_the_models(tmp_path):
     theirs = written(tmp_path, tiny_llama(), target_modules=["embed_tokens", "q_proj"])
     model = tiny_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[3] += 1
-    with pytest.warns(UserWarning, match="base weight of model.embed_tokens that is not the model's; it is taken over"):
+    with pytest.warns(
+        UserWarning, match="base weight of model.embed_tokens that is not the model's; it replaces the model's"
+    ):
         load_adapter(model, tmp_path)
     torch.testing.assert_close(model.eval()(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
     assert not model.model.embed_tokens.weight.requires_grad

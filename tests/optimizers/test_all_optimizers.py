@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
+from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
 from leanstep.optimizers import NonFiniteGradientError
@@ -510,6 +511,37 @@ def test_layouts_do_not_matter(case: OptimizerCase):
 
 
 @every_case
+@pytest.mark.parametrize("wrap_grads", [False, True], ids=["parameters", "gradients-too"])
+def test_tensors_without_memory_of_their_own(case: OptimizerCase, wrap_grads: bool):
+    """Parameters of classes such as quantized weights step as plain ones do; their address is never asked for."""
+    plain = case.params(case.shapes)
+    wrapped = [torch.nn.Parameter(WrappedTensor(p.detach().clone())) for p in plain]
+    a, b = case.build(plain), case.build(wrapped)
+    for step in range(3):
+        fill_grads(plain, step)
+        for p, w in zip(plain, wrapped, strict=True):
+            w.grad = WrappedTensor(p.grad.clone()) if wrap_grads else p.grad.clone()
+        a.step()
+        b.step()
+    assert_same(plain, [w.inner for w in wrapped])
+    for p, w in zip(plain, wrapped, strict=True):
+        assert_same(a.state.get(p, {}).values(), b.state.get(w, {}).values())
+        assert all(type(value) is torch.Tensor for value in b.state.get(w, {}).values())
+
+
+@every_case
+def test_tensors_that_cannot_be_copied_are_refused(case: OptimizerCase):
+    params = case.params(((6, 5), (5, 4)))
+    odd = torch.nn.Parameter(Uncopyable(torch.ones(4, 3, dtype=case.dtype)))
+    optimizer = case.build([("first", params[0]), ("odd", odd), ("last", params[1])])
+    fill_grads([*params, odd], 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(TypeError, match=r"odd \(4, 3\) is a Uncopyable.*has no copy_.*Nothing was updated"):
+        optimizer.step()
+    assert_same(before, params)
+
+
+@every_case
 def test_a_whole_non_finite_gradient_leaves_no_trace(case: OptimizerCase):
     for value in (float("nan"), float("inf"), float("-inf")):
         hit, spared = case.params(case.shapes), case.params(case.shapes)
@@ -744,4 +776,33 @@ def test_compiles_as_one_graph(case: OptimizerCase):
     assert len(graphs) <= case.graphs
     unit = torch.finfo(case.dtype).eps
     torch.testing.assert_close(compiled_params, plain_params, rtol=8 * unit, atol=8 * unit)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager") for case in CASES]
+    # code generation takes half a minute a row
+    + [
+        pytest.param(case, "inductor", id=f"{case.name}-inductor")
+        for case in CASES
+        if case.large and case.dtype == torch.float32
+    ],
+)
+def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
+    """Parameters and all state: what a step writes in place must survive functionalization and code generation."""
+    torch._dynamo.reset()
+    compiled_params, plain_params = case.params(), case.params()
+    lr = case.kwargs.get("lr", 2e-2)
+    compiled = case.build(compiled_params, lr=torch.tensor(lr))
+    plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
+    fill_grads(compiled_params, 0)
+    step = torch.compile(compiled.step, fullgraph=True, backend=backend)
+    for i in range(3):
+        fill_grads(compiled_params, i)
+        step()
+        run(plain, plain_params, range(i, i + 1))
+    for a, b in zip(snapshot(compiled), snapshot(plain), strict=True):
+        unit = torch.finfo(case.dtype).eps
+        torch.testing.assert_close(a, b, rtol=64 * unit, atol=64 * unit)
     torch._dynamo.reset()

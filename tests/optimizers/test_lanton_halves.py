@@ -40,16 +40,16 @@ def test_its_mean_is_that_of_two_independent_gradients(norm, micro, share):
     def sample():
         return mean + 0.5 * torch.randn(NORMS[norm], generator=chance, dtype=torch.float64)
 
-    found, expected = [], []
+    estimates, expected = [], []
     for _ in range(200):
         accumulated(param, optimizer, [sample() for _ in range(micro)], share)
         optimizer.step()
-        found.append(optimizer.noise_report()[0]["H"])
+        estimates.append(optimizer.noise_report()[0]["H"])
         first, second = (sum(sample() for _ in range(micro)) / micro for _ in range(2))
         expected.append(dual_norm(first - second, norm) ** 2)
-    found, expected = torch.tensor(found), torch.tensor(expected)
-    error = math.sqrt((found.var() / len(found) + expected.var() / len(expected)).item())
-    assert abs(found.mean() - expected.mean()).item() < 3 * error
+    estimates, expected = torch.tensor(estimates), torch.tensor(expected)
+    error = math.sqrt((estimates.var() / len(estimates) + expected.var() / len(expected)).item())
+    assert abs(estimates.mean() - expected.mean()).item() < 3 * error
     assert error < 0.05 * expected.mean()
 
 
@@ -115,14 +115,14 @@ def test_a_step_without_a_mark_leaves_the_estimate():
 
 def test_noise_every_takes_no_copy_in_between():
     param, optimizer = one("rms", noise_every=3)
-    copies, seen = [], []
+    copies, estimates = [], []
     for _ in range(7):
         accumulated(param, optimizer, [torch.randn(NORMS["rms"]) for _ in range(2)], 1 / 2)
         copies.append("half_grad" in optimizer.state[param])
         optimizer.step()
-        seen.append(optimizer.noise_report()[0]["H"])
+        estimates.append(optimizer.noise_report()[0]["H"])
     assert copies == [True, False, False, True, False, False, True]
-    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5] != seen[6]
+    assert estimates[0] == estimates[1] == estimates[2] != estimates[3] == estimates[5] != estimates[6]
 
 
 def test_a_non_finite_half_is_not_taken():
@@ -186,28 +186,28 @@ def test_under_accelerate_accumulation():
         torch.manual_seed(0)
         model = nn.Linear(5, 3, bias=False).double()
         optimizer = LANTON([{"params": list(model.parameters()), "norm": "rms"}], lr=0.1, noise="halves")
-        own, made = optimizer, None
+        inner, made = optimizer, None
         if accelerate:
             made = Accelerator(cpu=True, gradient_accumulation_steps=4)
             model, optimizer = made.prepare(model, optimizer)
-            own = optimizer.optimizer
+            inner = optimizer.optimizer
         for batch in range(12):
             loss = model(torch.randn(6, 5, generator=torch.Generator().manual_seed(batch)).double()).square().mean()
             if made is not None:
                 with made.accumulate(model):
                     made.backward(loss)
                     if batch % 4 == 1:
-                        own.mark_half()
+                        inner.mark_half()
                     optimizer.step()
                     optimizer.zero_grad()
             else:
                 (loss / 4).backward()
                 if batch % 4 == 1:
-                    own.mark_half()
+                    inner.mark_half()
                 if batch % 4 == 3:
                     optimizer.step()
                     optimizer.zero_grad()
-        return own.noise_report(), [p.detach() for p in own.param_groups[0]["params"]]
+        return inner.noise_report(), [p.detach() for p in inner.param_groups[0]["params"]]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -32,21 +32,13 @@ SHAPES = ((4, 3), (5,))
         ({"density": 1.5}, ValueError, "Invalid density: 1.5"),
         ({"rank": 0}, ValueError, "Invalid rank: 0"),
         ({"momentum": 1.0}, ValueError, "Invalid momentum value: 1.0"),
-        ({"momentum_on": "rows"}, ValueError, "Invalid momentum_on"),
         ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
-        ({"precondition": "all"}, ValueError, "Invalid precondition"),
         ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
-        ({"warmup_steps": 9, "window": 8}, ValueError, "Invalid warmup_steps: 9.*never holds more than 8"),
-        ({"warmup_steps": -1}, ValueError, "Invalid warmup_steps: -1"),
-        ({"window_every": 0}, ValueError, "Invalid window_every: 0"),
-        ({"precondition_every": 0}, ValueError, "Invalid precondition_every: 0"),
         ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
         ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
         ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
         ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for whole rows"),
         ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*whole rows"),
-        ({"momentum": 0.9, "momentum_on": "gradient", "window_every": 2}, ValueError, "needs window_every=1, got 2"),
-        ({"momentum": 0.9, "momentum_on": "gradient", "precondition": "gradient"}, ValueError, "precondition='row'"),
         ({"shard_window": True}, ValueError, "not initialized; call init_process_group"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
         ({"masks": [None]}, ValueError, "masks belong to a group"),
@@ -88,7 +80,7 @@ def test_groups_of_one_window_must_agree():
 
 
 def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * 2**30)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 2**30)
     param = torch.zeros(1000, 1100, requires_grad=True)
     with pytest.raises(ValueError) as error:
         MFAC([param], window=1024)
@@ -117,7 +109,7 @@ def test_the_memory_that_is_announced_is_the_memory_that_is_held(options):
     announced = memory.needed_bytes(optimizer.param_groups)
     set_grads(params, 0)
     optimizer.step()
-    on_the_host = sum(s["counts"].nbytes for s in optimizer.state.values() if "counts" in s)
+    on_the_host = sum(s["counters"].nbytes for s in optimizer.state.values() if "counters" in s)
     assert announced == {torch.device("cpu"): optimizer.state_bytes() - on_the_host}
 
 
@@ -126,18 +118,12 @@ def test_adding_a_group_counts_what_is_held_already(monkeypatch):
     optimizer = MFAC(params[:1], window=10)
     params[0].grad = torch.ones(100, 100)
     optimizer.step()
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 500_000)  # for one more window of 400 000 bytes
+    monkeypatch.setattr(memory, "free_memory", lambda device: 500_000)  # for one more window of 400 000 bytes
     optimizer.add_param_group({"params": params[1:]})
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 300_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 300_000)
     with pytest.raises(ValueError, match="window of 10 gradients"):
         optimizer.add_param_group({"params": [torch.zeros(100, 100, requires_grad=True)]})
     assert len(optimizer.param_groups) == 2
-
-
-def test_what_is_left_of_this_machine_is_known():
-    available = memory.available_bytes(torch.device("cpu"))
-    assert available is not None and available > 2**20
-    assert memory.available_bytes(torch.device("meta")) is None
 
 
 # ---- saving and loading
@@ -191,8 +177,8 @@ def test_another_order_without_names_is_seen_by_the_shapes():
     "options",
     [
         {}, {"storage": "fp16"}, {"compression": "topk", "density": 0.4}, {"compression": "lowrank", "rank": 1},
-        {"scope": 5, "window_every": 2}, {"momentum": 0.9, "precondition_every": 3}, {"sparse": True},
-        {"damping_schedule": ("linear", 12, 0.01), "momentum": 0.5, "momentum_on": "gradient"},
+        {"scope": 5}, {"momentum": 0.9, "max_update_norm": 0.1}, {"sparse": True},
+        {"damping_schedule": ("linear", 12, 0.01), "momentum": 0.5},
     ],
 )  # fmt: skip
 def test_ten_steps_after_loading_are_the_same_bit_for_bit(options):
@@ -211,6 +197,53 @@ def test_ten_steps_after_loading_are_the_same_bit_for_bit(options):
         resumed.step()
         assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
     assert optimizer.diagnostics() == resumed.diagnostics()
+
+
+OLD_NAMES = {"stats": "figures", "counters": "counts"}
+OLD_SETTINGS = {
+    "momentum_on": "update", "precondition": "row", "precondition_every": 1, "window_every": 1, "warmup_steps": 0,
+}  # fmt: skip
+
+
+def as_saved_by_an_older_version(state_dict, **settings):
+    state_dict = copy.deepcopy(state_dict)
+    for number, state in state_dict["state"].items():
+        state_dict["state"][number] = {OLD_NAMES.get(key, key): value for key, value in state.items()}
+    for group in state_dict["param_groups"]:
+        group.update(OLD_SETTINGS | settings)
+    return state_dict
+
+
+def test_a_state_under_older_names_is_continued_bit_for_bit():
+    params, optimizer = trained(steps=3)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    resumed = MFAC(list(zip("ab", twins, strict=True)), lr=1.0, window=2, damping=0.1)
+    old = as_saved_by_an_older_version(optimizer.state_dict())
+    kept = copy.deepcopy(old)
+    resumed.load_state_dict(old)
+    torch.testing.assert_close(old["state"], kept["state"], rtol=0, atol=0)  # the given dict is not changed
+    assert old["param_groups"] == kept["param_groups"]
+    state = resumed.state[twins[0]]
+    assert not OLD_NAMES.keys() - state.keys() and not set(OLD_NAMES.values()) & state.keys()
+    assert not OLD_SETTINGS.keys() & resumed.param_groups[0].keys()
+    assert state["stats"].dtype == torch.float64 and state["counters"].device.type == "cpu"
+    for step in range(3, 7):
+        set_grads(params, step)
+        set_grads(twins, step)
+        optimizer.step()
+        resumed.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+def test_a_state_that_used_an_option_that_is_gone_is_refused():
+    params, optimizer = trained(steps=3)
+    old = as_saved_by_an_older_version(optimizer.state_dict(), window_every=2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        ValueError, match="saved with window_every=2, an option that no longer exists; nothing was chang"
+    ):
+        optimizer.load_state_dict(old)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
 def test_diagnostics_are_flat_numbers():

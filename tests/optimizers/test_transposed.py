@@ -97,17 +97,17 @@ def test_fused_experts_are_taken_as_their_module_stores_them(build, transposed):
     groups = param_groups(model)
     experts = [group for group in groups if group["name"] == "expert"]
     assert [group.get("transposed", False) for group in experts] == [transposed]
-    found = {name.split(".")[-1]: param for name, param in experts[0]["params"]}
-    assert found.keys() == {"gate_up_proj", "down_proj"}
-    as_out_in = {name: param.mT.shape[1:] if transposed else param.shape[1:] for name, param in found.items()}
+    params = {name.split(".")[-1]: param for name, param in experts[0]["params"]}
+    assert params.keys() == {"gate_up_proj", "down_proj"}
+    as_out_in = {name: param.mT.shape[1:] if transposed else param.shape[1:] for name, param in params.items()}
     assert as_out_in == {"gate_up_proj": (48, 16), "down_proj": (16, 24)}
 
     optimizer = SinkGD(groups, lr=0.1, scale=1.0)
-    before = {name: param.detach().clone() for name, param in found.items()}
+    before = {name: param.detach().clone() for name, param in params.items()}
     tokens = torch.randint(32, (2, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    for name, param in found.items():
+    for name, param in params.items():
         moved = (before[name] - param.detach()).mT if transposed else before[name] - param.detach()
         used = moved.flatten(1).any(dim=1)
         assert used.any()

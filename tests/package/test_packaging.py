@@ -92,7 +92,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     for name in SETUPTOOLS["packages"]:
         home = name.replace(".", "/")
         for path in (ROOT / folder_of(name)).iterdir():
-            if path.is_file() and path.suffix in {".py", ".yaml", ".json", ".typed", ".cpp", ".h"}:
+            if path.is_file() and path.suffix in {".py", ".yaml", ".json", ".html", ".typed", ".cpp", ".h"}:
                 assert f"{home}/{path.name}" in inside
     assert "leanstep/py.typed" in inside
     assert any(name.startswith("leanstep/recipes/configs/") and name.endswith(".yaml") for name in inside)
@@ -137,7 +137,7 @@ def test_metadata(wheel):
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name for r in requirements if r.marker is None or "extra" not in str(r.marker)}
-    assert core == {"torch", "triton", "numpy", "safetensors", "psutil"}
+    assert core == {"torch", "triton", "numpy", "safetensors", "psutil", "jinja2", "scipy"}
     assert set(metadata.get_all("Provides-Extra")) == {"recipes", "demo", "bench", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"

@@ -21,7 +21,8 @@ from leanstep.pruning import (
     outlier_ratio,
     snap,
 )
-from leanstep.pruning.allocate.thresholds import LampScores
+from leanstep.pruning.allocate import allocation
+from leanstep.pruning.allocate.closed_form import LampScores
 
 
 def power_curve(layer, weight, power=2.0, levels=None):
@@ -65,6 +66,52 @@ def test_every_rule_keeps_exactly_what_was_asked(blocks, method, sparsity):
     assert Allocation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     reverse = allocate(layers[::-1], sparsity, method=method, curves=curves, **needs(method, layers))
     assert reverse.kept == found.kept and reverse.predicted == pytest.approx(found.predicted, rel=1e-12)
+
+
+def jagged(rng, numel, levels):
+    """A measured curve that no smooth one goes through: steps of any height at counts of any kind."""
+    kept = np.sort(rng.choice(np.arange(1, numel), levels, replace=False))[::-1]
+    distortion = np.cumsum(rng.random(levels) ** 6)
+    return (numel, *kept.tolist()), (0.0, *distortion.tolist())
+
+
+def jagged_layers(seed, sizes, levels):
+    rng = np.random.default_rng(seed)
+    layers = [Layer(f"{i}", (1, numel)) for i, numel in enumerate(sizes)]
+    points = [jagged(rng, layer.numel, levels) for layer in layers]
+    return layers, {
+        layer.name: Curve(layer.name, layer.numel, kept, distortion, (0.0,) * (levels + 1), "kl")
+        for layer, (kept, distortion) in zip(layers, points, strict=True)
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_no_allocation_of_measured_levels_beats_the_program(seed, scale):
+    """Exact up to 65,536 weights between sparsest and densest; above, costs are rounded to 1/32768 of the layers."""
+    layers, curves = jagged_layers(seed, [n * scale for n in (150, 400, 700, 333)], 5)
+    every = list(itertools.product(*(range(6) for _ in layers)))
+    paid = np.array([sum(curves[x.name].kept[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
+    lost = np.array([sum(curves[x.name].distortion[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
+    for budget in np.random.default_rng(seed).permutation(paid)[:60].tolist():
+        found = allocate(layers, budget=Budget("params", budget), curves=curves)
+        best = lost[paid <= budget].min()
+        assert found.predicted <= best * (1 + (1e-12 if scale == 1 else 1e-3)) + 1e-15
+        if all(found.kept[x.name] in curves[x.name].kept for x in layers):
+            assert found.predicted == sum(
+                curves[x.name].distortion[curves[x.name].kept.index(found.kept[x.name])] for x in layers
+            )
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7])
+def test_one_layer_is_predicted_what_was_measured(sparsity):
+    kept = level_grid(100_000, sparsity)
+    rng = np.random.default_rng(0)
+    distortion = (0.0, *np.cumsum(rng.random(len(kept) - 1) ** 6).tolist())
+    layer, measured = Layer("w", (1, 100_000)), Curve("w", 100_000, kept, distortion, (0.0,) * len(kept), "kl")
+    for count, expected in zip(kept, distortion, strict=True):
+        found = allocate([layer], budget=Budget("params", count), curves={"w": measured})
+        assert found.kept == {"w": count} and found.predicted == expected
 
 
 @pytest.mark.parametrize("method", ["dp", "uniform", "global", "lamp", "erk", "owl", "atp"])
@@ -243,7 +290,7 @@ def test_dp_finds_the_optimum_of_a_convex_problem():
     }
     removed = 4 * 0.4 / (1 / a).sum() / a
     assert removed.max() < 0.99
-    found = allocate(layers, 0.4, curves=curves, states=1 << 13)
+    found = allocate(layers, 0.4, curves=curves)
     assert found.predicted == pytest.approx(float((a * removed**2).sum()), rel=2e-3)
     assert [found.layer_sparsity(f"{i}") for i in range(4)] == pytest.approx(removed.tolist(), abs=0.02)
 
@@ -261,21 +308,24 @@ def test_targets_from_one_table_are_those_from_their_own(blocks):
     assert allocations_along(layers, [], curves=curves) == []
 
 
-def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(blocks):
+def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(blocks, monkeypatch):
     layers, curves = blocks
     exact = allocate(layers, 0.6, curves=curves)
     for states in (100, 1000):
-        coarse = allocate(layers, 0.6, curves=curves, states=states)
+        monkeypatch.setattr(allocation, "STATES", states)
+        coarse = allocate(layers, 0.6, curves=curves)
         assert sum(coarse.kept.values()) == coarse.target == exact.target
         assert coarse.predicted >= exact.predicted * (1 - 1e-3)
     assert coarse.predicted == pytest.approx(exact.predicted, rel=0.02)
 
 
-def test_what_rounding_leaves_goes_where_it_saves_most():
+def test_what_rounding_leaves_goes_where_it_saves_most(monkeypatch):
+    monkeypatch.setattr(allocation, "STATES", 3)
+    monkeypatch.setattr(allocation, "POINTS", 2)
     layers = [Layer("flat", (10, 10)), Layer("steep", (10, 10))]
     flat = Curve("flat", 100, (100, 50), (0.0, 1.0), (0.0, 0.0), "kl")
     steep = Curve("steep", 100, (100, 50), (0.0, 5.0), (0.0, 0.0), "kl")
-    found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep}, points=2, states=3)
+    found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep})
     assert found.kept == {"flat": 50, "steep": 63} and found.target == 113
 
 

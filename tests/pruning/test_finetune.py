@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from pruned_models import images, make_cnn
@@ -88,6 +89,61 @@ def test_training_is_that_of_a_model_which_computes_with_masked_weights(name):
     for i in (0, 2):
         assert torch.equal(ours[i].weight, theirs[i].weight_orig * theirs[i].weight_mask)
     assert torch.equal(ours[4].bias, theirs[4].bias)
+
+
+def closure_of(model, optimizer, x):
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :4].cos()).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "lbfgs"])
+def test_a_closure_trains_as_a_backward_pass_before_the_step_does(name):
+    """The closure computes the gradients anew within the step; no momentum may see those of pruned weights."""
+    make = OPTIMIZERS.get(name, lambda model: torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3))
+    plain, closed = net(), net()
+    prune_to(plain, 0.7)
+    closed.load_state_dict(plain.state_dict())
+    zeros = plain[0].weight == 0
+    for model in (plain, closed):
+        optimizer = make(model)
+        keep_masks(model, optimizer)
+        for seed in range(4):
+            x = torch.randn(32, 12, generator=torch.Generator().manual_seed(seed))
+            closure = closure_of(model, optimizer, x)
+            if model is closed or name == "lbfgs":
+                optimizer.step(closure) if seed % 2 else optimizer.step(closure=closure)
+            else:
+                closure()
+                optimizer.step()
+        assert not model[0].weight[zeros].any() and not model[0].weight.grad[zeros].any()
+        for state in optimizer.state.get(model[0].weight, {}).values():
+            if torch.is_tensor(state) and state.shape == zeros.shape:
+                assert not state[zeros].any()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), closed.parameters(), strict=True))
+
+
+def test_masks_and_gradual_pruning_hold_under_accelerate_s_optimizer():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = net()
+    prune_to(model, 0.5)
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    zeros = model[0].weight == 0
+    with keep_masks(model, optimizer):
+        train(model, optimizer, 3)
+        optimizer.step(closure_of(model, optimizer, torch.randn(8, 12)))
+        assert torch.equal(model[0].weight == 0, zeros)
+        assert not optimizer.state[model[0].weight]["momentum_buffer"][zeros].any()
+    pruner = GradualPruner(model, optimizer, partial(prune_to, model), lambda step: min(0.5 + 0.1 * step, 0.8))
+    train(model, optimizer, 4)
+    assert pruner.step_count == 4 and pruner.sparsity == 0.8
+    assert int((model[0].weight == 0).sum()) == round(0.8 * 192)
+    optimizer.step(closure_of(model, optimizer, torch.randn(8, 12)))
+    assert not model[0].weight.grad[model[0].weight == 0].any()
 
 
 def test_masks_can_be_given_and_are_applied_at_once():

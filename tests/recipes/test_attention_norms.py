@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from leanstep.lora import LowRankGate
 from leanstep.lora.attention.monitor import STATUSES
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.methods.attention_norms import read_gate, write_gate
+from leanstep.recipes.methods.attention import read_gate, write_gate
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.training.checkpoint import CheckpointError
 

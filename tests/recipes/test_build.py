@@ -11,8 +11,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import leanstep.optimizers
 from leanstep import use_backend
-from leanstep.recipes.config.arguments import OPTIMIZERS
 from leanstep.recipes.config.schema import (
+    OPTIMIZERS,
     BatchConfig,
     DataConfig,
     DistributedConfig,

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from run_folders import write_run
 
 from leanstep.cli import main
+from leanstep.recipes.config import loader
 from leanstep.recipes.config.loader import load
 
 # Runs the command line and then says on stderr which heavy packages it has imported.
@@ -173,45 +175,47 @@ def test_a_missing_extra_is_named(package, case, tmp_path):
     assert "imported: []" in result.stderr
 
 
+@pytest.fixture
 def launched(monkeypatch):
-    """Put a recorder in the place of the launcher's run, which has tests of its own."""
-    import types
-
-    from leanstep.recipes import training
-
+    """Recorders in the place of what trains, which has tests of its own: [(what, its arguments), ...]."""
     calls = []
-    module = types.ModuleType("leanstep.recipes.training.launch")
-    module.run = lambda *arguments, **options: calls.append((*arguments, options)) or 0
-    monkeypatch.setitem(sys.modules, "leanstep.recipes.training.launch", module)
-    monkeypatch.setattr(training, "launch", module, raising=False)
+    for module, names in {"launch": ("dry_run", "launch"), "train": ("train",)}.items():
+        fake = types.ModuleType(f"leanstep.recipes.training.{module}")
+        for name in names:
+            setattr(fake, name, lambda *arguments, name=name: calls.append((name, *arguments)) or 0)
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return calls
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["steps=3", "--nproc", "2"], (["steps=3"], 2, False)),
-        (["--resume", "steps=3", "seed=1"], (["checkpoint.resume=auto", "seed=1", "steps=3"], 1, False)),
-        (["--resume", "never", "steps=3"], (["checkpoint.resume=never", "steps=3"], 1, False)),
-        (["steps=3", "--resume"], (["checkpoint.resume=auto", "steps=3"], 1, False)),
-        (["--resume=runs/x", "--dry-run", "steps=3"], (['checkpoint.resume="runs/x"', "steps=3"], 1, True)),
-        (["steps=3", "--dry-run", "seed=1"], (["seed=1", "steps=3"], 1, True)),
+        (["steps=3", "--nproc", "2"], ("launch", ["steps=3"], 2)),
+        (["--nproc=2", "--resume", "steps=3"], ("launch", ["checkpoint.resume=auto", "steps=3"], 2)),
+        (["--nproc", "2", "--resume", "never", "steps=3"], ("launch", ["checkpoint.resume=never", "steps=3"], 2)),
+        (["steps=3", "--nproc=2", "--resume"], ("launch", ["checkpoint.resume=auto", "steps=3"], 2)),
+        (["--resume=runs/x", "--dry-run", "steps=3"], ("dry_run", ['checkpoint.resume="runs/x"', "steps=3"], 1)),
+        (["steps=3", "--dry-run", "seed=1"], ("dry_run", ["seed=1", "steps=3"], 1)),
     ],
 )
-def test_train_hands_over_what_was_asked_in_any_order(words, expected, monkeypatch):
-    calls = launched(monkeypatch)
+def test_train_hands_over_what_was_asked_in_any_order(words, expected, launched):
     assert main(["train", "llama-nano-adamw", *words]) == 0
-    ((config, recipe, overrides, options),) = calls
-    assert recipe == "llama-nano-adamw" and config == load(recipe, overrides)
-    assert (sorted(overrides), options["nproc"], options["dry_run"]) == expected
+    ((what, *_, recipe, overrides, processes),) = launched
+    assert recipe == "llama-nano-adamw" and (what, sorted(overrides), processes) == expected
 
 
-def test_a_resume_path_is_checked_as_text_not_yaml(monkeypatch, tmp_path):
-    calls = launched(monkeypatch)
+def test_train_reads_the_recipe_once(launched, monkeypatch):
+    loads = []
+    monkeypatch.setattr(loader, "load", lambda *given, **options: loads.append(given) or load(*given, **options))
+    assert main(["train", "llama-nano-adamw", "seed=1", "--resume", "steps=3"]) == 0
+    assert launched == [("train", load("llama-nano-adamw", ["seed=1", "steps=3"]))] and len(loads) == 1
+
+
+def test_a_resume_path_is_checked_as_text_not_yaml(launched, tmp_path):
     path = tmp_path / "a: b"
     path.mkdir()
     assert main(["train", "llama-nano-adamw", "--resume", str(path)]) == 0
-    assert calls[0][0].checkpoint.resume == str(path)
+    assert launched[0][1].checkpoint.resume == str(path)
 
 
 def test_a_comparison_never_takes_the_place_of_a_runs_own_report(tmp_path, monkeypatch, capsys):

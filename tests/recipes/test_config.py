@@ -9,11 +9,10 @@ from typing import get_args
 import argument_table
 import pytest
 
-from leanstep.recipes.config.arguments import TABLE_FILE, model_keys
-from leanstep.recipes.config.joint import joint_problems
 from leanstep.recipes.config.loader import ConfigError, dump, load
-from leanstep.recipes.config.problems import check
+from leanstep.recipes.config.rules import TABLE_FILE, joint_problems, model_keys
 from leanstep.recipes.config.schema import BatchConfig, DataConfig, RunConfig, accumulation_steps
+from leanstep.recipes.config.values import check
 
 BASE = """\
 recipe: pretrain
@@ -453,6 +452,8 @@ FORMS = {
     "empty": ("", ["mine.yaml:1: the file is empty"]),
     "comment only": ("# nothing\n", ["mine.yaml:1: the file is empty"]),
     "object": ("seed: !!python/name:os.system\n", ["mine.yaml:1: seed: not valid YAML: could not determine"]),
+    "binary": ("seed: !!binary aGVsbG8=\n", ["mine.yaml:1: seed: not valid YAML: binary is no text, number"]),
+    "hidden key": ("source_file: mine.txt\n", ["mine.yaml:1: unknown key 'source_file'"]),
     "itself": ("log: &a {trackers: [*a]}\n", ["mine.yaml:1: log.trackers.0 contains itself"]),
     "nested duplicate": (
         "batch:\n  micro_batch_size: 16\n  micro_batch_size: 8\n",

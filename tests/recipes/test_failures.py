@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
 from leanstep.recipes.check.memory import MemoryEstimate
-from leanstep.recipes.config.arguments import optimizer_arguments
-from leanstep.recipes.config.problems import check
+from leanstep.recipes.config.rules import optimizer_arguments
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
-from leanstep.recipes.training import start
+from leanstep.recipes.config.values import check
+from leanstep.recipes.training import checkpoint
 from leanstep.recipes.training.checkpoint import find_checkpoints
 from leanstep.recipes.training.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
 from leanstep.recipes.training.folder import FolderError, RunFolder
@@ -193,18 +193,18 @@ def test_room_counts_what_the_run_will_replace(tmp_path, monkeypatch):
     memory = MemoryEstimate(weights=100, gradients=0, optimizer_state=200, activations=0, logits=0)
     folder, config = RunFolder(tmp_path), RunConfig(checkpoint=CheckpointConfig(keep_last=2))
     # two checkpoints kept and one being written, 300 bytes each, and the final model: 1000 bytes
-    monkeypatch.setattr(start, "free_bytes", lambda path: 600)
-    assert "needs 1.0 KiB" in start.check_room(config, folder, memory)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 600)
+    assert "needs 1.0 KiB" in checkpoint.check_room(config, folder, memory)
     for name, size in (("checkpoints/step-000001/COMPLETE", 300), ("final/model.safetensors", 100)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert start.check_room(config, folder, memory) is None
+    assert checkpoint.check_room(config, folder, memory) is None
     sharded = dataclasses.replace(config, distributed=DistributedConfig(strategy="fsdp2"))
-    assert "needs 2.0 KiB" in start.check_room(sharded, folder, memory, world_size=2)
-    monkeypatch.setattr(start, "free_bytes", lambda path: 299)
+    assert "needs 2.0 KiB" in checkpoint.check_room(sharded, folder, memory, world_size=2)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 299)
     with pytest.raises(FolderError, match="one checkpoint needs 0.3 KiB.*out=ANOTHER_FOLDER"):
-        start.check_room(config, folder, memory)
-    assert start.check_room(config, folder, None) is None
+        checkpoint.check_room(config, folder, memory)
+    assert checkpoint.check_room(config, folder, None) is None
 
 
 def test_a_checkpoint_without_links_is_a_checkpoint(recipe, tmp_path):
@@ -336,7 +336,7 @@ def test_without_on_signal_the_process_ends_as_usual(recipe, tmp_path):
 
 
 def test_old_handlers_come_back():
-    from leanstep.recipes.training.signals import StopFlag
+    from leanstep.recipes.training.world import StopFlag
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with StopFlag() as flag:

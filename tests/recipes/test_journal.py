@@ -10,9 +10,8 @@ from training import read_log, run, status, write_recipe
 
 from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.report.report import write_report
-from leanstep.recipes.training.build import build_model
-from leanstep.recipes.training.flops import flops_per_token, peak_flops
-from leanstep.recipes.training.progress import format_line
+from leanstep.recipes.training.build import build_model, flops_per_token, peak_flops
+from leanstep.recipes.training.formatting import format_line
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from leanstep.recipes.data import streaming
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.data.sources import open_stream
 from leanstep.recipes.data.streaming import StreamedSequences, world_of_process
-from leanstep.recipes.data.tokenizer import load_tokenizer
+from leanstep.recipes.data.tokens import load_tokenizer
 
 DOCUMENTS = texts.documents(90)
 SHARDS = 5
@@ -262,7 +262,7 @@ def test_another_process_gives_the_same_sequences(stream, c4, tmp_path):
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_stream
 from leanstep.recipes.data.streaming import StreamedSequences
-from leanstep.recipes.data.tokenizer import load_tokenizer
+from leanstep.recipes.data.tokens import load_tokenizer
 import sys; sys.path.insert(0, {str(texts.__file__.rsplit("/", 1)[0])!r}); import texts
 tokenizer = load_tokenizer("train:400", lambda: texts.documents(90), "documents", {str(tmp_path)!r})
 config = DataConfig(source="local_c4", path={str(c4)!r}, streaming=True, cache_dir={str(tmp_path)!r})

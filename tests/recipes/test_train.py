@@ -19,9 +19,10 @@ from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
 from leanstep.recipes.data.sequences import epoch_order
 from leanstep.recipes.training.build import schedule_factor
-from leanstep.recipes.training.finish import compare, sample
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.progress import Clock, Progress, flat_scalars, format_duration, format_line, format_rate
+from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_rate
+from leanstep.recipes.training.logger import Clock, Progress
+from leanstep.recipes.training.saver import compare, sample
 from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 
 
@@ -288,7 +289,8 @@ def test_validation_in_the_run_is_that_of_the_evaluator(finished, recipe):
     data = load_data(load(str(recipe)).data, seed=0)
     model = AutoModelForCausalLM.from_pretrained(finished.out / "final")
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    expected = evaluate(model, data.validation, autocast=autocast, bytes_per_token=data.bytes_per_token)
+    with autocast():
+        expected = evaluate(model, data.validation, bytes_per_token=data.bytes_per_token)
     logged = [entry for entry in read_log(finished.out) if entry["kind"] == "eval"][-1]
     assert logged["tokens"] == expected.tokens
     # the batches differ, and with them the rounding of bf16
@@ -357,7 +359,7 @@ def test_numbers_for_people():
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("leanstep.recipes.training.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("leanstep.recipes.training.logger.time.perf_counter", lambda: now[0])
     clock = Clock(elapsed_s=100.0)
     assert clock.eta(5, 1, 1) is None
     for _ in range(2):

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t COLUMNS = 16384, SUMS = 8192;
+constexpr int64_t COLUMNS = 16384, SUMS = 2048;
 constexpr int ROWS = 4;
 
 // dots of R rows, whose sums do not wait for one another

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.kernels.steps.common import StepOptions
 
 
 def scaled_update(mat: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -13,21 +14,18 @@ def scaled_update(mat: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def scaled_step(
-    param: Tensor,
-    mat: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    extra: Tensor | None,
-    *,
-    hyper: Tensor,
-    rounding: str = "nearest",
-    seed: Tensor | int | None = None,
-    offset: Tensor | int = 0,
-) -> None:
-    """Update ``param`` and ``extra`` in place; shapes as for :func:`scaled_update`; see ``kernels.scaled_step``."""
-    weight = widen(param, extra, rounding)
-    new_weight = weight * hyper[1] - hyper[0] * scaled_update(mat, rows, cols)
-    new_param, new_extra = narrow(new_weight, param, rounding, seed, offset)
+    param: Tensor, mat: Tensor, rows: Tensor, cols: Tensor, rounding_state: Tensor | None = None, *,
+    options: StepOptions,
+) -> None:  # fmt: skip
+    """Update ``param`` and ``rounding_state`` in place; see :func:`leanstep.kernels.scaled_step`.
+
+    Args:
+        options: those of one tensor, from :meth:`StepOptions.of`; ``skip_nonfinite`` is the caller's.
+    """
+    step, decay = options.scalars
+    weight = widen(param, rounding_state, options.rounding)
+    new_weight = weight * decay - step * scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
+    new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
     param.copy_(new_param)
-    if extra is not None and new_extra is not None:
-        extra.copy_(new_extra)
+    if rounding_state is not None and new_state is not None:
+        rounding_state.copy_(new_state)

@@ -4,13 +4,16 @@ Bytes: `lion_step` reads p, g and m (and the Kahan remainder or fp32 master) and
 `lion_agreement` reads g and m once.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     TL_DTYPE,
@@ -23,15 +26,14 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
-    device_programs,
     device_rows,
-    effective_rounding,
     is_aligned,
+    launches,
     on_device,
+    seeds_and_offsets,
     warps,
 )
 
@@ -84,29 +86,32 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_step_kernel(
-    rows, programs, hyper, scales, seeds, offsets, flags, mode,
+    rows, programs, scalars, scales, seeds, offsets, flags, mode,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program k updates TILES * BLOCK elements of one tensor. A row is (p, g, m, extra, numel, aligned, index, 0)."""
+    """Program k updates TILES * BLOCK elements of one tensor.
+
+    A row is (p, g, m, rounding state, numel, aligned, index, 0).
+    """
     entry = tl.load(programs + tl.program_id(0))
     row = rows + (entry >> 32) * 8
     start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
     count = tl.minimum(tl.load(row + 4) - start, TILES * BLOCK).to(tl.int32)
     i = tl.load(row + 6)
 
-    lr = tl.load(hyper + 0)
-    decay = tl.load(hyper + 1)
-    beta1 = tl.load(hyper + 2)
-    omb1 = tl.load(hyper + 3)
-    beta2 = tl.load(hyper + 4)
-    omb2 = tl.load(hyper + 5)
+    lr = tl.load(scalars + 0)
+    decay = tl.load(scalars + 1)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
+    beta2 = tl.load(scalars + 4)
+    omb2 = tl.load(scalars + 5)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
     seed = tl.load(seeds + i).to(tl.uint32)
     index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
 
     lane = tl.arange(0, BLOCK)
-    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    skipped = tl.zeros([BLOCK], dtype=tl.int32)
     # whole tiles of aligned tensors: no mask and a provable alignment, so that accesses are 128 bits wide
     whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
     p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + start
@@ -114,7 +119,7 @@ def lion_step_kernel(
     m_ptr = aligned_pointer(tl.load(row + 2), M_DTYPE) + start
     e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
     for t in range(0, whole):
-        seen |= _step_tile(
+        skipped |= _step_tile(
             p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
@@ -125,11 +130,11 @@ def lion_step_kernel(
     e_ptr = tl.load(row + 3).to(tl.pointer_type(E_DTYPE)) + start
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
-        seen |= _step_tile(
+        skipped |= _step_tile(
             p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
-    if tl.max(seen, 0) != 0:
+    if tl.max(skipped, 0) != 0:
         tl.store(flags + tl.load(row + 6), 1)
 
 
@@ -145,7 +150,7 @@ def _agreement_tile(g_ptr, m_ptr, offs, mask, beta1, omb1, mode):
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_agreement_kernel(
-    rows, programs, hyper, counts, mode,
+    rows, programs, scalars, counts, mode,
     G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Count the elements whose update has the gradient's sign. A row is (g, m, numel, aligned, index, 0)."""
@@ -153,8 +158,8 @@ def lion_agreement_kernel(
     row = rows + (entry >> 32) * 6
     start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
     count = tl.minimum(tl.load(row + 2) - start, TILES * BLOCK).to(tl.int32)
-    beta1 = tl.load(hyper + 2)
-    omb1 = tl.load(hyper + 3)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
 
     lane = tl.arange(0, BLOCK)
     agree = tl.zeros([BLOCK], dtype=tl.int32)
@@ -176,28 +181,19 @@ def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str,
-    cautious_scale: Tensor | None,
-    decay_where_aligned: bool,
-    maximize: bool,
-    skip_nonfinite: bool,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
+    rounding_state: Sequence[Tensor],
+    options: StepOptions,
 ) -> Tensor:
-    """Update `params`, `exp_avgs` and `extras` in place; int32 flags say which tensors had entries skipped.
+    """Update `params`, `exp_avgs` and `rounding_state` in place; int32 flags say which tensors had entries skipped.
 
     The definition is `leanstep.kernels.reference.steps.lion_step`; results are equal to it bit for bit.
     """
-    device = hyper.device
+    scalars, device = options.scalars, options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
-    keeps_extra = rounding in ("kahan", "master")
     rows, keys, pieces = [], [], []
     for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
-        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
         p = staging.write(p)
         g = staging.read(g, _native_dtype(g.dtype, p.dtype))
         m = staging.write(m, _native_dtype(m.dtype, p.dtype, torch.bfloat16))
@@ -210,19 +206,16 @@ def lion_step(
         pieces.append(triton.cdiv(p.numel(), BLOCK * TILES))
     if not any(pieces):
         return flags
-    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
-    mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE | decay_where_aligned * DECAY_WHERE_ALIGNED
-    mode |= (cautious_scale is not None) * CAUTIOUS
+    scales = scalars if options.cautious_scale is None else options.cautious_scale
+    seeds, offsets = seeds_and_offsets(options, len(params))
+    mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
+    mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
-        for (*dtypes, rounds), members in by_key(keys).items():
-            programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
-            if programs is None:
-                continue
+        for (*dtypes, rounds), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
-                table, programs, hyper, hyper if cautious_scale is None else cautious_scale,
-                zeros if seeds is None else seeds, zeros if offsets is None else offsets, flags, mode,
+                table, programs, scalars, scales, seeds, offsets, flags, mode,
                 *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
@@ -230,11 +223,13 @@ def lion_step(
     return flags
 
 
-def lion_agreement(
-    grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *, hyper: Tensor, maximize: bool, skip_nonfinite: bool
-) -> Tensor:
+def _mode(options: StepOptions) -> int:
+    return options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
+
+
+def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options: StepOptions) -> Tensor:
     """Number of elements per tensor whose update has the sign of the gradient, as fp32; exact and deterministic."""
-    device = hyper.device
+    device = options.scalars.device
     counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
     staging = Staging()
     rows, keys, pieces = [], [], []
@@ -246,81 +241,47 @@ def lion_agreement(
         pieces.append(triton.cdiv(g.numel(), BLOCK * TILES))
     if any(pieces):
         table = device_rows(rows, device)
-        mode = maximize * MAXIMIZE | skip_nonfinite * SKIP_NONFINITE
         with on_device(device):
-            for (g_dtype, m_dtype), members in by_key(keys).items():
-                programs = device_programs([n * member for n, member in zip(pieces, members, strict=True)], device)
-                if programs is not None:
-                    lion_agreement_kernel[(programs.numel(),)](
-                        table, programs, hyper, counts, mode, TL_DTYPE[g_dtype], TL_DTYPE[m_dtype],
-                        BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
-                    )  # fmt: skip
+            for dtypes, programs in launches(keys, pieces, device):
+                lion_agreement_kernel[(programs.numel(),)](
+                    table, programs, options.scalars, counts, _mode(options), *(TL_DTYPE[d] for d in dtypes),
+                    BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                )  # fmt: skip
     staging.finish()
     return counts.to(torch.float32)
 
 
-def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
+def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
     """The dtype in which the kernel takes a tensor: its own if compiled for, else fp32 through an exact copy."""
-    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else others))
+    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
     return dtype if dtype in native else torch.float32
 
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    cases = []
-    for p in TL_DTYPE:
-        for g, m in _dtype_pairs(p):
-            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
-                e = torch.float32 if rounding == "master" else p
-                cases.append(_step_case(p, g, m, e, rounding))
-    for g in TL_DTYPE:
-        for m in dict.fromkeys(_native_dtype(m, g, torch.bfloat16) for m in TL_DTYPE):
-            cases.append(_agreement_case(g, m))
-    return cases
+
+    def launch_all() -> None:
+        for dtypes in itertools.product(TL_DTYPE, repeat=3):
+            p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
+            lion_agreement([g], [m], StepOptions(torch.zeros(6)))
+            for rounding in ROUNDINGS:
+                state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+                lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding))
+
+    return recorded_cases(launch_all, {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise})
 
 
-def _dtype_pairs(p: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
-    grads = dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE)
-    exp_avgs = dict.fromkeys(_native_dtype(m, p, torch.bfloat16) for m in TL_DTYPE)
-    return [(g, m) for g in grads for m in exp_avgs]
-
-
-def _step_case(p: torch.dtype, g: torch.dtype, m: torch.dtype, e: torch.dtype, rounding: str) -> AuditCase:
-    extra = e.itemsize if rounding in ("kahan", "master") else 0
-    return AuditCase(
-        kernel=lion_step_kernel,
-        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""),
-        arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), scales=pointer("fp32"),
-            seeds=pointer("i64"), offsets=pointer("i64"), flags=pointer("i32"), mode="i32",
-        ),
-        constants=dict(
-            P_DTYPE=TL_DTYPE[p], G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], E_DTYPE=TL_DTYPE[e], ROUNDING=rounding,
-            BLOCK=BLOCK, TILES=TILES,
-        ),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=p.itemsize + g.itemsize + m.itemsize + extra,
-        written=p.itemsize + m.itemsize + extra,
-        wide=True,
-        flat=True,
+def _step_promise(launch: Launch) -> dict[str, Any]:
+    p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
+    rounding = launch.constants["ROUNDING"]
+    state = e.itemsize if rounding in ("kahan", "master") else 0
+    return dict(
+        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""), elements=BLOCK, wide=True, flat=True,
+        read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 
 
-def _agreement_case(g: torch.dtype, m: torch.dtype) -> AuditCase:
-    return AuditCase(
-        kernel=lion_agreement_kernel,
-        label=f"g {g} m {m}".replace("torch.", ""),
-        arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), hyper=pointer("fp32"), counts=pointer("i64"), mode="i32"
-        ),
-        constants=dict(G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], BLOCK=BLOCK, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=g.itemsize + m.itemsize,
-        written=0,
-        wide=True,
-        flat=True,
-    )  # fmt: skip
+def _agreement_promise(launch: Launch) -> dict[str, Any]:
+    g, m = launch.dtype("G_DTYPE"), launch.dtype("M_DTYPE")
+    label = f"g {g} m {m}".replace("torch.", "")
+    return dict(label=label, elements=BLOCK, read=g.itemsize + m.itemsize, written=0, wide=True, flat=True)

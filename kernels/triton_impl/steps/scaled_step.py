@@ -4,13 +4,16 @@ Bytes: reads G and p (with it the Kahan remainder, or instead of it the fp32 mas
 the scale vectors come from the cache. A small launch before it looks for NaN in the column scales: 4 bytes per column.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     TL_DTYPE,
@@ -22,15 +25,15 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
     device_programs,
     device_rows,
-    effective_rounding,
     has_aligned_rows,
+    launches,
     on_device,
+    seeds_and_offsets,
     warps,
 )
 
@@ -49,14 +52,14 @@ def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
     batch = entry & 0xFFFFFFFF
     n = tl.load(row + 4)
     c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
-    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    is_nan = tl.zeros([BLOCK], dtype=tl.int32)
     for j in range(0, n.to(tl.int32), BLOCK):
         offs = j + tl.arange(0, BLOCK)
         c = tl.load(c_ptr + offs, mask=offs < n, other=0.0)
-        seen |= (c != c).to(tl.int32)
-    found = tl.max(seen, 0)
-    tl.store(bad + tl.load(row + 18) + batch, found)
-    if found != 0:
+        is_nan |= (c != c).to(tl.int32)
+    any_nan = tl.max(is_nan, 0)
+    tl.store(bad + tl.load(row + 18) + batch, any_nan)
+    if any_nan != 0:
         # several matrices of a batch may write, all of them the same value
         tl.store(flags + tl.load(row + 19), 1)
 
@@ -81,13 +84,13 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def scaled_step_kernel(
-    table, programs, hyper, seeds, offsets, bad,
+    table, programs, scalars, seeds, offsets, bad,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a strip of BLOCK_N columns.
 
-    A row of the table is (p, g, extra addresses, m, n, strides of p, of g, of extra, row scales, column scales
+    A row of the table is (p, g, rounding state addresses, m, n, strides of the three, row scales, column scales
     addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
     """
     entry = tl.load(programs + tl.program_id(0))
@@ -109,8 +112,8 @@ def scaled_step_kernel(
         p_ptr, p_stride_m, p_stride_n = _strided(row, 5, batch, start, 0, P_DTYPE, ALIGNED)
         g_ptr, g_stride_m, g_stride_n = _strided(row, 8, batch, start, 1, G_DTYPE, ALIGNED)
         e_ptr, e_stride_m, e_stride_n = _strided(row, 11, batch, start, 2, E_DTYPE, ALIGNED)
-        step = tl.load(hyper + 0)
-        decay = tl.load(hyper + 1)
+        step = tl.load(scalars + 0)
+        decay = tl.load(scalars + 1)
         i = tl.load(row + 19)
         seed = tl.load(seeds + i).to(tl.uint32)
         index = ((batch * m + start) * n + tl.load(offsets + i)).to(tl.uint32)
@@ -146,46 +149,38 @@ def scaled_step(
     mats: Sequence[Tensor],
     rows: Tensor | Sequence[Tensor],
     cols: Tensor | Sequence[Tensor],
-    extras: Sequence[Tensor],
-    *,
-    hyper: Tensor,
-    rounding: str,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
-    skip_nonfinite: bool,
+    rounding_state: Sequence[Tensor],
+    options: StepOptions,
 ) -> Tensor:
-    """Update `params` and `extras` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
+    """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
     `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
-    `sinkhorn_pass`, or a list. `hyper` is fp32 [step, decay] on the device. Returns int32 flags: with `skip_nonfinite`,
+    `sinkhorn_pass`, or a list. Returns int32 flags: with `skip_nonfinite`,
     1 where a matrix of the tensor has a NaN column scale; such matrices are left as they are. The definition is
     `leanstep.kernels.reference.steps.scaled_step`; results are equal to it bit for bit.
     """
-    device = hyper.device
+    device = options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
     scales = [_addresses(rows, params, -2), _addresses(cols, params, -1)]
-    table, keys, pieces, batches = _table(params, mats, extras, scales, rounding, staging)
+    table, keys, pieces, batches = _table(params, mats, rounding_state, scales, options.rounding, staging)
     if not any(pieces):
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
-    zeros = torch.zeros(len(params), dtype=torch.int64, device=device) if seeds is None or offsets is None else None
+    seeds, offsets = seeds_and_offsets(options, len(params))
     device_table = device_rows(table, device)
     with on_device(device):
-        scans = device_programs(batches, device) if skip_nonfinite else None
+        scans = device_programs(batches, device) if options.skip_nonfinite else None
         if scans is not None:
             column_nan_kernel[(scans.numel(),)](
                 device_table, scans, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
             )
-        for key, members in by_key(keys).items():
-            programs = device_programs([k * member for k, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                # fused multiply-adds would round differently from the definition
-                scaled_step_kernel[(programs.numel(),)](
-                    device_table, programs, hyper, zeros if seeds is None else seeds,
-                    zeros if offsets is None else offsets, bad, **_constants(*key), num_warps=warps(THREADS),
-                    enable_fp_fusion=False,
-                )  # fmt: skip
+        for key, programs in launches(keys, pieces, device):
+            # fused multiply-adds would round differently from the definition
+            scaled_step_kernel[(programs.numel(),)](
+                device_table, programs, options.scalars, seeds, offsets, bad, **_constants(*key),
+                num_warps=warps(THREADS), enable_fp_fusion=False,
+            )  # fmt: skip
     staging.finish()
     return flags
 
@@ -201,16 +196,15 @@ def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim:
 def _table(
     params: Sequence[Tensor],
     mats: Sequence[Tensor],
-    extras: Sequence[Tensor],
+    rounding_state: Sequence[Tensor],
     scales: list[list[int]],
     rounding: str,
     staging: Staging,
 ):
     """Per tensor: its row of the table, its configuration, its number of programs and of matrices."""
     table, keys, pieces, batches = [], [], [], []
-    keeps_extra = rounding in ("kahan", "master")
     for i, (p, g) in enumerate(zip(params, mats, strict=True)):
-        p, e, rounds = staging.rounded(p, extras[i] if keeps_extra else None, rounding)
+        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
         g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
         p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
@@ -240,47 +234,29 @@ def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, al
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that `scaled_step` can pick."""
-    cases = [_scan_case()]
-    for p in TL_DTYPE:
-        for g in dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE):
-            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
-                cases += [_step_case(p, g, rounding, aligned) for aligned in (True, False)]
-    return cases
+
+    def launch_all() -> None:
+        # rows that start on 16-byte boundaries, and rows that do not
+        for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
+            p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
+            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+            scaled_step([p], [g], torch.ones(1), torch.ones(n), state, StepOptions(torch.zeros(2), rounding))
+
+    return recorded_cases(launch_all, {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise})
 
 
-def _step_case(p: torch.dtype, g: torch.dtype, rounding: str, aligned: bool) -> AuditCase:
-    e = torch.float32 if rounding == "master" else p
-    extra = e.itemsize if rounding in ("kahan", "master") else 0
-    rows = "aligned" if aligned else "any strides"
-    return AuditCase(
-        kernel=scaled_step_kernel,
-        label=f"p {p} g {g} {rounding} {rows}".replace("torch.", ""),
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"),
-            hyper=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
-        ),
-        constants=_constants(p, g, e, rounding, aligned),
-        threads=THREADS,
-        fp_fusion=False,
+def _step_promise(launch: Launch) -> dict[str, Any]:
+    p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
+    rounding, aligned = launch.constants["ROUNDING"], launch.constants["ALIGNED"]
+    state = e.itemsize if rounding in ("kahan", "master") else 0
+    return dict(
+        label=f"p {p} g {g} {rounding} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize + extra + (0 if rounding == "master" else p.itemsize),
-        written=p.itemsize + extra,
+        read=g.itemsize + state + (0 if rounding == "master" else p.itemsize),
+        written=p.itemsize + state,
         wide=aligned,
-    )  # fmt: skip
+    )
 
 
-def _scan_case() -> AuditCase:
-    return AuditCase(
-        kernel=column_nan_kernel,
-        label="column scales",
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), bad=pointer("i32"),
-            flags=pointer("i32"),
-        ),
-        constants=dict(BLOCK=SCAN),
-        threads=SCAN_THREADS,
-        fp_fusion=False,
-        elements=SCAN,
-        read=4,
-        written=0,
-    )  # fmt: skip
+def _scan_promise(launch: Launch) -> dict[str, Any]:
+    return dict(label="column scales", elements=SCAN, read=4, written=0)

@@ -1,0 +1,158 @@
+"""What the steps share: their options, the scalars of a rule, and the check for non-finite gradients."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, address, group_by_dtypes, integers, is_dense, library, pointers
+
+
+class StepOptions(NamedTuple):
+    """How a step updates its tensors; each step reads the fields that its rule has.
+
+    Attributes:
+        scalars: 1-D tensor of the rule's numbers on the device, in :func:`compute_dtype`; see :func:`pack`.
+        rounding: how the new value meets the parameter's dtype: "nearest", "stochastic", "kahan" or "master"; see
+            :mod:`leanstep.kernels.reference.rounding`.
+        cautious_scale: [number of tensors], in the dtype of ``scalars``: factor of the entries whose update agrees in
+            sign with the gradient; the others do not move (Liang et al., arXiv 2411.16085). None: off.
+        decay_where_aligned: decay only entries whose update and value agree in sign (Chen et al., arXiv 2510.12402).
+        maximize: ascend instead of descend.
+        skip_nonfinite: leave alone what has a non-finite gradient: entries (Lion) or whole matrices.
+        seeds: int64 [number of tensors] of unsigned 32-bit values, for "stochastic".
+        offsets: int64 [number of tensors]: index of each tensor's first element in its whole tensor, if it is a shard.
+    """
+
+    scalars: Tensor
+    rounding: str = "nearest"
+    cautious_scale: Tensor | None = None
+    decay_where_aligned: bool = False
+    maximize: bool = False
+    skip_nonfinite: bool = True
+    seeds: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def of(self, selection: int | list[int]) -> StepOptions:
+        """The options of one tensor, with 0-d ``cautious_scale``, ``seeds`` and ``offsets``, or of some of them."""
+        scale, seeds, offsets = (
+            None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets)
+        )
+        return self._replace(cautious_scale=scale, seeds=seeds, offsets=offsets)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an update of parameters of ``dtype`` is computed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def decay_factor(lr: float | Tensor, weight_decay: float) -> float | Tensor:
+    """1 - lr * weight_decay, in double precision until it is packed."""
+    if isinstance(lr, Tensor):
+        return 1.0 - lr.to(torch.float64) * weight_decay
+    return 1.0 - lr * weight_decay
+
+
+def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The numbers of a rule, Python's or one-element tensors, as one 1-D tensor.
+
+    Kernels read it from memory: a changed learning rate compiles nothing, and one that lives on ``device`` is never
+    read by the host. A CPU tensor beside parameters on a GPU is read, which needs no wait. Python numbers are rounded
+    once, from double precision.
+    """
+    if torch.compiler.is_compiling():
+        wide = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]
+        return torch.stack(wide).to(dtype)
+    numbers: list[float] = []
+    on_device: dict[int, Tensor] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
+            on_device[index] = value
+            numbers.append(0.0)
+        else:
+            numbers.append(float(value))
+    packed = constant(numbers, device, dtype)
+    if on_device:
+        packed = packed.clone()
+        for index, value in on_device.items():
+            packed[index : index + 1].copy_(value.reshape(1))
+    return packed
+
+
+# what a captured CUDA graph reads must outlive the cache
+_captured: list[Tensor] = []
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1-D tensor of Python numbers, from a small cache: not to be written to.
+
+    On a GPU nothing is sent when the numbers are those of an earlier step, so that the step can be captured.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
+        return torch.tensor(tuple(values), dtype=dtype, device=device)
+    cached = _constant(tuple(values), device, dtype)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(cached)
+    return cached
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
+
+
+@torch.no_grad()
+def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
+    """int32 [len(tensors)]: 1 where a tensor has an infinite or NaN entry.
+
+    Args:
+        tensors: floating tensors of one device, any shape and strides.
+
+    Raises:
+        BackendError: the requested backend cannot run here.
+
+    Notes:
+        Reads every tensor once. No wait for the device.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        return _nonfinite(tensors)
+    if choose("nonfinite_flags", tensors[0].device, *dict.fromkeys(t.dtype for t in tensors)).backend != "cpp":
+        return _nonfinite(tensors)
+    flags = torch.zeros(len(tensors), dtype=torch.int32)
+    dense = [is_dense(t) for t in tensors]
+    for indices in group_by_dtypes([tensors], dense):
+        flags[indices] = _cpp_nonfinite([tensors[i] for i in indices])
+    strided = [i for i, walkable in enumerate(dense) if not walkable]
+    if strided:
+        flags[strided] = _nonfinite([tensors[i] for i in strided])
+    return flags
+
+
+def _nonfinite(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([~torch.isfinite(t).all() for t in tensors]).to(torch.int32)
+
+
+def _cpp_nonfinite(tensors: list[Tensor]) -> Tensor:
+    """The flags of dense tensors of one dtype."""
+    flags = torch.zeros(len(tensors), dtype=torch.int32)
+    library("steps/nonfinite_flags", {"TENSOR": TYPES[tensors[0].dtype]}).nonfinite_flags(
+        ctypes.c_int64(len(tensors)),
+        pointers(tensors),
+        integers([t.numel() for t in tensors]),
+        address(flags),
+        torch.get_num_threads(),
+    )
+    return flags

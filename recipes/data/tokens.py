@@ -1,0 +1,389 @@
+"""Tokenizers and token files, both made once and kept in a cache.
+
+A tokenizer is a byte-level BPE trained on the training text, or any fast tokenizer of a folder or the hub. A token file
+has the shard format of modded-nanogpt and llm.c: 256 little-endian int32 of header, then the tokens. ``header[0]`` is
+the magic 20240520, ``header[1]`` the version (1: uint16 tokens, 2: uint32), ``header[2]`` the number of tokens. Readers
+of that format use these three; ``header[3]`` holds a CRC-32 of the tokens here, by which a damaged file is noticed.
+"""
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from leanstep._files import publish_folder
+from leanstep.recipes.data.hub import is_folder_name, offline_unless_reached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from leanstep.recipes.data.sources import Corpus
+
+__all__ = [
+    "END_OF_TEXT",
+    "TokenFile",
+    "build_once",
+    "cache_root",
+    "encode",
+    "load_tokenizer",
+    "open_tokenizer",
+    "read_shard",
+    "require",
+    "tokenise",
+    "tokenizer_fingerprint",
+    "train_bpe",
+    "trained_size",
+    "vocabulary_size",
+    "write_shard",
+]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def require(module: str, extra: str = "recipes") -> None:
+    """Raise ModuleNotFoundError naming the extra that brings ``module`` if it is not installed. Imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        message = f"'{module}' is not installed; it comes with: pip install 'leanstep[{extra}]'"
+        raise ModuleNotFoundError(message, name=module)
+
+
+def cache_root(folder: str | Path | None = None) -> Path:
+    """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else ``~/.cache/leanstep``."""
+    path = folder or os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep"
+    return Path(path).expanduser()
+
+
+def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+    """Return ``target``, a cache folder that ``is_valid`` accepts, calling ``build(empty_folder)`` if there is none.
+
+    Processes that ask for the same target take turns on a file lock: one builds, the others find it there. The folder
+    is written beside its place and renamed, so that a killed process leaves nothing that looks complete; what
+    ``is_valid`` refuses (truncated, corrupted) is removed and built again.
+
+    Raises:
+        OSError: the folder cannot be written; the message names it and the way to another one.
+    """
+    from filelock import FileLock
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if target.is_dir() and is_valid(target):
+                return target
+            for stale in target.parent.glob(f"{target.name}.tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+            partial.mkdir()
+            try:
+                build(partial)
+                publish_folder(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(
+            f"could not write the cache folder {target}: {error}. Free some space, or name another folder with "
+            f"data.cache_dir or the environment variable LEANSTEP_CACHE"
+        ) from error
+    return target
+
+
+END_OF_TEXT = "<|endoftext|>"
+_SMALLEST = 257  # 256 bytes and the end of text
+_PIECE = 1 << 20  # characters given to the tokenizer at once
+_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+
+
+def trained_size(spec: str) -> int | None:
+    """Return SIZE if ``spec`` is ``train:SIZE``, or None if it names a folder or a hub tokenizer.
+
+    Raises ValueError if SIZE is not a whole number of at least 257 (256 bytes and the end of text).
+    """
+    if not spec.startswith("train:"):
+        return None
+    size = re.fullmatch(r"train:(\d+)", spec.replace("_", ""))
+    if not size or int(size[1]) < _SMALLEST:
+        raise ValueError(
+            f"data.tokenizer: expected train:SIZE with SIZE at least {_SMALLEST} (256 bytes and the end of text), "
+            f"got '{spec}'"
+        )
+    return int(size[1])
+
+
+def train_bpe(texts: Iterable[str], size: int) -> Any:
+    """Train a byte-level BPE of at most ``size`` tokens and return the ``tokenizers.Tokenizer``.
+
+    Deterministic: the same texts give the same file, byte for byte. Every byte is a token, so any Unicode text
+    round-trips; token 0 is ``<|endoftext|>``. A text too small for ``size`` merges gives a smaller vocabulary.
+
+    References:
+        R. Sennrich, B. Haddow, A. Birch, "Neural Machine Translation of Rare Words with Subword Units",
+        arXiv:1508.07909; on bytes: A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+    """
+    require("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(
+    spec: str, texts: Callable[[], Iterable[str]], fingerprint: str, cache_dir: str | Path | None = None
+) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer that ``spec`` asks for: ``train:SIZE``, a folder, or a hub id.
+
+    A trained one is cached under the hash of its training text; of several processes one trains and the others wait.
+
+    Args:
+        spec: ``train:SIZE``, a local folder with a tokenizer, or a hub id.
+        texts: starts a pass over the training texts; called only when there is something to train.
+        fingerprint: hash of those texts, which names the cache entry.
+        cache_dir: the cache folder; None takes the default (:func:`leanstep.recipes.data.tokens.cache_root`).
+
+    Raises:
+        ValueError: a malformed size, a missing folder, or a tokenizer that is not fast or has no end-of-text token.
+    """
+    size = trained_size(spec)
+    if size is None:
+        return open_tokenizer(spec)
+
+    def build(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        train_bpe(texts(), size).save(str(file))
+        _wrap(file).save_pretrained(folder)
+        (folder / "sha256").write_text(_file_hash(file))
+
+    def is_valid(folder: Path) -> bool:
+        file, stored = folder / "tokenizer.json", folder / "sha256"
+        return file.is_file() and stored.is_file() and stored.read_text() == _file_hash(file)
+
+    key = hashlib.sha256(f"bpe 1 {size} {fingerprint}".encode()).hexdigest()[:20]
+    folder = build_once(cache_root(cache_dir) / f"tokenizer-{size}-{key}", is_valid, build)
+    return _wrap(folder / "tokenizer.json")
+
+
+def _wrap(file: Path) -> "PreTrainedTokenizerFast":
+    require("transformers")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
+    """Open a tokenizer from a local folder or, by name, from the hub; it must be fast and have an end-of-text token."""
+    require("transformers")
+    from transformers import AutoTokenizer
+
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"data.tokenizer: the folder '{spec}' holds no tokenizer (no tokenizer.json)")
+    if not folder.is_dir() and is_folder_name(spec):
+        raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
+    try:
+        with nullcontext() if folder.is_dir() else offline_unless_reached():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
+    except Exception as error:  # missing on the hub, no network, or a broken file: many types, one meaning
+        what = "the folder" if folder.is_dir() else "the hub's"
+        raise ValueError(
+            f"data.tokenizer: could not open {what} '{spec}' ({str(error).strip().splitlines()[0]}). "
+            f"One that needs no network: data.tokenizer=train:4096"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"data.tokenizer: '{spec}' has no fast version (tokenizer.json), which is needed here")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"data.tokenizer: '{spec}' has no end-of-text token (eos_token), which separates documents")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Hash of everything that decides the tokens of a text, end-of-text token included."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    model["truncation"] = model["padding"] = None  # settings of the last call, not of the tokenizer
+    return hashlib.sha256(json.dumps([model, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
+
+
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
+    """Tokenise documents, each to an int64 array without special tokens.
+
+    A literal ``<|endoftext|>`` inside a text stays text: it is not taken for the end of the document.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        pieces = [piece for text in texts for piece in _pieces(text)]
+        encoded = iter(backend.encode_batch_fast(pieces, add_special_tokens=False))
+    finally:
+        backend.encode_special_tokens = before
+    return [np.concatenate([np.asarray(next(encoded).ids, np.int64) for _ in _pieces(text)]) for text in texts]
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut a long text where byte-level tokenizers cut anyway, before a lone space or line break, to bound memory."""
+    pieces, start = [], 0
+    while len(text) - start > _PIECE:
+        cut = _CUT.search(text, start + _PIECE)
+        if not cut:
+            break
+        pieces.append(text[start : cut.start()])
+        start = cut.start()
+    return [*pieces, text[start:]]
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id that data can contain: an ordinary token, or end of text, padding or unknown.
+
+    Other special tokens do not count, since encoding plain text never produces them. T5's tokenizer has 100 sentinels
+    above its 32,000 tokens, and the published LLaMA runs on C4 give their models 32,000.
+    """
+    special = set(tokenizer.all_special_ids)
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} - {None}
+    ordinary = (index for index in tokenizer.get_vocab().values() if index not in special)
+    return 1 + max(max(ordinary, default=0), *used, 0)
+
+
+_MAGIC = 20240520
+_HEADER_BYTES = 1024
+_VERSIONS: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
+_MOST_TOKENS = 2**31 - 1
+_FORMAT = 1  # of the cache folder; raise it when the same text gives other tokens
+
+
+def write_shard(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> int:
+    """Write token chunks as one shard, 2 bytes a token up to a vocabulary of 65,536, else 4; return how many tokens.
+
+    Not atomic by itself: write into a folder that is renamed when complete. Raises ValueError beyond 2**31 - 1 tokens.
+    """
+    version = 1 if vocab_size <= 1 << 16 else 2
+    count = checksum = 0
+    with open(path, "wb") as stream:
+        stream.write(bytes(_HEADER_BYTES))
+        for chunk in chunks:
+            raw = chunk.astype(_VERSIONS[version]).tobytes()
+            checksum = zlib.crc32(raw, checksum)
+            count += len(chunk)
+            if count > _MOST_TOKENS:
+                raise ValueError(f"the corpus has more than {_MOST_TOKENS:,} tokens; set data.streaming: true")
+            stream.write(raw)
+        header = np.zeros(_HEADER_BYTES // 4, dtype="<i4")
+        header[:3] = _MAGIC, version, count
+        header[3:4].view("<u4")[0] = checksum
+        stream.seek(0)
+        stream.write(header.tobytes())
+    return count
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Map the tokens of a shard into memory, read-only, uint16 or uint32.
+
+    Raises:
+        ValueError: the file is not such a shard, is truncated, or its tokens do not match their checksum.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=_HEADER_BYTES // 4)
+    if size < _HEADER_BYTES or header[0] != _MAGIC or int(header[1]) not in _VERSIONS:
+        raise ValueError(f"'{path}' is not a token shard: its header does not begin with {_MAGIC} and a known version")
+    dtype, count = _VERSIONS[int(header[1])], int(header[2])
+    expected = _HEADER_BYTES + count * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"'{path}' has {size} bytes, its header promises {expected} ({count} tokens)")
+    if count == 0:
+        return np.empty(0, dtype)
+    tokens = np.memmap(path, dtype=dtype, mode="r", offset=_HEADER_BYTES, shape=(count,))
+    if zlib.crc32(tokens.data) != int(header[3:4].view("<u4")[0]):
+        raise ValueError(f"'{path}' is damaged: its tokens do not match their checksum")
+    return tokens
+
+
+class TokenFile:
+    """The tokens of a corpus with the place of its documents; pickles as its path, so that workers map it themselves.
+
+    ``tokens`` is uint16 or uint32 ``[tokens]``; document i is ``tokens[ends[i - 1] : ends[i]]`` with its end-of-text
+    token last, and had ``text_bytes[i]`` bytes of UTF-8 text; both are int64 ``[documents]``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokens = read_shard(folder / "tokens.bin")
+        self.ends, self.text_bytes = np.load(folder / "documents.npy")
+        if len(self.ends) and (self.ends[-1] != len(self.tokens) or (np.diff(self.ends) <= 0).any()):
+            raise ValueError(f"'{folder}' is damaged: its documents do not add up to its tokens")
+
+    def __reduce__(self) -> tuple:
+        return TokenFile, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenise(
+    corpus: "Corpus", tokenizer: "PreTrainedTokenizerFast", cache_dir: str | None = None, at_most: int | None = None
+) -> TokenFile:
+    """Tokenise a corpus, an end-of-text token after each document, or find its tokens in the cache.
+
+    The cache entry is named by the content of the text and of the tokenizer; a damaged one is built again.
+    ``at_most`` stops after the document with which so many tokens are reached.
+    """
+    identity = f"{_FORMAT} {corpus.fingerprint} {tokenizer_fingerprint(tokenizer)} {at_most}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:20]
+
+    def build(folder: Path) -> None:
+        ends: list[int] = []
+        sizes: list[int] = []
+        chunks = _documents(corpus.documents(), tokenizer, ends, sizes, at_most)
+        write_shard(folder / "tokens.bin", chunks, len(tokenizer))
+        np.save(folder / "documents.npy", np.array([ends, sizes], dtype=np.int64))
+
+    def is_valid(folder: Path) -> bool:
+        try:
+            TokenFile(folder)
+        except (OSError, ValueError, EOFError):
+            return False
+        return True
+
+    return TokenFile(build_once(cache_root(cache_dir) / f"tokens-{key}", is_valid, build))
+
+
+def _documents(
+    texts: Iterable[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    ends: list[int],
+    sizes: list[int],
+    at_most: int | None,
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document with its end of text, noting where it ends and how many bytes its text had."""
+    end_of_text = np.array([tokenizer.eos_token_id], dtype=np.int64)
+    texts, total = iter(texts), 0
+    while batch := list(islice(texts, 64)):
+        for text, tokens in zip(batch, encode(tokenizer, batch), strict=True):
+            total += len(tokens) + 1
+            ends.append(total)
+            sizes.append(len(text.encode("utf-8", "surrogatepass")))
+            yield tokens
+            yield end_of_text
+            if at_most is not None and total >= at_most:
+                return

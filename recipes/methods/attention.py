@@ -1,0 +1,60 @@
+"""Low-rank attention in a run: the monitor of attention norms, and the gate that decides per layer."""
+
+from pathlib import Path
+
+import torch
+
+from leanstep.lora import LowRankGate, NormMonitor
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.training.checkpoint import CheckpointError
+
+__all__ = ["build_gate", "build_monitor", "read_gate", "write_gate"]
+
+
+def build_monitor(model: torch.nn.Module) -> NormMonitor:
+    """Measure the attention norms of ``model`` at log steps (``log.attention_norms``).
+
+    Raises ValueError for a model whose attention cannot be watched.
+    """
+    try:
+        return NormMonitor(model)
+    except ValueError as error:
+        raise ValueError(f"log.attention_norms: {error}") from None
+
+
+def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
+    """Let attention layers run low-rank where the error is small and it is cheaper (``lora.attention: auto``).
+
+    Raises ValueError for a model whose attention cannot be reached.
+    """
+    try:
+        return LowRankGate(model, config.lora.attention, tolerance=config.lora.attention_tolerance, seed=config.seed)
+    except ValueError as error:
+        raise ValueError(f"lora.attention: {error}") from None
+
+
+def write_gate(gate: LowRankGate, trainer: Path, rank: int) -> None:
+    """Write the decisions of this process's gate into ``trainer/`` of a checkpoint."""
+    torch.save(gate.state_dict(), trainer / f"gate_{rank}.pt")
+
+
+def read_gate(gate: LowRankGate, trainer: Path, rank: int, world: int) -> str | None:
+    """Load the decisions that :func:`write_gate` wrote.
+
+    Returns:
+        None, or a warning: decisions of another number of processes are not loaded; layers are judged anew, which is
+        correct but not bit for bit the same.
+
+    Raises CheckpointError for decisions about other layers.
+    """
+    written = len(list(trainer.glob("gate_*.pt")))
+    if written != world:
+        return (
+            f"{trainer.parent} has the gate's decisions of {written} processes, not of {world}: layers are judged anew"
+        )
+    file = trainer / f"gate_{rank}.pt"
+    try:
+        gate.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return None

@@ -1,0 +1,53 @@
+"""Format the numbers of a run for a log line and for trackers."""
+
+from typing import Any
+
+__all__ = ["flat_scalars", "format_duration", "format_line", "format_rate"]
+
+
+def format_rate(tokens_per_s: float) -> str:
+    """``850 tok/s``, ``12.4k tok/s``, ``1.20M tok/s``."""
+    if tokens_per_s >= 1e6:
+        return f"{tokens_per_s / 1e6:.2f}M tok/s"
+    if tokens_per_s >= 1e3:
+        return f"{tokens_per_s / 1e3:.1f}k tok/s"
+    return f"{tokens_per_s:.0f} tok/s"
+
+
+def format_duration(seconds: float) -> str:
+    """``0:42``, ``12:40``, ``1:12:40``, ``3d 1:12:40``."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if not hours:
+        return f"{minute}:{second:02d}"
+    return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+
+
+def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: list[str]) -> str:
+    """One log line from a ``train`` entry of log.jsonl; ``notes`` are appended in brackets."""
+    parts = [f"step {entry['step']}/{steps}", f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
+    if entry.get("grad_norm") is not None:
+        parts.append(f"gnorm {entry['grad_norm']:.3f}")
+    if entry.get("tokens_per_s"):
+        parts.append(format_rate(entry["tokens_per_s"]))
+    if entry.get("mfu"):
+        parts.append(f"mfu {entry['mfu']:.1%}")
+    if entry.get("memory_gib"):
+        parts.append(f"mem {entry['memory_gib']:.1f} GiB")
+    if entry.get("nonfinite"):
+        parts.append(f"nonfinite {entry['nonfinite']}")
+    if eta is not None:
+        parts.append(f"eta {format_duration(eta)}")
+    return "  ".join(parts) + "".join(f"  [{note}]" for note in notes)
+
+
+def flat_scalars(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Flatten nested dicts to dotted keys and plain values, as trackers need; other values become text."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flat_scalars(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

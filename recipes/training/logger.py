@@ -1,0 +1,324 @@
+"""Log a run: the line on a terminal, log.jsonl, trackers, status.json, and reports at the end."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from leanstep._files import write_text
+from leanstep.recipes.config.loader import dump
+from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.methods import sparse
+from leanstep.recipes.training.build import FORMULA, peak_flops
+from leanstep.recipes.training.checkpoint import TrainState
+from leanstep.recipes.training.folder import RunFolder, environment
+from leanstep.recipes.training.formatting import flat_scalars, format_line
+from leanstep.recipes.training.step import StepResult
+from leanstep.recipes.training.validation import EvalResult
+from leanstep.recipes.training.world import describe_world, device_name
+
+__all__ = ["Clock", "Progress", "RunLogger"]
+
+
+class Clock:
+    """Measures training time without evaluation and saving, and estimates the time left.
+
+    Rates are over the window since the last log line. The estimate adds the measured cost of the evaluations and saves
+    to come to that of the steps.
+    """
+
+    def __init__(self, elapsed_s: float = 0.0) -> None:
+        self._before = elapsed_s
+        self._start = time.perf_counter()
+        self._window_start = self._start
+        self._window_paused = 0.0
+        self._window_tokens = 0
+        self._window_steps = 0
+        self._pauses: dict[str, list[float]] = {}
+        self.step_s: float | None = None
+        self.rate_now: float | None = None
+
+    @property
+    def here_s(self) -> float:
+        """Seconds since this start of the run."""
+        return time.perf_counter() - self._start
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run first started, over all its starts, evaluation and saving included."""
+        return self._before + time.perf_counter() - self._start
+
+    def stepped(self, tokens: int) -> None:
+        """Count one optimizer step over ``tokens`` targets."""
+        self._window_tokens += tokens
+        self._window_steps += 1
+
+    @contextmanager
+    def pause(self, what: str) -> Iterator[Callable[[], float]]:
+        """Exclude the block's time from the rates; ``what`` is ``eval`` or ``save``. Yields a stopwatch."""
+        begin = time.perf_counter()
+        spent = 0.0
+        try:
+            yield lambda: spent
+        finally:
+            spent = time.perf_counter() - begin
+            self._window_paused += spent
+            self._pauses.setdefault(what, []).append(spent)
+
+    def measure(self) -> None:
+        """End the window: set :attr:`rate_now`, its tokens per second, and :attr:`step_s`, its seconds per step."""
+        now = time.perf_counter()
+        spent = now - self._window_start - self._window_paused
+        self.rate_now = round(self._window_tokens / spent, 1) if spent > 0 else 0.0
+        if self._window_steps:
+            self.step_s = spent / self._window_steps
+        self._window_start, self._window_paused, self._window_tokens, self._window_steps = now, 0.0, 0, 0
+
+    def eta(self, steps: int, evals: int, saves: int) -> float | None:
+        """Seconds that so many steps, evaluations and saves will take; None before the first window ended."""
+        if self.step_s is None:
+            return None
+        return steps * self.step_s + evals * self._mean("eval") + saves * self._mean("save")
+
+    def _mean(self, what: str) -> float:
+        spent = self._pauses.get(what, [])
+        return sum(spent) / len(spent) if spent else 0.0
+
+
+class Progress:
+    """Prints lines and appends them to ``train.log``, in the first process only.
+
+    On a terminal, a live bar follows every step and other lines scroll above it. Elsewhere each log line is printed.
+    """
+
+    def __init__(self, folder: RunFolder, steps: int, *, active: bool, live: bool | None = None) -> None:
+        self._folder, self._steps, self._active = folder, steps, active
+        self._bar: Any = None
+        self._live = active and (sys.stdout.isatty() if live is None else live)
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=self._steps)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str, *, error: bool = False) -> None:
+        """Print ``text`` (on stderr if it tells of an ``error``) and append it to train.log."""
+        if not self._active:
+            return
+        for line in text.splitlines() or [""]:
+            self._folder.text(line)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+    def line(self, step: int, text: str, wanted: bool) -> None:
+        """Show a step: always on a terminal's live line; in plain output and train.log only if ``wanted``."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+            if wanted:
+                self._folder.text(text)
+        elif wanted:
+            self.say(text)
+
+
+class RunLogger:
+    """Logs a run: log.jsonl, trackers, status.json and reports. Only the first process writes.
+
+    The other processes call it too: an optimizer may have to ask all of them for its numbers.
+
+    An optimizer reports on itself by two methods, both optional and called in every process:
+
+    * ``diagnostics()``: a flat dict of numbers, read at log steps only. They go into ``log.jsonl`` as ``optimizer``, to
+      trackers as ``optimizer/KEY``, and into the report, where the keys ``A/x`` and ``A/y`` are lines of one chart A.
+    * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
+
+    The controller of sparse weights, the monitor of attention norms and the gate of low-rank attention have a
+    ``diagnostics()`` too, logged as ``sparsity``, ``attention`` and ``gate``.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
+        self.config, self.accelerator, self.folder, self.progress = config, accelerator, folder, progress
+        self.main, self.say = accelerator.is_main_process, progress.say
+        self.clock = Clock()
+        self.flops_per_token = 0
+        self.tflops: float | None = None
+        peak = peak_flops(device_name(accelerator.device), config.precision)
+        self._peak = None if peak is None else peak * accelerator.num_processes
+
+    def begin(self, state: TrainState, resumed_from: Path | None, parameters: int, flops_per_token: int) -> None:
+        """Write the files that describe the run, start the trackers and the clock."""
+        config, accelerator = self.config, self.accelerator
+        self.clock, self.flops_per_token = Clock(state.elapsed_s), flops_per_token
+        if self.main:
+            self.folder.rewind_log(-1 if resumed_from is None else state.step)
+            facts = environment(
+                seed=config.seed,
+                world_size=accelerator.num_processes,
+                world=describe_world(accelerator),
+                device=device_name(accelerator.device),
+                parameters=parameters,
+                flops_per_token=flops_per_token,
+                flops_formula=FORMULA,
+                resumed_from=None if resumed_from is None else str(resumed_from),
+            )
+            self.folder.describe(dump(config), facts)
+        self.status("running", state)
+        if config.log.trackers:
+            accelerator.init_trackers("leanstep", config=flat_scalars(dataclasses.asdict(config)))
+
+    def step(
+        self, state: TrainState, result: StepResult, rate: float, sources: Mapping[str, Any], note: str | None = None
+    ) -> None:
+        """Show the step; write log.jsonl, train.log and trackers where :meth:`is_logged`.
+
+        ``sources`` are the objects with a ``diagnostics()``, or None, by the name that their numbers have in the log.
+        """
+        config, is_logged = self.config, self.is_logged(state.step)
+        asked = {name: _diagnostics(source) for name, source in sources.items()} if is_logged else {}
+        reported = {name: values for name, values in asked.items() if values}
+        if not self.main:
+            return
+        first_here = self.clock.rate_now is None
+        if is_logged or first_here:
+            self._measure()
+        entry: dict[str, Any] = {
+            "step": state.step,
+            "kind": "train",
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.norm,
+            "tokens_per_s": self.clock.rate_now,
+            "tokens": state.tokens,
+            "elapsed_s": round(self.clock.elapsed_s, 3),
+            "nonfinite": state.nonfinite + (_skipped_updates(sources["optimizer"]) if is_logged else 0),
+            "tflops": self.tflops,
+        }
+        if self._peak is not None and self.tflops is not None:
+            entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
+        if self.accelerator.device.type == "cuda":
+            entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        if is_logged:
+            self.folder.log({**entry, **reported})
+            numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
+            numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
+            self._track(numbers, state.step)
+        line = format_line(entry, config.steps, self._eta(state.step), [note] if note else [])
+        self.progress.line(state.step, line, is_logged or first_here)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a line in log.jsonl: the first, the last, and every ``log.every``."""
+        return step == 1 or step % self.config.log.every == 0 or step == self.config.steps
+
+    def evaluation(self, state: TrainState, result: EvalResult) -> None:
+        """Log and show the result of a validation."""
+        numbers = dataclasses.asdict(result)
+        if self.main:
+            self.folder.log({"step": state.step, "kind": "eval", **numbers})
+            self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
+            per_byte = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
+            self.say(
+                f"step {state.step}/{self.config.steps}  validation loss {result.loss:.4f}  perplexity "
+                f"{result.perplexity:.2f}{per_byte}  ({result.tokens:,} targets)"
+            )
+        self.status("running", state)
+
+    def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
+        """Write status.json, from the first process or, for a failure of one process, from that one."""
+        if self.main or any_process:
+            self.folder.status(
+                status,
+                step=state.step,
+                steps=self.config.steps,
+                val_loss=state.val_loss,
+                best_loss=state.best_loss,
+                best_step=state.best_step,
+                tokens=state.tokens,
+                tflops=self.tflops,
+            )
+
+    def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:
+        """Write the final reports of optimizer, sparsity, attention norms and gate; None for those the run has not.
+
+        Every process calls it.
+
+        ``optimizer_report.json``: the rows of the optimizer's ``noise_report()``. ``sparsity_report.json``: how sparse
+        each layer is, and the operations of the run. ``attention_report.json``: where each head stood when it was last
+        measured. ``gate_report.json``: which attention layers ran low-rank, why or why not, and the errors.
+        """
+        ask = getattr(optimizer, "noise_report", None)
+        if callable(ask) and (rows := ask()):
+            self._write_report("optimizer_report.json", rows)
+        if controller is not None:
+            self._write_report("sparsity_report.json", sparse.report(self.config, controller, self.flops_per_token))
+        if monitor is not None:
+            self._write_report("attention_report.json", monitor.rows_of_report())
+        if gate is not None:
+            rows = [dataclasses.asdict(row) for row in gate.report()]
+            self._write_report("gate_report.json", rows)
+            ran = sum(row["low_rank_calls"] > 0 for row in rows)
+            worst = max((row["largest_error"] for row in rows), default=0.0)
+            error = f", with an error of at most {worst:.1e}" if ran else f"; {rows[0]['reason']}" if rows else ""
+            self.say(f"attention   {ran} of {len(rows)} layers ran low-rank{error}")
+
+    def _write_report(self, name: str, content: Any) -> None:
+        if not self.main:
+            return
+        try:
+            text = json.dumps(content, indent=1, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+            write_text(self.folder.root / name, text + "\n")
+        except OSError as error:
+            self.say(f"WARNING: {name} could not be written: {error}")
+
+    def _measure(self) -> None:
+        """End the clock's window: tokens per second, and the model's operations per second of all processes."""
+        self.clock.measure()
+        if self.clock.step_s:
+            # the operations are spent on every position, also on those that are no target
+            done = self.flops_per_token * self.config.batch.tokens_per_step
+            self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
+
+    def _track(self, numbers: dict[str, Any], step: int) -> None:
+        if self.config.log.trackers:
+            self.accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=step)
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds to the end by the measured cost of steps, evaluations and saves."""
+        left = self.config.steps - step
+        evals, saves = (
+            left // every if every else 1 for every in (self.config.eval.every, self.config.checkpoint.every)
+        )
+        return self.clock.eta(left, evals, saves)
+
+
+def _diagnostics(optimizer: Any) -> dict[str, float]:
+    read = getattr(optimizer, "diagnostics", None)
+    return {str(key): float(value) for key, value in read().items()} if callable(read) else {}
+
+
+def _skipped_updates(optimizer: Any) -> int:
+    """How many tensors the optimizer left out because of a gradient that was not finite (Lion, SinkGD)."""
+    count = getattr(optimizer, "nonfinite_count", None)
+    return 0 if count is None else int(count())

@@ -1,0 +1,42 @@
+"""Rows and Gram rows of windows of gradients, as M-FAC makes them from its kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels import Coefficients, SparseLayout, row_dots, scatter, sparse_row_dots, window_coefficients
+from leanstep.kernels.reference.fisher.gradient_window import row_scale
+
+
+def gram_row(
+    windows: Sequence[Tensor], index: int, *, scales: Tensor | None = None, groups: Sequence[int] | None = None
+) -> Tensor:
+    """Row ``index`` of G G^T, from the rows as they are stored."""
+    dots = row_dots(windows, [w[index] for w in windows], scales=scales, groups=groups)
+    return dots if scales is None else dots * scales[..., index : index + 1]
+
+
+def sparse_gram_row(
+    values: Sequence[Tensor], indices: Sequence[Tensor], index: int, layouts: Sequence[SparseLayout]
+) -> Tensor:
+    """Row ``index`` of the Gram matrix of a sparse window."""
+    triples = zip(values, indices, layouts, strict=True)
+    rows = [scatter(v[index], i[index], layout, dtype=torch.float64) for v, i, layout in triples]
+    return sparse_row_dots(values, indices, rows, layouts)
+
+
+def write_row(window: Tensor, index: int, gradient: Tensor, scales: Tensor | None = None) -> None:
+    """Store a row, divided by its scale if there are scales."""
+    if scales is not None:
+        scales[index] = row_scale(gradient.abs().max())
+        gradient = gradient / scales[index]
+    window[index] = gradient
+
+
+def woodbury_coefficients(
+    gram: Tensor, dots: Tensor, damping: float, denominator: float, **options: float
+) -> Coefficients:
+    """The c with F^-1 x = x / damping + G^T c for any x, from dots = G x: Woodbury's identity."""
+    solved = window_coefficients(gram, damping, denominator, dots, **options)
+    return Coefficients(solved.values / (-denominator * damping), solved.status)

@@ -1,0 +1,66 @@
+"""M-FAC's rule, function by function, in float64."""
+
+import math
+
+import pytest
+import torch
+from dense_fisher import DenseFisher, relative
+
+from leanstep.optimizers.mfac import rule
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_curves_of_the_damping():
+    values = {step: {} for step in (0, 25, 50, 100, 200)}
+    for curve in ("linear", "quadratic", "circular", "sigmoid", "exponential"):
+        for step in values:
+            values[step][curve] = rule.damping_at(1e-2, [curve, 100, 1e-4], step, 0.1)
+    assert set(values[0].values()) == {1e-2}
+    for step in (100, 200):
+        for value in values[step].values():
+            assert value == pytest.approx(1e-4)
+    assert values[50]["linear"] == pytest.approx(0.5 * (1e-2 + 1e-4))
+    assert values[50]["quadratic"] == pytest.approx(1e-2 - 0.25 * (1e-2 - 1e-4))
+    assert values[50]["circular"] == pytest.approx(1e-2 - (1 - math.sqrt(0.75)) * (1e-2 - 1e-4))
+    assert values[50]["sigmoid"] == pytest.approx(values[50]["linear"])
+    assert values[50]["exponential"] == pytest.approx(1e-3)
+    assert rule.damping_at(1e-2, ["lr", 0.1], 5, torch.tensor(0.05)) == pytest.approx(5e-3)
+    assert rule.damping_at(1e-2, None, 5, 0.1) == 1e-2
+
+
+def test_the_denominator():
+    assert rule.denominator("window", 8, 3) == 8
+    assert rule.denominator("count", 8, 3) == 3
+
+
+def test_gram_rows_make_the_gram_matrix():
+    rows = normal(5, 12)
+    gram = torch.full((1, 5, 5), float("nan"), dtype=torch.float64)
+    for n in range(1, 6):
+        row = rule.gram_row([rows[:n, :7], rows[:n, 7:]], [rows[n - 1, :7], rows[n - 1, 7:]])
+        rule.write_gram_row(gram, row.unsqueeze(0), n - 1)
+    torch.testing.assert_close(gram[0], rows @ rows.T, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("damping", [1.0, 1e-3, 1e-6])
+def test_the_direction_is_the_dense_inverse_times_the_newest_gradient(damping):
+    rows, newest = normal(5, 12), 2
+    coefficients, _ = rule.coefficients(rows @ rows.T, damping, 5, newest)
+    (update,) = rule.direction([rows], coefficients)
+    dense = DenseFisher(5, damping)
+    for row in rows:
+        dense.insert(row)
+    expected = dense.solve(rows[newest])
+    assert relative(update, expected) < 1e-14 * 100 / damping
+    decrease, norm = rule.decrease_and_norm(rows @ rows.T, coefficients, newest)
+    torch.testing.assert_close(decrease, rows[newest] @ update, rtol=1e-9, atol=0)
+    torch.testing.assert_close(norm, update.norm(), rtol=1e-9, atol=0)
+
+
+def test_the_trust_region_and_the_average():
+    assert rule.shortening(torch.tensor([0.5, 2.0, 0.0]), 1.0).tolist() == [1.0, 0.5, 1.0]
+    buffer, update = normal(4), normal(4, seed=1)
+    torch.testing.assert_close(rule.average(buffer, update, 0.8), 0.8 * buffer + 0.2 * update, rtol=1e-14, atol=1e-14)
