@@ -17,7 +17,15 @@ from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
-    from leanstep.optimizers import *  # noqa: F403
+    from leanstep.optimizers import (
+        LANTON,
+        MFAC,
+        GradientRelease,
+        Lion,
+        NonFiniteGradientError,
+        SinkGD,
+        release_gradients,
+    )
 
     # by its module: type checkers take the package's attribute of that name for the module
     from leanstep.optimizers.param_groups import ParamGroups, param_groups

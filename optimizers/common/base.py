@@ -426,12 +426,14 @@ def _name_dtypes(group: dict[str, Any]) -> None:
             group[key] = str(value).removeprefix("torch.")
 
 
-def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Positions of the parameters of every (device, dtype) set, in order."""
+def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[list[int]]:
+    """Positions of the parameters of every device and dtype, in order; ``alone``: of every one by itself."""
+    if alone:
+        return [[position] for position in range(len(params))]
     sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, param in enumerate(params):
         sets.setdefault((param.device, param.dtype), []).append(position)
-    return sets
+    return list(sets.values())
 
 
 def call_closure(closure: Callable[[], Any] | None) -> Any:
