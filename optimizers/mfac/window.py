@@ -23,7 +23,7 @@ from leanstep.optimizers.mfac import rule
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # elements that are widened at a time: a window is never copied whole
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -311,7 +311,7 @@ class BlockRows(DenseRows):
         dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
         for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
             for chunk in _chunks(window):
-                products = window[:live, chunk].double() * row[chunk].double()
+                products = window[:live, chunk].to(torch.float64, copy=True).mul_(row[chunk])
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
         return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
 
@@ -329,7 +329,7 @@ class BlockRows(DenseRows):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
                 weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
-                blocks[chunk] = (window[:live, chunk].double() * weights).sum(dim=0)
+                blocks[chunk] = window[:live, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
 
 
 def _grams(piece: Piece) -> slice:
