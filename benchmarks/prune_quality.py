@@ -28,8 +28,9 @@ import torch
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.checkpoint import load_model, open_checkpoint
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Measurement, evaluating, weights_hash
+from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.measure.snapshot import evaluating, weights_hash
 from leanstep.pruning.score.targets import find_targets
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)

@@ -80,9 +80,9 @@ def smooth(values: Sequence[float | None], width: int) -> list[float | None]:
         sums.append(sums[-1] + (value or 0.0))
         counts.append(counts[-1] + (value is not None))
     result: list[float | None] = []
-    for place, value in enumerate(known):
-        reach = min(width, place, len(known) - 1 - place)
-        low, high = place - reach, place + reach + 1
+    for index, value in enumerate(known):
+        reach = min(width, index, len(known) - 1 - index)
+        low, high = index - reach, index + reach + 1
         result.append(None if value is None else (sums[high] - sums[low]) / (counts[high] - counts[low]))
     return result
 
@@ -105,16 +105,16 @@ def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[flo
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / max(1, most // 2))
-    kept = []
+    thinned = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        chosen = {i for i, (_, y) in enumerate(stretch) if y is None and (i == 0 or stretch[i - 1][1] is not None)}
+        indices = {i for i, (_, y) in enumerate(stretch) if y is None and (i == 0 or stretch[i - 1][1] is not None)}
         usable = [i for i, (_, y) in enumerate(stretch) if y is not None]
         if usable:
             heights = {i: float(stretch[i][1] or 0.0) for i in usable}
-            chosen |= {min(usable, key=heights.__getitem__), max(usable, key=heights.__getitem__)}
-        kept += [stretch[i] for i in sorted(chosen)]
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+            indices |= {min(usable, key=heights.__getitem__), max(usable, key=heights.__getitem__)}
+        thinned += [stretch[i] for i in sorted(indices)]
+    return thinned if thinned[-1] == points[-1] else [*thinned, points[-1]]
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
@@ -129,11 +129,11 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
-        found = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
-        if len(found) >= 3:
+        ticks = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
+        if len(ticks) >= 3:
             break
-    every = math.ceil(len(found) / 7) if found else 1
-    return found[::every]
+    every = math.ceil(len(ticks) / 7) if ticks else 1
+    return ticks[::every]
 
 
 def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, 
 
 @dataclass(frozen=True)
 class _Plane:
-    """The area inside the axes: what range of numbers it shows and where on the drawing."""
+    """The area inside the axes: its range of numbers and its place on the drawing."""
 
     width: int
     height: int
@@ -178,9 +178,9 @@ class _Plane:
 
     def py(self, y: float) -> float:
         scale = math.log if self.log_y else float
-        part = (scale(y) - scale(self.bottom)) / (scale(self.top) - scale(self.bottom))
+        fraction = (scale(y) - scale(self.bottom)) / (scale(self.top) - scale(self.bottom))
         # far outside the axes is as good as anywhere outside
-        return self.base - max(-9.0, min(9.0, part)) * (self.base - _TOP)
+        return self.base - max(-9.0, min(9.0, fraction)) * (self.base - _TOP)
 
 
 def chart(
@@ -205,8 +205,8 @@ def chart(
         wide: over the whole width of the page.
         most_points: of each curve; more are thinned, keeping lows and highs.
     """
-    curves = [(one, _points(one, log_y)) for one in series]
-    curves = [(one, points) for one, points in curves if any(y is not None for _, y in points)]
+    curves = [(line, _points(line, log_y)) for line in series]
+    curves = [(line, points) for line, points in curves if any(y is not None for _, y in points)]
     if not curves:
         return ""
     xs = [x for _, points in curves for x, _ in points]
@@ -224,15 +224,15 @@ def chart(
         f'<clipPath id="{name}"><rect {inside}/></clipPath><g clip-path="url(#{name})">',
     ]
     legend = []
-    for one, points in curves:
-        color = f"c{one.color % len(PALETTE)}"
-        parts.append(f'<path class="{color} {one.look}" d="{_path(_thin(points, most_points), plane)}"/>')
-        if one.dots:
-            parts += _dots(points, plane, color, one.name, y_format)
-        if one.look != "faint":
+    for line, points in curves:
+        color = f"c{line.color % len(PALETTE)}"
+        parts.append(f'<path class="{color} {line.look}" d="{_path(_thin(points, most_points), plane)}"/>')
+        if line.dots:
+            parts += _dots(points, plane, color, line.name, y_format)
+        if line.look != "faint":
             last = next(y for _, y in reversed(points) if y is not None)
-            swatch = f'<i class="{color} {one.look}"></i>'
-            legend.append(f"<span>{swatch}{escape(one.name)} <b>{escape(y_format(last))}</b></span>")
+            swatch = f'<i class="{color} {line.look}"></i>'
+            legend.append(f"<span>{swatch}{escape(line.name)} <b>{escape(y_format(last))}</b></span>")
     wide_class = ' class="wide"' if wide else ""
     caption = f'<div class="legend">{"".join(legend)}</div>'
     return f"<figure{wide_class}><h3>{escape(title)}</h3>{caption}{''.join(parts)}</g></svg></figure>"
@@ -297,7 +297,7 @@ def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
         else:
             stretches[-1].append(f"{plane.px(x):.1f} {plane.py(y):.1f}")
     # a point alone draws nothing: give it a length that the round line cap makes a dot of
-    return "".join(f"M{'L'.join(part)}" + ("h.1" if len(part) == 1 else "") for part in stretches if part)
+    return "".join(f"M{'L'.join(stretch)}" + ("h.1" if len(stretch) == 1 else "") for stretch in stretches if stretch)
 
 
 def _dots(

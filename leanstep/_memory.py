@@ -1,4 +1,4 @@
-"""How much memory is free on a device, within what a container allows. Imports torch only for an accelerator."""
+"""Free memory of a device, within the limits of a container. Imports torch only for an accelerator."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def free_memory(device: "torch.device | str") -> int | None:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """What each control group of this process, and each group above it, has left below its limit."""
+    """Bytes left below the limit of each control group of this process, and of each group above it."""
     for root, group, names in _cgroups():
         # inside a container the path is often that of the host and not there: then the root is the container's own
         for folder in (root / group, *(root / group).parents):

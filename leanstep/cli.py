@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config_error() -> type[Exception]:
-    """The loader's error where it is loaded; a class that is never raised where it is not."""
+    """ConfigError if the loader is imported; else a class that is never raised."""
     loader = sys.modules.get("leanstep.recipes.config.loader")
     return loader.ConfigError if loader else UsageError
 
@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
         # some hand everything on, --help included, to the parser that has their options
-        own = name in ("eval", "prune")
-        added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not own)
+        has_own_parser = name in ("eval", "prune")
+        added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run)
         return added
 
@@ -159,7 +159,7 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep.kernels import audit
 
     arguments = [*rest, *options.arguments]
-    return int(audit.main([part for part in arguments if part != "--"]) or 0)
+    return int(audit.main([word for word in arguments if word != "--"]) or 0)
 
 
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
@@ -253,7 +253,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
-    """Load the recipe, so that its mistakes are told before torch is imported, and demand the text's package."""
+    """Load the recipe before torch is imported, and check that the package of its text is installed."""
     from leanstep.recipes.config.loader import load
 
     config = load(options.recipe, overrides, world_size=options.nproc)
@@ -285,11 +285,11 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
     rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
     try:
-        found = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
+        verdict = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
-    return 1 if found.ok is False else 0
+    print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
+    return 1 if verdict.ok is False else 0
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
@@ -298,9 +298,13 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     missing = [str(run) for run in options.runs if not (run / "log.jsonl").is_file()]
     if missing:
         raise UsageError(f"no run in {', '.join(missing)}: a run folder holds log.jsonl and config.yaml")
-    own = [str(run) for run in options.runs if options.out and options.out.resolve() == (run / "report.html").resolve()]
-    if own and len(options.runs) > 1:
-        raise UsageError(f"--out {options.out} is the report of {own[0]} alone; choose another file for the comparison")
+    own_reports = [
+        str(run) for run in options.runs if options.out and options.out.resolve() == (run / "report.html").resolve()
+    ]
+    if own_reports and len(options.runs) > 1:
+        raise UsageError(
+            f"--out {options.out} is the report of {own_reports[0]} alone; choose another file for the comparison"
+        )
     from leanstep.recipes.report.report import write_report
 
     print(f"{write_report(options.runs, options.out or _report_file(options.runs))} written")
@@ -308,7 +312,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _report_file(runs: list[Path]) -> Path:
-    """Where a report goes by itself: one run's into its folder, a comparison into a file that is not there yet."""
+    """Default file of a report: in the folder of a single run; for several, a new file here."""
     if len(runs) == 1:
         return runs[0] / "report.html"
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
@@ -329,7 +333,7 @@ def _nothing_left(rest: list[str]) -> None:
 
 
 def _need(group: str) -> None:
-    """Refuse where an extra is missing, naming it; nothing is imported to find out."""
+    """Raise UsageError if packages of an extra are missing. Imports none of them."""
     missing = [name for name in EXTRAS[group] if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"

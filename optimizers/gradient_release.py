@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import is_dtensor
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
@@ -118,7 +119,7 @@ def _refuse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for param in group["params"]:
             if id(param) not in own:
                 raise ValueError("release_gradients: the optimizer holds parameters that the model does not")
-            if hasattr(param, "placements"):
+            if is_dtensor(param):
                 raise ValueError(
                     "release_gradients: sharded parameters get their gradient after communication: use step()"
                 )

@@ -1,10 +1,9 @@
 """Pruning of trained models, each layer as far as it hurts least: allocations, scores, and the solver behind them."""
 
 from leanstep.pruning.allocate.allocation import Allocation, allocate, allocations_along, snap
-from leanstep.pruning.allocate.budgets import Budget
+from leanstep.pruning.allocate.budgets import Budget, LatencyTable
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
-from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.finetune import (
     GradualPruner,
     MaskKeeper,
@@ -14,16 +13,14 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
 )
 from leanstep.pruning.folder.run import CalibrationText, prune_checkpoint
-from leanstep.pruning.measure.batchnorm import renew_batch_norms
+from leanstep.pruning.measure.batches import renew_batch_norms
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.layers import Layer, as_matrix
-from leanstep.pruning.score.pruner import LayerPruner, Pruned
+from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.statistics import LayerStatistics
-from leanstep.pruning.score.targets import Target, find_targets
+from leanstep.pruning.score.targets import Layer, Target, as_matrix, find_targets
 
 __all__ = [
     "Allocation",

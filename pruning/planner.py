@@ -1,8 +1,7 @@
-"""From settings to an allocation and a pruned model: the order of events of :func:`leanstep.pruning.prune`."""
+"""From settings to a pruned model: measure curves, allocate, compare on held-out data, prune."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,99 +9,150 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Allocation, allocate, snap
+from leanstep.pruning.allocate.allocation import Allocation, allocate, keep_total, snap
+from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.allocate.limit import Limit
-from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, batches_hash
-from leanstep.pruning.measure.checks import Additivity, apply_allocation, chosen_levels, joint_of, measure_additivity
-from leanstep.pruning.measure.corrections import relinearised_curves, tuned_coefficients
-from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.groups import Group
-from leanstep.pruning.measure.measure import Levels, Measurement, Progress, levels_of, measure_curves
+from leanstep.pruning.measure.checks import (
+    Additivity,
+    apply_allocation,
+    joint_of,
+    levels_by_group,
+    measure_additivity,
+    relinearised_curves,
+    tuned_coefficients,
+)
+from leanstep.pruning.measure.curves import Curve, Levels, levels_of
+from leanstep.pruning.measure.measure import Measurement, Progress, measure_curves
 from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, default_metric
-from leanstep.pruning.measure.snapshot import Originals
+from leanstep.pruning.measure.snapshot import WeightSnapshot
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.layers import Layer
-from leanstep.pruning.score.pruners import Pruning, Scores
+from leanstep.pruning.score.calibration import Pruning, Scores
+from leanstep.pruning.score.targets import Group, Layer
 from leanstep.sparsity import NM
-
-__all__ = ["Planner"]
 
 # slopes of ATP that are tried, of all those there are
 _SLOPES = 9
-# from this ratio of joint to summed distortion on, or its inverse, a reader is told
+# a note is added where joint over summed distortion, or its inverse, is larger
 _ADDITIVE = 1.5
-# tries of the search for coefficients, each a knapsack and a forward pass over the data that curves are measured on
+# of the search for coefficients; each try is a knapsack and a forward pass over the data of the curves
 SEARCH = {"starts": 100, "patience": 100}
 
 
 @dataclass
 class Planner:
-    """The settings of one call of :func:`leanstep.pruning.prune`, checked; :meth:`run` is the order of events."""
+    """The checked settings of one call of :func:`leanstep.pruning.prune`; :meth:`run` is the order of events."""
 
     model: nn.Module
     groups: list[Group]
     sparsity: float | None
-    limit: Limit | None
+    budget: Budget | LatencyTable | str | None
     score: str
     pattern: str
     metric: str | Metric | None
     batches: list[Batch]
     held_out: list[Batch]
     measured: list[Batch]
-    at_least: float
     score_options: dict[str, Any]
-    prefix_cache: bool
     progress: Progress | None
     levels: Sequence[float] | None
     resume: str | Path | None
-    originals: Originals
+    snapshot: WeightSnapshot
     notes: list[str] = field(default_factory=list)
 
-    def run(
-        self, method: str, correction: str, beta: float | None, curves: Mapping[str, Curve] | None, fixed: NM | None
-    ) -> PruneResult:
+    def run(self, method: str, correction: str, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
-        before = self._counts()
-        self.pruning = Pruning(self._cache(self.batches), self.score, self.score_options)
-        if self.pruning.cache.note:
-            self.notes.append(self.pruning.cache.note)
-        found: dict[str, Curve] = {}
+        self.before = self._nonzero()
+        self.constraint = self._constraint()
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        self.pruning = Pruning(cache, self.score, self.score_options)
+        if cache.note:
+            self.notes.append(cache.note)
+        measured: dict[str, Curve] = {}
         if fixed is not None:
             candidate = self._fixed(fixed)
         elif method == "dp":
             self._check_reach()
-            found = dict(curves) if curves is not None else self._measure()
-            candidate = self._by_curves(found, correction)
+            measured = self._measure() if curves is None else dict(curves)
+            candidate = self._by_curves(measured, correction)
         else:
-            candidate = self._baseline(method, beta)
+            candidate = self._by_rule(method)
         allocation, compared = self._compare_and_prune(candidate)
-        chosen = chosen_levels(allocation, self.groups)
         return PruneResult(
             allocation=allocation,
             score=self.score,
             pattern=self.pattern,
             metric=self._metric_name(),
             groups=self.groups,
-            chosen=chosen,
-            curves=found,
+            levels=levels_by_group(allocation, self.groups),
+            curves=measured,
             held_out=next((one for one in compared if one.method == allocation.method), None),
             compared=compared,
             notes=self.notes,
             data=batches_hash(self.batches),
-            budget=self._budget(allocation, before),
+            budget={
+                "kind": self.constraint.budget.kind,
+                "target": self.constraint.budget.target if allocation.target is None else allocation.target,
+                "dense": self.constraint.dense,
+                "before": self.constraint.cost(self.before),
+                "after": self.constraint.cost(self._nonzero()),
+            },
         )
 
-    def _budget(self, allocation: Allocation, before: Mapping[str, int]) -> dict[str, Any]:
-        """What was limited, and what of it was spent before and after."""
-        if self.limit is None:
-            dense = sum(allocation.numel.values())
-            left = {"before": sum(before.values()), "after": sum(self._counts().values())}
-            return {"kind": "params", "target": allocation.target, "dense": dense, **left}
-        spent = {"before": self.limit.spent(before), "after": self.limit.spent(allocation.kept)}
-        return {"kind": self.limit.budget.kind, "target": self.limit.budget.target, "dense": self.limit.dense, **spent}
+    # -- what is asked for ------------------------------------------------------------------------------------------
+
+    def _constraint(self) -> BudgetConstraint:
+        if self.budget in (None, "params"):
+            assert self.sparsity is not None
+            total = sum(group.layer.numel for group in self.groups)
+            return BudgetConstraint.of(
+                Budget("params", max(keep_total(total, self.sparsity), 1)), self.groups, None, {}
+            )
+        kept: dict[str, Sequence[int]] = {}
+        if isinstance(self.budget, LatencyTable) or getattr(self.budget, "kind", None) == "latency":
+            levels = levels_of(self.groups, 0.5, self.pattern, levels=self.levels)
+            kept = {name: counts for name, (counts, _) in levels.items()}
+        assert self.budget is not None
+        return BudgetConstraint.of(self.budget, self.groups, self.sparsity, kept)
+
+    def _nonzero(self) -> dict[str, int]:
+        """Nonzero weights of each group, as they are now."""
+        return {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
+
+    def _by_weights(self) -> bool:
+        """Whether the budget is the number of weights that a sparsity leaves."""
+        return self.constraint.budget.kind == "params" and self.sparsity is not None
+
+    def _around(self) -> float:
+        """The sparsity that levels lie around."""
+        if self._by_weights():
+            assert self.sparsity is not None
+            return self.sparsity
+        return self.constraint.uniform_sparsity
+
+    def _levels(self) -> Levels:
+        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
+
+    def _check_reach(self) -> None:
+        """Raise InfeasibleBudget for a target that no levels meet, before anything is measured."""
+        budget = self.constraint.budget
+        least, most = self.constraint.reach(self._levels(), self.before)
+        if budget.target >= least:
+            return
+        wanted, removed, kept = (1 - cost / self.constraint.dense for cost in (budget.target, least, most))
+        if self._by_weights():
+            message = (
+                f"a sparsity of {self.sparsity:g} is out of reach: the levels of these matrices give sparsities from "
+                f"{kept:.4g} to {removed:.4g}"
+            )
+        else:
+            message = (
+                f"removing {wanted:.4g} of the cost ({budget.kind}) is out of reach: the levels of these matrices "
+                f"remove from {max(kept, 0.0):.4g} to {removed:.4g}"
+            )
+        raise InfeasibleBudget(message, least, most)
 
     # -- allocations ------------------------------------------------------------------------------------------------
 
@@ -118,61 +168,19 @@ class Planner:
             levels=self.levels,
             score_options=self.score_options,
             score_data=self.batches,
-            prefix_cache=self.prefix_cache,
             resume=self.resume,
             progress=self.progress,
         )
 
-    def _check_reach(self) -> None:
-        """Refuse a target that no choice of levels meets, before anything is measured."""
-        levels = self._levels()
-        flat = {
-            group.name: Curve(
-                name=group.name,
-                numel=group.layer.numel,
-                kept=kept,
-                distortion=(0.0,) * len(kept),
-                stderr=(0.0,) * len(kept),
-                metric="none",
-                patterns=patterns,
-            )
-            for group in self.groups
-            for kept, patterns in [levels[group.name]]
-        }
-        try:
-            self._allocate("dp", curves=flat)
-        except InfeasibleBudget as error:
-            if self.limit is not None:
-                raise self._out_of_reach(self.limit, error) from None
-            assert self.sparsity is not None
-            total = sum(group.layer.numel for group in self.groups)
-            sparsest, densest = 1 - error.lowest / total, 1 - error.highest / total
-            raise InfeasibleBudget(
-                f"a sparsity of {self.sparsity:g} is out of reach: the levels of these matrices give sparsities from "
-                f"{densest:.4g} to {sparsest:.4g}",
-                error.lowest,
-                error.highest,
-            ) from None
-
-    def _out_of_reach(self, limit: Limit, error: InfeasibleBudget) -> InfeasibleBudget:
-        wanted, most, least = (1 - cost / limit.dense for cost in (limit.budget.target, error.lowest, error.highest))
-        return InfeasibleBudget(
-            f"removing {wanted:.4g} of the cost ({limit.budget.kind}) is out of reach: the levels of these matrices "
-            f"remove from {max(least, 0.0):.4g} to {most:.4g}",
-            error.lowest,
-            error.highest,
-        )
-
     def _by_curves(self, curves: Mapping[str, Curve], correction: str) -> Allocation:
-        """The allocation of smallest summed distortion, and where that is to be corrected, of smallest joint one."""
-        plain = self._solve(curves)
+        """The allocation of smallest summed distortion; after a correction, that of smallest joint distortion."""
         if correction == "none":
-            return plain
+            return self._solve(curves)
         measurement = self._measurement(self.measured)
         try:
             if correction == "coefficients":
-                return self._scaled(curves, measurement)
-            return self._relinearised(plain, measurement)
+                return tuned_coefficients(curves, self._solve, lambda one: self._joint(measurement, one), **SEARCH)[0]
+            return self._relinearised(self._solve(curves), measurement)
         finally:
             measurement.close()
 
@@ -182,25 +190,19 @@ class Planner:
             raise ValueError(f"there is no curve for {missing[0]}; measure with the same model and granularity")
         return self._allocate("dp", curves={group.name: curves[group.name] for group in self.groups})
 
-    def _scaled(self, curves: Mapping[str, Curve], measurement: Measurement) -> Allocation:
-        def joint(allocation: Allocation) -> float:
-            return self._joint(measurement, allocation)
-
-        return tuned_coefficients(curves, self._solve, joint, **SEARCH)[0]
-
     def _relinearised(self, plain: Allocation, measurement: Measurement) -> Allocation:
+        """Measure again around the uniform allocation, then around what that gives, while the joint one falls."""
         best, lowest = plain, self._joint(measurement, plain)
-        around = self._uniform() or plain
-        levels = self._levels()
+        around, levels = self._uniform() or plain, self._levels()
         for _ in range(2):
             curves = relinearised_curves(
                 measurement,
                 self.groups,
                 levels,
-                chosen_levels(around, self.groups),
+                levels_by_group(around, self.groups),
                 self.pruning,
                 progress=self.progress,
-                originals=self.originals,
+                snapshot=self.snapshot,
             )
             around = self._solve(curves)
             joint = self._joint(measurement, around)
@@ -209,50 +211,44 @@ class Planner:
             best, lowest = around, joint
         return best
 
-    def _baseline(self, method: str, beta: float | None) -> Allocation:
-        more: dict[str, Any] = {}
+    def _by_rule(self, method: str) -> Allocation:
         if method == "global":
-            more["scores"] = self._scores()
-        elif method == "lamp":
-            more["scores"] = {group.name: group.targets[0].weight for group in self.groups}  # it squares them
-        elif method == "owl":
-            more["outliers"] = self._outliers()
-        elif method == "atp":
-            if beta is None:
-                return self._best_slope()
-            more["beta"] = beta
-        return self._allocate(method, **more)
+            return self._allocate(method, scores=self._scores())
+        if method == "lamp":  # which squares them
+            return self._allocate(method, scores={group.name: group.targets[0].weight for group in self.groups})
+        if method == "owl":
+            return self._allocate(method, outliers=self._outliers())
+        return self._best_slope() if method == "atp" else self._allocate(method)
 
     def _scores(self) -> Mapping[str, Tensor]:
-        """The scores of all matrices, and nothing else of their pruners; those that take a product, only when asked."""
+        """Scores of all matrices. Cheap ones are computed whenever they are asked for, those of products once."""
         pruners = self.pruning.pruners(self.groups)
         if self.score in ("magnitude", "wanda"):
             return Scores(pruners)
-        found = {}
+        scores = {}
         for group in self.groups:
-            found[group.name] = pruners[group.name].scores
+            scores[group.name] = pruners[group.name].scores
             pruners.release(group)
-        return found
+        return scores
 
     def _outliers(self) -> dict[str, float]:
-        """Percent of its block's Wanda scores that are outliers, by layer; one without a block is one by itself."""
+        """Percentage of outliers among the Wanda scores of each layer's block; a layer outside blocks is its own."""
         pruners = Pruning(self.pruning.cache, "wanda").pruners(self.groups)
         blocks: dict[int | str, list[Group]] = {}
         for group in self.groups:
-            block = group.name if group.layer.block is None else group.layer.block
-            blocks.setdefault(block, []).append(group)
+            blocks.setdefault(group.name if group.layer.block is None else group.layer.block, []).append(group)
         ratios = {}
-        for members in blocks.values():
-            ratio = outlier_ratio([pruners[group.name].scores for group in members])
-            for group in members:
+        for block in blocks.values():
+            ratio = outlier_ratio([pruners[group.name].scores for group in block])
+            for group in block:
                 ratios[group.name] = ratio
                 pruners.release(group)
         return ratios
 
     def _best_slope(self) -> Allocation:
-        """ATP's slope by trial, on the data that curves are measured on."""
+        """ATP's allocation with the slope of smallest joint distortion on the data of the curves."""
         assert self.sparsity is not None
-        blocks = {layer.block for layer in _placed([group.layer for group in self.groups])}
+        blocks = {layer.block for layer in _in_blocks([group.layer for group in self.groups])}
         betas = atp_betas(self.sparsity, len(blocks))
         candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
         measurement = self._measurement(self.measured)
@@ -262,60 +258,51 @@ class Planner:
             measurement.close()
 
     def _uniform(self) -> Allocation | None:
-        """The same sparsity for all, within the same budget; None where it allows none."""
-        if self.limit is None:
+        """Uniform sparsity within the same budget; None where no uniform sparsity meets it."""
+        budget = self.constraint.budget
+        if self._by_weights():
             return self._allocate("uniform")
-        upper = self._counts()
-        lower = {
-            group.name: min(math.ceil(self.at_least * group.layer.numel - 1e-6), upper[group.name])
-            for group in self.groups
-        }
-        between = self.limit.budget.kind != "latency" and not self.pattern.startswith("N:")
-        return self.limit.uniform(lower, upper, None if between else self._levels())
+        any_count = budget.kind != "latency" and not self.pattern.startswith("N:")
+        uniform = self.constraint.uniform(self._nonzero(), None if any_count else self._levels())
+        if uniform is None:
+            return None
+        sizes = {group.name: group.layer.numel for group in self.groups}
+        return Allocation("uniform", sizes, uniform[0], None, uniform[1], budget.kind, self.constraint.cost(uniform[0]))
 
-    def _counts(self) -> dict[str, int]:
-        """Weights of each group that are not zero, as they are now."""
-        return {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
-
-    def _allocate(self, method: str, **more: Any) -> Allocation:
-        """An allocation over the groups that never brings a zero back."""
-        nonzero = self._counts()
-        at_most = {group.name: nonzero[group.name] for group in self.groups if nonzero[group.name] < group.layer.numel}
+    def _allocate(self, method: str, **needed: Any) -> Allocation:
+        """An allocation over the groups that restores no zero."""
+        nonzero = self._nonzero()
         layers = [group.layer for group in self.groups]
-        found = allocate(
-            _placed(layers) if method == "atp" else layers,
-            self.sparsity,
+        by_weights = self._by_weights()
+        allocation = allocate(
+            _in_blocks(layers) if method == "atp" else layers,
+            self.sparsity if by_weights else None,
             method=method,
-            budget=None if self.limit is None else self.limit.budget,
-            at_least=self.at_least,
-            at_most=at_most or None,
-            **more,
+            budget=None if by_weights else self.constraint.budget,
+            at_most={layer.name: nonzero[layer.name] for layer in layers if nonzero[layer.name] < layer.numel},
+            **needed,
         )
-        if self.pattern.startswith("N:") and not found.patterns:
-            found = snap(found, self._levels())
-        return found
+        if self.pattern.startswith("N:") and not allocation.patterns:
+            allocation = snap(allocation, self._levels())
+        return allocation
 
     def _fixed(self, pattern: NM) -> Allocation:
-        kept, patterns = {}, {}
-        for group in self.groups:
-            for target in group.targets:
-                columns = target.layer.shape[1]
-                if columns % pattern.m:
-                    raise ValueError(
-                        f"{target.name} has {columns} inputs, which groups of {pattern.m} do not fill; leave it out "
-                        "with exclude, or take another pattern"
-                    )
-            kept[group.name] = group.layer.numel // pattern.m * pattern.n
-            patterns[group.name] = str(pattern)
+        for target in (target for group in self.groups for target in group.targets):
+            if target.layer.shape[1] % pattern.m:
+                raise ValueError(
+                    f"{target.name} has {target.layer.shape[1]} inputs, which groups of {pattern.m} do not fill; leave "
+                    "it out with exclude, or use another pattern"
+                )
         numel = {group.name: group.layer.numel for group in self.groups}
-        return Allocation(method="uniform", kept=kept, numel=numel, target=sum(kept.values()), patterns=patterns)
+        kept = {name: size // pattern.m * pattern.n for name, size in numel.items()}
+        return Allocation("uniform", numel, kept, sum(kept.values()), dict.fromkeys(numel, str(pattern)))
 
     # -- what it costs ----------------------------------------------------------------------------------------------
 
     def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
-        """Prune, and measure on held-out data; an allocation by curves that is not better than uniform gives way to it.
+        """Prune and measure on held-out data; "dp" gives way to uniform sparsity where it is not better.
 
-        The candidate comes last and stays: what is measured is not pruned again.
+        The candidate is measured last and stays: it is not pruned twice.
         """
         if not self.held_out:
             self.notes.append("there was no held-out data, so what the pruning costs was not measured")
@@ -326,77 +313,61 @@ class Planner:
             self.notes.append("no uniform sparsity meets the budget, so that nothing was compared with it")
         measurement = self._measurement(self.held_out)
         try:
-            evenly = None if uniform is None else self._additivity(measurement, uniform, stay=False)
-            own = self._additivity(measurement, candidate, stay=True)
+            baseline = None if uniform is None else self._additivity(measurement, uniform, stay=False)
+            cost = self._additivity(measurement, candidate, stay=True)
         finally:
             measurement.close()
-        if uniform is None or evenly is None:
-            return candidate, [own]
-        if own.joint < evenly.joint:
-            self._note_ratio(own)
-            return candidate, [own, evenly]
+        if uniform is None or baseline is None:
+            return candidate, [cost]
+        if cost.joint < baseline.joint:
+            self._note_ratio(cost)
+            return candidate, [cost, baseline]
         self.notes.append(
-            f"the allocation by dynamic programming costs {own.joint:.4g} on held-out data, uniform sparsity "
-            f"{evenly.joint:.4g}: the model was pruned uniformly. Distortions add up to {1 / own.ratio:.2f} of what "
-            "they are together"
+            f"the allocation by dynamic programming costs {cost.joint:.4g} on held-out data, uniform sparsity "
+            f"{baseline.joint:.4g}: the model was pruned uniformly. The summed distortion of the allocation is "
+            f"{1 / cost.ratio:.2f} times its joint distortion"
         )
-        self.originals.restore()
+        self.snapshot.restore()
         self._apply(uniform)
-        return uniform, [own, evenly]
+        return uniform, [cost, baseline]
 
     def _apply(self, allocation: Allocation) -> None:
-        self.originals.before_changes()
-        apply_allocation(self.groups, chosen_levels(allocation, self.groups), self.pruning)
+        self.snapshot.take()
+        apply_allocation(self.groups, levels_by_group(allocation, self.groups), self.pruning)
 
     def _additivity(self, measurement: Measurement, allocation: Allocation, *, stay: bool) -> Additivity:
-        return measure_additivity(measurement, self.groups, allocation, self.pruning, self.originals, stay=stay)
+        return measure_additivity(measurement, self.groups, allocation, self.pruning, self.snapshot, stay=stay)
 
-    def _note_ratio(self, one: Additivity) -> None:
-        """Say so where the sum that was minimized is not near what it stands for."""
-        if not one.summed or 1 / _ADDITIVE <= one.ratio <= _ADDITIVE:
+    def _note_ratio(self, cost: Additivity) -> None:
+        """Add a note where the sum that was minimized is far from the joint distortion."""
+        if not cost.summed or 1 / _ADDITIVE <= cost.ratio <= _ADDITIVE:
             return
         self.notes.append(
-            f"distortions do not add up here: all matrices together cost {one.joint:.4g} on held-out data, "
-            f"{one.ratio:.2f} times the sum of what each costs alone. The allocation is better than uniform sparsity, "
+            f"distortions do not add up here: all matrices together cost {cost.joint:.4g} on held-out data, "
+            f"{cost.ratio:.2f} times the sum of what each costs alone. The allocation is better than uniform sparsity, "
             "but the smallest sum need not be the smallest cost: a correction (relinearise, coefficients) or another "
             "allocation may do better"
         )
 
     def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
-        chosen = chosen_levels(allocation, self.groups)
-        return joint_of(measurement, self.groups, chosen, self.pruning, self.originals).mean
+        levels = levels_by_group(allocation, self.groups)
+        return joint_of(measurement, self.groups, levels, self.pruning, self.snapshot).mean
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
-        metric = self.metric
-        if isinstance(metric, str) and metric in LOCAL_METRICS:
-            metric = None  # of one layer only; what all do together is seen at the output
-        cache = self.pruning.cache
-        return Measurement(self.model, batches, metric, prefix_cache=self.prefix_cache, like=cache)
+        # a local metric is of one layer; the joint distortion is measured at the output
+        metric = None if self.metric in LOCAL_METRICS else self.metric
+        return Measurement(self.model, batches, metric, like=self.pruning.cache)
 
     def _metric_name(self) -> str:
         if self.metric is None:
             return default_metric(self.model)
         return self.metric if isinstance(self.metric, str) else self.metric.name
 
-    def _levels(self) -> Levels:
-        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
-    def _around(self) -> float:
-        """The sparsity that levels lie around."""
-        if self.limit is not None:
-            return self.limit.around
-        assert self.sparsity is not None
-        return self.sparsity
-
-    def _cache(self, batches: list[Batch]) -> PrefixCache:
-        return PrefixCache(self.model, batches, enabled=self.prefix_cache and bool(batches))
-
-
-def _placed(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers, those outside of all blocks with the number of the block before them, or of the first one."""
-    numbers = [layer.block for layer in layers if layer.block is not None]
-    place, found = min(numbers, default=0), []
+def _in_blocks(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers; those outside of all blocks get the number of the block before them, or of the first one."""
+    block, numbered = min((layer.block for layer in layers if layer.block is not None), default=0), []
     for layer in layers:
-        place = place if layer.block is None else layer.block
-        found.append(replace(layer, block=place))
-    return found
+        block = block if layer.block is None else layer.block
+        numbered.append(replace(layer, block=block))
+    return numbered

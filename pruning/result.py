@@ -8,9 +8,7 @@ from typing import Any
 from leanstep.pruning.allocate.allocation import Allocation
 from leanstep.pruning.measure.checks import Additivity
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.groups import Group
-
-__all__ = ["PruneResult"]
+from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
 
@@ -23,7 +21,7 @@ class PruneResult:
         allocation: how many weights each matrix (or group) kept.
         score, pattern, metric: as asked for, or the defaults.
         groups: the matrices, in groups that share a level.
-        chosen: kept weights and N:M pattern of each group.
+        levels: kept weights and N:M pattern of each group.
         curves: the measured curves, raw; empty where the allocation needs none.
         held_out: cost on held-out data of the allocation that was applied; None without data.
         compared: cost of every allocation that was tried, the applied one included.
@@ -40,7 +38,7 @@ class PruneResult:
     pattern: str
     metric: str
     groups: list[Group]
-    chosen: dict[str, tuple[int, str]]
+    levels: dict[str, tuple[int, str]]
     curves: dict[str, Curve] = field(default_factory=dict)
     held_out: Additivity | None = None
     compared: list[Additivity] = field(default_factory=list)
@@ -58,7 +56,7 @@ class PruneResult:
         """One row per matrix, counted in the weights as they are now."""
         rows = []
         for group in self.groups:
-            pattern = self.chosen[group.name][1]
+            pattern = self.levels[group.name][1]
             for target in group.targets:
                 nonzero = int(target.weight.count_nonzero())
                 rows.append(

@@ -28,28 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep eval``; returns 0, or 2 after a message about input that cannot be used."""
     options = _parser().parse_args(argv)
     try:
-        found = _evaluate_folder(options)
+        result = _evaluate_folder(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {_in_options(str(error))}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return 0
-    per_byte = "" if found["bits_per_byte"] is None else f"bits per byte  {found['bits_per_byte']:.4f}\n"
+    per_byte = "" if result["bits_per_byte"] is None else f"bits per byte  {result['bits_per_byte']:.4f}\n"
     print(
-        f"checkpoint     {found['checkpoint']} ({found['parameters']:,} parameters)\n"
-        f"data           {found['data']}\n"
-        f"in training    {found['training']}\n"
-        f"evaluated      {found['tokens']:,} targets (predicted tokens) in sequences of {found['seq_len']}\n"
-        f"loss           {found['loss']:.4f}\n"
-        f"perplexity     {found['perplexity']:.2f}\n{per_byte}",
+        f"checkpoint     {result['checkpoint']} ({result['parameters']:,} parameters)\n"
+        f"data           {result['data']}\n"
+        f"in training    {result['training']}\n"
+        f"evaluated      {result['tokens']:,} targets (predicted tokens) in sequences of {result['seq_len']}\n"
+        f"loss           {result['loss']:.4f}\n"
+        f"perplexity     {result['perplexity']:.2f}\n{per_byte}",
         end="",
     )
     return 0
 
 
 def _in_options(message: str) -> str:
-    """An error about data in the words of this command: recipes have keys where it has options."""
+    """Replace the keys of recipes in an error by the options of this command."""
     for key, option in _OPTIONS.items():
         message = message.replace(key, option)
     return message
@@ -106,7 +106,7 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def _open_model(folder: Path) -> Any:
-    """Load the model, refusing weights that do not fit it: what is missing would be random numbers."""
+    """Load the model. Raises ValueError if weights are missing or do not fit: they would be random."""
     require("transformers")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -114,14 +114,14 @@ def _open_model(folder: Path) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # a broken configuration or file: transformers and safetensors raise many types
         raise ValueError(f"could not open the model in '{folder}': {str(error).strip().splitlines()[0]}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    if told["missing_keys"] or told["mismatched_keys"]:
-        names = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        names = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
         raise ValueError(f"the weights in '{folder}' do not fit its config.json: {', '.join(names[:3])}, ...")
     return model
 
@@ -149,14 +149,18 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
     training = read_training(folder)
     if options.data == "sotu":
-        asked = options.val_tokens or (training and training.held_out()) or 150_000
-        data = load_data(DataConfig(val_tokens=asked, **settings), seed=0)
-        seen = training.about_sotu(asked) if training else UNKNOWN
-        dataset, bytes_per_token, told = data.validation, data.bytes_per_token, f"sotu, {data.facts['validation']}"
+        val_tokens = options.val_tokens or (training and training.held_out()) or 150_000
+        data = load_data(DataConfig(val_tokens=val_tokens, **settings), seed=0)
+        seen_in_training = training.about_sotu(val_tokens) if training else UNKNOWN
+        dataset, bytes_per_token, description = (
+            data.validation,
+            data.bytes_per_token,
+            f"sotu, {data.facts['validation']}",
+        )
     else:
-        seen = training.about_file(options.data) if training else UNKNOWN
+        seen_in_training = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, told = load_validation(config, open_file(config, options.data), tokenizer)
+        dataset, bytes_per_token, description = load_validation(config, open_file(config, options.data), tokenizer)
     device = _device(options.device)
     result = evaluate(
         model.to(device),
@@ -170,8 +174,8 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "checkpoint": str(folder),
         "parameters": parameters,
-        "data": told,
-        "training": seen,
+        "data": description,
+        "training": seen_in_training,
         "seq_len": seq_len,
         **asdict(result),
     }

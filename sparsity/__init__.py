@@ -1,9 +1,10 @@
 """N:M sparsity: patterns, masks, schedules, and weights that train under them."""
 
 from leanstep.sparsity.compressed import export_compressed, load_compressed
-from leanstep.sparsity.controller import Controller, sparsify
+from leanstep.sparsity.controller import Controller
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
 from leanstep.sparsity.masks import flip_rate, is_nm, nm_mask
+from leanstep.sparsity.methods import sparsify
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.schedules import Schedule, Stage
 from leanstep.sparsity.scores import (

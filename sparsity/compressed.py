@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
-from leanstep.sparsity.detect import tightest
+from leanstep.sparsity.masks import tightest
 from leanstep.sparsity.modules import sparse_layers
 from leanstep.sparsity.patterns import NM, as_pattern
 from leanstep.sparsity.squash import check_finished, plain_state_dict

@@ -1,129 +1,28 @@
-"""One call that makes a model train N:M sparse, and the controller that moves masks and decay along while it trains."""
+"""The controller, which moves the masks and the decay of sparse weights along while a model trains."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanstep._torch import StepHooks, is_dtensor, local_part, whole_tensor
-from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity import sharding
-from leanstep.sparsity.functional import s_ste_scale
-from leanstep.sparsity.methods import METHODS, Method, resolve_schedule
-from leanstep.sparsity.modules import SparseLayer, install, plan_layers
+from leanstep.sparsity.functional import s_ste_scale, srste_term
+from leanstep.sparsity.masks import fill_masks
+from leanstep.sparsity.modules import SparseLayer
 from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import Schedule, Stage
 from leanstep.sparsity.scores import magnitude_times_gradient
 from leanstep.sparsity.statistics import Measurement, layer_rows, summary
 from leanstep.sparsity.transposable import transposable_mask
 
-SCORES = ("magnitude", "gradient", "transposable")
+if TYPE_CHECKING:
+    from leanstep.sparsity.methods import Method
+
 Score = Callable[[SparseLayer, Tensor], Tensor]
-
-
-def sparsify(
-    model: nn.Module,
-    patterns: Mapping[str, NM | str] | NM | str,
-    *,
-    schedule: Schedule | int | None = None,
-    method: str | None = None,
-    score: str | Score = "magnitude",
-    grad_flow: str | None = None,
-    srste_lambda: float | None = None,
-    mask_every: int = 1,
-    axis: str = "in",
-    pad: str = "refuse",
-    measure_every: int = 0,
-) -> Controller:
-    """Let layers of a model compute with N:M sparse weights, from dense ones that go on being trained.
-
-    In every forward pass a chosen layer computes with ``W * (P + (1 - P) * alpha)``, where P keeps the N weights of
-    highest score in every M, and alpha follows the schedule. The dense W stays the optimizer's parameter.
-
-    ==================  =======================================  =====================================================
-    method              schedule                                 gradient of W, from g of the weight computed with
-    ==================  =======================================  =====================================================
-    "ste"               any                                      g
-    "srste"             any                                      g + lambda (1 - P) W, lambda = 2e-4
-    "fixed"             any; P is made when the pattern changes  P g
-    "mdgf-linear"       alpha falls linearly                     g; alpha g on pruned entries with grad_flow="decay"
-    "mdgf-exponential"  alpha = exp(-c j)                        the same
-    "sdgf-stepwise"     (M-1):M, M/2:M, ..., N:M                 g
-    "sdgf-geometric"    8N:8M, 4N:4M, 2N:2M, N:M                 g
-    "sdgf-...+mdgf-..." both at once                             g; alpha g with grad_flow="decay"
-    "s-ste"             constant; computes with beta S(W)        g
-    ==================  =======================================  =====================================================
-
-    Args:
-        model: any module. Linear layers, convolutions, ``nn.MultiheadAttention`` and transformers' ``Conv1D`` can be
-            sparse. Changed in place.
-        patterns: shell-style wildcards over layer names -> pattern, the first that matches decides; ``{"*.mlp.*":
-            NM(1, 8), "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their
-            parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M, which
-            keeps nothing, is taken with a warning. One pattern alone is for every such layer but the output head that a
-            transformers model names.
-        schedule: how N:M is reached. A number means that many steps with the method's own kind of schedule; None is for
-            methods that need none.
-        method: of the table; None: what the kind of the schedule says, and "ste" for a constant one.
-        score: "magnitude"; "gradient" (|W * its gradient|, of the last step); "transposable" (magnitudes under masks
-            that are N:M along outputs, too: :func:`transposable_mask`, dearer than the others, see ``mask_every``); or
-            a function of (layer, weight) that gives scores like the weight, of whose magnitudes the largest are kept.
-        grad_flow: "ste", "decay" or "fixed"; None: the method's.
-        srste_lambda: adds SR-STE's term to any method; None: the method's.
-        mask_every: optimizer steps between two masks.
-        axis: groups lie along a layer's inputs ("in"; in-channels of convolutions) or its outputs ("out").
-        pad: what to do with rows that groups do not fill: "refuse", or "zero" for a shorter last group.
-        measure_every: steps between two measurements for :meth:`Controller.statistics`; 0 measures never.
-
-    Returns:
-        The :class:`Controller`. Attach it to the optimizer, or call its ``step`` after every step.
-
-    Raises:
-        TypeError: for patterns that are none.
-        ValueError: for a rule that matches no layer; M larger than a row, or no divisor of it; a layer that is
-            parametrized, quantised or sharded already; tied weights with two patterns; settings that contradict each
-            other. The model is unchanged then.
-
-    Notes:
-        Costs 1 byte per sparse weight for its mask, and the weight that is computed with, for as long as autograd keeps
-        it. SR-STE's term is added to the gradient once per optimizer step, after any clipping and unscaling, where
-        code that adds it in backward adds it once per use and micro batch, and scaled down by a loss scale. Tied
-        weights are sparse wherever they are used. Sharding comes after this call; the optimizer may come before or
-        after, but a run that resumes has to build it at the same place, since ``model.parameters()`` comes in another
-        order afterwards and optimizers load their state by it.
-
-    References:
-        Zhou et al., arXiv 2102.04010 (SR-STE); Bambhaniya et al., arXiv 2402.04744 (MDGF, SDGF); Hu, Zhu, Chen,
-        arXiv 2409.09099 (S-STE).
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> controller = sparsify(model, {"0": "2:4"}, schedule=100, method="mdgf-exponential").attach(optimizer)
-    """
-    chosen, plan = resolve_schedule(schedule, method)
-    flow = grad_flow if grad_flow is not None else chosen.grad_flow
-    weight_decay = chosen.srste_lambda if srste_lambda is None else srste_lambda
-    _check_settings(chosen, plan, flow, weight_decay, score, mask_every, measure_every)
-    layers = plan_layers(model, patterns, axis, pad)
-    if chosen.continuous and any(layer.weight.shape[layer.dim] % layer.target.m for layer in layers):
-        raise ValueError("sparsify: method 's-ste' needs rows that groups fill; pad='zero' is for the other methods")
-    if score == "transposable":
-        _check_tiles(layers)
-    controller = Controller(layers, plan, chosen, score, weight_decay, mask_every, measure_every)
-    empty = [f"{layer.name} ({layer.target})" for layer in layers if layer.target.n == 0]
-    if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        warnings.warn(f"sparsify: patterns 0:M prune every weight of {', '.join(empty[:5])}{more}", stacklevel=2)
-    for layer in layers:
-        install(layer, flow, chosen.continuous)
-    _spare_from_broadcast(model, layers)
-    controller.refresh()
-    return controller
 
 
 class Controller:
@@ -215,7 +114,7 @@ class Controller:
             for layer in self.layers:
                 if layer.weight.grad is not None:
                     gradient, weight, mask = sharding.local_parts(layer)
-                    gradient.add_((weight * factor).to(gradient.dtype).masked_fill_(mask, 0))
+                    gradient.add_(srste_term(weight, mask, factor).to(gradient.dtype))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -340,7 +239,7 @@ class Controller:
             for score, mask in zip(scores, masks, strict=True):
                 mask.copy_(transposable_mask(score, pattern))
         else:
-            _fill_masks(scores, pattern, dim, masks)
+            fill_masks(scores, pattern, dim, masks)
         for i, layer in enumerate(layers):
             sharding.share_mask(layer, masks[i])
             if measure:
@@ -374,34 +273,6 @@ class Controller:
             )
 
 
-def _check_settings(
-    method: Method, schedule: Schedule, flow: str, factor: float, score: Any, mask_every: int, measure_every: int
-) -> None:
-    """The settings of :func:`sparsify` that do not depend on the model."""
-    for name, accepted, expected, value in (
-        ("grad_flow", flow in ("ste", "decay", "fixed"), "'ste', 'decay' or 'fixed'", flow),
-        ("srste_lambda", 0 <= factor < float("inf"), ">= 0", factor),
-        ("score", callable(score) or score in SCORES, f"a function or one of {SCORES}", score),
-        ("mask_every", isinstance(mask_every, int) and mask_every >= 1, "an integer >= 1", mask_every),
-        ("measure_every", isinstance(measure_every, int) and measure_every >= 0, "an integer >= 0", measure_every),
-    ):
-        if not accepted:
-            raise ValueError(f"sparsify: {name} must be {expected}, got {value!r}")
-    if method.continuous and (schedule.kind != "constant" or flow != "ste" or factor or score != "magnitude"):
-        raise ValueError("sparsify: method 's-ste' has a rule of its own: a constant schedule, magnitudes, no SR-STE")
-
-
-def _check_tiles(layers: list[SparseLayer]) -> None:
-    """Refuse layers that M x M tiles do not fill."""
-    for layer in layers:
-        shape, m = tuple(layer.weight.shape), layer.target.m
-        if len(shape) != 2 or shape[0] % m or shape[1] % m:
-            raise ValueError(
-                f"sparsify: score 'transposable' needs matrices that tiles of {m} x {m} fill, and {layer.name!r} has a "
-                f"weight of shape {shape}; leave it out of the patterns, or give it another one"
-            )
-
-
 def _that_fits(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
     """A coarse pattern on the way to the target, halved until its groups fill rows of ``sizes`` as the target's do."""
     while pattern.m > target.m and any(
@@ -409,34 +280,3 @@ def _that_fits(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
     ):
         pattern = NM(pattern.n // 2, pattern.m // 2)
     return pattern
-
-
-def _fill_masks(scores: list[Tensor], pattern: NM, dim: int, out: list[Tensor]) -> None:
-    """Masks of scores that are alike, all in one call; rows that groups do not fill end in a shorter one."""
-    sizes = {score.shape[dim] for score in scores}
-    for size in sizes:
-        alike = [i for i, score in enumerate(scores) if score.shape[dim] == size]
-        rest = size % pattern.m
-        for start, length, n, m in (
-            (0, size - rest, pattern.n, pattern.m),
-            (size - rest, rest, min(pattern.n, rest), rest),
-        ):
-            if length:
-                parts = [[tensors[i].narrow(dim, start, length) for i in alike] for tensors in (scores, out)]
-                nm_mask(parts[0], n, m, dim=dim, out=parts[1])
-
-
-def _spare_from_broadcast(model: nn.Module, layers: list[SparseLayer]) -> None:
-    """Keep DDP from sending masks around before every forward pass: they follow from weights that are equal already."""
-    chosen = {id(layer.transform): layer for layer in layers}
-    names = [
-        f"{name}.{buffer}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in chosen
-        for buffer in ("mask", "alpha", "beta")
-    ]
-    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
-    model._ddp_params_and_buffers_to_ignore = [*known, *names]  # type: ignore[assignment]
-
-
-__all__ = ["METHODS", "SCORES", "Controller", "sparsify"]

@@ -66,6 +66,11 @@ def sparse_weight(
     return _SparseWeight.apply(weight, mask, alpha, grad_flow, float(srste_lambda))
 
 
+def srste_term(weight: Tensor, mask: Tensor, srste_lambda: Tensor | float) -> Tensor:
+    """SR-STE's term of the gradient, ``srste_lambda * (1 - P) * weight``: a new tensor like ``weight``."""
+    return (weight * srste_lambda).masked_fill_(mask, 0)
+
+
 class _SparseWeight(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float) -> Tensor:

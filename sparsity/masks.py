@@ -1,15 +1,24 @@
-"""N:M masks of weights: along which axis groups lie, what happens to a short last group, and whether a mask is one."""
+"""N:M masks made from scores, and N:M patterns found in tensors."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels.nm.mask import nm_mask as nm_mask_kernel
-from leanstep.sparsity.detect import violations
 from leanstep.sparsity.patterns import NM, as_pattern
 
 AXES = ("in", "out", "conv")
+# longest group that is looked for
+_LONGEST = 128
+# a pattern counts if this fraction of its places is filled, or if chance gives it once in a million tensors
+_FULL, _SURE = 0.99, math.log(1e6)
+# longer rows are not taken for groups
+_ROW = 32
 
 
 def axis_dim(shape: torch.Size, axis: str) -> int:
@@ -63,23 +72,28 @@ def nm_mask(
         TypeError: for scores that are not of floating dtype.
     """
     pattern = as_pattern(pattern)
-    dim = axis_dim(scores.shape, axis)
-    size = scores.shape[dim]
-    rest = _check_fit(scores.shape, pattern, axis, pad)
+    _check_fit(scores.shape, pattern, axis, pad)
     if out is None:
         out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    for start, length, n, m in (
-        (0, size - rest, pattern.n, pattern.m),
-        (size - rest, rest, min(pattern.n, rest), rest),
-    ):
-        if length:
-            part, kept = (t.narrow(dim, start, length) for t in (scores, out))
-            nm_mask_kernel([part], n, m, dim=dim, check=check, out=[kept])
+    fill_masks([scores], pattern, axis_dim(scores.shape, axis), [out], check=check)
     return out
 
 
-def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> int:
-    """Weights in a short last group."""
+def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Tensor], *, check: bool = False) -> None:
+    """Masks of tensors of one device, in one call for all tensors of one size; a last group may be shorter than M."""
+    for size in {score.shape[dim] for score in scores}:
+        indices = [i for i, score in enumerate(scores) if score.shape[dim] == size]
+        rest = size % pattern.m
+        whole_groups = (0, size - rest, pattern.n, pattern.m)
+        last_group = (size - rest, rest, min(pattern.n, rest), rest)
+        for start, length, n, m in (whole_groups, last_group):
+            if length:
+                parts = [[tensors[i].narrow(dim, start, length) for i in indices] for tensors in (scores, out)]
+                nm_mask_kernel(parts[0], n, m, dim=dim, check=check, out=parts[1])
+
+
+def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> None:
+    """Refuse groups that are longer than a row, or do not fill it."""
     if pad not in ("refuse", "zero"):
         raise ValueError(f"nm_mask: pad must be 'refuse' or 'zero', got {pad!r}")
     size = shape[axis_dim(shape, axis)]
@@ -94,7 +108,6 @@ def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> int:
             f"nm_mask: groups of {pattern.m} do not fill the {size} entries along axis {axis!r} of a weight of shape "
             f"{tuple(shape)}: {rest} are left over. Use pad='zero', another pattern, or another width."
         )
-    return rest
 
 
 def is_nm(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> bool:
@@ -116,3 +129,59 @@ def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:
     if mask.shape != previous.shape:
         raise ValueError(f"flip_rate: masks of shapes {tuple(mask.shape)} and {tuple(previous.shape)}")
     return (mask != previous).to(torch.float32).mean()
+
+
+def tightest(weight: Tensor, dim: int) -> NM | None:
+    """The N:M of lowest density that a tensor obeys along a dimension, with the smallest M; None for a dense one."""
+    candidates = _obeyed_patterns(weight, dim, min(weight.shape[dim], _LONGEST))
+    return min(candidates, key=lambda pattern: Fraction(pattern.n, pattern.m), default=None)
+
+
+def pattern_of(weight: Tensor, dim: int) -> NM | None:
+    """The N:M that a tensor was made to obey; None for a dense one, or if its zeros lie as chance puts them.
+
+    Any zeros obey some pattern with groups long enough, such as 26:128. A pattern counts if nearly every group has N
+    nonzeros, or if as many zeros at random places would break it with near certainty; of several, the one that they
+    would break most surely. Equally many zeros in every row of a wide matrix, as Wanda leaves them, are not a pattern
+    of groups.
+    """
+    size, numel = weight.shape[dim], weight.numel()
+    density = float((weight.detach() != 0).double().mean()) if numel else 1.0
+    best, surest = None, -1.0
+    for pattern in _obeyed_patterns(weight, dim, min(size if size <= _ROW else size // 2, _LONGEST)):
+        evidence = numel // pattern.m * _evidence(pattern, density, size)
+        if evidence > surest and (density >= _FULL * pattern.density or evidence > _SURE):
+            best, surest = pattern, evidence
+    return best
+
+
+def _obeyed_patterns(weight: Tensor, dim: int, longest: int) -> Iterator[NM]:
+    """For each group length M that divides the dimension, the smallest N that the tensor obeys, if N < M."""
+    nonzero = weight.detach().movedim(dim, -1) != 0
+    if not weight.numel() or bool(nonzero.all()):
+        return
+    for m in range(2, longest + 1):
+        if weight.shape[dim] % m == 0:
+            pattern = NM(int(nonzero.unflatten(-1, (-1, m)).sum(dim=-1).max()), m)
+            if not pattern.is_dense:
+                yield pattern
+
+
+def _evidence(pattern: NM, density: float, size: int) -> float:
+    """-log of the probability that a group obeys a pattern in a row of a size, whose nonzeros lie anywhere in it."""
+    n, m, kept = pattern.n, pattern.m, round(density * size)
+    # of a row's nonzeros, a group gets a share without replacement: what Wanda leaves in each row is the same number
+    ways = sum(math.comb(kept, k) * math.comb(size - kept, m - k) for k in range(n + 1))
+    return max(0.0, math.log(math.comb(size, m)) - math.log(max(ways, 1)))
+
+
+def violations(weight: Tensor, pattern: NM, dim: int) -> int:
+    """Groups along a dimension with more than N nonzeros (NaN is one); a short last one counts as filled with zeros."""
+    return int((group_counts(weight, pattern.m, dim) > pattern.n).sum())
+
+
+def group_counts(weight: Tensor, m: int, dim: int) -> Tensor:
+    """Nonzeros of every group of m along a dimension, int64 [other dimensions, groups]."""
+    nonzero = weight.detach().movedim(dim, -1) != 0
+    padded = torch.nn.functional.pad(nonzero, (0, -nonzero.shape[-1] % m))
+    return padded.unflatten(-1, (-1, m)).sum(dim=-1)

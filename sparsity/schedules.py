@@ -1,4 +1,22 @@
-"""How the pattern and the decay of pruned weights change while a model trains: pure functions of the step."""
+"""How the pattern and the decay of pruned weights change while a model trains: the rule of MDGF and SDGF.
+
+Pure functions of the step. With d dense steps at the start, f fine-tuning steps at the end, span = total - d - f and
+j = step - d, :meth:`Schedule.at` calls, in this order,
+
+    frame               max { i : int(i span / F) <= j } of F frames      :func:`frame_at`
+    SDGF-stepwise       (M-1):M, floor(M/2):M, floor(M/4):M, ..., N:M     :func:`stepwise_patterns`
+    SDGF-geometric      kN:kM for k = coarsest, ..., 4, 2, 1              :func:`geometric_patterns`
+    MDGF-linear         alpha = max(0, 1 - c j)                           :func:`linear_alpha`
+                        c = (1 - alpha_end) / span                        :func:`linear_rate`
+    MDGF-exponential    alpha = exp(-c j)                                 :func:`exponential_alpha`
+                        c = -ln(alpha_end) / span                         :func:`exponential_rate`
+
+and the layer computes with W * (P + (1 - P) alpha), where the mask P obeys the pattern
+(:mod:`leanstep.sparsity.functional`).
+
+Bambhaniya, Yazdanbakhsh, Subramanian, Kao, Agrawal, Evci, Krishna, "Progressive Gradient Flow for Robust N:M Sparsity
+Training in Transformers", arXiv 2402.04744.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +30,56 @@ STRUCTURES = ("sdgf-stepwise", "sdgf-geometric")
 DECAYS = ("mdgf-linear", "mdgf-exponential")
 KINDS = ("constant", *DECAYS, *STRUCTURES, *(f"{structure}+{decay}" for structure in STRUCTURES for decay in DECAYS))
 
-# a decayed weight this small beside its neighbours is a zero that costs a dense product
-_ZERO = 1e-6
+# an alpha below this is set to 0: the weights no longer matter, and only exact zeros save work
+NEGLIGIBLE_ALPHA = 1e-6
+
+
+def frame_at(j: int, span: int, frames: int) -> int:
+    """The index of the frame that holds at step j of ``span`` steps, of ``frames`` frames of equal length."""
+    return max(i for i in range(frames) if i * span // frames <= j)
+
+
+def stepwise_patterns(target: NM) -> list[NM]:
+    """SDGF-stepwise: (M-1):M, floor(M/2):M, floor(M/4):M, ... while they are denser than N:M, and N:M last."""
+    n, m = target.n, target.m
+    counts = [m - 1, *(m >> i for i in range(1, m.bit_length()))]
+    return [NM(count, m) for count in dict.fromkeys(counts) if count > n] + [target]
+
+
+def geometric_patterns(target: NM, coarsest: int) -> list[NM]:
+    """SDGF-geometric: kN:kM for k = ``coarsest`` (a power of two), ..., 4, 2, 1."""
+    return [target.scaled(coarsest >> i) for i in range(coarsest.bit_length())]
+
+
+def linear_alpha(j: int, c: float) -> float:
+    """MDGF-linear: max(0, 1 - c j)."""
+    return max(0.0, 1 - c * j)
+
+
+def exponential_alpha(j: int, c: float) -> float:
+    """MDGF-exponential: exp(-c j)."""
+    return math.exp(-c * j)
+
+
+def linear_rate(alpha_end: float, span: int) -> float:
+    """The c with which :func:`linear_alpha` is ``alpha_end`` after ``span`` steps."""
+    return (1 - alpha_end) / span
+
+
+def exponential_rate(alpha_end: float, span: int) -> float:
+    """The c with which :func:`exponential_alpha` is ``alpha_end`` after ``span`` steps."""
+    return -math.log(alpha_end) / span
+
+
+# decay -> alpha, rate, default alpha_end
+_DECAY_RULES = {
+    "mdgf-linear": (linear_alpha, linear_rate, 0.0),
+    "mdgf-exponential": (exponential_alpha, exponential_rate, 1e-4),
+}
 
 
 class Stage(NamedTuple):
-    """What holds at one step.
+    """The schedule's values at one step.
 
     Attributes:
         pattern: the pattern that masks obey.
@@ -32,7 +94,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When a model is dense, how it becomes N:M sparse, and how long it is tuned afterwards.
+    """When a model is dense, how it becomes N:M sparse, and how long it is fine-tuned afterwards.
 
     With d = int(dense * total_steps), f = int(finetune * total_steps), span = total_steps - d - f and j = step - d:
 
@@ -42,8 +104,8 @@ class Schedule:
     * ``sdgf-geometric``: kN:kM for k = ``coarsest``, ..., 4, 2, 1; as many frames.
     * ``sdgf-...+mdgf-...``: both at once.
 
-    Frame i begins at j = int(i * span / F). From j = span on the pattern is N:M and alpha is 0, whatever the kind.
-    Every function is pure: what holds at a step depends on the step alone, so a resumed run goes on as it was.
+    Frame i begins at j = int(i * span / F). From j = span on, the pattern is N:M and alpha is 0 for every kind. All
+    values depend on the step alone, so a resumed run continues exactly.
 
     Args:
         kind: one of the above.
@@ -54,20 +116,19 @@ class Schedule:
         alpha_end: alpha after ``span`` steps, 0 < alpha_end < 1 (linear: 0 as well), from which c follows. None: 0
             for mdgf-linear and 1e-4 for mdgf-exponential.
         coarsest: factor of the first frame of sdgf-geometric, a power of two >= 1.
-        freeze_mask_in_finetune: whether masks stay as they are in the last phase, rather than follow the weights.
+        freeze_mask_in_finetune: whether masks are fixed in the last phase instead of following the weights.
 
     Raises:
         ValueError: for values out of range, a decay without an mdgf kind, or ``decay`` and ``alpha_end`` together.
 
     Notes:
-        Where M / N is no power of two, the published code of stepwise SDGF ends at a denser pattern (3:8 at 4:8); here
+        If M / N is not a power of two, the published code of stepwise SDGF ends at a denser pattern (3:8 at 4:8); here
         N:M is always the last frame. Its j counts from a hundredth of the dense phase on; here, as in the paper, from
-        its end. Its frames begin where an epoch's number is met exactly, and are lost on resuming; here they follow
-        from the step.
+        the end of it. Its frames begin where an epoch's number is met exactly, and are lost on resuming; here they
+        follow from the step.
 
     References:
-        Bambhaniya, Yazdanbakhsh, Subramanian, Kao, Agrawal, Evci, Krishna, "Progressive Gradient Flow for Robust N:M
-        Sparsity Training in Transformers", arXiv 2402.04744.
+        Bambhaniya et al., arXiv 2402.04744; the rule is the module's functions.
 
     Example:
         >>> schedule = Schedule(kind="sdgf-stepwise", total_steps=80)
@@ -86,8 +147,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"Schedule: kind {self.kind!r} is none of {', '.join(KINDS)}")
-        lowest = 0.0 if "mdgf-linear" in self.kind else math.ulp(0.0)
+            raise ValueError(f"Schedule: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        lowest = 0.0 if self._decay_kind == "mdgf-linear" else math.ulp(0.0)
         power = isinstance(self.coarsest, int) and self.coarsest >= 1 and self.coarsest & (self.coarsest - 1) == 0
         for name, accepted, expected in (
             ("total_steps", isinstance(self.total_steps, int) and self.total_steps >= 1, "an integer >= 1"),
@@ -100,9 +161,9 @@ class Schedule:
             if not accepted:
                 raise ValueError(f"Schedule: {name} must be {expected}, got {getattr(self, name)!r}")
         if self.decay is not None and self.alpha_end is not None:
-            raise ValueError("Schedule: decay and alpha_end say the same thing; give one of them")
-        if (self.decay is not None or self.alpha_end is not None) and "mdgf" not in self.kind:
-            raise ValueError(f"Schedule: decay and alpha_end are for mdgf kinds; {self.kind!r} decays nothing")
+            raise ValueError("Schedule: decay and alpha_end set the same rate; give one of them")
+        if (self.decay is not None or self.alpha_end is not None) and self._decay_kind is None:
+            raise ValueError(f"Schedule: decay and alpha_end are for mdgf kinds; {self.kind!r} has no decay")
 
     @property
     def dense_steps(self) -> int:
@@ -120,15 +181,26 @@ class Schedule:
         return self.total_steps - self.dense_steps - self.finetune_steps
 
     def frames(self, target: NM) -> list[NM]:
-        """The patterns on the way to ``target``, in order; ``target`` is the last."""
+        """The patterns that lead to ``target``, in order; ``target`` is the last."""
         if self.kind.startswith("sdgf-stepwise"):
-            return _stepwise(target)
+            return stepwise_patterns(target)
         if self.kind.startswith("sdgf-geometric"):
-            return [target.scaled(self.coarsest >> i) for i in range(self.coarsest.bit_length())]
+            return geometric_patterns(target, self.coarsest)
         return [target]
 
+    def alpha(self, j: int) -> float:
+        """The factor of pruned weights, j steps after the dense phase."""
+        if self._decay_kind is None:
+            return 0.0
+        rule, rate, default_end = _DECAY_RULES[self._decay_kind]
+        c = self.decay
+        if c is None:
+            c = rate(default_end if self.alpha_end is None else self.alpha_end, self.span)
+        alpha = rule(j, c)
+        return alpha if alpha >= NEGLIGIBLE_ALPHA else 0.0
+
     def at(self, step: int, target: NM) -> Stage:
-        """What holds at ``step`` (the first is 0) on the way to ``target``.
+        """The pattern, alpha and phase at ``step`` (the first is 0) for a layer with the final pattern ``target``.
 
         Raises:
             ValueError: for a negative step.
@@ -140,31 +212,11 @@ class Schedule:
             return Stage(NM(target.m, target.m), 1.0, "dense")
         if j >= self.span:
             return Stage(target, 0.0, "finetune" if self.finetune_steps else "sparse")
-        frames = self.frames(target)
-        # int(i * span / F) <= j for the last time
-        frame = max(i for i in range(len(frames)) if i * self.span // len(frames) <= j)
-        return Stage(frames[frame], self._alpha(j), "sparse")
+        patterns = self.frames(target)
+        return Stage(patterns[frame_at(j, self.span, len(patterns))], self.alpha(j), "sparse")
 
-    def _alpha(self, j: int) -> float:
-        """Factor of pruned weights, j steps after the dense phase."""
-        if "mdgf-linear" in self.kind:
-            alpha = max(0.0, 1 - self._rate(0.0) * j)
-        elif "mdgf-exponential" in self.kind:
-            alpha = math.exp(-self._rate(1e-4) * j)
-        else:
-            return 0.0
-        return alpha if alpha >= _ZERO else 0.0
-
-    def _rate(self, default_end: float) -> float:
-        """The c of the decay."""
-        if self.decay is not None:
-            return self.decay
-        end = default_end if self.alpha_end is None else self.alpha_end
-        return (1 - end) / self.span if "mdgf-linear" in self.kind else -math.log(end) / self.span
-
-
-def _stepwise(target: NM) -> list[NM]:
-    """(M-1):M, floor(M/2):M, floor(M/4):M, ... as long as they are denser than N:M, and N:M."""
-    n, m = target.n, target.m
-    kept = [m - 1, *(m >> i for i in range(1, m.bit_length()))]
-    return [NM(k, m) for k in dict.fromkeys(kept) if k > n] + [target]
+    @property
+    def _decay_kind(self) -> str | None:
+        """The MDGF part of the kind, or None."""
+        last = self.kind.rpartition("+")[2]
+        return last if last in DECAYS else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from leanstep._torch import is_conv1d
-from leanstep.sparsity.detect import violations
+from leanstep.sparsity.masks import violations
 from leanstep.sparsity.patterns import NM
 
 BACKENDS = ("auto", "cusparselt", "cutlass")

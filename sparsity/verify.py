@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from leanstep.sparsity.compressed import is_compressed, load_compressed
-from leanstep.sparsity.detect import pattern_of, violations
+from leanstep.sparsity.masks import pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
 

@@ -1,4 +1,4 @@
-"""DoRA's norms: those of the rows of a weight with its adapter."""
+"""DoRA's norms: of the rows of a weight with its adapter."""
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tens
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        ``2 m n r`` operations. The Triton kernel reads a 16-bit weight once as it is, with a split of A into three
-        parts of 8 bits whose products with it are exact, so that tensor cores give what fp32 would; elsewhere 2048 rows
-        at a time are widened for the BLAS, as they are for fp32 weights, which the BLAS reads once too, for ranks
-        above 64, for transposed weights, and for rows of other than multiples of 64.
+        ``2 m n r`` operations. The Triton kernel reads a 16-bit weight once. It splits A into three parts of 8 bits
+        whose products with the weight are exact, so tensor cores give fp32's result. The BLAS runs on 2048 widened rows
+        at a time on other backends, and for fp32 weights, ranks above 64, transposed weights, and rows whose length is
+        not a multiple of 64.
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, a.dtype, b.dtype) else torch.float32
     _check(weight, a, b, squares, dtype)

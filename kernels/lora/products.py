@@ -1,4 +1,4 @@
-"""The products of a low-rank adapter that are r wide, with dropout that is regenerated from its seed."""
+"""The r-wide products of a low-rank adapter, with dropout whose mask is computed again from its seed."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from leanstep.kernels.cpp_impl.lora import products as cpp_products
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.lora import products as reference
 
-# A seed is a 0-d int64 tensor on the CPU: a program that torch.compile made must not hold its value, and reading it
-# never waits for a device.
+# A seed is a 0-d int64 tensor on the CPU: compiled programs must not contain its value, and reading it waits for no
+# device.
 
 
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
@@ -39,8 +39,8 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
         x: [M, n], floating; not written.
         a: [r, n] of x's dtype.
         p: probability that an element of x is dropped; the others are multiplied by 1 / (1 - p).
-        seed: int64, 0-d, on the CPU; needed where p > 0. Element i (row-major) is dropped when a hash of i and the
-            seed is below ``p * 2**32``: on every backend and device the same ones.
+        seed: int64, 0-d, on the CPU; needed where p > 0. Element i (row-major) is dropped if a hash of i and the seed
+            is below ``p * 2**32``: the same elements on every backend and device.
 
     Returns:
         [M, r] of x's dtype; products are summed in fp32 (fp64 for fp64).
@@ -50,7 +50,8 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        The Triton kernel reads x once and drops on the way; elsewhere the dropped x exists for the time of the product.
+        The Triton kernel reads x once and applies dropout as it reads; other backends store the dropped x for the time
+        of the product.
     """
     _check("lora_down", x, a, p, seed, x.shape[1:] == a.shape[1:])
     if p == 0:
@@ -64,7 +65,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
 def lora_down_backward(
     x: Tensor, e: Tensor, a: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``e^T dropout(x)``, the gradient of a; and ``H = dropout(x) a^T`` again, where ``a`` [r, n] is given.
+    """``e^T dropout(x)``, the gradient of a; and ``H = dropout(x) a^T`` too, where ``a`` [r, n] is given.
 
     Args:
         x: [M, n]. e: [M, r]. p, seed: as in :func:`lora_down`.
@@ -101,8 +102,8 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
         ValueError, BackendError: as :func:`lora_down`.
 
     Notes:
-        Reads and writes y once: without dropout it is one call of the BLAS; with it, the CPU forms the product [M, m]
-        first (in fp32 a megabyte of it at a time), and the Triton kernel does not.
+        Reads and writes y once. Without dropout it is one call of the BLAS. With it, the CPU computes the product
+        [M, m] first (in fp32 a megabyte at a time); the Triton kernel does not store it.
     """
     _check(
         "lora_up_",
@@ -125,9 +126,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether the operation must go by its registered name: under torch.compile and dispatch modes, which see it whole
-    then, and for fake tensors.
-    """
+    """Whether to call the registered op: under torch.compile and dispatch modes, and for fake tensors."""
     return torch.compiler.is_compiling() or in_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter)
 
 

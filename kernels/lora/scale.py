@@ -1,4 +1,4 @@
-"""DoRA's factor on the columns of an output, and what its gradient needs."""
+"""DoRA's factor on the columns of an output, and its gradient."""
 
 import torch
 from torch import Tensor
@@ -31,18 +31,16 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def lora_scale_backward(
-    g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * c``, and the sums over rows of ``g * y`` and of g.
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """``g * c``, and the sums over rows of ``g * y``.
 
     Args:
-        g: [M, m], the gradient of an output. y: the output, or None for no sum with it (what is returned is void).
+        g: [M, m], the gradient of an output. y: like g; without it, the sums that are returned mean nothing.
         c: [m], fp32, or fp64 for fp64 tensors.
-        in_place: let the product take the memory of g.
+        in_place: write the product into g.
 
     Returns:
-        ([M, m] of g's dtype, [m] and [m] of c's dtype).
+        ([M, m] of g's dtype, [m] of c's dtype).
 
     Raises:
         ValueError, BackendError: as :func:`lora_scale_`.
@@ -77,7 +75,7 @@ def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether plain torch must run: under torch.compile, which fuses it, and for fake tensors, which have no memory."""
+    """Whether plain torch runs: under torch.compile, which fuses it, and for fake tensors, which have no data."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 

@@ -1,4 +1,4 @@
-"""The gated activation of a SwiGLU block, recomputed in backward instead of kept."""
+"""The gated activation of a SwiGLU block, computed again in backward instead of kept."""
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether plain torch must run: under torch.compile, which fuses it, and for fake tensors, which have no memory."""
+    """Whether plain torch runs: under torch.compile, which fuses it, and for fake tensors, which have no data."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 

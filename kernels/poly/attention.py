@@ -1,4 +1,4 @@
-"""Attention whose exponential is a polynomial, in time linear in the length; with its own exact gradient."""
+"""Attention with a polynomial in place of exp, in time linear in the length, and its exact gradient."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.kernels.poly import chunks
-from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count
+from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 
 _NAME = "poly_attention"
 
@@ -24,10 +24,10 @@ def poly_attention(
     key_mask: Tensor | None = None,
     chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the weights ``p(s_ij) / sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``, and their sums.
+    """Attention with the weights ``p(s_ij) / D_i``, ``D_i = sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``.
 
     The gradient is that of this function with ``center`` held fixed: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j - dO_i .
-    O_i)``. No matrix of L x M is formed, and none of d x d outer products.
+    O_i)``. No L x M matrix is formed.
 
     Args:
         q: [B, Hq, L, d], floating.
@@ -36,26 +36,24 @@ def poly_attention(
         coefficients: of p, the constant first; g + 1 of them.
         scale: factor of the products.
         causal: query i sees keys j <= i; then M = L.
-        center: [H, d] or [B, H, d], taken off the keys; no gradient goes to it.
+        center: [H, d] or [B, H, d], subtracted from the keys; without a gradient.
         key_mask: [B, M] bool, True where a key counts.
-        chunk: queries and keys taken at a time. Within a causal chunk, weights are formed.
+        chunk: queries and keys processed at a time. Weights are formed within causal chunks only.
 
     Returns:
-        (out [B, Hq, L, e] of q's dtype, sums D [B, Hq, L] in fp32 or fp64). Where no key counts, both are 0. A D that
-        is negative or not finite means that p was no approximation of exp there: see
-        :func:`leanstep.lora.low_rank_attention`, which looks.
+        (out [B, Hq, L, e] of q's dtype, normalisers D [B, Hq, L] in fp32 or fp64). Both are 0 where no key counts. If a
+        D is negative or not finite, p does not approximate exp there; :func:`leanstep.lora.low_rank_attention` checks.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, or more than 2^20 features.
 
     Notes:
-        With ``k = C(d + g, g)`` features and e' = e + 1, the forward pass takes ``2 k e' (Hq L + H M)`` floating-point
-        operations and the backward pass ``2 k e' (2 Hq L + 3 H M)``, 2 k H M less; causal ones a chunk fewer, and
-        within chunks ``2 c (d + e')`` and ``2 c (3 d + 2 e + 1)`` a query; :func:`poly_attention_flops` and
-        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64).
-        Saved for backward: q, k, v, out and D. Scratch: one or two states of [k, e'] a head, and the features of a
-        chunk of as many heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: D has an error of about
-        1e-7 * (scale |q| |k|)^g / g!, whatever p(s) is.
+        With ``k = C(d + g, g)`` features, the forward pass takes about ``2 k e (Hq L + H M)`` floating-point operations
+        and the backward pass ``2 k e (2 Hq L + 3 H M)``; :func:`poly_attention_flops` and
+        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). Saved for backward:
+        q, k, v, out and D. Scratch: one or two states of [k, e + 1] a head, and the features of a chunk of as many
+        heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: whatever p(s) is, D has an error of about
+        1e-7 * (scale |q| |k|)^g / g!.
     """
     _check(q, k, v, coefficients, causal, center, key_mask, chunk)
     if center is not None:
@@ -97,10 +95,10 @@ def _check(
     if len(coefficients) < 1 or chunk < 1:
         raise ValueError(f"{_NAME}: expected coefficients and a chunk >= 1, got {list(coefficients)} and {chunk}")
     features = feature_count(q.shape[3], len(coefficients) - 1)
-    if features > MOST_FEATURES:
+    if features > MAX_FEATURES:
         raise ValueError(
             f"{_NAME}: degree {len(coefficients) - 1} of heads of {q.shape[3]} has {features:,} features, more than "
-            f"{MOST_FEATURES:,}; take a lower degree"
+            f"{MAX_FEATURES:,}; take a lower degree"
         )
     if center is not None and tuple(center.shape) not in (
         tuple(k.shape[1:2] + k.shape[3:]),
@@ -127,7 +125,7 @@ def _heads(
     causal: bool,
     chunk: int,
 ) -> chunks.Heads:
-    """Batch and key heads as one dimension, queries of a key head beside each other."""
+    """Batch and key heads as one dimension, with the queries of each key head in the next."""
     heads = k.shape[1]
     return chunks.Heads(
         q.unflatten(1, (heads, -1)).flatten(0, 1),

@@ -1,14 +1,14 @@
-"""Polynomial attention without the matrix of weights: features, running states and chunks; forward and backward.
+"""Polynomial attention by features, running states and chunks, without the matrix of weights; forward and backward.
 
-Letters: n independent key heads, g queries to a key, L queries, M keys, d dims of q and k, e of v and one more for the
-normaliser, k features. The matrix ``[V, 1]`` (``values``) carries numerator and denominator through the same products:
+Letters: n independent key heads, g query heads for each, L queries, M keys, d dims of q and k, e dims of v plus one for
+the normaliser, k features. ``[V, 1]`` (``values``) carries numerator and denominator through the same products:
 
     forward    O1 = f(X) S,  S = f(Y)^T [V, 1];  O = O1[:e-1] / O1[e-1]
     backward   G = [dO / D, -(dO . O) / D];  T = f(X)^T G
                dX = J(X)^T (S G^T),  dY = J(Y)^T (T [V, 1]^T),  d[V, 1] = f(Y) T
 
-Causal sums run over chunks: S holds the chunks before, T those after, and within a chunk the polynomial is taken of the
-products themselves, masked.
+Causal sums run over chunks: S sums the chunks before, T the chunks after, and within a chunk the polynomial of the
+products themselves is computed and masked.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from leanstep.kernels.poly.features import poly_features, poly_features_backward
 from leanstep.kernels.poly.tables import feature_count, poly_tables
 from leanstep.kernels.reference.poly.attention import polynomial
 
-# bytes of the features of one chunk: more heads at once do not fit
+# bytes for the features of one chunk, which limit the number of heads at once
 _SCRATCH = {"cpu": 16 << 20}
 _SCRATCH_ELSEWHERE = 1 << 30
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The inputs of some key heads, as they came: q [n, g, L, d], k [n, M, d], v [n, M, e - 1], all of one dtype.
+    """The inputs of some key heads: q [n, g, L, d], k [n, M, d], v [n, M, e - 1], all of one dtype.
 
-    ``center`` [n, d] is taken off the keys, ``mask`` [n, M] is True where a key counts, ``scale`` goes on the queries.
+    ``center`` [n, d] is subtracted from the keys, ``mask`` [n, M] is True where a key counts, ``scale`` multiplies the
+    queries.
     """
 
     q: Tensor
@@ -79,7 +80,7 @@ class Heads:
         return v if self.mask is None else torch.where(self.mask[:, at, None], v, 0.0)
 
     def split(self) -> Iterator[tuple[slice, Heads]]:
-        """Parts of the heads that are few enough for the scratch memory."""
+        """The heads in groups that fit the scratch memory."""
         n, group, _, dim = self.q.shape
         bytes_of_one = feature_count(dim, self.degree) * self.chunk * group * self.wide.itemsize
         budget = _SCRATCH.get(self.q.device.type, _SCRATCH_ELSEWHERE)
@@ -112,7 +113,7 @@ class _State:
 
     def add(self, features: Tensor, rows: Tensor) -> None:
         """Add a chunk: features [n, k, c], rows [n, c, e]."""
-        # in place, by the name that torch's counter of operations knows
+        # in place, by an op that torch's FLOP counter knows
         torch.baddbmm(self.sum, features, rows, out=self.sum)
 
     def read(self) -> Tensor:
@@ -121,10 +122,10 @@ class _State:
 
 
 def _within(heads: Heads, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of a chunk's queries [n, d, g c] and keys [n, d, c], [n, g c, c], and which of them a query may see."""
+    """Products of a chunk's queries [n, d, g c] and keys [n, d, c], [n, g c, c], and the causal mask."""
     length = y.shape[-1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
-    return torch.bmm(x.mT, y), seen.repeat(x.shape[-1] // length, 1)
+    visible = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
+    return torch.bmm(x.mT, y), visible.repeat(x.shape[-1] // length, 1)
 
 
 def forward(heads: Heads) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def forward(heads: Heads) -> tuple[Tensor, Tensor]:
 
 
 def _divide(sums: Tensor, out: Tensor, normaliser: Tensor) -> None:
-    """Write a chunk's numerators over denominators; zero where there is nothing to divide by."""
+    """Write a chunk's numerators over denominators; zero where a denominator is."""
     sums = sums.unflatten(1, (out.shape[1], -1))
     total = sums[..., -1]
     normaliser.copy_(total)
@@ -160,8 +161,8 @@ def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
     slices = heads.slices(heads.k.shape[1])
     for at in slices:
         x, y, values = heads.queries(at), heads.keys(at), heads.values(at)
-        products, seen = _within(heads, x, y)
-        sums = torch.bmm(polynomial(products, heads.coefficients).mul_(seen), values)
+        products, visible = _within(heads, x, y)
+        sums = torch.bmm(polynomial(products, heads.coefficients).mul_(visible), values)
         if at.start:
             torch.baddbmm(sums, poly_features(x, heads.degree).mT, state.read(), out=sums)
         if at is not slices[-1]:
@@ -171,7 +172,7 @@ def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Upstream:
-    """What the backward pass of some heads knows of the result, and where its gradients go; None where not wanted."""
+    """The result of some heads and its gradient, and where to write the gradients of q, k and v, or None."""
 
     grad: Tensor
     out: Tensor
@@ -190,7 +191,7 @@ class _Upstream:
 def backward(
     heads: Heads, grad: Tensor, out: Tensor, normaliser: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v, those that are wanted, in their dtype, from that of the output."""
+    """The wanted gradients of q, k and v, in their dtype, from that of the output."""
     inputs = (heads.q, heads.k, heads.v)
     results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
     for at, part in heads.split():
@@ -202,14 +203,14 @@ def backward(
 
 
 def _add_queries(heads: Heads, up: _Upstream, at: slice, x: Tensor, grad: Tensor) -> None:
-    """Take the gradient of a chunk's features to its queries."""
+    """Add the gradient of a chunk's queries, from that of their features."""
     if up.dq is not None:
         dx = poly_features_backward(grad, x, heads.degree).mT.unflatten(1, (heads.q.shape[1], -1))
         up.dq[:, :, at] += dx * heads.scale
 
 
 def _add_keys(heads: Heads, up: _Upstream, at: slice, y: Tensor, suffix: Tensor) -> None:
-    """Take what queries want of a chunk's keys, summed up in the state, to its keys and values."""
+    """Add the gradients of a chunk's keys and values, from the state that sums those of the queries."""
     if up.dk is not None:
         grad = torch.bmm(suffix, heads.values(at).mT)
         up.dk[:, at] += poly_features_backward(grad, y, heads.degree).mT
@@ -266,14 +267,14 @@ def _backward_within(
     heads: Heads, up: _Upstream, at: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
 ) -> None:
     """The part of a chunk's gradients that comes from its own queries and keys."""
-    products, seen = _within(heads, x, y)
+    products, visible = _within(heads, x, y)
     if up.dv is not None:
-        weights = polynomial(products, heads.coefficients).mul_(seen)
+        weights = polynomial(products, heads.coefficients).mul_(visible)
         _add_values(heads, up.dv, at, torch.bmm(weights.mT, rows[..., :-1]))
     if up.dq is None and up.dk is None:
         return
     slope = [t * c for t, c in enumerate(heads.coefficients)][1:] or [0.0]
-    grad = polynomial(products, slope).mul_(seen).mul_(torch.bmm(rows, values.mT))
+    grad = polynomial(products, slope).mul_(visible).mul_(torch.bmm(rows, values.mT))
     if up.dq is not None:
         up.dq[:, :, at] += torch.bmm(grad, y.mT).unflatten(1, (heads.q.shape[1], -1)) * heads.scale
     if up.dk is not None:

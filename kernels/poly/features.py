@@ -1,16 +1,16 @@
-"""All monomials of a vector up to a degree: the features whose products are a Taylor sum of exp."""
+"""All monomials of a vector up to a degree: features whose inner products are a Taylor sum of exp."""
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl.poly import features as cpp
-from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count, poly_tables
+from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count, poly_tables
 from leanstep.kernels.reference.poly import features as reference
 
 
 def poly_features(x: Tensor, degree: int) -> Tensor:
-    """The features of every column of x: all monomials up to ``degree``, over the roots of their exponents' factorials.
+    """The features of every column of x: all monomials ``x^a / sqrt(a!)`` up to ``degree``.
 
     ``f(x) . f(y) = sum over t <= degree of (x . y)^t / t!``
 
@@ -19,16 +19,16 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
         degree: g >= 0.
 
     Returns:
-        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. Columns stay contiguous, so that products
-        over the features and over the columns are both plain matrix products.
+        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. Products over features and over columns are
+        both plain matrix products.
 
     Raises:
         ValueError: for another shape or dtype, a negative degree, or more than 2^20 features.
         BackendError: when a backend was asked for that cannot run here.
 
     Notes:
-        fp32 and wider are computed as they are, narrower dtypes in fp32 and rounded once. Every feature is written once
-        and, unless it is of the highest degree, read once; x is read once for every feature, from the cache.
+        Computed in fp32 or wider and rounded once. Every feature is written once and, unless it has the highest degree,
+        read once; x is read once for every feature, from the cache.
     """
     dim = _check(x, degree, "poly_features")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -48,8 +48,8 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
 def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     """The gradient of x from that of :func:`poly_features`: the transposed Jacobian times ``grad``.
 
-    ``dx[i] = sum over features b below the highest degree of sqrt(b_i + 1) f[b] grad[b + e_i]``, with b_i the exponent
-    of x_i in b
+    ``dx[i] = sum of sqrt(b_i + 1) f[b] grad[b + e_i]`` over features b below the highest degree, where b_i is the
+    exponent of x_i in b.
 
     Args:
         grad: [n, k, c] of x's dtype; not written.
@@ -63,8 +63,8 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
         ValueError, BackendError: as :func:`poly_features`, and for a gradient of another shape or dtype.
 
     Notes:
-        Features below the highest degree are made again. On the CPU a row of ``grad`` is read once for every variable
-        of its monomial, and nothing else is as large; the definition has temporaries of ``d C(d + g - 1, g - 1) c``.
+        Features below the highest degree are computed again. On the CPU a row of ``grad`` is read once for every
+        variable of its monomial, without large temporaries; the definition has some of ``d C(d + g - 1, g - 1) c``.
     """
     dim = _check(x, degree, "poly_features_backward")
     expected = (x.shape[0], feature_count(dim, degree), x.shape[2])
@@ -93,9 +93,9 @@ def _check(x: Tensor, degree: int, name: str) -> int:
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
         raise ValueError(f"{name}: expected a whole degree >= 0, got {degree!r}")
     features = feature_count(x.shape[1], degree)
-    if features > MOST_FEATURES:
+    if features > MAX_FEATURES:
         raise ValueError(
             f"{name}: degree {degree} of {x.shape[1]} variables has {features:,} features, more than "
-            f"{MOST_FEATURES:,}; take a lower degree"
+            f"{MAX_FEATURES:,}; take a lower degree"
         )
     return x.shape[1]

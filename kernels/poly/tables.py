@@ -1,8 +1,8 @@
-"""Which monomials a polynomial feature map has, in which order, and how they come from each other.
+"""The monomials of a polynomial feature map: their order, and the parent that each is computed from.
 
-The monomials x^a of degree 0 to g in d variables, each weighted with 1 / sqrt(a!), so that the features of two vectors
-multiply to ``sum over t <= g of (x . y)^t / t!``. They are ordered by degree, and within one by the last variable: the
-monomials of degree t that end in variable i are those of degree t - 1 in variables up to i, times x_i.
+These are the monomials x^a of degree 0 to g in d variables, each weighted with 1 / sqrt(a!), so that the features of
+two vectors have the inner product ``sum over t <= g of (x . y)^t / t!``. They are ordered by degree, then by the last
+variable: the monomials of degree t that end in variable i are those of degree t - 1 in variables up to i, times x_i.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # beyond this, tables and states of one head take gigabytes
-MOST_FEATURES = 1 << 20
+MAX_FEATURES = 1 << 20
 
 
 def feature_count(dim: int, degree: int) -> int:
@@ -32,7 +32,7 @@ class PolyTables:
         parent, last, weight: [k]; feature f > 0 is ``weight * feature[parent] * x[last]``; feature 0 is 1.
         degrees: [k], the degree of each feature.
         up, lift: [features of degree < g, d]; the derivative of feature ``up[b, i]`` in x_i is ``lift[b, i] *
-            feature[b]``, so that gradients are gathered, not scattered.
+            feature[b]``. So gradients are gathered, not scattered.
         weight32, lift32: the same in fp32.
         starts: where the features of each degree begin, and k at the end.
     """
@@ -54,7 +54,7 @@ def poly_tables(dim: int, degree: int, device: torch.device) -> PolyTables:
     parent, last, counts_last = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
     starts = [0, 1]
     for t in range(1, degree + 1):
-        # how many monomials of degree t - 1 use variables up to i only
+        # the number of monomials of degree t - 1 in variables up to i
         prefix = [math.comb(i + t - 1, t - 1) for i in range(dim)]
         local = np.concatenate([np.arange(size) for size in prefix])
         ends = np.repeat(np.arange(dim), prefix)
@@ -86,12 +86,12 @@ def poly_tables(dim: int, degree: int, device: torch.device) -> PolyTables:
 def _ups(
     dim: int, degree: int, parent: list[np.ndarray], last: list[np.ndarray], starts: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The index of every feature of degree < g times every variable, and the root of the variable's new exponent."""
+    """For every feature of degree < g times every variable: the product's index, and the root of the new exponent."""
     variables = np.arange(dim)[None, :]
     ups, counts = [], []
     for t in range(degree):
         here = np.arange(starts[t + 1] - starts[t])[:, None]
-        # where the monomials of degree t + 1 that end in variable i begin
+        # index of the first monomial of degree t + 1 that ends in variable i
         begins = starts[t + 1] + np.array([math.comb(i + t, t + 1) for i in range(dim)])
         direct = begins[None, :] + here
         if t == 0:
@@ -99,7 +99,7 @@ def _ups(
             counts.append(np.zeros((1, dim), np.int64))
             continue
         above, end = parent[t] - starts[t - 1], last[t][:, None]
-        # a variable before the last one goes into the parent, whose product then ends in the last one
+        # a variable before the last one multiplies the parent; the product still ends in the last one
         inner = ups[t - 1][above] - starts[t]
         ups.append(np.where(variables >= end, direct, begins[end] + inner))
         counts.append(counts[t - 1][above] + (variables == end))

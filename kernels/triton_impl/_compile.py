@@ -7,18 +7,22 @@ import importlib
 import pkgutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
 
 import leanstep.kernels.triton_impl as package
+from leanstep.kernels.triton_impl._common import TL_DTYPE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,29 +33,44 @@ TARGETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditCase:
-    """One configuration of one kernel, as its launcher would ask for it.
+class Launch:
+    """One launch of a kernel, as its launcher asked for it.
 
     Attributes:
-        kernel, label: the `triton.jit` function, and the configuration in words.
+        kernel: the `triton.jit` function.
         arguments: type of every runtime argument, in Triton's spelling.
         constants: value of every constexpr argument.
         threads: threads per program.
         fp_fusion: whether multiply-adds may be contracted.
+    """
+
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    threads: int
+    fp_fusion: bool
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a constexpr argument names, or that a pointer points to."""
+        found = self.constants[name] if name in self.constants else self.arguments[name]
+        return next(dtype for dtype, triton_dtype in TL_DTYPE.items() if triton_dtype.name == str(found).strip("*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditCase(Launch):
+    """A launch, and what its launcher's docstring promises of it.
+
+    Attributes:
+        label: the configuration in words.
         elements: elements that one turn of a main loop handles.
-        read, written: bytes per element that the launcher's docstring promises to move from and to memory.
+        read, written: bytes per element that are moved from and to memory.
         cached: bytes per element read besides, from what the program has just read or written.
         sweeps: main loops that every element goes through; further loops of the same kind are alternatives.
         wide: whether the main loop's accesses of tensors are 128 bits wide.
         flat: whether it accesses nothing else.
     """
 
-    kernel: Any
     label: str
-    arguments: Mapping[str, str]
-    constants: Mapping[str, Any]
-    threads: int
-    fp_fusion: bool
     elements: int
     read: float
     written: float
@@ -59,6 +78,33 @@ class AuditCase:
     sweeps: int = 1
     wide: bool = False
     flat: bool = False
+
+
+def recorded_cases(
+    launch_all: Callable[[], object], promises: Mapping[Any, Callable[[Launch], dict[str, Any]]]
+) -> list[AuditCase]:
+    """The distinct launches that `launch_all` makes, each with the fields that `promises` gives for its kernel.
+
+    Nothing is run on a device: a launcher is called with CPU or meta tensors, and its kernels are only recorded.
+    """
+    launches: list[Launch] = []
+
+    def record(
+        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool = True, **named: Any
+    ) -> None:
+        bound = dict(zip(kernel.arg_names, values, strict=False)) | named
+        constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
+        arguments = {name: mangle_type(value) for name, value in bound.items() if name not in constants}
+        threads = num_warps * TARGETS["sm_90"].warp_size
+        launch = Launch(
+            kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion
+        )
+        if kernel in promises and launch not in launches:  # launchers may use kernels of other modules
+            launches.append(launch)
+
+    with mock.patch.object(JITFunction, "run", record):
+        launch_all()
+    return [AuditCase(**vars(launch), **promises[launch.kernel](launch)) for launch in launches]
 
 
 @dataclass(frozen=True)
@@ -70,11 +116,6 @@ class Build:
     machine_code: str
     resources: str
     shared: int
-
-
-def pointer(dtype: str) -> str:
-    """Type of an argument that points to a torch allocation."""
-    return "*" + dtype
 
 
 @cache

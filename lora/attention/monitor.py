@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.kernels._modes import outside_dispatch_modes
-from leanstep.kernels.poly.tables import MOST_FEATURES, feature_count
+from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio
 from leanstep.lora.attention.gate_checks import NON_FINITE
 from leanstep.lora.attention.interface import AttentionInputs, Call, attach, detach
@@ -314,7 +314,7 @@ def judge(
 def _allowed_degrees(max_degree: int, dim: int) -> list[int]:
     """Even degrees up to the highest whose features fit in memory; degree 2 always."""
     degrees = range(2, max_degree + 1, 2)
-    return [degree for degree in degrees if degree == 2 or feature_count(dim, degree) <= MOST_FEATURES]
+    return [degree for degree in degrees if degree == 2 or feature_count(dim, degree) <= MAX_FEATURES]
 
 
 def _largest_factors(

@@ -48,7 +48,7 @@ class _Version(NamedTuple):
     """A tensor's memory, kept alive by the alias, and the count of its in-place changes."""
 
     alias: Tensor
-    count: int
+    changes: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Version:
@@ -57,7 +57,7 @@ class _Version(NamedTuple):
     def is_current(self, tensor: Tensor) -> bool:
         return (
             self.alias.data_ptr() == tensor.data_ptr()
-            and self.count == _change_count(tensor)
+            and self.changes == _change_count(tensor)
             and self.alias.shape == tensor.shape
             and self.alias.dtype == tensor.dtype
         )

@@ -136,8 +136,7 @@ def dora_output(z: Tensor, c: Tensor, rest: Tensor | None, keep_z: bool = False)
 
 def gradient_of_product(dy: Tensor, z: Tensor | None, c: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """``dZ = c dY``, and the sums over rows of ``dY z``, from one pass; without ``z``, the sums mean nothing."""
-    dz, sums, _ = lora_scale_backward(dy, z, c, in_place)
-    return dz, sums
+    return lora_scale_backward(dy, z, c, in_place)
 
 
 def gradient_of_magnitude(sums: Tensor, divisor: Tensor, norm: Tensor) -> Tensor:

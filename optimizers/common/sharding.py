@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts
+from leanstep._torch import local_part as local
 from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def shard_of(param: Tensor) -> Shard:
     Raises:
         ValueError: for a DTensor that holds partial sums.
     """
-    if not hasattr(param, "placements"):
+    if not is_dtensor(param):
         return Shard(param.shape)
     from torch.distributed.tensor import Shard as ShardPlacement
 
@@ -78,12 +79,6 @@ def shard_of(param: Tensor) -> Shard:
     chunk = -(-rows // mesh.size(sharded[0]))  # DTensor cuts like torch.chunk
     start = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -178,13 +173,7 @@ def cut(shard: Shard) -> str | None:
 
 def like_rows(param: Tensor, value: Tensor) -> Tensor:
     """This process's ``value`` [e_local, n] as a DTensor [e, n], sharded as ``param`` [e, ...] is."""
-    from torch.distributed.tensor import DTensor as DTensorClass
-
-    sharded = cast("DTensor", param)
-    shape = torch.Size([param.shape[0], value.shape[1]])
-    return DTensorClass.from_local(
-        value, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(shape[1], 1)
-    )
+    return join_parts(value, param, (param.shape[0], value.shape[1]))
 
 
 def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:

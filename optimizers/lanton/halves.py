@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import dense_gradient, dtype_of, local
 from leanstep.optimizers.common.sharding import Reduction, Steps, placed_like, run
 
@@ -49,7 +50,7 @@ def mark_half(
             state[param]["half_grad"] = half
             copies.append(half)
         group["half_is"] = "gradient"
-    whole = [c for c in copies if not hasattr(c, "placements")]
+    whole = [c for c in copies if not is_dtensor(c)]
     if whole and averaged is not True:
         _average(whole, averaged, process_group)
     if not copies and any(g["half_is"] == "gradient" for g in groups):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,11 +139,8 @@ def update(
     weight_decay: float = 0.0,
     *,
     skipped: Sequence[Tensor] = (),
-    rounding: str = "nearest",
     rounding_states: Sequence[Tensor] = (),
-    seeds: Tensor | None = None,
-    offsets: Tensor | None = None,
-    skip_nonfinite: bool = True,
+    **options: Any,
 ) -> Tensor:
     """The last line, for matrices of one device and dtype at once; in place.
 
@@ -152,7 +150,8 @@ def update(
         scales: ``f * radius``, times what O lacks: [1] for a matrix, [e] for a stack.
         lr, weight_decay: as in the formula.
         skipped: empty, or a 0-d bool per parameter on its device, true where nothing is to be written.
-        rounding, rounding_states, seeds, offsets, skip_nonfinite: as for :func:`leanstep.kernels.scaled_step`.
+        rounding_states: as for :func:`leanstep.kernels.scaled_step`.
+        options: ``rounding``, ``skip_nonfinite``, ``seeds`` and ``offsets`` of :class:`leanstep.kernels.StepOptions`.
 
     Returns:
         int32, one per parameter: 1 where nothing was written.
@@ -170,13 +169,7 @@ def update(
         _repeated(matrix_scales, params, counts, -2),
         _repeated(ones, params, counts, -1),
         list(rounding_states),
-        StepOptions(
-            pack([lr, decay_factor(lr, weight_decay)], device, dtype),
-            rounding,
-            skip_nonfinite=skip_nonfinite,
-            seeds=seeds,
-            offsets=offsets,
-        ),
+        StepOptions(pack([lr, decay_factor(lr, weight_decay)], device, dtype), **options),
     )
 
 

@@ -120,12 +120,14 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         count = matrix_count(layer)
         rows.append(slice(len(shards), len(shards) + count))
         shards += [layer.shard] * count
+    # what the rule has to know of each matrix: dual norms and flags
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
     if any(s.groups for s in shards):
         yield from sum_over_shards(table, shards)
     nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
     _count_nonfinite(layers, nonfinite)
+    # H and f
     _update_noise(layers, rows, table, nonfinite)
     factors = _factors(layers, estimated, device)
     infos = []
@@ -139,6 +141,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
         infos = [info for info in infos if not info.nonfinite]  # to read a flag costs nothing on the host
+    # G' of the next step, B, and p along O
     for info in infos:
         _keep_gradient(info)
         _update_momentum(info)

@@ -10,14 +10,22 @@ from typing import Any, TypeGuard
 import numpy as np
 from torch import Tensor
 
-from leanstep.pruning.allocate.apportion import Ints, scaled, shifted
 from leanstep.pruning.allocate.budgets import Budget, quantize
-from leanstep.pruning.allocate.closed_form import OWL_SPREAD, atp, erk, owl
+from leanstep.pruning.allocate.closed_form import (
+    OWL_SPREAD,
+    Ints,
+    LampScores,
+    atp,
+    counts_above_threshold,
+    erk,
+    owl,
+    scaled,
+    shifted,
+)
 from leanstep.pruning.allocate.dynamic import STATES, Problem, common_step
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, solve_knapsack
-from leanstep.pruning.allocate.thresholds import LampScores, counts_above_threshold
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.score.layers import Layer
+from leanstep.pruning.score.targets import Layer
 
 METHODS = ("dp", "uniform", "global", "lamp", "erk", "owl", "atp")
 

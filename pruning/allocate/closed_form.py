@@ -3,14 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leanstep.pruning.allocate.apportion import Floats
-from leanstep.pruning.score.layers import Layer
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.score.targets import Layer
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
+    """Integers within bounds that add up to ``total``, each at most one from ``wanted`` where that adds up to it.
+
+    Rounded down, and what is missing goes to the largest fractions (Hamilton's method); of equal ones the first.
+
+    Args:
+        wanted: [n], between the bounds; its sum is ``total`` up to rounding.
+        total: the sum.
+        lower, upper: [n].
+
+    Raises:
+        InfeasibleBudget: where the bounds leave no such integers.
+    """
+    check_total(total, lower, upper)
+    counts = np.clip(np.floor(wanted + 1e-9).astype(np.int64), lower, upper)
+    while (missing := total - int(counts.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        room = counts < upper if step > 0 else counts > lower
+        order = np.argsort(-step * (wanted - counts), kind="stable")
+        chosen = order[room[order]][: abs(missing)]
+        counts[chosen] += step
+    return counts
+
+
+def scaled(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> Ints:
+    """Counts in proportion to ``base * numel``: ``clip(c * base * numel)`` with the c that makes their sum ``total``.
+
+    Args:
+        base: [n], > 0: densities up to a common factor. Those that reach a bound stay there, and c makes up for it.
+        numel, total, lower, upper: weights of each, of all, and bounds of each.
+    """
+    check_total(total, lower, upper)
+    return _fitted(lambda c: np.clip(c * base * numel, lower, upper), 0.0, float(1 / base.min()), total, lower, upper)
+
+
+def shifted(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> Ints:
+    """Counts ``clip((base + c) * numel)`` with the c that makes their sum ``total``; arguments as :func:`scaled`."""
+    check_total(total, lower, upper)
+    low, high = float(-base.max()), float(1 - base.min())
+    return _fitted(lambda c: np.clip((base + c) * numel, lower, upper), low, high, total, lower, upper)
+
+
+def check_total(total: int, lower: Ints, upper: Ints) -> None:
+    """Refuse a total that the bounds exclude."""
+    least, most = int(lower.sum()), int(upper.sum())
+    if not least <= total <= most:
+        raise InfeasibleBudget(f"{total} weights cannot be kept: the bounds allow {least} to {most}", least, most)
+
+
+def _fitted(counts, low: float, high: float, total: int, lower: Ints, upper: Ints) -> Ints:
+    """Bisection for the argument at which ``counts``, which do not decrease in it, add up to ``total``."""
+    for _ in range(200):
+        middle = (low + high) / 2
+        if counts(middle).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return apportion(counts(high), total, lower, upper)
+
 
 # of sparsity, in OWL: blocks lie within twice this of one another (arXiv 2310.05175, LLaMA-7B at 70 %)
 OWL_SPREAD = 0.08
@@ -106,3 +171,101 @@ def _largest_beta(sparsity: float, blocks: int) -> float:
     if not 0 < sparsity < 1 or blocks < 2:
         raise ValueError(f"atp: expected a sparsity in (0, 1) and two blocks or more, got {sparsity} and {blocks}")
     return min(2 * sparsity, 2 * (1 - sparsity)) / (blocks - 1)
+
+
+# nonnegative fp32 numbers are ordered as their 31 bits are, which are looked at in turn: (bits below, bits)
+_DIGITS = ((20, 11), (10, 10), (0, 10))
+_CHUNK = 1 << 22
+
+
+def counts_above_threshold(
+    names: Sequence[str], scores: Mapping[str, Tensor], keep: int, lower: Ints, upper: Ints
+) -> Ints:
+    """Weights that each layer keeps when the ``keep`` largest scores of all layers are kept.
+
+    A layer that the threshold would leave fewer than ``lower`` or more than ``upper`` weights has that many, and the
+    threshold makes up for it. Weights that tie at the threshold are shared out in proportion.
+
+    Args:
+        names: of the layers.
+        scores: by name, any shape, >= 0; compared in fp32. Each layer's are asked for three times and used one
+            layer at a time, so that a mapping may compute them when asked.
+        keep: weights that are kept, of all layers.
+        lower, upper: [layers].
+
+    Raises:
+        InfeasibleBudget: where the bounds exclude ``keep``.
+        ValueError: for scores that are negative or not finite.
+
+    Notes:
+        Exact, without sorting or joining the scores: three passes find the threshold's bits, the first, the middle and
+        the last ones. 16 KiB per layer.
+    """
+    check_total(keep, lower, upper)
+    above = np.zeros((len(names), 1), dtype=np.int64)  # weights with larger bits than those looked at
+    prefix = 0
+    for below, bits in _DIGITS:
+        counts = np.stack([_histogram(name, scores[name], prefix, below, bits) for name in names])
+        # weights per layer with these bits >= b, for every b, within the bounds
+        reached = np.concatenate([above + counts[:, ::-1].cumsum(axis=1)[:, ::-1], above], axis=1)
+        found = np.clip(reached, lower[:, None], upper[:, None])
+        # the largest b for which they are enough
+        digit = int(np.flatnonzero(found.sum(axis=0) >= keep)[-1])
+        if digit == counts.shape[1]:
+            return apportion(found[:, -1].astype(np.float64), keep, lower, upper)
+        above = reached[:, digit + 1 : digit + 2]
+        prefix = prefix << bits | digit
+    sure, tied = found[:, digit + 1], found[:, digit] - found[:, digit + 1]
+    share = (keep - int(sure.sum())) / max(int(tied.sum()), 1)
+    return apportion(sure + tied * share, keep, sure, sure + tied)
+
+
+def _histogram(name: str, scores: Tensor, prefix: int, below: int, bits: int) -> Ints:
+    """How often each value of some bits occurs, among the scores whose bits before them are ``prefix``."""
+    counts = np.zeros(1 << bits, dtype=np.int64)
+    for chunk in _chunks(name, scores):
+        found = chunk.view(torch.int32) >> below
+        digits = found[found >> bits == prefix] & ((1 << bits) - 1)
+        counts += torch.bincount(digits, minlength=1 << bits).cpu().numpy()
+    return counts
+
+
+def _chunks(name: str, scores: Tensor) -> Iterator[Tensor]:
+    flat = scores.detach().flatten()
+    for start in range(0, len(flat), _CHUNK):
+        chunk = flat[start : start + _CHUNK].to(torch.float32)
+        if not bool(((chunk >= 0) & (chunk < torch.inf)).all()):
+            raise ValueError(f"scores of {name!r} must be finite and >= 0 to be compared with those of other layers")
+        yield chunk + 0.0  # -0 and 0 have one score
+
+
+class LampScores(Mapping[str, Tensor]):
+    """LAMP scores of layers, computed when asked for: ``w^2 / sum of v^2 over all v with |v| >= |w|`` of the layer.
+
+    Of weights of one magnitude, those that come later count as larger. The largest weight of a layer has score 1, so
+    that no layer is ever pruned whole.
+
+    Args:
+        weights: by name: weights, or other scores whose squares take their place.
+
+    References:
+        Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611,
+        equation 1.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        squares = self._weights[name].detach().flatten().to(torch.float64).square()
+        ordered, order = squares.sort(stable=True)
+        behind = ordered.flip(0).cumsum(0).flip(0)
+        # a layer of zeros: 0 / 0 is 0
+        found = torch.where(ordered > 0, ordered / behind, 0.0)
+        return torch.empty_like(found).scatter_(0, order, found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from leanstep.pruning.allocate.budgets import Budget, cost, quantize
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.score.layers import Layer
+from leanstep.pruning.score.targets import Layer
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

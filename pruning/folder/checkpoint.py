@@ -14,8 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Checkpoint", "checkpoint_values", "load_model", "open_checkpoint", "stored_parameters", "write_weights"]
-
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")

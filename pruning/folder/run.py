@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from leanstep._files import free_bytes, is_disk_full, remove_leftovers, staged_folder
 from leanstep._version import __version__
 from leanstep.pruning.folder.checkpoint import (
     Checkpoint,
@@ -22,15 +27,12 @@ from leanstep.pruning.folder.checkpoint import (
     stored_parameters,
     write_weights,
 )
-from leanstep.pruning.folder.output import check_output, new_folder
-from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Progress, evaluating
+from leanstep.pruning.measure.measure import Progress
 from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.measure.snapshot import evaluating
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
-
-__all__ = ["CalibrationText", "prune_checkpoint"]
 
 SIDECAR = "sparsity.json"
 REPORT = "report.html"
@@ -136,6 +138,8 @@ def prune_checkpoint(
     if evaluate:
         perplexity["after"], _ = _perplexity(model, held_out)
         result.perplexity = perplexity
+    from leanstep.pruning.folder.report import report_page
+
     content |= result.to_dict()
     with new_folder(out) as folder:
         values = checkpoint_values(checkpoint, model)
@@ -148,11 +152,60 @@ def prune_checkpoint(
     return result
 
 
+def check_output(out: str | Path, needed: int = 0) -> Path:
+    """Check that a folder can be written, before anything is computed; remove what a killed process left there.
+
+    Args:
+        out: the folder to be made; it must not exist.
+        needed: bytes that it will take.
+
+    Raises:
+        ValueError: it exists, there is no writable folder to put it in, or it will not fit on the disk.
+    """
+    out = Path(out).expanduser()
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already, and nothing is overwritten; name another folder, or remove it")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{out} cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {parent} is not writable")
+    remove_leftovers(out)
+    free = free_bytes(parent)
+    if needed > free:
+        raise ValueError(
+            f"{out} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room, or name a folder "
+            "on another disk"
+        )
+    return out
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, which is named ``out`` once all of it is on disk; it is removed on any error.
+
+    Raises:
+        OSError: it could not be written, with what to do; ``out`` does not exist then.
+    """
+    try:
+        with staged_folder(out) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        full = is_disk_full(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        raise OSError(
+            getattr(error, "errno", None) or errno.ENOSPC,
+            f"{out} could not be written: {'the disk is full' if full else error}. Nothing of it was kept; make room "
+            "or name a folder on another disk",
+        ) from error
+
+
 def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
     """What each tensor of the files is, under the names that ``leanstep verify`` reads."""
     rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
     for group in result.groups:
-        pattern = result.chosen[group.name][1]
+        pattern = result.levels[group.name][1]
         for target in group.targets:
             if pattern and target.expert is None and target.parameter in rows:
                 rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}

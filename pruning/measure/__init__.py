@@ -1,5 +1,1 @@
-"""Measure what pruning each matrix does to the model's output."""
-
-from leanstep.pruning.measure.measure import measure_curves
-
-__all__ = ["measure_curves"]
+"""What pruning each matrix does to the model's output: curves, metrics, and the passes that measure them."""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from leanstep.pruning.measure.batches import Batch
-
-__all__ = ["PrefixCache", "find_stages"]
+from leanstep.pruning.score.targets import Group
 
 
 class _Reached(Exception):
@@ -67,7 +66,7 @@ def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tu
             yield name, child
 
 
-class PrefixCache:
+class ActivationCache:
     """Forward passes of a model over fixed batches, from one of its stages on.
 
     Stages before :attr:`position` are answered from the cache: their last one's output is kept for every batch, in the
@@ -84,7 +83,7 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: PrefixCache | None = None
+        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: ActivationCache | None = None
     ) -> None:
         self.model, self.batches = model, batches
         self.stages: list[tuple[str, nn.Module]] = []
@@ -106,7 +105,7 @@ class PrefixCache:
         sample = self.batches[0].sample(0)
         self.stages = find_stages(self.model, sample)
         expected = _tensors(sample.run(self.model))
-        trial = PrefixCache(self.model, [sample], enabled=False)
+        trial = ActivationCache(self.model, [sample], enabled=False)
         trial.stages = self.stages
         for position in range(1, len(self.stages)):
             # from the last place where it can be cut on: nothing is computed twice
@@ -139,6 +138,13 @@ class PrefixCache:
         """The last position from which a pass still runs a module."""
         number = self.number(module)
         return 0 if number is None else max(start for start in self.starts if start <= number)
+
+    def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
+        """Groups by the last position from which a pass still runs all their targets, in the order of positions."""
+        starts: dict[int, list[Group]] = {}
+        for group in groups:
+            starts.setdefault(min(self.start(target.module) for target in group.targets), []).append(group)
+        return sorted(starts.items(), key=lambda item: item[0])
 
     def reset(self) -> None:
         """Forget what is cached and begin before the first stage."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leanstep.pruning.allocate.allocation import Allocation
-from leanstep.pruning.measure.groups import Group
-from leanstep.pruning.measure.measure import Measurement, evaluating
-from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.snapshot import Originals
-from leanstep.pruning.score.pruners import Pruning, prune_group
+import torch
 
-__all__ = ["Additivity", "apply_allocation", "chosen_levels", "joint_of", "measure_additivity"]
+from leanstep.pruning.allocate.allocation import Allocation
+from leanstep.pruning.measure.curves import Curve, Levels
+from leanstep.pruning.measure.measure import Measurement, Progress, curve_of
+from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.measure.snapshot import WeightSnapshot, evaluating
+from leanstep.pruning.score.calibration import Pruning, prune_group
+from leanstep.pruning.score.targets import Group
 
 
 @dataclass(frozen=True)
 class Additivity:
-    """What an allocation costs on data that it was not chosen by.
+    """What an allocation costs on data that it was not allocated by.
 
     Attributes:
         method: of the allocation.
@@ -48,13 +49,13 @@ class Additivity:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def chosen_levels(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
+def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
     """Kept weights and N:M pattern (or "") of every group."""
     return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}
 
 
 def apply_allocation(
-    groups: Sequence[Group], chosen: Mapping[str, tuple[int, str]], pruning: Pruning, *, sequential: bool = True
+    groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning, *, sequential: bool = True
 ) -> None:
     """Prune the model, in place.
 
@@ -62,15 +63,12 @@ def apply_allocation(
     blocks are pruned already, as they will be. Otherwise all come from the model as it is.
     """
     pruning.cache.reset()
-    starts: dict[int, list[Group]] = {}
-    for group in groups:
-        start = min(pruning.cache.start(target.module) for target in group.targets)
-        starts.setdefault(start if sequential else 0, []).append(group)
+    stages = pruning.cache.by_start(groups) if sequential else [(0, list(groups))]
     with evaluating(pruning.cache.model):
-        for start, members in sorted(starts.items()):
-            pruners = pruning.pruners(members, start)
-            for group in members:
-                for target, weight in prune_group(group, pruners, *chosen[group.name]):
+        for start, stage in stages:
+            pruners = pruning.pruners(stage, start)
+            for group in stage:
+                for target, weight in prune_group(group, pruners, *allocated[group.name]):
                     target.weight.copy_(weight)
                 pruners.release(group)
     pruning.cache.reset()
@@ -79,18 +77,18 @@ def apply_allocation(
 def joint_of(
     measurement: Measurement,
     groups: Sequence[Group],
-    chosen: Mapping[str, tuple[int, str]],
+    allocated: Mapping[str, tuple[int, str]],
     pruning: Pruning,
-    originals: Originals | None = None,
+    snapshot: WeightSnapshot | None = None,
     *,
     stay: bool = False,
 ) -> Distortion:
     """Distortion of an allocation; the weights are those of before afterwards, or with ``stay`` the pruned ones."""
-    if originals is None:
-        originals = Originals([target for group in groups for target in group.targets])
-    originals.before_changes()
-    with evaluating(measurement.model), nullcontext() if stay else originals.kept():
-        apply_allocation(groups, chosen, pruning)
+    if snapshot is None:
+        snapshot = WeightSnapshot([target for group in groups for target in group.targets])
+    snapshot.take()
+    with evaluating(measurement.model), nullcontext() if stay else snapshot.restored():
+        apply_allocation(groups, allocated, pruning)
         return measurement.joint()
 
 
@@ -99,7 +97,7 @@ def measure_additivity(
     groups: Sequence[Group],
     allocation: Allocation,
     pruning: Pruning,
-    originals: Originals | None = None,
+    snapshot: WeightSnapshot | None = None,
     *,
     stay: bool = False,
 ) -> Additivity:
@@ -108,9 +106,125 @@ def measure_additivity(
     One matrix alone is pruned with the statistics of the dense model, all together with those of
     :func:`apply_allocation`. The weights are kept, or with ``stay`` the model is pruned so afterwards.
     """
-    chosen = chosen_levels(allocation, groups)
+    allocated = levels_by_group(allocation, groups)
     with evaluating(measurement.model):
-        alone = measurement.singles(groups, chosen, pruning)
-    joint = joint_of(measurement, groups, chosen, pruning, originals, stay=stay)
+        alone = measurement.singles(groups, allocated, pruning)
+    joint = joint_of(measurement, groups, allocated, pruning, snapshot, stay=stay)
     summed = sum(point.mean for point in alone.values())
     return Additivity(allocation.method, joint.mean, joint.stderr, summed)
+
+
+CORRECTIONS = ("none", "relinearise", "coefficients")
+
+
+def relinearised_curves(
+    measurement: Measurement,
+    groups: Sequence[Group],
+    levels: Levels,
+    around: Mapping[str, tuple[int, str]],
+    pruning: Pruning,
+    *,
+    progress: Progress | None = None,
+    snapshot: WeightSnapshot | None = None,
+) -> dict[str, Curve]:
+    """Curves around a model that is pruned already: ``D_g(k) = D(g at k, the others as around) - D(g dense, others
+    so)``.
+
+    A sum of such curves is right to first order around that allocation, where the sum of :func:`measure_curves` is
+    right around the dense model. Masks are those of the dense model's statistics. Costs as many passes, and memory for
+    one copy of the matrices and what their pruners keep.
+
+    Args:
+        measurement: with the dense model's outputs as reference; the model has its dense weights now.
+        levels: as of :func:`leanstep.pruning.measure.measure.levels_of`.
+        around: level of every group: kept weights and an N:M pattern or "".
+        snapshot: of the dense weights, which are restored; None: a copy is made.
+    """
+    total = sum(len(levels[group.name][0]) for group in groups)
+    done = 0
+    curves: dict[str, Curve] = {}
+    snapshot = snapshot or WeightSnapshot([target for group in groups for target in group.targets])
+    with evaluating(measurement.model), snapshot.restored():
+        pruning.cache.reset()
+        pruners = pruning.pruners(groups)  # each is made of the dense weights, before its group is pruned
+        for group in groups:
+            for target, weight in prune_group(group, pruners, *around[group.name]):
+                target.weight.copy_(weight)
+        for start, stage in measurement.by_start(groups):
+            measurement.cache.advance(start)
+            for group in stage:
+                kept, patterns = levels[group.name]
+                measured: dict[int, Distortion] = {}
+                for k, count in enumerate(kept):
+                    if k == 0:
+                        changed = [(target, pruners[target.name].given) for target in group.targets]
+                    else:
+                        changed = prune_group(group, pruners, count, patterns[k] if patterns else "")
+                    measured[count] = measurement.measure(changed)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total, group.name)
+                pruners.release(group)
+                base = measured[kept[0]].mean
+                curves[group.name] = curve_of(group, levels[group.name], measured, measurement.metric.name, base)
+        measurement.cache.reset()
+    return {group.name: curves[group.name] for group in groups}
+
+
+def tuned_coefficients(
+    curves: Mapping[str, Curve],
+    solve: Callable[[Mapping[str, Curve]], Allocation],
+    cost: Callable[[Allocation], float],
+    *,
+    starts: int = 100,
+    patience: int = 100,
+    share: float = 0.1,
+    seed: int = 0,
+) -> tuple[Allocation, float]:
+    """Scale each curve by a coefficient in (0, 1), so that the solver's allocation has the smallest joint distortion.
+
+    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): ``starts`` random coefficients, then
+    resampling of a ``share`` of the best ones until ``patience`` tries in a row were no better.
+
+    Args:
+        curves: name -> curve.
+        solve: curves -> allocation.
+        cost: allocation -> joint distortion, on data that the guard does not use.
+
+    Returns:
+        the best allocation seen, that of unscaled curves included, and its cost.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = list(curves)
+    best = solve(curves)
+    best_cost = cost(best)
+    known = {_key(best): best_cost}
+    coefficients = torch.ones(len(names))
+    tries = failed = 0
+    while failed < patience:
+        if tries < starts:
+            candidate = torch.rand(len(names), generator=generator).clamp_min(1e-3)
+        else:
+            candidate = coefficients.clone()
+            picked = torch.randperm(len(names), generator=generator)[: max(1, round(share * len(names)))]
+            candidate[picked] = torch.rand(len(picked), generator=generator).clamp_min(1e-3)
+        allocation = solve({name: _scaled(curves[name], float(a)) for name, a in zip(names, candidate, strict=True)})
+        key = _key(allocation)
+        if key not in known:
+            known[key] = cost(allocation)
+        tries += 1
+        if known[key] < best_cost:
+            best, best_cost, coefficients = allocation, known[key], candidate
+            failed = 0
+        elif tries >= starts:
+            failed += 1
+    return best, best_cost
+
+
+def _scaled(curve: Curve, factor: float) -> Curve:
+    distortion = tuple(factor * value for value in curve.distortion)
+    return replace(curve, distortion=distortion, stderr=tuple(factor * value for value in curve.stderr))
+
+
+def _key(allocation: Allocation) -> tuple[int, ...]:
+    return tuple(allocation.kept.values())

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leanstep.pruning.measure.monotone import isotonic, monotone_cubic
+from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.score.targets import Group
 from leanstep.sparsity.patterns import NM
+
+Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
 
 # a curve's slope in logarithms below its first measured level, where the fit of the two levels above may be off
 _STEEPEST = 4.0
@@ -82,7 +89,11 @@ class Curve:
         weights = 1 / errors**2 if len(errors) and (errors > 0).all() else None
         if weights is not None and not np.isfinite(weights).all():
             weights = None  # errors so small that their squares vanish
-        return replace(self, distortion=(0.0, *np.maximum(isotonic(values, weights), 0.0).tolist()))
+        if len(values) > 1:
+            from scipy.optimize import isotonic_regression
+
+            values = isotonic_regression(values, weights=weights).x
+        return replace(self, distortion=(0.0, *np.maximum(values, 0.0).tolist()))
 
     def at(self, kept: int) -> float:
         """D with ``kept`` weights left: linear in the count between levels.
@@ -119,8 +130,12 @@ class Curve:
         values[np.isin(kept, measured)] = clean.distortion
         values = np.maximum.accumulate(values)
         errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
-        lists = (tuple(array.tolist()) for array in (kept, values, errors))
-        return replace(clean, **dict(zip(("kept", "distortion", "stderr"), lists, strict=True)))
+        return replace(
+            clean,
+            kept=tuple(kept.tolist()),
+            distortion=tuple(values.tolist()),
+            stderr=tuple(errors.tolist()),
+        )
 
     def _between(self, count: int, unit: int) -> np.ndarray:
         """At most ``count`` kept counts from the last level to the first."""
@@ -141,14 +156,14 @@ class Curve:
         known, values = np.array(self.kept)[positive], np.array(self.distortion)[positive]
         if not len(known):
             return np.zeros(len(kept))
-        x, y, at = self._coordinate(known), np.log(values), self._coordinate(kept)
-        found = np.exp(monotone_cubic(x, y, at))
+        x, y = self._coordinate(known), np.log(values)
+        fitted = np.exp(monotone_cubic(x, y, self._coordinate(kept)))
         # towards the levels that cost nothing: a power of what is removed beyond them
         start = self.kept[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
         power = np.clip((y[1] - y[0]) / (removed[1] - removed[0]), 1.0, _STEEPEST) if len(x) > 1 else 2.0
         share = np.clip((start - kept) / (start - known[0]), 0.0, 1.0)
-        return np.where(kept > known[0], values[0] * share**power, found)
+        return np.where(kept > known[0], values[0] * share**power, fitted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -158,6 +173,20 @@ class Curve:
     def from_dict(cls, values: Mapping[str, Any]) -> Curve:
         """The curve that :meth:`to_dict` wrote."""
         return cls(**values)
+
+
+def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Piecewise cubic through (x, y), with x increasing, that is monotone wherever the points are (PCHIP).
+
+    Slopes at inner points are those of Fritsch and Butland (1984), at the two ends the secants. Constant outside.
+    """
+    if len(x) == 1:
+        return np.full(at.shape, y[0])
+    from scipy.interpolate import CubicHermiteSpline, PchipInterpolator
+
+    slopes = PchipInterpolator(x, y).derivative()(x)
+    slopes[[0, -1]] = (np.diff(y) / np.diff(x))[[0, -1]]
+    return CubicHermiteSpline(x, y, slopes)(np.clip(at, x[0], x[-1]))
 
 
 def level_grid(
@@ -212,3 +241,108 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
         raise ValueError(f"nm_levels: groups of {m} must fill the {numel} weights, and 0 <= fewest = {fewest} <= {m}")
     counts = range(m, fewest - 1, -1)
     return tuple(numel // m * n for n in counts), tuple(f"{n}:{m}" for n in counts)
+
+
+def levels_of(
+    groups: Sequence[Group],
+    sparsity: float,
+    pattern: str = "unstructured",
+    *,
+    levels: Sequence[float] | None = None,
+    highest: float = 0.95,
+) -> Levels:
+    """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
+    found: Levels = {}
+    for group in groups:
+        size = group.layer.numel
+        patterns: tuple[str, ...] = ()
+        if pattern == "unstructured":
+            kept = (
+                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
+                if levels is None
+                else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
+            )
+            nonzero = sum(int(target.weight.count_nonzero()) for target in group.targets)
+            if nonzero < kept[0]:
+                kept = (nonzero, *(count for count in kept if count < nonzero))
+        else:
+            letter, _, m = pattern.partition(":")
+            if letter != "N" or not m.isdigit() or int(m) < 2:
+                raise ValueError(
+                    f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
+                )
+            for target in group.targets:
+                if target.weight.shape[1] % int(m):
+                    raise ValueError(
+                        f"{target.name} has {target.weight.shape[1]} inputs, which groups of {m} do not fill; leave it "
+                        "out with exclude, or take another M"
+                    )
+            kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
+        found[group.name] = (tuple(kept), tuple(patterns))
+    return found
+
+
+def _sparsest(sparsity: float) -> float:
+    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
+    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
+
+
+class PartialCurves:
+    """A file of one line per measured point, behind a first line that says what was measured, and on what.
+
+    Args:
+        path: the file; it is made with the first point.
+        identity: whatever decides the numbers: hashes of model and data, metric, score, levels.
+
+    Raises:
+        ValueError: the file was written for another identity, with what differs, or is none of ours.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.points: dict[tuple[str, int], Distortion] = {}
+        if path.exists():
+            self._read()
+
+    def add(self, name: str, kept: int, point: Distortion) -> None:
+        """Note a point; when this returns, it is on disk."""
+        new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps({"identity": self.identity}) + "\n")
+            file.write(json.dumps([name, kept, point.mean, point.stderr]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.points[name, kept] = point
+
+    def remove(self) -> None:
+        """Remove the file, once its content is kept elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        raw = self.path.read_text(encoding="utf-8")
+        whole = raw[: raw.rfind("\n") + 1]
+        lines = whole.splitlines()
+        try:
+            found = json.loads(lines[0])["identity"] if lines else self.identity
+            rows = [json.loads(line) for line in lines[1:]]
+            self.points = {(str(name), int(kept)): Distortion(mean, error) for name, kept, mean, error in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} holds no measured curves ({error}); remove it, or name another file"
+            ) from None
+        differing = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
+        if differing:
+            told = "; ".join(f"{key}: {found.get(key)} then, {self.identity.get(key)} now" for key in differing)
+            raise ValueError(
+                f"{self.path} was measured under other circumstances ({told}): put back what changed to go on with it, "
+                "or remove it to begin again"
+            )
+        if whole != raw or not lines:  # a line that a crash cut short
+            partial = self.path.with_name(f"{self.path.name}.tmp")
+            partial.write_text(whole, encoding="utf-8")
+            if lines:
+                os.replace(partial, self.path)
+            else:
+                partial.unlink()
+                self.path.unlink()

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
-from leanstep.pruning.measure.groups import Group, make_groups
+from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, levels_of
 from leanstep.pruning.measure.metrics import (
     LOCAL_METRICS,
     Distortion,
@@ -26,18 +24,14 @@ from leanstep.pruning.measure.metrics import (
     make_metric,
     summarise,
 )
-from leanstep.pruning.measure.partial import PartialCurves
-from leanstep.pruning.score.calibration import statistics_for
-from leanstep.pruning.score.pruners import Pruners, Pruning, prune_group
-from leanstep.pruning.score.statistics import NEEDS, LayerStatistics
-from leanstep.pruning.score.targets import Target, find_targets
-
-__all__ = ["Levels", "Measurement", "levels_of", "measure_curves", "weights_hash"]
+from leanstep.pruning.measure.snapshot import evaluating, restored_weights, weights_hash
+from leanstep.pruning.score.base import NEEDS, LayerStatistics
+from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group, statistics_for
+from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
 # a model whose output moves by more than this when nothing is changed cannot be measured
 _NOISE = 1e-9
 
-Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 Progress = Callable[[int, int, str], Any]
 
 
@@ -122,92 +116,15 @@ def measure_curves(
         partial = PartialCurves(Path(resume), identity)
     with evaluating(model):
         if name in LOCAL_METRICS:
-            pruning = Pruning(PrefixCache(model, source, enabled=prefix_cache), score, score_options)
+            pruning = Pruning(ActivationCache(model, source, enabled=prefix_cache), score, score_options)
             return _measure_locally(groups, wanted, name, pruning, progress)
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, variants=variants)
         try:
-            cache = PrefixCache(model, source, enabled=prefix_cache, like=measurement.cache)
+            cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
             pruning = Pruning(cache, score, score_options)
             return measurement.curves(groups, wanted, pruning, partial, progress)
         finally:
             measurement.close()
-
-
-def levels_of(
-    groups: Sequence[Group],
-    sparsity: float,
-    pattern: str = "unstructured",
-    *,
-    levels: Sequence[float] | None = None,
-    highest: float = 0.95,
-) -> Levels:
-    """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
-    found: Levels = {}
-    for group in groups:
-        size = group.layer.numel
-        patterns: tuple[str, ...] = ()
-        if pattern == "unstructured":
-            kept = (
-                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
-                if levels is None
-                else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
-            )
-            nonzero = sum(int(target.weight.count_nonzero()) for target in group.targets)
-            if nonzero < kept[0]:
-                kept = (nonzero, *(count for count in kept if count < nonzero))
-        else:
-            letter, _, m = pattern.partition(":")
-            if letter != "N" or not m.isdigit() or int(m) < 2:
-                raise ValueError(
-                    f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
-                )
-            for target in group.targets:
-                if target.weight.shape[1] % int(m):
-                    raise ValueError(
-                        f"{target.name} has {target.weight.shape[1]} inputs, which groups of {m} do not fill; leave it "
-                        "out with exclude, or take another M"
-                    )
-            kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
-        found[group.name] = (tuple(kept), tuple(patterns))
-    return found
-
-
-def _sparsest(sparsity: float) -> float:
-    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
-    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, and the modes of all modules as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def kept_weights(targets: Sequence[Target]) -> Iterator[None]:
-    """Whatever is written into these matrices inside, they are afterwards what they were, bit for bit."""
-    saved = [target.weight.clone() for target in targets]
-    try:
-        yield
-    finally:
-        for target, weight in zip(targets, saved, strict=True):
-            target.weight.copy_(weight)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Measurement:
@@ -224,7 +141,7 @@ class Measurement:
         *,
         prefix_cache: bool = True,
         variants: int | None = None,
-        like: PrefixCache | None = None,
+        like: ActivationCache | None = None,
     ) -> None:
         self.model, self.batches = model, batches
         self.metric = make_metric(metric, model)
@@ -235,7 +152,7 @@ class Measurement:
         if self.variants < 1:
             raise ValueError(f"variants must be at least 1, got {variants}")
         with evaluating(model):
-            self.cache = PrefixCache(model, batches, enabled=prefix_cache, like=like)
+            self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
         self._check_finite()
 
@@ -271,22 +188,18 @@ class Measurement:
         partial: PartialCurves | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Curve]:
-        """Measure all groups, those of early stages first. D is counted from the weights as they are.
-
-        Around a model that is pruned already, whose distortion is not 0, that is what each change adds.
-        """
+        """Curves of all groups, those of the first stages first."""
         total = sum(len(levels[group.name][0]) - 1 for group in groups)
         done = 0
-        base = self.joint().mean
-        found: dict[str, Curve] = {}
+        curves: dict[str, Curve] = {}
         points = {} if partial is None else partial.points
-        for start, members in self.by_start(groups):
-            missing = [g for g in members if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
+        for start, stage in self.by_start(groups):
+            missing = [g for g in stage if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
             pruners = Pruners(pruning, (), {})
             if missing:
-                self._enter(start, base)
+                self._enter(start)
                 pruners = pruning.pruners(missing, start)
-            for group in members:
+            for group in stage:
                 kept = levels[group.name][0]
                 measured = {count: points[group.name, count] for count in kept[1:] if (group.name, count) in points}
                 for count, point in self._levels(group, pruners, levels[group.name], measured):
@@ -297,42 +210,39 @@ class Measurement:
                         progress(done + len(measured), total, group.name)
                 pruners.release(group)
                 done += len(kept) - 1
-                found[group.name] = _curve(group, levels[group.name], measured, self.metric.name, base)
+                curves[group.name] = curve_of(group, levels[group.name], measured, self.metric.name)
         self.cache.reset()
         pruning.cache.reset()
-        return {group.name: found[group.name] for group in groups}
+        return {group.name: curves[group.name] for group in groups}
 
     def singles(
-        self, groups: Sequence[Group], chosen: Mapping[str, tuple[int, str]], pruning: Pruning
+        self, groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning
     ) -> dict[str, Distortion]:
-        """Distortion of each group alone at the level chosen for it: kept weights, and an N:M pattern or ""."""
-        found: dict[str, Distortion] = {}
-        for start, members in self.by_start(groups):
-            self._enter(start, 0.0)
-            pruners = pruning.pruners(members, start)
-            for group in members:
-                found[group.name] = self.measure(prune_group(group, pruners, *chosen[group.name]))
+        """Distortion of each group alone at its allocated level: kept weights, and an N:M pattern or ""."""
+        distortions: dict[str, Distortion] = {}
+        for start, stage in self.by_start(groups):
+            self._enter(start)
+            pruners = pruning.pruners(stage, start)
+            for group in stage:
+                distortions[group.name] = self.measure(prune_group(group, pruners, *allocated[group.name]))
                 pruners.release(group)
         self.cache.reset()
         pruning.cache.reset()
-        return {group.name: found[group.name] for group in groups}
+        return distortions
 
     def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
-        """Groups by the position from which the model has to be run for them."""
-        starts: dict[int, list[Group]] = {}
-        for group in groups:
-            start = min(self.cache.start(target.module) for target in group.targets)
-            starts.setdefault(start, []).append(group)
-        return sorted(starts.items())
+        """Groups by the position from which the model has to be run for them, the first positions first."""
+        return self.cache.by_start(groups)
 
-    def _enter(self, start: int, base: float) -> None:
-        """Cache what lies before a stage, and see that this changes nothing: level 0 of every curve in it."""
+    def _enter(self, start: int) -> None:
+        """Cache the activations before a stage, and check that this changes no output: level 0 of its curves."""
         self.cache.advance(start)
-        found = self._run().mean
-        if abs(found - base) > _NOISE * max(1.0, abs(base)):
+        change = self._run().mean
+        if abs(change) > _NOISE:
             raise RuntimeError(
-                f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {found - base:g} "
-                f"in {self.metric.name} when what lies before is not computed again; measure with prefix_cache=False"
+                f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {change:g} in "
+                f"{self.metric.name} when earlier stages are answered from the cache; use "
+                "measure_curves(prefix_cache=False)"
             )
 
     def _run(self) -> Distortion:
@@ -343,7 +253,7 @@ class Measurement:
 
     def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
         """Distortion with some matrices changed, run from the cache's position on; they are put back."""
-        with kept_weights([target for target, _ in changed]):
+        with restored_weights([target for target, _ in changed]):
             for target, weight in changed:
                 target.weight.copy_(weight)
             return self._run()
@@ -377,7 +287,7 @@ class Measurement:
             args, kwargs, _ = self.cache.until(index, self.cache.position)
             outputs = []
             for changed in changes:
-                with kept_weights([target for target, _ in changed]):
+                with restored_weights([target for target, _ in changed]):
                     for target, weight in changed:
                         target.weight.copy_(weight)
                     outputs.append(stage(*args, **kwargs))
@@ -391,13 +301,14 @@ def _split(output: Any, count: int, size: int) -> list[Tensor]:
     return list(logits_of(output).split(size))[:count]
 
 
-def _curve(
+def curve_of(
     group: Group,
     levels: tuple[tuple[int, ...], tuple[str, ...]],
     measured: Mapping[int, Distortion],
     metric: str,
     base: float = 0.0,
 ) -> Curve:
+    """The curve of a group from the distortions at its levels, less ``base``."""
     kept, patterns = levels
     points = [measured[count] for count in kept[1:]]
     return Curve(
@@ -435,7 +346,7 @@ def _measure_locally(
             done += 1
             if progress is not None:
                 progress(done, total, group.name)
-        found[group.name] = _curve(group, levels[group.name], measured, metric)
+        found[group.name] = curve_of(group, levels[group.name], measured, metric)
     return found
 
 

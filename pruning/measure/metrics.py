@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from leanstep._torch import output_head
 from leanstep.pruning.measure.batches import Batch
 
-__all__ = ["LOCAL_METRICS", "METRICS", "Distortion", "Metric", "default_metric", "make_metric", "summarise"]
+__all__ = [
+    "LOCAL_METRICS",
+    "METRICS",
+    "Distortion",
+    "Metric",
+    "default_metric",
+    "kl_divergence",
+    "make_metric",
+    "summarise",
+]
 
 # measured at the layer itself, without running the model on
 LOCAL_METRICS = ("local_nmse", "fisher")
@@ -167,8 +177,7 @@ class NMSEHidden(Metric):
         self._handle: Any = None
 
     def prepare(self, model: nn.Module) -> None:
-        get = getattr(model, "get_output_embeddings", None)
-        head = get() if callable(get) else None
+        head = output_head(model)
         if head is None:
             linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
             if not linears:
@@ -268,8 +277,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _is_language_model(model: nn.Module) -> bool:
-    get = getattr(model, "get_output_embeddings", None)
-    return callable(get) and get() is not None
+    return output_head(model) is not None
 
 
 def _tokens(output: Any, batch: Batch) -> list[Tensor]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanstep.pruning.score.targets import Target
-
-__all__ = ["Originals", "Stored"]
 
 Stored = Callable[[str], Tensor | None]
 
 
-class Originals:
+class WeightSnapshot:
     """The parameters of some targets as they are before anything is written to them.
 
     Args:
@@ -31,7 +30,7 @@ class Originals:
         self._changed = False
 
     @torch.no_grad()
-    def before_changes(self) -> None:
+    def take(self) -> None:
         """Make sure that all can be put back; to be called while the weights are the original ones."""
         if self._copies is None:
             self._copies = {
@@ -62,19 +61,52 @@ class Originals:
         self._changed = False
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """Whatever is written into the matrices inside, they are afterwards what they were."""
-        self.before_changes()
+        self.take()
         try:
             yield
         finally:
             self.restore()
 
     @contextmanager
-    def kept_on_error(self) -> Iterator[None]:
+    def restored_on_error(self) -> Iterator[None]:
         """The same, if an error is raised inside."""
         try:
             yield
         except BaseException:
             self.restore()
             raise
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients, and the modes of all modules as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def restored_weights(targets: Sequence[Target]) -> Iterator[None]:
+    """Whatever is written into these matrices inside, they are afterwards what they were, bit for bit."""
+    saved = [target.weight.clone() for target in targets]
+    try:
+        yield
+    finally:
+        for target, weight in zip(targets, saved, strict=True):
+            target.weight.copy_(weight)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

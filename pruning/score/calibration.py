@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,18 +12,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 from torch.overrides import TorchFunctionMode
 
-from leanstep.pruning.measure.activation_cache import PrefixCache
+from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.score.layers import as_matrix
-from leanstep.pruning.score.statistics import LayerStatistics
-from leanstep.pruning.score.targets import Target
-
-__all__ = ["collect_gradients", "collect_inputs", "statistics_for"]
+from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
+from leanstep.pruning.score.scores import layer_pruner
+from leanstep.pruning.score.targets import Group, Target, as_matrix, split_kept
 
 
 def statistics_for(
-    cache: PrefixCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
+    cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
 ) -> dict[str, LayerStatistics]:
     """The statistics of some layers, with the weights that the model has now.
 
@@ -63,7 +62,7 @@ def _fill_unseen(targets: Sequence[Target], found: dict[str, LayerStatistics]) -
 
 
 @torch.no_grad()
-def collect_inputs(cache: PrefixCache, targets: Sequence[Target], add: dict[str, Callable[[Tensor], Any]]) -> None:
+def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[str, Callable[[Tensor], Any]]) -> None:
     """Run the batches and give every layer's inputs, [rows, in], to ``add[name]``, without tokens that do not count."""
     current: list[Batch] = []
 
@@ -205,3 +204,93 @@ def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         predicted = logits.detach().softmax(-1).cpu()
         labels = torch.multinomial(predicted.flatten(0, -2), 1, generator=generator).squeeze(-1).to(logits.device)
     return cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+class Pruning:
+    """How weights are chosen inside a matrix: a score, and the data that its statistics come from.
+
+    Args:
+        cache: the model on the calibration data. It is moved on by :meth:`pruners`, with the weights of that moment.
+        score, options: see :func:`leanstep.pruning.layer_pruner`.
+    """
+
+    def __init__(self, cache: ActivationCache, score: str, options: Mapping[str, Any] | None = None) -> None:
+        self.cache, self.score, self.options = cache, score, dict(options or {})
+
+    def pruners(self, groups: Sequence[Group], start: int = 0) -> Pruners:
+        """One pruner per matrix, with the statistics of now, from one pass over the data from ``start`` on."""
+        targets = [target for group in groups for target in group.targets]
+        if NEEDS[self.score] and start in self.cache.starts:
+            self.cache.advance(start)
+        return Pruners(self, targets, statistics_for(self.cache, targets, NEEDS[self.score]))
+
+    def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
+        """The pruner of one matrix."""
+        spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
+        return layer_pruner(target.weight.clone(), self.score, statistics, spacing=spacing, **self.options)
+
+
+class Pruners(Mapping[str, LayerPruner]):
+    """The pruners of some matrices, by name; each is made of the weights at the moment when it is first asked for.
+
+    A pruner and its statistics take some times the memory of the matrix. :meth:`release` gives back those of a group
+    that is done with, so that a block is never there as a whole.
+    """
+
+    def __init__(self, pruning: Pruning, targets: Sequence[Target], statistics: Mapping[str, LayerStatistics]) -> None:
+        self._pruning, self._statistics = pruning, dict(statistics)
+        self._targets = {target.name: target for target in targets}
+        self._made: dict[str, LayerPruner] = {}
+
+    def __getitem__(self, name: str) -> LayerPruner:
+        if name not in self._made:
+            self._made[name] = self.once(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def once(self, name: str) -> LayerPruner:
+        """A pruner that is not kept."""
+        return self._pruning.pruner(self._targets[name], self._statistics[name])
+
+    def release(self, group: Group) -> None:
+        """Forget the pruners of a group, and what they were made from."""
+        for target in group.targets:
+            self._made.pop(target.name, None)
+            self._statistics.pop(target.name, None)
+
+
+class Scores(Mapping[str, Tensor]):
+    """The scores of some matrices, by name, computed whenever they are asked for and kept nowhere."""
+
+    def __init__(self, pruners: Pruners) -> None:
+        self._pruners = pruners
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._pruners.once(name).scores
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pruners
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pruners)
+
+    def __len__(self) -> int:
+        return len(self._pruners)
+
+
+def prune_group(
+    group: Group, pruners: Mapping[str, LayerPruner], kept: int, pattern: str = ""
+) -> list[tuple[Target, Tensor]]:
+    """The matrices of a group at a level, not written yet."""
+    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))
+    return [
+        (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
+    ]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import BlockInverseFisher
-from leanstep.pruning.score.masks import Ranking
-from leanstep.pruning.score.pruner import LayerPruner, zeros_first
+from leanstep.pruning.score.base import LayerPruner, Ranking, zeros_first
 from leanstep.sparsity import NM, nm_obs_mask
 
 UPDATES = ("exact", "independent", "none")

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.masks import SCOPES, Ranking
+from leanstep.pruning.score.base import NEEDS, SCOPES, LayerPruner, LayerStatistics, Ranking, zeros_first
 from leanstep.pruning.score.obs import FisherPruner
-from leanstep.pruning.score.pruner import LayerPruner, zeros_first
 from leanstep.pruning.score.sparsegpt import SparseGPTPruner
-from leanstep.pruning.score.statistics import NEEDS, LayerStatistics
 from leanstep.sparsity import NM, magnitude, magnitude_times_activation, nm_mask
 
 ScoreFunction = Callable[[Tensor, LayerStatistics | None], Tensor]
@@ -51,7 +49,7 @@ def layer_pruner(
         weight: [out, in], floating; of a parameter stored otherwise, :func:`leanstep.pruning.as_matrix` of it. Never
             written.
         score: one of the table, or a function of (weight in fp32, statistics) that gives scores [out, in] >= 0.
-        statistics: what :data:`leanstep.pruning.score.statistics.NEEDS` lists for the score.
+        statistics: what :data:`leanstep.pruning.score.base.NEEDS` lists for the score.
         scope: "matrix" or "row", for magnitude, Wanda and functions (default: matrix); None: as in the table.
         update: "exact", "independent" or "none", for "mfac".
         damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): what is added to the diagonal, as a fraction of
@@ -154,7 +152,7 @@ class ScoredPruner(LayerPruner):
     Args:
         weight: [out, in].
         scores: like the weight, >= 0.
-        scope: "matrix" or "row"; see :class:`leanstep.pruning.score.masks.Ranking`.
+        scope: "matrix" or "row"; see :class:`leanstep.pruning.score.base.Ranking`.
     """
 
     def __init__(self, weight: Tensor, scores: Tensor, scope: str):

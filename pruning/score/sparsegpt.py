@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.pruner import LayerPruner, zeros_first
+from leanstep.pruning.score.base import LayerPruner, zeros_first
 from leanstep.sparsity import NM, nm_mask
 
 

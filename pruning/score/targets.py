@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,73 @@ from torch import Tensor, nn
 
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.score.layers import Layer, as_matrix
 
-__all__ = ["Target", "count_uses", "find_targets", "prunable_names"]
+LAYOUTS = ("out_in", "in_out", "conv")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Name and size of one prunable matrix.
+
+    Attributes:
+        name: unique among the layers that are pruned together.
+        shape: (out, in), or (out, in / groups, kernel...) of a convolution.
+        block: number of the transformer block it is in, from 0; None outside of blocks.
+        uses: how often each weight is multiplied per sample: the output positions of a convolution, the tokens of a
+            sequence.
+        itemsize: bytes of a stored weight.
+
+    Raises:
+        ValueError: for fewer than two dimensions, an empty matrix, or numbers below 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None = None
+    uses: int = 1
+    itemsize: int = 4
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < 2 or self.numel < 1:
+            raise ValueError(f"Layer {self.name!r}: expected a shape (out, in, ...) without zeros, got {self.shape}")
+        if self.uses < 1 or self.itemsize < 1:
+            raise ValueError(f"Layer {self.name!r}: uses = {self.uses} and itemsize = {self.itemsize} must be >= 1")
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
+    """A weight as a matrix [out, in] that shares its memory; what is written to it, is written to the weight.
+
+    Args:
+        weight: the parameter's data, or one expert of a three-dimensional parameter.
+        layout: "out_in" for ``nn.Linear``; "in_out" for transformers' ``Conv1D`` and experts stored [in, out], which
+            are transposed; "conv" for convolutions [out, in / groups, kernel...], whose rows are flattened.
+
+    Raises:
+        ValueError: for another layout, a number of dimensions that it does not have, or a convolution whose memory
+            no matrix can share.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"as_matrix: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if (weight.dim() < 3) if layout == "conv" else (weight.dim() != 2):
+        needed = "three or more" if layout == "conv" else "two"
+        raise ValueError(f"as_matrix: layout {layout!r} needs {needed} dimensions, got shape {tuple(weight.shape)}")
+    if layout == "in_out":
+        return weight.T
+    if layout == "out_in":
+        return weight
+    try:
+        return weight.view(weight.shape[0], -1)
+    except RuntimeError:
+        raise ValueError(
+            f"as_matrix: a convolution's weight with strides {weight.stride()} has no rows in one piece; make it "
+            "contiguous (weight.contiguous()) first"
+        ) from None
+
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
 # what decides which expert a token goes to is small, and an error there is not one of a weight
@@ -218,3 +283,74 @@ def _check_weight(name: str, parameter: nn.Parameter) -> None:
 
 def _some(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+GRANULARITIES = ("matrix", "role", "block")
+# matrices of a transformer block that read the same input, or whose errors are of one kind
+_ROLES = (
+    ("qk", re.compile(r"\.(q_proj|k_proj|query|key)\.weight$")),
+    ("vo", re.compile(r"\.(v_proj|o_proj|value|out_proj|dense)\.weight$")),
+    ("up", re.compile(r"\.(gate_proj|up_proj|fc1|c_fc|gate_up_proj|w1|w3)(\.weight)?(\[\d+\])?$")),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Targets that are pruned to one sparsity, and the layer that allocations take them for."""
+
+    layer: Layer
+    targets: tuple[Target, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the group: of a single matrix its own."""
+        return self.layer.name
+
+    @property
+    def sizes(self) -> list[int]:
+        """Weights of each target."""
+        return [target.layer.numel for target in self.targets]
+
+
+def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
+    """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
+    (``"role"``); or a whole ``"block"``. What is in no block stays alone.
+
+    Raises:
+        ValueError: for another granularity.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    members: dict[str, list[Target]] = {}
+    for target in targets:
+        name = target.name
+        if target.layer.block is not None and granularity != "matrix":
+            role = _role(name) if granularity == "role" else "all"
+            name = f"block {target.layer.block}: {role}"
+        members.setdefault(name, []).append(target)
+    return [Group(_joined(name, parts), tuple(parts)) for name, parts in members.items()]
+
+
+def _role(name: str) -> str:
+    for role, pattern in _ROLES:
+        if pattern.search(name):
+            return role
+    return re.sub(r"\[\d+\]$", "", name.removesuffix(".weight")).rpartition(".")[2]
+
+
+def _joined(name: str, parts: Sequence[Target]) -> Layer:
+    if len(parts) == 1:
+        return parts[0].layer
+    total = sum(part.layer.numel for part in parts)
+    return replace(parts[0].layer, name=name, shape=(total, 1))
+
+
+def split_kept(kept: int, sizes: Sequence[int]) -> list[int]:
+    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum, none more than it has."""
+    total = sum(sizes)
+    shares = [kept * size // total for size in sizes]
+    # what rounding down left over goes to the largest remainders
+    order = sorted(range(len(sizes)), key=lambda index: -(kept * sizes[index] % total))
+    for index in order[: kept - sum(shares)]:
+        shares[index] += 1
+    return shares

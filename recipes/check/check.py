@@ -1,4 +1,4 @@
-"""``leanstep check``: everything that can be known about a run before it starts, and what would stop it.
+"""``leanstep check``: report what a run needs and find what would stop it, before it starts.
 
 Nothing of the model's size is allocated. A section that cannot be worked out is a problem, and the others still run.
 """
@@ -65,7 +65,7 @@ def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
 
 
 def _device(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """The device asked for is there, and does what precision and sharding ask of it."""
+    """Check that the device is there and supports the precision and the sharding asked for."""
     import torch
 
     from leanstep.recipes.training.build import wants_cpu
@@ -86,7 +86,7 @@ def _device(config: RunConfig, world_size: int, section: Section, facts: Facts) 
 
 
 def _trackers(config: RunConfig, section: Section) -> None:
-    """Trackers asked for are installed; Accelerate would only warn."""
+    """Check that the trackers are installed; Accelerate would only warn."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     section.add("always", "log.jsonl, report.html")
@@ -101,7 +101,7 @@ def _trackers(config: RunConfig, section: Section) -> None:
 
 
 def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
-    """Which parameters the optimizer treats how."""
+    """List the parameter groups of the optimizer and their options."""
     from leanstep.recipes.check.memory import meta_model
     from leanstep.recipes.training.build import build_optimizer
 
@@ -114,7 +114,7 @@ def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
 
 
 def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
-    """Which layers become N:M sparse, when, and what that saves on paper and in hardware."""
+    """List the layers that become N:M sparse, the schedule, and the operations saved by count and by hardware."""
     if not config.sparsity.patterns:
         return
     from leanstep.recipes.check.memory import meta_model
@@ -145,7 +145,7 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
 
 
 def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
-    """Which zeros of the model that the run begins with are kept, counted in its files."""
+    """Count the zeros of the initial model that the run keeps."""
     from pathlib import Path
 
     from leanstep.recipes.check.memory import meta_model

@@ -1,4 +1,4 @@
-"""What is installed and what is there: the facts behind ``leanstep info``. Needs only the core installation."""
+"""The facts that ``leanstep info`` prints: versions, devices, backends. Needs only the core installation."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = {
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, the C++ compiler, and the backend of each operation with the reason for it. Imports torch."""
+    """Collect versions, devices, the C++ compiler, and the backend of each operation with its reason. Imports torch."""
     import torch
 
     from leanstep._version import __version__
@@ -36,7 +36,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts as text for a terminal or an issue."""
+    """Format the facts as text for a terminal or an issue."""
     cpu = facts["cpu"]
     lines = [
         f"leanstep {facts['leanstep']}, Python {facts['python']} ({sys.executable})",
@@ -48,10 +48,10 @@ def render(facts: dict[str, Any]) -> str:
         "",
     ]
     for extra, packages in facts["packages"].items():
-        missing = [name for name, found in packages.items() if found is None]
-        found = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+        missing = [name for name, installed in packages.items() if installed is None]
+        installed = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
         fix = f"pip install 'leanstep[{extra}]'" if extra != "core" else "pip install leanstep"
-        lines.append(f"{extra:<8} {found}" + (f"  (missing: {', '.join(missing)}; {fix})" if missing else ""))
+        lines.append(f"{extra:<8} {installed}" + (f"  (missing: {', '.join(missing)}; {fix})" if missing else ""))
     rows = [("operation", "device", "backend", "why"), *facts["backends"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

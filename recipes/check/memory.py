@@ -1,4 +1,4 @@
-"""How much memory a run needs, found without allocating it: the model is built and stepped with fake tensors.
+"""Estimate the memory of a run without allocating it: the model is built and stepped with fake tensors.
 
 Weights, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward pass
 of one micro batch, each counted once; the allocator's rounding and the kernels' workspaces are not in it, so the peak
@@ -54,12 +54,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """All of it and a margin of a tenth."""
-        parts = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
-        return int((sum(parts) + self.sparsity) * (1 + MARGIN))
+        """The sum of all parts and a margin of a tenth."""
+        sizes = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
+        return int((sum(sizes) + self.sparsity) * (1 + MARGIN))
 
     def rows(self) -> list[tuple[str, int]]:
-        """Name and bytes of each part, for printing."""
+        """Name and bytes of each part, in the order to print them."""
         named = [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -147,9 +147,9 @@ def estimate_or_reason(
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
-    """A mask and a masked copy of every sparse weight; the copy is whole also where weights are sharded.
+    """Bytes of a mask and a masked copy of every sparse weight; for a pruned model, bytes of the masks.
 
-    Of a pruned model, the masks that are kept.
+    The masked copy is not sharded.
     """
     if config.pruning.keep_masks:
         return mask_bytes(config, meta_model(config, vocab_size))
@@ -160,7 +160,7 @@ def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
 
 
 def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
-    """The run's model with fake tensors for weights; call it under a ``FakeTensorMode``."""
+    """Build the run's model with fake tensors as weights; call it under a ``FakeTensorMode``."""
     model = meta_model(config, vocab_size)
     _replace_tensors(model, device)
     if config.activation_checkpointing:
@@ -169,7 +169,7 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
 
 
 def meta_model(config: RunConfig, vocab_size: int) -> Any:
-    """The run's model on the meta device: names and shapes without memory. Reads only config.json of ``init_from``."""
+    """Build the run's model on the meta device, without memory. Of ``init_from``, only config.json is read."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     # outside of any fake mode: the casts inside would fail on fake parameters
     with unset_fake_temporarily(), torch.device("meta"):
@@ -184,7 +184,7 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
 
 
 def _replace_tensors(model: nn.Module, device: str) -> None:
-    """Put an uninitialised tensor in the place of each parameter and buffer; what was tied stays tied."""
+    """Replace each parameter and buffer by an uninitialised tensor; tied tensors stay tied."""
     new: dict[int, Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -201,8 +201,8 @@ def _replace_tensors(model: nn.Module, device: str) -> None:
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state after a step with a gradient for every parameter, on real or fake parameters.
 
-    The step is made where the optimizer has no state yet; gradients that are missing are made empty, so that on real
-    parameters the step writes rubbish into them: give it fake ones.
+    An optimizer without state makes a step first. Missing gradients are uninitialised memory, so that this step ruins
+    real parameters: pass fake ones.
     """
     if not optimizer.state:
         before = [dict(group) for group in optimizer.param_groups]
@@ -232,7 +232,7 @@ def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
-    """Step; where fake tensors stop it, because it asks for values, the state must be there already (LANTON, M-FAC)."""
+    """Make a step. Fake tensors may stop it where it reads a value; by then LANTON and M-FAC have their state."""
     halves = halved_groups(optimizer) if hasattr(optimizer, "mark_half") else []
     if halves:
         optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
@@ -256,7 +256,7 @@ def unique_bytes(tensors: Any) -> int:
 
 
 def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
-    """Run forward and backward of one micro batch and count what was saved; leaves the gradients in place."""
+    """Bytes saved for backward in the forward pass of one micro batch; the gradients stay in the parameters."""
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
@@ -268,7 +268,7 @@ def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested dicts, lists and tuples."""
+    """Yield every tensor inside nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

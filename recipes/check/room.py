@@ -1,4 +1,4 @@
-"""The part of ``leanstep check`` about room: memory of the device, the disk, and what is in the output folder."""
+"""``leanstep check``: memory of the device, room on the disk, state of the output folder."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ __all__ = ["disk", "memory", "output"]
 
 
 def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """Bytes of one process, and whether they fit the device."""
+    """Estimate the memory of one process and compare it with what is free."""
     from leanstep.recipes.check.memory import estimate
     from leanstep.recipes.training.failures import lighter_state
 
@@ -44,29 +44,29 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
 
 
 def disk(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """Room for the checkpoints where the run will write."""
-    place = Path(config.out).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    section.add("free", f"{size_text(free)} in {place}")
-    if not os.access(place, os.W_OK):
-        section.problems.append(f"{place} cannot be written to; choose another with out=FOLDER")
+    """Compare the size of the checkpoints with the free disk."""
+    folder = Path(config.out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    section.add("free", f"{size_text(free)} in {folder}")
+    if not os.access(folder, os.W_OK):
+        section.problems.append(f"{folder} cannot be written to; choose another with out=FOLDER")
     if facts.memory is None:
         section.add("checkpoints", "unknown: the memory of the run is not known")
         return
-    one, need = disk_need(config, facts.memory, world_size)
-    section.add("checkpoint", f"{size_text(one)}, {config.checkpoint.keep_last} kept and one being written")
+    checkpoint, need = disk_need(config, facts.memory, world_size)
+    section.add("checkpoint", f"{size_text(checkpoint)}, {config.checkpoint.keep_last} kept and one being written")
     section.add("needed", f"{size_text(need)} with the final model")
     if need > free:
         section.problems.append(
-            f"the run needs {size_text(need)}, {place} has {size_text(free)}; lower checkpoint.keep_last "
+            f"the run needs {size_text(need)}, {folder} has {size_text(free)}; lower checkpoint.keep_last "
             "or choose another disk with out=FOLDER"
         )
 
 
 def output(config: RunConfig, section: Section) -> None:
-    """Whether the output folder is free, or holds a run that would be continued."""
+    """Say whether the output folder is free or holds a run, and what ``train`` would do with it."""
     out = Path(config.out)
     section.add("folder", str(out))
     if out.exists() and not out.is_dir():
@@ -88,7 +88,7 @@ def output(config: RunConfig, section: Section) -> None:
 
 
 def _describe_run(folder: RunFolder) -> str:
-    """How far the run in a folder came, and what ``train`` would do with it."""
+    """Describe the state of the run in a folder, and what ``train`` would do with it."""
     status = folder.read_status()
     word, step = status.get("status", "a run without status.json"), status.get("step", "?")
     if word == "done":

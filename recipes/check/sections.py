@@ -1,4 +1,4 @@
-"""What the parts of ``leanstep check`` have in common: a section of the report, facts handed on, and how to print."""
+"""Shared by the parts of ``leanstep check``: a section of the report, facts passed on, tables."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Section:
 
 @dataclass
 class Facts:
-    """What one section finds out and a later one needs."""
+    """Results of one section that later sections use."""
 
     vocabulary: int = 0
     train_sequences: int | None = None
@@ -34,12 +34,12 @@ class Facts:
 
 
 def size_text(size: int) -> str:
-    """Bytes in MiB or GiB with as many digits as matter."""
+    """Format bytes as MiB or GiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows in columns as wide as their widest cell; columns of numbers to the right."""
+    """Format rows as aligned columns; columns of numbers are flush right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [all(cell[:1].isdigit() for cell in column[1:]) and len(column) > 1 for column in zip(*rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The part of ``leanstep check`` about text: network, source, tokenizer, and how far the steps go through it."""
+"""``leanstep check``: network, text source, tokenizer, and the number of epochs."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LOAD_LIMIT = 64 * 2**20  # local text up to this size is tokenised to count its 
 
 
 def network(config: RunConfig, section: Section, facts: Facts) -> None:
-    """What comes from the hub, and whether it can come: asked once, so that nothing later waits for an answer."""
+    """List what the run takes from the hub and ask once whether the hub answers; later sections do not ask again."""
     base = config.model.init_from
     if base and is_folder_name(base) and not Path(base).expanduser().exists():
         section.problems.append(f"model.init_from: the folder '{base}' does not exist; train what writes it first")
@@ -39,7 +39,7 @@ def network(config: RunConfig, section: Section, facts: Facts) -> None:
 
 
 def _is_cached(key: str, name: str) -> bool:
-    """Whether a tokenizer or a model is in the hub's cache; of datasets that is not known before they are opened."""
+    """Whether a tokenizer or a model is in the hub's cache. Datasets tell only when they are opened: False."""
     from huggingface_hub import try_to_load_from_cache
 
     files = {"data.tokenizer": ("tokenizer.json", "tokenizer_config.json"), "model.init_from": ("config.json",)}
@@ -47,7 +47,7 @@ def _is_cached(key: str, name: str) -> bool:
 
 
 def text(config: RunConfig, section: Section, facts: Facts) -> None:
-    """The text is there and is text, the tokenizer opens, and its vocabulary fits the model."""
+    """Check that the text can be read, that the tokenizer opens, and that its vocabulary fits the model."""
     data = config.data
     unknown = (
         facts.offline and "data.tokenizer" in from_hub(config) and not _is_cached("data.tokenizer", data.tokenizer)
@@ -96,7 +96,7 @@ def text(config: RunConfig, section: Section, facts: Facts) -> None:
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """Number of ids that text can turn into, which the model must have."""
+    """Number of token ids that the model must have."""
     from leanstep.recipes.data.tokens import open_tokenizer
 
     size = trained_size(config.data.tokenizer)
@@ -104,7 +104,7 @@ def _vocabulary(config: RunConfig) -> int:
 
 
 def _text_size(config: RunConfig) -> int:
-    """Bytes of the local text on disk; the sample text is small."""
+    """Bytes of the local text on disk; 0 for the sample text, which is small."""
     if config.data.source == "sotu" or not config.data.path:
         return 0
     from leanstep.recipes.data.sources import find_files
@@ -113,7 +113,7 @@ def _text_size(config: RunConfig) -> int:
 
 
 def length(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """Steps, tokens and passes over the text."""
+    """Count steps, tokens and epochs."""
     batch, seq_len = config.batch, config.data.seq_len
     accumulation = accumulation_steps(config, world_size)
     sequences = batch.tokens_per_step // seq_len

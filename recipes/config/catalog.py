@@ -1,4 +1,4 @@
-"""What each recipe that comes with the package asks for. Imports no torch."""
+"""Facts of the shipped recipes for `leanstep recipes list`. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What ``leanstep recipes list`` prints of one recipe.
+    """Facts of one recipe, as ``leanstep recipes list`` prints them.
 
     Attributes:
         name, aliases, description: how it is called and what it is.
@@ -63,7 +63,7 @@ def describe(config: RunConfig) -> RecipeFacts:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a tokenizer's name is a path, which need not be there yet: names on the hub have one slash at most."""
+    """Whether a tokenizer's name is a path, existing or not; names on the hub have at most one slash."""
     return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
 
 
@@ -104,5 +104,5 @@ def _gpt2_count(sizes: dict[str, Any], vocabulary: int) -> int:
 
 
 def _known_vocabulary(tokenizer: str) -> int | None:
-    """The size of a tokenizer that the recipe trains; others are known only once they are opened."""
+    """Vocabulary of a tokenizer that the recipe trains; None for one that has to be opened."""
     return int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else None

@@ -1,4 +1,4 @@
-"""Which keys of two recipes differ, and which of those matter: to continue a run, or to compare its result."""
+"""Compare two recipes: differences that forbid continuing a run, or comparing its result with the expected one."""
 
 import json
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
 
 
 def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without sections that change nothing in it, and that older ones do not know."""
+    """The recipe without the sections that are switched off; older recipes do not have them."""
     idle = {name for name, switch in SWITCHES.items() if not (tree.get(name) or {}).get(switch)}
     return {key: value for key, value in tree.items() if key not in idle}
 

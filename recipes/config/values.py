@@ -1,4 +1,4 @@
-"""Values of a recipe: read from YAML with their lines, changed at a path, and checked with the key and the word meant.
+"""Values of a recipe: read them from YAML with their lines, set them at a path, validate them with hints.
 
 Numbers follow YAML 1.2 where PyYAML alone does not: ``1e-4`` is a number, not text. Dates stay text.
 """
@@ -61,7 +61,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """A parsed file: its value, the line of each key path, and ``(line, message)`` for what is wrong with its form."""
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each mistake of form."""
 
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def read_document(text: str) -> Document:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of ``text`` as a recipe file would read it after ``key:``; raises ValueError where it is not YAML."""
+    """Parse ``text`` as a recipe file would after ``key:``. Raises ValueError if it is not YAML."""
     document = read_document(text)
     if document.problems:
         raise ValueError(document.problems[0][1])
@@ -168,7 +168,7 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 
 def _translate(schema: Any, error: ValidationError, whole: Any, above: KeyPath) -> Iterator[Problem]:
-    """One problem for each place; where the members of a union each say something, the range of a number wins."""
+    """Yield one problem for each place. Of the errors of a union's members, that of a number's range is reported."""
     by_place: dict[tuple[Any, ...], list[Any]] = {}
     for part in error.errors(include_url=False):
         by_place.setdefault(_place(schema, part["loc"], whole), []).append(part)
@@ -182,7 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _place(schema: Any, location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
-    """The part of pydantic's location that is in the recipe; the rest names members of a union."""
+    """The part of pydantic's location that exists in the recipe; the rest names members of a union."""
     place: list[int | str] = []
     for step in location:
         if isinstance(value, dict) and step in value:
@@ -224,7 +224,7 @@ def _problem(schema: Any, place: tuple[int | str, ...], part: Any, whole: Any, a
 
 
 def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
-    """Name -> (type, limits) of the keys of a section, or None for a type that is no section."""
+    """Name -> (type, limits) of the keys of a section; None for a type without keys."""
     if is_dataclass(annotation):
         infos: dict[str, FieldInfo] = vars(annotation)["__pydantic_fields__"]
         return {name: (info.annotation, info.metadata) for name, info in infos.items() if not info.exclude}
@@ -288,7 +288,7 @@ def _expected(annotation: Any, value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it appears in an error: YAML's words for null, true and false, text in quotes, long ones cut."""
+    """Format a value for an error: YAML's words for null, true and false, text in quotes, long values cut."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -312,7 +312,7 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Every key path of a schema."""
+    """Yield every key path of a schema."""
     for name, (annotation, _) in (_fields(schema) or {}).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
@@ -329,7 +329,7 @@ def value_at(tree: Any, path: KeyPath) -> Any:
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section; where one of the two is not a mapping, ``top`` wins."""
+    """Merge ``top`` over ``base``, mapping by mapping; where one of the two is not a mapping, ``top`` wins."""
     result = dict(base)
     for key, value in top.items():
         below = result.get(key)
@@ -338,7 +338,7 @@ def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every scalar under ``value`` with its path."""
+    """Yield every scalar under ``value`` with its path."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(item, (*path, key))
@@ -370,7 +370,7 @@ def set_at(tree: Any, path: KeyPath, value: Any) -> None:
 
 
 def remove_at(tree: Any, path: KeyPath) -> None:
-    """Delete what is at ``path``, if it is there; elements of a list are removed with the whole list."""
+    """Delete the value at ``path``, if there is one; for an element of a list, the whole list."""
     for step in path[:-1]:
         if not isinstance(tree, dict) or step not in tree:
             return

@@ -1,4 +1,4 @@
-"""Which sequences each micro batch holds: a pure function of seed and position, whatever was drawn or saved before.
+"""The sequences of each micro batch: a pure function of seed and position.
 
 The epochs, each in its own order, form one endless row of sequences. An optimizer step takes the next
 ``tokens_per_step / seq_len`` of them, across the end of an epoch too, and deals them out micro batch by micro batch:
@@ -41,11 +41,11 @@ class MicroBatches(Sampler[list[int]]):
             yield [self._index(position, orders) for position in range(first, first + self.batch_size)]
 
     def _index(self, position: int, orders: dict[int, torch.Tensor]) -> int:
-        epoch, place = divmod(position, self.length)
+        epoch, index = divmod(position, self.length)
         if epoch not in orders:
             orders.pop(epoch - 2, None)
             orders[epoch] = epoch_order(self.length, self.seed, epoch)
-        return int(orders[epoch][place])
+        return int(orders[epoch][index])
 
 
 class Windows:

@@ -1,16 +1,17 @@
-"""The hub of Hugging Face: what of a recipe comes from there, whether it can be reached, and what to do when it cannot.
+"""The hub of Hugging Face: list what a recipe takes from it, ask whether it answers, work offline.
 
 Its libraries retry a connection five times over half a minute before they look into their cache. Here one question is
 asked first, and without an answer they are told to work offline.
 """
 
-import importlib.resources
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+
+from leanstep.recipes.config.loader import load, recipe_names
 
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import RunConfig
@@ -31,32 +32,30 @@ _PATIENCE_S = 5.0
 
 def offline_recipes() -> list[str]:
     """Names of the shipped recipes that need no network."""
-    folder = importlib.resources.files("leanstep.recipes") / "configs"
-    files = [item for item in folder.iterdir() if item.name.endswith(".yaml")]
-    return sorted(f.name.removesuffix(".yaml") for f in files if "source: sotu" in f.read_text(encoding="utf-8"))
+    return [name for name in recipe_names() if load(name, world_size=1).data.source == "sotu"]
 
 
 def from_hub(config: "RunConfig") -> dict[str, str]:
-    """What a recipe takes from the hub, by the key that asks for it."""
+    """Names that a recipe takes from the hub, by the key that has them."""
     data, model = config.data, config.model
-    wanted = {}
+    names = {}
     if data.source == "hf" and data.name:
-        wanted["data.name"] = data.name
+        names["data.name"] = data.name
     tokenizer = data.tokenizer
     if not tokenizer.startswith("train:") and not is_folder_name(tokenizer) and not Path(tokenizer).is_dir():
-        wanted["data.tokenizer"] = tokenizer
+        names["data.tokenizer"] = tokenizer
     if model.init_from and not is_folder_name(model.init_from) and not Path(model.init_from).expanduser().exists():
-        wanted["model.init_from"] = model.init_from
-    return wanted
+        names["model.init_from"] = model.init_from
+    return names
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a name can be no repository of the hub, and so is that of a folder, there or not."""
+    """Whether a name must be a folder, existing or not, because it is no valid name on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, found in a few seconds at most; None when it answers."""
+    """Why the hub cannot be reached, or None if it answers. Takes a few seconds at most."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -72,7 +71,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let the libraries of the hub answer from their cache, or fail at once."""
+    """Context manager: the hub's libraries answer from their cache, or fail at once."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -93,7 +92,7 @@ def offline_unless_reached() -> Iterator[None]:
 
 
 def no_network(what: str, reason: str) -> ConnectionError:
-    """The error for ``what`` cannot be had without the network; names the recipes that need none."""
+    """Make the error for something that needs the network; it names the recipes that need none."""
     names = ", ".join(offline_recipes()) or "those with data.source: sotu"
     return ConnectionError(
         f"{what} needs the network, and the hub cannot be reached ({reason}). Recipes that need no network: {names}. "

@@ -1,4 +1,4 @@
-"""What is known about the text that a model was trained on: what its run's own config.yaml says, and no more."""
+"""Find out from a run's config.yaml which text a model was trained on."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ class Training:
         self.config, self.data, self.began_from = config, data, began_from
 
     def held_out(self) -> int:
-        """How many tokens at the end of the sample text the run kept from training; 0 if it trained on all or none."""
+        """Number of tokens at the end of the sample text that were held out; 0 if all or none was trained on."""
         data = self.data
         return data.val_tokens if data.source == "sotu" and not data.val_path else 0
 
@@ -55,13 +55,13 @@ class Training:
 
 
 def read_training(folder: Path) -> Training | None:
-    """What the run of the model in ``folder`` says: ``final/`` or ``checkpoints/step-N/hf/`` of a run folder.
+    """Read the training data of the model in ``folder``: ``final/`` or ``checkpoints/step-N/hf/`` of a run.
 
     None when no readable config.yaml of a run is there.
     """
     folder = folder.resolve()
-    for place in (folder, *folder.parents[:3]):
-        content = _recipe(place / "config.yaml")
+    for parent in (folder, *folder.parents[:3]):
+        content = _recipe(parent / "config.yaml")
         if content is not None:
             known = {item.name for item in fields(DataConfig)}
             try:
@@ -69,7 +69,7 @@ def read_training(folder: Path) -> Training | None:
             except (TypeError, ValueError):
                 return None
             model = content.get("model")
-            return Training(place / "config.yaml", data, model.get("init_from") if isinstance(model, dict) else None)
+            return Training(parent / "config.yaml", data, model.get("init_from") if isinstance(model, dict) else None)
     return None
 
 

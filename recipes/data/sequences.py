@@ -1,4 +1,4 @@
-"""From a recipe's ``data`` section to sequences: read, tokenise, hold out, pack or pad, and the order of each epoch."""
+"""Make token sequences from a recipe's ``data`` section: read, tokenise, hold out, pack or pad, order."""
 
 from dataclasses import dataclass, field
 from functools import partial

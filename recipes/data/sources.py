@@ -1,4 +1,4 @@
-"""Where text comes from: documents of one split, a fingerprint of their content, and clear errors about bad input.
+"""Read text: the documents of a split, a fingerprint of their content, and errors about bad input.
 
 A corpus is read whole (:func:`open_corpus`); data too large for that is read row by row (:func:`open_stream`).
 """
@@ -151,7 +151,7 @@ def text_corpus(path: str, key: str = "data.path") -> Corpus:
 
 
 def _decode(raw: bytes, name: str, *, whole: bool = True) -> str:
-    """UTF-8 text; unless it is the ``whole`` of a file, a character that is cut at its end is left out."""
+    """Decode UTF-8 text. Unless it is the ``whole`` of a file, a character cut at its end is dropped."""
     if b"\0" in raw:
         raise ValueError(f"'{name}' is not a text file: byte {raw.index(0)} is NUL (binary, or text in UTF-16?)")
     try:
@@ -174,7 +174,7 @@ def _add_text(digest: Any, text: str) -> None:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """Give the ``datasets`` module with its progress bars off: they would break the run's own progress line."""
+    """Context manager: the ``datasets`` module with its progress bars off, which would break the run's own line."""
     require("datasets")
     import datasets
 
@@ -292,7 +292,7 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
 
 
 def look(config: "DataConfig") -> list[str]:
-    """Say what the training and the validation text are, one line each, having opened no more than their beginnings.
+    """Describe the training and the validation text, one line each, from their beginnings only.
 
     Files are found, not empty, and begin with text or with a row that has the column; the hub is not asked. Raises what
     :func:`open_corpus` raises for what is missing or no text.
@@ -353,7 +353,7 @@ def open_file(config: "DataConfig", path: str) -> Corpus:
 
 
 def open_validation(config: "DataConfig") -> Corpus | None:
-    """Open the validation text that has a place of its own, or return None: it is held out from the training text.
+    """Open the separate validation text, or return None if it is held out from the training text.
 
     That is ``data.val_path`` (text, or JSON and Parquet by its suffix), the ``c4-validation`` shards of a local copy of
     C4, or the split ``validation`` of a streamed hub dataset.

@@ -1,4 +1,4 @@
-"""Streamed data: shuffled without a buffer that forgets, split over processes, resumed exactly in mid-stream.
+"""Streamed data: shuffled in blocks, split over processes, resumed exactly in the middle of a block.
 
 A buffer that is refilled while it is drawn from cannot be saved in a few numbers. Here the order follows from (seed,
 epoch) for the shards and from (seed, process, block) for the sequences inside a block of a fixed number of documents,
@@ -94,7 +94,7 @@ class StreamedSequences(IterableDataset):
 
     @property
     def by_shards(self) -> bool:
-        """Whether processes share out whole shards, and not the documents of each shard."""
+        """Whether each process reads whole shards; otherwise each reads every ``world_size``-th document."""
         return self.num_shards >= self.world_size
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class StreamedSequences(IterableDataset):
         return {**self._identity(), **self._block, "left_over": list(self._block["left_over"]), "given": self._given}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state`` at the next ``iter()``.
+        """Continue from ``state`` at the next ``iter()``.
 
         Raises ValueError if it was saved by a stream with other shards, seed, lengths, or number of processes.
         """
@@ -111,8 +111,10 @@ class StreamedSequences(IterableDataset):
             raise ValueError(f"not the state of a stream: it has no {', '.join(missing)}")
         other = {key: (state[key], mine) for key, mine in self._identity().items() if state[key] != mine}
         if other:
-            told = "; ".join(f"{key} was {theirs}, is {mine}" for key, (theirs, mine) in other.items())
-            raise ValueError(f"the saved position belongs to another stream ({told}); resume with the same settings")
+            differences = "; ".join(f"{key} was {theirs}, is {mine}" for key, (theirs, mine) in other.items())
+            raise ValueError(
+                f"the saved position belongs to another stream ({differences}); resume with the same settings"
+            )
         self._block = {key: state[key] for key in self._block}
         self._given = state["given"]
 
@@ -151,26 +153,26 @@ class StreamedSequences(IterableDataset):
 
     def _texts(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield this process's texts from ``self._block`` on, each with the position after it."""
-        epoch, place, skip = (self._block[key] for key in ("epoch", "shard", "row"))
+        epoch, first_shard, skip = (self._block[key] for key in ("epoch", "shard", "row"))
         while self.epochs is None or epoch < self.epochs:
             order = epoch_order(self.num_shards, self.seed, epoch).tolist()
             mine = order[self.rank :: self.world_size] if self.by_shards else order
-            found = skip > 0 or place > 0
-            for shard_place in range(place, len(mine)):
-                rows = self.rows.shard(num_shards=self.num_shards, index=mine[shard_place])
+            any_text = skip > 0 or first_shard > 0
+            for shard in range(first_shard, len(mine)):
+                rows = self.rows.shard(num_shards=self.num_shards, index=mine[shard])
                 for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
                     if not self.by_shards and number % self.world_size != self.rank:
                         continue
                     if (text := row_text(row, self.text_key)).strip():
-                        found = True
-                        yield text, {"epoch": epoch, "shard": shard_place, "row": number + 1}
+                        any_text = True
+                        yield text, {"epoch": epoch, "shard": shard, "row": number + 1}
                 skip = 0
-            if not found:
+            if not any_text:
                 raise ValueError(
                     f"data: no text for process {self.rank} of {self.world_size} in {self.num_shards} shards "
                     f"(column '{self.text_key}')"
                 )
-            epoch, place = epoch + 1, 0
+            epoch, first_shard = epoch + 1, 0
 
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
         """Tokenise the documents of a block and cut them into sequences; what is left over begins the next block."""

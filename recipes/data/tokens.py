@@ -60,8 +60,8 @@ def require(module: str, extra: str = "recipes") -> None:
 
 def cache_root(folder: str | Path | None = None) -> Path:
     """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else ``~/.cache/leanstep``."""
-    chosen = folder or os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep"
-    return Path(chosen).expanduser()
+    path = folder or os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep"
+    return Path(path).expanduser()
 
 
 def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:

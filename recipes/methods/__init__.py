@@ -1,1 +1,1 @@
-"""The methods of the package in a recipe's run."""
+"""Apply the package's methods in a run, as the recipe asks."""

@@ -1,4 +1,4 @@
-"""Attention layers of a run: where each head stands, and whether a layer may run low-rank."""
+"""Low-rank attention in a run: the monitor of attention norms, and the gate that decides per layer."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ __all__ = ["build_gate", "build_monitor", "read_gate", "write_gate"]
 
 
 def build_monitor(model: torch.nn.Module) -> NormMonitor:
-    """Watch the attention of ``model``, as it is trained, at log steps (``log.attention_norms``).
+    """Measure the attention norms of ``model`` at log steps (``log.attention_norms``).
 
     Raises ValueError for a model whose attention cannot be watched.
     """
@@ -23,7 +23,7 @@ def build_monitor(model: torch.nn.Module) -> NormMonitor:
 
 
 def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
-    """Let the attention of ``model`` run low-rank where that is close and pays (``lora.attention: auto``).
+    """Let attention layers run low-rank where the error is small and it is cheaper (``lora.attention: auto``).
 
     Raises ValueError for a model whose attention cannot be reached.
     """
@@ -34,15 +34,16 @@ def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
 
 
 def write_gate(gate: LowRankGate, trainer: Path, rank: int) -> None:
-    """Write what a process's gate decided into ``trainer/`` of a checkpoint."""
+    """Write the decisions of this process's gate into ``trainer/`` of a checkpoint."""
     torch.save(gate.state_dict(), trainer / f"gate_{rank}.pt")
 
 
 def read_gate(gate: LowRankGate, trainer: Path, rank: int, world: int) -> str | None:
-    """Let the gate go on from what :func:`write_gate` wrote in as many processes.
+    """Load the decisions that :func:`write_gate` wrote.
 
     Returns:
-        None, or why it cannot: then layers are judged anew, which is sound and not bit for bit the same.
+        None, or a warning: decisions of another number of processes are not loaded; layers are judged anew, which is
+        correct but not bit for bit the same.
 
     Raises CheckpointError for decisions about other layers.
     """

@@ -1,4 +1,4 @@
-"""The two halves of a step's micro batches, for an optimizer that takes the gradient's noise from their difference."""
+"""Mark the two halves of a step's micro batches, for LANTON with noise="halves"."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["Halves", "find_halves", "halved_groups"]
 
 
 class Halves:
-    """Tells such an optimizer when half of the micro batches are done and when all are, before gradients are clipped.
+    """Tells the optimizer when half of the micro batches are done, and when all are, before gradients are clipped.
 
     The optimizer has ``mark_half(fraction, averaged=, loss_scale=)`` and ``mark_whole(loss_scale=)``, as
     :class:`leanstep.optimizers.LANTON` has them.
@@ -18,13 +18,13 @@ class Halves:
         self._optimizer, self._accelerator = optimizer, accelerator
 
     def half(self, fraction: float) -> None:
-        """So much of the step's micro batches is done."""
+        """Mark that this fraction of the step's micro batches is done."""
         # processes exchange gradients in the last micro batch only
         averaged = None if self._accelerator.num_processes == 1 else False
         self._optimizer.mark_half(fraction, averaged=averaged, loss_scale=self._scale())
 
     def whole(self) -> None:
-        """All micro batches are done, and nothing has changed the gradients yet."""
+        """Mark that all micro batches are done; call it before gradients are clipped or masked."""
         self._optimizer.mark_whole(loss_scale=self._scale())
 
     def _scale(self) -> float:
@@ -33,7 +33,7 @@ class Halves:
 
 
 def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
-    """The marks that ``optimizer`` asks for: where a group of it has ``noise="halves"``; None otherwise.
+    """The marker of halves if a group of ``optimizer`` has ``noise="halves"``, else None.
 
     Raises ValueError where a step has no halves: one micro batch, or sharded gradients that exist at its end only.
     """

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a run: from the recipe to an adapted model, and what is stored of it.
+"""Low-rank adapters in a run: adapt the model, store the merged model and the adapter.
 
 A folder of a run with adapters holds the merged model, which opens like any other, and ``adapter/``, which opens in
 peft too. A checkpoint goes on from the adapter and from the base, ``model.init_from``.
@@ -57,7 +57,7 @@ def describe_adapters(model: torch.nn.Module) -> str:
 
 
 def merged_weights(model: torch.nn.Module, others: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What to write into a Hugging Face folder for an adapted model; ``others`` for any other one."""
+    """State dict to write into a Hugging Face folder: merged for an adapted model, else ``others``."""
     return merged_state_dict(model) if is_adapted(model) else others
 
 

@@ -1,4 +1,4 @@
-"""torch's Muon for hidden matrices and its AdamW for everything else, as one optimizer: the peer of comparison runs."""
+"""torch's Muon for hidden matrices and AdamW for the other parameters, as one optimizer, to compare with."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -66,11 +66,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step; ``closure`` is called first, with gradients, and its value returned."""
+        """Make one step. ``closure``, if given, is called first with gradients enabled; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts():
-            part.step()
+        for optimizer in self._parts():
+            optimizer.step()
         return loss

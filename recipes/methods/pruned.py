@@ -1,4 +1,4 @@
-"""Training on after pruning: the masks of a run, what they cost, and what its folders say of them."""
+"""Train a pruned model with its zeros kept: masks, their memory, and the sparsity files of the run's folders."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
-    """The parameters whose zeros are kept, where there are any; none unless ``pruning.keep_masks``.
+    """Names of the parameters whose zeros are kept; none unless ``pruning.keep_masks``.
 
     Raises ValueError for wildcards that match nothing, or nothing to keep.
     """
@@ -43,11 +43,11 @@ def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
 
 
 def mask_adapters(config: RunConfig, model: torch.nn.Module) -> None:
-    """Mask the products of adapters where their base is zero, when the recipe keeps masks."""
+    """With ``pruning.keep_masks``, mask the adapters' products where their base weight is zero."""
     names = {name.rpartition(".")[0] for name in masked_names(config, model)}
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
     # on the meta device every matrix may have zeros
-    zeros = [n for n, layer in found.items() if n in names and (layer.weight.is_meta or not bool(layer.weight.all()))]
+    zeros = [n for n, layer in layers.items() if n in names and (layer.weight.is_meta or not bool(layer.weight.all()))]
     keep_zeros(model, zeros)
 
 
@@ -65,7 +65,7 @@ def build_masks(
 
 
 def zeros_forgotten(config: RunConfig) -> str:
-    """What to say where the run begins with a model that says it is pruned, and does not keep its zeros; or ""."""
+    """Warning for a run that starts from a pruned model without keeping its zeros; "" if there is none to give."""
     source = config.model.init_from
     if config.pruning.keep_masks or config.sparsity.patterns or not source:
         return ""
@@ -76,26 +76,26 @@ def zeros_forgotten(config: RunConfig) -> str:
 
 
 def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:
-    """A byte for every weight of the matrices whose zeros are kept."""
+    """Bytes of the masks: one for every weight of the matrices whose zeros are kept."""
     parameters = dict(model.named_parameters())
     return sum(parameters[name].numel() for name in masked_names(config, model))
 
 
 def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Name -> zeros and entries, of the tensors with these names in a folder's safetensors files."""
-    found = {}
+    """Name -> (zeros, elements) of the tensors with these names in a folder's safetensors files."""
+    counts = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in set(names) & set(weights.keys()):
                 tensor = weights.get_tensor(name)
-                found[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
-    return {name: found[name] for name in names if name in found}
+                counts[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
+    return {name: counts[name] for name in names if name in counts}
 
 
 def write_sparsity(names: list[str], source: str, path: Path) -> None:
-    """Say beside the weights of a folder how many of each pruned matrix are zero, counted in its files.
+    """Write the sparsity of each pruned matrix beside the weights of a folder, counted in its files.
 
-    N:M patterns are those that ``source``, the pruned model that the run began with, says of itself: zeros only stay.
+    N:M patterns are copied from ``source``, the pruned model that the run began with: its zeros stay zero.
     """
     rows: dict[str, dict[str, Any]] = {}
     counts = zeros_of(path, names)
@@ -109,7 +109,7 @@ def write_sparsity(names: list[str], source: str, path: Path) -> None:
 
 
 def _patterns(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> pattern and dimension, where a folder says so."""
+    """Name -> pattern and dimension, from the sparsity file of a folder; empty without one."""
     try:
         content = json.loads((folder / PATTERNS_FILE).read_text(encoding="utf-8"))
         entries = content.get("tensors", content).items()

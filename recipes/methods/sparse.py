@@ -1,4 +1,4 @@
-"""N:M sparsity of a run: from the recipe to a controller, what checkpoints need besides, and what to report."""
+"""N:M sparsity in a run: build the controller, save and load its state, report."""
 
 import json
 from collections.abc import Iterable
@@ -59,8 +59,8 @@ def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
 def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller:
     """Make ``model`` sparse as the recipe says (``sparsity.patterns``).
 
-    Call it once the optimizer is built, whose groups go by names, and before the model is sharded. Raises ValueError
-    for layers that cannot be sparse.
+    Call it after the optimizer is built, since its groups go by parameter names, and before the model is sharded.
+    Raises ValueError for layers that cannot be sparse.
     """
     sparsity = config.sparsity
     return sparsify(
@@ -80,22 +80,22 @@ def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller:
 
 def describe_sparsity(controller: Controller) -> str:
     """``1:16 12 layers, 589,824 weights; 2:4 ...``."""
-    found: dict[str, list[int]] = {}
+    sizes_of: dict[str, list[int]] = {}
     for layer in controller.layers:
-        found.setdefault(str(layer.target), []).append(layer.transform.mask.numel())
-    return "; ".join(f"{pattern} {len(sizes)} layers, {sum(sizes):,} weights" for pattern, sizes in found.items())
+        sizes_of.setdefault(str(layer.target), []).append(layer.transform.mask.numel())
+    return "; ".join(f"{pattern} {len(sizes)} layers, {sum(sizes):,} weights" for pattern, sizes in sizes_of.items())
 
 
 def weights_for_others(model: torch.nn.Module, gathered: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What to write into a Hugging Face folder: weights as the model computes with them, under plain names.
+    """State dict to write into a Hugging Face folder: masked weights under plain names.
 
-    ``gathered`` is the state dict of a sharded model. None means the model's own, which is right for a dense one.
+    ``gathered`` is the state dict of a sharded model, None for one that is not. A dense model needs no other one.
     """
     return plain_state_dict(model, gathered) if sparse_layers(model) else gathered
 
 
 def write_patterns(model: torch.nn.Module, path: Path) -> None:
-    """Say beside the weights what they are, for ``leanstep verify``, once the schedule has made them so."""
+    """Write the N:M patterns beside the weights, for ``leanstep verify``, once every layer has reached its own."""
     layers = sparse_layers(model)
     if layers and all(layer.transform.pattern == layer.target and layer.transform.alpha == 0 for layer in layers):
         # transformers stores some models under other names than their modules have
@@ -109,12 +109,12 @@ def write_patterns(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_sparse(model: torch.nn.Module, trainer: Path) -> None:
-    """Write what the Hugging Face folder lacks for going on: dense weights and masks. Nothing for a dense model."""
+    """Write dense weights and masks, which resuming needs and the Hugging Face folder lacks."""
     state = sparse_state(model)
     if state:
         # a tied weight is stored once
-        own = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-        save_file({name: state[name].contiguous() for name in own.values()}, trainer / STATE_FILE)
+        name_of = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+        save_file({name: state[name].contiguous() for name in name_of.values()}, trainer / STATE_FILE)
 
 
 def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor]:
@@ -128,7 +128,7 @@ def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor
 
 
 def without_sparse(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` of a Hugging Face folder without the sparse ones, whose dense originals are stored apart."""
+    """``weights`` of a Hugging Face folder without the sparse ones; :func:`load_sparse` reads their dense originals."""
     sparse = {name for layer in sparse_layers(model) for name in layer.names}
     return {name: tensor for name, tensor in weights.items() if name not in sparse}
 
@@ -148,7 +148,7 @@ def run_operations(config: RunConfig, layers: Iterable[SparseLayer], flops_per_t
 
 
 def report(config: RunConfig, controller: Controller, flops_per_token: int) -> dict[str, Any]:
-    """What ``sparsity_report.json`` holds: a row for each layer, and the operations of the run."""
+    """Content of ``sparsity_report.json``: a row for each layer, and the operations of the run."""
     operations = run_operations(config, controller.layers, flops_per_token)
     counted = {"dense": operations.dense, "theoretical": operations.theoretical, "hardware": operations.hardware}
     return {"layers": controller.statistics(), "operations": counted, "formula": FORMULA}

@@ -1,4 +1,4 @@
-"""The charts of a report: which numbers of the log are drawn over what."""
+"""The charts of a report, drawn from the numbers of the log."""
 
 from collections.abc import Callable
 from functools import partial
@@ -101,14 +101,14 @@ def reported_curves(run: Run, section: str, most_points: int) -> str:
     for name, keys in list(groups.items())[:_MOST_CHARTS]:
         # evenly over the layers, since they come in the order of the model
         shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
-        part = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
+        share = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
         series = [
             Series(key.partition("/")[2] or key, *_known(run.column("step"), run.reported_column(section, key)), color)
             for color, key in enumerate(shown)
         ]
-        known = [y for one in series for y in one.y if y is not None]
+        values = [y for line in series for y in line.y if y is not None]
         # layers often differ by orders of magnitude
-        log_y = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
-        title = f"{section.capitalize()}: {name}{part}"
+        log_y = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+        title = f"{section.capitalize()}: {name}{share}"
         charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
     return "".join(charts)

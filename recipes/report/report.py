@@ -82,7 +82,7 @@ def _page(runs: list[Run], most_points: int, most_text: int) -> str:
 
 
 def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
-    """What the page of one run shows."""
+    """The values of the template for one run."""
     environment = flat(run.env) | ({"command": run.command} if run.command else {})
     return {
         "title": run.name,
@@ -120,7 +120,7 @@ def _lead(run: Run) -> list[str]:
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The numbers one looks for first: name, value, note."""
+    """The main results as (name, value, note)."""
     final = run.final_eval
     loss, per_byte = number(final.get("loss")), number(final.get("bits_per_byte"))
     expected, verdict = run.expectation(), ""
@@ -213,7 +213,7 @@ def _format(value: Any, text: str) -> str:
 
 
 def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
-    """What the page of several runs shows."""
+    """The values of the template for several runs."""
     configurations, environments = [flat(run.config) for run in runs], [flat(run.env) for run in runs]
     return {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}"[:200],

@@ -1,4 +1,4 @@
-"""Read a run folder, of a run that is done, running or dead, and say what in it deserves attention."""
+"""Read a run folder, whether the run is done, running or dead, and collect warnings about it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ _SHOWN_WARNINGS = 8
 
 @dataclass
 class Run:
-    """What the files of one run say. Missing files leave their part empty.
+    """Content of the files of one run; empty where a file is missing.
 
     ``train`` and ``evals`` are the objects of log.jsonl of those kinds, in order; ``problems`` is text for people.
     """
@@ -75,24 +75,24 @@ class Run:
         return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
     def reported_column(self, section: str, key: str) -> list[float | None]:
-        """One of them for every line of the log."""
+        """One of these numbers for every line of the log."""
         rows = (row.get(section) for row in self.train)
         return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
 
     def setting(self, path: str) -> Any:
         """A value of the configuration by its dotted path, None if it is not there."""
         value: Any = self.config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def expectation(self) -> tuple[float, float, bool] | None:
         """(expected validation loss, tolerance, met) if the recipe expects one and there is an evaluation."""
-        wanted, found = number(self.setting("expect.val_loss")), number(self.final_eval.get("loss"))
-        if wanted is None or found is None:
+        expected, measured = number(self.setting("expect.val_loss")), number(self.final_eval.get("loss"))
+        if expected is None or measured is None:
             return None
         tolerance = number(self.setting("expect.tolerance")) or 0.0
-        return wanted, tolerance, abs(found - wanted) <= tolerance
+        return expected, tolerance, abs(measured - expected) <= tolerance
 
 
 def number(value: Any) -> float | None:
@@ -108,8 +108,8 @@ def number(value: Any) -> float | None:
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
     """Flatten nested mappings to dotted keys with text values."""
     if isinstance(values, dict) and values:
-        parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
-        return {key: text for part in parts for key, text in part.items()}
+        flattened = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
+        return {key: text for pairs in flattened for key, text in pairs.items()}
     if values is None or isinstance(values, (bool, float)):
         return {prefix: f"{values:g}" if isinstance(values, float) else json.dumps(values)}
     return {prefix: ", ".join(map(str, values)) if isinstance(values, list) else str(values)}
@@ -216,33 +216,33 @@ def _is(amount: int) -> str:
 
 
 def _judge(run: Run) -> list[str]:
-    """What a reader should know before trusting the numbers."""
-    found = []
+    """Collect warnings that a reader should know before trusting the numbers."""
+    notes = []
     steps, step = run.status.get("steps"), run.status.get("step")
     if run.state.startswith("failed"):
-        found.append(f"The run failed ({run.state.partition(':')[2] or 'no reason given'}) at step {step} of {steps}.")
+        notes.append(f"The run failed ({run.state.partition(':')[2] or 'no reason given'}) at step {step} of {steps}.")
     elif run.state == "crashed":
-        found.append(
+        notes.append(
             f"The run is not done: status.json says that it is running, but no process holds the folder. It was killed "
             f"after step {step} of {steps}; the same command continues it."
         )
     elif run.state != "done":
-        found.append(f"The run is not done ({run.state}): step {step} of {steps}.")
+        notes.append(f"The run is not done ({run.state}): step {step} of {steps}.")
     if (run.folder / "nan_dump").is_dir():
-        found.append(f"The batch that went wrong is in {run.folder / 'nan_dump'}.")
+        notes.append(f"The batch that went wrong is in {run.folder / 'nan_dump'}.")
     if skipped := int(run.last("nonfinite") or 0):
-        found.append(f"{_count(skipped, 'step')} with a loss or gradient that was not finite.")
+        notes.append(f"{_count(skipped, 'step')} with a loss or gradient that was not finite.")
     if broken := sum(1 for value in run.column("loss") if value is None or not math.isfinite(value)):
-        found.append(f"The training loss is not finite in {_count(broken, 'logged step')}.")
+        notes.append(f"The training loss is not finite in {_count(broken, 'logged step')}.")
     if (met := run.expectation()) and not met[2]:
-        found.append(f"The validation loss {run.final_eval['loss']:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
+        notes.append(f"The validation loss {run.final_eval['loss']:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
     losses = [(value, row["step"]) for value, row in zip(run.column("loss", "evals"), run.evals, strict=True) if value]
     if losses and losses[-1][0] > 1.02 * min(losses)[0]:
         best, at = min(losses)
-        found.append(f"The validation loss rose from {best:.4f} at step {at} to {losses[-1][0]:.4f}.")
+        notes.append(f"The validation loss rose from {best:.4f} at step {at} to {losses[-1][0]:.4f}.")
     lines = [line.strip() for line in _text(run, "train.log", needed=False).splitlines() if "WARNING" in line]
     different = list(dict.fromkeys(lines))
-    found += [line[:300] for line in different[:_SHOWN_WARNINGS]]
+    notes += [line[:300] for line in different[:_SHOWN_WARNINGS]]
     if len(different) > _SHOWN_WARNINGS:
-        found.append(f"{_count(len(different) - _SHOWN_WARNINGS, 'more warning')} in train.log.")
-    return found
+        notes.append(f"{_count(len(different) - _SHOWN_WARNINGS, 'more warning')} in train.log.")
+    return notes

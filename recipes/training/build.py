@@ -1,4 +1,4 @@
-"""From configuration to objects: the only place that does it. Classes get plain arguments and never see a recipe.
+"""Build the objects that a recipe names. Their classes get plain arguments and never see a recipe.
 
 Floating-point operations of a model, by formula, and what a device can do at most: together the utilisation.
 
@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from leanstep import optimizers
+from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.recipes.config.schema import (
@@ -81,9 +82,9 @@ def wants_cpu(device: str) -> bool:
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
-    """The Accelerator of a run: device, mixed precision, accumulation, sharding and trackers, all from the recipe.
+    """Build the Accelerator: device, mixed precision, accumulation, sharding and trackers as the recipe says.
 
-    The recipe decides these, so what an ``accelerate config`` file says about them has no effect. Raises ValueError
+    An ``accelerate config`` file has no effect on these. Raises ValueError
     for fp16 or FSDP2 on a CPU, for a tracker that is not installed, and when ``batch.tokens_per_step`` does not divide.
     """
     cpu = wants_cpu(config.device)
@@ -119,7 +120,7 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Accelerate only warns when a tracker is missing, and then records nothing; here it is an error."""
+    """Raise ValueError for a tracker that is not installed; Accelerate would warn and record nothing."""
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # classes that somebody registered with Accelerate are there by being registered
@@ -165,7 +166,7 @@ def build_model(
 
 
 def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that a run trains: :func:`build_model` with adapters, recomputation and compilation as asked for."""
+    """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
     check_positions(model, config.data.seq_len)
@@ -187,7 +188,7 @@ def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let ``model`` recompute each layer's activations in backward instead of keeping them: less memory."""
+    """Recompute each layer's activations in backward instead of keeping them, to save memory."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -197,7 +198,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class that a recipe calls ``name``, imported when it is asked for. Raises ValueError if it is not there."""
+    """Import the class that a recipe calls ``name``. Raises ValueError if it is not there."""
     module, _, cls = OPTIMIZERS[name].partition(":")
     try:
         return getattr(import_module(module), cls)
@@ -234,7 +235,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
 
 
 def _python_value(key: str, value: Any) -> Any:
-    """What YAML cannot say: tuples, and dtypes by their names."""
+    """Convert what YAML cannot express: lists to tuples, names of dtypes to dtypes."""
     if isinstance(value, list):
         return tuple(value)
     if key.endswith("dtype") and isinstance(value, str):
@@ -254,11 +255,11 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         algorithm = common.pop("algorithm", "adamw")
         if config.name in _MATRIX_ALGORITHM:
             common["algorithm"] = algorithm if algorithm == "adamw" else _MATRIX_ALGORITHM[config.name]
-        members: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        by_rule: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
-            chosen = next((rule.index for rule in rules if rule.selects(name, role)), None)
-            members.setdefault(chosen, []).append((name, parameter))
-        for index, params in members.items():
+            rule_index = next((rule.index for rule in rules if rule.selects(name, role)), None)
+            by_rule.setdefault(rule_index, []).append((name, parameter))
+        for index, params in by_rule.items():
             override = {} if index is None else rules[index].options
             label = role if index is None else f"{role}/{index}"
             yield {**common, **override, "name": label, "params": params}
@@ -268,7 +269,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
 
 
 class _Rule:
-    """One entry of ``optimizer.groups``: which parameters it selects, and the options it gives them."""
+    """One entry of ``optimizer.groups``: a selector of parameters and the options they get."""
 
     def __init__(self, entry: dict[str, Any], index: int) -> None:
         self.index = index
@@ -280,9 +281,9 @@ class _Rule:
         self.used = False
 
     def selects(self, name: str, role: str) -> bool:
-        found = role == self.role if self.match is None else re.search(self.match, name) is not None
-        self.used |= found
-        return found
+        selected = role == self.role if self.match is None else re.search(self.match, name) is not None
+        self.used |= selected
+        return selected
 
 
 def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
@@ -299,7 +300,7 @@ def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimize
 
 
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate as a function of the number of optimizer steps already made, 0 to steps - 1.
+    """Return the factor on the learning rate as a function of the steps already made, 0 to steps - 1.
 
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so that no step is spent at rate 0; then with
     ``t = (n - w) / (steps - 1 - w)``, from 1 at t = 0 to ``f = final_fraction`` at the last step, t = 1:
@@ -342,14 +343,14 @@ def check_positions(model: PreTrainedModel, seq_len: int) -> None:
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     """``hidden 28 tensors, 850,000 elements, lr 0.004; ...``."""
-    parts = []
+    texts = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
         settings = [f"lr {group['lr']:g}", f"weight decay {group['weight_decay']:g}"]
         if "algorithm" in group:
             settings.insert(0, str(group["algorithm"]))
-        parts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
-    return "; ".join(parts)
+        texts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
+    return "; ".join(texts)
 
 
 FORMULA = (
@@ -379,7 +380,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     left out.
     """
     roles = parameter_roles(model)
-    head: Any = model.get_output_embeddings()
+    head = output_head(model)
     tied = None if head is None else head.weight
     weights = sum(
         parameter.numel()

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, verified on reading, pruned, and matched to the recipe.
+"""Checkpoints: written aside and renamed, verified on reading, pruned, and matched to the recipe.
 
 ``checkpoints/step-000100/`` holds ``hf/`` (what ``from_pretrained`` opens, tokenizer included), ``trainer/`` (what
 Accelerate saves: optimizer, schedule, gradient scaler and each process's random generators; ``state.json``; the data
@@ -62,7 +62,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class TrainState:
-    """What a run knows besides tensors: ``tokens`` counts predicted ones, ``elapsed_s`` training over all starts.
+    """Progress of a run: ``tokens`` counts predicted tokens, ``elapsed_s`` the seconds of all its starts.
 
     ``nonfinite`` counts steps left out because of a non-finite loss or gradient. ``eval_pending`` marks a checkpoint
     written because a signal came during the evaluation of its step.
@@ -89,8 +89,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """The folders with a COMPLETE marker, oldest first. They may still be damaged: see :func:`verify`."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    complete = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).is_file()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def staging(folder: Path, step: int) -> Path:
@@ -287,8 +287,8 @@ def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) 
     """
     shards = world_size if config.distributed.strategy == "fsdp2" else 1
     checkpoint = shards * (memory.weights + memory.optimizer_state)
-    kept = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    return checkpoint, kept * checkpoint + shards * memory.weights
+    count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
+    return checkpoint, count * checkpoint + shards * memory.weights
 
 
 def check_room(
@@ -304,12 +304,12 @@ def check_room(
     """
     if memory is None:
         return None
-    one, need = disk_need(config, memory, world_size)
+    single, need = disk_need(config, memory, world_size)
     free = free_bytes(folder.root)
-    if one > free:
+    if single > free:
         raise FolderError(
-            f"out: one checkpoint needs {format_bytes(one)}, the disk of {folder.root} has {format_bytes(free)} free; "
-            "make room, or choose another disk with out=ANOTHER_FOLDER"
+            f"out: one checkpoint needs {format_bytes(single)}, the disk of {folder.root} has {format_bytes(free)} "
+            "free; make room, or choose another disk with out=ANOTHER_FOLDER"
         )
     present = [*find_checkpoints(folder.checkpoints), folder.final]
     room = free + sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
@@ -342,8 +342,8 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
     if path.parent == folder.checkpoints.resolve():
         # the steps after it are computed again: what they left must not be taken for the newest state later
         step = read_state(path).step
-        found = find_checkpoints(folder.checkpoints)
-        aside.update({later: "abandoned" for later in found if int(later.name.removeprefix("step-")) > step})
+        checkpoints = find_checkpoints(folder.checkpoints)
+        aside.update({later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step})
     elif not folder.is_empty():
         raise FolderError(f"out: {folder.root} already holds another run than that of {path}. {_ways_out()}")
     return path
@@ -351,19 +351,19 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
 
 def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | None:
     """The newest whole checkpoint of the run in ``out``; None when it never came to save one."""
-    chosen, problems = newest(folder.checkpoints)
-    if chosen is None and problems:
+    checkpoint, problems = newest(folder.checkpoints)
+    if checkpoint is None and problems:
         raise CheckpointError("no checkpoint in the output folder can be used.\n" + "\n".join(problems.values()))
     for path, problem in problems.items():
         start.notes.append(f"WARNING: {problem}; going back to an older checkpoint")
         start.aside[path] = "damaged"
-    if chosen is None:
+    if checkpoint is None:
         saved = folder.root / "config.yaml"
         if not saved.is_file():
             raise FolderError(f"out: {folder.root} is not empty and holds no run. Choose another with out=FOLDER")
         _check_recipe(_read_yaml(saved), config, str(saved), start.notes)
         start.notes.append(f"the run in {folder.root} stopped before its first checkpoint; beginning again at step 0")
-    return chosen
+    return checkpoint
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

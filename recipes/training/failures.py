@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from leanstep._files import format_bytes, free_bytes, is_disk_full
+from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
@@ -80,31 +81,31 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
 
 
 def lighter_state(config: RunConfig) -> list[tuple[str, str]]:
-    """Settings under which the optimizer keeps less, the most like this run first, and what each changes."""
+    """Settings that make the optimizer's state smaller, the closest to this run first, and what each changes."""
     name, args = config.optimizer.name, config.optimizer.args
-    found = []
+    ways = []
     if name == "adamw":
-        found.append(
+        ways.append(
             ("optimizer.name=lion or sinkgd", "one state tensor or none, where AdamW has two (a run of its own)")
         )
     elif name == "lion":
-        found.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
+        ways.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
     elif name == "lanton" and args.get("noise_adaptive", True) and not args.get("noise_dtype"):
-        found.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
+        ways.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
     elif name == "mfac":
         if not args.get("compression"):
             if not args.get("storage"):
-                found.append(("optimizer.args.storage=bf16", "the window at half the size"))
-            found.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
+                ways.append(("optimizer.args.storage=bf16", "the window at half the size"))
+            ways.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
         window = int(args.get("window", 1024))
         if window > 1:
-            found.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
-    return found
+            ways.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
+    return ways
 
 
 def _last(folder: Path) -> str:
-    found = find_checkpoints(folder / "checkpoints")
-    return str(found[-1]) if found else "none yet"
+    checkpoints = find_checkpoints(folder / "checkpoints")
+    return str(checkpoints[-1]) if checkpoints else "none yet"
 
 
 def _peak() -> str:
@@ -118,14 +119,14 @@ def _peak() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's GPU error, for Python's MemoryError, and for what torch's CPU allocator raises."""
+    """Whether an error is torch's for a GPU, Python's MemoryError, or that of torch's CPU allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
-    """Say what kept a checkpoint from being written, or None when the error is no matter of the disk.
+    """Say why a checkpoint could not be written, or return None if the disk is not the reason.
 
     The writers raise what they like on a full disk (RuntimeError, SafetensorError, CheckpointException), so the free
     space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
@@ -148,8 +149,7 @@ def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[st
 def _norm(tensor: torch.Tensor) -> float:
     norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
     # a sharded tensor's norm is a collective call: every process comes through here
-    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(full.item())
+    return float(whole_tensor(norm).item())
 
 
 def dump_step(

@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, and the files that tell a run's story.
+"""The run folder: its lock and its files.
 
 ``config.yaml  command.txt  env.json  status.json  log.jsonl  train.log  checkpoints/  last  best  final/  report.html``
 
@@ -30,10 +30,7 @@ class FolderError(ValueError):
 
 
 def is_held(root: Path) -> bool:
-    """Whether a process trains in the run folder ``root`` now: whether its lock is taken. Takes and leaves nothing.
-
-    False where the file system knows no locks, since then there is nothing to tell by.
-    """
+    """Whether a process trains in the run folder ``root`` now, by its lock. False on file systems without locks."""
     try:
         with (root / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -45,7 +42,7 @@ def is_held(root: Path) -> bool:
 
 
 class _Lines:
-    """A text file that grows by lines. Lines that do not fit on a full disk are kept and written with a later one."""
+    """Appends lines to a text file. Lines that a full disk refuses are written with a later one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,7 +120,7 @@ class RunFolder:
             print(f"status.json could not be written: {error}", file=sys.stderr)
 
     def is_empty(self) -> bool:
-        """Whether no run was begun here: there is no folder, or only what a start that failed early leaves behind."""
+        """Whether no run was begun here: no folder, or only the traces of a start that failed early."""
         if not self.root.is_dir():
             return True
         return all(entry.name in _TRACES or entry.suffix == ".tmp" for entry in self.root.iterdir())
@@ -145,23 +142,23 @@ class RunFolder:
         self._text.add(line)
 
     def rewind_log(self, step: int) -> None:
-        """Drop what log.jsonl says about steps after ``step``, and a last line cut short: they are computed again."""
+        """Drop the lines of log.jsonl about steps after ``step``, which are computed again, and broken lines."""
         path = self._log.path
         if not path.exists():
             return
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if isinstance(entry, dict) and entry.get("step", 0) <= step and entry.get("kind") != "sample":
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+                lines.append(line + "\n")
+        write_text(path, "".join(lines))
 
 
 def environment(**facts: Any) -> dict[str, Any]:
-    """Versions of this package and those it stands on, machine, time, git commit if any, and the given facts."""
+    """Collect versions, machine, time, git commit if any, and the given facts."""
     from leanstep._version import __version__
 
     versions: dict[str, str] = {"leanstep": __version__, "python": platform.python_version()}
@@ -183,7 +180,7 @@ def environment(**facts: Any) -> dict[str, Any]:
 def _git_commit() -> str | None:
     """The commit of the folder the run was started in, with ``-dirty`` when files differ from it."""
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             capture_output=True,
             text=True,
@@ -192,4 +189,4 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

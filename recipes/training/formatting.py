@@ -1,4 +1,4 @@
-"""Numbers of a run as text, and as the plain values that trackers take."""
+"""Format the numbers of a run for a log line and for trackers."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
 
 
 def flat_scalars(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Dotted keys and plain values, because some trackers take nothing else; other values become text."""
+    """Flatten nested dicts to dotted keys and plain values, as trackers need; other values become text."""
     flat: dict[str, int | float | str | bool] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

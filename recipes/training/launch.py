@@ -1,4 +1,4 @@
-"""``leanstep train`` in several processes, through torchrun's API, or only as a plan; and how a process ends."""
+"""Launch ``leanstep train`` in several processes through torchrun's API, print its plan, end a process."""
 
 import atexit
 import contextlib
@@ -37,7 +37,7 @@ def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int
 
 
 def plan(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> str:
-    """The resolved recipe, what a step consists of, and the command lines that do the same."""
+    """Text: the resolved recipe, the parts of a step, and equivalent command lines."""
     passes = accumulation_steps(config, world)
     tokens = config.batch.tokens_per_step
     sequences = tokens // config.data.seq_len
@@ -56,7 +56,7 @@ def plan(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -
 
 
 def equivalent_commands(recipe: str, overrides: Sequence[str], world: int) -> list[str]:
-    """The torchrun and accelerate lines that run the same, on this machine's kind of device."""
+    """Equivalent torchrun and accelerate command lines for this machine's kind of device."""
     tail = shlex.join([recipe, *overrides])
     torchrun = f"torchrun --standalone --nproc_per_node {world} -m {_MODULE} {tail}"
     accelerate = f"accelerate launch --num_processes {world} -m {_MODULE} {tail}"
@@ -74,7 +74,7 @@ def _has_gpu() -> bool:
 
 
 def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
-    """Start the workers through torchrun's own code, in this process; what became of them makes the exit code."""
+    """Start the workers by torchrun's API and wait for them; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
@@ -102,7 +102,7 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
 
 
 def _worst(codes: Iterable[int]) -> int:
-    """The exit code that says most: one of ours if a worker gave one, else 1."""
+    """The most informative exit code: one of ours if a worker returned one, else 1."""
     # workers that another's failure took down were killed by a signal: negative codes
     return next((code for code in codes if code in (2, 3, 4, 130, 143)), 1)
 

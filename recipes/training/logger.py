@@ -1,4 +1,4 @@
-"""What a run shows and writes down: its line on a terminal, log.jsonl, trackers, status.json, reports of its parts."""
+"""Log a run: the line on a terminal, log.jsonl, trackers, status.json, and reports at the end."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ __all__ = ["Clock", "Progress", "RunLogger"]
 
 
 class Clock:
-    """Time spent training, without evaluation and saving, and what is left of it.
+    """Measures training time without evaluation and saving, and estimates the time left.
 
     Rates are over the window since the last log line. The estimate adds the measured cost of the evaluations and saves
     to come to that of the steps.
@@ -63,7 +63,7 @@ class Clock:
 
     @contextmanager
     def pause(self, what: str) -> Iterator[Callable[[], float]]:
-        """Leave the time inside out of the rates; ``what`` is ``eval`` or ``save``. Yields a stopwatch of the block."""
+        """Exclude the block's time from the rates; ``what`` is ``eval`` or ``save``. Yields a stopwatch."""
         begin = time.perf_counter()
         spent = 0.0
         try:
@@ -94,7 +94,7 @@ class Clock:
 
 
 class Progress:
-    """Prints for the first process and keeps ``train.log``; in the others it does nothing.
+    """Prints lines and appends them to ``train.log``, in the first process only.
 
     On a terminal, a live bar follows every step and other lines scroll above it. Elsewhere each log line is printed.
     """
@@ -133,7 +133,7 @@ class Progress:
             print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
     def line(self, step: int, text: str, wanted: bool) -> None:
-        """Follow a step: a terminal's live line shows each, plain output and train.log those that are ``wanted``."""
+        """Show a step: always on a terminal's live line; in plain output and train.log only if ``wanted``."""
         if not self._active:
             return
         if self._bar is not None:
@@ -196,13 +196,13 @@ class RunLogger:
 
         ``sources`` are the objects with a ``diagnostics()``, or None, by the name that their numbers have in the log.
         """
-        config, wanted = self.config, self.is_logged(state.step)
-        asked = {name: _diagnostics(source) for name, source in sources.items()} if wanted else {}
+        config, is_logged = self.config, self.is_logged(state.step)
+        asked = {name: _diagnostics(source) for name, source in sources.items()} if is_logged else {}
         reported = {name: values for name, values in asked.items() if values}
         if not self.main:
             return
         first_here = self.clock.rate_now is None
-        if wanted or first_here:
+        if is_logged or first_here:
             self._measure()
         entry: dict[str, Any] = {
             "step": state.step,
@@ -213,35 +213,35 @@ class RunLogger:
             "tokens_per_s": self.clock.rate_now,
             "tokens": state.tokens,
             "elapsed_s": round(self.clock.elapsed_s, 3),
-            "nonfinite": state.nonfinite + (_skipped_updates(sources["optimizer"]) if wanted else 0),
+            "nonfinite": state.nonfinite + (_skipped_updates(sources["optimizer"]) if is_logged else 0),
             "tflops": self.tflops,
         }
         if self._peak is not None and self.tflops is not None:
             entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        if wanted:
+        if is_logged:
             self.folder.log({**entry, **reported})
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
             numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
             self._track(numbers, state.step)
         line = format_line(entry, config.steps, self._eta(state.step), [note] if note else [])
-        self.progress.line(state.step, line, wanted or first_here)
+        self.progress.line(state.step, line, is_logged or first_here)
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a line in log.jsonl: the first, the last, and every ``log.every``."""
         return step == 1 or step % self.config.log.every == 0 or step == self.config.steps
 
-    def evaluation(self, state: TrainState, found: EvalResult) -> None:
-        """Write and show what a validation found."""
-        numbers = dataclasses.asdict(found)
+    def evaluation(self, state: TrainState, result: EvalResult) -> None:
+        """Log and show the result of a validation."""
+        numbers = dataclasses.asdict(result)
         if self.main:
             self.folder.log({"step": state.step, "kind": "eval", **numbers})
             self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
-            per_byte = "" if found.bits_per_byte is None else f"  bits/byte {found.bits_per_byte:.4f}"
+            per_byte = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
             self.say(
-                f"step {state.step}/{self.config.steps}  validation loss {found.loss:.4f}  perplexity "
-                f"{found.perplexity:.2f}{per_byte}  ({found.tokens:,} targets)"
+                f"step {state.step}/{self.config.steps}  validation loss {result.loss:.4f}  perplexity "
+                f"{result.perplexity:.2f}{per_byte}  ({result.tokens:,} targets)"
             )
         self.status("running", state)
 
@@ -260,7 +260,9 @@ class RunLogger:
             )
 
     def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:
-        """Write what the parts of the run say of themselves at its end; every process calls it, None for no part.
+        """Write the final reports of optimizer, sparsity, attention norms and gate; None for those the run has not.
+
+        Every process calls it.
 
         ``optimizer_report.json``: the rows of the optimizer's ``noise_report()``. ``sparsity_report.json``: how sparse
         each layer is, and the operations of the run. ``attention_report.json``: where each head stood when it was last
@@ -317,6 +319,6 @@ def _diagnostics(optimizer: Any) -> dict[str, float]:
 
 
 def _skipped_updates(optimizer: Any) -> int:
-    """How often the optimizer itself left a tensor out because its gradient was not finite (Lion, SinkGD)."""
+    """How many tensors the optimizer left out because of a gradient that was not finite (Lion, SinkGD)."""
     count = getattr(optimizer, "nonfinite_count", None)
     return 0 if count is None else int(count())

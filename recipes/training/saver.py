@@ -1,4 +1,4 @@
-"""Writes and reads the checkpoints of a run through Accelerate, and at its end the model, a sample and the report.
+"""Write and read checkpoints through Accelerate; write the final model, a sample and the report.
 
 A full disk ends no run before its end: the newest complete checkpoint stays.
 """
@@ -73,9 +73,9 @@ class Saver:
             accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self, state: TrainState, windows: Windows) -> bool:
-        """Write the checkpoint of ``state.step``. False when the disk did not take it: the run may go on.
+        """Write the checkpoint of ``state.step``. Returns False if the disk refused it: the run may go on.
 
-        Raises whatever went wrong when the disk is not to blame.
+        Errors that are not the disk's are raised.
         """
         needed = self._expected_bytes()
         problem = main_does(self._accelerator, lambda: self._preflight(needed))
@@ -84,8 +84,8 @@ class Saver:
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
         if problem:
             last = find_checkpoints(self._folder.checkpoints)
-            kept = last[-1].name if last else "none"
-            self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {kept}")
+            newest = last[-1].name if last else "none"
+            self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {newest}")
         return problem is None
 
     def _write(self, state: TrainState, windows: Windows, needed: int) -> str | None:
@@ -147,7 +147,7 @@ class Saver:
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:
-        """Renew the links and remove old checkpoints. The new one is whole already: what fails here is only said."""
+        """Renew the links and remove old checkpoints. The new one is complete: failures here are warnings."""
         self._link("last", path)
         keep = []
         if self._config.keep_best and state.best_step is not None:
@@ -206,7 +206,7 @@ class Saver:
         return loaded
 
     def _check_generators(self, trainer: Path) -> None:
-        """Accelerate only logs when random states cannot be loaded; a run that lost them is not the same run."""
+        """Raise CheckpointError if the random state was not restored; Accelerate would only log that."""
         from accelerate.utils import load
 
         saved = load(trainer / f"random_states_{self._accelerator.process_index}.pkl")
@@ -214,7 +214,7 @@ class Saver:
             raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
-        """Before Accelerate loads a state: take the weights from ``hf/`` and leave none for it to look for."""
+        """Hook before Accelerate loads a state: load the weights from ``hf/``, where Accelerate does not look."""
         model = self._accelerator.unwrap_model(models[0])
         if is_adapted(model):
             # the base is there already, and the weights in hf/ have the adapter in them
@@ -224,17 +224,17 @@ class Saver:
         files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
-        own = model.state_dict()
+        expected = model.state_dict()
         loaded: set[str] = set()
-        parts = ((file, without_sparse(model, load_file(file))) for file in files)
-        for file, part in chain(parts, [(Path(trainer), load_sparse(model, Path(trainer)))]):
-            result = model.load_state_dict(part, strict=False)
+        files_with_weights = ((file, without_sparse(model, load_file(file))) for file in files)
+        for file, weights in chain(files_with_weights, [(Path(trainer), load_sparse(model, Path(trainer)))]):
+            result = model.load_state_dict(weights, strict=False)
             if result.unexpected_keys:
                 raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")
-            loaded.update(part)
+            loaded.update(weights)
         # a tied weight is stored once, under one of its names
-        present = {own[name].data_ptr() for name in loaded}
-        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in present and tensor.numel()]
+        present = {expected[name].data_ptr() for name in loaded}
+        missing = [name for name, tensor in expected.items() if tensor.data_ptr() not in present and tensor.numel()]
         if missing:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'}: no weights for {', '.join(missing[:5])}")
         models.clear()
@@ -268,7 +268,7 @@ def finish(
 
 
 def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Write report.html; a missing package or a full disk is said and ends nothing."""
+    """Write report.html. A missing package or a full disk is a warning."""
     try:
         from leanstep.recipes.report.report import write_report as write
 
@@ -305,9 +305,9 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
 
 
 def sample(path: Path, seed: int, device: torch.device) -> str:
-    """Text that the model in a folder writes from the start of a document; the same for the same seed and device.
+    """Let the model in a folder write text from the start of a document; the same for the same seed and device.
 
-    Draws from generators of its own: the run's random state is left as it was.
+    The run's random state is left as it was.
     """
     model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,4 +1,4 @@
-"""One optimizer step over a window of micro batches: the loss per token, the gradient norm, and what all agree on."""
+"""One optimizer step over a window of micro batches: loss per target, gradient norm, and their reduction."""
 
 import math
 import signal
@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from leanstep._torch import whole_tensor
 from leanstep.recipes.data.batches import Batch, count_targets
 
-__all__ = ["NonFinite", "StepResult", "backward", "describe_nonfinite", "gradient_norm", "share"]
+__all__ = ["NonFinite", "StepResult", "all_reduce_step_scalars", "backward", "describe_nonfinite", "gradient_norm"]
 
 
 class StepResult(NamedTuple):
-    """What all processes agree on after backward: ``norm`` is None when gradients are released inside backward."""
+    """Result of a step, the same in all processes; ``norm`` is None with gradients released inside backward."""
 
     loss: float
     norm: float | None
@@ -42,11 +43,11 @@ def backward(
     check: bool,
     half: Callable[[float], None] | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Accumulate the gradient of the window's mean loss per target and return (this process's part of it, targets).
+    """Accumulate the gradient of the mean loss per target; return (this process's share of the loss, targets).
 
-    Loss = sum of the token losses / number of targets, both over all micro batches and processes: that of one big
-    batch, whatever each micro batch holds. With ``check``, raises NonFinite before the backward of a non-finite loss.
-    ``half`` is called after half of the micro batches, rounded down, with their share of all.
+    Loss = sum of the token losses / number of targets, both over all micro batches and processes, as of one big batch.
+    With ``check``, raises NonFinite before the backward of a non-finite loss. ``half`` is called after half of the
+    micro batches, rounded down, with their fraction of all.
     """
     targets = count_targets(window)
     if accelerator.num_processes > 1:
@@ -75,13 +76,13 @@ def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float
         accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole_tensor(norm)
 
 
-def share(
+def all_reduce_step_scalars(
     accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | None, received: int, late: bool
 ) -> tuple[float, float | None, int]:
-    """Sum the parts of the loss and take over each other's signals: one collective call and one synchronisation.
+    """Sum loss and signals over all processes: one collective call and one synchronisation.
 
     A run out of time counts as SIGTERM, which also stands for SIGUSR1.
     """

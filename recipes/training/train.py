@@ -55,7 +55,14 @@ from leanstep.recipes.training.failures import (
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import Progress, RunLogger
 from leanstep.recipes.training.saver import Saver, finish, write_report
-from leanstep.recipes.training.step import NonFinite, StepResult, backward, describe_nonfinite, gradient_norm, share
+from leanstep.recipes.training.step import (
+    NonFinite,
+    StepResult,
+    all_reduce_step_scalars,
+    backward,
+    describe_nonfinite,
+    gradient_norm,
+)
 from leanstep.recipes.training.validation import validate
 from leanstep.recipes.training.world import (
     EXIT_CODES,
@@ -123,7 +130,7 @@ def train(config: RunConfig) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """Say, once for all processes, why a run cannot start; returns the exit code."""
+    """Print why a run cannot start, once for all processes; returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_BAD_CONFIG
@@ -198,7 +205,7 @@ class Run:
         return True
 
     def load_data(self) -> None:
-        """Read and tokenise the text; see that disk and memory hold what the run needs."""
+        """Read and tokenise the text; compare disk and memory with what the run needs."""
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
@@ -213,7 +220,7 @@ class Run:
                 self.say(warning)
 
     def build_model_and_optimizer(self) -> None:
-        """Build model, optimizer and schedule, and what the recipe's methods put into them."""
+        """Build model, optimizer and schedule; apply the sparsity, adapters and masks of the recipe."""
         config, accelerator = self.config, self.accelerator
         # the same weights in every process; later each one gets random numbers of its own
         seed_process(config.seed)
@@ -236,17 +243,17 @@ class Run:
         # both in one call: sharding replaces the parameters, in the optimizer too
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
-        plain, own = accelerator.unwrap_model(self.model), self.optimizer.optimizer
+        bare_model, bare_optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
         if self.sparsity is not None:
-            self.sparsity.attach(own)
+            self.sparsity.attach(bare_optimizer)
         # what is zero in model.init_from, before a checkpoint of this run is loaded
-        self.masks = build_masks(config, plain, own, self.say) if config.pruning.keep_masks else None
+        self.masks = build_masks(config, bare_model, bare_optimizer, self.say) if config.pruning.keep_masks else None
         if config.model.init_from and (forgotten := zeros_forgotten(config)):
             self.say(f"WARNING: {forgotten}")
-        self.schedule = accelerator.prepare(build_schedule(config.schedule, own, config.steps))
+        self.schedule = accelerator.prepare(build_schedule(config.schedule, bare_optimizer, config.steps))
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Load the checkpoint, if there is one; set up what depends on the step that the run is at."""
+        """Load the checkpoint, if there is one; then set up what depends on the loaded step."""
         config, accelerator, state = self.config, self.accelerator, self.state
         rank, world = accelerator.process_index, accelerator.num_processes
         model, optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
@@ -304,7 +311,7 @@ class Run:
         return 0
 
     def due(self, every: int) -> bool:
-        """Whether something done ``every`` so many steps, and at the last one, is due now."""
+        """Whether an action of every ``every`` steps, and of the last one, is due now."""
         step = self.state.step
         return step == self.config.steps or (every > 0 and step % every == 0)
 
@@ -315,7 +322,7 @@ class Run:
             self.norms.arm()
         try:
             half = None if self.halves is None else self.halves.half
-            part, targets = backward(accelerator, self.model, window, check=config.release_gradients, half=half)
+            loss_part, targets = backward(accelerator, self.model, window, check=config.release_gradients, half=half)
         except NonFinite as error:
             raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
         if self.halves is not None:
@@ -325,7 +332,9 @@ class Run:
         norm = None
         if not config.release_gradients:
             norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
-        loss, norm_value, number = share(accelerator, part, norm, self.stop.received, self.out_of_time())
+        loss, norm_value, number = all_reduce_step_scalars(
+            accelerator, loss_part, norm, self.stop.received, self.out_of_time()
+        )
         result = StepResult(loss, norm_value, targets, number)
         rate = self.schedule.get_last_lr()[0]
         self.update(window, result)
@@ -363,7 +372,7 @@ class Run:
         self.optimizer.zero_grad()
 
     def failure(self, window: list[Batch], result: StepResult, what: str, reason: str) -> RunFailure:
-        """Write nan_dump/ and make the failure that ends the run; every process comes through here."""
+        """Write nan_dump/ and return the failure that ends the run; every process calls it."""
         step = self.state.step + 1
         facts = {
             "step": step,
@@ -414,7 +423,7 @@ class Run:
         return 0
 
     def save(self) -> None:
-        """Write a checkpoint of this step; a full disk is said and survived."""
+        """Write a checkpoint of this step. A full disk is a warning."""
         clock = self.logger.clock
         self.state.elapsed_s = clock.elapsed_s
         with clock.pause("save") as spent:
@@ -431,7 +440,7 @@ class Run:
     # -- end --------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the final model and what the run's parts report of themselves."""
+        """Write the final model and the reports of optimizer, sparsity and attention."""
         for watching in (self.norms, self.gate):
             if watching is not None:
                 watching.close()

@@ -1,4 +1,4 @@
-"""The loss of a language model over held-out sequences, computed here for a run and for ``leanstep eval`` alike.
+"""Evaluate the loss of a language model over held-out sequences, in a run and in ``leanstep eval``.
 
 Every target weighs the same, whatever the batches and however they are dealt out to processes.
 """
@@ -21,7 +21,7 @@ __all__ = ["EvalResult", "evaluate", "validate"]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
         loss: mean negative log likelihood per target, in nats.
@@ -54,7 +54,7 @@ def evaluate(
     bytes_per_token: float | None = None,
     batches: int | None = None,
 ) -> EvalResult:
-    """Mean loss of a causal model over all labels of a dataset that count, each with the same weight.
+    """Compute the mean loss of a causal model over all labels of a dataset other than -100.
 
     ``loss = sum_i -log p(x_i | x_<i) / #i`` over the labels other than -100, the first of each sequence left out, since
     nothing comes before it. Logits are taken to fp32, sums are kept in fp64.

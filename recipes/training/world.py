@@ -1,4 +1,4 @@
-"""Several processes acting as one: do they know of each other, what do they agree on, and what ends them.
+"""Several processes acting as one: check that they are connected, reduce values, handle signals.
 
 Signals become a flag that the training loop reads at safe points, so that a run ends between two steps, saved. A
 handler must not save by itself: it may run in the middle of an optimizer step, and in a group of processes each would
@@ -41,7 +41,7 @@ class WorldError(ValueError):
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
-    """Every number of processes that was asked for, by where it was asked.
+    """Collect the numbers of processes that were asked for, by where they were asked for.
 
     Looked at: ``--nproc`` (handed down by our launcher), ``WORLD_SIZE`` (torchrun and accelerate set it), and the
     command line of the parent process, because ``accelerate launch --cpu --num_processes 2`` starts one process and
@@ -53,9 +53,9 @@ def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None
     if environ.get("WORLD_SIZE", "").isdigit():
         asked["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
     command = _parent_command() if parent is None else parent
-    found = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
-    if found:
-        asked["accelerate launch --num_processes"] = int(found[2])
+    match = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
+    if match:
+        asked["accelerate launch --num_processes"] = int(match[2])
     return asked
 
 
@@ -93,7 +93,7 @@ def describe_world(accelerator: Accelerator) -> str:
 
 
 def maximum(accelerator: Accelerator, value: int) -> int:
-    """The largest ``value`` of all processes; a collective call when there are several."""
+    """The largest ``value`` of all processes. A collective call if there are several."""
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor([value], device=accelerator.device)
@@ -102,7 +102,7 @@ def maximum(accelerator: Accelerator, value: int) -> int:
 
 
 def all_agree(accelerator: Accelerator, fine: bool) -> bool:
-    """Whether ``fine`` is true in every process; a collective call when there are several."""
+    """Whether ``fine`` is true in every process. A collective call if there are several."""
     return maximum(accelerator, int(not fine)) == 0
 
 

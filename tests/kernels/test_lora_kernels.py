@@ -104,7 +104,7 @@ def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
                 results.append(
                     (lora_scale_(y.clone(), c), lora_scale_(y.clone(), c, bias), *lora_scale_backward(g, y, c))
                 )
-                results[-1] += lora_scale_backward(g, None, c)[::2]
+                results[-1] += lora_scale_backward(g, None, c)[:1]
                 own = g.clone()
                 over = lora_scale_backward(own, y, c, in_place=True)
                 assert over[0] is own or not own.numel()
@@ -218,13 +218,13 @@ def test_the_index_counts_beyond_32_bits():
         assert seed_key(seed) == int(wanted)
 
 
-def test_cpp_takes_pieces_of_any_number():
+def test_cpp_takes_chunks_of_any_number():
     from leanstep.kernels.cpp_impl.lora import products as cpp
     from leanstep.kernels.reference.lora import products as reference
 
     # more rows than a piece has, and a last piece that is not whole
     x, a, e, b = normal(1100, 500), normal(4, 500, seed=1), normal(1100, 4, seed=2), normal(4, 500, seed=3)
-    assert len(cpp._pieces(x)) > 2
+    assert len(cpp._chunks(x)) > 2
     torch.testing.assert_close(cpp.lora_down(x, a, 0.3, 5), reference.lora_down(x, a, 0.3, 5), rtol=1e-4, atol=1e-4)
     for found, wanted in zip(
         cpp.lora_down_backward(x, e, a, 0.3, 5), reference.lora_down_backward(x, e, a, 0.3, 5), strict=True

@@ -21,7 +21,7 @@ from leanstep.pruning import (
     outlier_ratio,
     snap,
 )
-from leanstep.pruning.allocate.thresholds import LampScores
+from leanstep.pruning.allocate.closed_form import LampScores
 
 
 def power_curve(layer, weight, power=2.0, levels=None):

@@ -15,7 +15,7 @@ from leanstep.cli import main
 from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, find_targets, prune
 from leanstep.pruning.allocate.budgets import cost
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.measure.snapshot import weights_hash
 from leanstep.pruning.score.targets import count_uses
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24"]
@@ -199,19 +199,17 @@ def test_a_matrix_without_seconds_is_named_before_anything_is_measured():
     rows = {name: tuple(row) for name, row in seconds_of(model).items() if "up_proj" not in name}
     before = weights_hash(model)
     with pytest.raises(ValueError, match="no row for model.layers.0.mlp.up_proj.weight; every matrix"):
-        prune(model, tokens(6), sparsity=0.2, budget="latency", latencies=LatencyTable(LEVELS, rows))
+        prune(model, tokens(6), sparsity=0.2, budget=LatencyTable(LEVELS, rows))
     assert weights_hash(model) == before
-    found = prune(
-        model, tokens(6), sparsity=0.2, budget="latency", latencies=LatencyTable(LEVELS, rows), exclude=["*up_proj*"]
-    )
+    found = prune(model, tokens(6), sparsity=0.2, budget=LatencyTable(LEVELS, rows), exclude=["*up_proj*"])
     assert found.budget["after"] <= found.budget["target"]
 
 
 def test_groups_cost_what_their_matrices_do_and_zeros_of_before_stay():
     model = make_llama(2)
     table = LatencyTable(LEVELS, {name: tuple(row) for name, row in seconds_of(model).items()})
-    first = prune(model, tokens(6), sparsity=0.2, budget="latency", latencies=table, granularity="block")
-    again = prune(model, tokens(6), sparsity=0.35, budget="latency", latencies=table, granularity="block")
+    first = prune(model, tokens(6), sparsity=0.2, budget=table, granularity="block")
+    again = prune(model, tokens(6), sparsity=0.35, budget=table, granularity="block")
     assert first.budget["dense"] == again.budget["dense"] == first.budget["before"]
     assert again.budget["before"] == pytest.approx(first.budget["after"])
     assert again.budget["after"] <= again.budget["target"] == pytest.approx(0.65 * first.budget["dense"])
@@ -252,10 +250,10 @@ def test_matrices_of_different_use_are_not_one_group_of_operations():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"budget": "watts"}, "budget must be one of params, flops, bytes, latency"),
+        ({"budget": "watts"}, "budget must be params, flops, bytes, a Budget or, for latencies, a LatencyTable"),
         ({"budget": "flops", "sparsity": None}, "expected a sparsity"),
         ({"budget": Budget("bytes", 100.0)}, "a Budget alone"),
-        ({"budget": "latency"}, "goes with a table"),
+        ({"budget": "latency"}, "for latencies, a LatencyTable; got 'latency'"),
     ],
 )
 def test_budgets_that_are_none_are_refused(settings, message):

@@ -8,9 +8,8 @@ import pytest
 from torch import nn
 
 from leanstep.pruning import Curve, find_targets, level_grid, nm_levels
-from leanstep.pruning.measure.groups import make_groups
-from leanstep.pruning.measure.measure import levels_of
-from leanstep.pruning.measure.monotone import isotonic, monotone_cubic
+from leanstep.pruning.measure.curves import levels_of, monotone_cubic
+from leanstep.pruning.score.targets import make_groups
 
 
 def curve(kept, distortion, numel=1000, stderr=None, patterns=()):
@@ -18,24 +17,24 @@ def curve(kept, distortion, numel=1000, stderr=None, patterns=()):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_isotonic_is_the_min_max_of_averages(seed):
+def test_a_cleaned_curve_is_the_weighted_isotonic_regression(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 12))
-    values, weights = rng.normal(size=n), rng.random(n) + 0.1
+    values, errors = rng.random(n), rng.random(n) + 0.1
 
     def mean(i, j):
-        return np.average(values[i : j + 1], weights=weights[i : j + 1])
+        return np.average(values[i : j + 1], weights=1 / errors[i : j + 1] ** 2)
 
     expected = [max(min(mean(i, j) for j in range(k, n)) for i in range(k + 1)) for k in range(n)]
-    np.testing.assert_allclose(isotonic(values, weights), expected, rtol=1e-12)
+    kept = range(1000, 1000 - 10 * n - 1, -10)
+    clean = curve(kept, [0.0, *values.tolist()], stderr=[0.0, *errors.tolist()]).cleaned()
+    np.testing.assert_allclose(clean.distortion, [0.0, *expected], rtol=1e-12)
 
 
-def test_isotonic_leaves_what_is_in_order_and_refuses_what_it_cannot_weigh():
-    assert isotonic(np.array([0.1, 0.1, 0.7])).tolist() == [0.1, 0.1, 0.7]
-    assert isotonic(np.array([])).tolist() == []
-    for values, weights in (([1.0], [0.0]), ([np.nan], [1.0]), ([1.0, 2.0], [1.0])):
-        with pytest.raises(ValueError, match="isotonic"):
-            isotonic(np.array(values), np.array(weights))
+def test_a_curve_that_is_in_order_is_clean_already():
+    noiseless = curve([1000, 800, 500, 100], [0.0, 0.1, 0.1, 0.7])
+    assert noiseless.cleaned() == noiseless
+    assert curve([1000], [0.0]).cleaned().distortion == (0.0,)
 
 
 def test_the_cubic_meets_its_points_and_lines_and_never_overshoots():
@@ -45,11 +44,10 @@ def test_the_cubic_meets_its_points_and_lines_and_never_overshoots():
     found = monotone_cubic(x, y, at)
     np.testing.assert_allclose(monotone_cubic(x, y, x), y, atol=1e-14)
     assert (np.diff(found) >= -1e-12).all() and found.max() <= 7 + 1e-12
-    np.testing.assert_allclose(
-        monotone_cubic(x, 3 * x - 1, np.array([-2.0, 0.3, 12.0])), [-7.0, -0.1, 35.0], atol=1e-12
-    )
-    with pytest.raises(ValueError, match="strictly increases"):
-        monotone_cubic(np.array([0.0, 0.0]), np.array([1.0, 2.0]), at)
+    np.testing.assert_allclose(monotone_cubic(x, 3 * x - 1, at), 3 * at - 1, atol=1e-12)
+    # the end slopes are the secants, also where scipy's three-point formula gives others
+    ends = monotone_cubic(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 5.0]), np.array([1e-6, 2 - 1e-6]))
+    np.testing.assert_allclose(ends, [1e-6, 5 - 4e-6], atol=1e-9)
 
 
 def test_a_cleaned_curve_is_monotone_and_trusts_small_errors_more():

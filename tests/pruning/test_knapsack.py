@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from leanstep.pruning import InfeasibleBudget, solve_knapsack, solve_lagrange
+from leanstep.pruning.allocate import knapsack
 
 
 def instance(seed, ties=False):
@@ -106,7 +107,7 @@ def test_no_state_is_skipped_where_a_stretch_ends(monkeypatch):
     whole = solve_knapsack(costs, losses, 150)
     expected = [whole.value(b) for b in range(whole.lowest, 151)]
     for stretch in (1, 2, 7, 16):
-        monkeypatch.setattr("leanstep.pruning.allocate.knapsack._STRETCH", stretch)
+        monkeypatch.setattr(knapsack, "_STRETCH", stretch)
         table = solve_knapsack(costs, losses, 150)
         assert [table.value(b) for b in range(table.lowest, 151)] == expected
         assert np.isfinite(expected).all()

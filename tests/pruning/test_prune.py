@@ -11,12 +11,12 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
+from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure import checks as additivity
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Additivity
-from leanstep.pruning.measure.measure import weights_hash
-from leanstep.pruning.prune import ALLOCATIONS
+from leanstep.pruning.measure.snapshot import weights_hash
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune import _summary
 from leanstep.sparsity import is_nm
@@ -168,7 +168,7 @@ def test_patterns_may_be_fixed_or_chosen_by_each_matrix():
     for allocation in ("dp", "erk"):
         model = make_gpt2(n_layer=1)
         result = prune(model, tokens(6), pattern="N:8", sparsity=0.4, allocation=allocation)
-        patterns = {name: pattern for name, (_, pattern) in result.chosen.items()}
+        patterns = {name: pattern for name, (_, pattern) in result.levels.items()}
         assert all(is_nm(target.weight, patterns[target.name]) for target in find_targets(model))
         assert len(set(patterns.values())) > 1
         assert 0.4 <= result.sparsity < 0.45

@@ -181,9 +181,9 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
 
 KILLED = """
 import os, signal, sys
-from leanstep.pruning import measure, partial
+from leanstep.pruning.measure import curves
 from leanstep.cli import main
-add = partial.PartialCurves.add
+add = curves.PartialCurves.add
 def dying(self, name, kept, point):
     if len(self.points) == 9:
         with self.path.open("a") as file:
@@ -191,7 +191,7 @@ def dying(self, name, kept, point):
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
     add(self, name, kept, point)
-partial.PartialCurves.add = dying
+curves.PartialCurves.add = dying
 main(sys.argv[1:])
 """
 

@@ -1,7 +1,6 @@
 """``leanstep check``: what it reports of a run that can start, and what stops one that cannot."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
 from leanstep.recipes.check.memory import MemoryEstimate
 from leanstep.recipes.check.room import disk_need
 from leanstep.recipes.check.sections import Facts, Section
-from leanstep.recipes.config import loader
 from leanstep.recipes.config.catalog import describe
-from leanstep.recipes.config.loader import load, recipe_names
+from leanstep.recipes.config.loader import load, recipe_names, recipe_path
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.training.folder import RunFolder
 
@@ -319,8 +317,7 @@ def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
     assert "ready" not in out
 
 
-RECIPES = Path(loader.__file__).parent
-FINE_TUNING = [name for name in recipe_names() if "  init_from:" in (RECIPES / f"{name}.yaml").read_text("utf-8")]
+FINE_TUNING = [name for name in recipe_names() if "  init_from:" in recipe_path(name).read_text("utf-8")]
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in FINE_TUNING])

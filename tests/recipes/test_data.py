@@ -13,7 +13,7 @@ import texts
 import torch
 
 from leanstep.recipes.config.schema import DataConfig
-from leanstep.recipes.data import shards, sources
+from leanstep.recipes.data import sources, tokens
 from leanstep.recipes.data.sequences import IGNORED, epoch_order, load_data
 from leanstep.recipes.data.tokens import build_once, cache_root, encode, read_shard, train_bpe, write_shard
 
@@ -231,7 +231,7 @@ def test_second_call_tokenises_nothing(corpus, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(shards, "encode", refuse)
+    monkeypatch.setattr(tokens, "encode", refuse)
     second = load_data(corpus(), seed=0)
     np.testing.assert_array_equal(second.train.file.tokens, first.train.file.tokens)
 

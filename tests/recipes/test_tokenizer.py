@@ -8,7 +8,7 @@ import pytest
 import texts
 from transformers import AutoTokenizer
 
-from leanstep.recipes.data import tokenizer as module
+from leanstep.recipes.data import tokens as module
 from leanstep.recipes.data.tokens import encode, load_tokenizer, open_tokenizer, train_bpe, trained_size
 
 TEXT = texts.documents(40)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from leanstep.sparsity import NM, flip_rate, is_nm, nm_mask
-from leanstep.sparsity.detect import group_counts
-from leanstep.sparsity.masks import axis_dim, nm_violations
+from leanstep.sparsity.masks import axis_dim, group_counts, nm_violations
 
 
 def test_by_hand_and_ties():

@@ -148,14 +148,14 @@ def test_a_schedule_has_no_memory():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "mdgf"}, "none of constant, mdgf-linear"),
+        ({"kind": "mdgf"}, "one of constant, mdgf-linear.*got .mdgf.$"),
         ({"total_steps": 0}, "total_steps must be an integer >= 1, got 0"),
         ({"dense": 1.5}, "dense must be a fraction"),
         ({"dense": 0.6, "finetune": 0.6}, "finetune must be a fraction in"),
         ({"kind": "mdgf-linear", "decay": 0.0}, "decay must be > 0"),
         ({"kind": "mdgf-exponential", "alpha_end": 0.0}, "alpha_end must be in"),
-        ({"kind": "mdgf-linear", "decay": 1e-3, "alpha_end": 0.1}, "say the same thing"),
-        ({"decay": 1e-3}, "decays nothing"),
+        ({"kind": "mdgf-linear", "decay": 1e-3, "alpha_end": 0.1}, "set the same rate"),
+        ({"decay": 1e-3}, "has no decay"),
         ({"coarsest": 6}, "coarsest must be a power of two"),
         ({"coarsest": 8.0}, "coarsest must be a power of two"),
     ],
@@ -168,3 +168,21 @@ def test_settings_that_cannot_be_meant(options, message):
 def test_there_is_no_step_before_the_first():
     with pytest.raises(ValueError, match="step must be >= 0, got -1"):
         Schedule(total_steps=3).at(-1, NM(2, 4))
+
+
+def test_the_rule_is_what_the_schedule_says():
+    """The formulas of the docstring in order, as functions of the step alone."""
+    from leanstep.sparsity import schedules as rule
+
+    assert [rule.frame_at(j, 10, 3) for j in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert rule.stepwise_patterns(NM(1, 8)) == [NM(7, 8), NM(4, 8), NM(2, 8), NM(1, 8)]
+    assert rule.stepwise_patterns(NM(3, 8))[-1] == NM(3, 8)
+    assert rule.geometric_patterns(NM(1, 4), 4) == [NM(4, 16), NM(2, 8), NM(1, 4)]
+    for kind, alpha, rate, end in (
+        ("mdgf-linear", rule.linear_alpha, rule.linear_rate, 0.25),
+        ("mdgf-exponential", rule.exponential_alpha, rule.exponential_rate, 0.01),
+    ):
+        c = rate(end, 80)
+        assert alpha(0, c) == 1 and alpha(80, c) == pytest.approx(end, rel=1e-12)
+        schedule = Schedule(kind=kind, total_steps=100, finetune=0.2, alpha_end=end)
+        assert [schedule.at(j, NM(2, 4)).alpha for j in range(80)] == [alpha(j, c) for j in range(80)]

@@ -9,7 +9,7 @@ from sparse_models import MLP, make_mlp, train
 
 from leanstep.cli import main
 from leanstep.sparsity import NM, export_compressed, nm_mask, sparsify, squash, verify
-from leanstep.sparsity.detect import tightest, violations
+from leanstep.sparsity.masks import tightest, violations
 
 
 def finished():

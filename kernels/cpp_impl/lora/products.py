@@ -1,4 +1,4 @@
-"""Launchers of lora_products.cpp: dropout in C++, products by the BLAS."""
+"""Launchers of products.cpp: dropout in C++, products by the BLAS."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 
-# elements that are dropped at a time: a megabyte of fp32, which stays in the cache and needs no new memory; in 16 bits
-# the calls of smaller products cost more than that saves
+# elements of a chunk: a megabyte of fp32, which stays in the cache; in 16 bits, calls of smaller products cost more
+# than the cache saves
 CHUNK = 2**18
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """``x / (1 - p)`` where the mask keeps, 0 elsewhere; x dense, row-major."""
+    """``x / (1 - p)`` where the mask is True, 0 elsewhere; x dense, row-major."""
     if p == 0:
         return x
     out = torch.empty_like(x)
@@ -28,23 +28,23 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """``dropout(x) a^T``."""
     h = x.new_empty(x.shape[0], a.shape[0])
-    for rows, kept in _dropped(x, p, seed):
-        torch.mm(kept, a.t(), out=h[rows])
+    for rows, dropped in _dropped(x, p, seed):
+        torch.mm(dropped, a.t(), out=h[rows])
     return h
 
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
     """``e^T dropout(x)``, and ``dropout(x) a^T`` where ``a`` is given."""
     if x.dtype != torch.float32:
-        # sums over chunks would be rounded to 16 bits at each
-        kept = dropout(x, p, seed)
-        return e.t() @ kept, None if a is None else kept @ a.t()
+        # a sum over chunks would be rounded to 16 bits after each
+        dropped = dropout(x, p, seed)
+        return e.t() @ dropped, None if a is None else dropped @ a.t()
     gradient = x.new_zeros(e.shape[1], x.shape[1])
     h = None if a is None else x.new_empty(x.shape[0], a.shape[0])
-    for rows, kept in _dropped(x, p, seed):
-        gradient.addmm_(e[rows].t(), kept)
+    for rows, dropped in _dropped(x, p, seed):
+        gradient.addmm_(e[rows].t(), dropped)
         if a is not None and h is not None:
-            torch.mm(kept, a.t(), out=h[rows])
+            torch.mm(dropped, a.t(), out=h[rows])
     return gradient, h
 
 
@@ -53,31 +53,31 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
     if p == 0:
         y.addmm_(h, b, alpha=scale)
         return
-    pieces = _pieces(y)
-    memory = y.new_empty(pieces[0].stop, y.shape[1])
-    for rows in pieces:
+    chunks = _chunks(y)
+    memory = y.new_empty(chunks[0].stop, y.shape[1])
+    for rows in chunks:
         product = torch.mm(h[rows], b, out=memory[: rows.stop - rows.start])
         _call("dropout_add", product, y[rows], rows.start * y.shape[1], p, seed, ctypes.c_float(scale))
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of x and what dropout leaves of them, in memory that the next ones take."""
-    pieces = _pieces(x)
-    memory = x.new_empty(pieces[0].stop, x.shape[1])
-    for rows in pieces:
-        kept = memory[: rows.stop - rows.start]
-        _call("dropout", x[rows], kept, rows.start * x.shape[1], p, seed)
-        yield rows, kept
+    """Chunks of rows of x and their dropout(x), each in the memory of the one before."""
+    chunks = _chunks(x)
+    memory = x.new_empty(chunks[0].stop, x.shape[1])
+    for rows in chunks:
+        dropped = memory[: rows.stop - rows.start]
+        _call("dropout", x[rows], dropped, rows.start * x.shape[1], p, seed)
+        yield rows, dropped
 
 
-def _pieces(x: Tensor) -> list[slice]:
+def _chunks(x: Tensor) -> list[slice]:
     count = x.shape[0]
     step = max(1, CHUNK // x.shape[1]) if x.dtype == torch.float32 else count
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _call(name: str, x: Tensor, out: Tensor, first: int, p: float, seed: int, *more: ctypes.c_float) -> None:
-    # the largest 32-bit threshold drops all but 2**-32 of the elements, and a gain of 0 the rest
+    # for p = 1: the largest threshold drops all but 2**-32 of the elements, and a gain of 0 the rest
     limit = min(threshold(p), 2**32 - 1)
     getattr(library("lora/products", {"VALUE": TYPES[x.dtype]}), name)(
         ctypes.c_int64(first),

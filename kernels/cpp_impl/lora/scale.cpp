@@ -1,9 +1,9 @@
-// DoRA's factor on columns: reference/lora_scale.py, one pass. VALUE: float or bf16. Factors and sums are fp32.
+// DoRA's factor on columns: reference/lora/scale.py, one pass. VALUE: float or bf16. Factors and sums are fp32.
 #include "common.h"
 
 namespace {
 
-// rows whose sums are taken together; sums do not depend on the number of threads
+// rows that are summed together; so sums do not depend on the number of threads
 constexpr int64_t ROWS = 64;
 
 }  // namespace
@@ -33,17 +33,15 @@ extern "C" void lora_scale(
     }
 }
 
-// inner = g * c, where inner may be g; products[b] and sums[b]: of g * y and of g over the rows of block b
+// inner = g * c, where inner may be g; sums[b]: of g * y over the rows of block b
 extern "C" void lora_scale_backward(
     int64_t rows, int64_t columns, const VALUE* g, const VALUE* __restrict y, const float* __restrict c, VALUE* inner,
-    float* __restrict products, float* __restrict sums, int threads
+    float* __restrict sums, int threads
 ) {
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; ++b) {
-        float* __restrict product = products + b * columns;
         float* __restrict sum = sums + b * columns;
-        std::fill(product, product + columns, 0.0f);
         std::fill(sum, sum + columns, 0.0f);
         for (int64_t i = b * ROWS; i < std::min(rows, (b + 1) * ROWS); ++i) {
             const VALUE* from = g + i * columns;
@@ -52,8 +50,7 @@ extern "C" void lora_scale_backward(
 #pragma omp simd
             for (int64_t j = 0; j < columns; ++j) {
                 const float value = widen(from[j]);
-                product[j] += value * widen(with[j]);
-                sum[j] += value;
+                sum[j] += value * widen(with[j]);
                 VALUE rounded;
                 narrow(value * c[j], rounded);
                 to[j] = rounded;

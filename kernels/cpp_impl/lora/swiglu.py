@@ -1,4 +1,4 @@
-"""Launchers of lora_swiglu.cpp."""
+"""Launchers of swiglu.cpp."""
 
 from __future__ import annotations
 

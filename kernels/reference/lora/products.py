@@ -9,13 +9,13 @@ from leanstep.kernels.reference.rounding import hash32
 
 
 def seed_key(seed: int) -> int:
-    """The 32 bits that a 64-bit seed gives to the hash of each element's index, as a signed number."""
+    """The 32-bit key, as a signed number, that a 64-bit seed gives to the hash of an element's index."""
     key = _hash((seed & 0xFFFFFFFF) ^ _hash((seed >> 32) & 0xFFFFFFFF))
     return key - 2**32 if key >= 2**31 else key
 
 
 def _hash(x: int) -> int:
-    """The ``hash32`` of :mod:`leanstep.kernels.reference.rounding` for one unsigned number, without making tensors."""
+    """``hash32`` of :mod:`leanstep.kernels.reference.rounding` for one unsigned number, without tensors."""
     x ^= x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
     x ^= x >> 15
@@ -24,24 +24,24 @@ def _hash(x: int) -> int:
 
 
 def keep_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
-    """True where an element of ``shape`` survives dropout with probability 1 - p: its hash is at least p * 2**32."""
+    """True where dropout keeps an element of ``shape``: its hash is at least p * 2**32."""
     index = torch.arange(shape.numel(), dtype=torch.int64, device=device)
     key = seed_key(seed) ^ hash32(index >> 32, 0)
     return ((hash32(index, key).to(torch.int64) & 0xFFFFFFFF) >= threshold(p)).view(shape)
 
 
 def threshold(p: float) -> int:
-    """The hash below which an element is dropped."""
+    """Elements with a hash below this are dropped."""
     return round(p * 2**32)
 
 
 def gain(p: float) -> float:
-    """What survives is multiplied by: 1 / (1 - p), so that the mean stays; 0 where nothing survives."""
+    """The factor of kept elements: 1 / (1 - p), which preserves the mean; 0 for p = 1."""
     return 1 / (1 - p) if p < 1 else 0.0
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """``x / (1 - p)`` where the mask keeps, 0 elsewhere; the product is rounded once, from fp32 or fp64."""
+    """``x / (1 - p)`` where the mask is True, 0 elsewhere; rounded once, from fp32 or fp64."""
     if p == 0:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -55,8 +55,8 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
     """``e^T dropout(x)``, and ``dropout(x) a^T`` where ``a`` is given."""
-    kept = dropout(x, p, seed)
-    return e.t() @ kept, None if a is None else kept @ a.t()
+    dropped = dropout(x, p, seed)
+    return e.t() @ dropped, None if a is None else dropped @ a.t()
 
 
 def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int) -> None:

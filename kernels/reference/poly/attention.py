@@ -1,4 +1,4 @@
-"""Attention whose exponential is a polynomial, with the whole matrix of weights formed; as plain torch."""
+"""Attention with a polynomial in place of exp, through the whole matrix of weights; as plain torch."""
 
 from collections.abc import Sequence
 
@@ -27,16 +27,16 @@ def poly_attention(
     """``P V / D`` with ``P_ij = p(scale * q_i . (k_j - center))`` and ``D_i = sum_j P_ij``, and D.
 
     q [B, Hq, L, d]; k [B, H, M, d] and v [B, H, M, e], where H divides Hq; key_mask [B, M], True where a key counts.
-    Where no key counts, the result is zero. Runs in the dtype of the inputs.
+    The result is zero where no key counts. Runs in the dtype of the inputs.
     """
     group = q.shape[1] // k.shape[1]
     y = k if center is None else k - center[..., None, :]
     s = scale * q @ y.repeat_interleave(group, dim=1).mT
-    seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
-    seen = seen.tril() if causal else seen
+    visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
+    visible = visible.tril() if causal else visible
     if key_mask is not None:
-        seen = seen & key_mask[:, None, None, :]
-    weights = torch.where(seen, polynomial(s, coefficients), 0.0)
+        visible = visible & key_mask[:, None, None, :]
+    weights = torch.where(visible, polynomial(s, coefficients), 0.0)
     total = weights.sum(dim=-1)
     safe = torch.where(total == 0, 1.0, total)
     return weights @ v.repeat_interleave(group, dim=1) / safe[..., None], total

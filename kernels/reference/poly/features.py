@@ -1,4 +1,4 @@
-"""All monomials of a vector up to a degree, whose products are Taylor sums of exp; as plain torch."""
+"""All monomials of a vector up to a degree, whose inner products are Taylor sums of exp; as plain torch."""
 
 from dataclasses import replace
 

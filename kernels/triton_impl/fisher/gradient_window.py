@@ -9,7 +9,9 @@ GPUs for data centers do that at the speed of their memory. Where fp64 runs at 1
 the numbers of the data sheets at 0.6 to 1 times the speed of memory for fp32 rows, at half of that for 16-bit ones.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     by_key,
@@ -209,56 +211,29 @@ def linear_combination(
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    pairs = [(g, x) for g in TL_DTYPE for x in dict.fromkeys((g, torch.float32))]
-    return [
-        *(_dots_case(g, x, aligned) for g, x in pairs for aligned in (True, False)),
-        *(_combination_case(g, aligned) for g in TL_DTYPE for aligned in (True, False)),
-        _reduce_case(),
-    ]
+
+    def launch_all() -> None:
+        # rows that start on 16-byte boundaries, and rows that do not
+        for dtype, n in itertools.product(TL_DTYPE, (8, 7)):
+            window, vector = torch.zeros(2, n, dtype=dtype), torch.zeros(n)
+            for x in (vector.to(dtype), vector):
+                row_dots([window], [x], [0], 1)
+            linear_combination([window], torch.zeros(1, 2, dtype=torch.float64), [0], [vector])
+
+    promises = {window_dots_kernel: _dots_promise, window_combination_kernel: _promise}
+    return recorded_cases(launch_all, promises | {window_reduce_kernel: _reduce_promise})
 
 
-def _dots_case(g: torch.dtype, x: torch.dtype, aligned: bool) -> AuditCase:
-    return AuditCase(
-        kernel=window_dots_kernel,
-        label=f"g {g} x {x} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp64"), m="i32"),
-        constants=dict(
-            G_DTYPE=TL_DTYPE[g], X_DTYPE=TL_DTYPE[x], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES
-        ),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize,
-        written=0,
-        cached=x.itemsize / BLOCK_M,
-        wide=aligned,
-    )  # fmt: skip
+def _dots_promise(launch: Launch) -> dict[str, Any]:
+    x = launch.dtype("X_DTYPE")
+    return _promise(launch, f" x {x}") | dict(cached=x.itemsize / BLOCK_M)
 
 
-def _combination_case(g: torch.dtype, aligned: bool) -> AuditCase:
-    return AuditCase(
-        kernel=window_combination_kernel,
-        label=f"g {g} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp64"), m="i32"),
-        constants=dict(G_DTYPE=TL_DTYPE[g], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize,
-        written=0,
-        wide=aligned,
-    )  # fmt: skip
+def _promise(launch: Launch, vector: str = "") -> dict[str, Any]:
+    g, aligned = launch.dtype("G_DTYPE"), launch.constants["ALIGNED"]
+    label = f"g {g}{vector} {'aligned' if aligned else 'any start'}".replace("torch.", "")
+    return dict(label=label, elements=BLOCK_M * BLOCK_N, read=g.itemsize, written=0, wide=aligned)
 
 
-def _reduce_case() -> AuditCase:
-    return AuditCase(
-        kernel=window_reduce_kernel,
-        label="partial sums",
-        arguments=dict(table=pointer("i64"), partial=pointer("fp64"), dots=pointer("fp64"), m="i32"),
-        constants=dict(BLOCK_C=REDUCE_CHUNKS, BLOCK_R=REDUCE_ROWS),
-        threads=REDUCE_THREADS,
-        fp_fusion=True,
-        elements=REDUCE_CHUNKS * REDUCE_ROWS,
-        read=8,
-        written=0,
-    )  # fmt: skip
+def _reduce_promise(launch: Launch) -> dict[str, Any]:
+    return dict(label="partial sums", elements=REDUCE_CHUNKS * REDUCE_ROWS, read=8, written=0)

@@ -6,7 +6,9 @@ and 8 written. A program of the combination owns a block and goes through the ro
 to the same element and results repeat bit for bit. All sums run in fp64, as in gradient_window.py.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
 from leanstep.kernels.triton_impl._common import TL_DTYPE, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     by_key,
@@ -181,39 +183,27 @@ def linear_combination(
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    return [
-        *(_dots_case(v, aligned) for v in TL_DTYPE for aligned in (True, False)),
-        *(_combination_case(v, width) for v in TL_DTYPE for width in WIDTHS),
-    ]
+
+    def launch_all() -> None:
+        for dtype, per_block in itertools.product(TL_DTYPE, (*WIDTHS, 7)):  # 7: rows that do not start on 16 bytes
+            values, indices = torch.zeros(2, per_block, dtype=dtype), torch.zeros(2, per_block, dtype=torch.int16)
+            layout = SparseLayout(numel=2048, block=2048, per_block=per_block, last=0)
+            dense = torch.zeros(2048)
+            row_dots([values], [indices], [dense], [layout], [0], 1)
+            linear_combination([values], [indices], torch.zeros(1, 2, dtype=torch.float64), [layout], [0], [dense])
+
+    promises = {sparse_dots_kernel: _dots_promise, sparse_combination_kernel: _combination_promise}
+    return recorded_cases(launch_all, promises)
 
 
-def _dots_case(v: torch.dtype, aligned: bool) -> AuditCase:
-    return AuditCase(
-        kernel=sparse_dots_kernel,
-        label=f"v {v} {'aligned' if aligned else 'any start'}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp64"), m="i32"),
-        constants=dict(V_DTYPE=TL_DTYPE[v], ALIGNED=aligned, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK_M * BLOCK_N,
-        read=v.itemsize + 2,
-        written=0,
-        cached=4,
-        wide=aligned,
-    )  # fmt: skip
+def _dots_promise(launch: Launch) -> dict[str, Any]:
+    v, aligned = launch.dtype("V_DTYPE"), launch.constants["ALIGNED"]
+    label = f"v {v} {'aligned' if aligned else 'any start'}".replace("torch.", "")
+    return dict(label=label, elements=BLOCK_M * BLOCK_N, read=v.itemsize + 2, written=0, cached=4, wide=aligned)
 
 
-def _combination_case(v: torch.dtype, width: int) -> AuditCase:
-    return AuditCase(
-        kernel=sparse_combination_kernel,
-        label=f"v {v} {width}".replace("torch.", ""),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), coefficients=pointer("fp64"), m="i32"),
-        constants=dict(V_DTYPE=TL_DTYPE[v], BLOCK_K=width),
-        threads=WIDTHS[width],
-        fp_fusion=False,
-        elements=width,
-        read=v.itemsize + 2,
-        # to the sums of the block, which stay in the cache
-        written=8,
-        cached=8,
-    )  # fmt: skip
+def _combination_promise(launch: Launch) -> dict[str, Any]:
+    v, width = launch.dtype("V_DTYPE"), launch.constants["BLOCK_K"]
+    # written: to the sums of the block, which stay in the cache
+    label = f"v {v} {width}".replace("torch.", "")
+    return dict(label=label, elements=width, read=v.itemsize + 2, written=8, cached=8)

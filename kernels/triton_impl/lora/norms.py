@@ -1,9 +1,11 @@
 """DoRA's norms in one pass over a 16-bit weight.
 
-Bytes: the weight is read once, A once by every program, from the cache; B and a matrix of its size once. A is fp32: cut
-into three bf16 numbers of which it is the sum to 24 bits, its products with a bf16 weight are exact and their sums
-fp32. An fp16 weight is cut too, into two.
+Bytes: the weight, B and a matrix of B's size are read once; every program reads A, from the cache. A is fp32 and is
+split into three bf16 numbers that add up to its 24 bits: their products with a bf16 weight are exact, and are summed in
+fp32. An fp16 weight is split too, into two.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,18 +14,19 @@ from torch import Tensor
 
 from leanstep.kernels.reference.lora import norms as reference
 from leanstep.kernels.triton_impl._common import INTERPRETED, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# columns of a tile; and for every width that ranks are padded to, the rows of a program: the more, the less of A it
-# reads for each, and the fewer programs there are
+# columns of a tile; and, by the padded rank, the rows of a program: more rows read A less often, but there are fewer
+# programs
 BLOCK_K, THREADS = 64, 256
 ROWS = {16: 32, 64: 64}
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def _part(x):
-    """The nearest bf16 number, as a factor of a product; the interpreter's product of bf16 is wrong, of fp32 right."""
+    """The nearest bf16 number, as a factor of a product; in fp32 in the interpreter, whose bf16 products are wrong."""
     part = round_to(x, tl.bfloat16)
     return to_float(part) if INTERPRETED else part
 
@@ -51,8 +54,8 @@ def lora_norms_kernel(
     w_ptr, a_ptr, b_ptr, mix_ptr, squares_ptr, out_ptr, m, tiles, r, scale,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of as many tiles as are said."""
-    # seen to be a multiple, so that rows begin where wide accesses may
+    """BLOCK_M rows of ``tiles`` tiles."""
+    # visibly a multiple of BLOCK_K, so that the compiler may use wide accesses
     n = tiles * BLOCK_K
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -79,7 +82,7 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, 
     """As the definition; a, b, mix and squares in fp32."""
     (m, n), r = weight.shape, len(a)
     block_r = next((block for block in ROWS if r <= block), None)
-    if weight.dtype not in _NAMES or block_r is None or n % BLOCK_K or not weight.is_contiguous():
+    if weight.dtype not in _DTYPES or block_r is None or n % BLOCK_K or not weight.is_contiguous():
         return reference.lora_norms(weight, a, b, mix, scale, squares)
     norms, rows = torch.empty_like(squares), ROWS[block_r]
     with on_device(weight.device):
@@ -91,30 +94,26 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, 
     return norms
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launcher above can pick."""
-    return [_case(dtype, block_r) for dtype in _NAMES for block_r in ROWS]
+
+    def launch_all() -> None:
+        for dtype in _DTYPES:
+            for r in ROWS:
+                weight, a, b = torch.zeros(8, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(8, r)
+                lora_norms(weight, a, b, torch.zeros(8, r), 1.0, torch.zeros(8))
+
+    return recorded_cases(launch_all, {lora_norms_kernel: _promise})
 
 
-def _case(dtype: torch.dtype, block_r: int) -> AuditCase:
-    rows, wide = ROWS[block_r], pointer("fp32")
+def _promise(launch: Launch) -> dict[str, Any]:
+    dtype, rows, block_r = launch.dtype("w_ptr"), launch.constants["BLOCK_M"], launch.constants["BLOCK_R"]
     tile = rows * BLOCK_K
-    return AuditCase(
-        kernel=lora_norms_kernel,
-        label=f"{_NAMES[dtype]} rank {block_r}",
-        arguments=dict(
-            w_ptr=pointer(_NAMES[dtype]), a_ptr=wide, b_ptr=wide, mix_ptr=wide, squares_ptr=wide, out_ptr=wide,
-            m="i32", tiles="i32", r="i32", scale="fp32",
-        ),
-        constants=dict(HALF=dtype == torch.float16, BLOCK_M=rows, BLOCK_K=BLOCK_K, BLOCK_R=block_r),
-        threads=THREADS,
-        fp_fusion=True,
+    return dict(
+        label=f"{launch.arguments['w_ptr'].strip('*')} rank {block_r}",
         elements=tile,
         # counted as if B, the matrix of its size and the squares were read, and the norms written, once per tile
         read=dtype.itemsize + (8 * block_r + 4) * rows / tile,
         written=4 * rows / tile,
         cached=4 * block_r * BLOCK_K / tile,
-    )  # fmt: skip
+    )

@@ -1,9 +1,11 @@
-"""Products r wide with dropout on the way: what is dropped is found from a hash, and never stored.
+"""The r-wide products with dropout, whose mask is computed from a hash as x is read and never stored.
 
-Bytes: x, or y, moves once; the factors are read by every program, which the cache serves. Products of 16-bit matrices
-of ranks up to 64 run here; fp32 ones would lose digits on tensor cores, and large ranks fill no register tile: these
-take the dropped matrix and the BLAS.
+Bytes: x, or y, is read (and written) once; every program reads the factors, from the cache. These kernels run 16-bit
+matrices of ranks up to 64. fp32 products would lose digits on tensor cores, and larger ranks do not fit in registers:
+for them, the dropped matrix is stored and the BLAS multiplies it.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,16 +14,16 @@ from torch import Tensor
 
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, load_tile, random_bits, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 BLOCK, THREADS = 2048, 256
 # rows and columns of a tile of x or y
 BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 256
-# of a tile of x where all ranks are summed beside it, which more would spill
+# of a tile of x where sums of all ranks are in registers too; larger tiles would spill
 DOWN_M, DOWN_K = 32, 32
 RANKS = (16, 64)
-# rows of x whose part of a gradient one program sums
+# rows of x that one program sums into a gradient
 CHUNK = 1024
 
 
@@ -34,7 +36,7 @@ def _kept(index, key, limit):
 
 @triton.jit
 def _factor(x, DTYPE: tl.constexpr):
-    """A factor of a product: the interpreter's product of bf16 is wrong, that of fp32 is right."""
+    """A factor of a product; in fp32 in the interpreter, whose products of bf16 are wrong."""
     return to_float(x) if INTERPRETED else x.to(DTYPE)
 
 
@@ -59,7 +61,7 @@ def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.const
 
 @triton.jit
 def _dropped(x_ptr, offs_m, offs_n, rows, columns, key, limit, gain):
-    """A tile of dropout(x), in fp32, rounded as the definition rounds it."""
+    """A tile of dropout(x), in fp32, rounded as in the definition."""
     at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
     x = to_float(tl.load(x_ptr + at, mask=mask, other=0.0)) * gain
@@ -132,7 +134,7 @@ def lora_up_kernel(
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """`x / (1 - p)` where the mask keeps, 0 elsewhere; x row-major. Equal to the definition bit for bit."""
+    """`x / (1 - p)` where the mask is True, 0 elsewhere; x row-major. Equal to the definition bit for bit."""
     out = torch.empty_like(x)
     with on_device(x.device):
         lora_dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
@@ -197,60 +199,33 @@ def _numbers(p: float, seed: int) -> tuple[int, int, float]:
     return seed_key(seed), limit - 2**32 if limit >= 2**31 else limit, gain(p)
 
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    small = (torch.bfloat16, torch.float16)
-    products = [_product_case(d, kernel, r) for d in small for kernel in ("down", "backward", "up") for r in RANKS]
-    return [_dropout_case(dtype) for dtype in TL_DTYPE] + products
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
+            for r in RANKS if dtype != torch.float32 else ():
+                x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((8, 16), (r, 16), (8, r)))
+                lora_down_backward(x, h, a, 0.5, 1)
+                lora_up_(x, h, a, 1.0, 0.5, 1)
+
+    products = dict.fromkeys((lora_down_kernel, lora_down_backward_kernel, lora_up_kernel), _product_promise)
+    return recorded_cases(launch_all, products | {lora_dropout_kernel: _dropout_promise})
 
 
-def _dropout_case(dtype: torch.dtype) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    return AuditCase(
-        kernel=lora_dropout_kernel,
-        label=_NAMES[dtype],
-        arguments=dict(x_ptr=kind, out_ptr=kind, numel="i64", key="i32", limit="i32", gain="fp32"),
-        constants=dict(BLOCK=BLOCK),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=dtype.itemsize,
-        written=dtype.itemsize,
-    )
+def _dropout_promise(launch: Launch) -> dict[str, Any]:
+    size = launch.dtype("x_ptr").itemsize
+    return dict(label=launch.arguments["x_ptr"].strip("*"), elements=BLOCK, read=size, written=size)
 
 
-def _product_case(dtype: torch.dtype, name: str, block_r: int) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    sizes = dict(rows="i32", n="i32", r="i32")
-    numbers = dict(key="i32", limit="i32", gain="fp32")
+def _product_promise(launch: Launch) -> dict[str, Any]:
+    name = {lora_down_kernel: "down", lora_down_backward_kernel: "backward", lora_up_kernel: "up"}[launch.kernel]
+    block_r, large = launch.constants["BLOCK_R"], "y_ptr" if name == "up" else "x_ptr"
     rows, columns = (DOWN_M, DOWN_K) if name == "down" else (BLOCK_M, BLOCK_K)
-    blocks = dict(BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r)
-    tile = rows * columns
-    # what of the factors is read beside a tile
-    factor = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r
-    # a tile of x or y, the factor's part beside it, and (down, backward) what a program writes at its end
-    if name == "down":
-        kernel, arguments = lora_down_kernel, dict(x_ptr=kind, a_ptr=kind, h_ptr=kind) | sizes
-        written = rows * block_r * dtype.itemsize / tile
-    elif name == "backward":
-        kernel, arguments = lora_down_backward_kernel, dict(x_ptr=kind, e_ptr=kind, out_ptr=pointer("fp32")) | sizes
-        blocks, written = blocks | dict(CHUNK=CHUNK), block_r * BLOCK_K * 4 / tile
-    else:
-        kernel, arguments = lora_up_kernel, dict(y_ptr=kind, h_ptr=kind, b_ptr=kind)
-        arguments |= dict(rows="i32", m="i32", r="i32", step_r="i32", step_m="i32", scale="fp32")
-        blocks, written = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_R=block_r), dtype.itemsize
-    return AuditCase(
-        kernel=kernel,
-        label=f"{name} {_NAMES[dtype]} rank {block_r}",
-        arguments=arguments | numbers,
-        constants=blocks,
-        threads=DOT_THREADS,
-        fp_fusion=True,
-        elements=tile,
-        read=dtype.itemsize,
-        written=written,
-        cached=factor * dtype.itemsize / tile,
-    )
+    tile, size = rows * columns, launch.dtype(large).itemsize
+    # bytes of the factors that are read beside a tile, and that (down, backward) a program writes at its end
+    factors = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r * size
+    written = {"down": rows * block_r * size / tile, "backward": block_r * BLOCK_K * 4 / tile, "up": size}[name]
+    label = f"{name} {launch.arguments[large].strip('*')} rank {block_r}"
+    return dict(label=label, elements=tile, read=size, written=written, cached=factors / tile)

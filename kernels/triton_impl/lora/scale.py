@@ -1,8 +1,10 @@
-"""DoRA's factor on columns, and what its gradient needs, one pass each.
+"""DoRA's factor on columns, and its gradient, one pass each.
 
 Bytes: the forward pass reads and writes the output; the backward pass reads gradient and output and writes one tensor.
 Factors and sums are as long as a row, and few.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -10,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# rows and columns of a tile, and tiles below each other whose sums are taken together
+# rows and columns of a tile, and the number of tiles below each other that are summed together
 BLOCK_M, BLOCK_N, THREADS = 16, 128, 256
 TILES = 16
 
@@ -37,26 +39,22 @@ def lora_scale_kernel(
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def lora_scale_backward_kernel(
-    g_ptr, y_ptr, c_ptr, inner_ptr, dot_ptr, total_ptr, rows, columns,
+    g_ptr, y_ptr, c_ptr, inner_ptr, sums_ptr, rows, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles below each other, and a row of each table of sums."""
+    """TILES tiles below each other, and a row of the table of sums."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n < columns
     c = tl.load(c_ptr + offs_n, mask=inside, other=0.0)[None, :]
-    dots = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    totals = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for t in range(0, TILES):
         offs_m = (tl.program_id(1) * TILES + t) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_m < rows)[:, None] & inside[None, :]
         at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
         g = to_float(tl.load(g_ptr + at, mask=mask, other=0.0))
-        dots += g * to_float(tl.load(y_ptr + at, mask=mask, other=0.0))
-        totals += g
+        sums += g * to_float(tl.load(y_ptr + at, mask=mask, other=0.0))
         tl.store(inner_ptr + at, round_to(g * c, inner_ptr.dtype.element_ty), mask=mask)
-    place = tl.program_id(1).to(tl.int64) * columns + offs_n
-    tl.store(dot_ptr + place, tl.sum(dots, 0), mask=inside)
-    tl.store(total_ptr + place, tl.sum(totals, 0), mask=inside)
+    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * columns + offs_n, tl.sum(sums, 0), mask=inside)
 
 
 def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
@@ -69,62 +67,51 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y` and of g, in fp32; matrices row-major."""
+def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y`, in fp32; matrices row-major."""
     rows, columns = g.shape
     chunks = triton.cdiv(rows, BLOCK_M * TILES)
-    dots, totals = (g.new_empty(chunks, columns, dtype=torch.float32) for _ in range(2))
+    sums = g.new_empty(chunks, columns, dtype=torch.float32)
     with on_device(g.device):
         lora_scale_backward_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
-            g, g if y is None else y, c, inner, dots, totals, rows, columns,
+            g, g if y is None else y, c, inner, sums, rows, columns,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
         )  # fmt: skip
-    return inner, dots.sum(0), totals.sum(0)
-
-
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return inner, sums.sum(0)
 
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    forward = [_forward_case(dtype, has_bias) for dtype in TL_DTYPE for has_bias in (False, True)]
-    return forward + [_backward_case(dtype) for dtype in TL_DTYPE]
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
+            lora_scale_(y, c, None)
+            lora_scale_(y, c, y[0])
+            lora_scale_backward(y, y, c, y)
+
+    return recorded_cases(launch_all, {lora_scale_kernel: _promise, lora_scale_backward_kernel: _backward_promise})
 
 
-def _forward_case(dtype: torch.dtype, has_bias: bool) -> AuditCase:
-    kind = pointer(_NAMES[dtype])
-    return AuditCase(
-        kernel=lora_scale_kernel,
-        label=f"{_NAMES[dtype]}{' bias' if has_bias else ''}",
-        arguments=dict(
-            y_ptr=kind, c_ptr=pointer("fp32"), bias_ptr=kind if has_bias else pointer("fp32"), rows="i32",
-            columns="i32",
-        ),
-        constants=dict(HAS_BIAS=has_bias, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N),
-        threads=THREADS,
-        fp_fusion=True,
+def _promise(launch: Launch) -> dict[str, Any]:
+    size, has_bias = launch.dtype("y_ptr").itemsize, launch.constants["HAS_BIAS"]
+    return dict(
+        label=f"{launch.arguments['y_ptr'].strip('*')}{' bias' if has_bias else ''}",
         elements=BLOCK_M * BLOCK_N,
-        read=dtype.itemsize,
-        written=dtype.itemsize,
+        read=size,
+        written=size,
         # factors and biases, which every row of threads reads for itself
-        cached=4.0 + (dtype.itemsize if has_bias else 0),
-    )  # fmt: skip
+        cached=4.0 + (size if has_bias else 0),
+    )
 
 
-def _backward_case(dtype: torch.dtype) -> AuditCase:
-    kind, sums = pointer(_NAMES[dtype]), pointer("fp32")
-    return AuditCase(
-        kernel=lora_scale_backward_kernel,
-        label=_NAMES[dtype],
-        arguments=dict(
-            g_ptr=kind, y_ptr=kind, c_ptr=sums, inner_ptr=kind, dot_ptr=sums, total_ptr=sums, rows="i32", columns="i32"
-        ),
-        constants=dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=True,
+def _backward_promise(launch: Launch) -> dict[str, Any]:
+    size = launch.dtype("g_ptr").itemsize
+    return dict(
+        label=launch.arguments["g_ptr"].strip("*"),
         elements=BLOCK_M * BLOCK_N,
-        read=2 * dtype.itemsize,
-        # two rows of sums, once per TILES tiles of 16 rows; counted as if once per tile
-        written=dtype.itemsize + 8 / BLOCK_M,
+        read=2 * size,
+        # a row of sums, once per TILES tiles of 16 rows; counted as if once per tile
+        written=size + 4 / BLOCK_M,
         cached=4.0,
     )

@@ -3,13 +3,15 @@
 Bytes: the forward pass reads two tensors and writes one, the backward pass reads three and writes three.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # 8 elements per thread: one 128-bit access of a 16-bit tensor
@@ -86,22 +88,17 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    forward, backward = ("e_ptr", "u_ptr", "out_ptr"), ("g_ptr", "e_ptr", "u_ptr", "out_ptr", "de_ptr")
-    # tensors, how many of them are read, how many written
-    kernels = ((swiglu_kernel, forward, 2, 1), (swiglu_backward_kernel, backward, 3, 3))
-    return [_case(*kernel, dtype) for kernel in kernels for dtype in TL_DTYPE]
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            x = torch.empty(2**31, dtype=dtype, device="meta")
+            swiglu(x, x)
+            swiglu_backward_(x, x, x)
+
+    return recorded_cases(launch_all, dict.fromkeys((swiglu_kernel, swiglu_backward_kernel), _promise))
 
 
-def _case(kernel, tensors: tuple[str, ...], read: int, written: int, dtype: torch.dtype) -> AuditCase:
-    kind = pointer({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
-    return AuditCase(
-        kernel=kernel,
-        label=str(dtype).replace("torch.", ""),
-        arguments=dict.fromkeys(tensors, kind) | {"numel": "i64"},
-        constants=dict(BLOCK=BLOCK),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK,
-        read=read * dtype.itemsize,
-        written=written * dtype.itemsize,
-    )
+def _promise(launch: Launch) -> dict[str, Any]:
+    dtype, (read, written) = launch.dtype("e_ptr"), (2, 1) if launch.kernel is swiglu_kernel else (3, 3)
+    label = str(dtype).replace("torch.", "")
+    return dict(label=label, elements=BLOCK, read=read * dtype.itemsize, written=written * dtype.itemsize)

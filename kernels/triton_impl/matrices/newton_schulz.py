@@ -7,13 +7,16 @@ Bytes: per tile of the result, a block of rows of each factor from the cache or 
 the diagonal, the result is written once.
 """
 
+import itertools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import has_aligned_rows, on_device, warps
 
 # (BLOCK, BLOCK_K, threads): where sizes are not multiples of 8 results are stored entry by entry, which takes registers
@@ -129,28 +132,25 @@ def _launch(left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
+
+    def launch_all() -> None:
+        for dtype, side in itertools.product(DTYPES, (8, 7)):
+            x = torch.zeros(side, side, dtype=dtype)
+            gram(x, x)
+            gram(x.mT, x)
+            add_product(x, x, x, 1.0, 1.0, x)
+
+    return recorded_cases(launch_all, {symmetric_product_kernel: _promise})
+
+
+def _promise(launch: Launch) -> dict[str, Any]:
+    dtype, constants = launch.dtype("DTYPE"), launch.constants
     # of the Gram matrix of wide and of tall matrices, and of products of symmetric ones
-    forms = [("wide", False, True), ("tall", False, False), ("symmetric", True, True)]
-    return [_case(d, *form, aligned) for d in DTYPES for form in forms for aligned in (True, False)]
-
-
-def _case(dtype: torch.dtype, name: str, has_base: bool, rows: bool, wide: bool) -> AuditCase:
-    block, block_k, threads = ALIGNED if wide else UNALIGNED
-    kind = pointer("bf16" if dtype == torch.bfloat16 else "fp16")
-    return AuditCase(
-        kernel=symmetric_product_kernel,
-        label=f"{name} {dtype} {'aligned' if wide else 'any sizes'}".replace("torch.", ""),
-        arguments=dict(
-            left=kind, right=kind, base=kind, out=kind, m="i32", k="i32", left_b="i32", left_step="i32",
-            right_b="i32", right_step="i32", base_b="i32", beta="fp32", alpha="fp32",
-        ),
-        constants=dict(
-            DTYPE=TL_DTYPE[dtype], HAS_BASE=has_base, ROWS=rows, WIDE=wide, BLOCK=block, BLOCK_K=block_k
-        ),
-        threads=threads,
-        fp_fusion=True,
+    name = "symmetric" if constants["HAS_BASE"] else "wide" if constants["ROWS"] else "tall"
+    return dict(
+        label=f"{name} {dtype} {'aligned' if constants['WIDE'] else 'any sizes'}".replace("torch.", ""),
         # a turn of the loop reads a block of each factor, of which every element is used BLOCK times
-        elements=2 * block * block_k,
+        elements=2 * constants["BLOCK"] * constants["BLOCK_K"],
         read=dtype.itemsize,
         written=0,
-    )  # fmt: skip
+    )

@@ -11,6 +11,7 @@ is 1/64 (fp32) or 1/32 (16-bit) of the matrix. That is also the extra memory of 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     device_programs,
     device_rows,
@@ -320,50 +321,29 @@ def _configuration(dtype: torch.dtype, aligned: bool, width: int):
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that `sinkhorn_pass` can pick."""
-    cases = [
-        _pass_case(d, aligned, width)
-        for d in TL_DTYPE
-        for aligned in (True, False)
-        for width in (*_widths(aligned), WIDER)
-    ]
-    return [*cases, _reduce_case()]
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            for n in (*TILES, MAX_TILE + 8, *(width - 1 for width in UNALIGNED_TILES), MAX_TILE + 1):
+                mat, totals = torch.zeros(1, n, dtype=dtype), dict(rows_total=[1], cols_total=[n])
+                sinkhorn_pass([mat], torch.zeros(1), torch.zeros(n), first=True, **totals)
+
+    promises = dict.fromkeys((sinkhorn_tile_kernel, sinkhorn_wide_kernel), _pass_promise)
+    return recorded_cases(launch_all, promises | {sinkhorn_reduce_kernel: _reduce_promise})
 
 
-def _pass_case(dtype: torch.dtype, aligned: bool, width: int) -> AuditCase:
-    kernel, constants, threads = _configuration(dtype, aligned, width)
-    # wide rows: G again for the rows' sums and for the columns', c, and the partial sums so far
-    again = 0 if width else 2 * dtype.itemsize + 8 / WIDE_ROWS
-    return AuditCase(
-        kernel=kernel,
-        label=f"g {dtype} {'aligned' if aligned else 'any strides'} {width or 'wider'}".replace("torch.", ""),
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), rows=pointer("fp32"), cols=pointer("fp32"),
-            partial=pointer("fp32"), first="i32",
-        ),
-        constants=constants,
-        threads=threads,
-        fp_fusion=True,
-        elements=constants["BLOCK_M"] * constants["BLOCK_N"],
-        read=dtype.itemsize,
-        # wide rows: the partial sums, which stay in the cache
-        written=0 if width else 4 / WIDE_ROWS,
-        cached=again,
-        sweeps=1 if width else 3,
-        wide=aligned,
-    )  # fmt: skip
+def _pass_promise(launch: Launch) -> dict[str, Any]:
+    g, aligned = launch.dtype("DTYPE"), launch.constants["ALIGNED"]
+    elements = launch.constants["BLOCK_M"] * launch.constants["BLOCK_N"]
+    promise = dict(elements=elements, read=g.itemsize, wide=aligned)
+    label = f"g {g} {'aligned' if aligned else 'any strides'}".replace("torch.", "")
+    if launch.kernel is sinkhorn_tile_kernel:
+        return promise | dict(label=f"{label} {launch.constants['BLOCK_N']}", written=0)
+    # read again: G for the rows' sums and for the columns', c, and the partial sums so far. Written: the partial sums,
+    # which stay in the cache
+    again = 2 * g.itemsize + 8 / WIDE_ROWS
+    return promise | dict(label=f"{label} wider", written=4 / WIDE_ROWS, cached=again, sweeps=3)
 
 
-def _reduce_case() -> AuditCase:
-    return AuditCase(
-        kernel=sinkhorn_reduce_kernel,
-        label="partial sums",
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), partial=pointer("fp32"), colmeans=pointer("fp32")
-        ),
-        constants=dict(BLOCK_M=REDUCE_ROWS, BLOCK_N=REDUCE_COLS),
-        threads=REDUCE_THREADS,
-        fp_fusion=True,
-        elements=REDUCE_ROWS * REDUCE_COLS,
-        read=4,
-        written=0,
-    )  # fmt: skip
+def _reduce_promise(launch: Launch) -> dict[str, Any]:
+    return dict(label="partial sums", elements=REDUCE_ROWS * REDUCE_COLS, read=4, written=0)

@@ -4,13 +4,15 @@ Bytes: the forward pass reads weight and mask and writes the result; the backwar
 weight where there is an SR-STE term, and writes the result.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # 16 elements per thread and tile: one 128-bit load of the mask
@@ -107,48 +109,25 @@ def nm_apply_backward(
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    return [
-        *(_apply_case(w) for w in TL_DTYPE),
-        *(_backward_case(w, srste) for w in TL_DTYPE for srste in (False, True)),
-    ]
+
+    def launch_all() -> None:
+        for dtype in TL_DTYPE:
+            weight = torch.empty(2**31, dtype=dtype, device="meta")
+            mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")
+            nm_apply(weight, mask, alpha)
+            for srste_lambda in (0.0, 0.5):
+                nm_apply_backward(weight, weight, mask, alpha, "ste", srste_lambda)
+
+    return recorded_cases(launch_all, dict.fromkeys((nm_apply_kernel, nm_apply_backward_kernel), _promise))
 
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def _apply_case(w: torch.dtype) -> AuditCase:
-    return AuditCase(
-        kernel=nm_apply_kernel,
-        label=f"w {w}".replace("torch.", ""),
-        arguments=dict(
-            w_ptr=pointer(_NAMES[w]), k_ptr=pointer("i8"), alpha_ptr=pointer("fp32"), out_ptr=pointer(_NAMES[w]),
-            numel="i64",
-        ),
-        constants=dict(BLOCK=BLOCK, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=False,
+def _promise(launch: Launch) -> dict[str, Any]:
+    dtype, srste = launch.dtype("w_ptr"), launch.constants.get("SRSTE", False)
+    return dict(
+        label=f"w {dtype}{' srste' if srste else ''}".replace("torch.", ""),
         elements=BLOCK,
-        read=w.itemsize + 1,
-        written=w.itemsize,
+        read=dtype.itemsize + 1 + (dtype.itemsize if srste else 0),
+        written=dtype.itemsize,
         wide=True,
         flat=True,
-    )  # fmt: skip
-
-
-def _backward_case(w: torch.dtype, srste: bool) -> AuditCase:
-    return AuditCase(
-        kernel=nm_apply_backward_kernel,
-        label=f"w {w}{' srste' if srste else ''}".replace("torch.", ""),
-        arguments=dict(
-            g_ptr=pointer(_NAMES[w]), w_ptr=pointer(_NAMES[w]), k_ptr=pointer("i8"), alpha_ptr=pointer("fp32"),
-            out_ptr=pointer(_NAMES[w]), flow="i32", srste="fp32", numel="i64",
-        ),
-        constants=dict(SRSTE=srste, BLOCK=BLOCK, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=w.itemsize + 1 + (w.itemsize if srste else 0),
-        written=w.itemsize,
-        wide=True,
-        flat=True,
-    )  # fmt: skip
+    )

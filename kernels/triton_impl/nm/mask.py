@@ -7,8 +7,10 @@ lengths, and groups along other axes are taken lane by lane.
 A magnitude is compared by its bits, which as integers are in the order of the numbers; so both 16-bit formats are one.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import aligned_pointer
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import device_programs, device_rows, is_aligned, on_device, warps
 
 # 16 elements per thread and tile: one 128-bit store of the mask
@@ -174,46 +176,20 @@ def _by_threshold(m: int, rounds: int) -> bool:
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launcher above can pick."""
-    return [
-        case(itemsize, m, threshold)
-        for case, lengths in ((_exact_case, EXACT), (_strided_case, PADDED))
-        for itemsize in WORDS
-        for m in lengths
-        for threshold in {False, _by_threshold(m, m // 2)}
-    ]
+
+    def launch_all() -> None:
+        for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):
+            for n in {1, m // 2}:
+                for blocks in (BLOCK, m):  # whole blocks of adjacent groups, and a group alone
+                    score = torch.zeros(blocks, dtype=dtype)
+                    nm_mask([score], n, m, 0, [score.bool()])
+
+    return recorded_cases(launch_all, {nm_mask_kernel: _promise, nm_mask_strided_kernel: _promise})
 
 
-def _label(itemsize: int, m: str, threshold: bool) -> str:
-    return f"s {8 * itemsize} bits {m}{' threshold' if threshold else ''}"
-
-
-def _exact_case(itemsize: int, m: int, threshold: bool) -> AuditCase:
-    return AuditCase(
-        kernel=nm_mask_kernel,
-        label=_label(itemsize, f"m {m}", threshold),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), n="i32", rounds="i32", dropping="i32",
-                       infinite="i32"),
-        constants=dict(WORD=WORDS[itemsize], THRESHOLD=threshold, M=m, BLOCK=BLOCK, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK,
-        read=itemsize,
-        written=1,
-        wide=True,
-        flat=True,
-    )  # fmt: skip
-
-
-def _strided_case(itemsize: int, m: int, threshold: bool) -> AuditCase:
-    return AuditCase(
-        kernel=nm_mask_strided_kernel,
-        label=_label(itemsize, f"up to {m}", threshold),
-        arguments=dict(table=pointer("i64"), programs=pointer("i64"), n="i32", m="i32", rounds="i32", dropping="i32",
-                       infinite="i32"),
-        constants=dict(WORD=WORDS[itemsize], THRESHOLD=threshold, BLOCK_M=m, BLOCK_T=BLOCK // m),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK,
-        read=itemsize,
-        written=1,
-    )  # fmt: skip
+def _promise(launch: Launch) -> dict[str, Any]:
+    constants, exact = launch.constants, launch.kernel is nm_mask_kernel
+    itemsize = next(size for size, word in WORDS.items() if word == constants["WORD"])
+    lengths = f"m {constants['M']}" if exact else f"up to {constants['BLOCK_M']}"
+    label = f"s {8 * itemsize} bits {lengths}{' threshold' if constants['THRESHOLD'] else ''}"
+    return dict(label=label, elements=BLOCK, read=itemsize, written=1, wide=exact, flat=exact)

@@ -5,6 +5,9 @@ entries of x as there are weights and rows in the tile, which the cache holds. P
 dense matrix, formed for the purpose: tensor cores do not gather.
 """
 
+import itertools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.nm.matmul import decompress
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
@@ -68,25 +71,22 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launcher above can pick."""
-    return [_case(x, block_t) for x in TL_DTYPE for block_t in TILES]
+
+    def launch_all() -> None:
+        for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
+            values = torch.zeros(8, 2, 1, dtype=dtype)
+            nm_matmul(torch.zeros(tokens, 8, dtype=dtype), values, values.to(torch.uint8), 4)
+
+    return recorded_cases(launch_all, {nm_matmul_kernel: _promise})
 
 
-def _case(x: torch.dtype, block_t: int) -> AuditCase:
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[x]
-    block_o, block_k = TILES[block_t]
-    return AuditCase(
-        kernel=nm_matmul_kernel,
-        label=f"x {x} {block_t} rows".replace("torch.", ""),
-        arguments=dict(
-            x_ptr=pointer(name), v_ptr=pointer(name), i_ptr=pointer("u8"), out_ptr=pointer(name), tokens="i32",
-            rows="i32", length="i32", n="i32", m="i32", stride_x="i32",
-        ),
-        constants=dict(BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=block_o * block_k,
-        read=x.itemsize + 1,
+def _promise(launch: Launch) -> dict[str, Any]:
+    dtype, block_t = launch.dtype("x_ptr"), launch.constants["BLOCK_T"]
+    return dict(
+        label=f"x {dtype} {block_t} rows".replace("torch.", ""),
+        elements=launch.constants["BLOCK_O"] * launch.constants["BLOCK_K"],
+        read=dtype.itemsize + 1,
         written=0,
         # the gathered entries of x, and in tiles of several rows values and indices as often
-        cached=x.itemsize * block_t + (block_t - 1) * (x.itemsize + 1),
-    )  # fmt: skip
+        cached=dtype.itemsize * block_t + (block_t - 1) * (dtype.itemsize + 1),
+    )

@@ -1,23 +1,24 @@
 """Polynomial features of columns and the gradient behind them, one launch each, fp32.
 
-Bytes: the forward pass writes every feature once; its factors come from the columns of x, which the cache holds. The
-backward pass reads the gradient of a feature once for every variable of its monomial, from memory the first time.
+Bytes: the forward pass writes every feature once and reads x from the cache. The backward pass reads the gradient of a
+feature once for every variable of its monomial, the first time from memory.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanstep.kernels.poly.tables import PolyTables
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.poly.tables import PolyTables, poly_tables
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: with 16
-# variables, gfx942 has not the scalar registers for their masks
+# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: for the masks
+# of 16 variables, gfx942 has too few scalar registers
 BLOCK_F, BLOCK_I, BLOCK_C = 16, 8, 64
 
 
@@ -121,34 +122,21 @@ def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tenso
 
 def audit_cases() -> list[AuditCase]:
     """Both kernels; the degree is an argument."""
-    sizes = dict.fromkeys(("dim", "features", "lower", "columns", "degree"), "i32")
-    forward = AuditCase(
-        kernel=poly_features_kernel,
-        label="fp32",
-        arguments=dict(x_ptr=pointer("fp32"), variables_ptr=pointer("i32"), norm_ptr=pointer("fp32"),
-                       out_ptr=pointer("fp32"), **{name: kind for name, kind in sizes.items() if name != "lower"}),
-        constants=dict(BLOCK_F=BLOCK_F, BLOCK_C=BLOCK_C),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK_F * BLOCK_C,
-        read=0,
-        written=0,
-        # one factor a turn of the loop, and which it is
-        cached=4 + 4 / BLOCK_C,
-    )  # fmt: skip
-    backward = AuditCase(
-        kernel=poly_features_backward_kernel,
-        label="fp32",
-        arguments=dict(g_ptr=pointer("fp32"), x_ptr=pointer("fp32"), variables_ptr=pointer("i32"),
-                       norm_ptr=pointer("fp32"), up_ptr=pointer("i32"), lift_ptr=pointer("fp32"),
-                       out_ptr=pointer("fp32"), **sizes),
-        constants=dict(BLOCK_I=BLOCK_I, BLOCK_C=BLOCK_C),
-        threads=THREADS,
-        fp_fusion=True,
-        elements=BLOCK_I * BLOCK_C,
-        read=4,
-        written=0,
-        # which rows, and their roots
-        cached=8 / BLOCK_C,
-    )  # fmt: skip
-    return [forward, backward]
+
+    def launch_all() -> None:
+        x, tables = torch.zeros(1, 4, 8), poly_tables(4, 2, torch.device("cpu"))
+        poly_features_backward(poly_features(x, tables), x, tables)
+
+    return recorded_cases(
+        launch_all, {poly_features_kernel: _promise, poly_features_backward_kernel: _backward_promise}
+    )
+
+
+def _promise(launch: Launch) -> dict[str, Any]:
+    # one factor a turn of the loop, and which it is
+    return dict(label="fp32", elements=BLOCK_F * BLOCK_C, read=0, written=0, cached=4 + 4 / BLOCK_C)
+
+
+def _backward_promise(launch: Launch) -> dict[str, Any]:
+    # which rows, and their roots
+    return dict(label="fp32", elements=BLOCK_I * BLOCK_C, read=4, written=0, cached=8 / BLOCK_C)

@@ -4,7 +4,9 @@ Bytes: `lion_step` reads p, g and m (and the Kahan remainder or fp32 master) and
 `lion_agreement` reads g and m once.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,11 +26,10 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_rows,
-    effective_rounding,
     is_aligned,
     launches,
     on_device,
@@ -255,60 +256,29 @@ def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *others: torch.d
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that the launchers above can pick."""
-    cases = []
-    for p in TL_DTYPE:
-        for g, m in _dtype_pairs(p):
-            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
-                e = torch.float32 if rounding == "master" else p
-                cases.append(_step_case(p, g, m, e, rounding))
-    for g in TL_DTYPE:
-        for m in dict.fromkeys(_native_dtype(m, g, torch.bfloat16) for m in TL_DTYPE):
-            cases.append(_agreement_case(g, m))
-    return cases
+
+    def launch_all() -> None:
+        for dtypes in itertools.product(TL_DTYPE, repeat=3):
+            p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
+            lion_agreement([g], [m], StepOptions(torch.zeros(6)))
+            for rounding in ROUNDINGS:
+                state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+                lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding))
+
+    return recorded_cases(launch_all, {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise})
 
 
-def _dtype_pairs(p: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
-    grads = dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE)
-    exp_avgs = dict.fromkeys(_native_dtype(m, p, torch.bfloat16) for m in TL_DTYPE)
-    return [(g, m) for g in grads for m in exp_avgs]
-
-
-def _step_case(p: torch.dtype, g: torch.dtype, m: torch.dtype, e: torch.dtype, rounding: str) -> AuditCase:
-    extra = e.itemsize if rounding in ("kahan", "master") else 0
-    return AuditCase(
-        kernel=lion_step_kernel,
-        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""),
-        arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), scalars=pointer("fp32"), scales=pointer("fp32"),
-            seeds=pointer("i64"), offsets=pointer("i64"), flags=pointer("i32"), mode="i32",
-        ),
-        constants=dict(
-            P_DTYPE=TL_DTYPE[p], G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], E_DTYPE=TL_DTYPE[e], ROUNDING=rounding,
-            BLOCK=BLOCK, TILES=TILES,
-        ),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=p.itemsize + g.itemsize + m.itemsize + extra,
-        written=p.itemsize + m.itemsize + extra,
-        wide=True,
-        flat=True,
+def _step_promise(launch: Launch) -> dict[str, Any]:
+    p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
+    rounding = launch.constants["ROUNDING"]
+    state = e.itemsize if rounding in ("kahan", "master") else 0
+    return dict(
+        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""), elements=BLOCK, wide=True, flat=True,
+        read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 
 
-def _agreement_case(g: torch.dtype, m: torch.dtype) -> AuditCase:
-    return AuditCase(
-        kernel=lion_agreement_kernel,
-        label=f"g {g} m {m}".replace("torch.", ""),
-        arguments=dict(
-            rows=pointer("i64"), programs=pointer("i64"), scalars=pointer("fp32"), counts=pointer("i64"), mode="i32"
-        ),
-        constants=dict(G_DTYPE=TL_DTYPE[g], M_DTYPE=TL_DTYPE[m], BLOCK=BLOCK, TILES=TILES),
-        threads=THREADS,
-        fp_fusion=False,
-        elements=BLOCK,
-        read=g.itemsize + m.itemsize,
-        written=0,
-        wide=True,
-        flat=True,
-    )  # fmt: skip
+def _agreement_promise(launch: Launch) -> dict[str, Any]:
+    g, m = launch.dtype("G_DTYPE"), launch.dtype("M_DTYPE")
+    label = f"g {g} m {m}".replace("torch.", "")
+    return dict(label=label, elements=BLOCK, read=g.itemsize + m.itemsize, written=0, wide=True, flat=True)

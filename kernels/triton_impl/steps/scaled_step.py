@@ -4,7 +4,9 @@ Bytes: reads G and p (with it the Kahan remainder, or instead of it the fp32 mas
 the scale vectors come from the cache. A small launch before it looks for NaN in the column scales: 4 bytes per column.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -23,12 +25,11 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, pointer
+from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_programs,
     device_rows,
-    effective_rounding,
     has_aligned_rows,
     launches,
     on_device,
@@ -233,47 +234,29 @@ def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, al
 
 def audit_cases() -> list[AuditCase]:
     """Every configuration that `scaled_step` can pick."""
-    cases = [_scan_case()]
-    for p in TL_DTYPE:
-        for g in dict.fromkeys(_native_dtype(g, p) for g in TL_DTYPE):
-            for rounding in dict.fromkeys(effective_rounding(r, p) for r in ROUNDINGS):
-                cases += [_step_case(p, g, rounding, aligned) for aligned in (True, False)]
-    return cases
+
+    def launch_all() -> None:
+        # rows that start on 16-byte boundaries, and rows that do not
+        for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
+            p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
+            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+            scaled_step([p], [g], torch.ones(1), torch.ones(n), state, StepOptions(torch.zeros(2), rounding))
+
+    return recorded_cases(launch_all, {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise})
 
 
-def _step_case(p: torch.dtype, g: torch.dtype, rounding: str, aligned: bool) -> AuditCase:
-    e = torch.float32 if rounding == "master" else p
-    extra = e.itemsize if rounding in ("kahan", "master") else 0
-    rows = "aligned" if aligned else "any strides"
-    return AuditCase(
-        kernel=scaled_step_kernel,
-        label=f"p {p} g {g} {rounding} {rows}".replace("torch.", ""),
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"),
-            scalars=pointer("fp32"), seeds=pointer("i64"), offsets=pointer("i64"), bad=pointer("i32"),
-        ),
-        constants=_constants(p, g, e, rounding, aligned),
-        threads=THREADS,
-        fp_fusion=False,
+def _step_promise(launch: Launch) -> dict[str, Any]:
+    p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
+    rounding, aligned = launch.constants["ROUNDING"], launch.constants["ALIGNED"]
+    state = e.itemsize if rounding in ("kahan", "master") else 0
+    return dict(
+        label=f"p {p} g {g} {rounding} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize + extra + (0 if rounding == "master" else p.itemsize),
-        written=p.itemsize + extra,
+        read=g.itemsize + state + (0 if rounding == "master" else p.itemsize),
+        written=p.itemsize + state,
         wide=aligned,
-    )  # fmt: skip
+    )
 
 
-def _scan_case() -> AuditCase:
-    return AuditCase(
-        kernel=column_nan_kernel,
-        label="column scales",
-        arguments=dict(
-            table=pointer("i64"), programs=pointer("i64"), bad=pointer("i32"),
-            flags=pointer("i32"),
-        ),
-        constants=dict(BLOCK=SCAN),
-        threads=SCAN_THREADS,
-        fp_fusion=False,
-        elements=SCAN,
-        read=4,
-        written=0,
-    )  # fmt: skip
+def _scan_promise(launch: Launch) -> dict[str, Any]:
+    return dict(label="column scales", elements=SCAN, read=4, written=0)

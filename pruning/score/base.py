@@ -1,0 +1,200 @@
+"""What a score needs to know of a matrix besides its weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.sparsity import NM
+
+# fields of LayerStatistics by score
+NEEDS: dict[str, tuple[str, ...]] = {
+    "magnitude": (),
+    "wanda": ("square_sum",),
+    "sparsegpt": ("gram",),
+    "mfac": ("gradients",),
+}
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over the inputs of a matrix [out, in] on calibration data, or gradients of it.
+
+    Attributes:
+        count: inputs added, that is, tokens.
+        square_sum: fp64 [in], sum of x_j^2, 8 bytes per input; None where it is not wanted.
+        gram: fp32 [in, in], sum of x x^T; None where it is not wanted.
+        gradients: [m, out * in], floating: a gradient per sample or mini-batch, each [out, in] flattened.
+    """
+
+    count: int = 0
+    square_sum: Tensor | None = None
+    gram: Tensor | None = None
+    gradients: Tensor | None = None
+
+    @classmethod
+    def for_score(cls, score: str, in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
+        """Empty sums, of the kinds that a score needs.
+
+        Raises:
+            ValueError: for an unknown score.
+        """
+        if score not in NEEDS:
+            raise ValueError(f"score must be one of {', '.join(NEEDS)}, got {score!r}")
+        return cls.empty(NEEDS[score], in_features, device)
+
+    @classmethod
+    def empty(cls, fields: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
+        """Zero sums for ``square_sum`` and ``gram``, where ``fields`` name them."""
+        statistics = cls()
+        if "square_sum" in fields:
+            statistics.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        if "gram" in fields:
+            statistics.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        return statistics
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs [..., in]: squares in fp32, summed in the dtypes described above."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
+        self.count += len(rows)
+        if self.square_sum is not None:
+            self.square_sum += rows.square().sum(dim=0, dtype=self.square_sum.dtype).to(self.square_sum.device)
+        if self.gram is not None:
+            self.gram.addmm_(rows.T.to(self.gram.device), rows.to(self.gram.device))
+
+    def permuted(self, columns: Tensor) -> LayerStatistics:
+        """The same for a matrix whose columns are taken in another order (int64 [in])."""
+        gradients = self.gradients
+        if gradients is not None:
+            gradients = gradients.unflatten(1, (-1, len(columns)))[:, :, columns].flatten(1)
+        return LayerStatistics(
+            self.count,
+            None if self.square_sum is None else self.square_sum[columns],
+            None if self.gram is None else self.gram[columns][:, columns],
+            gradients,
+        )
+
+
+SCOPES = ("matrix", "row")
+
+
+class Ranking:
+    """The order in which the weights of a matrix are pruned.
+
+    Args:
+        scores: [out, in], floating, finite; the smallest are pruned first. Of equal ones the lower index is.
+        scope: "matrix" compares all weights. "row" compares within rows and prunes as many in each: of P weights,
+            P // out in every row, and one more in P % out rows, those where the next weight has the lowest score.
+
+    Raises:
+        ValueError: for another scope, or scores that are not a finite matrix.
+
+    Notes:
+        Keeps 8 bytes per weight ("matrix"), or 4 and the scores ("row"). Each mask then costs one pass.
+    """
+
+    def __init__(self, scores: Tensor, scope: str = "matrix"):
+        if scope not in SCOPES:
+            raise ValueError(f"Ranking: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        if scores.dim() != 2 or not bool(scores.isfinite().all()):
+            raise ValueError(f"Ranking: expected finite scores [out, in], got shape {tuple(scores.shape)}")
+        self.shape, self.scope = scores.shape, scope
+        if scope == "matrix":
+            self._order = scores.flatten().argsort(stable=True)
+        else:
+            order = scores.argsort(dim=1, stable=True)
+            self._sorted = scores.gather(1, order)
+            places = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+            self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand_as(order))
+
+    def mask(self, keep: int) -> Tensor:
+        """Bool [out, in], True for the ``keep`` weights that are pruned last."""
+        rows, columns = self.shape
+        pruned = rows * columns - check_keep(keep, rows * columns)
+        if self.scope == "matrix":
+            mask = torch.ones(rows * columns, dtype=torch.bool, device=self._order.device)
+            mask[self._order[:pruned]] = False
+            return mask.view(rows, columns)
+        each, more = divmod(pruned, rows)
+        first_kept = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
+        if more:
+            first_kept[self._sorted[:, each].argsort(stable=True)[:more]] += 1
+        return self._rank >= first_kept
+
+
+def check_keep(keep: int, numel: int) -> int:
+    """``keep``, if it is a count from 0 to ``numel``."""
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"expected the number of weights to keep, or an N:M pattern, got {keep!r}")
+    if not 0 <= keep <= numel:
+        raise ValueError(f"cannot keep {keep} of {numel} weights")
+    return keep
+
+
+class Pruned(NamedTuple):
+    """A pruned matrix.
+
+    Attributes:
+        weight: [out, in], of the weight's dtype, exactly 0 where the mask is False. A new tensor.
+        mask: bool [out, in], True where a weight is kept.
+    """
+
+    weight: Tensor
+    mask: Tensor
+
+
+class LayerPruner(ABC):
+    """Prunes one matrix [out, in] to any level; made by :func:`leanstep.pruning.layer_pruner`. Never writes the weight.
+
+    What is zero already is pruned before anything else, so that a later, sparser level keeps earlier zeros.
+    """
+
+    def __init__(self, weight: Tensor):
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"expected a floating weight [out, in], got {tuple(weight.shape)} of {weight.dtype}")
+        self.given = weight.detach()
+        # computed with; float64 only where it is given
+        self.weight = self.given.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+    @torch.no_grad()
+    def prune(self, keep: int | NM | str) -> Pruned:
+        """The matrix with ``keep`` weights, or with at most N in every M along its inputs.
+
+        Raises:
+            ValueError: for a count out of range, a text that is no pattern, or groups that do not fill a row.
+            TypeError: for anything else.
+        """
+        pattern = NM.parse(keep) if isinstance(keep, str) else keep
+        if isinstance(pattern, NM):
+            if self.weight.shape[1] % pattern.m:
+                raise ValueError(
+                    f"groups of {pattern.m} do not fill the {self.weight.shape[1]} inputs of a matrix of shape "
+                    f"{tuple(self.weight.shape)}: use another pattern, or leave this matrix out"
+                )
+            weight, mask = self._prune_pattern(pattern)
+        else:
+            weight, mask = self._prune_count(check_keep(pattern, self.weight.numel()))
+        # zeros of either sign, and what an update left where nothing may be
+        return Pruned(weight.to(self.given.dtype).masked_fill(~mask, 0), mask)
+
+    @property
+    @abstractmethod
+    def scores(self) -> Tensor:
+        """[out, in], >= 0: what a weight is worth; comparable within the matrix."""
+
+    @abstractmethod
+    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]: ...
+
+
+def zeros_first(scores: Tensor, weight: Tensor) -> Tensor:
+    """Scores with -1 where a weight is zero already: no other is below 0."""
+    return torch.where(weight == 0, -1.0, scores)
