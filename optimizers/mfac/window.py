@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
@@ -282,6 +283,7 @@ class BlockRows(DenseRows):
     A parameter may have thousands of blocks; they are worked on together, as one more dimension of its window.
     """
 
+    @override
     def _open(self) -> None:
         self.windows = []
         for piece in self.pieces:
@@ -290,12 +292,14 @@ class BlockRows(DenseRows):
             columns = window.view(window.shape[0], -1)[:, piece.span[0] : piece.span[1]]
             self.windows.append(columns.unflatten(1, (piece.blocks, -1)))
 
+    @override
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
         largest = torch.zeros(self.gram_count, device=vectors[0].device)
         for piece, vector in zip(self.pieces, vectors, strict=True):
             largest[_grams(piece)] = vector.view(piece.blocks, -1).abs().amax(dim=1)
         return largest
 
+    @override
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
         dtype = self.windows[0].dtype
         blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
@@ -307,6 +311,7 @@ class BlockRows(DenseRows):
         inverse = self.factors.reciprocal().unsqueeze(1)
         self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
+    @override
     def dots(self, live: int) -> Tensor:
         dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
         for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
@@ -315,12 +320,14 @@ class BlockRows(DenseRows):
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
         return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
 
+    @override
     def squared_norms(self) -> Tensor:
         squares = torch.zeros(self.gram_count, 1, dtype=torch.float64, device=self.windows[0].device)
         for piece, row in zip(self.pieces, self.rows, strict=True):
             squares[_grams(piece), 0] = row.double().square().sum(dim=1)
         return self._scaled(self._scaled(squares)).squeeze(1)
 
+    @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         stored = coefficients[: self.gram_count]
