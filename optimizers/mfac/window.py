@@ -119,11 +119,11 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     processes = torch.distributed.get_world_size()
     lengths = [[_rows_of_process(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
     sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
-    own = updates[0].new_zeros(max(map(sum, sizes)))
+    padded = updates[0].new_zeros(max(map(sum, sizes)))
     flat = torch.cat([u.reshape(-1) for u in updates])
-    own[: flat.numel()] = flat
-    gathered = own.new_empty(processes, own.numel())
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), own)
+    padded[: flat.numel()] = flat
+    gathered = padded.new_empty(processes, padded.numel())
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), padded)
     parts = [row[: sum(size)].split(size) for row, size in zip(gathered, sizes, strict=True)]
     return [torch.cat([part[i] for part in parts]).view(p.shape) for i, p in enumerate(params)]
 
