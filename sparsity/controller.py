@@ -1,4 +1,4 @@
-"""The controller, which moves the masks and the decay of sparse weights along while a model trains."""
+"""The controller, which updates masks and decay after every optimizer step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ Score = Callable[[SparseLayer, Tensor], Tensor]
 
 
 class Controller:
-    """Keeps the masks and the decay of a model's sparse layers in step with its optimizer; made by :func:`sparsify`.
+    """Updates the masks and the decay of a model's sparse layers after every optimizer step; made by :func:`sparsify`.
 
-    All state lies in the model's parametrizations and goes with ``model.state_dict()``; :meth:`state_dict` has the same
-    for whoever keeps weights elsewhere. The state is exact: the next step after loading is the step that would have
-    been made.
+    All state lies in the model's parametrizations and is part of ``model.state_dict()``; :meth:`state_dict` returns it
+    alone. A run that loads it continues exactly.
 
     Attributes:
         layers: the sparse layers.
@@ -54,16 +53,16 @@ class Controller:
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps so far."""
         return self.layers[0].transform.steps
 
     def stage(self, layer: SparseLayer | None = None) -> Stage:
-        """What the schedule says now, for one layer (the first one by default)."""
+        """The schedule's current pattern, alpha and phase of one layer (the first one by default)."""
         return self._stage(layer or self.layers[0], self.step_count)
 
     @property
     def finished(self) -> bool:
-        """Whether every layer has arrived at its own N:M, and computes with zeros."""
+        """Whether every layer has reached its own N:M with alpha 0."""
         stages = [self.stage(layer) for layer in self.layers]
         return all(s.alpha == 0 and s.pattern == layer.target for s, layer in zip(stages, self.layers, strict=True))
 
@@ -86,12 +85,12 @@ class Controller:
             parameters={layer.names[0]: layer.weight for layer in self.layers},
         )  # fmt: skip
         if self.step_count == 0:
-            # wrapping and sharding may have replaced the weights, by those of another process
+            # wrapping and sharding may have replaced the weights with those of another process
             self.refresh()
         return self
 
     def detach(self) -> None:
-        """Let go of the optimizer; masks and decay stay as they are."""
+        """Remove the hooks from the optimizer; masks and decay stay as they are."""
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = None
@@ -118,10 +117,10 @@ class Controller:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count a step of the optimizer, and bring masks and decay to where the next one needs them.
+        """Count an optimizer step, and update masks and decay for the next one.
 
         Raises:
-            ValueError: where the model's parametrizations are gone: it was squashed.
+            ValueError: if the model's parametrizations are gone: it was squashed.
         """
         self._check_installed()
         for layer in self.layers:
@@ -130,10 +129,10 @@ class Controller:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make masks anew from the weights as they are now, without counting a step: after weights were replaced.
+        """Recompute all masks from the current weights without counting a step; for use after replacing weights.
 
-        Loading a checkpoint needs no refresh, since it brings its masks. Masks that a method keeps fixed are made anew,
-        too. Where weights are sharded, every process has to call it.
+        Recomputes fixed masks as well. Not needed after loading a checkpoint, which contains its masks. If weights are
+        sharded, every process has to call it.
         """
         self._check_installed()
         self._advance(measure=False, always=True)
@@ -141,48 +140,48 @@ class Controller:
     def statistics(self) -> list[dict[str, Any]]:
         """One row for each sparse layer; see :func:`leanstep.sparsity.statistics.layer_rows`.
 
-        Waits for the device. Where weights are sharded, every process has to call it.
+        Waits for the device. If weights are sharded, every process has to call it.
         """
         return layer_rows(self)
 
     def diagnostics(self) -> dict[str, float]:
-        """The same as a flat dict of numbers for a log, ``WHAT/LAYER``; see :func:`statistics.summary`."""
+        """The same numbers as a flat dict for a log, ``WHAT/LAYER``; see :func:`statistics.summary`."""
         return summary(self)
 
     def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
-        """The masks of parameters as they are now, in order: True where a weight is kept, None for what is not sparse.
+        """Copies of the current masks of parameters, in order: True where a weight is kept, None if it is not sparse.
 
-        For optimizers that take masks, where these stay (method "fixed", a frozen last phase). Pruned weights stay out
-        of the window of ``MFAC([{"params": params, "masks": controller.masks_of(params)}])``. ``params`` can be named;
-        it is a list there, since ``model.parameters()`` can be gone through once only.
+        For optimizers that take masks, if these are fixed (method "fixed", a frozen last phase). Pruned weights stay
+        out of the window of ``MFAC([{"params": params, "masks": controller.masks_of(params)}])``. ``params`` is a list
+        (``model.parameters()`` can be iterated only once), with or without names.
 
         Raises:
-            ValueError: where weights are sharded; build the optimizer before.
+            ValueError: if weights are sharded; build the optimizer before sharding.
         """
-        masks = {id(layer.weight): layer for layer in self.layers}
-        found: list[Tensor | None] = []
+        layers = {id(layer.weight): layer for layer in self.layers}
+        masks: list[Tensor | None] = []
         for entry in params:
-            layer = masks.get(id(entry[1] if isinstance(entry, tuple) else entry))
+            layer = layers.get(id(entry[1] if isinstance(entry, tuple) else entry))
             if layer is not None and is_dtensor(layer.weight):
                 raise ValueError(f"Controller.masks_of: the weight of layer {layer.name!r} is sharded; call it before")
-            found.append(None if layer is None else layer.transform.mask.clone())
-        return found
+            masks.append(None if layer is None else layer.transform.mask.clone())
+        return masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, decay and the number of steps made, by layer. ``model.state_dict()`` has it, too."""
+        """Mask, decay and number of steps of every layer, by name. ``model.state_dict()`` contains the same."""
         return {layer.name: layer.transform.get_extra_state() for layer in self.layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a controller of the same layers.
+        """Load the :meth:`state_dict` of a controller of the same layers.
 
         Raises:
             ValueError: for other layers or patterns; nothing is changed then.
         """
-        own = {layer.name for layer in self.layers}
-        if own != set(state):
+        names = {layer.name for layer in self.layers}
+        if names != set(state):
             raise ValueError(
-                f"Controller.load_state_dict: the state is of other layers; missing {sorted(own - set(state))[:5]}, "
-                f"unknown {sorted(set(state) - own)[:5]}"
+                f"Controller.load_state_dict: the state is of other layers; missing {sorted(names - set(state))[:5]}, "
+                f"unknown {sorted(set(state) - names)[:5]}"
             )
         for layer in self.layers:
             layer.transform.check_state(state[layer.name])
@@ -201,10 +200,10 @@ class Controller:
             return stage
         shape = layer.weight.shape
         sizes = shape if self.score == "transposable" else (shape[layer.dim],)
-        return stage._replace(pattern=_that_fits(stage.pattern, layer.target, sizes))
+        return stage._replace(pattern=_fitting_pattern(stage.pattern, layer.target, sizes))
 
     def _advance(self, measure: bool, always: bool = False) -> None:
-        """Bring every layer to the stage of its step, masks of like layers in one call."""
+        """Set every layer's alpha and mask for its step; layers of one pattern, device and dtype in one call."""
         due: dict[tuple[Any, ...], list[SparseLayer]] = {}
         for layer in self.layers:
             transform, stage = layer.transform, self._stage(layer, layer.transform.steps)
@@ -228,8 +227,8 @@ class Controller:
     def _is_due(self, layer: SparseLayer, stage: Stage) -> bool:
         if layer.transform.pattern != stage.pattern:
             return True
-        kept = self.method.fixed or (self.schedule.freeze_mask_in_finetune and stage.phase == "finetune")
-        return not kept and stage.phase != "dense" and layer.transform.steps % self.mask_every == 0
+        frozen = self.method.fixed or (self.schedule.freeze_mask_in_finetune and stage.phase == "finetune")
+        return not frozen and stage.phase != "dense" and layer.transform.steps % self.mask_every == 0
 
     def _renew(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
         scores = [self._score(layer) for layer in layers]
@@ -273,8 +272,8 @@ class Controller:
             )
 
 
-def _that_fits(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
-    """A coarse pattern on the way to the target, halved until its groups fill rows of ``sizes`` as the target's do."""
+def _fitting_pattern(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
+    """A pattern on the way to the target, halved until its groups fill rows of ``sizes`` as the target's do."""
     while pattern.m > target.m and any(
         pattern.m > size or (size % pattern.m and size % target.m == 0) for size in sizes
     ):

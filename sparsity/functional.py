@@ -1,4 +1,8 @@
-"""Sparse weights that autograd can see through: the forward and backward rules of every method, as functions."""
+"""The forward and backward rules of every method, as differentiable functions; what the parametrization calls.
+
+The gradients of STE, SR-STE, MDGF and SDGF are those of :func:`sparse_weight`; :func:`srste_term` is the term that the
+controller adds once per step. The elementwise definitions are in ``kernels/reference/nm/apply.py``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def sparse_weight(
     grad_flow: str = "ste",
     srste_lambda: float = 0.0,
 ) -> Tensor:
-    """``weight * (mask + (1 - mask) * alpha)``, with the gradient that a method of N:M training asks for.
+    """``weight * (mask + (1 - mask) * alpha)``, with the gradient of a method of N:M training.
 
     With g the gradient of the result and P the mask, the weight's gradient is
 
@@ -39,9 +43,9 @@ def sparse_weight(
 
     Args:
         weight: any shape and floating dtype; not written.
-        mask: bool, same shape; True where a weight is kept. A constant: no gradient reaches what it was made from.
-        alpha: factor of pruned weights, in [0, 1]. A 0-d tensor on the weight's device lets it change from step to
-            step without torch.compile compiling again; no gradient reaches it.
+        mask: bool, same shape; True where a weight is kept. A constant for autograd.
+        alpha: factor of pruned weights, in [0, 1]; a constant for autograd. As a 0-d tensor on the weight's device it
+            can change from step to step without a recompilation by torch.compile.
         grad_flow: "ste", "decay" or "fixed".
         srste_lambda: factor of the SR-STE term, >= 0.
 
@@ -52,9 +56,9 @@ def sparse_weight(
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
 
     Notes:
-        Keeps the mask (1 byte per weight) for the backward pass, and the weight itself, which is there anyway. The text
-        of the MDGF paper says that decay restricts the flow of gradients to pruned weights; its published code
-        returns g unscaled. "decay" is the former (what autograd gives for the product), "ste" the latter.
+        Saves the mask (1 byte per weight) and the weight, which exists anyway, for the backward pass. The text of the
+        MDGF paper says that decay restricts the flow of gradients to pruned weights; its published code returns g
+        unscaled. "decay" is the former (the derivative of the product), "ste" the latter.
 
     References:
         Bengio, Leonard, Courville, arXiv 1308.3432 (straight-through estimator); Zhou et al., arXiv 2102.04010
@@ -86,27 +90,27 @@ class _SparseWeight(torch.autograd.Function):
     @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask, alpha = ctx.saved_tensors
-        found = nm_apply_backward(grad, weight, mask, alpha, grad_flow=ctx.grad_flow, srste_lambda=ctx.srste_lambda)
-        return found, None, None, None, None
+        grad = nm_apply_backward(grad, weight, mask, alpha, grad_flow=ctx.grad_flow, srste_lambda=ctx.srste_lambda)
+        return grad, None, None, None, None
 
 
 def s_ste_weight(weight: Tensor, pattern: NM | str, *, beta: Tensor | float = 1.0, dim: int = -1) -> Tensor:
     """S-STE: a sparse weight that is a continuous function of the dense one.
 
-    ``beta * S(weight)`` with ``S(w) = sign(w) * max(|w| - t, 0)`` and t the (M-N)-th smallest magnitude of the group,
-    so that what is pruned next has shrunk to zero before. The gradient goes straight through, as it is.
+    ``beta * S(weight)`` with ``S(w) = sign(w) * max(|w| - t, 0)`` and t the (M-N)-th smallest magnitude of the group:
+    a weight has shrunk to zero by the time it is pruned. The gradient is passed straight through.
 
     Args:
         weight: floating; its size along ``dim`` must be a multiple of M.
         pattern: N:M. The paper's is 2:4, with t the second smallest of four.
-        beta: scale that makes up for the shrinking, see :func:`s_ste_scale`; a 0-d tensor, or a number.
+        beta: scale that compensates the shrinkage, see :func:`s_ste_scale`; a 0-d tensor, or a number.
         dim: dimension along which groups lie.
 
     Returns:
         A new tensor like ``weight`` with at most N nonzeros in every group.
 
     Raises:
-        ValueError: where M does not divide the size.
+        ValueError: if M does not divide the size.
 
     References:
         Hu, Zhu, Chen, "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", arXiv 2409.09099.
@@ -115,7 +119,7 @@ def s_ste_weight(weight: Tensor, pattern: NM | str, *, beta: Tensor | float = 1.
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second tensor, with its gradient given to the first."""
+    """Returns the second tensor, and passes its gradient to the first."""
 
     @staticmethod
     def forward(weight: Tensor, value: Tensor) -> Tensor:
@@ -146,16 +150,16 @@ def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tenso
         return weight.clone()
     dim %= weight.dim()
     (mask,) = nm_mask([weight.detach()], pattern.n, pattern.m, dim=dim)
-    # the largest of what a mask prunes; sorting the group would cost more
+    # the largest pruned magnitude; cheaper than sorting the group
     pruned = weight.abs().masked_fill(mask, 0).unflatten(dim, (-1, pattern.m))
     groups, threshold = weight.unflatten(dim, (-1, pattern.m)), pruned.amax(dim=dim + 1, keepdim=True)
     return (groups.sign() * (groups.abs() - threshold).clamp_min(0)).flatten(dim, dim + 1)
 
 
 def s_ste_scale(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
-    """The beta that brings ``beta * S(weight)`` closest to the weight: ``<W, S(W)> / <S(W), S(W)>``, 0-d.
+    """The beta that minimises ``||W - beta * S(W)||``: ``<W, S(W)> / <S(W), S(W)>``, 0-d; 1 if S(W) is zero.
 
-    S-STE takes it from the initial weights and keeps it. 1 where S is zero throughout.
+    S-STE computes it from the initial weights and keeps it.
     """
     shrunk = soft_threshold(weight.detach(), pattern, dim=dim)
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The methods of N:M training by name, and the one call that makes a model train by one of them."""
+"""The methods of N:M training, and the call that makes a model train by one of them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import DECAYS, STRUCTURES, Schedule
 
 SCORES = ("magnitude", "gradient", "transposable")
-# Zhou et al., arXiv 2102.04010, give it for every model
+# Zhou et al., arXiv 2102.04010, use it for every model
 SRSTE_LAMBDA = 2e-4
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
+    """One method: a schedule, a gradient rule and SR-STE's factor.
 
     Attributes:
-        kind: the kind of schedule it has by definition; None: it goes with any.
-        grad_flow, srste_lambda: as :func:`leanstep.sparsity.sparse_weight` takes them.
-        fixed: whether a mask, once made for a pattern, stays.
-        continuous: whether it computes with S-STE's function of the weight instead of a mask.
+        kind: the schedule's kind; None: any.
+        grad_flow, srste_lambda: arguments of :func:`leanstep.sparsity.sparse_weight`.
+        fixed: whether the mask of a pattern is made once.
+        continuous: whether layers compute with S-STE's function of the weight instead of a mask.
     """
 
     kind: str | None = None
@@ -64,13 +64,14 @@ def sparsify(
     pad: str = "refuse",
     measure_every: int = 0,
 ) -> Controller:
-    """Let layers of a model compute with N:M sparse weights, from dense ones that go on being trained.
+    """Make layers of a model compute with N:M sparse weights while the optimizer trains their dense weights.
 
-    In every forward pass a chosen layer computes with ``W * (P + (1 - P) * alpha)``, where P keeps the N weights of
-    highest score in every M, and alpha follows the schedule. The dense W stays the optimizer's parameter.
+    In every forward pass a sparse layer computes with ``W * (P + (1 - P) * alpha)``. P keeps the N weights of highest
+    score in every M; alpha follows the schedule. The dense W stays the optimizer's parameter. With g the gradient of
+    the masked weight:
 
     ==================  =======================================  =====================================================
-    method              schedule                                 gradient of W, from g of the weight computed with
+    method              schedule                                 gradient of W
     ==================  =======================================  =====================================================
     "ste"               any                                      g
     "srste"             any                                      g + lambda (1 - P) W, lambda = 2e-4
@@ -86,40 +87,38 @@ def sparsify(
     Args:
         model: any module. Linear layers, convolutions, ``nn.MultiheadAttention`` and transformers' ``Conv1D`` can be
             sparse. Changed in place.
-        patterns: shell-style wildcards over layer names -> pattern, the first that matches decides; ``{"*.mlp.*":
-            NM(1, 8), "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their
-            parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M, which
-            keeps nothing, is taken with a warning. One pattern alone is for every such layer but the output head that a
-            transformers model names.
-        schedule: how N:M is reached. A number means that many steps with the method's own kind of schedule; None is for
-            methods that need none.
-        method: of the table; None: what the kind of the schedule says, and "ste" for a constant one.
-        score: "magnitude"; "gradient" (|W * its gradient|, of the last step); "transposable" (magnitudes under masks
-            that are N:M along outputs, too: :func:`transposable_mask`, dearer than the others, see ``mask_every``); or
-            a function of (layer, weight) that gives scores like the weight, of whose magnitudes the largest are kept.
+        patterns: shell-style wildcards over layer names -> pattern; the first match decides: ``{"*.mlp.*": NM(1, 8),
+            "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their parameters
+            (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M prunes everything,
+            with a warning. One pattern alone applies to every such layer except a transformers model's output head.
+        schedule: how N:M is reached. A number: that many steps of the method's own kind of schedule. None: for methods
+            whose schedule is constant.
+        method: a row of the table. None: the method of the schedule's kind, "ste" for a constant one.
+        score: "magnitude"; "gradient" (|W * gradient| of the last step); "transposable" (magnitudes, with masks that
+            are N:M along the outputs too, see :func:`transposable_mask`; slower, see ``mask_every``); or a function of
+            (layer, weight) that returns scores of the weight's shape, of which the largest magnitudes are kept.
         grad_flow: "ste", "decay" or "fixed"; None: the method's.
-        srste_lambda: adds SR-STE's term to any method; None: the method's.
-        mask_every: optimizer steps between two masks.
+        srste_lambda: factor of SR-STE's term, for any method; None: the method's.
+        mask_every: optimizer steps between two updates of the masks.
         axis: groups lie along a layer's inputs ("in"; in-channels of convolutions) or its outputs ("out").
-        pad: what to do with rows that groups do not fill: "refuse", or "zero" for a shorter last group.
-        measure_every: steps between two measurements for :meth:`Controller.statistics`; 0 measures never.
+        pad: for rows that groups do not fill: "refuse", or "zero" for a shorter last group.
+        measure_every: steps between two measurements for :meth:`Controller.statistics`; 0: never.
 
     Returns:
         The :class:`Controller`. Attach it to the optimizer, or call its ``step`` after every step.
 
     Raises:
-        TypeError: for patterns that are none.
+        TypeError: for anything but patterns.
         ValueError: for a rule that matches no layer; M larger than a row, or no divisor of it; a layer that is
             parametrized, quantised or sharded already; tied weights with two patterns; settings that contradict each
             other. The model is unchanged then.
 
     Notes:
-        Costs 1 byte per sparse weight for its mask, and the weight that is computed with, for as long as autograd keeps
-        it. SR-STE's term is added to the gradient once per optimizer step, after any clipping and unscaling, where
-        code that adds it in backward adds it once per use and micro batch, and scaled down by a loss scale. Tied
-        weights are sparse wherever they are used. Sharding comes after this call; the optimizer may come before or
-        after, but a run that resumes has to build it at the same place, since ``model.parameters()`` comes in another
-        order afterwards and optimizers load their state by it.
+        Memory: 1 byte per sparse weight for its mask, and the masked weight for as long as autograd keeps it. SR-STE's
+        term is added to the gradient once per optimizer step, after clipping and unscaling; code that adds it in
+        backward adds it once per use and micro batch, scaled down by a loss scale. Tied weights are sparse wherever
+        they are used. Shard the model after this call. The optimizer may be built before or after, but a resumed run
+        has to do it in the same order: ``model.parameters()`` changes its order here, and optimizers load state by it.
 
     References:
         Zhou et al., arXiv 2102.04010 (SR-STE); Bambhaniya et al., arXiv 2402.04744 (MDGF, SDGF); Hu, Zhu, Chen,
@@ -130,65 +129,62 @@ def sparsify(
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> controller = sparsify(model, {"0": "2:4"}, schedule=100, method="mdgf-exponential").attach(optimizer)
     """
-    chosen, plan = resolve_schedule(schedule, method)
-    flow = grad_flow if grad_flow is not None else chosen.grad_flow
-    weight_decay = chosen.srste_lambda if srste_lambda is None else srste_lambda
-    _check_settings(chosen, plan, flow, weight_decay, score, mask_every, measure_every)
+    resolved, plan = resolve_schedule(schedule, method)
+    flow = grad_flow if grad_flow is not None else resolved.grad_flow
+    factor = resolved.srste_lambda if srste_lambda is None else srste_lambda
+    _check_settings(resolved, plan, flow, factor, score, mask_every, measure_every)
     layers = plan_layers(model, patterns, axis, pad)
-    if chosen.continuous and any(layer.weight.shape[layer.dim] % layer.target.m for layer in layers):
+    if resolved.continuous and any(layer.weight.shape[layer.dim] % layer.target.m for layer in layers):
         raise ValueError("sparsify: method 's-ste' needs rows that groups fill; pad='zero' is for the other methods")
     if score == "transposable":
         _check_tiles(layers)
-    controller = Controller(layers, plan, chosen, score, weight_decay, mask_every, measure_every)
+    controller = Controller(layers, plan, resolved, score, factor, mask_every, measure_every)
     empty = [f"{layer.name} ({layer.target})" for layer in layers if layer.target.n == 0]
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         warnings.warn(f"sparsify: patterns 0:M prune every weight of {', '.join(empty[:5])}{more}", stacklevel=2)
     for layer in layers:
-        install(layer, flow, chosen.continuous)
+        install(layer, flow, resolved.continuous)
     _spare_from_broadcast(model, layers)
     controller.refresh()
     return controller
 
 
 def resolve_schedule(schedule: Schedule | int | None, method: str | None) -> tuple[Method, Schedule]:
-    """The method and the schedule that two arguments mean together.
+    """The method and the schedule that the arguments of :func:`sparsify` stand for.
 
     Raises:
-        TypeError: for a schedule that is none.
-        ValueError: for an unknown method, one whose kind is not the schedule's, or one that needs a schedule.
+        TypeError: for anything but a schedule, a number of steps or None.
+        ValueError: for an unknown method, a schedule of another kind than the method's, or a missing schedule.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"sparsify: expected a method of {', '.join(METHODS)}, got {method!r}")
-    if method is None:
-        kind = schedule.kind if isinstance(schedule, Schedule) else "constant"
-        chosen = METHODS.get(kind, METHODS["ste"])
-    else:
-        chosen = METHODS[method]
-    wanted = chosen.kind or "constant"
+    name = method or (schedule.kind if isinstance(schedule, Schedule) else "ste")
+    resolved = METHODS.get(name, METHODS["ste"])
+    kind = resolved.kind or "constant"
     if isinstance(schedule, Schedule):
-        if chosen.kind is not None and chosen.kind != schedule.kind:
+        if resolved.kind not in (None, schedule.kind):
             raise ValueError(
-                f"sparsify: method {method!r} has a schedule of kind {chosen.kind!r}, got {schedule.kind!r}; give that "
+                f"sparsify: method {method!r} has a schedule of kind {kind!r}, got {schedule.kind!r}; give that "
                 "kind, or method 'ste', 'srste' or 'fixed', which go with any"
             )
-        return chosen, schedule
+        return resolved, schedule
     if schedule is None:
-        if wanted != "constant":
+        if kind != "constant":
             raise ValueError(
                 f"sparsify: method {method!r} needs to know how long training is; give schedule=STEPS, or "
-                f"Schedule(kind={wanted!r}, total_steps=STEPS, ...)"
+                f"Schedule(kind={kind!r}, total_steps=STEPS, ...)"
             )
-        return chosen, Schedule(total_steps=1)
+        return resolved, Schedule(total_steps=1)
     if isinstance(schedule, bool) or not isinstance(schedule, int):
         raise TypeError(f"sparsify: expected a Schedule, a number of steps or None, got {type(schedule).__name__}")
-    return chosen, Schedule(kind=wanted, total_steps=schedule)
+    return resolved, Schedule(kind=kind, total_steps=schedule)
 
 
 def _check_settings(
     method: Method, schedule: Schedule, flow: str, factor: float, score: Any, mask_every: int, measure_every: int
 ) -> None:
-    """The settings of :func:`sparsify` that do not depend on the model."""
+    """Check the settings of :func:`sparsify` that do not depend on the model."""
     for name, accepted, expected, value in (
         ("grad_flow", flow in ("ste", "decay", "fixed"), "'ste', 'decay' or 'fixed'", flow),
         ("srste_lambda", 0 <= factor < float("inf"), ">= 0", factor),
@@ -199,7 +195,9 @@ def _check_settings(
         if not accepted:
             raise ValueError(f"sparsify: {name} must be {expected}, got {value!r}")
     if method.continuous and (schedule.kind != "constant" or flow != "ste" or factor or score != "magnitude"):
-        raise ValueError("sparsify: method 's-ste' has a rule of its own: a constant schedule, magnitudes, no SR-STE")
+        raise ValueError(
+            "sparsify: method 's-ste' takes a constant schedule, the score 'magnitude', grad_flow 'ste' and no SR-STE"
+        )
 
 
 def _check_tiles(layers: list[SparseLayer]) -> None:
@@ -214,12 +212,12 @@ def _check_tiles(layers: list[SparseLayer]) -> None:
 
 
 def _spare_from_broadcast(model: nn.Module, layers: list[SparseLayer]) -> None:
-    """Keep DDP from sending masks around before every forward pass: they follow from weights that are equal already."""
-    chosen = {id(layer.transform): layer for layer in layers}
+    """Keep DDP from broadcasting masks before every forward pass: they follow from weights, which are equal already."""
+    transforms = {id(layer.transform) for layer in layers}
     names = [
         f"{name}.{buffer}"
         for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in chosen
+        if id(module) in transforms
         for buffer in ("mask", "alpha", "beta")
     ]
     known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))

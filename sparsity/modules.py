@@ -1,4 +1,4 @@
-"""Which weights of a model can be N:M sparse, and the parametrization that makes them so."""
+"""The parametrization that makes a weight N:M sparse, and the weights of a model that can have one."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ _HEADER = struct.Struct("<6q2d")
 
 
 class SparseWeight(nn.Module):
-    """The parametrization of one weight: what the layer computes with, made from the dense weight that is trained.
+    """The parametrization of one weight: computes the masked weight from the dense one, which the optimizer trains.
 
-    A parametrization keeps the layer's class, the dense tensor as the optimizer's parameter, and works for every kind
-    of layer that reads an attribute. Its usual price, a changed ``state_dict``, is an advantage here: a checkpoint of
-    dense weights under a mask cannot be loaded into a dense model without a word (:func:`squash` makes one that can).
+    A parametrization keeps the layer's class and works for every layer that reads an attribute. It changes the keys of
+    ``state_dict``, which is an advantage here: dense weights under a mask cannot be loaded into a dense model by
+    mistake (:func:`squash` makes a checkpoint that can be).
 
-    ``mask`` and ``alpha`` are buffers that :class:`Controller` writes in place, so that torch.compile never sees a new
-    value as a new program. They are not persistent: ``state_dict`` has them, with the number of steps made, as one
-    uint8 tensor (mask bits packed, 1/32 of an fp32 weight), which every format of checkpoints can hold.
+    :class:`Controller` writes the buffers ``mask`` and ``alpha`` in place, so torch.compile does not recompile. They
+    are not persistent: ``state_dict`` stores them and the number of steps as one uint8 tensor (packed mask bits, 1/32
+    of an fp32 weight), which every checkpoint format can hold.
 
     Attributes:
         mask: bool, shape of the weight, True where it is kept.
         alpha: fp32, 0-d, the factor of pruned weights.
-        beta: fp32, 0-d, scale of S-STE; only where ``continuous``.
-        target: the pattern to arrive at. pattern: the one that ``mask`` obeys now.
+        beta: fp32, 0-d, scale of S-STE; used only if ``continuous``.
+        target: the final pattern.
+        pattern: the pattern that ``mask`` obeys now.
         dim: dimension of the weight along which groups lie.
-        steps: optimizer steps made.
+        steps: number of optimizer steps so far.
     """
 
     mask: Tensor
@@ -59,7 +60,7 @@ class SparseWeight(nn.Module):
         self.target, self.pattern, self.dim = target, NM(target.m, target.m), dim
         self.grad_flow, self.continuous = grad_flow, continuous
         self.steps = 0
-        # this process's part of the mask, where the weight is sharded; made when it is needed
+        # this process's shard of the mask, if the weight is sharded; made on first use
         self.local_mask: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class SparseWeight(nn.Module):
 
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
-        """What :meth:`forward` gives for a dense weight on any device, without a gradient."""
+        """The result of :meth:`forward` for a dense weight on any device, without a gradient."""
         mask, alpha, beta = (tensor.to(weight.device) for tensor in (self.mask, self.alpha, self.beta))
         if not self.continuous:
             return sparse_weight(weight, mask, alpha=alpha)
@@ -81,11 +82,11 @@ class SparseWeight(nn.Module):
         return torch.where(alpha >= 1, weight, torch.where(value == 0, 0.0, value))
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """For ``print(model)``."""
         return f"{self.target} along dimension {self.dim}, now {self.pattern}, grad_flow={self.grad_flow!r}"
 
     def get_extra_state(self) -> Tensor:
-        """Everything that the next step depends on besides the weights, as uint8."""
+        """Everything besides the weights that the next step depends on, as uint8."""
         if self.mask.is_meta:
             return torch.empty(0, dtype=torch.uint8)
         numbers = (self.steps, self.pattern.n, self.pattern.m, self.target.n, self.target.m, self.dim)
@@ -94,7 +95,7 @@ class SparseWeight(nn.Module):
         return torch.from_numpy(np.concatenate([np.frombuffer(header, dtype=np.uint8), bits]))
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over what :meth:`get_extra_state` gave.
+        """Load a result of :meth:`get_extra_state`.
 
         Raises:
             ValueError: as :meth:`check_state`.
@@ -110,12 +111,12 @@ class SparseWeight(nn.Module):
         self.local_mask = None
 
     def check_state(self, state: Any) -> None:
-        """Raise ValueError for what is no state of this pattern, dimension and shape."""
+        """Raise ValueError for a state of another pattern, dimension or shape."""
         size = _HEADER.size + -(-self.mask.numel() // 8)
         if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.numel() != size:
-            found = f"{state.numel()} of {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
+            actual = f"{state.numel()} of {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(
-                f"the sparsity state of a weight of shape {tuple(self.mask.shape)} has {size} bytes, got {found}; the "
+                f"the sparsity state of a weight of shape {tuple(self.mask.shape)} has {size} bytes, got {actual}; the "
                 "checkpoint is of another model, or damaged"
             )
         _, _, _, target_n, target_m, dim, *_ = _HEADER.unpack(state[: _HEADER.size].cpu().numpy().tobytes())
@@ -128,35 +129,35 @@ class SparseWeight(nn.Module):
 
 @dataclass(eq=False)
 class SparseLayer:
-    """A weight that is sparse, or can be, wherever it is used.
+    """A weight that is sparse, or can be, with all of its uses.
 
     Attributes:
-        name: the layer's name; for a weight that is not called ``weight``, the parameter's.
-        places: (module, attribute) of every use; several for tied weights.
+        name: the layer's name, or the parameter's if that is not called ``weight``.
+        uses: every (module, attribute) that holds the weight; several for tied weights.
         dim: dimension along which groups lie.
-        target: the pattern to arrive at.
-        transform: the parametrization, shared by all places.
+        target: the final pattern.
+        transform: the parametrization, shared by all uses.
     """
 
     name: str
-    places: list[tuple[nn.Module, str]]
+    uses: list[tuple[nn.Module, str]]
     dim: int
     target: NM
-    names: list[str] = field(default_factory=list)  # parameter names of all places
+    names: list[str] = field(default_factory=list)  # parameter names of all uses
     transform: SparseWeight = cast(SparseWeight, None)
 
     @property
     def weight(self) -> nn.Parameter:
-        """The dense weight that is trained."""
-        module, attribute = self.places[0]
+        """The dense weight, which is trained."""
+        module, attribute = self.uses[0]
         if parametrize.is_parametrized(module, attribute):
             return cast(nn.Parameter, _holder(module, attribute).original)
         return cast(nn.Parameter, getattr(module, attribute))
 
     @property
     def installed(self) -> bool:
-        """Whether the weight still is what this layer's parametrization makes of it."""
-        module, attribute = self.places[0]
+        """Whether the weight still has this layer's parametrization."""
+        module, attribute = self.uses[0]
         return transform_of(module, attribute) is self.transform
 
 
@@ -175,25 +176,24 @@ def transform_of(module: nn.Module, attribute: str) -> SparseWeight | None:
 
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """The sparse weights of a model, each once, in the order of its modules."""
-    found: dict[int, SparseLayer] = {}
+    layers: dict[int, SparseLayer] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute in list(getattr(module, "parametrizations", ())):
             transform = transform_of(module, attribute)
             if transform is None:
                 continue
             name = _layer_name(module_name, attribute)
-            layer = found.setdefault(
-                id(transform), SparseLayer(name, [], transform.dim, transform.target, transform=transform)
-            )
-            layer.places.append((module, attribute))
+            new = SparseLayer(name, [], transform.dim, transform.target, transform=transform)
+            layer = layers.setdefault(id(transform), new)
+            layer.uses.append((module, attribute))
             layer.names.append(f"{module_name}.{attribute}".lstrip("."))
-    return list(found.values())
+    return list(layers.values())
 
 
 def plan_layers(
     model: nn.Module, patterns: Mapping[str, NM | str] | NM | str, axis: str, pad: str
 ) -> list[SparseLayer]:
-    """Choose and check the weights that rules select; nothing is changed.
+    """The layers that the patterns select, checked; nothing is changed.
 
     Raises:
         TypeError, ValueError: as :func:`leanstep.sparsity.sparsify` says.
@@ -203,13 +203,13 @@ def plan_layers(
     candidates = dict(_candidates(model, axis))
     if not isinstance(patterns, Mapping):
         head = output_head(model)
-        candidates = {name: layer for name, layer in candidates.items() if layer.places[0][0] is not head}
+        candidates = {name: layer for name, layer in candidates.items() if layer.uses[0][0] is not head}
     if not candidates:
         raise ValueError(f"sparsify: {type(model).__name__} has no linear or convolution layer to make sparse")
-    chosen = match_patterns(candidates, patterns)
+    targets = match_patterns(candidates, patterns)
     owners = _owners(model)
     layers: dict[int, SparseLayer] = {}
-    for name, target in chosen.items():
+    for name, target in targets.items():
         layer = candidates[name]
         weight = _check_weight(layer)
         if target.is_dense:
@@ -218,7 +218,7 @@ def plan_layers(
         if earlier is None:
             layer.target = target
             _check_groups(layer, weight, pad)
-            layer.places, layer.names = owners[id(weight)]
+            layer.uses, layer.names = owners[id(weight)]
             layers[id(weight)] = layer
         elif earlier.target != target:
             raise ValueError(
@@ -231,21 +231,21 @@ def plan_layers(
 
 
 def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
-    """Register the layer's parametrization wherever its weight is used; the Parameter itself stays the same object."""
+    """Register the layer's parametrization at all uses of its weight; the Parameter stays the same object."""
     layer.transform = SparseWeight(layer.weight, layer.target, layer.dim, grad_flow=grad_flow, continuous=continuous)
-    for module, attribute in layer.places:
+    for module, attribute in layer.uses:
         names = list(module._parameters)
-        # unsafe: no trial run, whose result is known
+        # unsafe: skips the trial forward pass
         parametrize.register_parametrization(module, attribute, layer.transform, unsafe=True)
-        # where the parameter stood, which remove needs to know
+        # for remove, to restore the order of parameters
         _holder(module, attribute).following = names[names.index(attribute) + 1 :]
 
 
 def remove(module: nn.Module, attribute: str) -> None:
-    """Take the parametrization off, and put the dense Parameter back under its name and in its place."""
+    """Remove the parametrization, and put the dense Parameter back under its name, in its position."""
     following = _holder(module, attribute).following
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-    # torch puts it last, and state_dict and parameters() would come in another order than before
+    # torch appends it, which would change the order of state_dict() and parameters()
     for name in [name for name in module._parameters if name in following]:
         module._parameters[name] = module._parameters.pop(name)
 
@@ -271,7 +271,7 @@ def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]
 
 
 def _is_foreign_linear(module: nn.Module) -> bool:
-    """Linear layers of other packages, quantised ones above all, which are to be refused by name and not passed by."""
+    """Linear layers of other packages, such as quantised ones: candidates, so that they are refused by name."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.startswith(("Linear", "QuantLinear")) and isinstance(weight, Tensor) and weight.dim() > 1
@@ -283,19 +283,19 @@ def _layer_name(module_name: str, attribute: str) -> str:
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
-    """Places and names of every parameter, each module once."""
-    found: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
+    """Uses and names of every parameter, by its identity."""
+    owners: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places, names = found.setdefault(id(parameter), ([], []))
-            places.append((module, attribute))
+            uses, names = owners.setdefault(id(parameter), ([], []))
+            uses.append((module, attribute))
             names.append(f"{module_name}.{attribute}".lstrip("."))
-    return found
+    return owners
 
 
 def _check_weight(layer: SparseLayer) -> nn.Parameter:
-    """The weight of a layer that can be parametrized, or an error that says why it cannot."""
-    module, attribute = layer.places[0]
+    """The weight of a layer; raises ValueError with the reason if it cannot be parametrized."""
+    module, attribute = layer.uses[0]
     where = f"sparsify: layer {layer.name!r}"
     if parametrize.is_parametrized(module, attribute):
         again = transform_of(module, attribute) is not None
@@ -311,8 +311,8 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
         )
     if not isinstance(weight, nn.Parameter):
         raise ValueError(
-            f"{where}: its {attribute} is {type(weight).__name__}, no parameter, so it cannot be trained; take off "
-            "first what computes it (prune.remove, remove_weight_norm and the like)"
+            f"{where}: its {attribute} is a {type(weight).__name__}, not a Parameter, so it cannot be trained; first "
+            "remove what computes it (prune.remove, remove_weight_norm and the like)"
         )
     if weight.is_complex():
         raise ValueError(f"{where} is complex ({weight.dtype}): expected a real floating weight")

@@ -1,4 +1,4 @@
-"""N:M patterns, and which layer gets which."""
+"""N:M patterns, and rules that give them to layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NM:
         m: weights of a group, m >= 1.
 
     Raises:
-        TypeError: for numbers that are no integers.
+        TypeError: for numbers that are not integers.
         ValueError: for n outside 0 .. m, or m < 1.
 
     Example:
@@ -37,15 +37,15 @@ class NM:
 
     @classmethod
     def parse(cls, text: str) -> NM:
-        """The pattern that ``"N:M"`` names.
+        """The pattern of a text ``"N:M"``.
 
         Raises:
             ValueError: for any other text.
         """
-        found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        if match is None:
             raise ValueError(f"NM.parse: expected 'N:M', such as '2:4', got {text!r}")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def density(self) -> float:
@@ -71,11 +71,11 @@ class NM:
 
 
 def as_pattern(pattern: NM | str) -> NM:
-    """``pattern``, or the pattern that a text such as ``"2:4"`` names.
+    """``pattern`` itself, or the pattern of a text such as ``"2:4"``.
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a text that names none.
+        ValueError: for any other text.
     """
     if isinstance(pattern, NM):
         return pattern
@@ -85,15 +85,15 @@ def as_pattern(pattern: NM | str) -> NM:
 
 
 def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM | str) -> dict[str, NM]:
-    """The pattern of every name that has one, by ordered rules: the first that matches decides.
+    """The pattern of every name that an ordered rule matches; the first match decides.
 
     Args:
         names: names of layers.
         patterns: shell-style wildcards -> pattern, such as ``{"*.mlp.*": NM(1, 8), "*.q_proj": "2:4"}``; the case
-            counts, and ``*`` crosses dots. One pattern alone is for all names.
+            counts, and ``*`` crosses dots. One pattern alone applies to all names.
 
     Returns:
-        name -> pattern, in the order of ``names``; names that no rule matches are not in it.
+        name -> pattern, in the order of ``names``, without the names that no rule matches.
 
     Raises:
         ValueError: for no rules; for a rule that matches no name, or only names that earlier rules took.
@@ -103,22 +103,22 @@ def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM |
     if not rules:
         raise ValueError("match_patterns: expected at least one rule such as {'*.mlp.*': '2:4'}, got none")
     parsed = [(rule, as_pattern(pattern)) for rule, pattern in rules.items()]
-    found: dict[str, NM] = {}
+    matched: dict[str, NM] = {}
     used = set()
     for name in names:
         match = next(((rule, pattern) for rule, pattern in parsed if fnmatchcase(name, rule)), None)
         if match is not None:
             used.add(match[0])
-            found[name] = match[1]
+            matched[name] = match[1]
     for rule, pattern in parsed:
         if rule not in used:
             taken = [name for name in names if fnmatchcase(name, rule)]
             why = f"earlier rules took {_listed(taken)}" if taken else f"the names are {_listed(names)}"
             raise ValueError(f"match_patterns: the rule {rule!r} (pattern {pattern}) matches no layer; {why}")
-    return found
+    return matched
 
 
 def _listed(names: list[str], most: int = 40) -> str:
     """Names for a message, the first ones of many."""
-    shown = ", ".join(map(repr, names[:most])) or "none at all"
+    shown = ", ".join(map(repr, names[:most])) or "no names"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -46,7 +46,7 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
     for layer in layers:
         weight = layer.weight
         value = layer.transform.effective(weight.detach())
-        for module, attribute in layer.places:
+        for module, attribute in layer.uses:
             remove(module, attribute)
         with torch.no_grad():
             weight.copy_(value)

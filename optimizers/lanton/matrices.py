@@ -16,8 +16,8 @@ from torch import Tensor
 
 from leanstep.kernels import use_backend
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
-from leanstep.optimizers.common.base import dtype_of, local
 from leanstep.optimizers.common.matrices import as_matrices, as_written
+from leanstep.optimizers.common.sharding import dtype_of, local
 from leanstep.optimizers.lanton import exchange, rule
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.steps.common import constant, nonfinite_flags
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, local
+from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Shard, Steps, sum_over_shards
+from leanstep.optimizers.common.sharding import Shard, Steps, local, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 

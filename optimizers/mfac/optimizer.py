@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
-from leanstep.optimizers.common.base import LeanOptimizer, new_state
-from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps
+from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.checks import check_rounding
+from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.sharding import Steps, new_state
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
@@ -126,6 +127,8 @@ class MFAC(LeanOptimizer):
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> optimizer.step()
     """
+
+    _shaped_state = ("momentum_buffer",)
 
     def __init__(
         self,

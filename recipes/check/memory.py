@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
-from leanstep.optimizers.common.base import dtype_of
+from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt

@@ -337,7 +337,7 @@ class RunConfig:
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    source_file: str = ""
+    source_file: str = Field(default="", exclude=True)  # where it was loaded from; no key of a file
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:

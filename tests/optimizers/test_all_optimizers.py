@@ -777,3 +777,32 @@ def test_compiles_as_one_graph(case: OptimizerCase):
     unit = torch.finfo(case.dtype).eps
     torch.testing.assert_close(compiled_params, plain_params, rtol=8 * unit, atol=8 * unit)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager") for case in CASES]
+    # code generation takes half a minute a row
+    + [
+        pytest.param(case, "inductor", id=f"{case.name}-inductor")
+        for case in CASES
+        if case.large and case.dtype == torch.float32
+    ],
+)
+def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
+    """Parameters and all state: what a step writes in place must survive functionalization and code generation."""
+    torch._dynamo.reset()
+    compiled_params, plain_params = case.params(), case.params()
+    lr = case.kwargs.get("lr", 2e-2)
+    compiled = case.build(compiled_params, lr=torch.tensor(lr))
+    plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
+    fill_grads(compiled_params, 0)
+    step = torch.compile(compiled.step, fullgraph=True, backend=backend)
+    for i in range(3):
+        fill_grads(compiled_params, i)
+        step()
+        run(plain, plain_params, range(i, i + 1))
+    for a, b in zip(snapshot(compiled), snapshot(plain), strict=True):
+        unit = torch.finfo(case.dtype).eps
+        torch.testing.assert_close(a, b, rtol=64 * unit, atol=64 * unit)
+    torch._dynamo.reset()

@@ -49,7 +49,7 @@ CASES = {
     "score": (MLP, {"score": "size"}, "score must be a function or one of"),
     "mask_every": (MLP, {"mask_every": 0}, "mask_every must be an integer >= 1"),
     "axis": (MLP, {"axis": "both"}, "expected axis in"),
-    "s-ste with a term": (MLP, {"method": "s-ste", "srste_lambda": 0.1}, "has a rule of its own"),
+    "s-ste with a term": (MLP, {"method": "s-ste", "srste_lambda": 0.1}, "takes a constant schedule"),
     "s-ste with padding": ({"2": "1:3"}, {"method": "s-ste", "pad": "zero"}, "needs rows that groups fill"),
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_weights_that_are_computed_complex_or_not_there_yet():
     from torch.nn.utils import prune
 
     for layer, message in (
-        (prune.l1_unstructured(nn.Linear(8, 8), "weight", amount=0.5), r"'1': its weight is Tensor.*prune\.remove"),
+        (prune.l1_unstructured(nn.Linear(8, 8), "weight", amount=0.5), r"'1': its weight is a Tensor.*prune\.remove"),
         (nn.Linear(8, 8, dtype=torch.complex64), "'1' is complex .torch.complex64.: expected a real"),
         (nn.LazyLinear(8), "'1' has no shape yet .LazyLinear.; run a batch"),
     ):

@@ -39,7 +39,7 @@ def test_every_method_trains_and_ends_at_its_pattern(method, schedule):
     after = train(model, controller, steps=40)
     assert after < before and controller.step_count == 41 and controller.finished
     for layer in controller.layers:
-        weight = getattr(*layer.places[0]).detach()
+        weight = getattr(*layer.uses[0]).detach()
         assert is_nm(weight, layer.target) and not is_nm(layer.weight, layer.target), "the dense weight stays dense"
         exact = method == "s-ste" or int((weight == 0).sum()) == round(weight.numel() * layer.target.sparsity)
         assert exact
@@ -303,9 +303,9 @@ def test_averaged_weights_are_masked_after_averaging():
                 mean.lerp_(value, 0.2)
     its_controller.refresh()
     layer = its_controller.layers[0]
-    assert is_nm(getattr(*layer.places[0]), "2:4")
+    assert is_nm(getattr(*layer.uses[0]), "2:4")
     best = layer.weight.detach().abs().view(-1, 4).topk(2).values.sum()
-    torch.testing.assert_close(getattr(*layer.places[0]).detach().abs().sum(), best)
+    torch.testing.assert_close(getattr(*layer.uses[0]).detach().abs().sum(), best)
 
 
 def test_statistics_say_what_they_are_called():

@@ -86,7 +86,7 @@ def test_one_pattern_for_all_leaves_the_head_of_a_language_model_dense():
 def test_conv1d_of_transformers_has_its_groups_along_its_inputs():
     model = gpt2()
     controller = sparsify(model, {"*.mlp.c_fc": "1:8"})
-    weight = controller.layers[0].places[0][0].weight
+    weight = controller.layers[0].uses[0][0].weight
     # stored (in, out): inputs are the rows
     assert weight.shape == (32, 128) and controller.layers[0].dim == 0
     assert is_nm(weight.T, "1:8") and not is_nm(weight, "1:8")

@@ -21,7 +21,7 @@ def test_the_bias_of_a_sparse_layer_is_added_trained_and_kept():
         layer.bias.fill_(3.0)
     controller = sparsify(layer, {"weight": "2:4"}, srste_lambda=1e-3)
     inputs = torch.randn(5, 8)
-    weight = controller.layers[0].places[0][0].weight
+    weight = controller.layers[0].uses[0][0].weight
     assert torch.equal(layer(inputs), linear(inputs, weight, layer.bias))
     assert not torch.allclose(layer(inputs), linear(inputs, weight)), "without the bias"
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
