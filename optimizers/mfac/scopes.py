@@ -149,9 +149,9 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
         params = [members[i].param for i, _ in moved]
         for positions in by_device_and_dtype(params, alone=members[indices[0]].group["foreach"] is False):
             device, dtype = params[positions[0]].device, params[positions[0]].dtype
-            chosen, own_updates = zip(*[moved[k] for k in positions], strict=True)
-            own_updated = None if updated is None else updated[list(chosen)]
-            _move([members[i] for i in chosen], list(own_updates), own_updated, device, dtype)
+            batch = [moved[k] for k in positions]
+            in_batch = None if updated is None else updated[[i for i, _ in batch]]
+            _move([members[i] for i, _ in batch], [u for _, u in batch], in_batch, device, dtype)
 
 
 def _problem(scope: Scope) -> Problem:
