@@ -10,29 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-__all__ = [
-    "MODEL_CONFIGS",
-    "OPTIMIZERS",
-    "BatchConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "DistributedConfig",
-    "EvalConfig",
-    "ExpectConfig",
-    "LogConfig",
-    "LoraSectionConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PruningConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "SparsityConfig",
-    "StopConfig",
-    "accumulation_steps",
-    "targets_note",
-]
-
-
 # what `optimizer.name` and `model.family` may be: the module and the class
 OPTIMIZERS = {
     "adamw": "torch.optim:AdamW",
