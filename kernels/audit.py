@@ -1,4 +1,4 @@
-"""What the Triton kernels become: registers, spills, shared memory, access widths and bytes moved, without a GPU.
+"""Measure compiled Triton kernels without a GPU: registers, spills, shared memory, access widths and bytes moved.
 
 Every configuration that a launcher can pick is compiled for sm_80, sm_90, sm_100 and gfx942, and its machine code is
 read. `python -m leanstep.kernels.audit` (or `leanstep audit`) prints a table and fails where a kernel spills, uses the
@@ -25,7 +25,7 @@ from leanstep.kernels._backend import has_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# a row's scale is read and written along with its elements, and is not worth a promise
+# bytes per element beyond the promise that are not counted, such as the scale of a row
 _SLACK = 0.07
 
 
@@ -78,31 +78,33 @@ def measure(
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
         names = pool.submit(_names).result()
-        chosen = [i for i, name in enumerate(names) if match in name]
-        tasks = [(i, target, all_widths) for i in chosen for target in targets]
+        matching = [i for i, name in enumerate(names) if match in name]
+        tasks = [(i, target, all_widths) for i in matching for target in targets]
         return list(pool.map(_measure, tasks, chunksize=4))
 
 
-def problems(found: Measurement) -> list[str]:
-    """What is wrong with a kernel, in words; empty if nothing is."""
+def problems(measured: Measurement) -> list[str]:
+    """The problems of a kernel in words; empty if it has none."""
     wrong = []
-    if found.spills or found.stack:
-        wrong.append(f"spills {found.spills}, stack {found.stack} bytes")
-    if found.wide:
-        wrong += _narrow(found, "loads", found.main_loads, found.promised_read)
-        wrong += _narrow(found, "stores", found.main_stores, found.promised_written)
-    if found.read - found.cached > found.promised_read + _SLACK:
-        wrong.append(f"reads {found.read:.2f} bytes per element, promised {found.promised_read + found.cached:.2f}")
-    if found.written > found.promised_written + _SLACK:
-        wrong.append(f"writes {found.written:.2f} bytes per element, promised {found.promised_written:.2f}")
+    if measured.spills or measured.stack:
+        wrong.append(f"spills {measured.spills}, stack {measured.stack} bytes")
+    if measured.wide:
+        wrong += _narrow(measured, "loads", measured.main_loads, measured.promised_read)
+        wrong += _narrow(measured, "stores", measured.main_stores, measured.promised_written)
+    if measured.read - measured.cached > measured.promised_read + _SLACK:
+        wrong.append(
+            f"reads {measured.read:.2f} bytes per element, promised {measured.promised_read + measured.cached:.2f}"
+        )
+    if measured.written > measured.promised_written + _SLACK:
+        wrong.append(f"writes {measured.written:.2f} bytes per element, promised {measured.promised_written:.2f}")
     return wrong
 
 
-def _narrow(found: Measurement, what: str, widths: dict[int, int], promised: float) -> list[str]:
-    wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * found.threads
-    if wide < promised * found.elements:
-        return [f"128-bit {what} cover {wide} of {promised * found.elements:.0f} bytes per turn of the main loop"]
-    if found.flat and any(bits < 128 for bits in widths):
+def _narrow(measured: Measurement, what: str, widths: dict[int, int], promised: float) -> list[str]:
+    wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * measured.threads
+    if wide < promised * measured.elements:
+        return [f"128-bit {what} cover {wide} of {promised * measured.elements:.0f} bytes per turn of the main loop"]
+    if measured.flat and any(bits < 128 for bits in widths):
         return [f"narrow {what} in the main loop: {widths}"]
     return []
 
@@ -125,17 +127,17 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
     compiled = _compile.compile_case(case, target)
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     disassembled = case.wide or all_widths
-    kept = _compile.cache_folder() / "leanstep-audit" / f"{compiled.hash}-{code}-{disassembled:d}.json"
-    if kept.exists():
-        values = json.loads(kept.read_text())
+    cached_file = _compile.cache_folder() / "leanstep-audit" / f"{compiled.hash}-{code}-{disassembled:d}.json"
+    if cached_file.exists():
+        values = json.loads(cached_file.read_text())
     else:
         build = _compile.disassemble(compiled, disassembled)
         values = {"shared": build.shared} | _resources(build.resources) | _widths(build.machine_code)
         values["loops"] = loop_traffic(build.ttir)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
+        cached_file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached_file.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(values))
-        unfinished.replace(kept)
+        unfinished.replace(cached_file)
     loops = sorted(values.pop("loops"), reverse=True)[: case.sweeps]
     for name in ("loads", "stores", "main_loads", "main_stores"):
         values[name] = {int(bits): count for bits, count in values[name].items()}
@@ -191,10 +193,10 @@ def _widths(text: str) -> dict[str, dict[int, int]]:
 
 def _access(line: str) -> tuple[bool, int] | None:
     """(is a load, bits) of a global access."""
-    found = _ACCESS.search(line)
-    if found is None:
+    access = _ACCESS.search(line)
+    if access is None:
         return None
-    nvidia, modifiers, amd, suffix = found.groups()
+    nvidia, modifiers, amd, suffix = access.groups()
     if nvidia:
         width = re.search(r"\.(?:[US])?(256|128|64|16|8)(?:\.|$)", "." + modifiers)
         return nvidia.startswith("LD"), int(width[1]) if width else 32
@@ -255,12 +257,12 @@ def loop_traffic(ttir: str) -> list[tuple[int, int]]:
     return [(read, written) for read, written in loops]
 
 
-def table(found: Sequence[Measurement]) -> str:
+def table(measurements: Sequence[Measurement]) -> str:
     """The measurements as aligned text, one line per configuration and target."""
     head = ("kernel", "configuration", "target", "reg", "spill", "stack", "shared", "loads", "stores",
             "read B/elem (cached, promised)", "written (promised)", "")  # fmt: skip
     rows = [head]
-    for m in found:
+    for m in measurements:
         rows.append((
             m.kernel, m.label, m.target, str(m.registers), str(m.spills), str(m.stack), str(m.shared),
             _shown(m.main_loads or m.loads), _shown(m.main_stores or m.stores),
@@ -290,17 +292,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     try:
-        found = measure(arguments.target or TARGETS, arguments.match, arguments.processes)
+        measurements = measure(arguments.target or TARGETS, arguments.match, arguments.processes)
     except RuntimeError as error:
         sys.stderr.write(f"leanstep audit: {error}\n")
         return 2
-    wrong = sum(bool(problems(m)) for m in found)
+    wrong = sum(bool(problems(m)) for m in measurements)
     if arguments.json:
-        text = json.dumps([asdict(m) | {"problems": problems(m)} for m in found], indent=1)
+        text = json.dumps([asdict(m) | {"problems": problems(m)} for m in measurements], indent=1)
     else:
-        text = f"{table(found)}\n\n{len(found)} kernels compiled, {wrong} with problems"
+        text = f"{table(measurements)}\n\n{len(measurements)} kernels compiled, {wrong} with problems"
     sys.stdout.write(text + "\n")
-    return 1 if wrong or not found else 0
+    return 1 if wrong or not measurements else 0
 
 
 if __name__ == "__main__":

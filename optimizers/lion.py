@@ -7,25 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import StepOptions, lion_agreement, lion_step, use_backend
+from leanstep.kernels import lion_agreement, lion_step
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
-from leanstep.optimizers.common.base import (
-    LeanOptimizer,
-    by_device_and_dtype,
-    check_betas,
-    check_dtype,
-    check_flags,
-    count_nonfinite,
-    new_state,
-)
-from leanstep.optimizers.common.rounding import (
-    check_rounding,
-    effective,
-    init_rounding,
-    rounding_states,
-    seeds_and_offsets,
-)
-from leanstep.optimizers.common.sharding import Steps, readable, shard_of, store, sum_over_shards
+from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
+from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags
+from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.sharding import Steps, new_state, readable, store, sum_over_shards
 
 # the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -42,6 +29,7 @@ class Lion(LeanOptimizer):
 
     Every entry moves by lr (or not at all), so a good lr is 3 to 10 times smaller than AdamW's and a good
     ``weight_decay`` 3 to 10 times larger. In plain bf16 small updates are lost to rounding: choose ``rounding``.
+    The formula in code, one tensor at a time, is ``leanstep/kernels/reference/steps/lion_step.py``.
 
     Args:
         params: parameters, named parameters, or groups (see :func:`leanstep.optimizers.param_groups`).
@@ -60,8 +48,8 @@ class Lion(LeanOptimizer):
             (:meth:`nonfinite_count`); "raise": check before anything is changed (waits for the device);
             "pass": the gradient is used as it is.
         maximize: ascend.
-        foreach: None or True: one call for all tensors of a device and dtype; False: the definition, a tensor at a
-            time. Bit for bit the same.
+        foreach: None or True: one call for all tensors of a device and dtype; False: one tensor at a time. Bit for bit
+            the same.
 
     Raises:
         ValueError, TypeError: settings out of range.
@@ -85,6 +73,9 @@ class Lion(LeanOptimizer):
         >>> optimizer.step()
     """
 
+    _shaped_state = ("exp_avg",)
+    _separable = True
+
     def __init__(
         self,
         params: Any,
@@ -101,27 +92,17 @@ class Lion(LeanOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "cautious": cautious,
-            "cautious_decay": cautious_decay,
-            "rounding": rounding,
-            "momentum_dtype": momentum_dtype,
-            "seed": seed,
-            "nonfinite": nonfinite,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        self._check_group(defaults)
+        defaults = dict(
+            lr=lr, betas=betas, weight_decay=weight_decay, cautious=cautious, cautious_decay=cautious_decay,
+            rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, nonfinite=nonfinite, maximize=maximize,
+            foreach=foreach,
+        )  # fmt: skip
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_betas("Lion", group["betas"])
         check_flags("Lion", group, ("cautious", "cautious_decay"))
-        check_rounding("Lion", group)
         check_dtype("Lion", "momentum_dtype", group["momentum_dtype"])
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
@@ -132,66 +113,46 @@ class Lion(LeanOptimizer):
         return state
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        batch = self._batch(group, first_index, only)
-        parts = []
-        for (device, dtype), members in by_device_and_dtype(batch.params).items():
-            params, grads, states, indices, positions = batch.pick(members)
-            rounding = effective("Lion", group, positions[0], params[0])
-            exp_avgs = [state["exp_avg"] for state in states]
-            scalars = lion_scalars(group, device, dtype)
-            parts.append(
-                lion(params, grads, exp_avgs, states, indices=indices, group=group, rounding=rounding, scalars=scalars)
-            )
-        return parts
+        return [_step(batch) for _, batch in self._batches(group, first_index, only)]
 
 
-def lion_scalars(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The scalars of a group as the kernels take them: [lr, decay, beta1, 1 - beta1, beta2, 1 - beta2]."""
-    beta1, beta2 = group["betas"]
-    decay = decay_factor(group["lr"], group["weight_decay"])
-    return pack([group["lr"], decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2], device, compute_dtype(dtype))
-
-
-def lion(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    states: list[dict[str, Any]],
-    *,
-    indices: list[int],
-    group: dict[str, Any],
-    rounding: str,
-    scalars: Tensor,
-) -> Steps[None]:
-    """Lion over tensors of one device and dtype: parameters, momenta, rounding state and the group's count in place."""
-    shards = [shard_of(p) for p in params]
-    local_params, local_grads, local_avgs = ([readable(t) for t in ts] for ts in (params, grads, exp_avgs))
-    seeds, offsets = seeds_and_offsets(rounding, states, indices, shards, group["seed"], scalars.device)
-    options = StepOptions(
-        scalars,
-        rounding,
-        decay_where_aligned=group["cautious_decay"],
-        maximize=group["maximize"],
-        skip_nonfinite=group["nonfinite"] != "pass",
-        seeds=seeds,
-        offsets=offsets,
-    )
+def _step(batch: Batch) -> Steps[None]:
+    """Update parameters, momenta and rounding states in place; count non-finite gradients."""
+    group = batch.group
+    params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
+    exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
+    scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
+    options = batch.options(scalars, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"])
     if group["cautious"]:
-        counts = lion_agreement(local_grads, local_avgs, options)
-        if any(s.groups for s in shards):
-            yield from sum_over_shards(counts, shards)
-        options = options._replace(cautious_scale=_cautious_scale(counts, params, scalars.dtype))
-    tensors = (local_params, local_grads, local_avgs, rounding_states(states, rounding))
-    if group["foreach"] is False:
-        with use_backend("reference"):
-            flags = lion_step(*tensors, options)
-    else:
-        flags = lion_step(*tensors, options)
-    store(local_params, params)
+        agreeing = lion_agreement(grads, exp_avgs, options)
+        if any(s.groups for s in batch.shards):
+            yield from sum_over_shards(agreeing, batch.shards)
+        options = options._replace(cautious_scale=cautious_scale(agreeing, [p.numel() for p in batch.params], scalars))
+    flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
+    store(params, batch.params)
     count_nonfinite(group, flags)
 
 
-def _cautious_scale(counts: Tensor, params: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """1 / mean(mask) of every whole tensor, in fp32: the mean is at least 1e-5."""
-    sizes = constant([max(p.numel(), 1) for p in params], counts.device, counts.dtype)
-    return (1.0 / (counts / sizes).clamp(min=_MIN_AGREEMENT)).to(dtype)
+# ---- the rule: lion_step of leanstep.kernels is the formula above, with these numbers
+
+
+def lion_scalars(lr: float | Tensor, betas: tuple[float, float], weight_decay: float, like: Tensor) -> Tensor:
+    """The numbers of the formula: [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
+
+    On the device of ``like``, in the dtype that an update of it is computed in.
+    """
+    beta1, beta2 = betas
+    numbers = [lr, decay_factor(lr, weight_decay), beta1, 1.0 - beta1, beta2, 1.0 - beta2]
+    return pack(numbers, like.device, compute_dtype(like.dtype))
+
+
+def cautious_scale(agreeing: Tensor, sizes: list[int], like: Tensor) -> Tensor:
+    """Factor of the entries that agree in sign with their gradient: 1 / max(agreeing / size, 1e-5), [n].
+
+    Args:
+        agreeing: how many entries of every whole tensor agree, as :func:`leanstep.kernels.lion_agreement` counts them.
+        sizes: how many entries every whole tensor has.
+        like: gives the dtype.
+    """
+    entries = constant([max(size, 1) for size in sizes], agreeing.device, agreeing.dtype)
+    return (1.0 / (agreeing / entries).clamp(min=_MIN_AGREEMENT)).to(like.dtype)

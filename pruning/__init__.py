@@ -1,9 +1,10 @@
 """Pruning of trained models, each layer as far as it hurts least: allocations, scores, and the solver behind them."""
 
-from leanstep.pruning.allocate.allocation import Allocation, allocate, allocations_along, snap
+from leanstep.pruning.allocate.allocation import Allocation, snap
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
+from leanstep.pruning.allocate.methods import allocate, allocations_along
 from leanstep.pruning.finetune import (
     GradualPruner,
     MaskKeeper,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import METHODS
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable
+from leanstep.pruning.allocate.methods import METHODS
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.checks import CORRECTIONS
 from leanstep.pruning.measure.curves import Curve

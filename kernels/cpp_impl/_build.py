@@ -34,23 +34,23 @@ class BuildError(RuntimeError):
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler, ``$CXX`` or the first of g++, clang++ and c++ on the PATH; None without one."""
+    """Path of the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ on the PATH. None if there is none."""
     return _first_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
 @functools.cache
-def _first_compiler(chosen: str, path: str) -> str | None:
-    names = [chosen] if chosen else ["g++", "clang++", "c++"]
-    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+def _first_compiler(requested: str, path: str) -> str | None:
+    names = [requested] if requested else ["g++", "clang++", "c++"]
+    return next((file for name in names if (file := shutil.which(name, path=path))), None)
 
 
 def cache_folder() -> Path:
-    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder where that cannot be written."""
-    chosen = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
+    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder if that is not writable."""
+    folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        if os.access(chosen, os.W_OK | os.X_OK):
-            return chosen
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
     except OSError:
         pass
     fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def why_not_cpp() -> str | None:
-    """Why kernels cannot be built here; None when they can. Builds a small one, once."""
+    """Why kernels cannot be built here, or None. Builds a small one to find out, once."""
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
     compiler = cpp_compiler()
@@ -80,7 +80,7 @@ def _why_it_fails(compiler: str) -> str | None:
 
 
 def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
-    """The compiled ``NAME.cpp`` with these macros, built unless it is in the cache.
+    """Load ``NAME.cpp`` compiled with these macros; build it first if the cache does not have it.
 
     Raises:
         BuildError: the compiler failed.
@@ -94,13 +94,13 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     if compiler is None:
         raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
     command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    parts = [
+    ingredients = [
         *command,
         _version(compiler),
         _processor(),
         *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
     ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
     target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
     if not target.exists():
         _build(command, SOURCES / f"{name}.cpp", target)
@@ -108,7 +108,7 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
 
 
 def _build(command: list[str], source: Path, target: Path) -> None:
-    """Compile beside the target and rename, so that processes which build it at one time do not meet."""
+    """Compile to a temporary file and rename it, so that processes can build the same kernel at the same time."""
     handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
@@ -125,7 +125,7 @@ def _build(command: list[str], source: Path, target: Path) -> None:
 
 
 def _openmp() -> list[str]:
-    """torch's own OpenMP runtime before the compiler's: two runtimes would be two pools of threads."""
+    """Link torch's OpenMP runtime, not the compiler's: two runtimes would have two pools of threads."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return ["-Wl,--as-needed", *map(str, bundled)]
 

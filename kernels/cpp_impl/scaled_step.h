@@ -10,13 +10,13 @@ namespace {
 // elements of a row that are updated at a time, while as many parameters are fetched; gradients are in the cache already
 constexpr int64_t PIECE = 4 * CHUNK;
 
-using ExtraT = Extra<PARAM, ROUNDING>::type;
+using StateT = RoundingState<PARAM, ROUNDING>::type;
 
 void step_row(
-    PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, ExtraT* __restrict extra, int64_t n,
-    float r, const float* hyper, uint32_t seed, uint32_t offset
+    PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, StateT* __restrict state, int64_t n,
+    float r, const float* scalars, uint32_t seed, uint32_t offset
 ) {
-    const float size = hyper[0], decay = hyper[1];
+    const float size = scalars[0], decay = scalars[1];
     int64_t done = 0;
     if constexpr (all_bf16<PARAM, MAT> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
         done = n / 2 * 2;
@@ -33,8 +33,8 @@ void step_row(
 #pragma omp simd
     for (int64_t j = done; j < n; ++j) {
         const float update = (r * widen(g[j])) * c[j];
-        const float value = weight_of<ROUNDING>(p[j], extra, j) * decay - size * update;
-        store_weight<ROUNDING>(value, false, p, extra, j, offset + static_cast<uint32_t>(j), seed);
+        const float value = weight_of<ROUNDING>(p[j], state, j) * decay - size * update;
+        store_weight<ROUNDING>(value, false, p, state, j, offset + static_cast<uint32_t>(j), seed);
     }
 }
 
@@ -45,9 +45,9 @@ struct Targets {
     const MAT** mats;
     float** rows;
     float** cols;
-    ExtraT** extras;
+    StateT** states;
     const int64_t* widths;
-    const float* hyper;
+    const float* scalars;
     const int64_t* seeds;
     const int64_t* offsets;
     const int64_t* owners;
@@ -65,8 +65,8 @@ struct Targets {
                 const int64_t length = std::min(PIECE, n - from), here = i * n + from;
                 const int64_t next = std::min(here + PIECE, end * n);
                 fetch(params[t], next, std::min(next + PIECE, end * n));
-                step_row(params[t] + here, mats[t] + here, cols[t] + from, extras ? extras[t] + here : nullptr, length,
-                         rows[t][i], hyper, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
+                step_row(params[t] + here, mats[t] + here, cols[t] + from, states ? states[t] + here : nullptr, length,
+                         rows[t][i], scalars, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
                          static_cast<uint32_t>(offsets[t] + here));
             }
         }

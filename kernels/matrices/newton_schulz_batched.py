@@ -15,19 +15,19 @@ from torch import Tensor
 from leanstep.kernels.reference.matrices import newton_schulz as reference
 from leanstep.kernels.reference.matrices.newton_schulz import Triple
 
-# The Gram form carries A = X X^T from step to step, whose rounding errors grow by the square of the slopes a of the
-# steps between. It starts again from X where the product of the slopes passes this. In bf16 that lets pairs of steps
-# through whose slopes are low (Jordan's, the later ones of others): errors and largest singular values are then those
-# of the standard form. After three steps, one singular value far above the others may be carried out of the interval
-# where the steps converge, and after five, all digits may be lost.
+# The Gram form carries A = X X^T from step to step. A's rounding errors grow by the square of the slopes a of these
+# steps, so the form starts again from X when the product of the slopes passes this limit. The limit of bf16 admits
+# pairs of steps with low slopes (Jordan's, and the later ones of other tables); errors and largest singular values are
+# then those of the standard form. After three steps, one singular value far above the others may leave the interval
+# where the steps converge; after five, all digits may be lost.
 GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
 
-# whose inverses are finite in the dtypes that matrices are scaled in
+# the smallest norms with a finite inverse, by the dtype that matrices are scaled in
 _SMALLEST_NORM = {torch.float32: 1e-38, torch.float64: 1e-300}
 
-# Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
-# batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
-# hundred rows keeps no more than one thread busy, one of a few thousand all of them.
+# Elements of the matrices that are multiplied as one batch. On a CPU, batches of small matrices save calls. Of larger
+# ones, a batch holds one per thread: a bf16 product of a few hundred rows keeps only one thread busy, one of a few
+# thousand rows all of them.
 _CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
 _GPU_CHUNK = 1 << 25
 
@@ -89,7 +89,7 @@ TORCH_PRODUCTS = Products(_gram, multiply, add_product)
 
 
 class Scratch:
-    """Named buffers, each as large as the largest that was asked for: fresh pages cost as much as a product."""
+    """Named buffers that grow to the largest size asked for; fresh memory would cost as much as a product."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ class Scratch:
             size = shape.numel()
             if name not in self._buffers or self._buffers[name].numel() < size:
                 self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
+                self._views = {key: view for key, view in self._views.items() if key[0] != name}
             view = self._views[name, shape] = self._buffers[name][:size].view(shape)
         return view
 
@@ -113,36 +113,36 @@ class Scratch:
 
 
 class Job(NamedTuple):
-    """A few matrices of one shape: where they are in the list of all, and their common size."""
+    """A few matrices of one shape: their indices in the list of all, and their common size."""
 
-    members: list[int]
+    indices: list[int]
     m: int
     n: int
 
     def shape(self) -> torch.Size:
-        """Of the batch; a single matrix stays one, which saves a CPU a few calls per product."""
-        return torch.Size((self.m, self.n) if len(self.members) == 1 else (len(self.members), self.m, self.n))
+        """Shape of the batch. A single matrix has no batch dimension, which saves a CPU a few calls per product."""
+        return torch.Size((self.m, self.n) if len(self.indices) == 1 else (len(self.indices), self.m, self.n))
 
 
 def gram_shape(shape: torch.Size) -> torch.Size:
-    """Of the Gram matrices on the smaller side."""
+    """Shape of the Gram matrices on the smaller side."""
     small = min(shape[-2:])
     return torch.Size((*shape[:-2], small, small))
 
 
 def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
-    """All matrices [m, n] with entries, by shape and in handy numbers."""
+    """Batches of the matrices [m, n] that have entries, of one shape each."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, mat in enumerate(singles):
         if mat.numel():
             by_shape.setdefault((mat.shape[0], mat.shape[1]), []).append(i)
-    for (m, n), members in by_shape.items():
+    for (m, n), indices in by_shape.items():
         if singles[0].device.type == "cpu":
             count = max(_CPU_SMALL // (m * n), min(torch.get_num_threads(), _CPU_CHUNK // (m * n)), 1)
         else:
             count = max(_GPU_CHUNK // (m * n), 1)
-        for start in range(0, len(members), count):
-            yield Job(members[start : start + count], m, n)
+        for start in range(0, len(indices), count):
+            yield Job(indices[start : start + count], m, n)
 
 
 def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -176,24 +176,24 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | l
 
 def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
     """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
-    floor = max(eps, _SMALLEST_NORM[wide_of(singles[job.members[0]])])
-    parts = out.unbind() if out.dim() == 3 else [out]
-    chosen = [norm for i in job.members if isinstance(norm := norms[i], Tensor)]
-    if chosen:
-        sizes = torch.stack(chosen)
+    floor = max(eps, _SMALLEST_NORM[wide_of(singles[job.indices[0]])])
+    targets = out.unbind() if out.dim() == 3 else [out]
+    on_device = [norm for i in job.indices if isinstance(norm := norms[i], Tensor)]
+    if on_device:
+        sizes = torch.stack(on_device)
         scales = torch.where(sizes < float("inf"), sizes.clamp(min=floor).reciprocal(), float("nan"))
-        stack = reference.widen(torch.stack([singles[i] for i in job.members]))
+        stack = reference.widen(torch.stack([singles[i] for i in job.indices]))
         torch.mul(stack, scales.to(stack.dtype).view(-1, 1, 1), out=out.view(stack.shape))
         return out
-    for i, part in zip(job.members, parts, strict=True):
+    for i, target in zip(job.indices, targets, strict=True):
         norm, mat = norms[i], singles[i]
         scale = 1.0 / max(norm, floor) if norm < float("inf") else float("nan")
-        if mat.dtype == part.dtype:
-            torch.mul(mat, scale, out=part)
-        elif part.dtype == torch.float16 or mat.dtype == torch.float64:
-            torch.mul(reference.widen(mat), scale, out=part)  # the entries may not fit before they are scaled
+        if mat.dtype == target.dtype:
+            torch.mul(mat, scale, out=target)
+        elif target.dtype == torch.float16 or mat.dtype == torch.float64:
+            torch.mul(reference.widen(mat), scale, out=target)  # the entries may not fit before they are scaled
         else:
-            part.copy_(mat).mul_(scale)  # faster than at once
+            target.copy_(mat).mul_(scale)  # faster than at once
     return out
 
 
@@ -295,23 +295,23 @@ def nuclear_norms(
     """Estimates for matrices of one shape, [B]."""
     job = Job(list(range(len(mats))), *mats[0].shape)
     if mats[0].device.type == "cpu" and compute in (torch.bfloat16, torch.float32):
-        found = _estimate(_as_they_are(mats, job, scratch, compute), triples, products, scratch, ordinary=True)
-        if found is not None:
-            return found
+        estimates = _estimate(_in_compute_dtype(mats, job, scratch, compute), triples, products, scratch, ordinary=True)
+        if estimates is not None:
+            return estimates
     norms = norms_of(mats, compute)
-    found = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
-    assert found is not None
+    estimates = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
+    assert estimates is not None
     sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
-    return found * torch.stack(sizes)
+    return estimates * torch.stack(sizes)
 
 
-def _as_they_are(mats: list[Tensor], job: Job, scratch: Scratch, compute: torch.dtype) -> Tensor:
+def _in_compute_dtype(mats: list[Tensor], job: Job, scratch: Scratch, compute: torch.dtype) -> Tensor:
     """The matrices of a job in the dtype that is computed in: not to be written to."""
     if len(mats) == 1 and mats[0].dtype == compute:
         return mats[0]
     x = scratch.take("x", job.shape())
-    for mat, part in zip(mats, x.unbind() if x.dim() == 3 else [x], strict=True):
-        part.copy_(mat)
+    for mat, target in zip(mats, x.unbind() if x.dim() == 3 else [x], strict=True):
+        target.copy_(mat)
     return x
 
 

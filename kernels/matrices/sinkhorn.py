@@ -1,7 +1,7 @@
 """Square-root Sinkhorn row and column scales of lists of matrices."""
 
 import ctypes
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,15 +27,7 @@ def as_batch(mat: Tensor) -> Tensor:
     return mat.flatten(0, -3) if mat.dim() > 2 else mat.unsqueeze(0)
 
 
-def sinkhorn(
-    mats: Sequence[Tensor],
-    num_iters: int,
-    *,
-    end_with_rows: bool = False,
-    rows_total: Sequence[int] | None = None,
-    cols_total: Sequence[int] | None = None,
-    all_reduce: Callable[[Tensor], None] | None = None,
-) -> Scales:
+def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False) -> Scales:
     """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
 
     One iteration scales every row to norm sqrt(n), then every column to norm sqrt(m) (Scetbon, Ma, Gong, Meeds,
@@ -45,35 +37,31 @@ def sinkhorn(
     Args:
         mats: matrices [..., m, n] of one device, any strides, bf16, fp16, fp32 or fp64; not written. Leading
             dimensions are independent matrices (fused experts).
-        num_iters: L >= 0; 0 leaves r = 1 / max|row| (with ``end_with_rows``: one row half-iteration alone).
+        num_iters: L >= 0. With 0, r = 1 / max|row| and c = 1; with ``end_with_rows``, one row half-iteration.
         end_with_rows: append one row half-iteration.
-        rows_total, cols_total: m and n of the whole matrices, where ``mats`` are shards of rows.
-        all_reduce: sums a flat fp32 buffer over the shards, in place; called once per iteration with the column means
-            of all matrices. None: the matrices are whole.
 
     Returns:
         :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
 
     Raises:
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Sums run in fp32. Rows are first scaled (C++: where it matters), so finite gradients of any size work;
-        an entry 1e-13 times smaller than the largest of its row counts as zero in fp32.
-        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums. An
-        iteration reads every matrix once; on a CPU matrices of less than 4 MB leave memory only once.
+        Sums are fp32. Rows are scaled before they are squared (in C++, where squares would leave the range), so finite
+        gradients of any size work. In fp32 an entry 1e-13 times smaller than the largest of its row counts as zero.
+        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums.
+        An iteration reads every matrix once. On a CPU, matrices below 4 MB are read from memory once in all.
     """
     if not mats:
         empty = torch.zeros(0)
         return Scales([], [], empty, empty)
-    if torch.compiler.is_compiling() and all_reduce is None:
-        rows, cols = torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows)
-        return _scales(mats, rows, cols)
-    return _run(mats, num_iters, end_with_rows, rows_total, cols_total, all_reduce)
+    if torch.compiler.is_compiling():
+        return _scales(mats, *torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows))
+    return _run(mats, num_iters, end_with_rows)
 
 
 def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
-    """Cut the flat buffers into one [..., m] and one [..., n] view a matrix."""
+    """Cut the flat buffers into a view [..., m] and a view [..., n] per matrix."""
     rows = flat_rows.split([m.shape[:-1].numel() for m in mats])
     cols = flat_cols.split([m.shape[:-2].numel() * m.shape[-1] for m in mats])
     return Scales(
@@ -85,7 +73,7 @@ def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Sca
 
 
 def new_scales(mats: Sequence[Tensor]) -> Scales:
-    """Room for the scales of the matrices: rows 0, columns 1."""
+    """Allocate the scales of the matrices: rows 0, columns 1."""
     first = mats[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
@@ -96,10 +84,10 @@ def new_scales(mats: Sequence[Tensor]) -> Scales:
 def sinkhorn_of_rows(
     mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
 ) -> Generator[tuple[Tensor, str], None, Scales]:
-    """:func:`sinkhorn` of shards of rows, as a generator for callers that reduce for several lists at once.
+    """:func:`sinkhorn` of shards of rows, as a generator: the caller can reduce several lists at once.
 
-    Yields (flat buffer, "sum") once per iteration: the column means of all matrices, to be summed over the shards in
-    place before it goes on.
+    Yields (flat buffer, "sum") once per iteration. The buffer holds the column means of all matrices; the caller sums
+    it over the shards, in place.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
@@ -114,88 +102,74 @@ def sinkhorn_of_columns(
 ) -> Generator[tuple[Tensor, str], None, Scales]:
     """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
 
-    Yields (flat buffer, "max") once, the largest entries of all rows, then (flat buffer, "sum") once per row
-    half-iteration, the row means: to be reduced over the shards in place before it goes on.
+    Yields (flat buffer, "max") once, with the largest entries of all rows, then (flat buffer, "sum") once per row
+    half-iteration, with the row means. The caller reduces each buffer over the shards, in place.
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
+
+    def of_rows(flat: Tensor) -> list[Tensor]:
+        views = _scales(mats, flat, scales.flat_cols).rows
+        return [view.view(batch.shape[:-1]) for view, batch in zip(views, batches, strict=True)]
+
     sums = torch.zeros_like(scales.flat_rows)
-    parts = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, sums, scales.flat_cols).rows, batches, strict=True)]
+    row_sums_of = of_rows(sums)
     cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
-    for batch, part in zip(batches, parts, strict=True):
+    for batch, row_sums in zip(batches, row_sums_of, strict=True):
         if batch.numel():
-            part.copy_(batch.abs().amax(dim=-1))
+            row_sums.copy_(batch.abs().amax(dim=-1))
     yield sums, "max"
     prescale = reference.inverse_of_largest(sums)
-    first = [p.view(b.shape[:-1]) for p, b in zip(_scales(mats, prescale, scales.flat_cols).rows, batches, strict=True)]
+    prescales = of_rows(prescale)
     for iteration in range(num_iters + end_with_rows):
-        for batch, part, r0, c, n in zip(batches, parts, first, cols, cols_total, strict=True):
-            part.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        for batch, row_sums, r0, c, n in zip(batches, row_sums_of, prescales, cols, cols_total, strict=True):
+            row_sums.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
         yield sums, "sum"
         sums.copy_(reference.reciprocal_or_zero(sums))
         scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
         if iteration == num_iters:
             break
-        for batch, part, r0, c in zip(batches, parts, first, cols, strict=True):
+        for batch, row_sums, r0, c in zip(batches, row_sums_of, prescales, cols, strict=True):
             squares = reference.scaled_squares(batch, r0)
-            c.copy_(finish_columns(reference.column_half(squares, part, batch.shape[-2])))
+            c.copy_(finish_columns(reference.column_half(squares, row_sums, batch.shape[-2])))
     return scales
 
 
 @torch.no_grad()
-def _run(
-    mats: Sequence[Tensor],
-    num_iters: int,
-    end_with_rows: bool,
-    rows_total: Sequence[int] | None,
-    cols_total: Sequence[int] | None,
-    all_reduce: Callable[[Tensor], None] | None,
-) -> Scales:
+def _run(mats: Sequence[Tensor], num_iters: int, end_with_rows: bool) -> Scales:
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
-    if backend == "cpp" and all_reduce is None:
+    if backend == "cpp":
         _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
-        return scales
-    if backend == "triton" or all_reduce is not None:
-        rows_total = rows_total or [m.shape[-2] for m in mats]
-        cols_total = cols_total or [m.shape[-1] for m in mats]
-        for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
-            if all_reduce is not None:
-                all_reduce(sums)
-        return scales
-    for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
-        if mat.numel():
-            r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
-            rows.copy_(r.view(rows.shape))
-            cols.copy_(c.view(cols.shape))
+    elif backend == "triton":
+        rows_total, cols_total = [m.shape[-2] for m in mats], [m.shape[-1] for m in mats]
+        for _ in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+            pass  # the matrices are whole: there is nothing to reduce
+    else:
+        for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
+            if mat.numel():
+                r, c = reference.sinkhorn(as_batch(mat), num_iters, end_with_rows=end_with_rows)
+                rows.copy_(r.view(rows.shape))
+                cols.copy_(c.view(cols.shape))
     return scales
 
 
 def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
     """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
-    columns: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    lists_of: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
-        if mat.numel() == 0:
-            continue
-        if mat.stride(-1) != 1 and mat.shape[-1] != 1:
-            mat = mat.contiguous()
-        members = columns.setdefault(mat.dtype, ([], [], []))
-        if mat.dim() == 2:
-            for column, tensor in zip(members, (mat, rows, cols), strict=True):
-                column.append(tensor)
-        else:
-            batch = as_batch(mat)
-            for column, stack in zip(
-                members, (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1)), strict=True
-            ):
-                column.extend(stack)
-    for chosen, rows_out, cols_out in columns.values():
-        library("matrices/sinkhorn", {"MAT": TYPES[chosen[0].dtype]}).sinkhorn(
-            ctypes.c_int64(len(chosen)),
-            pointers(chosen),
-            integers([m.shape[0] for m in chosen]),
-            integers([m.shape[1] for m in chosen]),
-            integers([m.stride(0) for m in chosen]),
+        if mat.numel():
+            batch = as_batch(mat if mat.stride(-1) == 1 or mat.shape[-1] == 1 else mat.contiguous())
+            stacks = (batch, rows.view(batch.shape[:-1]), cols.view(batch.shape[0], -1))
+            for tensors, stack in zip(lists_of.setdefault(mat.dtype, ([], [], [])), stacks, strict=True):
+                tensors.extend(stack)
+    for dtype, (matrices, rows_out, cols_out) in lists_of.items():
+        library("matrices/sinkhorn", {"MAT": TYPES[dtype]}).sinkhorn(
+            ctypes.c_int64(len(matrices)),
+            pointers(matrices),
+            integers([m.shape[0] for m in matrices]),
+            integers([m.shape[1] for m in matrices]),
+            integers([m.stride(0) for m in matrices]),
             pointers(rows_out),
             pointers(cols_out),
             ctypes.c_int64(num_iters),
@@ -213,9 +187,9 @@ def _iterate_together(
     cols_total: Sequence[int],
     backend: str,
 ) -> Generator[Tensor, None, None]:
-    """All matrices one iteration at a time: one launch (GPU) per iteration, after which the column means are yielded.
+    """Iterate all matrices together, with one launch per iteration on a GPU; yield the column means after each.
 
-    Where the matrices are shards of rows, the caller sums them over the shards, in place, before going on.
+    For shards of rows, the caller sums the means over the shards, in place.
     """
     one_pass = _triton_pass if backend == "triton" else _reference_pass
     for iteration in range(num_iters + end_with_rows):
@@ -266,7 +240,7 @@ def _reference_pass(
 
 
 def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:
-    scales = _run(mats, num_iters, end_with_rows, None, None, None)
+    scales = _run(mats, num_iters, end_with_rows)
     return scales.flat_rows, scales.flat_cols
 
 

@@ -177,9 +177,10 @@ def _run_backward(
         grad, out, normaliser = (
             x.unflatten(1, (k.shape[1], -1)).flatten(0, 1) for x in (grad, out, normaliser)
         )  # fmt: skip
-        found = chunks.backward(heads, grad, out, normaliser, wanted)
+        gradients = chunks.backward(heads, grad, out, normaliser, wanted)
     return [
-        x.new_empty(0) if result is None else result.view(x.shape) for x, result in zip((q, k, v), found, strict=True)
+        x.new_empty(0) if result is None else result.view(x.shape)
+        for x, result in zip((q, k, v), gradients, strict=True)
     ]
 
 
@@ -213,10 +214,10 @@ def _gradients(ctx, grad, _):
     wanted = list(ctx.needs_input_grad[:3])
     if grad is None:
         return (None,) * 9
-    found = torch.ops.leanstep.poly_attention_backward(
+    gradients = torch.ops.leanstep.poly_attention_backward(
         grad, q, k, v, out, normaliser, center, key_mask, *ctx.settings, wanted
     )
-    return (*(x if want else None for x, want in zip(found, wanted, strict=True)), *(None,) * 6)
+    return (*(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 6)
 
 
 _op.register_autograd(_gradients, setup_context=_setup)

@@ -135,9 +135,9 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
     dense = [is_dense(t) for t in tensors]
     for indices in group_by_dtypes([tensors], dense):
         flags[indices] = _cpp_nonfinite([tensors[i] for i in indices])
-    rest = [i for i, is_dense in enumerate(dense) if not is_dense]
-    if rest:
-        flags[rest] = _nonfinite([tensors[i] for i in rest])
+    strided = [i for i, walkable in enumerate(dense) if not walkable]
+    if strided:
+        flags[strided] = _nonfinite([tensors[i] for i in strided])
     return flags
 
 

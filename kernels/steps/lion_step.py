@@ -69,14 +69,14 @@ def _step(
         return triton_lion.lion_step(params, grads, exp_avgs, rounding_state, options)
     lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    rest: Sequence[int] = range(len(params))
+    remaining: Sequence[int] = range(len(params))
     if backend == "cpp":
         walkable = [same_layout(row, row_major=options.rounding == "stochastic") for row in zip(*lists, strict=True)]
         for indices in group_by_dtypes(lists, walkable):
             flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
         torch.autograd.graph.increment_version([t for ts in (params, exp_avgs, rounding_state) for t in ts])
-        rest = [i for i, fits in enumerate(walkable) if not fits]
-    for i in rest:
+        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
+    for i in remaining:
         flag = reference.lion_step(*(ts[i] for ts in lists), options=options.of(i))
         if flag is not None:
             flags[i] = flag
@@ -156,14 +156,14 @@ def _agreement(
 
         return triton_lion.lion_agreement(grads, exp_avgs, options)
     counts = torch.zeros(len(grads), device=grads[0].device)
-    rest: Sequence[int] = range(len(grads))
+    remaining: Sequence[int] = range(len(grads))
     if backend == "cpp":
         walkable = [same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
         for indices in group_by_dtypes([grads, exp_avgs], walkable):
             exact = _cpp_agreement([grads[i] for i in indices], [exp_avgs[i] for i in indices], options)
             counts[indices] = exact.to(counts.dtype)
-        rest = [i for i, fits in enumerate(walkable) if not fits]
-    for i in rest:
+        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
+    for i in remaining:
         counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], options)
     return counts
 

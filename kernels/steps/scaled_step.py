@@ -134,15 +134,15 @@ def _step(
         return triton_step.scaled_step(params, mats, flat_rows, flat_cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
-    rest: Sequence[int] = range(len(params))
+    remaining: Sequence[int] = range(len(params))
     if backend == "cpp":
         contiguous = [all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
         for indices in group_by_dtypes(lists, contiguous):
             selected = [[ts[i] for i in indices] for ts in lists]
             flags[indices] = _cpp_step(*selected, options=options.of(indices))
         torch.autograd.graph.increment_version([*params, *rounding_state])
-        rest = [i for i, fits in enumerate(contiguous) if not fits]
-    for i in rest:
+        remaining = [i for i, is_covered in enumerate(contiguous) if not is_covered]
+    for i in remaining:
         nonfinite = torch.isnan(cols[i]).any(dim=-1) if skip_nonfinite else None
         if nonfinite is not None:
             flags[i] = nonfinite.any()
@@ -215,10 +215,10 @@ def _cpp_step(
 
 
 def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
-    """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their members."""
+    """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their matrices."""
     if all(t.dim() == dims for t in tensors):
         return tensors
-    return [part for t in tensors for part in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]
+    return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]
 
 
 _step_op = torch.library.custom_op("leanstep::scaled_step", _step, mutates_args=("params", "rounding_state"))

@@ -1,4 +1,4 @@
-"""Device functions that every Triton kernel of the package shares, and the map from torch to Triton dtypes.
+"""Device functions that the Triton kernels share, and the map from torch to Triton dtypes.
 
 Arithmetic is fp32. bfloat16 conversions go through `.to` on a device, where they are one instruction that rounds to
 nearest even; Triton's interpreter truncates instead and loses subnormals, so there the same conversion is written
@@ -71,12 +71,12 @@ def stochastic_bfloat16(x, random):
 
 
 @triton.jit
-def parameter_value(p, extra, ROUNDING: tl.constexpr):
-    """fp32 value that the parameter stands for: with its Kahan remainder, or its fp32 master copy."""
+def parameter_value(p, state, ROUNDING: tl.constexpr):
+    """fp32 value of the parameter: with its Kahan remainder, or that of its fp32 master copy."""
     if ROUNDING == "master":
-        value = to_float(extra)
+        value = to_float(state)
     elif ROUNDING == "kahan":
-        value = to_float(p) + to_float(extra)
+        value = to_float(p) + to_float(state)
     else:
         value = to_float(p)
     return value
@@ -94,18 +94,18 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
 
 @triton.jit
 def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """What is kept beside the rounded parameter: the rounding error (kahan) or the value itself (master)."""
+    """The rounding state of the rounded parameter: the rounding error (kahan) or the value itself (master)."""
     if ROUNDING == "kahan":
-        extra = round_to(value - to_float(p), E_DTYPE)
+        state = round_to(value - to_float(p), E_DTYPE)
     else:
-        extra = value
-    return extra
+        state = value
+    return state
 
 
 @triton.jit
 def aligned_pointer(address, DTYPE: tl.constexpr):
     """Pointer to a 16-byte aligned tensor.
 
-    The hint belongs to the cast, made anew here, and not to the address, which other branches use without the promise.
+    The hint is attached to this cast, not to the address: other branches use the address without that promise.
     """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -2,15 +2,15 @@
 
 A launch reads two int64 arrays on the device:
 
-- `rows`: one fixed-length row per tensor: addresses, sizes, strides, alignment, as the kernel wants them;
-- `programs`: one entry per program, `tensor << 32 | piece`, so that program k works on a piece of one tensor.
-  A tensor of no elements gets no program.
+- `rows`: one row of fixed length per tensor, with the addresses, sizes, strides and alignment that the kernel reads;
+- `programs`: one entry per program, `tensor << 32 | piece`: program k works on this piece of this tensor. Tensors
+  without elements get no program.
 
-Both are built on the host, uploaded through pinned memory without waiting, and kept, keyed by their content. In a
-steady state, with gradients at the addresses of the step before, nothing is uploaded. When only addresses change,
-only the rows (a few bytes per tensor) are uploaded, never the map.
+Both are built on the host, uploaded through pinned memory without waiting, and cached by their content. If all tensors
+have the addresses of the step before, nothing is uploaded. If only addresses change, only the rows are uploaded, a few
+bytes per tensor.
 
-Under CUDA graph capture an array that is new is uploaded by the graph itself, so both its copies are kept for good.
+Under CUDA graph capture, a new array is uploaded by the graph itself; both of its copies are then kept forever.
 """
 
 import threading
@@ -27,7 +27,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
-_CACHE_BYTES = 32 << 20  # device memory that the kept arrays may take before the least recently used ones go
+_CACHE_BYTES = 32 << 20  # device memory of cached arrays, beyond which the least recently used ones are dropped
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _UploadCache:
     def __init__(self, capacity: int = _CACHE_BYTES):
         self.capacity = capacity
         self.uploads = 0
-        self._kept: OrderedDict[Hashable, _Upload] = OrderedDict()
+        self._cached: OrderedDict[Hashable, _Upload] = OrderedDict()
         self._captured: list[_Upload] = []
         self._bytes = 0
         # gradients released in backward are stepped from autograd's threads
@@ -54,30 +54,30 @@ class _UploadCache:
         """The device copy of `build()`, which must depend on `key` alone."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            found = self._kept.get((device, key))
-            if found is None:
+            upload = self._cached.get((device, key))
+            if upload is None:
                 return self._add((device, key), _upload(build(), device, capturing), capturing)
-            self._kept.move_to_end((device, key))
+            self._cached.move_to_end((device, key))
             if capturing:
                 # the graph reads this memory at every replay, long after the cache has forgotten it. The warm-up that
                 # uploaded it also wrote the tensors it points at, so whoever replays is ordered after it already
-                self._captured.append(found)
-            elif found.event is not None:
-                _order_after(found, device)
-            return found.device
+                self._captured.append(upload)
+            elif upload.event is not None:
+                _order_after(upload, device)
+            return upload.device
 
-    def _add(self, key: Hashable, made: _Upload, capturing: bool) -> Tensor:
+    def _add(self, key: Hashable, upload: _Upload, capturing: bool) -> Tensor:
         self.uploads += 1
         if capturing:
             # its content exists only once the graph has run, so no eager launch may find it
-            self._captured.append(made)
-            return made.device
-        self._kept[key] = made
-        self._bytes += made.device.nbytes
-        while self._bytes > self.capacity and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
+            self._captured.append(upload)
+            return upload.device
+        self._cached[key] = upload
+        self._bytes += upload.device.nbytes
+        while self._bytes > self.capacity and len(self._cached) > 1:
+            _, dropped = self._cached.popitem(last=False)
             self._bytes -= dropped.device.nbytes
-        return made.device
+        return upload.device
 
 
 def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Upload:
@@ -87,18 +87,18 @@ def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Uploa
     pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
     pinned.copy_(host)
     with torch.cuda.device(device):
-        made = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
+        upload = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
         if not capturing:
-            made.event = torch.cuda.Event()
-            made.event.record(made.stream)
-    return made
+            upload.event = torch.cuda.Event()
+            upload.event.record(upload.stream)
+    return upload
 
 
-def _order_after(found: _Upload, device: torch.device) -> None:
+def _order_after(upload: _Upload, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device)
-    if stream != found.stream:
-        stream.wait_event(found.event)
-        found.device.record_stream(stream)
+    if stream != upload.stream:
+        stream.wait_event(upload.event)
+        upload.device.record_stream(stream)
 
 
 _uploads = _UploadCache()
@@ -111,7 +111,7 @@ def device_rows(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor
 
 
 def device_programs(pieces: Sequence[int], device: torch.device) -> Tensor | None:
-    """The map of a launch in which tensor i gets `pieces[i]` programs; None if there is nothing to launch."""
+    """The map of a launch that gives tensor i `pieces[i]` programs; None if all are 0."""
     key = tuple(pieces)
     if not any(key):
         return None
@@ -137,17 +137,17 @@ def has_aligned_rows(mat: Tensor) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Make `device` the current one for a launch; Triton launches on the current device only."""
+    """Context manager that makes `device` the current one: Triton launches there only."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def warps(threads: int) -> int:
-    """Number of warps that make up `threads`: 32 wide on NVIDIA, 64 on AMD's data-centre devices."""
+    """The number of warps in `threads`: a warp has 32 threads on NVIDIA, 64 on AMD's data-centre devices."""
     return threads // (64 if torch.version.hip else 32)
 
 
 def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
-    """For each distinct key, in order of first appearance, which positions have it."""
+    """For each distinct key, in order of first appearance: a mask of the indices that have it."""
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
 
 
@@ -169,29 +169,29 @@ def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]
 
 
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
-    """How parameters of `dtype` are rounded where `rounding` is asked for: wide ones, and some, to nearest only."""
+    """The rounding that applies to parameters of `dtype`: always nearest for fp32; stochastic for bf16 only."""
     if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
         return "nearest"
     return rounding
 
 
 class Staging:
-    """Contiguous stand-ins, in a dtype that a kernel takes, for tensors that are not; written back at the end.
+    """Contiguous copies, in a dtype that a kernel takes, of tensors that are not so; `finish` writes them back.
 
-    A dense tensor stands for itself. Others cost a copy of their size until `finish`.
+    A contiguous tensor of such a dtype is used itself.
     """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._alive: list[Tensor] = []
         self._written: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`tensor`, or a contiguous copy of it in `dtype`, alive until `finish`: tables hold bare addresses."""
+        """`tensor`, or a contiguous copy in `dtype`; alive until `finish`, since tables hold bare addresses."""
         return self.hold(tensor.detach().to(dtype or tensor.dtype).contiguous())
 
     def hold(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, alive until `finish`."""
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         return tensor
 
     def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,25 +201,25 @@ class Staging:
             self._written.append((tensor.detach(), staged))
         return staged
 
-    def rounded(self, param: Tensor, extra: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
-        """The tensor that a kernel updates, what it keeps beside it, and how it rounds; as `rounding` means for them.
+    def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
+        """The tensor that a kernel updates, its rounding state, and the rounding that applies to it.
 
-        Stochastic rounding is defined for bfloat16, and an fp32 parameter needs nothing beside it: nothing is left of
-        an fp32 value rounded to fp32, and a master copy is updated in the parameter's place and copied to it.
+        An fp32 parameter needs no rounding state: there is no remainder to keep, and a master copy is updated in place
+        of the parameter and then copied to it.
         """
-        if extra is not None and param.dtype == torch.float32:
+        if state is not None and param.dtype == torch.float32:
             if rounding == "master":
-                self._written.append((param.detach(), extra.detach()))
-                return extra, None, "nearest"
-            param.detach().add_(extra.detach())
-            extra.detach().zero_()
+                self._written.append((param.detach(), state.detach()))
+                return state, None, "nearest"
+            param.detach().add_(state.detach())
+            state.detach().zero_()
             return param, None, "nearest"
-        return param, extra, effective_rounding(rounding, param.dtype)
+        return param, state, effective_rounding(rounding, param.dtype)
 
     def finish(self) -> None:
-        """Copy what the kernel changed back to where it belongs, and let go of the copies."""
-        # last first: a master copy may itself have had a stand-in
+        """Write the changed copies back and drop all copies."""
+        # in reverse: a master copy may itself have been copied
         for tensor, staged in reversed(self._written):
             tensor.copy_(staged)
         self._written.clear()
-        self._kept.clear()
+        self._alive.clear()

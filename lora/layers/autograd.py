@@ -15,23 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanstep.kernels import lora_dropout, product, swiglu, swiglu_backward_
+from leanstep.kernels import lora_dropout, product
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.layers import rule
 from leanstep.lora.layers.contraction import ContractionPath
-
-__all__ = [
-    "LayerPass",
-    "Setting",
-    "Weights",
-    "backward_layers",
-    "dense_weight",
-    "forward_layer",
-    "lora_linears",
-    "lora_swiglu",
-    "new_seed",
-    "seeded_dropout",
-]
 
 
 class Weights(NamedTuple):
@@ -126,15 +113,6 @@ def lora_linears(
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def lora_swiglu(
-    x: Tensor, settings: Sequence[Setting], weights: Sequence[Weights], seeds: Sequence[Tensor | None]
-) -> Tensor:
-    """Apply the layers gate, up and down: ``down(silu(gate(x)) * up(x))``; the arguments of :func:`lora_linears`."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = SwiGLUFunction.apply(rows, tuple(settings), *seeds, *(tensor for layer in weights for tensor in layer))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
 def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Dropout of [..., n] that drops what the fast path drops for this seed, with its gradient."""
     return _DropoutFunction.apply(x, p, seed)
@@ -146,13 +124,13 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """One output [M, m] per layer."""
-        layers = _layers(ctx, settings, tensors)
+        layers = layers_of(ctx, settings, tensors)
         kept: list[Tensor | None] = []
         needs_x = False
         with torch.autocast(x.device.type, enabled=False):
-            passes = [forward_layer(layer, x, h) for layer, h in zip(layers, _shared_hidden(x, layers), strict=True)]
+            passes = [forward_layer(layer, x, h) for layer, h in zip(layers, shared_hidden(x, layers), strict=True)]
         for layer in passes:
-            tensors_kept, needs_input = _keep(layer)
+            tensors_kept, needs_input = kept_tensors(layer)
             kept += tensors_kept
             needs_x |= needs_input
         ctx.save_for_backward(x if needs_x else None, *kept, *tensors)
@@ -165,52 +143,11 @@ class LoRAFunction(torch.autograd.Function):
     @on_remembered_backend
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of the tensors that need one."""
-        x, *saved = _saved_tensors(ctx)
-        layers = _layers(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
+        x, *saved = saved_tensors(ctx)
+        layers = layers_of(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
         with torch.autocast(gradients[0].device.type, enabled=False):
             dx, of_weights = backward_layers(x, layers, gradients, ctx.needs_input_grad[0])
         return (dx, None, *(None,) * len(layers), *of_weights)
-
-
-class SwiGLUFunction(torch.autograd.Function):
-    """:func:`lora_swiglu` on rows; it keeps X, ``e = gate(X)`` and ``u = up(X)``.
-
-    torch keeps e, silu(e), u and their product, the input of down. Here that product is computed again in backward, in
-    the pass that gives the gradients of e and u.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> Tensor:
-        """[M, n] to [M, n]."""
-        gate, up, down = _layers(ctx, settings, tensors)
-        with torch.autocast(x.device.type, enabled=False):
-            h_gate, h_up = _shared_hidden(x, (gate, up))
-            gate, up = forward_layer(gate, x, h_gate), forward_layer(up, x, h_up)
-            assert gate.y is not None and up.y is not None
-            down = forward_layer(down, swiglu(gate.y, up.y))
-        kept = [_keep(layer) for layer in (gate, up, down)]
-        tensors_kept = [tensor for layer, _ in kept for tensor in layer]
-        ctx.save_for_backward(x if kept[0][1] or kept[1][1] else None, gate.y, up.y, *tensors_kept, *tensors)
-        ctx.settings = settings
-        remember_backend(ctx)
-        assert down.y is not None
-        return down.y
-
-    @staticmethod
-    @once_differentiable
-    @on_remembered_backend
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x and of the tensors that need one."""
-        x, e, u, *saved = _saved_tensors(ctx)
-        gate, up, down = _layers(ctx, ctx.settings, saved[9:], saved)
-        with torch.autocast(dy.device.type, enabled=False):
-            inner = _inner_gradients(down, dy)
-            down_input, de, du = swiglu_backward_(_input_gradient(down, inner, None), e, u)
-            of_down = _weight_gradients(down, inner, down_input)
-            del down_input, inner
-            # de and du are made here, so they may be overwritten
-            dx, of_others = backward_layers(x, (gate, up), (de, du), ctx.needs_input_grad[0], overwrite=True)
-        return (dx, None, None, None, None, *of_others, *of_down)
 
 
 class _DropoutFunction(torch.autograd.Function):
@@ -231,7 +168,7 @@ class _DropoutFunction(torch.autograd.Function):
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _layers(
+def layers_of(
     ctx: Any, settings: Sequence[Setting], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None] = ()
 ) -> list[LayerPass]:
     """The layers of a call, from its flat arguments: the seeds, then the weights of each; ``kept``: H, Z, Y of each."""
@@ -254,7 +191,7 @@ def _layers(
     ]
 
 
-def _shared_hidden(x: Tensor, layers: Sequence[LayerPass]) -> Sequence[Tensor | None]:
+def shared_hidden(x: Tensor, layers: Sequence[LayerPass]) -> Sequence[Tensor | None]:
     """H of each layer, as columns of one product for all; None for each where they must be computed one by one."""
     if len(layers) == 1 or any(layer.setting.dropout > 0 or layer.setting.path.forward for layer in layers):
         return (None,) * len(layers)
@@ -294,7 +231,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _keep(layer: LayerPass) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
+def kept_tensors(layer: LayerPass) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
     """What backward needs of (H, Z, Y), and whether it needs the layer's input."""
     setting, needs = layer.setting, layer.needs
     least = setting.save == "min"
@@ -306,7 +243,8 @@ def _keep(layer: LayerPass) -> tuple[tuple[Tensor | None, Tensor | None, Tensor 
     return (h, z, y), bool(needs_input)
 
 
-def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors of a forward pass. Raises RuntimeError with advice where one was changed in place."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -323,7 +261,7 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-class _Inner(NamedTuple):
+class InnerGradients(NamedTuple):
     """The gradients of one layer's output and of what it is made of.
 
     Attributes:
@@ -356,9 +294,9 @@ def backward_layers(
     together = all(layer.needs.a and layer.setting.dropout == 0 and not layer.setting.path.backward for layer in layers)
     if len(layers) == 1 or not together:
         for layer, dy in zip(layers, gradients, strict=True):
-            inner = _inner_gradients(layer, dy, overwrite)
-            of_weights.append(_weight_gradients(layer, inner, x))
-            dx = _input_gradient(layer, inner, dx) if needs_dx else None
+            inner = inner_gradients(layer, dy, overwrite)
+            of_weights.append(weight_gradients(layer, inner, x))
+            dx = input_gradient(layer, inner, dx) if needs_dx else None
         return dx, [gradient for layer in of_weights for gradient in layer]
     assert x is not None
     dtype, ranks = x.dtype, [len(layer.weights.a) for layer in layers]
@@ -368,8 +306,8 @@ def backward_layers(
     hiddens = product(x, a.t()).split(ranks, 1) if recompute else (None,) * len(layers)
     parts = []
     for layer, dy, h in zip(layers, gradients, hiddens, strict=True):
-        inner = _inner_gradients(layer, dy, overwrite)
-        of_weights.append(_weight_gradients(layer, inner, x, scaled_h=h, with_a=False))
+        inner = inner_gradients(layer, dy, overwrite)
+        of_weights.append(weight_gradients(layer, inner, x, scaled_h=h, with_a=False))
         assert inner.e is not None
         parts.append(inner.e)
         if needs_dx:
@@ -381,7 +319,8 @@ def backward_layers(
     return dx, [gradient for layer in of_weights for gradient in layer]
 
 
-def _inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> _Inner:
+def inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> InnerGradients:
+    """The gradients from that of the output; ``overwrite`` allows to reuse the memory of ``dy``."""
     setting, weights, needs = layer.setting, layer.weights, layer.needs
     dz, sums = dy, None
     if weights.magnitude is not None:
@@ -392,11 +331,11 @@ def _inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> _
         c = rule.dora_factor(weights.magnitude, weights.norm)
         dz, sums = rule.gradient_of_product(dy, formed, c, overwrite and last_use)
     needs_e = needs.a or not setting.path.backward
-    return _Inner(dy, dz, rule.gradient_of_hidden(dz, weights.b.to(dy.dtype)) if needs_e else None, sums)
+    return InnerGradients(dy, dz, rule.gradient_of_hidden(dz, weights.b.to(dy.dtype)) if needs_e else None, sums)
 
 
-def _weight_gradients(
-    layer: LayerPass, inner: _Inner, x: Tensor | None, scaled_h: Tensor | None = None, with_a: bool = True
+def weight_gradients(
+    layer: LayerPass, inner: InnerGradients, x: Tensor | None, scaled_h: Tensor | None = None, with_a: bool = True
 ) -> list[Tensor | None]:
     """The gradients of the layer's tensors, in their order and dtypes; ``scaled_h`` is s H, where it is known."""
     setting, weights, needs, h = layer.setting, layer.weights, layer.needs, layer.h
@@ -423,7 +362,7 @@ def _weight_gradients(
     return [None, d_bias, da, db, d_b_bias, d_magnitude, None]
 
 
-def _magnitude_gradient(layer: LayerPass, inner: _Inner, x: Tensor | None) -> Tensor:
+def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | None) -> Tensor:
     setting, weights, sums = layer.setting, layer.weights, inner.sums
     assert weights.magnitude is not None and weights.norm is not None and sums is not None
     divisor = weights.norm
@@ -440,7 +379,7 @@ def _magnitude_gradient(layer: LayerPass, inner: _Inner, x: Tensor | None) -> Te
     return rule.gradient_of_magnitude(sums, divisor, weights.norm).to(weights.magnitude.dtype)
 
 
-def _input_gradient(layer: LayerPass, inner: _Inner, dx: Tensor | None) -> Tensor:
+def input_gradient(layer: LayerPass, inner: InnerGradients, dx: Tensor | None) -> Tensor:
     """``dx`` plus the layer's gradient of its input, in the memory of ``dx``."""
     setting, weights, dtype = layer.setting, layer.weights, inner.dy.dtype
     w, a = dense_weight(setting, weights.weight, dtype), weights.a.to(dtype)

@@ -8,8 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from leanstep.lora.layers.autograd import lora_linears, lora_swiglu
+from leanstep.kernels import swiglu, swiglu_backward_
+from leanstep.kernels._backend import on_remembered_backend, remember_backend
+from leanstep.lora.layers.autograd import (
+    Setting,
+    backward_layers,
+    forward_layer,
+    inner_gradients,
+    input_gradient,
+    kept_tensors,
+    layers_of,
+    lora_linears,
+    saved_tensors,
+    shared_hidden,
+    weight_gradients,
+)
 from leanstep.lora.layers.frozen import is_watched
 from leanstep.lora.layers.linear import (
     FastLinear,
@@ -130,7 +145,52 @@ def fused_swiglu(block: nn.Module, x: Tensor) -> Tensor:
     x = autocasted(x)
     layers = swiglu_layers(block)
     settings, weights = zip(*(layer.operands(x) for layer in layers), strict=True)
-    return lora_swiglu(x, settings, weights, [layer.seed() for layer in layers])
+    seeds = [layer.seed() for layer in layers]
+    rows = x.reshape(-1, x.shape[-1])
+    y = SwiGLUFunction.apply(rows, settings, *seeds, *(tensor for layer in weights for tensor in layer))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """``down(silu(e) * u)`` with ``e = gate(X)`` and ``u = up(X)``, on rows; it keeps X, e and u.
+
+    Arguments are those of :class:`leanstep.lora.layers.autograd.LoRAFunction`, for gate, up and down. torch keeps e,
+    silu(e), u and the input of down, their product. Here backward computes that product again, in the pass that gives
+    the gradients of e and u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> Tensor:
+        """[M, n] to [M, n]."""
+        gate, up, down = layers_of(ctx, settings, tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            h_gate, h_up = shared_hidden(x, (gate, up))
+            gate, up = forward_layer(gate, x, h_gate), forward_layer(up, x, h_up)
+            assert gate.y is not None and up.y is not None
+            down = forward_layer(down, swiglu(gate.y, up.y))
+        kept = [kept_tensors(layer) for layer in (gate, up, down)]
+        tensors_kept = [tensor for layer, _ in kept for tensor in layer]
+        ctx.save_for_backward(x if kept[0][1] or kept[1][1] else None, gate.y, up.y, *tensors_kept, *tensors)
+        ctx.settings = settings
+        remember_backend(ctx)
+        assert down.y is not None
+        return down.y
+
+    @staticmethod
+    @once_differentiable
+    @on_remembered_backend
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the tensors that need one."""
+        x, e, u, *saved = saved_tensors(ctx)
+        gate, up, down = layers_of(ctx, ctx.settings, saved[9:], saved)
+        with torch.autocast(dy.device.type, enabled=False):
+            inner = inner_gradients(down, dy)
+            down_input, de, du = swiglu_backward_(input_gradient(down, inner, None), e, u)
+            of_down = weight_gradients(down, inner, down_input)
+            del down_input, inner
+            # de and du are made here, so they may be overwritten
+            dx, of_others = backward_layers(x, (gate, up), (de, du), ctx.needs_input_grad[0], overwrite=True)
+        return (dx, None, None, None, None, *of_others, *of_down)
 
 
 class FusedSwiGLU(Mixin):

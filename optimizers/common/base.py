@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanstep.kernels import StepOptions
+from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
+from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_and_offsets
 from leanstep.optimizers.common.sharding import (
+    Shard,
     Steps,
     check_class,
+    has_memory,
     placed_like,
     plain,
     readable,
@@ -20,21 +25,14 @@ from leanstep.optimizers.common.sharding import (
     sum_over_shards,
     together,
 )
-from leanstep.optimizers.common.sharding import local as local  # where the rules look for it
-
-T = TypeVar("T")
 
 NONFINITE = ("skip", "raise", "pass")
 
-# settings that many optimizers have, and that do not tell whose a state is
+# settings that do not tell whose a state is: those of torch's optimizers, and those that all of these have
 _COMMON_SETTINGS = frozenset(
-    ("lr", "betas", "weight_decay", "eps", "momentum", "nesterov", "maximize", "foreach", "fused", "capturable")
-    + ("differentiable", "rounding", "momentum_dtype", "seed", "nonfinite")
+    (*inspect.signature(torch.optim.AdamW).parameters, *inspect.signature(torch.optim.SGD).parameters)
+    + ("nonfinite", "rounding", "seed", "momentum_dtype")
 )
-
-
-# state tensors that have the shape of their parameter
-_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "previous_grad", "kahan_compensation", "master_param")
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -42,21 +40,27 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Parameters of one group that have a gradient, in order, with what belongs to each."""
+    """Parameters of one group, device and dtype that have a gradient, in order, with what belongs to each."""
 
+    group: dict[str, Any]
+    rounding: str  # the way that applies to all of them
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
     indices: list[int]  # of the parameter among those of all groups
-    positions: list[int]  # of the parameter in its group
+    shards: list[Shard]
 
-    def pick(self, chosen: list[int]) -> Batch:
-        """The members at the given places."""
+    def rounding_state(self) -> list[Tensor]:
+        """This process's parts of what rounding keeps beside the parameters; empty where it keeps nothing."""
+        return rounding_states(self.states, self.rounding)
 
-        def of(column: list[T]) -> list[T]:
-            return [column[i] for i in chosen]
-
-        return Batch(of(self.params), of(self.grads), of(self.states), of(self.indices), of(self.positions))
+    def options(self, scalars: Tensor, **more: Any) -> StepOptions:
+        """What a kernel is told of the step, once a step: random rounding counts it."""
+        seeds, offsets = seeds_and_offsets(
+            self.rounding, self.states, self.indices, self.shards, self.group["seed"], scalars.device
+        )
+        skip = self.group["nonfinite"] != "pass"
+        return StepOptions(scalars, self.rounding, skip_nonfinite=skip, seeds=seeds, offsets=offsets, **more)
 
 
 class LeanOptimizer(torch.optim.Optimizer):
@@ -67,7 +71,18 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     The frame of a step is here. A method provides what differs: :meth:`_check_group`, :meth:`_init_state` and
     :meth:`_group_steps`; or, where its rule spans groups, :meth:`_steps`.
+
+    Attributes:
+        _shaped_state: names of the method's state tensors that have the shape of their parameter.
+        _separable: whether the update of a parameter depends on its own gradient and state alone.
     """
+
+    _shaped_state: tuple[str, ...] = ()
+    _separable = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._check_group(defaults)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after its settings have been checked as the constructor's are. The dict given is not changed."""
@@ -108,6 +123,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
         check_choice(owner, "nonfinite", group["nonfinite"], NONFINITE)
         check_flags(owner, group, ("maximize",), ("foreach",))
+        check_rounding(owner, group)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         """The state of a parameter that has a gradient, with what is missing in it created."""
@@ -132,7 +148,18 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        """Update all parameters that have a gradient.
+
+        In this order: pre-hooks (``register_step_pre_hook``), the closure, the check of ``nonfinite="raise"``, checks
+        of gradients and creation of state, the update, post-hooks. A closure computes gradients anew, so what a
+        pre-hook did to them is lost: clip, mask or add to gradients at the end of the closure.
+
+        Args:
+            closure: computes the loss and its gradients, and returns the loss.
+
+        Returns:
+            The closure's value; None without one.
+        """
         loss = call_closure(closure)
         self._raise_on_nonfinite()
         if torch.compiler.is_compiling():
@@ -166,16 +193,34 @@ class LeanOptimizer(torch.optim.Optimizer):
             if param.grad is not None:
                 yield position, param, dense_gradient(type(self).__name__, group, position, param)
 
-    def _batch(self, group: dict[str, Any], first_index: int, only: int | None = None) -> Batch:
-        """What :meth:`_group_steps` updates, with its state created."""
-        batch = Batch([], [], [], [], [])
+    def _batches(
+        self,
+        group: dict[str, Any],
+        first_index: int,
+        only: int | None = None,
+        rule: Callable[[Tensor], str] = lambda param: "",
+    ) -> list[tuple[str, Batch]]:
+        """What :meth:`_group_steps` updates, with its state created: (rule, batch) for every rule, device and dtype.
+
+        With ``foreach=False`` every parameter is a batch of its own.
+
+        Args:
+            group, first_index, only: as for :meth:`_group_steps`.
+            rule: names the rule that a parameter gets.
+        """
+        batches: dict[Any, tuple[str, Batch]] = {}
         for position, param, grad in self._with_gradient(group, only):
-            batch.params.append(param)
-            batch.grads.append(grad)
-            batch.states.append(self._init_state(group, position, param))
-            batch.indices.append(first_index + position)
-            batch.positions.append(position)
-        return batch
+            state = self._init_state(group, position, param)
+            name = rule(param)
+            key = (name, param.device, param.dtype, position if group["foreach"] is False else None)
+            if key not in batches:
+                rounding = effective(type(self).__name__, group, position, param)
+                batches[key] = name, Batch(group, rounding, [], [], [], [], [])
+            _, _, *columns = batches[key][1]
+            values = (param, grad, state, first_index + position, shard_of(param))
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        return list(batches.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have."""
@@ -236,7 +281,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
                 kept = state_dict["state"].get(key, {})
-                wrong = [k for k in _SHAPED if isinstance(kept.get(k), Tensor) and kept[k].shape != param.shape]
+                shaped = (*self._shaped_state, *STATE_KEY.values())
+                wrong = [k for k in shaped if isinstance(kept.get(k), Tensor) and kept[k].shape != param.shape]
                 if wrong:
                     names = saved.get("param_names")
                     whose = names[position] if names else f"parameter {position} of its group"
@@ -355,18 +401,6 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
                 optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)
 
 
-def describe(group: dict[str, Any], position: int) -> str:
-    """Name of a parameter for messages: its own name, if the group knows it, and its shape."""
-    names = group.get("param_names")
-    name = names[position] if names else f"parameter {position} of group {group.get('name', '(unnamed)')!r}"
-    return f"{name} {tuple(group['params'][position].shape)}"
-
-
-def holds_factors(group: dict[str, Any]) -> bool:
-    """Whether a group is one of low-rank factors, as :func:`leanstep.lora.lora_groups` names them: all are matrices."""
-    return group.get("name") in ("lora_A", "lora_B")
-
-
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
     """The gradient of a parameter, distributed as the parameter is; refused when it is sparse.
 
@@ -379,23 +413,10 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
-    check_class(owner, describe(group, position), param)
-    check_class(owner, f"the gradient of {describe(group, position)}", grad)
+    for tensor, whose in ((param, ""), (grad, "the gradient of ")):
+        if not has_memory(tensor):
+            check_class(owner, f"{whose}{describe(group, position)}", tensor)
     return plain(placed_like(grad, param))
-
-
-def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
-    """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
-    return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
-
-
-def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that a setting of a group names.
-
-    Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
-    state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
-    """
-    return getattr(torch, setting) if isinstance(setting, str) else setting
 
 
 def _name_dtypes(group: dict[str, Any]) -> None:
@@ -405,60 +426,14 @@ def _name_dtypes(group: dict[str, Any]) -> None:
             group[key] = str(value).removeprefix("torch.")
 
 
-def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Positions of the parameters of every (device, dtype) set, in order."""
+def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[list[int]]:
+    """Positions of the parameters of every device and dtype, in order; ``alone``: of every one by itself."""
+    if alone:
+        return [[position] for position in range(len(params))]
     sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, param in enumerate(params):
         sets.setdefault((param.device, param.dtype), []).append(position)
-    return sets
-
-
-def check_number(
-    owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
-) -> None:
-    """Raise unless low <= value <= high (< high, if open). Tensors of one element are numbers."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
-            raise ValueError(f"{label} must be 1-element; {owner} got shape {tuple(value.shape)}")
-        if value.device.type not in ("cpu", "meta"):
-            return  # reading it would wait for the device
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    open_high = open_high or high == math.inf
-    if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
-        end = ")" if open_high else "]"
-        raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
-
-
-def check_flags(owner: str, group: dict[str, Any], flags: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raise unless the named settings are True or False (or None, for the optional ones)."""
-    for name in (*flags, *optional):
-        if not isinstance(group[name], bool) and not (name in optional and group[name] is None):
-            expected = "True, False or None" if name in optional else "True or False"
-            raise TypeError(f"{owner}: {name} must be {expected}, got {group[name]!r}")
-
-
-def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raise unless the value is one of the choices."""
-    if value not in tuple(choices):
-        raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
-
-
-def check_dtype(owner: str, name: str, dtype: Any) -> None:
-    """Raise unless the value is a floating dtype, the name of one, or None."""
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise TypeError(f"{owner}: {name} must be a floating torch.dtype or None, got {dtype!r}")
-
-
-def check_betas(owner: str, betas: Any) -> None:
-    """Raise unless betas are two numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; {owner} expects two numbers in [0, 1)")
-    for i, beta in enumerate(betas):
-        check_number(owner, f"beta parameter at index {i}", beta, 0.0, 1.0, open_high=True)
+    return list(sets.values())
 
 
 def call_closure(closure: Callable[[], Any] | None) -> Any:

@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels.reference.rounding import ROUNDINGS, hash32
+from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.steps.common import constant
-from leanstep.optimizers.common.base import check_choice, describe, new_state
-from leanstep.optimizers.common.sharding import Shard, local, offsets_of, plain
+from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.sharding import Shard, local, new_state, offsets_of, plain
 
 # what each way keeps in the state of a parameter
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
-
-
-def check_rounding(owner: str, group: dict[str, Any]) -> None:
-    """Raise unless ``rounding`` and ``seed`` of a group are valid."""
-    check_choice(owner, "rounding", group["rounding"], ROUNDINGS)
-    seed = group["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"Invalid seed: {seed!r}; {owner} expects an int in [0, 2**32)")
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:

@@ -86,8 +86,10 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor, or this process's part of it, is of a class whose elements kernels can address.
 
     Classes made by ``torch.Tensor._make_wrapper_subclass``, as of quantized weights, hold other tensors instead.
-    Torch's own stand-ins of tracing and estimation are left as they are.
+    Torch's own stand-ins of tracing and estimation count as having memory.
     """
+    if torch.compiler.is_compiling():
+        return True
     kind = type(local(tensor))
     return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses.")
 
@@ -95,7 +97,7 @@ def has_memory(tensor: Tensor) -> bool:
 def readable(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, for kernels to read: itself or, of a class without memory, a plain copy."""
     part = local(tensor)
-    if torch.compiler.is_compiling() or has_memory(part):
+    if has_memory(part):
         return part
     copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
     copy.copy_(part)  # whose class decides what that returns
@@ -112,10 +114,24 @@ def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 def plain(tensor: Tensor) -> Tensor:
     """A tensor of an ordinary class with the same elements, distributed the same: itself, where it is one."""
-    if torch.compiler.is_compiling() or has_memory(tensor):
+    if has_memory(tensor):
         return tensor
     part = readable(tensor)
     return join_parts(part, tensor, tensor.shape) if is_dtensor(tensor) else part
+
+
+def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
+    """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
+    return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+
+
+def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a setting of a group names.
+
+    Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
+    state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
+    """
+    return getattr(torch, setting) if isinstance(setting, str) else setting
 
 
 # classes without memory that can be read into plain tensors and written from them
@@ -124,7 +140,7 @@ _copyable: set[type] = set()
 
 def check_class(owner: str, name: str, tensor: Tensor) -> None:
     """Raise TypeError for a tensor of a class that can neither be addressed nor copied; nothing has been changed."""
-    if torch.compiler.is_compiling() or has_memory(tensor) or type(local(tensor)) in _copyable:
+    if type(local(tensor)) in _copyable:
         return
     part = local(tensor).detach()
     try:
@@ -151,30 +167,6 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     if any(p.is_partial() for p in placements):
         return grad  # shard_of refuses such a parameter
     return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
-
-
-def cut(shard: Shard) -> str | None:
-    """How the matrices of a parameter are cut: "rows", "columns", or None when each is whole on one process.
-
-    Raises:
-        ValueError: for matrices cut along both dimensions, or in strides.
-    """
-    if not shard.groups:
-        return None
-    if shard.dim is None:
-        raise ValueError(
-            f"SinkGD takes matrices that are whole or sharded along one dimension over one mesh dimension "
-            f"(fully_shard's way); got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
-            "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
-        )
-    if len(shard.shape) == 3:  # a stack of matrices
-        return (None, "rows", "columns")[shard.dim]
-    return "columns" if shard.dim else "rows"
-
-
-def like_rows(param: Tensor, value: Tensor) -> Tensor:
-    """This process's ``value`` [e_local, n] as a DTensor [e, n], sharded as ``param`` [e, ...] is."""
-    return join_parts(value, param, (param.shape[0], value.shape[1]))
 
 
 def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
@@ -204,6 +196,15 @@ def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
         for chosen, part in parts:
             if part is not values:
                 values[chosen] = part
+
+
+def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
+    """Raise a tensor's flag on all processes where one of them has raised it for its part, in place."""
+    if not any(s.groups for s in shards):
+        return
+    total = flags.to(torch.float32)  # in fp32 they travel with other sums
+    yield from sum_over_shards(total, shards)
+    flags.copy_(total > 0)
 
 
 def together(parts: Sequence[Steps[T]]) -> Steps[list[T]]:

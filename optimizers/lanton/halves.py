@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor
-from leanstep.optimizers.common.base import dense_gradient, dtype_of, local
-from leanstep.optimizers.common.sharding import Reduction, Steps, placed_like, run
+from leanstep.optimizers.common.base import dense_gradient
+from leanstep.optimizers.common.sharding import Reduction, Steps, dtype_of, local, placed_like, run
 
 # settings of a group that say what ``half_grad`` of its parameters holds: nothing ("none"), the gradient of the first
 # part ("gradient"), which is ``half_fraction`` of the batch, or its difference from the whole gradient ("difference");

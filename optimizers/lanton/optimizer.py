@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.matrices.newton_schulz import COEFFICIENTS, ESTIMATORS
-from leanstep.optimizers.common.base import (
-    LeanOptimizer,
+from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.checks import (
     check_betas,
     check_choice,
     check_dtype,
     check_flags,
     check_number,
+    check_rounding,
     describe,
     holds_factors,
-    local,
-    new_state,
 )
-from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps, offsets_of, shard_of
+from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.sharding import Steps, local, new_state, offsets_of, shard_of
 from leanstep.optimizers.lanton import halves
 from leanstep.optimizers.lanton.matrices import is_stack, tasks_of
 from leanstep.optimizers.lanton.step import (
@@ -126,7 +125,7 @@ class LANTON(LeanOptimizer):
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a parameter with a non-finite gradient is left alone with all its state, and counted; "raise"
             and "pass" as for Lion. A difference that is not finite never enters H.
-        foreach: None or True: matrices of one shape in batches; False: the definition, one matrix at a time.
+        foreach: None or True: matrices of one shape in batches; False: one matrix at a time.
 
     Raises:
         ValueError, TypeError: settings out of range; a vector in a group of matrices or a matrix in one of vectors; a
@@ -168,6 +167,8 @@ class LANTON(LeanOptimizer):
         >>> max(row["factor"] for row in optimizer.noise_report("rms"))
         1.0
     """
+
+    _shaped_state = ("momentum_buffer", "previous_grad")
 
     def __init__(
         self,

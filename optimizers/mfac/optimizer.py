@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
-from leanstep.optimizers.common.base import LeanOptimizer, new_state
-from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps
+from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.checks import check_rounding
+from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.sharding import Steps, new_state
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
@@ -77,7 +78,8 @@ class MFAC(LeanOptimizer):
             pass ``controller.masks_of(params)``.
         shard_window: for replicated parameters (DistributedDataParallel): each process stores the columns of its part
             of dimension 0 of every parameter, and updates are gathered. Parameters sharded by FSDP2 need no switch.
-        rounding, seed, maximize, foreach: as for :class:`leanstep.optimizers.Lion`.
+        rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
+        foreach: None or True: updates are written in one call for a device and dtype; False: one tensor at a time.
         nonfinite: what to do with a scope that has a non-finite gradient (or one whose squared norm is beyond fp64).
             "skip": leave its weights and window unchanged, and count its tensors. "raise": raise before anything is
             changed. "pass": leave the window unchanged and move the weights by lr * g. No such gradient enters a
@@ -126,6 +128,8 @@ class MFAC(LeanOptimizer):
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> optimizer.step()
     """
+
+    _shaped_state = ("momentum_buffer",)
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import check_choice, check_flags, check_number, describe
+from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, describe
 from leanstep.optimizers.mfac.rule import CURVES
 from leanstep.optimizers.mfac.window import STORAGES
 

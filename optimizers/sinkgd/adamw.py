@@ -13,18 +13,9 @@ from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import nonfinite_flags
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite, new_state
+from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
-from leanstep.optimizers.common.sharding import (
-    Shard,
-    Steps,
-    local,
-    offsets_of,
-    readable,
-    shard_of,
-    store,
-    sum_over_shards,
-)
+from leanstep.optimizers.common.sharding import Steps, all_reduce_flags, local, new_state, offsets_of, readable, store
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -56,69 +47,50 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
     return possible and not torch.compiler.is_compiling() and group["foreach"] is None
 
 
-def adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    roundings: list[str],
-    indices: list[int],
-    group: dict[str, Any],
-) -> Steps[None]:
-    """Decoupled Adam on a list of tensors with a gradient; bit-equal to ``torch.optim.AdamW`` with the same flags.
+def step_adamw(batch: Batch) -> Steps[None]:
+    """Decoupled Adam: ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``, bit for bit.
 
-    A non-finite gradient anywhere in a (device, dtype) set skips the whole set, on the device: one check, no wait.
+    A non-finite gradient anywhere in the batch skips all of it, on the device: one check, no wait.
     """
-    for (device, _), members in by_device_and_dtype(params).items():
-        chosen = [readable(params[i]) for i in members]
-        chosen_grads = [local(grads[i]) for i in members]
-        found = None
-        if group["nonfinite"] == "skip":
-            flags = nonfinite_flags(chosen_grads)
-            yield from share_flags(flags, [shard_of(params[i]) for i in members])
-            count_nonfinite(group, flags)
-            found = flags.any()
-            if device.type == "cpu" and not torch.compiler.is_compiling():
-                if found:
-                    continue
-                found = None
-        rounding = roundings[members[0]]
-        run = _plain if rounding == "nearest" else _rounded
-        kept = [states[i] for i in members]
-        run(chosen, chosen_grads, kept, group, found, rounding, [indices[i] for i in members],
-            [shard_of(params[i]) for i in members])  # fmt: skip
-        store(chosen, [params[i] for i in members])
+    group = batch.group
+    params, grads = [readable(p) for p in batch.params], [local(g) for g in batch.grads]
+    skip = None
+    if group["nonfinite"] == "skip":
+        flags = nonfinite_flags(grads)
+        yield from all_reduce_flags(flags, batch.shards)
+        count_nonfinite(group, flags)
+        skip = flags.any()
+        if skip.device.type == "cpu" and not torch.compiler.is_compiling():
+            if skip:
+                return
+            skip = None
+    if batch.rounding == "nearest":
+        _update(params, grads, batch.states, group, skip)
+    else:
+        _update_rounded(params, grads, batch, skip)
+    store(params, batch.params)
 
 
-def share_flags(flags: Tensor, shards: list[Shard]) -> Steps[None]:
-    """Raise a flag where any shard of the tensor has raised it, in place."""
-    if not any(s.groups for s in shards):
-        return
-    total = flags.to(torch.float32)  # in fp32 they travel with the column sums
-    yield from sum_over_shards(total, shards)
-    flags.copy_(total > 0)
-
-
-def _plain(
+def _update(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Any]],
     group: dict[str, Any],
-    found: Tensor | None,
-    *_: Any,
+    skip: Tensor | None,
 ) -> None:
-    """torch's functional AdamW on the parameters themselves."""
+    """torch's functional AdamW. ``skip``: a flag on the device: leave everything as it is; None: it is not raised."""
     beta1, beta2 = group["betas"]
     fused = uses_fused(params[0], group)
     exp_avgs, exp_avg_sqs = ([local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq"))
     steps = [s["step"] for s in states]
     kept = None
-    if found is not None and not fused:  # no kernel to tell: put back what was there
+    if skip is not None and not fused:  # no kernel to tell: put back what was there
         kept = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
     columns = [params, grads, exp_avgs, exp_avg_sqs]
     fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
     fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
-    if fused and found is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
+    if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
         adamw_step_on_host(fed_params, fed_grads, fed_avgs, fed_sqs, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
@@ -132,7 +104,7 @@ def _plain(
             foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
             fused=fused,
             capturable=fused and params[0].device.type != "cpu",
-            found_inf=found.to(torch.float32) if found is not None and fused else None,
+            found_inf=skip.to(torch.float32) if skip is not None and fused else None,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -145,9 +117,9 @@ def _plain(
                     row[i].copy_(used[i])
             else:
                 torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels do not
-    if kept is not None and found is not None:
+    if kept is not None and skip is not None:
         for tensor, before in kept:
-            tensor.copy_(torch.where(found.to(tensor.device), before, tensor))
+            tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
 def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -157,31 +129,23 @@ def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
 
 
-def _rounded(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    group: dict[str, Any],
-    found: Tensor | None,
-    rounding: str,
-    indices: list[int],
-    shards: list[Shard],
-) -> None:
-    """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the set."""
-    extras = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
-    wide = [widen(p, e, rounding) for p, e in zip(params, extras, strict=True)]
-    _plain(wide, [g.float() for g in grads], states, group, found)
+def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
+    """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the batch."""
+    states, rounding, device = batch.states, batch.rounding, params[0].device
+    rounding_state = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
+    wide = [widen(p, r, rounding) for p, r in zip(params, rounding_state, strict=True)]
+    _update(wide, [g.float() for g in grads], states, batch.group, skip)
     seeds: Any = [None] * len(params)
     offsets: Any = [0] * len(params)
     if rounding == "stochastic":
-        offsets = offsets_of(shards, params[0].device)
-        seeds = seeds_for([s["step"] for s in states], indices, group["seed"], params[0].device)
-    for param, extra, value, seed, offset in zip(params, extras, wide, seeds, offsets, strict=True):
-        new_param, new_extra = narrow(value, param, rounding, seed, offset)
-        if found is not None:
-            new_param = torch.where(found, param.to(new_param.dtype), new_param)
-            if extra is not None and new_extra is not None:
-                new_extra = torch.where(found, extra, new_extra)
+        offsets = offsets_of(batch.shards, device)
+        seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
+    for param, kept, value, seed, offset in zip(params, rounding_state, wide, seeds, offsets, strict=True):
+        new_param, new_kept = narrow(value, param, rounding, seed, offset)
+        if skip is not None:
+            new_param = torch.where(skip, param.to(new_param.dtype), new_param)
+            if kept is not None and new_kept is not None:
+                new_kept = torch.where(skip, kept, new_kept)
         param.copy_(new_param)
-        if extra is not None and new_extra is not None and extra is not value:
-            extra.copy_(new_extra)
+        if kept is not None and new_kept is not None and kept is not value:
+            kept.copy_(new_kept)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
-from leanstep.optimizers.common.base import (
-    LeanOptimizer,
-    by_device_and_dtype,
+from leanstep.kernels import Scales, scaled_step, sinkhorn_step
+from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
+from leanstep.optimizers.common.checks import (
     check_betas,
     check_choice,
     check_dtype,
@@ -19,12 +20,14 @@ from leanstep.optimizers.common.base import (
     check_number,
     describe,
     holds_factors,
-    new_state,
 )
-from leanstep.optimizers.common.rounding import check_rounding, effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps
-from leanstep.optimizers.sinkgd import matrices as _normalized
-from leanstep.optimizers.sinkgd.adamw import adamw_step, init_adamw
+from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
+from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.sharding import Shard, Steps, all_reduce_flags, local, new_state
+from leanstep.optimizers.sinkgd import rule
+from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
+from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
+from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms
 
 ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
 MOMENTUM_ORDERS = ("pre", "post")
@@ -107,6 +110,9 @@ class SinkGD(LeanOptimizer):
         >>> optimizer.step()
     """
 
+    _shaped_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    _separable = True
+
     def __init__(
         self,
         params: Any,
@@ -134,31 +140,13 @@ class SinkGD(LeanOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "scale": scale,
-            "num_iters": num_iters,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "momentum_order": momentum_order,
-            "nesterov": nesterov,
-            "row_mask_tau": row_mask_tau,
-            "base_width": base_width,
-            "spectral": spectral,
-            "betas": betas,
-            "eps": eps,
-            "fused": fused,
-            "algorithm": algorithm,
-            "transposed": transposed,
-            "flatten": flatten,
-            "rounding": rounding,
-            "momentum_dtype": momentum_dtype,
-            "seed": seed,
-            "nonfinite": nonfinite,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        self._check_group(defaults)
+        defaults = dict(
+            lr=lr, scale=scale, num_iters=num_iters, weight_decay=weight_decay, momentum=momentum,
+            momentum_order=momentum_order, nesterov=nesterov, row_mask_tau=row_mask_tau, base_width=base_width,
+            spectral=spectral, betas=betas, eps=eps, fused=fused, algorithm=algorithm, transposed=transposed,
+            flatten=flatten, rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, nonfinite=nonfinite,
+            maximize=maximize, foreach=foreach,
+        )  # fmt: skip
         super().__init__(params, defaults)
         _say_how_auto_routes(self.param_groups)
 
@@ -172,7 +160,6 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "momentum_order", group["momentum_order"], MOMENTUM_ORDERS)
         check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
-        check_rounding("SinkGD", group)
         check_flags("SinkGD", group, ("nesterov", "transposed", "flatten"), ("fused",))
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         iters = group["num_iters"]
@@ -232,43 +219,134 @@ class SinkGD(LeanOptimizer):
         elif group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
         if group["spectral"] and algorithm_of(group, param) != "adamw":
-            _normalized.init_power_vector(state, param, group)
+            init_power_vector(state, param, group)
         init_rounding(state, param, rounding)
         return state
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        batch = self._batch(group, first_index, only)
-        algorithms = [algorithm_of(group, p) for p in batch.params]
-        parts: list[Steps[None]] = []
-        rest = [i for i, a in enumerate(algorithms) if a == "adamw"]
-        if rest:
-            chosen = batch.pick(rest)
-            roundings = [effective("SinkGD", group, i, p) for i, p in zip(chosen.positions, chosen.params, strict=True)]
-            parts.append(adamw_step(chosen.params, chosen.grads, chosen.states, roundings, chosen.indices, group))
-        matrices = [i for i, a in enumerate(algorithms) if a != "adamw"]
-        for (device, dtype), members in by_device_and_dtype([batch.params[i] for i in matrices]).items():
-            places = [matrices[i] for i in members]
-            chosen = batch.pick(places)
-            parts.append(
-                _normalized.step(
-                    chosen.params,
-                    chosen.grads,
-                    chosen.states,
-                    chosen.indices,
-                    group=group,
-                    algorithm=algorithms[places[0]],
-                    rounding=effective("SinkGD", group, chosen.positions[0], chosen.params[0]),
-                    scalars=sinkgd_scalars(group, device, dtype),
-                )
-            )
-        return parts
+        batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))
+        return [
+            step_adamw(batch) if algorithm == "adamw" else _step(batch, balanced=algorithm == "balanced")
+            for algorithm, batch in batches
+        ]
 
 
-def sinkgd_scalars(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The scalars of a group as the kernels take them: [lr * scale, 1 - lr * scale * weight_decay]."""
-    lr = group["lr"]
-    step = (lr.to(torch.float64) if isinstance(lr, Tensor) else lr) * group["scale"]
-    return pack([step, decay_factor(step, group["weight_decay"])], device, compute_dtype(dtype))
+def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
+    """Update matrices of one device and dtype by the rule, in the docstring's order; parameters and state in place."""
+    group, states = batch.group, batch.states
+    transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
+    shards = [oriented(s, transposed, flatten) for s in batch.shards]
+    sides = [_sharded_side(s) for s in shards]
+    matrices = [as_matrices(local(g), transposed, flatten) for g in batch.grads]
+    if group["maximize"]:
+        matrices = [-g for g in matrices]
+    after = group["momentum_order"] == "post" and not balanced
+    bad = None
+    if momentum:
+        if group["nonfinite"] == "skip":
+            bad = nonfinite_flags(matrices)
+            yield from all_reduce_flags(bad, shards)
+        if not after:
+            matrices = _average(matrices, batch, bad, look_ahead=balanced or group["nesterov"])
+    if group["row_mask_tau"] > 0:
+        norms = [rule.row_norms(g) for g in matrices]
+        totals = [n.sum(dim=-1, keepdim=True) for n in norms]
+        if any(sides):
+            yield from all_reduce_row_norms(norms, totals, shards, sides)
+        matrices = [
+            rule.mask_rows(g, norm, total, matrix_shape(shard)[0], group["row_mask_tau"])
+            for g, norm, total, shard in zip(matrices, norms, totals, shards, strict=True)
+        ]
+    if not (momentum or group["spectral"] or transposed or group["base_width"] or any(sides)):
+        _write(batch, matrices, None, end_with_rows=balanced)
+        return
+    if any(sides):
+        scales = yield from normalize(matrices, shards, sides, group["num_iters"], end_with_rows=balanced)
+    else:
+        scales = rule.normalize(matrices, group["num_iters"], end_with_rows=balanced)
+    if group["spectral"] is not None:
+        yield from pin_operator_norms(matrices, scales, states, shards, sides, group["spectral"])
+    if group["base_width"] is not None:
+        for rows, shard in zip(scales.rows, shards, strict=True):
+            rows.mul_(group["base_width"] / matrix_shape(shard)[1])
+    if bad is not None:
+        for cols, flag in zip(scales.cols, bad, strict=True):
+            cols.masked_fill_(flag > 0, math.nan)
+    if momentum and after:
+        normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
+        matrices = _average(normalized, batch, bad, look_ahead=group["nesterov"])
+        _reset(scales)
+    if transposed:
+        matrices, scales = [g.mT for g in matrices], _transposed(scales)
+    _write(batch, matrices, scales, end_with_rows=balanced)
+
+
+def _sharded_side(shard: Shard) -> str | None:
+    """What a process holds of the matrices of a parameter: "rows", "columns", or None when each is whole on one.
+
+    Raises:
+        ValueError: for matrices cut along both dimensions, or in strides.
+    """
+    if not shard.groups:
+        return None
+    if shard.dim is None:
+        raise ValueError(
+            f"SinkGD takes matrices that are whole or sharded along one dimension over one mesh dimension "
+            f"(fully_shard's way); got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
+            "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
+        )
+    if len(shard.shape) == 3:  # a stack of matrices
+        return (None, "rows", "columns")[shard.dim]
+    return "columns" if shard.dim else "rows"
+
+
+def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, look_ahead: bool) -> list[Tensor]:
+    """Take matrices into the momenta, but for those that are not finite; the averages, before they are rounded."""
+    group, averages = batch.group, []
+    for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
+        stored = local(state["momentum_buffer"])
+        buffer = as_matrices(stored, group["transposed"], group["flatten"])
+        average = rule.momentum_average(buffer, matrix, group["momentum"])
+        if bad is not None:
+            average = torch.where(bad[i] > 0, buffer.to(average.dtype), average)
+        stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
+        averages.append(rule.momentum_average(average, matrix, group["momentum"]) if look_ahead else average)
+    return averages
+
+
+def _reset(scales: Scales) -> None:
+    """Make the scales those of matrices that are normalized already: 1, and NaN where a matrix is not finite."""
+    for rows, cols in zip(scales.rows, scales.cols, strict=True):
+        bad = torch.isnan(cols).any(dim=-1, keepdim=True)
+        rows.fill_(1.0)
+        cols.copy_(torch.where(bad, math.nan, torch.ones_like(cols)))
+
+
+def _transposed(scales: Scales) -> Scales:
+    """Scales of the transposed matrices. A matrix that is not finite has NaN in all its columns: they keep that."""
+    for rows, cols in zip(scales.rows, scales.cols, strict=True):
+        rows.masked_fill_(torch.isnan(cols).any(dim=-1, keepdim=True), math.nan)
+    return Scales(scales.cols, scales.rows, scales.flat_cols, scales.flat_rows)
+
+
+def _write(batch: Batch, matrices: list[Tensor], scales: Scales | None, *, end_with_rows: bool) -> None:
+    """p = p * (1 - lr * scale * weight_decay) - lr * scale * X; counts matrices that are not finite.
+
+    ``scales``: None where X is still to be found: normalization and update are then one pass over memory.
+    """
+    group = batch.group
+    weights = [local(p) for p in batch.params]
+    scalars = rule.step_scalars(group["lr"], group["scale"], group["weight_decay"], weights[0])
+    options = batch.options(scalars)
+
+    def step(targets: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
+        if scales is not None:
+            return scaled_step(targets, matrices, scales.rows, scales.cols, rounding_state, options)
+        iterations = {"num_iters": group["num_iters"], "end_with_rows": end_with_rows}
+        return sinkhorn_step(targets, matrices, rounding_state, options, **iterations)
+
+    flags = write_back(step, weights, batch.rounding_state(), [not group["flatten"]] * len(weights))
+    count_nonfinite(group, flags)
 
 
 def algorithm_of(group: dict[str, Any], param: Tensor) -> str:

@@ -1,4 +1,13 @@
-"""The multiple-choice knapsack: one level per group, least total loss within a budget; exact, in integers."""
+"""The rule of layer-adaptive pruning: the multiple-choice knapsack by dynamic programming, exact in integers.
+
+One level k_g per group g, least total loss within a budget B:
+
+    min sum_g losses[g][k_g]   subject to   sum_g costs[g][k_g] <= B
+    f_0(b) = 0,   f_n(b) = min_k f_{n-1}(b - costs[n][k]) + losses[n][k]      :func:`next_row`
+    k_n = the k of that minimum at b,   b <- b - costs[n][k_n],   n = N .. 1   :func:`level_at`
+
+:func:`solve_knapsack` makes the rows f_1 .. f_N, and :class:`KnapsackTable` goes back through them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# states worked on at a time: a stretch of this length and its two operands stay in a core's cache
+# states computed together: the three operands of this length stay in a core's cache
 _STRETCH = 1 << 14
 
 
@@ -29,76 +38,53 @@ class InfeasibleBudget(ValueError):
         self.lowest, self.highest = lowest, highest
 
 
-@dataclass(frozen=True)
-class KnapsackTable:
-    """What :func:`solve_knapsack` found: the best choice for every budget up to the one it was made for.
+def next_row(previous: Floats, costs: Ints, losses: Floats, states: int) -> Floats:
+    """``f_n(b) = min_k f_{n-1}(b - costs[k]) + losses[k]`` for b = 0 .. ``states``.
 
-    Attributes:
-        budget: the largest budget it answers for.
-        lowest, highest: cost of the cheapest choice of all, and of the dearest.
-        unit: greatest common divisor of all differences of costs within a group: the table has a state per unit.
+    Args:
+        previous: f_{n-1}, float64 [any length]; constant beyond its end.
+        costs, losses: of the levels of group n; costs >= 0, the cheapest 0.
+        states: largest b.
+
+    Returns:
+        f_n, float64, cut where it becomes constant.
     """
+    size = min(states, len(previous) - 1 + int(costs.max())) + 1
+    padded = np.concatenate([previous[:size], np.full(max(size - len(previous), 0), previous[-1])])
+    row = np.full(size, np.inf)
+    sums = np.empty(min(size, _STRETCH))
+    levels = sorted(zip(costs.tolist(), losses.tolist(), strict=True))
+    for start in range(0, size, _STRETCH):
+        stop = min(start + _STRETCH, size)
+        for cost, loss in levels:
+            if cost >= stop:
+                break
+            first = max(start, cost)
+            candidate = np.add(padded[first - cost : stop - cost], loss, out=sums[: stop - first])
+            np.minimum(row[first:stop], candidate, out=row[first:stop])
+    return row
 
-    budget: int
-    lowest: int
-    highest: int
-    unit: int
-    _costs: tuple[Ints, ...]  # in units above the group's cheapest level, in the order of the rows
-    _losses: tuple[Floats, ...]
-    _order: tuple[int, ...]
-    _rows: tuple[Floats, ...]  # least loss of the first groups by budget in units; constant beyond a row's end
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the table."""
-        return sum(row.nbytes for row in self._rows)
+def level_at(previous: Floats, row: Floats, costs: Ints, losses: Floats, state: int) -> int:
+    """The level k with ``f_{n-1}(b - costs[k]) + losses[k] = f_n(b)`` at b = ``state``; of several the dearest.
 
-    def value(self, budget: int | None = None) -> float:
-        """Least total loss of a choice that costs at most ``budget`` (None: the table's)."""
-        return float(self._rows[-1][self._state(budget)])
-
-    def choose(self, budget: int | None = None) -> list[int]:
-        """Level of every group, in the order they were given, of a choice with that loss.
-
-        Of levels that give the same loss the dearer one is taken: what is kept at no loss is kept.
-
-        Notes:
-            O(groups * levels): a table is made once and asked for any number of budgets.
-        """
-        state = self._state(budget)
-        levels = [0] * len(self._order)
-        for place in range(len(self._order) - 1, -1, -1):
-            before, row = self._rows[place], self._rows[place + 1]
-            state = min(state, len(row) - 1)
-            costs, losses = self._costs[place], self._losses[place]
-            fits = np.flatnonzero(costs <= state)
-            found = before[np.minimum(state - costs[fits], len(before) - 1)] + losses[fits]
-            # the sums are those the row was made of, so that equal means equal
-            best = fits[found == row[state]]
-            level = int(best[np.argmax(costs[best])])
-            levels[self._order[place]] = level
-            state -= int(costs[level])
-        return levels
-
-    def front(self) -> tuple[Ints, Floats]:
-        """The Pareto front: costs at which a larger budget first pays, increasing, and the losses, decreasing."""
-        row = self._rows[-1]
-        first = np.flatnonzero(np.diff(row, prepend=np.inf) < 0)
-        return self.lowest + first * self.unit, row[first]
-
-    def _state(self, budget: int | None) -> int:
-        budget = self.budget if budget is None else budget
-        if budget > self.budget:
-            raise ValueError(f"the table answers for budgets up to {self.budget}, not {budget}: make one for that")
-        _check_reachable(budget, self.lowest, self.highest)
-        return min((budget - self.lowest) // self.unit, len(self._rows[-1]) - 1)
+    Args:
+        previous, row: f_{n-1} and f_n of :func:`next_row`.
+        costs, losses: of the levels of group n.
+        state: b, within the row.
+    """
+    fits = np.flatnonzero(costs <= state)
+    sums = previous[np.minimum(state - costs[fits], len(previous) - 1)] + losses[fits]
+    # these are the sums that the row was made of, so that equal means equal
+    best = fits[sums == row[state]]
+    return int(best[np.argmax(costs[best])])
 
 
 def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike], budget: int) -> KnapsackTable:
     """Minimize ``sum_g losses[g][k_g]`` subject to ``sum_g costs[g][k_g] <= budget`` over the levels k, exactly.
 
-    With groups 1 .. n taken in turn, ``f_n(b) = min_k f_{n-1}(b - costs[n][k]) + losses[n][k]`` for every b from the
-    least possible cost to the budget, and f_0 = 0. Going back from b finds the levels.
+    ``f_0 = 0`` and ``f_n(b) = min_k f_{n-1}(b - costs[n][k]) + losses[n][k]`` for every b from the least possible cost
+    to the budget, group after group. Going back from b = budget gives the levels.
 
     Args:
         costs: per group, integers >= 0, one per level, in any order.
@@ -138,7 +124,7 @@ def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLik
     states = (min(budget, highest) - lowest) // unit
     rows = [np.zeros(1)]
     for g in order:
-        rows.append(_extend(rows[-1], *scaled[g], states))
+        rows.append(next_row(rows[-1], *scaled[g], states))
     return KnapsackTable(
         budget,
         lowest,
@@ -151,32 +137,73 @@ def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLik
     )
 
 
-def _extend(before: Floats, costs: Ints, losses: Floats, states: int) -> Floats:
-    """The next row: min over levels of ``before[b - cost] + loss`` for b = 0, ..., as far as it is not constant."""
-    size = min(states, len(before) - 1 + int(costs.max())) + 1
-    padded = np.concatenate([before, np.full(size - len(before), before[-1])])
-    row = np.full(size, np.inf)
-    spare = np.empty(min(size, _STRETCH))
-    levels = sorted(zip(costs.tolist(), losses.tolist(), strict=True))
-    for start in range(0, size, _STRETCH):
-        stop = min(start + _STRETCH, size)
-        for cost, loss in levels:
-            if cost >= stop:
-                break
-            first = max(start, cost)
-            sums = np.add(padded[first - cost : stop - cost], loss, out=spare[: stop - first])
-            np.minimum(row[first:stop], sums, out=row[first:stop])
-    return row
+@dataclass(frozen=True)
+class KnapsackTable:
+    """The solution of :func:`solve_knapsack` for every budget up to the one it was made for.
+
+    Attributes:
+        budget: the largest budget it answers for.
+        lowest, highest: total cost of the cheapest levels, and of the dearest.
+        unit: greatest common divisor of all differences of costs within a group; a row has a state per unit.
+    """
+
+    budget: int
+    lowest: int
+    highest: int
+    unit: int
+    _costs: tuple[Ints, ...]  # in units above the group's cheapest level, in the order of the rows
+    _losses: tuple[Floats, ...]
+    _order: tuple[int, ...]
+    _rows: tuple[Floats, ...]  # least loss of the first groups by budget in units; constant beyond a row's end
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return sum(row.nbytes for row in self._rows)
+
+    def value(self, budget: int | None = None) -> float:
+        """Least total loss of a choice that costs at most ``budget`` (None: the table's)."""
+        return float(self._rows[-1][self._state(budget)])
+
+    def choose(self, budget: int | None = None) -> list[int]:
+        """Level of every group, in the order they were given, of a choice with that loss.
+
+        Of levels with the same loss the dearest is taken, so that no weight is pruned for nothing.
+
+        Notes:
+            O(groups * levels): a table is made once and asked for any number of budgets.
+        """
+        state = self._state(budget)
+        levels = [0] * len(self._order)
+        for n in range(len(self._order) - 1, -1, -1):
+            state = min(state, len(self._rows[n + 1]) - 1)
+            level = level_at(self._rows[n], self._rows[n + 1], self._costs[n], self._losses[n], state)
+            levels[self._order[n]] = level
+            state -= int(self._costs[n][level])
+        return levels
+
+    def front(self) -> tuple[Ints, Floats]:
+        """The Pareto front: costs at which a larger budget first pays, increasing, and the losses, decreasing."""
+        row = self._rows[-1]
+        first = np.flatnonzero(np.diff(row, prepend=np.inf) < 0)
+        return self.lowest + first * self.unit, row[first]
+
+    def _state(self, budget: int | None) -> int:
+        budget = self.budget if budget is None else budget
+        if budget > self.budget:
+            raise ValueError(f"the table answers for budgets up to {self.budget}, not {budget}: make one for that")
+        _check_reachable(budget, self.lowest, self.highest)
+        return min((budget - self.lowest) // self.unit, len(self._rows[-1]) - 1)
 
 
 def solve_lagrange(
     costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike], budget: int, *, tolerance: float = 1e-12
 ) -> tuple[list[int], float]:
-    """A quick answer to what :func:`solve_knapsack` solves: every group minimizes ``loss + price * cost`` by itself.
+    """Approximate :func:`solve_knapsack` by a Lagrangian: every group minimizes ``loss + price * cost`` by itself.
 
-    The price of a unit of cost is found by bisection: the lowest at which the choice fits the budget. The choice is the
-    best one for what it costs, but it may leave some of the budget unused: only choices on the lower convex hull of the
-    Pareto front can be found. Its loss is never below the exact one.
+    Bisection finds the lowest price at which the levels fit the budget. The levels are the best for their cost, but may
+    leave some of the budget unused: the Lagrangian reaches only the lower convex hull of the Pareto front. Its loss is
+    never below the exact one.
 
     Args:
         costs, losses, budget: as for :func:`solve_knapsack`.
@@ -210,9 +237,9 @@ def solve_lagrange(
             low, high = high, 2 * high
         while high - low > tolerance * high:
             middle = (low + high) / 2
-            found = at(middle)
-            if found[1] <= budget:
-                high, best = middle, found if found[2] <= best[2] else best
+            candidate = at(middle)
+            if candidate[1] <= budget:
+                high, best = middle, candidate if candidate[2] <= best[2] else best
             else:
                 low = middle
     return [int(order[k]) for order, k in zip(orders, best[0], strict=True)], best[2]
@@ -221,7 +248,7 @@ def solve_lagrange(
 def _checked(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike]) -> list[tuple[Ints, Floats]]:
     if len(costs) != len(losses) or not len(costs):
         raise ValueError(f"knapsack: expected costs and losses of as many groups, got {len(costs)} and {len(losses)}")
-    found = []
+    groups = []
     for g, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
         c, d = np.asarray(cost), np.asarray(loss, dtype=np.float64)
         if not np.issubdtype(c.dtype, np.integer):
@@ -230,8 +257,8 @@ def _checked(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike]) ->
             raise ValueError(f"knapsack: group {g} has costs of shape {c.shape} and losses of shape {d.shape}")
         if (c < 0).any() or not np.isfinite(d).all():
             raise ValueError(f"knapsack: group {g} has a cost below 0 or a loss that is not finite")
-        found.append((c.astype(np.int64), d))
-    return found
+        groups.append((c.astype(np.int64), d))
+    return groups
 
 
 def _check_reachable(budget: int, lowest: int, highest: int) -> None:

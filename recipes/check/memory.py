@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from leanstep.kernels import use_backend
-from leanstep.optimizers.common.base import dtype_of
+from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import mask_bytes
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
-
-__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "estimate_or_reason", "optimizer_state_bytes", "unique_bytes"]
 
 _OPTIONAL = ("gradient exchange", "masks, masked weights")
 MARGIN = 0.10  # allocator rounding, workspaces, fragmentation

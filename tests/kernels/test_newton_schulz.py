@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from kernel_cases import bits_equal, dtype_name, matrices
+from polar_express import minimax_quintic, polar_express
 
 from leanstep.kernels import COEFFICIENTS, newton_schulz, nuclear_norm, use_backend
 from leanstep.kernels.matrices.newton_schulz import flops
 from leanstep.kernels.matrices.newton_schulz_batched import jobs_of, lengths_of_runs
-from leanstep.kernels.reference.matrices.newton_schulz import minimax_quintic, polar_express
 
 BACKENDS = ["reference", "auto"]
 METHODS = ["standard", "gram"]
@@ -208,9 +208,9 @@ def test_lists_stacks_and_layouts(backend, method, dirty_memory):
 def test_jobs_gather_matrices_of_one_shape(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     small, large = [torch.zeros(8, 16)] * 5, [torch.zeros(512, 512)] * 3
-    jobs = [job.members for job in jobs_of([*small, *large, torch.zeros(0, 4)])]
+    jobs = [job.indices for job in jobs_of([*small, *large, torch.zeros(0, 4)])]
     assert jobs == [[0, 1, 2, 3, 4], *([[5], [6], [7]] if threads == 1 else [[5, 6], [7]])]
-    assert [job.members for job in jobs_of([torch.empty(5000, 5000)] * 2)] == [[0], [1]]
+    assert [job.indices for job in jobs_of([torch.empty(5000, 5000)] * 2)] == [[0], [1]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
 from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
+from leanstep import use_backend
 from leanstep.optimizers import NonFiniteGradientError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -143,14 +144,15 @@ def test_maximize_is_minimize_of_the_negative(case: OptimizerCase):
 
 
 @every_case
-def test_foreach_equals_the_loop(case: OptimizerCase):
+def test_lists_loops_and_the_definition_agree(case: OptimizerCase):
     results = []
-    for foreach in (False, True, None):
+    for foreach, backend in ((None, "reference"), (False, "auto"), (True, "auto"), (None, "auto")):
         params = case.params(case.shapes)
         # torch's AdamW differs from itself in the last bit between its loops; fused=False pins one of them
         fused = {"fused": False} if "fused" in case.build(case.params()).defaults else {}
         optimizer = case.build(params, foreach=foreach, **fused)
-        run(optimizer, params, range(3))
+        with use_backend(backend):
+            run(optimizer, params, range(3))
         results.append(params)
     for other in results[1:]:
         if case.exact_foreach:
@@ -776,4 +778,33 @@ def test_compiles_as_one_graph(case: OptimizerCase):
     assert len(graphs) <= case.graphs
     unit = torch.finfo(case.dtype).eps
     torch.testing.assert_close(compiled_params, plain_params, rtol=8 * unit, atol=8 * unit)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager") for case in CASES]
+    # code generation takes half a minute a row
+    + [
+        pytest.param(case, "inductor", id=f"{case.name}-inductor")
+        for case in CASES
+        if case.large and case.dtype == torch.float32
+    ],
+)
+def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
+    """Parameters and all state: what a step writes in place must survive functionalization and code generation."""
+    torch._dynamo.reset()
+    compiled_params, plain_params = case.params(), case.params()
+    lr = case.kwargs.get("lr", 2e-2)
+    compiled = case.build(compiled_params, lr=torch.tensor(lr))
+    plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
+    fill_grads(compiled_params, 0)
+    step = torch.compile(compiled.step, fullgraph=True, backend=backend)
+    for i in range(3):
+        fill_grads(compiled_params, i)
+        step()
+        run(plain, plain_params, range(i, i + 1))
+    for a, b in zip(snapshot(compiled), snapshot(plain), strict=True):
+        unit = torch.finfo(case.dtype).eps
+        torch.testing.assert_close(a, b, rtol=64 * unit, atol=64 * unit)
     torch._dynamo.reset()

@@ -21,7 +21,8 @@ from leanstep.pruning import (
     outlier_ratio,
     snap,
 )
-from leanstep.pruning.allocate.closed_form import LampScores
+from leanstep.pruning.allocate import allocation
+from leanstep.pruning.allocate.closed_form import lamp_scores
 
 
 def power_curve(layer, weight, power=2.0, levels=None):
@@ -170,9 +171,9 @@ def test_negative_scores_cannot_be_compared():
 
 
 def test_lamp_divides_by_the_squares_of_the_larger_ones():
-    scores = LampScores({"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]])})["a"]
+    scores = lamp_scores(torch.tensor([[3.0, -1.0], [2.0, 4.0]]))
     assert scores.tolist() == pytest.approx([9 / 25, 1 / 30, 4 / 29, 1.0])
-    assert LampScores({"a": torch.zeros(2, 2)})["a"].tolist() == [0.0] * 4
+    assert lamp_scores(torch.zeros(2, 2)).tolist() == [0.0] * 4
     layers = [Layer("a", (2, 2)), Layer("b", (1, 2))]
     weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]]), "b": torch.tensor([[1e-3, 2e-3]])}
     # b's scores: 1/5 and 1; the scale of a layer does not matter
@@ -289,7 +290,7 @@ def test_dp_finds_the_optimum_of_a_convex_problem():
     }
     removed = 4 * 0.4 / (1 / a).sum() / a
     assert removed.max() < 0.99
-    found = allocate(layers, 0.4, curves=curves, states=1 << 13)
+    found = allocate(layers, 0.4, curves=curves)
     assert found.predicted == pytest.approx(float((a * removed**2).sum()), rel=2e-3)
     assert [found.layer_sparsity(f"{i}") for i in range(4)] == pytest.approx(removed.tolist(), abs=0.02)
 
@@ -307,21 +308,24 @@ def test_targets_from_one_table_are_those_from_their_own(blocks):
     assert allocations_along(layers, [], curves=curves) == []
 
 
-def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(blocks):
+def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(blocks, monkeypatch):
     layers, curves = blocks
     exact = allocate(layers, 0.6, curves=curves)
     for states in (100, 1000):
-        coarse = allocate(layers, 0.6, curves=curves, states=states)
+        monkeypatch.setattr(allocation, "STATES", states)
+        coarse = allocate(layers, 0.6, curves=curves)
         assert sum(coarse.kept.values()) == coarse.target == exact.target
         assert coarse.predicted >= exact.predicted * (1 - 1e-3)
     assert coarse.predicted == pytest.approx(exact.predicted, rel=0.02)
 
 
-def test_what_rounding_leaves_goes_where_it_saves_most():
+def test_what_rounding_leaves_goes_where_it_saves_most(monkeypatch):
+    monkeypatch.setattr(allocation, "STATES", 3)
+    monkeypatch.setattr(allocation, "POINTS", 2)
     layers = [Layer("flat", (10, 10)), Layer("steep", (10, 10))]
     flat = Curve("flat", 100, (100, 50), (0.0, 1.0), (0.0, 0.0), "kl")
     steep = Curve("steep", 100, (100, 50), (0.0, 5.0), (0.0, 0.0), "kl")
-    found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep}, points=2, states=3)
+    found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep})
     assert found.kept == {"flat": 50, "steep": 63} and found.target == 113
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from leanstep.pruning import InfeasibleBudget, solve_knapsack, solve_lagrange
 from leanstep.pruning.allocate import knapsack
+from leanstep.pruning.allocate.knapsack import level_at, next_row
 
 
 def instance(seed, ties=False):
@@ -97,6 +98,25 @@ def test_of_equal_losses_the_one_that_keeps_more_is_taken():
     table = solve_knapsack([[5, 3, 0], [5, 3, 0]], [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], 10)
     assert table.choose(10) == [0, 0]
     assert table.choose(0) == [2, 2]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_row_and_its_level_are_the_formula(seed):
+    """f_n(b) = min_k f_{n-1}(b - c_k) + d_k, and the level is one of those that reach it, the dearest."""
+    rng = np.random.default_rng(seed)
+    previous = np.sort(rng.integers(0, 9, int(rng.integers(1, 20))).astype(float))[::-1].copy()
+    costs = np.array([0, *rng.integers(0, 9, 4)])
+    losses = rng.integers(0, 5, 5) / 4
+    states = int(rng.integers(0, 30))
+    row = next_row(previous, costs, losses, states)
+    at = np.concatenate([previous, np.full(60, previous[-1])])
+    for b in range(states + 1):
+        sums = [at[b - c] + d if c <= b else np.inf for c, d in zip(costs, losses, strict=True)]
+        assert row[min(b, len(row) - 1)] == min(sums)
+        if b < len(row):
+            level = level_at(previous, row, costs, losses, b)
+            assert sums[level] == min(sums)
+            assert costs[level] == max(c for c, s in zip(costs, sums, strict=True) if s == min(sums))
 
 
 def test_no_state_is_skipped_where_a_stretch_ends(monkeypatch):

@@ -3,7 +3,7 @@
 #include "common.h"
 
 // as packed by the launcher, per tensor
-struct Hyper {
+struct Scalars {
     float decay, weight1, beta2, weight2, root2, eps, size;
 };
 
@@ -12,7 +12,7 @@ struct Moved {
 };
 
 // The fused multiply-adds are those of torch's kernel. An average moves from the nearer of its two ends.
-static inline Moved move(float param, float grad, float avg, float avg_sq, const Hyper& h, bool from_grad) {
+static inline Moved move(float param, float grad, float avg, float avg_sq, const Scalars& h, bool from_grad) {
     const float gradient = MAXIMIZE ? -grad : grad;
     const float end = from_grad ? gradient : avg, weight = from_grad ? h.weight1 - 1.0f : h.weight1;
     const float new_avg = fused(weight, gradient - avg, end);
@@ -22,9 +22,9 @@ static inline Moved move(float param, float grad, float avg, float avg_sq, const
 }
 
 static void step(
-    bf16* __restrict p, const bf16* __restrict g, bf16* __restrict m, bf16* __restrict v, int64_t n, const Hyper& values
+    bf16* __restrict p, const bf16* __restrict g, bf16* __restrict m, bf16* __restrict v, int64_t n, const Scalars& values
 ) {
-    const Hyper h = values;
+    const Scalars h = values;
     const bool from_grad = h.weight1 >= 0.5f;
 #pragma omp simd
     for (int64_t j = 0; j < n / 2; ++j) {
@@ -39,10 +39,10 @@ static void step(
 
 extern "C" void adamw_step(
     int64_t count, bf16** params, const bf16** grads, bf16** avgs, bf16** avg_sqs, const int64_t* sizes,
-    const Hyper* hyper, int threads
+    const Scalars* scalars, int threads
 ) {
     // the processor's own prefetching does best alone here
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        step(params[t] + begin, grads[t] + begin, avgs[t] + begin, avg_sqs[t] + begin, end - begin, hyper[t]);
+        step(params[t] + begin, grads[t] + begin, avgs[t] + begin, avg_sqs[t] + begin, end - begin, scalars[t]);
     });
 }

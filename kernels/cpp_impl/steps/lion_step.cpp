@@ -3,7 +3,7 @@
 // PARAM, GRAD, AVG: float or bf16. ROUNDING: see common.h. CAUTIOUS, ALIGNED, MAXIMIZE, SKIP: 0 or 1.
 #include "common.h"
 
-using ExtraT = Extra<PARAM, ROUNDING>::type;
+using StateT = RoundingState<PARAM, ROUNDING>::type;
 
 // entries that are looked at, then updated; the processor's own prefetching does best alone on stretches like this
 constexpr int64_t PIECE = 4 * CHUNK;
@@ -20,16 +20,16 @@ struct Moved {
 };
 
 // one entry; a gradient that counts as it comes
-static inline Moved move(float gradient, float momentum, float weight, const float* hyper, float cautious_scale) {
-    const float c = hyper[2] * momentum + hyper[3] * gradient;
-    float update = sign(c), distance = along(hyper[0], c);
+static inline Moved move(float gradient, float momentum, float weight, const float* scalars, float cautious_scale) {
+    const float c = scalars[2] * momentum + scalars[3] * gradient;
+    float update = sign(c), distance = along(scalars[0], c);
     if (CAUTIOUS) {
         update = update * gradient > 0.0f ? update * cautious_scale : 0.0f;
-        distance = hyper[0] * update;
+        distance = scalars[0] * update;
     }
-    float decayed = weight * hyper[1];
+    float decayed = weight * scalars[1];
     if (ALIGNED) decayed = update * weight >= 0.0f ? decayed : weight;
-    return {decayed - distance, hyper[4] * momentum + hyper[5] * gradient};
+    return {decayed - distance, scalars[4] * momentum + scalars[5] * gradient};
 }
 
 static inline float signed_gradient(float gradient) { return MAXIMIZE ? -gradient : gradient; }
@@ -37,11 +37,11 @@ static inline float signed_gradient(float gradient) { return MAXIMIZE ? -gradien
 // with `skipping`, entries whose gradient is not finite keep what they hold
 template <bool skipping>
 static void step(
-    PARAM* __restrict p, const GRAD* __restrict g, AVG* __restrict m, ExtraT* __restrict extra, int64_t n,
+    PARAM* __restrict p, const GRAD* __restrict g, AVG* __restrict m, StateT* __restrict state, int64_t n,
     const float* hyper_values, float cautious_scale, uint32_t seed, uint32_t offset
 ) {
-    float hyper[6];
-    std::copy(hyper_values, hyper_values + 6, hyper);
+    float scalars[6];
+    std::copy(hyper_values, hyper_values + 6, scalars);
     int64_t done = 0;
     if constexpr (!skipping && all_bf16<PARAM, GRAD, AVG> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
         done = n / 2 * 2;
@@ -49,8 +49,8 @@ static void step(
         for (int64_t j = 0; j < n / 2; ++j) {
             const Pair gradient = load_pair(g, j), momentum = load_pair(m, j), weight = load_pair(p, j);
             const uint32_t i = offset + static_cast<uint32_t>(2 * j);
-            const Moved low = move(signed_gradient(gradient.low), momentum.low, weight.low, hyper, cautious_scale);
-            const Moved high = move(signed_gradient(gradient.high), momentum.high, weight.high, hyper, cautious_scale);
+            const Moved low = move(signed_gradient(gradient.low), momentum.low, weight.low, scalars, cautious_scale);
+            const Moved high = move(signed_gradient(gradient.high), momentum.high, weight.high, scalars, cautious_scale);
             store_pair(m, j, low.momentum, high.momentum);
             store_pair(p, j, before_rounding<ROUNDING, PARAM>(low.weight, i, seed),
                        before_rounding<ROUNDING, PARAM>(high.weight, i + 1, seed));
@@ -59,18 +59,18 @@ static void step(
 #pragma omp simd
     for (int64_t i = done; i < n; ++i) {
         const float gradient = signed_gradient(widen(g[i]));
-        const Moved moved = move(gradient, widen(m[i]), weight_of<ROUNDING>(p[i], extra, i), hyper, cautious_scale);
+        const Moved moved = move(gradient, widen(m[i]), weight_of<ROUNDING>(p[i], state, i), scalars, cautious_scale);
         const bool keep = skipping && !is_finite(gradient);
         AVG next;
         narrow(moved.momentum, next);
         m[i] = keep ? m[i] : next;
-        store_weight<ROUNDING>(moved.weight, keep, p, extra, i, offset + static_cast<uint32_t>(i), seed);
+        store_weight<ROUNDING>(moved.weight, keep, p, state, i, offset + static_cast<uint32_t>(i), seed);
     }
 }
 
 extern "C" void lion_step(
-    int64_t count, PARAM** params, const GRAD** grads, AVG** exp_avgs, ExtraT** extras, const int64_t* sizes,
-    const float* hyper, const float* cautious_scale, const int64_t* seeds, const int64_t* offsets, int32_t* flags,
+    int64_t count, PARAM** params, const GRAD** grads, AVG** exp_avgs, StateT** states, const int64_t* sizes,
+    const float* scalars, const float* cautious_scale, const int64_t* seeds, const int64_t* offsets, int32_t* flags,
     int threads
 ) {
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
@@ -79,7 +79,7 @@ extern "C" void lion_step(
             // the masked loop costs half as much again, so it runs only where the gradient needs it
             const bool masked = SKIP && any_nonfinite(grads[t] + from, n);
             (masked ? step<true> : step<false>)(
-                params[t] + from, grads[t] + from, exp_avgs[t] + from, extras ? extras[t] + from : nullptr, n, hyper,
+                params[t] + from, grads[t] + from, exp_avgs[t] + from, states ? states[t] + from : nullptr, n, scalars,
                 cautious_scale ? cautious_scale[t] : 1.0f, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
                 static_cast<uint32_t>((offsets ? offsets[t] : 0) + from)
             );
@@ -89,10 +89,10 @@ extern "C" void lion_step(
 }
 
 extern "C" void lion_agreement(
-    int64_t count, const GRAD** grads, const AVG** exp_avgs, const int64_t* sizes, const float* hyper,
+    int64_t count, const GRAD** grads, const AVG** exp_avgs, const int64_t* sizes, const float* scalars,
     int64_t* counts, int threads
 ) {
-    const float beta1 = hyper[2], rest1 = hyper[3];
+    const float beta1 = scalars[2], rest1 = scalars[3];
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
         const GRAD* g = grads[t];
         const AVG* m = exp_avgs[t];

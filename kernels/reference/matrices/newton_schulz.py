@@ -16,19 +16,14 @@ from torch import Tensor
 
 Triple = tuple[float, float, float]
 
-# Two numbers of the Polar Express (Amsel, Persson, Musco, Gower, arXiv 2505.16932): rounding lifts singular values
-# above the interval a polynomial is made for, so that all steps but the last see theirs divided by SAFETY; and no
-# polynomial is made for an interval that begins below CUSHION times its end, where it would be flat.
-SAFETY = 1.01
-CUSHION = 0.02407327424182761
-
 # (a, b, c) by name, one triple per step; the last one is repeated when more steps are asked for
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), github.com/KellerJordan/Muon.
     # Tuned for slope at 0: after five steps, singular values from 0.2 % of the norm are between 0.68 and 1.21, those
     # from 1 % below 1.14; they do not converge to 1
     "jordan": ((3.4445, -4.7750, 2.0315),),
-    # polar_express(1e-3, 8), the lower bound of the paper; SAFETY is applied
+    # Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, for singular values from 1e-3, the
+    # paper's lower bound, with its safety factor; tests/helpers/polar_express.py derives it
     "polar_express": (
         (8.20516041400557, -22.90193498705603, 16.4607249101803),
         (4.06639515994277, -2.86115408675514, 0.5183995226694738),
@@ -39,7 +34,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (1.856437109728543, -1.2132392818649087, 0.3567997893874689),
         (1.875, -1.25, 0.375),
     ),
-    # polar_express(0.015, 3) and its limit: for nuclear norms, in which small singular values weigh little
+    # the same from 0.015 in 3 steps, and its limit: for nuclear norms, in which small singular values weigh little
     "nuclear": (
         (7.755565002621937, -21.647041193095454, 15.558772234759974),
         (3.3785445759557904, -2.4829067599405827, 0.4928056730316914),
@@ -98,61 +93,3 @@ def frobenius(batch: Tensor) -> Tensor:
     largest = batch.abs().amax((-2, -1), keepdim=True)
     norm = torch.linalg.vector_norm(batch / torch.where(largest == 0, 1.0, largest), dim=(-2, -1), keepdim=True)
     return norm * largest
-
-
-def polar_express(lower: float, steps: int) -> tuple[Triple, ...]:
-    """Coefficients of the odd quintics whose composition stays closest to 1 on [lower, 1], SAFETY applied.
-
-    Greedy by the paper's theorem: each polynomial is the best one, in the largest error, for the interval to which
-    those before it have taken [lower, 1] (Amsel, Persson, Musco, Gower, "The Polar Express: Optimal Matrix Sign
-    Methods and Their Application to the Muon Algorithm", arXiv 2505.16932).
-
-    Args:
-        lower: in (0, 1): singular values below this part of the largest come out below 1.
-        steps: number of triples, at least 1.
-
-    Raises:
-        ValueError: if an argument is out of range.
-    """
-    if not 0 < lower < 1 or steps < 1:
-        raise ValueError(f"polar_express: expected 0 < lower < 1 and steps >= 1, got lower={lower}, steps={steps}")
-    triples: list[Triple] = []
-    upper = 1.0
-    for _ in range(steps):
-        a, b, c = minimax_quintic(max(lower, CUSHION * upper), upper)
-        if lower < CUSHION * upper:
-            # the values at both ends of the true interval again lie symmetrically about 1
-            scale = 2.0 / (_odd(a, b, c, lower) + _odd(a, b, c, upper))
-            a, b, c = a * scale, b * scale, c * scale
-        triples.append((a, b, c))
-        lower = _odd(a, b, c, lower)
-        upper = 2.0 - lower
-    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in triples[:-1]]
-    return (*safe, triples[-1])
-
-
-def minimax_quintic(lower: float, upper: float) -> Triple:
-    """The odd polynomial a t + b t^3 + c t^5 with the smallest largest distance from 1 on [lower, upper].
-
-    Remez exchange: its error takes its extreme value, with alternating sign, at both ends and at two points between.
-    """
-    if lower / upper > 1 - 5e-6:
-        return 1.875 / upper, -1.25 / upper**3, 0.375 / upper**5
-    inner = [(3 * lower + upper) / 4, (lower + 3 * upper) / 4]
-    error = float("inf")
-    for _ in range(100):
-        t = torch.tensor([lower, *inner, upper], dtype=torch.float64)
-        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-        system = torch.stack([t, t**3, t**5, signs], dim=1)
-        a, b, c, new_error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
-        if abs(new_error - error) <= 1e-15:
-            break
-        error = new_error
-        # where the derivative a + 3 b t^2 + 5 c t^4 vanishes
-        root = (9 * b * b - 20 * a * c) ** 0.5
-        inner = [((-3 * b - root) / (10 * c)) ** 0.5, ((-3 * b + root) / (10 * c)) ** 0.5]
-    return a, b, c
-
-
-def _odd(a: float, b: float, c: float, t: float) -> float:
-    return a * t + b * t**3 + c * t**5

@@ -90,7 +90,10 @@ def lion_step_kernel(
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program k updates TILES * BLOCK elements of one tensor. A row is (p, g, m, extra, numel, aligned, index, 0)."""
+    """Program k updates TILES * BLOCK elements of one tensor.
+
+    A row is (p, g, m, rounding state, numel, aligned, index, 0).
+    """
     entry = tl.load(programs + tl.program_id(0))
     row = rows + (entry >> 32) * 8
     start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
@@ -108,7 +111,7 @@ def lion_step_kernel(
     index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
 
     lane = tl.arange(0, BLOCK)
-    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    skipped = tl.zeros([BLOCK], dtype=tl.int32)
     # whole tiles of aligned tensors: no mask and a provable alignment, so that accesses are 128 bits wide
     whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
     p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + start
@@ -116,22 +119,22 @@ def lion_step_kernel(
     m_ptr = aligned_pointer(tl.load(row + 2), M_DTYPE) + start
     e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
     for t in range(0, whole):
-        seen |= _step_tile(
+        skipped |= _step_tile(
             p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
-    # the tail, and tensors that start anywhere; read again, because an address kept from above is a register spilled
+    # the tail, and unaligned tensors; addresses are read again, since keeping them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
     g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
     m_ptr = tl.load(row + 2).to(tl.pointer_type(M_DTYPE)) + start
     e_ptr = tl.load(row + 3).to(tl.pointer_type(E_DTYPE)) + start
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
-        seen |= _step_tile(
+        skipped |= _step_tile(
             p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
-    if tl.max(seen, 0) != 0:
+    if tl.max(skipped, 0) != 0:
         tl.store(flags + tl.load(row + 6), 1)
 
 
@@ -248,9 +251,9 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
     return counts.to(torch.float32)
 
 
-def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes a tensor: its own if compiled for, else fp32 through an exact copy."""
-    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else others))
+def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernel takes a tensor: its own if there is a variant for it, else fp32 (an exact copy)."""
+    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
     return dtype if dtype in native else torch.float32
 
 

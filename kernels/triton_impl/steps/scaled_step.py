@@ -52,14 +52,14 @@ def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
     batch = entry & 0xFFFFFFFF
     n = tl.load(row + 4)
     c_ptr = tl.load(row + 15).to(tl.pointer_type(tl.float32)) + batch * n
-    seen = tl.zeros([BLOCK], dtype=tl.int32)
+    is_nan = tl.zeros([BLOCK], dtype=tl.int32)
     for j in range(0, n.to(tl.int32), BLOCK):
         offs = j + tl.arange(0, BLOCK)
         c = tl.load(c_ptr + offs, mask=offs < n, other=0.0)
-        seen |= (c != c).to(tl.int32)
-    found = tl.max(seen, 0)
-    tl.store(bad + tl.load(row + 18) + batch, found)
-    if found != 0:
+        is_nan |= (c != c).to(tl.int32)
+    any_nan = tl.max(is_nan, 0)
+    tl.store(bad + tl.load(row + 18) + batch, any_nan)
+    if any_nan != 0:
         # several matrices of a batch may write, all of them the same value
         tl.store(flags + tl.load(row + 19), 1)
 
@@ -90,7 +90,7 @@ def scaled_step_kernel(
 ):  # fmt: skip
     """ROWS rows of a strip of BLOCK_N columns.
 
-    A row of the table is (p, g, extra addresses, m, n, strides of p, of g, of extra, row scales, column scales
+    A row of the table is (p, g, rounding state addresses, m, n, strides of the three, row scales, column scales
     addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
     """
     entry = tl.load(programs + tl.program_id(0))
@@ -220,7 +220,7 @@ def _table(
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes G: its own if compiled for, else fp32 through a copy, which is exact."""
+    """The dtype in which the kernel takes G: its own if there is a variant for it, else fp32 (an exact copy)."""
     native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
     return dtype if dtype in native else torch.float32
 

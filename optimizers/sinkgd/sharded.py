@@ -1,0 +1,91 @@
+"""SinkGD's sums over processes: scales and row norms of matrices of which every process holds rows or columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels import Scales
+from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
+from leanstep.optimizers.common.matrices import matrix_shape
+from leanstep.optimizers.common.sharding import Reduction, Shard, Steps, together
+from leanstep.optimizers.sinkgd import rule
+
+
+def normalize(
+    matrices: list[Tensor], shards: list[Shard], sides: list[str | None], num_iters: int, *, end_with_rows: bool
+) -> Steps[Scales]:
+    """Scales as of :func:`leanstep.optimizers.sinkgd.rule.normalize`, for whole and sharded matrices together.
+
+    Matrices that are sharded the same way share one reduction an iteration.
+
+    Args:
+        matrices: this process's parts.
+        shards: of the whole matrices.
+        sides: "rows" or "columns", where a process holds some of them; None for whole matrices.
+        num_iters, end_with_rows: as for the rule.
+    """
+    sets: dict[Any, list[int]] = {}
+    for i, (side, shard) in enumerate(zip(sides, shards, strict=True)):
+        sets.setdefault((side, shard.groups if side else ()), []).append(i)
+    results = yield from together(
+        [
+            _normalize_alike([matrices[i] for i in set_], [shards[i] for i in set_], side, num_iters, end_with_rows)
+            for (side, _), set_ in sets.items()
+        ]
+    )
+    if len(results) == 1:
+        return results[0]
+    by_index: dict[int, tuple[Tensor, Tensor]] = {}
+    for set_, scales in zip(sets.values(), results, strict=True):
+        by_index.update(zip(set_, zip(scales.rows, scales.cols, strict=True), strict=True))
+    (rows, flat_rows), (cols, flat_cols) = (
+        _in_one_buffer([by_index[i][k] for i in range(len(matrices))]) for k in (0, 1)
+    )
+    return Scales(rows, cols, flat_rows, flat_cols)
+
+
+def _normalize_alike(
+    matrices: list[Tensor], shards: list[Shard], side: str | None, num_iters: int, end_with_rows: bool
+) -> Steps[Scales]:
+    """Scales of matrices that are all whole, or all sharded the same way over the same processes."""
+    if side is None:
+        return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
+    if side == "rows":
+        totals = [matrix_shape(s)[0] for s in shards]
+        iteration = sinkhorn_of_rows(matrices, num_iters, end_with_rows=end_with_rows, rows_total=totals)
+    else:
+        totals = [matrix_shape(s)[1] for s in shards]
+        iteration = sinkhorn_of_columns(matrices, num_iters, end_with_rows=end_with_rows, cols_total=totals)
+    while True:
+        try:
+            partial, op = next(iteration)
+        except StopIteration as end:
+            return end.value
+        yield [Reduction(partial, shards[0].groups[0], op)]
+
+
+def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Copies of the tensors as views of one flat buffer, and the buffer."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], flat
+
+
+def all_reduce_row_norms(
+    norms: list[Tensor], totals: list[Tensor], shards: list[Shard], sides: list[str | None]
+) -> Steps[None]:
+    """Make norms of rows, and their sums over all rows, those of the whole matrices, in place."""
+    by_columns = [i for i, side in enumerate(sides) if side == "columns"]
+    if by_columns:
+        for i in by_columns:
+            norms[i].square_()
+        yield [Reduction(norms[i], shards[i].groups[0]) for i in by_columns]
+        for i in by_columns:
+            norms[i].sqrt_()
+            totals[i].copy_(norms[i].sum(dim=-1, keepdim=True))
+    by_rows = [i for i, side in enumerate(sides) if side == "rows"]
+    if by_rows:
+        yield [Reduction(totals[i], shards[i].groups[0]) for i in by_rows]

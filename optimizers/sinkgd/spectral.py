@@ -1,0 +1,89 @@
+"""SinkGD's hold on the operator norm of its updates: a power iteration that is carried from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep._torch import join_parts
+from leanstep.kernels import Scales
+from leanstep.kernels.steps.common import compute_dtype
+from leanstep.optimizers.common.matrices import matrix_shape, oriented
+from leanstep.optimizers.common.sharding import Reduction, Shard, Steps, local, shard_of, together
+from leanstep.optimizers.sinkgd import rule
+
+# power iterations at the first usable gradient, when the vector is a guess, and at every later one
+_FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
+
+
+def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Create the vector of the power iteration; zero until a gradient was usable.
+
+    Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is sharded by matrices has its
+    vectors sharded with it.
+    """
+    if "power_vector" in state:
+        return
+    shard = oriented(shard_of(param), group["transposed"], group["flatten"])
+    stacked = len(shard.shape) == 3
+    size = (local(param).shape[0],) if stacked else ()
+    vector = torch.zeros(*size, matrix_shape(shard)[1], device=local(param).device, dtype=compute_dtype(param.dtype))
+    if stacked and shard.groups and shard.dim == 0:
+        vector = join_parts(vector, param, (param.shape[0], vector.shape[1]))
+    state["power_vector"] = vector
+
+
+def pin_operator_norms(
+    matrices: list[Tensor],
+    scales: Scales,
+    states: list[dict[str, Any]],
+    shards: list[Shard],
+    sides: list[str | None],
+    kind: str,
+) -> Steps[None]:
+    """Multiply the row scales so that every diag(r) G diag(c) has the operator norm that ``kind`` names.
+
+    The norm is estimated from below by power iteration, warm-started from the last step.
+    """
+    if "columns" in sides:
+        raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
+    parts: list[Steps[None]] = []
+    for i, (matrix, rows, cols, state) in enumerate(zip(matrices, scales.rows, scales.cols, states, strict=True)):
+        if shards[i].shape.numel() > 0:
+            process_group = shards[i].groups[0] if sides[i] else None
+            target = rule.spectral_target(kind, *matrix_shape(shards[i]))
+            parts.append(_pin_one(matrix, rows, cols, state, process_group, target))
+    yield from together(parts)
+
+
+def _pin_one(
+    matrix: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], process_group: Any, target: float
+) -> Steps[None]:
+    """Multiply ``rows`` so that diag(rows) matrix diag(cols) has norm ``target``; the state's vector is the iterate.
+
+    ``process_group``: whose shards of rows make up the matrix; None when it is whole. A matrix of a stack is cold
+    while its vector is zero. ``power_warm``, on the CPU, says that none is: then nothing is read from the device.
+    A trace cannot look: it takes the first step for the one that warms up, whatever its gradient.
+    """
+    tracing = torch.compiler.is_compiling()
+    cold = "power_warm" not in state or (not tracing and not state["power_warm"])
+    vector = local(state["power_vector"])
+    known = vector.any(dim=-1, keepdim=True)
+    update = rule.scaled(matrix, rows, cols)
+    new = torch.where(known, vector, rule.first_power_vector(vector))
+    norm = usable = vector.new_zeros(())
+    for done in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
+        # no matrix is cold and has a gradient that would warm it up
+        if done == 1 and not tracing and not (usable & ~known).any():
+            break
+        square, new = rule.power_step(update, new)
+        if process_group is not None:
+            yield [Reduction(square, process_group), Reduction(new, process_group)]
+        norm = square.sqrt()
+        usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
+    vector.copy_(torch.where(usable, new, vector))
+    if cold:
+        state["power_warm"] = (known | usable).all().cpu()
+    rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
