@@ -149,9 +149,9 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
         moved = [(i, u) for i in indices if (u := updates[i]) is not None and members[i].grad is not None]
         sets = by_device_and_dtype([members[i].param for i, _ in moved])
         for (device, dtype), positions in sets.items():
-            chosen, own_updates = zip(*[moved[k] for k in positions], strict=True)
-            own_updated = None if updated is None else updated[list(chosen)]
-            _move([members[i] for i in chosen], list(own_updates), own_updated, device, dtype)
+            batch = [moved[k] for k in positions]
+            in_batch = None if updated is None else updated[[i for i, _ in batch]]
+            _move([members[i] for i, _ in batch], [u for _, u in batch], in_batch, device, dtype)
 
 
 def _problem(scope: Scope) -> Problem:
