@@ -61,10 +61,10 @@ class LayerPass(NamedTuple):
     """One layer in a pass.
 
     Attributes:
-        setting, weights: what the layer computes with.
+        setting, weights: the layer's numbers and tensors.
         seed: of dropout's mask, or None.
         needs: which of the weights need a gradient.
-        h, z, y: H, DoRA's Z, and the output: what forward computed, then what it kept, else None.
+        h, z, y: H, DoRA's Z, and the output Y, or None; in forward if computed, in backward if kept.
     """
 
     setting: Setting
@@ -264,7 +264,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
 
 
 class InnerGradients(NamedTuple):
-    """The gradients of one layer's output and of what it is made of.
+    """The gradients of one layer's output, of DoRA's product and of H.
 
     Attributes:
         dy: of Y [M, m]; overwritten by dz where nothing needs it any more.
@@ -288,7 +288,7 @@ def backward_layers(
     then read once instead of once per layer.
 
     Args:
-        x: [M, n], where it was kept. layers: with what they kept. gradients: of their outputs, [M, m] each.
+        x: [M, n], if it was kept. layers: with their kept tensors. gradients: of their outputs, [M, m] each.
         overwrite: whether the memory of ``gradients`` may be reused.
     """
     dx: Tensor | None = None
