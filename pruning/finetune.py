@@ -64,8 +64,8 @@ def keep_masks(
     parameters = dict(model.named_parameters())
     if masks is None:
         names = dict.fromkeys(target.parameter for target in find_targets(model, include=include, exclude=exclude))
-        found = {name: parameters[name].detach() != 0 for name in names}
-        masks = {name: mask for name, mask in found.items() if not bool(whole_tensor(mask).all())}
+        nonzero = {name: parameters[name].detach() != 0 for name in names}
+        masks = {name: mask for name, mask in nonzero.items() if not bool(whole_tensor(mask).all())}
         if not masks:
             raise ValueError("keep_masks: no matrix of the model has a zero: prune it first, or give masks")
     for name, mask in masks.items():
@@ -192,10 +192,10 @@ def iterative_sparsities(target: float, rate: float = 0.2) -> list[float]:
     """
     if not (0 < target < 1 and 0 < rate < 1):
         raise ValueError(f"iterative_sparsities: expected target and rate in (0, 1), got {target} and {rate}")
-    found: list[float] = []
-    while (sparsity := 1 - (1 - rate) ** (len(found) + 1)) < target - 1e-9:
-        found.append(sparsity)
-    return [*found, target]
+    sparsities: list[float] = []
+    while (sparsity := 1 - (1 - rate) ** (len(sparsities) + 1)) < target - 1e-9:
+        sparsities.append(sparsity)
+    return [*sparsities, target]
 
 
 def prune_iteratively(

@@ -156,22 +156,22 @@ class LatencyTable:
                 f"the latency table has no row for {missing[0]}{more}; every matrix that is pruned needs one, others "
                 "are left out with exclude"
             )
-        found = {}
+        seconds = {}
         for group in groups:
-            places = [self._place(group, count, first=k == 0) for k, count in enumerate(kept[group.name])]
+            levels = [self._level(group, count, first=k == 0) for k, count in enumerate(kept[group.name])]
             rows = [self.seconds[target.name] for target in group.targets]
-            found[group.name] = tuple(sum(row[place] for row in rows) for place in places)
-        return found
+            seconds[group.name] = tuple(sum(row[level] for row in rows) for level in levels)
+        return seconds
 
-    def _place(self, group: Group, count: int, *, first: bool) -> int:
-        """Number of the level that a group is at with so many weights left."""
+    def _level(self, group: Group, count: int, *, first: bool) -> int:
+        """Index of the level of a group with ``count`` weights left."""
         numel = group.layer.numel
         sparsity = 1 - count / numel
-        nearest = min(range(len(self.levels)), key=lambda place: abs(self.levels[place] - sparsity))
+        nearest = min(range(len(self.levels)), key=lambda level: abs(self.levels[level] - sparsity))
         if abs(self.levels[nearest] - sparsity) <= max(_NEAR, 0.5 / numel + 1e-12):
             return nearest
         if first:
-            return max(place for place, level in enumerate(self.levels) if level <= sparsity)
+            return max(index for index, level in enumerate(self.levels) if level <= sparsity)
         raise ValueError(
             f"the latency table has no level {sparsity:.4g}, which {group.name} may be pruned to; its levels are "
             f"{_shown(self.levels)}"
@@ -184,8 +184,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_row(name: str, row: Any, levels: Sequence[float]) -> None:
     if not isinstance(row, (list, tuple)) or len(row) != len(levels):
-        found = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else type(row).__name__
-        raise ValueError(f"{name} needs {len(levels)} numbers, one for each level {_shown(levels)}; got {found}")
+        got = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else type(row).__name__
+        raise ValueError(f"{name} needs {len(levels)} numbers, one for each level {_shown(levels)}; got {got}")
     for level, value in zip(levels, row, strict=True):
         if not _is_number(value) or value < 0 or (level == 0 and value == 0):
             raise ValueError(f"{name} at level {level:g}: expected seconds, got {value!r}")
@@ -198,8 +198,8 @@ def _shown(levels: Iterable[float]) -> str:
 def _from_json(text: str) -> LatencyTable:
     content = json.loads(text)
     if not isinstance(content, dict) or set(content) != {"levels", "seconds"}:
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected an object with 'levels' and 'seconds', got {found or 'an empty one'}")
+        got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected an object with 'levels' and 'seconds', got {got or 'an empty one'}")
     levels, seconds = content["levels"], content["seconds"]
     if not isinstance(levels, list) or not isinstance(seconds, dict):
         raise ValueError("expected a list of levels, and an object of seconds by the name of a layer")

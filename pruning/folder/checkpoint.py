@@ -259,10 +259,10 @@ def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str
     files = {name: file for file, names in checkpoint.files.items() for name in names}
     # an expert begins where the parameter of all experts does, but has another shape
     named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
-    places = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
+    stored_names = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
 
     def stored(parameter: str) -> Tensor | None:
-        name = places.get(parameter)
+        name = stored_names.get(parameter)
         if name is None or not files[name].endswith(".safetensors"):
             return None
         return checkpoint.tensor(files[name], name)

@@ -234,7 +234,7 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
     vocabulary = checkpoint.config.get("vocab_size")
 
     def cut(documents: tuple[str, ...], count: int) -> Tensor:
-        found = token_sequences(
+        sequences = token_sequences(
             lambda document: tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"],
             documents,
             count,
@@ -242,16 +242,16 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
             end=tokenizer.eos_token_id,
             seed=text.seed,
         )
-        if isinstance(vocabulary, int) and int(found.max()) >= vocabulary:
+        if isinstance(vocabulary, int) and int(sequences.max()) >= vocabulary:
             raise ValueError(
                 f"{checkpoint.folder}: its tokenizer has more tokens than the model, which has {vocabulary}"
             )
-        return found
+        return sequences
 
     if text.held_out_documents is not None:
         return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
-    found = cut(text.documents, text.samples + text.held_out)
-    return found[text.held_out :], found[: text.held_out]
+    sequences = cut(text.documents, text.samples + text.held_out)
+    return sequences[text.held_out :], sequences[: text.held_out]
 
 
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:

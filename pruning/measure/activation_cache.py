@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.score.targets import Group
@@ -113,8 +113,8 @@ class ActivationCache:
             trial.starts = (*self.starts, position)
             try:
                 trial.advance(position)
-                found = _tensors(trial.run(0))
-                same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+                tensors = _tensors(trial.run(0))
+                same = len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
             except (RuntimeError, TypeError, ValueError, IndexError):
                 same = False
             if same:
@@ -130,8 +130,8 @@ class ActivationCache:
         """Number of the stage that holds a module, None where none does."""
         if not self._numbers:
             for number, (_, stage) in enumerate(self.stages):
-                for part in stage.modules():
-                    self._numbers.setdefault(part, number)
+                for inner in stage.modules():
+                    self._numbers.setdefault(inner, number)
         return self._numbers.get(module)
 
     def start(self, module: nn.Module) -> int:
@@ -167,10 +167,10 @@ class ActivationCache:
     @torch.no_grad()
     def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Arguments, keyword arguments and output of a stage on a batch; the pass ends there."""
-        found: list[Any] = []
+        captured: list[Any] = []
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            found.append((args, kwargs, _cloned(output)))
+            captured.append((args, kwargs, _cloned(output)))
             raise _Reached
 
         handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
@@ -181,21 +181,13 @@ class ActivationCache:
             pass
         finally:
             handle.remove()
-        return found[0]
-
-    @torch.no_grad()
-    def run_on(self, index: int, outputs: Sequence[Any]) -> Any:
-        """The model's output on a batch for each of several outputs of the stage at :attr:`position`, as one batch."""
-        joined = _joined(outputs)
-        with self._answered(self.position + 1, index, joined):
-            return self.batches[index].tiled(len(outputs)).run(self.model)
+        return captured[0]
 
     @contextmanager
-    def _answered(self, position: int, index: int, output: Any = None) -> Iterator[None]:
+    def _answered(self, position: int, index: int) -> Iterator[None]:
         """Let the stages before ``position`` give back what the last of them gave; none of them computes."""
         stored: list[tuple[nn.Module, Any]] = []
-        if position and output is None:
-            output = self._outputs[index]
+        output = self._outputs[index] if position else None
         # cloned: what follows may write into it, as nn.ReLU(inplace=True) does; what earlier stages give is not used
         unused = _cloned(output) if position > 1 else None
         try:
@@ -220,13 +212,3 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _cloned(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-
-
-def _joined(outputs: Sequence[Any]) -> Any:
-    """Outputs of one structure, their tensors one behind the other along the batch."""
-    flat = [tree_flatten(output) for output in outputs]
-    leaves = [
-        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
-        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
-    ]
-    return tree_unflatten(leaves, flat[0][1])

@@ -47,17 +47,6 @@ class Batch:
         kwargs = {name: pick(value) for name, value in self.kwargs.items()}
         return Batch(tuple(map(pick, self.args)), kwargs, pick(self.mask), pick(self.labels))
 
-    def tiled(self, times: int) -> Batch:
-        """The same samples ``times`` times over, in one batch."""
-        size = self.size
-
-        def tile(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-                return value.repeat(times, *[1] * (value.dim() - 1))
-            return value
-
-        return Batch(tuple(map(tile, self.args)), {name: tile(value) for name, value in self.kwargs.items()})
-
 
 def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = "data") -> list[Batch]:
     """Batches on the model's device from a tensor of samples, or from an iterable of batches such as a DataLoader.
@@ -74,49 +63,49 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
         ValueError: no data, or images for a language model. TypeError: batches of another kind.
     """
     if isinstance(data, Tensor):
-        parts: Iterable[Any] = data.split(batch_size) if len(data) else ()
+        given: Iterable[Any] = data.split(batch_size) if len(data) else ()
     elif isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(f"{what}: expected a tensor of samples or an iterable of batches, got {type(data).__name__}")
     else:
-        parts = data
-    found = next(model.parameters(), None)
-    device = torch.device("cpu") if found is None else found.device
-    dtype = torch.float32 if found is None else found.dtype
-    batches = [part if isinstance(part, Batch) else _as_batch(part, model, device, dtype, what) for part in parts]
+        given = data
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    batches = [batch if isinstance(batch, Batch) else _as_batch(batch, model, device, dtype, what) for batch in given]
     if not batches:
         raise ValueError(f"{what}: expected at least one batch, got none")
     return batches
 
 
-def _as_batch(part: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, what: str) -> Batch:
+def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, what: str) -> Batch:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
-    if isinstance(part, Tensor):
-        if extra and part.is_floating_point():
-            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {part.dtype} as for images")
-        labels = part.to(device) if not part.is_floating_point() and part.dim() == 2 else None
+    if isinstance(batch, Tensor):
+        if extra and batch.is_floating_point():
+            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {batch.dtype} as for images")
+        labels = batch.to(device) if not batch.is_floating_point() and batch.dim() == 2 else None
         if extra:
-            return Batch((), {"input_ids": move(part), **extra}, labels=labels)
-        if _is_transformers(model) and part.is_floating_point():
-            return Batch((), {str(model.main_input_name): move(part)})
-        return Batch((move(part),), labels=labels)
-    if isinstance(part, (tuple, list)) and part and isinstance(part[0], Tensor):
-        inputs = _as_batch(part[0], model, device, dtype, what)
-        labels = part[1].to(device) if len(part) > 1 else inputs.labels
+            return Batch((), {"input_ids": move(batch), **extra}, labels=labels)
+        if _is_transformers(model) and batch.is_floating_point():
+            return Batch((), {str(model.main_input_name): move(batch)})
+        return Batch((move(batch),), labels=labels)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        inputs = _as_batch(batch[0], model, device, dtype, what)
+        labels = batch[1].to(device) if len(batch) > 1 else inputs.labels
         return Batch(inputs.args, inputs.kwargs, labels=labels)
-    if isinstance(part, Mapping) and any(isinstance(value, Tensor) for value in part.values()):
-        kwargs = {str(name): move(value) for name, value in part.items()}
+    if isinstance(batch, Mapping) and any(isinstance(value, Tensor) for value in batch.values()):
+        kwargs = {str(name): move(value) for name, value in batch.items()}
         labels = kwargs.pop("labels", None)
         if labels is None and "input_ids" in kwargs:
             labels = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
         return Batch((), {**kwargs, **extra}, None if mask is None else mask.bool(), labels)
     raise TypeError(
-        f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(part).__name__}"
+        f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(batch).__name__}"
     )
 
 
@@ -169,8 +158,8 @@ def token_sequences(
             f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
             f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
         )
-    chosen = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[chosen]
+    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def levels_of(
     highest: float = 0.95,
 ) -> Levels:
     """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
-    found: Levels = {}
+    by_group: Levels = {}
     for group in groups:
         size = group.layer.numel
         patterns: tuple[str, ...] = ()
@@ -278,8 +278,8 @@ def levels_of(
                         "out with exclude, or take another M"
                     )
             kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
-        found[group.name] = (tuple(kept), tuple(patterns))
-    return found
+        by_group[group.name] = (tuple(kept), tuple(patterns))
+    return by_group
 
 
 def _sparsest(sparsity: float) -> float:
@@ -324,19 +324,19 @@ class PartialCurves:
         whole = raw[: raw.rfind("\n") + 1]
         lines = whole.splitlines()
         try:
-            found = json.loads(lines[0])["identity"] if lines else self.identity
+            identity = json.loads(lines[0])["identity"] if lines else self.identity
             rows = [json.loads(line) for line in lines[1:]]
             self.points = {(str(name), int(kept)): Distortion(mean, error) for name, kept, mean, error in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds no measured curves ({error}); remove it, or name another file"
             ) from None
-        differing = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
+        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
-            told = "; ".join(f"{key}: {found.get(key)} then, {self.identity.get(key)} now" for key in differing)
+            changes = "; ".join(f"{key}: {identity.get(key)} then, {self.identity.get(key)} now" for key in differing)
             raise ValueError(
-                f"{self.path} was measured under other circumstances ({told}): put back what changed to go on with it, "
-                "or remove it to begin again"
+                f"{self.path} was measured under other circumstances ({changes}): undo the change to go on with it, or "
+                "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
             partial = self.path.with_name(f"{self.path.name}.tmp")

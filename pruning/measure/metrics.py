@@ -129,19 +129,19 @@ class KLTopK(_TokenMetric):
 
     def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         log_probabilities = rows.float().log_softmax(-1)
-        places = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
-        return places, _bucketed(log_probabilities, places)
+        top_indices = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
+        return top_indices, _bucketed(log_probabilities, top_indices)
 
     def _values(self, kept: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        places, dense = kept
-        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), places))
+        top_indices, dense = kept
+        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), top_indices))
 
 
-def _bucketed(log_probabilities: Tensor, places: Tensor) -> Tensor:
-    """Log-probabilities at some places, and of all the others together: -inf where there are no others."""
-    top = log_probabilities.gather(-1, places)
+def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
+    """Log-probabilities at some top_indices, and of all the others together: -inf where there are no others."""
+    top = log_probabilities.gather(-1, top_indices)
     # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
-    rest = log_probabilities.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
+    rest = log_probabilities.scatter(-1, top_indices, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([top, rest], dim=-1)
 
 
@@ -250,8 +250,8 @@ def default_metric(model: nn.Module) -> str:
 def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
     """Mean and standard error over samples of a ratio of sums; the error is NaN of a single sample."""
     pairs = list(parts)
-    sums = torch.cat([part[0] for part in pairs])
-    counts = torch.cat([part[1] for part in pairs])
+    sums = torch.cat([pair[0] for pair in pairs])
+    counts = torch.cat([pair[1] for pair in pairs])
     total, samples = float(counts.sum()), len(sums)
     if total == 0:
         raise ValueError("the data has no token that counts")

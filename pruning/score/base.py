@@ -110,8 +110,8 @@ class Ranking:
         else:
             order = scores.argsort(dim=1, stable=True)
             self._sorted = scores.gather(1, order)
-            places = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-            self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand_as(order))
+            ranks = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+            self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, ranks.expand_as(order))
 
     def mask(self, keep: int) -> Tensor:
         """Bool [out, in], True for the ``keep`` weights that are pruned last."""

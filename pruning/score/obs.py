@@ -111,8 +111,8 @@ class FisherPruner(LayerPruner):
         """
         change = torch.zeros_like(flat)
         m = self._fisher.rows.shape[0]
-        for part, tile in self._blocks():
-            w, r = flat[part].view(tile.shape[0], -1, 1), kept[part].view(tile.shape[0], 1, -1)
+        for window, tile in self._blocks():
+            w, r = flat[window].view(tile.shape[0], -1, 1), kept[window].view(tile.shape[0], 1, -1)
             v = tile @ (w * ~r.mT)
             tile = tile * r
             dual = m < tile.shape[2]
@@ -120,7 +120,7 @@ class FisherPruner(LayerPruner):
             matrix.diagonal(dim1=1, dim2=2).add_(self._damping * m)
             factor = torch.linalg.cholesky(matrix)
             solved = tile.mT @ torch.cholesky_solve(v, factor) if dual else torch.cholesky_solve(tile.mT @ v, factor)
-            change[part] = solved.flatten()
+            change[window] = solved.flatten()
         return change
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -130,7 +130,7 @@ class FisherPruner(LayerPruner):
         many = max(1, _TILE // (m * width)) * width
         whole = d // width * width
         for start in range(0, whole, many):
-            part = slice(start, min(start + many, whole))
-            yield part, rows[:, part].unflatten(1, (-1, width)).transpose(0, 1).to(torch.float64)
+            window = slice(start, min(start + many, whole))
+            yield window, rows[:, window].unflatten(1, (-1, width)).transpose(0, 1).to(torch.float64)
         if whole < d:
             yield slice(whole, d), rows[:, whole:].unsqueeze(0).to(torch.float64)

@@ -91,8 +91,8 @@ def layer_pruner(
                 block_size=block_size,
                 update=update,
             )
-        chosen = scope or (_SCOPE.get(score, "matrix") if isinstance(score, str) else "matrix")
-        return ScoredPruner(matrix, _scores(matrix, score, about), chosen)
+        mask_scope = scope or (_SCOPE.get(score, "matrix") if isinstance(score, str) else "matrix")
+        return ScoredPruner(matrix, _scores(matrix, score, about), mask_scope)
 
     if spacing > 1:
         return SpacedPruner(weight, spacing, make, statistics)
@@ -136,12 +136,12 @@ def _check_options(
     rows, columns = weight.shape
     expected = {"square_sum": (columns,), "gram": (columns, columns), "gradients": ("m >= 1", rows * columns)}
     for field in NEEDS[score]:
-        found = None if statistics is None else getattr(statistics, field)
-        if found is None:
+        sums = None if statistics is None else getattr(statistics, field)
+        if sums is None:
             raise ValueError(f"layer_pruner: score {score!r} needs statistics with {field} {expected[field]}")
-        if found.dim() != len(expected[field]) or found.shape[-1] != expected[field][-1] or not found.shape[0]:
+        if sums.dim() != len(expected[field]) or sums.shape[-1] != expected[field][-1] or not sums.shape[0]:
             raise ValueError(
-                f"layer_pruner: {field} of shape {tuple(found.shape)} does not fit a weight of shape "
+                f"layer_pruner: {field} of shape {tuple(sums.shape)} does not fit a weight of shape "
                 f"{tuple(weight.shape)}; expected {expected[field]}"
             )
 
