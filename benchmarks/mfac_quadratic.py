@@ -81,13 +81,13 @@ def problems() -> Iterator[Problem]:
     solution = torch.randn(60, generator=chance, dtype=torch.float64) / torch.logspace(1, -0.5, 60)
     target = data @ solution + torch.randn(4096, generator=chance, dtype=torch.float64)
     yield with_minimum("quadratic", data, target, (60,), squares, (0.3, 0.1, 0.05))
-    found = datasets.load_breast_cancer()
-    data = torch.from_numpy(found.data)
-    target = torch.from_numpy(found.target).double()
+    dataset = datasets.load_breast_cancer()
+    data = torch.from_numpy(dataset.data)
+    target = torch.from_numpy(dataset.target).double()
     yield with_minimum("breast cancer", with_ones(data / data.std()), target, (31,), logistic, (0.1, 0.01, 0.003))
-    found = datasets.load_digits()
-    data = with_ones(torch.from_numpy(found.data) / 16)
-    yield with_minimum("digits", data, torch.from_numpy(found.target), (65, 10), softmax, (0.1, 0.01, 0.005))
+    dataset = datasets.load_digits()
+    data = with_ones(torch.from_numpy(dataset.data) / 16)
+    yield with_minimum("digits", data, torch.from_numpy(dataset.target), (65, 10), softmax, (0.1, 0.01, 0.005))
 
 
 def with_ones(data: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def steps_to(excess: list[float], fraction: float) -> float:
 
 
 def score(problem: Problem, excess: list[float]) -> tuple[float, float]:
-    """What tuning compares: steps to the smallest fraction, then the least excess that was seen."""
+    """What tuning compares: steps to the smallest fraction, then the least excess reached."""
     return steps_to(excess, problem.fractions[-1]), min(excess)
 
 
@@ -183,17 +183,17 @@ def tune(problem: Problem, method: str, steps: int) -> Setting:
     """The best setting of a method's grid on one seed."""
     best, least = GRIDS[method][0], (float("inf"), float("inf"))
     for setting in GRIDS[method]:
-        # what takes longer than the best so far need not be seen to its end
+        # a run that takes longer than the best so far may stop early
         limit = int(min(steps, least[0]))
-        found = score(problem, run(problem, setting, 1000, limit))
-        if found < least:
-            best, least = setting, found
+        result = score(problem, run(problem, setting, 1000, limit))
+        if result < least:
+            best, least = setting, result
     edges = [("lr", [s.lr for s in GRIDS[method]], best.lr)]
     if method == "M-FAC":
         edges.append(("damping", list(DAMPINGS), best.damping))
-    for name, values, chosen in edges:
-        if chosen in (min(values), max(values)):
-            print(f"note: {problem.name}, {method}: the best {name}, {chosen:g}, is at the edge of its grid")
+    for name, values, best_value in edges:
+        if best_value in (min(values), max(values)):
+            print(f"note: {problem.name}, {method}: the best {name}, {best_value:g}, is at the edge of its grid")
     return best
 
 

@@ -99,13 +99,13 @@ class Sparse:
     def __init__(self, rows: int, columns: int, device: torch.device, density: float = 0.01) -> None:
         self.layouts = [sparse_layout(n, density) for n in block_sizes(columns)]
         self.gradients = [torch.randn(s.numel, device=device) for s in self.layouts]
-        # a few rows, repeated: how they were found is not what is timed
-        kept = [
+        # a few rows, repeated: the search for them is not timed here
+        entries = [
             [top_k(torch.randn_like(g), layout) for _ in range(4)]
             for g, layout in zip(self.gradients, self.layouts, strict=True)
         ]
-        self.values = [torch.stack([v for v, _ in k] * (rows // 4)) for k in kept]
-        self.indices = [torch.stack([i for _, i in k] * (rows // 4)) for k in kept]
+        self.values = [torch.stack([v for v, _ in k] * (rows // 4)) for k in entries]
+        self.indices = [torch.stack([i for _, i in k] * (rows // 4)) for k in entries]
         self.gram = torch.eye(rows, dtype=torch.float64, device=device)
         self.index, self.rows = rows - 1, rows
 
@@ -149,7 +149,7 @@ def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device
         dense.solve()
         dense.combine()
 
-    found: dict[str, Callable[[], object]] = {
+    runs: dict[str, Callable[[], object]] = {
         "floor: two reads": read_twice,
         "step": step,
         "- store and dots": dense.dots,
@@ -157,18 +157,18 @@ def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device
         "- combination": dense.combine,
     }
     if dtype == torch.float32:
-        found["published recursion, plain torch"] = Published(rows, columns, device).step
+        runs["published recursion, plain torch"] = Published(rows, columns, device).step
         if rows % 4 == 0:
-            found["S-MFAC, density 0.01, bf16"] = Sparse(rows, columns, device).step
+            runs["S-MFAC, density 0.01, bf16"] = Sparse(rows, columns, device).step
     if device.type == "cuda" and not published_package(device):
         from ista_daslab_optimizers import DenseMFAC
 
         param = torch.nn.Parameter(torch.zeros(columns, device=device))
         param.grad = torch.randn(columns, device=device)
-        found["ista-daslab-optimizers DenseMFAC"] = DenseMFAC(
+        runs["ista-daslab-optimizers DenseMFAC"] = DenseMFAC(
             [param], lr=0.0, momentum=0, weight_decay=0, ngrads=rows, damp=DAMPING, wd_type="wd"
         ).step
-    return found
+    return runs
 
 
 def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:

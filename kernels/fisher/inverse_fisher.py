@@ -45,6 +45,7 @@ class Coefficients(NamedTuple):
     status: Tensor
 
 
+@torch.no_grad()
 def window_coefficients(
     gram: Tensor,
     damping: float | Tensor,
@@ -107,12 +108,10 @@ def _solve(
 ) -> Coefficients:
     if not isinstance(damping, Tensor):
         damping = torch.full((), damping, dtype=torch.float64, device=gram.device)
-    if torch.compiler.is_compiling():
-        return Coefficients(*torch.ops.leanstep.inverse_fisher_solve(gram, right, damping, denominator, wait, eps))
-    return Coefficients(*_run(gram, right, damping, denominator, wait, eps))
+    run = torch.ops.leanstep.inverse_fisher_solve if torch.compiler.is_compiling() else _run
+    return Coefficients(*run(gram, right, damping, denominator, wait, eps))
 
 
-@torch.no_grad()
 def _run(
     gram: Tensor, right: Tensor, damping: Tensor, denominator: float, wait: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -129,8 +128,8 @@ def _run(
     if failed_on_host.any():
         dampings = damping.expand(failed.shape)
         for where in map(tuple, failed_on_host.nonzero().tolist()):
-            found = _solve_badly_conditioned(gram[where], right[where], dampings[where], denominator, eps)
-            values[where], status[where] = found
+            solved = _solve_badly_conditioned(gram[where], right[where], dampings[where], denominator, eps)
+            values[where], status[where] = solved
     return values, status.to(gram.device, non_blocking=True)
 
 
@@ -186,13 +185,7 @@ def _check(gram: Tensor, damping: float | Tensor, denominator: float, name: str)
         raise ValueError(f"{name}: expected a denominator > 0, got {denominator}")
 
 
-def _op(
-    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, wait: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _run(gram, right, damping, denominator, wait, eps)
-
-
-_solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _op, mutates_args=())
+_solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _run, mutates_args=())
 
 
 @_solve_op.register_fake

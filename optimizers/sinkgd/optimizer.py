@@ -111,6 +111,7 @@ class SinkGD(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    _separable = True
 
     def __init__(
         self,
