@@ -45,6 +45,17 @@ def command_line(documentation: str | None, **options: Any) -> argparse.Argument
     return parser
 
 
+def add_tables(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add positional arguments that choose tables, all by default; ``choices`` refuses an empty list of them."""
+
+    def table(name: str) -> str:
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"the tables are {', '.join(names)}, not {name!r}")
+        return name
+
+    parser.add_argument("tables", nargs="*", type=table, default=list(names), help=f"{', '.join(names)}; default: all")
+
+
 def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, set the number of threads and print the machine's line."""
     import torch

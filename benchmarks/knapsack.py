@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from common import command_line, interleaved, print_table, start, timed
+from common import add_tables, command_line, interleaved, print_table, start, timed
 
 from leanstep.pruning import Curve, Layer, allocate, allocations_along, level_grid, solve_knapsack
 
@@ -25,7 +25,7 @@ LAYERS = [Layer(f"{block}.{name}", shape, block) for block in range(BLOCKS) for 
 SIZES = ((10, 2470), (101, 4941), (101, 9881), (101, 19763), (101, 39526))
 SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 PARSER = command_line(__doc__, rounds=5, threads=1)
-PARSER.add_argument("tables", nargs="*", choices=["solve", "allocate"], default=["solve", "allocate"])
+add_tables(PARSER, "solve", "allocate")
 
 
 def instance(levels: int, budget: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -44,7 +44,7 @@ PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VAR
 
 def main():
     """Print the table."""
-    options = PARSER.parse_options()
+    options = PARSER.parse_args()
     print(f"peft {required('peft').__version__}, torch {torch.__version__}, {vars(options)}\n")
     missed = []
 

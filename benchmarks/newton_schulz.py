@@ -16,17 +16,16 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from common import command_line, interleaved_seconds, print_table, start
+from common import add_tables, command_line, interleaved_seconds, print_table, start
 from models import llama_60m_parameters
 from torch import Tensor
 
 from leanstep.kernels import newton_schulz, nuclear_norm
 
 ROWS = 512
-PARTS = ("bias", "error", "time")
 SETS = {"jordan": 5, "polar_express": 5, "classic_quintic": 10}
 PARSER = command_line(__doc__, dtype=["float32", "bfloat16"], threads=0, rounds=7)
-PARSER.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
+add_tables(PARSER, "bias", "error", "time")
 
 
 def spectra() -> dict[str, Tensor]:
@@ -122,7 +121,7 @@ def main() -> None:
     """Print the tables."""
     options = start(PARSER)
     warnings.simplefilter("ignore")
-    for name in options.parts:
+    for name in options.tables:
         if name == "time":
             for dtype in options.dtype:
                 print()

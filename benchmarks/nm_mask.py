@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from common import clock_of, command_line, interleaved_medians, print_table, start
+from common import add_tables, clock_of, command_line, interleaved_medians, print_table, start
 from torch import Tensor
 
 from leanstep.kernels import nm_mask
@@ -27,7 +27,7 @@ PARSER = command_line(
     __doc__, size=4096, threads=0, rounds=9, patterns=PATTERNS, device="cpu", dtype=["float32"],
     cpu_time=(False, "measure processor time"),
 )  # fmt: skip
-PARSER.add_argument("tables", nargs="*", choices=["time", "transposable"], default=["time", "transposable"])
+add_tables(PARSER, "time", "transposable")
 Clock = Callable[[], float]
 
 

@@ -53,7 +53,7 @@ def table(options):
 
 def child(*arguments):
     """What this program prints in a new process."""
-    command = [sys.executable, "-P", __file__, *map(str, arguments)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
