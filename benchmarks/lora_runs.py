@@ -28,7 +28,7 @@ PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings o
 
 def main():
     """Run, print, open in peft."""
-    options = PARSER.parse_args()
+    options = PARSER.parse_intermixed_args()
     required("peft")
     losses = {(name, rate): run(options, name, rate) for name in options.optimizers for rate in RATES[name]}
     head = ["optimizer", "lr", *(f"step {step}" for step in next(iter(losses.values())))]

@@ -116,11 +116,9 @@ def by_length(rows: list[Row]) -> None:
 
 def by_bound(length: int) -> None:
     """Print the second table: errors by the bound of the logits."""
-    rows = []
-    for bound in BOUNDS:
-        errors = relative_errors(*(run(function, *inputs(length, bound)) for function in (low_rank, exact)))
-        rows.append([f"{bound:g}", *(f"{error:.1e}" for error in errors)])
-    print_table(["bound of logits", "error O", "dQ", "dK", "dV"], rows, left=())
+    head = ["bound of logits", "error O", "dQ", "dK", "dV"]
+    errors = (relative_errors(*(run(f, *inputs(length, bound)) for f in (low_rank, exact))) for bound in BOUNDS)
+    print_table(head, ([f"{b:g}", *map("{:.1e}".format, row)] for b, row in zip(BOUNDS, errors, strict=True)), left=())
 
 
 def plot(rows: list[Row], path: Path) -> None:

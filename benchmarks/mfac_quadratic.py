@@ -51,13 +51,9 @@ class Problem(NamedTuple):
     fractions: tuple[float, ...]
     minimum: float
 
-    def whole(self, weight: Tensor) -> Tensor:
-        """The loss over all data."""
-        return self.loss(weight, self.data, self.target)
-
-    def start(self) -> Tensor:
-        """Zeros."""
-        return torch.zeros(self.shape, dtype=self.data.dtype)
+    def excess(self, weight: Tensor) -> float:
+        """The loss over all data, less the minimum."""
+        return float(self.loss(weight.detach(), self.data, self.target)) - self.minimum
 
 
 def squares(weight: Tensor, data: Tensor, target: Tensor) -> Tensor:
@@ -147,10 +143,10 @@ GRIDS = {
 
 def run(problem: Problem, setting: Setting, seed: int, steps: int) -> list[float]:
     """Excess of the whole loss, as a fraction of the first, every ``EVERY`` steps until the smallest is reached."""
-    weight = problem.start().requires_grad_()
+    weight = torch.zeros(problem.shape, requires_grad=True)
     optimizer = setting.build(weight)
     chance = torch.Generator().manual_seed(seed)
-    first = float(problem.whole(weight.detach())) - problem.minimum
+    first = problem.excess(weight)
     excess = [1.0]
     for step in range(1, steps + 1):
         rows = torch.randint(len(problem.data), (BATCH,), generator=chance)
@@ -158,7 +154,7 @@ def run(problem: Problem, setting: Setting, seed: int, steps: int) -> list[float
         problem.loss(weight, problem.data[rows], problem.target[rows]).backward()
         optimizer.step()
         if step % EVERY == 0:
-            excess.append((float(problem.whole(weight.detach())) - problem.minimum) / first)
+            excess.append(problem.excess(weight) / first)
             if not excess[-1] < 100 or excess[-1] <= problem.fractions[-1]:
                 break
     return excess

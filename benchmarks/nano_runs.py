@@ -103,7 +103,7 @@ def plot(out: Path, family: str, rates: dict[str, float], seeds: list[int]) -> N
 
 def main() -> None:
     """Tune, run, print, plot."""
-    options = PARSER.parse_args()
+    options = PARSER.parse_intermixed_args()
     family, out, settings = options.family, options.out, options.settings
     tuning = {name: tune(family, name, out, options.tune_steps, settings) for name in options.optimizers}
     rates = {name: min(losses, key=losses.__getitem__) for name, losses in tuning.items()}

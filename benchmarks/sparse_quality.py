@@ -34,14 +34,8 @@ from leanstep.sparsity import NM, Schedule, sparsify, squash, verify
 from leanstep.sparsity.methods import METHODS, SRSTE_LAMBDA
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
-NAMES = {
-    "srste": "SR-STE",
-    "mdgf-exponential": "MDGF-exponential",
-    "mdgf-linear": "MDGF-linear",
-    "sdgf-stepwise": "SDGF-stepwise",
-    "sdgf-geometric": "SDGF-geometric",
-}
-DECAYS = tuple(name for name in NAMES if name != "srste")
+DECAYS = ("mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric")
+NAMES = {"srste": "SR-STE"} | {name: name[:4].upper() + name[4:] for name in DECAYS}
 # above 80 % sparsity
 SPARSEST = tuple(pattern for pattern in PATTERNS if NM.parse(pattern).sparsity > 0.8)
 LAYERS = ("*.mlp.*", "*.[qkv]_proj")
@@ -51,7 +45,6 @@ IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 GREY = "#808080"
 COLOURS = ("#d1495b", "#2f7fd1", "#3aa6a0", "#b07d2b", "#8a63d2")
 BATCH, WEIGHT_DECAY, WARMUP, FINETUNE = 32, 0.05, 0.1, 0.1
-
 PARSER = command_line(
     __doc__, seeds=3, steps=500, rate=(1e-3, "learning rate of all runs"), threads=1,
     srste_lambda=(SRSTE_LAMBDA, "factor of SR-STE's term"),
@@ -96,7 +89,7 @@ def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
 
 
 def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
-    """Train once; what the squashed model gets right."""
+    """Train once and test the squashed model."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(run.seed)
@@ -105,11 +98,11 @@ def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=int(WARMUP * run.steps))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps - warmup.total_iters)
     rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [warmup.total_iters])
+    rules = dict.fromkeys(LAYERS, run.pattern)
     sparse = run.method != "dense"
     if sparse:
         kind = METHODS[run.method].kind or "constant"
         schedule = Schedule(kind=kind, total_steps=run.steps, finetune=FINETUNE)
-        rules = dict.fromkeys(LAYERS, run.pattern)
         controller = sparsify(model, rules, schedule=schedule, method=run.method, srste_lambda=run.srste_lambda)
         controller.attach(optimizer)
     start = time.perf_counter()
@@ -119,7 +112,7 @@ def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
         optimizer.zero_grad()
         rate.step()
     seconds = time.perf_counter() - start
-    if sparse and not verify(squash(model), dict.fromkeys(LAYERS, run.pattern)).ok:
+    if sparse and not verify(squash(model), rules).ok:
         raise AssertionError(f"{run}: the weights are not {run.pattern}")
     with torch.no_grad():
         logits = model.eval()(pixel_values=test.pixels).logits
