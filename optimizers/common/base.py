@@ -74,9 +74,11 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     Attributes:
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
+        _separable: whether the update of a parameter depends on its own gradient and state alone.
     """
 
     _shaped_state: tuple[str, ...] = ()
+    _separable = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -146,7 +148,18 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; returns the closure's value, if one is given."""
+        """Update all parameters that have a gradient.
+
+        In this order: pre-hooks (``register_step_pre_hook``), the closure, the check of ``nonfinite="raise"``, checks
+        of gradients and creation of state, the update, post-hooks. A closure computes gradients anew, so what a
+        pre-hook did to them is lost: clip, mask or add to gradients at the end of the closure.
+
+        Args:
+            closure: computes the loss and its gradients, and returns the loss.
+
+        Returns:
+            The closure's value; None without one.
+        """
         loss = call_closure(closure)
         self._raise_on_nonfinite()
         if torch.compiler.is_compiling():
@@ -203,10 +216,12 @@ class LeanOptimizer(torch.optim.Optimizer):
             if key not in batches:
                 rounding = effective(type(self).__name__, group, position, param)
                 batches[key] = name, Batch(group, rounding, [], [], [], [], [])
-            _, _, *columns = batches[key][1]
-            values = (param, grad, state, first_index + position, shard_of(param))
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
+            batch = batches[key][1]
+            batch.params.append(param)
+            batch.grads.append(grad)
+            batch.states.append(state)
+            batch.indices.append(first_index + position)
+            batch.shards.append(shard_of(param))
         return list(batches.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -413,12 +428,14 @@ def _name_dtypes(group: dict[str, Any]) -> None:
             group[key] = str(value).removeprefix("torch.")
 
 
-def by_device_and_dtype(params: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Positions of the parameters of every (device, dtype) set, in order."""
+def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[list[int]]:
+    """Positions of the parameters of every device and dtype, in order; ``alone``: of every one by itself."""
+    if alone:
+        return [[position] for position in range(len(params))]
     sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, param in enumerate(params):
         sets.setdefault((param.device, param.dtype), []).append(position)
-    return sets
+    return list(sets.values())
 
 
 def call_closure(closure: Callable[[], Any] | None) -> Any:

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from leanstep._torch import is_dtensor, join_parts
-from leanstep._torch import local_part as local
+from leanstep._torch import is_dtensor, join_parts, local_part
 from leanstep.kernels.steps.common import constant
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
+# classes of tensors that are not distributed and wrap no others
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class Shard(NamedTuple):
@@ -50,13 +52,18 @@ class Reduction(NamedTuple):
 Steps = Generator[list[Reduction], None, T]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor unchanged."""
+    return tensor if type(tensor) in _ORDINARY else local_part(tensor)
+
+
 def shard_of(param: Tensor) -> Shard:
     """Describe this process's part of ``param``.
 
     Raises:
         ValueError: for a DTensor that holds partial sums.
     """
-    if not is_dtensor(param):
+    if type(param) in _ORDINARY or not is_dtensor(param):
         return Shard(param.shape)
     from torch.distributed.tensor import Shard as ShardPlacement
 
@@ -91,7 +98,7 @@ def has_memory(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     kind = type(local(tensor))
-    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses.")
+    return kind in _ORDINARY or kind.__module__.startswith("torch._subclasses.")
 
 
 def readable(tensor: Tensor) -> Tensor:

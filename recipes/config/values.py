@@ -10,29 +10,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
-
-__all__ = [
-    "Document",
-    "KeyPath",
-    "Problem",
-    "all_keys",
-    "check",
-    "leaves",
-    "overlay",
-    "parse_scalar",
-    "read_document",
-    "remove_at",
-    "set_at",
-    "show",
-    "unknown_key",
-    "value_at",
-]
 
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
@@ -126,7 +110,10 @@ def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
     """Construct one scalar; an unknown ``!tag`` or an impossible number is a problem on its line."""
     constructor = _Loader("")
     try:
-        return constructor.construct_object(node)
+        value = constructor.construct_object(node)
+        if not isinstance(value, (str, int, float, bool, NoneType)):
+            raise ValueError(f"{node.tag.rpartition(':')[2]} is no text, number, true, false or null")
+        return value
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
         document.problems.append((node.start_mark.line + 1, f"{'.'.join(path)}: not valid YAML: {reason}"))
@@ -167,60 +154,62 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def _translate(schema: Any, error: ValidationError, whole: Any, above: KeyPath) -> Iterator[Problem]:
-    """Yield one problem for each place. Of the errors of a union's members, that of a number's range is reported."""
-    by_place: dict[tuple[Any, ...], list[Any]] = {}
-    for part in error.errors(include_url=False):
-        by_place.setdefault(_place(schema, part["loc"], whole), []).append(part)
-    for place, parts in by_place.items():
-        in_range = [part for part in parts if part["type"] in _RANGE_ERRORS and _is_number(part["input"])]
-        yield _problem(schema, place, (in_range or parts)[0], whole, above)
+def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath) -> Iterator[Problem]:
+    """Yield one problem for each key. Of the errors of a union's members, that of a number's range is reported."""
+    by_key: dict[tuple[int | str, ...], list[Any]] = {}
+    for error in failure.errors(include_url=False):
+        by_key.setdefault(_steps(error["loc"], value), []).append(error)
+    for steps, errors in by_key.items():
+        of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and _is_number(error["input"])]
+        yield _problem(schema, steps, (of_range or errors)[0], value, above)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _place(schema: Any, location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
+def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
     """The part of pydantic's location that exists in the recipe; the rest names members of a union."""
-    place: list[int | str] = []
-    for step in location:
+    for depth, step in enumerate(location):
         if isinstance(value, dict) and step in value:
             value = value[str(step)]
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             value = value[step]
         else:
-            break
-        place.append(step)
-    return tuple(place)
+            return location[:depth]
+    return location
 
 
-def _problem(schema: Any, place: tuple[int | str, ...], part: Any, whole: Any, above: KeyPath) -> Problem:
-    annotation, value = schema, whole
+def _problem(schema: Any, steps: tuple[int | str, ...], error: Any, value: Any, above: KeyPath) -> Problem:
+    """The problem of one of pydantic's errors: follow ``steps`` through schema and value, and say what is wrong there.
+
+    ``above`` is the path of ``value`` in the recipe. Steps below the last key of the schema lead into a list or an open
+    mapping: they are told in the message and are no part of the path.
+    """
+    annotation = schema
     limits: list[Any] = []
-    path: list[str] = []
-    rest: list[int | str] = []
-    for step in place:
+    path, below = above, steps[:0]
+    for step in steps:
         value = value[step]
         fields = _fields(annotation)
         if fields is None:
-            rest.append(step)
+            below = (*below, step)
             annotation = _element(annotation)
         elif step in fields:
-            path.append(str(step))
+            path = (*path, str(step))
             annotation, limits = fields[str(step)]
         else:
-            return (*above, *map(str, place)), unknown_key((*above, *map(str, place)), fields, all_keys(schema))
-    here = (*above, *path)
-    full = ".".join(here)
-    detail = f"{full}: element {rest[0]}: " if rest and isinstance(rest[0], int) else f"{full}: "
-    if part["type"] == "value_error":
-        name = f"{full}: {rest[0]!r}" if rest else full
-        return here, f"{name} {part['ctx']['error']}"
-    if part["type"] in _RANGE_ERRORS:
-        return here, f"{full} must be {_range(annotation, limits)}, got {value!r}"
+            path = (*path, str(step))
+            return path, unknown_key(path, fields, all_keys(schema))
+    key = ".".join(path)
+    if error["type"] == "value_error":
+        name = f"{key}: {below[0]!r}" if below else key
+        return path, f"{name} {error['ctx']['error']}"
+    if error["type"] in _RANGE_ERRORS:
+        return path, f"{key} must be {_range(annotation, limits)}, got {value!r}"
+    element = f"element {below[0]}: " if below and isinstance(below[0], int) else ""
     section = "; its keys go below it" if is_dataclass(annotation) else ""
-    return here, f"{detail}{_expected(annotation, value)}{section}"
+    return path, f"{key}: {element}{_expected(annotation, value)}{section}"
 
 
 def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:

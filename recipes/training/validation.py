@@ -5,7 +5,6 @@ Every target weighs the same, whatever the batches and however they are dealt ou
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
 from leanstep.recipes.data.sequences import IGNORED, LoadedData
-
-__all__ = ["EvalResult", "evaluate", "validate"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,6 @@ def evaluate(
     *,
     micro_batch_size: int = 8,
     device: torch.device | str | None = None,
-    autocast: Callable[[], AbstractContextManager] | None = None,
     bytes_per_token: float | None = None,
     batches: int | None = None,
 ) -> EvalResult:
@@ -64,7 +60,6 @@ def evaluate(
         dataset: map-style; items with ``input_ids`` and ``labels``, both int64 ``[seq_len]``.
         micro_batch_size: sequences in a forward pass; decides memory and speed only.
         device: where to run; None is where the model's parameters are.
-        autocast: makes the context of each forward pass, such as ``Accelerator.autocast``.
         bytes_per_token: UTF-8 bytes of text per token, for bits per byte.
         batches: evaluate so many batches only, from the first on.
 
@@ -81,8 +76,7 @@ def evaluate(
     try:
         for first in range(0, count, micro_batch_size):
             batch = _batch(dataset, first, min(micro_batch_size, count - first), device)
-            with autocast() if autocast else nullcontext():
-                sums += _loss_sum(model, batch)
+            sums += _loss_sum(model, batch)
     finally:
         model.train(was_training)
     loss_sum, tokens = sums.tolist()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from leanstep.recipes.config.catalog import ALIASES, describe, parameter_count, recipe_names, recipe_path
-from leanstep.recipes.config.loader import dump, load
+from leanstep.recipes.config.catalog import describe, parameter_count
+from leanstep.recipes.config.loader import ALIASES, dump, load, recipe_names, recipe_path
 from leanstep.recipes.config.schema import ModelConfig, accumulation_steps
 
 NAMES = recipe_names()

@@ -452,6 +452,8 @@ FORMS = {
     "empty": ("", ["mine.yaml:1: the file is empty"]),
     "comment only": ("# nothing\n", ["mine.yaml:1: the file is empty"]),
     "object": ("seed: !!python/name:os.system\n", ["mine.yaml:1: seed: not valid YAML: could not determine"]),
+    "binary": ("seed: !!binary aGVsbG8=\n", ["mine.yaml:1: seed: not valid YAML: binary is no text, number"]),
+    "hidden key": ("source_file: mine.txt\n", ["mine.yaml:1: unknown key 'source_file'"]),
     "itself": ("log: &a {trackers: [*a]}\n", ["mine.yaml:1: log.trackers.0 contains itself"]),
     "nested duplicate": (
         "batch:\n  micro_batch_size: 16\n  micro_batch_size: 8\n",

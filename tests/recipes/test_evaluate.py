@@ -99,7 +99,8 @@ def test_bits_per_byte_batches_and_autocast():
     found = evaluate(model, items, bytes_per_token=2.5)
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2.5)
     assert evaluate(model, items, micro_batch_size=2, batches=2) == evaluate(model, items[:4], micro_batch_size=2)
-    in_bf16 = evaluate(model, items, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        in_bf16 = evaluate(model, items)
     assert in_bf16.loss != found.loss
     assert in_bf16.loss == pytest.approx(found.loss, rel=1e-2)
 
