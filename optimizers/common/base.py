@@ -216,10 +216,12 @@ class LeanOptimizer(torch.optim.Optimizer):
             if key not in batches:
                 rounding = effective(type(self).__name__, group, position, param)
                 batches[key] = name, Batch(group, rounding, [], [], [], [], [])
-            _, _, *columns = batches[key][1]
-            values = (param, grad, state, first_index + position, shard_of(param))
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
+            batch = batches[key][1]
+            batch.params.append(param)
+            batch.grads.append(grad)
+            batch.states.append(state)
+            batch.indices.append(first_index + position)
+            batch.shards.append(shard_of(param))
         return list(batches.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
