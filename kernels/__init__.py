@@ -1,4 +1,8 @@
-"""Operations on lists of tensors: one name each, several backends (see ``leanstep.kernels._backend``)."""
+"""Operations on lists of tensors: one name each, up to three backends.
+
+``reference`` is the definition in plain torch, ``cpp`` a C++ kernel for the CPU, ``triton`` a kernel for the GPU;
+:func:`use_backend` asks for one, and ``leanstep info`` prints which one runs and why (``leanstep.kernels._backend``).
+"""
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.fisher.block_inverse_fisher import BlockInverseFisher

@@ -1,4 +1,4 @@
-"""What the Triton kernels become: registers, spills, shared memory, access widths and bytes moved, without a GPU.
+"""Measure compiled Triton kernels without a GPU: registers, spills, shared memory, access widths and bytes moved.
 
 Every configuration that a launcher can pick is compiled for sm_80, sm_90, sm_100 and gfx942, and its machine code is
 read. `python -m leanstep.kernels.audit` (or `leanstep audit`) prints a table and fails where a kernel spills, uses the
@@ -25,7 +25,7 @@ from leanstep.kernels._backend import has_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# a row's scale is read and written along with its elements, and is not worth a promise
+# bytes per element beyond the promise that are not counted, such as the scale of a row
 _SLACK = 0.07
 
 
@@ -84,7 +84,7 @@ def measure(
 
 
 def problems(measured: Measurement) -> list[str]:
-    """What is wrong with a kernel, in words; empty if nothing is."""
+    """The problems of a kernel in words; empty if it has none."""
     wrong = []
     if measured.spills or measured.stack:
         wrong.append(f"spills {measured.spills}, stack {measured.stack} bytes")

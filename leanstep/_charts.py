@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["PALETTE", "STYLE", "Series", "chart", "compact", "smooth"]
-
 # (light, dark): told apart by lightness as well as by hue, so that they survive colour blindness and grey print
 PALETTE = (
     ("#2457d6", "#7aa8ff"),

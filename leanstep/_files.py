@@ -8,18 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "format_bytes",
-    "free_bytes",
-    "is_disk_full",
-    "publish_folder",
-    "remove_leftovers",
-    "replacing",
-    "staged_folder",
-    "sync",
-    "write_text",
-]
-
 STAGED = ".writing-"
 REPLACED = ".replaced-"
 

@@ -9,8 +9,6 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["free_memory"]
-
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 

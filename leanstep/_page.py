@@ -9,8 +9,6 @@ from markupsafe import Markup
 from leanstep._charts import PALETTE, STYLE
 from leanstep._version import __version__
 
-__all__ = ["render"]
-
 _TEMPLATES = Path(__file__).with_name("templates")
 
 _COLORS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leanstep.pruning.allocate.allocation import Allocation, snap
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable, keep_total
-from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
+from leanstep.pruning.allocate.closed_form import ComputedScores, atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.allocate.methods import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
@@ -30,7 +30,7 @@ from leanstep.pruning.measure.measure import Measurement, Progress, measure_curv
 from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, default_metric
 from leanstep.pruning.measure.snapshot import WeightSnapshot
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.calibration import Pruning, Scores
+from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, Layer
 from leanstep.sparsity import NM
 
@@ -225,7 +225,7 @@ class Planner:
         """Scores of all matrices. Cheap ones are computed whenever they are asked for, those of products once."""
         pruners = self.pruning.pruners(self.groups)
         if self.score in ("magnitude", "wanda"):
-            return Scores(pruners)
+            return ComputedScores([g.name for g in self.groups], lambda name: pruners.once(name).scores)
         scores = {}
         for group in self.groups:
             scores[group.name] = pruners[group.name].scores

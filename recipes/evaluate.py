@@ -19,8 +19,6 @@ from leanstep.recipes.data.tokens import require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["find_model_folder", "main"]
-
 _OPTIONS = {"data.val_path": "--data", "data.val_tokens": "--val-tokens", "data.text_key": "--text-key"}
 
 

@@ -1,4 +1,4 @@
-"""The command ``leanstep prune``: a checkpoint into a new folder, pruned, with a report on what it cost."""
+"""The command ``leanstep prune``: prune a checkpoint into a new folder, with a report."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peak_bytes() -> int | None:
-    """The process's own largest size: weights, calibration and all that was imported; None where nothing tells it."""
+    """The largest resident size of the process; None where the system does not report it."""
     try:
         import resource  # not there on Windows
     except ImportError:
@@ -112,12 +112,12 @@ def _positive(text: str) -> int:
 
 def _levels(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in text.split(","))
+        levels = tuple(float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected sparsities with commas between them, got {text!r}") from None
-    if not all(0 < level < 1 for level in found):
+    if not all(0 < level < 1 for level in levels):
         raise argparse.ArgumentTypeError(f"sparsities lie between 0 and 1, got {text!r}")
-    return found
+    return levels
 
 
 def _prune(options: argparse.Namespace) -> "PruneResult":
@@ -169,10 +169,10 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--data {options.data} cannot be read: {error}") from error
     if images is None or images.dim() != 4 or not images.is_floating_point():
-        found = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"
+        got = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"
         raise ValueError(
             f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
-            f"{found}"
+            f"{got}"
         )
     count = options.samples + options.held_out
     if len(images) < count:
@@ -180,12 +180,12 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
             f"--data {options.data} has {len(images)} images; --samples {options.samples} and --held-out "
             f"{options.held_out} take {count}: give more, or ask for fewer"
         )
-    chosen = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
-    samples = chosen[options.held_out :]
+    drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
+    samples = drawn[options.held_out :]
     return {
         "data": samples,
         "curve_data": samples[: options.curve_samples],
-        "held_out": chosen[: options.held_out],
+        "held_out": drawn[: options.held_out],
     }
 
 
@@ -247,7 +247,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # what an earlier run measured took this one no time
+        if self._first is None:  # points of an earlier run took this one no time
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)

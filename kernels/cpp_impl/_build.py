@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler, ``$CXX`` or the first of g++, clang++ and c++ on the PATH; None without one."""
+    """Path of the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ on the PATH. None if there is none."""
     return _first_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
@@ -45,7 +45,7 @@ def _first_compiler(requested: str, path: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder where that cannot be written."""
+    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder if that is not writable."""
     folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def why_not_cpp() -> str | None:
-    """Why kernels cannot be built here; None when they can. Builds a small one, once."""
+    """Why kernels cannot be built here, or None. Builds a small one to find out, once."""
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
     compiler = cpp_compiler()
@@ -80,7 +80,7 @@ def _why_it_fails(compiler: str) -> str | None:
 
 
 def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
-    """The compiled ``NAME.cpp`` with these macros, built unless it is in the cache.
+    """Load ``NAME.cpp`` compiled with these macros; build it first if the cache does not have it.
 
     Raises:
         BuildError: the compiler failed.
@@ -108,7 +108,7 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
 
 
 def _build(command: list[str], source: Path, target: Path) -> None:
-    """Compile beside the target and rename, so that processes which build it at one time do not meet."""
+    """Compile to a temporary file and rename it, so that processes can build the same kernel at the same time."""
     handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
@@ -125,7 +125,7 @@ def _build(command: list[str], source: Path, target: Path) -> None:
 
 
 def _openmp() -> list[str]:
-    """torch's own OpenMP runtime before the compiler's: two runtimes would be two pools of threads."""
+    """Link torch's OpenMP runtime, not the compiler's: two runtimes would have two pools of threads."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return ["-Wl,--as-needed", *map(str, bundled)]
 

@@ -1,7 +1,7 @@
 // Number types, the four ways to round, and the split of a list of tensors over threads.
 //
-// Plain loops that the compiler vectorises; products and sums are not contracted (-ffp-contract=off), so that results
-// are those of the definitions in kernels/reference, bit for bit.
+// Plain loops that the compiler vectorises. Products and sums are not contracted (-ffp-contract=off), so that results
+// equal those of the definitions in kernels/reference bit for bit.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 namespace {
 
-// a scalar of its own type: selections between structs are not vectorised
+// an enumeration, not a struct: compilers do not vectorise selections between structs
 enum bf16 : uint16_t {};
 
 inline float from_bits(uint32_t bits) {
@@ -37,7 +37,7 @@ inline bool is_finite(float value) { return std::fabs(value) < std::numeric_limi
 inline float widen(float value) { return value; }
 inline float widen(bf16 value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
-// to the nearest, ties to even, in the upper 16 bits; of a NaN, only one whose lower bits are 0 stays one
+// rounds to nearest even, in the upper 16 bits; a NaN stays one only if its lower bits are 0
 inline uint32_t round_upper(float value) {
     const uint32_t bits = to_bits(value);
     return bits + 0x7FFFu + ((bits >> 16) & 1u);
@@ -51,8 +51,8 @@ inline void narrow(float value, bf16& out) {
 template <typename... T>
 constexpr bool all_bf16 = (std::is_same_v<T, bf16> && ...);
 
-// Two neighbours in one 32-bit word. Loops over such pairs widen and narrow in place, where loops over elements spend
-// half their instructions on moving 16-bit lanes to 32-bit lanes and back.
+// Two neighbours in one 32-bit word. Loops over pairs widen and narrow in place; loops over elements spend half of
+// their instructions on moving 16-bit lanes to 32-bit lanes and back.
 struct Pair {
     float low, high;
 };
@@ -67,7 +67,7 @@ inline Pair load_pair(const T* x, int64_t j) {
     return {widen(x[2 * j]), widen(x[2 * j + 1])};
 }
 
-// of numbers computed from bf16: the NaNs among those are the processor's own or widened ones, with lower bits of 0
+// for numbers computed from bf16: their NaNs have lower bits of 0, as the processor makes them
 template <typename T>
 inline void store_pair(T* x, int64_t j, float low, float high) {
     if constexpr (all_bf16<T>) {
@@ -79,7 +79,7 @@ inline void store_pair(T* x, int64_t j, float low, float high) {
     }
 }
 
-// a * b + c, rounded once where the processor can: for sums, whose last bits are nobody's definition
+// a * b + c, rounded once where the processor can: for sums, whose last bits no definition fixes
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
@@ -97,7 +97,7 @@ inline uint32_t hash32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// up with the probability of the fraction that the upper 16 bits drop; the caller then rounds, which is exact
+// rounds up with the probability of the fraction that the upper 16 bits drop; the caller's rounding is then exact
 inline float round_stochastic(float value, uint32_t random) {
     const uint32_t pattern = (to_bits(value) + (random & 0xFFFFu)) & 0xFFFF0000u;
     return is_finite(value) ? from_bits(pattern) : value;
@@ -142,10 +142,10 @@ inline void store_weight(float value, bool keep, Param* param, StateT* state, in
     param[i] = keep ? param[i] : rounded;
 }
 
-// elements a thread takes at a time: small enough to balance, large enough for the prefetcher
+// elements that a thread takes at a time: few enough to balance the load, enough for the prefetcher
 constexpr int64_t BLOCK = 16384;
 
-// floats at an address that no vector read from it crosses a cache line
+// floats aligned to cache lines
 class Buffer {
 public:
     explicit Buffer(int64_t size) : memory_(size + 16) {
@@ -159,10 +159,10 @@ private:
     float* data_;
 };
 
-// n floats, and what is left of the last cache line
+// n, rounded up to whole cache lines of floats
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// calls work(t, begin, end) for pieces of 0..sizes[t], each of block(t) or less; a thread's pieces are neighbours
+// calls work(t, begin, end) for pieces of 0..sizes[t] of at most block(t) elements; a thread's pieces are neighbours
 template <typename Block, typename Work>
 void for_blocks(int64_t count, const int64_t* sizes, int threads, Block block, Work work) {
     std::vector<int64_t> first(count + 1, 0);
@@ -180,10 +180,10 @@ void for_blocks(int64_t count, const int64_t* sizes, int threads, Work work) {
     for_blocks(count, sizes, threads, [](int64_t) { return BLOCK; }, work);
 }
 
-// elements that are fetched ahead, looked at and updated at a time
+// elements that are fetched, checked and updated at a time
 constexpr int64_t CHUNK = 256;
 
-// max |x|, from the patterns: without their signs they are ordered as the numbers are, then infinity, then NaNs
+// max |x| from bit patterns: without signs they have the order of the numbers, then infinity, then NaNs
 inline float largest_of(const float* x, int64_t n) {
     uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -203,7 +203,7 @@ inline bool any_nonfinite(const T* x, int64_t n) {
     return !is_finite(largest_of(x, n));
 }
 
-// asks for elements begin..end: the processor's own prefetching ends at every page
+// prefetches elements begin..end: the processor's own prefetcher stops at the end of a page
 template <typename T>
 inline void fetch(const T* x, int64_t begin, int64_t end) {
     const char* last = reinterpret_cast<const char*>(x + end);

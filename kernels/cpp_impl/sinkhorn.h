@@ -1,8 +1,8 @@
 // Square-root Sinkhorn scales of matrices: reference/sinkhorn.py. MAT: float or bf16.
 //
-// An iteration reads a matrix once: a row's mean square is complete before the row leaves the first-level cache, and is
-// at once added, inverted, to the sums of the columns. A matrix that fits the caches is read from memory once, while the
-// iterations of the one before it leave the memory idle. Nothing as large as a matrix is written.
+// An iteration reads a matrix once: while a row is in the first-level cache, its mean square is completed, and the row
+// is added to the column sums with the inverse of it. A matrix that fits the caches is read from memory once, during the
+// iterations of the matrix before it. Nothing as large as a matrix is written.
 #pragma once
 
 #include "common.h"
@@ -10,10 +10,10 @@
 namespace {
 
 constexpr float TINY = std::numeric_limits<float>::min();
-// columns are summed over this many rows before they are added to the total: rounding grows with the longer of both
+// columns are summed over this many rows before they are added to the total, which keeps rounding errors small
 constexpr int64_t ROWS_OF_SUM = 128;
-// bytes of a matrix that leaves no room beside it: it is shared by all threads, and nothing is fetched for later; smaller
-// ones are a thread's each, and stay in a last-level cache from when they are fetched to their turn
+// bytes from which all threads share a matrix. A smaller one belongs to one thread: it is prefetched during the
+// iterations of the matrix before it and stays in the last-level cache
 constexpr int64_t LARGE = 4 << 20;
 
 // 0 for 0; NaN stays NaN
@@ -33,7 +33,7 @@ struct Matrix {
     int64_t bytes() const { return m * n * static_cast<int64_t>(sizeof(MAT)); }
 };
 
-// Part k of `parts` of the matrix that comes next, asked for in shares, so that no request waits in line
+// Prefetches part k of `parts` of the next matrix in small shares, so that requests do not queue up
 class Coming {
 public:
     Coming() = default;  // nothing
@@ -68,15 +68,15 @@ float power_of_largest(const MAT* __restrict row, int64_t n) {
     return largest == 0.0f ? 0.0f : 1.0f / std::max(from_bits(to_bits(largest) & 0x7F800000u), TINY);
 }
 
-// rows taken together: as many sums that do not wait for each other, and one read of what belongs to the columns
+// rows taken together: their sums are independent, and what belongs to the columns is read once for all
 constexpr int64_t ROWS = 4;
 
-// Where the squares and the column sums of a row stand. Those of bf16 matrices are taken from pairs of neighbours, which
-// stay where they come from: first all even columns, then all odd ones. Numbers of n columns take padded(n) either way.
+// Index of a column's square and sum. Those of bf16 matrices come from pairs of neighbours and are stored as all even
+// columns, then all odd ones. n columns take padded(n) floats either way.
 constexpr bool PAIRED = all_bf16<MAT>;
-inline int64_t place(int64_t j, int64_t n) { return PAIRED ? j / 2 + j % 2 * ((n + 1) / 2) : j; }
+inline int64_t column_index(int64_t j, int64_t n) { return PAIRED ? j / 2 + j % 2 * ((n + 1) / 2) : j; }
 
-// h = (r0 * entry)^2, and its part of the row's sum; all r0 are 1 unless `scaling`, all squares with `alike`
+// h = (r0 * entry)^2; returns the row's sum with it. r0 is 1 unless `scaling`; the column's square is 1 if `alike`
 template <bool scaling, bool alike>
 inline float square_of(float entry, float r0, float square, float& h, float sum) {
     const float scaled = scaling ? entry * r0 : entry;
@@ -96,7 +96,7 @@ void squares(
     float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
     int64_t done = 0;
     if constexpr (PAIRED) {
-        const int64_t odd = place(1, n);
+        const int64_t odd = column_index(1, n);
         done = n / 2 * 2;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
         for (int64_t j = 0; j < n / 2; ++j) {
@@ -122,11 +122,11 @@ void squares(
     sums[3] = sum3;
 }
 
-// mean squares between these are those of rows whose squares neither overflow nor lose what matters: entries of 1e-13 of
-// the row's root mean square still have a normal square
+// bounds of the mean square of rows that need no scaling: no square overflows, and entries of 1e-13 of the row's root mean
+// square still have a normal square
 constexpr float LEAST = 0x1p-40f, MOST = 0x1p40f;
 
-// the same in the first iteration, where all columns count alike: finds r0 of `count` rows
+// the same in the first iteration, where all columns have weight 1; computes r0 of `count` rows
 void first_squares(
     const MAT* const* rows, int64_t count, float* r0, const float* square, float* h, int64_t n, float* sums
 ) {
@@ -159,14 +159,14 @@ void add(float* __restrict sums, const float* __restrict part, int64_t n) {
     for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
 }
 
-// rows begin..end of one iteration: their inverse mean squares, and their part of the column sums (null: not wanted).
-// scratch: ROWS + 1 rows; coming: fetched meanwhile
+// rows begin..end of one iteration: their inverse mean squares, and their sums in column_sums (null: not wanted).
+// scratch: ROWS + 1 rows; coming: prefetched meanwhile
 void pass(
     const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums, Coming coming
 ) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
-    const bool far = first || a.bytes() >= LARGE;  // not in a cache that the processor fetches from in time by itself
+    const bool far = first || a.bytes() >= LARGE;  // not in a cache from which the processor's prefetcher is fast enough
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
@@ -199,7 +199,7 @@ void pass(
 }
 
 void invert_columns(const Matrix& a, const float* sums) {
-    for (int64_t j = 0; j < a.n; ++j) a.square[j] = inverse(sums[place(j, a.n)] / static_cast<float>(a.m));
+    for (int64_t j = 0; j < a.n; ++j) a.square[j] = inverse(sums[column_index(j, a.n)] / static_cast<float>(a.m));
 }
 
 void finish(const Matrix& a, bool iterated) {
@@ -229,7 +229,7 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
 
 template <typename Done>
 void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads, Done done) {
-    // cut by rows, not by threads: the same sums whatever their number
+    // cut by rows, not by threads: sums do not depend on the number of threads
     const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
     const int64_t passes = num_iters + end_with_rows;
     Buffer sums(pieces * padded(a.n)), total(a.n);

@@ -1,13 +1,13 @@
 """A window of gradients: dots of all rows with a vector, and linear combinations of rows.
 
 The window of M-FAC (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
-Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. It is kept as one block of columns per
+Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. It is stored as one block of columns per
 parameter, ``[m, *parameter.shape]``, so that it is saved, moved and sharded like any other state. A step reads it
 twice: once for the new row of G G^T, once for the combination c^T G.
 
-Rows may be stored in bf16 or fp16, with one fp32 scale s_i per row: the window's row is then s_i * stored_i, and every
-function here means that rounded row. Only so do G G^T, the gradient and the combination belong to one matrix: with the
-unrounded gradient in its place, the error of the inverse is not bounded by that of the rounding.
+Rows may be stored in bf16 or fp16, with one fp32 scale s_i per row. The window's row is then s_i * stored_i, and every
+function here uses that rounded row, so that G G^T, the gradient and the combination belong to one matrix. With the
+unrounded gradient, the error of the inverse would not be bounded by that of the rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from leanstep.kernels.cpp_impl.fisher import gradient_window as cpp_window
 from leanstep.kernels.reference.fisher import gradient_window as reference
 
 
+@torch.no_grad()
 def row_dots(
     windows: Sequence[Tensor],
     vectors: Sequence[Tensor],
@@ -52,11 +53,11 @@ def row_dots(
         dots tell the rows apart. No copy of a window, in any dtype.
     """
     _check(windows, vectors, scales, groups, "row_dots")
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.row_dots(list(windows), list(vectors), scales, as_list(groups))
-    return _run_dots(windows, vectors, scales, groups)
+    run = torch.ops.leanstep.row_dots if torch.compiler.is_compiling() else _run_dots
+    return run(list(windows), list(vectors), scales, as_list(groups))
 
 
+@torch.no_grad()
 def linear_combination(
     windows: Sequence[Tensor],
     coefficients: Tensor,
@@ -90,10 +91,8 @@ def linear_combination(
         out = [torch.empty(w.shape[1:], dtype=wide, device=w.device) for w in windows]
     else:
         check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
-    if torch.compiler.is_compiling():
-        torch.ops.leanstep.linear_combination(list(windows), coefficients, scales, as_list(groups), list(out))
-    else:
-        _run_combination(windows, coefficients, scales, groups, out)
+    run = torch.ops.leanstep.linear_combination if torch.compiler.is_compiling() else _run_combination
+    run(list(windows), coefficients, scales, as_list(groups), list(out))
     return list(out)
 
 
@@ -113,8 +112,8 @@ def scaled_coefficients(coefficients: Tensor, scales: Tensor | None) -> Tensor:
 def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
     """Sum fp64 [m] of every block over the blocks of each group, in their order: [G, m]."""
     totals: dict[int, Tensor] = {}
-    for part, group in zip(dots, groups, strict=True):
-        totals[group] = totals[group] + part if group in totals else part
+    for values, group in zip(dots, groups, strict=True):
+        totals[group] = totals[group] + values if group in totals else values
     zero = torch.zeros_like(next(iter(totals.values())))
     return torch.stack([totals.get(group, zero) for group in range(max(groups) + 1)])
 
@@ -125,10 +124,7 @@ def backend_of(op: str, window: Tensor) -> str:
     return choose(op, window.device, *wide).backend
 
 
-@torch.no_grad()
-def _run_dots(
-    windows: Sequence[Tensor], vectors: Sequence[Tensor], scales: Tensor | None, groups: Sequence[int] | None
-) -> Tensor:
+def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
     flat_windows = [flat(w) for w in windows]
     flat_vectors = [v.detach().reshape(-1) for v in vectors]
     owners = [0] * len(windows) if groups is None else groups
@@ -145,13 +141,12 @@ def _run_dots(
     return dots if scales is None else dots * scales
 
 
-@torch.no_grad()
 def _run_combination(
-    windows: Sequence[Tensor],
+    windows: list[Tensor],
     coefficients: Tensor,
     scales: Tensor | None,
-    groups: Sequence[int] | None,
-    out: Sequence[Tensor],
+    groups: list[int] | None,
+    out: list[Tensor],
 ) -> None:
     stored = scaled_coefficients(coefficients, scales)
     flat_windows, flat_out = [flat(w) for w in windows], [o.view(-1) for o in out]
@@ -231,22 +226,10 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torc
             )
 
 
-def _dots_op(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    return _run_dots(windows, vectors, scales, groups)
-
-
-def _combination_op(
-    windows: list[Tensor],
-    coefficients: Tensor,
-    scales: Tensor | None,
-    groups: list[int] | None,
-    out: list[Tensor],
-) -> None:
-    _run_combination(windows, coefficients, scales, groups, out)
-
-
-_row_dots_op = torch.library.custom_op("leanstep::row_dots", _dots_op, mutates_args=())
-_linear_combination_op = torch.library.custom_op("leanstep::linear_combination", _combination_op, mutates_args=("out",))
+_row_dots_op = torch.library.custom_op("leanstep::row_dots", _run_dots, mutates_args=())
+_linear_combination_op = torch.library.custom_op(
+    "leanstep::linear_combination", _run_combination, mutates_args=("out",)
+)
 
 
 @_row_dots_op.register_fake

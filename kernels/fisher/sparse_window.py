@@ -1,10 +1,10 @@
-"""A window of sparse gradients: a few entries of every block of a row, as values and places inside the block.
+"""A window of sparse gradients: a few entries of every block of a row, as values and indices inside the block.
 
 The layout of S-MFAC (Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress
 Preconditioners", arXiv 2306.06098; code: github.com/IST-DASLab/ISTA-DASLab-Optimizers): per parameter of n elements,
 ``values`` [m, k] in bf16 or fp32 and ``indices`` [m, k] in int16, k about density * n. At a density of 1 % and bf16
-that is 4 bytes in place of 400 of an fp32 window. A row is what it holds, rounded values and all; what it leaves out
-of a gradient belongs in the error feedback: ``e = a - scatter(*top_k(a, layout), layout)``.
+that is 4 bytes in place of 400 of an fp32 window. A row is what is stored, with rounded values; what it leaves out of a
+gradient belongs in the error feedback: ``e = a - scatter(*top_k(a, layout), layout)``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from leanstep.kernels.reference.fisher import sparse_window as reference
 from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
 
-MAX_BLOCK = 1 << 15  # places are int16
+MAX_BLOCK = 1 << 15  # indices are int16
 
 
 def sparse_layout(numel: int, density: float, block: int = 4096) -> SparseLayout:
@@ -68,7 +68,7 @@ def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype = torch.bfloa
         dtype: of the values, rounded to nearest.
 
     Returns:
-        (values [k] in ``dtype``, int16 [k]: places inside their blocks, ascending). Of entries of equal magnitude
+        (values [k] in ``dtype``, int16 [k]: indices inside their blocks, ascending). Of entries of equal magnitude
         the first ones are kept, on every device.
 
     Raises:
@@ -81,8 +81,8 @@ def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype = torch.bfloa
         raise ValueError(f"top_k: the layout is of {layout.numel} elements, the vector has {vector.numel()}")
     vector = vector.detach().reshape(-1)
     if layout.is_dense:
-        places = torch.arange(layout.numel, device=vector.device) % layout.block
-        return vector.to(dtype, copy=True), places.to(torch.int16)
+        indices = torch.arange(layout.numel, device=vector.device) % layout.block
+        return vector.to(dtype, copy=True), indices.to(torch.int16)
     return reference.top_k(vector, layout, dtype)
 
 
@@ -102,6 +102,7 @@ def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, *, dtype: tor
     return out
 
 
+@torch.no_grad()
 def sparse_row_dots(
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -138,13 +139,11 @@ def sparse_row_dots(
             )
     if all(layout.is_dense for layout in layouts):
         return dense.row_dots(values, vectors, groups=groups)
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.sparse_row_dots(
-            list(values), list(indices), list(vectors), _numbers(layouts), as_list(groups)
-        )
-    return _run_dots(values, indices, vectors, layouts, groups)
+    run = torch.ops.leanstep.sparse_row_dots if torch.compiler.is_compiling() else _run_dots
+    return run(list(values), list(indices), list(vectors), _numbers(layouts), as_list(groups))
 
 
+@torch.no_grad()
 def sparse_linear_combination(
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -182,23 +181,15 @@ def sparse_linear_combination(
         check_out(out, [(layout.numel,) for layout in layouts], wide, "sparse_linear_combination")
     if all(layout.is_dense for layout in layouts):
         return dense.linear_combination(values, coefficients, groups=groups, out=out)
-    if torch.compiler.is_compiling():
-        torch.ops.leanstep.sparse_linear_combination(
-            list(values), list(indices), coefficients, _numbers(layouts), as_list(groups), list(out)
-        )
-    else:
-        _run_combination(values, indices, coefficients, layouts, groups, out)
+    run = torch.ops.leanstep.sparse_linear_combination if torch.compiler.is_compiling() else _run_combination
+    run(list(values), list(indices), coefficients, _numbers(layouts), as_list(groups), list(out))
     return list(out)
 
 
-@torch.no_grad()
 def _run_dots(
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    layouts: Sequence[SparseLayout],
-    groups: Sequence[int] | None,
+    values: list[Tensor], indices: list[Tensor], vectors: list[Tensor], numbers: list[int], groups: list[int] | None
 ) -> Tensor:
+    layouts = _layouts(numbers)
     backend = backend_of("sparse_row_dots", values[0])
     flat_vectors = [v.detach().reshape(-1) for v in vectors]
     owners = [0] * len(values) if groups is None else groups
@@ -213,15 +204,15 @@ def _run_dots(
     return dots[0] if groups is None else dots
 
 
-@torch.no_grad()
 def _run_combination(
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    values: list[Tensor],
+    indices: list[Tensor],
     coefficients: Tensor,
-    layouts: Sequence[SparseLayout],
-    groups: Sequence[int] | None,
-    out: Sequence[Tensor],
+    numbers: list[int],
+    groups: list[int] | None,
+    out: list[Tensor],
 ) -> None:
+    layouts = _layouts(numbers)
     backend = backend_of("sparse_linear_combination", values[0])
     stored, flat_out = scaled_coefficients(coefficients, None), [o.view(-1) for o in out]
     owners = [0] * len(values) if groups is None else groups
@@ -237,6 +228,7 @@ def _run_combination(
 
 
 def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:
+    """Layouts as an operation takes them."""
     return [number for layout in layouts for number in layout]
 
 
@@ -274,36 +266,19 @@ def _check(
     check_groups(groups, len(values), name)
 
 
-def _dots_op(
-    values: list[Tensor], indices: list[Tensor], vectors: list[Tensor], layouts: list[int], groups: list[int] | None
-) -> Tensor:
-    return _run_dots(values, indices, vectors, _layouts(layouts), groups)
-
-
-def _combination_op(
-    values: list[Tensor],
-    indices: list[Tensor],
-    coefficients: Tensor,
-    layouts: list[int],
-    groups: list[int] | None,
-    out: list[Tensor],
-) -> None:
-    _run_combination(values, indices, coefficients, _layouts(layouts), groups, out)
-
-
-_sparse_row_dots_op = torch.library.custom_op("leanstep::sparse_row_dots", _dots_op, mutates_args=())
+_sparse_row_dots_op = torch.library.custom_op("leanstep::sparse_row_dots", _run_dots, mutates_args=())
 _sparse_linear_combination_op = torch.library.custom_op(
-    "leanstep::sparse_linear_combination", _combination_op, mutates_args=("out",)
+    "leanstep::sparse_linear_combination", _run_combination, mutates_args=("out",)
 )
 
 
 @_sparse_row_dots_op.register_fake
-def _(values, indices, vectors, layouts, groups):
+def _(values, indices, vectors, numbers, groups):
     m = values[0].shape[0]
     shape = (m,) if groups is None else (max(groups) + 1, m)
     return values[0].new_empty(shape, dtype=torch.float64)
 
 
 @_sparse_linear_combination_op.register_fake
-def _(values, indices, coefficients, layouts, groups, out):
+def _(values, indices, coefficients, numbers, groups, out):
     return None

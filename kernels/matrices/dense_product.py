@@ -1,8 +1,8 @@
 """Products of dense matrices in fp32 on the CPU, by whichever of torch's two libraries is faster there.
 
-``torch.mm`` in fp32 is MKL's on x86; oneDNN, which torch ships too and takes for 16-bit products, has twice its
-speed on an AMD processor with AVX-512 (benchmarks/dense_product.py). Elsewhere, and for all other dtypes and devices,
-``torch.mm`` runs.
+On x86, ``torch.mm`` in fp32 calls MKL. torch also ships oneDNN and calls it for 16-bit products; on an AMD processor
+with AVX-512 it is twice as fast as MKL in fp32 (benchmarks/dense_product.py), and :func:`product` calls it there. On
+other processors, and for other dtypes and devices, ``torch.mm`` runs.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanstep.kernels._modes import in_dispatch_mode
 
-# with fewer rows a product is a matter of reading the other matrix, which both do alike
+# with fewer rows, the time of a product is that of reading the other matrix: the same in both libraries
 LEAST_ROWS = 8
 
 
@@ -21,14 +21,14 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
 
     Args:
         x: [M, n]. w: [n, m], often a transposed view. Both of one dtype.
-        plus: [m]; or [M, m], whose memory the result may take.
+        plus: [m], or [M, m]. The result may be written to the memory of the latter.
 
     Returns:
         [M, m], dense.
 
     Notes:
-        No gradient is recorded. oneDNN sums fp32 products in fp32 as MKL does, in another order: bits differ between
-        processors, as they do between versions of either.
+        No gradient is recorded. oneDNN and MKL both sum in fp32, in different orders: results differ in the last bits
+        between processors, as they do between versions of either library.
     """
     if runs_on_onednn(x) and x.shape[0] >= LEAST_ROWS and x.numel() and w.numel():
         linear = torch.ops.mkldnn._linear_pointwise
@@ -41,7 +41,7 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def runs_on_onednn(x: Tensor) -> bool:
-    """Whether :func:`product` takes oneDNN for a matrix."""
+    """Whether :func:`product` calls oneDNN for a matrix."""
     return (
         x.dtype is torch.float32
         and x.device.type == "cpu"

@@ -40,7 +40,7 @@ def newton_schulz(
     """Approximate polar factors: for M = U S V^T, close to U V^T.
 
     With X = M / max(||M||_F, eps), each step is ``X <- a X + (b A + c A^2) X``, A = X X^T on the smaller side. How
-    close the singular values come to 1 is a matter of the coefficients: with "jordan" those above 0.2 % of the
+    close the singular values come to 1 depends on the coefficients: with "jordan", those above 0.2 % of the
     Frobenius norm end between 0.68 and 1.21; "polar_express" and the classic ones converge to 1. Directions in which M
     is zero stay zero, and so does a matrix of zeros. The scale of M does not change the result, unless ``eps`` is set.
 
@@ -64,17 +64,17 @@ def newton_schulz(
     Raises:
         ValueError: for an unknown name, a negative ``steps`` or ``eps``, or a tensor of fewer than two dimensions.
         TypeError: for a tensor that is not of a floating dtype.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        torch 2.13's Muon divides its momentum in place where that is bf16 and Nesterov is off; nothing here is
-        written but new memory: the results, and for those that are worked on at a time up to three copies and five
-        Gram matrices. Matrices of one shape are multiplied in batches: on a CPU small ones, and of large ones as many
-        as there are threads. On a GPU with Triton the symmetric ones (A, A^2 and all products of the
-        Gram form) compute half of their tiles and mirror them; sums are fp32. fp32 products there are torch's, and
-        follow ``torch.backends.cuda.matmul``.
-        Both forms compute the same polynomial: in fp32 they differ by 1e-5 of the result for random matrices, in bf16
-        either differs from fp64 by about as much.
+        Memory: the results; for the matrices of one batch, up to three copies and five Gram matrices. The inputs are
+        never written (torch 2.13's Muon divides a bf16 momentum in place if Nesterov is off).
+        Matrices of one shape are multiplied in batches: on a CPU small ones, and as many large ones as there are
+        threads. On a GPU with Triton, products with a symmetric result (A, A^2 and all of the Gram form) compute half
+        of their tiles and mirror them, with fp32 sums. fp32 products there are torch's and follow
+        ``torch.backends.cuda.matmul``.
+        Both forms compute the same polynomial. For random matrices they differ by 1e-5 of the result in fp32; in bf16
+        they differ from fp64 by about the same amount.
 
     References:
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Amsel et al., "The Polar
@@ -117,15 +117,15 @@ def nuclear_norm(
         ValueError, TypeError, BackendError: as for :func:`newton_schulz`.
 
     Notes:
-        With A the Gram matrix of X on the smaller side, <X, P(X)> = tr(A q(A)): in fp32, nothing of X's size is
-        multiplied after A; in bf16 the Gram form starts again from X as in :func:`newton_schulz`. "polar" divides A
-        by ||A||_F, so that the largest singular value is at most 1 and, unlike after the Frobenius norm of X, not
-        much below it: three steps do for what takes five otherwise.
-        The estimate is biased by the polynomial, alike for matrices of like spectrum: by default, singular values
-        above 1.5 % of ||A||_F^0.5 count by a factor between 0.83 and 1.16, smaller ones by less. For Gaussian matrices
-        the whole is right to 1 %, and over low-rank, power-law and exponential spectra of 512 rows between -16 and
-        +1 % off; with coefficients="polar_express", steps=5, between -9 and +3 %, at nearly twice the cost
-        (benchmarks/newton_schulz.py prints the table). Where all are alike, it is their common factor that shows.
+        With A the Gram matrix of X on the smaller side, <X, P(X)> = tr(A q(A)). In fp32 no product after A has X's
+        size; in bf16 the Gram form starts again from X as in :func:`newton_schulz`. "polar" divides A by ||A||_F: the
+        largest singular value is then at most 1 and close to it, so that three steps suffice. After division by
+        ||X||_F it takes five.
+        The polynomial biases the estimate, by about the same factor for matrices of similar spectra. By default,
+        singular values above 1.5 % of ||A||_F^0.5 count by a factor between 0.83 and 1.16, smaller ones by less. The
+        estimate is right to 1 % for Gaussian matrices, and off by -16 to +1 % for low-rank, power-law and exponential
+        spectra of 512 rows. With coefficients="polar_express" and steps=5 it is off by -9 to +3 %, at nearly twice the
+        cost (benchmarks/newton_schulz.py prints the table).
         Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for any size of the entries.
     """
     triples = _triples(coefficients, steps)

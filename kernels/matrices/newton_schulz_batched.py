@@ -15,19 +15,19 @@ from torch import Tensor
 from leanstep.kernels.reference.matrices import newton_schulz as reference
 from leanstep.kernels.reference.matrices.newton_schulz import Triple
 
-# The Gram form carries A = X X^T from step to step, whose rounding errors grow by the square of the slopes a of the
-# steps between. It starts again from X where the product of the slopes passes this. In bf16 that lets pairs of steps
-# through whose slopes are low (Jordan's, the later ones of others): errors and largest singular values are then those
-# of the standard form. After three steps, one singular value far above the others may be carried out of the interval
-# where the steps converge, and after five, all digits may be lost.
+# The Gram form carries A = X X^T from step to step. A's rounding errors grow by the square of the slopes a of these
+# steps, so the form starts again from X when the product of the slopes passes this limit. The limit of bf16 admits
+# pairs of steps with low slopes (Jordan's, and the later ones of other tables); errors and largest singular values are
+# then those of the standard form. After three steps, one singular value far above the others may leave the interval
+# where the steps converge; after five, all digits may be lost.
 GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
 
-# whose inverses are finite in the dtypes that matrices are scaled in
+# the smallest norms with a finite inverse, by the dtype that matrices are scaled in
 _SMALLEST_NORM = {torch.float32: 1e-38, torch.float64: 1e-300}
 
-# Elements of the matrices that are multiplied as one batch. On a CPU, beyond what calls cost with small matrices, a
-# batch pays only as far as every thread has a matrix of its own, and its caches to it: a single bf16 product of a few
-# hundred rows keeps no more than one thread busy, one of a few thousand all of them.
+# Elements of the matrices that are multiplied as one batch. On a CPU, batches of small matrices save calls. Of larger
+# ones, a batch holds one per thread: a bf16 product of a few hundred rows keeps only one thread busy, one of a few
+# thousand rows all of them.
 _CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
 _GPU_CHUNK = 1 << 25
 
@@ -89,7 +89,7 @@ TORCH_PRODUCTS = Products(_gram, multiply, add_product)
 
 
 class Scratch:
-    """Named buffers, each as large as the largest that was asked for: fresh pages cost as much as a product."""
+    """Named buffers that grow to the largest size asked for; fresh memory would cost as much as a product."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -120,18 +120,18 @@ class Job(NamedTuple):
     n: int
 
     def shape(self) -> torch.Size:
-        """Of the batch; a single matrix stays one, which saves a CPU a few calls per product."""
+        """Shape of the batch. A single matrix has no batch dimension, which saves a CPU a few calls per product."""
         return torch.Size((self.m, self.n) if len(self.indices) == 1 else (len(self.indices), self.m, self.n))
 
 
 def gram_shape(shape: torch.Size) -> torch.Size:
-    """Of the Gram matrices on the smaller side."""
+    """Shape of the Gram matrices on the smaller side."""
     small = min(shape[-2:])
     return torch.Size((*shape[:-2], small, small))
 
 
 def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
-    """All matrices [m, n] with entries, by shape and in handy numbers."""
+    """Batches of the matrices [m, n] that have entries, of one shape each."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, mat in enumerate(singles):
         if mat.numel():

@@ -27,12 +27,7 @@ def as_batch(mat: Tensor) -> Tensor:
     return mat.flatten(0, -3) if mat.dim() > 2 else mat.unsqueeze(0)
 
 
-def sinkhorn(
-    mats: Sequence[Tensor],
-    num_iters: int,
-    *,
-    end_with_rows: bool = False,
-) -> Scales:
+def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False) -> Scales:
     """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
 
     One iteration scales every row to norm sqrt(n), then every column to norm sqrt(m) (Scetbon, Ma, Gong, Meeds,
@@ -42,20 +37,20 @@ def sinkhorn(
     Args:
         mats: matrices [..., m, n] of one device, any strides, bf16, fp16, fp32 or fp64; not written. Leading
             dimensions are independent matrices (fused experts).
-        num_iters: L >= 0; 0 leaves r = 1 / max|row| (with ``end_with_rows``: one row half-iteration alone).
+        num_iters: L >= 0. With 0, r = 1 / max|row| and c = 1; with ``end_with_rows``, one row half-iteration.
         end_with_rows: append one row half-iteration.
 
     Returns:
         :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
 
     Raises:
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Sums run in fp32. Rows are first scaled (C++: where it matters), so finite gradients of any size work;
-        an entry 1e-13 times smaller than the largest of its row counts as zero in fp32.
-        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums. An
-        iteration reads every matrix once; on a CPU matrices of less than 4 MB leave memory only once.
+        Sums are fp32. Rows are scaled before they are squared (in C++, where squares would leave the range), so finite
+        gradients of any size work. In fp32 an entry 1e-13 times smaller than the largest of its row counts as zero.
+        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums.
+        An iteration reads every matrix once. On a CPU, matrices below 4 MB are read from memory once in all.
     """
     if not mats:
         empty = torch.zeros(0)
@@ -66,7 +61,7 @@ def sinkhorn(
 
 
 def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
-    """Cut the flat buffers into one [..., m] and one [..., n] view a matrix."""
+    """Cut the flat buffers into a view [..., m] and a view [..., n] per matrix."""
     rows = flat_rows.split([m.shape[:-1].numel() for m in mats])
     cols = flat_cols.split([m.shape[:-2].numel() * m.shape[-1] for m in mats])
     return Scales(
@@ -78,7 +73,7 @@ def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Sca
 
 
 def new_scales(mats: Sequence[Tensor]) -> Scales:
-    """Room for the scales of the matrices: rows 0, columns 1."""
+    """Allocate the scales of the matrices: rows 0, columns 1."""
     first = mats[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
@@ -89,10 +84,10 @@ def new_scales(mats: Sequence[Tensor]) -> Scales:
 def sinkhorn_of_rows(
     mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
 ) -> Generator[tuple[Tensor, str], None, Scales]:
-    """:func:`sinkhorn` of shards of rows, as a generator for callers that reduce for several lists at once.
+    """:func:`sinkhorn` of shards of rows, as a generator: the caller can reduce several lists at once.
 
-    Yields (flat buffer, "sum") once per iteration: the column means of all matrices, to be summed over the shards in
-    place before it goes on.
+    Yields (flat buffer, "sum") once per iteration. The buffer holds the column means of all matrices; the caller sums
+    it over the shards, in place.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
@@ -107,8 +102,8 @@ def sinkhorn_of_columns(
 ) -> Generator[tuple[Tensor, str], None, Scales]:
     """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
 
-    Yields (flat buffer, "max") once, the largest entries of all rows, then (flat buffer, "sum") once per row
-    half-iteration, the row means: to be reduced over the shards in place before it goes on.
+    Yields (flat buffer, "max") once, with the largest entries of all rows, then (flat buffer, "sum") once per row
+    half-iteration, with the row means. The caller reduces each buffer over the shards, in place.
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
@@ -192,9 +187,9 @@ def _iterate_together(
     cols_total: Sequence[int],
     backend: str,
 ) -> Generator[Tensor, None, None]:
-    """All matrices one iteration at a time: one launch (GPU) per iteration, after which the column means are yielded.
+    """Iterate all matrices together, with one launch per iteration on a GPU; yield the column means after each.
 
-    Where the matrices are shards of rows, the caller sums them over the shards, in place, before going on.
+    For shards of rows, the caller sums the means over the shards, in place.
     """
     one_pass = _triton_pass if backend == "triton" else _reference_pass
     for iteration in range(num_iters + end_with_rows):

@@ -42,8 +42,8 @@ class Heads:
     v: Tensor
     center: Tensor | None
     mask: Tensor | None
-    scale: float
     coefficients: Sequence[float]
+    scale: float
     causal: bool
     chunk: int
 
@@ -61,23 +61,23 @@ class Heads:
         """The chunks of a sequence."""
         return [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
 
-    def queries(self, at: slice) -> Tensor:
+    def queries(self, span: slice) -> Tensor:
         """Scaled queries of a chunk, features first: [n, d, g * c]."""
-        x = self.q[:, :, at].to(self.wide) * self.scale
+        x = self.q[:, :, span].to(self.wide) * self.scale
         return x.flatten(1, 2).mT.contiguous()
 
-    def keys(self, at: slice) -> Tensor:
+    def keys(self, span: slice) -> Tensor:
         """Centred keys of a chunk: [n, d, c]."""
-        y = self.k[:, at].to(self.wide)
+        y = self.k[:, span].to(self.wide)
         y = y if self.center is None else y - self.center[:, None, :]
         return y.mT.contiguous()
 
-    def values(self, at: slice) -> Tensor:
+    def values(self, span: slice) -> Tensor:
         """``[V, 1]`` of a chunk, zero for keys that do not count: [n, c, e]."""
-        v = self.v[:, at].to(self.wide)
+        v = self.v[:, span].to(self.wide)
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         # a masked value may be anything, NaN included
-        return v if self.mask is None else torch.where(self.mask[:, at, None], v, 0.0)
+        return v if self.mask is None else torch.where(self.mask[:, span, None], v, 0.0)
 
     def split(self) -> Iterator[tuple[slice, Heads]]:
         """The heads in groups that fit the scratch memory."""
@@ -86,11 +86,11 @@ class Heads:
         budget = _SCRATCH.get(self.q.device.type, _SCRATCH_ELSEWHERE)
         size = max(1, budget // bytes_of_one)
         for start in range(0, n, size):
-            at = slice(start, start + size)
-            center = None if self.center is None else self.center[at]
-            mask = None if self.mask is None else self.mask[at]
-            part = (self.q[at], self.k[at], self.v[at], center, mask)
-            yield at, Heads(*part, self.scale, self.coefficients, self.causal, self.chunk)
+            span = slice(start, start + size)
+            center = None if self.center is None else self.center[span]
+            mask = None if self.mask is None else self.mask[span]
+            tensors = (self.q[span], self.k[span], self.v[span], center, mask)
+            yield span, Heads(*tensors, self.coefficients, self.scale, self.causal, self.chunk)
 
 
 def _ratios(heads: Heads) -> Tensor | None:
@@ -133,8 +133,8 @@ def forward(heads: Heads) -> tuple[Tensor, Tensor]:
     n, group, length, _ = heads.q.shape
     out = heads.v.new_empty(n, group, length, heads.v.shape[-1])
     normaliser = torch.empty(n, group, length, dtype=heads.wide, device=out.device)
-    for at, part in heads.split():
-        (_forward_causal if heads.causal else _forward_full)(part, out[at], normaliser[at])
+    for span, few in heads.split():
+        (_forward_causal if heads.causal else _forward_full)(few, out[span], normaliser[span])
     return out, normaliser
 
 
@@ -148,26 +148,26 @@ def _divide(sums: Tensor, out: Tensor, normaliser: Tensor) -> None:
 
 def _forward_full(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
     state = _State(heads)
-    for at in heads.slices(heads.k.shape[1]):
-        state.add(poly_features(heads.keys(at), heads.degree), heads.values(at))
+    for span in heads.slices(heads.k.shape[1]):
+        state.add(poly_features(heads.keys(span), heads.degree), heads.values(span))
     weights = state.read()
-    for at in heads.slices(heads.q.shape[2]):
-        sums = torch.bmm(poly_features(heads.queries(at), heads.degree).mT, weights)
-        _divide(sums, out[:, :, at], normaliser[:, :, at])
+    for span in heads.slices(heads.q.shape[2]):
+        sums = torch.bmm(poly_features(heads.queries(span), heads.degree).mT, weights)
+        _divide(sums, out[:, :, span], normaliser[:, :, span])
 
 
 def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
     state = _State(heads)
     slices = heads.slices(heads.k.shape[1])
-    for at in slices:
-        x, y, values = heads.queries(at), heads.keys(at), heads.values(at)
+    for span in slices:
+        x, y, values = heads.queries(span), heads.keys(span), heads.values(span)
         products, visible = _within(heads, x, y)
         sums = torch.bmm(polynomial(products, heads.coefficients).mul_(visible), values)
-        if at.start:
+        if span.start:
             torch.baddbmm(sums, poly_features(x, heads.degree).mT, state.read(), out=sums)
-        if at is not slices[-1]:
+        if span is not slices[-1]:
             state.add(poly_features(y, heads.degree), values)
-        _divide(sums, out[:, :, at], normaliser[:, :, at])
+        _divide(sums, out[:, :, span], normaliser[:, :, span])
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,13 @@ class _Upstream:
     dk: Tensor | None
     dv: Tensor | None
 
-    def rows(self, at: slice, wide: torch.dtype) -> Tensor:
+    def rows(self, span: slice, wide: torch.dtype) -> Tensor:
         """``[dO / D, -(dO . O) / D]`` of a chunk of queries: [n, g c, e]."""
-        grad, out, total = self.grad[:, :, at].to(wide), self.out[:, :, at].to(wide), self.normaliser[:, :, at, None]
+        grad, out, total = (
+            self.grad[:, :, span].to(wide),
+            self.out[:, :, span].to(wide),
+            self.normaliser[:, :, span, None],
+        )
         both = torch.cat([grad, -(grad * out).sum(dim=-1, keepdim=True)], dim=-1)
         return torch.where(total == 0, 0.0, both / total).flatten(1, 2)
 
@@ -194,32 +198,32 @@ def backward(
     """The wanted gradients of q, k and v, in their dtype, from that of the output."""
     inputs = (heads.q, heads.k, heads.v)
     results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
-    for at, part in heads.split():
-        rows = [None if result is None else result[at] for result in results]
-        upstream = _Upstream(grad[at], out[at], normaliser[at], *rows)
-        (_backward_causal if heads.causal else _backward_full)(part, upstream)
+    for span, few in heads.split():
+        rows = [None if result is None else result[span] for result in results]
+        upstream = _Upstream(grad[span], out[span], normaliser[span], *rows)
+        (_backward_causal if heads.causal else _backward_full)(few, upstream)
     dq, dk, dv = (None if x is None else x.to(heads.q.dtype) for x in results)
     return dq, dk, dv
 
 
-def _add_queries(heads: Heads, up: _Upstream, at: slice, x: Tensor, grad: Tensor) -> None:
+def _add_queries(heads: Heads, up: _Upstream, span: slice, x: Tensor, grad: Tensor) -> None:
     """Add the gradient of a chunk's queries, from that of their features."""
     if up.dq is not None:
         dx = poly_features_backward(grad, x, heads.degree).mT.unflatten(1, (heads.q.shape[1], -1))
-        up.dq[:, :, at] += dx * heads.scale
+        up.dq[:, :, span] += dx * heads.scale
 
 
-def _add_keys(heads: Heads, up: _Upstream, at: slice, y: Tensor, suffix: Tensor) -> None:
+def _add_keys(heads: Heads, up: _Upstream, span: slice, y: Tensor, suffix: Tensor) -> None:
     """Add the gradients of a chunk's keys and values, from the state that sums those of the queries."""
     if up.dk is not None:
-        grad = torch.bmm(suffix, heads.values(at).mT)
-        up.dk[:, at] += poly_features_backward(grad, y, heads.degree).mT
+        grad = torch.bmm(suffix, heads.values(span).mT)
+        up.dk[:, span] += poly_features_backward(grad, y, heads.degree).mT
     if up.dv is not None:
-        _add_values(heads, up.dv, at, torch.bmm(poly_features(y, heads.degree).mT, suffix[..., :-1]))
+        _add_values(heads, up.dv, span, torch.bmm(poly_features(y, heads.degree).mT, suffix[..., :-1]))
 
 
-def _add_values(heads: Heads, dv: Tensor, at: slice, rows: Tensor) -> None:
-    dv[:, at] += rows if heads.mask is None else torch.where(heads.mask[:, at, None], rows, 0.0)
+def _add_values(heads: Heads, dv: Tensor, span: slice, rows: Tensor) -> None:
+    dv[:, span] += rows if heads.mask is None else torch.where(heads.mask[:, span, None], rows, 0.0)
 
 
 def _backward_full(heads: Heads, up: _Upstream) -> None:
@@ -227,55 +231,55 @@ def _backward_full(heads: Heads, up: _Upstream) -> None:
     keys_wanted = up.dk is not None or up.dv is not None
     state, suffix = _State(heads), _State(heads)
     if up.dq is not None:
-        for at in of_keys:
-            state.add(poly_features(heads.keys(at), heads.degree), heads.values(at))
+        for span in of_keys:
+            state.add(poly_features(heads.keys(span), heads.degree), heads.values(span))
     weights = state.read()
-    for at in of_queries:
-        x, rows = heads.queries(at), up.rows(at, heads.wide)
+    for span in of_queries:
+        x, rows = heads.queries(span), up.rows(span, heads.wide)
         if up.dq is not None:
-            _add_queries(heads, up, at, x, torch.bmm(weights, rows.mT))
+            _add_queries(heads, up, span, x, torch.bmm(weights, rows.mT))
         if keys_wanted:
             suffix.add(poly_features(x, heads.degree), rows)
     if keys_wanted:
         weights = suffix.read()
-        for at in of_keys:
-            _add_keys(heads, up, at, heads.keys(at), weights)
+        for span in of_keys:
+            _add_keys(heads, up, span, heads.keys(span), weights)
 
 
 def _backward_causal(heads: Heads, up: _Upstream) -> None:
     slices = heads.slices(heads.k.shape[1])
     state = _State(heads)
-    for at in slices:
-        x, y, values, rows = heads.queries(at), heads.keys(at), heads.values(at), up.rows(at, heads.wide)
-        _backward_within(heads, up, at, x, y, values, rows)
+    for span in slices:
+        x, y, values, rows = heads.queries(span), heads.keys(span), heads.values(span), up.rows(span, heads.wide)
+        _backward_within(heads, up, span, x, y, values, rows)
         if up.dq is not None:
-            if at.start:
-                _add_queries(heads, up, at, x, torch.bmm(state.read(), rows.mT))
-            if at is not slices[-1]:
+            if span.start:
+                _add_queries(heads, up, span, x, torch.bmm(state.read(), rows.mT))
+            if span is not slices[-1]:
                 state.add(poly_features(y, heads.degree), values)
     if up.dk is None and up.dv is None:
         return
     suffix = _State(heads)
-    for at in reversed(slices):
-        if at is not slices[-1]:
-            _add_keys(heads, up, at, heads.keys(at), suffix.read())
-        if at.start:
-            suffix.add(poly_features(heads.queries(at), heads.degree), up.rows(at, heads.wide))
+    for span in reversed(slices):
+        if span is not slices[-1]:
+            _add_keys(heads, up, span, heads.keys(span), suffix.read())
+        if span.start:
+            suffix.add(poly_features(heads.queries(span), heads.degree), up.rows(span, heads.wide))
 
 
 def _backward_within(
-    heads: Heads, up: _Upstream, at: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
+    heads: Heads, up: _Upstream, span: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
 ) -> None:
     """The part of a chunk's gradients that comes from its own queries and keys."""
     products, visible = _within(heads, x, y)
     if up.dv is not None:
         weights = polynomial(products, heads.coefficients).mul_(visible)
-        _add_values(heads, up.dv, at, torch.bmm(weights.mT, rows[..., :-1]))
+        _add_values(heads, up.dv, span, torch.bmm(weights.mT, rows[..., :-1]))
     if up.dq is None and up.dk is None:
         return
     slope = [t * c for t, c in enumerate(heads.coefficients)][1:] or [0.0]
     grad = polynomial(products, slope).mul_(visible).mul_(torch.bmm(rows, values.mT))
     if up.dq is not None:
-        up.dq[:, :, at] += torch.bmm(grad, y.mT).unflatten(1, (heads.q.shape[1], -1)) * heads.scale
+        up.dq[:, :, span] += torch.bmm(grad, y.mT).unflatten(1, (heads.q.shape[1], -1)) * heads.scale
     if up.dk is not None:
-        up.dk[:, at] += torch.bmm(grad.mT, x.mT)
+        up.dk[:, span] += torch.bmm(grad.mT, x.mT)

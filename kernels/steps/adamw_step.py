@@ -38,19 +38,19 @@ def adamw_step(
     the averages of ``g`` and ``g^2`` and ``t`` the steps, this one included (Loshchilov and Hutter, 2019).
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU; the four of a row have one dtype and one
-            dense layout. All but the gradients are updated in place.
-        steps: fp32 scalars, steps done before; increased in place.
+        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU. The four tensors at an index have one
+            dtype and one dense layout. All but the gradients are updated in place.
+        steps: fp32 scalars, the number of steps before this one; increased in place.
         lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW`` takes them.
 
     Raises:
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads p, g, m, v and writes p, m, v once. In bf16 torch's kernel waits for its conversions, not for the memory:
-        there a C++ kernel takes what fills torch's vectors, and torch the rest, once the two were seen to give the same
-        bits. In fp32 torch's is the C++ kernel. Neither looks for non-finite gradients nor counts the version of what
-        it changes.
+        Reads p, g, m, v and writes p, m, v once. In bf16, torch's kernel is limited by conversions, not by memory.
+        Therefore a C++ kernel takes the elements that fill whole vectors, and torch the others. A check on first use
+        makes sure that both give the same bits; if not, torch's kernel runs alone, as it does in fp32. Non-finite
+        gradients are not detected, and version counters are not increased.
     """
     if not params:
         return

@@ -1,4 +1,4 @@
-"""Device functions that every Triton kernel of the package shares, and the map from torch to Triton dtypes.
+"""Device functions that the Triton kernels share, and the map from torch to Triton dtypes.
 
 Arithmetic is fp32. bfloat16 conversions go through `.to` on a device, where they are one instruction that rounds to
 nearest even; Triton's interpreter truncates instead and loses subnormals, so there the same conversion is written
@@ -72,7 +72,7 @@ def stochastic_bfloat16(x, random):
 
 @triton.jit
 def parameter_value(p, state, ROUNDING: tl.constexpr):
-    """fp32 value that the parameter stands for: with its Kahan remainder, or its fp32 master copy."""
+    """fp32 value of the parameter: with its Kahan remainder, or that of its fp32 master copy."""
     if ROUNDING == "master":
         value = to_float(state)
     elif ROUNDING == "kahan":
@@ -94,7 +94,7 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
 
 @triton.jit
 def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """What is kept beside the rounded parameter: the rounding error (kahan) or the value itself (master)."""
+    """The rounding state of the rounded parameter: the rounding error (kahan) or the value itself (master)."""
     if ROUNDING == "kahan":
         state = round_to(value - to_float(p), E_DTYPE)
     else:
@@ -106,6 +106,6 @@ def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
 def aligned_pointer(address, DTYPE: tl.constexpr):
     """Pointer to a 16-byte aligned tensor.
 
-    The hint belongs to the cast, made anew here, and not to the address, which other branches use without the promise.
+    The hint is attached to this cast, not to the address: other branches use the address without that promise.
     """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -1,4 +1,4 @@
-"""Compiling kernels for a named target on a machine without one: what the audit needs from Triton.
+"""Record launches and compile their kernels for a named target, on a machine without one: Triton's side of the audit.
 
 `leanstep.kernels.audit` measures what this module returns and imports without Triton itself.
 """
@@ -145,9 +145,9 @@ def compile_case(case: AuditCase, target: str) -> Any:
 
 
 def disassemble(compiled: Any, machine_code: bool = True) -> Build:
-    """Take a compiled kernel apart with the tools that ship in Triton's wheel.
+    """Disassemble a compiled kernel with the tools that ship in Triton's wheel.
 
-    Without `machine_code` that text is empty for NVIDIA's targets, which halves the time.
+    `machine_code=False` leaves that text empty for NVIDIA's targets, which halves the time.
     """
     asm = compiled.asm
     if "amdgcn" in asm:
@@ -162,7 +162,7 @@ def disassemble(compiled: Any, machine_code: bool = True) -> Build:
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps what it compiled (TRITON_CACHE_DIR)."""
+    """Triton's cache folder (TRITON_CACHE_DIR)."""
     return Path(triton.knobs.cache.dir)
 
 

@@ -2,15 +2,15 @@
 
 A launch reads two int64 arrays on the device:
 
-- `rows`: one fixed-length row per tensor: addresses, sizes, strides, alignment, as the kernel wants them;
-- `programs`: one entry per program, `tensor << 32 | piece`, so that program k works on a piece of one tensor.
-  A tensor of no elements gets no program.
+- `rows`: one row of fixed length per tensor, with the addresses, sizes, strides and alignment that the kernel reads;
+- `programs`: one entry per program, `tensor << 32 | piece`: program k works on this piece of this tensor. Tensors
+  without elements get no program.
 
-Both are built on the host, uploaded through pinned memory without waiting, and kept, keyed by their content. In a
-steady state, with gradients at the addresses of the step before, nothing is uploaded. When only addresses change,
-only the rows (a few bytes per tensor) are uploaded, never the map.
+Both are built on the host, uploaded through pinned memory without waiting, and cached by their content. If all tensors
+have the addresses of the step before, nothing is uploaded. If only addresses change, only the rows are uploaded, a few
+bytes per tensor.
 
-Under CUDA graph capture an array that is new is uploaded by the graph itself, so both its copies are kept for good.
+Under CUDA graph capture, a new array is uploaded by the graph itself; both of its copies are then kept forever.
 """
 
 import threading
@@ -27,7 +27,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
-_CACHE_BYTES = 32 << 20  # device memory that the kept arrays may take before the least recently used ones go
+_CACHE_BYTES = 32 << 20  # device memory of cached arrays, beyond which the least recently used ones are dropped
 
 
 @dataclass
@@ -111,7 +111,7 @@ def device_rows(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor
 
 
 def device_programs(pieces: Sequence[int], device: torch.device) -> Tensor | None:
-    """The map of a launch in which tensor i gets `pieces[i]` programs; None if there is nothing to launch."""
+    """The map of a launch that gives tensor i `pieces[i]` programs; None if all are 0."""
     key = tuple(pieces)
     if not any(key):
         return None
@@ -137,17 +137,17 @@ def has_aligned_rows(mat: Tensor) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Make `device` the current one for a launch; Triton launches on the current device only."""
+    """Context manager that makes `device` the current one: Triton launches there only."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def warps(threads: int) -> int:
-    """Number of warps that make up `threads`: 32 wide on NVIDIA, 64 on AMD's data-centre devices."""
+    """The number of warps in `threads`: a warp has 32 threads on NVIDIA, 64 on AMD's data-centre devices."""
     return threads // (64 if torch.version.hip else 32)
 
 
 def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
-    """For each distinct key, in order of first appearance, which positions have it."""
+    """For each distinct key, in order of first appearance: a mask of the indices that have it."""
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
 
 
@@ -169,16 +169,16 @@ def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]
 
 
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
-    """How parameters of `dtype` are rounded where `rounding` is asked for: wide ones, and some, to nearest only."""
+    """The rounding that applies to parameters of `dtype`: always nearest for fp32; stochastic for bf16 only."""
     if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
         return "nearest"
     return rounding
 
 
 class Staging:
-    """Contiguous stand-ins, in a dtype that a kernel takes, for tensors that are not; written back at the end.
+    """Contiguous copies, in a dtype that a kernel takes, of tensors that are not so; `finish` writes them back.
 
-    A dense tensor stands for itself. Others cost a copy of their size until `finish`.
+    A contiguous tensor of such a dtype is used itself.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class Staging:
         self._written: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`tensor`, or a contiguous copy of it in `dtype`, alive until `finish`: tables hold bare addresses."""
+        """`tensor`, or a contiguous copy in `dtype`; alive until `finish`, since tables hold bare addresses."""
         return self.hold(tensor.detach().to(dtype or tensor.dtype).contiguous())
 
     def hold(self, tensor: Tensor) -> Tensor:
@@ -202,10 +202,10 @@ class Staging:
         return staged
 
     def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
-        """The tensor that a kernel updates, what it keeps beside it, and how it rounds; as `rounding` means for them.
+        """The tensor that a kernel updates, its rounding state, and the rounding that applies to it.
 
-        Stochastic rounding is defined for bfloat16, and an fp32 parameter needs nothing beside it: nothing is left of
-        an fp32 value rounded to fp32, and a master copy is updated in the parameter's place and copied to it.
+        An fp32 parameter needs no rounding state: there is no remainder to keep, and a master copy is updated in place
+        of the parameter and then copied to it.
         """
         if state is not None and param.dtype == torch.float32:
             if rounding == "master":
@@ -217,8 +217,8 @@ class Staging:
         return param, state, effective_rounding(rounding, param.dtype)
 
     def finish(self) -> None:
-        """Copy what the kernel changed back to where it belongs, and let go of the copies."""
-        # last first: a master copy may itself have had a stand-in
+        """Write the changed copies back and drop all copies."""
+        # in reverse: a master copy may itself have been copied
         for tensor, staged in reversed(self._written):
             tensor.copy_(staged)
         self._written.clear()

@@ -137,8 +137,8 @@ def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
         return None
     kind = quantized_kind(module)
     if kind is None:
-        found, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
-        return f"its weight is {found}; adapted are layers in {', '.join(known)}, and bitsandbytes' in 4 and 8 bits"
+        name, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
+        return f"its weight is {name}; adapted are layers in {', '.join(known)}, and bitsandbytes' in 4 and 8 bits"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -199,6 +199,8 @@ class FastLinear:
         if weight.requires_grad:
             return "the base weight is trained, whose gradient is a full matrix"
         quantized = dequantizer(base) is not None
+        if not quantized and type(weight).__module__.split(".")[0] != "torch":
+            return f"the base weight is a {type(weight).__name__}, whose own operations multiply it"
         if not quantized and not weight.is_floating_point():
             return f"the base weight is {weight.dtype}, which no code here can multiply"
         if x is None:

@@ -79,7 +79,9 @@ def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan
             results = end.value
     *updates, flags, updated = out
     flags.copy_(torch.tensor([f for r in results for f in r.flags], dtype=torch.int32))
-    values = [u for p, r in zip(problems, results, strict=True) for u in r.updates or [None] * len(p.vectors)]
+    values: list[Tensor | None] = []
+    for problem, result in zip(problems, results, strict=True):
+        values += result.updates or [None] * len(problem.vectors)
     updated.copy_(torch.tensor([value is not None for value in values]))
     for update, value in zip(updates, values, strict=True):
         if value is not None:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from leanstep._torch import local_part
 from leanstep.kernels import row_dots, scatter, sparse_layout, sparse_linear_combination, sparse_row_dots, top_k
@@ -104,6 +105,7 @@ class SparseRows(DenseRows):
         stored = settings["window"] * entries * (storage_dtype(settings, param).itemsize + 2)
         return stored + math.prod(columns.shape) * error_dtype(param).itemsize
 
+    @override
     def _open(self) -> None:
         window, density = self.settings["window"], self.settings["density"]
         states = [piece.state for piece in self.pieces]
@@ -113,6 +115,7 @@ class SparseRows(DenseRows):
         blocks = [block_size(s["error"].shape) for s in states]
         self.layouts = [sparse_layout(e.numel(), density, b) for e, b in zip(self.errors, blocks, strict=True)]
 
+    @override
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
         dtype = self.values[0].dtype
         self.sums = [e + v.to(e.dtype).view(e.shape) for e, v in zip(self.errors, vectors, strict=True)]
@@ -122,19 +125,23 @@ class SparseRows(DenseRows):
             for entries, layout, e in zip(self.entries, self.layouts, self.errors, strict=True)
         ]
 
+    @override
     def dots(self, live: int) -> Tensor:
         values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
         return sparse_row_dots(values, indices, self.rows, self.layouts, groups=self.grams)
 
+    @override
     def squared_norms(self) -> Tensor:
         return row_dots([r.unsqueeze(0) for r in self.rows], self.rows, groups=self.grams).squeeze(1)
 
+    @override
     def write(self, index: int, grams: set[int]) -> None:
         for i, gram in enumerate(self.grams):
             if gram in grams:
                 self.values[i][index], self.indices[i][index] = self.entries[i]
                 self.errors[i].copy_(self.sums[i] - self.rows[i].view(self.sums[i].shape))
 
+    @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
@@ -181,12 +188,14 @@ class LowRankRows(DenseRows):
         stored = settings["window"] * rank * (rows + rest) * storage_dtype(settings, param).itemsize
         return stored + (rows * rest + rest * rank) * error_dtype(param).itemsize
 
+    @override
     def _open(self) -> None:
         states = [piece.state for piece in self.pieces]
         self.lefts, self.rights, self.errors, self.bases = (
             [s[key] for s in states] for key in ("window_left", "window_right", "error", "basis")
         )
 
+    @override
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
         self.sums, self.factors_of_rows, self.new_bases, self.rows = [], [], [], []
         for vector, error, basis, left in zip(vectors, self.errors, self.bases, self.lefts, strict=True):
@@ -200,6 +209,7 @@ class LowRankRows(DenseRows):
             self.new_bases.append(torch.where(other.square().sum(dim=0) > 0, other, basis))
             self.rows.append((p.to(total.dtype) @ q.to(total.dtype).T).view(-1))
 
+    @override
     def dots(self, live: int) -> Tensor:
         dots = []
         for lefts, rights, (left, right) in zip(self.lefts, self.rights, self.factors_of_rows, strict=True):
@@ -208,12 +218,14 @@ class LowRankRows(DenseRows):
             dots.append((a * b).sum(dim=(1, 2)))
         return self._by_gram(dots)
 
+    @override
     def squared_norms(self) -> Tensor:
         # of the factors: their product is rounded, and its norm is not that of the row
         pairs = [(left.double(), right.double()) for left, right in self.factors_of_rows]
         squares = [((left.T @ left) * (right.T @ right)).sum().view(1) for left, right in pairs]
         return self._by_gram(squares).squeeze(1)
 
+    @override
     def write(self, index: int, grams: set[int]) -> None:
         for i, gram in enumerate(self.grams):
             if gram in grams:
@@ -221,6 +233,7 @@ class LowRankRows(DenseRows):
                 self.errors[i].copy_((self.sums[i] - self.rows[i].view_as(self.sums[i])).view_as(self.errors[i]))
                 self.bases[i].copy_(self.new_bases[i])
 
+    @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         for result, lefts, rights, gram in zip(out, self.lefts, self.rights, self.grams, strict=True):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
@@ -23,7 +24,7 @@ from leanstep.optimizers.mfac import rule
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # elements that are widened at a time: a window is never copied whole
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -118,11 +119,11 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     processes = torch.distributed.get_world_size()
     lengths = [[_rows_of_process(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
     sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
-    own = updates[0].new_zeros(max(map(sum, sizes)))
+    padded = updates[0].new_zeros(max(map(sum, sizes)))
     flat = torch.cat([u.reshape(-1) for u in updates])
-    own[: flat.numel()] = flat
-    gathered = own.new_empty(processes, own.numel())
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), own)
+    padded[: flat.numel()] = flat
+    gathered = padded.new_empty(processes, padded.numel())
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), padded)
     parts = [row[: sum(size)].split(size) for row, size in zip(gathered, sizes, strict=True)]
     return [torch.cat([part[i] for part in parts]).view(p.shape) for i, p in enumerate(params)]
 
@@ -282,6 +283,7 @@ class BlockRows(DenseRows):
     A parameter may have thousands of blocks; they are worked on together, as one more dimension of its window.
     """
 
+    @override
     def _open(self) -> None:
         self.windows = []
         for piece in self.pieces:
@@ -290,12 +292,14 @@ class BlockRows(DenseRows):
             columns = window.view(window.shape[0], -1)[:, piece.span[0] : piece.span[1]]
             self.windows.append(columns.unflatten(1, (piece.blocks, -1)))
 
+    @override
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
         largest = torch.zeros(self.gram_count, device=vectors[0].device)
         for piece, vector in zip(self.pieces, vectors, strict=True):
             largest[_grams(piece)] = vector.view(piece.blocks, -1).abs().amax(dim=1)
         return largest
 
+    @override
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
         dtype = self.windows[0].dtype
         blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
@@ -307,20 +311,23 @@ class BlockRows(DenseRows):
         inverse = self.factors.reciprocal().unsqueeze(1)
         self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
+    @override
     def dots(self, live: int) -> Tensor:
         dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
         for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
             for chunk in _chunks(window):
-                products = window[:live, chunk].double() * row[chunk].double()
+                products = window[:live, chunk].to(torch.float64, copy=True).mul_(row[chunk])
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
         return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
 
+    @override
     def squared_norms(self) -> Tensor:
         squares = torch.zeros(self.gram_count, 1, dtype=torch.float64, device=self.windows[0].device)
         for piece, row in zip(self.pieces, self.rows, strict=True):
             squares[_grams(piece), 0] = row.double().square().sum(dim=1)
         return self._scaled(self._scaled(squares)).squeeze(1)
 
+    @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         live = coefficients.shape[1]
         stored = coefficients[: self.gram_count]
@@ -329,7 +336,7 @@ class BlockRows(DenseRows):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
                 weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
-                blocks[chunk] = (window[:live, chunk].double() * weights).sum(dim=0)
+                blocks[chunk] = window[:live, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
 
 
 def _grams(piece: Piece) -> slice:

@@ -137,11 +137,11 @@ class Program:
         # costs are rounded up, together by as many units as there are layers at most: allow that much more, and take
         # the largest budget whose levels fit the target in truth
         for slack in range(0 if self._unit == 1.0 else len(self._levels), -1, -1):
-            chosen = self._table.choose(min(units + slack, self._table.budget))
-            if sum(float(levels.cost[k]) for levels, k in zip(self._levels, chosen, strict=True)) <= target:
+            levels_at = self._table.choose(min(units + slack, self._table.budget))
+            if sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True)) <= target:
                 break
         gap = solve_lagrange(self._costs, self._losses, units)[1] - self._table.value(units)
-        kept, spent = self._spend_rest(chosen, target)
+        kept, spent = self._spend_rest(levels_at, target)
         # np.interp wants increasing counts
         predicted = sum(float(np.interp(kept[x.layer.name], x.kept[::-1], x.loss[::-1])) for x in self._levels)
         patterns = {
@@ -205,14 +205,14 @@ class Program:
             costs, losses = costs[spread], losses[spread]
         return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
 
-    def _spend_rest(self, chosen: Sequence[int], target: float) -> tuple[dict[str, int], float]:
+    def _spend_rest(self, levels_at: Sequence[int], target: float) -> tuple[dict[str, int], float]:
         """Kept counts and cost after raising levels while the target allows, the steepest slope first.
 
         N:M levels and latencies are raised by whole levels, others by any count.
         """
-        kept = [int(levels.kept[k]) for levels, k in zip(self._levels, chosen, strict=True)]
-        spent = sum(float(levels.cost[k]) for levels, k in zip(self._levels, chosen, strict=True))
-        steps = [(-self._levels[g].slope(k), g, k) for g, k in enumerate(chosen) if k > 0]
+        kept = [int(levels.kept[k]) for levels, k in zip(self._levels, levels_at, strict=True)]
+        spent = sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True))
+        steps = [(-self._levels[g].slope(k), g, k) for g, k in enumerate(levels_at) if k > 0]
         heapq.heapify(steps)
         while steps:
             _, g, k = heapq.heappop(steps)

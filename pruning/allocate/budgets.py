@@ -1,4 +1,4 @@
-"""What a budget counts: weights, operations, bytes or seconds."""
+"""Budgets: the cost of kept weights, operations, bytes or seconds, and its limit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Budget:
         seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
 
     Raises:
-        ValueError: for an unknown kind, a target that is not positive, or a table where there is none or none where
-            there must be one.
+        ValueError: for an unknown kind, a target that is not positive, or if ``seconds`` is given for a kind other than
+            "latency", or missing for that.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Budget:
     def fraction(
         cls, kind: str, of_dense: float, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None
     ) -> Budget:
-        """A budget of a fraction of what the dense layers cost; of a table, its first levels."""
+        """A budget of a fraction of the dense layers' cost. With ``seconds``, first levels are dense."""
         if seconds is not None:
             return cls(kind, of_dense * sum(seconds[layer.name][0] for layer in layers), seconds)
         return cls(kind, of_dense * sum(float(cost(kind, layer, layer.numel)) for layer in layers))
@@ -79,7 +79,7 @@ def quantize(
     Costs are rounded up and the budget down: what fits in units, fits.
     """
     least = [float(cost.min()) for cost in costs]
-    # what is a whole number of units must not become one more by rounding
+    # a whole number of units must not become one more by rounding
     whole = [np.ceil((cost - low) / unit - 1e-9).astype(np.int64) for cost, low in zip(costs, least, strict=True)]
     return whole, math.floor((budget - sum(least)) / unit + 1e-9)
 
@@ -100,7 +100,7 @@ class LatencyTable:
             seconds at each of the levels; at least 0, and more than 0 at the first.
 
     Raises:
-        ValueError: for levels or seconds that are none, or a layer without one of the levels; it names both.
+        ValueError: for invalid levels or seconds, or a layer without seconds for a level; the message names both.
     """
 
     levels: tuple[float, ...]
@@ -138,12 +138,12 @@ class LatencyTable:
             raise ValueError(f"the latency table {path}: {error}") from None
 
     def of(self, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:
-        """By group, the seconds at each of its levels: of several matrices, those of all together.
+        """Seconds of each group at each of its levels: the sum over its matrices.
 
         Args:
-            groups: what is pruned.
-            kept: by group, weights that are left at each level. What a matrix has lost before, between two levels of
-                the table, is not counted: its first level takes the seconds of the denser one.
+            groups: the groups that are pruned.
+            kept: weights left at each level of each group. A matrix that was pruned before to between two levels of
+                the table is counted at the denser one.
 
         Raises:
             ValueError: a layer or a level that the table does not have.
@@ -156,22 +156,22 @@ class LatencyTable:
                 f"the latency table has no row for {missing[0]}{more}; every matrix that is pruned needs one, others "
                 "are left out with exclude"
             )
-        found = {}
+        seconds = {}
         for group in groups:
-            places = [self._place(group, count, first=k == 0) for k, count in enumerate(kept[group.name])]
+            levels = [self._level(group, count, first=k == 0) for k, count in enumerate(kept[group.name])]
             rows = [self.seconds[target.name] for target in group.targets]
-            found[group.name] = tuple(sum(row[place] for row in rows) for place in places)
-        return found
+            seconds[group.name] = tuple(sum(row[level] for row in rows) for level in levels)
+        return seconds
 
-    def _place(self, group: Group, count: int, *, first: bool) -> int:
-        """Number of the level that a group is at with so many weights left."""
+    def _level(self, group: Group, count: int, *, first: bool) -> int:
+        """Index of the level of a group with ``count`` weights left."""
         numel = group.layer.numel
         sparsity = 1 - count / numel
-        nearest = min(range(len(self.levels)), key=lambda place: abs(self.levels[place] - sparsity))
+        nearest = min(range(len(self.levels)), key=lambda level: abs(self.levels[level] - sparsity))
         if abs(self.levels[nearest] - sparsity) <= max(_NEAR, 0.5 / numel + 1e-12):
             return nearest
         if first:
-            return max(place for place, level in enumerate(self.levels) if level <= sparsity)
+            return max(index for index, level in enumerate(self.levels) if level <= sparsity)
         raise ValueError(
             f"the latency table has no level {sparsity:.4g}, which {group.name} may be pruned to; its levels are "
             f"{_shown(self.levels)}"
@@ -184,8 +184,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_row(name: str, row: Any, levels: Sequence[float]) -> None:
     if not isinstance(row, (list, tuple)) or len(row) != len(levels):
-        found = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else type(row).__name__
-        raise ValueError(f"{name} needs {len(levels)} numbers, one for each level {_shown(levels)}; got {found}")
+        got = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else type(row).__name__
+        raise ValueError(f"{name} needs {len(levels)} numbers, one for each level {_shown(levels)}; got {got}")
     for level, value in zip(levels, row, strict=True):
         if not _is_number(value) or value < 0 or (level == 0 and value == 0):
             raise ValueError(f"{name} at level {level:g}: expected seconds, got {value!r}")
@@ -198,8 +198,8 @@ def _shown(levels: Iterable[float]) -> str:
 def _from_json(text: str) -> LatencyTable:
     content = json.loads(text)
     if not isinstance(content, dict) or set(content) != {"levels", "seconds"}:
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected an object with 'levels' and 'seconds', got {found or 'an empty one'}")
+        got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected an object with 'levels' and 'seconds', got {got or 'an empty one'}")
     levels, seconds = content["levels"], content["seconds"]
     if not isinstance(levels, list) or not isinstance(seconds, dict):
         raise ValueError("expected a list of levels, and an object of seconds by the name of a layer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ Floats = npt.NDArray[np.float64]
 def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
     """Integers within bounds that add up to ``total``, each at most one from ``wanted`` where that adds up to it.
 
-    Rounded down, and what is missing goes to the largest fractions (Hamilton's method); of equal ones the first.
+    Counts are rounded down, and those with the largest remainders get one more (Hamilton's method), the first of
+    equal ones.
 
     Args:
         wanted: [n], between the bounds; its sum is ``total`` up to rounding.
@@ -36,8 +37,8 @@ def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
         step = 1 if missing > 0 else -1
         room = counts < upper if step > 0 else counts > lower
         order = np.argsort(-step * (wanted - counts), kind="stable")
-        chosen = order[room[order]][: abs(missing)]
-        counts[chosen] += step
+        changed = order[room[order]][: abs(missing)]
+        counts[changed] += step
     return counts
 
 
@@ -109,8 +110,11 @@ def counts_by_rule(
         assert beta is not None
         return shifted(atp(layers, sparsity, beta), *fit)
     assert scores is not None
-    compared = LampScores(scores) if method == "lamp" else scores
-    return counts_above_threshold([layer.name for layer in layers], compared, keep, lower, upper)
+    names = [layer.name for layer in layers]
+    if method == "lamp":
+        given = scores
+        scores = ComputedScores(names, lambda name: lamp_scores(given[name]))
+    return counts_above_threshold(names, scores, keep, lower, upper)
 
 
 def erk(layers: Sequence[Layer]) -> Floats:
@@ -238,14 +242,14 @@ def counts_above_threshold(
         counts = np.stack([_histogram(name, scores[name], prefix, below, bits) for name in names])
         # weights per layer with these bits >= b, for every b, within the bounds
         reached = np.concatenate([above + counts[:, ::-1].cumsum(axis=1)[:, ::-1], above], axis=1)
-        found = np.clip(reached, lower[:, None], upper[:, None])
+        bounded = np.clip(reached, lower[:, None], upper[:, None])
         # the largest b for which they are enough
-        digit = int(np.flatnonzero(found.sum(axis=0) >= keep)[-1])
+        digit = int(np.flatnonzero(bounded.sum(axis=0) >= keep)[-1])
         if digit == counts.shape[1]:
-            return apportion(found[:, -1].astype(np.float64), keep, lower, upper)
+            return apportion(bounded[:, -1].astype(np.float64), keep, lower, upper)
         above = reached[:, digit + 1 : digit + 2]
         prefix = prefix << bits | digit
-    sure, tied = found[:, digit + 1], found[:, digit] - found[:, digit + 1]
+    sure, tied = bounded[:, digit + 1], bounded[:, digit] - bounded[:, digit + 1]
     share = (keep - int(sure.sum())) / max(int(tied.sum()), 1)
     return apportion(sure + tied * share, keep, sure, sure + tied)
 
@@ -254,8 +258,8 @@ def _histogram(name: str, scores: Tensor, prefix: int, below: int, bits: int) ->
     """How often each value of some bits occurs, among the scores whose bits before them are ``prefix``."""
     counts = np.zeros(1 << bits, dtype=np.int64)
     for chunk in _chunks(name, scores):
-        found = chunk.view(torch.int32) >> below
-        digits = found[found >> bits == prefix] & ((1 << bits) - 1)
+        high_bits = chunk.view(torch.int32) >> below
+        digits = high_bits[high_bits >> bits == prefix] & ((1 << bits) - 1)
         counts += torch.bincount(digits, minlength=1 << bits).cpu().numpy()
     return counts
 
@@ -269,33 +273,43 @@ def _chunks(name: str, scores: Tensor) -> Iterator[Tensor]:
         yield chunk + 0.0  # -0 and 0 have one score
 
 
-class LampScores(Mapping[str, Tensor]):
-    """LAMP scores of layers, computed when asked for: ``w^2 / sum of v^2 over all v with |v| >= |w|`` of the layer.
-
-    Of weights of one magnitude, those that come later count as larger. The largest weight of a layer has score 1, so
-    that no layer is ever pruned whole.
+class ComputedScores(Mapping[str, Tensor]):
+    """Scores of layers, computed on every access and kept nowhere.
 
     Args:
-        weights: by name: weights, or other scores whose squares take their place.
+        names: of the layers.
+        compute: from a name to its scores.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]):
+        self._names, self._compute = list(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def lamp_scores(weights: Tensor) -> Tensor:
+    """LAMP scores of a layer: ``w^2 / sum of v^2 over all v with |v| >= |w|``, fp64, flattened.
+
+    Of weights of equal magnitude, later ones count as larger. The largest weight of a layer has score 1, so that no
+    layer is ever pruned whole.
+
+    Args:
+        weights: any shape: weights, or other scores whose squares are used instead.
 
     References:
         Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611,
         equation 1.
     """
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        squares = self._weights[name].detach().flatten().to(torch.float64).square()
-        ordered, order = squares.sort(stable=True)
-        behind = ordered.flip(0).cumsum(0).flip(0)
-        # a layer of zeros: 0 / 0 is 0
-        found = torch.where(ordered > 0, ordered / behind, 0.0)
-        return torch.empty_like(found).scatter_(0, order, found)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+    squares = weights.detach().flatten().to(torch.float64).square()
+    ordered, order = squares.sort(stable=True)
+    larger = ordered.flip(0).cumsum(0).flip(0)
+    # a layer of zeros: 0 / 0 is 0
+    scores = torch.where(ordered > 0, ordered / larger, 0.0)
+    return torch.empty_like(scores).scatter_(0, order, scores)

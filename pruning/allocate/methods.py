@@ -108,8 +108,18 @@ def allocate(
     # by name, so that the order in which layers come does not decide between equals
     ordered = sorted(layers, key=lambda layer: layer.name)
     low, high = (np.array([bound[layer.name] for layer in ordered], dtype=np.int64) for bound in (lower, upper))
-    rule = {"scores": scores, "outliers": outliers, "spread": spread, "beta": beta}
-    counts = counts_by_rule(ordered, method, sparsity or 0.0, keep, low, high, **rule)
+    counts = counts_by_rule(
+        ordered,
+        method,
+        sparsity or 0.0,
+        keep,
+        low,
+        high,
+        scores=scores,
+        outliers=outliers,
+        spread=spread,
+        beta=beta,
+    )
     by_name = {layer.name: int(count) for layer, count in zip(ordered, counts, strict=True)}
     kept = {layer.name: by_name[layer.name] for layer in layers}
     predicted = None

@@ -32,7 +32,6 @@ def report_page(content: Mapping[str, Any]) -> str:
         [row["name"], "x".join(map(str, row["shape"])), f"{row['sparsity']:.4f}", row.get("pattern") or "-"]
         for row in content["layers"]
     ]
-    shown = {"header": ["Matrix", "Shape", "Sparsity", "N:M"], "rows": rows[:_MOST_ROWS]}
     return render(
         Path(__file__).parent / "templates" / "pruned.html",
         title=f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros",
@@ -42,7 +41,11 @@ def report_page(content: Mapping[str, Any]) -> str:
         allocation=_allocation_chart(content["layers"]),
         comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
-        matrices=shown | {"left_out": len(rows) - len(shown["rows"])},
+        matrices={
+            "header": ["Matrix", "Shape", "Sparsity", "N:M"],
+            "rows": rows[:_MOST_ROWS],
+            "left_out": max(len(rows) - _MOST_ROWS, 0),
+        },
     )
 
 
@@ -96,11 +99,11 @@ def role_of(name: str) -> str:
 def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Sparsity over depth, a line for each kind of matrix."""
     roles: dict[str, list[tuple[float, float]]] = {}
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         depth = layer.get("block")
-        roles.setdefault(role_of(layer["name"]), []).append((place if depth is None else depth, layer["sparsity"]))
+        roles.setdefault(role_of(layer["name"]), []).append((index if depth is None else depth, layer["sparsity"]))
     if len(roles) > _MOST_LINES:  # of a network without blocks, each name is of its own kind
-        roles = {"all matrices": [(place, layer["sparsity"]) for place, layer in enumerate(layers)]}
+        roles = {"all matrices": [(index, layer["sparsity"]) for index, layer in enumerate(layers)]}
     series = [
         Series(role, [x for x, _ in points], [y for _, y in points], color=number, dots=True)
         for number, (role, points) in enumerate(roles.items())

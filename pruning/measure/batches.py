@@ -1,4 +1,4 @@
-"""Data that a model is run on: batches in one form, whatever they came as, and token sequences cut from text."""
+"""Calibration data: batches in one form, token sequences cut from text, and batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Batch:
     """Inputs of one forward pass.
 
     Attributes:
-        args, kwargs: what the model is called with.
-        mask: bool [batch, tokens], True where a token counts; None: all do.
-        labels: int64 targets, [batch] or [batch, tokens]; None where there are none.
+        args, kwargs: arguments of the model.
+        mask: bool [batch, tokens], True where a token counts; None: all tokens count.
+        labels: int64 targets, [batch] or [batch, tokens]; or None.
     """
 
     args: tuple[Any, ...] = ()
@@ -47,17 +47,6 @@ class Batch:
         kwargs = {name: pick(value) for name, value in self.kwargs.items()}
         return Batch(tuple(map(pick, self.args)), kwargs, pick(self.mask), pick(self.labels))
 
-    def tiled(self, times: int) -> Batch:
-        """The same samples ``times`` times over, in one batch."""
-        size = self.size
-
-        def tile(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-                return value.repeat(times, *[1] * (value.dim() - 1))
-            return value
-
-        return Batch(tuple(map(tile, self.args)), {name: tile(value) for name, value in self.kwargs.items()})
-
 
 def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = "data") -> list[Batch]:
     """Batches on the model's device from a tensor of samples, or from an iterable of batches such as a DataLoader.
@@ -74,49 +63,49 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
         ValueError: no data, or images for a language model. TypeError: batches of another kind.
     """
     if isinstance(data, Tensor):
-        parts: Iterable[Any] = data.split(batch_size) if len(data) else ()
+        given: Iterable[Any] = data.split(batch_size) if len(data) else ()
     elif isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(f"{what}: expected a tensor of samples or an iterable of batches, got {type(data).__name__}")
     else:
-        parts = data
-    found = next(model.parameters(), None)
-    device = torch.device("cpu") if found is None else found.device
-    dtype = torch.float32 if found is None else found.dtype
-    batches = [part if isinstance(part, Batch) else _as_batch(part, model, device, dtype, what) for part in parts]
+        given = data
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    batches = [batch if isinstance(batch, Batch) else _as_batch(batch, model, device, dtype, what) for batch in given]
     if not batches:
         raise ValueError(f"{what}: expected at least one batch, got none")
     return batches
 
 
-def _as_batch(part: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, what: str) -> Batch:
+def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, what: str) -> Batch:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
-    if isinstance(part, Tensor):
-        if extra and part.is_floating_point():
-            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {part.dtype} as for images")
-        labels = part.to(device) if not part.is_floating_point() and part.dim() == 2 else None
+    if isinstance(batch, Tensor):
+        if extra and batch.is_floating_point():
+            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {batch.dtype} as for images")
+        labels = batch.to(device) if not batch.is_floating_point() and batch.dim() == 2 else None
         if extra:
-            return Batch((), {"input_ids": move(part), **extra}, labels=labels)
-        if _is_transformers(model) and part.is_floating_point():
-            return Batch((), {str(model.main_input_name): move(part)})
-        return Batch((move(part),), labels=labels)
-    if isinstance(part, (tuple, list)) and part and isinstance(part[0], Tensor):
-        inputs = _as_batch(part[0], model, device, dtype, what)
-        labels = part[1].to(device) if len(part) > 1 else inputs.labels
+            return Batch((), {"input_ids": move(batch), **extra}, labels=labels)
+        if _is_transformers(model) and batch.is_floating_point():
+            return Batch((), {str(model.main_input_name): move(batch)})
+        return Batch((move(batch),), labels=labels)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        inputs = _as_batch(batch[0], model, device, dtype, what)
+        labels = batch[1].to(device) if len(batch) > 1 else inputs.labels
         return Batch(inputs.args, inputs.kwargs, labels=labels)
-    if isinstance(part, Mapping) and any(isinstance(value, Tensor) for value in part.values()):
-        kwargs = {str(name): move(value) for name, value in part.items()}
+    if isinstance(batch, Mapping) and any(isinstance(value, Tensor) for value in batch.values()):
+        kwargs = {str(name): move(value) for name, value in batch.items()}
         labels = kwargs.pop("labels", None)
         if labels is None and "input_ids" in kwargs:
             labels = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
         return Batch((), {**kwargs, **extra}, None if mask is None else mask.bool(), labels)
     raise TypeError(
-        f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(part).__name__}"
+        f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(batch).__name__}"
     )
 
 
@@ -125,7 +114,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:
-    """Hash of everything that the batches hold, for the identity of what was measured on them."""
+    """Hash of all tensors and values of the batches, which identifies the data of a measurement."""
     digest = hashlib.sha256()
     for batch in batches:
         for value in (*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs)), batch.mask, batch.labels):
@@ -140,7 +129,7 @@ def batches_hash(batches: Sequence[Batch]) -> str:
 def token_sequences(
     encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
 ) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at places that a seed decides; no token is in two.
+    """Cut ``count`` sequences of ``length`` tokens from text, at random; no token is in two sequences.
 
     Documents are joined by the end-of-text token and cut into consecutive pieces, of which ``count`` are drawn.
 
@@ -149,7 +138,7 @@ def token_sequences(
         texts: the documents.
         count: sequences wanted.
         length: tokens of a sequence.
-        end: the token behind every document; None: none.
+        end: the token appended to every document; None appends nothing.
         seed: decides which pieces are taken, and their order.
 
     Returns:
@@ -169,8 +158,8 @@ def token_sequences(
             f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
             f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
         )
-    chosen = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[chosen]
+    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
 
 
 @torch.no_grad()
@@ -182,7 +171,7 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     they are no weights, and curves are measured with them.
 
     Args:
-        model: pruned; in whatever mode, which it is in afterwards.
+        model: pruned. Its mode is restored afterwards.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; no labels are needed.
         batch_size: samples at once, where ``data`` is one tensor. Statistics are the mean over batches.
 

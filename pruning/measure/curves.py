@@ -1,4 +1,4 @@
-"""Rate-distortion curves: what pruning one matrix alone to each of some levels does to the model's output."""
+"""Rate-distortion curves: distortion of the model's output when one matrix alone is pruned, level by level."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Curve:
             return np.zeros(len(kept))
         x, y = self._coordinate(known), np.log(values)
         fitted = np.exp(monotone_cubic(x, y, self._coordinate(kept)))
-        # towards the levels that cost nothing: a power of what is removed beyond them
+        # towards the levels without distortion: a power of the count removed beyond them
         start = self.kept[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
         power = np.clip((y[1] - y[0]) / (removed[1] - removed[0]), 1.0, _STEEPEST) if len(x) > 1 else 2.0
@@ -252,7 +252,7 @@ def levels_of(
     highest: float = 0.95,
 ) -> Levels:
     """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
-    found: Levels = {}
+    by_group: Levels = {}
     for group in groups:
         size = group.layer.numel
         patterns: tuple[str, ...] = ()
@@ -278,8 +278,8 @@ def levels_of(
                         "out with exclude, or take another M"
                     )
             kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
-        found[group.name] = (tuple(kept), tuple(patterns))
-    return found
+        by_group[group.name] = (tuple(kept), tuple(patterns))
+    return by_group
 
 
 def _sparsest(sparsity: float) -> float:
@@ -288,14 +288,14 @@ def _sparsest(sparsity: float) -> float:
 
 
 class PartialCurves:
-    """A file of one line per measured point, behind a first line that says what was measured, and on what.
+    """A file with one line per measured point; the first line identifies model, data and settings.
 
     Args:
         path: the file; it is made with the first point.
-        identity: whatever decides the numbers: hashes of model and data, metric, score, levels.
+        identity: everything that the numbers depend on: hashes of model and data, metric, score, levels.
 
     Raises:
-        ValueError: the file was written for another identity, with what differs, or is none of ours.
+        ValueError: for a file of another identity (the message lists the differences) or another format.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -324,19 +324,19 @@ class PartialCurves:
         whole = raw[: raw.rfind("\n") + 1]
         lines = whole.splitlines()
         try:
-            found = json.loads(lines[0])["identity"] if lines else self.identity
+            identity = json.loads(lines[0])["identity"] if lines else self.identity
             rows = [json.loads(line) for line in lines[1:]]
             self.points = {(str(name), int(kept)): Distortion(mean, error) for name, kept, mean, error in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds no measured curves ({error}); remove it, or name another file"
             ) from None
-        differing = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
+        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
-            told = "; ".join(f"{key}: {found.get(key)} then, {self.identity.get(key)} now" for key in differing)
+            changes = "; ".join(f"{key}: {identity.get(key)} then, {self.identity.get(key)} now" for key in differing)
             raise ValueError(
-                f"{self.path} was measured under other circumstances ({told}): put back what changed to go on with it, "
-                "or remove it to begin again"
+                f"{self.path} was measured under other circumstances ({changes}): undo the change to go on with it, or "
+                "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
             partial = self.path.with_name(f"{self.path.name}.tmp")

@@ -1,10 +1,10 @@
-"""Measure rate-distortion curves: prune one matrix at a time, run the model on from there, and compare its output."""
+"""Measure rate-distortion curves: prune one matrix at a time, run the model from there on, and compare its output."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from leanstep.pruning.measure.metrics import (
     LOCAL_METRICS,
     Distortion,
     Metric,
-    NMSEHidden,
     default_metric,
-    logits_of,
     make_metric,
     summarise,
 )
@@ -51,7 +49,6 @@ def measure_curves(
     score_data: Any = None,
     batch_size: int = 8,
     prefix_cache: bool = True,
-    variants: int | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
@@ -62,30 +59,28 @@ def measure_curves(
 
     Args:
         model: any module; it is run in eval mode, without gradients.
-        data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences of a language model do.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
         sparsity: the target that levels lie around.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
             ``ce_delta``; or, at the layer itself and without running the model on, ``local_nmse`` and ``fisher``.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
-        groups: what is pruned, instead of what ``granularity`` makes of all of :func:`find_targets`.
+        groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
         levels: sparsities to measure; None: a grid around ``sparsity``.
         highest: no level of the grid is sparser.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
-        score_data: what the score's statistics are taken from; None: ``data``.
+        score_data: data for the score's statistics; None: ``data``.
         batch_size: samples of a pass, where ``data`` is one tensor.
-        prefix_cache: compute what lies before a matrix's block once, and not for every level.
-        variants: levels that are run as one batch behind the block; None: 1 on a CPU, 4 elsewhere. Memory grows with
-            it, and numbers differ in rounding.
-        resume: a file that points are noted in as they are measured; what it holds already is not measured again.
-        progress: called with (points measured, points in all, what is measured).
+        prefix_cache: compute the activations before a matrix's block once, not for every level.
+        resume: a file that every measured point is appended to; points that it holds already are not measured again.
+        progress: called with (points measured, points in all, name of the matrix).
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets.
 
     Raises:
-        ValueError: settings that are none, a model whose output is not reproducible, a ``resume`` file of something
+        ValueError: for unknown settings, a model whose output is not reproducible, a ``resume`` file of something
             else.
 
     Notes:
@@ -118,7 +113,7 @@ def measure_curves(
         if name in LOCAL_METRICS:
             pruning = Pruning(ActivationCache(model, source, enabled=prefix_cache), score, score_options)
             return _measure_locally(groups, wanted, name, pruning, progress)
-        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, variants=variants)
+        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
         try:
             cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
             pruning = Pruning(cache, score, score_options)
@@ -130,7 +125,7 @@ def measure_curves(
 class Measurement:
     """A model, data, and the dense model's outputs on them, against which changed weights are measured.
 
-    The reference is the output of the weights at construction. :meth:`joint` measures whatever the weights are now.
+    The reference is the output with the weights at construction. :meth:`joint` measures the current weights.
     """
 
     def __init__(
@@ -140,17 +135,10 @@ class Measurement:
         metric: str | Metric | None = None,
         *,
         prefix_cache: bool = True,
-        variants: int | None = None,
         like: ActivationCache | None = None,
     ) -> None:
         self.model, self.batches = model, batches
         self.metric = make_metric(metric, model)
-        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        self.variants = (1 if on_cpu else 4) if variants is None else variants
-        if isinstance(self.metric, NMSEHidden):  # compares what the head is given, which is not split
-            self.variants = 1
-        if self.variants < 1:
-            raise ValueError(f"variants must be at least 1, got {variants}")
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
@@ -161,12 +149,12 @@ class Measurement:
         self.metric.close()
 
     def _check_finite(self) -> None:
-        """A dense model that gives NaN, or another output the second time, has no distortion to speak of."""
+        """Raise ValueError for a dense model that gives NaN, or another output the second time."""
         with evaluating(self.model):
-            found = self.joint()
-        if not abs(found.mean) <= _NOISE:
+            change = self.joint()
+        if not abs(change.mean) <= _NOISE:
             raise ValueError(
-                f"the model's output is not reproducible: the same inputs twice differ by {found.mean:g} in "
+                f"the model's output is not reproducible: the same inputs twice differ by {change.mean:g} in "
                 f"{self.metric.name}. NaN comes from weights or inputs that are not finite, other numbers from dropout "
                 "that eval() does not switch off or from kernels that are not deterministic"
             )
@@ -174,11 +162,11 @@ class Measurement:
     def joint(self) -> Distortion:
         """Distortion of the weights as they are now."""
         with evaluating(self.model):
-            parts = [
+            sums_and_counts = [
                 self.metric.compare(kept, batch.run(self.model), batch)
                 for kept, batch in zip(self.reference, self.batches, strict=True)
             ]
-        return summarise(parts)
+        return summarise(sums_and_counts)
 
     def curves(
         self,
@@ -200,10 +188,13 @@ class Measurement:
                 self._enter(start)
                 pruners = pruning.pruners(missing, start)
             for group in stage:
-                kept = levels[group.name][0]
+                kept, patterns = levels[group.name]
                 measured = {count: points[group.name, count] for count in kept[1:] if (group.name, count) in points}
-                for count, point in self._levels(group, pruners, levels[group.name], measured):
-                    measured[count] = point
+                for level, count in enumerate(kept):
+                    if level == 0 or count in measured:
+                        continue
+                    changed = prune_group(group, pruners, count, patterns[level] if patterns else "")
+                    point = measured[count] = self.measure(changed)
                     if partial is not None:
                         partial.add(group.name, count, point)
                     if progress is not None:
@@ -252,53 +243,11 @@ class Measurement:
         )
 
     def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on; they are put back."""
+        """Distortion with some matrices changed, run from the cache's position on. Restores the matrices."""
         with restored_weights([target for target, _ in changed]):
             for target, weight in changed:
                 target.weight.copy_(weight)
             return self._run()
-
-    def _levels(
-        self,
-        group: Group,
-        pruners: Pruners,
-        levels: tuple[tuple[int, ...], tuple[str, ...]],
-        measured: Mapping[int, Distortion],
-    ) -> Iterator[tuple[int, Distortion]]:
-        """Measure the levels that are missing."""
-        kept, patterns = levels
-        missing = [
-            (count, patterns[k] if patterns else "") for k, count in enumerate(kept) if k and count not in measured
-        ]
-        position = self.cache.position
-        inside = all(self.cache.number(target.module) == position for target in group.targets)
-        together = self.variants if inside and position + 1 in self.cache.starts else 1
-        for first in range(0, len(missing), together):
-            part = missing[first : first + together]
-            changes = [prune_group(group, pruners, count, pattern) for count, pattern in part]
-            points = [self.measure(changes[0])] if len(part) == 1 else self._measure_together(changes)
-            yield from ((count, point) for (count, _), point in zip(part, points, strict=True))
-
-    def _measure_together(self, changes: Sequence[Sequence[tuple[Target, Tensor]]]) -> list[Distortion]:
-        """Several levels of a group: its stage once for each, what follows once for all."""
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in changes]
-        stage = self.cache.stages[self.cache.position][1]
-        for index, batch in enumerate(self.batches):
-            args, kwargs, _ = self.cache.until(index, self.cache.position)
-            outputs = []
-            for changed in changes:
-                with restored_weights([target for target, _ in changed]):
-                    for target, weight in changed:
-                        target.weight.copy_(weight)
-                    outputs.append(stage(*args, **kwargs))
-            logits = _split(self.cache.run_on(index, outputs), len(changes), batch.size)
-            for part, output in zip(parts, logits, strict=True):
-                part.append(self.metric.compare(self.reference[index], output, batch))
-        return [summarise(part) for part in parts]
-
-
-def _split(output: Any, count: int, size: int) -> list[Tensor]:
-    return list(logits_of(output).split(size))[:count]
 
 
 def curve_of(
@@ -325,17 +274,17 @@ def curve_of(
 def _measure_locally(
     groups: Sequence[Group], levels: Levels, metric: str, pruning: Pruning, progress: Progress | None
 ) -> dict[str, Curve]:
-    """Curves from the layer's own statistics: a pass over the data for each group, and none for its levels.
+    """Curves from the layer's own statistics: one pass over the data for each group, for all its levels.
 
     ``local_nmse``: tr(dW H dW') / tr(W H W') with H the sum over tokens of x x'. ``fisher``: 1/2 sum_j F_jj dw_j^2
     with F the mean over samples of the squared gradient.
     """
-    found: dict[str, Curve] = {}
+    curves: dict[str, Curve] = {}
     total = sum(len(levels[group.name][0]) - 1 for group in groups)
     done = 0
-    own = "gram" if metric == "local_nmse" else "gradients"
+    needed = "gram" if metric == "local_nmse" else "gradients"
     for group in groups:
-        statistics = statistics_for(pruning.cache, group.targets, sorted({own, *NEEDS[pruning.score]}))
+        statistics = statistics_for(pruning.cache, group.targets, sorted({needed, *NEEDS[pruning.score]}))
         pruners = {target.name: pruning.pruner(target, statistics[target.name]) for target in group.targets}
         kept, patterns = levels[group.name]
         measured = {}
@@ -346,8 +295,8 @@ def _measure_locally(
             done += 1
             if progress is not None:
                 progress(done, total, group.name)
-        found[group.name] = curve_of(group, levels[group.name], measured, metric)
-    return found
+        curves[group.name] = curve_of(group, levels[group.name], measured, metric)
+    return curves
 
 
 def _local(metric: str, dense: Tensor, pruned: Tensor, statistics: LayerStatistics) -> float:

@@ -1,4 +1,4 @@
-"""How far a model's output has moved: distortions per sample, from the dense model's output and the pruned one's."""
+"""Metrics: distortion of a model's output per sample, between the dense model and the pruned one."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Distortion(NamedTuple):
 class Metric:
     """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.
 
-    :meth:`reference` keeps of the dense model's output what the comparison needs, :meth:`compare` gives fp64 ``sums``
+    :meth:`reference` reduces the dense model's output to what :meth:`compare` needs, which returns fp64 ``sums``
     and ``counts`` per sample of the batch. Equal outputs give exactly 0.
     """
 
     name = ""
 
     def reference(self, output: Any, batch: Batch) -> Any:
-        """What to keep of the dense output."""
+        """The part of the dense output that comparisons need."""
         raise NotImplementedError
 
     def compare(self, reference: Any, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -129,19 +129,19 @@ class KLTopK(_TokenMetric):
 
     def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         log_probabilities = rows.float().log_softmax(-1)
-        places = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
-        return places, _bucketed(log_probabilities, places)
+        top_indices = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
+        return top_indices, _bucketed(log_probabilities, top_indices)
 
     def _values(self, kept: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        places, dense = kept
-        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), places))
+        top_indices, dense = kept
+        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), top_indices))
 
 
-def _bucketed(log_probabilities: Tensor, places: Tensor) -> Tensor:
-    """Log-probabilities at some places, and of all the others together: -inf where there are no others."""
-    top = log_probabilities.gather(-1, places)
+def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
+    """Log-probabilities at some top_indices, and of all the others together: -inf where there are no others."""
+    top = log_probabilities.gather(-1, top_indices)
     # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
-    rest = log_probabilities.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
+    rest = log_probabilities.scatter(-1, top_indices, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([top, rest], dim=-1)
 
 
@@ -168,7 +168,7 @@ class MSELogits(_TokenMetric):
 
 
 class NMSEHidden(Metric):
-    """||h - h~||^2 / ||h||^2 of what the head is given, over all tokens that count."""
+    """||h - h~||^2 / ||h||^2 of the head's input h, over all tokens that count."""
 
     name = "nmse_hidden"
 
@@ -229,7 +229,7 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
     """The metric of a name, ready for a model; None is :func:`default_metric`'s.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     name = default_metric(model) if metric is None else metric
     if isinstance(name, str):
@@ -250,8 +250,8 @@ def default_metric(model: nn.Module) -> str:
 def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
     """Mean and standard error over samples of a ratio of sums; the error is NaN of a single sample."""
     pairs = list(parts)
-    sums = torch.cat([part[0] for part in pairs])
-    counts = torch.cat([part[1] for part in pairs])
+    sums = torch.cat([pair[0] for pair in pairs])
+    counts = torch.cat([pair[1] for pair in pairs])
     total, samples = float(counts.sum()), len(sums)
     if total == 0:
         raise ValueError("the data has no token that counts")

@@ -1,4 +1,4 @@
-"""What scores need of the data: sums over the inputs of a layer, or gradients of its weights, sample by sample."""
+"""Calibration: sums over the inputs of a layer or per-sample gradients of its weights, and pruners made of them."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def statistics_for(
         gradient_samples: at most so many samples for gradients.
 
     Raises:
-        ValueError: a layer whose inputs were never seen, or of a kind that has no matrix of inputs.
+        ValueError: for a layer that never ran on the data, or of a kind that has no matrix of inputs.
     """
     needs = tuple(needs)
-    found = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
+    statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
         gradients = collect_gradients(cache.model, cache.batches, targets, samples=gradient_samples)
         for name, rows in gradients.items():
-            found[name].gradients, found[name].count = rows, len(rows)
+            statistics_by_name[name].gradients, statistics_by_name[name].count = rows, len(rows)
     if {"square_sum", "gram"} & set(needs):
-        collect_inputs(cache, targets, {name: statistics.add for name, statistics in found.items()})
-        _fill_unseen(targets, found)
-    return found
+        collect_inputs(cache, targets, {name: statistics.add for name, statistics in statistics_by_name.items()})
+        _fill_unseen(targets, statistics_by_name)
+    return statistics_by_name
 
 
-def _fill_unseen(targets: Sequence[Target], found: dict[str, LayerStatistics]) -> None:
-    """An expert that no token went to has nothing to tell its inputs apart: they count alike."""
+def _fill_unseen(targets: Sequence[Target], statistics_by_name: dict[str, LayerStatistics]) -> None:
+    """Give an expert that no token was routed to equal statistics for all inputs."""
     for target in targets:
-        statistics = found[target.name]
+        statistics = statistics_by_name[target.name]
         if statistics.count:
             continue
         if target.expert is None:
@@ -124,7 +124,7 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """Sees every product with the weight of one expert, whatever code of a model makes it."""
+    """Intercepts every matrix product with the weight of one expert, wherever the model computes it."""
 
     def __init__(self, experts: dict[int, Target], give: Callable[[Target, Tensor], None]) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ def collect_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the loss of single samples, fp32 [samples, out * in] per layer.
 
-    The loss is the mean cross-entropy over a sample's targets: its labels, or where there are none, a class drawn from
-    what the model itself predicts, as the definition of the Fisher matrix has it.
+    The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
+    predictions, as in the definition of the Fisher matrix.
     """
     parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
@@ -172,14 +172,14 @@ def collect_gradients(
         for single in _singles(batches, samples):
             with torch.enable_grad():
                 loss = _loss(model, single, generator)
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            by_name = dict(zip(parameters, found, strict=True))
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            by_name = dict(zip(parameters, gradients, strict=True))
             for target in targets:
                 gradient = by_name[target.parameter]
                 if gradient is None:
-                    raise ValueError(f"{target.name} has no part in the model's output; leave it out with exclude")
-                part = gradient if target.expert is None else gradient[target.expert]
-                rows[target.name].append(as_matrix(part.contiguous(), target.layout).reshape(-1).float())
+                    raise ValueError(f"{target.name} has no matrix in the model's output; leave it out with exclude")
+                matrix = gradient if target.expert is None else gradient[target.expert]
+                rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -230,11 +230,11 @@ class Pruning:
         return layer_pruner(target.weight.clone(), self.score, statistics, spacing=spacing, **self.options)
 
 
-class Pruners(Mapping[str, LayerPruner]):
-    """The pruners of some matrices, by name; each is made of the weights at the moment when it is first asked for.
+class Pruners:
+    """The pruners of some matrices, by name; each is made on first access, from the weights of that moment.
 
-    A pruner and its statistics take some times the memory of the matrix. :meth:`release` gives back those of a group
-    that is done with, so that a block is never there as a whole.
+    A pruner and its statistics take several times the memory of the matrix. :meth:`release` frees those of a group, so
+    that the pruners of a block need not be in memory together.
     """
 
     def __init__(self, pruning: Pruning, targets: Sequence[Target], statistics: Mapping[str, LayerStatistics]) -> None:
@@ -247,47 +247,19 @@ class Pruners(Mapping[str, LayerPruner]):
             self._made[name] = self.once(name)
         return self._made[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._targets
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._targets)
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
     def once(self, name: str) -> LayerPruner:
-        """A pruner that is not kept."""
+        """A new pruner, which is not stored."""
         return self._pruning.pruner(self._targets[name], self._statistics[name])
 
     def release(self, group: Group) -> None:
-        """Forget the pruners of a group, and what they were made from."""
+        """Free the pruners of a group, and their statistics."""
         for target in group.targets:
             self._made.pop(target.name, None)
             self._statistics.pop(target.name, None)
 
 
-class Scores(Mapping[str, Tensor]):
-    """The scores of some matrices, by name, computed whenever they are asked for and kept nowhere."""
-
-    def __init__(self, pruners: Pruners) -> None:
-        self._pruners = pruners
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._pruners.once(name).scores
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._pruners
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pruners)
-
-    def __len__(self) -> int:
-        return len(self._pruners)
-
-
 def prune_group(
-    group: Group, pruners: Mapping[str, LayerPruner], kept: int, pattern: str = ""
+    group: Group, pruners: Pruners | Mapping[str, LayerPruner], kept: int, pattern: str = ""
 ) -> list[tuple[Target, Tensor]]:
     """The matrices of a group at a level, not written yet."""
     shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))

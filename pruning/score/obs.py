@@ -1,4 +1,4 @@
-"""The optimal brain surgeon with M-FAC's Fisher matrix: what the loss misses least, and how the rest moves."""
+"""The optimal brain surgeon with M-FAC's Fisher matrix: saliencies, and updates of the remaining weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FisherPruner(LayerPruner):
     * "exact": the least increase, ``d = -F^-1_{:S} (F^-1_SS)^-1 w_S``; the loss rises by
       ``1/2 w_S^T (F^-1_SS)^-1 w_S``.
     * "independent": ``d = F^-1 t`` with ``t_q = -w_q / [F^-1]_qq`` on S, which adds up the answers for one weight at a
-      time and then forces S to zero: what the published code does. Not the least increase, and it can be larger than
+      time and then forces S to zero, as the published code does. Not the least increase, and it can be larger than
       that of "none".
     * "none": the others stay.
 
@@ -111,8 +111,8 @@ class FisherPruner(LayerPruner):
         """
         change = torch.zeros_like(flat)
         m = self._fisher.rows.shape[0]
-        for part, tile in self._blocks():
-            w, r = flat[part].view(tile.shape[0], -1, 1), kept[part].view(tile.shape[0], 1, -1)
+        for window, tile in self._blocks():
+            w, r = flat[window].view(tile.shape[0], -1, 1), kept[window].view(tile.shape[0], 1, -1)
             v = tile @ (w * ~r.mT)
             tile = tile * r
             dual = m < tile.shape[2]
@@ -120,7 +120,7 @@ class FisherPruner(LayerPruner):
             matrix.diagonal(dim1=1, dim2=2).add_(self._damping * m)
             factor = torch.linalg.cholesky(matrix)
             solved = tile.mT @ torch.cholesky_solve(v, factor) if dual else torch.cholesky_solve(tile.mT @ v, factor)
-            change[part] = solved.flatten()
+            change[window] = solved.flatten()
         return change
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -130,7 +130,7 @@ class FisherPruner(LayerPruner):
         many = max(1, _TILE // (m * width)) * width
         whole = d // width * width
         for start in range(0, whole, many):
-            part = slice(start, min(start + many, whole))
-            yield part, rows[:, part].unflatten(1, (-1, width)).transpose(0, 1).to(torch.float64)
+            window = slice(start, min(start + many, whole))
+            yield window, rows[:, window].unflatten(1, (-1, width)).transpose(0, 1).to(torch.float64)
         if whole < d:
             yield slice(whole, d), rows[:, whole:].unsqueeze(0).to(torch.float64)

@@ -81,15 +81,15 @@ class SparseGPTPruner(LayerPruner):
             errors = torch.empty_like(weight[:, start:stop])
             for j in range(start, stop):
                 if (j - start) % together == 0:
-                    part = slice(j, min(j + together, stop))
-                    scores = (weight[:, part] / diagonal[part]).square() * ~self._unused[part]
-                    mask[:, part] = choose(j, zeros_first(scores, self.weight[:, part]))
+                    columns = slice(j, min(j + together, stop))
+                    scores = (weight[:, columns] / diagonal[columns]).square() * ~self._unused[columns]
+                    mask[:, columns] = choose(j, zeros_first(scores, self.weight[:, columns]))
                 kept = mask[:, j]
                 errors[:, j - start] = torch.where(kept, 0.0, weight[:, j] / diagonal[j])
                 # within the block column by column; the columns after it once, below
                 weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-        # an earlier zero stays one, whatever was taken from it
+        # zeros stay zero, although the updates changed them
         return weight.masked_fill(self.weight == 0, 0.0), mask
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned, and each of them as a matrix."""
+"""The matrices of a model that are pruned, and groups of them that share a level."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Layer:
 
 
 def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
-    """A weight as a matrix [out, in] that shares its memory; what is written to it, is written to the weight.
+    """A weight as a matrix [out, in] that shares its memory: writes change the weight.
 
     Args:
         weight: the parameter's data, or one expert of a three-dimensional parameter.
@@ -96,7 +96,7 @@ class Target:
     """One matrix to prune: a parameter, or one expert of a three-dimensional one.
 
     Attributes:
-        layer: what allocations know of it; ``layer.name`` is the parameter's name in the model, for an expert with
+        layer: name and size for allocations; ``layer.name`` is the parameter's name in the model, for an expert with
             its number behind it, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
         parameter: the parameter's name.
         module: the module that owns it; of tied weights the first.
@@ -119,7 +119,7 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is now, [out, in], a view: what is written to it is written to the model."""
+        """The weight as it is now, [out, in], a view: writes change the model."""
         data = getattr(self.module, self.attribute).data
         return as_matrix(data if self.expert is None else data[self.expert], self.layout)
 
@@ -130,25 +130,25 @@ def find_targets(
     """The matrices of a model that are pruned, in the order of its parameters.
 
     Linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Left out are
-    embeddings of every kind (patches and positions too), the head, whatever is tied to them, norms, biases, and the
+    embeddings of every kind (patches and positions too), the head, weights tied to these, norms, biases, and the
     routers of mixtures of experts.
 
     Args:
         model: any module; frozen parameters count as well.
         include: wildcards over parameter names, such as ``"*.mlp.*"``; only what one of them matches is pruned, and a
             head or a router that is matched by name is pruned too. None: all of the above.
-        exclude: wildcards; what they match is left out.
+        exclude: wildcards; matching parameters are left out.
 
     Raises:
         ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
             parametrized.
     """
-    chosen = prunable_names(model, include=include, exclude=exclude)
+    names = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
-    transposed, blocks = transposed_parameters(model), _block_numbers(chosen)
+    transposed, blocks = transposed_parameters(model), _block_numbers(names)
     targets = []
-    for name in chosen:
+    for name in names:
         module_name, _, attribute = name.rpartition(".")
         parameter, module = parameters[name], model.get_submodule(module_name)
         _check_weight(name, parameter)
@@ -213,16 +213,16 @@ def _choose(
                 f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {_some(matrices)}"
             )
     if include is None:
-        chosen = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
+        selected = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
     else:
-        chosen = [name for name in matrices if any(fnmatchcase(name, rule) for rule in include)]
-        wrong = [name for name in chosen if not _is_pruned(model, name, roles[name], asked=True)]
+        selected = [name for name in matrices if any(fnmatchcase(name, rule) for rule in include)]
+        wrong = [name for name in selected if not _is_pruned(model, name, roles[name], asked=True)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
-    chosen = [name for name in chosen if not any(fnmatchcase(name, rule) for rule in exclude)]
-    if not chosen:
+    selected = [name for name in selected if not any(fnmatchcase(name, rule) for rule in exclude)]
+    if not selected:
         raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {_some(matrices)}")
-    return chosen
+    return selected
 
 
 def _is_pruned(model: nn.Module, name: str, role: str, *, asked: bool = False) -> bool:
@@ -245,12 +245,12 @@ def _special(model: nn.Module, name: str) -> bool:
 
 def _block_numbers(names: list[str]) -> dict[str, int]:
     """The block of each matrix: its number in the list of modules that most are in; without such a list, its own."""
-    places = {name: found for name in names if (found := _INDEX.search(name))}
-    lists = Counter(name[: found.start(1)] for name, found in places.items())
+    matches = {name: match for name in names if (match := _INDEX.search(name))}
+    lists = Counter(name[: match.start(1)] for name, match in matches.items())
     main, count = lists.most_common(1)[0] if lists else ("", 0)
     if 4 * count < 3 * len(names):
-        return {name: place for place, name in enumerate(names)}
-    return {name: int(found[1]) for name, found in places.items() if name[: found.start(1)] == main}
+        return {name: index for index, name in enumerate(names)}
+    return {name: int(match[1]) for name, match in matches.items() if name[: match.start(1)] == main}
 
 
 def _refuse_foreign_weights(model: nn.Module) -> None:
@@ -314,21 +314,21 @@ class Group:
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
     """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
-    (``"role"``); or a whole ``"block"``. What is in no block stays alone.
+    (``"role"``); or a whole ``"block"``. A matrix outside of blocks stays alone.
 
     Raises:
         ValueError: for another granularity.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    members: dict[str, list[Target]] = {}
+    by_group: dict[str, list[Target]] = {}
     for target in targets:
         name = target.name
         if target.layer.block is not None and granularity != "matrix":
             role = _role(name) if granularity == "role" else "all"
             name = f"block {target.layer.block}: {role}"
-        members.setdefault(name, []).append(target)
-    return [Group(_joined(name, parts), tuple(parts)) for name, parts in members.items()]
+        by_group.setdefault(name, []).append(target)
+    return [Group(_joined(name, group), tuple(group)) for name, group in by_group.items()]
 
 
 def _role(name: str) -> str:
@@ -338,15 +338,15 @@ def _role(name: str) -> str:
     return re.sub(r"\[\d+\]$", "", name.removesuffix(".weight")).rpartition(".")[2]
 
 
-def _joined(name: str, parts: Sequence[Target]) -> Layer:
-    if len(parts) == 1:
-        return parts[0].layer
-    total = sum(part.layer.numel for part in parts)
-    return replace(parts[0].layer, name=name, shape=(total, 1))
+def _joined(name: str, targets: Sequence[Target]) -> Layer:
+    if len(targets) == 1:
+        return targets[0].layer
+    total = sum(target.layer.numel for target in targets)
+    return replace(targets[0].layer, name=name, shape=(total, 1))
 
 
 def split_kept(kept: int, sizes: Sequence[int]) -> list[int]:
-    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum, none more than it has."""
+    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum."""
     total = sum(sizes)
     shares = [kept * size // total for size in sizes]
     # what rounding down left over goes to the largest remainders

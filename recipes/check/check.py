@@ -14,8 +14,6 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.hub import offline
 
-__all__ = ["check", "inspect", "routing_rows"]
-
 
 def check(config: RunConfig, *, world_size: int = 1) -> int:
     """Print the report of :func:`inspect`. Returns 0, or 1 when there are problems, which are listed at the end."""

@@ -6,8 +6,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["collect", "render"]
-
 PACKAGES = {
     "core": ("torch", "triton", "numpy", "safetensors", "psutil", "jinja2"),
     "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "pydantic", "rich"),

@@ -24,8 +24,6 @@ from leanstep.recipes.methods.pruned import mask_bytes
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
 
-__all__ = ["MemoryEstimate", "SavedStorages", "estimate", "estimate_or_reason", "optimizer_state_bytes", "unique_bytes"]
-
 _OPTIONAL = ("gradient exchange", "masks, masked weights")
 MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
 

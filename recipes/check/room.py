@@ -10,8 +10,6 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.folder import RunFolder, is_held
 
-__all__ = ["disk", "memory", "output"]
-
 
 def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
     """Estimate the memory of one process and compare it with what is free."""

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Facts", "Section", "size_text", "table"]
-
 GIB, MIB = 2**30, 2**20
 
 

@@ -7,8 +7,6 @@ from leanstep.recipes.config.schema import RunConfig, accumulation_steps, target
 from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
 from leanstep.recipes.data.tokens import trained_size, vocabulary_size
 
-__all__ = ["length", "network", "text"]
-
 LOAD_LIMIT = 64 * 2**20  # local text up to this size is tokenised to count its tokens; the run finds it in the cache
 
 

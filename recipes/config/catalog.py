@@ -7,8 +7,6 @@ from typing import Any
 from leanstep.recipes.config.loader import ALIASES
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 
-__all__ = ["RecipeFacts", "describe", "parameter_count"]
-
 GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more than a day on a desktop's CPU
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from leanstep.recipes.config.schema import RunConfig
 
-__all__ = ["SWITCHES", "config_differences", "expectation_breakers"]
-
 # sections that do nothing without this key of theirs
 SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
 

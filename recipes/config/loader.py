@@ -44,8 +44,6 @@ from leanstep.recipes.config.values import (
     value_at,
 )
 
-__all__ = ["ALIASES", "ConfigError", "dump", "find_recipe", "load", "recipe_names", "recipe_path"]
-
 FOLDER = Path(__file__).parents[1] / "configs"
 # A size alone means its run with the optimizer this package is about.
 ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}

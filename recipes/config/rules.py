@@ -20,15 +20,6 @@ from typing_extensions import TypedDict
 
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps
 
-__all__ = [
-    "OWN_KEYS",
-    "TABLE_FILE",
-    "group_options",
-    "joint_problems",
-    "model_keys",
-    "optimizer_arguments",
-]
-
 
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield ``(keys, message)`` for each rule that joins several fields and is broken; each field alone is valid.

@@ -10,29 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-__all__ = [
-    "MODEL_CONFIGS",
-    "OPTIMIZERS",
-    "BatchConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "DistributedConfig",
-    "EvalConfig",
-    "ExpectConfig",
-    "LogConfig",
-    "LoraSectionConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PruningConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "SparsityConfig",
-    "StopConfig",
-    "accumulation_steps",
-    "targets_note",
-]
-
-
 # what `optimizer.name` and `model.family` may be: the module and the class
 OPTIMIZERS = {
     "adamw": "torch.optim:AdamW",
@@ -140,10 +117,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BatchConfig:
-    """Tokens per optimizer step over the whole world, and sequences per forward pass of one process.
+    """Tokens per optimizer step over all processes, and sequences per forward pass of one process.
 
-    The number of accumulation steps follows (:func:`accumulation_steps`), so that one file means the same maths on one
-    process or eight.
+    The number of accumulation steps follows from both (:func:`accumulation_steps`): a recipe means the same maths on
+    any number of processes.
     """
 
     tokens_per_step: int = Field(default=4096, ge=1)
@@ -152,9 +129,9 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimizerConfig:
-    """The optimizer by name, its learning rate and weight decay, further keyword arguments, and per-group settings.
+    """The optimizer: its name, learning rate, weight decay, further arguments, and options per group.
 
-    ``args`` is checked against the class signature. An entry of ``groups`` selects parameters by ``match`` (a regular
+    ``args`` takes the arguments of the class. An entry of ``groups`` selects parameters by ``match`` (a regular
     expression searched in parameter names) or ``role`` and overrides ``lr``, ``weight_decay``, ``algorithm`` or any
     other option that may differ per group; the first entry that selects a parameter wins.
     """
@@ -214,8 +191,8 @@ class SparsityConfig:
 class PruningConfig:
     """Training after pruning: with ``keep_masks``, the zeros of the model in ``model.init_from`` stay zero.
 
-    The masks are what is zero in that folder, in the matrices that ``leanstep prune`` prunes; ``include`` and
-    ``exclude`` are wildcards over their names, as there. With a ``lora`` section, adapters are masked likewise.
+    The masks are the zeros in that folder, of the matrices that ``leanstep prune`` prunes; ``include`` and ``exclude``
+    are wildcards over their names. With a ``lora`` section, the adapters' products are masked too.
     """
 
     keep_masks: bool = False
@@ -227,15 +204,14 @@ class PruningConfig:
 class LoraSectionConfig:
     """Fine-tuning by low-rank adapters of the model in ``model.init_from``. Off without ``target_modules``.
 
-    ``target_modules`` are ends of layer names, or ``[all-linear]``. The others are fields of
-    :class:`leanstep.lora.LoraConfig`, whose ``order`` is not among them: it stays ``auto``, since ``time`` may round
-    otherwise in a run that goes on. ``final/`` holds the merged model, and ``final/adapter/`` the adapter in PEFT's
+    ``target_modules`` are ends of layer names, or ``[all-linear]``. The other keys are fields of
+    :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, ``final/adapter/`` the adapter in PEFT's
     format.
 
-    ``attention: auto`` lets a layer's attention run low-rank where it is measured to be within ``attention_tolerance``
-    and predicted to be cheaper (:class:`leanstep.lora.LowRankGate`), which takes small logits and long sequences; what
-    it did is in the log, in ``gate_report.json`` and in the report. What was decided and measured is part of a
-    checkpoint, so that a resumed run is the run that was not stopped.
+    With ``attention: auto``, a layer's attention runs low-rank if its error is measured to be at most
+    ``attention_tolerance`` and its cost is predicted to be lower (:class:`leanstep.lora.LowRankGate`). That takes small
+    logits and long sequences. The decisions are in the log, in ``gate_report.json`` and in checkpoints, so that a
+    resumed run makes the same ones.
     """
 
     target_modules: list[str] = Field(default_factory=list)
@@ -252,7 +228,7 @@ class LoraSectionConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
-    """Validation every so many steps (0: at the end only), optionally before the first step and on fewer batches."""
+    """Validation every ``every`` steps (0: at the end only), before the first step too, on at most ``batches``."""
 
     every: int = Field(default=100, ge=0)
     at_start: bool = False
@@ -261,7 +237,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
-    """Checkpoints every so many steps (0: at the end only), how many to keep, and what to do with those found.
+    """Checkpoints every ``every`` steps (0: at the end only), the number to keep, and how to resume.
 
     ``resume`` is ``auto`` (continue from the newest complete checkpoint in ``out``, if there is one), ``never``, or the
     path of a checkpoint folder.
@@ -276,10 +252,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LogConfig:
-    """A log line every so many steps, and the Accelerate trackers to feed besides ``log.jsonl``.
+    """A log line every ``every`` steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
-    ``attention_norms`` measures at log steps, on the first micro batch, where every attention head stands with respect
-    to low-rank attention (:class:`leanstep.lora.NormMonitor`).
+    ``attention_norms`` measures the norms that low-rank attention needs to be small, at log steps on the first micro
+    batch, for every attention head (:class:`leanstep.lora.NormMonitor`).
     """
 
     every: int = Field(default=10, ge=1)

@@ -18,23 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
-__all__ = [
-    "Document",
-    "KeyPath",
-    "Problem",
-    "all_keys",
-    "check",
-    "leaves",
-    "overlay",
-    "parse_scalar",
-    "read_document",
-    "remove_at",
-    "set_at",
-    "show",
-    "unknown_key",
-    "value_at",
-]
-
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
 

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from leanstep.recipes.data.sequences import IGNORED, LoadedData, epoch_order
 
-__all__ = ["MicroBatches", "Windows", "count_targets"]
-
 Batch = dict[str, torch.Tensor]
 
 

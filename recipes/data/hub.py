@@ -16,17 +16,6 @@ from leanstep.recipes.config.loader import load, recipe_names
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import RunConfig
 
-__all__ = [
-    "check_hub",
-    "from_hub",
-    "is_folder_name",
-    "no_network",
-    "offline",
-    "offline_recipes",
-    "offline_unless_reached",
-    "unreachable",
-]
-
 _PATIENCE_S = 5.0
 
 

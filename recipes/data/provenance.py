@@ -6,8 +6,6 @@ from typing import Any
 
 from leanstep.recipes.config.schema import DataConfig
 
-__all__ = ["Training", "read_training"]
-
 UNKNOWN = "not known: no run's config.yaml lies around this model, so it may have been trained on this text"
 
 

@@ -18,18 +18,6 @@ if TYPE_CHECKING:
 
     from leanstep.recipes.config.schema import DataConfig
 
-__all__ = [
-    "IGNORED",
-    "LoadedData",
-    "PackedSequences",
-    "PaddedDocuments",
-    "as_sequence",
-    "cut_document",
-    "epoch_order",
-    "load_data",
-    "load_validation",
-]
-
 IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
 
 # While the tokenizer is trained nobody knows yet where the last val_tokens tokens begin. So many bytes a token are

@@ -23,19 +23,6 @@ from leanstep.recipes.data.tokens import cache_root, require
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import DataConfig
 
-__all__ = [
-    "Corpus",
-    "find_files",
-    "look",
-    "open_corpus",
-    "open_file",
-    "open_stream",
-    "open_validation",
-    "row_text",
-    "sotu_corpus",
-    "text_corpus",
-]
-
 _BEGINNING = 1 << 16  # bytes of a file by which it is taken for text
 _SUFFIXES = {
     "text": (".txt", ".md", ".rst", ".text"),

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from leanstep.recipes.config.schema import DataConfig
 
-__all__ = ["BLOCK_DOCUMENTS", "StreamedSequences", "load_stream", "world_of_process"]
-
 BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4; tokenised and shuffled at once
 _TOKENIZER_BYTES = 32 << 20  # of text that a tokenizer is trained on when the whole is too much
 

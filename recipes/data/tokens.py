@@ -30,24 +30,6 @@ if TYPE_CHECKING:
 
     from leanstep.recipes.data.sources import Corpus
 
-__all__ = [
-    "END_OF_TEXT",
-    "TokenFile",
-    "build_once",
-    "cache_root",
-    "encode",
-    "load_tokenizer",
-    "open_tokenizer",
-    "read_shard",
-    "require",
-    "tokenise",
-    "tokenizer_fingerprint",
-    "train_bpe",
-    "trained_size",
-    "vocabulary_size",
-    "write_shard",
-]
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 

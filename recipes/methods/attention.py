@@ -8,8 +8,6 @@ from leanstep.lora import LowRankGate, NormMonitor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
 
-__all__ = ["build_gate", "build_monitor", "read_gate", "write_gate"]
-
 
 def build_monitor(model: torch.nn.Module) -> NormMonitor:
     """Measure the attention norms of ``model`` at log steps (``log.attention_norms``).

@@ -4,8 +4,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["Halves", "find_halves", "halved_groups"]
-
 
 class Halves:
     """Tells the optimizer when half of the micro batches are done, and when all are, before gradients are clipped.

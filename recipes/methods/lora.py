@@ -16,8 +16,6 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.pruned import mask_adapters
 from leanstep.recipes.training.checkpoint import CheckpointError
 
-__all__ = ["ADAPTER", "adapt", "describe_adapters", "is_adapted", "load_adapters", "merged_weights", "write_adapter"]
-
 ADAPTER = "adapter"
 
 

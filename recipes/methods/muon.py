@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["MuonAdamW"]
-
 
 class MuonAdamW(torch.optim.Optimizer):
     """Steps groups with ``algorithm`` ``"muon"`` by :class:`torch.optim.Muon`, the others by fused AdamW.

@@ -15,16 +15,6 @@ from leanstep.pruning.score.targets import prunable_names
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.sparsity.verify import PATTERNS_FILE
 
-__all__ = [
-    "build_masks",
-    "mask_adapters",
-    "mask_bytes",
-    "masked_names",
-    "write_sparsity",
-    "zeros_forgotten",
-    "zeros_of",
-]
-
 
 def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
     """Names of the parameters whose zeros are kept; none unless ``pruning.keep_masks``.

@@ -18,20 +18,6 @@ from leanstep.sparsity.modules import SparseLayer, plan_layers, sparse_layers
 from leanstep.sparsity.squash import sparse_state
 from leanstep.sparsity.verify import PATTERNS_FILE
 
-__all__ = [
-    "build_controller",
-    "describe_sparsity",
-    "load_sparse",
-    "plan",
-    "report",
-    "run_operations",
-    "save_sparse",
-    "schedule_of",
-    "weights_for_others",
-    "without_sparse",
-    "write_patterns",
-]
-
 STATE_FILE = "sparsity.safetensors"
 
 

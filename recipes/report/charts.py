@@ -6,8 +6,6 @@ from functools import partial
 from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.report.runlog import Run
 
-__all__ = ["curves", "reported_curves"]
-
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
 
 

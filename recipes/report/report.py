@@ -10,8 +10,6 @@ from leanstep._page import render
 from leanstep.recipes.report.charts import curves, reported_curves
 from leanstep.recipes.report.runlog import Run, duration, flat, number, read_run
 
-__all__ = ["MOST_BYTES", "write_report"]
-
 MOST_BYTES = 300_000
 _POINTS = (400, 200, 100, 50, 25, 10)  # of each curve: fewer when many runs would make the page too large
 _MOST_TEXT = 12_000  # characters of a configuration or a sample

@@ -9,8 +9,6 @@ from typing import Any
 
 from leanstep.recipes.training.folder import is_held
 
-__all__ = ["Run", "duration", "flat", "read_run"]
-
 _SHOWN_WARNINGS = 8
 
 

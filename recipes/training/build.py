@@ -47,23 +47,6 @@ from leanstep.recipes.config.schema import (
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
 
-__all__ = [
-    "FAMILIES",
-    "FORMULA",
-    "build_accelerator",
-    "build_model",
-    "build_optimizer",
-    "build_run_model",
-    "build_schedule",
-    "checkpoint_activations",
-    "flops_per_token",
-    "optimizer_class",
-    "peak_flops",
-    "release_gradients",
-    "schedule_factor",
-    "wants_cpu",
-]
-
 FAMILIES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),

@@ -29,29 +29,6 @@ from leanstep.recipes.training.folder import FolderError, RunFolder
 if TYPE_CHECKING:
     from leanstep.recipes.check.memory import MemoryEstimate
 
-__all__ = [
-    "CheckpointError",
-    "Start",
-    "TrainState",
-    "check_room",
-    "checkpoint_name",
-    "choose_start",
-    "clean_leftovers",
-    "commit",
-    "discard",
-    "disk_need",
-    "find_checkpoints",
-    "newest",
-    "pass_over",
-    "point",
-    "prune",
-    "read_state",
-    "set_aside",
-    "staging",
-    "verify",
-    "write_state",
-]
-
 MARKER = "COMPLETE"
 _CHECKSUM_LIMIT = 256 * 1024**2
 

@@ -16,20 +16,6 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
 
-__all__ = [
-    "EXIT_BAD_CONFIG",
-    "EXIT_DONE",
-    "EXIT_MEMORY",
-    "EXIT_NAN",
-    "RunFailure",
-    "disk_trouble",
-    "dump_step",
-    "is_out_of_memory",
-    "layer_norms",
-    "memory_message",
-    "nonfinite_message",
-]
-
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
 
 

@@ -18,8 +18,6 @@ from typing import Any, TextIO
 
 from leanstep._files import write_text
 
-__all__ = ["FolderError", "RunFolder", "environment", "is_held"]
-
 # what a start that failed early leaves behind: no run yet
 _TRACES = {".lock", "train.log", "status.json"}
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")

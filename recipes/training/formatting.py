@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ["flat_scalars", "format_duration", "format_line", "format_rate"]
-
 
 def format_rate(tokens_per_s: float) -> str:
     """``850 tok/s``, ``12.4k tok/s``, ``1.20M tok/s``."""

@@ -15,8 +15,6 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
 from leanstep.recipes.data.sources import look
 
-__all__ = ["dry_run", "equivalent_commands", "launch", "leave", "plan"]
-
 _MODULE = "leanstep.recipes.training.train"
 # after a signal, workers get this long to finish their step and save before they are killed (torchrun: 30 s)
 _SHUTDOWN_S = 300

@@ -25,8 +25,6 @@ from leanstep.recipes.training.step import StepResult
 from leanstep.recipes.training.validation import EvalResult
 from leanstep.recipes.training.world import describe_world, device_name
 
-__all__ = ["Clock", "Progress", "RunLogger"]
-
 
 class Clock:
     """Measures training time without evaluation and saving, and estimates the time left.

@@ -40,8 +40,6 @@ from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.world import all_agree, main_does
 
-__all__ = ["Saver", "compare", "export_final", "finish", "sample"]
-
 
 class Saver:
     """Saves and loads one run. Weights are stored once, in ``hf/``, unless they are sharded.

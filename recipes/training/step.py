@@ -11,8 +11,6 @@ from accelerate import Accelerator
 from leanstep._torch import whole_tensor
 from leanstep.recipes.data.batches import Batch, count_targets
 
-__all__ = ["NonFinite", "StepResult", "all_reduce_step_scalars", "backward", "describe_nonfinite", "gradient_norm"]
-
 
 class StepResult(NamedTuple):
     """Result of a step, the same in all processes; ``norm`` is None with gradients released inside backward."""

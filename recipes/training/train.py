@@ -75,8 +75,6 @@ from leanstep.recipes.training.world import (
     seed_process,
 )
 
-__all__ = ["Run", "main", "train"]
-
 # a save that takes longer may not fit into the 30 seconds that torchrun leaves a worker after SIGTERM
 _SLOW_SAVE_S = 20.0
 

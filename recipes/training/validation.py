@@ -15,8 +15,6 @@ from torch.utils.data import default_collate
 
 from leanstep.recipes.data.sequences import IGNORED, LoadedData
 
-__all__ = ["EvalResult", "evaluate", "validate"]
-
 
 @dataclass(frozen=True)
 class EvalResult:

@@ -19,19 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-__all__ = [
-    "EXIT_CODES",
-    "StopFlag",
-    "WorldError",
-    "all_agree",
-    "asked_world_size",
-    "check_world",
-    "describe_world",
-    "main_does",
-    "maximum",
-    "seed_process",
-]
-
 NPROC_VARIABLE = "LEANSTEP_NPROC"
 T = TypeVar("T")
 

@@ -23,24 +23,18 @@ def blocked(rows, damping, block):
 
 
 @pytest.mark.parametrize("tile", [1 << 22, 50], ids=["whole", "in tiles"])
-@pytest.mark.parametrize("form", ["auto", "dual", "primal"])
 @pytest.mark.parametrize(("m", "d", "block"), CASES)
-def test_equals_the_dense_inverse(m, d, block, form, tile, monkeypatch):
+def test_equals_the_dense_inverse(m, d, block, tile, monkeypatch):
     monkeypatch.setattr(block_inverse_fisher, "_TILE", tile)
     rows, damping = normal(m, d), 1e-2
     fisher = blocked(rows, damping, block)
     inverse = torch.linalg.inv(fisher)
-    found = BlockInverseFisher(rows, damping=damping, block_size=block, form=form)
+    found = BlockInverseFisher(rows, damping=damping, block_size=block)
     bound = {"rtol": 0, "atol": 1e-10}  # entries of up to 1 / damping = 100: measured 1e-11
     torch.testing.assert_close(found.diagonal(), inverse.diagonal(), **bound)
     x = normal(d, 3, seed=1)
     torch.testing.assert_close(found.solve(x), inverse @ x, **bound)
     torch.testing.assert_close(found.solve(x[:, 0]), inverse @ x[:, 0], **bound)
-    torch.testing.assert_close(found.logdet(), torch.logdet(fisher), rtol=1e-12, atol=1e-10)
-    chosen = torch.randperm(d, generator=torch.Generator().manual_seed(2))[: d // 2]
-    torch.testing.assert_close(found.submatrix(chosen), inverse[chosen][:, chosen], **bound)
-    first, second = torch.randint(d, (2, 20), generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(found.elements(first, second), inverse[first, second], **bound)
     size = 1 if block == 1 else 4
     want = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, d, size)])
     torch.testing.assert_close(found.sub_blocks(size), want, **bound)
@@ -72,15 +66,15 @@ def test_heavy_tails_and_a_small_damping_keep_the_diagonal_exact(dtype, m, block
         assert ((first - want[:block]).abs() / want[:block]).max() > 1e-2
 
 
-@pytest.mark.parametrize("form", ["dual", "primal"])
+@pytest.mark.parametrize("m", [16, 120], ids=["dual", "primal"])
 @pytest.mark.parametrize("change", [1e-2, 1e-4, 1e-6])
-def test_gradients_that_change_slowly(change, form):
-    rows, damping = slow_rows(16, 120, change), 1e-7
-    found = BlockInverseFisher(rows, damping=damping, form=form)
-    exact = newest_preconditioned(rows, damping, 16)
+def test_gradients_that_change_slowly(change, m):
+    rows, damping = slow_rows(m, 100, change), 1e-7
+    found = BlockInverseFisher(rows, damping=damping)
+    exact = newest_preconditioned(rows, damping, m)
     assert (found.solve(rows[-1]) - exact).norm() < 1e-6 * exact.norm()
     _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    inside = right.square().T @ (1 / (damping + sizes.square() / 16) - 1 / damping)
+    inside = right.square().T @ (1 / (damping + sizes.square() / m) - 1 / damping)
     torch.testing.assert_close(found.diagonal(), 1 / damping + inside, rtol=1e-6, atol=0)
 
 
@@ -90,17 +84,11 @@ def test_a_diagonal_that_rounding_has_taken_over_is_never_clamped():
     with pytest.raises(ValueError, match="not positive definite.*Raise the damping"):
         BlockInverseFisher(repeated, damping=1e-9)
     spoiled = BlockInverseFisher(rows, damping=1e-2)
-    spoiled._parts[0].factor.mul_(0.5)  # W twice as large: 1 - W^2 turns negative
+    spoiled._runs[0].factor.mul_(0.5)  # W twice as large: 1 - W^2 turns negative
     with pytest.raises(ValueError, match=r"diagonal entries of the inverse are not in.*Raise the damping"):
         spoiled.diagonal()
     with pytest.raises(ValueError, match="not in"):
         spoiled.sub_blocks(2)
-    spoiled.check = "warn"
-    with pytest.warns(RuntimeWarning, match="not in"):
-        values = spoiled.diagonal()
-    assert (values <= 0).any()
-    spoiled.check = "ignore"
-    torch.testing.assert_close(spoiled.diagonal(), values)
 
 
 def test_columns_without_gradients_keep_the_damping():
@@ -133,15 +121,11 @@ def test_bad_arguments_are_named():
         (lambda: BlockInverseFisher(rows, damping=0.0), "damping = 0.0"),
         (lambda: BlockInverseFisher(rows, damping=1.0, block_size=9), "block_size = 9"),
         (lambda: BlockInverseFisher(rows, damping=1.0, denominator=0), "denominator = 0"),
-        (lambda: BlockInverseFisher(rows, damping=1.0, form="both"), "form = 'both'"),
-        (lambda: BlockInverseFisher(rows, damping=1.0, check="clamp"), "check = 'clamp'"),
         (lambda: BlockInverseFisher(rows[0], damping=1.0), r"rows \[m, d\]"),
         (lambda: BlockInverseFisher(rows.int(), damping=1.0), "floating dtype"),
         (lambda: BlockInverseFisher(infinite, damping=1.0, block_size=4), "columns 4 to 7 are not finite"),
         (lambda: good.sub_blocks(3), "size 3 does not divide blocks"),
         (lambda: good.solve(torch.ones(7)), r"expected x \[8\]"),
-        (lambda: good.submatrix(torch.tensor([8])), "columns 0 to 7"),
-        (lambda: good.elements(torch.tensor([0.5]), torch.tensor([0])), "1-D tensor of columns"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -125,6 +125,25 @@ def test_a_subclass_that_was_asked_to_be_fast_is_refused():
         keep_zeros(model, ["first"])
 
 
+def test_a_weight_of_a_class_of_its_own_is_multiplied_by_that():
+    class Halved(torch.Tensor):
+        """As quantised weights do, multiplies by something else than its entries."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is nn.functional.linear:
+                x, weight, bias = args
+                return nn.functional.linear(x, weight.as_subclass(torch.Tensor) / 2, bias)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model = Model(nn.Linear)
+    model.first.weight = nn.Parameter(model.first.weight.detach().as_subclass(Halved))
+    wanted = model(inputs())
+    apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    torch.testing.assert_close(model(inputs()), wanted)
+    assert model.first.fast_path == (False, "the base weight is a Halved, whose own operations multiply it")
+
+
 def test_a_subclass_without_a_forward_of_its_own_is_fast():
     class Named(nn.Linear):
         pass

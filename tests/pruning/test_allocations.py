@@ -22,7 +22,7 @@ from leanstep.pruning import (
     snap,
 )
 from leanstep.pruning.allocate import allocation
-from leanstep.pruning.allocate.closed_form import LampScores
+from leanstep.pruning.allocate.closed_form import lamp_scores
 
 
 def power_curve(layer, weight, power=2.0, levels=None):
@@ -171,9 +171,9 @@ def test_negative_scores_cannot_be_compared():
 
 
 def test_lamp_divides_by_the_squares_of_the_larger_ones():
-    scores = LampScores({"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]])})["a"]
+    scores = lamp_scores(torch.tensor([[3.0, -1.0], [2.0, 4.0]]))
     assert scores.tolist() == pytest.approx([9 / 25, 1 / 30, 4 / 29, 1.0])
-    assert LampScores({"a": torch.zeros(2, 2)})["a"].tolist() == [0.0] * 4
+    assert lamp_scores(torch.zeros(2, 2)).tolist() == [0.0] * 4
     layers = [Layer("a", (2, 2)), Layer("b", (1, 2))]
     weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]]), "b": torch.tensor([[1e-3, 2e-3]])}
     # b's scores: 1/5 and 1; the scale of a layer does not matter

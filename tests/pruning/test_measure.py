@@ -73,23 +73,6 @@ def test_a_curve_is_the_distortion_of_one_pruned_matrix():
     assert curve.stderr[1] == pytest.approx(values.std().item() / math.sqrt(len(values)), rel=1e-2)
 
 
-def test_levels_run_as_one_batch_give_the_same_numbers(monkeypatch):
-    model, samples = make_llama(), tokens(4)
-    together = []
-    run_on = ActivationCache.run_on
-    monkeypatch.setattr(
-        ActivationCache,
-        "run_on",
-        lambda self, index, outputs: together.append(len(outputs)) or run_on(self, index, outputs),
-    )
-    one = measure_curves(model, samples, levels=(0.3, 0.6, 0.9))
-    assert not together
-    three = measure_curves(model, samples, levels=(0.3, 0.6, 0.9), variants=3)
-    assert set(together) == {3}
-    for name, curve in one.items():
-        assert three[name].distortion == pytest.approx(curve.distortion, rel=1e-4, abs=1e-9)
-
-
 class _Failing(Metric):
     name = "failing"
     calls = 0

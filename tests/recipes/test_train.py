@@ -288,8 +288,7 @@ def test_validation_in_the_run_is_that_of_the_evaluator(finished, recipe):
 
     data = load_data(load(str(recipe)).data, seed=0)
     model = AutoModelForCausalLM.from_pretrained(finished.out / "final")
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    with autocast():
+    with torch.autocast("cpu", torch.bfloat16):
         expected = evaluate(model, data.validation, bytes_per_token=data.bytes_per_token)
     logged = [entry for entry in read_log(finished.out) if entry["kind"] == "eval"][-1]
     assert logged["tokens"] == expected.tokens

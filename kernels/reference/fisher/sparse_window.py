@@ -1,7 +1,7 @@
 """A window of sparse gradients, one block of columns at a time, as plain torch.
 
-A row is cut into blocks and holds the same number of entries of every block: values [m, k], and their places inside
-their blocks as int16 [m, k], ascending, no place twice. The last block may be shorter and holds fewer.
+A row is cut into blocks and holds the same number of entries of every block: values [m, k], and their indices inside
+their blocks as int16 [m, k], ascending, no index twice. The last block may be shorter and holds fewer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# entries whose places are spelled out, in int64, at a time
+# entries whose positions are computed, in int64, at a time
 _CHUNK_ENTRIES = 1 << 21
 
 
@@ -21,7 +21,7 @@ class SparseLayout(NamedTuple):
 
     Attributes:
         numel: length of the dense row.
-        block: elements of a block, at most 2**15, so that a place in it is an int16.
+        block: elements of a block, at most 2**15, so that an index in it is an int16.
         per_block: entries kept of a full block.
         last: entries kept of the last block, where it is shorter; else 0.
     """
@@ -55,37 +55,37 @@ def block_starts(layout: SparseLayout, device: torch.device) -> Tensor:
 
 def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The entries of largest magnitude of every block of a vector [numel]; of equal ones the first."""
-    values, places = [], []
+    values, indices = [], []
     split = layout.full_blocks * layout.block
     parts = [(vector[:split].view(-1, layout.block), layout.per_block), (vector[split:].view(1, -1), layout.last)]
-    for part, count in parts:
-        if part.numel() and count:
-            kept = _largest(part, count)
-            values.append(part.gather(1, kept).to(dtype).view(-1))
-            places.append(kept.to(torch.int16).view(-1))
+    for blocks, count in parts:
+        if blocks.numel() and count:
+            largest = _largest(blocks, count)
+            values.append(blocks.gather(1, largest).to(dtype).view(-1))
+            indices.append(largest.to(torch.int16).view(-1))
     if not values:
         return vector.new_empty(0, dtype=dtype), torch.empty(0, dtype=torch.int16, device=vector.device)
-    return torch.cat(values), torch.cat(places)
+    return torch.cat(values), torch.cat(indices)
 
 
 def _largest(blocks: Tensor, count: int) -> Tensor:
-    """Ascending places of the ``count`` largest magnitudes in every row; of equal ones the first ones.
+    """Ascending indices of the ``count`` largest magnitudes in every row; of equal ones the first ones.
 
     ``torch.topk`` promises no order among equals, so it is given keys of which no two are equal: the bits of the
-    magnitude, which as integers are in the order of the numbers, and below them the place from the end.
+    magnitude, which as integers are in the order of the numbers, and below them the index from the end.
     """
     width = blocks.shape[1]
     backwards = torch.arange(width - 1, -1, -1, device=blocks.device)
     bits = blocks.to(torch.float32).abs().view(torch.int32)
     keys = bits.to(torch.int64).mul_(1 << 15).add_(backwards)  # twenty times as fast as shifting, on a CPU
-    kept = torch.topk(keys, count, dim=1, sorted=False).values & 0x7FFF
-    return (width - 1 - kept).sort(dim=1).values
+    from_the_end = torch.topk(keys, count, dim=1, sorted=False).values & 0x7FFF
+    return (width - 1 - from_the_end).sort(dim=1).values
 
 
 def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, out: Tensor) -> None:
     """Write the dense row [numel] that ``values`` and ``indices`` [k] stand for."""
-    places = block_starts(layout, values.device) + indices
-    out.zero_().index_copy_(0, places, values.to(out.dtype))
+    positions = block_starts(layout, values.device) + indices
+    out.zero_().index_copy_(0, positions, values.to(out.dtype))
 
 
 def row_chunks(values: Tensor) -> Iterator[slice]:

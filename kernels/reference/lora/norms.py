@@ -11,6 +11,6 @@ ROWS = 2048
 
 def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, squares: Tensor) -> Tensor:
     """Roots of ``squares + ((2 scale) weight a^T + mix) . b``, row by row, in the dtype of ``squares``."""
-    cross = torch.cat([product(part.to(a.dtype), a.t()) for part in weight.split(ROWS)])
+    cross = torch.cat([product(rows.to(a.dtype), a.t()) for rows in weight.split(ROWS)])
     total = squares + cross.mul_(2 * scale).add_(mix).mul_(b).sum(1)
     return total.clamp_(min=0).sqrt_()

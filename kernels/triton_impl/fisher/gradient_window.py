@@ -22,10 +22,9 @@ from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_f
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
-    device_programs,
     device_rows,
     is_aligned,
+    launches,
     on_device,
     warps,
 )
@@ -153,14 +152,12 @@ def row_dots(windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Seque
     partial = torch.empty(sum(chunks) * m, dtype=torch.float64, device=device)
     table = device_rows(rows, device)
     with on_device(device):
-        for aligned, members in by_key(keys).items():
-            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                window_dots_kernel[(programs.numel(),)](
-                    table, programs, partial, m,
-                    TL_DTYPE[windows[0].dtype], TL_DTYPE[dtype], aligned,
-                    BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
-                )  # fmt: skip
+        for aligned, programs in launches(keys, pieces, device):
+            window_dots_kernel[(programs.numel(),)](
+                table, programs, partial, m,
+                TL_DTYPE[windows[0].dtype], TL_DTYPE[dtype], aligned,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
+            )  # fmt: skip
     staging.finish()
     return reduce_chunks(partial, chunks, m)
 
@@ -199,13 +196,11 @@ def linear_combination(
         pieces.append(triton.cdiv(n, BLOCK_N))
     table = device_rows(rows, device)
     with on_device(device):
-        for aligned, members in by_key(keys).items():
-            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                window_combination_kernel[(programs.numel(),)](
-                    table, programs, coefficients, m, TL_DTYPE[windows[0].dtype], aligned,
-                    BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=True,
-                )  # fmt: skip
+        for aligned, programs in launches(keys, pieces, device):
+            window_combination_kernel[(programs.numel(),)](
+                table, programs, coefficients, m, TL_DTYPE[windows[0].dtype], aligned,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=True,
+            )  # fmt: skip
     staging.finish()
 
 

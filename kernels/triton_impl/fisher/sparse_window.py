@@ -20,10 +20,9 @@ from leanstep.kernels.triton_impl._common import TL_DTYPE, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
-    by_key,
-    device_programs,
     device_rows,
     is_aligned,
+    launches,
     on_device,
     warps,
 )
@@ -136,13 +135,11 @@ def row_dots(
     partial = torch.empty(sum(chunks) * m, dtype=torch.float64, device=device)
     table = device_rows(rows, device)
     with on_device(device):
-        for aligned, members in by_key(keys).items():
-            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                sparse_dots_kernel[(programs.numel(),)](
-                    table, programs, partial, m, TL_DTYPE[values[0].dtype], aligned,
-                    BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
-                )  # fmt: skip
+        for aligned, programs in launches(keys, pieces, device):
+            sparse_dots_kernel[(programs.numel(),)](
+                table, programs, partial, m, TL_DTYPE[values[0].dtype], aligned,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
+            )  # fmt: skip
     staging.finish()
     return reduce_chunks(partial, chunks, m)
 
@@ -169,14 +166,12 @@ def linear_combination(
         pieces.append(triton.cdiv(layout.numel, layout.block))
     table = device_rows(rows, device)
     with on_device(device):
-        for width, members in by_key(keys).items():
-            programs = device_programs([p * member for p, member in zip(pieces, members, strict=True)], device)
-            if programs is not None:
-                # fused multiply-adds would round differently from the definition
-                sparse_combination_kernel[(programs.numel(),)](
-                    table, programs, coefficients, m, TL_DTYPE[values[0].dtype], width,
-                    num_warps=warps(WIDTHS[width]), enable_fp_fusion=False,
-                )  # fmt: skip
+        for width, programs in launches(keys, pieces, device):
+            # fused multiply-adds would round differently from the definition
+            sparse_combination_kernel[(programs.numel(),)](
+                table, programs, coefficients, m, TL_DTYPE[values[0].dtype], width,
+                num_warps=warps(WIDTHS[width]), enable_fp_fusion=False,
+            )  # fmt: skip
     staging.finish()
     torch._foreach_copy_(list(out), sums)
 

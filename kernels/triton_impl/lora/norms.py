@@ -25,24 +25,24 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _part(x):
+def _rounded(x):
     """The nearest bf16 number, as a factor of a product; in fp32 in the interpreter, whose bf16 products are wrong."""
-    part = round_to(x, tl.bfloat16)
-    return to_float(part) if INTERPRETED else part
+    rounded = round_to(x, tl.bfloat16)
+    return to_float(rounded) if INTERPRETED else rounded
 
 
 @triton.jit
 def _products(w, a, sums, HALF: tl.constexpr):
     """``sums + w a^T`` for w of 8 bits, or of 11 if HALF, and a of 24."""
-    high = _part(w)
-    a1 = _part(a)
+    high = _rounded(w)
+    a1 = _rounded(a)
     rest = a - to_float(a1)
-    a2 = _part(rest)
-    a3 = _part(rest - to_float(a2))
+    a2 = _rounded(rest)
+    a3 = _rounded(rest - to_float(a2))
     # small terms first
     sums = tl.dot(high, tl.trans(a3), sums)
     if HALF:
-        low = _part(w - to_float(high))
+        low = _rounded(w - to_float(high))
         sums = tl.dot(low, tl.trans(a2), sums)
         sums = tl.dot(low, tl.trans(a1), sums)
     sums = tl.dot(high, tl.trans(a2), sums)

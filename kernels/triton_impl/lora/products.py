@@ -28,7 +28,7 @@ CHUNK = 1024
 
 
 @triton.jit
-def _kept(index, key, limit):
+def _survives(index, key, limit):
     """Whether the element of a 64-bit row-major index survives; key and limit are unsigned 32-bit."""
     high = random_bits((index >> 32).to(tl.uint32), tl.zeros([], dtype=tl.uint32))
     return random_bits(index.to(tl.uint32), key ^ high) >= limit
@@ -43,8 +43,8 @@ def _factor(x, DTYPE: tl.constexpr):
 @triton.jit
 def _dropout_tile(x_ptr, out_ptr, start, offs, mask, key, limit, gain):
     x = to_float(load_tile(x_ptr + offs, mask)) * gain
-    kept = _kept(start + offs, key, limit)
-    tl.store(out_ptr + offs, round_to(tl.where(kept, x, 0.0), out_ptr.dtype.element_ty), mask=mask)
+    survives = _survives(start + offs, key, limit)
+    tl.store(out_ptr + offs, round_to(tl.where(survives, x, 0.0), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "limit", "gain"])
@@ -65,7 +65,7 @@ def _dropped(x_ptr, offs_m, offs_n, rows, columns, key, limit, gain):
     at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
     x = to_float(tl.load(x_ptr + at, mask=mask, other=0.0)) * gain
-    return round_to(tl.where(_kept(at, key, limit), x, 0.0), x_ptr.dtype.element_ty)
+    return round_to(tl.where(_survives(at, key, limit), x, 0.0), x_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "r", "key", "limit", "gain"])
@@ -124,12 +124,12 @@ def lora_up_kernel(
     mask_h = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
     h = tl.load(h_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :], mask=mask_h, other=0.0)
     mask_b = (offs_r < r)[:, None] & (offs_n < m)[None, :]
-    place = offs_r.to(tl.int64)[:, None] * step_r + offs_n.to(tl.int64)[None, :] * step_m
-    b = tl.load(b_ptr + place, mask=mask_b, other=0.0)
+    offs_b = offs_r.to(tl.int64)[:, None] * step_r + offs_n.to(tl.int64)[None, :] * step_m
+    b = tl.load(b_ptr + offs_b, mask=mask_b, other=0.0)
     product = tl.dot(_factor(h, kind), _factor(b, kind)) * (scale * gain)
     at = offs_m.to(tl.int64)[:, None] * m + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < m)[None, :]
-    y = to_float(tl.load(y_ptr + at, mask=mask, other=0.0)) + tl.where(_kept(at, key, limit), product, 0.0)
+    y = to_float(tl.load(y_ptr + at, mask=mask, other=0.0)) + tl.where(_survives(at, key, limit), product, 0.0)
     tl.store(y_ptr + at, round_to(y, kind), mask=mask)
 
 
@@ -161,8 +161,8 @@ def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: i
     """`e^T dropout(x)`, and `dropout(x) a^T` where `a` is given; x row-major."""
     (rows, n), r = x.shape, e.shape[1]
     if _block_r(x, r) is None:
-        kept = dropout(x, p, seed)
-        return e.t() @ kept, None if a is None else kept @ a.t()
+        dropped = dropout(x, p, seed)
+        return e.t() @ dropped, None if a is None else dropped @ a.t()
     chunks = triton.cdiv(rows, CHUNK)
     sums = x.new_empty(chunks, r, n, dtype=torch.float32)
     with on_device(x.device):

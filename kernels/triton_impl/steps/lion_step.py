@@ -123,7 +123,7 @@ def lion_step_kernel(
             p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
-    # the tail, and tensors that start anywhere; read again, because an address kept from above is a register spilled
+    # the tail, and unaligned tensors; addresses are read again, since keeping them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
     g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
     m_ptr = tl.load(row + 2).to(tl.pointer_type(M_DTYPE)) + start
@@ -252,7 +252,7 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes a tensor: its own if compiled for, else fp32 through an exact copy."""
+    """The dtype in which the kernel takes a tensor: its own if there is a variant for it, else fp32 (an exact copy)."""
     native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
     return dtype if dtype in native else torch.float32
 

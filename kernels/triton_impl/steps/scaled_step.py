@@ -220,7 +220,7 @@ def _table(
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes G: its own if compiled for, else fp32 through a copy, which is exact."""
+    """The dtype in which the kernel takes G: its own if there is a variant for it, else fp32 (an exact copy)."""
     native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
     return dtype if dtype in native else torch.float32
 
