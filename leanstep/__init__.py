@@ -46,20 +46,7 @@ __all__ = [
     "use_backend",
 ]
 
-_OWNERS = {
-    "BackendError": "leanstep.kernels",
-    "GradientRelease": "leanstep.optimizers",
-    "LANTON": "leanstep.optimizers",
-    "Lion": "leanstep.optimizers",
-    "MFAC": "leanstep.optimizers",
-    "NonFiniteGradientError": "leanstep.optimizers",
-    "ParamGroups": "leanstep.optimizers",
-    "SinkGD": "leanstep.optimizers",
-    "backend_table": "leanstep.kernels",
-    "param_groups": "leanstep.optimizers",
-    "release_gradients": "leanstep.optimizers",
-    "use_backend": "leanstep.kernels",
-}
+_OF_KERNELS = frozenset({"BackendError", "backend_table", "use_backend"})  # all other names are optimizers'
 _SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 
 
@@ -67,9 +54,9 @@ def __getattr__(name: str) -> object:
     """Import the package that owns a public name, once; afterwards the name is an ordinary attribute."""
     if name in _SUBPACKAGES:
         return import_module(f"leanstep.{name}")
-    if name not in _OWNERS:
+    if name not in __all__:
         raise AttributeError(f"module 'leanstep' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module(_OWNERS[name]), name)
+    value = getattr(import_module("leanstep.kernels" if name in _OF_KERNELS else "leanstep.optimizers"), name)
     globals()[name] = value
     return value
 

@@ -44,7 +44,7 @@ def lora_groups(
             factor = _FACTOR.search(name)
             groups[f"lora_{factor.group(1)}" if factor else "rest"].append((name, parameter))
     if not any(groups.values()):
-        raise ValueError("lora_groups: no parameter of the model needs a gradient; apply_lora gives it some that do")
+        raise ValueError("lora_groups: no parameter of the model needs a gradient; call apply_lora first")
     if not groups["lora_A"] and not groups["lora_B"]:
         raise ValueError(
             f"lora_groups: expected trained parameters called lora_A or lora_B, got {len(groups['rest'])} others, such "

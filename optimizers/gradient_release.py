@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.optimizers.lion import Lion
-from leanstep.optimizers.sinkgd.optimizer import SinkGD
-
-# rules that treat every parameter alone, so that it can be stepped as soon as its gradient is there
-_SEPARABLE = (Lion, SinkGD)
+from leanstep.optimizers.common.base import LeanOptimizer
 
 
 class GradientRelease:
@@ -35,7 +31,7 @@ class GradientRelease:
         self.remove()
 
 
-def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRelease:
+def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRelease:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
     Memory: gradients of the whole model never exist together; the peak is about one parameter's. The update equals
@@ -84,7 +80,7 @@ def release_gradients(model: nn.Module, optimizer: Lion | SinkGD) -> GradientRel
 
 
 def _hook(
-    optimizer: Lion | SinkGD, number: int, first_index: int, position: int, stepped: set[Tensor]
+    optimizer: LeanOptimizer, number: int, first_index: int, position: int, stepped: set[Tensor]
 ) -> Callable[[Tensor], None]:
     def step_one(param: Tensor) -> None:
         if param in stepped:
@@ -102,22 +98,23 @@ def _hook(
 
 
 def _refuse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, _SEPARABLE):
+    if not isinstance(optimizer, LeanOptimizer) or not optimizer._separable:
+        separable = sorted(cls.__name__ for cls in LeanOptimizer.__subclasses__() if cls._separable)
         raise TypeError(
             f"release_gradients: {type(optimizer).__name__} cannot step parameters one by one; "
-            f"expected one of {[c.__name__ for c in _SEPARABLE]}"
+            f"expected one of {', '.join(separable)}"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "release_gradients: under DistributedDataParallel a gradient is complete only after its bucket was "
             "reduced, later than this hook. Use fully_shard with optimizer.step(), or one process."
         )
-    own = {id(p) for p in model.parameters()}
+    of_model = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         if group["nonfinite"] == "raise":
             raise ValueError("release_gradients: nonfinite='raise' must see all gradients first; use 'skip' or 'pass'")
         for param in group["params"]:
-            if id(param) not in own:
+            if id(param) not in of_model:
                 raise ValueError("release_gradients: the optimizer holds parameters that the model does not")
             if is_dtensor(param):
                 raise ValueError(

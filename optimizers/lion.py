@@ -74,6 +74,7 @@ class Lion(LeanOptimizer):
     """
 
     _shaped_state = ("exp_avg",)
+    _separable = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Pruning of trained models, each layer as far as it hurts least: allocations, scores, and the solver behind them."""
+"""Layer-adaptive pruning of trained models: allocations, scores, and the program that solves them."""
 
 from leanstep.pruning.allocate.allocation import Allocation, snap
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable

@@ -1,4 +1,4 @@
-"""Training on after pruning: masks that stay, and schedules that prune further as training goes on."""
+"""Fine-tuning after pruning: masks that stay, and schedules that prune further during training."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def keep_masks(
 
     Args:
         model: pruned. After sharding, which replaces parameters, if it is to be sharded.
-        optimizer: that trains it, or Accelerate's wrapper of it; None: :meth:`MaskKeeper.attach` one later.
-        masks: by parameter name, True where a weight is kept; None: what is not zero now, of the matrices that
-            :func:`leanstep.pruning.find_targets` names with ``include`` and ``exclude``, where anything is zero.
+        optimizer: of the model, or Accelerate's wrapper of it; None: :meth:`MaskKeeper.attach` one later.
+        masks: by parameter name, True where a weight is kept; None: the current nonzeros of the matrices with zeros
+            among those of :func:`leanstep.pruning.find_targets` with ``include`` and ``exclude``.
         include, exclude: only without ``masks``.
 
     Returns:
-        :class:`MaskKeeper`; as a context it lets go of the optimizer at the end.
+        :class:`MaskKeeper`; as a context manager it removes its hooks at the end.
 
     Raises:
         ValueError: for masks of other names or shapes than the parameters, a model without a zero, or an optimizer that
             does not train the masked parameters. Nothing is attached then.
-        TypeError: for what is no torch optimizer.
+        TypeError: for anything but a torch optimizer.
 
     Notes:
         1 byte per weight of a masked parameter, and a pass over them and their gradients per step. A frozen parameter,
         such as the base of a low-rank adapter, keeps its zeros by itself; merging the adapter fills them, and
-        :meth:`MaskKeeper.apply` after the merge takes out what it put there. A gradient norm that was clipped before
-        the step counted the gradients of pruned weights, too.
+        :meth:`MaskKeeper.apply` after the merge removes them again. Clipping a gradient norm before the step counts the
+        gradients of pruned weights, too.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -84,15 +84,15 @@ def keep_masks(
 
 
 class MaskKeeper:
-    """Masks of parameters, and what holds the parameters to them; made by :func:`keep_masks`.
+    """Masks of parameters, and the hooks that keep the parameters masked; made by :func:`keep_masks`.
 
     Attributes:
-        parameters: what is held to its mask, by the name it had in the model.
+        parameters: the masked parameters, by their names in the model.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]):
         self.parameters = dict(parameters)
-        # what is filled with zeros, so that no step has to make it
+        # True where a weight is pruned, so that no step has to invert the mask
         self._pruned = {name: place_like(~mask, self.parameters[name]) for name, mask in masks.items()}
         self._hooks: list[StepHooks] = []
 
@@ -113,7 +113,7 @@ class MaskKeeper:
         return pruned / sum(p.numel() for p in self._pruned.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> MaskKeeper:
-        """Act before and after every step of an optimizer. Returns the keeper; errors as :func:`keep_masks`."""
+        """Mask gradients and weights in every step of an optimizer; returns self. Errors as :func:`keep_masks`."""
         self._hooks.append(
             StepHooks(
                 optimizer,
@@ -126,7 +126,7 @@ class MaskKeeper:
         return self
 
     def detach(self) -> None:
-        """Let go of all optimizers."""
+        """Remove the hooks from all optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -139,7 +139,7 @@ class MaskKeeper:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Prune what else is zero by now: after the model was pruned further. Nothing comes back."""
+        """Add the current zeros to the masks, after the model was pruned further. No weight comes back."""
         for name, parameter in self.parameters.items():
             self._pruned[name] |= parameter == 0
 
@@ -154,7 +154,7 @@ class MaskKeeper:
 def gradual_sparsity(
     step: int, *, begin: int, end: int, final: float, initial: float = 0.0, kind: str = "cubic"
 ) -> float:
-    """The sparsity that a schedule wants at a step: ``initial`` until ``begin``, ``final`` from ``end`` on.
+    """The sparsity of a schedule at a step: ``initial`` until ``begin``, ``final`` from ``end`` on.
 
     With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "linear";
     "geometric": the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
@@ -210,11 +210,11 @@ def prune_iteratively(
         model: changed in place.
         sparsities: increasing, for instance :func:`iterative_sparsities`.
         prune_to: prunes the model to a sparsity, for instance ``lambda s: prune(model, data, sparsity=s)``. It is
-            called on the model as it is then, so that curves are measured anew, and what is zero stays zero.
+            called on the current model: curves are measured anew, and zeros stay zero.
         fine_tune: trains the model; is given the keeper of the masks, to attach its optimizer to.
 
     Returns:
-        What ``prune_to`` returned each time. The model was fine-tuned after the last one, too.
+        The results of ``prune_to``. The model is fine-tuned after the last one, too.
 
     Raises:
         ValueError: for sparsities that do not increase.
@@ -286,7 +286,7 @@ class GradualPruner:
         self._keeper = keep_masks(self.model)
 
     def detach(self) -> None:
-        """Let go of the optimizer; the zeros are no longer kept."""
+        """Remove the hooks from the optimizer; zeros are no longer kept."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -1,4 +1,4 @@
-"""What pruning a model did to it, and what it cost."""
+"""The result of pruning a model: levels, curves, and cost."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _FRONT_POINTS = 100
 
 @dataclass
 class PruneResult:
-    """What was done to a model, and what it cost.
+    """The result of :func:`leanstep.pruning.prune`.
 
     Attributes:
         allocation: how many weights each matrix (or group) kept.
         score, pattern, metric: as asked for, or the defaults.
         groups: the matrices, in groups that share a level.
         levels: kept weights and N:M pattern of each group.
-        curves: the measured curves, raw; empty where the allocation needs none.
+        curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
         compared: cost of every allocation that was tried, the applied one included.
-        notes: what a reader should know, in sentences.
+        notes: remarks for the reader, in sentences.
         data: hash of the calibration data.
-        budget: what was limited: its ``kind``, the ``target`` at most, and what the ``dense`` matrices, the model
-            ``before`` and the model ``after`` cost, in weights, operations per sample, bytes or seconds.
+        budget: its ``kind`` and ``target``, and the cost of the ``dense`` matrices, of the model ``before`` and of the
+            model ``after``, in weights, operations per sample, bytes or seconds.
         perplexity: ``before`` and ``after`` on held-out sequences, and the number of ``tokens`` predicted; empty where
             it was not measured.
     """

@@ -1,4 +1,4 @@
-"""The command ``leanstep prune``: a checkpoint into a new folder, pruned, with a report on what it cost."""
+"""The command ``leanstep prune``: prune a checkpoint into a new folder, with a report."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peak_bytes() -> int | None:
-    """The process's own largest size: weights, calibration and all that was imported; None where nothing tells it."""
+    """The largest resident size of the process; None where the system does not report it."""
     try:
         import resource  # not there on Windows
     except ImportError:
@@ -247,7 +247,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # what an earlier run measured took this one no time
+        if self._first is None:  # points of an earlier run took this one no time
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)

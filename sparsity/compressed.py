@@ -1,8 +1,8 @@
-"""N:M weights in a file without their zeros: the values, and packed indices of ceil(log2 M) bits each, in safetensors.
+"""Files of N:M weights without their zeros: values and packed indices of ceil(log2 M) bits each, in safetensors.
 
-A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of its own dtype and
+A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of the same dtype and
 ``NAME.nm_indices``, a uint8 vector of ``ceil(out * in / M * N * bits / 8)`` bytes, bit i of the stream in bit i % 8 of
-byte i // 8. Other tensors are stored as they are. The file's metadata says which is which, with checksums.
+byte i // 8. Other tensors are stored unchanged. The file's metadata lists the weights, with checksums.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Stored(NamedTuple):
-    """How one tensor was stored: ``pattern`` is None for one that was stored as it is."""
+    """How one tensor was stored; ``pattern`` is None if it was stored unchanged."""
 
     name: str
     pattern: NM | None
@@ -46,38 +46,38 @@ def export_compressed(
 
     Args:
         model: a model, squashed or at the end of its schedule, or a state dict of plain names.
-        path: the file to write, ``*.safetensors``; an older one is replaced.
+        path: the file to write, ``*.safetensors``; an existing one is replaced.
         patterns: tensor name -> pattern, for groups along dimension 1. None: the targets of a model that trains sparse;
-            otherwise each matrix's own sparsest pattern, where that makes it smaller.
+            otherwise the sparsest pattern that each matrix obeys, if that makes it smaller.
 
     Returns:
-        One row per tensor that was stored, with its bytes before and after.
+        One row per stored tensor, with its bytes before and after.
 
     Raises:
-        ValueError: for a weight that is not N:M as it should be, a model on its way there, an unknown name, or a
-            pattern with M above 256; nothing is written then.
-        OSError: where the file cannot be written.
+        ValueError: for a weight that violates its pattern, a model whose schedule is not finished, an unknown name, or
+            a pattern with M above 256; nothing is written then.
+        OSError: if the file cannot be written.
 
     Notes:
-        :func:`load_compressed` gives every tensor back bit for bit; a weight with negative zeros that its pattern
-        leaves no room for is refused (adding 0.0 makes them positive).
+        :func:`load_compressed` restores every tensor bit for bit. A weight with more negative zeros than its pattern
+        has room for is refused (adding 0.0 makes them positive).
     """
-    state, chosen = _state_and_patterns(model, patterns)
+    state, layouts = _state_and_layouts(model, patterns)
     stored: dict[str, Tensor] = {}
     layout: dict[str, Any] = {"tensors": {}, "aliases": {}}
-    rows, seen = [], dict[tuple[Any, ...], str]()
+    rows, first_names = [], dict[tuple[Any, ...], str]()
     for name, tensor in state.items():
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if tensor.numel() and identity in seen:
-            layout["aliases"][name] = seen[identity]
+        if tensor.numel() and identity in first_names:
+            layout["aliases"][name] = first_names[identity]
             continue
-        seen[identity] = name
+        first_names[identity] = name
         dense = tensor.detach().cpu().contiguous()
-        if name not in chosen:
+        if name not in layouts:
             stored[name] = dense
             rows.append(Stored(name, None, dense.nbytes, dense.nbytes))
             continue
-        pattern, dim = chosen[name]
+        pattern, dim = layouts[name]
         values, indices = _compress(name, dense, pattern, dim)
         stored[name + _VALUES], stored[name + _INDICES] = values, indices
         checks = [_checksum(values), _checksum(indices)]
@@ -88,19 +88,19 @@ def export_compressed(
 
 
 def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read what :func:`export_compressed` wrote.
+    """Read a file of :func:`export_compressed`.
 
     Args:
         path: the file.
-        model: a plain model of the same architecture to load it into, if given. It is changed only when all of the file
-            was found sound.
+        model: a plain model of the same architecture to load it into, or None. It is changed only if the whole file is
+            valid.
 
     Returns:
-        The dense state dict, bit for bit what was exported.
+        The dense state dict, bit for bit as exported.
 
     Raises:
-        ValueError: for a file that is truncated, damaged (a checksum or an index is wrong), or of another format; for a
-            model that is sparse itself, or whose names or shapes are others.
+        ValueError: for a file that is truncated, damaged (a wrong checksum or index) or of another format; for a model
+            that is sparse itself, or has other names or shapes.
     """
     path = Path(path)
     layout = _read_layout(path)
@@ -122,7 +122,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 
 
 def is_compressed(path: str | Path) -> bool:
-    """Whether a file is one of :func:`export_compressed`, by its header."""
+    """Whether a file was written by :func:`export_compressed`, by its header."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -131,10 +131,10 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def compressed_bytes(shape: torch.Size | tuple[int, ...], itemsize: int, pattern: NM, dim: int = 1) -> int:
-    """Bytes of values and packed indices of a weight: ``kept * itemsize + ceil(kept * ceil(log2 M) / 8)``."""
+    """Bytes of the values and packed indices of a weight: ``count * itemsize + ceil(count * ceil(log2 M) / 8)``."""
     size = shape[dim]
-    kept = int(np.prod(shape)) // max(size, 1) * -(-size // pattern.m) * pattern.n
-    return kept * itemsize + -(-kept * index_bits(pattern.m) // 8)
+    count = int(np.prod(shape)) // max(size, 1) * -(-size // pattern.m) * pattern.n
+    return count * itemsize + -(-count * index_bits(pattern.m) // 8)
 
 
 def index_bits(m: int) -> int:
@@ -167,7 +167,7 @@ def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, 
     back = nm_decompress(values, indices, pattern.m)
     if not torch.equal(_as_bits(back), _as_bits(padded)):
         raise ValueError(
-            f"export_compressed: {name} has negative zeros for which {pattern} leaves no room; add 0.0 to the weight "
+            f"export_compressed: {name} has more negative zeros than {pattern} has room for; add 0.0 to the weight "
             "(or squash it), which makes them positive"
         )
     return values.contiguous(), pack_indices(indices, pattern.m)
@@ -183,7 +183,9 @@ def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any
             f"and {packed.numel()} bytes of indices"
         )
     if [_checksum(values), _checksum(packed)] != entry["crc32"]:
-        raise ValueError(f"load_compressed: {where}: the checksum is wrong: values or indices are not what was written")
+        raise ValueError(
+            f"load_compressed: {where}: the checksum is wrong: values or indices were changed after writing"
+        )
     indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
     try:
         rows = nm_decompress(values, indices, pattern.m)
@@ -212,49 +214,48 @@ def _read_layout(path: Path) -> dict[str, Any]:
         raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
 
 
-def _state_and_patterns(
+def _state_and_layouts(
     model: nn.Module | Mapping[str, Tensor], patterns: Mapping[str, NM | str] | None
 ) -> tuple[dict[str, Tensor], dict[str, tuple[NM, int]]]:
-    """The plain state, and (pattern, dimension) of each tensor to compress."""
-    chosen: dict[str, tuple[NM, int]] = {}
+    """The plain state, and the (pattern, dimension) of each tensor to compress."""
+    layouts: dict[str, tuple[NM, int]] = {}
     if isinstance(model, nn.Module):
         check_finished(sparse_layers(model), "export_compressed", "squash it with unfinished='keep' first")
         state = plain_state_dict(model)
         for layer in sparse_layers(model):
-            chosen |= dict.fromkeys(layer.names, (layer.target, layer.dim))
+            layouts |= dict.fromkeys(layer.names, (layer.target, layer.dim))
     else:
         state = dict(model)
     if patterns is not None:
         unknown = [name for name in patterns if name not in state]
         if unknown:
             raise ValueError(f"export_compressed: there is no tensor {unknown[0]!r}; the names are {', '.join(state)}")
-        chosen = {name: (as_pattern(pattern), 1) for name, pattern in patterns.items()}
-    elif not chosen:
-        chosen = {name: found for name, tensor in state.items() if (found := _own_pattern(tensor)) is not None}
-    return state, chosen
+        layouts = {name: (as_pattern(pattern), 1) for name, pattern in patterns.items()}
+    elif not layouts:
+        layouts = {name: layout for name, tensor in state.items() if (layout := _smallest_layout(tensor)) is not None}
+    return state, layouts
 
 
-def _own_pattern(tensor: Tensor) -> tuple[NM, int] | None:
-    """The pattern along dimension 1 or 0 that makes a tensor smallest, None where none makes it smaller."""
+def _smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
+    """The pattern along dimension 1 or 0 that makes a tensor smallest; None if it does not get smaller."""
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return None
-    found = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
-    sizes = [(compressed_bytes(tensor.shape, tensor.element_size(), *pair), pair) for pair in found]
-    smallest = min(sizes, key=lambda row: row[0], default=None)
-    return smallest[1] if smallest is not None and smallest[0] < tensor.nbytes else None
+    layouts = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
+    sizes = [compressed_bytes(tensor.shape, tensor.element_size(), *layout) for layout in layouts]
+    return layouts[sizes.index(min(sizes))] if sizes and min(sizes) < tensor.nbytes else None
 
 
 def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    if any(".parametrizations." in name for name in own):
+    target = model.state_dict()
+    if any(".parametrizations." in name for name in target):
         raise ValueError(
-            "load_compressed: the model has parametrized weights, which the file's plain ones do not fit; load it into "
-            "a plain model, and call sparsify on that to train on"
+            "load_compressed: the model has parametrized weights, but the file holds plain ones; load it into a plain "
+            "model, and call sparsify on that to continue training"
         )
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if wrong:
-        raise ValueError(f"load_compressed: {path} is of another model: {', '.join(wrong[:5])} differ")
+    differing = sorted(target.keys() ^ state.keys())
+    differing += [name for name in target.keys() & state.keys() if target[name].shape != state[name].shape]
+    if differing:
+        raise ValueError(f"load_compressed: {path} is of another model: {', '.join(differing[:5])} differ")
     model.load_state_dict(state)
 
 

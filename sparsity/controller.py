@@ -105,7 +105,7 @@ class Controller:
         self._check_installed()
         if self._measures(self.step_count + 1):
             for layer in self.layers:
-                self._measurement(layer).see_gradient(layer)
+                self._measurement(layer).record_gradient(layer)
         if self.srste_lambda:
             # a fused optimizer unscales gradients inside its step
             scale = getattr(optimizer, "grad_scale", None)
@@ -209,7 +209,7 @@ class Controller:
             transform, stage = layer.transform, self._stage(layer, layer.transform.steps)
             transform.alpha.fill_(stage.alpha)
             if measure:
-                self._measurement(layer).see_no_change(layer)
+                self._measurement(layer).record_no_change(layer)
             if not (always or self._is_due(layer, stage)):
                 continue
             if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
@@ -232,7 +232,9 @@ class Controller:
 
     def _renew(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
         scores = [self._score(layer) for layer in layers]
-        masks = [sharding.mask_part(layer) for layer in layers]
+        for layer in layers:
+            sharding.check(layer)
+        masks = [sharding.local_mask(layer) for layer in layers]
         before = [mask.clone() for mask in masks] if measure else []
         if self.score == "transposable":
             for score, mask in zip(scores, masks, strict=True):
@@ -240,9 +242,9 @@ class Controller:
         else:
             fill_masks(scores, pattern, dim, masks)
         for i, layer in enumerate(layers):
-            sharding.share_mask(layer, masks[i])
+            sharding.gather_mask(layer, masks[i])
             if measure:
-                self._measurement(layer).see_masks(layer, before[i], masks[i])
+                self._measurement(layer).record_masks(layer, before[i], masks[i])
 
     def _score(self, layer: SparseLayer) -> Tensor:
         weight = local_part(layer.weight.detach())

@@ -1,8 +1,8 @@
-"""What sparse training and inference cost in operations: as the literature counts, as hardware can, and dense.
+"""Operations of sparse training and inference, counted in three ways: dense, theoretical, and on 2:4 hardware.
 
 A layer that multiplies T tokens by a weight of ``numel`` entries makes ``T * numel`` multiplications and additions in
-each of three products: forward, the gradient of its input, and the gradient of its weight. With density r = N/M of
-what the layer computes with (1 as long as alpha > 0, since decayed weights are multiplied like any other):
+each of three products: forward, the gradient of its input, and the gradient of its weight. With r = N/M, the density
+of the masked weight (1 while alpha > 0, since decayed weights are multiplied like any other):
 
 ============  =======================  ====================================  ==============
 count         forward                  gradient of the input                 of the weight
@@ -12,8 +12,8 @@ theoretical   r                        r                                     1
 hardware      r if the pattern is 2:4  r if its mask is transposable, too    1
 ============  =======================  ====================================  ==============
 
-The gradient of the weight is dense in all methods that let pruned weights grow back. Sparse units of GPUs know 2:4 and
-nothing else, and the product with the transposed weight is 2:4 for transposable masks only.
+The gradient of the weight is dense in all methods that let pruned weights grow back. Sparse units of GPUs support only
+2:4, and the product with the transposed weight is 2:4 only for transposable masks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Operations:
         )
 
     def fractions(self) -> tuple[float, float]:
-        """Theoretical and hardware operations as parts of the dense ones."""
+        """Theoretical and hardware operations as fractions of the dense ones."""
         return self.theoretical / self.dense, self.hardware / self.dense
 
 
@@ -56,14 +56,14 @@ def forward_operations(
     Args:
         dense: operations of the dense forward pass over ``tokens``.
         layers: (entries of the weight, pattern) of each sparse layer.
-        tokens: how many vectors each layer multiplies.
-        alpha: factor of pruned weights; above 0 all of them are multiplied.
+        tokens: number of vectors that each layer multiplies.
+        alpha: factor of pruned weights; above 0 all weights are multiplied.
     """
     theoretical = hardware = 0.0
     for numel, pattern in layers:
         saved = 2 * numel * tokens * (pattern.sparsity if alpha == 0 else 0.0)
         theoretical += saved
-        hardware += saved if _is_two_four(pattern) else 0.0
+        hardware += saved if (pattern.n, pattern.m) == (2, 4) else 0.0
     return Operations(dense, dense - theoretical, dense - hardware)
 
 
@@ -80,29 +80,20 @@ def training_operations(
 
     Args:
         dense: operations of a dense step over its ``tokens``.
-        layers: (entries of the weight, target pattern) of each sparse layer.
-        schedule: which patterns and alpha the steps have; after its end they are the last ones.
+        layers: (entries of the weight, final pattern) of each sparse layer.
+        schedule: gives the pattern and alpha of every step; after its end they are the last ones.
         steps: optimizer steps of the run.
-        tokens: vectors that each sparse layer multiplies in a step.
+        tokens: number of vectors that each sparse layer multiplies in a step.
         transposable: whether transposed masks are N:M, too.
-
-    Returns:
-        :class:`Operations` of all steps.
     """
-    theoretical = hardware = 0.0
     sizes: dict[NM, int] = {}
     for numel, target in layers:
         sizes[target] = sizes.get(target, 0) + numel
+    total = Operations(dense * steps, 0.0, 0.0)
     for target, numel in sizes.items():
-        product = 2 * numel * tokens
         for step in range(steps):
             stage = schedule.at(step, target)
-            saved = product * (stage.pattern.sparsity if stage.alpha == 0 else 0.0)
-            theoretical += 2 * saved
-            if _is_two_four(stage.pattern):
-                hardware += saved * (2 if transposable else 1)
-    return Operations(dense * steps, dense * steps - theoretical, dense * steps - hardware)
-
-
-def _is_two_four(pattern: NM) -> bool:
-    return (pattern.n, pattern.m) == (2, 4)
+            saved = forward_operations(0.0, [(numel, stage.pattern)], tokens, alpha=stage.alpha)
+            # the forward pass, and the gradient of the input with the transposed weight
+            total += Operations(0.0, 2 * saved.theoretical, (1 + transposable) * saved.hardware)
+    return Operations(total.dense, total.dense + total.theoretical, total.dense + total.hardware)

@@ -50,24 +50,24 @@ def nm_mask(
 ) -> Tensor:
     """Keep, of every M consecutive weights along an axis, the N of largest score.
 
-    Groups begin at the start of every row and never straddle two. Scores count by magnitude, so a weight is its own
-    score; of equal ones the higher index is kept, so that masks are reproducible, and a layer of zeros keeps the last N
-    of every group and can grow.
+    Groups begin at the start of every row and never span two. Scores are compared by magnitude, so a weight is its own
+    score. Of equal scores the higher index is kept: masks are reproducible, and a layer of zeros keeps the last N of
+    every group and can grow.
 
     Args:
         scores: any shape with that axis, floating; not written.
         pattern: N:M, as NM or text.
         axis: "in", "out" or "conv"; see :func:`axis_dim`.
-        pad: for a last group of r < M weights. "refuse": an error. "zero": the row counts as filled up with zeros,
-            which are pruned first: the group keeps its min(N, r) largest.
-        check: whether scores that are not finite are an error. Otherwise NaN counts as the largest.
-        out: bool tensor of the same shape, to be overwritten. None: a new one.
+        pad: for a last group of r < M weights. "refuse": an error. "zero": as if the row were padded with zeros, which
+            are pruned first: the group keeps its min(N, r) largest.
+        check: whether to raise for scores that are not finite. Otherwise NaN counts as the largest.
+        out: bool tensor of the same shape to write to. None: a new one.
 
     Returns:
         ``out``: bool, True where a weight is kept; exactly N per whole group.
 
     Raises:
-        ValueError: where M is larger than the row, or does not divide it (unless padded); for another axis or pad; and
+        ValueError: if M is larger than the row, or does not divide it (unless padded); for another axis or pad; and
             with ``check``, for scores that are not finite.
         TypeError: for scores that are not of floating dtype.
     """
@@ -123,7 +123,7 @@ def nm_violations(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> int
 def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:
     """Fraction of entries in which two masks differ, fp32, 0-d.
 
-    Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", arXiv 2404.01847, where it tells whether the
+    Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", arXiv 2404.01847, use it to judge whether the
     decay of pruned weights is strong enough.
     """
     if mask.shape != previous.shape:
@@ -168,15 +168,15 @@ def _obeyed_patterns(weight: Tensor, dim: int, longest: int) -> Iterator[NM]:
 
 
 def _evidence(pattern: NM, density: float, size: int) -> float:
-    """-log of the probability that a group obeys a pattern in a row of a size, whose nonzeros lie anywhere in it."""
-    n, m, kept = pattern.n, pattern.m, round(density * size)
-    # of a row's nonzeros, a group gets a share without replacement: what Wanda leaves in each row is the same number
-    ways = sum(math.comb(kept, k) * math.comb(size - kept, m - k) for k in range(n + 1))
+    """-log of the probability that a group obeys a pattern if the row's nonzeros lie anywhere in the row."""
+    n, m, nonzeros = pattern.n, pattern.m, round(density * size)
+    # hypergeometric: every row has the same number of nonzeros, as Wanda leaves them
+    ways = sum(math.comb(nonzeros, k) * math.comb(size - nonzeros, m - k) for k in range(n + 1))
     return max(0.0, math.log(math.comb(size, m)) - math.log(max(ways, 1)))
 
 
 def violations(weight: Tensor, pattern: NM, dim: int) -> int:
-    """Groups along a dimension with more than N nonzeros (NaN is one); a short last one counts as filled with zeros."""
+    """Number of groups with more than N nonzeros (NaN is one); a short last group counts as padded with zeros."""
     return int((group_counts(weight, pattern.m, dim) > pattern.n).sum())
 
 

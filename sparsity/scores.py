@@ -1,4 +1,4 @@
-"""What a weight is worth: scores for :func:`leanstep.sparsity.nm_mask`, and masks by the optimal brain surgeon."""
+"""Scores of weights for :func:`leanstep.sparsity.nm_mask`, and masks by the optimal brain surgeon."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from leanstep.kernels import BlockInverseFisher
 from leanstep.sparsity.patterns import NM, as_pattern
 
-# groups whose sets are all tried, at most this long and with at most so many sets; longer ones are pruned greedily
+# longest group for which all sets are tried; longer ones are pruned greedily
 _MAX_EXACT_M = 8
-# elements of the matrices that are solved at a time
+# elements of the matrices that are solved in one call
 _TILE = 1 << 22
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """The size of a weight, ``|weight|``: the default score."""
+    """``|weight|``, the default score."""
     return weight.detach().abs()
 
 
@@ -29,7 +29,7 @@ def magnitude_times_activation(weight: Tensor, activation_norm: Tensor) -> Tenso
     2306.11695, equation 1.
 
     Raises:
-        ValueError: where the norms are not one per input.
+        ValueError: unless there is one norm per input.
     """
     if activation_norm.shape != weight.shape[-1:]:
         raise ValueError(
@@ -40,7 +40,7 @@ def magnitude_times_activation(weight: Tensor, activation_norm: Tensor) -> Tenso
 
 
 def magnitude_times_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    """``|weight * gradient|``: the change of the loss, to first order, when a weight is set to zero.
+    """``|weight * gradient|``: the first-order change of the loss when a weight is set to zero.
 
     Molchanov, Tyree, Karras, Aila, Kautz, "Pruning Convolutional Neural Networks for Resource Efficient Inference",
     arXiv 1611.06440.
@@ -61,7 +61,7 @@ class ObsMask(NamedTuple):
     Attributes:
         mask: bool, the weight's shape; True where a weight is kept.
         loss: fp64 [out, in / M], the increase of the quadratic model of the loss when the group's pruned weights are
-            zero and all weights of its block that may move have moved.
+            zero and the other weights of its block have been updated optimally.
     """
 
     mask: Tensor
@@ -71,11 +71,11 @@ class ObsMask(NamedTuple):
 def nm_obs_mask(
     weight: Tensor, inverse_fisher: BlockInverseFisher, pattern: NM | str, *, method: str = "auto"
 ) -> ObsMask:
-    """Prune the M - N weights of every group that the loss misses least, by the inverse Fisher matrix.
+    """Prune the M - N weights of every group that increase the loss least, by the inverse Fisher matrix.
 
     For a group Q of M consecutive inputs of one output and a set S of M - N of them, the loss increases by
-    ``1/2 w_S^T ([F^-1]_SS)^-1 w_S``, all other weights being free to make up for it. The mask is exact per group:
-    the minimum over all sets S, tried one by one, where M <= 8; greedy, one weight after the other, otherwise.
+    ``1/2 w_S^T ([F^-1]_SS)^-1 w_S`` if all other weights are updated optimally. The mask of a group is exact for
+    M <= 8 (the minimum over all sets S), and greedy (one weight after the other) for longer groups.
 
     Args:
         weight: [out, in]; not written.
@@ -111,44 +111,44 @@ def nm_obs_mask(
         )
     if method == "exact" and pattern.m > _MAX_EXACT_M:
         raise ValueError(f"nm_obs_mask: method 'exact' takes groups of up to {_MAX_EXACT_M}, the pattern is {pattern}")
-    choose = _choose_greedily if method == "greedy" or pattern.m > _MAX_EXACT_M else _choose_exactly
+    prune_groups = _prune_greedily if method == "greedy" or pattern.m > _MAX_EXACT_M else _prune_exactly
     groups = weight.detach().to(torch.float64).reshape(-1, pattern.m)
     inverses = inverse_fisher.sub_blocks(pattern.m)
     keep = torch.empty(groups.shape, dtype=torch.bool, device=weight.device)
     loss = torch.empty(len(groups), dtype=torch.float64, device=weight.device)
     height = max(1, _TILE // pattern.m**2)
     for start in range(0, len(groups), height):
-        part = slice(start, start + height)
-        keep[part], loss[part] = choose(groups[part], inverses[part], pattern)
+        tile = slice(start, start + height)
+        keep[tile], loss[tile] = prune_groups(groups[tile], inverses[tile], pattern)
     return ObsMask(keep.view(weight.shape), loss.view(weight.shape[0], -1))
 
 
 def set_losses(groups: Tensor, inverses: Tensor, sets: Tensor) -> Tensor:
     """``1/2 w_S^T ([F^-1]_SS)^-1 w_S`` for groups [g, M], their inverse blocks [g, M, M], and sets [s, k]: [g, s]."""
-    chosen = groups[:, sets]
-    sub = inverses[:, sets.unsqueeze(2), sets.unsqueeze(1)]
-    return (chosen * torch.linalg.solve(sub, chosen.unsqueeze(-1)).squeeze(-1)).sum(dim=-1) / 2
+    weights = groups[:, sets]
+    blocks = inverses[:, sets.unsqueeze(2), sets.unsqueeze(1)]
+    return (weights * torch.linalg.solve(blocks, weights.unsqueeze(-1)).squeeze(-1)).sum(dim=-1) / 2
 
 
-def _choose_exactly(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """Masks [g, M] and losses [g]: the best of all sets; of equal ones the first, which prunes lower indices."""
+def _prune_exactly(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+    """Masks [g, M] and losses [g] of the best set; the first of equal ones, which prunes lower indices."""
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     best = groups.new_full((len(groups),), torch.inf)
     pruned = pattern.m - pattern.n
     if not pruned:
         return keep, groups.new_zeros(len(groups))
-    for places in combinations(range(pattern.m), pruned):
-        loss = set_losses(groups, inverses, torch.tensor([places], device=groups.device)).squeeze(1)
+    for indices in combinations(range(pattern.m), pruned):
+        loss = set_losses(groups, inverses, torch.tensor([indices], device=groups.device)).squeeze(1)
         better = loss < best
         best = torch.where(better, loss, best)
         mask = torch.ones(pattern.m, dtype=torch.bool, device=groups.device)
-        mask[list(places)] = False
+        mask[list(indices)] = False
         keep = torch.where(better.unsqueeze(1), mask, keep)
     return keep, best
 
 
-def _choose_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """As :func:`_choose_exactly`, one weight at a time: after each, the others move and its row and column go."""
+def _prune_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+    """Like :func:`_prune_exactly`, but one weight at a time: update the others, and eliminate its row and column."""
     w, inverse = groups.clone(), inverses.clone()
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     total = groups.new_zeros(len(groups))
@@ -156,12 +156,12 @@ def _choose_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Ten
     for _ in range(pattern.m - pattern.n):
         diagonal = inverse.diagonal(dim1=1, dim2=2)
         saliency = torch.where(keep, w.square() / (2 * diagonal), torch.inf)
-        place = saliency.argmin(dim=1)
-        total += saliency[each, place]
-        keep[each, place] = False
-        column, pivot = inverse[each, :, place], diagonal[each, place]
-        w = w - column * (w[each, place] / pivot).unsqueeze(1)
+        index = saliency.argmin(dim=1)
+        total += saliency[each, index]
+        keep[each, index] = False
+        column, pivot = inverse[each, :, index], diagonal[each, index]
+        w = w - column * (w[each, index] / pivot).unsqueeze(1)
         inverse = inverse - column.unsqueeze(2) * column.unsqueeze(1) / pivot.view(-1, 1, 1)
-        # what was pruned must not come back as a quotient of two roundings
-        inverse[each, place, place] = 1
+        # pruned diagonals are now rounding errors, which must not be divided by
+        inverse[each, index, index] = 1
     return keep, total

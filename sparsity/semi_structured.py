@@ -1,4 +1,4 @@
-"""2:4 sparse linear layers as torch's semi-structured tensors, and for every other layer why it is not one."""
+"""Conversion of 2:4 sparse linear layers to torch's semi-structured tensors, with the reason for every other layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BACKENDS = ("auto", "cusparselt", "cutlass")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one layer: ``reason`` says why it was left as it is, "" where it was converted."""
+    """The result for one layer; ``reason`` says why it was not converted, "" if it was."""
 
     layer: str
     reason: str = ""
@@ -29,14 +29,15 @@ class Conversion:
 
 
 def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conversion]:
-    """Give every linear layer that is 2:4 sparse along its inputs a weight that the GPU's sparse units multiply with.
+    """Convert the weight of every linear layer that is 2:4 sparse along its inputs, for the GPU's sparse units.
 
-    torch's own conversion takes any weight of the right shape and silently drops what is not 2:4; here each weight is
-    checked first. Converted layers are for inference: the weight cannot be trained, saved as plain tensors, or moved.
+    torch's own conversion accepts any weight of the right shape and silently drops entries that are not 2:4; here each
+    weight is checked first. Converted layers are for inference: they cannot be trained, saved as plain tensors, or
+    moved.
 
     Args:
         model: a plain or squashed model. Changed in place.
-        backend: "cusparselt", "cutlass", or "auto": the first of them that this torch has.
+        backend: "cusparselt", "cutlass", or "auto": the first that this torch has.
 
     Returns:
         One :class:`Conversion` for each linear layer and convolution, in the model's order.
@@ -45,30 +46,29 @@ def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conve
         ValueError: for another backend, or one that this installation of torch does not have.
 
     Notes:
-        Products of one or a few tokens are slower than dense ones on record (pytorch/pytorch issue 111339): measure
-        before you convert. fp32 weights are 1:2 sparse in hardware, not 2:4, and stay as they are.
+        Products of one or a few tokens can be slower than dense ones (pytorch/pytorch issue 111339): measure before
+        you convert. fp32 weights are 1:2 sparse in hardware, not 2:4, and are not converted.
     """
-    chosen = _choose_backend(backend)
-    found = []
+    backend = _choose_backend(backend)
+    results = []
     for name, module in model.named_modules():
         if not _is_layer(module):
             continue
-        reason = obstacle(module, chosen)
+        reason = obstacle(module, backend)
         if not reason:
-            subclass = _subclass(chosen)
             with torch.no_grad():
-                sparse = subclass.from_dense(module.weight.detach().contiguous())
+                sparse = _subclass(backend).from_dense(module.weight.detach().contiguous())
             module.weight = nn.Parameter(sparse, requires_grad=False)
-        found.append(Conversion(name, reason))
-    return found
+        results.append(Conversion(name, reason))
+    return results
 
 
 def obstacle(
     module: nn.Module, backend: str, *, device: str | None = None, capability: tuple[int, int] | None = None
 ) -> str:
-    """Why a layer's weight cannot be a semi-structured tensor of a backend; "" where it can.
+    """The reason why a layer's weight cannot be a semi-structured tensor of a backend; "" if it can.
 
-    ``device`` and ``capability`` stand in for those of the weight's device, to ask about another machine.
+    ``device`` and ``capability`` replace those of the weight's device, to ask about another machine.
     """
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is parametrized; squash the model first"
@@ -76,7 +76,7 @@ def obstacle(
         return f"{type(module).__name__} does not multiply by its weight as nn.Linear does"
     weight = module.weight
     if type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}, no plain tensor"
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     limits = _subclass(backend)._DTYPE_SHAPE_CONSTRAINTS
     if weight.dtype == torch.float32:
         return "fp32 is 1:2 sparse in hardware, not 2:4; convert the model to bf16 or fp16 first"
@@ -85,9 +85,9 @@ def obstacle(
     rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols
     if weight.shape[0] % rows or weight.shape[1] % columns:
         return f"{backend} takes multiples of {rows} x {columns}, its weight is {weight.shape[0]} x {weight.shape[1]}"
-    broken = violations(weight, NM(2, 4), dim=1)
-    if broken:
-        return f"it is not 2:4: {broken:,} of {weight.numel() // 4:,} groups have more than two nonzeros"
+    count = violations(weight, NM(2, 4), dim=1)
+    if count:
+        return f"it is not 2:4: {count:,} of {weight.numel() // 4:,} groups have more than two nonzeros"
     kind = device or weight.device.type
     if kind != "cuda":
         return f"its weight is on {kind}, and sparse units are on NVIDIA GPUs"

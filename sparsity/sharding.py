@@ -1,8 +1,8 @@
-"""Sparse weights of which each process holds some rows (FSDP2): masks are made from the part and shared whole.
+"""Masks of sharded weights (FSDP2): each process computes the mask of its shard, and all processes gather it whole.
 
-A forward pass needs the whole mask, because FSDP2 gathers the whole weight for it; making it there would score weights
-that a mixed-precision policy has rounded, and make it anew in every pass. So each process makes the mask of its rows
-after a step, from the full-precision weights, and the parts are exchanged: 1 byte per weight and step.
+A forward pass needs the whole mask, because FSDP2 gathers the whole weight for it. Computing it there would score
+weights that a mixed-precision policy has rounded, in every pass. So each process computes the mask of its rows after a
+step, from the full-precision weights, and the shards are gathered: 1 byte per weight and step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check(layer: SparseLayer) -> None:
-    """Raise ValueError where a layer's weight is cut across its groups, or kept as partial sums."""
+    """Raise ValueError if a layer's weight is sharded across its groups, or holds partial sums."""
     weight = layer.weight
     if not is_dtensor(weight):
         return
@@ -36,39 +36,33 @@ def check(layer: SparseLayer) -> None:
 
 
 def local_parts(layer: SparseLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's parts of a layer's gradient, weight and mask; the gradient is the one to write into."""
+    """This process's shards of a layer's gradient, weight and mask; writing to the gradient changes it."""
     weight = layer.weight
     assert weight.grad is not None
     return local_part(weight.grad), local_part(weight.detach()), local_mask(layer)
 
 
 def local_mask(layer: SparseLayer) -> Tensor:
-    """This process's part of the mask."""
+    """This process's shard of the mask."""
     weight = layer.weight
     if not is_dtensor(weight):
         return layer.transform.mask
     if layer.transform.local_mask is None:
-        part = local_part(place_like(layer.transform.mask.view(torch.uint8), weight))
-        layer.transform.local_mask = part.view(torch.bool).clone()
+        shard = local_part(place_like(layer.transform.mask.view(torch.uint8), weight))
+        layer.transform.local_mask = shard.view(torch.bool).clone()
     return layer.transform.local_mask
 
 
-def mask_part(layer: SparseLayer) -> Tensor:
-    """The tensor to write this process's part of a new mask into."""
-    check(layer)
-    return local_mask(layer)
-
-
-def share_mask(layer: SparseLayer, part: Tensor) -> None:
-    """Put together the parts of a new mask. A call to all processes where the weight is sharded."""
+def gather_mask(layer: SparseLayer, shard: Tensor) -> None:
+    """Write the whole mask from every process's new shard. Collective if the weight is sharded."""
     if is_dtensor(layer.weight):
         mask = layer.transform.mask
         # not every backend exchanges booleans
-        mask.copy_(whole_tensor(join_parts(part.view(torch.uint8), layer.weight, mask.shape)).view(torch.bool))
+        mask.copy_(whole_tensor(join_parts(shard.view(torch.uint8), layer.weight, mask.shape)).view(torch.bool))
 
 
 def total(value: Tensor, weight: Tensor) -> Tensor:
-    """The sum over all parts of a weight of a number known for this process's part."""
+    """The sum over all shards of a weight, of a number of this process's shard."""
     if not is_dtensor(weight):
         return value
     from torch.distributed.tensor import Partial

@@ -1,4 +1,4 @@
-"""From a model that trains sparse to one that is: plain modules, exact zeros, the original names."""
+"""Convert a model that trains sparse to plain modules with exact zeros and the original names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _ORIGINAL = ".parametrizations.{}.original"
 
 
 def squash(model: Model, *, unfinished: str = "refuse") -> Model:
-    """Make what a sparse model computes with its weights, and take the parametrizations off. In place.
+    """Replace the dense weights of a sparse model by the masked ones, and remove the parametrizations. In place.
 
-    Afterwards every module has its own class, every weight its own name and the same Parameter object, with exact
-    zeros (+0) where it was pruned; outputs are the same bit for bit, and ``state_dict`` is that of the dense model. A
-    controller of the model raises at its next step, which would fill the zeros; detach it to train on without masks.
+    Afterwards every module has its original class, every weight its original name and the same Parameter object, with
+    exact zeros (+0) where it was pruned. Outputs are the same bit for bit, and ``state_dict`` is that of the dense
+    model. A controller of the model raises at its next step, which would fill the zeros; detach it to train without
+    masks.
 
     Args:
         model: a model that :func:`sparsify` changed.
-        unfinished: what to do while the schedule has not arrived at a layer's own N:M with alpha 0: "refuse", or
-            "keep" the weights as the model computes with them now, which are not N:M.
+        unfinished: for a schedule that has not reached a layer's own N:M with alpha 0: "refuse", or "keep" the weights
+            that the model computes with now, which are not N:M.
 
     Returns:
         The model.
@@ -36,7 +37,11 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
     """
     if unfinished not in ("refuse", "keep"):
         raise ValueError(f"squash: unfinished must be 'refuse' or 'keep', got {unfinished!r}")
-    layers = _checked_layers(model, "squash", unfinished == "refuse")
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(f"squash: {type(model).__name__} has no sparse weights; sparsify makes them")
+    if unfinished == "refuse":
+        check_finished(layers, "squash")
     sharded = [layer.name for layer in layers if is_dtensor(layer.weight)]
     if sharded:
         raise ValueError(
@@ -62,17 +67,17 @@ def plain_state_dict(
 
     Args:
         model: a model that :func:`sparsify` changed; any other gives its own state dict.
-        state: the state dict to convert, with whole tensors: what a sharded model's was gathered to. None: the model's.
+        state: the state dict to convert, with whole tensors; a sharded model's is gathered first. None: the model's.
         unfinished: as for :func:`squash`.
 
     Returns:
-        Names of the plain model -> tensors: sparse weights as the model computes with them now, new tensors (one for
-        all names of a tied weight); everything else as it is in ``state``.
+        Names of the plain model -> tensors: masked weights as new tensors (one for all names of a tied weight), all
+        other entries of ``state`` unchanged.
 
     Raises:
-        ValueError: for an unfinished model when that is refused; for sharded tensors.
+        ValueError: for an unfinished model, if that is refused; for sharded tensors.
     """
-    found = dict(model.state_dict() if state is None else state)
+    entries = dict(model.state_dict() if state is None else state)
     layers = sparse_layers(model)
     if unfinished == "refuse":
         check_finished(layers, "plain_state_dict")
@@ -80,17 +85,17 @@ def plain_state_dict(
     values: dict[str, Tensor] = {}
     for layer in layers:
         keys = [original_key(name) for name in layer.names]
-        missing = [key for key in keys if key not in found]
+        missing = [key for key in keys if key not in entries]
         if len(missing) == len(keys):
             raise ValueError(f"plain_state_dict: the state has no {keys[0]!r}; it is of another model")
-        weight = found[next(key for key in keys if key in found)]
+        weight = entries[next(key for key in keys if key in entries)]
         if is_dtensor(weight):
             raise ValueError(f"plain_state_dict: {keys[0]!r} is sharded; give the gathered state dict")
         value = layer.transform.effective(weight.detach())
         renamed |= dict(zip(keys, layer.names, strict=True))
         values |= dict.fromkeys(keys, value)
     plain = {}
-    for key, tensor in found.items():
+    for key, tensor in entries.items():
         if key in renamed:
             plain[renamed[key]] = values[key]
         elif not (".parametrizations." in key and key.endswith("_extra_state")):
@@ -99,32 +104,23 @@ def plain_state_dict(
 
 
 def sparse_state(model: nn.Module) -> dict[str, Tensor]:
-    """The part of ``model.state_dict()`` that :func:`plain_state_dict` leaves out: dense weights and masks.
+    """The entries of ``model.state_dict()`` that :func:`plain_state_dict` leaves out: dense weights and masks.
 
-    Together with the plain state dict it is the whole state: ``model.load_state_dict(plain | sparse, strict=False)``.
+    Both together are the whole state: ``model.load_state_dict(plain | sparse, strict=False)``.
     """
-    own = tuple(name.rpartition(".")[0] for layer in sparse_layers(model) for name in layer.names)
-    prefixes = tuple(f"{prefix}.parametrizations.".lstrip(".") for prefix in own)
+    modules = [name.rpartition(".")[0] for layer in sparse_layers(model) for name in layer.names]
+    prefixes = tuple(f"{module}.parametrizations.".lstrip(".") for module in modules)
     return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
 
 
 def original_key(name: str) -> str:
-    """Where the dense weight of a sparse parameter stands: a.weight -> a.parametrizations.weight.original."""
+    """The key of a sparse parameter's dense weight: a.weight -> a.parametrizations.weight.original."""
     module, _, attribute = name.rpartition(".")
     return f"{module}{_ORIGINAL.format(attribute)}".lstrip(".")
 
 
-def _checked_layers(model: nn.Module, caller: str, finished: bool) -> list[SparseLayer]:
-    layers = sparse_layers(model)
-    if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} has no sparse weights; sparsify makes them")
-    if finished:
-        check_finished(layers, caller)
-    return layers
-
-
 def check_finished(layers: list[SparseLayer], caller: str, way_out: str = "take unfinished='keep'") -> None:
-    """Raise ValueError, in the name of ``caller``, for a layer that has not arrived at its own N:M with alpha 0."""
+    """Raise ValueError, in the name of ``caller``, for a layer that has not reached its own N:M with alpha 0."""
     for layer in layers:
         transform = layer.transform
         if float(transform.alpha) != 0 or transform.pattern != layer.target:

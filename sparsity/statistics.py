@@ -1,4 +1,4 @@
-"""What people ask of a sparse run: how sparse each layer is, whether masks settle, what pruning leaves, and noise."""
+"""Statistics of a sparse run: sparsity and kept magnitude of each layer, flip rate of masks, gradient noise."""
 
 from __future__ import annotations
 
@@ -18,53 +18,49 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measurement:
-    """The last measurement of a layer: 0-d tensors on its device, which nobody waits for until they are read."""
+    """The last measurement of a layer: 0-d tensors on its device, read without waiting until they are used."""
 
     flip_rate: Tensor | None = None
     gradient_noise: Tensor | None = None
 
-    def see_no_change(self, layer: SparseLayer) -> None:
-        """A step that left the mask as it was."""
+    def record_no_change(self, layer: SparseLayer) -> None:
+        """Record a step that did not change the mask."""
         self.flip_rate = torch.zeros((), device=layer.transform.mask.device)
 
-    def see_masks(self, layer: SparseLayer, before: Tensor, after: Tensor) -> None:
-        """Compare a new mask with the one before."""
+    def record_masks(self, layer: SparseLayer, before: Tensor, after: Tensor) -> None:
+        """Record the flip rate between two masks."""
         flips = sharding.total((before ^ after).sum(dtype=torch.float32), layer.weight)
         self.flip_rate = flips / layer.transform.mask.numel()
 
-    def see_gradient(self, layer: SparseLayer) -> None:
-        """Look at the gradient that a step is about to use."""
+    def record_gradient(self, layer: SparseLayer) -> None:
+        """Record the noise of the gradient that a step is about to use."""
         if layer.weight.grad is None:
             return
         gradient, _, mask = sharding.local_parts(layer)
         squares = gradient.float().square()
-        kept = torch.where(mask, squares, 0.0).sum()
-        parts = sharding.total(torch.stack([squares.sum(), kept]), layer.weight)
-        self.gradient_noise = (1 - parts[1] / parts[0].clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)
+        sums = torch.stack([squares.sum(), torch.where(mask, squares, 0.0).sum()])
+        total, unpruned = sharding.total(sums, layer.weight)
+        self.gradient_noise = (1 - unpruned / total.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)
 
 
 def layer_rows(controller: Controller) -> list[dict[str, Any]]:
     """One row for each sparse layer of a controller.
 
-    * ``layer``, ``target``: its name and pattern. ``pattern``, ``alpha``, ``phase``: where the schedule has it now.
-    * ``sparsity``: fraction of exact zeros in what the layer computes with; 0 as long as pruned weights only decay.
+    * ``layer``, ``target``: name and final pattern. ``pattern``, ``alpha``, ``phase``: the schedule's current values.
+    * ``sparsity``: fraction of exact zeros in the masked weight; 0 while pruned weights only decay.
     * ``kept_magnitude``: sum of the magnitudes of kept weights over that of all.
-    * ``flip_rate``: fraction of the mask's entries that the last measured step changed (a weight that takes the place
-      of another changes two).
-    * ``gradient_noise``: part of the squared norm of the last measured gradient that lies on pruned entries, before
-      SR-STE's term: what updates weights that the forward pass does not use. The part of pruned entries in number,
-      ``1 - N/M``, is what a gradient blind to the mask has. With ``grad_flow="fixed"`` it is 0.
+    * ``flip_rate``: fraction of the mask's entries that the last measured step changed (a swap changes two).
+    * ``gradient_noise``: fraction of the squared norm of the last measured gradient that lies on pruned entries, before
+      SR-STE's term. These updates concern weights that the forward pass does not use. A gradient independent of the
+      mask has ``1 - N/M``; with ``grad_flow="fixed"`` it is 0.
 
     The last two are None until a step was measured (``measure_every``).
     """
-    numbers: list[Tensor] = []
-    for layer in controller.layers:
-        found = controller.measured.get(layer.name)
-        numbers.append(_numbers(layer, found))
+    numbers = [_numbers(layer, controller.measured.get(layer.name)) for layer in controller.layers]
     # one wait for all layers
     values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
     rows = []
-    for layer, (kept, magnitude, flips, noise) in zip(controller.layers, values, strict=True):
+    for layer, (density, magnitude, flips, noise) in zip(controller.layers, values, strict=True):
         stage = controller.stage(layer)
         rows.append(
             {
@@ -73,7 +69,7 @@ def layer_rows(controller: Controller) -> list[dict[str, Any]]:
                 "pattern": str(layer.transform.pattern),
                 "phase": stage.phase,
                 "alpha": stage.alpha,
-                "sparsity": 1 - kept if stage.alpha == 0 else 0.0,
+                "sparsity": 1 - density if stage.alpha == 0 else 0.0,
                 "kept_magnitude": magnitude,
                 "flip_rate": None if flips < 0 else flips,
                 "gradient_noise": None if noise < 0 else noise,
@@ -84,30 +80,28 @@ def layer_rows(controller: Controller) -> list[dict[str, Any]]:
 
 
 def summary(controller: Controller) -> dict[str, float]:
-    """Numbers for a log: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``WHAT/LAYER`` for the rest.
+    """Numbers for a log: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``WHAT/LAYER``.
 
     WHAT is ``sparsity``, ``flip_rate``, ``kept_magnitude`` and ``gradient_noise`` of :func:`layer_rows`.
     """
     rows = layer_rows(controller)
     zeros = sum(row["sparsity"] * row["weights"] for row in rows)
-    found = {"sparsity/all": zeros / sum(row["weights"] for row in rows)}
-    found |= {f"alpha/{row['target']}": row["alpha"] for row in rows}
+    numbers = {"sparsity/all": zeros / sum(row["weights"] for row in rows)}
+    numbers |= {f"alpha/{row['target']}": row["alpha"] for row in rows}
     for what in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"):
-        found |= {f"{what}/{row['layer']}": row[what] for row in rows if row[what] is not None}
-    return found
+        numbers |= {f"{what}/{row['layer']}": row[what] for row in rows if row[what] is not None}
+    return numbers
 
 
 @torch.no_grad()
-def _numbers(layer: SparseLayer, found: Measurement | None) -> Tensor:
-    """Kept entries and kept magnitude as fractions, flip rate and gradient noise or -1; fp64 [4]."""
+def _numbers(layer: SparseLayer, measured: Measurement | None) -> Tensor:
+    """Fraction of kept entries and of kept magnitude, flip rate and gradient noise (or -1); fp64 [4]."""
     weight, mask = layer.weight, sharding.local_mask(layer)
     magnitude = local_part(weight.detach()).abs()
-    kept, everything = torch.where(mask, magnitude, 0).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
-    parts = sharding.total(torch.stack([mask.sum(dtype=torch.float64), kept, everything]), weight)
-    unknown = torch.full((), -1.0, dtype=torch.float64, device=parts.device)
-    flips = noise = unknown
-    if found is not None:
-        flips = unknown if found.flip_rate is None else found.flip_rate.double()
-        noise = unknown if found.gradient_noise is None else found.gradient_noise.double()
-    share = torch.where(parts[2] > 0, parts[1] / parts[2], torch.ones_like(parts[1]))
-    return torch.stack([parts[0] / layer.transform.mask.numel(), share, flips, noise])
+    sums = torch.stack([t.sum(dtype=torch.float64) for t in (mask, torch.where(mask, magnitude, 0), magnitude)])
+    count, kept_magnitude, total_magnitude = sharding.total(sums, weight)
+    unknown = torch.full((), -1.0, dtype=torch.float64, device=sums.device)
+    measured = measured or Measurement()
+    flips, noise = (unknown if t is None else t.double() for t in (measured.flip_rate, measured.gradient_noise))
+    fraction = torch.where(total_magnitude > 0, kept_magnitude / total_magnitude, torch.ones_like(kept_magnitude))
+    return torch.stack([count / layer.transform.mask.numel(), fraction, flips, noise])

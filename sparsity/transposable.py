@@ -1,9 +1,9 @@
-"""Masks that are N:M along both dimensions, so that a matrix and its transpose are sparse for the same hardware.
+"""Masks that are N:M along both dimensions, so that a matrix and its transpose are N:M sparse.
 
-A matrix is cut into M x M tiles; in each, N entries of every row and column are kept, and the sum of their scores is to
-be as large as possible. That is a transportation problem, whose solutions are integral. A solution is optimal exactly
-if no cycle through the tile gains by exchanging kept entries for others; finding and using such cycles until there are
-none (Klein, "A primal method for minimal cost flows", 1967) turns any solution into an optimal one.
+Each M x M tile keeps N entries of every row and column with the largest possible sum of scores. This is a
+transportation problem, whose solutions are integral. A solution is optimal if and only if no cycle of exchanges between
+kept and pruned entries has a positive gain. Canceling such cycles until none is left (Klein, "A primal method for
+minimal cost flows", 1967) turns any solution into an optimal one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from leanstep.sparsity.patterns import NM, as_pattern
 METHODS = ("auto", "exact", "greedy")
 # longest tile side that "auto" solves exactly
 _MAX_EXACT_M = 16
-# elements of the tensors that are at hand at a time
+# elements of the tensors of one batch of tiles
 _TILE = 1 << 22
-# gains below this fraction of a tile's largest score are roundings
+# gains below this fraction of a tile's largest score are rounding errors
 _TOLERANCE = 1e-12
 
 
@@ -32,8 +32,8 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
         scores: [..., out, in], floating; counted by magnitude; not written. M divides ``out`` and ``in``.
         pattern: N:M.
         method: "exact": the largest possible sum of scores in every tile (2:4 by trying all 90 masks, others by
-            cancelling cycles). "greedy": largest scores first, where row and column have room, and what is missing
-            by the best exchanges; at least half of the largest sum (``benchmarks/nm_mask.py`` measures how much).
+            canceling cycles). "greedy": largest scores first, if row and column have room, then the best exchanges
+            for missing entries; at least half of the largest sum (``benchmarks/nm_mask.py`` measures how much).
             "auto": exact up to M = 16.
 
     Returns:
@@ -50,7 +50,7 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
         Method to Find N:M Transposable Masks", arXiv 2102.08124 (transposable masks, the greedy method's bound).
 
     Example:
-        A model that trains under transposable masks; of scores that are 1 at n places of each group, those are kept.
+        Train under transposable masks; of scores that are 1 at N entries of each group, these are kept.
 
         >>> def score(layer, weight):
         ...     return transposable_mask(weight, layer.transform.pattern).to(weight.dtype)
@@ -76,53 +76,53 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
     for start in range(0, len(tiles), height):
         values = tiles[start : start + height].abs().to(torch.float64)
         if exact and (n, m) == (2, 4):
-            found = _best_of_90(values)
+            best = _best_of_90(values)
         else:
-            found = fill(values, greedy(values, n), n)
+            best = fill(values, greedy(values, n), n)
             if exact:
-                found = cancel_cycles(values, found)
-        mask[start : start + height] = found
+                best = cancel_cycles(values, best)
+        mask[start : start + height] = best
     return mask.view(split.shape).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
 @functools.cache
 def patterns_2_4() -> Tensor:
     """All 90 masks of a 4 x 4 tile with two entries in every row and column: bool [90, 4, 4]."""
-    rows = [[j in places for j in range(4)] for places in combinations(range(4), 2)]
-    found = [tile for tile in product(rows, repeat=4) if all(sum(column) == 2 for column in zip(*tile, strict=True))]
-    return torch.tensor(found)
+    rows = [[j in columns for j in range(4)] for columns in combinations(range(4), 2)]
+    tiles = [tile for tile in product(rows, repeat=4) if all(sum(column) == 2 for column in zip(*tile, strict=True))]
+    return torch.tensor(tiles)
 
 
 def _best_of_90(values: Tensor) -> Tensor:
     masks = patterns_2_4().to(values.device)
     sums = values.flatten(1) @ masks.flatten(1).to(values.dtype).T
-    # the first of the best: which one argmax takes is not promised
+    # the first of equal sums; argmax does not promise which one it returns
     best = sums == sums.max(dim=1, keepdim=True).values
     number = torch.arange(len(masks), device=values.device)
     return masks[torch.where(best, number, len(masks)).min(dim=1).values.clamp_max(len(masks) - 1)]
 
 
 def greedy(values: Tensor, n: int) -> Tensor:
-    """Masks of tiles [t, M, M]: entries by falling value, each where its row and column hold fewer than n."""
+    """Masks of tiles [t, M, M]: take entries by falling value, if their row and column hold fewer than n."""
     count, m, _ = values.shape
     order = values.flatten(1).argsort(dim=1, stable=True).flip(1)
     mask = torch.zeros(count, m * m, dtype=torch.bool, device=values.device)
     rows = torch.zeros(count, m, dtype=torch.int64, device=values.device)
     columns = rows.clone()
-    for place in order.unbind(1):
-        row, column = (place // m).unsqueeze(1), (place % m).unsqueeze(1)
+    for index in order.unbind(1):
+        row, column = (index // m).unsqueeze(1), (index % m).unsqueeze(1)
         room = (rows.gather(1, row) < n) & (columns.gather(1, column) < n)
         rows.scatter_add_(1, row, room.long())
         columns.scatter_add_(1, column, room.long())
-        mask.scatter_(1, place.unsqueeze(1), room)
+        mask.scatter_(1, index.unsqueeze(1), room)
     return mask.view(values.shape)
 
 
 def fill(values: Tensor, mask: Tensor, n: int) -> Tensor:
     """Complete greedy masks to n entries in every row and column, each time by the best exchange.
 
-    Where row i and column j lack an entry, (i, j) is kept already, or greedy would have taken it. Some kept (k, c) can
-    then be exchanged for (i, c) and (k, j); neither row k nor column c lacks anything, so the argument holds again.
+    If row i and column j lack an entry, (i, j) is kept already, or greedy would have taken it. Then some kept (k, c)
+    can be exchanged for (i, c) and (k, j). Row k and column c lack nothing, so the argument holds again.
     """
     mask = mask.clone()
     while True:
@@ -130,19 +130,19 @@ def fill(values: Tensor, mask: Tensor, n: int) -> Tensor:
         todo = rows_lack.any(dim=1).nonzero().squeeze(1)
         if not len(todo):
             return mask
-        s, kept = values[todo], mask[todo]
+        s, tiles = values[todo], mask[todo]
         i = rows_lack[todo].int().argmax(dim=1)
         j = columns_lack[todo].int().argmax(dim=1)
         each = torch.arange(len(todo), device=values.device)
         # gain of exchanging (k, c): s[i, c] + s[k, j] - s[k, c]
         gain = s[each, i].unsqueeze(1) + s[each, :, j].unsqueeze(2) - s
-        allowed = kept & ~kept[each, i].unsqueeze(1) & ~kept[each, :, j].unsqueeze(2)
+        allowed = tiles & ~tiles[each, i].unsqueeze(1) & ~tiles[each, :, j].unsqueeze(2)
         best = gain.masked_fill(~allowed, -torch.inf).flatten(1).argmax(dim=1)
         k, c = best // s.shape[2], best % s.shape[2]
-        kept[each, k, c] = False
-        kept[each, i, c] = True
-        kept[each, k, j] = True
-        mask[todo] = kept
+        tiles[each, k, c] = False
+        tiles[each, i, c] = True
+        tiles[each, k, j] = True
+        mask[todo] = tiles
 
 
 def cancel_cycles(values: Tensor, mask: Tensor) -> Tensor:
@@ -150,19 +150,19 @@ def cancel_cycles(values: Tensor, mask: Tensor) -> Tensor:
     mask = mask.clone()
     todo = torch.arange(len(mask), device=mask.device)
     while len(todo):
-        kept = mask[todo]
-        improved = _cancel_one_each(values[todo], kept)
+        tiles = mask[todo]
+        improved = _cancel_one_each(values[todo], tiles)
         todo = todo[improved]
-        mask[todo] = kept[improved]
+        mask[todo] = tiles[improved]
     return mask
 
 
 def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
-    """Use one cycle in every tile that has one, in place; True where there was one.
+    """Cancel one cycle of positive gain in every tile that has one, in place; returns which tiles had one.
 
-    An edge from row p to row q moves a kept entry of q to p, in the column where that gains most. Bellman-Ford finds a
-    cycle of positive gain if there is any: then some row still improves after M rounds, and its predecessors lead to
-    it.
+    An edge from row p to row q moves a kept entry of q to p, in the column with the largest gain. Bellman-Ford finds a
+    cycle of positive gain if there is one: then some row still improves after M rounds, and its predecessors lead to
+    the cycle.
     """
     count, m, _ = values.shape
     gain, via = _edges(values, mask)
@@ -170,10 +170,10 @@ def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
     length = values.new_zeros(count, m)
     before = torch.arange(m, device=values.device).expand(count, m).clone()
     for _ in range(m):
-        best, place = (length.unsqueeze(2) + gain).max(dim=1)
+        best, predecessor = (length.unsqueeze(2) + gain).max(dim=1)
         better = best > length + tolerance
         length = torch.where(better, best, length)
-        before = torch.where(better, place, before)
+        before = torch.where(better, predecessor, before)
         if not better.any():
             return better.any(dim=1)
     each = torch.arange(count, device=values.device)
@@ -187,17 +187,17 @@ def _edges(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """gain[t, p, q] = max over columns c kept in q and not in p of values[p, c] - values[q, c], and which c."""
     n = int(mask[0, 0].sum())
     m = values.shape[1]
-    # columns kept in every row, [t, q, n]
+    # kept columns of every row, [t, q, n]
     columns = mask.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., :n]
     at = columns.unsqueeze(1).expand(-1, m, -1, -1)
     open_values = values.masked_fill(mask, -torch.inf)
     gained = open_values.unsqueeze(2).expand(-1, -1, m, -1).gather(3, at)
-    gain, place = (gained - values.gather(2, columns).unsqueeze(1)).max(dim=3)
-    return gain, at.gather(3, place.unsqueeze(3)).squeeze(3)
+    gain, index = (gained - values.gather(2, columns).unsqueeze(1)).max(dim=3)
+    return gain, at.gather(3, index.unsqueeze(3)).squeeze(3)
 
 
 def _use_cycle(mask: Tensor, start: Tensor, before: Tensor, gain: Tensor, via: Tensor, tolerance: Tensor) -> Tensor:
-    """Exchange along the cycle of predecessors through row ``start`` of every tile where that gains; True there."""
+    """Exchange along the cycle of predecessors through row ``start`` of every tile, if it gains; returns where."""
     each = torch.arange(len(mask), device=mask.device)
     changed = mask.clone()
     total = gain.new_zeros(len(mask))

@@ -1,4 +1,4 @@
-"""Whether the tensors of a model or checkpoint really are N:M sparse, one by one."""
+"""Check tensor by tensor whether a model or checkpoint is N:M sparse."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from leanstep.sparsity.masks import pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
 
-# what a checkpoint folder may say of itself: {"NAME": {"pattern": "1:8", "dim": 1}}
+# optional file of a checkpoint folder: {"NAME": {"pattern": "1:8", "dim": 1}}
 PATTERNS_FILE = "sparsity.json"
-# from this sparsity on zeros are not those that a dense matrix may have by itself
-_SOME = 0.01
+# a matrix with fewer zeros counts as dense
+_UNSTRUCTURED = 0.01
 _INNER = ("final", "last/hf", "hf")
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What one tensor is.
+    """The sparsity of one tensor.
 
     Attributes:
         name, shape, dtype: as stored.
-        sparsity: fraction of entries that are zero.
-        pattern: the N:M that it obeys and not by chance, M at most 128, or ``expected`` where it obeys that; None: it
-            is dense, or its zeros lie anywhere.
+        sparsity: fraction of zeros.
+        pattern: the N:M that it obeys and not by chance, M at most 128, or ``expected`` if it obeys that; None: it is
+            dense or unstructured.
         dim: dimension along which the groups of ``pattern`` (or of ``expected``) lie.
-        expected: the pattern it should have, if one was asked for.
-        violations: groups of ``expected`` that have more than N nonzeros.
-        note: what else a reader should know.
+        expected: the pattern it should have, if known.
+        violations: number of groups of ``expected`` with more than N nonzeros.
+        note: a remark for the reader.
     """
 
     name: str
@@ -51,22 +51,22 @@ class TensorReport:
 
     @property
     def ok(self) -> bool | None:
-        """Whether it is what it should be; None where nothing was expected."""
+        """Whether it obeys ``expected``; None without one."""
         return None if self.expected is None else self.violations == 0
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found, tensor by tensor."""
+    """The result of :func:`verify`, tensor by tensor."""
 
     source: str
     tensors: tuple[TensorReport, ...]
 
     @property
     def ok(self) -> bool | None:
-        """Whether every tensor that should be N:M is; None where nothing was expected."""
-        judged = [report.ok for report in self.tensors if report.ok is not None]
-        return all(judged) if judged else None
+        """Whether every tensor with an expected pattern obeys it; None if there is no such tensor."""
+        results = [report.ok for report in self.tensors if report.ok is not None]
+        return all(results) if results else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,13 +80,12 @@ class Verification:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         sparse = sum(report.pattern is not None for report in self.tensors)
         verdict = f"{sparse} of {len(self.tensors)} matrices are N:M sparse"
-        loose = [report.sparsity for report in self.tensors if report.pattern is None and report.sparsity >= _SOME]
-        if loose:
-            verdict += f", {len(loose)} unstructured"
-        wrong = [report.name for report in self.tensors if report.ok is False]
-        if self.ok is not None:
-            expected = sum(report.ok is not None for report in self.tensors)
-            verdict += f"; {expected - len(wrong)} of the {expected} that should be are"
+        unstructured = sum(r.pattern is None and r.sparsity >= _UNSTRUCTURED for r in self.tensors)
+        if unstructured:
+            verdict += f", {unstructured} unstructured"
+        results = [report.ok for report in self.tensors if report.ok is not None]
+        if results:
+            verdict += f"; {sum(results)} of the {len(results)} that should be are"
         return "\n".join([*lines, verdict])
 
 
@@ -96,52 +95,50 @@ def verify(
     *,
     dim: int | None = None,
 ) -> Verification:
-    """State for every matrix and convolution of a checkpoint whether, and how, it is N:M sparse. Nothing is changed.
+    """Report the N:M pattern of every matrix and convolution of a checkpoint. Changes nothing.
 
     Args:
         source: a safetensors file, plain or of :func:`export_compressed`; a file of ``torch.save``; a folder with such
-            files (a Hugging Face model, a run); a model, which is judged by what it computes with; or a state dict.
+            files (a Hugging Face model, a run); a model, of which the masked weights count; or a state dict.
         expected: wildcards over layer names -> the pattern they should have, as for :func:`sparsify`; one pattern alone
-            is for every matrix. None: what a folder's sparsity.json says, if it is there.
+            applies to every matrix. None: the patterns of a folder's sparsity.json, if there is one.
         dim: dimension along which groups lie. None: 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
 
     Returns:
         :class:`Verification`; print it for a table.
 
     Raises:
-        ValueError: for a path that holds no checkpoint, a damaged file, or a rule that matches nothing.
+        ValueError: for a path without a checkpoint, a damaged file, or a rule that matches nothing.
     """
-    where, tensors, said = _open(source)
+    where, tensors, recorded = _open(source)
     dims: dict[str, int] = {}
-    judged = {name: (tensor, note) for name, tensor, note in tensors if tensor.dim() > 1 and tensor.is_floating_point()}
-    if not judged:
+    matrices = {name: (t, note) for name, t, note in tensors if t.dim() > 1 and t.is_floating_point()}
+    if not matrices:
         raise ValueError(f"verify: {where} holds no matrix of floating dtype")
     wanted: dict[str, NM] = {}
     if expected is not None:
-        layers = {name.removesuffix(".weight"): name for name in judged}
+        layers = {name.removesuffix(".weight"): name for name in matrices}
         wanted = {layers[layer]: pattern for layer, pattern in match_patterns(layers, expected).items()}
-    elif said:
-        missing = [name for name in said if name not in judged]
+    elif recorded:
+        missing = [name for name in recorded if name not in matrices]
         if missing:
-            raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} speaks of")
-        wanted = {name: NM.parse(entry["pattern"]) for name, entry in said.items()}
-        dims = {name: entry["dim"] for name, entry in said.items()}
-    reports = [
-        _judge(name, tensor, note, wanted.get(name), dims.get(name, dim)) for name, (tensor, note) in judged.items()
-    ]
+            raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} lists")
+        wanted = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
+        dims = {name: entry["dim"] for name, entry in recorded.items()}
+    reports = [_report(name, *matrix, wanted.get(name), dims.get(name, dim)) for name, matrix in matrices.items()]
     return Verification(where, tuple(reports))
 
 
-def _judge(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int | None) -> TensorReport:
+def _report(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int | None) -> TensorReport:
     dims = (1, 0) if dim is None else (dim,)
-    found = [(pattern, d) for d in dims if (pattern := pattern_of(tensor, d)) is not None]
-    pattern, along = min(found, key=lambda pair: pair[0].density, default=(None, None))
-    broken = 0
+    patterns = [(pattern, d) for d in dims if (pattern := pattern_of(tensor, d)) is not None]
+    pattern, along = min(patterns, key=lambda pair: pair[0].density, default=(None, None))
+    violated = 0
     if expected is not None:
         counts = {d: violations(tensor, expected, d) for d in dims}
         along = next((d for d in dims if not counts[d]), dims[0])
-        broken = counts[along]
-        pattern = expected if pattern is None and not broken else pattern
+        violated = counts[along]
+        pattern = expected if pattern is None and not violated else pattern
     return TensorReport(
         name=name,
         shape=tuple(tensor.shape),
@@ -150,7 +147,7 @@ def _judge(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int |
         pattern=None if pattern is None else str(pattern),
         dim=along,
         expected=None if expected is None else str(expected),
-        violations=broken,
+        violations=violated,
         note=note,
     )
 
@@ -161,7 +158,7 @@ def _cells(report: TensorReport) -> tuple[str, ...]:
         report.name,
         "x".join(map(str, report.shape)),
         f"{report.sparsity:.4f}",
-        report.pattern or ("dense" if report.sparsity < _SOME else "unstructured"),
+        report.pattern or ("dense" if report.sparsity < _UNSTRUCTURED else "unstructured"),
         "" if report.dim is None else f"dim {report.dim}",
         report.expected or "",
         "; ".join(part for part in (verdict, report.note) if part),
@@ -172,7 +169,7 @@ Tensors = Iterator[tuple[str, Tensor, str]]
 
 
 def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
-    """Where the tensors are from, the tensors with notes, and what the source says its patterns are."""
+    """The source's name, its tensors with notes, and the patterns that it records."""
     if isinstance(source, nn.Module):
         return type(source).__name__, _noted(plain_state_dict(source)), {}
     if isinstance(source, Mapping):
@@ -186,25 +183,25 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
         for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
             files = sorted(folder.glob(kind))
             if files:
-                return str(folder), (row for file in files for row in _read(file)), _said(folder)
+                return str(folder), (row for file in files for row in _read(file)), _recorded_patterns(folder)
     raise ValueError(f"verify: {path} holds no checkpoint: no *.safetensors, *.bin or *.pt in it or in its final/")
 
 
-def _said(folder: Path) -> dict[str, Any]:
+def _recorded_patterns(folder: Path) -> dict[str, Any]:
     file = folder / PATTERNS_FILE
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        # of a pruned model the file says more, and not every matrix has a pattern
+        # a pruned model's file has more entries, and matrices without a pattern
         rows = {name: entry for name, entry in content.get("tensors", content).items() if set(entry) != {"sparsity"}}
         return {str(name): {"pattern": entry["pattern"], "dim": int(entry["dim"])} for name, entry in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"verify: {file} cannot be understood: {error}") from None
+        raise ValueError(f"verify: {file} is not a patterns file: {error}") from None
 
 
 def _read(path: Path) -> Tensors:
-    """Tensors of a file, one at a time where the format allows it."""
+    """Tensors of a file, one at a time if the format allows it."""
     if path.suffix == ".safetensors":
         if is_compressed(path):
             yield from _noted(load_compressed(path))
@@ -214,7 +211,9 @@ def _read(path: Path) -> Tensors:
                 for name in file.keys():  # noqa: SIM118
                     yield from _noted({name: file.get_tensor(name)})
         except SafetensorError as error:
-            raise ValueError(f"verify: {path} cannot be read ({error}): it is damaged or no safetensors file") from None
+            raise ValueError(
+                f"verify: {path} cannot be read ({error}): it is damaged or not a safetensors file"
+            ) from None
         return
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

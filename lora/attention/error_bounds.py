@@ -71,7 +71,7 @@ def error_bounds(
     Args:
         query, key, value, degree, causal, scale, key_mask, coefficients: as for
             :func:`leanstep.lora.low_rank_attention`.
-        center: what that subtracts from the keys: a tensor, or None for its default.
+        center: the tensor that is subtracted from the keys, [H, d] or [B, H, d]; None: the default of that function.
         grad: [B, Hq, L, e]; without it, the gradients' bounds are inf.
         logit: S [B, Hq], if a better bound is known than :func:`largest_logit`.
 

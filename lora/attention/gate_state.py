@@ -115,8 +115,8 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
     foreign = [name for name in state["layers"] if name not in names]
     if missing or foreign:
         raise ValueError(
-            f"LowRankGate: the state is of other attention layers: it has none for {_few(missing)}, and the model has "
-            f"none for {_few(foreign)}"
+            f"LowRankGate: the state is of other attention layers: it lacks {_few(missing)}, and the model lacks "
+            f"{_few(foreign)}"
         )
     differ = [
         f"{key} was {state['settings'].get(key)}, is {value}"

@@ -61,10 +61,10 @@ class LayerPass(NamedTuple):
     """One layer in a pass.
 
     Attributes:
-        setting, weights: what the layer computes with.
+        setting, weights: the layer's numbers and tensors.
         seed: of dropout's mask, or None.
         needs: which of the weights need a gradient.
-        h, z, y: H, DoRA's Z, and the output: what forward computed, then what it kept, else None.
+        h, z, y: H, DoRA's Z, and the output Y, or None; in forward if computed, in backward if kept.
     """
 
     setting: Setting
@@ -125,18 +125,19 @@ class LoRAFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """One output [M, m] per layer."""
         layers = layers_of(ctx, settings, tensors)
+        outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
         needs_x = False
         with torch.autocast(x.device.type, enabled=False):
-            passes = [forward_layer(layer, x, h) for layer, h in zip(layers, shared_hidden(x, layers), strict=True)]
-        for layer in passes:
-            tensors_kept, needs_input = kept_tensors(layer)
-            kept += tensors_kept
-            needs_x |= needs_input
+            for layer, h in zip(layers, shared_hidden(x, layers), strict=True):
+                y, of_layer, needs_input = kept_tensors(forward_layer(layer, x, h))
+                outputs.append(y)
+                kept += of_layer
+                needs_x |= needs_input
         ctx.save_for_backward(x if needs_x else None, *kept, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
-        return tuple(layer.y for layer in passes)  # type: ignore[misc]
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -231,16 +232,17 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def kept_tensors(layer: LayerPass) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
-    """What backward needs of (H, Z, Y), and whether it needs the layer's input."""
+def kept_tensors(layer: LayerPass) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
+    """The output, what backward needs of (H, Z, Y), and whether it needs the layer's input."""
     setting, needs = layer.setting, layer.needs
+    assert layer.y is not None
     least = setting.save == "min"
     h = layer.h if needs.b and (not least or not needs.a) else None
     z = layer.z if needs.magnitude and not least else None
     exact = setting.dropout == 0 and layer.weights.bias is None
     y = layer.y if needs.magnitude and z is None and exact else None
     needs_input = needs.a or (needs.b and h is None) or (needs.magnitude and z is None and y is None)
-    return (h, z, y), bool(needs_input)
+    return layer.y, (h, z, y), bool(needs_input)
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -262,7 +264,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
 
 
 class InnerGradients(NamedTuple):
-    """The gradients of one layer's output and of what it is made of.
+    """The gradients of one layer's output, of DoRA's product and of H.
 
     Attributes:
         dy: of Y [M, m]; overwritten by dz where nothing needs it any more.
@@ -286,7 +288,7 @@ def backward_layers(
     then read once instead of once per layer.
 
     Args:
-        x: [M, n], where it was kept. layers: with what they kept. gradients: of their outputs, [M, m] each.
+        x: [M, n], if it was kept. layers: with their kept tensors. gradients: of their outputs, [M, m] each.
         overwrite: whether the memory of ``gradients`` may be reused.
     """
     dx: Tensor | None = None

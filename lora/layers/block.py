@@ -165,16 +165,14 @@ class SwiGLUFunction(torch.autograd.Function):
         gate, up, down = layers_of(ctx, settings, tensors)
         with torch.autocast(x.device.type, enabled=False):
             h_gate, h_up = shared_hidden(x, (gate, up))
-            gate, up = forward_layer(gate, x, h_gate), forward_layer(up, x, h_up)
-            assert gate.y is not None and up.y is not None
-            down = forward_layer(down, swiglu(gate.y, up.y))
-        kept = [kept_tensors(layer) for layer in (gate, up, down)]
-        tensors_kept = [tensor for layer, _ in kept for tensor in layer]
-        ctx.save_for_backward(x if kept[0][1] or kept[1][1] else None, gate.y, up.y, *tensors_kept, *tensors)
+            e, of_gate, gate_needs_x = kept_tensors(forward_layer(gate, x, h_gate))
+            u, of_up, up_needs_x = kept_tensors(forward_layer(up, x, h_up))
+            y, of_down, _ = kept_tensors(forward_layer(down, swiglu(e, u)))
+        kept_x = x if gate_needs_x or up_needs_x else None
+        ctx.save_for_backward(kept_x, e, u, *of_gate, *of_up, *of_down, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
-        assert down.y is not None
-        return down.y
+        return y
 
     @staticmethod
     @once_differentiable

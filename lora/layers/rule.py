@@ -56,7 +56,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scal
 
 
 def materialized_sum(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + s B A``, in whose place W stands where Y or dX is one product with it."""
+    """``W + s B A``, a new matrix; one product with it gives Y, and another one dX."""
     return torch.addmm(w, b, a, alpha=scale)
 
 

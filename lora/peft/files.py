@@ -70,7 +70,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
-        raise ValueError("save_adapter: the model has no adapters; apply_lora gives it some")
+        raise ValueError("save_adapter: the model has no adapters; call apply_lora first")
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"save_adapter: {target} is a file; expected a folder, for {CONFIG} and {WEIGHTS}")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels import use_backend
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
 from leanstep.optimizers.common.matrices import as_matrices, as_written
 from leanstep.optimizers.common.sharding import dtype_of, local
@@ -66,11 +64,6 @@ def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
 def scale_of(layer: LayerStep) -> float:
     """The :func:`dual_norm_scale` of a parameter's matrices."""
     return rule.dual_norm_scale("rms", matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"])
-
-
-def backend(group: dict[str, Any]) -> AbstractContextManager[object]:
-    """The backend that a group asks for."""
-    return use_backend("reference") if group["foreach"] is False else nullcontext()
 
 
 # ---- which process works on which matrix
@@ -140,8 +133,7 @@ def nuclear_norms(
     """Dual norms of the differences that this process works on; ``difference(i)`` is its part of parameter i's."""
     for batch in _whole_matrices(tasks_of(layers), layers, difference):
         group = layers[batch[0][0].layer_index].group
-        with backend(group):
-            norms = rule.nuclear_norms([whole for _, whole in batch], group["nuclear"], dtype_of(group["ns_dtype"]))
+        norms = rule.nuclear_norms([whole for _, whole in batch], group["nuclear"], dtype_of(group["ns_dtype"]))
         counts = [whole.shape[0] if whole.dim() == 3 else 1 for _, whole in batch]
         for (task, _), values in zip(batch, norms.split(counts), strict=True):
             layer = layers[task.layer_index]
@@ -160,10 +152,9 @@ def directions(
     owned: dict[MatrixTask, Tensor] = {}
     for batch in _whole_matrices(tasks, layers, momentum):
         group = layers[batch[0][0].layer_index].group
-        with backend(group):
-            polars = rule.polar_factors(
-                [whole for _, whole in batch], group["ns_steps"], group["ns_coefficients"], dtype_of(group["ns_dtype"])
-            )
+        polars = rule.polar_factors(
+            [whole for _, whole in batch], group["ns_steps"], group["ns_coefficients"], dtype_of(group["ns_dtype"])
+        )
         ready = []
         for (task, _), polar in zip(batch, polars, strict=True):
             stored = polar.mT if layers[task.layer_index].group["transposed"] else polar

@@ -125,7 +125,7 @@ class LANTON(LeanOptimizer):
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a parameter with a non-finite gradient is left alone with all its state, and counted; "raise"
             and "pass" as for Lion. A difference that is not finite never enters H.
-        foreach: None or True: matrices of one shape in batches; False: the definition, one matrix at a time.
+        foreach: None or True: matrices of one shape in batches; False: one matrix at a time.
 
     Raises:
         ValueError, TypeError: settings out of range; a vector in a group of matrices or a matrix in one of vectors; a

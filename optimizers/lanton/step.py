@@ -154,7 +154,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
 def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
     """Fill in this process's part of the table."""
     checked = [i for i, layer in enumerate(layers) if layer.group["nonfinite"] == "skip"]
-    for positions in by_device_and_dtype([layers[i].param for i in checked]).values():
+    for positions in by_device_and_dtype([layers[i].param for i in checked]):
         flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
         starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
         table[starts, _NONFINITE] = flags.to(table)
@@ -384,20 +384,19 @@ def _write_alike(updates: list[Update]) -> None:
         offsets = constant([layer.shard.offset or 0 for layer in layers], device, torch.int64)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
-        with matrices.backend(group):
-            return rule.update(
-                weights,
-                [u.direction for u in updates],
-                [u.scale for u in updates],
-                group["lr"],
-                group["weight_decay"],
-                skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
-                rounding=rounding,
-                rounding_states=states,
-                seeds=seeds,
-                offsets=offsets,
-                skip_nonfinite=group["nonfinite"] != "pass",
-            )
+        return rule.update(
+            weights,
+            [u.direction for u in updates],
+            [u.scale for u in updates],
+            group["lr"],
+            group["weight_decay"],
+            skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
+            rounding=rounding,
+            rounding_states=states,
+            seeds=seeds,
+            offsets=offsets,
+            skip_nonfinite=group["nonfinite"] != "pass",
+        )
 
     states = [state for u in updates for state in u.rounding_states]
     stacked = [is_stack(group, layer.norm, u.weight.dim()) for layer, u in zip(layers, updates, strict=True)]

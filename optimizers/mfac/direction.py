@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels import use_backend
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
 from leanstep.kernels.steps.common import nonfinite_flags
@@ -151,12 +149,11 @@ class ScopeBatch:
         total = self.gram_count * (width + 1)
         values = []
         for (rows, groups), vectors in zip(self.parts, self.vectors, strict=True):
-            with self._backend():
-                squares = rows.squared_norms()
-                of_part = squares.new_zeros(self.gram_count, width + 1)
-                of_part[: len(squares), width] = squares
-                if width:
-                    of_part[: len(squares), :width] = rows.dots(width)
+            squares = rows.squared_norms()
+            of_part = squares.new_zeros(self.gram_count, width + 1)
+            of_part[: len(squares), width] = squares
+            if width:
+                of_part[: len(squares), :width] = rows.dots(width)
             flags = squares.new_zeros(len(self.members))
             for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
                 flags[piece.member] += flag
@@ -238,8 +235,7 @@ class ScopeBatch:
                     whole = torch.empty(size, dtype=combination_dtype(piece.state), device=vector.device)
                     updates[piece.member] = whole
                 out.append(whole if piece.span is None else whole[piece.span[0] : piece.span[1]])
-            with self._backend():
-                rows.combine(coefficients.to(out[0].device), out)
+            rows.combine(coefficients.to(out[0].device), out)
         by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
         for number, (i, k) in enumerate(self.members):
             if i in by_scope:
@@ -267,7 +263,3 @@ class ScopeBatch:
         for total in sets.values():
             result = combine(result, total)
         return result
-
-    def _backend(self) -> AbstractContextManager[object]:
-        """The backend that was requested. Never held while a rule waits: other rules run meanwhile."""
-        return use_backend("reference") if self.settings["foreach"] is False else nullcontext()

@@ -78,7 +78,8 @@ class MFAC(LeanOptimizer):
             pass ``controller.masks_of(params)``.
         shard_window: for replicated parameters (DistributedDataParallel): each process stores the columns of its part
             of dimension 0 of every parameter, and updates are gathered. Parameters sharded by FSDP2 need no switch.
-        rounding, seed, maximize, foreach: as for :class:`leanstep.optimizers.Lion`.
+        rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
+        foreach: None or True: updates are written in one call for a device and dtype; False: one tensor at a time.
         nonfinite: what to do with a scope that has a non-finite gradient (or one whose squared norm is beyond fp64).
             "skip": leave its weights and window unchanged, and count its tensors. "raise": raise before anything is
             changed. "pass": leave the window unchanged and move the weights by lr * g. No such gradient enters a

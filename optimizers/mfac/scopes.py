@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
-from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels import StepOptions, scaled_step
 from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
@@ -147,8 +146,9 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
     for indices in groups.values():
         count_nonfinite(members[indices[0]].group, flags[indices])
         moved = [(i, u) for i in indices if (u := updates[i]) is not None and members[i].grad is not None]
-        sets = by_device_and_dtype([members[i].param for i, _ in moved])
-        for (device, dtype), positions in sets.items():
+        params = [members[i].param for i, _ in moved]
+        for positions in by_device_and_dtype(params, alone=members[indices[0]].group["foreach"] is False):
+            device, dtype = params[positions[0]].device, params[positions[0]].dtype
             batch = [moved[k] for k in positions]
             in_batch = None if updated is None else updated[[i for i, _ in batch]]
             _move([members[i] for i, _ in batch], [u for _, u in batch], in_batch, device, dtype)
@@ -215,7 +215,6 @@ def _move(
     rows, columns = [s[0] for s in scales], [s[1] for s in scales]
 
     def write(parameters: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
-        with use_backend("reference") if group["foreach"] is False else nullcontext():
-            return scaled_step(parameters, matrices, rows, columns, rounding_state, options)
+        return scaled_step(parameters, matrices, rows, columns, rounding_state, options)
 
     write_back(write, weights, rounding_states(states, rounding), [False] * len(weights))

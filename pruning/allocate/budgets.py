@@ -1,4 +1,4 @@
-"""What a budget counts: weights, operations, bytes or seconds."""
+"""Budgets: the cost of kept weights, operations, bytes or seconds, and its limit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Budget:
         seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
 
     Raises:
-        ValueError: for an unknown kind, a target that is not positive, or a table where there is none or none where
-            there must be one.
+        ValueError: for an unknown kind, a target that is not positive, or if ``seconds`` is given for a kind other than
+            "latency", or missing for that.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Budget:
     def fraction(
         cls, kind: str, of_dense: float, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None
     ) -> Budget:
-        """A budget of a fraction of what the dense layers cost; of a table, its first levels."""
+        """A budget of a fraction of the dense layers' cost. With ``seconds``, first levels are dense."""
         if seconds is not None:
             return cls(kind, of_dense * sum(seconds[layer.name][0] for layer in layers), seconds)
         return cls(kind, of_dense * sum(float(cost(kind, layer, layer.numel)) for layer in layers))
@@ -79,7 +79,7 @@ def quantize(
     Costs are rounded up and the budget down: what fits in units, fits.
     """
     least = [float(cost.min()) for cost in costs]
-    # what is a whole number of units must not become one more by rounding
+    # a whole number of units must not become one more by rounding
     whole = [np.ceil((cost - low) / unit - 1e-9).astype(np.int64) for cost, low in zip(costs, least, strict=True)]
     return whole, math.floor((budget - sum(least)) / unit + 1e-9)
 
@@ -100,7 +100,7 @@ class LatencyTable:
             seconds at each of the levels; at least 0, and more than 0 at the first.
 
     Raises:
-        ValueError: for levels or seconds that are none, or a layer without one of the levels; it names both.
+        ValueError: for invalid levels or seconds, or a layer without seconds for a level; the message names both.
     """
 
     levels: tuple[float, ...]
@@ -138,12 +138,12 @@ class LatencyTable:
             raise ValueError(f"the latency table {path}: {error}") from None
 
     def of(self, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:
-        """By group, the seconds at each of its levels: of several matrices, those of all together.
+        """Seconds of each group at each of its levels: the sum over its matrices.
 
         Args:
-            groups: what is pruned.
-            kept: by group, weights that are left at each level. What a matrix has lost before, between two levels of
-                the table, is not counted: its first level takes the seconds of the denser one.
+            groups: the groups that are pruned.
+            kept: weights left at each level of each group. A matrix that was pruned before to between two levels of
+                the table is counted at the denser one.
 
         Raises:
             ValueError: a layer or a level that the table does not have.

@@ -20,7 +20,8 @@ Floats = npt.NDArray[np.float64]
 def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
     """Integers within bounds that add up to ``total``, each at most one from ``wanted`` where that adds up to it.
 
-    Rounded down, and what is missing goes to the largest fractions (Hamilton's method); of equal ones the first.
+    Counts are rounded down, and those with the largest remainders get one more (Hamilton's method), the first of
+    equal ones.
 
     Args:
         wanted: [n], between the bounds; its sum is ``total`` up to rounding.

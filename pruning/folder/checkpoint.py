@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# what a copy of the folder does not need: other forms of the weights, and what belongs to the dense ones
+# not copied: other forms of the weights, and files about the dense ones
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _OWN_FILES = ("sparsity.json", "report.html")
 _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
@@ -69,7 +69,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises:
         ValueError: no checkpoint there, a missing or damaged file, tensors that the index does not have or has and the
-            files do not, quantised weights; the message names the file. For a name: what the hub answered.
+            files do not, quantised weights; the message names the file. For a name: the hub's answer.
     """
     folder = _find_folder(source)
     config = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
@@ -234,7 +234,7 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     undoes it.
 
     Raises:
-        ValueError: a tensor that the checkpoint does not have and that is tied to none that it has.
+        ValueError: a tensor of the model that the checkpoint does not have, unless it is tied to one that it has.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -274,7 +274,7 @@ def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: 
     """Write the checkpoint's files into a folder with the tensors of ``values`` where they differ from the stored ones.
 
     Files, names, dtypes, metadata and everything that is not changed stay as they are; files of ``torch.save`` become
-    safetensors of the corresponding name. A safetensors file is copied, and what is changed is written into the copy,
+    safetensors of the corresponding name. A safetensors file is copied, and changed tensors are written into the copy,
     one tensor in memory at a time; of files of ``torch.save``, a file at a time.
 
     Returns:

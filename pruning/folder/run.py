@@ -47,9 +47,9 @@ class CalibrationText:
         label: what messages and the report call them.
         samples: sequences for the scores.
         curve_samples: so many of them for the curves.
-        held_out: sequences for the comparison with uniform sparsity, and for perplexity; none of the others.
+        held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts that those are taken from; None: the same texts.
-        seq_len: tokens of a sequence; None: what the tokenizer says the model was trained with, at most 2048.
+        seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
         seed: decides which sequences are taken.
     """
 
@@ -77,9 +77,9 @@ def prune_checkpoint(
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
 
-    ``out`` gets the weights as dense safetensors, in as many files as they were; tokenizer and configuration, copied;
-    ``sparsity.json`` (what was done, per tensor, with the curves); and ``report.html``. It opens in transformers, and
-    its logits are those of the pruned model bit for bit.
+    ``out`` gets the weights as dense safetensors in the same number of files, copies of tokenizer and configuration,
+    ``sparsity.json`` (the result, with sparsity per tensor and the curves), and ``report.html``. It opens in
+    transformers, and its logits are those of the pruned model bit for bit.
 
     Args:
         source: a folder, or the name of a model on the hub.
@@ -96,7 +96,7 @@ def prune_checkpoint(
         ValueError: no whole, plain checkpoint; too little text; settings that do not go together; a target out of
             reach;
             ``out`` exists, or curves of an interrupted run lie beside it and ``resume`` is off.
-        OSError: the disk is full. Whatever is raised, ``source`` is untouched and ``out`` is not there.
+        OSError: the disk is full. After any error ``source`` is unchanged and ``out`` does not exist.
 
     Notes:
         Memory: the model, whose weights are mapped from the files until they are pruned, and what :func:`prune` takes
@@ -202,7 +202,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
-    """What each tensor of the files is, under the names that ``leanstep verify`` reads."""
+    """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
     rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
     for group in result.groups:
         pattern = result.levels[group.name][1]

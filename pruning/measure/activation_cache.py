@@ -1,6 +1,6 @@
-"""Run a model from any of its blocks on: what lies before it is computed once and answered from a cache.
+"""Run a model from any of its blocks on: earlier activations are computed once and answered from a cache.
 
-No code of a model is copied. Earlier blocks give back what they gave before instead of computing, and everything around
+No code of a model is copied. Earlier blocks return cached outputs instead of computing, and everything around
 them (embeddings, masks, rotary tables, the head) runs as it is, so that any keyword argument of any version of a model
 reaches its blocks.
 """
@@ -70,16 +70,15 @@ class ActivationCache:
     """Forward passes of a model over fixed batches, from one of its stages on.
 
     Stages before :attr:`position` are answered from the cache: their last one's output is kept for every batch, in the
-    model's dtype and on its device (tokens x width values). Positions are numbers of stages; where an output of earlier
-    stages is needed again later, as by a sum of two embeddings, there is none. The cache belongs to the weights that
-    the stages had when
-    :meth:`advance` passed them.
+    model's dtype and on its device (tokens x width values). Positions are numbers of stages; a position whose later
+    stages need an earlier output again, as a skip connection does, is not among :attr:`starts`. The cache belongs to
+    the weights that the stages had when :meth:`advance` passed them.
 
     Args:
-        model: called as it is, in whatever mode it is.
+        model: called in its current mode.
         batches: the inputs.
         enabled: False computes every pass whole.
-        like: another cache of the same model; where it can be cut is taken from there instead of found again.
+        like: another cache of the same model, whose stages and starts are used instead of searching them again.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class ActivationCache:
         trial = ActivationCache(self.model, [sample], enabled=False)
         trial.stages = self.stages
         for position in range(1, len(self.stages)):
-            # from the last place where it can be cut on: nothing is computed twice
+            # from the last start on: nothing is computed twice
             before = trial.position, trial._outputs
             trial.starts = (*self.starts, position)
             try:
@@ -122,12 +121,10 @@ class ActivationCache:
             else:
                 trial.position, trial._outputs = before
         if len(self.starts) == 1:
-            self.note = (
-                "prefixes are not cached, every pass is whole: no part of the model needs the one before it alone"
-            )
+            self.note = "activations are not cached: no stage of the model needs only the output of the stage before it"
 
     def number(self, module: nn.Module) -> int | None:
-        """Number of the stage that holds a module, None where none does."""
+        """Index of the stage that holds a module; None for a module outside of stages."""
         if not self._numbers:
             for number, (_, stage) in enumerate(self.stages):
                 for inner in stage.modules():
@@ -147,7 +144,7 @@ class ActivationCache:
         return sorted(starts.items(), key=lambda item: item[0])
 
     def reset(self) -> None:
-        """Forget what is cached and begin before the first stage."""
+        """Clear the cache and return to the first stage."""
         self.position, self._outputs = 0, []
 
     def run(self, index: int) -> Any:
@@ -156,7 +153,7 @@ class ActivationCache:
             return self.batches[index].run(self.model)
 
     def advance(self, position: int) -> None:
-        """Go on to a later position of :attr:`starts`: keep what the stages before it give with the weights of now."""
+        """Move to a later position of :attr:`starts`, and cache its input, computed with the current weights."""
         if position == self.position:
             return
         if position not in self.starts or position < self.position:
@@ -185,10 +182,10 @@ class ActivationCache:
 
     @contextmanager
     def _answered(self, position: int, index: int) -> Iterator[None]:
-        """Let the stages before ``position`` give back what the last of them gave; none of them computes."""
+        """Let the stages before ``position`` return the cached output instead of computing."""
         stored: list[tuple[nn.Module, Any]] = []
         output = self._outputs[index] if position else None
-        # cloned: what follows may write into it, as nn.ReLU(inplace=True) does; what earlier stages give is not used
+        # cloned: later stages may write into it, as nn.ReLU(inplace=True) does; outputs of earlier stages are not used
         unused = _cloned(output) if position > 1 else None
         try:
             for number, (_, stage) in enumerate(self.stages[:position], 1):

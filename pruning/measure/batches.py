@@ -1,4 +1,4 @@
-"""Data that a model is run on: batches in one form, whatever they came as, and token sequences cut from text."""
+"""Calibration data: batches in one form, token sequences cut from text, and batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Batch:
     """Inputs of one forward pass.
 
     Attributes:
-        args, kwargs: what the model is called with.
-        mask: bool [batch, tokens], True where a token counts; None: all do.
-        labels: int64 targets, [batch] or [batch, tokens]; None where there are none.
+        args, kwargs: arguments of the model.
+        mask: bool [batch, tokens], True where a token counts; None: all tokens count.
+        labels: int64 targets, [batch] or [batch, tokens]; or None.
     """
 
     args: tuple[Any, ...] = ()
@@ -114,7 +114,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:
-    """Hash of everything that the batches hold, for the identity of what was measured on them."""
+    """Hash of all tensors and values of the batches, which identifies the data of a measurement."""
     digest = hashlib.sha256()
     for batch in batches:
         for value in (*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs)), batch.mask, batch.labels):
@@ -129,7 +129,7 @@ def batches_hash(batches: Sequence[Batch]) -> str:
 def token_sequences(
     encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
 ) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at places that a seed decides; no token is in two.
+    """Cut ``count`` sequences of ``length`` tokens from text, at random; no token is in two sequences.
 
     Documents are joined by the end-of-text token and cut into consecutive pieces, of which ``count`` are drawn.
 
@@ -138,7 +138,7 @@ def token_sequences(
         texts: the documents.
         count: sequences wanted.
         length: tokens of a sequence.
-        end: the token behind every document; None: none.
+        end: the token appended to every document; None appends nothing.
         seed: decides which pieces are taken, and their order.
 
     Returns:
@@ -171,7 +171,7 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     they are no weights, and curves are measured with them.
 
     Args:
-        model: pruned; in whatever mode, which it is in afterwards.
+        model: pruned. Its mode is restored afterwards.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; no labels are needed.
         batch_size: samples at once, where ``data`` is one tensor. Statistics are the mean over batches.
 

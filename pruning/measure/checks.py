@@ -1,4 +1,4 @@
-"""Whether distortions add up: what several pruned matrices do together, beside the sum of what each does alone."""
+"""Check whether distortions add up (joint against summed), and correct curves where they do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from leanstep.pruning.score.targets import Group
 
 @dataclass(frozen=True)
 class Additivity:
-    """What an allocation costs on data that it was not allocated by.
+    """Joint and summed distortion of an allocation on held-out data.
 
     Attributes:
         method: of the allocation.
@@ -44,7 +44,7 @@ class Additivity:
         return math.inf if self.joint else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for what is no number."""
+        """Plain values, for JSON; None for NaN and infinity."""
         values = asdict(self) | {"ratio": self.ratio}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
@@ -132,7 +132,7 @@ def relinearised_curves(
 
     A sum of such curves is right to first order around that allocation, where the sum of :func:`measure_curves` is
     right around the dense model. Masks are those of the dense model's statistics. Costs as many passes, and memory for
-    one copy of the matrices and what their pruners keep.
+    one copy of the matrices, and their pruners.
 
     Args:
         measurement: with the dense model's outputs as reference; the model has its dense weights now.

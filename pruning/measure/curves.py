@@ -1,4 +1,4 @@
-"""Rate-distortion curves: what pruning one matrix alone to each of some levels does to the model's output."""
+"""Rate-distortion curves: distortion of the model's output when one matrix alone is pruned, level by level."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Curve:
             return np.zeros(len(kept))
         x, y = self._coordinate(known), np.log(values)
         fitted = np.exp(monotone_cubic(x, y, self._coordinate(kept)))
-        # towards the levels that cost nothing: a power of what is removed beyond them
+        # towards the levels without distortion: a power of the count removed beyond them
         start = self.kept[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
         power = np.clip((y[1] - y[0]) / (removed[1] - removed[0]), 1.0, _STEEPEST) if len(x) > 1 else 2.0
@@ -288,14 +288,14 @@ def _sparsest(sparsity: float) -> float:
 
 
 class PartialCurves:
-    """A file of one line per measured point, behind a first line that says what was measured, and on what.
+    """A file with one line per measured point; the first line identifies model, data and settings.
 
     Args:
         path: the file; it is made with the first point.
-        identity: whatever decides the numbers: hashes of model and data, metric, score, levels.
+        identity: everything that the numbers depend on: hashes of model and data, metric, score, levels.
 
     Raises:
-        ValueError: the file was written for another identity, with what differs, or is none of ours.
+        ValueError: for a file of another identity (the message lists the differences) or another format.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Measure rate-distortion curves: prune one matrix at a time, run the model on from there, and compare its output."""
+"""Measure rate-distortion curves: prune one matrix at a time, run the model from there on, and compare its output."""
 
 from __future__ import annotations
 
@@ -59,28 +59,28 @@ def measure_curves(
 
     Args:
         model: any module; it is run in eval mode, without gradients.
-        data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences of a language model do.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
         sparsity: the target that levels lie around.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
             ``ce_delta``; or, at the layer itself and without running the model on, ``local_nmse`` and ``fisher``.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
-        groups: what is pruned, instead of what ``granularity`` makes of all of :func:`find_targets`.
+        groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
         levels: sparsities to measure; None: a grid around ``sparsity``.
         highest: no level of the grid is sparser.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
-        score_data: what the score's statistics are taken from; None: ``data``.
+        score_data: data for the score's statistics; None: ``data``.
         batch_size: samples of a pass, where ``data`` is one tensor.
-        prefix_cache: compute what lies before a matrix's block once, and not for every level.
-        resume: a file that points are noted in as they are measured; what it holds already is not measured again.
-        progress: called with (points measured, points in all, what is measured).
+        prefix_cache: compute the activations before a matrix's block once, not for every level.
+        resume: a file that every measured point is appended to; points that it holds already are not measured again.
+        progress: called with (points measured, points in all, name of the matrix).
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets.
 
     Raises:
-        ValueError: settings that are none, a model whose output is not reproducible, a ``resume`` file of something
+        ValueError: for unknown settings, a model whose output is not reproducible, a ``resume`` file of something
             else.
 
     Notes:
@@ -125,7 +125,7 @@ def measure_curves(
 class Measurement:
     """A model, data, and the dense model's outputs on them, against which changed weights are measured.
 
-    The reference is the output of the weights at construction. :meth:`joint` measures whatever the weights are now.
+    The reference is the output with the weights at construction. :meth:`joint` measures the current weights.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Measurement:
         self.metric.close()
 
     def _check_finite(self) -> None:
-        """A dense model that gives NaN, or another output the second time, has no distortion to speak of."""
+        """Raise ValueError for a dense model that gives NaN, or another output the second time."""
         with evaluating(self.model):
             change = self.joint()
         if not abs(change.mean) <= _NOISE:
@@ -243,7 +243,7 @@ class Measurement:
         )
 
     def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on; they are put back."""
+        """Distortion with some matrices changed, run from the cache's position on. Restores the matrices."""
         with restored_weights([target for target, _ in changed]):
             for target, weight in changed:
                 target.weight.copy_(weight)
@@ -274,7 +274,7 @@ def curve_of(
 def _measure_locally(
     groups: Sequence[Group], levels: Levels, metric: str, pruning: Pruning, progress: Progress | None
 ) -> dict[str, Curve]:
-    """Curves from the layer's needed statistics: a pass over the data for each group, and none for its levels.
+    """Curves from the layer's own statistics: one pass over the data for each group, for all its levels.
 
     ``local_nmse``: tr(dW H dW') / tr(W H W') with H the sum over tokens of x x'. ``fisher``: 1/2 sum_j F_jj dw_j^2
     with F the mean over samples of the squared gradient.

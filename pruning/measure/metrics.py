@@ -1,4 +1,4 @@
-"""How far a model's output has moved: distortions per sample, from the dense model's output and the pruned one's."""
+"""Metrics: distortion of a model's output per sample, between the dense model and the pruned one."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Distortion(NamedTuple):
 class Metric:
     """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.
 
-    :meth:`reference` keeps of the dense model's output what the comparison needs, :meth:`compare` gives fp64 ``sums``
+    :meth:`reference` reduces the dense model's output to what :meth:`compare` needs, which returns fp64 ``sums``
     and ``counts`` per sample of the batch. Equal outputs give exactly 0.
     """
 
     name = ""
 
     def reference(self, output: Any, batch: Batch) -> Any:
-        """What to keep of the dense output."""
+        """The part of the dense output that comparisons need."""
         raise NotImplementedError
 
     def compare(self, reference: Any, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class MSELogits(_TokenMetric):
 
 
 class NMSEHidden(Metric):
-    """||h - h~||^2 / ||h||^2 of what the head is given, over all tokens that count."""
+    """||h - h~||^2 / ||h||^2 of the head's input h, over all tokens that count."""
 
     name = "nmse_hidden"
 
@@ -229,7 +229,7 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
     """The metric of a name, ready for a model; None is :func:`default_metric`'s.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     name = default_metric(model) if metric is None else metric
     if isinstance(name, str):

@@ -1,4 +1,4 @@
-"""What matrices were before they are pruned, to be put back: in memory, or read again from where it is stored."""
+"""Restore weights and modes after a model was changed: copies in memory, or values read again from files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Stored = Callable[[str], Tensor | None]
 
 
 class WeightSnapshot:
-    """The parameters of some targets as they are before anything is written to them.
+    """The original parameters of some targets.
 
     Args:
-        targets: matrices that will be pruned.
-        stored: gives a parameter's values by its name, on the CPU, or None where it has none. What it gives is compared
-            with the model, and where it is the same, no copy is made. None: everything is copied.
+        targets: matrices that will be changed.
+        stored: returns a parameter's values on the CPU by its name, or None. Where they equal the model's, no copy is
+            made. None: everything is copied.
     """
 
     def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:
@@ -31,7 +31,7 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Make sure that all can be put back; to be called while the weights are the original ones."""
+        """Copy what is not stored; to be called before the weights are changed."""
         if self._copies is None:
             self._copies = {
                 name: parameter.detach().clone()
@@ -48,7 +48,7 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back everything, bit for bit."""
+        """Restore all weights, bit for bit."""
         if not self._changed or self._copies is None:
             return
         for name, parameter in self._parameters.items():
@@ -62,7 +62,7 @@ class WeightSnapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Whatever is written into the matrices inside, they are afterwards what they were."""
+        """Context manager: restores all weights on exit, bit for bit."""
         self.take()
         try:
             yield
@@ -71,7 +71,7 @@ class WeightSnapshot:
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """The same, if an error is raised inside."""
+        """Context manager: restores all weights if an error is raised inside."""
         try:
             yield
         except BaseException:
@@ -81,7 +81,7 @@ class WeightSnapshot:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, and the modes of all modules as they were afterwards."""
+    """Context manager: eval mode without gradients; restores the modes of all modules on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -94,7 +94,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_weights(targets: Sequence[Target]) -> Iterator[None]:
-    """Whatever is written into these matrices inside, they are afterwards what they were, bit for bit."""
+    """Context manager: restores these matrices on exit, bit for bit."""
     saved = [target.weight.clone() for target in targets]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a score needs to know of a matrix besides its weights."""
+"""Common parts of all scores: statistics of a layer, rankings of its weights, and the interface of a pruner."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Pruned(NamedTuple):
 class LayerPruner(ABC):
     """Prunes one matrix [out, in] to any level; made by :func:`leanstep.pruning.layer_pruner`. Never writes the weight.
 
-    What is zero already is pruned before anything else, so that a later, sparser level keeps earlier zeros.
+    Zeros are pruned first, so that a sparser level keeps earlier zeros.
     """
 
     def __init__(self, weight: Tensor):
@@ -180,13 +180,13 @@ class LayerPruner(ABC):
             weight, mask = self._prune_pattern(pattern)
         else:
             weight, mask = self._prune_count(check_keep(pattern, self.weight.numel()))
-        # zeros of either sign, and what an update left where nothing may be
+        # no negative zeros, and no updates of pruned weights
         return Pruned(weight.to(self.given.dtype).masked_fill(~mask, 0), mask)
 
     @property
     @abstractmethod
     def scores(self) -> Tensor:
-        """[out, in], >= 0: what a weight is worth; comparable within the matrix."""
+        """[out, in], >= 0: importance of each weight, comparable within the matrix."""
 
     @abstractmethod
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]: ...

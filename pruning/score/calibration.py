@@ -1,4 +1,4 @@
-"""What scores need of the data: sums over the inputs of a layer, or gradients of its weights, sample by sample."""
+"""Calibration: sums over the inputs of a layer or per-sample gradients of its weights, and pruners made of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def statistics_for(
         gradient_samples: at most so many samples for gradients.
 
     Raises:
-        ValueError: a layer whose inputs were never seen, or of a kind that has no matrix of inputs.
+        ValueError: for a layer that never ran on the data, or of a kind that has no matrix of inputs.
     """
     needs = tuple(needs)
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
@@ -47,7 +47,7 @@ def statistics_for(
 
 
 def _fill_unseen(targets: Sequence[Target], statistics_by_name: dict[str, LayerStatistics]) -> None:
-    """An expert that no token went to has nothing to tell its inputs apart: they count alike."""
+    """Give an expert that no token was routed to equal statistics for all inputs."""
     for target in targets:
         statistics = statistics_by_name[target.name]
         if statistics.count:
@@ -124,7 +124,7 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """Sees every product with the weight of one expert, whatever code of a model makes it."""
+    """Intercepts every matrix product with the weight of one expert, wherever the model computes it."""
 
     def __init__(self, experts: dict[int, Target], give: Callable[[Target, Tensor], None]) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ def collect_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the loss of single samples, fp32 [samples, out * in] per layer.
 
-    The loss is the mean cross-entropy over a sample's targets: its labels, or where there are none, a class drawn from
-    what the model itself predicts, as the definition of the Fisher matrix has it.
+    The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
+    predictions, as in the definition of the Fisher matrix.
     """
     parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
@@ -248,11 +248,11 @@ class Pruners:
         return self._made[name]
 
     def once(self, name: str) -> LayerPruner:
-        """A pruner that is not kept."""
+        """A new pruner, which is not stored."""
         return self._pruning.pruner(self._targets[name], self._statistics[name])
 
     def release(self, group: Group) -> None:
-        """Forget the pruners of a group, and what they were made from."""
+        """Free the pruners of a group, and their statistics."""
         for target in group.targets:
             self._made.pop(target.name, None)
             self._statistics.pop(target.name, None)

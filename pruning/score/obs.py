@@ -1,4 +1,4 @@
-"""The optimal brain surgeon with M-FAC's Fisher matrix: what the loss misses least, and how the rest moves."""
+"""The optimal brain surgeon with M-FAC's Fisher matrix: saliencies, and updates of the remaining weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FisherPruner(LayerPruner):
     * "exact": the least increase, ``d = -F^-1_{:S} (F^-1_SS)^-1 w_S``; the loss rises by
       ``1/2 w_S^T (F^-1_SS)^-1 w_S``.
     * "independent": ``d = F^-1 t`` with ``t_q = -w_q / [F^-1]_qq`` on S, which adds up the answers for one weight at a
-      time and then forces S to zero: what the published code does. Not the least increase, and it can be larger than
+      time and then forces S to zero, as the published code does. Not the least increase, and it can be larger than
       that of "none".
     * "none": the others stay.
 

@@ -1,4 +1,4 @@
-"""Which weights of a matrix go first, and what becomes of the others."""
+"""Scores: which weights of a matrix are pruned first, and how the others are updated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layer_pruner(
     block_size: int = 128,
     spacing: int = 1,
 ) -> LayerPruner:
-    """Get one matrix ready to be pruned, once, to as many levels as are wanted.
+    """Prepare one matrix for pruning to any number of levels.
 
     ===========  =========================================  ====================  ================================
     score        the smallest go first                      compared within       the other weights
@@ -43,7 +43,7 @@ def layer_pruner(
     ===========  =========================================  ====================  ================================
 
     X_j are the inputs j of all tokens, U^T U = (X X^T + damping)^-1 is SparseGPT's Cholesky factor, F the empirical
-    Fisher matrix. What is zero already goes first of all.
+    Fisher matrix. Zeros are pruned first.
 
     Args:
         weight: [out, in], floating; of a parameter stored otherwise, :func:`leanstep.pruning.as_matrix` of it. Never
@@ -52,7 +52,7 @@ def layer_pruner(
         statistics: what :data:`leanstep.pruning.score.base.NEEDS` lists for the score.
         scope: "matrix" or "row", for magnitude, Wanda and functions (default: matrix); None: as in the table.
         update: "exact", "independent" or "none", for "mfac".
-        damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): what is added to the diagonal, as a fraction of
+        damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): added to the diagonal, as a fraction of
             its mean.
         block_size: columns that SparseGPT prunes together; weights of a block of M-FAC's F.
         spacing: kernel positions of a convolution: N:M groups lie along its in-channels, which are so far apart in a
@@ -122,7 +122,7 @@ def _check_options(
         raise ValueError(f"layer_pruner: score must be one of {', '.join(NEEDS)}, or a function; got {score!r}")
     if scope is not None and (scope not in SCOPES or score in ("sparsegpt", "mfac")):
         raise ValueError(
-            f"layer_pruner: scope {scope!r} is none for score {score!r}; 'matrix' and 'row' are for others"
+            f"layer_pruner: scope {scope!r} is not supported for score {score!r}; 'matrix' and 'row' are for others"
         )
     if update not in ("exact", "independent", "none"):
         raise ValueError(f"layer_pruner: update must be 'exact', 'independent' or 'none', got {update!r}")

@@ -89,7 +89,7 @@ class SparseGPTPruner(LayerPruner):
                 # within the block column by column; the columns after it once, below
                 weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-        # an earlier zero stays one, whatever was taken from it
+        # zeros stay zero, although the updates changed them
         return weight.masked_fill(self.weight == 0, 0.0), mask
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned, and each of them as a matrix."""
+"""The matrices of a model that are pruned, and groups of them that share a level."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Layer:
 
 
 def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
-    """A weight as a matrix [out, in] that shares its memory; what is written to it, is written to the weight.
+    """A weight as a matrix [out, in] that shares its memory: writes change the weight.
 
     Args:
         weight: the parameter's data, or one expert of a three-dimensional parameter.
@@ -96,7 +96,7 @@ class Target:
     """One matrix to prune: a parameter, or one expert of a three-dimensional one.
 
     Attributes:
-        layer: what allocations know of it; ``layer.name`` is the parameter's name in the model, for an expert with
+        layer: name and size for allocations; ``layer.name`` is the parameter's name in the model, for an expert with
             its number behind it, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
         parameter: the parameter's name.
         module: the module that owns it; of tied weights the first.
@@ -119,7 +119,7 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is now, [out, in], a view: what is written to it is written to the model."""
+        """The weight as it is now, [out, in], a view: writes change the model."""
         data = getattr(self.module, self.attribute).data
         return as_matrix(data if self.expert is None else data[self.expert], self.layout)
 
@@ -130,14 +130,14 @@ def find_targets(
     """The matrices of a model that are pruned, in the order of its parameters.
 
     Linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Left out are
-    embeddings of every kind (patches and positions too), the head, whatever is tied to them, norms, biases, and the
+    embeddings of every kind (patches and positions too), the head, weights tied to these, norms, biases, and the
     routers of mixtures of experts.
 
     Args:
         model: any module; frozen parameters count as well.
         include: wildcards over parameter names, such as ``"*.mlp.*"``; only what one of them matches is pruned, and a
             head or a router that is matched by name is pruned too. None: all of the above.
-        exclude: wildcards; what they match is left out.
+        exclude: wildcards; matching parameters are left out.
 
     Raises:
         ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
@@ -314,7 +314,7 @@ class Group:
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
     """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
-    (``"role"``); or a whole ``"block"``. What is in no block stays alone.
+    (``"role"``); or a whole ``"block"``. A matrix outside of blocks stays alone.
 
     Raises:
         ValueError: for another granularity.
@@ -346,7 +346,7 @@ def _joined(name: str, targets: Sequence[Target]) -> Layer:
 
 
 def split_kept(kept: int, sizes: Sequence[int]) -> list[int]:
-    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum, none more than it has."""
+    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum."""
     total = sum(sizes)
     shares = [kept * size // total for size in sizes]
     # what rounding down left over goes to the largest remainders

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from leanstep.kernels import audit
+from leanstep.kernels import StepOptions, audit
 
 pytest.importorskip("triton")
 
@@ -165,3 +166,27 @@ def test_without_triton_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(audit, "has_triton", lambda: False)
     assert audit.main([]) == 2
     assert "triton package" in capsys.readouterr().err
+
+
+def test_cases_are_the_distinct_launches_of_a_launcher():
+    """Each is recorded once, as the launcher asked for it, and nothing runs."""
+    from leanstep.kernels.triton_impl._compile import recorded_cases
+    from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
+
+    counts = []
+
+    def launch_all():
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            grads, momenta = [torch.ones(5, dtype=dtype)], [torch.ones(5)]
+            counts.append(triton_lion.lion_agreement(grads, momenta, StepOptions(torch.zeros(6))).item())
+
+    def promise(launch):
+        return dict(label=str(launch.dtype("G_DTYPE")), elements=7, read=1, written=2)
+
+    cases = recorded_cases(launch_all, {triton_lion.lion_agreement_kernel: promise})
+    assert [case.label for case in cases] == ["torch.float32", "torch.bfloat16"] and counts == [0, 0, 0]
+    pointers = dict.fromkeys(("rows", "programs", "counts"), "*i64")
+    assert cases[0].arguments == pointers | {"scalars": "*fp32", "mode": "i32"}
+    assert cases[1].constants["BLOCK"] == triton_lion.BLOCK and cases[1].constants["M_DTYPE"].name == "fp32"
+    assert (cases[0].threads, cases[0].fp_fusion, cases[0].elements, cases[0].cached) == (256, False, 7, 0)
+    assert not recorded_cases(launch_all, {})

@@ -239,7 +239,7 @@ def test_nothing_is_written_of_an_adapter_with_a_nan(tmp_path):
     with pytest.raises(ValueError, match="lora_A.weight holds NaN or infinity"):
         save_adapter(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="has no adapters; apply_lora gives it some"):
+    with pytest.raises(ValueError, match="has no adapters; call apply_lora first"):
         save_adapter(tiny_llama(), tmp_path)
 
 

@@ -370,8 +370,8 @@ def test_a_state_of_something_else_is_refused_and_the_gate_unchanged():
         state, other = gate.state_dict(), gate.state_dict()
     with LowRankGate(gpt2(), "auto", **PAYS) as gate, pytest.raises(ValueError) as caught:
         gate.load_state_dict(state)
-    assert "of other attention layers: it has none for transformer.h.0.attn" in str(caught.value)
-    assert "the model has none for model.layers.0.self_attn, model.layers.1.self_attn" in str(caught.value)
+    assert "of other attention layers: it lacks transformer.h.0.attn" in str(caught.value)
+    assert "the model lacks model.layers.0.self_attn, model.layers.1.self_attn" in str(caught.value)
     del other["layers"]["model.layers.0.self_attn"]["calls"]
     with LowRankGate(model, "auto", degree=4, tolerance=0.1, **PAYS) as gate:
         for broken, message in (

@@ -11,6 +11,7 @@ from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
 from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
+from leanstep import use_backend
 from leanstep.optimizers import NonFiniteGradientError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -143,14 +144,15 @@ def test_maximize_is_minimize_of_the_negative(case: OptimizerCase):
 
 
 @every_case
-def test_foreach_equals_the_loop(case: OptimizerCase):
+def test_lists_loops_and_the_definition_agree(case: OptimizerCase):
     results = []
-    for foreach in (False, True, None):
+    for foreach, backend in ((None, "reference"), (False, "auto"), (True, "auto"), (None, "auto")):
         params = case.params(case.shapes)
         # torch's AdamW differs from itself in the last bit between its loops; fused=False pins one of them
         fused = {"fused": False} if "fused" in case.build(case.params()).defaults else {}
         optimizer = case.build(params, foreach=foreach, **fused)
-        run(optimizer, params, range(3))
+        with use_backend(backend):
+            run(optimizer, params, range(3))
         results.append(params)
     for other in results[1:]:
         if case.exact_foreach:

@@ -118,7 +118,7 @@ def test_a_folder_says_what_it_should_be(tmp_path):
     (final / "sparsity.json").write_text(json.dumps({"0.weight": {"pattern": "1:4", "dim": 1}}))
     assert verify(tmp_path).ok is False
     for content, message in (
-        ("{", "cannot be understood"),
+        ("{", "is not a patterns file"),
         ('{"9.weight": {"pattern": "1:4", "dim": 1}}', "no tensor '9"),
     ):
         (final / "sparsity.json").write_text(content)
