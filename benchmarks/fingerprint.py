@@ -5,12 +5,11 @@
 
 Each recipe trains ``--steps`` steps on one process from its own seed. The fingerprint holds every logged loss, the
 validation loss, a SHA-256 of the final weights, and a SHA-256 of the optimizer's state tensors in the order of the
-parameters and of the sorted keys. Key names are not hashed, so that a renamed key with the same content is no change.
+parameters and of the sorted keys. Key names are not hashed: a renamed key with the same content is no change.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,27 +18,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from common import TRAIN, command_line, read_json_lines
 from safetensors.torch import load_file
 
-RECIPES = (
+RECIPES = [
     "llama-nano-sinkgd",  # first: llama-nano-lora starts from its result
-    "llama-nano-adamw",
-    "llama-nano-lanton",
-    "llama-nano-lion",
-    "llama-nano-lora",
-    "llama-nano-sparse-1of16",
-    "gpt-nano-adamw",
-    "gpt-nano-lion",
-    "gpt-nano-mfac",
-    "gpt-nano-sinkgd",
-)
+    *(f"llama-nano-{name}" for name in ("adamw", "lanton", "lion", "lora", "sparse-1of16")),
+    *(f"gpt-nano-{name}" for name in ("adamw", "lion", "mfac", "sinkgd")),
+]
+PARSER = command_line(__doc__, steps=30, recipes=RECIPES)
+PARSER.add_argument("--out", type=Path, help="write the fingerprints to this file")
+PARSER.add_argument("--compare", type=Path, help="a file of an earlier call")
 
 
-def digest(tensors: list[torch.Tensor]) -> str:
+def digest(tensors: Iterable[torch.Tensor]) -> str:
     """SHA-256 over dtype, shape and bytes of the tensors, in order."""
     sha = hashlib.sha256()
     for tensor in tensors:
@@ -61,47 +57,39 @@ def tensors_of(value: object) -> Iterator[torch.Tensor]:
 
 
 def fingerprint(recipe: str, steps: int, folder: Path) -> dict[str, object]:
-    """Train a recipe in ``folder`` and read what it left."""
+    """Train a recipe in ``folder`` and read its losses, weights and optimizer state."""
     out = folder / "runs" / recipe
     settings = [f"steps={steps}", f"eval.every={steps}", "log.every=1", f"checkpoint.every={steps}", f"out={out}"]
-    command = [sys.executable, "-P", "-m", "leanstep", "train", recipe, *settings]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=True)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    subprocess.run([*TRAIN, recipe, *settings], cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=True)
     checkpoint = max((out / "checkpoints").glob("step-*"))
     state = torch.load(checkpoint / "trainer" / "optimizer.bin", weights_only=True, map_location="cpu")
-    weights = load_file(out / "final" / "model.safetensors")
     return {
-        "losses": [row["loss"] for row in rows if "loss" in row],
+        "losses": [row["loss"] for row in read_json_lines(out / "log.jsonl") if "loss" in row],
         "val_loss": json.loads((out / "status.json").read_text())["val_loss"],
-        "weights": digest([weights[name] for name in sorted(weights)]),
-        "state": digest(list(tensors_of(state["state"]))),
+        "weights": digest(weight for _, weight in sorted(load_file(out / "final" / "model.safetensors").items())),
+        "state": digest(tensors_of(state["state"])),
     }
 
 
 def main() -> int:
     """Print the fingerprints, and where they differ from those of a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="write the fingerprints to this file")
-    parser.add_argument("--compare", type=Path, help="a file of an earlier call")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    arguments = parser.parse_args()
+    options = PARSER.parse_args()
     prints = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(pydoc_data.topics.__file__, folder / "other.txt")
-        for recipe in arguments.recipes:
-            prints[recipe] = fingerprint(recipe, arguments.steps, folder)
+        for recipe in options.recipes:
+            prints[recipe] = fingerprint(recipe, options.steps, folder)
             print(f"{recipe:24} {prints[recipe]['val_loss']:.6f} {prints[recipe]['weights']} {prints[recipe]['state']}")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(prints, indent=1))
-    if arguments.compare is None:
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(prints, indent=1))
+    if options.compare is None:
         return 0
-    before = json.loads(arguments.compare.read_text())
+    before = json.loads(options.compare.read_text())
     different = [name for name, value in prints.items() if before.get(name) != value]
-    print(f"different: {', '.join(different)}" if different else f"the same bits as {arguments.compare}")
+    print(f"different: {', '.join(different)}" if different else f"the same bits as {options.compare}")
     return 1 if different else 0
 
 

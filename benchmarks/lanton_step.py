@@ -8,16 +8,16 @@ installed (it needs a GPU).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import random
-import statistics
 from collections.abc import Callable
 
 import torch
-from optimizer_step import machine, make_parameters, seconds
+from common import command_line, interleaved_medians, print_table, start
+from models import llama_60m_parameters
 
 from leanstep.optimizers import LANTON
+
+PARSER = command_line(__doc__, device="cpu", dtype=["float32", "bfloat16"], threads=0, rounds=10)
 
 
 def candidates(params: list[torch.Tensor], device: str) -> dict[str, Callable[[], object]]:
@@ -38,42 +38,20 @@ def candidates(params: list[torch.Tensor], device: str) -> dict[str, Callable[[]
     return steps
 
 
-def measure(dtype: torch.dtype, rounds: int, device: str) -> list[str]:
-    """Lines of one markdown table."""
-    params, roles = make_parameters(dtype, device)
-    steps = candidates([p for p, role in zip(params, roles, strict=True) if role == "hidden"], device)
-    for step in steps.values():
-        step()
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    shuffle = random.Random(0)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            times[name].append(seconds(steps[name], device) / (5 if "fifth" in name else 1))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    lines = [f"| {str(dtype).removeprefix('torch.')} | median ms | ÷ torch Muon |", "| --- | ---: | ---: |"]
-    base = median["torch Muon"]
-    for name, value in sorted(median.items(), key=lambda item: item[1]):
-        lines.append(f"| {name} | {value * 1e3:.0f} | {value / base:.2f} |")
-    return lines
-
-
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(machine(options.device))
-    for name in options.dtype:
-        print()
-        print("\n".join(measure(getattr(torch, name), options.rounds, options.device)), flush=True)
+def measure(dtype: str, rounds: int, device: str) -> None:
+    """Print one table."""
+    params, _ = llama_60m_parameters(getattr(torch, dtype), device)
+    medians = interleaved_medians(candidates(params, device), rounds, warmup=2)
+    medians = {name: value / (5 if "fifth" in name else 1) for name, value in medians.items()}
+    rows = [
+        (name, f"{value * 1e3:.0f}", f"{value / medians['torch Muon']:.2f}")
+        for name, value in sorted(medians.items(), key=lambda item: item[1])
+    ]
+    print()
+    print_table([dtype, "median ms", "÷ torch Muon"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    options = start(PARSER)
+    for name in options.dtype:
+        measure(name, options.rounds, options.device)

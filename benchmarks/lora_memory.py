@@ -5,21 +5,18 @@
 
 The model is a small LLaMA with adapters on all seven linear layers of each block. Counted are the distinct storages
 that autograd saves in one forward pass, parameters left out: the model with adapters minus the frozen model with
-gradients of its embeddings. A fused SwiGLU block keeps less than the frozen model's does: numbers can be negative.
+gradients of its embeddings. A fused SwiGLU block keeps less than the frozen model does: numbers can be negative.
 Needs peft, of the extra ``bench``.
 """
 
-import argparse
-import copy
 import sys
+from copy import deepcopy
 
 import torch
-import transformers
-from bench_extra import needed
+from common import command_line, print_table, required
+from models import LINEARS, random_llama
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, saved_bytes
-
-peft = needed("peft")
 
 VARIANTS = {
     "plain": {},
@@ -29,104 +26,83 @@ VARIANTS = {
 }
 AIMS = {("bf16", "plain"): 0.30, ("bf16", "dropout"): 0.17, ("bf16", "DoRA"): 0.20, ("fp32", "plain"): 1.0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PARSER = command_line(
+    __doc__, hidden=128, mlp=352, layers=2, tokens=512, rank=8,
+    check=(False, "exit with 1 where an aim is missed"),
+    designs=(False, "nothing measured: what published designs keep"),
+)  # fmt: skip
 
 
 def main():
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--mlp", type=int, default=352)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is missed")
-    parser.add_argument("--designs", action="store_true", help="nothing measured: what published designs keep")
-    args = parser.parse_args()
-    if args.designs:
-        designs(args)
+    """Print the table of measured bytes."""
+    options = PARSER.parse_args()
+    if options.designs:
+        print_designs(options)
         return
-    print(f"peft {peft.__version__}, torch {torch.__version__}, {vars(args)}; MB = 10^6 bytes\n")
-    head = ("PEFT", "leanstep", "with fused blocks", "PEFT, accelerated")
-    print("| base | adapter | " + " | ".join(head) + " | ratio, unfused | ratio, fused | aim |")
-    print("| --- | --- |" + " ---: |" * (len(head) + 3))
-    missed = False
-    for dtype in DTYPES:
-        for variant, settings in VARIANTS.items():
-            found = measure(args, DTYPES[dtype], settings)
-            aim = AIMS.get((dtype, variant))
-            ratio = found[1] / found[0]
-            missed |= aim is not None and ratio > aim
-            cells = " | ".join(f"{value / 1e6:.2f}" for value in found)
-            print(f"| {dtype} | {variant} | {cells} | {ratio:.2f} | {found[2] / found[0]:.2f} | {aim or ''} |")
-    sys.exit(args.check and missed)
+    peft = required("peft")
+    print(f"peft {peft.__version__}, torch {torch.__version__}, {vars(options)}; MB = 10^6 bytes\n")
+    missed = []
+
+    def rows():
+        for dtype in DTYPES:
+            for variant, settings in VARIANTS.items():
+                sizes = measure(options, DTYPES[dtype], settings, peft)
+                unfused, fused = sizes[1] / sizes[0], sizes[2] / sizes[0]
+                aim = AIMS.get((dtype, variant))
+                missed.append(aim is not None and unfused > aim)
+                yield dtype, variant, *(f"{size / 1e6:.2f}" for size in sizes), f"{unfused:.2f}", f"{fused:.2f}", aim
+
+    models = ("PEFT", "leanstep", "with fused blocks", "PEFT, accelerated")
+    print_table(["base", "adapter", *models, "ratio, unfused", "ratio, fused", "aim"], rows(), left=(0, 1))
+    sys.exit(options.check and any(missed))
 
 
-def designs(args):
+def print_designs(options):
     """Print what published designs keep for backward, in bytes per token and block: from their sources, not measured.
 
-    h and m are the widths of the model and of the MLP, r the rank, attention is not grouped; 16 bits but for PEFT.
-    Counted is what the frozen model does not keep anyway: that has the outputs of gate and up, silu(gate), v, and the
-    input of o. A fused SwiGLU block does without silu(gate), m, and keeps no input of down.
+    h and m are the widths of the model and of the MLP, r is the rank, attention is not grouped; 16 bits except PEFT.
+    Only what the frozen model does not keep is counted. It keeps the outputs of gate and up, silu(gate), v, and the
+    input of o. A fused SwiGLU block saves silu(gate), of size m, and keeps no input of down.
 
-    Read were, in November 2026: PEFT 0.21; unslothai/unsloth, unsloth/kernels/fast_lora.py (its fast path is for
+    Sources, as of November 2026: PEFT 0.21; unslothai/unsloth, unsloth/kernels/fast_lora.py (its fast path is for
     adapters without dropout and biases, and knows no DoRA); axolotl-ai-cloud/axolotl, src/axolotl/kernels/lora.py (one
     dropped copy of an input for the layers on it, none for down; DoRA keeps every output before the magnitude). A mask
-    of torch's dropout is a byte an entry on GPUs, and an entry of the input's dtype on CPUs.
+    of torch's dropout takes a byte per entry on GPUs, and an entry of the input's dtype on CPUs.
     """
-    h, m, r = args.hidden, args.mlp, args.rank
+    h, m, r = options.hidden, options.mlp, options.rank
     inputs, peft_inputs, fused = 2 * (2 * h + m), 6 * h + m, 2 * (2 * h - m)
+    axolotl = (fused, fused + 9 * h, fused + 10 * h + 4 * m)
     rows = (
         ("PEFT, factors in fp32", "every input, in fp32, and its product with A", 4 * peft_inputs + 28 * r, None, None),
         ("PEFT, with dropout", "every dropped input, and a mask", None, 5 * peft_inputs + 28 * r, None),
         ("one function a layer", "every distinct input (here: fused_blocks=False)", inputs, inputs, inputs + 8 * h),
         ("Unsloth", "the inputs of q, k, v and of the MLP", fused, None, None),
-        (
-            "Axolotl",
-            "these, dropped copies, outputs before the magnitude",
-            fused,
-            fused + 9 * h,
-            fused + 10 * h + 4 * m,
-        ),
+        ("Axolotl", "these, dropped copies, outputs before the magnitude", *axolotl),
         ("leanstep", "these; masks from seeds; DoRA from the outputs q, k, o, down", fused, fused, fused + 8 * h),
     )
-    print(f"\n{vars(args)}\n")
-    print("| design | kept beside what the frozen model keeps | plain | dropout | DoRA |")
-    print("| --- | --- | ---: | ---: | ---: |")
-    for name, what, *sizes in rows:
-        print(f"| {name} | {what} | " + " | ".join("" if size is None else f"{size:,}" for size in sizes) + " |")
+    print(f"\n{vars(options)}\n")
+    head = ["design", "kept beside what the frozen model keeps", "plain", "dropout", "DoRA"]
+    print_table(head, ([f"{x:,}" if isinstance(x, int) else x for x in row] for row in rows), left=(0, 1))
 
 
-def measure(args, dtype, settings):
+def measure(options, dtype, settings, peft):
     """Added bytes for PEFT, apply_lora without and with fused blocks, and accelerate_peft."""
-    config = transformers.LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.mlp, num_hidden_layers=args.layers, num_attention_heads=4,
-        vocab_size=512, max_position_embeddings=args.tokens, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).to(dtype)
-    tokens = torch.randint(0, 512, (1, args.tokens))
-    frozen = count(copy.deepcopy(base).requires_grad_(False), tokens, inputs=True)
-    common = {"r": args.rank, "target_modules": TARGETS, **settings}
-
-    def with_peft():
-        return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**common))
-
-    def ours(fused):
-        return apply_lora(copy.deepcopy(base), LoraConfig(**common, fused_blocks=fused))
-
-    fast = with_peft()
+    base = random_llama(options.hidden, options.mlp, options.layers, options.tokens).to(dtype)
+    tokens = torch.randint(0, 512, (1, options.tokens))
+    settings = {"r": options.rank, "target_modules": LINEARS, **settings}
+    theirs, fast = (peft.get_peft_model(deepcopy(base), peft.LoraConfig(**settings)) for _ in range(2))
     accelerate_peft(fast)
-    models = (with_peft(), ours(False), ours(True), fast)
-    return [count(model, tokens) - frozen for model in models]
+    ours = [apply_lora(deepcopy(base), LoraConfig(**settings, fused_blocks=fused)) for fused in (False, True)]
+    decoders = [theirs.base_model.model.model, *(model.model for model in ours), fast.base_model.model.model]
+    frozen = count(deepcopy(base).requires_grad_(False).model, tokens, inputs=True)
+    return [count(decoder, tokens) - frozen for decoder in decoders]
 
 
-def count(model, tokens, inputs=False):
+def count(decoder, tokens, inputs=False):
     """Bytes saved by one forward pass of the decoder, in training."""
-    model.train()
-    decoder = model.base_model.model.model if isinstance(model, peft.PeftModel) else model.model
+    decoder.train()
     embeddings = decoder.embed_tokens(tokens).detach().requires_grad_(inputs)
-    return saved_bytes(lambda: decoder(inputs_embeds=embeddings).last_hidden_state, model.parameters())
+    return saved_bytes(lambda: decoder(inputs_embeds=embeddings).last_hidden_state, decoder.parameters())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ eps is 1e-6: the usual 1e-8 makes steps of the rate's size out of the rounding o
 either library. Needs peft, of the extra ``bench``.
 """
 
-import argparse
 import copy
 import os
 import pydoc_data.topics
@@ -22,101 +21,92 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import transformers
-from bench_extra import needed
+from common import command_line, print_table, required
+from models import LINEARS, random_llama
 from torch.nn.parallel import DistributedDataParallel
 
 from leanstep.lora import accelerate_peft, load_adapter
-
-peft = needed("peft")
 
 RANK = 8
 VARIANTS = {"plain": {}, "rslora": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 # rslora's scale is sqrt(r) times the usual one, which a rate as much smaller makes up for
 RATES = {"rslora": RANK**-0.5}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 AIM = 1e-5
+PARSER = command_line(
+    __doc__, steps=200, processes=[1, 2], batch=8, length=64,
+    lr=(3e-3, "over sqrt(r) for rslora, unless --one-rate"),
+    one_rate=(False, "rslora at the rate of the others, which is too high"),
+    double=(False, "in fp64, where rounding has no time to grow"),
+    check=(False, f"exit with 1 where losses differ by more than {AIM:g}, or rounding"),
+)  # fmt: skip
+PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
 
 
 def main():
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3, help="over sqrt(r) for rslora, unless --one-rate")
-    parser.add_argument("--one-rate", action="store_true", help="rslora at the rate of the others, which is too high")
-    parser.add_argument("--double", action="store_true", help="in fp64, where rounding has no time to grow")
-    parser.add_argument(
-        "--check", action="store_true", help=f"exit with 1 where losses differ by more than {AIM:g}, or rounding"
-    )
-    args = parser.parse_args()
-    print(f"peft {peft.__version__}, torch {torch.__version__}, {vars(args)}\n")
-    print("| adapter | processes | PEFT's loss, first and last | leanstep | PEFT, accelerated | PEFT, rows reversed |")
-    print("| --- | ---: | --- | ---: | ---: | ---: |")
-    missed = False
-    for variant in args.variants:
-        for size in args.processes:
-            wanted, *others = together(args, variant, size)
-            gaps = [(found - wanted).abs().max().item() for found in others]
-            missed |= not max(gaps[:2]) <= max(AIM, 4 * gaps[2])
-            cells = " | ".join(f"{gap:.1e}" for gap in gaps)
-            print(f"| {variant} | {size} | {wanted[0]:.4f}, {wanted[-1]:.4f} | {cells} |", flush=True)
-    sys.exit(args.check and missed)
+    options = PARSER.parse_args()
+    print(f"peft {required('peft').__version__}, torch {torch.__version__}, {vars(options)}\n")
+    missed = []
+
+    def rows():
+        for variant in options.variants:
+            for size in options.processes:
+                expected, *others = together(options, variant, size)
+                gaps = [(losses - expected).abs().max().item() for losses in others]
+                missed.append(not max(gaps[:2]) <= max(AIM, 4 * gaps[2]))
+                yield variant, size, f"{expected[0]:.4f}, {expected[-1]:.4f}", *(f"{gap:.1e}" for gap in gaps)
+
+    models = ["leanstep", "PEFT, accelerated", "PEFT, rows reversed"]
+    print_table(["adapter", "processes", "PEFT's loss, first and last", *models], rows(), left=(0, 2))
+    sys.exit(options.check and any(missed))
 
 
-def together(args, variant, size):
+def together(options, variant, size):
     """Losses [4, steps] of the runs, from so many processes."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
         probe.close()
-        torch.multiprocessing.spawn(work, (size, folder, args, variant), nprocs=size)
+        torch.multiprocessing.spawn(work, (size, folder, options, variant), nprocs=size)
         return torch.load(f"{folder}/losses.pt")
 
 
-def work(rank, size, folder, args, variant):
+def work(rank, size, folder, options, variant):
     """One process: train one model after another; the first process writes the losses."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    args.lr *= 1.0 if args.one_rate else RATES.get(variant, 1.0)
+    options.lr *= 1.0 if options.one_rate else RATES.get(variant, 1.0)
     text = torch.tensor(list("".join(pydoc_data.topics.topics.values()).encode()[: 2**18]))
-    theirs = peft.get_peft_model(llama(args), peft.LoraConfig(r=RANK, target_modules=TARGETS, **VARIANTS[variant]))
-    own = f"{folder}/{rank}"
-    theirs.save_pretrained(own)
-    ours, fast = load_adapter(llama(args), own), copy.deepcopy(theirs)
+    peft = required("peft")
+    theirs = peft.get_peft_model(llama(options), peft.LoraConfig(r=RANK, target_modules=LINEARS, **VARIANTS[variant]))
+    theirs.save_pretrained(f"{folder}/{rank}")
+    ours, fast = load_adapter(llama(options), f"{folder}/{rank}"), copy.deepcopy(theirs)
     accelerate_peft(fast)
     again = copy.deepcopy(theirs)
-    found = [train(args, model, text, rank, size) for model in (theirs, ours, fast)]
-    found.append(train(args, again, text, rank, size, backwards=True))
+    losses = [train(options, model, text, rank, size) for model in (theirs, ours, fast)]
+    losses.append(train(options, again, text, rank, size, backwards=True))
     if rank == 0:
-        torch.save(torch.stack(found), f"{folder}/losses.pt")
+        torch.save(torch.stack(losses), f"{folder}/losses.pt")
     dist.destroy_process_group()
 
 
-def llama(args):
+def llama(options):
     """The base, and the generator that PEFT's factors come from, the same in every process."""
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, max_position_embeddings=args.length, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(torch.float64 if args.double else torch.float32)
+    model = random_llama(64, 176, 2, options.length, vocab_size=256, num_key_value_heads=2)
+    return model.to(torch.float64 if options.double else torch.float32)
 
 
-def train(args, model, text, rank, size, backwards=False):
+def train(options, model, text, rank, size, backwards=False):
     """The losses of a run, means over processes."""
     model.train()
     parallel = DistributedDataParallel(model) if size > 1 else model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, eps=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, eps=1e-6)
     generator = torch.Generator().manual_seed(1)
-    losses = torch.empty(args.steps, dtype=torch.float64)
-    for step in range(args.steps):
-        starts = torch.randint(len(text) - args.length, (args.batch,), generator=generator)
-        ids = torch.stack([text[start : start + args.length] for start in starts])[rank::size]
+    losses = torch.empty(options.steps, dtype=torch.float64)
+    for step in range(options.steps):
+        starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
+        ids = torch.stack([text[start : start + options.length] for start in starts])[rank::size]
         ids = ids.flip(0) if backwards else ids
         loss = parallel(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -2,127 +2,92 @@
 
     python benchmarks/lora_step.py
 
-All models are made from one, stand in one process, and take turns; medians are printed, and ratios to PEFT. The frozen
-model computes the gradient of its embeddings and nothing else. Needs peft, of the extra ``bench``.
+All models are made from one, live in one process, and take turns in shuffled order; medians are printed, and ratios to
+PEFT. The frozen model computes the gradient of its embeddings and nothing else. Needs peft, of the extra ``bench``.
 """
 
-import argparse
-import copy
 import statistics
 import time
+from copy import deepcopy
 
 import torch
-import transformers
-from bench_extra import needed
+from common import command_line, interleaved, print_table, required, start
+from models import LINEARS, random_llama
 
 from leanstep.kernels.matrices import dense_product
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
 
-peft = needed("peft")
-
 VARIANTS = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}}
-AIMS = {
-    ("fp32", "plain"): 0.93,
-    ("fp32", "dropout"): 0.75,
-    ("fp32", "DoRA"): 0.60,
-    ("bf16", "plain"): 0.85,
-    ("bf16", "dropout"): 0.65,
-    ("bf16", "DoRA"): 0.60,
-}
+AIMS = {"fp32": {"plain": 0.93, "dropout": 0.75, "DoRA": 0.60}, "bf16": {"plain": 0.85, "dropout": 0.65, "DoRA": 0.60}}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PARSER = command_line(
+    __doc__, hidden=512, mlp=1376, layers=4, tokens=1024, rank=16, rounds=9, threads=0,
+    blas=(False, "fp32 products by torch.mm, where oneDNN would be faster"),
+)  # fmt: skip
+PARSER.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for a busy machine")
+PARSER.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
 
 
 def main():
-    """Print one table per dtype and kind of adapter."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--mlp", type=int, default=1376)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for a busy machine")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--blas", action="store_true", help="fp32 products by torch.mm, where oneDNN would be faster")
-    args = parser.parse_args()
-    if args.blas:
+    """Print the table."""
+    options = start(PARSER)
+    peft = required("peft")
+    if options.blas:
         dense_product.why_not_onednn = lambda: "asked for"
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(f"peft {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(args)}\n")
-    print("| base | adapter | model | forward ms | backward ms | step ms | ÷ frozen | ÷ PEFT | aim |")
-    print("| --- | --- | --- |" + " ---: |" * 6)
-    for dtype in args.dtypes:
-        for variant in args.variants:
-            table(args, dtype, variant)
+    print(f"peft {peft.__version__}, {vars(options)}\n")
+    head = ["base", "adapter", "model", "forward ms", "backward ms", "step ms", "÷ frozen", "÷ PEFT", "aim"]
+    pairs = [(dtype, variant) for dtype in options.dtypes for variant in options.variants]
+    print_table(head, (row for pair in pairs for row in measure(options, *pair, peft)), left=range(3))
 
 
-def table(args, dtype, variant):
+def measure(options, dtype, variant, peft):
     """Rows of one kind of adapter."""
-    models = build(args, DTYPES[dtype], VARIANTS[variant])
-    times = {name: ([], []) for name in models}
-    embeddings = torch.randn(1, args.tokens, args.hidden, dtype=DTYPES[dtype])
-    names = list(models)
-    for turn in range(args.rounds + 1):
-        # each comes after each, whose memory it finds
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            model = models[name]
-            forward, backward = step(model, embeddings, inputs=name == "frozen", clock=CLOCKS[args.clock])
-            if turn:
-                times[name][0].append(forward)
-                times[name][1].append(backward)
-    totals = {name: [f + b for f, b in zip(*pair, strict=True)] for name, pair in times.items()}
-
-    def ratio(name, other):
-        # of each round: what slows a round down slows all of its models
-        return statistics.median(a / b for a, b in zip(totals[name], totals[other], strict=True))
-
-    for name, (forward, backward) in times.items():
-        aim = AIMS.get((dtype, variant), "") if name.startswith("leanstep") else ""
-        cells = " | ".join(f"{statistics.median(values):.1f}" for values in (forward, backward, totals[name]))
-        ratios = f"{ratio(name, 'frozen'):.2f} | {ratio(name, 'PEFT'):.2f}"
-        print(f"| {dtype} | {variant} | {name} | {cells} | {ratios} | {aim} |", flush=True)
+    embeddings = torch.randn(1, options.tokens, options.hidden, dtype=DTYPES[dtype])
+    runs = {
+        name: lambda name=name, model=model: step(model, embeddings, name == "frozen", CLOCKS[options.clock])
+        for name, model in build(options, DTYPES[dtype], VARIANTS[variant], peft).items()
+    }
+    times = interleaved(runs, options.rounds)
+    totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
+    for name, pairs in times.items():
+        parts = [f"{1e3 * statistics.median(values):.1f}" for values in (*zip(*pairs, strict=True), totals[name])]
+        # ratios of each round: what slows a round down slows all of its models
+        ratios = [
+            f"{statistics.median(a / b for a, b in zip(totals[name], totals[other], strict=True)):.2f}"
+            for other in ("frozen", "PEFT")
+        ]
+        yield [dtype, variant, name, *parts, *ratios, AIMS[dtype][variant] if name.startswith("leanstep") else ""]
 
 
-def build(args, dtype, settings):
+def build(options, dtype, settings, peft):
     """The models that take turns, by name."""
-    config = transformers.LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.mlp, num_hidden_layers=args.layers, num_attention_heads=8,
-        vocab_size=512, max_position_embeddings=args.tokens, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    base = transformers.LlamaModel(config).to(dtype)
-    common = {"r": args.rank, "lora_alpha": 2 * args.rank, "target_modules": TARGETS, **settings}
-
-    def with_peft():
-        return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**common))
-
-    fast = with_peft()
+    base = random_llama(options.hidden, options.mlp, options.layers, options.tokens, num_attention_heads=8)
+    base = base.model.to(dtype)
+    settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": LINEARS, **settings}
+    theirs, fast = (peft.get_peft_model(deepcopy(base), peft.LoraConfig(**settings)) for _ in range(2))
     accelerate_peft(fast)
     return {
-        "frozen": copy.deepcopy(base).requires_grad_(False),
-        "PEFT": with_peft(),
-        "leanstep": apply_lora(copy.deepcopy(base), LoraConfig(**common)),
-        "leanstep, blocks not fused": apply_lora(copy.deepcopy(base), LoraConfig(**common, fused_blocks=False)),
+        "frozen": deepcopy(base).requires_grad_(False),
+        "PEFT": theirs,
+        "leanstep": apply_lora(deepcopy(base), LoraConfig(**settings)),
+        "leanstep, blocks not fused": apply_lora(deepcopy(base), LoraConfig(**settings, fused_blocks=False)),
         "PEFT, accelerated": fast,
     }
 
 
 def step(model, embeddings, inputs, clock):
-    """Milliseconds of one forward and one backward pass."""
+    """Seconds of one forward and one backward pass."""
     model.train()
     inputs_embeds = embeddings.detach().requires_grad_(inputs)
-    start = clock()
+    begin = clock()
     output = model(inputs_embeds=inputs_embeds).last_hidden_state
     middle = clock()
     output.float().square().mean().backward()
     end = clock()
     model.zero_grad(set_to_none=True)
-    return (middle - start) * 1e3, (end - middle) * 1e3
+    return middle - begin, end - middle
 
 
 if __name__ == "__main__":

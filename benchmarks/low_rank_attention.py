@@ -5,13 +5,12 @@
 One causal head of size 64 in fp32, degree 2: the two run in turns in one process, on inputs whose certified bound of
 the logits (``scale * max |q| * max |k|``) is 1; the bound is what the error depends on, and the second table varies
 it. A ratio below 1 means that low-rank is faster. Times are processor time of the process, all threads together.
-Errors are relative, ``|found - exact| / |exact|``, of the output and of the three gradients, from the runs that were
-timed.
+Errors of the output and of the three gradients are relative, ``|result - exact| / |exact|``, and come from the timed
+runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from optimizer_step import machine
+from common import command_line, print_table, pyplot, save_svg, start, timed
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -30,6 +29,11 @@ from leanstep.lora.attention.error_bounds import largest_logit
 DIM, DEGREE = 64, 2
 # bound of the logits of the second table, at the least length
 BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+PARSER = command_line(
+    __doc__, lengths=[4096, 8192, 16384, 32768, 65536], threads=1,
+    budget=(10.0, "seconds a length before it is not repeated"),
+)  # fmt: skip
+PARSER.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
 
 
 class Row(NamedTuple):
@@ -52,26 +56,24 @@ def inputs(length: int, bound: float) -> tuple[list[Tensor], Tensor]:
 
 
 def low_rank(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What is measured."""
+    """Low-rank attention, which is measured."""
     return low_rank_attention(q, k, v, degree=DEGREE, causal=True)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What it is compared with."""
+    """Exact attention, which it is compared with."""
     return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def run(function, tensors: list[Tensor], grad: Tensor) -> tuple[float, list[Tensor]]:
-    """Seconds of processor time of one forward and backward pass, and what they gave."""
-    begin = time.process_time()
+def run(function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of one forward and backward pass."""
     out = function(*tensors)
-    grads = torch.autograd.grad(out, tensors, grad)
-    return time.process_time() - begin, [out.detach(), *grads]
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
 
 
-def distances(found: list[Tensor], want: list[Tensor]) -> list[float]:
-    """Relative errors."""
-    return [float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True)]
+def relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Relative errors of all tensors."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True)]
 
 
 def measure(length: int, budget: float) -> Row:
@@ -79,11 +81,12 @@ def measure(length: int, budget: float) -> Row:
     tensors, grad = inputs(length, 1.0)
     times: list[list[float]] = [[], []]
     while len(times[0]) < 5 and (not times[0] or sum(map(sum, times)) < budget):
-        results = [run(function, tensors, grad) for function in (exact, low_rank)]
-        for kept, (seconds, _) in zip(times, results, strict=True):
-            kept.append(seconds)
-    medians = [statistics.median(kept) for kept in times]
-    errors = distances(results[1][1], results[0][1])
+        runs = [lambda f=function: run(f, tensors, grad) for function in (exact, low_rank)]
+        seconds, results = zip(*(timed(function, time.process_time) for function in runs), strict=True)
+        for values, value in zip(times, seconds, strict=True):
+            values.append(value)
+    medians = [statistics.median(values) for values in times]
+    errors = relative_errors(results[1], results[0])
     shape = AttentionShape(1, 1, length, DIM, DIM)
     return Row(length, *medians, medians[1] / medians[0], cost_ratio(shape, DEGREE), errors)
 
@@ -92,50 +95,36 @@ def crossover(rows: list[Row]) -> str:
     """Between which lengths the ratio of times passes 1, by a straight line between logarithms."""
     for before, after in zip(rows[:-1], rows[1:], strict=True):
         if before.ratio >= 1 > after.ratio:
-            part = math.log(before.ratio) / math.log(before.ratio / after.ratio)
-            length = before.length * (after.length / before.length) ** part
+            fraction = math.log(before.ratio) / math.log(before.ratio / after.ratio)
+            length = before.length * (after.length / before.length) ** fraction
             return f"crossover at about {round(length, -2):,.0f} tokens"
     if rows[0].ratio < 1:
         return f"low-rank is faster from the least length measured, {rows[0].length:,}"
     return f"no crossover up to {rows[-1].length:,} tokens"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---:"] * len(head), *rows])
-
-
-def by_length(rows: list[Row]) -> str:
-    """The first table."""
+def by_length(rows: list[Row]) -> None:
+    """Print the first table."""
     head = ["tokens", "exact s", "low-rank s", "time ratio", "FLOP ratio", "error O", "dQ", "dK", "dV"]
-    cells = [
+    cells = (
         [f"{r.length:,}", f"{r.exact:.3g}", f"{r.low_rank:.3g}", f"{r.ratio:.2f}", f"{r.operations:.2f}"]
         + [f"{error:.1e}" for error in r.errors]
         for r in rows
-    ]
-    return table(head, cells)
+    )
+    print_table(head, cells, left=())
 
 
-def by_bound(length: int) -> str:
-    """The second table: errors by the bound of the logits."""
-    rows = []
-    for bound in BOUNDS:
-        tensors, grad = inputs(length, bound)
-        found, want = (run(function, tensors, grad)[1] for function in (low_rank, exact))
-        rows.append([f"{bound:g}", *(f"{error:.1e}" for error in distances(found, want))])
-    return table(["bound of logits", "error O", "dQ", "dK", "dV"], rows)
+def by_bound(length: int) -> None:
+    """Print the second table: errors by the bound of the logits."""
+    head = ["bound of logits", "error O", "dQ", "dK", "dV"]
+    errors = (relative_errors(*(run(f, *inputs(length, bound)) for f in (low_rank, exact))) for bound in BOUNDS)
+    print_table(head, ([f"{b:g}", *map("{:.1e}".format, row)] for b, row in zip(BOUNDS, errors, strict=True)), left=())
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Ratios of time and operations over the length, and the errors beside them."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "leanstep"
     lengths = [row.length for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.4))
     left.loglog(lengths, [row.ratio for row in rows], "o-", label="time, measured")
     left.loglog(lengths, [row.operations for row in rows], "s--", label="operations, counted")
     left.axhline(1, color="grey", linewidth=0.8)
@@ -148,27 +137,19 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main() -> None:
     """Print the tables, draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds a length before it is not repeated")
-    parser.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(machine(), flush=True)
+    options = start(PARSER)
     for function in (exact, low_rank):
         run(function, *inputs(1024, 1.0))
     rows = [measure(length, options.budget) for length in sorted(options.lengths)]
     print(f"\nOne causal head of {DIM}, degree {DEGREE}, fp32, forward and backward; {crossover(rows)}.\n")
-    print(by_length(rows))
+    by_length(rows)
     print(f"\nErrors by the bound of the logits, {rows[0].length:,} tokens:\n")
-    print(by_bound(rows[0].length))
+    by_bound(rows[0].length)
     if options.figure:
         plot(rows, options.figure)
 

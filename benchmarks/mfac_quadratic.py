@@ -18,15 +18,15 @@ steps to the smallest fraction then runs with the other seeds. A setting at the 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import scipy.optimize
 import torch
-from bench_extra import needed
+from common import command_line, print_table, pyplot, required, save_svg
 from torch import Tensor
 
 from leanstep.optimizers import MFAC
@@ -35,6 +35,9 @@ BATCH, EVERY, L2, WINDOW = 64, 5, 1e-3, 256
 RATES = tuple(2.0**k for k in range(-6, 4))
 MFAC_RATES = tuple(2.0**k for k in range(-11, -2))
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+PARSER = command_line(__doc__, seeds=5, steps=(1000, "the most steps of a run"))
+PARSER.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
 
 
 class Problem(NamedTuple):
@@ -44,17 +47,13 @@ class Problem(NamedTuple):
     data: Tensor
     target: Tensor
     shape: tuple[int, ...]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Loss
     fractions: tuple[float, ...]
     minimum: float
 
-    def whole(self, weight: Tensor) -> Tensor:
-        """The loss over all data."""
-        return self.loss(weight, self.data, self.target)
-
-    def start(self) -> Tensor:
-        """Zeros."""
-        return torch.zeros(self.shape, dtype=self.data.dtype)
+    def excess(self, weight: Tensor) -> float:
+        """The loss over all data, less the minimum."""
+        return float(self.loss(weight.detach(), self.data, self.target)) - self.minimum
 
 
 def squares(weight: Tensor, data: Tensor, target: Tensor) -> Tensor:
@@ -75,19 +74,17 @@ def softmax(weight: Tensor, data: Tensor, target: Tensor) -> Tensor:
 
 def problems() -> Iterator[Problem]:
     """The three problems, with their minima."""
-    datasets = needed("sklearn.datasets")
+    datasets = required("sklearn.datasets")
     chance = torch.Generator().manual_seed(0)
     data = torch.randn(4096, 60, generator=chance, dtype=torch.float64) * torch.logspace(0, -1.5, 60)
     solution = torch.randn(60, generator=chance, dtype=torch.float64) / torch.logspace(1, -0.5, 60)
     target = data @ solution + torch.randn(4096, generator=chance, dtype=torch.float64)
     yield with_minimum("quadratic", data, target, (60,), squares, (0.3, 0.1, 0.05))
-    dataset = datasets.load_breast_cancer()
-    data = torch.from_numpy(dataset.data)
-    target = torch.from_numpy(dataset.target).double()
+    data, target = map(torch.from_numpy, datasets.load_breast_cancer(return_X_y=True))
+    target = target.double()
     yield with_minimum("breast cancer", with_ones(data / data.std()), target, (31,), logistic, (0.1, 0.01, 0.003))
-    dataset = datasets.load_digits()
-    data = with_ones(torch.from_numpy(dataset.data) / 16)
-    yield with_minimum("digits", data, torch.from_numpy(dataset.target), (65, 10), softmax, (0.1, 0.01, 0.005))
+    data, target = map(torch.from_numpy, datasets.load_digits(return_X_y=True))
+    yield with_minimum("digits", with_ones(data / 16), target, (65, 10), softmax, (0.1, 0.01, 0.005))
 
 
 def with_ones(data: Tensor) -> Tensor:
@@ -96,37 +93,31 @@ def with_ones(data: Tensor) -> Tensor:
 
 
 def with_minimum(
-    name: str,
-    data: Tensor,
-    target: Tensor,
-    shape: tuple[int, ...],
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    fractions: tuple[float, ...],
+    name: str, data: Tensor, target: Tensor, shape: tuple[int, ...], loss: Loss, fractions: Any
 ) -> Problem:
-    """The problem, solved by damped Newton steps until the gradient is gone."""
-    weight = torch.zeros(shape, dtype=data.dtype)
+    """The problem, solved by Newton's method in a trust region until the gradient is gone."""
 
-    def of_flat(flat: Tensor) -> Tensor:
-        return loss(flat.view(shape), data, target)
+    def flat_loss(weight: Tensor) -> Tensor:
+        return loss(weight.view(shape), data, target)
 
-    for _ in range(50):
-        gradient = torch.func.grad(of_flat)(weight.reshape(-1))
-        if gradient.norm() < 1e-10:
-            break
-        hessian = torch.func.hessian(of_flat)(weight.reshape(-1))
-        hessian += 1e-12 * torch.eye(len(gradient), dtype=data.dtype)
-        step, length = torch.linalg.solve(hessian, gradient), 1.0
-        before = of_flat(weight.reshape(-1))
-        while of_flat(weight.reshape(-1) - length * step) > before and length > 1e-6:
-            length /= 2
-        weight = weight - length * step.view(shape)
-    else:
-        raise RuntimeError(f"{name}: Newton's method has not converged")
-    return Problem(name, data, target, shape, loss, fractions, float(loss(weight, data, target)))
+    def numpy_function(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+        return lambda x: function(torch.from_numpy(x)).numpy()
+
+    solution = scipy.optimize.minimize(
+        numpy_function(flat_loss),
+        torch.zeros(shape).flatten().numpy(),
+        jac=numpy_function(torch.func.grad(flat_loss)),
+        hess=numpy_function(torch.func.hessian(flat_loss)),
+        method="trust-exact",
+        options={"gtol": 1e-9},
+    )
+    if not solution.success:
+        raise RuntimeError(f"{name}: Newton's method has not converged: {solution.message}")
+    return Problem(name, data, target, shape, loss, fractions, float(solution.fun))
 
 
 class Setting(NamedTuple):
-    """An optimizer and what is tuned of it."""
+    """An optimizer and its tuned settings."""
 
     method: str
     lr: float
@@ -152,10 +143,10 @@ GRIDS = {
 
 def run(problem: Problem, setting: Setting, seed: int, steps: int) -> list[float]:
     """Excess of the whole loss, as a fraction of the first, every ``EVERY`` steps until the smallest is reached."""
-    weight = problem.start().requires_grad_()
+    weight = torch.zeros(problem.shape, requires_grad=True)
     optimizer = setting.build(weight)
     chance = torch.Generator().manual_seed(seed)
-    first = float(problem.whole(weight.detach())) - problem.minimum
+    first = problem.excess(weight)
     excess = [1.0]
     for step in range(1, steps + 1):
         rows = torch.randint(len(problem.data), (BATCH,), generator=chance)
@@ -163,7 +154,7 @@ def run(problem: Problem, setting: Setting, seed: int, steps: int) -> list[float
         problem.loss(weight, problem.data[rows], problem.target[rows]).backward()
         optimizer.step()
         if step % EVERY == 0:
-            excess.append((float(problem.whole(weight.detach())) - problem.minimum) / first)
+            excess.append(problem.excess(weight) / first)
             if not excess[-1] < 100 or excess[-1] <= problem.fractions[-1]:
                 break
     return excess
@@ -175,7 +166,7 @@ def steps_to(excess: list[float], fraction: float) -> float:
 
 
 def score(problem: Problem, excess: list[float]) -> tuple[float, float]:
-    """What tuning compares: steps to the smallest fraction, then the least excess reached."""
+    """Steps to the smallest fraction, then the least excess: tuning takes the setting with the smallest score."""
     return steps_to(excess, problem.fractions[-1]), min(excess)
 
 
@@ -183,7 +174,7 @@ def tune(problem: Problem, method: str, steps: int) -> Setting:
     """The best setting of a method's grid on one seed."""
     best, least = GRIDS[method][0], (float("inf"), float("inf"))
     for setting in GRIDS[method]:
-        # a run that takes longer than the best so far may stop early
+        # a setting slower than the best so far is stopped there
         limit = int(min(steps, least[0]))
         result = score(problem, run(problem, setting, 1000, limit))
         if result < least:
@@ -191,20 +182,15 @@ def tune(problem: Problem, method: str, steps: int) -> Setting:
     edges = [("lr", [s.lr for s in GRIDS[method]], best.lr)]
     if method == "M-FAC":
         edges.append(("damping", list(DAMPINGS), best.damping))
-    for name, values, best_value in edges:
-        if best_value in (min(values), max(values)):
-            print(f"note: {problem.name}, {method}: the best {name}, {best_value:g}, is at the edge of its grid")
+    for name, values, value in edges:
+        if value in (min(values), max(values)):
+            print(f"note: {problem.name}, {method}: the best {name}, {value:g}, is at the edge of its grid")
     return best
 
 
 def plot(curves: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     """Excess loss against steps, one panel a problem, one line a seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.4), sharey=True)
+    figure, panels = pyplot().subplots(1, len(curves), figsize=(3.6 * len(curves), 3.4), sharey=True)
     for axes, (name, methods) in zip(panels, curves.items(), strict=True):
         for colour, (method, runs) in zip(("#4c72b0", "#dd8452", "#55a868"), methods.items(), strict=True):
             for i, excess in enumerate(runs):
@@ -214,12 +200,11 @@ def plot(curves: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss above the minimum, start = 1")
     panels[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
-def row(problem: Problem, setting: Setting, runs: list[list[float]]) -> str:
-    """A line of the table: median steps of the seeds to every fraction, and the range for the smallest."""
+def row(problem: Problem, setting: Setting, runs: list[list[float]]) -> list[str]:
+    """A row of the table: median steps of the seeds to every fraction, and the range for the smallest."""
     cells = []
     for fraction in problem.fractions:
         counts = sorted(steps_to(excess, fraction) for excess in runs)
@@ -227,31 +212,27 @@ def row(problem: Problem, setting: Setting, runs: list[list[float]]) -> str:
         missed = sum(count == float("inf") for count in counts)
         text = "not reached" if middle == float("inf") else f"{middle:g} ({counts[0]:g} to {counts[-1]:g})"
         cells.append(f"{fraction:g}: " + text.replace("inf", f"not by {missed} of {len(counts)}"))
-    return f"| {problem.name} | {setting.method} | {setting.text()} | {' | '.join(cells)} |"
+    return [problem.name, setting.method, setting.text(), *cells]
 
 
 def main() -> None:
     """Tune, run, print, plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1000, help="the most steps of a run")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    lines = []
+    rows = []
     for problem in problems():
         curves[problem.name] = {}
         for method in GRIDS:
             setting = tune(problem, method, options.steps)
             runs = [run(problem, setting, seed, options.steps) for seed in range(options.seeds)]
             curves[problem.name][method] = runs
-            lines.append(row(problem, setting, runs))
-            print(lines[-1], flush=True)
-    print("\n| problem | method | setting | median steps to a fraction (seeds' range) | | |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print("\n".join(lines))
+            rows.append(row(problem, setting, runs))
+            print(*rows[-1], sep=" | ", flush=True)
+    print()
+    head = ["problem", "method", "setting", "median steps to a fraction (seeds' range)", "", ""]
+    print_table(head, rows, left=range(6))
     if options.figure:
         plot(curves, options.figure)
 

@@ -12,16 +12,12 @@ a round, in shuffled order; medians. ISTA-DASLab-Optimizers' M-FAC is timed wher
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
-from optimizer_step import machine
+from common import command_line, interleaved_medians, print_table, start
 
 from leanstep.kernels import (
     linear_combination,
@@ -35,6 +31,10 @@ from leanstep.kernels import (
 )
 from leanstep.kernels.reference.fisher.inverse_fisher import dynamic_recursion
 
+PARSER = command_line(
+    __doc__, rows=[64, 256, 1024], columns=[100_000, 1_000_000], dtype=["float32", "bfloat16"], device="cpu",
+    threads=0, rounds=9,
+)  # fmt: skip
 DAMPING = 1e-5
 
 
@@ -99,24 +99,21 @@ class Sparse:
     def __init__(self, rows: int, columns: int, device: torch.device, density: float = 0.01) -> None:
         self.layouts = [sparse_layout(n, density) for n in block_sizes(columns)]
         self.gradients = [torch.randn(s.numel, device=device) for s in self.layouts]
-        # a few rows, repeated: the search for them is not timed here
-        entries = [
-            [top_k(torch.randn_like(g), layout) for _ in range(4)]
-            for g, layout in zip(self.gradients, self.layouts, strict=True)
-        ]
-        self.values = [torch.stack([v for v, _ in k] * (rows // 4)) for k in entries]
-        self.indices = [torch.stack([i for _, i in k] * (rows // 4)) for k in entries]
+        # four rows, repeated: filling the window is not timed
+        pairs = zip(self.gradients, self.layouts, strict=True)
+        entries = [[top_k(torch.randn_like(g), layout) for _ in range(4)] for g, layout in pairs]
+        self.values = [torch.stack([v for v, _ in block] * (rows // 4)) for block in entries]
+        self.indices = [torch.stack([i for _, i in block] * (rows // 4)) for block in entries]
         self.gram = torch.eye(rows, dtype=torch.float64, device=device)
         self.index, self.rows = rows - 1, rows
 
     def step(self) -> None:
         """Find the largest entries, store, solve with a regular matrix (the rows repeat), combine."""
-        for gradient, layout, values, indices in zip(
-            self.gradients, self.layouts, self.values, self.indices, strict=True
-        ):
+        newest = []
+        blocks = zip(self.gradients, self.layouts, self.values, self.indices, strict=True)
+        for gradient, layout, values, indices in blocks:
             values[self.index], indices[self.index] = top_k(gradient, layout)
-        triples = zip(self.values, self.indices, self.layouts, strict=True)
-        newest = [scatter(values[self.index], indices[self.index], layout) for values, indices, layout in triples]
+            newest.append(scatter(values[self.index], indices[self.index], layout))
         sparse_row_dots(self.values, self.indices, newest, self.layouts)
         coefficients, _ = window_coefficients(self.gram, DAMPING, self.rows, self.index)
         self.update = sparse_linear_combination(self.values, self.indices, coefficients, self.layouts)
@@ -132,7 +129,7 @@ def published_package(device: torch.device) -> str:
 
 
 def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """name -> what is timed, in an order in which the parts of a step follow one another."""
+    """name -> a timed call."""
     dense = Dense(rows, columns, dtype, device)
 
     # the fastest read that torch has, faster than a sum: the same bytes as an fp32 matrix, times a vector
@@ -171,56 +168,27 @@ def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return runs
 
 
-def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:
-    """Lines of one table."""
-    runs = candidates(rows, columns, dtype, device)
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            runs[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begin)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    floor = median["floor: two reads"]
+def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
+    """Print one table."""
+    medians = interleaved_medians(candidates(rows, columns, dtype, device), rounds)
+    floor = medians["floor: two reads"]
     size = rows * columns * dtype.itemsize
-    lines = [
-        f"m = {rows}, d = {columns}, {str(dtype).removeprefix('torch.')}: {size / 1e9:.2f} GB, read at "
-        f"{2 * size / floor / 1e9:.1f} GB/s",
-        "",
-        "| | median ms | x floor |",
-        "| --- | ---: | ---: |",
-    ]
-    return [*lines, *(f"| {name} | {time * 1e3:.2f} | {time / floor:.2f} |" for name, time in median.items())]
+    speed = f"{size / 1e9:.2f} GB, read at {2 * size / floor / 1e9:.1f} GB/s"
+    print(f"\nm = {rows}, d = {columns}, {str(dtype).removeprefix('torch.')}: {speed}\n")
+    cells = ([name, f"{value * 1e3:.2f}", f"{value / floor:.2f}"] for name, value in medians.items())
+    print_table(["", "median ms", "x floor"], cells)
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--columns", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = start(PARSER)
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
-    print(machine() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     print(published_package(device))
     for dtype in options.dtype:
         for columns in options.columns:
             for rows in options.rows:
-                print()
-                print("\n".join(measure(rows, columns, getattr(torch, dtype), device, options.rounds)), flush=True)
+                measure(rows, columns, getattr(torch, dtype), device, options.rounds)
 
 
 if __name__ == "__main__":

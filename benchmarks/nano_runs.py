@@ -12,13 +12,12 @@ repeated, so an interrupted call goes on where it stopped. Prints a markdown tab
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from common import command_line, print_table, pyplot, read_json_lines, save_svg, train_once
 
 
 class Entry(NamedTuple):
@@ -43,107 +42,94 @@ ENTRIES = {
 }
 
 
+PARSER = command_line(
+    __doc__, seeds=[0, 1, 2], tune_steps=150, only_tune=(False, "stop after the learning rates are chosen"),
+    steps=(0, "steps of the final runs; the recipe's if not given"),
+)  # fmt: skip
+PARSER.add_argument("--out", type=Path, required=True)
+PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
+PARSER.add_argument("--optimizers", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
+PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
+
+
 def run(recipe: str, out: Path, overrides: list[str]) -> float:
-    """Train once (unless done) and return the last validation loss; inf for a run that diverged."""
-    status = out / "status.json"
-    if not (status.exists() and json.loads(status.read_text())["status"] in ("done", "failed:nan")):
-        command = [sys.executable, "-m", "leanstep", "train", recipe, f"out={out}", *overrides]
-        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if result.returncode not in (0, 3):
-            raise RuntimeError(f"{' '.join(command)} exited {result.returncode}:\n{result.stderr[-2000:]}")
-    report = json.loads(status.read_text())
+    """Train once and return the last validation loss; inf for a run that diverged."""
+    report = train_once(recipe, out, overrides)
     return report["val_loss"] if report["status"] == "done" else float("inf")
 
 
-def tune(family: str, optimizer: str, out: Path, steps: int, extra: list[str]) -> dict[float, float]:
+def tune(family: str, optimizer: str, out: Path, steps: int, settings: list[str]) -> dict[float, float]:
     """Validation loss by learning rate."""
     losses = {}
     entry = ENTRIES[optimizer]
     for lr in entry.rates:
         overrides = [f"optimizer.lr={lr}", f"steps={steps}", f"eval.every={steps}", "eval.at_start=false"]
-        overrides += [*entry.settings, *extra]
+        overrides += [*entry.settings, *settings]
         losses[lr] = run(f"{family}-nano-{entry.recipe}", out / f"tune-{optimizer}-{lr}", overrides)
         print(f"tune {optimizer} lr {lr}: validation loss {losses[lr]:.4f}", flush=True)
+    best = min(losses, key=losses.__getitem__)
+    if best in (entry.rates[0], entry.rates[-1]):
+        print(f"note: the best rate of {optimizer}, {best}, is at the edge of its grid")
     return losses
 
 
-def curve(run_dir: Path) -> tuple[list[int], list[float]]:
-    """(tokens, validation loss) of a run."""
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    tokens_at = {r["step"]: r["tokens"] for r in records if r["kind"] == "train"}
-    points = [(tokens_at[r["step"]], r["loss"]) for r in records if r["kind"] == "eval" and r["step"] in tokens_at]
-    return [t for t, _ in points], [loss for _, loss in points]
+def curve(out: Path) -> list[tuple[float, float]]:
+    """(million tokens, validation loss) of a run."""
+    rows = read_json_lines(out / "log.jsonl")
+    tokens = {row["step"]: row["tokens"] / 1e6 for row in rows if row["kind"] == "train"}
+    return [(tokens[row["step"]], row["loss"]) for row in rows if row["kind"] == "eval" and row["step"] in tokens]
 
 
-def speed(run_dirs: list[Path]) -> float:
+def speed(folders: list[Path]) -> float:
     """Median tokens per second over the log lines of the runs; runs of a busy machine do not compare."""
-    lines = [json.loads(line) for run_dir in run_dirs for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return statistics.median(line["tokens_per_s"] for line in lines if line["kind"] == "train")
+    rows = [row for folder in folders for row in read_json_lines(folder / "log.jsonl")]
+    return statistics.median(row["tokens_per_s"] for row in rows if row["kind"] == "train")
 
 
 def plot(out: Path, family: str, rates: dict[str, float], seeds: list[int]) -> None:
     """Validation loss against tokens, one line a seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
+    figure, axes = pyplot().subplots(figsize=(6.4, 3.8))
     for colour, (optimizer, lr) in zip(COLOURS, rates.items(), strict=False):
         for i, seed in enumerate(seeds):
-            tokens, losses = curve(out / f"{optimizer}-seed{seed}")
             label = f"{optimizer}, lr {lr:g}" if i == 0 else None
-            axes.plot([t / 1e6 for t in tokens], losses, color=colour, linewidth=1.2, alpha=0.8, label=label)
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("validation loss (nats per token)")
+            points = zip(*curve(out / f"{optimizer}-seed{seed}"), strict=True)
+            axes.plot(*points, color=colour, linewidth=1.2, alpha=0.8, label=label)
+    axes.set(xlabel="million tokens", ylabel="validation loss (nats per token)")
     axes.set_title(f"{family}-nano on the State of the Union addresses, {len(seeds)} seeds")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(out / "curves.svg", metadata={"Date": None})
+    save_svg(figure, out / "curves.svg")
 
 
 def main() -> None:
     """Tune, run, print, plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--family", default="llama", choices=["llama", "gpt"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tune-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, help="steps of the final runs; the recipe's if not given")
-    parser.add_argument("--optimizers", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
-    parser.add_argument("--only-tune", action="store_true", help="stop after the learning rates are chosen")
-    options, extra = parser.parse_known_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    tuning = {name: tune(options.family, name, options.out, options.tune_steps, extra) for name in options.optimizers}
+    options = PARSER.parse_intermixed_args()
+    family, out, settings = options.family, options.out, options.settings
+    tuning = {name: tune(family, name, out, options.tune_steps, settings) for name in options.optimizers}
     rates = {name: min(losses, key=losses.__getitem__) for name, losses in tuning.items()}
-    for name, lr in rates.items():
-        if lr in (ENTRIES[name].rates[0], ENTRIES[name].rates[-1]):
-            print(f"note: the best rate of {name}, {lr}, is at the edge of its grid")
     if options.only_tune:
         return
     results: dict[str, list[float]] = {}
     for seed in options.seeds:
         for name, lr in rates.items():
             entry = ENTRIES[name]
-            overrides = [f"optimizer.lr={lr}", f"seed={seed}", *entry.settings, *extra]
-            if options.steps is not None:
+            overrides = [f"optimizer.lr={lr}", f"seed={seed}", *entry.settings, *settings]
+            if options.steps:
                 overrides += [f"steps={options.steps}", f"eval.every={max(options.steps // 6, 1)}"]
-            out = options.out / f"{name}-seed{seed}"
-            results.setdefault(name, []).append(run(f"{options.family}-nano-{entry.recipe}", out, overrides))
-            print(f"{name} lr {lr} seed {seed}: validation loss {results[name][-1]:.4f}", flush=True)
-    record = {"tuning": {k: {str(r): v for r, v in t.items()} for k, t in tuning.items()}, "losses": results}
-    (options.out / "results.json").write_text(json.dumps(record, indent=1))
-    plot(options.out, options.family, rates, options.seeds)
-    print(
-        "\n| optimizer | lr | validation loss, mean of seeds | spread | each seed | tokens/s |\n"
-        "| --- | ---: | ---: | ---: | --- | ---: |"
-    )
+            loss = run(f"{family}-nano-{entry.recipe}", out / f"{name}-seed{seed}", overrides)
+            results.setdefault(name, []).append(loss)
+            print(f"{name} lr {lr} seed {seed}: validation loss {loss:.4f}", flush=True)
+    (out / "results.json").write_text(json.dumps({"tuning": tuning, "losses": results}, indent=1))
+    plot(out, family, rates, options.seeds)
+    head = ["optimizer", "lr", "validation loss, mean of seeds", "spread", "each seed", "tokens/s"]
+    rows = []
     for name, losses in sorted(results.items(), key=lambda item: statistics.mean(item[1])):
-        spread = f"{max(losses) - min(losses):.4f}"
-        fast = speed([options.out / f"{name}-seed{seed}" for seed in options.seeds])
+        tokens_per_s = speed([out / f"{name}-seed{seed}" for seed in options.seeds])
         each = ", ".join(f"{loss:.4f}" for loss in losses)
-        print(f"| {name} | {rates[name]:g} | {statistics.mean(losses):.4f} | {spread} | {each} | {fast:.0f} |")
+        spread = f"{max(losses) - min(losses):.4f}"
+        rows.append([name, f"{rates[name]:g}", f"{statistics.mean(losses):.4f}", spread, each, f"{tokens_per_s:.0f}"])
+    print()
+    print_table(head, rows, left=(0, 4))
 
 
 if __name__ == "__main__":

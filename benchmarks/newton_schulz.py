@@ -10,22 +10,22 @@ interleaved in one process; medians, and the smallest of the rounds. Without a n
 
 from __future__ import annotations
 
-import argparse
 import math
-import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from optimizer_step import llama_60m, machine
+from common import add_tables, command_line, interleaved_seconds, print_table, start
+from models import llama_60m_parameters
 from torch import Tensor
 
 from leanstep.kernels import newton_schulz, nuclear_norm
 
 ROWS = 512
 SETS = {"jordan": 5, "polar_express": 5, "classic_quintic": 10}
+PARSER = command_line(__doc__, dtype=["float32", "bfloat16"], threads=0, rounds=7)
+add_tables(PARSER, "bias", "error", "time")
 
 
 def spectra() -> dict[str, Tensor]:
@@ -52,28 +52,18 @@ def spectra() -> dict[str, Tensor]:
     }
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] + ["---:"] * (len(head) - 1), *rows])
-
-
-def bias() -> str:
-    """Estimated over exact nuclear norm."""
-    estimators: dict[str, Callable[[Tensor], Tensor]] = {
-        "default fp32": lambda m: nuclear_norm([m], dtype=torch.float32),
-        "default bf16": lambda m: nuclear_norm([m], dtype=torch.bfloat16),
-        "polar_express 5 fp32": lambda m: nuclear_norm([m], coefficients="polar_express", steps=5, dtype=torch.float32),
-        "polar_express 5 bf16": lambda m: nuclear_norm(
-            [m], coefficients="polar_express", steps=5, dtype=torch.bfloat16
-        ),
-        "jordan 5 fp32": lambda m: nuclear_norm([m], coefficients="jordan", steps=5, dtype=torch.float32),
-        "frobenius": lambda m: nuclear_norm([m], estimator="frobenius"),
-    }
+def bias() -> None:
+    """Print estimated over exact nuclear norms."""
+    fp32, bf16 = {"dtype": torch.float32}, {"dtype": torch.bfloat16}
+    polar, jordan = ({"coefficients": name, "steps": 5} for name in ("polar_express", "jordan"))
+    settings = {"default fp32": fp32, "default bf16": bf16, "polar_express 5 fp32": polar | fp32}
+    settings |= {"polar_express 5 bf16": polar | bf16, "jordan 5 fp32": jordan | fp32}
+    settings["frobenius"] = {"estimator": "frobenius"}
     rows = []
     for name, mat in spectra().items():
         exact = float(nuclear_norm([mat], estimator="svd"))
-        rows.append([name, *(f"{float(f(mat.float())) / exact:.3f}" for f in estimators.values())])
-    return table(["estimated / exact nuclear norm", *estimators], rows)
+        rows.append([name, *(f"{float(nuclear_norm([mat.float()], **s)) / exact:.3f}" for s in settings.values())])
+    print_table(["estimated / exact nuclear norm", *settings], rows)
 
 
 def polynomial(mat: Tensor, coefficients: str, steps: int) -> Tensor:
@@ -81,8 +71,8 @@ def polynomial(mat: Tensor, coefficients: str, steps: int) -> Tensor:
     return newton_schulz([mat], coefficients=coefficients, steps=steps, method="standard", dtype=torch.float64)[0]
 
 
-def error() -> str:
-    """Relative Frobenius distances: from U V^T / from the same steps in fp64."""
+def error() -> None:
+    """Print relative Frobenius distances: from U V^T / from the same steps in fp64."""
     kinds = [(method, dtype) for dtype in (torch.float32, torch.bfloat16) for method in ("standard", "gram")]
     head = ["from U V^T in fp64, then from those steps", "fp64"]
     head += [f"{method} {str(dtype).removeprefix('torch.')}" for method, dtype in kinds]
@@ -96,20 +86,18 @@ def error() -> str:
             row = [f"{name}, {coefficients} {steps}", f"{float((exact - left @ right).norm() / ROWS**0.5):.2f}"]
             for method, dtype in kinds:
                 options = {"steps": steps, "coefficients": coefficients, "method": method, "dtype": dtype}
-                (found,) = newton_schulz([mat.float()], **options)
-                row.append(f"{float((found.double() - exact).norm() / exact.norm()):.1e}")
+                (result,) = newton_schulz([mat.float()], **options)
+                row.append(f"{float((result.double() - exact).norm() / exact.norm()):.1e}")
             rows.append(row)
-    return table(head, rows)
+    print_table(head, rows)
 
 
-def timing(dtype: torch.dtype, rounds: int) -> str:
-    """Medians over the rounds, in shuffled order."""
+def timing(dtype: str, rounds: int) -> None:
+    """Print medians and least times of the rounds."""
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     jordan = (3.4445, -4.7750, 2.0315)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [shape for role, shape in llama_60m() if role == "hidden"]
-    mats = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    mats = [param.grad for param in llama_60m_parameters(getattr(torch, dtype))[0]]
     runs: dict[str, Callable[[], object]] = {
         "torch.optim._muon": lambda: [_zeropower_via_newtonschulz(m, jordan, 5, 1e-7) for m in mats],
         "newton_schulz": lambda: newton_schulz(mats),
@@ -118,48 +106,29 @@ def timing(dtype: torch.dtype, rounds: int) -> str:
         "nuclear_norm polar_express 5": lambda: nuclear_norm(mats, coefficients="polar_express", steps=5),
         "nuclear_norm frobenius": lambda: nuclear_norm(mats, estimator="frobenius"),
     }
-    order, times = list(runs), {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    shuffle = random.Random(0)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - begin)
+    times = interleaved_seconds(runs, rounds)
     base = times["torch.optim._muon"]
-    rows = [
-        [
-            name,
-            f"{statistics.median(values) * 1e3:.0f}",
-            f"{statistics.median(values) / statistics.median(base):.2f}",
-            f"{min(values) * 1e3:.0f}",
-            f"{min(values) / min(base):.2f}",
-        ]
-        for name, values in times.items()
-    ]
-    kind = str(dtype).removeprefix("torch.")
-    return table([f"{len(mats)} matrices of LLaMA-60M, {kind}", "median ms", "÷ Muon's", "least ms", "÷ Muon's"], rows)
+
+    def cells(values: list[float]) -> Iterator[str]:
+        for summary in (statistics.median, min):
+            yield from (f"{summary(values) * 1e3:.0f}", f"{summary(values) / summary(base):.2f}")
+
+    head = [f"{len(mats)} matrices of LLaMA-60M, {dtype}", "median ms", "÷ Muon's", "least ms", "÷ Muon's"]
+    print_table(head, ([name, *cells(values)] for name, values in times.items()))
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=["bias", "error", "time"], default=["bias", "error", "time"])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = start(PARSER)
     warnings.simplefilter("ignore")
-    print(machine())
-    for part in options.parts:
-        if part == "time":
-            for name in options.dtype:
-                print("\n" + timing(getattr(torch, name), options.rounds), flush=True)
+    for name in options.tables:
+        if name == "time":
+            for dtype in options.dtype:
+                print()
+                timing(dtype, options.rounds)
         else:
-            print("\n" + {"bias": bias, "error": error}[part](), flush=True)
+            print()
+            {"bias": bias, "error": error}[name]()
 
 
 if __name__ == "__main__":

@@ -5,77 +5,61 @@
 
 Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
 (``leanstep.kernels.product``), over that of ``nm_matmul``, medians of interleaved runs in one process: above 1 the
-compressed matrix is faster. The last column is the dense matrix's bytes over those of values and one-byte
-indices, which is what a product of one token is bound by. On a machine that others use, ``--cpu-time`` counts this
-process's processor time instead of the clock's.
+compressed matrix is faster. The last column is the dense matrix's bytes over those of values and one-byte indices,
+which bounds a product of one token. On a machine that others use, ``--cpu-time`` counts this process's processor time
+instead of the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Iterator
 
 import torch
-from nm_mask import Clock, timed
-from optimizer_step import machine
+from common import clock_of, command_line, interleaved_medians, print_table, start
 
 from leanstep.kernels import nm_compress, nm_mask, nm_matmul, product
 from leanstep.sparsity import NM
 
-PATTERNS = ("2:4", "4:8", "1:4", "1:8", "1:16", "1:32", "1:64")
+PATTERNS = ["2:4", "4:8", "1:4", "1:8", "1:16", "1:32", "1:64"]
+PARSER = command_line(
+    __doc__, size=4096, tokens=[1, 8, 64, 512], threads=0, rounds=9, patterns=PATTERNS, device="cpu",
+    dtype=["float32", "bfloat16"], cpu_time=(False, "measure processor time"),
+)  # fmt: skip
 
 
-def table(
-    size: int, dtype: torch.dtype, patterns: list[str], tokens: list[int], rounds: int, clock: Clock, device: str
-) -> str:
+def measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[list[str]]:
     """One row per pattern, one column per number of tokens."""
     generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(size, size, generator=generator).to(device, dtype)
-    inputs = [torch.randn(count, size, generator=generator).to(device, dtype) for count in tokens]
-    rows = []
-    for text in patterns:
-        pattern = NM.parse(text)
+
+    def normal(rows: int) -> torch.Tensor:
+        return torch.randn(rows, options.size, generator=generator).to(options.device, dtype)
+
+    dense = normal(options.size)
+    inputs = [normal(tokens) for tokens in options.tokens]
+    for pattern in map(NM.parse, options.patterns):
         weight = dense * nm_mask([dense], pattern.n, pattern.m)[0]
-        values, indices = nm_compress(weight, pattern.n, pattern.m)
+        compressed = nm_compress(weight, pattern.n, pattern.m)
         cells = []
         for x in inputs:
-            found = timed(
-                {
-                    "dense": lambda x=x, w=weight: product(x, w.T),  # type: ignore[misc]
-                    "ours": lambda x=x, v=values, i=indices, m=pattern.m: nm_matmul(x, v, i, m),  # type: ignore[misc]
-                },
-                rounds,
-                clock,
-                device,
-            )
-            cells.append(f"{found['dense'] / found['ours']:.2f} ({found['ours'] * 1e3:.2f} ms)")
-        smaller = weight.nbytes / (values.nbytes + indices.nbytes)
-        rows.append(f"| {text} | " + " | ".join(cells) + f" | {smaller:.1f} |")
-    name = str(dtype).removeprefix("torch.")
-    titles = " | ".join(f"{count} token{'s' if count > 1 else ''}" for count in tokens)
-    head = [f"| {size} x {size} {name} | {titles} | bytes |", "| --- |" + " ---: |" * (len(tokens) + 1)]
-    return "\n".join(head + rows)
+            runs = {
+                "dense": lambda x=x, w=weight: product(x, w.T),
+                "ours": lambda x=x, c=compressed, m=pattern.m: nm_matmul(x, *c, m),
+            }
+            seconds = interleaved_medians(runs, options.rounds, clock_of(options))
+            cells.append(f"{seconds['dense'] / seconds['ours']:.2f} ({seconds['ours'] * 1e3:.2f} ms)")
+        yield [str(pattern), *cells, f"{weight.nbytes / sum(tensor.nbytes for tensor in compressed):.1f}"]
 
 
+@torch.no_grad()
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), metavar="N:M")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    print(machine(options.device))
-    with torch.no_grad():
-        for dtype in options.dtype:
-            own = (options.size, getattr(torch, dtype), options.patterns, options.tokens, options.rounds)
-            print("\n" + table(*own, clock, options.device), flush=True)
+    options = start(PARSER)
+    columns = [f"{count} token{'s' if count > 1 else ''}" for count in options.tokens]
+    for name in options.dtype:
+        print()
+        head = [f"{options.size} x {options.size} {name}", *columns, "bytes"]
+        print_table(head, measure(options, getattr(torch, name)))
 
 
 if __name__ == "__main__":

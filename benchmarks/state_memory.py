@@ -7,12 +7,14 @@ Nothing is allocated: models are built with fake tensors, and the state is what 
 
 from __future__ import annotations
 
+from common import command_line, print_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanstep.recipes.check.memory import fake_model, optimizer_state_bytes, unique_bytes
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.training.build import build_optimizer
 
+PARSER = command_line(__doc__)
 SIZES = ("60m", "130m", "350m", "1b")
 STATELESS = "{role: embedding, algorithm: balanced}, {role: head, algorithm: balanced}"
 ROWS = {
@@ -32,12 +34,7 @@ def gigabytes(size: str, optimizer: str, overrides: list[str]) -> float:
     return total / 1e9
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"| weights + state, GB | {' | '.join(SIZES)} |\n| --- |{' ---: |' * len(SIZES)}")
-    for name, (optimizer, overrides) in ROWS.items():
-        print(f"| {name} | {' | '.join(f'{gigabytes(size, optimizer, overrides):.2f}' for size in SIZES)} |")
-
-
 if __name__ == "__main__":
-    main()
+    PARSER.parse_args()
+    rows = ([name, *(f"{gigabytes(size, *row):.2f}" for size in SIZES)] for name, row in ROWS.items())
+    print_table(["weights + state, GB", *(f"{size[:-1]}{size[-1].upper()}" for size in SIZES)], rows)

@@ -32,7 +32,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKENDS = ("reference", "cpp", "triton")
-# ops that are products of matrices: on a CPU, torch's BLAS computes them
+# ops that are products of matrices: on a CPU, torch's BLAS computes them (Newton-Schulz in batches, unless "reference",
+# its definition, is asked for by name)
 _PRODUCTS = ("reference", "triton")
 
 # op name -> the backends that have an implementation of it
@@ -188,7 +189,7 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
         reason = why_not(op, "triton", device)
         return Choice("reference", reason) if reason else Choice("triton", f"{device.type} device with Triton")
     if OPS[op] == _PRODUCTS:
-        return Choice("reference", "batched products of torch's BLAS")
+        return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
     return Choice("reference", reason) if reason else Choice("cpp", "CPU with a C++ compiler")
 

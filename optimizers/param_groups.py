@@ -1,4 +1,4 @@
-"""Which rule each parameter of a model gets: ordered groups by module type and name."""
+"""Roles of a model's parameters by module type and name, and parameter groups with settings for each role."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leanstep._torch import is_conv1d, output_head
 
 ROLES = ("hidden", "expert", "router", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
 
-# role -> settings of its group; "algorithm" (SinkGD's) and "norm" (LANTON's) are ignored by optimizers without them
+# role -> settings of its group; "algorithm" (SinkGD's) and "norm" (LANTON's) are ignored by other optimizers
 DEFAULTS: dict[str, dict[str, Any]] = {
     "hidden": {"algorithm": "sinkgd", "norm": "rms"},
     "expert": {"algorithm": "sinkgd", "norm": "rms"},
@@ -88,7 +88,7 @@ def param_groups(
     *,
     overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
 ) -> ParamGroups:
-    """Sort the trainable parameters of a model into groups by what they are.
+    """Sort the trainable parameters of a model into groups by their roles.
 
     Roles are decided by module type first, and by name where types do not tell:
 
@@ -112,25 +112,25 @@ def param_groups(
     Matrices that are known to be stored (in, out) are in groups of their own with ``transposed=True``: those of
     transformers' ``Conv1D`` (GPT-2), and expert weights of modules that say ``is_transposed`` or are known by class
     (GPT-OSS, Aria, Llama 4). All others are taken as (out, in). Weights (out, in, width) of one-dimensional
-    convolutions are in one with ``flatten=True``, as they are no stacks. Tables of vectors, such as biases of experts,
-    are in one with ``norm="sign"``.
+    convolutions are in a group with ``flatten=True``, since they are not stacks of matrices. Tables of vectors, such as
+    biases of experts, are in a group with ``norm="sign"``.
 
     Args:
         model: any module.
         settings: group settings per role, merged over :data:`DEFAULTS`; for example
             ``{"embedding": {"algorithm": "balanced", "momentum": 0.95}, "head": {"lr": 1e-3}}``.
-        overrides: ordered (regular expression, settings) pairs, or a mapping of them, searched in parameter names; the
-            first match takes the parameter into a group of its own, named after the expression. Settings start from the
-            role's.
+        overrides: ordered (regular expression, settings) pairs, or a mapping, searched in parameter names. The first
+            match puts the parameter into a separate group, named after the expression, with the role's settings updated
+            by these.
 
     Returns:
-        :class:`ParamGroups`: dicts with ``name``, ``params`` as (name, parameter) pairs, and the settings. Give it to
-        an optimizer as it is; print it to see the routing. Every trainable parameter is in exactly one group.
+        :class:`ParamGroups`: dicts with ``name``, ``params`` as (name, parameter) pairs, and the settings. Pass it to
+        an optimizer; print it to see the routing. Every trainable parameter is in exactly one group.
 
     Raises:
-        TypeError: something else than a model, or settings that are no mapping.
-        ValueError: an unknown role; an override that is no regular expression or matches nothing; a parameter under no
-            group; a model without trainable parameters.
+        TypeError: for anything but a model, or settings that are not a mapping.
+        ValueError: for an unknown role, an override that is not a regular expression or matches nothing, or a model
+            without trainable parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10))
@@ -142,15 +142,15 @@ def param_groups(
             f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the modules tell what a "
             "parameter is, so its parameters alone are not enough"
         )
-    chosen = {role: dict(DEFAULTS[role]) for role in ROLES}
+    role_settings = {role: dict(DEFAULTS[role]) for role in ROLES}
     for role, values in (settings or {}).items():
-        if role not in chosen:
+        if role not in role_settings:
             raise ValueError(f"param_groups: unknown role {role!r}; expected one of {ROLES}")
         if not isinstance(values, Mapping):
             raise TypeError(
                 f"param_groups: the settings of {role!r} must be a mapping such as {{'lr': 1e-3}}, got {values!r}"
             )
-        chosen[role].update(values)
+        role_settings[role].update(values)
     rules = _rules(overrides)
     used = [False] * len(rules)
     roles = parameter_roles(model)
@@ -163,16 +163,16 @@ def param_groups(
         match = next((i for i, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
         key: tuple[Any, ...]
         if match is None:
-            key, label, values = (ROLES.index(role), role), role, chosen[role]
+            key, label, values = (ROLES.index(role), role), role, role_settings[role]
         else:
             used[match] = True
             label = rules[match][0].pattern
-            key, values = (len(ROLES) + match, role), {**chosen[role], **rules[match][1]}
+            key, values = (len(ROLES) + match, role), {**role_settings[role], **rules[match][1]}
         if id(param) in transposed and role in ("hidden", "expert", "router"):
             key, values = (*key, "transposed"), {**values, "transposed": True}
         elif role == "conv" and param.dim() == 3:
             key, values = (*key, "flatten"), {**values, "flatten": True}
-        if values.get("norm") == "vector" and param.dim() > 1:  # biases of experts: a vector for each, in one table
+        if values.get("norm") == "vector" and param.dim() > 1:  # a table of vectors, such as biases of experts
             key, values = (*key, "table"), {**values, "norm": "sign"}
         groups.setdefault(key, {"name": label, **values, "params": []})["params"].append((name, param))
     for (pattern, _), was_used in zip(rules, used, strict=True):
@@ -184,7 +184,7 @@ def param_groups(
 
 
 def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
-    """The overrides, compiled; anything else than pairs of an expression and settings is an error that shows it."""
+    """The overrides with compiled expressions; raises for anything but pairs of an expression and settings."""
     rules = []
     for entry in overrides.items() if isinstance(overrides, Mapping) else overrides:
         pair = isinstance(entry, (tuple, list)) and len(entry) == 2
@@ -330,7 +330,7 @@ def _is_router(use: _Use) -> bool:
 
 
 def _check_claimed_once(model: nn.Module, groups: ParamGroups) -> None:
-    """Every trainable parameter in exactly one group, or an error that names it."""
+    """Raise ValueError, with names, unless every trainable parameter is in exactly one group."""
     claims: dict[int, int] = {}
     for group in groups:
         for _, param in group["params"]:
@@ -338,6 +338,6 @@ def _check_claimed_once(model: nn.Module, groups: ParamGroups) -> None:
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ValueError("param_groups: the model has no trainable parameter")
-    wrong = [name for name, param in trainable if claims.get(id(param), 0) != 1]
-    if wrong:
-        raise ValueError(f"param_groups: not claimed exactly once: {', '.join(wrong)}")
+    misclaimed = [name for name, param in trainable if claims.get(id(param), 0) != 1]
+    if misclaimed:
+        raise ValueError(f"param_groups: not claimed exactly once: {', '.join(misclaimed)}")

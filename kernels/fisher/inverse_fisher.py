@@ -3,12 +3,13 @@
 Rows of G [m, d] are gradients, K = G G^T is their Gram matrix and F = damping * I + G^T G / s, with s = m (Frantar,
 Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arXiv 2107.03356) or
 another denominator. F [d, d] is never formed. Its inverse times a vector needs one system with a matrix of the
-window's size, damping * I + K / s, which is solved here in fp64:
+window's size, damping * I + K / s, which is solved here in fp64.
 
-For x = G^T a, a combination of the window's own rows, such as the newest gradient (a = e_j), the push-through identity
-gives ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: nothing is subtracted, so nothing cancels. The paper's two
-recursions, which :mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out, give the same, but subtract from
-x / damping; with fp32 gradients their error is about 2**-24 * |g|^2 / (s * damping).
+For x = G^T a, a combination of the window's rows such as the newest gradient (a = e_j), the push-through identity gives
+``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: nothing is subtracted, so nothing cancels. For any other x, Woodbury's
+identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It subtracts, as the paper's
+two recursions do (:mod:`leanstep.kernels.reference.fisher.inverse_fisher`): with fp32 gradients its error is about
+2**-24 * |g|^2 / (s * damping) if x lies among the gradients.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def window_coefficients(
         damping: > 0; a number, or a tensor of shape [...] on the device of ``gram``.
         denominator: s > 0: the window's size m, or the number n of rows in use.
         target: the row j for x = g_j (a = e_j, in every window), or a itself, [..., n].
-        wait: read on the host whether a system is too badly conditioned, once, and solve that one in another way.
-            Without, nothing is read: ``values`` is then a divided by the diagonal (for a = e_j: as if the window held
-            g_j alone) and the status is ``FAILED``. Under CUDA graph capture, nothing can be read.
+        wait: read on the host, once, which systems are too badly conditioned, and solve those in another way. Without
+            it (under CUDA graph capture nothing can be read) their ``values`` are a divided by the diagonal, as if the
+            window held g_j alone, and their status is ``FAILED``.
         eps: relative rounding of K and of the combination that will be formed: that of fp64, in which
-            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. 2**-24 for a K that
-            was summed in fp32.
+            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. Give 2**-24 for a K
+            that was summed in fp32.
 
     Returns:
         :class:`Coefficients`.
@@ -82,10 +83,9 @@ def window_coefficients(
         Where gradients hardly differ and the damping is small beside their squares, the solution has large entries
         whose rows cancel. An error of eps |g_i| |g_j| in K_ij changes G^T c by at most
         ``eps * sqrt(tr K / (damping s)) / 2 * sum_i |c_i| |g_i|``, and rounding the combination by
-        ``eps * sum_i |c_i| |g_i|``. Where the sum of both exceeds a hundredth of the result's norm
-        ``sqrt(c^T K c)``, the system is solved in another way, by a larger diagonal or by eigenvalues. Eigenvalues of
-        K up to 8 eps times the largest are left out of c then: they are those of combinations of rows that are zero
-        but for rounding, to which nothing in G^T c belongs.
+        ``eps * sum_i |c_i| |g_i|``. If the sum of both exceeds a hundredth of the result's norm ``sqrt(c^T K c)``, the
+        system is solved in another way: with a larger diagonal, or by eigenvalues without those of K up to 8 eps times
+        the largest. These belong to combinations of rows that are zero but for rounding, which add nothing to G^T c.
     """
     _check(gram, damping, denominator, "window_coefficients")
     n = gram.shape[-1]
@@ -100,12 +100,6 @@ def window_coefficients(
                 f"window_coefficients: expected a target of shape {tuple(gram.shape[:-1])}, got {tuple(target.shape)}"
             )
         right = target.to(torch.float64)
-    return _solve(gram, right, damping, denominator, wait, eps)
-
-
-def _solve(
-    gram: Tensor, right: Tensor, damping: float | Tensor, denominator: float, wait: bool, eps: float
-) -> Coefficients:
     if not isinstance(damping, Tensor):
         damping = torch.full((), damping, dtype=torch.float64, device=gram.device)
     run = torch.ops.leanstep.inverse_fisher_solve if torch.compiler.is_compiling() else _run
@@ -153,7 +147,7 @@ def _solve_badly_conditioned(
     if not torch.isfinite(gram).all():
         raise ValueError(
             "the Gram matrix of the window has entries that are not finite: a gradient was not finite, or its squared "
-            "norm exceeds fp32. Skip such gradients or clip them before they are stored."
+            "norm exceeds fp64. Skip such gradients or clip them before they are stored."
         )
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     matrix = gram / denominator + damping * identity

@@ -76,9 +76,8 @@ def lora_down_backward(
     Raises:
         ValueError, BackendError: as :func:`lora_down`.
     """
-    _check(
-        "lora_down_backward", x, e, p, seed, x.shape[:1] == e.shape[:1] and (a is None or a.shape[1:] == x.shape[1:])
-    )
+    fits = x.shape[:1] == e.shape[:1] and (a is None or a.shape[1:] == x.shape[1:])
+    _check("lora_down_backward", x, e, p, seed, fits)
     if p == 0:
         return product(e.t(), x), None if a is None else product(x, a.t())
     assert seed is not None
@@ -105,14 +104,8 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
         Reads and writes y once. Without dropout it is one call of the BLAS. With it, the CPU computes the product
         [M, m] first (in fp32 a megabyte at a time); the Triton kernel does not store it.
     """
-    _check(
-        "lora_up_",
-        y,
-        h,
-        p,
-        seed,
-        y.shape[:1] == h.shape[:1] and h.shape[1:] == b.shape[:1] and y.shape[1:] == b.shape[1:],
-    )
+    fits = y.shape[:1] == h.shape[:1] and h.shape[1:] == b.shape[:1] and y.shape[1:] == b.shape[1:]
+    _check("lora_up_", y, h, p, seed, fits)
     if p > 0 and not y.is_contiguous():
         raise ValueError(f"lora_up_: expected a row-major y where p > 0, got strides {y.stride()}; call y.contiguous()")
     if p == 0:

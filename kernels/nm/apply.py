@@ -1,4 +1,4 @@
-"""Weights under an N:M mask with decay, and the gradient behind them."""
+"""Masked weights with decay, and their gradient."""
 
 import torch
 from torch import Tensor
@@ -20,16 +20,16 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
         alpha: 0-d floating tensor on the same device, the factor of pruned weights.
 
     Returns:
-        A new tensor like ``weight``. With alpha = 0 pruned entries are +0, whatever they were; with alpha = 1 the
-        weight bit for bit.
+        A new tensor like ``weight``. With alpha = 0 pruned entries are +0; with alpha = 1 it is the weight bit for
+        bit.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: if a requested backend cannot run here.
 
     Notes:
-        Products are taken in fp32 and rounded once. Reads weight and mask and writes the result once: 9 bytes per fp32
-        element. All backends agree bit for bit. Under torch.compile it is plain torch, for the compiler to fuse.
+        Computes in fp32 and rounds once. Reads weight and mask and writes the result once: 9 bytes per fp32 element.
+        All backends agree bit for bit. Under torch.compile it is plain torch, for the compiler to fuse.
     """
     _check(weight, mask, alpha, "nm_apply")
     if torch.compiler.is_compiling() or _is_empty_or_foreign(weight):
@@ -46,15 +46,15 @@ def nm_apply_backward(
     grad_flow: str = "ste",
     srste_lambda: float = 0.0,
 ) -> Tensor:
-    """The gradient that a weight gets from the gradient g of its masked self.
+    """The gradient of a weight from the gradient g of the masked weight.
 
-    Kept entries get g. Pruned ones get, by ``grad_flow``::
+    Kept entries get g. Pruned entries get, by ``grad_flow``::
 
         "ste":    g             (straight through)
         "decay":  alpha * g     (the derivative of nm_apply)
         "fixed":  0             (the mask never changes)
 
-    and ``srste_lambda * weight`` besides (SR-STE: Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun, Li, "Learning N:M Fine-grained
+    plus ``srste_lambda * weight`` (SR-STE: Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun, Li, "Learning N:M Fine-grained
     Structured Sparse Neural Networks From Scratch", arXiv 2102.04010).
 
     Args:
@@ -64,11 +64,11 @@ def nm_apply_backward(
         srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
-        A tensor like ``weight``, new unless it is the gradient as it is (straight through, without an SR-STE term).
+        A tensor like ``weight``; ``grad`` itself if it is passed straight through without an SR-STE term.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: if a requested backend cannot run here.
 
     Notes:
         Reads grad, mask and, with an SR-STE term, weight once, and writes the result. All backends agree bit for bit.
@@ -89,7 +89,7 @@ def nm_apply_backward(
 
 
 def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
-    """Raise ValueError unless both are what :func:`nm_apply_backward` takes."""
+    """Raise ValueError unless :func:`nm_apply_backward` takes both."""
     if grad_flow not in GRAD_FLOWS:
         raise ValueError(f"{name}: grad_flow must be one of {', '.join(GRAD_FLOWS)}, got {grad_flow!r}")
     if not 0 <= srste_lambda < float("inf"):
@@ -126,7 +126,7 @@ def _run_backward(
 
 
 def _is_empty_or_foreign(weight: Tensor) -> bool:
-    """Whether there is no memory to hand to a kernel: nothing, or a subclass such as DTensor or a fake tensor."""
+    """Whether a kernel cannot address the tensor: it is empty, or of a subclass such as DTensor or a fake tensor."""
     return weight.numel() == 0 or type(weight) not in (Tensor, torch.nn.Parameter)
 
 

@@ -25,25 +25,25 @@ def nm_mask(
 ) -> list[Tensor]:
     """Keep the n entries of largest magnitude of every m consecutive ones along a dimension.
 
-    For every group of m entries the n with the largest ``|score|`` are True. Of equal ones the last is kept (and so of
-    a group of zeros the last n), which makes masks reproducible and lets a layer that starts at zero grow.
+    In every group of m entries the n with the largest ``|score|`` are True. Of equal scores the last is kept, so that
+    masks are reproducible; a group of zeros keeps its last n entries, so that a layer that starts at zero can grow.
 
     Args:
         scores: tensors of one device, any shape and floating dtype; not written. Weights are their own scores.
         n: entries kept, 0 <= n <= m.
         m: entries of a group; it must divide the size of every tensor along ``dim``. The fast paths take m <= 128.
         dim: dimension along which groups lie.
-        check: whether to look for entries that are not finite first (and wait for the device to say).
-        out: bool tensors of the same shapes, to be overwritten. None: new ones.
+        check: whether to raise for entries that are not finite (which waits for the device).
+        out: bool tensors of the same shapes to write to. None: new ones.
 
     Returns:
         ``out``: one bool tensor per score, True where a weight is kept.
 
     Raises:
-        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` that does not fit; and
-            with ``check``, entries that are not finite.
+        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` of other shapes; and with
+            ``check``, entries that are not finite.
         TypeError: for scores that are not of floating dtype.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: if a requested backend cannot run here.
 
     Notes:
         Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check`` NaN counts as larger
@@ -55,7 +55,7 @@ def nm_mask(
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
     if torch.compiler.is_compiling() or any(type(s) not in (Tensor, torch.nn.Parameter) for s in scores):
-        # subclasses, such as fake tensors, have no memory to hand to a kernel
+        # kernels cannot address subclasses such as fake tensors
         torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
     else:
         _run(list(scores), n, m, dim, list(out))
@@ -78,8 +78,8 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
     flat = [score.detach().contiguous() for score in scores]
-    for members in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
-        run([flat[i] for i in members], n, m, dim, [dense[i] for i in members])
+    for indices in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
+        run([flat[i] for i in indices], n, m, dim, [dense[i] for i in indices])
     for mask, written in zip(out, dense, strict=True):
         if written is not mask:
             mask.copy_(written)
@@ -124,7 +124,7 @@ def _check_finite(scores: Sequence[Tensor]) -> None:
             count = int((~finite).sum())
             raise ValueError(
                 f"nm_mask: {count} of the {score.numel()} entries of scores[{i}], of shape {tuple(score.shape)}, are "
-                "not finite: the weights or what they were scored with have diverged"
+                "not finite: the weights or their scores have diverged"
             )
 
 

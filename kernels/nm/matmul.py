@@ -9,7 +9,7 @@ from leanstep.kernels.reference.nm import matmul as reference
 
 
 def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """The n entries of every m along the last dimension that hold the nonzeros, and their places.
+    """The n entries of every m along the last dimension that hold the nonzeros, and their indices.
 
     Args:
         weight: [..., in], any floating dtype, at most n nonzeros in every m; not written.
@@ -18,9 +18,9 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         (values [..., in / m, n] of the weight's dtype, indices [..., in / m, n] uint8): the entries of each group and
-        their places in it, ascending. A group of fewer nonzeros is filled with its -0 entries, then with zeros at its
-        first free places; so equal weights have equal compressed forms, and the round trip is exact to the bit unless
-        nonzeros leave a -0 no room.
+        their indices in it, ascending. A group of fewer nonzeros is filled with its -0 entries, then with its first
+        zeros. So equal weights have equal compressed forms, and the round trip is exact to the bit unless a group has
+        more than n nonzeros and -0.
 
     Raises:
         ValueError: for n or m out of range, m that does not divide the row, or a group of more than n nonzeros.
@@ -43,7 +43,7 @@ def nm_decompress(values: Tensor, indices: Tensor, m: int) -> Tensor:
     """The dense matrix that :func:`nm_compress` made ``values`` and ``indices`` from: [..., groups * m].
 
     Raises:
-        ValueError: for shapes that differ, indices that are not uint8 or not below m, or places named twice in a group.
+        ValueError: for shapes that differ, indices that are not uint8 or not below m, or repeated indices in a group.
     """
     _check_compressed(values, indices, m, "nm_decompress")
     if indices.numel():
@@ -64,22 +64,21 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     Args:
         x: [..., in], floating; not written.
         values: [out, in / m, n] of x's dtype, from :func:`nm_compress`.
-        indices: uint8 [out, in / m, n], each below m. Not looked at: a wrong one reads a wrong entry of x.
+        indices: uint8 [out, in / m, n], each below m. Not checked: a wrong index reads a wrong entry of x.
         m: entries of a group; in / m groups.
 
     Returns:
         [..., out] of x's dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that do not match, or where a gradient would be needed.
-        BackendError: when a backend was asked for that cannot run here.
+        ValueError: for shapes or dtypes that do not match, or if a gradient would be needed.
+        BackendError: if a requested backend cannot run here.
 
     Notes:
-        Products and sums run in fp32 (fp64 for fp64) and are rounded once. On a CPU the compressed matrix is read once
-        per 64 rows of x (16, where fewer are left), and n / m of the dense product's multiplications are done; so it is
-        on a GPU for fewer than 32 rows, of which it takes 4 at a time. For more, and in the reference, the dense matrix
-        is formed first (scratch memory of its size). ``benchmarks/nm_matmul.py`` measures where that is faster than the
-        dense product.
+        Computes in fp32 (fp64 for fp64) and rounds once. On a CPU the compressed matrix is read once per 64 rows of x
+        (16 for the rest), with n / m of the dense product's multiplications. So it is on a GPU for fewer than 32 rows,
+        4 at a time. For more rows, and in the reference, the dense matrix is formed first (scratch memory of its size).
+        ``benchmarks/nm_matmul.py`` measures where it is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:

@@ -1,6 +1,7 @@
 """Attention with a polynomial in place of exp, in time linear in the length, and its exact gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,29 +116,14 @@ def _check(
 
 
 def _heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    center: Tensor | None,
-    key_mask: Tensor | None,
-    coefficients: Sequence[float],
-    scale: float,
-    causal: bool,
-    chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, center: Tensor | None, key_mask: Tensor | None, *settings: Any
 ) -> chunks.Heads:
     """Batch and key heads as one dimension, with the queries of each key head in the next."""
     heads = k.shape[1]
-    return chunks.Heads(
-        q.unflatten(1, (heads, -1)).flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        None if center is None else center.flatten(0, 1),
-        None if key_mask is None else key_mask.repeat_interleave(heads, dim=0),
-        scale,
-        coefficients,
-        causal,
-        chunk,
-    )
+    center = None if center is None else center.flatten(0, 1)
+    mask = None if key_mask is None else key_mask.repeat_interleave(heads, dim=0)
+    queries = q.unflatten(1, (heads, -1)).flatten(0, 1)
+    return chunks.Heads(queries, k.flatten(0, 1), v.flatten(0, 1), center, mask, *settings)
 
 
 def _run(

@@ -42,8 +42,8 @@ class Heads:
     v: Tensor
     center: Tensor | None
     mask: Tensor | None
-    scale: float
     coefficients: Sequence[float]
+    scale: float
     causal: bool
     chunk: int
 
@@ -90,7 +90,7 @@ class Heads:
             center = None if self.center is None else self.center[span]
             mask = None if self.mask is None else self.mask[span]
             tensors = (self.q[span], self.k[span], self.v[span], center, mask)
-            yield span, Heads(*tensors, self.scale, self.coefficients, self.causal, self.chunk)
+            yield span, Heads(*tensors, self.coefficients, self.scale, self.causal, self.chunk)
 
 
 def _ratios(heads: Heads) -> Tensor | None:

@@ -140,10 +140,14 @@ def _error(weights: Tensor, value: Tensor, exact: Tensor) -> Tensor:
     out = weights @ value / torch.where(total > 0, total, 1.0)
     empty = (weights == 0).all(dim=-1, keepdim=True)
     wrong = ~(((total > 0) & total.isfinite()) | empty)
+    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0), torch.inf, _relative_difference(out, exact))
+
+
+def _relative_difference(out: Tensor, exact: Tensor) -> Tensor:
+    """``|out - exact| / |exact|`` of every head, inf where it is not finite: [B, group, rows, e] to [group]."""
     difference = (out - exact).square().sum(dim=(0, 2, 3)).sqrt()
-    size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(difference.dtype).tiny)
-    error = difference / size
-    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0) | ~error.isfinite(), torch.inf, error)
+    size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(exact.dtype).tiny)
+    return torch.where((difference / size).isfinite(), difference / size, torch.inf)
 
 
 def sampled_error(inputs: AttentionInputs, out: Tensor, indices: Tensor) -> Tensor:
@@ -158,9 +162,7 @@ def sampled_error(inputs: AttentionInputs, out: Tensor, indices: Tensor) -> Tens
             query, key = inputs.query.detach()[:, heads, indices], inputs.key.detach()[:, head, None]
             logits = inputs.scale * query.to(wide) @ key.to(wide).mT
             exact = _softmax(logits, visible) @ inputs.value.detach()[:, head, None].to(wide)
-            difference = (out.detach()[:, heads, indices].to(wide) - exact).square().sum(dim=(0, 2, 3)).sqrt()
-            size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(wide).tiny)
-            errors.append(torch.where((difference / size).isfinite(), difference / size, torch.inf))
+            errors.append(_relative_difference(out.detach()[:, heads, indices].to(wide), exact))
         return torch.cat(errors)
 
 

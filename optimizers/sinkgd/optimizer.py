@@ -1,4 +1,4 @@
-"""SinkGD: the gradient, normalised over rows and columns alternately, is the update. No state for matrices."""
+"""SinkGD: the gradient, normalized over rows and columns alternately, is the update. No state for matrices."""
 
 from __future__ import annotations
 
@@ -35,26 +35,38 @@ SPECTRAL = (None, "unit", "muon")
 
 
 class SinkGD(LeanOptimizer):
-    r"""SinkGD: stateless descent along the square-root Sinkhorn normalisation of the gradient.
+    r"""SinkGD: stateless descent along the square-root Sinkhorn normalization of the gradient.
 
-    For a matrix G (m, n), rows first, ``num_iters`` times::
+    For a matrix G (m, n), rows first::
 
-        X[i, :] = sqrt(n) * X[i, :] / ||X[i, :]||      every row
-        X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column
+        X = G                                          with momentum: see below
+        X[i, :] = sqrt(n) * X[i, :] / ||X[i, :]||      every row,        num_iters
+        X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column,     times
         p = p * (1 - lr * scale * weight_decay) - lr * scale * X
 
     X keeps the signs of G and has root mean square 1, so ``lr * scale`` is the root mean square of the update, whatever
     the size of the gradient: clipping by norm and loss scaling change nothing for these tensors.
 
+    Options change X before or after it is normalized, in this order::
+
+        M = momentum * M + (1 - momentum) * G;  X = M                  momentum
+        X = momentum * M + (1 - momentum) * G                          nesterov
+        X[i, :] = 0 where ||X[i, :]|| <= row_mask_tau * mean norm      row_mask_tau
+        X = X * base_width / n                                         base_width
+        X = X * sqrt(m / n) / ||X||_operator                           spectral="muon"
+
+    These formulas are the functions of ``leanstep/optimizers/sinkgd/rule.py``, in this order.
+
     One object serves a whole model. Every group has an ``algorithm``:
 
     * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of
       four and more dimensions flattened to (m, rest); with ``flatten`` also those of three.
-    * "balanced": for embeddings and heads: the momentum's look-ahead ``beta * M + (1 - beta) * G``, rows below
-      ``row_mask_tau`` times the mean row norm dropped, ``num_iters`` iterations and one more row step, so that every
-      token's update has the same size. Replaces AdamW there at half its state (or none, with ``momentum=0``).
-    * "adamw": ``torch.optim.AdamW``, bit for bit, with the group's lr, betas, eps and weight_decay.
-    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest; said once in a warning, because embeddings
+    * "balanced": for embeddings and heads. Like "sinkgd" with nesterov, and with one more step over the rows at the
+      end, so that every token's update has the same size. It replaces AdamW there at half its state, or none with
+      ``momentum=0``.
+    * "adamw": ``torch.optim.AdamW(fused=True)``, bit for bit, with the group's lr, betas, eps and weight_decay. Other
+      values of ``fused`` and ``foreach`` select torch's other loops, whose last bits differ.
+    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest. A warning says so once, because embeddings
       and heads belong elsewhere. :func:`leanstep.optimizers.param_groups` makes better groups.
 
     Args:
@@ -62,23 +74,23 @@ class SinkGD(LeanOptimizer):
         lr: global step size eta, a number or a one-element tensor. AdamW groups use it without ``scale``.
         scale: alpha; 0.05 with lr 0.02 is the published pair, 0.2 suits an lr tuned for AdamW.
         num_iters: L, the number of (row, column) iterations.
-        weight_decay: decoupled; multiplied by lr * scale for normalised tensors, by lr for AdamW's.
+        weight_decay: decoupled; multiplied by lr * scale for normalized tensors, by lr for AdamW's.
         momentum: weight of the old buffer; 0 keeps no state.
-        momentum_order: "pre": normalise the momentum; "post": average the normalised gradients.
-        nesterov: look ahead by one gradient.
+        momentum_order: "pre": normalize the momentum; "post": average the normalized gradients.
+        nesterov: look ahead by one gradient (see above).
         row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
-        base_width: shrink the step of a matrix by base_width / n, to carry lr from one width to another.
-        spectral: hold the operator norm of the update near a target, by one warm-started power iteration per step
-            (20 at a matrix's first finite gradient that is not zero; an estimate from below, exact as gradients
-            settle): "unit" at 1, "muon" at sqrt(m / n); None leaves it. Then lr * scale is the operator norm. State:
-            n values. Until all matrices of a tensor have had such a gradient, a step waits for the device.
-        betas, eps: of the AdamW groups.
-        fused: of the AdamW groups; None: where torch has a fused kernel.
-        foreach: None or True: lists at once; False: the definition, a tensor at a time.
-        transposed: of a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's, or
-            stacked (e, in, out); they are normalised as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
-        flatten: of a group whose tensors of three dimensions are no stacks but one matrix (m, rest) each, as the
-            weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
+        base_width: shrink X by base_width / n, to carry lr from one width to another.
+        spectral: hold the operator norm of X near 1 ("unit") or sqrt(m / n) ("muon"); None leaves it. With "unit",
+            lr * scale is the operator norm of the update. The norm is estimated from below, by one power iteration a
+            step, carried on from the last step (20 at a matrix's first finite gradient that is not zero). State: n
+            values. A step waits for the device until all matrices of a tensor have had such a gradient.
+        betas, eps: for AdamW.
+        fused: for AdamW; None: wherever torch has a fused kernel.
+        foreach: None or True: one call for all tensors of a device and dtype; False: one tensor at a time.
+        transposed: True for a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's,
+            or stacked (e, in, out). They are normalized as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
+        flatten: True for a group whose tensors of three dimensions are one matrix (m, rest) each instead of a stack,
+            as the weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
             device are left alone together; "raise" and "pass" as for Lion.
@@ -95,7 +107,8 @@ class SinkGD(LeanOptimizer):
         column sums per iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is
         gathered. Columns sharded: row sums instead, and one more for the rows' largest entries.
         ``torch.compile`` of the step makes one graph.
-        Differs from the paper only in form: row and column scales instead of rewriting X.
+        Parameters of other tensor classes, such as quantized weights, are stepped on a plain copy and written back.
+        Differs from the paper only in form: it keeps row and column scales instead of rewriting X.
 
     References:
         Scetbon, Ma, Gong, Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
@@ -192,11 +205,11 @@ class SinkGD(LeanOptimizer):
                 raise ValueError(
                     f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} of {param.dim()} dimensions. "
                     "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
-                    "(Parameters flattened by a sharding engine have lost their rows and cannot be normalised.)"
+                    "(Parameters flattened by a sharding engine have lost their rows and cannot be normalized.)"
                 )
 
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """All but the moments of AdamW, where torch's own step runs on them and wants the parameter's dtype."""
+        """False for AdamW's moments without rounding: torch's own step wants them in the parameter's dtype."""
         plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
         return not (plain and key in ("exp_avg", "exp_avg_sq"))
 
@@ -206,9 +219,9 @@ class SinkGD(LeanOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""
         super().__setstate__(state)
-        for kept in self.state.values():  # where hooks may leave values of their own
-            if isinstance(kept, dict) and "step" in kept and not torch.is_tensor(kept["step"]):
-                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
+        for entry in self.state.values():  # hooks may have added values that are no states
+            if isinstance(entry, dict) and "step" in entry and not torch.is_tensor(entry["step"]):
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
@@ -247,7 +260,7 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
             bad = nonfinite_flags(matrices)
             yield from all_reduce_flags(bad, shards)
         if not after:
-            matrices = _average(matrices, batch, bad, look_ahead=balanced or group["nesterov"])
+            matrices = _average(matrices, batch, bad, nesterov=balanced or group["nesterov"])
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
@@ -274,7 +287,7 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
             cols.masked_fill_(flag > 0, math.nan)
     if momentum and after:
         normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
-        matrices = _average(normalized, batch, bad, look_ahead=group["nesterov"])
+        matrices = _average(normalized, batch, bad, nesterov=group["nesterov"])
         _reset(scales)
     if transposed:
         matrices, scales = [g.mT for g in matrices], _transposed(scales)
@@ -282,10 +295,10 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
 
 
 def _sharded_side(shard: Shard) -> str | None:
-    """What a process holds of the matrices of a parameter: "rows", "columns", or None when each is whole on one.
+    """Return by what the matrices of a parameter are sharded: "rows", "columns", or None if each is whole.
 
     Raises:
-        ValueError: for matrices cut along both dimensions, or in strides.
+        ValueError: for matrices sharded along both dimensions, or in strides.
     """
     if not shard.groups:
         return None
@@ -300,8 +313,8 @@ def _sharded_side(shard: Shard) -> str | None:
     return "columns" if shard.dim else "rows"
 
 
-def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, look_ahead: bool) -> list[Tensor]:
-    """Take matrices into the momenta, but for those that are not finite; the averages, before they are rounded."""
+def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, nesterov: bool) -> list[Tensor]:
+    """Update the momenta, except where ``bad`` says that a matrix is not finite; return them before rounding."""
     group, averages = batch.group, []
     for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
         stored = local(state["momentum_buffer"])
@@ -310,12 +323,12 @@ def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, look_a
         if bad is not None:
             average = torch.where(bad[i] > 0, buffer.to(average.dtype), average)
         stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
-        averages.append(rule.momentum_average(average, matrix, group["momentum"]) if look_ahead else average)
+        averages.append(rule.momentum_average(average, matrix, group["momentum"]) if nesterov else average)
     return averages
 
 
 def _reset(scales: Scales) -> None:
-    """Make the scales those of matrices that are normalized already: 1, and NaN where a matrix is not finite."""
+    """Set all scales to 1, for matrices that are normalized already; NaN marks matrices that are not finite."""
     for rows, cols in zip(scales.rows, scales.cols, strict=True):
         bad = torch.isnan(cols).any(dim=-1, keepdim=True)
         rows.fill_(1.0)

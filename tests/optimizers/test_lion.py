@@ -8,6 +8,7 @@ from optimizer_cases import fill_grads, run
 
 from leanstep.kernels import use_backend
 from leanstep.optimizers import Lion
+from leanstep.optimizers.lion import cautious_scale, lion_scalars
 
 
 def parameters(*shapes, dtype=torch.float32):
@@ -208,3 +209,27 @@ def test_pass_uses_the_gradient_as_it_is():
     optimizer.step()
     assert optimizer.state[param]["exp_avg"].isnan().all()
     assert optimizer.nonfinite_count() == 0
+
+
+def test_the_numbers_of_the_rule():
+    like = torch.zeros(1, dtype=torch.float64)
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        numbers = lion_scalars(lr, (0.9, 0.99), 0.5, like)
+        assert numbers.dtype == torch.float64
+        assert numbers.tolist() == pytest.approx([0.1, 0.95, 0.9, 0.1, 0.99, 0.01], rel=1e-14)
+    scales = cautious_scale(torch.tensor([3.0, 0.0, 0.0]), [4, 5, 0], like)
+    assert scales.tolist() == pytest.approx([4 / 3, 1e5, 1e5], rel=1e-6)
+
+
+def test_the_step_is_the_formula_in_float64():
+    """The docstring's three lines, bit for bit."""
+    param = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    expected, m = param.detach().clone(), torch.zeros(5, 3, dtype=torch.float64)
+    optimizer = Lion([param], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(4):
+        g = param.grad = torch.randn(5, 3, dtype=torch.float64)
+        optimizer.step()
+        c = 0.9 * m + (1.0 - 0.9) * g
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * c.sign()
+        m = 0.99 * m + (1.0 - 0.99) * g
+        assert torch.equal(param, expected) and torch.equal(optimizer.state[param]["exp_avg"], m)

@@ -1,4 +1,4 @@
-"""Weights under a mask and a decay, and the gradient behind them, as plain torch."""
+"""Masked weights with decay, and their gradient, in plain torch: the definition."""
 
 import torch
 from torch import Tensor

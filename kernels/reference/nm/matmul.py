@@ -1,19 +1,19 @@
-"""Compressed N:M matrices and products with them, as plain torch."""
+"""Compressed N:M matrices and products with them, in plain torch: the definition."""
 
 import torch
 from torch import Tensor
 
 
 def compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """The n entries of every m along the last dimension that hold the nonzeros: values and places, ascending.
+    """The n entries of every m along the last dimension that hold the nonzeros: values and indices, ascending.
 
-    A group of fewer nonzeros is filled with -0, if it has any, and with zeros at its first free places.
+    A group of fewer nonzeros is filled with its -0 entries, then with its first zeros.
     """
     groups = weight.detach().unflatten(-1, (-1, m))
-    # nonzeros first, then -0, which has a sign to keep, then zeros; equal ones in order
+    # nonzeros first, then -0, whose sign is kept, then zeros; equal ranks in order
     rank = torch.where(groups != 0, 0, torch.where(groups.signbit(), 1, 2))
-    places = rank.argsort(dim=-1, stable=True)[..., :n].sort(dim=-1).values
-    return groups.gather(-1, places), places.to(torch.uint8)
+    indices = rank.argsort(dim=-1, stable=True)[..., :n].sort(dim=-1).values
+    return groups.gather(-1, indices), indices.to(torch.uint8)
 
 
 def decompress(values: Tensor, indices: Tensor, m: int) -> Tensor:

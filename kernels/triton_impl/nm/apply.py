@@ -1,7 +1,7 @@
-"""Weights under a mask with decay, and the gradient behind them, one pass each.
+"""Masked weights with decay, and their gradient, one pass each.
 
 Bytes: the forward pass reads weight and mask and writes the result; the backward pass reads gradient and mask, and the
-weight where there is an SR-STE term, and writes the result.
+weight if there is an SR-STE term, and writes the result.
 """
 
 from typing import Any

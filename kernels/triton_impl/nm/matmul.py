@@ -1,8 +1,8 @@
-"""Products with a compressed N:M matrix: every row of it gathers what it needs of a few rows of x.
+"""Products with a compressed N:M matrix: every row of the matrix gathers its entries of a few rows of x.
 
 Bytes: per tile of rows of x, values and indices are read once (5 bytes per kept fp32 weight, 3 in 16 bits), and as many
-entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows are left to the
-dense matrix, formed for the purpose: tensor cores do not gather.
+entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows use the
+decompressed matrix: tensor cores do not gather.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_ca
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# rows of x in a tile -> rows of the matrix, and kept weights of each, that are taken at a time
+# rows of x in a tile -> rows of the matrix and kept weights of each in a tile
 TILES = {1: (16, 64), 4: (16, 32)}
 # rows of x from which on the dense product is used
 MANY = 32
@@ -42,8 +42,8 @@ def nm_matmul_kernel(
         offs_k = (k + tl.arange(0, BLOCK_K))[None, None, :]
         mask = mask_o & (offs_k < length)
         v = to_float(tl.load(v_ptr + begin + offs_k, mask=mask, other=0.0))
-        place = tl.load(i_ptr + begin + offs_k, mask=mask, other=0).to(tl.int32)
-        column = offs_k // n * m + place
+        index = tl.load(i_ptr + begin + offs_k, mask=mask, other=0).to(tl.int32)
+        column = offs_k // n * m + index
         x = to_float(tl.load(x_ptr + begin_x + column, mask=mask & mask_t, other=0.0))
         sums += x * v
     total = tl.sum(sums, 2)

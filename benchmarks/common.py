@@ -1,0 +1,202 @@
+"""What the benchmarks share: command lines, the machine's line, interleaved timing, tables, figures, runs of recipes.
+
+Nothing heavy is imported at the top: ``prune_memory.py`` measures processes whose parent must stay small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRAIN = (sys.executable, "-P", "-m", "leanstep", "train")
+
+
+# -- command lines ----------------------------------------------------------------------------------------------------
+
+
+def command_line(documentation: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser with one option per keyword: a default, or a pair of a default and a help text.
+
+    The default decides the type. False makes a flag; a list makes an option that takes several values. ``dtype`` takes
+    names of torch's floating types, ``threads=0`` leaves the number of threads to torch.
+    """
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in options.items():
+        default, text = value if isinstance(value, tuple) else (value, "default: %(default)s")
+        settings: dict[str, Any] = {"default": default, "help": text}
+        if default is False:
+            settings["action"] = "store_true"
+        elif isinstance(default, list):
+            settings |= {"nargs": "+", "type": type(default[0]), "choices": DTYPES if name == "dtype" else None}
+        else:
+            settings["type"] = type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    return parser
+
+
+def add_tables(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add positional arguments that choose tables, all by default; ``choices`` refuses an empty list of them."""
+
+    def table(name: str) -> str:
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"the tables are {', '.join(names)}, not {name!r}")
+        return name
+
+    parser.add_argument("tables", nargs="*", type=table, default=list(names), help=f"{', '.join(names)}; default: all")
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, set the number of threads and print the machine's line."""
+    import torch
+
+    options = parser.parse_args()
+    if getattr(options, "threads", 0):
+        torch.set_num_threads(options.threads)
+    print(machine_line(getattr(options, "device", "cpu")), flush=True)
+    return options
+
+
+def required(name: str) -> Any:
+    """Import a module of the ``bench`` extra; where it is missing, end with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error.name} is not installed; it comes with pip install -e '.[bench]'") from None
+
+
+def machine_line(device: str = "cpu") -> str:
+    """Processor or accelerator, threads, version of torch and commit, for a table's caption."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    if device != "cpu":
+        model = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------
+
+
+def wall_clock() -> float:
+    """Seconds, after the accelerator has finished what was started on it."""
+    from torch.utils.benchmark import timer
+
+    return timer()
+
+
+def clock_of(options: argparse.Namespace) -> Callable[[], float]:
+    """The clock that ``--cpu-time`` asks for: processor time of this process, or the wall clock."""
+    return time.process_time if options.cpu_time else wall_clock
+
+
+def timed(run: Callable[[], Any], clock: Callable[[], float] = wall_clock) -> tuple[float, Any]:
+    """Seconds that a call takes, and its result."""
+    begin = clock()
+    result = run()
+    return clock() - begin, result
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[Any]]:
+    """Results of every run in every round, each in shuffled order, after warm-up rounds in the order given.
+
+    ``torch.utils.benchmark.Timer`` measures one candidate after the other. Here they take turns, so that a change of
+    the machine's speed meets all of them.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0)
+    for number in range(warmup + rounds):
+        if number >= warmup:
+            shuffle.shuffle(order)
+        for name in order:
+            result = runs[name]()
+            if number >= warmup:
+                results[name].append(result)
+    return results
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = wall_clock, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round, interleaved."""
+    return interleaved({name: lambda run=run: timed(run, clock)[0] for name, run in runs.items()}, rounds, warmup)
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = wall_clock, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of every run, interleaved."""
+    times = interleaved_seconds(runs, rounds, clock, warmup)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+def print_table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: Iterable[int] = (0,)) -> None:
+    """Print a markdown table, each row as soon as it is there; columns ``left`` are aligned to the left."""
+    aligned = set(left)
+    rules = ["---" if column in aligned else "---:" for column in range(len(head))]
+    for row in (head, rules):
+        print(f"| {' | '.join(row)} |")
+    for row in rows:
+        print(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |", flush=True)
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot for SVG files: text stays text, and the same numbers give the same file."""
+    matplotlib = required("matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "leanstep", "svg.fonttype": "none"}
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def save_svg(figure: Any, path: Path, **settings: Any) -> None:
+    """Write a figure without a date."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None}, **settings)
+
+
+# -- files and runs of recipes ----------------------------------------------------------------------------------------
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file with one JSON object per line; none where there is no file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file with one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def train_once(recipe: str, out: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Train a recipe in a process of its own, unless ``out`` holds the finished run, and return its status."""
+    status = out / "status.json"
+    if not (status.exists() and json.loads(status.read_text())["status"] in ("done", "failed:nan")):
+        command = [*TRAIN, recipe, f"out={out}", *settings]
+        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if result.returncode not in (0, 3):  # 3: the loss became NaN
+            raise RuntimeError(f"{' '.join(command)} exited {result.returncode}:\n{result.stderr[-2000:]}")
+    return json.loads(status.read_text())

@@ -1,0 +1,50 @@
+"""Models and data that several benchmarks use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from common import required
+from torch import Tensor
+
+HIDDEN, MLP, LAYERS, VOCABULARY = 512, 1376, 8, 32000
+# the linear layers of a LLaMA's block
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llama_60m() -> list[tuple[str, tuple[int, ...]]]:
+    """(role, shape) of the 75 tensors of LLaMA-60M, 58.07 M parameters."""
+    layer = [("hidden", (HIDDEN, HIDDEN))] * 4 + [("hidden", (MLP, HIDDEN))] * 2 + [("hidden", (HIDDEN, MLP))]
+    layer += [("norm", (HIDDEN,))] * 2
+    return [("embedding", (VOCABULARY, HIDDEN)), *layer * LAYERS, ("norm", (HIDDEN,)), ("head", (VOCABULARY, HIDDEN))]
+
+
+def llama_60m_parameters(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+    """Random parameters with random gradients: the hidden matrices, and the others."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, others = [], []
+    for role, shape in llama_60m():
+        param = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device, dtype))
+        param.grad = torch.randn(shape, generator=generator).to(device, dtype)
+        (hidden if role == "hidden" else others).append(param)
+    return hidden, others
+
+
+def random_llama(hidden: int, mlp: int, layers: int, length: int, **settings: Any) -> Any:
+    """A causal LLaMA of transformers with random weights from seed 0 and a vocabulary of 512."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"vocab_size": 512, "num_attention_heads": 4, "use_cache": False} | settings
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                    max_position_embeddings=length, **settings)
+    )  # fmt: skip
+
+
+def digit_images(seed: int) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 images of digits, (1797, 1, 8, 8) with entries from 0 to 16, and labels, shuffled."""
+    data = required("sklearn.datasets").load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(data.images).float().unsqueeze(1)[order], torch.from_numpy(data.target).long()[order]

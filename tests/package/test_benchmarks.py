@@ -1,0 +1,82 @@
+"""The benchmarks import, print their help, and understand every command that the documentation names."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+SHARED = {"common", "models"}
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands(text: str) -> list[str]:
+    """What follows ``python benchmarks/`` in fenced blocks, up to the end of the line, and in inline code."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inline = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [command for block in fenced for command in re.findall(r"python benchmarks/([^\n#&]+)", block)]
+    return lines + re.findall(r"`python benchmarks/([^`]+)`", inline)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        for name in NAMES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in NAMES}
+        for name in NAMES:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SHARED))
+def test_help(modules, name, capsys):
+    with pytest.raises(SystemExit) as end:
+        modules[name].PARSER.parse_args(["--help"])
+    assert end.value.code == 0
+    assert modules[name].__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_documented_commands_parse(modules, page):
+    text = (ROOT / page).read_text("utf-8")
+    named = commands(text)
+    assert len(named) == text.count("python benchmarks/"), f"{page}: a command is neither inline code nor in a block"
+    for command in named:
+        script, *arguments = shlex.split(command)
+        modules[script.removesuffix(".py")].PARSER.parse_args(arguments)
+
+
+def test_usage_lines_name_options_that_exist(modules):
+    for name in set(NAMES) - SHARED:
+        usage = re.findall(rf"(?m)^    python benchmarks/{name}\.py(.*(?:\n {{8}}.*)*)", modules[name].__doc__)
+        assert usage, f"{name}: its docstring names no command"
+        for option in re.findall(r"--[\w-]+", " ".join(usage)):
+            assert option in modules[name].PARSER.format_help(), f"{name} has no {option}"
+
+
+def test_command_line_takes_types_from_defaults(modules):
+    parser = modules["common"].command_line("Text.", rounds=5, rates=[0.5], slow=(False, "all"), cpu_time=False)
+    options = parser.parse_args(["--rates", "1", "2", "--slow", "--rounds", "3"])
+    assert vars(options) == {"rounds": 3, "rates": [1.0, 2.0], "slow": True, "cpu_time": False}
+
+
+def test_interleaved_warms_up_in_order_and_gives_every_run_its_turn(modules):
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
+    results = modules["common"].interleaved(runs, rounds=4, warmup=2)
+    assert calls[:6] == [*"abcabc"]
+    assert all(sorted(calls[i : i + 3]) == [*"abc"] for i in range(6, 18, 3)) and len(calls) == 18
+    assert {name: [calls[number - 1] for number in numbers] for name, numbers in results.items()} == {
+        name: [name] * 4 for name in "abc"
+    }
+
+
+def test_print_table(modules, capsys):
+    modules["common"].print_table(["name", "ms"], [["a", "1.5"], ["b", None]])
+    assert capsys.readouterr().out == "| name | ms |\n| --- | ---: |\n| a | 1.5 |\n| b |  |\n"
