@@ -80,9 +80,7 @@ CASES = {
     "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 8, 8, EVERYTHING),
     "SinkGD.step": Case(_step(lambda model: SinkGD(param_groups(model), lr=1e-2)), 12, 12, EVERYTHING),
     "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 8, 8, ("optimizers",)),
-    "MFAC.step": Case(
-        _step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("leanstep", "optimizers")
-    ),
+    "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers",)),
     "apply_lora to backward": Case(_lora, 9, 9, ("lora",)),
     "leanstep prune to the programme": Case(_prune, 12, 21, ("leanstep", "pruning", "recipes")),
     "leanstep train to the loop": Case(_train, 15, 18, ("leanstep", "recipes")),
