@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,6 @@ class Planner:
         """Measure, allocate, compare, prune."""
         self.before = self._nonzero()
         self.constraint = self._constraint()
-        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
-        self.pruning = Pruning(cache, self.score, self.score_options)
-        if cache.note:
-            self.notes.append(cache.note)
         measured: dict[str, Curve] = {}
         if fixed is not None:
             candidate = self._fixed(fixed)
@@ -102,7 +99,15 @@ class Planner:
             },
         )
 
-    # -- what is asked for ------------------------------------------------------------------------------------------
+    @cached_property
+    def pruning(self) -> Pruning:
+        """The score, with the calibration data that its statistics come from."""
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        if cache.note:
+            self.notes.append(cache.note)
+        return Pruning(cache, self.score, self.score_options)
+
+    # -- budget and levels ------------------------------------------------------------------------------------------
 
     def _constraint(self) -> BudgetConstraint:
         if self.budget in (None, "params"):
@@ -298,7 +303,7 @@ class Planner:
         kept = {name: size // pattern.m * pattern.n for name, size in numel.items()}
         return Allocation("uniform", numel, kept, sum(kept.values()), dict.fromkeys(numel, str(pattern)))
 
-    # -- what it costs ----------------------------------------------------------------------------------------------
+    # -- cost and pruning ----------------------------------------------------------------------------------------------
 
     def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Prune and measure on held-out data; "dp" gives way to uniform sparsity where it is not better.

@@ -112,12 +112,7 @@ def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> None:
 
 def is_nm(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> bool:
     """Whether no group of a weight or mask has more than N nonzeros; a short last group counts as padded with zeros."""
-    return nm_violations(weight, pattern, axis=axis) == 0
-
-
-def nm_violations(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> int:
-    """Number of groups with more than N nonzeros (NaN is one); a short last group counts as padded with zeros."""
-    return violations(weight, as_pattern(pattern), axis_dim(weight.shape, axis))
+    return violations(weight, as_pattern(pattern), axis_dim(weight.shape, axis)) == 0
 
 
 def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:

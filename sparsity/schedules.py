@@ -96,16 +96,11 @@ class Stage(NamedTuple):
 class Schedule:
     """When a model is dense, how it becomes N:M sparse, and how long it is fine-tuned afterwards.
 
-    With d = int(dense * total_steps), f = int(finetune * total_steps), span = total_steps - d - f and j = step - d:
-
-    * ``constant``: the target N:M from step d on (STE, SR-STE).
-    * ``mdgf-linear``: alpha = max(0, 1 - c * j). ``mdgf-exponential``: alpha = exp(-c * j). Below 1e-6 it is exactly 0.
-    * ``sdgf-stepwise``: (M-1):M, then M/2:M, M/4:M, ... (rounded down), and N:M last; F frames of span / F steps.
-    * ``sdgf-geometric``: kN:kM for k = ``coarsest``, ..., 4, 2, 1; as many frames.
-    * ``sdgf-...+mdgf-...``: both at once.
-
-    Frame i begins at j = int(i * span / F). From j = span on, the pattern is N:M and alpha is 0 for every kind. All
-    values depend on the step alone, so a resumed run continues exactly.
+    ``kind`` is "constant" (the target N:M from step d on: STE, SR-STE), "mdgf-linear", "mdgf-exponential",
+    "sdgf-stepwise", "sdgf-geometric", or both an sdgf and an mdgf kind: "sdgf-stepwise+mdgf-linear". The module's
+    functions are their rules, with d = int(dense * total_steps) and f = int(finetune * total_steps); an alpha below
+    1e-6 is exactly 0. From j = span on, the pattern is N:M and alpha is 0 for every kind. All values depend on the step
+    alone, so a resumed run continues exactly.
 
     Args:
         kind: one of the above.
@@ -126,9 +121,6 @@ class Schedule:
         N:M is always the last frame. Its j counts from a hundredth of the dense phase on; here, as in the paper, from
         the end of it. Its frames begin where an epoch's number is met exactly, and are lost on resuming; here they
         follow from the step.
-
-    References:
-        Bambhaniya et al., arXiv 2402.04744; the rule is the module's functions.
 
     Example:
         >>> schedule = Schedule(kind="sdgf-stepwise", total_steps=80)

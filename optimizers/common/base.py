@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
 from leanstep.optimizers.common.sharding import (
     Shard,
     Steps,
@@ -27,12 +27,6 @@ from leanstep.optimizers.common.sharding import (
 )
 
 NONFINITE = ("skip", "raise", "pass")
-
-# settings that do not tell whose a state is: those of torch's optimizers, and those that all of these have
-_COMMON_SETTINGS = frozenset(
-    (*inspect.signature(torch.optim.AdamW).parameters, *inspect.signature(torch.optim.SGD).parameters)
-    + ("nonfinite", "rounding", "seed", "momentum_dtype")
-)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -51,11 +45,11 @@ class Batch(NamedTuple):
     shards: list[Shard]
 
     def rounding_state(self) -> list[Tensor]:
-        """This process's parts of what rounding keeps beside the parameters; empty where it keeps nothing."""
+        """Return this process's shards of the rounding state; an empty list if there is none."""
         return rounding_states(self.states, self.rounding)
 
     def options(self, scalars: Tensor, **more: Any) -> StepOptions:
-        """What a kernel is told of the step, once a step: random rounding counts it."""
+        """Return the options of this step's kernel. Call it once a step: it advances the counter of random rounding."""
         seeds, offsets = seeds_and_offsets(
             self.rounding, self.states, self.indices, self.shards, self.group["seed"], scalars.device
         )
@@ -94,10 +88,10 @@ class LeanOptimizer(torch.optim.Optimizer):
         try:
             super().add_param_group(group)
         except ValueError as error:
-            twice = self._held_already(group)
-            if twice is None:
+            duplicate = self._duplicate(group)
+            if duplicate is None:
                 raise
-            raise ValueError(f"{type(self).__name__}: {error}: {twice}") from None
+            raise ValueError(f"{type(self).__name__}: {error}: {duplicate}") from None
         _name_dtypes(self.param_groups[-1])
         for position, param in enumerate(self.param_groups[-1]["params"]):
             if param.is_complex():
@@ -108,16 +102,16 @@ class LeanOptimizer(torch.optim.Optimizer):
                     "Give torch.view_as_real(parameter) to the optimizer or use another one."
                 )
 
-    def _held_already(self, new: dict[str, Any]) -> str | None:
-        """Which parameter of a group that torch refused is in another group; None where that was not the reason."""
-        places = {id(p): g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
-        for position, param in enumerate(new["params"]):
-            if isinstance(param, Tensor) and id(param) in places:
-                return f"{describe(new, position)} is in group {places[id(param)]!r} already"
+    def _duplicate(self, new_group: dict[str, Any]) -> str | None:
+        """Name a parameter that is in another group already; None if there is none."""
+        group_names = {id(p): g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for position, param in enumerate(new_group["params"]):
+            if isinstance(param, Tensor) and id(param) in group_names:
+                return f"{describe(new_group, position)} is in group {group_names[id(param)]!r} already"
         return None
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError when a group's settings are out of range; those of all methods, here."""
+        """Raise ValueError or TypeError for settings out of range. Checks here what all methods have; extend it."""
         owner = type(self).__name__
         check_number(owner, "learning rate", group["lr"], 0.0)
         check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
@@ -126,25 +120,25 @@ class LeanOptimizer(torch.optim.Optimizer):
         check_rounding(owner, group)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        """The state of a parameter that has a gradient, with what is missing in it created."""
+        """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        """The rules that update a group, or its parameter at ``only``, ready to be run.
+        """Return the rules that update a group, or only its parameter at ``only``, ready to be run.
 
-        ``first_index`` counts the parameters of the groups before. What is wrong with a gradient is raised here:
-        nothing has been changed yet.
+        ``first_index`` is the number of parameters in the groups before. Raises for bad gradients: nothing has been
+        changed yet.
         """
         raise NotImplementedError
 
     def _steps(self) -> list[Steps[None]]:
-        """The rules of a whole step. A method whose rule spans groups replaces this."""
-        parts: list[Steps[None]] = []
+        """Return the rules of a whole step. A method whose rule spans groups overrides this."""
+        rules: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
-            parts += self._group_steps(group, first_index)
+            rules += self._group_steps(group, first_index)
             first_index += len(group["params"])
-        return parts
+        return rules
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,15 +169,15 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _init_group(self) -> None:
         """Create the state of all parameters that have a gradient.
 
-        The name is torch's: while torch.compile traces a step, a method of an optimizer that is called so is not traced
-        but called, and the state is looked at once, after it. State created later would not be seen.
+        The name is torch's: torch.compile calls a method of this name instead of tracing it, and reads the state once,
+        after it. State that is created later is lost.
         """
         for group in self.param_groups:
             for position, param, _ in self._with_gradient(group):
                 self._init_state(group, position, param)
 
     def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(position, parameter, gradient) of the parameters that have one, or just of that at ``only``.
+        """Yield (position, parameter, gradient) of every parameter that has one, or only of that at ``only``.
 
         Raises:
             RuntimeError: for a sparse gradient.
@@ -200,9 +194,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         only: int | None = None,
         rule: Callable[[Tensor], str] = lambda param: "",
     ) -> list[tuple[str, Batch]]:
-        """What :meth:`_group_steps` updates, with its state created: (rule, batch) for every rule, device and dtype.
+        """Collect what :meth:`_group_steps` updates: one (rule, batch) for every rule, device and dtype.
 
-        With ``foreach=False`` every parameter is a batch of its own.
+        Creates missing state. With ``foreach=False`` every parameter is a batch of its own.
 
         Args:
             group, first_index, only: as for :meth:`_group_steps`.
@@ -247,59 +241,17 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _method(cls) -> str:
-        """Whose state this is: the class right below LeanOptimizer, also for what a user derives from it."""
+        """Return the name of the class right below LeanOptimizer, which is also that of a user's subclass."""
         return next(
             c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
         )
-
-    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
-        own = self.defaults.keys() - _COMMON_SETTINGS
-        for group in state_dict["param_groups"]:
-            other = group.get("optimizer")
-            if other is None and 2 * len(own & group.keys()) < len(own):
-                missing = ", ".join(sorted(own - group.keys()))
-                other = f"another optimizer (its groups have no {missing})"
-            if other not in (None, self._method()):
-                raise ValueError(
-                    f"{type(self).__name__}: the state was saved by {other}, and {self._method()} cannot continue from "
-                    f"it; nothing was changed. Load it into the optimizer that saved it, or start without it."
-                )
-
-    def _refuse_misfits(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
-        own, theirs = (
-            [name for group in groups for name in group.get("param_names") or ()]
-            for groups in (self.param_groups, state_dict["param_groups"])
-        )
-        # other names altogether are a renamed model, as torch takes them
-        if own != theirs and sorted(own) == sorted(theirs):
-            here, there = next(pair for pair in zip(own, theirs, strict=True) if pair[0] != pair[1])
-            raise ValueError(
-                f"{type(self).__name__}: the saved state has its parameters in another order ({there!r} where {here!r} "
-                "is here); nothing was changed. Build the optimizer over the parameters in the order of the one that "
-                "saved the state."
-            )
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
-                kept = state_dict["state"].get(key, {})
-                shaped = (*self._shaped_state, *STATE_KEY.values())
-                wrong = [k for k in shaped if isinstance(kept.get(k), Tensor) and kept[k].shape != param.shape]
-                if wrong:
-                    names = saved.get("param_names")
-                    whose = names[position] if names else f"parameter {position} of its group"
-                    raise ValueError(
-                        f"{type(self).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
-                        f"{wrong[0]} has shape {tuple(kept[wrong[0]].shape)}; nothing was changed. Build the optimizer "
-                        "over the parameters in the order of the one that saved the state."
-                    )
 
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
         """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
         return True
 
     def _stays_on_cpu(self, key: str) -> bool:
-        """Whether a state tensor is read by the host and therefore kept in its memory."""
+        """Whether a state tensor stays in the host's memory, because the host reads it."""
         return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,8 +267,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         final: dict[str, Any] = {}
 
         def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            self._refuse_foreign(loaded)
-            self._refuse_misfits(loaded)
+            refuse_foreign(self, loaded)
+            refuse_misfits(self, loaded)
             final.update(loaded)
 
         def restore(_: torch.optim.Optimizer) -> None:
@@ -331,17 +283,16 @@ class LeanOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def nonfinite_count(self) -> int:
-        """How many updates met a gradient with an infinite or NaN entry so far (reads the device).
+        """Count the updates so far that met a gradient with an infinite or NaN entry (reads the device).
 
-        With ``nonfinite="skip"`` every tensor counts once in every step that left it, or entries of it, alone; the
-        other policies count nothing. Groups keep their own counts, ``group["nonfinite_count"]``: a number at first and
-        in a state dict, which carries them on, and a tensor on the device between steps. Sharded, each process counts
-        the parts it holds. A step that ``GradScaler`` skips never gets here.
+        With ``nonfinite="skip"`` a tensor counts once for every step that left it, or entries of it, alone. The other
+        policies count nothing, and steps that ``GradScaler`` skips do not count. Every process counts the shards that
+        it holds. ``group["nonfinite_count"]`` is the count of a group, which a state dict contains.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
 
     def state_bytes(self) -> int:
-        """Bytes of all state tensors held now: nothing before the first step; sharded, of all processes together."""
+        """Count the bytes of all state tensors; 0 before the first step. Sharded state counts as a whole."""
         return sum(
             value.numel() * value.element_size()
             for state in self.state.values()
@@ -386,27 +337,12 @@ def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
         group["nonfinite_count"] = total + group.get("nonfinite_count", 0)
 
 
-def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
-    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
-    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
-    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
-        for key, saved in loaded["state"].get(saved_id, {}).items():
-            current = optimizer.state[param].get(key)
-            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
-                continue
-            device = current.device if key == "step" else param.device
-            if optimizer._stays_on_cpu(key):
-                device = torch.device("cpu")
-            kept = optimizer._keeps_dtype(group, param, key)
-            if (kept and current.dtype != saved.dtype) or current.device != device:
-                optimizer.state[param][key] = saved.detach().clone().to(device, None if kept else current.dtype)
-
-
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
-    """The gradient of a parameter, distributed as the parameter is; refused when it is sparse.
+    """Return the gradient of a parameter as a plain tensor, distributed as the parameter is.
 
-    Both may be of a class that keeps its elements in other tensors, if those can be copied; the gradient is, here.
+    Raises:
+        RuntimeError: for a sparse gradient.
+        TypeError: for a parameter or gradient of a class of tensors that kernels can neither address nor copy.
     """
     grad = param.grad
     assert grad is not None

@@ -58,12 +58,12 @@ def write_back(
     rounding_states: Sequence[Tensor],
     stacked: Sequence[bool],
 ) -> Tensor:
-    """Update parameters, and what their rounding keeps, by a step on matrices; in place, whatever their layout.
+    """Update parameters and their rounding state in place by a step on matrices, whatever their memory layout.
 
     Args:
         step: updates the matrices it is given, and their rounding states, in place, and returns one flag a parameter
             (:func:`leanstep.kernels.steps.scaled_step` with the updates and options bound).
-        weights: this process's parts of the parameters.
+        weights: this process's shards of the parameters.
         rounding_states: empty, or one for each of the weights, of the same shape.
         stacked: which of the weights of three dimensions are stacks of matrices; see :func:`as_written`.
 
@@ -75,7 +75,7 @@ def write_back(
     states = [as_written(t, s) for t, s in zip(rounding_states, stacked, strict=True)] if rounding_states else []
     flags = step(matrices, states)
     for stored, matrix in zip([*parts, *rounding_states], [*matrices, *states], strict=True):
-        if stored.dim() > matrix.dim() and not stored.is_contiguous():  # to flatten it may have made a copy
+        if stored.dim() > matrix.dim() and not stored.is_contiguous():  # flattening may have copied it
             stored.copy_(matrix.view_as(stored))
     store(parts, weights)
     return flags

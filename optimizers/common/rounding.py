@@ -21,7 +21,7 @@ STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:
-    """The way that applies to one parameter: wide parameters need none.
+    """Return the rounding of one parameter: "nearest" for fp32 and fp64, else the group's.
 
     Raises:
         ValueError: for stochastic rounding of fp16, whose range makes unbiased rounding impossible near its ends.
@@ -38,7 +38,7 @@ def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -
 
 
 def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
-    """Create what ``rounding`` keeps for a parameter."""
+    """Create the state that ``rounding`` needs for a parameter."""
     if rounding == "kahan" and "kahan_compensation" not in state:
         state["kahan_compensation"] = new_state(param)
     elif rounding == "master" and "master_param" not in state:
@@ -55,7 +55,7 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
 
 
 def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
-    """This process's parts of what ``rounding`` keeps beside the parameters; empty where it keeps nothing."""
+    """Return this process's shards of the rounding state; an empty list if ``rounding`` has none."""
     return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
 
 
@@ -67,7 +67,7 @@ def seeds_and_offsets(
     seed: int,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What stochastic rounding draws from, after one more step of every parameter; (None, None) for the other ways.
+    """Count a step, and return what stochastic rounding draws from; (None, None) for other kinds of rounding.
 
     Returns:
         seeds and offsets, int64 [n] each: see :func:`seeds_for` and

@@ -1,7 +1,7 @@
-"""Which part of a parameter this process holds, and how sums over the other parts are asked for.
+"""Shards of parameters, gradients and states, and sums over the processes that hold them.
 
-FSDP2 (``fully_shard``) cuts parameters into DTensors, along dimension 0 unless told otherwise. Elementwise rules need
-only their own part; SinkGD needs the column sums (or, cut the other way, the row sums) of its matrices.
+FSDP2 (``fully_shard``) shards parameters as DTensors, along dimension 0 by default. Elementwise rules need only this
+process's shard. SinkGD also needs the column sums of its matrices, or the row sums where columns are sharded.
 
 A rule that needs sums is a generator (:data:`Steps`): it yields the tensors to be reduced, and goes on when they hold
 the result. :func:`together` advances many such rules side by side and :func:`run` answers what all of them ask at one
@@ -31,11 +31,11 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class Shard(NamedTuple):
-    """A process's part of a parameter."""
+    """Describes the shard of a parameter that this process holds."""
 
     shape: torch.Size  # of the whole parameter
-    dim: int | None = None  # the dimension that is cut; None when this process holds all, or the cut is another
-    offset: int | None = 0  # row-major index of the part's first element in the whole; None when it is not one range
+    dim: int | None = None  # the sharded dimension; None if this process holds all, or if there are several
+    offset: int | None = 0  # row-major index of the shard's first element in the whole; None if it is not one range
     groups: tuple[Any, ...] = ()  # sums over these process groups, one after the other, cover the whole
     placements: Any = None  # for messages
 
@@ -90,7 +90,7 @@ def shard_of(param: Tensor) -> Shard:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor, or this process's part of it, is of a class whose elements kernels can address.
+    """Whether the elements of a tensor, or of this process's shard of it, lie in memory that kernels can address.
 
     Classes made by ``torch.Tensor._make_wrapper_subclass``, as of quantized weights, hold other tensors instead.
     Torch's own stand-ins of tracing and estimation count as having memory.
@@ -102,17 +102,17 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, for kernels to read: itself or, of a class without memory, a plain copy."""
+    """Return this process's shard of a tensor, which kernels can read: a plain copy for classes without memory."""
     part = local(tensor)
     if has_memory(part):
         return part
     copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    copy.copy_(part)  # whose class decides what that returns
+    copy.copy_(part)  # not returned directly: the class of ``part`` decides what copy_ returns
     return copy
 
 
 def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Write changed parts that :func:`readable` copied back into their tensors, by their class's own ``copy_``."""
+    """Copy shards that were updated back into their tensors, where :func:`readable` had to copy them."""
     for part, tensor in zip(parts, tensors, strict=True):
         held = local(tensor)
         if held is not part and not has_memory(held):
@@ -120,7 +120,7 @@ def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor of an ordinary class with the same elements, distributed the same: itself, where it is one."""
+    """Return a plain tensor with the same elements and placements: a copy for classes without memory."""
     if has_memory(tensor):
         return tensor
     part = readable(tensor)
@@ -128,12 +128,12 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
-    """Zeros like the parameter, sharded like it, in ``dtype`` (or of that name) or the parameter's."""
+    """Return zeros like the parameter, sharded like it, in ``dtype`` (a dtype or its name) or the parameter's."""
     return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
 
 
 def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that a setting of a group names.
+    """Return the dtype that a setting of a group names.
 
     Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
     state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
@@ -141,7 +141,7 @@ def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, setting) if isinstance(setting, str) else setting
 
 
-# classes without memory that can be read into plain tensors and written from them
+# classes without memory that have been copied to a plain tensor and back
 _copyable: set[type] = set()
 
 
@@ -162,11 +162,10 @@ def check_class(owner: str, name: str, tensor: Tensor) -> None:
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient, distributed as its parameter is; unchanged where it already is.
+    """Redistribute a gradient as its parameter is, if it is not already. The given gradient is not changed.
 
     Tensor parallelism leaves other placements: the gradient of a row-wise embedding is replicated, that of a norm
-    between sequence-parallel layers is a partial sum. A rule for this process's part needs the same part of both.
-    Communicates where they differ, so that all processes have to call; the gradient itself is not written.
+    between sequence-parallel layers is a partial sum. All processes have to call this: it communicates.
     """
     placements = getattr(param, "placements", None)
     if placements is None or getattr(grad, "placements", placements) == placements:
@@ -177,10 +176,10 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
-    """int64 [n]: where each part starts in its whole tensor, for stochastic rounding.
+    """Return where each shard starts in its whole tensor, int64 [n], for stochastic rounding.
 
     Raises:
-        ValueError: for a part that is not one range of the whole.
+        ValueError: for a shard that is not one range of the whole.
     """
     for shard in shards:
         if shard.offset is None:
@@ -192,21 +191,21 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
-    """Sum ``values`` [n], one number per tensor, over the processes that hold parts of it, in place."""
+    """Sum ``values`` [n], one number per tensor, over the processes that hold its shards, in place."""
     for level in range(max([len(s.groups) for s in shards])):
-        members: dict[Any, list[int]] = {}
+        by_group: dict[Any, list[int]] = {}
         for i, shard in enumerate(shards):
             if len(shard.groups) > level:
-                members.setdefault(shard.groups[level], []).append(i)
-        parts = [(chosen, values if len(chosen) == len(shards) else values[chosen]) for chosen in members.values()]
-        yield [Reduction(part, group) for group, (_, part) in zip(members, parts, strict=True)]
-        for chosen, part in parts:
-            if part is not values:
-                values[chosen] = part
+                by_group.setdefault(shard.groups[level], []).append(i)
+        sums = [(indices, values if len(indices) == len(shards) else values[indices]) for indices in by_group.values()]
+        yield [Reduction(total, group) for group, (_, total) in zip(by_group, sums, strict=True)]
+        for indices, total in sums:
+            if total is not values:
+                values[indices] = total
 
 
 def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
-    """Raise a tensor's flag on all processes where one of them has raised it for its part, in place."""
+    """Set a tensor's flag on all processes if one of them has set it for its shard, in place."""
     if not any(s.groups for s in shards):
         return
     total = flags.to(torch.float32)  # in fp32 they travel with other sums
@@ -214,25 +213,25 @@ def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
     flags.copy_(total > 0)
 
 
-def together(parts: Sequence[Steps[T]]) -> Steps[list[T]]:
+def together(rules: Sequence[Steps[T]]) -> Steps[list[T]]:
     """Advance several rules side by side; what they ask for at one time is asked for together."""
     if torch.compiler.is_compiling():  # tracing follows `yield from`, and loses what is returned
-        for part in parts:
-            yield from part
+        for rule in rules:
+            yield from rule
         return []
     results: dict[int, T] = {}
-    while len(results) < len(parts):
+    while len(results) < len(rules):
         asked: list[Reduction] = []
-        for i, part in enumerate(parts):
+        for i, rule in enumerate(rules):
             if i in results:
                 continue
             try:
-                asked += next(part)
+                asked += next(rule)
             except StopIteration as end:
                 results[i] = end.value
         if asked:
             yield asked
-    return [results[i] for i in range(len(parts))]
+    return [results[i] for i in range(len(rules))]
 
 
 def run(steps: Steps[Any]) -> None:

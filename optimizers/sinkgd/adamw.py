@@ -1,4 +1,4 @@
-"""The AdamW rule for the tensors a matrix method does not take: torch's own functional, fed and guarded."""
+"""AdamW for the tensors that SinkGD does not normalize: torch's own function, with skipped steps and rounding."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], roun
 
 
 def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether torch's fused kernel runs: asked for, or possible and not refused.
+    """Whether torch's fused kernel runs: as ``fused`` says, else wherever there is one.
 
     Raises:
-        RuntimeError: asked for where there is none.
+        RuntimeError: for ``fused=True`` on a device without it.
     """
     supported = _get_fused_kernels_supported_devices()
     possible = param.is_floating_point() and param.device.type in supported
@@ -78,14 +78,14 @@ def _update(
     group: dict[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """torch's functional AdamW. ``skip``: a flag on the device: leave everything as it is; None: it is not raised."""
+    """Call torch's functional AdamW. ``skip``: a flag on the device that leaves everything unchanged, or None."""
     beta1, beta2 = group["betas"]
     fused = uses_fused(params[0], group)
     exp_avgs, exp_avg_sqs = ([local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq"))
     steps = [s["step"] for s in states]
-    kept = None
-    if skip is not None and not fused:  # no kernel to tell: put back what was there
-        kept = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
+    backups = []
+    if skip is not None and not fused:  # only the fused kernel can be told to skip
+        backups = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
     columns = [params, grads, exp_avgs, exp_avg_sqs]
     fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
     fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
@@ -117,9 +117,9 @@ def _update(
                     row[i].copy_(used[i])
             else:
                 torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels do not
-    if kept is not None and skip is not None:
-        for tensor, before in kept:
-            tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
+    for tensor, before in backups:
+        assert skip is not None
+        tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
 def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -140,12 +140,12 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     if rounding == "stochastic":
         offsets = offsets_of(batch.shards, device)
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
-    for param, kept, value, seed, offset in zip(params, rounding_state, wide, seeds, offsets, strict=True):
-        new_param, new_kept = narrow(value, param, rounding, seed, offset)
+    for param, state, value, seed, offset in zip(params, rounding_state, wide, seeds, offsets, strict=True):
+        new_param, new_rounding_state = narrow(value, param, rounding, seed, offset)
         if skip is not None:
             new_param = torch.where(skip, param.to(new_param.dtype), new_param)
-            if kept is not None and new_kept is not None:
-                new_kept = torch.where(skip, kept, new_kept)
+            if state is not None and new_rounding_state is not None:
+                new_rounding_state = torch.where(skip, state, new_rounding_state)
         param.copy_(new_param)
-        if kept is not None and new_kept is not None and kept is not value:
-            kept.copy_(new_kept)
+        if state is not None and new_rounding_state is not None and state is not value:
+            state.copy_(new_rounding_state)

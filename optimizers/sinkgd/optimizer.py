@@ -209,7 +209,7 @@ class SinkGD(LeanOptimizer):
                 )
 
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """All but the moments of AdamW, where torch's own step runs on them and wants the parameter's dtype."""
+        """False for AdamW's moments without rounding: torch's own step wants them in the parameter's dtype."""
         plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
         return not (plain and key in ("exp_avg", "exp_avg_sq"))
 
@@ -219,9 +219,9 @@ class SinkGD(LeanOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have; step counts become tensors."""
         super().__setstate__(state)
-        for kept in self.state.values():  # where hooks may leave values of their own
-            if isinstance(kept, dict) and "step" in kept and not torch.is_tensor(kept["step"]):
-                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
+        for entry in self.state.values():  # hooks may have added values that are no states
+            if isinstance(entry, dict) and "step" in entry and not torch.is_tensor(entry["step"]):
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
@@ -260,7 +260,7 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
             bad = nonfinite_flags(matrices)
             yield from all_reduce_flags(bad, shards)
         if not after:
-            matrices = _average(matrices, batch, bad, look_ahead=balanced or group["nesterov"])
+            matrices = _average(matrices, batch, bad, nesterov=balanced or group["nesterov"])
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
@@ -287,7 +287,7 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
             cols.masked_fill_(flag > 0, math.nan)
     if momentum and after:
         normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
-        matrices = _average(normalized, batch, bad, look_ahead=group["nesterov"])
+        matrices = _average(normalized, batch, bad, nesterov=group["nesterov"])
         _reset(scales)
     if transposed:
         matrices, scales = [g.mT for g in matrices], _transposed(scales)
@@ -295,10 +295,10 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
 
 
 def _sharded_side(shard: Shard) -> str | None:
-    """What a process holds of the matrices of a parameter: "rows", "columns", or None when each is whole on one.
+    """Return by what the matrices of a parameter are sharded: "rows", "columns", or None if each is whole.
 
     Raises:
-        ValueError: for matrices cut along both dimensions, or in strides.
+        ValueError: for matrices sharded along both dimensions, or in strides.
     """
     if not shard.groups:
         return None
@@ -313,8 +313,8 @@ def _sharded_side(shard: Shard) -> str | None:
     return "columns" if shard.dim else "rows"
 
 
-def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, look_ahead: bool) -> list[Tensor]:
-    """Take matrices into the momenta, but for those that are not finite; the averages, before they are rounded."""
+def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, nesterov: bool) -> list[Tensor]:
+    """Update the momenta, except where ``bad`` says that a matrix is not finite; return them before rounding."""
     group, averages = batch.group, []
     for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
         stored = local(state["momentum_buffer"])
@@ -323,12 +323,12 @@ def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, look_a
         if bad is not None:
             average = torch.where(bad[i] > 0, buffer.to(average.dtype), average)
         stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
-        averages.append(rule.momentum_average(average, matrix, group["momentum"]) if look_ahead else average)
+        averages.append(rule.momentum_average(average, matrix, group["momentum"]) if nesterov else average)
     return averages
 
 
 def _reset(scales: Scales) -> None:
-    """Make the scales those of matrices that are normalized already: 1, and NaN where a matrix is not finite."""
+    """Set all scales to 1, for matrices that are normalized already; NaN marks matrices that are not finite."""
     for rows, cols in zip(scales.rows, scales.cols, strict=True):
         bad = torch.isnan(cols).any(dim=-1, keepdim=True)
         rows.fill_(1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leanstep.sparsity import NM, flip_rate, is_nm, nm_mask
-from leanstep.sparsity.masks import axis_dim, group_counts, nm_violations
+from leanstep.sparsity.masks import axis_dim, group_counts, violations
 
 
 def test_by_hand_and_ties():
@@ -87,8 +87,8 @@ def test_coarse_masks_hold_the_fine_ones():
 def test_violations_are_counted_per_group():
     weight = torch.tensor([[1.0, 1, 1, 0, 0, 0, -0.0, 5], [0, 0, 0, 0, 1, float("nan"), 2, 0]])
     assert group_counts(weight, 4, 1).tolist() == [[3, 1], [0, 3]]
-    assert nm_violations(weight, "2:4") == 2 and nm_violations(weight, "3:4") == 0
-    assert is_nm(weight, "2:3") is False and nm_violations(weight[:, :7], "1:4") == 2
+    assert violations(weight, NM(2, 4), -1) == 2 and violations(weight, NM(3, 4), -1) == 0
+    assert is_nm(weight, "2:3") is False and violations(weight[:, :7], NM(1, 4), -1) == 2
     assert is_nm(weight, "1:2", axis="out") and not is_nm(weight, "0:2", axis="out")
 
 
