@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
 from leanstep.optimizers.common.sharding import (
     Shard,
     Steps,
@@ -27,12 +27,6 @@ from leanstep.optimizers.common.sharding import (
 )
 
 NONFINITE = ("skip", "raise", "pass")
-
-# settings that do not tell whose a state is: those of torch's optimizers, and those that all of these have
-_COMMON_SETTINGS = frozenset(
-    (*inspect.signature(torch.optim.AdamW).parameters, *inspect.signature(torch.optim.SGD).parameters)
-    + ("nonfinite", "rounding", "seed", "momentum_dtype")
-)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -252,48 +246,6 @@ class LeanOptimizer(torch.optim.Optimizer):
             c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
         )
 
-    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
-        distinctive = self.defaults.keys() - _COMMON_SETTINGS
-        for group in state_dict["param_groups"]:
-            other = group.get("optimizer")
-            if other is None and 2 * len(distinctive & group.keys()) < len(distinctive):
-                missing = ", ".join(sorted(distinctive - group.keys()))
-                other = f"another optimizer (its groups have no {missing})"
-            if other not in (None, self._method()):
-                raise ValueError(
-                    f"{type(self).__name__}: the state was saved by {other}, and {self._method()} cannot continue from "
-                    f"it; nothing was changed. Load it into the optimizer that saved it, or start without it."
-                )
-
-    def _refuse_misfits(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
-        names, saved_names = (
-            [name for group in groups for name in group.get("param_names") or ()]
-            for groups in (self.param_groups, state_dict["param_groups"])
-        )
-        # entirely different names: a renamed model, which torch accepts too
-        if names != saved_names and sorted(names) == sorted(saved_names):
-            here, there = next(pair for pair in zip(names, saved_names, strict=True) if pair[0] != pair[1])
-            raise ValueError(
-                f"{type(self).__name__}: the saved state has its parameters in another order ({there!r} where {here!r} "
-                "is here); nothing was changed. Build the optimizer over the parameters in the order of the one that "
-                "saved the state."
-            )
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
-                state = state_dict["state"].get(key, {})
-                shaped = (*self._shaped_state, *STATE_KEY.values())
-                wrong = [k for k in shaped if isinstance(state.get(k), Tensor) and state[k].shape != param.shape]
-                if wrong:
-                    named = saved.get("param_names")
-                    whose = named[position] if named else f"parameter {position} of its group"
-                    raise ValueError(
-                        f"{type(self).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
-                        f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
-                        "optimizer over the parameters in the order of the one that saved the state."
-                    )
-
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
         """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
         return True
@@ -315,8 +267,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         final: dict[str, Any] = {}
 
         def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            self._refuse_foreign(loaded)
-            self._refuse_misfits(loaded)
+            refuse_foreign(self, loaded)
+            refuse_misfits(self, loaded)
             final.update(loaded)
 
         def restore(_: torch.optim.Optimizer) -> None:
@@ -383,23 +335,6 @@ def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
         group["nonfinite_count"].add_(total.to(group["nonfinite_count"].device))
     else:
         group["nonfinite_count"] = total + group.get("nonfinite_count", 0)
-
-
-def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
-    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
-    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
-    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
-        for key, saved in loaded["state"].get(saved_id, {}).items():
-            current = optimizer.state[param].get(key)
-            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
-                continue
-            device = current.device if key == "step" else param.device
-            if optimizer._stays_on_cpu(key):
-                device = torch.device("cpu")
-            dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
-            if current.dtype != dtype or current.device != device:
-                optimizer.state[param][key] = saved.detach().clone().to(device, dtype)
 
 
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import check_rounding
+from leanstep.optimizers.common.loading import refuse_foreign
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps, new_state
 from leanstep.optimizers.mfac import rule
@@ -215,7 +216,7 @@ class MFAC(LeanOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state with its windows, also one that an older version saved; see the class for what is refused."""
-        self._refuse_foreign(state_dict)
+        refuse_foreign(self, state_dict)
         state_dict = upgraded(state_dict)
         check_loaded(self.param_groups, state_dict)
         super().load_state_dict(state_dict)

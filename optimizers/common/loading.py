@@ -1,0 +1,82 @@
+"""Checks of a state before it is loaded, and the dtypes of its tensors after torch has cast them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.rounding import STATE_KEY
+
+if TYPE_CHECKING:
+    from leanstep.optimizers.common.base import LeanOptimizer
+
+# settings that do not tell whose a state is: those of torch's optimizers, and those that all of these have
+_COMMON_SETTINGS = frozenset(
+    (*inspect.signature(torch.optim.AdamW).parameters, *inspect.signature(torch.optim.SGD).parameters)
+    + ("nonfinite", "rounding", "seed", "momentum_dtype")
+)
+
+
+def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
+    distinctive = optimizer.defaults.keys() - _COMMON_SETTINGS
+    for group in state_dict["param_groups"]:
+        other = group.get("optimizer")
+        if other is None and 2 * len(distinctive & group.keys()) < len(distinctive):
+            missing = ", ".join(sorted(distinctive - group.keys()))
+            other = f"another optimizer (its groups have no {missing})"
+        if other not in (None, optimizer._method()):
+            raise ValueError(
+                f"{type(optimizer).__name__}: the state was saved by {other}, and {optimizer._method()} cannot "
+                "continue from it; nothing was changed. Load it into the optimizer that saved it, or start without it."
+            )
+
+
+def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
+    names, saved_names = (
+        [name for group in groups for name in group.get("param_names") or ()]
+        for groups in (optimizer.param_groups, state_dict["param_groups"])
+    )
+    # entirely different names: a renamed model, which torch accepts too
+    if names != saved_names and sorted(names) == sorted(saved_names):
+        here, there = next(pair for pair in zip(names, saved_names, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"{type(optimizer).__name__}: the saved state has its parameters in another order ({there!r} where "
+            f"{here!r} is here); nothing was changed. Build the optimizer over the parameters in the order of the one "
+            "that saved the state."
+        )
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            state = state_dict["state"].get(key, {})
+            shaped = (*optimizer._shaped_state, *STATE_KEY.values())
+            wrong = [k for k in shaped if isinstance(state.get(k), Tensor) and state[k].shape != param.shape]
+            if wrong:
+                named = saved.get("param_names")
+                whose = named[position] if named else f"parameter {position} of its group"
+                raise ValueError(
+                    f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
+                    f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
+                    "optimizer over the parameters in the order of the one that saved the state."
+                )
+
+
+def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
+    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
+    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
+        for key, saved in loaded["state"].get(saved_id, {}).items():
+            current = optimizer.state[param].get(key)
+            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
+                continue
+            device = current.device if key == "step" else param.device
+            if optimizer._stays_on_cpu(key):
+                device = torch.device("cpu")
+            dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
+            if current.dtype != dtype or current.device != device:
+                optimizer.state[param][key] = saved.detach().clone().to(device, dtype)
