@@ -12,6 +12,7 @@ unrounded gradient, the error of the inverse would not be bounded by that of the
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Sequence
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.fisher import gradient_window as cpp_window
+from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointers
 from leanstep.kernels.reference.fisher import gradient_window as reference
+
+WINDOW_TYPES = TYPES | {torch.float16: "fp16"}  # of the C++ kernels
 
 
 @torch.no_grad()
@@ -134,7 +137,8 @@ def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | Non
 
         dots = triton_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = cpp_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
+        dots = torch.zeros(max(owners) + 1, windows[0].shape[0], dtype=torch.float64)
+        _call_cpp("row_dots", flat_windows, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
     else:
         dots = total_by_group(map(reference.row_dots, flat_windows, flat_vectors), owners)
     dots = dots[0] if groups is None else dots
@@ -157,10 +161,34 @@ def _run_combination(
 
         triton_window.linear_combination(flat_windows, stored, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(flat_windows, stored, owners, flat_out)
+        _call_cpp("linear_combination", flat_windows, flat_out, owners, stored.contiguous())
+        torch.autograd.graph.increment_version(flat_out)
     else:
         for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
             reference.linear_combination(window, stored[group], result)
+
+
+def _call_cpp(
+    name: str, windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Sequence[int], table: Tensor
+) -> None:
+    """Call a function of gradient_window.cpp.
+
+    ``vectors`` are fp32 [n], one per window [m, n]: the factors or the results. ``table`` is fp64 [G, m]: the
+    coefficients, or the dots, which must be zero before the call.
+    """
+    # the kernels take rows at any distance, such as some columns of a wider window
+    windows = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in windows]
+    getattr(library("fisher/gradient_window", {"WINDOW": WINDOW_TYPES[windows[0].dtype]}), name)(
+        ctypes.c_int64(len(windows)),
+        pointers(windows),
+        pointers(vectors),
+        integers([w.shape[1] for w in windows]),
+        integers([w.stride(0) for w in windows]),
+        integers(groups),
+        ctypes.c_int64(windows[0].shape[0]),
+        address(table),
+        torch.get_num_threads(),
+    )
 
 
 def as_list(groups: Sequence[int] | None) -> list[int] | None:

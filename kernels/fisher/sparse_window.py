@@ -9,15 +9,17 @@ gradient belongs in the error feedback: ``e = a - scatter(*top_k(a, layout), lay
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl.fisher import sparse_window as cpp_window
+from leanstep.kernels.cpp_impl._build import address, integers, library, pointers
 from leanstep.kernels.fisher import gradient_window as dense
 from leanstep.kernels.fisher.gradient_window import (
+    WINDOW_TYPES,
     as_list,
     backend_of,
     check_coefficients,
@@ -198,7 +200,9 @@ def _run_dots(
 
         dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = cpp_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
+        wide_vectors = [v.to(torch.float32).contiguous() for v in flat_vectors]
+        _call_cpp("row_dots", values, indices, wide_vectors, layouts, owners, dots)
     else:
         dots = total_by_group(map(reference.row_dots, values, indices, flat_vectors, layouts), owners)
     return dots[0] if groups is None else dots
@@ -221,10 +225,36 @@ def _run_combination(
 
         triton_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
+        _call_cpp("linear_combination", values, indices, flat_out, layouts, owners, stored.contiguous())
+        torch.autograd.graph.increment_version(flat_out)
     else:
         for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
             reference.linear_combination(v.detach(), i, stored[group], layout, result)
+
+
+def _call_cpp(
+    name: str,
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int],
+    table: Tensor,
+) -> None:
+    """Call a function of sparse_window.cpp; ``vectors`` and ``table`` as in gradient_window.py."""
+    values, indices = [v.contiguous() for v in values], [i.contiguous() for i in indices]
+    columns = zip(*((s.numel, s.block, s.per_block, s.k) for s in layouts), strict=True)
+    getattr(library("fisher/sparse_window", {"WINDOW": WINDOW_TYPES[values[0].dtype]}), name)(
+        ctypes.c_int64(len(values)),
+        pointers(values),
+        pointers(indices),
+        pointers(vectors),
+        *map(integers, columns),
+        integers(groups),
+        ctypes.c_int64(values[0].shape[0]),
+        address(table),
+        torch.get_num_threads(),
+    )
 
 
 def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._modes import is_traced
 from leanstep.kernels.reference.lora import norms as reference
 
 
@@ -37,7 +38,12 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tens
     _check(weight, a, b, squares, dtype)
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     mix = torch.mm(wide_b, torch.mm(wide_a, wide_a.t()).mul_(scale * scale))
-    return _module(weight, dtype).lora_norms(weight, wide_a, wide_b, mix, scale, squares)
+    arguments = (weight, wide_a, wide_b, mix, scale, squares)
+    if is_traced(weight) or not weight.numel() or choose("lora_norms", weight.device, dtype).backend != "triton":
+        return reference.lora_norms(*arguments)
+    from leanstep.kernels.triton_impl.lora import norms as triton_norms
+
+    return triton_norms.lora_norms(*arguments)
 
 
 def _check(weight: Tensor, a: Tensor, b: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
@@ -47,12 +53,3 @@ def _check(weight: Tensor, a: Tensor, b: Tensor, squares: Tensor, dtype: torch.d
         raise ValueError(f"lora_norms: expected [m, n], [r, n], [m, r] and [m], got {shapes}")
     if squares.dtype != dtype:
         raise ValueError(f"lora_norms: expected squares of {dtype}, got {squares.dtype}")
-
-
-def _module(weight: Tensor, dtype: torch.dtype):
-    traced = torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter)
-    if not traced and weight.numel() and choose("lora_norms", weight.device, dtype).backend == "triton":
-        from leanstep.kernels.triton_impl.lora import norms as triton_norms
-
-        return triton_norms
-    return reference

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import in_dispatch_mode
+from leanstep.kernels._modes import in_dispatch_mode, is_traced
 from leanstep.kernels.cpp_impl.lora import products as cpp_products
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.lora import products as reference
@@ -29,7 +29,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.ops.leanstep.lora_dropout(x, p, seed) if _is_traced(x) else _dropout(x, p, seed)
+    return torch.ops.leanstep.lora_dropout(x, p, seed) if _needs_op(x) else _dropout(x, p, seed)
 
 
 def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
     if p == 0:
         return product(x, a.t())
     assert seed is not None
-    if _is_traced(x):
+    if _needs_op(x):
         return torch.ops.leanstep.lora_down(x, a, p, seed)
     return _down(x, a, p, seed)
 
@@ -81,7 +81,7 @@ def lora_down_backward(
     if p == 0:
         return product(e.t(), x), None if a is None else product(x, a.t())
     assert seed is not None
-    if _is_traced(x):
+    if _needs_op(x):
         gradient, h = torch.ops.leanstep.lora_down_backward(x, e, a, p, seed)
     else:
         gradient, h = _down_backward(x, e, a, p, seed)
@@ -111,16 +111,16 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
     if p == 0:
         return y.addmm_(h, b, alpha=scale)
     assert seed is not None
-    if _is_traced(y):
+    if _needs_op(y):
         torch.ops.leanstep.lora_up_(y, h, b, scale, p, seed)
     else:
         _up(y, h, b, scale, p, seed)
     return y
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether to call the registered op: under torch.compile and dispatch modes, and for fake tensors."""
-    return torch.compiler.is_compiling() or in_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter)
+def _needs_op(x: Tensor) -> bool:
+    """Whether to call the registered op, which tracers and dispatch modes can see."""
+    return is_traced(x) or in_dispatch_mode()
 
 
 def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, fits: bool) -> None:

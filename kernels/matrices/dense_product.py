@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from leanstep.kernels._modes import in_dispatch_mode
+from leanstep.kernels._modes import in_dispatch_mode, is_traced
 
 # with fewer rows, the time of a product is that of reading the other matrix: the same in both libraries
 LEAST_ROWS = 8
@@ -45,8 +45,7 @@ def runs_on_onednn(x: Tensor) -> bool:
     return (
         x.dtype is torch.float32
         and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        and not is_traced(x)
         and bool(torch.backends.mkldnn.enabled)
         and why_not_onednn() is None
         # modes that count products or keep them know torch.mm

@@ -1,17 +1,20 @@
 """N:M masks from scores."""
 
+import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import group_by_dtypes
-from leanstep.kernels.cpp_impl.nm import mask as cpp_mask
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl._build import group_by_dtypes, integers, library, pointers
 from leanstep.kernels.reference.nm import mask as reference
 
-# longest group of the Triton kernel
-MAX_FAST_M = 128
+MAX_FAST_M = 128  # longest group of the kernels
+# bit pattern of infinity; every NaN has a larger one
+INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def nm_mask(
@@ -54,8 +57,7 @@ def nm_mask(
         _check_finite(scores)
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if torch.compiler.is_compiling() or any(type(s) not in (Tensor, torch.nn.Parameter) for s in scores):
-        # kernels cannot address subclasses such as fake tensors
+    if torch.compiler.is_compiling() or any(map(is_traced, scores)):
         torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
     else:
         _run(list(scores), n, m, dim, list(out))
@@ -73,7 +75,7 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
         for score, mask in zip(scores, out, strict=True):
             mask.copy_(reference.nm_mask(score, n, m, dim))
         return
-    run = _triton_mask if backend == "triton" else cpp_mask.nm_mask
+    run = _triton_mask if backend == "triton" else _cpp_mask
     dense = [
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
@@ -90,6 +92,21 @@ def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tenso
     from leanstep.kernels.triton_impl.nm import mask as triton_mask
 
     triton_mask.nm_mask(scores, n, m, dim, out)
+
+
+def _cpp_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    """Masks of contiguous scores of one dtype, into contiguous bool tensors."""
+    library("nm/mask", {"WORD": f"uint{8 * scores[0].itemsize}_t"}).nm_mask(
+        ctypes.c_int64(len(scores)),
+        pointers(scores),
+        pointers(out),
+        integers([s.numel() // m for s in scores]),
+        integers([math.prod(s.shape[dim % s.dim() + 1 :]) for s in scores]),
+        ctypes.c_int64(n),
+        ctypes.c_int64(m),
+        ctypes.c_int32(INFINITE[scores[0].dtype]),
+        torch.get_num_threads(),
+    )
 
 
 def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:

@@ -1,12 +1,17 @@
 """All monomials of a vector up to a degree: features whose inner products are a Taylor sum of exp."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.poly import features as cpp
-from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count, poly_tables
+from leanstep.kernels.cpp_impl._build import address, library
+from leanstep.kernels.poly.tables import MAX_FEATURES, PolyTables, feature_count, poly_tables
 from leanstep.kernels.reference.poly import features as reference
+
+# columns that a thread of features.cpp takes at a time
+LANES = 64
 
 
 def poly_features(x: Tensor, degree: int) -> Tensor:
@@ -37,7 +42,7 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
         return x.new_ones(x.shape[0], feature_count(dim, degree), x.shape[2])
     backend = choose("poly_features", x.device, wide.dtype).backend
     if backend == "cpp":
-        return cpp.poly_features(wide, tables).to(x.dtype)
+        return _cpp_features(wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
         from leanstep.kernels.triton_impl.poly import features as triton_features
 
@@ -79,12 +84,39 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     wide, wide_grad, tables = x.to(wide_dtype), grad.to(wide_dtype), poly_tables(dim, degree, x.device)
     backend = choose("poly_features_backward", x.device, wide_dtype).backend
     if backend == "cpp":
-        return cpp.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+        return _cpp_features_backward(wide_grad.contiguous(), wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
         from leanstep.kernels.triton_impl.poly import features as triton_features
 
         return triton_features.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
     return reference.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+
+
+def _cpp_features(x: Tensor, tables: PolyTables) -> Tensor:
+    """Features [n, k, c] of contiguous x [n, d, c], fp32."""
+    n, dim, columns = x.shape
+    features = len(tables.parent)
+    out = x.new_empty(n, features, columns)
+    library("poly/features", {}).poly_features(
+        *map(address, (x, tables.parent, tables.last, tables.weight32, out)),
+        *map(ctypes.c_int64, (n, dim, features, columns)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _cpp_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
+    """The gradient of x [n, d, c], fp32; both tensors contiguous."""
+    n, dim, columns = x.shape
+    lower, threads = len(tables.up), torch.get_num_threads()
+    scratch, out = x.new_empty(threads, lower, LANES), torch.empty_like(x)
+    maps = (tables.parent, tables.last, tables.weight32, tables.up, tables.lift32)
+    library("poly/features", {}).poly_features_backward(
+        *map(address, (grad, x, *maps, scratch, out)),
+        *map(ctypes.c_int64, (n, dim, len(tables.parent), lower, columns)),
+        threads,
+    )
+    return out
 
 
 def _check(x: Tensor, degree: int, name: str) -> int:
