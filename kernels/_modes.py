@@ -16,8 +16,8 @@ def is_traced(tensor: torch.Tensor) -> bool:
 def in_dispatch_mode() -> bool:
     """Whether a dispatch mode is on, outside torch.compile.
 
-    A mode may keep a result and return the same tensor later. Selective activation checkpointing does so when it repeats
-    a pass. An in-place addition to that tensor would then be made twice.
+    A mode may keep a result and return the same tensor later, as selective activation checkpointing does in a repeated
+    pass. An in-place addition to that tensor would then be made twice.
     """
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 

@@ -1,4 +1,4 @@
-"""The r-wide products of a low-rank adapter, with dropout whose mask is computed again from its seed."""
+"""The r-wide products of a low-rank adapter. A hash of the seed computes the dropout mask, which is never stored."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from leanstep.kernels.cpp_impl.lora import products as cpp_products
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.lora import products as reference
 
-# A seed is a 0-d int64 tensor on the CPU: compiled programs must not contain its value, and reading it waits for no
-# device.
+# A seed is a 0-d int64 tensor on the CPU. A Python number would become a constant of a compiled program; reading a GPU
+# tensor would wait for the device.
 
 
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
@@ -47,11 +47,10 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
 
     Raises:
         ValueError: for shapes and dtypes that do not match, p outside [0, 1], or no seed where one is needed.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        The Triton kernel reads x once and applies dropout as it reads; other backends store the dropped x for the time
-        of the product.
+        The Triton kernel reads x once and applies dropout as it reads. Other backends store dropout(x) for the product.
     """
     _check("lora_down", x, a, p, seed, x.shape[1:] == a.shape[1:])
     if p == 0:
@@ -65,7 +64,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
 def lora_down_backward(
     x: Tensor, e: Tensor, a: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``e^T dropout(x)``, the gradient of a; and ``H = dropout(x) a^T`` too, where ``a`` [r, n] is given.
+    """``e^T dropout(x)``, the gradient of a; with ``a`` [r, n], also ``H = dropout(x) a^T``.
 
     Args:
         x: [M, n]. e: [M, r]. p, seed: as in :func:`lora_down`.
@@ -95,14 +94,14 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
         y: [M, m], row-major; written.
         h: [M, r]. b: [r, m], often a transposed view. Both of y's dtype.
         scale: factor of the product.
-        p, seed: as in :func:`lora_down`; the mask is that of an x of y's shape.
+        p, seed: as in :func:`lora_down`, for an x of y's shape.
 
     Raises:
         ValueError, BackendError: as :func:`lora_down`.
 
     Notes:
-        Reads and writes y once. Without dropout it is one call of the BLAS. With it, the CPU computes the product
-        [M, m] first (in fp32 a megabyte at a time); the Triton kernel does not store it.
+        Reads and writes y once. Without dropout it is one BLAS call. With dropout, a CPU stores the product [M, m] (in
+        fp32 a megabyte at a time); the Triton kernel does not store it.
     """
     fits = y.shape[:1] == h.shape[:1] and h.shape[1:] == b.shape[:1] and y.shape[1:] == b.shape[1:]
     _check("lora_up_", y, h, p, seed, fits)

@@ -24,7 +24,7 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: for shapes and dtypes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Computed in c's dtype, rounded once. Reads and writes y once.
@@ -43,10 +43,11 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """``g * c``, and the sums over rows of ``g * y``.
+    """``g * c``, and the sum of ``g * y`` over the rows.
 
     Args:
-        g: [M, m], the gradient of an output. y: like g; without it, the sums that are returned mean nothing.
+        g: [M, m], the gradient of an output.
+        y: like g. None if the caller does not read the sums, which are then arbitrary.
         c: [m], fp32, or fp64 for fp64 tensors.
         in_place: write the product into g.
 
@@ -57,7 +58,7 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
         ValueError, BackendError: as :func:`lora_scale_`.
 
     Notes:
-        One pass: reads g and y, writes the product.
+        Reads g and y once and writes the product once.
     """
     _check("lora_scale_backward", g, c, None)
     if y is not None and (y.shape != g.shape or y.dtype != g.dtype):

@@ -1,4 +1,4 @@
-"""The gated activation of a SwiGLU block, computed again in backward instead of kept."""
+"""The gated activation of a SwiGLU block. The backward pass computes it again instead of storing it."""
 
 import ctypes
 
@@ -19,7 +19,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
     Raises:
         ValueError: for shapes or dtypes that differ.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Reads both inputs and writes the result once.
@@ -39,14 +39,14 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
 
 def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and u for the gradient ``grad`` of it, the last in its memory.
+    """Gradients of e and u from ``grad``, the gradient of ``silu(e) * u``; and ``silu(e) * u`` itself.
 
     With s = 1 / (1 + exp(-e))::
 
         de = grad u s (1 + e (1 - s))        du = grad e s
 
     Args:
-        grad: row-major; written.
+        grad: row-major; overwritten with du.
         e, u: of grad's shape and floating dtype; not written.
 
     Returns:
@@ -57,7 +57,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
         BackendError: as :func:`swiglu`.
 
     Notes:
-        One pass: reads three tensors and writes three.
+        Reads the three inputs once and writes the three results once.
     """
     _check("swiglu_backward_", e, u, grad)
     if not grad.is_contiguous():

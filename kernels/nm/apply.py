@@ -27,11 +27,11 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Computes in fp32 and rounds once. Reads weight and mask and writes the result once: 9 bytes per fp32 element.
-        All backends agree bit for bit. Under torch.compile it is plain torch, for the compiler to fuse.
+        All backends agree bit for bit. Under torch.compile, plain torch runs, which the compiler fuses.
     """
     _check(weight, mask, alpha, "nm_apply")
     if is_traced(weight) or not weight.numel():
@@ -48,7 +48,7 @@ def nm_apply_backward(
     grad_flow: str = "ste",
     srste_lambda: float = 0.0,
 ) -> Tensor:
-    """The gradient of a weight from the gradient g of the masked weight.
+    """Gradient of a weight from the gradient g of the masked weight.
 
     Kept entries get g. Pruned entries get, by ``grad_flow``::
 
@@ -66,14 +66,14 @@ def nm_apply_backward(
         srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
-        A tensor like ``weight``; ``grad`` itself if it is passed straight through without an SR-STE term.
+        A tensor like ``weight``; with "ste" and no SR-STE term, ``grad`` in the weight's dtype.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads grad, mask and, with an SR-STE term, weight once, and writes the result. All backends agree bit for bit.
+        Reads grad, mask and, for an SR-STE term, weight once. Writes the result once. All backends agree bit for bit.
     """
     _check(weight, mask, alpha, "nm_apply_backward")
     check_grad_flow(grad_flow, srste_lambda, "nm_apply_backward")
@@ -83,7 +83,7 @@ def nm_apply_backward(
         )
     if grad_flow == "ste" and not srste_lambda:
         return grad.to(weight.dtype)
-    # a gradient that is itself differentiated must be made of operations that autograd knows
+    # a second derivative needs operations that autograd knows
     differentiable = torch.is_grad_enabled() and (grad.requires_grad or weight.requires_grad)
     if is_traced(weight) or differentiable or not weight.numel():
         return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
@@ -91,7 +91,7 @@ def nm_apply_backward(
 
 
 def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
-    """Raise ValueError unless :func:`nm_apply_backward` takes both."""
+    """Raise ValueError unless both are arguments that :func:`nm_apply_backward` takes."""
     if grad_flow not in GRAD_FLOWS:
         raise ValueError(f"{name}: grad_flow must be one of {', '.join(GRAD_FLOWS)}, got {grad_flow!r}")
     if not 0 <= srste_lambda < float("inf"):

@@ -26,31 +26,31 @@ def nm_mask(
     check: bool = False,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Keep the n entries of largest magnitude of every m consecutive ones along a dimension.
+    """Mask of the n entries of largest magnitude in every group of m consecutive entries along a dimension.
 
-    In every group of m entries the n with the largest ``|score|`` are True. Of equal scores the last is kept, so that
-    masks are reproducible; a group of zeros keeps its last n entries, so that a layer that starts at zero can grow.
+    Of entries with equal ``|score|``, the last is kept, so masks are reproducible. A group of zeros keeps its last n
+    entries, so a layer that starts at zero can grow.
 
     Args:
         scores: tensors of one device, any shape and floating dtype; not written. Weights are their own scores.
-        n: entries kept, 0 <= n <= m.
-        m: entries of a group; it must divide the size of every tensor along ``dim``. The fast paths take m <= 128.
-        dim: dimension along which groups lie.
-        check: whether to raise for entries that are not finite (which waits for the device).
-        out: bool tensors of the same shapes to write to. None: new ones.
+        n: entries kept per group, 0 <= n <= m.
+        m: entries per group; must divide every tensor's size along ``dim``. The C++ and Triton kernels take m <= 128.
+        dim: dimension of the groups.
+        check: raise for entries that are not finite, which waits for the device.
+        out: bool tensors of the same shapes, overwritten. None: new tensors.
 
     Returns:
         ``out``: one bool tensor per score, True where a weight is kept.
 
     Raises:
-        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` of other shapes; and with
-            ``check``, entries that are not finite.
+        ValueError: for n or m out of range, an m that does not divide a tensor's size, ``out`` of other shapes, and,
+            with ``check``, entries that are not finite.
         TypeError: for scores that are not of floating dtype.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check`` NaN counts as larger
-        than any number. All backends agree exactly.
+        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check``, NaN counts as larger
+        than any number. All backends give the same masks.
     """
     _check(scores, n, m, dim, out)
     if check:
@@ -68,7 +68,7 @@ def nm_mask(
 def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
     if not scores:
         return
-    # all backends take fp32, bf16 and fp16
+    # all backends take fp32, bf16 and fp16: only fp64 matters for the choice
     wide = [torch.float64] if any(s.dtype == torch.float64 for s in scores) else []
     backend = choose("nm_mask", scores[0].device, *wide).backend
     if backend == "reference" or (m > MAX_FAST_M and m != n):

@@ -15,7 +15,7 @@ LANES = 64
 
 
 def poly_features(x: Tensor, degree: int) -> Tensor:
-    """The features of every column of x: all monomials ``x^a / sqrt(a!)`` up to ``degree``.
+    """Features of every column of x: all monomials ``x^a / sqrt(a!)`` up to ``degree``.
 
     ``f(x) . f(y) = sum over t <= degree of (x . y)^t / t!``
 
@@ -24,16 +24,16 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
         degree: g >= 0.
 
     Returns:
-        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. Products over features and over columns are
-        both plain matrix products.
+        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. In this layout, sums over features and sums
+        over columns are both matrix products.
 
     Raises:
         ValueError: for another shape or dtype, a negative degree, or more than 2^20 features.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Computed in fp32 or wider and rounded once. Every feature is written once and, unless it has the highest degree,
-        read once; x is read once for every feature, from the cache.
+        Computed in fp32 or wider and rounded once. Writes every feature once, and reads every feature below the highest
+        degree once. Reads x once per feature, from the cache.
     """
     dim = _check(x, degree, "poly_features")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -51,7 +51,7 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
 
 
 def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
-    """The gradient of x from that of :func:`poly_features`: the transposed Jacobian times ``grad``.
+    """Gradient of x from the gradient of its features: the transposed Jacobian times ``grad``.
 
     ``dx[i] = sum of sqrt(b_i + 1) f[b] grad[b + e_i]`` over features b below the highest degree, where b_i is the
     exponent of x_i in b.
@@ -59,7 +59,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     Args:
         grad: [n, k, c] of x's dtype; not written.
         x: [n, d, c], as given to :func:`poly_features`; not written.
-        degree: the same.
+        degree: as given to :func:`poly_features`.
 
     Returns:
         [n, d, c] of x's dtype.
@@ -68,8 +68,8 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
         ValueError, BackendError: as :func:`poly_features`, and for a gradient of another shape or dtype.
 
     Notes:
-        Features below the highest degree are computed again. On the CPU a row of ``grad`` is read once for every
-        variable of its monomial, without large temporaries; the definition has some of ``d C(d + g - 1, g - 1) c``.
+        Computes the features below the highest degree again. Reads a row of ``grad`` once per variable of its monomial.
+        The kernels make no large temporary; the definition makes some of ``d C(d + g - 1, g - 1) c`` elements.
     """
     dim = _check(x, degree, "poly_features_backward")
     expected = (x.shape[0], feature_count(dim, degree), x.shape[2])
