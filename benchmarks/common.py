@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+Runs = Mapping[str, Callable[[], Any]]
+Clock = Callable[[], float]
 TRAIN = (sys.executable, "-P", "-m", "leanstep", "train")
 
 
@@ -103,46 +105,42 @@ def wall_clock() -> float:
     return timer()
 
 
-def clock_of(options: argparse.Namespace) -> Callable[[], float]:
+def clock_of(options: argparse.Namespace) -> Clock:
     """The clock that ``--cpu-time`` asks for: processor time of this process, or the wall clock."""
     return time.process_time if options.cpu_time else wall_clock
 
 
-def timed(run: Callable[[], Any], clock: Callable[[], float] = wall_clock) -> tuple[float, Any]:
+def timed(run: Callable[[], Any], clock: Clock = wall_clock) -> tuple[float, Any]:
     """Seconds that a call takes, and its result."""
     begin = clock()
     result = run()
     return clock() - begin, result
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[Any]]:
+def interleaved(runs: Runs, rounds: int, warmup: int = 1) -> dict[str, list[Any]]:
     """Results of every run in every round, each in shuffled order, after warm-up rounds in the order given.
 
     ``torch.utils.benchmark.Timer`` measures one candidate after the other. Here they take turns, so that a change of
     the machine's speed meets all of them.
     """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
     results: dict[str, list[Any]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0)
-    for number in range(warmup + rounds):
-        if number >= warmup:
-            shuffle.shuffle(order)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
         for name in order:
-            result = runs[name]()
-            if number >= warmup:
-                results[name].append(result)
+            results[name].append(runs[name]())
     return results
 
 
-def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = wall_clock, warmup: int = 1
-) -> dict[str, list[float]]:
+def interleaved_seconds(runs: Runs, rounds: int, clock: Clock = wall_clock, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of every run in every round, interleaved."""
     return interleaved({name: lambda run=run: timed(run, clock)[0] for name, run in runs.items()}, rounds, warmup)
 
 
-def interleaved_medians(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = wall_clock, warmup: int = 1
-) -> dict[str, float]:
+def interleaved_medians(runs: Runs, rounds: int, clock: Clock = wall_clock, warmup: int = 1) -> dict[str, float]:
     """Median seconds of every run, interleaved."""
     times = interleaved_seconds(runs, rounds, clock, warmup)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -12,10 +12,10 @@ counts this process's processor time instead of the clock's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from common import add_tables, clock_of, command_line, interleaved_medians, print_table, start
+from common import Clock, add_tables, clock_of, command_line, interleaved_medians, print_table, start
 from torch import Tensor
 
 from leanstep.kernels import nm_mask
@@ -28,7 +28,6 @@ PARSER = command_line(
     cpu_time=(False, "measure processor time"),
 )  # fmt: skip
 add_tables(PARSER, "time", "transposable")
-Clock = Callable[[], float]
 
 
 def by_argsort(scores: Tensor, pattern: NM) -> Tensor:

@@ -98,7 +98,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def pruner(model: nn.Module, data: Tensor, allocation: str) -> Callable[[float], Any]:
-    """Prune the model to a sparsity, by magnitude, with curves of the squared error of the logits."""
+    """A function that prunes the model to a sparsity, by magnitude, with curves of the squared error of the logits."""
     options = {"allocation": allocation, "score": "magnitude", "metric": "mse_logits", "held_out": False}
     return lambda sparsity: prune(model, data, sparsity=sparsity, batch_size=CALIBRATION, **options)
 

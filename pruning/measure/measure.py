@@ -193,8 +193,9 @@ class Measurement:
                 for level, count in enumerate(kept):
                     if level == 0 or count in measured:
                         continue
-                    changed = prune_group(group, pruners, count, patterns[level] if patterns else "")
-                    point = measured[count] = self.measure(changed)
+                    pattern = patterns[level] if patterns else ""
+                    # no name for the pruned matrices: they would stay in memory until the next level
+                    point = measured[count] = self.measure(prune_group(group, pruners, count, pattern))
                     if partial is not None:
                         partial.add(group.name, count, point)
                     if progress is not None:

@@ -3,7 +3,7 @@
 import importlib
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,18 +16,22 @@ class StopWalk(BaseException):
     """Raised in the traced call where the walk ends; no handler of the package catches it."""
 
 
-def walk(call: Callable[[], Any], until: str | None = None) -> list[tuple[str, str]]:
+def walk(call: Callable[[], Any], until: str | None = None, closed: Collection[str] = ()) -> list[tuple[str, str]]:
     """(file, function) of every function of the package that ``call`` enters, each once, in order.
 
     Args:
         call: what to run, in this thread.
         until: "file:function" at whose entry the call is abandoned; None: run it to its end.
+        closed: "file:function" of functions that count and whose own calls do not: a walk of their own.
     """
     import_all()
     entered: dict[tuple[str, str], None] = {}
+    inside: list[FrameType] = []  # the closed function that runs, if one does
 
     def profile(frame: FrameType, event: str, _: object) -> None:
-        if event != "call":
+        if inside and event == "return" and frame is inside[0]:
+            inside.clear()
+        if event != "call" or (inside and until is None):
             return
         path = Path(frame.f_code.co_filename)
         if not path.is_relative_to(ROOT):
@@ -36,9 +40,14 @@ def walk(call: Callable[[], Any], until: str | None = None) -> list[tuple[str, s
         if file.parts[0] not in FOLDERS:
             return
         step = (file.as_posix(), frame.f_code.co_qualname.replace("<locals>.", ""))
-        entered.setdefault(step)
-        if until == f"{step[0]}:{step[1]}":
+        name = f"{step[0]}:{step[1]}"
+        if not inside:
+            entered.setdefault(step)
+        if name == until:
+            entered.setdefault(step)
             raise StopWalk
+        if name in closed and not inside:
+            inside.append(frame)
 
     previous = sys.getprofile()
     sys.setprofile(profile)
