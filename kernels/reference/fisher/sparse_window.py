@@ -71,8 +71,8 @@ def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype) -> tuple[Ten
 def _largest(blocks: Tensor, count: int) -> Tensor:
     """Ascending indices of the ``count`` largest magnitudes in every row; of equal ones the first ones.
 
-    ``torch.topk`` promises no order among equals, so it selects from distinct integers: the bits of the magnitude, whose
-    order is that of the numbers, followed by the index from the end.
+    ``torch.topk`` promises no order among equals, so it selects from distinct integers. Their upper bits are those of
+    the magnitude, which have the order of the numbers; their lower bits are the index from the end.
     """
     width = blocks.shape[1]
     backwards = torch.arange(width - 1, -1, -1, device=blocks.device)
