@@ -44,9 +44,9 @@ class Lion(LeanOptimizer):
             from the parameter at its first step: load a model before, or its values are overwritten).
         momentum_dtype: dtype of m; None is the parameter's.
         seed: of stochastic rounding.
-        nonfinite: "skip": entries with a non-finite gradient keep parameter and momentum, and the tensor is counted
-            (:meth:`nonfinite_count`); "raise": check before anything is changed (waits for the device);
-            "pass": the gradient is used as it is.
+        nonfinite: "skip": leave entries with a non-finite gradient unchanged, and count the tensor
+            (:meth:`nonfinite_count`); "raise": raise before anything is changed (waits for the device); "pass": use
+            the gradient as it is.
         maximize: ascend.
         foreach: None or True: one call for all tensors of a device and dtype; False: one tensor at a time. Bit for bit
             the same.

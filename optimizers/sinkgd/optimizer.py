@@ -92,8 +92,8 @@ class SinkGD(LeanOptimizer):
         flatten: True for a group whose tensors of three dimensions are one matrix (m, rest) each instead of a stack,
             as the weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
-        nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
-            device are left alone together; "raise" and "pass" as for Lion.
+        nonfinite: "skip": leave a matrix with a non-finite gradient unchanged, and count it. AdamW's tensors of one
+            dtype and device are skipped together (one by one with ``foreach=False``). "raise" and "pass": as for Lion.
 
     Raises:
         ValueError, TypeError: settings out of range; a vector in a group whose algorithm takes matrices.
