@@ -19,7 +19,7 @@ from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, round_to
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import has_aligned_rows, on_device, warps
 
-# (BLOCK, BLOCK_K, threads). Sizes that are not multiples of 8 need smaller blocks: storing single entries takes registers
+# (BLOCK, BLOCK_K, threads). Unaligned sizes need smaller blocks, because storing single entries takes registers.
 ALIGNED, UNALIGNED = (128, 64, 256), (64, 32, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def _tile_of(index):
 
 @triton.jit
 def _load(ptr, offs_m, offs_k, m, k, step, ROWS: tl.constexpr):
-    """Load rows `offs_m`, columns `offs_k` of a matrix [m, k], whose rows (or columns) are `step` apart; zero outside."""
+    """Load a tile of a matrix [m, k] whose rows (or, without ROWS, columns) are `step` apart; zero outside."""
     mask = (offs_m < m)[:, None] & (offs_k < k)[None, :]
     if ROWS:
         offsets = offs_m.to(tl.int64)[:, None] * step + offs_k[None, :]
@@ -104,7 +104,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
-    """Write beta base + alpha left right to another tensor `out`. All are symmetric and contiguous; the factors commute."""
+    """Write beta base + alpha left right to another `out`. All are symmetric and contiguous; the factors commute."""
     # the kernel computes left right^T, and right is symmetric
     return _launch(left, right, base, beta, alpha, out)
 

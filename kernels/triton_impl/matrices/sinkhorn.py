@@ -1,12 +1,12 @@
 """One square-root Sinkhorn iteration over a list of matrices, in one sweep of each matrix.
 
-A program computes the row scales of a block of rows of one matrix, and adds their squares to the column sums. Rows of up
-to `MAX_TILE` columns fit in registers, so every element is loaded once. Wider rows are swept twice, or three times in
-the first iteration, which searches the largest entries. A few rows are swept at a time, so later sweeps read the cache.
+A program computes the row scales of a block of rows of one matrix, and adds their squares to the column sums. Rows of
+up to `MAX_TILE` columns fit in registers, so every element is loaded once. Wider rows are swept twice (three times in
+the first iteration, which searches the largest entries), a few rows at a time, so later sweeps read the cache.
 
-Bytes: each matrix is read from memory once. A second kernel adds the partial column sums in fixed order, so that results
-do not depend on scheduling. The sums are written and read once: 4 bytes per column and block of at least `ROWS` rows,
-which is 1/64 (fp32) or 1/32 (16-bit) of the matrix. This is also the extra memory of a call.
+Bytes: each matrix is read from memory once. A second kernel adds the partial column sums in fixed order, so results do
+not depend on scheduling. The sums are written and read once: 4 bytes per column and block of at least `ROWS` rows. This
+is 1/64 (fp32) or 1/32 (16-bit) of the matrix, and also the extra memory of a call.
 """
 
 from collections.abc import Sequence
@@ -338,8 +338,8 @@ def _pass_promise(launch: Launch) -> dict[str, Any]:
     label = f"g {g} {'aligned' if aligned else 'any strides'}".replace("torch.", "")
     if launch.kernel is sinkhorn_tile_kernel:
         return promise | dict(label=f"{label} {launch.constants['BLOCK_N']}", written=0)
-    # read from the cache: G for the row sums and for the column sums, c, and the partial sums. Written: the partial sums,
-    # which stay in the cache.
+    # Read from the cache: G for the row sums and for the column sums, c, and the partial sums. Written: the partial
+    # sums, which stay in the cache.
     again = 2 * g.itemsize + 8 / WIDE_ROWS
     return promise | dict(label=f"{label} wider", written=4 / WIDE_ROWS, cached=again, sweeps=3)
 

@@ -1,7 +1,7 @@
 """Masked weights with decay, and their gradient, one pass each.
 
-Bytes: the forward pass reads weight and mask and writes the result. The backward pass reads gradient and mask and writes
-the result; with an SR-STE term, it also reads the weight.
+Bytes: the forward pass reads weight and mask and writes the result. The backward pass reads gradient and mask and
+writes the result; with an SR-STE term, it also reads the weight.
 """
 
 from typing import Any

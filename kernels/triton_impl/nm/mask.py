@@ -1,8 +1,8 @@
 """N:M masks, one or two launches for all tensors of a list.
 
-Bytes: reads the scores and writes the masks once, 5 bytes per fp32 element. Contiguous groups whose length is a power of
-two lie in the registers of one thread, or of neighbours, with 128-bit accesses. A second kernel takes the rest lane by
-lane: what fills no block, groups of other lengths, and groups along other axes.
+Bytes: reads the scores and writes the masks once, 5 bytes per fp32 element. Contiguous groups whose length is a power
+of two lie in the registers of one thread, or of neighbours, with 128-bit accesses. A second kernel takes the rest lane
+by lane: incomplete blocks, groups of other lengths, and groups along other axes.
 
 Magnitudes are compared by their bits, which as integers have the order of the numbers. So one kernel serves both 16-bit
 formats.
@@ -47,7 +47,7 @@ def _keys(x, infinite):
 
 @triton.jit
 def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
-    """Take the largest entry `rounds` times, of equals the last; if `dropping`, drop the smallest, of equals the first."""
+    """Take the largest entry `rounds` times, of equals the last. Or drop the smallest one, of equals the first."""
     keys = tl.where((dropping != 0) & (keys >= 0), 0x7FFFFFFF - keys, keys)
     place = tl.where(dropping != 0, m - 1 - lane, lane)
     for _ in range(0, rounds):
@@ -59,7 +59,7 @@ def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
 
 @triton.jit
 def _kept_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
-    """The entries above the n-th largest, and the last of those equal to it. Finds the key, then the index, bit by bit."""
+    """Take the n largest entries, of equals the last. Finds the smallest key, then its first index, bit by bit."""
     threshold = tl.sum(keys * 0, AXIS, keep_dims=True)
     for step in range(0, BITS):
         trial = threshold | (1 << (BITS - 1 - step))

@@ -1,8 +1,8 @@
 """Products with a compressed N:M matrix: every row of the matrix gathers its entries of a few rows of x.
 
 Bytes: each tile of rows of x reads values and indices once, 5 bytes per kept fp32 weight, 3 in 16 bits. It gathers one
-entry of x per kept weight and row from the cache. Products of many rows use the decompressed matrix, because tensor cores
-do not gather.
+entry of x per kept weight and row from the cache. Products of many rows use the decompressed matrix, because tensor
+cores do not gather.
 """
 
 import itertools

@@ -17,15 +17,16 @@ from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_ca
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# Features and columns of a tile in the forward pass, variables and columns of a tile in the backward pass. gfx942 has too
-# few scalar registers for the masks of 16 variables.
+# Features and columns of a tile in the forward pass, variables and columns of a tile in the backward pass. gfx942 has
+# too few scalar registers for the masks of 16 variables.
 BLOCK_F, BLOCK_I, BLOCK_C = 16, 8, 64
 
 
 @triton.jit(do_not_specialize=["dim", "features", "columns", "degree"])
 def poly_features_kernel(
-    x_ptr, variables_ptr, norm_ptr, out_ptr, dim, features, columns, degree, BLOCK_F: tl.constexpr, BLOCK_C:
-tl.constexpr ):  # fmt: skip
+    x_ptr, variables_ptr, norm_ptr, out_ptr, dim, features, columns, degree,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """BLOCK_F features of BLOCK_C columns of one matrix."""
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

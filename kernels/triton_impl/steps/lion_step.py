@@ -184,7 +184,7 @@ def lion_step(
     rounding_state: Sequence[Tensor],
     options: StepOptions,
 ) -> Tensor:
-    """Update `params`, `exp_avgs` and `rounding_state` in place. Return int32 flags: 1 for tensors with skipped entries.
+    """Update `params`, `exp_avgs` and `rounding_state` in place. int32 flags are 1 for tensors with skipped entries.
 
     Equals the definition, `leanstep.kernels.reference.steps.lion_step`, bit for bit.
     """

@@ -156,9 +156,10 @@ def scaled_step(
     """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
     `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
-    `sinkhorn_pass`, or a list. With `skip_nonfinite`, matrices with a NaN column scale do not change; the returned int32
-    flags are 1 for tensors with such a matrix. Equals the definition, `leanstep.kernels.reference.steps.scaled_step`,
-    bit for bit.
+    `sinkhorn_pass`, or a list. With `skip_nonfinite`, matrices with a NaN column scale do not change; the returned
+    int32 flags are 1 for tensors with such a matrix.
+
+    Equals the definition, `leanstep.kernels.reference.steps.scaled_step`, bit for bit.
     """
     device = options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
