@@ -1,4 +1,4 @@
-"""Sharded matrices on their way to the process that works on them, and back: one all-to-all each way."""
+"""Gather sharded matrices on their owners, and scatter results back: one all-to-all each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def part_sizes(length: int, world: int) -> list[int]:
-    """How many of ``length`` rows each process holds: DTensor cuts like torch.chunk."""
+    """Return how many of ``length`` rows each process has; DTensor splits like torch.chunk."""
     chunk = -(-length // world)
     return [max(0, min(chunk, length - r * chunk)) for r in range(world)]
 
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
-    """Every matrix whole on its owner, from this process's parts; None for those that others own."""
+    """Gather every matrix on its owner, from this process's shards; None for matrices of other owners."""
     wholes: list[Tensor | None] = [None] * len(tasks)
     for group, like, indices in _exchanges(tasks, pieces):
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
@@ -33,12 +33,12 @@ def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor
 
 
 def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """This process's part of every matrix, from the whole ones on their owners: the way back of :func:`gather`.
+    """Scatter matrices from their owners, and return this process's shards; the inverse of :func:`gather`.
 
     Args:
-        tasks: matrices that are sharded.
-        wholes: of the dtypes and on the devices of ``like``; None for matrices that others own.
-        like: a tensor for each task.
+        tasks: sharded matrices.
+        wholes: the unsharded matrices; None for matrices of other owners.
+        like: per task, a tensor with the dtype and device of the result.
     """
     pieces: dict[int, Tensor] = {}
     for group, example, indices in _exchanges(tasks, like):
@@ -52,7 +52,7 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
 
 
 def _exchanges(tasks: Sequence[MatrixTask], like: Sequence[Tensor]) -> list[tuple[Any, Tensor, list[int]]]:
-    """(process group, a tensor of the dtype and device, indices) of the matrices that travel together."""
+    """Return (process group, tensor of the dtype and device, task indices) of every all-to-all."""
     sets: dict[Any, list[int]] = {}
     for k, (task, tensor) in enumerate(zip(tasks, like, strict=True)):
         sets.setdefault((task.group, tensor.dtype, tensor.device), []).append(k)
@@ -72,7 +72,7 @@ def _part_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
 def _all_to_all(
     sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], group: Any, like: Tensor
 ) -> list[list[Tensor]]:
-    """Send the tensors ``sent[r]`` to every rank r; receive tensors of ``shapes[r]`` from it."""
+    """Send the tensors ``sent[r]`` to rank r, and receive tensors of ``shapes[r]`` from it."""
     flat = torch.cat([like.new_empty(0), *(t.reshape(-1) for row in sent for t in row)])
     counts = [sum(t.numel() for t in row) for row in sent]
     expected = [[math.prod(shape) for shape in row] for row in shapes]

@@ -1,10 +1,10 @@
-"""M-FAC's direction as one operation, for torch.compile and for fake tensors.
+"""M-FAC's direction as one custom op, for torch.compile and fake tensors.
 
-Which row is written and how many are in use changes from step to step and is known on the host. Traced, it would be
-compiled again at every step until the window is full.
+The index of the new row and the number of rows are Python numbers that change every step. A trace of the plain code
+would therefore be compiled again at every step.
 
-The operation returns nothing and writes into tensors that it is given: torch cannot functionalize one that both changes
-its inputs and returns a list of tensors.
+The op returns nothing and writes its results to arguments, because torch cannot functionalize an op that both mutates
+inputs and returns a list of tensors.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _OF_ROWS = ("window", "window_values", "window_indices", "window_left", "window_
 
 
 def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """:func:`~leanstep.optimizers.mfac.direction.directions` of parameters that are whole on this process.
+    """Compute :func:`~leanstep.optimizers.mfac.direction.directions` of unsharded parameters by the custom op.
 
     Returns:
-        Of the members of all scopes: updates, flat; int32 flags; bool: which have an update. The others' are zero.
+        For the parameters of all scopes: flat updates (zeros if the step is skipped); int32 flags of non-finite
+        gradients; bools, whether there is an update.
     """
     tensors: list[Tensor] = []
     plan = []
@@ -53,12 +54,12 @@ def _encoded(plan: list[Any]) -> str:
     return json.dumps(plan)
 
 
-# what torch.compiler.assume_constant_result does, which would import the compiler now: called while tracing, not traced
+# as torch.compiler.assume_constant_result, which would import the compiler: the function is called during tracing
 _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
-    """The problems again, from the lists that an operation can take."""
+    """Rebuild the problems from the op's arguments."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
     for (settings, scope_keys, row_keys, names, shapes), lr in zip(json.loads(plan), rates, strict=True):
         scope_state = {key: next(next_tensor) for key in scope_keys}
@@ -69,13 +70,13 @@ def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], 
 
 
 def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:
-    """Write the updates to all but the last two tensors of ``out``, then the flags, then which have an update."""
+    """Write the updates, the flags, and whether there is an update to ``out``, the latter two last."""
     problems = list(_decoded(vectors, tensors, rates, plan))
     results: list[Direction] = []
     with torch.no_grad():
         try:
             next(directions(problems))
-        except StopIteration as end:  # nothing is asked of other processes
+        except StopIteration as end:  # unsharded parameters need no reduction
             results = end.value
     *updates, flags, updated = out
     flags.copy_(torch.tensor([f for r in results for f in r.flags], dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""The scopes of M-FAC: which parameters share a window, what a scope keeps, and the step of all scopes together."""
+"""M-FAC's scopes: the parameters that share a window, the state of a scope, and the step of all scopes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from leanstep.optimizers.mfac.direction import STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
 
-# the first one that accepts a parameter stores its rows
+# formats of rows; the first one that accepts a parameter stores its rows
 FORMS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
 
 
@@ -53,7 +53,7 @@ class Scope(NamedTuple):
 
 
 def scope_key(group: dict[str, Any], number: int, position: int, index: int) -> tuple[Any, ...]:
-    """What the parameters of one scope have in common."""
+    """Return the key that is equal for all parameters of a scope."""
     scope = group["scope"]
     if scope == "model":
         return ("model",)
@@ -66,10 +66,10 @@ def scope_key(group: dict[str, Any], number: int, position: int, index: int) -> 
 
 
 def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a scope's groups that must agree.
+    """Return the settings :data:`SHARED` of a scope's groups.
 
     Raises:
-        ValueError: if they do not; the message names the setting and the groups' values.
+        ValueError: the groups differ in one of them.
     """
     first = groups[0]
     for group in groups[1:]:
@@ -83,14 +83,14 @@ def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the window of a parameter, of zero rows, unless it is there."""
+    """Create the window of a parameter, with rows of zeros, if it is missing."""
     if not any(form.key in state for form in FORMS):
         columns = columns_of(param, spread=group["shard_window"])
         _new_form(param, group).init_state(state, param, columns, group)
 
 
 def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes that :func:`init_window` allocates here, or will."""
+    """Return the bytes that :func:`init_window` allocates on this process."""
     return _new_form(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
 
 
@@ -99,29 +99,29 @@ def _new_form(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
 
 
 def _form_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
-    """The form that a parameter's window has."""
+    """Return the format of a parameter's window."""
     return BlockRows if isinstance(scope, int) else next(form for form in FORMS if form.key in state)
 
 
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
-    """Create what a scope keeps: the Gram matrix of its rows, two counters, and stats of its last step."""
+    """Create a scope's Gram matrices, counters, statistics and (for fp16) scales of rows."""
     m, device = settings["window"], local_part(param).device
     blocks = _block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the host, which chooses rows by them
+    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the CPU, which computes indices from them
     state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
     if settings["storage"] == "fp16":
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
 
 
 def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes of what :func:`init_scope_state` allocates on the device."""
+    """Return the bytes that :func:`init_scope_state` allocates on the device."""
     m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
     return _block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
 
 
 def _block_count(param: Tensor, scope: str | int) -> int:
-    """How many Gram matrices the scope of a parameter has."""
+    """Return the number of Gram matrices of a parameter's scope."""
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 
 
@@ -155,7 +155,7 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
 
 
 def _problem(scope: Scope) -> Problem:
-    """The scope's gradients as its new row takes them."""
+    """Apply sign, decay and masks to a scope's gradients, and return the inputs of its direction."""
     members, vectors = scope.members, []
     for member in members:
         group, weight = member.group, member.columns.part(plain(member.param.detach()))
@@ -175,7 +175,7 @@ def _problem(scope: Scope) -> Problem:
 
 
 def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
-    """Whole updates of parameters whose window is spread over replicas."""
+    """All-gather the updates of parameters with ``shard_window``."""
     sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for i, (member, update) in enumerate(zip(members, updates, strict=True)):
         if update is not None and member.columns.cut is not None:
@@ -190,7 +190,7 @@ def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tenso
 def _move(
     members: list[Member], updates: list[Tensor], updated: Tensor | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Average the updates, if asked to, and move the parameters of a group that share device and dtype."""
+    """Apply momentum to updates, and write them to parameters of one group, device and dtype."""
     group, states = members[0].group, [m.state for m in members]
     weights = [local_part(m.param) for m in members]
     updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
@@ -209,7 +209,7 @@ def _move(
     options = StepOptions(scalars, rounding, skip_nonfinite=updated is not None, seeds=seeds, offsets=offsets)
     matrices = [as_written(u, stacked=False) for u in updates]
     ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=device) for m in matrices]
-    if updated is not None:  # a step with a scale of NaN is skipped
+    if updated is not None:  # the kernel skips matrices with NaN in their scales
         ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]
     scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
     rows, columns = [s[0] for s in scales], [s[1] for s in scales]
