@@ -64,11 +64,11 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
     stepped: set[Tensor] = set()
     handles: list[Any] = []
     first_index = 0
-    for number, group in enumerate(optimizer.param_groups):
+    for group_index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             if not param.requires_grad:
                 continue
-            hook = _hook(optimizer, number, first_index, position, stepped)
+            hook = _hook(optimizer, group_index, first_index, position, stepped)
             handles.append(param.register_post_accumulate_grad_hook(hook))
         first_index += len(group["params"])
 
@@ -80,18 +80,18 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
 
 
 def _hook(
-    optimizer: LeanOptimizer, number: int, first_index: int, position: int, stepped: set[Tensor]
+    optimizer: LeanOptimizer, group_index: int, first_index: int, position: int, stepped: set[Tensor]
 ) -> Callable[[Tensor], None]:
     def step_one(param: Tensor) -> None:
         if param in stepped:
             raise RuntimeError(
-                "release_gradients: a second backward pass reached a parameter before optimizer.step(). Gradients are "
-                "used and freed in the pass that makes them, so they cannot be accumulated: take larger batches, or "
+                "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
+                "first pass used and freed its gradient, so gradients cannot be accumulated: use larger batches, or "
                 "do without release_gradients."
             )
         stepped.add(param)
         # looked up at every step: loading a state replaces the groups
-        optimizer._step_one(optimizer.param_groups[number], first_index, position)
+        optimizer._step_one(optimizer.param_groups[group_index], first_index, position)
         param.grad = None
 
     return step_one

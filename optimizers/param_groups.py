@@ -139,8 +139,8 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the modules tell what a "
-            "parameter is, so its parameters alone are not enough"
+            f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the types of its modules "
+            "determine the roles of parameters"
         )
     role_settings = {role: dict(DEFAULTS[role]) for role in ROLES}
     for role, values in (settings or {}).items():

@@ -11,12 +11,13 @@ from torch import Tensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
 from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
-from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
     Shard,
     Steps,
     check_class,
     has_memory,
+    offsets_of,
     placed_like,
     plain,
     readable,
@@ -50,11 +51,13 @@ class Batch(NamedTuple):
 
     def options(self, scalars: Tensor, **more: Any) -> StepOptions:
         """Return the kernel's options for this step. Call it once a step: it counts steps of stochastic rounding."""
-        seeds, offsets = seeds_and_offsets(
-            self.rounding, self.states, self.indices, self.shards, self.group["seed"], scalars.device
-        )
-        skip = self.group["nonfinite"] != "pass"
-        return StepOptions(scalars, self.rounding, skip_nonfinite=skip, seeds=seeds, offsets=offsets, **more)
+        more.setdefault("skip_nonfinite", self.group["nonfinite"] != "pass")
+        if self.rounding == "stochastic":
+            more["offsets"] = offsets_of(self.shards, scalars.device)
+            steps = [state["step"] for state in self.states]
+            torch._foreach_add_(steps, 1)
+            more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)
+        return StepOptions(scalars, self.rounding, **more)
 
 
 class LeanOptimizer(torch.optim.Optimizer):

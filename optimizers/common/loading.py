@@ -51,8 +51,7 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
         here, there = next(pair for pair in zip(names, saved_names, strict=True) if pair[0] != pair[1])
         raise ValueError(
             f"{type(optimizer).__name__}: the saved state has its parameters in another order ({there!r} where "
-            f"{here!r} is here); nothing was changed. Build the optimizer over the parameters in the order of the one "
-            "that saved the state."
+            f"{here!r} is here); nothing was changed. Build the optimizer with its parameters in the saved order."
         )
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
@@ -65,7 +64,7 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
                 raise ValueError(
                     f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
                     f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
-                    "optimizer over the parameters in the order of the one that saved the state."
+                    "optimizer with its parameters in the order of the saved state."
                 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
-from leanstep.optimizers.common.sharding import Shard, local, new_state, offsets_of, plain
+from leanstep.optimizers.common.sharding import local, new_state, plain
 
 # state key of each rounding mode
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
@@ -57,25 +57,3 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
 def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
     """Return this process's shards of the rounding state; an empty list if ``rounding`` has none."""
     return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
-
-
-def seeds_and_offsets(
-    rounding: str,
-    states: Sequence[dict[str, Any]],
-    indices: list[int],
-    shards: Sequence[Shard],
-    seed: int,
-    device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Increment the step counts, and return the seeds and offsets of stochastic rounding.
-
-    Returns:
-        :func:`seeds_for` and :func:`leanstep.optimizers.common.sharding.offsets_of`, int64 [n] each; (None, None) for
-        other rounding modes.
-    """
-    if rounding != "stochastic":
-        return None, None
-    steps = [s["step"] for s in states]
-    offsets = offsets_of(shards, device)
-    torch._foreach_add_(steps, 1)
-    return seeds_for(steps, indices, seed, device), offsets

@@ -184,7 +184,7 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
     for shard in shards:
         if shard.offset is None:
             raise ValueError(
-                f"rounding='stochastic' needs parameters that are whole or sharded along dimension 0; got placements "
+                f"rounding='stochastic' needs unsharded parameters, or shards along dimension 0; got placements "
                 f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
             )
     return constant([s.offset or 0 for s in shards], device, torch.int64)

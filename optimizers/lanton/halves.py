@@ -72,9 +72,9 @@ def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) ->
         return
     if averaged is None:
         raise ValueError(
-            f"LANTON.mark_half: {world} processes hold whole parameters, and whether the gradients have been averaged "
-            "over them cannot be seen. Say averaged=False inside DistributedDataParallel's no_sync() (Accelerate's "
-            "accumulate() uses it), averaged=True outside."
+            f"LANTON.mark_half: expected averaged=True or False for parameters replicated on {world} processes, got "
+            "None. Pass averaged=False inside DistributedDataParallel's no_sync() (Accelerate's accumulate() uses it), "
+            "averaged=True outside."
         )
     process_group = process_group or torch.distributed.group.WORLD
     starts = range(0, len(copies), _BUCKET)
@@ -104,8 +104,9 @@ def check_marked(group: dict[str, Any]) -> None:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            "LANTON: noise='halves' cannot be compiled into a step: the copies come and go between steps, which "
-            "torch.compile does not see. Step uncompiled (a compiled model does not mind), or take noise='previous'."
+            "LANTON: noise='halves' cannot be compiled into a step, because torch.compile does not track state that is "
+            "created and deleted between steps. Do not compile the step (the model may be compiled), or use "
+            "noise='previous'."
         )
     if group["half_seen"]:
         return

@@ -83,7 +83,7 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
             continue
         if shard.dim is None:
             raise ValueError(
-                "a matrix must be whole or sharded along one dimension over one mesh dimension (fully_shard's way); "
+                "LANTON takes matrices that are unsharded or sharded along one dimension over one mesh dimension; "
                 f"got placements {shard.placements} for shape {tuple(shard.shape)}. Shard it by fully_shard alone, or "
                 "put it in a group with norm='sign', whose rule is elementwise."
             )

@@ -338,7 +338,7 @@ class LANTON(LeanOptimizer):
                 shard_of(param),
                 first_index + position,
                 measures=measures and (previous or "half_grad" in state),
-                keeps=adaptive and previous and group["noise_clock"] == 0,
+                stores=adaptive and previous and group["noise_clock"] == 0,
             )
 
     def _estimated(self) -> list[Layer]:

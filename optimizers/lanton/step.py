@@ -49,7 +49,7 @@ class LayerStep(NamedTuple):
     shard: Shard
     param_index: int  # counted over all groups
     measures: bool  # this step's difference enters H
-    keeps: bool  # this step's gradient is stored as G' of the next step
+    stores: bool  # this step's gradient is stored as G' of the next step
 
 
 class GradientInfo(NamedTuple):
@@ -139,7 +139,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
         infos = [info for info in infos if not info.nonfinite]  # reading flags on the host needs no wait
     # G' of the next step, B, and p along O
     for info in infos:
-        _keep_gradient(info)
+        _store_gradient(info)
         _update_momentum(info)
     _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
     hidden = [info for info in infos if info.layer.norm == "rms"]
@@ -155,7 +155,7 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
         starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
         table[starts, _NONFINITE] = flags.to(table)
     for layer, r in zip(layers, rows, strict=True):
-        if layer.measures or layer.keeps:
+        if layer.measures or layer.stores:
             grad = local(layer.grad)
             active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
             _of_this_process(layer, table[r, _ACTIVE]).copy_(active)
@@ -189,7 +189,7 @@ def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
 
 def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, nonfinite: Tensor) -> None:
     """Update H with the dual norms of this step's differences."""
-    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.keeps]
+    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.stores]
     if not measuring:
         return
     pairs = [(i, r) for i in measuring for r in range(rows[i].start, rows[i].stop)]
@@ -207,10 +207,10 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, non
     noise, counts = (_joined(states, name, table.device) for name in ("noise", "noise_steps"))
     estimates = rule.noise_estimate(noise, duals, per_matrix(lambda layer: layer.group["betas"][1]))
     taken = usable & (counts >= 0) & (per_matrix(lambda layer: layer.measures) > 0) & torch.isfinite(estimates)
-    keeps = usable & (per_matrix(lambda layer: layer.keeps) > 0)
+    stores = usable & (per_matrix(lambda layer: layer.stores) > 0)
     new_counts = torch.where(taken, counts + 1, counts)
     _distribute(states, "noise", torch.where(taken, estimates, noise))
-    _distribute(states, "noise_steps", torch.where(keeps, new_counts.clamp_min(0), new_counts))
+    _distribute(states, "noise_steps", torch.where(stores, new_counts.clamp_min(0), new_counts))
 
 
 def _remaining_scale(layer: LayerStep) -> float:
@@ -292,10 +292,10 @@ def _difference(layer: LayerStep) -> Tensor:
     return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
 
 
-def _keep_gradient(info: GradientInfo) -> None:
+def _store_gradient(info: GradientInfo) -> None:
     """Store the gradient as G' of the next step, except matrices with a zero or non-finite gradient."""
     layer = info.layer
-    if not layer.keeps:
+    if not layer.stores:
         return
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
     take = _of_this_process(layer, info.active & ~info.nonfinite)

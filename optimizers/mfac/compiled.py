@@ -20,7 +20,7 @@ from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
 from leanstep.optimizers.mfac.direction import Direction, Problem, directions
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
-_FORMS = {form.__name__: form for form in (DenseRows, BlockRows, SparseRows, LowRankRows)}
+_FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
 _OF_SCOPE = ("gram", "counters", "stats", "window_scale")
 _OF_ROWS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
 
@@ -39,8 +39,8 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor
         row_keys = [[key for key in _OF_ROWS if key in state] for state in problem.states]
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
-        forms = [form.__name__ for form in problem.forms]
-        plan.append([problem.settings, scope_keys, row_keys, forms, [list(c.shape) for c in problem.columns]])
+        formats = [f.__name__ for f in problem.formats]
+        plan.append([problem.settings, scope_keys, row_keys, formats, [list(c.shape) for c in problem.columns]])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
     rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
@@ -64,9 +64,9 @@ def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], 
     for (settings, scope_keys, row_keys, names, shapes), lr in zip(json.loads(plan), rates, strict=True):
         scope_state = {key: next(next_tensor) for key in scope_keys}
         states = [{key: next(next_tensor) for key in keys} for keys in row_keys]
-        forms = [_FORMS[name] for name in names]
+        formats = [_FORMATS[name] for name in names]
         columns = [Columns(tuple(shape)) for shape in shapes]
-        yield Problem(settings, scope_state, states, forms, columns, [next(next_vector) for _ in shapes], lr)
+        yield Problem(settings, scope_state, states, formats, columns, [next(next_vector) for _ in shapes], lr)
 
 
 def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:

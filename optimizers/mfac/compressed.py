@@ -90,7 +90,7 @@ class SparseRows(DenseRows):
         if tuple(columns.shape[len(lead) :]) != tuple(param.shape[len(lead) :]):
             raise ValueError(
                 f"MFAC: compression='topk' keeps the largest entries of every row, but a parameter of shape "
-                f"{tuple(param.shape)} is cut inside its rows (this process holds {tuple(columns.shape)}). Shard it "
+                f"{tuple(param.shape)} is cut inside its rows (this shard: {tuple(columns.shape)}). Shard it "
                 f"along dimension 0 (fully_shard does), or use compression=None."
             )
         count = entries_per_row(param.shape, settings["density"])
@@ -106,7 +106,7 @@ class SparseRows(DenseRows):
         return stored + math.prod(columns.shape) * error_dtype(param).itemsize
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         window, density = self.settings["window"], self.settings["density"]
         states = [piece.state for piece in self.pieces]
         self.values = [local_part(s["window_values"]).reshape(window, -1) for s in states]
@@ -126,8 +126,8 @@ class SparseRows(DenseRows):
         ]
 
     @override
-    def dots(self, live: int) -> Tensor:
-        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+    def dots(self, n: int) -> Tensor:
+        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
         return sparse_row_dots(values, indices, self.rows, self.layouts, groups=self.grams)
 
     @override
@@ -143,8 +143,8 @@ class SparseRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
-        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+        n = coefficients.shape[1]
+        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
         coefficients = coefficients[: self.gram_count]
         sparse_linear_combination(values, indices, coefficients, self.layouts, groups=self.grams, out=out)
 
@@ -171,7 +171,7 @@ class LowRankRows(DenseRows):
         if columns.groups or columns.cut:
             raise ValueError(
                 f"MFAC: compression='lowrank' takes whole matrices, but a parameter of shape {tuple(param.shape)} is "
-                f"sharded (this process holds {tuple(columns.shape)}). Use compression='topk' or None."
+                f"sharded (this shard: {tuple(columns.shape)}). Use compression='topk' or None."
             )
         m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
         rows, rest = param.shape[0], math.prod(param.shape[1:])
@@ -189,7 +189,7 @@ class LowRankRows(DenseRows):
         return stored + (rows * rest + rest * rank) * error_dtype(param).itemsize
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         states = [piece.state for piece in self.pieces]
         self.lefts, self.rights, self.errors, self.bases = (
             [s[key] for s in states] for key in ("window_left", "window_right", "error", "basis")
@@ -210,11 +210,11 @@ class LowRankRows(DenseRows):
             self.rows.append((p.to(total.dtype) @ q.to(total.dtype).T).view(-1))
 
     @override
-    def dots(self, live: int) -> Tensor:
+    def dots(self, n: int) -> Tensor:
         dots = []
         for lefts, rights, (left, right) in zip(self.lefts, self.rights, self.factors_of_rows, strict=True):
-            a = torch.einsum("irk,rl->ikl", lefts[:live].double(), left.double())
-            b = torch.einsum("ick,cl->ikl", rights[:live].double(), right.double())
+            a = torch.einsum("irk,rl->ikl", lefts[:n].double(), left.double())
+            b = torch.einsum("ick,cl->ikl", rights[:n].double(), right.double())
             dots.append((a * b).sum(dim=(1, 2)))
         return self._by_gram(dots)
 
@@ -235,11 +235,11 @@ class LowRankRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
+        n = coefficients.shape[1]
         for result, lefts, rights, gram in zip(out, self.lefts, self.rights, self.grams, strict=True):
             # one product of [R, n r] and [n r, C]
-            scaled = (lefts[:live].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
-            others = rights[:live].double().permute(0, 2, 1).flatten(0, 1)
+            scaled = (lefts[:n].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
+            others = rights[:n].double().permute(0, 2, 1).flatten(0, 1)
             result.view(lefts.shape[1], -1).copy_(scaled @ others)
 
     def _by_gram(self, dots: list[Tensor]) -> Tensor:

@@ -20,9 +20,9 @@ def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
     needed: dict[torch.device, int] = {}
     scopes: set[Any] = set()
     index = 0
-    for number, group in enumerate(groups):
+    for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            key = scope_key(group, number, position, index)
+            key = scope_key(group, group_index, position, index)
             index += 1
             if not param.requires_grad:
                 continue

@@ -18,8 +18,8 @@ from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
 from leanstep.optimizers.mfac.scopes import (
-    Member,
     Scope,
+    ScopeParam,
     init_scope_state,
     init_window,
     scope_key,
@@ -195,10 +195,9 @@ class MFAC(LeanOptimizer):
         states = [state for state in self._states() if "gram" in state]
         totals = torch.zeros(len(STATS), dtype=torch.float64)
         for state in states:
-            stats = state["stats"].cpu()
-            total = stats.sum(dim=0)
-            total[STATS.index("norm")] = stats[:, STATS.index("norm")].square().sum()
-            totals += total
+            stats = state["stats"].cpu().clone()
+            stats[:, STATS.index("norm")].square_()
+            totals += stats.sum(dim=0)
         values = dict(zip(STATS, totals.tolist(), strict=True))
         steps, rows = max((tuple(state["counters"].tolist()) for state in states), default=(0, 0))
         group = self.param_groups[0]
@@ -206,10 +205,7 @@ class MFAC(LeanOptimizer):
             "window_rows": float(min(rows, group["window"])),
             "damping": rule.damping_at(group["damping"], group["damping_schedule"], max(steps - 1, 0), group["lr"]),
             "update_norm": values["norm"] ** 0.5,
-            "decrease": values["decrease"],
-            "jittered": values["jittered"],
-            "eigen": values["eigen"],
-            "clipped": values["clipped"],
+            **{name: values[name] for name in ("decrease", "jittered", "eigen", "clipped")},
             "nonfinite": float(self.nonfinite_count()),
         }
 
@@ -236,27 +232,27 @@ class MFAC(LeanOptimizer):
     def _scopes(self) -> list[Scope]:
         """Return the scopes that have a gradient, with all their parameters that have state; create missing state."""
         gradients = {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
-        scopes: dict[Any, list[Member]] = {}
+        scopes: dict[Any, list[ScopeParam]] = {}
         index = 0
-        for number, group in enumerate(self.param_groups):
+        for group_index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 grad = gradients.get(param)
                 if param in self.state or grad is not None:
                     state = self._init_state(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
-                    member = Member(group, position, index, param, grad, state, columns)
+                    entry = ScopeParam(group, position, index, param, grad, state, columns)
                     if param.numel():  # a scope of empty parameters would count steps
-                        scopes.setdefault(scope_key(group, number, position, index), []).append(member)
+                        scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)
                 index += 1
-        return [self._scope(members) for members in scopes.values() if any(m.grad is not None for m in members)]
+        return [self._scope(entries) for entries in scopes.values() if any(m.grad is not None for m in entries)]
 
-    def _scope(self, members: list[Member]) -> Scope:
-        settings = shared_settings([m.group for m in members])
-        scope_state = next((m.state for m in members if "gram" in m.state), None)
+    def _scope(self, entries: list[ScopeParam]) -> Scope:
+        settings = shared_settings([m.group for m in entries])
+        scope_state = next((m.state for m in entries if "gram" in m.state), None)
         if scope_state is None:
-            scope_state = members[0].state
-            init_scope_state(scope_state, members[0].param, settings)
-        return Scope(members, settings, scope_state)
+            scope_state = entries[0].state
+            init_scope_state(scope_state, entries[0].param, settings)
+        return Scope(entries, settings, scope_state)
 
     def _steps(self) -> list[Steps[None]]:
         scopes = self._scopes()

@@ -49,7 +49,9 @@ def check_settings(group: dict[str, Any]) -> None:
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
     _check_schedule(group["damping_schedule"])
     check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
-    _check_scope(group["scope"])
+    scope = group["scope"]
+    if scope not in SCOPES and (isinstance(scope, bool) or not isinstance(scope, int) or scope < 1):
+        raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
     check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
@@ -66,13 +68,6 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
     check_number("MFAC", name, value, 0.0)
     if value == 0:
         raise ValueError(f"Invalid {name}: 0; MFAC expects {expected}")
-
-
-def _check_scope(scope: Any) -> None:
-    if isinstance(scope, int) and not isinstance(scope, bool) and scope >= 1:
-        return
-    if scope not in SCOPES:
-        raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
 
 
 def _check_schedule(schedule: Any) -> None:
@@ -118,8 +113,8 @@ def check_masks(group: dict[str, Any]) -> None:
     for position, (mask, param) in enumerate(zip(masks, group["params"], strict=True)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != param.shape):
             raise ValueError(
-                f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, True where a "
-                f"weight is kept; got {tuple(mask.shape)} of {mask.dtype}"
+                f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, False for excluded "
+                f"weights; got {tuple(mask.shape)} of {mask.dtype}"
             )
 
 
@@ -178,5 +173,5 @@ def _check_window(group: dict[str, Any], position: int, state: dict[str, Any], a
     if shape != tuple(group["params"][position].shape):
         raise ValueError(
             f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {shape}: the parameters "
-            f"come in another order, or are others; {advice}"
+            f"have another order, or are other ones; {advice}"
         )

@@ -48,7 +48,7 @@ class Columns(NamedTuple):
     offset: int | None = 0
     cut: tuple[int, int, int] | None = None
 
-    def part(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return this process's shard of a gradient or parameter as a plain tensor."""
         held = local_part(tensor)
         return held if self.cut is None else held.narrow(*self.cut)
@@ -135,42 +135,42 @@ class Piece(NamedTuple):
     """Consecutive columns of one parameter.
 
     Attributes:
-        member: index of the parameter in the batch of scopes.
+        param_index: index of the parameter in the batch of scopes.
         gram: index of the columns' Gram matrix, or of the first one of several blocks.
         span: (start, end) of the columns in the flattened shard; None for all of them.
         state: state of the parameter.
         blocks: number of equally long blocks of the columns; each has its own Gram matrix.
     """
 
-    member: int
+    param_index: int
     gram: int
     span: tuple[int, int] | None
     state: dict[str, Any]
     blocks: int = 1
 
 
-def pieces_of(member: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
+def pieces_of(param_index: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
     """Split a parameter's columns here into one piece of all complete blocks, and a partial block at either end.
 
     Raises:
         ValueError: an int scope with a shard that is not a contiguous range.
     """
     if not isinstance(scope, int):
-        return [Piece(member, first_gram, None, state)]
+        return [Piece(param_index, first_gram, None, state)]
     if columns.offset is None:
         raise ValueError(
-            f"MFAC: scope={scope} cuts parameters into ranges of elements, but a part of shape {columns.shape} of one "
-            "that is sharded along another dimension than 0 is no range; use scope='layer' or 'model'"
+            f"MFAC: scope={scope} divides parameters into ranges of elements, but a shard of shape {columns.shape} is "
+            "no range of its parameter. Shard along dimension 0, or use scope='layer' or 'model'."
         )
     start, end = columns.offset, columns.offset + math.prod(columns.shape)
     first, last = -(-start // scope), end // scope  # the complete blocks
     pieces: list[Piece] = []
     for low, high, block in ((start, min(first * scope, end), start // scope), (max(last * scope, start), end, last)):
         if low < high and (first <= last or not pieces):
-            pieces.append(Piece(member, first_gram + block, (low - start, high - start), state))
+            pieces.append(Piece(param_index, first_gram + block, (low - start, high - start), state))
     if first < last:
         span = (first * scope - start, last * scope - start)
-        pieces.append(Piece(member, first_gram + first, span, state, last - first))
+        pieces.append(Piece(param_index, first_gram + first, span, state, last - first))
     return pieces
 
 
@@ -203,7 +203,7 @@ class DenseRows:
         self.gram_count = max(piece.gram + piece.blocks for piece in pieces)
         self.scales = None if scales is None else scales[: self.gram_count]
         self.rows: list[Tensor] = []
-        self._open()
+        self._bind_state()
 
     @staticmethod
     def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
@@ -221,7 +221,7 @@ class DenseRows:
         """Return the bytes that :meth:`init_state` allocates on this process."""
         return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
 
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         self.windows = [local_part(p.state["window"]) for p in self.pieces]
 
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
@@ -246,9 +246,9 @@ class DenseRows:
         inverse = self.factors.reciprocal()
         self.rows = [(v.float() * inverse[gram]).to(dtype) for v, gram in zip(vectors, self.grams, strict=True)]
 
-    def dots(self, live: int) -> Tensor:
-        """Return the dots of the first ``live`` stored rows with the new one, fp64 [grams, live]."""
-        return self._scaled(rule.gram_row(self._live(live), self.rows, self._scales(live), self.grams))
+    def dots(self, n: int) -> Tensor:
+        """Return the dots of the first ``n`` stored rows with the new one, fp64 [grams, n]."""
+        return self._scaled(rule.gram_row(self._filled(n), self.rows, self._scales(n), self.grams))
 
     def squared_norms(self) -> Tensor:
         """Return the squared norms of the new rows, fp64 [grams]."""
@@ -266,15 +266,15 @@ class DenseRows:
 
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         """Write the first n rows, combined with ``coefficients`` [grams, n], to ``out``: one flat tensor per piece."""
-        live = coefficients.shape[1]
+        n = coefficients.shape[1]
         shaped = [o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)]
-        rule.direction(self._live(live), coefficients[: self.gram_count], self._scales(live), self.grams, shaped)
+        rule.direction(self._filled(n), coefficients[: self.gram_count], self._scales(n), self.grams, shaped)
 
-    def _live(self, count: int) -> list[Tensor]:
+    def _filled(self, count: int) -> list[Tensor]:
         return [w[:count] for w in self.windows]
 
-    def _scales(self, live: int) -> Tensor | None:
-        return None if self.scales is None else self.scales[:, :live].contiguous()
+    def _scales(self, n: int) -> Tensor | None:
+        return None if self.scales is None else self.scales[:, :n].contiguous()
 
     def _scaled(self, dots: Tensor) -> Tensor:
         return dots if self.scales is None else dots * self.factors.to(torch.float64).unsqueeze(1)
@@ -287,7 +287,7 @@ class BlockRows(DenseRows):
     """
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         self.windows = []
         for piece in self.pieces:
             window = local_part(piece.state["window"])
@@ -315,13 +315,13 @@ class BlockRows(DenseRows):
         self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
     @override
-    def dots(self, live: int) -> Tensor:
-        dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
+    def dots(self, n: int) -> Tensor:
+        dots = torch.zeros(self.gram_count, n, dtype=torch.float64, device=self.windows[0].device)
         for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
             for chunk in _chunks(window):
-                products = window[:live, chunk].to(torch.float64, copy=True).mul_(row[chunk])
+                products = window[:n, chunk].to(torch.float64, copy=True).mul_(row[chunk])
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
-        return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
+        return self._scaled(dots if self.scales is None else dots * self.scales[:, :n])
 
     @override
     def squared_norms(self) -> Tensor:
@@ -332,14 +332,14 @@ class BlockRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
+        n = coefficients.shape[1]
         stored = coefficients[: self.gram_count]
-        stored = stored if self.scales is None else stored * self.scales[:, :live]
+        stored = stored if self.scales is None else stored * self.scales[:, :n]
         for piece, window, result in zip(self.pieces, self.windows, out, strict=True):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
                 weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
-                blocks[chunk] = window[:live, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
+                blocks[chunk] = window[:n, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
 
 
 def _grams(piece: Piece) -> slice:

@@ -40,7 +40,7 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
     if group["fused"] and not possible:
         raise RuntimeError(
             f"`fused=True` requires all the params to be floating point Tensors of supported devices: {supported}, got "
-            f"one of {param.dtype} on {param.device}; build SinkGD with fused=None, which uses the kernel where it is"
+            f"one of {param.dtype} on {param.device}; fused=None uses the fused kernel only if the device has one"
         )
     if group["fused"] is not None:
         return group["fused"]
@@ -87,20 +87,20 @@ def _update(
     if skip is not None and not fused:  # only the fused kernel takes a flag
         backups = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
     columns = [params, grads, exp_avgs, exp_avg_sqs]
-    fed = list(zip(*columns, strict=True))
+    inputs = list(zip(*columns, strict=True))
     if fused:  # torch's fused CPU kernel ignores strides
         contiguous = torch.contiguous_format
-        fed = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in fed]
-    fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
+        inputs = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in inputs]
+    input_params, input_grads, input_avgs, input_sqs = ([row[i] for row in inputs] for i in range(4))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        adamw_step_on_host(fed_params, fed_grads, fed_avgs, fed_sqs, steps, betas=(beta1, beta2), **rule)
+        adamw_step_on_host(input_params, input_grads, input_avgs, input_sqs, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
-            fed_params,
-            fed_grads,
-            fed_avgs,
-            fed_sqs,
+            input_params,
+            input_grads,
+            input_avgs,
+            input_sqs,
             [],
             steps,
             # torch's foreach functions accept no tensor lr
@@ -114,7 +114,7 @@ def _update(
             **rule,
         )
     if fused:
-        for row, used in zip(zip(*columns, strict=True), fed, strict=True):
+        for row, used in zip(zip(*columns, strict=True), inputs, strict=True):
             if used is not row and used[0] is not row[0]:
                 for i in (0, 2, 3):
                     row[i].copy_(used[i])

@@ -241,13 +241,13 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
     if group["maximize"]:
         matrices = [-g for g in matrices]
     after = group["momentum_order"] == "post" and not balanced
-    bad = None
+    nonfinite = None
     if momentum:
         if group["nonfinite"] == "skip":
-            bad = nonfinite_flags(matrices)
-            yield from all_reduce_flags(bad, shards)
+            nonfinite = nonfinite_flags(matrices)
+            yield from all_reduce_flags(nonfinite, shards)
         if not after:
-            matrices = _average(matrices, batch, bad, nesterov=balanced or group["nesterov"])
+            matrices = _average(matrices, batch, nonfinite, nesterov=balanced or group["nesterov"])
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
@@ -269,12 +269,12 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
     if group["base_width"] is not None:
         for rows, shard in zip(scales.rows, shards, strict=True):
             rows.mul_(group["base_width"] / matrix_shape(shard)[1])
-    if bad is not None:
-        for cols, flag in zip(scales.cols, bad, strict=True):
+    if nonfinite is not None:
+        for cols, flag in zip(scales.cols, nonfinite, strict=True):
             cols.masked_fill_(flag > 0, math.nan)
     if momentum and after:
         normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
-        matrices = _average(normalized, batch, bad, nesterov=group["nesterov"])
+        matrices = _average(normalized, batch, nonfinite, nesterov=group["nesterov"])
         _reset(scales)
     if transposed:
         matrices, scales = [g.mT for g in matrices], _transposed(scales)
@@ -291,8 +291,8 @@ def _sharded_side(shard: Shard) -> str | None:
         return None
     if shard.dim is None:
         raise ValueError(
-            f"SinkGD takes matrices that are whole or sharded along one dimension over one mesh dimension "
-            f"(fully_shard's way); got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
+            f"SinkGD takes matrices that are unsharded or sharded along one dimension over one mesh dimension, as by "
+            f"fully_shard; got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
             "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
         )
     if len(shard.shape) == 3:  # a stack of matrices
@@ -300,15 +300,15 @@ def _sharded_side(shard: Shard) -> str | None:
     return "columns" if shard.dim else "rows"
 
 
-def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, nesterov: bool) -> list[Tensor]:
-    """Update the momenta of matrices that ``bad`` does not flag; return the fp32 (fp64) averages before rounding."""
+def _average(matrices: list[Tensor], batch: Batch, nonfinite: Tensor | None, *, nesterov: bool) -> list[Tensor]:
+    """Update the momenta of finite matrices; return the fp32 (fp64) averages before rounding."""
     group, averages = batch.group, []
     for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
         stored = local(state["momentum_buffer"])
         buffer = as_matrices(stored, group["transposed"], group["flatten"])
         average = rule.momentum_average(buffer, matrix, group["momentum"])
-        if bad is not None:
-            average = torch.where(bad[i] > 0, buffer.to(average.dtype), average)
+        if nonfinite is not None:
+            average = torch.where(nonfinite[i] > 0, buffer.to(average.dtype), average)
         stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
         averages.append(rule.momentum_average(average, matrix, group["momentum"]) if nesterov else average)
     return averages
@@ -317,9 +317,9 @@ def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, nester
 def _reset(scales: Scales) -> None:
     """Set all scales to 1, for matrices that are already normalized; keep the NaN of non-finite matrices."""
     for rows, cols in zip(scales.rows, scales.cols, strict=True):
-        bad = torch.isnan(cols).any(dim=-1, keepdim=True)
+        nonfinite = torch.isnan(cols).any(dim=-1, keepdim=True)
         rows.fill_(1.0)
-        cols.copy_(torch.where(bad, math.nan, torch.ones_like(cols)))
+        cols.copy_(torch.where(nonfinite, math.nan, torch.ones_like(cols)))
 
 
 def _transposed(scales: Scales) -> Scales:
