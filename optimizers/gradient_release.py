@@ -72,10 +72,7 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
             handles.append(param.register_post_accumulate_grad_hook(hook))
         first_index += len(group["params"])
 
-    def finish(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        stepped.clear()
-
-    handles.append(optimizer.register_step_post_hook(finish))
+    handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
     return GradientRelease(handles)
 
 

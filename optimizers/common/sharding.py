@@ -103,28 +103,28 @@ def has_memory(tensor: Tensor) -> bool:
 
 def readable(tensor: Tensor) -> Tensor:
     """Return the local shard of a tensor; a plain copy if kernels cannot address it."""
-    part = local(tensor)
-    if has_memory(part):
-        return part
-    copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    copy.copy_(part)  # may return another class than that of ``copy``
+    shard = local(tensor)
+    if has_memory(shard):
+        return shard
+    copy = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
+    copy.copy_(shard)  # may return another class than that of ``copy``
     return copy
 
 
-def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+def store(shards: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy updated shards back into their tensors where :func:`readable` made copies."""
-    for part, tensor in zip(parts, tensors, strict=True):
-        held = local(tensor)
-        if held is not part and not has_memory(held):
-            held.copy_(part)
+    for shard, tensor in zip(shards, tensors, strict=True):
+        target = local(tensor)
+        if target is not shard and not has_memory(target):
+            target.copy_(shard)
 
 
 def plain(tensor: Tensor) -> Tensor:
     """Return a tensor that kernels can address, with the same elements and placements; a copy if need be."""
     if has_memory(tensor):
         return tensor
-    part = readable(tensor)
-    return join_parts(part, tensor, tensor.shape) if is_dtensor(tensor) else part
+    shard = readable(tensor)
+    return join_parts(shard, tensor, tensor.shape) if is_dtensor(tensor) else shard
 
 
 def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
@@ -149,16 +149,16 @@ def check_class(owner: str, name: str, tensor: Tensor) -> None:
     """Raise TypeError if a tensor's class cannot be copied to a plain tensor and back."""
     if type(local(tensor)) in _copyable:
         return
-    part = local(tensor).detach()
+    shard = local(tensor).detach()
     try:
-        part.clone().copy_(readable(part))
+        shard.clone().copy_(readable(shard))
     except Exception as error:
         raise TypeError(
-            f"{owner}: {name} is a {type(part).__name__}, which cannot be copied to a plain tensor and back "
+            f"{owner}: {name} is a {type(shard).__name__}, which cannot be copied to a plain tensor and back "
             f"({type(error).__name__}: {error}); expected torch.Tensor, Parameter, a DTensor of them, or a class of "
             "tensors with clone and copy_. Nothing was updated. Leave it to another optimizer, or freeze it."
         ) from error
-    _copyable.add(type(part))
+    _copyable.add(type(shard))
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
@@ -251,5 +251,5 @@ def _reduce(asked: list[Reduction]) -> None:
         kind = torch.distributed.ReduceOp.MAX if op == "max" else torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(flat, op=kind, group=group)
         if not alone:
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(total.view(tensor.shape))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from leanstep.optimizers.lanton.matrices import MatrixTask
 
 
-def part_sizes(length: int, world: int) -> list[int]:
+def shard_sizes(length: int, world: int) -> list[int]:
     """Return how many of ``length`` rows each process has; DTensor splits like torch.chunk."""
     chunk = -(-length // world)
     return [max(0, min(chunk, length - r * chunk)) for r in range(world)]
@@ -25,7 +25,7 @@ def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor
     for group, like, indices in _exchanges(tasks, pieces):
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
-        shapes = [[_part_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
+        shapes = [[_shard_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
         parts = _all_to_all([[pieces[k] for k in ks] for ks in owned], shapes, group, like)
         for i, k in enumerate(owned[rank]):
             wholes[k] = torch.cat([row[i] for row in parts], dim=tasks[k].dim)
@@ -44,8 +44,8 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
     for group, example, indices in _exchanges(tasks, like):
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
-        sent = [[_part(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
-        shapes = [[_part_shape(tasks[k], world, rank) for k in ks] for ks in owned]
+        sent = [[_shard_of(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
+        shapes = [[_shard_shape(tasks[k], world, rank) for k in ks] for ks in owned]
         for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
             pieces.update(zip(ks, row, strict=True))
     return [pieces[k] for k in range(len(tasks))]
@@ -59,13 +59,13 @@ def _exchanges(tasks: Sequence[MatrixTask], like: Sequence[Tensor]) -> list[tupl
     return [(group, like[indices[0]], indices) for (group, *_), indices in sets.items()]
 
 
-def _part(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:
-    sizes = part_sizes(task.shape[task.dim], world)
+def _shard_of(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:
+    sizes = shard_sizes(task.shape[task.dim], world)
     return whole.narrow(task.dim, sum(sizes[:rank]), sizes[rank])
 
 
-def _part_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
-    size = part_sizes(task.shape[task.dim], world)[rank]
+def _shard_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
+    size = shard_sizes(task.shape[task.dim], world)[rank]
     return (*task.shape[: task.dim], size, *task.shape[task.dim + 1 :])
 
 
@@ -76,7 +76,7 @@ def _all_to_all(
     flat = torch.cat([like.new_empty(0), *(t.reshape(-1) for row in sent for t in row)])
     counts = [sum(t.numel() for t in row) for row in sent]
     expected = [[math.prod(shape) for shape in row] for row in shapes]
-    arrived = like.new_empty(sum(map(sum, expected)))
-    torch.distributed.all_to_all_single(arrived, flat, [sum(row) for row in expected], counts, group=group)
-    parts = iter(arrived.split([n for row in expected for n in row]))
+    received = like.new_empty(sum(map(sum, expected)))
+    torch.distributed.all_to_all_single(received, flat, [sum(row) for row in expected], counts, group=group)
+    parts = iter(received.split([n for row in expected for n in row]))
     return [[next(parts).view(shape) for shape in row] for row in shapes]

@@ -62,7 +62,7 @@ def scale_of(layer: LayerStep) -> float:
     return rule.dual_norm_scale("rms", matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"])
 
 
-# ---- which process works on which matrix
+# ---- owners of matrices
 
 
 def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
@@ -91,7 +91,7 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
         if stack and shard.dim == 0:
-            sizes = exchange.part_sizes(shard.shape[0], world)
+            sizes = exchange.shard_sizes(shard.shape[0], world)
             rank = torch.distributed.get_rank(group)
             tasks.append(MatrixTask(i, torch.Size((sizes[rank], *shard.shape[1:])), first=sum(sizes[:rank])))
             for r, size in enumerate(sizes):
@@ -120,7 +120,7 @@ def _cost(layer: LayerStep, shape: torch.Size) -> float:
     return count * flops(matrix_shape(layer.group, shape), layer.group["ns_steps"])
 
 
-# ---- what is done with them
+# ---- norms and directions
 
 
 def nuclear_norms(
@@ -176,26 +176,26 @@ def _like_polar(layer: LayerStep) -> Tensor:
 
 
 def _whole_matrices(
-    tasks: list[MatrixTask], layers: Sequence[LayerStep], part: Callable[[int], Tensor]
+    tasks: list[MatrixTask], layers: Sequence[LayerStep], local_shard: Callable[[int], Tensor]
 ) -> Iterator[list[tuple[MatrixTask, Tensor]]]:
     """Yield the unsharded matrices (out, in), or stacks, that this process works on, in batches of one kind.
 
-    ``part(i)`` returns this process's shard for parameter i.
+    ``local_shard(i)`` returns this process's shard for parameter i.
     """
     sharded = [task for task in tasks if task.group is not None]
-    arrived: dict[MatrixTask, Tensor | None] = {}
+    received: dict[MatrixTask, Tensor | None] = {}
     if sharded:
-        parts = {task.layer_index: part(task.layer_index) for task in sharded}
-        pieces = [parts[t.layer_index] if t.matrix is None else parts[t.layer_index][t.matrix] for t in sharded]
-        arrived = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
-        del parts, pieces
-    for alike in _by_kind(tasks, layers):
-        one = layers[alike[0].layer_index].group["foreach"] is False
-        count = 1 if one else max(1, _BATCH_ELEMENTS // math.prod(alike[0].shape))
-        for start in range(0, len(alike), count):
+        shards = {task.layer_index: local_shard(task.layer_index) for task in sharded}
+        pieces = [shards[t.layer_index] if t.matrix is None else shards[t.layer_index][t.matrix] for t in sharded]
+        received = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
+        del shards, pieces
+    for same_kind in _by_kind(tasks, layers):
+        one = layers[same_kind[0].layer_index].group["foreach"] is False
+        count = 1 if one else max(1, _BATCH_ELEMENTS // math.prod(same_kind[0].shape))
+        for start in range(0, len(same_kind), count):
             batch = []
-            for task in alike[start : start + count]:
-                stored = part(task.layer_index) if task.group is None else arrived.pop(task)
+            for task in same_kind[start : start + count]:
+                stored = local_shard(task.layer_index) if task.group is None else received.pop(task)
                 assert stored is not None
                 group = layers[task.layer_index].group
                 batch.append((task, as_matrices(stored, group["transposed"], group["flatten"])))

@@ -158,7 +158,7 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
         if layer.measures or layer.stores:
             grad = local(layer.grad)
             active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
-            _of_this_process(layer, table[r, _ACTIVE]).copy_(active)
+            _local_values(layer, table[r, _ACTIVE]).copy_(active)
         if layer.norm == "vector":
             momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
             ahead = _direction_momentum(layer, momentum)
@@ -298,7 +298,7 @@ def _store_gradient(info: GradientInfo) -> None:
     if not layer.stores:
         return
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
-    take = _of_this_process(layer, info.active & ~info.nonfinite)
+    take = _local_values(layer, info.active & ~info.nonfinite)
     if _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
@@ -315,7 +315,7 @@ def _update_momentum(info: GradientInfo) -> None:
         rule.momentum(buffer, _signed(layer), beta, in_place=True)
 
 
-def _of_this_process(layer: LayerStep, values: Tensor) -> Tensor:
+def _local_values(layer: LayerStep, values: Tensor) -> Tensor:
     """Select the values of this process's matrices from one value per matrix of a stack."""
     shard = layer.shard
     if values.numel() == 1 or not shard.groups or shard.dim != 0 or shard.offset is None:
@@ -347,7 +347,7 @@ def _elementwise_update(info: GradientInfo) -> Update:
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Return the update of hidden matrices along the polar factors of their momenta."""
     layer, matrix = info.layer, task.matrix
-    factor = _of_this_process(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
+    factor = _local_values(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
     return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), matrix)
 
 
@@ -364,11 +364,11 @@ def _write(updates: list[Update]) -> None:
     for u in updates:
         if u.weight.numel() > 0:
             sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
-    for alike in sets.values():
-        _write_alike(alike)
+    for updates_of_kind in sets.values():
+        _write_one_kind(updates_of_kind)
 
 
-def _write_alike(updates: list[Update]) -> None:
+def _write_one_kind(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
     seeds = offsets = None

@@ -21,11 +21,11 @@ from leanstep.optimizers.mfac.direction import Direction, Problem, directions
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
 _FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
-_OF_SCOPE = ("gram", "counters", "stats", "window_scale")
-_OF_ROWS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
+_SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
+_ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
 
 
-def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
+def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Compute :func:`~leanstep.optimizers.mfac.direction.directions` of unsharded parameters by the custom op.
 
     Returns:
@@ -35,8 +35,8 @@ def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor
     tensors: list[Tensor] = []
     plan = []
     for problem in problems:
-        scope_keys = [key for key in _OF_SCOPE if key in problem.scope_state]
-        row_keys = [[key for key in _OF_ROWS if key in state] for state in problem.states]
+        scope_keys = [key for key in _SCOPE_KEYS if key in problem.scope_state]
+        row_keys = [[key for key in _ROW_KEYS if key in state] for state in problem.states]
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
         formats = [f.__name__ for f in problem.formats]

@@ -117,7 +117,7 @@ class ScopeBatch:
         """Compute dots of the new rows, write them, and solve. A scope with a non-finite gradient is not changed."""
         yield from self._encode()
         dots, squares, nonfinite = yield from self._compare()
-        flags, valid = self._verdict(squares, nonfinite)
+        flags, valid = self._check_finite(squares, nonfinite)
         updates: dict[int, list[Tensor]] = {}
         if valid:
             self._write(valid, dots, squares)
@@ -146,19 +146,19 @@ class ScopeBatch:
         values = []
         for (rows, groups), vectors in zip(self.row_sets, self.vectors, strict=True):
             squares = rows.squared_norms()
-            of_part = squares.new_zeros(self.gram_count, width + 1)
-            of_part[: len(squares), width] = squares
+            table = squares.new_zeros(self.gram_count, width + 1)
+            table[: len(squares), width] = squares
             if width:
-                of_part[: len(squares), :width] = rows.dots(width)
+                table[: len(squares), :width] = rows.dots(width)
             flags = squares.new_zeros(len(self.param_keys))
             for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
                 flags[piece.param_index] += flag
-            values.append((torch.cat([of_part.view(-1), flags]), groups))
-        both = yield from self._over_processes(values, (total + len(self.param_keys),))
-        table = both[:total].view(self.gram_count, width + 1)
-        return table[:, :width], table[:, width], both[total:]
+            values.append((torch.cat([table.view(-1), flags]), groups))
+        reduced = yield from self._over_processes(values, (total + len(self.param_keys),))
+        table = reduced[:total].view(self.gram_count, width + 1)
+        return table[:, :width], table[:, width], reduced[total:]
 
-    def _verdict(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
+    def _check_finite(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
         """Return the flag of every parameter, and the scopes that take a step. Waits for the device once."""
         verdict = torch.cat([nonfinite, (~torch.isfinite(squares)).to(nonfinite.dtype)]).tolist()
         count = len(self.param_keys)
@@ -236,8 +236,8 @@ class ScopeBatch:
         for number, (i, k) in enumerate(self.param_keys):
             if i in by_scope:
                 vector = self.problems[i].vectors[k]
-                nothing = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # nothing of it is held here
-                by_scope[i].append(updates.get(number, nothing))
+                empty = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # of an empty shard
+                by_scope[i].append(updates.get(number, empty))
         return by_scope
 
     def _over_processes(

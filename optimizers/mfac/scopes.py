@@ -15,7 +15,7 @@ from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective
 from leanstep.optimizers.common.sharding import Steps, plain, shard_of
 from leanstep.optimizers.mfac import rule
-from leanstep.optimizers.mfac.compiled import directions_in_one
+from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
 from leanstep.optimizers.mfac.direction import STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
@@ -41,8 +41,8 @@ class Scope(NamedTuple):
     """Parameters whose gradients form the rows of one window (of several, with blocks).
 
     Attributes:
-        entries: those that have state.
-        settings: the shared ones.
+        entries: its parameters that have state.
+        settings: the settings that its groups share.
         scope_state: the state of the first entry, which also holds ``gram``, ``counters``, ``stats`` and
             ``window_scale``.
     """
@@ -130,10 +130,10 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
     problems = [_problem(scope) for scope in scopes]
     entries = [entry for scope in scopes for entry in scope.entries]
     updates: list[Tensor | None] = []
-    updated = None  # bool [entries], only if the host does not know which entries have an update
+    updated = None  # bool per entry; None if the host knows which entries have an update
     if torch.compiler.is_compiling() or is_fake(problems[0].vectors[0]):
-        in_one, flags, updated = directions_in_one(problems)
-        updates += in_one
+        computed, flags, updated = directions_by_op(problems)
+        updates += computed
     else:
         results = yield from directions(problems)
         flags = torch.tensor([flag for result in results for flag in result.flags], dtype=torch.int32)
