@@ -244,11 +244,11 @@ class MFAC(LeanOptimizer):
                     if param.numel():  # a scope of empty parameters would count steps
                         scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)
                 index += 1
-        return [self._scope(entries) for entries in scopes.values() if any(m.grad is not None for m in entries)]
+        return [self._scope(entries) for entries in scopes.values() if any(e.grad is not None for e in entries)]
 
     def _scope(self, entries: list[ScopeParam]) -> Scope:
-        settings = shared_settings([m.group for m in entries])
-        scope_state = next((m.state for m in entries if "gram" in m.state), None)
+        settings = shared_settings([e.group for e in entries])
+        scope_state = next((e.state for e in entries if "gram" in e.state), None)
         if scope_state is None:
             scope_state = entries[0].state
             init_scope_state(scope_state, entries[0].param, settings)

@@ -148,10 +148,9 @@ def step_scopes(scopes: list[Scope]) -> Steps[None]:
         moved = [(i, u) for i in indices if (u := updates[i]) is not None and entries[i].grad is not None]
         params = [entries[i].param for i, _ in moved]
         for positions in by_device_and_dtype(params, alone=entries[indices[0]].group["foreach"] is False):
-            device, dtype = params[positions[0]].device, params[positions[0]].dtype
             batch = [moved[k] for k in positions]
             in_batch = None if updated is None else updated[[i for i, _ in batch]]
-            _move([entries[i] for i, _ in batch], [u for _, u in batch], in_batch, device, dtype)
+            _move([entries[i] for i, _ in batch], [u for _, u in batch], in_batch)
 
 
 def _problem(scope: Scope) -> Problem:
@@ -169,8 +168,8 @@ def _problem(scope: Scope) -> Problem:
         if "mask" in entry.state:
             vector = vector * entry.columns.local(entry.state["mask"])
         vectors.append(vector)
-    formats = [_format_of(m.state, scope.settings["scope"]) for m in entries]
-    states, columns, lr = [m.state for m in entries], [m.columns for m in entries], entries[0].group["lr"]
+    formats = [_format_of(e.state, scope.settings["scope"]) for e in entries]
+    states, columns, lr = [e.state for e in entries], [e.columns for e in entries], entries[0].group["lr"]
     return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, lr)
 
 
@@ -187,12 +186,10 @@ def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[T
     return updates
 
 
-def _move(
-    entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> None:
+def _move(entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | None) -> None:
     """Apply momentum to updates, and write them to parameters of one group, device and dtype."""
-    group, states = entries[0].group, [m.state for m in entries]
-    weights = [local_part(m.param) for m in entries]
+    first, group, states = entries[0].param, entries[0].group, [e.state for e in entries]
+    weights = [local_part(e.param) for e in entries]
     updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
     if "momentum_buffer" in states[0]:
         buffers = [local_part(state["momentum_buffer"]) for state in states]
@@ -200,14 +197,14 @@ def _move(
             averaged = rule.average(buffer, update, group["momentum"])
             buffer.copy_(averaged if updated is None else torch.where(updated[i], averaged, buffer))
         updates = buffers
-    rounding = effective("MFAC", group, entries[0].position, entries[0].param)
+    rounding = effective("MFAC", group, entries[0].position, first)
     decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
-    scalars = pack([group["lr"], decay], device, compute_dtype(dtype))
-    params, shards = [m.param for m in entries], [shard_of(m.param) for m in entries]
-    batch = Batch(group, rounding, params, updates, states, [m.param_index for m in entries], shards)
+    scalars = pack([group["lr"], decay], first.device, compute_dtype(first.dtype))
+    params, shards = [e.param for e in entries], [shard_of(e.param) for e in entries]
+    batch = Batch(group, rounding, params, updates, states, [e.param_index for e in entries], shards)
     options = batch.options(scalars, skip_nonfinite=updated is not None)
     matrices = [as_written(u, stacked=False) for u in updates]
-    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=device) for m in matrices]
+    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=first.device) for m in matrices]
     if updated is not None:  # the kernel skips matrices with NaN in their scales
         ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]
     scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]

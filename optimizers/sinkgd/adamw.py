@@ -91,16 +91,13 @@ def _update(
     if fused:  # torch's fused CPU kernel ignores strides
         contiguous = torch.contiguous_format
         inputs = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in inputs]
-    input_params, input_grads, input_avgs, input_sqs = ([row[i] for row in inputs] for i in range(4))
+    params_grads_moments = [list(column) for column in zip(*inputs, strict=True)]
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        adamw_step_on_host(input_params, input_grads, input_avgs, input_sqs, steps, betas=(beta1, beta2), **rule)
+        adamw_step_on_host(*params_grads_moments, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
-            input_params,
-            input_grads,
-            input_avgs,
-            input_sqs,
+            *params_grads_moments,
             [],
             steps,
             # torch's foreach functions accept no tensor lr
