@@ -58,9 +58,9 @@ class MFAC(LeanOptimizer):
             consecutive elements of a parameter. A window has a Gram matrix of 8 m^2 bytes and a system of size m.
         storage: dtype of rows: "fp32", "bf16", "fp16" (with one fp32 scale per row) or "fp64". None: bf16 with "topk",
             else fp64 for fp64 parameters and fp32 for others. G G^T, g and u all use the stored rows.
-        compression: None: dense rows. "topk" (S-MFAC): store only the largest entries of every row of a matrix, with 16-bit
-            indices. "lowrank": store the gradient of a matrix as a product of rank ``rank``. Both add the compression
-            error to the next gradient, and store vectors uncompressed.
+        compression: None: dense rows. "topk" (S-MFAC): store only the largest entries of every row of a matrix, with
+            16-bit indices. "lowrank": store the gradient of a matrix as a product of rank ``rank``. Both add the
+            compression error to the next gradient, and store vectors uncompressed.
         density: fraction of entries that "topk" stores. 1 is bit-identical to dense rows of the same storage.
         rank: rank of "lowrank".
         momentum: weight of the old v; 0: no buffer.
