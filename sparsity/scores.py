@@ -18,7 +18,7 @@ _TILE = 1 << 22
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """``|weight|``, the default score."""
+    """Score each weight by its magnitude ``|weight|``, the default."""
     return weight.detach().abs()
 
 
