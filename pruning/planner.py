@@ -10,27 +10,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Allocation, snap
+from leanstep.pruning.allocate.allocation import allocate, snap
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable, keep_total
 from leanstep.pruning.allocate.closed_form import ComputedScores, atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.allocate.methods import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import (
-    Additivity,
     apply_allocation,
     joint_of,
-    levels_by_group,
     measure_additivity,
     relinearised_curves,
     tuned_coefficients,
 )
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
-from leanstep.pruning.measure.measure import Measurement, Progress, measure_curves
+from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, measure_curves
 from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, default_metric
-from leanstep.pruning.measure.snapshot import WeightSnapshot
-from leanstep.pruning.result import PruneResult
+from leanstep.pruning.result import Additivity, Allocation, PruneResult, levels_by_group
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, Layer
 from leanstep.sparsity import NM

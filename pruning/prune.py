@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep.pruning.allocate.allocation import METHODS
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable
-from leanstep.pruning.allocate.methods import METHODS
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.checks import CORRECTIONS
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Progress
+from leanstep.pruning.measure.measure import Progress, Stored, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Metric
-from leanstep.pruning.measure.snapshot import Stored, WeightSnapshot, evaluating
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS

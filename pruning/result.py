@@ -1,16 +1,91 @@
-"""The result of pruning a model: levels, curves, and cost."""
+"""Results: an allocation, its cost on held-out data, and a pruned model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from leanstep.pruning.allocate.allocation import Allocation
-from leanstep.pruning.measure.checks import Additivity
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Weights that each layer keeps.
+
+    Attributes:
+        method: the method of :func:`allocate`.
+        numel, kept: weights and weights kept, by layer.
+        target: most weights that all layers may keep; None for a budget of another kind.
+        patterns: N:M patterns by layer, where levels are patterns.
+        budget_kind, cost: kind of the budget, and the allocation's cost in its unit.
+        predicted: sum of the layers' distortions, where there are curves.
+        lagrange_gap: how much larger the Lagrangian's summed distortion is; >= 0.
+        front: for "dp", up to 200 points (cost, summed distortion) at which a larger budget lowers the distortion.
+    """
+
+    method: str
+    numel: dict[str, int]
+    kept: dict[str, int]
+    target: int | None = None
+    patterns: dict[str, str] = field(default_factory=dict)
+    budget_kind: str = "params"
+    cost: float | None = None
+    predicted: float | None = None
+    lagrange_gap: float | None = None
+    front: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all layers together."""
+        return 1 - sum(self.kept.values()) / sum(self.numel.values())
+
+    def layer_sparsity(self, name: str) -> float:
+        """Fraction of zeros in one layer."""
+        return 1 - self.kept[name] / self.numel[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"front": [list(point) for point in self.front]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Allocation:
+        """The allocation that :meth:`to_dict` wrote."""
+        return cls(**{**values, "front": tuple((c, d) for c, d in values.get("front", ()))})
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Joint and summed distortion of an allocation on held-out data.
+
+    Attributes:
+        method: of the allocation.
+        joint, joint_stderr: distortion with all matrices pruned.
+        summed: sum of the distortions with one matrix pruned at a time, at the same levels.
+        ratio: joint / summed; 1 where distortions add up, NaN where nothing is distorted. The paper's theorem says 1;
+            far from it, a sum does not tell which allocation is better.
+    """
+
+    method: str
+    joint: float
+    joint_stderr: float
+    summed: float
+
+    @property
+    def ratio(self) -> float:
+        """joint / summed."""
+        if self.summed:
+            return self.joint / self.summed
+        return math.inf if self.joint else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; None for NaN and infinity."""
+        values = asdict(self) | {"ratio": self.ratio}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass
@@ -93,3 +168,8 @@ class PruneResult:
             "layers": self.layers(),
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
         }
+
+
+def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
+    """Kept weights and N:M pattern (or "") of every group."""
+    return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}

@@ -28,9 +28,8 @@ from leanstep.pruning.folder.checkpoint import (
     write_weights,
 )
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Progress
+from leanstep.pruning.measure.measure import Progress, evaluating
 from leanstep.pruning.measure.metrics import CEDelta, summarise
-from leanstep.pruning.measure.snapshot import evaluating
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 

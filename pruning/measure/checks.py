@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from leanstep.pruning.allocate.allocation import Allocation
 from leanstep.pruning.measure.curves import Curve, Levels
-from leanstep.pruning.measure.measure import Measurement, Progress, curve_of
+from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, curve_of, evaluating
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.snapshot import WeightSnapshot, evaluating
+from leanstep.pruning.result import Additivity, Allocation, levels_by_group
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group
-
-
-@dataclass(frozen=True)
-class Additivity:
-    """Joint and summed distortion of an allocation on held-out data.
-
-    Attributes:
-        method: of the allocation.
-        joint, joint_stderr: distortion with all matrices pruned.
-        summed: sum of the distortions with one matrix pruned at a time, at the same levels.
-        ratio: joint / summed; 1 where distortions add up, NaN where nothing is distorted. The paper's theorem says 1;
-            far from it, a sum does not tell which allocation is better.
-    """
-
-    method: str
-    joint: float
-    joint_stderr: float
-    summed: float
-
-    @property
-    def ratio(self) -> float:
-        """joint / summed."""
-        if self.summed:
-            return self.joint / self.summed
-        return math.inf if self.joint else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for NaN and infinity."""
-        values = asdict(self) | {"ratio": self.ratio}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
-    """Kept weights and N:M pattern (or "") of every group."""
-    return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}
 
 
 def apply_allocation(
