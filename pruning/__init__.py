@@ -1,4 +1,4 @@
-"""Layer-adaptive pruning of trained models: allocations, scores, and the program that solves them."""
+"""Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
 
 from leanstep.pruning.allocate.allocation import allocate, allocations_along, snap
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable

@@ -15,17 +15,17 @@ _FRONT_POINTS = 100
 
 @dataclass(frozen=True)
 class Allocation:
-    """Weights that each layer keeps.
+    """Number of weights that each layer keeps.
 
     Attributes:
         method: the method of :func:`allocate`.
-        numel, kept: weights and weights kept, by layer.
-        target: most weights that all layers may keep; None for a budget of another kind.
-        patterns: N:M patterns by layer, where levels are patterns.
+        numel, kept: all weights and kept weights of each layer.
+        target: largest total of kept weights; None for other budgets.
+        patterns: N:M pattern of each layer; empty for unstructured pruning.
         budget_kind, cost: kind of the budget, and the allocation's cost in its unit.
-        predicted: sum of the layers' distortions, where there are curves.
-        lagrange_gap: how much larger the Lagrangian's summed distortion is; >= 0.
-        front: for "dp", up to 200 points (cost, summed distortion) at which a larger budget lowers the distortion.
+        predicted: sum of the layers' distortions by their curves; None without curves.
+        lagrange_gap: summed distortion of the Lagrangian solution minus that of the exact one; >= 0.
+        front: for "dp", up to 200 points (cost, summed distortion) of the Pareto front.
     """
 
     method: str
@@ -66,8 +66,8 @@ class Additivity:
         method: of the allocation.
         joint, joint_stderr: distortion with all matrices pruned.
         summed: sum of the distortions with one matrix pruned at a time, at the same levels.
-        ratio: joint / summed; 1 where distortions add up, NaN where nothing is distorted. The paper's theorem says 1;
-            far from it, a sum does not tell which allocation is better.
+        ratio: joint / summed; NaN for 0 / 0. The paper's theorem predicts 1, where distortions add up. Far from 1, the
+            sum does not rank allocations.
     """
 
     method: str
@@ -93,13 +93,13 @@ class PruneResult:
     """The result of :func:`leanstep.pruning.prune`.
 
     Attributes:
-        allocation: how many weights each matrix (or group) kept.
+        allocation: the applied allocation.
         score, pattern, metric: as asked for, or the defaults.
         groups: the matrices, in groups that share a level.
         levels: kept weights and N:M pattern of each group.
         curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
-        compared: cost of every allocation that was tried, the applied one included.
+        compared: cost of every measured allocation, including the applied one.
         notes: remarks for the reader, in sentences.
         data: hash of the calibration data.
         budget: its ``kind`` and ``target``, and the cost of the ``dense`` matrices, of the model ``before`` and of the
@@ -124,11 +124,11 @@ class PruneResult:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over all pruned matrices, counted."""
+        """Fraction of zeros over all pruned matrices, counted in the current weights."""
         return 1 - sum(layer["nonzero"] for layer in self.layers()) / sum(layer["numel"] for layer in self.layers())
 
     def layers(self) -> list[dict[str, Any]]:
-        """One row per matrix, counted in the weights as they are now."""
+        """One row per matrix, with zeros counted in the current weights."""
         rows = []
         for group in self.groups:
             pattern = self.levels[group.name][1]
@@ -150,7 +150,7 @@ class PruneResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         allocation = self.allocation.to_dict()
-        # the front has a point for every state of the table; a hundred of them draw it
+        # a hundred points suffice to draw the front
         step = -(-len(allocation["front"]) // _FRONT_POINTS) or 1
         allocation["front"] = allocation["front"][::step]
         return {

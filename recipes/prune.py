@@ -20,6 +20,11 @@ __all__ = ["main", "split_newest"]
 
 # of the newest addresses, so many bytes are held out: less than what the recipes keep from training
 _HELD_OUT_BYTES = 400_000
+# options that are arguments of prune() of the same name
+_SETTINGS = (
+    *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
+    *("include", "exclude", "batch_size"),
+)
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
@@ -134,18 +139,8 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             resume=options.resume,
             device=options.device,
             progress=bar,
-            sparsity=options.sparsity,
             budget=options.budget if latencies is None else latencies,
-            allocation=options.allocation,
-            score=options.score,
-            pattern=options.pattern,
-            metric=options.metric,
-            granularity=options.granularity,
-            correction=options.correction,
-            levels=options.levels,
-            include=options.include,
-            exclude=options.exclude,
-            batch_size=options.batch_size,
+            **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
 

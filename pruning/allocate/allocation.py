@@ -22,12 +22,12 @@ from leanstep.pruning.score.targets import Layer
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# levels of each layer, and states of a table: LLaMA-7B's 224 matrices take under a second on one core
+# levels per layer and states per table: LLaMA-7B's 224 matrices take under a second on one core
 POINTS = 101
 STATES = 1 << 15
 _FRONT_POINTS = 200
 METHODS = ("dp", "uniform", "global", "lamp", "erk", "owl", "atp")
-# what each method needs besides a sparsity, by argument, and where it comes from
+# argument that a method needs besides the sparsity, and a hint for the error message
 _NEEDED = {
     "dp": ("curves", ""),
     "global": ("scores", ""),
@@ -56,42 +56,41 @@ def allocate(
     =========  ====================================================================================================
     method     layers keep
     =========  ====================================================================================================
-    "dp"       what minimizes the sum of their distortions, by the curves: exact, by dynamic programming
+    "dp"       counts that minimize the sum of the curves' distortions: exact, by dynamic programming
     "uniform"  the same fraction
     "global"   the largest scores of all layers
     "lamp"     the largest LAMP scores of all layers
-    "erk"      a fraction in proportion to sum(shape) / prod(shape); those that would keep more than all are dense
-    "owl"      a fraction that rises with the share of outliers among the scores of their block, within 2 ``spread``
+    "erk"      a fraction proportional to sum(shape) / prod(shape), at most 1
+    "owl"      a fraction that rises with the outlier ratio of their block, over a range of 2 ``spread``
     "atp"      a fraction that falls by ``beta`` from block to block
     =========  ====================================================================================================
 
-    Every rule meets the target to the weight: fractions are scaled ("uniform", "erk") or shifted ("owl", "atp"), within
-    the bounds of every layer, until the counts add up, and the largest remainders are rounded up. With blocks of one
-    size and no bound met, this is the papers' formula. "dp" spends what its table leaves of the budget on the layers
-    where a weight saves most distortion.
+    Every rule meets the target exactly: fractions are scaled ("uniform", "erk") or shifted ("owl", "atp") within the
+    bounds of each layer until the counts add up. The largest remainders are rounded up. For blocks of equal size, and
+    if no bound is reached, this is the papers' formula. "dp" spends the rest of its budget where a weight saves most
+    distortion.
 
     Args:
         layers: with unique names.
-        sparsity: fraction of zeros in all layers together, 0 <= sparsity < 1; zeros are rounded up.
-        method: of the table.
+        sparsity: fraction of zeros in all layers together, 0 <= sparsity < 1. The number of zeros is rounded up.
+        method: a name of the table.
         budget: for "dp", instead of a sparsity: weights, operations, bytes or seconds.
-        curves: for "dp", by name. Each is used as :meth:`Curve.cleaned`, with further levels between the measured ones
-            unless these are N:M patterns (:meth:`Curve.dense_grid`). With other methods, for ``predicted``.
+        curves: for "dp", by name. Curves are cleaned (:meth:`Curve.cleaned`). Unstructured ones get levels between the
+            measured ones (:meth:`Curve.dense_grid`). Other methods use curves only for ``predicted``.
         scores: for "global" and "lamp", by name, >= 0. Each is read three times; a mapping may compute it on access.
-            LAMP squares them: magnitudes, in the paper.
+            LAMP squares them; its paper uses magnitudes.
         outliers: for "owl", by block or name; :func:`leanstep.pruning.outlier_ratio`.
         spread: for "owl", lambda.
         beta: for "atp"; :func:`leanstep.pruning.atp_betas`.
         at_least: lowest density of all layers, or by name; a layer without an entry may lose all weights.
-        at_most: most weights of a layer, by name: its nonzero weights, if it was pruned before and no zero may return.
+        at_most: most weights of a layer, by name. For a layer with zeros that must stay: its number of nonzeros.
 
     Returns:
         :class:`Allocation`. The order of the layers does not change it.
 
     Raises:
-        InfeasibleBudget: where bounds or levels exclude the target; it says what is possible.
-        ValueError: for an unknown method, names that occur twice, a missing argument of the method, or values out of
-            range.
+        InfeasibleBudget: if bounds or levels exclude the target; the message gives the possible range.
+        ValueError: for an unknown method, duplicate names, a missing argument of the method, or values out of range.
 
     Notes:
         "dp" is exact for weights and operations where the cheapest and the dearest levels are at most 65,536 units
@@ -116,7 +115,7 @@ def allocate(
     if method == "dp":
         assert curves is not None
         return Program(layers, curves, budget or Budget("params", max(keep, 1)), lower, upper).allocation()
-    # by name, so that the order in which layers come does not decide between equals
+    # sorted by name: the order of the layers must not break ties
     ordered = sorted(layers, key=lambda layer: layer.name)
     low, high = (np.array([bound[layer.name] for layer in ordered], dtype=np.int64) for bound in (lower, upper))
     counts = counts_by_rule(
@@ -199,14 +198,14 @@ def _bounds(
         density = at_least.get(layer.name, 0.0) if isinstance(at_least, Mapping) else at_least
         if not 0 <= density <= 1 or upper[layer.name] < 0:
             raise ValueError(f"allocate: bounds of {layer.name!r} are out of range: {density} and {upper[layer.name]}")
-        # a layer that was pruned below the floor before stays as it is
+        # a layer that is already sparser than its floor stays as it is
         lower[layer.name] = min(math.ceil(density * layer.numel - 1e-6), upper[layer.name])
     return lower, upper
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """Levels that a layer may have: kept counts, decreasing, the distortion and cost of each, N:M patterns if any."""
+    """Possible levels of a layer: decreasing kept counts, with the distortion, cost and N:M pattern of each."""
 
     layer: Layer
     kept: Ints
@@ -215,7 +214,7 @@ class _Levels:
     patterns: tuple[str, ...]
 
     def cost_of(self, kept: int, kind: str) -> float:
-        """Cost of a count that may lie between levels; of latencies, only of a level."""
+        """Cost of a kept count. Latencies are known at levels only, other costs also between them."""
         if kind == "latency":
             return float(self.cost[int(np.flatnonzero(self.kept == kept)[0])])
         return float(cost(kind, self.layer, kept))
@@ -227,13 +226,13 @@ class _Levels:
 
 
 class Program:
-    """Layers with their curves, and a budget of one kind; one table answers for every target.
+    """The knapsack of some layers. Its table is solved once and answers for every target up to the budget's.
 
     Args:
         layers: with unique names.
         curves: by name; cleaned here. Unstructured ones get levels between the measured ones, except for latencies,
             which are known at the measured levels only.
-        budget: kind, largest target and table.
+        budget: kind, largest target and, for latencies, seconds.
         lower, upper: fewest and most weights of each layer.
     """
 
@@ -247,7 +246,7 @@ class Program:
     ):
         _check_curves(layers, curves)
         self._layers, self._budget = layers, budget
-        # by name, so that the order in which layers come does not decide between equals
+        # sorted by name: the order of the layers must not break ties
         ordered = sorted(layers, key=lambda layer: layer.name)
         if budget.seconds is None:
             dense = sum(float(cost(budget.kind, layer, curves[layer.name].kept[0])) for layer in ordered)
@@ -260,7 +259,7 @@ class Program:
         self._offset, self._unit, self._table = self._solve(dense / STATES)
 
     def allocation(self, target: float | None = None) -> Allocation:
-        """The best allocation for one target, at most the budget's; None: for that.
+        """The best allocation for a target, by default the budget's.
 
         Raises:
             InfeasibleBudget: for a target below the cost of the sparsest levels.
@@ -268,8 +267,8 @@ class Program:
         target = self._budget.target if target is None else target
         self._reach(target)
         units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
-        # costs are rounded up, together by as many units as there are layers at most: allow that much more, and take
-        # the largest budget whose levels fit the target in truth
+        # rounding costs up adds at most one unit per layer: try that many more units, and take the largest number
+        # whose levels fit the target in true cost
         for slack in range(0 if self._unit == 1.0 else len(self._levels), -1, -1):
             levels_at = self._table.choose(min(units + slack, self._table.budget))
             if sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True)) <= target:
@@ -298,7 +297,7 @@ class Program:
         )
 
     def _reach(self, target: float) -> tuple[float, float]:
-        """Cost of the sparsest levels and of the densest; InfeasibleBudget for a target below."""
+        """Cost of the sparsest and of the densest levels; raises InfeasibleBudget for a target below them."""
         least, most = (sum(float(pick(levels.cost)) for levels in self._levels) for pick in (np.min, np.max))
         if target >= least:
             return least, most
@@ -315,7 +314,7 @@ class Program:
         )
 
     def _solve(self, unit: float) -> tuple[float, float, KnapsackTable]:
-        """Cost that state 0 of the table stands for, cost of a state, and the table."""
+        """Solve the knapsack; returns the cost at state 0, the cost per state, and the table."""
         costs = [levels.cost for levels in self._levels]
         self._losses = [levels.loss for levels in self._levels]
         least, most = self._reach(self._budget.target)
@@ -330,7 +329,7 @@ class Program:
         return least, unit, solve_knapsack(self._costs, self._losses, units + len(costs))
 
     def _front(self) -> list[tuple[float, float]]:
-        """Some points of the Pareto front up to the budget, evenly spread, the ends among them."""
+        """Evenly spaced points of the Pareto front within the budget, including both ends."""
         costs, losses = self._table.front()
         inside = self._offset + self._unit * costs <= self._budget.target
         costs, losses = costs[inside], losses[inside]
@@ -340,9 +339,9 @@ class Program:
         return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
 
     def _spend_rest(self, levels_at: Sequence[int], target: float) -> tuple[dict[str, int], float]:
-        """Kept counts and cost after raising levels while the target allows, the steepest slope first.
+        """Raise kept counts within the target, steepest slope first; returns the counts and their cost.
 
-        N:M levels and latencies are raised by whole levels, others by any count.
+        N:M patterns and latencies rise by whole levels, other counts by any number.
         """
         kept = [int(levels.kept[k]) for levels, k in zip(self._levels, levels_at, strict=True)]
         spent = sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True))
@@ -360,7 +359,7 @@ class Program:
         return {levels.layer.name: count for levels, count in zip(self._levels, kept, strict=True)}, spent
 
     def _raised(self, levels: _Levels, kept: int, level: int, room: float) -> int:
-        """The largest count, up to that of the next denser level, whose additional cost is at most ``room``."""
+        """The largest count up to the next denser level that adds at most ``room`` to the cost."""
         kind, top = self._budget.kind, int(levels.kept[level - 1])
         limit = levels.cost_of(kept, kind) + room
         if levels.cost_of(top, kind) <= limit:
@@ -398,12 +397,12 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, lower: int, upper: int, 
         kept, loss = np.array(clean.kept), np.array(clean.distortion)
     else:
         if not curve.patterns and len(curve.kept) > 1:
-            # steps of one cost in all layers
+            # one step costs the same in all layers
             weight = float(cost(budget.kind, layer, 1) - cost(budget.kind, layer, 0)) or 1.0
             clean = clean.dense_grid(POINTS, max(1, int(unit / weight)))
         kept, loss = np.array(clean.kept), np.array(clean.distortion)
         if not curve.patterns:
-            # the bounds are levels, too
+            # add the bounds as levels
             ends = [bound for bound in (lower, upper) if kept[-1] < bound < kept[0]]
             every = np.union1d(kept, ends).astype(np.int64)[::-1]
             kept, loss = every, np.interp(every, kept[::-1], loss[::-1])
@@ -421,16 +420,16 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, lower: int, upper: int, 
 
 
 def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Sequence[str]]]) -> Allocation:
-    """The nearest allocation whose layers have N:M patterns: for rules that know nothing of them.
+    """Move an allocation of arbitrary counts to the nearest N:M patterns.
 
-    Minimizes the sum of ``numel * (difference of densities)^2``, with no more weights in all than before.
+    Minimizes the sum of ``numel * (difference of densities)^2`` without increasing the total of kept weights.
 
     Args:
         allocation: of any method.
-        levels: by layer, kept counts and patterns, for instance :func:`leanstep.pruning.nm_levels`.
+        levels: kept counts and patterns of each layer, for instance :func:`leanstep.pruning.nm_levels`.
 
     Raises:
-        InfeasibleBudget: where the sparsest patterns keep more weights than the allocation.
+        InfeasibleBudget: if the sparsest patterns keep more weights than the allocation.
     """
     names = sorted(levels)
     costs = [np.array(levels[name][0], dtype=np.float64) for name in names]
@@ -453,5 +452,5 @@ def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Seque
 
 
 def _common_step(costs: Sequence[Floats]) -> int:
-    """Greatest common divisor of all differences of whole costs within a layer; 0 where there are none."""
+    """Greatest common divisor of all differences of whole costs within a layer; 0 if there are none."""
     return math.gcd(*(math.gcd(*(c - c.min()).astype(np.int64).tolist()) for c in costs))

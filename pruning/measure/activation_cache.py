@@ -96,11 +96,11 @@ class ActivationCache:
         if enabled and like is not None and like.model is model and like.stages:
             self.stages, self.starts, self.note = like.stages, like.starts, like.note
         elif enabled:
-            self._find_stages()
+            self._find_starts()
 
     @torch.no_grad()
-    def _find_stages(self) -> None:
-        """Find the stages and, by trying on a sample, behind which of them the model can be cut."""
+    def _find_starts(self) -> None:
+        """Find the stages, and by trying on one sample the positions from which the model can be run."""
         sample = self.batches[0].sample(0)
         self.stages = find_stages(self.model, sample)
         expected = _tensors(sample.run(self.model))
@@ -131,17 +131,13 @@ class ActivationCache:
                     self._numbers.setdefault(inner, number)
         return self._numbers.get(module)
 
-    def start(self, module: nn.Module) -> int:
-        """The last position from which a pass still runs a module."""
-        number = self.number(module)
-        return 0 if number is None else max(start for start in self.starts if start <= number)
-
     def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
         """Groups by the last position from which a pass still runs all their targets, in the order of positions."""
-        starts: dict[int, list[Group]] = {}
+        by_start: dict[int, list[Group]] = {}
         for group in groups:
-            starts.setdefault(min(self.start(target.module) for target in group.targets), []).append(group)
-        return sorted(starts.items(), key=lambda item: item[0])
+            first = min(self.number(target.module) or 0 for target in group.targets)
+            by_start.setdefault(max(start for start in self.starts if start <= first), []).append(group)
+        return sorted(by_start.items(), key=lambda item: item[0])
 
     def reset(self) -> None:
         """Clear the cache and return to the first stage."""

@@ -16,18 +16,15 @@ from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group
 
 
-def apply_allocation(
-    groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning, *, sequential: bool = True
-) -> None:
+def apply_allocation(groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning) -> None:
     """Prune the model, in place.
 
     ``sequential`` prunes from the first block to the last, and takes the statistics of each from a model whose earlier
     blocks are pruned already, as they will be. Otherwise all come from the model as it is.
     """
     pruning.cache.reset()
-    stages = pruning.cache.by_start(groups) if sequential else [(0, list(groups))]
     with evaluating(pruning.cache.model):
-        for start, stage in stages:
+        for start, stage in pruning.cache.by_start(groups):
             pruners = pruning.pruners(stage, start)
             for group in stage:
                 for target, weight in prune_group(group, pruners, *allocated[group.name]):
@@ -41,13 +38,11 @@ def joint_of(
     groups: Sequence[Group],
     allocated: Mapping[str, tuple[int, str]],
     pruning: Pruning,
-    snapshot: WeightSnapshot | None = None,
+    snapshot: WeightSnapshot,
     *,
     stay: bool = False,
 ) -> Distortion:
     """Distortion of an allocation; the weights are those of before afterwards, or with ``stay`` the pruned ones."""
-    if snapshot is None:
-        snapshot = WeightSnapshot([target for group in groups for target in group.targets])
     snapshot.take()
     with evaluating(measurement.model), nullcontext() if stay else snapshot.restored():
         apply_allocation(groups, allocated, pruning)
@@ -59,9 +54,9 @@ def measure_additivity(
     groups: Sequence[Group],
     allocation: Allocation,
     pruning: Pruning,
-    snapshot: WeightSnapshot | None = None,
+    snapshot: WeightSnapshot,
     *,
-    stay: bool = False,
+    stay: bool,
 ) -> Additivity:
     """Joint and summed distortion of an allocation on the measurement's data.
 
@@ -76,6 +71,8 @@ def measure_additivity(
     return Additivity(allocation.method, joint.mean, joint.stderr, summed)
 
 
+# fraction of the coefficients that a try of the search draws anew
+_RESAMPLED = 0.1
 CORRECTIONS = ("none", "relinearise", "coefficients")
 
 
@@ -85,9 +82,8 @@ def relinearised_curves(
     levels: Levels,
     around: Mapping[str, tuple[int, str]],
     pruning: Pruning,
-    *,
+    snapshot: WeightSnapshot,
     progress: Progress | None = None,
-    snapshot: WeightSnapshot | None = None,
 ) -> dict[str, Curve]:
     """Curves around a model that is pruned already: ``D_g(k) = D(g at k, the others as around) - D(g dense, others
     so)``.
@@ -105,14 +101,13 @@ def relinearised_curves(
     total = sum(len(levels[group.name][0]) for group in groups)
     done = 0
     curves: dict[str, Curve] = {}
-    snapshot = snapshot or WeightSnapshot([target for group in groups for target in group.targets])
     with evaluating(measurement.model), snapshot.restored():
         pruning.cache.reset()
         pruners = pruning.pruners(groups)  # each is made of the dense weights, before its group is pruned
         for group in groups:
             for target, weight in prune_group(group, pruners, *around[group.name]):
                 target.weight.copy_(weight)
-        for start, stage in measurement.by_start(groups):
+        for start, stage in measurement.cache.by_start(groups):
             measurement.cache.advance(start)
             for group in stage:
                 kept, patterns = levels[group.name]
@@ -138,10 +133,8 @@ def tuned_coefficients(
     solve: Callable[[Mapping[str, Curve]], Allocation],
     cost: Callable[[Allocation], float],
     *,
-    starts: int = 100,
-    patience: int = 100,
-    share: float = 0.1,
-    seed: int = 0,
+    starts: int,
+    patience: int,
 ) -> tuple[Allocation, float]:
     """Scale each curve by a coefficient in (0, 1), so that the solver's allocation has the smallest joint distortion.
 
@@ -156,7 +149,7 @@ def tuned_coefficients(
     Returns:
         the best allocation seen, that of unscaled curves included, and its cost.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     names = list(curves)
     best = solve(curves)
     best_cost = cost(best)
@@ -168,7 +161,7 @@ def tuned_coefficients(
             candidate = torch.rand(len(names), generator=generator).clamp_min(1e-3)
         else:
             candidate = coefficients.clone()
-            picked = torch.randperm(len(names), generator=generator)[: max(1, round(share * len(names)))]
+            picked = torch.randperm(len(names), generator=generator)[: max(1, round(_RESAMPLED * len(names)))]
             candidate[picked] = torch.rand(len(picked), generator=generator).clamp_min(1e-3)
         allocation = solve({name: _scaled(curves[name], float(a)) for name, a in zip(names, candidate, strict=True)})
         key = _key(allocation)

@@ -252,13 +252,15 @@ def levels_of(
     highest: float = 0.95,
 ) -> Levels:
     """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
+    # beyond the target, but never a whole matrix: no training brings it back
+    highest = max(highest, min(sparsity + 0.02, 1 - (1 - sparsity) / 4))
     by_group: Levels = {}
     for group in groups:
         size = group.layer.numel
         patterns: tuple[str, ...] = ()
         if pattern == "unstructured":
             kept = (
-                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
+                level_grid(size, sparsity, highest=highest)
                 if levels is None
                 else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
             )
@@ -280,11 +282,6 @@ def levels_of(
             kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
         by_group[group.name] = (tuple(kept), tuple(patterns))
     return by_group
-
-
-def _sparsest(sparsity: float) -> float:
-    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
-    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
 
 
 class PartialCurves:
@@ -314,10 +311,6 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
         self.points[name, kept] = point
-
-    def remove(self) -> None:
-        """Remove the file, once its content is kept elsewhere."""
-        self.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
         raw = self.path.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from leanstep.pruning.measure.metrics import (
     LOCAL_METRICS,
     Distortion,
     Metric,
-    default_metric,
     make_metric,
+    metric_name,
     summarise,
 )
 from leanstep.pruning.score.base import NEEDS, LayerStatistics
@@ -97,7 +97,7 @@ def measure_curves(
     wanted = levels_of(groups, sparsity, pattern, levels=levels, highest=highest)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
-    name = metric if isinstance(metric, str) else (metric.name if metric else default_metric(model))
+    name = metric_name(metric, model)
     partial = None
     if resume is not None:
         identity = {
@@ -114,13 +114,9 @@ def measure_curves(
         if name in LOCAL_METRICS:
             pruning = Pruning(ActivationCache(model, source, enabled=prefix_cache), score, score_options)
             return _measure_locally(groups, wanted, name, pruning, progress)
-        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
-        try:
+        with closing(Measurement(model, batches, metric, prefix_cache=prefix_cache)) as measurement:
             cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
-            pruning = Pruning(cache, score, score_options)
-            return measurement.curves(groups, wanted, pruning, partial, progress)
-        finally:
-            measurement.close()
+            return measurement.curves(groups, wanted, Pruning(cache, score, score_options), partial, progress)
 
 
 class Measurement:
@@ -143,15 +139,6 @@ class Measurement:
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
-        self._check_finite()
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self.metric.close()
-
-    def _check_finite(self) -> None:
-        """Raise ValueError for a dense model that gives NaN, or another output the second time."""
-        with evaluating(self.model):
             change = self.joint()
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
@@ -159,6 +146,10 @@ class Measurement:
                 f"{self.metric.name}. NaN comes from weights or inputs that are not finite, other numbers from dropout "
                 "that eval() does not switch off or from kernels that are not deterministic"
             )
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self.metric.close()
 
     def joint(self) -> Distortion:
         """Distortion of the weights as they are now."""
@@ -182,7 +173,7 @@ class Measurement:
         done = 0
         curves: dict[str, Curve] = {}
         points = {} if partial is None else partial.points
-        for start, stage in self.by_start(groups):
+        for start, stage in self.cache.by_start(groups):
             missing = [g for g in stage if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
             pruners = Pruners(pruning, (), {})
             if missing:
@@ -213,7 +204,7 @@ class Measurement:
     ) -> dict[str, Distortion]:
         """Distortion of each group alone at its allocated level: kept weights, and an N:M pattern or ""."""
         distortions: dict[str, Distortion] = {}
-        for start, stage in self.by_start(groups):
+        for start, stage in self.cache.by_start(groups):
             self._enter(start)
             pruners = pruning.pruners(stage, start)
             for group in stage:
@@ -222,10 +213,6 @@ class Measurement:
         self.cache.reset()
         pruning.cache.reset()
         return distortions
-
-    def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
-        """Groups by the position from which the model has to be run for them, the first positions first."""
-        return self.cache.by_start(groups)
 
     def _enter(self, start: int) -> None:
         """Cache the activations before a stage, and check that this changes no output: level 0 of its curves."""

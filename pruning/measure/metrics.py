@@ -13,16 +13,7 @@ from torch.nn.functional import cross_entropy
 from leanstep._torch import output_head
 from leanstep.pruning.measure.batches import Batch
 
-__all__ = [
-    "LOCAL_METRICS",
-    "METRICS",
-    "Distortion",
-    "Metric",
-    "default_metric",
-    "kl_divergence",
-    "make_metric",
-    "summarise",
-]
+__all__ = ["Distortion", "Metric", "kl_divergence", "make_metric", "metric_name", "summarise"]
 
 # measured at the layer itself, without running the model on
 LOCAL_METRICS = ("local_nmse", "fisher")
@@ -63,13 +54,12 @@ class _TokenMetric(Metric):
     """Mean over the tokens that count, of a value per token. A classifier's output is one token a sample."""
 
     def reference(self, output: Any, batch: Batch) -> list[Any]:
-        return [self._keep(rows) for rows in _tokens(output, batch)]
+        return [self._keep(rows) for rows in _rows(logits_of(output), batch)]
 
     def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
-        values = [
-            self._values(kept, rows).double() for kept, rows in zip(reference, _tokens(output, batch), strict=True)
-        ]
+        pairs = zip(reference, _rows(logits_of(output), batch), strict=True)
+        values = [self._values(kept, rows).double() for kept, rows in pairs]
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
 
@@ -157,7 +147,7 @@ class MSELogits(_TokenMetric):
         self.centred = False
 
     def prepare(self, model: nn.Module) -> None:
-        self.centred = _is_language_model(model)
+        self.centred = output_head(model) is not None
 
     def _keep(self, rows: Tensor) -> Tensor:
         rows = rows.float()
@@ -226,25 +216,25 @@ METRICS: dict[str, Callable[[], Metric]] = {
 
 
 def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
-    """The metric of a name, ready for a model; None is :func:`default_metric`'s.
+    """Make and prepare the metric of a name; None: the default of :func:`metric_name`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    name = default_metric(model) if metric is None else metric
-    if isinstance(name, str):
+    if metric is None or isinstance(metric, str):
+        name = metric_name(metric, model)
         if name not in METRICS:
             raise ValueError(f"metric must be one of {', '.join((*METRICS, *LOCAL_METRICS))}, got {name!r}")
-        made = METRICS[name]()
-    else:
-        made = name
-    made.prepare(model)
-    return made
+        metric = METRICS[name]()
+    metric.prepare(model)
+    return metric
 
 
-def default_metric(model: nn.Module) -> str:
-    """``"kl"`` for language models, ``"mse_logits"`` for others."""
-    return "kl" if _is_language_model(model) else "mse_logits"
+def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
+    """Name of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
+    if metric is None:
+        return "kl" if output_head(model) is not None else "mse_logits"
+    return metric if isinstance(metric, str) else metric.name
 
 
 def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
@@ -276,16 +266,8 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _is_language_model(model: nn.Module) -> bool:
-    return output_head(model) is not None
-
-
-def _tokens(output: Any, batch: Batch) -> list[Tensor]:
-    """Logits of the tokens that count, sample by sample."""
-    return _rows(logits_of(output), batch)
-
-
 def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
+    """[tokens, width] of each sample, without masked tokens; of values [batch, width], one row per sample."""
     if values.dim() == 2:
         return [row[None] for row in values]
     rows = [sample.flatten(0, -2) for sample in values]
