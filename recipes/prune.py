@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "split_newest"]
 
-# of the newest addresses, so many bytes are held out: less than what the recipes keep from training
+# bytes of the newest addresses to hold out: fewer than the recipes hold out of training
 _HELD_OUT_BYTES = 400_000
 # options that are arguments of prune() of the same name
 _SETTINGS = (
@@ -29,7 +29,7 @@ _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``leanstep prune``; returns 0, 2 after a message about input that cannot be used, or 1 about a full disk."""
+    """Run ``leanstep prune``; returns 0, 2 for unusable input, 1 for a full disk, or 130 after an interrupt."""
     options = _parser().parse_args(argv)
     begin = time.monotonic()
     try:
@@ -69,13 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
-    add("--out", required=True, metavar="DIR", help="the folder to be made")
+    add("--out", required=True, metavar="DIR", help="the folder to create")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
     add(
         "--budget",
         default="params",
         choices=("params", "flops", "bytes", "latency"),
-        help="what --sparsity is the fraction to remove of: weights (default), operations, bytes stored, or seconds",
+        help="the cost of which --sparsity is removed: weights (default), operations, bytes stored, or seconds",
     )
     add("--latency-table", metavar="FILE", help="JSON or CSV: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
@@ -89,22 +89,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     add("--samples", type=_positive, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add("--curve-samples", type=_positive, default=16, metavar="N", help="of them for the curves; default 16")
+    add("--curve-samples", type=_positive, default=16, metavar="N", help="how many of these for the curves; default 16")
     add("--held-out", type=_positive, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=_positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
-    add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the choice of sequences; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="what shares one level, with dp")
     add(
-        "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
+        "--correction",
+        default="none",
+        choices=("none", "relinearise", "coefficients"),
+        help="if distortions do not add up",
     )
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences per forward pass; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    add("--resume", action="store_true", help="go on with the curves that an interrupted run measured")
+    add("--resume", action="store_true", help="continue with the curves of an interrupted run")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -209,7 +212,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
 
 
 def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Documents to calibrate with, and the newest ones, which the recipes train on as little as this does."""
+    """Split off the newest documents, which neither the recipes train on nor this command calibrates with."""
     left, first = _HELD_OUT_BYTES, len(documents)
     while first > 1 and left - len(documents[first - 1]) >= 0:
         first -= 1
@@ -218,14 +221,14 @@ def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str
 
 
 def _in_options(message: str) -> str:
-    """An error about data in the words of this command: recipes have keys where it has options."""
+    """Replace the keys of a recipe by the options of this command in an error message."""
     for key, option in _OPTIONS.items():
         message = message.replace(key, option)
     return message
 
 
 class _Bar:
-    """Points measured of how many, and the time left: a live line on a terminal, a line now and then elsewhere."""
+    """Progress of the curves: a live bar on a terminal, elsewhere a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._live: Any = None
@@ -242,7 +245,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # points of an earlier run took this one no time
+        if self._first is None:  # points of an earlier run take no time
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)

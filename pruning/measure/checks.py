@@ -1,4 +1,4 @@
-"""Check whether distortions add up (joint against summed), and correct curves where they do not."""
+"""Compare joint with summed distortion, and correct curves whose distortions do not add up."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from leanstep.pruning.score.targets import Group
 
 
 def apply_allocation(groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning) -> None:
-    """Prune the model, in place.
-
-    ``sequential`` prunes from the first block to the last, and takes the statistics of each from a model whose earlier
-    blocks are pruned already, as they will be. Otherwise all come from the model as it is.
-    """
+    """Prune the model in place, block by block; the statistics of a block come from the pruned blocks before it."""
     pruning.cache.reset()
     with evaluating(pruning.cache.model):
         for start, stage in pruning.cache.by_start(groups):
@@ -42,7 +38,7 @@ def joint_of(
     *,
     stay: bool = False,
 ) -> Distortion:
-    """Distortion of an allocation; the weights are those of before afterwards, or with ``stay`` the pruned ones."""
+    """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned."""
     snapshot.take()
     with evaluating(measurement.model), nullcontext() if stay else snapshot.restored():
         apply_allocation(groups, allocated, pruning)
@@ -60,8 +56,8 @@ def measure_additivity(
 ) -> Additivity:
     """Joint and summed distortion of an allocation on the measurement's data.
 
-    One matrix alone is pruned with the statistics of the dense model, all together with those of
-    :func:`apply_allocation`. The weights are kept, or with ``stay`` the model is pruned so afterwards.
+    Single matrices are pruned with the statistics of the dense model, all together as by :func:`apply_allocation`.
+    Restores the weights, or with ``stay`` leaves the model pruned.
     """
     allocated = levels_by_group(allocation, groups)
     with evaluating(measurement.model):
@@ -85,18 +81,17 @@ def relinearised_curves(
     snapshot: WeightSnapshot,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
-    """Curves around a model that is pruned already: ``D_g(k) = D(g at k, the others as around) - D(g dense, others
-    so)``.
+    """Measure curves around a pruned model: ``D_g(k) = D(g at level k) - D(g dense)``, all others at ``around``.
 
-    A sum of such curves is right to first order around that allocation, where the sum of :func:`measure_curves` is
-    right around the dense model. Masks are those of the dense model's statistics. Costs as many passes, and memory for
-    one copy of the matrices, and their pruners.
+    The sum of these curves is right to first order near ``around``; that of :func:`measure_curves`, near the dense
+    model. Masks use the dense model's statistics. Time: as :func:`measure_curves`. Memory: a copy of the matrices, and
+    their pruners.
 
     Args:
         measurement: with the dense model's outputs as reference; the model has its dense weights now.
-        levels: as of :func:`leanstep.pruning.measure.measure.levels_of`.
+        levels: see :func:`leanstep.pruning.measure.curves.levels_of`.
         around: level of every group: kept weights and an N:M pattern or "".
-        snapshot: of the dense weights, which are restored; None: a copy is made.
+        snapshot: of the dense weights, which are restored.
     """
     total = sum(len(levels[group.name][0]) for group in groups)
     done = 0
@@ -138,16 +133,16 @@ def tuned_coefficients(
 ) -> tuple[Allocation, float]:
     """Scale each curve by a coefficient in (0, 1), so that the solver's allocation has the smallest joint distortion.
 
-    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): ``starts`` random coefficients, then
-    resampling of a ``share`` of the best ones until ``patience`` tries in a row were no better.
+    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): draws ``starts`` random coefficients, then
+    resamples a tenth of the best ones until ``patience`` tries in a row are no better.
 
     Args:
         curves: name -> curve.
         solve: curves -> allocation.
-        cost: allocation -> joint distortion, on data that the guard does not use.
+        cost: allocation -> joint distortion, on data other than the held-out data.
 
     Returns:
-        the best allocation seen, that of unscaled curves included, and its cost.
+        the best allocation, including that of unscaled curves, and its cost.
     """
     generator = torch.Generator().manual_seed(0)
     names = list(curves)

@@ -27,7 +27,7 @@ from leanstep.pruning.score.base import NEEDS, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group, statistics_for
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
-# a model whose output moves by more than this when nothing is changed cannot be measured
+# largest tolerated change of the output of unchanged weights
 _NOISE = 1e-9
 
 Progress = Callable[[int, int, str], Any]
@@ -53,36 +53,36 @@ def measure_curves(
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
-    """Measure what pruning each matrix alone, to each of some levels, does to the model's output.
+    """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
-    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error. The
-    weights are those of before when this returns or raises, bit for bit.
+    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error.
+    Restores all weights, bit for bit, also after an error.
 
     Args:
         model: any module; it is run in eval mode, without gradients.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
-        sparsity: the target that levels lie around.
+        sparsity: target of the model; the grid of levels is finest around it.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
-            ``ce_delta``; or, at the layer itself and without running the model on, ``local_nmse`` and ``fisher``.
+            ``ce_delta``; or ``local_nmse`` and ``fisher``, measured at the layer without the rest of the model.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
         groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
         levels: sparsities to measure; None: a grid around ``sparsity``.
-        highest: no level of the grid is sparser.
+        highest: sparsest level of the grid, unless the target needs a sparser one.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         score_data: data for the score's statistics; None: ``data``.
-        batch_size: samples of a pass, where ``data`` is one tensor.
+        batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
-        resume: a file that every measured point is appended to; points that it holds already are not measured again.
+        resume: file to which measured points are appended; points already in it are not measured again.
         progress: called with (points measured, points in all, name of the matrix).
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets.
 
     Raises:
-        ValueError: for unknown settings, a model whose output is not reproducible, a ``resume`` file of something
-            else.
+        ValueError: for unknown settings, a model whose output is not reproducible, or a ``resume`` file of another
+            model, data or settings.
 
     Notes:
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
@@ -120,9 +120,9 @@ def measure_curves(
 
 
 class Measurement:
-    """A model, data, and the dense model's outputs on them, against which changed weights are measured.
+    """Measures changed weights against the dense model's outputs on fixed data.
 
-    The reference is the output with the weights at construction. :meth:`joint` measures the current weights.
+    The dense outputs are those of the weights at construction.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class Measurement:
         self.metric.close()
 
     def joint(self) -> Distortion:
-        """Distortion of the weights as they are now."""
+        """Distortion of the current weights."""
         with evaluating(self.model):
             sums_and_counts = [
-                self.metric.compare(kept, batch.run(self.model), batch)
-                for kept, batch in zip(self.reference, self.batches, strict=True)
+                self.metric.compare(dense, batch.run(self.model), batch)
+                for dense, batch in zip(self.reference, self.batches, strict=True)
             ]
         return summarise(sums_and_counts)
 
@@ -168,7 +168,7 @@ class Measurement:
         partial: PartialCurves | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Curve]:
-        """Curves of all groups, those of the first stages first."""
+        """Measure the curves of all groups, in the order of the stages."""
         total = sum(len(levels[group.name][0]) - 1 for group in groups)
         done = 0
         curves: dict[str, Curve] = {}
@@ -186,7 +186,7 @@ class Measurement:
                     if level == 0 or count in measured:
                         continue
                     pattern = patterns[level] if patterns else ""
-                    # no name for the pruned matrices: they would stay in memory until the next level
+                    # do not name the pruned matrices: a name would hold them in memory until the next level
                     point = measured[count] = self.measure(prune_group(group, pruners, count, pattern))
                     if partial is not None:
                         partial.add(group.name, count, point)
@@ -215,7 +215,7 @@ class Measurement:
         return distortions
 
     def _enter(self, start: int) -> None:
-        """Cache the activations before a stage, and check that this changes no output: level 0 of its curves."""
+        """Cache the activations before a stage, and check that this changes no output."""
         self.cache.advance(start)
         change = self._run().mean
         if abs(change) > _NOISE:
@@ -305,8 +305,8 @@ class WeightSnapshot:
 
     Args:
         targets: matrices that will be changed.
-        stored: returns a parameter's values on the CPU by its name, or None. Where they equal the model's, no copy is
-            made. None: everything is copied.
+        stored: function from a parameter's name to its values on the CPU, or None. Values equal to the model's are not
+            copied. None: all are copied.
     """
 
     def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:
@@ -317,7 +317,7 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Copy what is not stored; to be called before the weights are changed."""
+        """Copy the parameters that are not stored. Call it before changing weights."""
         if self._copies is None:
             self._copies = {
                 name: parameter.detach().clone()
