@@ -95,12 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of the choice of sequences; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="what shares one level, with dp")
-    add(
-        "--correction",
-        default="none",
-        choices=("none", "relinearise", "coefficients"),
-        help="if distortions do not add up",
-    )
+    add("--correction", default="none", choices=("none", "relinearise", "coefficients"), help="if sums do not add up")
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
@@ -180,11 +175,7 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
         )
     drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
     samples = drawn[options.held_out :]
-    return {
-        "data": samples,
-        "curve_data": samples[: options.curve_samples],
-        "held_out": drawn[: options.held_out],
-    }
+    return {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": drawn[: options.held_out]}
 
 
 def _text(options: argparse.Namespace) -> "CalibrationText":

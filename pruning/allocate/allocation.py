@@ -119,16 +119,7 @@ def allocate(
     ordered = sorted(layers, key=lambda layer: layer.name)
     low, high = (np.array([bound[layer.name] for layer in ordered], dtype=np.int64) for bound in (lower, upper))
     counts = counts_by_rule(
-        ordered,
-        method,
-        sparsity or 0.0,
-        keep,
-        low,
-        high,
-        scores=scores,
-        outliers=outliers,
-        spread=spread,
-        beta=beta,
+        ordered, method, sparsity or 0.0, keep, low, high, scores=scores, outliers=outliers, spread=spread, beta=beta
     )
     by_name = {layer.name: int(count) for layer, count in zip(ordered, counts, strict=True)}
     kept = {layer.name: by_name[layer.name] for layer in layers}
@@ -162,11 +153,7 @@ def allocations_along(
 
 
 def _check(
-    layers: Sequence[Layer],
-    sparsity: float | None,
-    method: str,
-    budget: Budget | None,
-    needed: Mapping[str, Any],
+    layers: Sequence[Layer], sparsity: float | None, method: str, budget: Budget | None, needed: Mapping[str, Any]
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"allocate: method must be one of {', '.join(METHODS)}, got {method!r}")

@@ -131,10 +131,7 @@ class Curve:
         values = np.maximum.accumulate(values)
         errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
         return replace(
-            clean,
-            kept=tuple(kept.tolist()),
-            distortion=tuple(values.tolist()),
-            stderr=tuple(errors.tolist()),
+            clean, kept=tuple(kept.tolist()), distortion=tuple(values.tolist()), stderr=tuple(errors.tolist())
         )
 
     def _between(self, count: int, unit: int) -> np.ndarray:
@@ -190,13 +187,7 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def level_grid(
-    numel: int,
-    target: float,
-    *,
-    lowest: float = 0.0,
-    highest: float = 0.95,
-    extra: Iterable[float] = (),
-    unit: int = 1,
+    numel: int, target: float, *, lowest: float = 0.0, highest: float = 0.95, extra: Iterable[float] = (), unit: int = 1
 ) -> tuple[int, ...]:
     """Kept counts at which to measure a curve, for a target sparsity of the model.
 

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, levels_of
-from leanstep.pruning.measure.metrics import (
-    LOCAL_METRICS,
-    Distortion,
-    Metric,
-    make_metric,
-    metric_name,
-    summarise,
-)
+from leanstep.pruning.measure.metrics import LOCAL_METRICS, Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.score.base import NEEDS, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group, statistics_for
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
