@@ -66,7 +66,7 @@ def prune(
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
         include, exclude: see :func:`find_targets`.
         held_out: data for the comparison. None sets aside the last fifth of ``data``. False skips the comparison and
-            applies ``allocation`` as it is.
+            applies the allocation in any case.
         curve_data: data for the curves; None: ``data``. Curves need fewer samples than scores.
         curves: curves measured earlier with the same score; None measures them.
         correction: ``none``; ``relinearise``, which measures curves again around the uniformly pruned model; or

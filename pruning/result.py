@@ -94,7 +94,7 @@ class PruneResult:
 
     Attributes:
         allocation: the applied allocation.
-        score, pattern, metric: as asked for, or the defaults.
+        score, pattern, metric: the settings, with defaults filled in.
         groups: the matrices, in groups that share a level.
         levels: kept weights and N:M pattern of each group.
         curves: the measured curves, raw; empty for allocations without curves.

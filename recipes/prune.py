@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {options.out} was not made. The same command with --resume goes on", file=sys.stderr)
+        print(f"\ninterrupted; {options.out} was not created. Add --resume to the command to continue", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(result.to_dict()))

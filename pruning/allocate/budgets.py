@@ -345,8 +345,8 @@ def _check_uses(groups: Sequence[Group]) -> None:
     for group in groups:
         if len({target.layer.uses for target in group.targets}) > 1:
             raise ValueError(
-                f"{group.name} has matrices that are used differently often, so that its operations are not "
-                "proportional to its weights; use granularity='matrix'"
+                f"{group.name} has matrices that are used differently often: its operations are not proportional "
+                "to its weights; use granularity='matrix'"
             )
 
 

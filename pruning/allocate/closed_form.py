@@ -158,10 +158,10 @@ def outlier_ratio(scores: Tensor | Sequence[Tensor], multiple: float = OWL_MULTI
         scores: of a layer, or of all layers of a block together; the paper uses Wanda's.
         multiple: M.
     """
-    parts = [scores] if isinstance(scores, Tensor) else list(scores)
-    count = sum(part.numel() for part in parts)
-    mean = sum(float(part.detach().sum(dtype=torch.float64)) for part in parts) / count
-    return 100 * sum(int((part > multiple * mean).sum()) for part in parts) / count
+    tensors = [scores] if isinstance(scores, Tensor) else list(scores)
+    count = sum(tensor.numel() for tensor in tensors)
+    mean = sum(float(tensor.detach().sum(dtype=torch.float64)) for tensor in tensors) / count
+    return 100 * sum(int((tensor > multiple * mean).sum()) for tensor in tensors) / count
 
 
 def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:

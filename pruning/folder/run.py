@@ -216,7 +216,8 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
 
     if text.curve_samples > text.samples:
         raise ValueError(
-            f"curve_samples {text.curve_samples} are some of the samples, of which there are {text.samples}"
+            f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
+            f"{text.curve_samples}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
@@ -255,9 +256,9 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
     """Perplexity over some sequences, and the number of predicted tokens."""
     metric = CEDelta()
-    parts = []
+    per_batch = []
     with evaluating(model):
         for batch in as_batches(sequences, model, batch_size=4):
             output = batch.run(model)
-            parts.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
-    return math.exp(summarise(parts).mean), int(sum(float(counts.sum()) for _, counts in parts))
+            per_batch.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

@@ -17,7 +17,7 @@ from leanstep.pruning.score.targets import Group
 
 
 def apply_allocation(groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning) -> None:
-    """Prune the model in place, block by block; the statistics of a block come from the pruned blocks before it."""
+    """Prune the model in place, block by block. Statistics of a block are collected after pruning the blocks before."""
     pruning.cache.reset()
     with evaluating(pruning.cache.model):
         for start, stage in pruning.cache.by_start(groups):

@@ -237,9 +237,9 @@ def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
     return metric if isinstance(metric, str) else metric.name
 
 
-def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
+def summarise(per_batch: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
     """Mean and standard error over samples of a ratio of sums; the error is NaN for a single sample."""
-    pairs = list(parts)
+    pairs = list(per_batch)
     sums = torch.cat([pair[0] for pair in pairs])
     counts = torch.cat([pair[1] for pair in pairs])
     total, samples = float(counts.sum()), len(sums)

@@ -183,7 +183,7 @@ def collect_gradients(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return {name: torch.stack(parts) for name, parts in rows.items()}
+    return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
 
 
 def _singles(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:

@@ -14,8 +14,8 @@ from leanstep.sparsity import NM, nm_mask
 class SparseGPTPruner(LayerPruner):
     """Prunes for the least squared error of the layer's output on its calibration inputs, a block of columns at a time.
 
-    With H = X X^T + damping and the upper Cholesky factor U of its inverse (U^T U = H^-1), column j in turn: the error
-    ``e = w_:j / U_jj`` of the weights pruned in it is taken from the columns right of it, ``W_:k -= e U_jk``. The mask
+    With H = X X^T + damping and the upper Cholesky factor U of its inverse (U^T U = H^-1), for each column j: the error
+    ``e = w_:j / U_jj`` of its pruned weights updates the columns to its right, ``W_:k -= e U_jk``. The mask
     of a block, or of an N:M group, is chosen at its first column, from ``w_ij^2 / U_jj^2`` of the current weights.
 
     Args:
