@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file, sotu_corpus
+from leanstep.recipes.evaluate import in_options, positive
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "split_newest"]
 
-# bytes of the newest addresses to hold out: fewer than the recipes hold out of training
+# bytes of the newest addresses to hold out; the recipes hold out more from training
 _HELD_OUT_BYTES = 400_000
 # options that are arguments of prune() of the same name
 _SETTINGS = (
@@ -29,7 +30,7 @@ _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``leanstep prune``; returns 0, 2 for unusable input, 1 for a full disk, or 130 after an interrupt."""
+    """Run ``leanstep prune``. Returns 0, 2 after an error message about the input, or 1 about the disk."""
     options = _parser().parse_args(argv)
     begin = time.monotonic()
     try:
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peak_bytes() -> int | None:
-    """The largest resident size of the process; None where the system does not report it."""
+    """Peak resident memory of this process; None on Windows."""
     try:
-        import resource  # not there on Windows
+        import resource
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         default="params",
         choices=("params", "flops", "bytes", "latency"),
-        help="the cost of which --sparsity is removed: weights (default), operations, bytes stored, or seconds",
+        help="cost of which --sparsity is the fraction to remove: weights (default), operations, bytes, or seconds",
     )
     add("--latency-table", metavar="FILE", help="JSON or CSV: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
@@ -88,29 +89,33 @@ def _parser() -> argparse.ArgumentParser:
         "safetensors file with pixel_values [images, channels, height, width], as the model takes them",
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
-    add("--samples", type=_positive, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add("--curve-samples", type=_positive, default=16, metavar="N", help="how many of these for the curves; default 16")
-    add("--held-out", type=_positive, default=8, metavar="N", help="sequences held out for checks; default 8")
-    add("--seq-len", type=_positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the choice of sequences; default 0")
+    add("--samples", type=positive, default=128, metavar="N", help="sequences or images for scores; default 128")
+    add(
+        "--curve-samples",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="how many of --samples the curves use; default 16",
+    )
+    add("--held-out", type=positive, default=8, metavar="N", help="sequences held out for checks; default 8")
+    add("--seq-len", type=positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
+    add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
-    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="what shares one level, with dp")
-    add("--correction", default="none", choices=("none", "relinearise", "coefficients"), help="if sums do not add up")
+    add(
+        "--granularity", default="matrix", choices=("matrix", "role", "block"), help="unit that gets one level, with dp"
+    )
+    add(
+        "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
+    )
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences per forward pass; default 8")
+    add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--resume", action="store_true", help="continue with the curves of an interrupted run")
     add("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -150,7 +155,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
-    """Images for the scores, the curves and the comparison, drawn from a file."""
+    """Draw images for the scores, the curves and the comparison from a file."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -189,7 +194,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         try:
             documents = tuple(open_file(config, options.data).documents())
         except ValueError as error:
-            raise ValueError(_in_options(str(error))) from error
+            raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(
         documents,
         options.data,
@@ -203,7 +208,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
 
 
 def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split off the newest documents, which neither the recipes train on nor this command calibrates with."""
+    """Split off the newest documents as held-out text. The recipes do not train on these either."""
     left, first = _HELD_OUT_BYTES, len(documents)
     while first > 1 and left - len(documents[first - 1]) >= 0:
         first -= 1
@@ -211,20 +216,13 @@ def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str
     return documents[:first], documents[first:]
 
 
-def _in_options(message: str) -> str:
-    """Replace the keys of a recipe by the options of this command in an error message."""
-    for key, option in _OPTIONS.items():
-        message = message.replace(key, option)
-    return message
-
-
 class _Bar:
-    """Progress of the curves: a live bar on a terminal, elsewhere a line every 30 seconds."""
+    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._live: Any = None
         self._task: Any = None
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._first: int | None = None
 
     def __enter__(self) -> "_Bar":
@@ -236,12 +234,12 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # points of an earlier run take no time
+        if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)
-        elif done == total or (now - self._told > 30 and done > self._first + 1):
-            self._told = now
+        elif done == total or (now - self._printed > 30 and done > self._first + 1):
+            self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
             print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
 
