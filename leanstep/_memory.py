@@ -35,7 +35,7 @@ def free_memory(device: "torch.device | str") -> int | None:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Bytes left below the limit of each control group of this process and of its ancestors."""
+    """Yield the bytes left in each control group of this process and in each ancestor group."""
     for root, group, names in _cgroups():
         # in a container this is often a path of the host, which does not exist: then the root has the limit
         for folder in (root / group, *(root / group).parents):

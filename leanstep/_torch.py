@@ -41,7 +41,7 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
 def join_parts(
     part: Tensor, like: Tensor, shape: Sequence[int] | None = None, placements: Sequence[Any] | None = None
 ) -> Tensor:
-    """Build a DTensor from the shard ``part`` of every process, placed as the DTensor ``like`` (or by ``placements``).
+    """Build a DTensor from every process's shard ``part``, with the placements of ``like`` (or ``placements``).
 
     Args:
         part: this process's shard.

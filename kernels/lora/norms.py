@@ -35,7 +35,12 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tens
         for rows whose length is not a multiple of 64.
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, a.dtype, b.dtype) else torch.float32
-    _check(weight, a, b, squares, dtype)
+    (m, n), r = weight.shape, len(a)
+    if a.shape != (r, n) or b.shape != (m, r) or squares.shape != (m,):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, a, b, squares))
+        raise ValueError(f"lora_norms: expected [m, n], [r, n], [m, r] and [m], got {shapes}")
+    if squares.dtype != dtype:
+        raise ValueError(f"lora_norms: expected squares of {dtype}, got {squares.dtype}")
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     mix = torch.mm(wide_b, torch.mm(wide_a, wide_a.t()).mul_(scale * scale))
     arguments = (weight, wide_a, wide_b, mix, scale, squares)
@@ -44,12 +49,3 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tens
     from leanstep.kernels.triton_impl.lora import norms as triton_norms
 
     return triton_norms.lora_norms(*arguments)
-
-
-def _check(weight: Tensor, a: Tensor, b: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
-    (m, n), r = weight.shape, len(a)
-    if a.shape != (r, n) or b.shape != (m, r) or squares.shape != (m,):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, a, b, squares))
-        raise ValueError(f"lora_norms: expected [m, n], [r, n], [m, r] and [m], got {shapes}")
-    if squares.dtype != dtype:
-        raise ValueError(f"lora_norms: expected squares of {dtype}, got {squares.dtype}")

@@ -53,8 +53,13 @@ def nm_mask(
         than any number. All backends give the same masks.
     """
     _check(scores, n, m, dim, out)
-    if check:
-        _check_finite(scores)
+    for i, score in enumerate(scores if check else ()):
+        finite = score.detach().isfinite()
+        if not finite.all():
+            raise ValueError(
+                f"nm_mask: {int((~finite).sum())} of the {score.numel()} entries of scores[{i}], of shape "
+                f"{tuple(score.shape)}, are not finite: the weights or their scores have diverged"
+            )
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
     if torch.compiler.is_compiling() or any(map(is_traced, scores)):
@@ -131,17 +136,6 @@ def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Ten
             raise ValueError(
                 f"nm_mask: expected out[{i}] of shape {tuple(score.shape)}, torch.bool, on {score.device}; got "
                 f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
-            )
-
-
-def _check_finite(scores: Sequence[Tensor]) -> None:
-    for i, score in enumerate(scores):
-        finite = score.detach().isfinite()
-        if not finite.all():
-            count = int((~finite).sum())
-            raise ValueError(
-                f"nm_mask: {count} of the {score.numel()} entries of scores[{i}], of shape {tuple(score.shape)}, are "
-                "not finite: the weights or their scores have diverged"
             )
 
 

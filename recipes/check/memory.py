@@ -7,7 +7,7 @@ forward pass of one micro batch. The peak adds a margin for the allocator's roun
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -51,8 +51,7 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         """The sum of all attributes and a margin of a tenth."""
-        sizes = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
-        return int((sum(sizes) + self.sparsity) * (1 + MARGIN))
+        return int(sum(astuple(self)) * (1 + MARGIN))
 
     def rows(self) -> list[tuple[str, int]]:
         """(name, bytes) to print, in order."""
@@ -100,7 +99,7 @@ class SavedStorages:
 
 
 def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
-    """Estimate the memory of one process of a run with a tokenizer of ``vocab_size`` tokens.
+    """Estimate the memory of one process, for a vocabulary of ``vocab_size`` tokens.
 
     Takes about a second and a few megabytes for any model. ``device`` must exist: the fake tensors are placed there,
     which decides the attention kernel.
@@ -142,7 +141,7 @@ def estimate_or_reason(
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Bytes of the masks of a pruned model, or of the masks and (unsharded) masked copies of sparse weights."""
+    """Bytes of a pruned model's masks, or of the masks and unsharded masked copies for sparse training."""
     if config.pruning.keep_masks:
         return mask_bytes(config, meta_model(config, vocab_size))
     if not config.sparsity.patterns:
@@ -213,7 +212,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the gradient copies that LANTON makes after half of a step's passes."""
+    """Bytes of LANTON's gradient copies at half a step."""
     return sum(
         parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
         for group in halved_groups(optimizer)

@@ -193,14 +193,14 @@ def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -
     section.add("free now", f"{size_text(free)} on {facts.device}")
     if need > free:
         half = max(1, config.batch.micro_batch_size // 2)
-        ways = [f"batch.micro_batch_size={half} (same maths)", "activation_checkpointing=true", "precision=bf16-pure"]
+        hints = [f"batch.micro_batch_size={half} (same maths)", "activation_checkpointing=true", "precision=bf16-pure"]
         state = [f"{setting} ({why})" for setting, why in lighter_state(config)]
         if state:
             # smaller batches do not help when the optimizer state alone fills the memory
-            ways = [*state, *ways] if facts.memory.optimizer_state > free // 2 else [*ways, *state]
+            hints = [*state, *hints] if facts.memory.optimizer_state > free // 2 else [*hints, *state]
         section.problems.append(
             f"{size_text(need)} do not fit the {size_text(free)} that are free on {facts.device}; in this order: "
-            + ", ".join(ways)
+            + ", ".join(hints)
         )
 
 

@@ -47,7 +47,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 # a size alone means the SinkGD run of that size
 ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
 
-Place = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
+Location = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
 _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
 # section -> the key that names a class, and the keys of that class
@@ -123,14 +123,14 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader:
-    """Reads a file, its base and overrides into plain values; records the place of each value and all problems."""
+    """Reads a file, its base and overrides into plain values; records the location of each value and all problems."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.stem = str(path), path.stem
         self.overridden: set[KeyPath] = set()
-        self.problems: list[tuple[Place, str]] = []
+        self.problems: list[tuple[Location, str]] = []
         self.broken: set[KeyPath] = set()
-        self.places: dict[KeyPath, Place] = {}
+        self.locations: dict[KeyPath, Location] = {}
         self.value = self._read(path, ())
         self.written = deepcopy(self.value)
 
@@ -152,12 +152,14 @@ class _Reader:
         lines = {key: (rank, line, f"{path}:{line}") for key, line in document.lines.items()}
         below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
         merged = _derive(below, value)
-        # keep the places of the base's values that the file did not replace
-        inherited = {key: place for key, place in self.places.items() if value_at(below, key) is value_at(merged, key)}
-        self.places = inherited | lines
+        # keep the locations of the base's values that the file did not replace
+        inherited = {
+            key: location for key, location in self.locations.items() if value_at(below, key) is value_at(merged, key)
+        }
+        self.locations = inherited | lines
         return merged
 
-    def _read_base(self, name: Any, place: Place, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    def _read_base(self, name: Any, location: Location, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read the values of the base that are inherited."""
         try:
             if not isinstance(name, str):
@@ -168,7 +170,7 @@ class _Reader:
                 raise ConfigError([f"{name} derives from itself"])
             values = self._read(base, (*above, path))
         except ConfigError as error:
-            self.problems += [(place, f"base: {problem}") for problem in error.problems]
+            self.problems += [(location, f"base: {problem}") for problem in error.problems]
             return {}
         return {key: value for key, value in values.items() if key not in _NOT_INHERITED}
 
@@ -288,28 +290,28 @@ class _Reader:
         return get_close_matches(str(name).lower(), table, n=1) or list(table)
 
     def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
-        """Record a problem at the place of its key, or of the nearest key above it."""
+        """Record a problem at the location of its key, or of the nearest key above it."""
         if not joint:
             self.broken.add(path)
-        self.problems.append((self._place(path), message))
+        self.problems.append((self._locate(path), message))
 
-    def _place(self, path: KeyPath) -> Place:
+    def _locate(self, path: KeyPath) -> Location:
         above = {path[:length] for length in range(1, len(path) + 1)}
         # an override replaces its whole value, so lines of the file below it no longer apply
         if above & self.overridden or any(below[: len(path)] == path for below in self.overridden):
             return _OVERRIDE
-        written = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places]
-        return self.places[written[0]] if written else (0, 0, self.file)
+        written = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.locations]
+        return self.locations[written[0]] if written else (0, 0, self.file)
 
     def _written(self, paths: list[KeyPath]) -> KeyPath:
         """Choose one of the keys that break a rule together: an overridden one, else the first in the file."""
         overridden = [path for path in paths if path in self.overridden]
-        return next(iter([*overridden, *(path for path in paths if path in self.places)]), paths[0])
+        return next(iter([*overridden, *(path for path in paths if path in self.locations)]), paths[0])
 
     def _report(self) -> list[str]:
         """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
-        return [f"{place}: {message}" for (_, _, place), message in ordered]
+        return [f"{location}: {message}" for (_, _, location), message in ordered]
 
 
 def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:

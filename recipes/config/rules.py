@@ -196,7 +196,7 @@ def _table() -> dict[str, Any]:
 
 @lru_cache
 def optimizer_arguments(name: str) -> Any:
-    """Schema of ``optimizer.args``: the arguments of the class that are not keys of ``optimizer``."""
+    """Schema of ``optimizer.args``: all arguments of the class but lr, weight_decay and params."""
     entries = _table()["optimizers"][name]
     return _keys(name, {key: entry for key, entry in entries.items() if key not in MISPLACED_ARGUMENTS})
 
@@ -247,9 +247,9 @@ def _annotation(
     def limited(name: str) -> Any:
         return Annotated[_TYPES[name], *limits] if limits and name in ("int", "float") else _TYPES[name]
 
-    members: list[Any] = [Literal[tuple(choices)]] if choices else []
-    members += [limited(name) for name in types]
+    options: list[Any] = [Literal[tuple(choices)]] if choices else []
+    options += [limited(name) for name in types]
     if items is not None:
         item = limited(items)
-        members.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
-    return reduce(or_, members)
+        options.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
+    return reduce(or_, options)

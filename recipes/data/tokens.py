@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leanstep._files import publish_folder
-from leanstep.recipes.data.hub import is_folder_name, offline_unless_reached
+from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -184,7 +184,7 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     if not folder.is_dir() and is_folder_name(spec):
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
-        with nullcontext() if folder.is_dir() else offline_unless_reached():
+        with nullcontext() if folder.is_dir() or unreachable() is None else offline():
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
     except Exception as error:  # transformers and the hub raise many types
         what = "the folder" if folder.is_dir() else "the hub's"
@@ -200,7 +200,7 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Hash of the tokenizer's model and end-of-text token, which decide the tokens of a text."""
+    """Hash the tokenizer's model and its end-of-text token."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     model["truncation"] = model["padding"] = None  # settings of the last call
     return hashlib.sha256(json.dumps([model, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()

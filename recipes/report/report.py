@@ -69,11 +69,7 @@ def _name_apart(runs: list[Run]) -> None:
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
-    shared = {
-        "version": version,
-        "footer": [str(run.folder) for run in runs],
-        "curves": curves(runs, most_points),
-    }
+    shared = {"version": version, "footer": [str(run.folder) for run in runs], "curves": curves(runs, most_points)}
     if len(runs) == 1:
         return render(_TEMPLATES / "run.html", **shared, **_single(runs[0], most_points, most_text))
     return render(_TEMPLATES / "comparison.html", **shared, **_comparison(runs, most_text))
@@ -170,15 +166,12 @@ def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any
 
 
 def _operations(run: Run) -> list[tuple[str, str, str]]:
-    """The operations of a sparse run by each way to count them, and their share of a dense run's."""
+    """(count, operations, fraction of dense) of a sparse run: dense, theoretical and on hardware."""
     counts = run.sparsity_report.get("operations")
     known = {name: number(value) for name, value in counts.items()} if isinstance(counts, dict) else {}
     dense = known.get("dense")
-    return [
-        (name, compact(value), f"{value / dense:.3f}" if dense else "-")
-        for name, value in known.items()
-        if value is not None
-    ]
+    rows = ((name, value) for name, value in known.items() if value is not None)
+    return [(name, compact(value), f"{value / dense:.3f}" if dense else "-") for name, value in rows]
 
 
 def _table(reported: list[dict[str, Any]], columns: tuple[str, ...], most_text: int) -> dict[str, Any]:
@@ -255,7 +248,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
-    """(key, value of each run) of the keys that differ, and (key, [value]) of equal keys in ``always``."""
+    """List (key, values of all runs) where runs differ, and (key, [value]) for equal keys in ``always``."""
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
         values = [column.get(key, "-")[:200] for column in columns]

@@ -120,7 +120,7 @@ def build_model(
         config: family and configuration keys; ``vocab_size`` defaults to the tokenizer's.
         vocab_size: number of tokens of the tokenizer.
         dtype: of the weights; random weights are drawn in fp32 from torch's global generator and rounded.
-        end_token: id of the end-of-text token, with which generation starts and stops.
+        end_token: id of the end-of-text token; generation starts and stops with it.
 
     Raises:
         ValueError: an unknown configuration key, or a model vocabulary smaller than the tokenizer's.
@@ -147,7 +147,12 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
-    check_positions(model, config.data.seq_len)
+    seq_len, positions = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
+            "model.config.max_position_embeddings (gpt2: n_positions)"
+        )
     if config.lora.target_modules:
         adapt(config, model)
     if config.activation_checkpointing:
@@ -305,16 +310,6 @@ def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, ste
     return LambdaLR(optimizer, schedule_factor(config, steps))
 
 
-def check_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raise ValueError if the model has fewer than ``seq_len`` positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise ValueError(
-            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
-            "model.config.max_position_embeddings (gpt2: n_positions)"
-        )
-
-
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     """``hidden 28 tensors, 850,000 elements, lr 0.004; ...``."""
     texts = []
@@ -348,7 +343,7 @@ _PEAK_TFLOPS = (
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
-    """Operations of forward and backward for one token of a sequence of ``seq_len``: :data:`FORMULA`.
+    """Count the operations of forward and backward per token (:data:`FORMULA`).
 
     Call it before sharding the model. Counts no attention if the configuration lacks ``num_hidden_layers`` or
     ``num_attention_heads``.

@@ -93,11 +93,6 @@ def commit(staged: Path) -> Path:
     return target
 
 
-def discard(staged: Path) -> None:
-    """Remove a staging folder after a failure."""
-    shutil.rmtree(staged, ignore_errors=True)
-
-
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove the staging folders of a killed run and return their names. The caller must hold the run's lock."""
     if not folder.is_dir():
@@ -158,14 +153,6 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
     return removed
 
 
-def set_aside(path: Path, word: str) -> Path:
-    """Rename ``step-000100`` to ``WORD-step-000100``, which is not taken for a checkpoint."""
-    target = path.with_name(f"{word}-{path.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(path, target)
-    return target
-
-
 def point(link: Path, target: Path) -> None:
     """Create or atomically replace the relative symbolic link ``link`` to ``target``."""
     temporary = link.with_name(f".{link.name}.tmp")
@@ -204,7 +191,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 class Start:
     """Where a run begins: at ``checkpoint``, or at step 0 if that is None. ``notes`` are lines to print.
 
-    ``aside``: newer checkpoints that the run skips -> the word that :func:`pass_over` renames them with.
+    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` renames them with.
     """
 
     checkpoint: Path | None = None
@@ -244,16 +231,20 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     return start
 
 
-def pass_over(start: Start, folder: RunFolder) -> list[str]:
-    """Rename the checkpoints that ``start`` skips, so that none is the newest later; return lines to print.
+def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
+    """Rename ``step-000100`` that ``start`` skips to ``WORD-step-000100``; return lines to print.
 
     Call it after loading the checkpoint to begin from; ``last`` then points to that one.
     """
-    names = [set_aside(path, word).name for path, word in start.aside.items()]
-    last = folder.root / "last"
-    if names and start.checkpoint is not None and last.is_symlink():
+    lines, last = [], folder.root / "last"
+    for path, word in start.aside.items():
+        target = path.with_name(f"{word}-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(path, target)
+        lines.append(f"a checkpoint that was passed over is kept as {target.name}")
+    if lines and start.checkpoint is not None and last.is_symlink():
         point(last, start.checkpoint)
-    return [f"a checkpoint that was passed over is kept as {name}" for name in names]
+    return lines
 
 
 def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) -> tuple[int, int]:

@@ -69,24 +69,23 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
 def lighter_state(config: RunConfig) -> list[tuple[str, str]]:
     """(setting, effect) pairs that shrink the optimizer state, nearest to this run first."""
     name, args = config.optimizer.name, config.optimizer.args
-    ways = []
+    hints = []
     if name == "adamw":
-        ways.append(
-            ("optimizer.name=lion or sinkgd", "one state tensor or none, where AdamW has two (a run of its own)")
-        )
+        why = "one state tensor or none, where AdamW has two (a run of its own)"
+        hints.append(("optimizer.name=lion or sinkgd", why))
     elif name == "lion":
-        ways.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
+        hints.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
     elif name == "lanton" and args.get("noise_adaptive", True) and not args.get("noise_dtype"):
-        ways.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
+        hints.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
     elif name == "mfac":
         if not args.get("compression"):
             if not args.get("storage"):
-                ways.append(("optimizer.args.storage=bf16", "the window at half the size"))
-            ways.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
+                hints.append(("optimizer.args.storage=bf16", "the window at half the size"))
+            hints.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
         window = int(args.get("window", 1024))
         if window > 1:
-            ways.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
-    return ways
+            hints.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
+    return hints
 
 
 def _last(folder: Path) -> str:

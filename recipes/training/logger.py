@@ -297,10 +297,8 @@ class RunLogger:
     def _eta(self, step: int) -> float | None:
         """Estimated seconds to the end."""
         left = self.config.steps - step
-        evals, saves = (
-            left // every if every else 1 for every in (self.config.eval.every, self.config.checkpoint.every)
-        )
-        return self.clock.eta(left, evals, saves)
+        intervals = self.config.eval.every, self.config.checkpoint.every
+        return self.clock.eta(left, *(left // every if every else 1 for every in intervals))
 
 
 def _diagnostics(optimizer: Any) -> dict[str, float]:

@@ -30,7 +30,6 @@ from leanstep.recipes.training.checkpoint import (
     TrainState,
     checkpoint_name,
     commit,
-    discard,
     find_checkpoints,
     point,
     prune,
@@ -110,7 +109,7 @@ class Saver:
                 self._finish(committed, state)
         fine = all_agree(accelerator, failure is None)
         if not fine and accelerator.is_main_process:
-            discard(staged)
+            shutil.rmtree(staged, ignore_errors=True)
         if failure is not None and problem is None:
             raise failure
         return None if fine else (problem or "another process could not write its part")

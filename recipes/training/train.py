@@ -40,7 +40,7 @@ from leanstep.recipes.training.build import (
     flops_per_token,
     release_gradients,
 )
-from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, pass_over, read_state
+from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, read_state, rename_skipped
 from leanstep.recipes.training.failures import (
     EXIT_BAD_CONFIG,
     EXIT_DONE,
@@ -135,7 +135,7 @@ def _refuse(error: Exception) -> int:
 
 
 class Run:
-    """One start of a run; the methods stand in the order of events."""
+    """One start of a run. The methods are in the order in which they run."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
         self.config, self.accelerator, self.folder, self.say = config, accelerator, folder, progress.say
@@ -194,7 +194,7 @@ class Run:
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
-        for note in main_does(accelerator, lambda: pass_over(start, self.folder)):
+        for note in main_does(accelerator, lambda: rename_skipped(start, self.folder)):
             self.say(note)
         self.begun = True
         self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)

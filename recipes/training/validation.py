@@ -122,7 +122,7 @@ def validate(
 
 @torch.no_grad()
 def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(sum of the losses, number of targets) of a batch, fp64 on the CPU."""
+    """Return a batch's (sum of losses, number of targets), fp64 on the CPU."""
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     # one sequence at a time: the fp32 logits of a whole batch would be the peak of memory

@@ -32,11 +32,11 @@ def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None
     Reads ``--nproc`` (which our launcher passes on), ``WORLD_SIZE`` (set by torchrun and accelerate), and the parent's
     command line, because ``accelerate launch --cpu --num_processes 2`` starts one process and leaves no other trace.
     """
-    asked = {}
+    requested = {}
     if environ.get(NPROC_VARIABLE, "").isdigit():
-        asked["--nproc"] = int(environ[NPROC_VARIABLE])
+        requested["--nproc"] = int(environ[NPROC_VARIABLE])
     if environ.get("WORLD_SIZE", "").isdigit():
-        asked["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
+        requested["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
     command = parent
     if command is None:
         try:
@@ -45,13 +45,13 @@ def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None
             command = ""
     match = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
     if match:
-        asked["accelerate launch --num_processes"] = int(match[2])
-    return asked
+        requested["accelerate launch --num_processes"] = int(match[2])
+    return requested
 
 
-def check_world(world_size: int, asked: Mapping[str, int]) -> None:
+def check_world(world_size: int, requested: Mapping[str, int]) -> None:
     """Raise WorldError if Accelerate's ``world_size`` is not the requested number."""
-    for where, number in asked.items():
+    for where, number in requested.items():
         if number != world_size:
             raise WorldError(
                 f"{where} asks for {number} processes, but Accelerate connected {world_size}: several would "
