@@ -1,7 +1,7 @@
-"""Operations on lists of tensors: one name each, up to three backends.
+"""Operations on tensors and lists of tensors: one function each, on up to three backends.
 
-``reference`` is the definition in plain torch, ``cpp`` a C++ kernel for the CPU, ``triton`` a kernel for the GPU;
-:func:`use_backend` asks for one, and ``leanstep info`` prints which one runs and why (``leanstep.kernels._backend``).
+``reference`` is the definition in plain torch. ``cpp`` is a C++ kernel for the CPU. ``triton`` is a kernel for the GPU.
+:func:`use_backend` selects one; ``leanstep info`` prints the backend of each op on this machine, and why it runs.
 """
 
 from leanstep.kernels._backend import BackendError, backend_table, use_backend

@@ -6,12 +6,13 @@ Every op has one name and up to three implementations:
 * ``cpp``: a small C++ file, compiled on first use; the fast path on a CPU, one call for all tensors of a list.
 * ``triton``: one launch for all tensors of a list; the fast path on a GPU.
 
-``auto`` takes Triton on a GPU and C++ on a CPU, and the definition where those cannot run: in float64, without Triton,
-without a C++ compiler, in dtypes that the C++ files do not cover. A backend asked for by name with :func:`use_backend`
-that cannot run raises :class:`BackendError` with the reason; nothing falls back silently.
+``auto`` runs Triton on a GPU and C++ on a CPU. It runs the definition in float64, without Triton, without a C++
+compiler, and in dtypes that the C++ kernels do not take. An op raises :class:`BackendError` if :func:`use_backend`
+selected a backend that cannot run it: nothing falls back silently.
 
-A backward pass runs on the backend that was asked for in its forward pass: autograd's threads do not inherit the
-request, so an autograd function keeps it with :func:`remember_backend` and :func:`on_remembered_backend`.
+A backward pass runs on the backend that was selected in its forward pass. Autograd's threads do not inherit the
+selection, so an autograd function saves it with :func:`remember_backend` and restores it with
+:func:`on_remembered_backend`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKENDS = ("reference", "cpp", "triton")
-# ops that are products of matrices: on a CPU, torch's BLAS computes them (Newton-Schulz in batches, unless "reference",
-# its definition, is asked for by name)
+# Ops made of matrix products, which torch's BLAS computes on a CPU. Newton-Schulz then runs in batches, unless
+# use_backend("reference") selects its definition.
 _PRODUCTS = ("reference", "triton")
 
 # op name -> the backends that have an implementation of it
@@ -65,14 +66,14 @@ OPS: dict[str, tuple[str, ...]] = {
     "poly_features_backward": BACKENDS,
 }
 
-# these ops have only a C++ version; on any other backend that is asked for they run as plain torch
+# These ops have only a C++ version; on any other requested backend they run as plain torch.
 _TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step")
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
 
 
 class BackendError(RuntimeError):
-    """The backend asked for by name cannot run this op on this device."""
+    """The requested backend cannot run this op on this device."""
 
 
 class Choice(NamedTuple):
@@ -91,7 +92,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for any other name.
-        BackendError: from the op, when the backend cannot run there; the message says why.
+        BackendError: raised by an op that the backend cannot run; the message says why.
 
     Example:
         >>> from leanstep import use_backend
@@ -113,13 +114,13 @@ def requested_backend() -> str:
 
 
 def remember_backend(ctx: Any) -> None:
-    """Keep the requested backend on the context of an autograd function; called in its forward pass."""
+    """Save the requested backend on the context of an autograd function. Call it in the forward pass."""
     if not torch.compiler.is_compiling():
         ctx.backend = _requested.get()
 
 
 def on_remembered_backend(backward: Callable[P, T]) -> Callable[P, T]:
-    """Decorate ``backward(ctx, ...)`` to run on the backend that :func:`remember_backend` kept on ``ctx``."""
+    """Decorate ``backward(ctx, ...)`` to run on the backend that :func:`remember_backend` saved on ``ctx``."""
 
     @functools.wraps(backward)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -133,16 +134,14 @@ def on_remembered_backend(backward: Callable[P, T]) -> Callable[P, T]:
 
 
 def has_triton() -> bool:
-    """True when the ``triton`` package can be imported; nothing is imported to find out."""
+    """Whether the ``triton`` package is installed. Does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _why_not_triton(device: torch.device) -> str | None:
     if not has_triton():
         return "the triton package is not installed"
-    if device.type in ("cuda", "xpu"):
-        return None
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"tensors on {device.type!r} need a GPU for Triton (or TRITON_INTERPRET=1, to test)"
 
@@ -170,10 +169,10 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
 
 
 def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
-    """Pick the backend of ``op`` for tensors of ``dtypes`` (the parameters' first) on ``device``.
+    """Choose the backend of ``op`` for tensors of ``dtypes`` on ``device``; the first dtype is the parameters'.
 
     Raises:
-        BackendError: when a backend was asked for with :func:`use_backend` and cannot run here.
+        BackendError: if :func:`use_backend` selected a backend that cannot run here.
     """
     requested = _requested.get()
     if op in _TORCH_ELSEWHERE and requested not in ("auto", *OPS[op]):

@@ -1,4 +1,4 @@
-"""torch's dispatch modes, which see every operation, and may keep its result or return that again later."""
+"""Where kernels must not run: tensors without memory of their own, torch.compile, and dispatch modes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,11 +8,16 @@ import torch
 Result = TypeVar("Result")
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether no kernel can run on a tensor: under torch.compile, or for a subclass such as a fake tensor."""
+    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
 def in_dispatch_mode() -> bool:
     """Whether a dispatch mode is on, outside torch.compile.
 
-    Selective activation checkpointing is one. It keeps the very tensor that a product returned, and returns it again
-    when the pass is repeated; in-place additions to that tensor would then be made twice.
+    A mode may keep a result and return the same tensor later, as selective activation checkpointing does in a repeated
+    pass. An in-place addition to that tensor would then be made twice.
     """
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
@@ -20,11 +25,11 @@ def in_dispatch_mode() -> bool:
 def outside_dispatch_modes(compute: Callable[[], Result]) -> Result:
     """Call ``compute`` without the user's dispatch modes, and return its result.
 
-    For work that one pass does and its repetition does not: cached norms, measurements. A mode that keeps results to
-    return them in order would get out of step.
+    Use it for work that a repeated pass skips, such as cached norms and measurements. Otherwise a mode that returns the
+    results of the first pass in order would get out of step.
     """
     modes = range(torch._C._len_torch_dispatch_stack()) if in_dispatch_mode() else ()
-    # torch's own modes trace operations or replace them, and have to see all
+    # torch's own modes trace or replace operations, so they have to see all of them
     if not modes or any(torch._C._get_dispatch_stack_at(i).is_infra_mode() for i in modes):
         return compute()
     from torch.utils._python_dispatch import _disable_current_modes

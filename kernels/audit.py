@@ -1,11 +1,10 @@
 """Measure compiled Triton kernels without a GPU: registers, spills, shared memory, access widths and bytes moved.
 
-Every configuration that a launcher can pick is compiled for sm_80, sm_90, sm_100 and gfx942, and its machine code is
-read. `python -m leanstep.kernels.audit` (or `leanstep audit`) prints a table and fails where a kernel spills, uses the
-stack, makes narrow accesses where it promises 128 bits, or moves more bytes per element than its docstring says.
+`python -m leanstep.kernels.audit` (or `leanstep audit`) compiles every configuration that a launcher can pick, for
+sm_80, sm_90, sm_100 and gfx942, and reads the machine code. It prints a table. It fails if a kernel spills, uses the
+stack, makes narrow accesses where it promises 128 bits, or moves more bytes per element than it promises.
 
-Compiled kernels and measurements are kept in Triton's cache folder (TRITON_CACHE_DIR). This module imports without
-Triton.
+Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from leanstep.kernels._backend import has_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# bytes per element beyond the promise that are not counted, such as the scale of a row
+# tolerated bytes per element beyond the promise, such as a row's scale
 _SLACK = 0.07
 
 
@@ -33,10 +32,10 @@ _SLACK = 0.07
 class Measurement:
     """One kernel configuration on one target.
 
-    Widths map bits per access to the number of instructions: in the whole kernel (`loads`, `stores`), and in the main
-    loop (`main_loads`, `main_stores`), the innermost one with the most bytes in 128-bit accesses; empty where the audit
-    was told not to disassemble. `read` and `written` are bytes per element as issued; `spills`
-    counts registers (gfx942) or bytes of local memory.
+    `loads` and `stores` count the whole kernel's instructions by bits per access; `main_loads` and `main_stores` count
+    those of the main loop. The main loop is the innermost loop with the most bytes in 128-bit accesses. All four are
+    empty if the audit does not disassemble. `read` and `written` are bytes per element as issued. `spills` counts
+    registers (gfx942) or bytes of local memory.
     """
 
     kernel: str
@@ -64,16 +63,16 @@ class Measurement:
 def measure(
     targets: Sequence[str] = TARGETS, match: str = "", processes: int | None = None, all_widths: bool = True
 ) -> list[Measurement]:
-    """Compile and measure, in parallel processes, the configurations whose "kernel label" contains `match`.
+    """Compile and measure the configurations whose "kernel label" contains `match`, in parallel processes.
 
-    Without `all_widths`, widths are measured only where 128 bits are promised, which saves a third of the time.
+    `all_widths=False` measures widths only where 128 bits are promised, which saves a third of the time.
 
     Raises:
         RuntimeError: if Triton is not installed.
     """
     if not has_triton():
         raise RuntimeError("the kernel audit needs the triton package (Linux on x86-64), and it is not installed")
-    # spawned, because torch has threads; and so Triton is imported without the interpreter, whatever this process did
+    # torch has threads, so processes must not be forked; spawned ones can also import Triton without its interpreter
     context = multiprocessing.get_context("spawn")
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
@@ -84,7 +83,7 @@ def measure(
 
 
 def problems(measured: Measurement) -> list[str]:
-    """The problems of a kernel in words; empty if it has none."""
+    """Name each broken promise of a kernel in words."""
     wrong = []
     if measured.spills or measured.stack:
         wrong.append(f"spills {measured.spills}, stack {measured.stack} bytes")
@@ -159,7 +158,7 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
 
 
 def _resources(text: str) -> dict[str, int]:
-    """Registers, spills and stack, from cuobjdump's table or from the metadata at the end of AMD's assembly."""
+    """Read registers, spills and stack from cuobjdump's table, or from the metadata at the end of AMD's assembly."""
     nvidia = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if nvidia:
         registers, stack, local = map(int, nvidia.groups())
@@ -179,12 +178,12 @@ _AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort"
 
 
 def _widths(text: str) -> dict[str, dict[int, int]]:
-    """Widths of the global accesses in SASS or AMD assembly: of the kernel, and of its loop with the widest ones."""
+    """Count the global accesses in SASS or AMD assembly by width: in the kernel, and in its main loop."""
     lines = text.splitlines()
     accesses = [_access(line) for line in lines]
     loads, stores = _count(accesses)
-    # shortest first: of loops with the same wide accesses the innermost is meant. A loop inside need not be one of the
-    # source: gfx942 moves the bodies of masked accesses out of line and branches back
+    # Shortest first, so that max() returns the innermost of loops with equal wide accesses. Not every machine loop is a
+    # loop of the source: gfx942 moves the bodies of masked accesses out of line and branches back.
     spans = sorted(_loops(lines), key=lambda span: span[1] - span[0])
     loops = [_count(accesses[first : last + 1]) for first, last in spans]
     main = max(loops, key=lambda loop: _wide_bytes(loop[0]) + _wide_bytes(loop[1]), default=(Counter(), Counter()))
@@ -237,7 +236,7 @@ _TENSOR = re.compile(r"tt\.(load|store)\b.*: tensor<([\dx]+)x!tt\.ptr<([a-z]+)(\
 def loop_traffic(ttir: str) -> list[tuple[int, int]]:
     """Bytes read and written per turn of every innermost loop, from Triton's intermediate code."""
     loops: list[list[int]] = []
-    # open regions: index of the loop they belong to
+    # the loop index of every open region
     stack: list[int | None] = []
     for line in ttir.splitlines():
         text = re.sub(r"\s*loc\(.*$", "", line).strip()
@@ -258,14 +257,14 @@ def loop_traffic(ttir: str) -> list[tuple[int, int]]:
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """The measurements as aligned text, one line per configuration and target."""
+    """Format the measurements as aligned text, one line per configuration and target."""
     head = ("kernel", "configuration", "target", "reg", "spill", "stack", "shared", "loads", "stores",
             "read B/elem (cached, promised)", "written (promised)", "")  # fmt: skip
     rows = [head]
     for m in measurements:
         rows.append((
             m.kernel, m.label, m.target, str(m.registers), str(m.spills), str(m.stack), str(m.shared),
-            _shown(m.main_loads or m.loads), _shown(m.main_stores or m.stores),
+            _format_widths(m.main_loads or m.loads), _format_widths(m.main_stores or m.stores),
             f"{m.read:.2f} ({m.cached:g}, {m.promised_read:g})", f"{m.written:.2f} ({m.promised_written:g})",
             "; ".join(problems(m)),
         ))  # fmt: skip
@@ -275,15 +274,15 @@ def table(measurements: Sequence[Measurement]) -> str:
     )
 
 
-def _shown(widths: dict[int, int]) -> str:
+def _format_widths(widths: dict[int, int]) -> str:
     return " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), reverse=True)) or "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the audit; 1 if a kernel has a problem, 2 if it cannot run here."""
+    """Print the audit. Return 1 if a kernel has a problem, 2 if the audit cannot run here."""
     parser = argparse.ArgumentParser(
         prog="leanstep audit",
-        description="Compile every Triton kernel for every target, without a GPU, and print what came out. "
+        description="Compile every Triton kernel for every target, without a GPU, and print a table. "
         "Loads and stores are those of the main loop: count x bits.",
     )
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")

@@ -1,6 +1,6 @@
-"""Line charts as inline SVG: no script, no font, no file beside the page; colours are the page's CSS variables.
+"""Line charts as inline SVG, without scripts, fonts or other files.
 
-Colours are the classes ``c0`` to ``c7``, of which the page defines ``--c0`` to ``--c7`` for light, dark and print.
+Curves have the classes ``c0`` to ``c7``. The page defines their colours, the CSS variables ``--c0`` to ``--c7``.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# (light, dark): told apart by lightness as well as by hue, so that they survive colour blindness and grey print
+# (light, dark): they differ in lightness as well as in hue, for colour blindness and grey print
 PALETTE = (
     ("#2457d6", "#7aa8ff"),
     ("#d9660b", "#ffab5c"),
@@ -48,7 +48,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: y over x, both of one length; a y of None or not finite breaks the line.
+    """One curve: y over x, of equal length. A y that is None or not finite breaks the line.
 
     ``look`` is ``line``, ``faint`` (raw values behind their smoothed line, without a legend entry) or ``dash``;
     ``dots`` marks each point and names its values on hover.
@@ -62,15 +62,11 @@ class Series:
     dots: bool = False
 
 
-def _usable(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def smooth(values: Sequence[float | None], width: int) -> list[float | None]:
-    """Centred moving average over ``width`` neighbours on each side, fewer at the ends, so that it does not lag.
+    """Centred moving average over ``width`` neighbours on each side, fewer at the ends.
 
-    Takes time proportional to the number of values, by running sums; what is not finite or beyond 1e9, where sums
-    would lose the digits of the others, is a gap.
+    Runs in linear time by running sums. Non-finite values become gaps, and so do values beyond 1e9, which would take
+    digits from the sums.
     """
     known = [value if value is not None and abs(value) < 1e9 else None for value in values]  # NaN compares as false
     sums, counts = [0.0], [0]
@@ -99,7 +95,7 @@ def compact(value: float) -> str:
 
 
 def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[float, float | None]]:
-    """Keep at most about ``most`` points: the lowest and the highest of each of ``most / 2`` stretches, and breaks."""
+    """Keep about ``most`` points: the minimum and maximum of each of ``most / 2`` intervals, and the breaks."""
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / max(1, most // 2))
@@ -116,7 +112,7 @@ def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[flo
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about ``wanted`` of them."""
+    """About ``wanted`` round numbers from ``low`` to ``high``."""
     raw = (high - low) / max(1, wanted)
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next((unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999), unit * 10)
@@ -135,7 +131,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, float]:
-    """Range of the vertical axis: all values, except a rare outlier that would flatten the rest; with a margin."""
+    """Range of the vertical axis, with a margin. Leaves out rare outliers that would flatten the other values."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if len(ordered) >= 40:
@@ -147,13 +143,13 @@ def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, 
         return low / 1.15, high * 1.15
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     bottom = low - margin
-    # a quantity that is never negative does not get an axis that is
+    # the axis of a nonnegative quantity begins at 0
     return (0.0 if low >= 0 > bottom else bottom), high + margin
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """The area inside the axes: its range of numbers and its place on the drawing."""
+    """The area inside the axes: data ranges, and conversion to pixels."""
 
     width: int
     height: int
@@ -177,7 +173,7 @@ class _Plane:
     def py(self, y: float) -> float:
         scale = math.log if self.log_y else float
         fraction = (scale(y) - scale(self.bottom)) / (scale(self.top) - scale(self.bottom))
-        # far outside the axes is as good as anywhere outside
+        # clip points far outside the axes
         return self.base - max(-9.0, min(9.0, fraction)) * (self.base - _TOP)
 
 
@@ -196,12 +192,12 @@ def chart(
 
     Args:
         series: the curves; a logarithmic axis leaves out what is not positive.
-        title, x_label: texts, escaped here; the title is the chart's own on its page.
-        y_format: writes a value in the legend and on hover; ticks are as short as they can be.
+        title, x_label: texts, escaped here. No two charts on a page may have the same title.
+        y_format: formats a value in the legend and on hover.
         log_y: logarithmic vertical axis.
         marks: horizontal lines, each with its text.
         wide: over the whole width of the page.
-        most_points: of each curve; more are thinned, keeping lows and highs.
+        most_points: points per curve; longer curves are thinned, keeping minima and maxima.
     """
     curves = [(line, _points(line, log_y)) for line in series]
     curves = [(line, points) for line, points in curves if any(y is not None for _, y in points)]
@@ -238,7 +234,7 @@ def chart(
 
 def _points(one: Series, log_y: bool) -> list[tuple[float, float | None]]:
     pairs = zip(one.x, one.y, strict=True)
-    return [(float(x), _height(y, log_y)) for x, y in pairs if _usable(x)]
+    return [(float(x), _height(y, log_y)) for x, y in pairs if math.isfinite(x)]
 
 
 def _height(y: float | None, log_y: bool) -> float | None:
@@ -246,7 +242,7 @@ def _height(y: float | None, log_y: bool) -> float | None:
 
 
 def _tick_texts(ticks: list[float]) -> list[str]:
-    """Write ticks with the fewest decimals that tell them apart, all with as many."""
+    """Format ticks with the same number of decimals, as few as possible."""
     if not ticks or max(map(abs, ticks)) >= 1e4:
         return [compact(tick) for tick in ticks]
     for digits in range(5):
@@ -294,7 +290,7 @@ def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
             stretches.append([])
         else:
             stretches[-1].append(f"{plane.px(x):.1f} {plane.py(y):.1f}")
-    # a point alone draws nothing: give it a length that the round line cap makes a dot of
+    # a single point needs a length, which the round line cap draws as a dot
     return "".join(f"M{'L'.join(stretch)}" + ("h.1" if len(stretch) == 1 else "") for stretch in stretches if stretch)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and are on disk when they do. Imports no torch."""
+"""Write files and folders atomically and flush them to disk. Imports no torch."""
 
 import errno
 import os
@@ -23,10 +23,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file name beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
+    """Yield a file name beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
 
-    A reader sees the old content or the new, never a part. When the block raises, ``path`` is left as it was and the
-    new file is removed.
+    Readers see the old content or the new. When the block raises, ``path`` stays as it was and the new file is removed.
     """
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
     try:
@@ -46,12 +45,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; afterwards it is on disk under the name ``target``, which must not exist.
+    """Yield an empty folder to fill; afterwards it is renamed to ``target``, which must not exist.
 
-    When the block raises, nothing of it stays. What a killed process leaves goes with :func:`remove_leftovers`.
+    When the block raises, the folder is removed. :func:`remove_leftovers` removes the folders of killed processes.
 
     Raises:
-        FileExistsError: ``target`` was made in the meantime; it is left as it is.
+        FileExistsError: another process made ``target`` in the meantime.
     """
     target = target.absolute()
     staged = target.with_name(f".{target.name}{STAGED}{os.getpid()}")
@@ -75,7 +74,7 @@ def publish_folder(staged: Path, target: Path) -> None:
     replaced = target.with_name(f"{REPLACED}{target.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        # no system call replaces a folder that holds something
+        # no system call replaces a nonempty folder
         os.replace(target, replaced)
     os.replace(staged, target)
     sync(target.parent)
@@ -83,7 +82,7 @@ def publish_folder(staged: Path, target: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove the half-written folders of :func:`staged_folder` whose processes are gone."""
+    """Remove half-written folders of :func:`staged_folder` whose process has ended."""
     for path in target.absolute().parent.glob(f".{target.name}{STAGED}*"):
         process = path.name.rpartition("-")[2]
         if process.isdigit() and not _is_running(int(process)):
@@ -101,7 +100,7 @@ def _is_running(process: int) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write on the disk of ``path``."""
+    """Free bytes for this user on the disk of ``path``."""
     return shutil.disk_usage(path).free
 
 

@@ -1,4 +1,4 @@
-"""Free memory of a device, within the limits of a container. Imports torch only for an accelerator."""
+"""Free memory of a device, within the limits of control groups. Imports torch only for an accelerator."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
-# names of the limit, the use, and the page cache that the kernel gives back on demand: cgroup v2, then v1
+# files with the limit and the usage, and the key of the reclaimable page cache: cgroup v2, then v1
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -20,9 +20,8 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 def free_memory(device: "torch.device | str") -> int | None:
     """Bytes that this process can still allocate on a device; None where the system does not tell.
 
-    On the CPU that is what the machine has available, or what the memory limits of the process's control groups
-    (cgroup v1 and v2: containers, Slurm, systemd) leave, whichever is less. On CUDA and ROCm it is the free memory of
-    the device and what torch's allocator holds unused.
+    CPU: the machine's available memory, or less where control groups limit it (cgroup v1 and v2: containers, Slurm,
+    systemd). CUDA and ROCm: the device's free memory and the unused memory of torch's allocator.
     """
     kind = str(device).partition(":")[0]
     if kind == "cpu":
@@ -36,9 +35,9 @@ def free_memory(device: "torch.device | str") -> int | None:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Bytes left below the limit of each control group of this process, and of each group above it."""
+    """Yield the bytes left in each control group of this process and in each ancestor group."""
     for root, group, names in _cgroups():
-        # inside a container the path is often that of the host and not there: then the root is the container's own
+        # in a container this is often a path of the host, which does not exist: then the root has the limit
         for folder in (root / group, *(root / group).parents):
             if folder.is_relative_to(root):
                 yield from _left_in(folder, *names)

@@ -1,4 +1,4 @@
-"""HTML pages of reports: one layout, one style sheet for light and dark screens and for paper, shared Jinja macros."""
+"""HTML pages of reports: the layout, the style sheet (light, dark and print) and shared Jinja macros."""
 
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,20 @@ def render(template: Path, **values: Any) -> str:
     """Render a page from a template that extends ``layout.html``; every value is escaped.
 
     Args:
-        template: the file; templates beside it and those of this package can be included.
-        values: ``title``, and what the template asks for; ``version`` and ``footer`` (texts) have defaults.
+        template: the file. It may include templates beside it and those of this package.
+        values: ``title`` and the template's variables; ``version`` and ``footer`` (texts) have defaults.
     """
     loader = FileSystemLoader([template.parent, _TEMPLATES])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shared = {"style": Markup(style()), "version": __version__, "footer": ()}
-    return environment.get_template(template.name).render({**shared, **values}) + "\n"
-
-
-def style() -> str:
-    """The whole style sheet, charts included."""
     light, dark = ("".join(f"--c{i}:{colors[side]};" for i, colors in enumerate(PALETTE)) for side in (0, 1))
-    return (
+    style = (
         f":root{{color-scheme:light dark;{_COLORS['light']}{light}}}\n"
         f"@media screen and (prefers-color-scheme:dark){{:root{{{_COLORS['dark']}{dark}}}}}\n" + _RULES + STYLE
     )
+    shared = {"style": Markup(style), "version": __version__, "footer": ()}
+    return environment.get_template(template.name).render({**shared, **values}) + "\n"
 
 
 _RULES = """

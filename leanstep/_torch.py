@@ -1,4 +1,4 @@
-"""What several methods ask of torch and of models: parts of DTensors, Conv1D, the output head, hooks around a step."""
+"""Torch helpers of several methods: DTensors, Conv1D, the output head, hooks around an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor. Importing that class to ask would import torch's compiler."""
+    """Whether a tensor is a DTensor. Does not import that class, which would import torch's compiler."""
     return hasattr(tensor, "placements")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor unchanged."""
+    """Return this process's shard of a DTensor; any other tensor unchanged."""
     return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a DTensor, gathered on every process, which all have to call; any other tensor unchanged."""
+    """Gather a DTensor on every process, a collective call; return any other tensor unchanged."""
     return cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
 def place_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, whole on every process, on the device of ``like`` and distributed as it is. Sends nothing."""
+    """Place ``value``, whole on every process, on the device and with the placements of ``like``. Sends nothing."""
     value = value.to(like.device)
     if not is_dtensor(like) or is_dtensor(value):
         return value
@@ -41,12 +41,12 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
 def join_parts(
     part: Tensor, like: Tensor, shape: Sequence[int] | None = None, placements: Sequence[Any] | None = None
 ) -> Tensor:
-    """The DTensor of which every process holds ``part``, placed as the DTensor ``like`` (or by ``placements``).
+    """Build a DTensor from every process's shard ``part``, with the placements of ``like`` (or ``placements``).
 
     Args:
-        part: this process's part.
-        like: a DTensor, which gives the device mesh.
-        shape: of the whole, contiguous; None: as torch infers it from parts of equal size.
+        part: this process's shard.
+        like: a DTensor with the device mesh.
+        shape: of the whole tensor, contiguous; None: torch infers it from shards of equal size.
         placements: one for each dimension of the mesh; None: those of ``like``.
     """
     from torch.distributed.tensor import DTensor as DTensorClass
@@ -64,7 +64,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes a model's logits, as ``get_output_embeddings`` of transformers names it; else None."""
+    """Return the module that computes the logits, by transformers' ``get_output_embeddings``, or None."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         return cast("nn.Module | None", get()) if callable(get) else None
@@ -73,18 +73,17 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 class StepHooks:
-    """Calls a function on the gradients that an optimizer's step uses, and another one after the step.
+    """Run one function on the gradients of an optimizer's step, and another one after the step.
 
-    ``before`` runs when the gradients are complete: at the start of ``step()``, and after every call of the closure in
-    ``step(closure)``, which computes them anew. ``after`` runs once for each step made; a step that a gradient scaler
-    skips is none. Both are given the optimizer. Wrappers that pass their steps on to ``.optimizer``, such as
-    Accelerate's, are hooked there.
+    ``before`` runs when the gradients are complete: at the start of ``step()``, or after every call of the closure in
+    ``step(closure)``. ``after`` runs after each step, but not after one that a gradient scaler skips. Both get the
+    optimizer. On a wrapper such as Accelerate's, the hooks go on its ``.optimizer``.
 
     Args:
         optimizer: a torch optimizer.
         before, after: functions of the optimizer; their results are ignored.
         caller: begins error messages.
-        parameters: that the optimizer has to train if they require gradients, by name.
+        parameters: by name; the optimizer must train those that require gradients.
 
     Raises:
         TypeError: for anything but a torch optimizer.
@@ -144,7 +143,7 @@ class StepHooks:
         return (args[0], evaluate, *args[2:]), kwargs
 
     def _post_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # a fused optimizer is called even for a step that its gradient scaler skips, and told so by this flag
+        # gradient scalers call a fused optimizer also for a step to skip, with this flag set
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is None or not float(skipped):
             self._after(optimizer)

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs: help, recipes and their mistakes need no torch."""
+"""The command line. Commands import their modules when they run, so help and recipe errors need no torch."""
 
 import argparse
 import json
@@ -29,11 +29,11 @@ EXTRAS = {
 
 
 class UsageError(ValueError):
-    """A command line that cannot be run; the message says what to type instead."""
+    """An invalid command line; the message says what to type instead."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that names the nearest command for one that does not exist."""
+    """ArgumentParser that suggests the nearest command for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         wrong = message.partition("invalid choice: '")[2].partition("'")[0]
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 a check that failed, 2 bad input; ``train`` has more."""
+    """Run a command and return its exit code: 0 done, 1 failed check, 2 bad input; ``train`` has more."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if not arguments:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
-        # some hand everything on, --help included, to the parser that has their options
+        # these pass all their arguments, --help included, to a parser of their own
         has_own_parser = name in ("eval", "prune")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run)
@@ -230,13 +230,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         # quoted, since a path may look like something else to YAML
         overrides = [*overrides, f"checkpoint.resume={resume if resume in ('auto', 'never') else json.dumps(resume)}"]
     config, processes = _load_for(options, overrides), options.nproc or 1
-    if options.dry_run:
-        from leanstep.recipes.training.launch import dry_run
+    if options.dry_run or processes > 1:
+        from leanstep.recipes.training.launch import dry_run, launch
 
-        return dry_run(config, options.recipe, overrides, processes)
-    if processes > 1:
-        from leanstep.recipes.training.launch import launch
-
+        if options.dry_run:
+            return dry_run(config, options.recipe, overrides, processes)
         return launch(options.recipe, overrides, processes)
     from leanstep.recipes.training.train import train
 
@@ -253,7 +251,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
-    """Load the recipe before torch is imported, and check that the package of its text is installed."""
+    """Load the recipe without torch, and check that the package of its text is installed."""
     from leanstep.recipes.config.loader import load
 
     config = load(options.recipe, overrides, world_size=options.nproc)
@@ -298,29 +296,22 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     missing = [str(run) for run in options.runs if not (run / "log.jsonl").is_file()]
     if missing:
         raise UsageError(f"no run in {', '.join(missing)}: a run folder holds log.jsonl and config.yaml")
-    own_reports = [
-        str(run) for run in options.runs if options.out and options.out.resolve() == (run / "report.html").resolve()
-    ]
-    if own_reports and len(options.runs) > 1:
-        raise UsageError(
-            f"--out {options.out} is the report of {own_reports[0]} alone; choose another file for the comparison"
-        )
+    for run in options.runs if options.out and len(options.runs) > 1 else ():
+        if options.out.resolve() == (run / "report.html").resolve():
+            raise UsageError(
+                f"--out {options.out} is the report of {run} alone; choose another file for the comparison"
+            )
     from leanstep.recipes.report.report import write_report
 
-    print(f"{write_report(options.runs, options.out or _report_file(options.runs))} written")
+    numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
+    comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
+    default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
+    print(f"{write_report(options.runs, options.out or default)} written")
     return 0
 
 
-def _report_file(runs: list[Path]) -> Path:
-    """Default file of a report: in the folder of a single run; for several, a new file here."""
-    if len(runs) == 1:
-        return runs[0] / "report.html"
-    numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
-    return next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
-
-
 def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """All ``key=value`` words, wherever they stand among the options."""
+    """Collect the ``key=value`` words before and after options."""
     flags = [word for word in rest if word.startswith("-")]
     if flags:
         raise UsageError(f"unknown option {flags[0]}; `leanstep COMMAND --help` lists those there are")
@@ -333,7 +324,7 @@ def _nothing_left(rest: list[str]) -> None:
 
 
 def _need(group: str) -> None:
-    """Raise UsageError if packages of an extra are missing. Imports none of them."""
+    """Raise UsageError if packages of an extra are missing. Does not import them."""
     missing = [name for name in EXTRAS[group] if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"

@@ -1,4 +1,4 @@
-"""torch.optim-compatible optimizers, one algorithm per file."""
+"""Optimizers with the interface of torch.optim."""
 
 from leanstep.optimizers.common.base import NonFiniteGradientError
 from leanstep.optimizers.gradient_release import GradientRelease, release_gradients

@@ -1,4 +1,4 @@
-"""Step every parameter inside the backward pass and free its gradient at once."""
+"""Optimizer steps inside the backward pass, one parameter at a time, so that gradients are freed at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from leanstep.optimizers.common.base import LeanOptimizer
 
 
 class GradientRelease:
-    """Handle of :func:`release_gradients`: ``remove()`` (or leaving the ``with`` block) ends it."""
+    """Handle of :func:`release_gradients`. ``remove()``, or the end of the ``with`` block, removes the hooks."""
 
     def __init__(self, handles: list[Any]) -> None:
         self._handles = handles
 
     def remove(self) -> None:
-        """Take the hooks away; the optimizer steps as usual again."""
+        """Remove the hooks; the optimizer steps as usual again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -34,64 +34,61 @@ class GradientRelease:
 def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRelease:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
-    Memory: gradients of the whole model never exist together; the peak is about one parameter's. The update equals
-    ``optimizer.step()`` after the backward pass bit for bit, as the rule treats every parameter alone (AdamW tensors
-    with a non-finite gradient are skipped one by one here, and together there).
-    ``optimizer.step()`` becomes a check that nothing is left to do, ``zero_grad()`` stays harmless, and learning-rate
+    Gradient memory peaks at about the largest parameter, not at the whole model. The update is bit-identical to
+    ``optimizer.step()`` after the backward pass, with one exception: SinkGD's AdamW parameters with a non-finite
+    gradient are skipped one by one instead of together.
+
+    Call ``optimizer.step()`` after each backward pass as usual; it ends the step. ``zero_grad()`` and learning-rate
     schedulers work as before.
 
     Args:
-        model: its parameters must be the optimizer's. A single backward pass per step: gradient accumulation would
-            need the sum of several, and is refused (a second backward pass before ``step()`` raises).
+        model: the model whose parameters the optimizer has. Run one backward pass per step; gradient accumulation is
+            not supported.
         optimizer: :class:`Lion` or :class:`SinkGD`.
 
     Returns:
         A handle with ``remove()``; also a context manager.
 
     Raises:
-        TypeError: an optimizer whose rule needs several gradients together.
-        ValueError: parameters of the optimizer that are not the model's; nonfinite="raise" (it must see all gradients
-            before it changes anything); a sharded or DistributedDataParallel model (gradients there are complete only
-            after communication).
-        RuntimeError: from ``backward()``, for a second pass before ``step()``.
+        TypeError: the optimizer's rule needs the gradients of several parameters together.
+        ValueError: the optimizer has parameters that are not the model's; a group has nonfinite="raise", which checks
+            all gradients before any update; the model is sharded or in DistributedDataParallel, where gradients are
+            complete only after communication.
+        RuntimeError: a second backward pass runs before ``step()`` (raised by ``backward()``).
 
     Notes:
-        Clipping by global norm needs all gradients at once and cannot be used: after ``backward()`` there is nothing
-        left to clip, and ``clip_grad_norm_`` finds no gradient. Nor can ``GradScaler``: the hook would step on scaled
-        gradients. SinkGD does not need it: its update does not change with the gradient's size.
+        Do not clip by global norm: ``clip_grad_norm_`` finds no gradient after ``backward()``. Do not use
+        ``GradScaler``: the hooks would step on scaled gradients. SinkGD's normalized updates need neither.
     """
     _refuse(model, optimizer)
     stepped: set[Tensor] = set()
     handles: list[Any] = []
     first_index = 0
-    for number, group in enumerate(optimizer.param_groups):
+    for group_index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             if not param.requires_grad:
                 continue
-            hook = _hook(optimizer, number, first_index, position, stepped)
+            hook = _hook(optimizer, group_index, first_index, position, stepped)
             handles.append(param.register_post_accumulate_grad_hook(hook))
         first_index += len(group["params"])
 
-    def finish(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        stepped.clear()
-
-    handles.append(optimizer.register_step_post_hook(finish))
+    handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
     return GradientRelease(handles)
 
 
 def _hook(
-    optimizer: LeanOptimizer, number: int, first_index: int, position: int, stepped: set[Tensor]
+    optimizer: LeanOptimizer, group_index: int, first_index: int, position: int, stepped: set[Tensor]
 ) -> Callable[[Tensor], None]:
     def step_one(param: Tensor) -> None:
         if param in stepped:
             raise RuntimeError(
-                "release_gradients: a second backward pass reached a parameter before optimizer.step(). Gradients are "
-                "used and freed in the pass that makes them, so they cannot be accumulated: take larger batches, or "
+                "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
+                "first pass used and freed its gradient, so gradients cannot be accumulated: use larger batches, or "
                 "do without release_gradients."
             )
         stepped.add(param)
         # looked up at every step: loading a state replaces the groups
-        optimizer._step_one(optimizer.param_groups[number], first_index, position)
+        optimizer._step_one(optimizer.param_groups[group_index], first_index, position)
         param.grad = None
 
     return step_one

@@ -10,11 +10,11 @@ from torch import Tensor
 from leanstep.kernels import lion_agreement, lion_step
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
-from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags
+from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps, new_state, readable, store, sum_over_shards
 
-# the smallest mean of the cautious mask that is divided by (arXiv 2411.16085)
+# lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
 
 
@@ -27,40 +27,42 @@ class Lion(LeanOptimizer):
         p = p * (1 - lr * weight_decay) - lr * sign(c)        # decay first, sign(0) = 0
         m = beta2 * m + (1 - beta2) * g
 
-    Every entry moves by lr (or not at all), so a good lr is 3 to 10 times smaller than AdamW's and a good
-    ``weight_decay`` 3 to 10 times larger. In plain bf16 small updates are lost to rounding: choose ``rounding``.
-    The formula in code, one tensor at a time, is ``leanstep/kernels/reference/steps/lion_step.py``.
+    Every entry moves by lr or not at all. A good lr is therefore 3 to 10 times smaller than AdamW's, and a good
+    ``weight_decay`` 3 to 10 times larger. bf16 parameters lose small updates with rounding="nearest".
+    ``leanstep/kernels/reference/steps/lion_step.py`` has the formula in code, one tensor at a time.
 
     Args:
         params: parameters, named parameters, or groups (see :func:`leanstep.optimizers.param_groups`).
         lr: step size, a number or a one-element tensor.
-        betas: (beta1, beta2), of the interpolation and of the momentum.
+        betas: (beta1, beta2): the weights of m in the interpolation c and in the new m.
         weight_decay: decoupled: ``p *= 1 - lr * weight_decay``.
-        cautious: move only where the update agrees in sign with the gradient, scaled by numel / agreeing
-            (arXiv 2411.16085). Needs one more read of gradient and momentum.
-        cautious_decay: decay only where the update and the parameter agree in sign (arXiv 2510.12402).
-        rounding: how the fp32 result meets bf16 or fp16 parameters: "nearest", "stochastic" (bf16; reproducible from
-            ``seed``), "kahan" (a compensation in the parameter's dtype) or "master" (fp32 weights in the state, taken
-            from the parameter at its first step: load a model before, or its values are overwritten).
-        momentum_dtype: dtype of m; None is the parameter's.
-        seed: of stochastic rounding.
-        nonfinite: "skip": entries with a non-finite gradient keep parameter and momentum, and the tensor is counted
-            (:meth:`nonfinite_count`); "raise": check before anything is changed (waits for the device);
-            "pass": the gradient is used as it is.
-        maximize: ascend.
-        foreach: None or True: one call for all tensors of a device and dtype; False: one tensor at a time. Bit for bit
-            the same.
+        cautious: move only entries whose update and gradient agree in sign, and multiply their step by
+            numel / agreeing entries (arXiv 2411.16085). Reads gradient and momentum once more.
+        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402).
+        rounding: how to round the fp32 result to a bf16 or fp16 parameter. "nearest". "stochastic": unbiased, bf16
+            only, reproducible from ``seed``. "kahan": carry the rounding error in a compensation of the parameter's
+            dtype. "master": update fp32 weights in the state. The first step copies them from the parameter; weights
+            that are loaded into the model later are overwritten.
+        momentum_dtype: dtype of m; None: the parameter's.
+        seed: seed of stochastic rounding, an int in [0, 2**32).
+        nonfinite: how to treat infinite or NaN gradients. "skip": leave these entries of parameter and momentum
+            unchanged, and count the tensor (:meth:`nonfinite_count`). "raise": check all gradients before any update
+            (waits for the device). "pass": use the gradient as it is.
+        maximize: ascend instead of descend.
+        foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor. The results
+            are bit-identical.
 
     Raises:
-        ValueError, TypeError: settings out of range.
-        RuntimeError: a sparse gradient.
-        NonFiniteGradientError: see ``nonfinite``.
+        ValueError, TypeError: a setting is out of range.
+        RuntimeError: a gradient is sparse.
+        NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16), plus ``kahan_compensation`` (2 bytes)
-        or ``master_param`` (4 bytes) and ``step`` where ``rounding`` needs them. A step allocates nothing of a
-        parameter's size. Sharded parameters (FSDP2) need no communication, except cautious: one all-reduce of one
-        number per tensor. ``nonfinite_count`` counts the parts a process holds.
+        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16). "kahan" adds
+        ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "stochastic" adds ``step`` (a
+        scalar). A step allocates no temporary of a parameter's size.
+        FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. ``nonfinite_count`` counts
+        the shards of this process.
 
     References:
         Chen, Liang, Huang, Real, Wang, Liu, Pham, Dong, Luong, Hsieh, Lu, Le, "Symbolic Discovery of Optimization
@@ -92,12 +94,7 @@ class Lion(LeanOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr, betas=betas, weight_decay=weight_decay, cautious=cautious, cautious_decay=cautious_decay,
-            rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, nonfinite=nonfinite, maximize=maximize,
-            foreach=foreach,
-        )  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, settings_of(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -133,13 +130,13 @@ def _step(batch: Batch) -> Steps[None]:
     count_nonfinite(group, flags)
 
 
-# ---- the rule: lion_step of leanstep.kernels is the formula above, with these numbers
+# ---- the scalars of the rule, which leanstep.kernels.lion_step applies
 
 
 def lion_scalars(lr: float | Tensor, betas: tuple[float, float], weight_decay: float, like: Tensor) -> Tensor:
-    """The numbers of the formula: [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
+    """Pack [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2], on the device of ``like``.
 
-    On the device of ``like``, in the dtype that an update of it is computed in.
+    The dtype is fp64 for an fp64 ``like``, else fp32.
     """
     beta1, beta2 = betas
     numbers = [lr, decay_factor(lr, weight_decay), beta1, 1.0 - beta1, beta2, 1.0 - beta2]
@@ -147,11 +144,11 @@ def lion_scalars(lr: float | Tensor, betas: tuple[float, float], weight_decay: f
 
 
 def cautious_scale(agreeing: Tensor, sizes: list[int], like: Tensor) -> Tensor:
-    """Factor of the entries that agree in sign with their gradient: 1 / max(agreeing / size, 1e-5), [n].
+    """Compute the factor of cautious updates, 1 / max(agreeing / size, 1e-5), [n], in the dtype of ``like``.
 
     Args:
-        agreeing: how many entries of every whole tensor agree, as :func:`leanstep.kernels.lion_agreement` counts them.
-        sizes: how many entries every whole tensor has.
+        agreeing: entries per tensor whose update and gradient agree in sign (:func:`leanstep.kernels.lion_agreement`).
+        sizes: entries per tensor; of the whole tensor if it is sharded.
         like: gives the dtype.
     """
     entries = constant([max(size, 1) for size in sizes], agreeing.device, agreeing.dtype)

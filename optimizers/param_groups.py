@@ -1,4 +1,4 @@
-"""Roles of a model's parameters by module type and name, and parameter groups with settings for each role."""
+"""Parameter groups of a model by role; module types and names determine the role of a parameter."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ _HEAD_NAME = re.compile(
     r"(^|\.)((?!pre_)\w{2,}_)?(heads?|classifiers?)$|(^|\.)(score|embed_out|output_projection|qa_outputs|logits_proj)$"
     r"|(^|\.)(\w+_)?class_embed$"
 )
-# names that blocks also have: an output layer only at the top of a model
+# inner blocks use these names too, so they count only at the top of a model
 _HEAD_NAME_AT_TOP = re.compile(r"^((transformer|model|decoder)\.)?(output|output_layer|proj_out)$")
 _LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)([._]|$)")
 _EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
 _ROUTER_CLASS = re.compile(r"[Rr]outer|Top[kK]Gat(e|ing)$|M[oO]EGate$")
 _MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)
-# modules of transformers that store their matrices (in, out); newer expert modules say so in `is_transposed`
+# expert modules of transformers that store matrices (in, out) and have no attribute `is_transposed`
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
 _NORM_CLASS = re.compile(r"(norm|LayerScale)", re.IGNORECASE)
-# path components that torch.compile, checkpointing, FSDP1 and PEFT put between a module and what it wraps
+# path components that torch.compile, checkpointing, FSDP1 and PEFT insert for their wrappers
 _WRAPPER = (
     r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer|original_module|modules_to_save\.[^.]+)"
 )
 _WRAPPERS = re.compile(rf"(?<![^.]){_WRAPPER}(\.|$)")
 _LAST_WRAPPERS = re.compile(rf"((^|\.){_WRAPPER})+$")
-# DDP's and PEFT's around a whole model
+# prefixes of DDP and PEFT around a whole model
 _ROOT_WRAPPERS = re.compile(r"^(module\.|base_model\.model\.)+")
 
 
@@ -90,7 +90,7 @@ def param_groups(
 ) -> ParamGroups:
     """Sort the trainable parameters of a model into groups by their roles.
 
-    Roles are decided by module type first, and by name where types do not tell:
+    The module type determines the role, or the name if the type is not decisive:
 
     * ``embedding``: weights of ``nn.Embedding`` (a head tied to one is an embedding); ``position``: embeddings and bare
       parameters with a position name (``wpe``, ``position_embeddings``, ``relative_position_bias_table``, ...);
@@ -102,26 +102,26 @@ def param_groups(
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
     * ``expert``: three-dimensional weights of fused experts (one matrix per expert); ``router``: matrices that score
       experts;
-    * ``hidden``: matrices of linear, recurrent and attention layers, and those of other modules that are called a
-      weight; ``other``: everything else, such as vectors (of whatever shape: a gate of shape (1, n) is one), scalars,
-      state-space matrices, tokens and queries.
+    * ``hidden``: matrices of linear, recurrent and attention layers, and matrices named ``weight`` of other modules;
+      ``other``: everything else, such as scalars, vectors (also of shape (1, n)), state-space matrices, tokens and
+      queries.
 
-    Parametrized weights, compiled, checkpointed and FSDP-wrapped modules and PEFT's copies of modules (its
-    ``modules_to_save``) have the role of what they wrap.
+    Wrappers do not change a role: parametrizations, torch.compile, checkpointing, FSDP and PEFT's ``modules_to_save``.
 
-    Matrices that are known to be stored (in, out) are in groups of their own with ``transposed=True``: those of
-    transformers' ``Conv1D`` (GPT-2), and expert weights of modules that say ``is_transposed`` or are known by class
-    (GPT-OSS, Aria, Llama 4). All others are taken as (out, in). Weights (out, in, width) of one-dimensional
-    convolutions are in a group with ``flatten=True``, since they are not stacks of matrices. Tables of vectors, such as
-    biases of experts, are in a group with ``norm="sign"``.
+    Three kinds of tensors get separate groups:
+
+    * matrices stored (in, out), with ``transposed=True``: transformers' ``Conv1D`` (GPT-2), and experts of modules
+      with ``is_transposed`` or of a known class (GPT-OSS, Aria, Llama 4). All other matrices count as (out, in);
+    * weights (out, in, width) of one-dimensional convolutions, with ``flatten=True``;
+    * tables of vectors, such as the biases of experts, with ``norm="sign"``.
 
     Args:
         model: any module.
         settings: group settings per role, merged over :data:`DEFAULTS`; for example
             ``{"embedding": {"algorithm": "balanced", "momentum": 0.95}, "head": {"lr": 1e-3}}``.
-        overrides: ordered (regular expression, settings) pairs, or a mapping, searched in parameter names. The first
-            match puts the parameter into a separate group, named after the expression, with the role's settings updated
-            by these.
+        overrides: (regular expression, settings) pairs in order, or a mapping. A parameter goes to the group of the
+            first expression found in its name. The group is named after the expression, and its settings update
+            those of the role.
 
     Returns:
         :class:`ParamGroups`: dicts with ``name``, ``params`` as (name, parameter) pairs, and the settings. Pass it to
@@ -139,8 +139,8 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the modules tell what a "
-            "parameter is, so its parameters alone are not enough"
+            f"param_groups: expected the model (an nn.Module), got {type(model).__name__}; the types of its modules "
+            "determine the roles of parameters"
         )
     role_settings = {role: dict(DEFAULTS[role]) for role in ROLES}
     for role, values in (settings or {}).items():
@@ -178,13 +178,13 @@ def param_groups(
     for (pattern, _), was_used in zip(rules, used, strict=True):
         if not was_used:
             raise ValueError(f"param_groups: override {pattern.pattern!r} matches no trainable parameter")
-    result = ParamGroups(groups[key] for key in sorted(groups))
-    _check_claimed_once(model, result)
-    return result
+    if not groups:
+        raise ValueError("param_groups: the model has no trainable parameter")
+    return ParamGroups(groups[key] for key in sorted(groups))
 
 
 def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
-    """The overrides with compiled expressions; raises for anything but pairs of an expression and settings."""
+    """Compile the overrides; raise TypeError or ValueError unless they are (regular expression, settings) pairs."""
     rules = []
     for entry in overrides.items() if isinstance(overrides, Mapping) else overrides:
         pair = isinstance(entry, (tuple, list)) and len(entry) == 2
@@ -201,7 +201,7 @@ def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Role of every parameter, by its name in ``model.named_parameters()``."""
+    """Map every name in ``model.named_parameters()`` to the parameter's role."""
     uses = _uses(model)
     head, head_paths = output_head(model), _head_paths(model)
     head_ids = set() if head is None else {id(param) for param in head.parameters()}
@@ -212,7 +212,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 def transposed_parameters(model: nn.Module) -> set[int]:
-    """Identities of the weights that are known to be stored (in, out), or (e, in, out)."""
+    """Return the ``id()`` of every parameter that is stored (in, out) or (e, in, out)."""
     return {
         param_id
         for param_id, uses in _uses(model).items()
@@ -227,24 +227,24 @@ def transposed_parameters(model: nn.Module) -> set[int]:
 
 
 class _Use(NamedTuple):
-    """A module that computes with a parameter, whatever wraps the module or parametrizes the weight."""
+    """A module that uses a parameter; wrappers and parametrizations are resolved."""
 
     path: str  # of the module, without the components of wrappers
     module: nn.Module
     parent: nn.Module
-    leaf: str  # the attribute that the module reads, such as "weight"
+    leaf: str  # name of the module's attribute, such as "weight"
     dims: int
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
-    """Every use of every parameter, by the parameter's identity."""
+    """Map ``id(parameter)`` to all uses of the parameter."""
     modules = dict(model.named_modules(remove_duplicate=False))
     uses: dict[int, list[_Use]] = {}
     for name, module in modules.items():
         for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
             owner_name, attribute = name, leaf
             if isinstance(module, parametrize.ParametrizationList):
-                # "layer.parametrizations.weight" holds "original"; weight norm's "original0" is a vector of magnitudes
+                # "layer.parametrizations.weight.original"; weight norm's "original0" is a vector of magnitudes
                 owner_name, _, attribute = name.rpartition("parametrizations.")
                 owner_name = owner_name.removesuffix(".")
             parent = modules[_LAST_WRAPPERS.sub("", owner_name).rpartition(".")[0]]
@@ -256,7 +256,7 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
 def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> str:
     if _LORA_NAME.search(name):
         return "lora" if param.dim() >= 2 else "other"
-    # a tied head has two owners: the embedding decides
+    # a head tied to an embedding is an embedding
     for use in uses:
         if _is_embedding(use):
             return "position" if _is_position(use) else "embedding"
@@ -276,7 +276,7 @@ def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> st
     if isinstance(use.module, _CONV):
         return "conv"
     if sum(side != 1 for side in param.shape) < 2:
-        return "other"  # a vector, whatever its number of dimensions
+        return "other"  # a vector, such as (1, n)
     if param.dim() == 3:
         return "expert" if _EXPERT_NAME.search(name) or "expert" in class_name.lower() else "other"
     if not known and not _WEIGHT_LEAF.fullmatch(use.leaf):
@@ -287,7 +287,7 @@ def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> st
 
 
 def _is_embedding(use: _Use) -> bool:
-    """Whether a module looks up rows of a table; classes that are not torch's are known by name."""
+    """Whether a module is an embedding: by type for torch's classes, by class name for others."""
     if isinstance(use.module, (nn.Embedding, nn.EmbeddingBag)):
         return True
     named = _EMBEDDING_CLASS.search(type(use.module).__name__) and use.leaf == "weight" and use.dims == 2
@@ -299,7 +299,7 @@ def _is_position(use: _Use) -> bool:
 
 
 def _head_paths(model: nn.Module) -> set[str]:
-    """Paths of linear layers that are output layers by name, or the last ones of modules with such a name."""
+    """Return the paths of linear layers with a head's name, and of the last linear layer in modules with one."""
     paths = set()
     for name, module in model.named_modules(remove_duplicate=False):
         path = _plain_path(name)
@@ -313,7 +313,7 @@ def _head_paths(model: nn.Module) -> set[str]:
 
 
 def _plain_path(name: str) -> str:
-    """A module's name without the components that wrappers put in."""
+    """Remove the path components of wrappers from a module's name."""
     return _ROOT_WRAPPERS.sub("", _WRAPPERS.sub("", name)).removesuffix(".")
 
 
@@ -324,20 +324,6 @@ def _is_router(use: _Use) -> bool:
     leaf = use.path.rpartition(".")[2]
     if leaf != "gate":
         return leaf == "router"
-    # gates of other kinds have this name, too
+    # other kinds of gates have this name, too
     around = [type(use.parent).__name__, *(name for name, _ in use.parent.named_children())]
     return any(_MIXTURE.search(word) for word in around)
-
-
-def _check_claimed_once(model: nn.Module, groups: ParamGroups) -> None:
-    """Raise ValueError, with names, unless every trainable parameter is in exactly one group."""
-    claims: dict[int, int] = {}
-    for group in groups:
-        for _, param in group["params"]:
-            claims[id(param)] = claims.get(id(param), 0) + 1
-    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    if not trainable:
-        raise ValueError("param_groups: the model has no trainable parameter")
-    misclaimed = [name for name, param in trainable if claims.get(id(param), 0) != 1]
-    if misclaimed:
-        raise ValueError(f"param_groups: not claimed exactly once: {', '.join(misclaimed)}")

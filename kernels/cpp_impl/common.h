@@ -1,7 +1,7 @@
 // Number types, the four ways to round, and the split of a list of tensors over threads.
 //
-// Plain loops that the compiler vectorises. Products and sums are not contracted (-ffp-contract=off), so that results
-// equal those of the definitions in kernels/reference bit for bit.
+// The compiler vectorises plain loops. It does not contract products and sums (-ffp-contract=off), so results equal
+// those of the definitions in kernels/reference bit for bit.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ inline bool is_finite(float value) { return std::fabs(value) < std::numeric_limi
 inline float widen(float value) { return value; }
 inline float widen(bf16 value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
-// rounds to nearest even, in the upper 16 bits; a NaN stays one only if its lower bits are 0
+// rounds to nearest even in the upper 16 bits; NaN stays NaN only if its lower bits are 0
 inline uint32_t round_upper(float value) {
     const uint32_t bits = to_bits(value);
     return bits + 0x7FFFu + ((bits >> 16) & 1u);
@@ -51,7 +51,7 @@ inline void narrow(float value, bf16& out) {
 template <typename... T>
 constexpr bool all_bf16 = (std::is_same_v<T, bf16> && ...);
 
-// Two neighbours in one 32-bit word. Loops over pairs widen and narrow in place; loops over elements spend half of
+// Two neighbours in one 32-bit word. Loops over pairs widen and narrow in place. Loops over elements spend half of
 // their instructions on moving 16-bit lanes to 32-bit lanes and back.
 struct Pair {
     float low, high;
@@ -67,7 +67,7 @@ inline Pair load_pair(const T* x, int64_t j) {
     return {widen(x[2 * j]), widen(x[2 * j + 1])};
 }
 
-// for numbers computed from bf16: their NaNs have lower bits of 0, as the processor makes them
+// for numbers computed from bf16, because the lower bits of their NaNs are 0
 template <typename T>
 inline void store_pair(T* x, int64_t j, float low, float high) {
     if constexpr (all_bf16<T>) {
@@ -79,7 +79,7 @@ inline void store_pair(T* x, int64_t j, float low, float high) {
     }
 }
 
-// a * b + c, rounded once where the processor can: for sums, whose last bits no definition fixes
+// a * b + c, rounded once if the processor can; only for sums whose last bits the definition leaves open
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
@@ -97,7 +97,7 @@ inline uint32_t hash32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// rounds up with the probability of the fraction that the upper 16 bits drop; the caller's rounding is then exact
+// rounds to bf16, up with the probability of the dropped fraction; the caller's narrowing is then exact
 inline float round_stochastic(float value, uint32_t random) {
     const uint32_t pattern = (to_bits(value) + (random & 0xFFFFu)) & 0xFFFF0000u;
     return is_finite(value) ? from_bits(pattern) : value;
@@ -111,7 +111,7 @@ inline float before_rounding(float value, uint32_t index, uint32_t seed) {
     return value;
 }
 
-// parameter's dtype for Kahan's compensation, fp32 for a master copy
+// the parameter's dtype for Kahan's remainder, fp32 for a master copy
 template <typename Param, int rounding>
 struct RoundingState {
     using type = float;
@@ -142,7 +142,7 @@ inline void store_weight(float value, bool keep, Param* param, StateT* state, in
     param[i] = keep ? param[i] : rounded;
 }
 
-// elements that a thread takes at a time: few enough to balance the load, enough for the prefetcher
+// elements that a thread processes at a time: few enough to balance the load, enough for the prefetcher
 constexpr int64_t BLOCK = 16384;
 
 // floats aligned to cache lines
@@ -162,7 +162,7 @@ private:
 // n, rounded up to whole cache lines of floats
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// calls work(t, begin, end) for pieces of 0..sizes[t] of at most block(t) elements; a thread's pieces are neighbours
+// calls work(t, begin, end) for pieces of 0..sizes[t] with at most block(t) elements; a thread gets adjacent pieces
 template <typename Block, typename Work>
 void for_blocks(int64_t count, const int64_t* sizes, int threads, Block block, Work work) {
     std::vector<int64_t> first(count + 1, 0);
@@ -183,7 +183,7 @@ void for_blocks(int64_t count, const int64_t* sizes, int threads, Work work) {
 // elements that are fetched, checked and updated at a time
 constexpr int64_t CHUNK = 256;
 
-// max |x| from bit patterns: without signs they have the order of the numbers, then infinity, then NaNs
+// max |x| from bit patterns without signs, whose order is: finite numbers, infinity, NaNs
 inline float largest_of(const float* x, int64_t n) {
     uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)

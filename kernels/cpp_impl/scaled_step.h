@@ -1,13 +1,13 @@
-// p = p * decay - step * ((r_i * G_ij) * c_j) on some rows of a matrix: reference/scaled_step.py, one pass.
+// p = p * decay - step * ((r_i * G_ij) * c_j) on some rows of a matrix: reference/steps/scaled_step.py, one pass.
 //
-// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: leave matrices alone whose column scales hold a NaN.
+// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: do not update matrices with a NaN column scale.
 #pragma once
 
 #include "common.h"
 
 namespace {
 
-// elements of a row that are updated at a time, while as many parameters are fetched; gradients are in the cache already
+// elements of a row that are updated at a time, while the next parameters are fetched; gradients are in the cache
 constexpr int64_t PIECE = 4 * CHUNK;
 
 using StateT = RoundingState<PARAM, ROUNDING>::type;
@@ -38,8 +38,8 @@ void step_row(
     }
 }
 
-// a list of contiguous matrices. owners[t]: which tensor of the caller's list matrix t belongs to; offsets[t]: index of
-// its first element in the whole tensor
+// A list of contiguous matrices. owners[t]: index of matrix t's tensor in the caller's list. offsets[t]: index of the
+// matrix's first element in the whole tensor.
 struct Targets {
     PARAM** params;
     const MAT** mats;

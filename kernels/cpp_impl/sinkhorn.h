@@ -1,8 +1,8 @@
-// Square-root Sinkhorn scales of matrices: reference/sinkhorn.py. MAT: float or bf16.
+// Square-root Sinkhorn scales of matrices: reference/matrices/sinkhorn.py. MAT: float or bf16.
 //
-// An iteration reads a matrix once: while a row is in the first-level cache, its mean square is completed, and the row
-// is added to the column sums with the inverse of it. A matrix that fits the caches is read from memory once, during the
-// iterations of the matrix before it. Nothing as large as a matrix is written.
+// An iteration reads a matrix once. It computes a row's mean square, then adds the row divided by it to the column sums
+// while the row is in the first-level cache. A matrix that fits the caches is read from memory once: it is prefetched
+// during the iterations of the previous matrix. Nothing as large as a matrix is written.
 #pragma once
 
 #include "common.h"
@@ -10,16 +10,16 @@
 namespace {
 
 constexpr float TINY = std::numeric_limits<float>::min();
-// columns are summed over this many rows before they are added to the total, which keeps rounding errors small
+// the sums of this many rows are added to the total at once, which keeps rounding errors small
 constexpr int64_t ROWS_OF_SUM = 128;
-// bytes from which all threads share a matrix. A smaller one belongs to one thread: it is prefetched during the
-// iterations of the matrix before it and stays in the last-level cache
+// All threads share a matrix of at least this many bytes. One thread takes a smaller matrix: it is prefetched during
+// the iterations of the previous one and stays in the last-level cache.
 constexpr int64_t LARGE = 4 << 20;
 
 // 0 for 0; NaN stays NaN
 inline float inverse(float mean) { return mean == 0.0f ? 0.0f : 1.0f / std::max(mean, TINY); }
 
-// elements of a coming row that are fetched ahead
+// elements of a later row that are fetched ahead
 constexpr int64_t ROW_FETCHED = 1024;
 
 struct Matrix {
@@ -27,13 +27,13 @@ struct Matrix {
     const MAT* data;
     int64_t m, n, stride;
     float* r0;       // 1, or a power of two where squares would leave the range of fp32
-    float* inverse;  // of the mean squares of the rows of diag(r0) G diag(c)
+    float* inverse;  // 1 / mean square of each row of diag(r0) G diag(c)
     float* square;   // c^2
 
     int64_t bytes() const { return m * n * static_cast<int64_t>(sizeof(MAT)); }
 };
 
-// Prefetches part k of `parts` of the next matrix in small shares, so that requests do not queue up
+// Prefetches part k of `parts` of the next matrix in small shares, so that requests do not queue
 class Coming {
 public:
     Coming() = default;  // nothing
@@ -62,17 +62,17 @@ float inverse_of_largest(const MAT* __restrict row, int64_t n) {
     return largest == 0.0f ? 0.0f : 1.0f / std::max(largest, TINY / 2);
 }
 
-// 1 / 2^e for a largest entry in [2^e, 2^(e + 1)): products with it are exact
+// 1 / 2^e for a largest entry in [2^e, 2^(e + 1)), so products with it are exact
 float power_of_largest(const MAT* __restrict row, int64_t n) {
     const float largest = largest_of(row, n);
     return largest == 0.0f ? 0.0f : 1.0f / std::max(from_bits(to_bits(largest) & 0x7F800000u), TINY);
 }
 
-// rows taken together: their sums are independent, and what belongs to the columns is read once for all
+// rows processed together: their sums are independent, and they share the reads of the columns' squares and sums
 constexpr int64_t ROWS = 4;
 
-// Index of a column's square and sum. Those of bf16 matrices come from pairs of neighbours and are stored as all even
-// columns, then all odd ones. n columns take padded(n) floats either way.
+// Index of a column's sum. bf16 matrices are read in pairs, so their sums are stored as all even columns, then all odd
+// ones. n columns take padded(n) floats either way.
 constexpr bool PAIRED = all_bf16<MAT>;
 inline int64_t column_index(int64_t j, int64_t n) { return PAIRED ? j / 2 + j % 2 * ((n + 1) / 2) : j; }
 
@@ -84,7 +84,7 @@ inline float square_of(float entry, float r0, float square, float& h, float sum)
     return alike ? sum + h : fused(h, square, sum);
 }
 
-// h[k] = (r0[k] * row[k])^2 by place; sums[k]: of h[k] * square
+// h[k] = (r0[k] * row[k])^2, in the order of column_index; sums[k]: sum of h[k] * square
 template <bool scaling, bool alike>
 void squares(
     const MAT* const* rows, const float* r0, const float* __restrict square, float* __restrict h, int64_t n, float* sums
@@ -122,11 +122,11 @@ void squares(
     sums[3] = sum3;
 }
 
-// bounds of the mean square of rows that need no scaling: no square overflows, and entries of 1e-13 of the row's root mean
-// square still have a normal square
+// Bounds of the mean square of rows that need no scaling: no square overflows, and entries of 1e-13 of the row's root
+// mean square still have a normal square.
 constexpr float LEAST = 0x1p-40f, MOST = 0x1p40f;
 
-// the same in the first iteration, where all columns have weight 1; computes r0 of `count` rows
+// squares() for the first iteration, with column scales of 1; computes r0 of `count` rows
 void first_squares(
     const MAT* const* rows, int64_t count, float* r0, const float* square, float* h, int64_t n, float* sums
 ) {
@@ -139,7 +139,7 @@ void first_squares(
         r0[k] = power_of_largest(rows[k], n);
         scaling = true;
     }
-    // rows past the end repeat the last one: unscaled, their infinite squares times a factor of 0 would be NaN
+    // Rows past the end repeat the last one with factor 0. Without its scale, infinite squares would then give NaN.
     std::fill(r0 + count, r0 + ROWS, r0[count - 1]);
     if (scaling) squares<true, true>(rows, r0, square, h, n, sums);
 }
@@ -159,14 +159,14 @@ void add(float* __restrict sums, const float* __restrict part, int64_t n) {
     for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
 }
 
-// rows begin..end of one iteration: their inverse mean squares, and their sums in column_sums (null: not wanted).
-// scratch: ROWS + 1 rows; coming: prefetched meanwhile
+// Rows begin..end of one iteration: computes their inverse mean squares and, unless null, adds to column_sums.
+// scratch: ROWS + 1 rows. coming: the part of the next matrix to prefetch meanwhile.
 void pass(
     const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums, Coming coming
 ) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
-    const bool far = first || a.bytes() >= LARGE;  // not in a cache from which the processor's prefetcher is fast enough
+    const bool far = first || a.bytes() >= LARGE;  // farther than the cache from which hardware prefetching suffices
     for (int64_t from = begin; from < end; from += ROWS_OF_SUM) {
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
@@ -218,7 +218,7 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
     for (int64_t k = 0; k < passes; ++k) {
         const bool columns = k < num_iters;
         std::fill(sums.data(), sums.data() + a.n, 0.0f);
-        // the first iteration reads from memory itself
+        // the first iteration reads its own matrix from memory
         const Coming coming = next && k > 0 ? Coming(*next, k - 1, passes - 1, (a.m + ROWS - 1) / ROWS) : Coming();
         pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr, coming);
         if (columns) invert_columns(a, sums.data());
@@ -229,7 +229,7 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
 
 template <typename Done>
 void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int threads, Done done) {
-    // cut by rows, not by threads: sums do not depend on the number of threads
+    // pieces depend on the rows only, so that sums do not depend on the number of threads
     const int64_t height = std::max(ROWS_OF_SUM, (a.m + 63) / 64), pieces = (a.m + height - 1) / height;
     const int64_t passes = num_iters + end_with_rows;
     Buffer sums(pieces * padded(a.n)), total(a.n);
@@ -257,7 +257,7 @@ void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int thread
     }
 }
 
-// rows[t] [m] and cols[t] [n] receive the scales of matrix t; then done(matrix, begin, end) is called for all its rows
+// writes the scales of matrix t to rows[t] [m] and cols[t] [n], then calls done(matrix, begin, end) for all its rows
 template <typename Done>
 void sinkhorn_all(
     int64_t count, const MAT** mats, const int64_t* heights, const int64_t* widths, const int64_t* strides,
@@ -276,11 +276,11 @@ void sinkhorn_all(
             small.push_back(a);
         }
     }
-    // the largest first: what is left at the end is short
+    // the largest first, so that threads finish at about the same time
     std::stable_sort(small.begin(), small.end(), [](const Matrix& a, const Matrix& b) { return a.bytes() > b.bytes(); });
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (size_t t = 0; t < small.size(); ++t) {
-        const size_t later = t + threads;  // as others take those between
+        const size_t later = t + threads;  // other threads take the matrices in between
         alone(small[t], later < small.size() ? &small[later] : nullptr, num_iters, end_with_rows, done);
     }
 }

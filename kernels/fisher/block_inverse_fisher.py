@@ -1,9 +1,9 @@
-"""The inverse of a damped empirical Fisher matrix whose gradients do not change: diagonal, sub-blocks, solutions.
+"""The inverse of a block-diagonal damped empirical Fisher matrix of fixed gradients, for pruning.
 
-Pruning needs these. Rows of G [m, d] are gradients; d is cut into consecutive blocks of columns, and F is taken as zero
-between blocks: F = damping * I + G_b^T G_b / s in block b (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free
-Approximations of Second-Order Information", arXiv 2107.03356; the paper's static recursion, which
-:mod:`leanstep.kernels.reference.fisher.inverse_fisher` spells out, computes the same).
+The rows of G [m, d] are gradients. Its columns are cut into consecutive blocks G_b, and F is zero between blocks. In
+block b, F = damping * I + G_b^T G_b / s (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
+Second-Order Information", arXiv 2107.03356). The paper's static recursion computes the same inverse; it is in
+:mod:`leanstep.kernels.reference.fisher.inverse_fisher`.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# float64 elements of a window that are widened at a time
+# elements of the rows that are widened to float64 at a time
 _TILE = 1 << 22
 
 
 class BlockInverseFisher:
     """Inverse of F, block by block, by Cholesky factors in float64.
 
-    A block of B columns takes the smaller of two forms. *Dual* (m < B): with A = damping * I + G_b G_b^T / s = L L^T
-    and W = L^-1 G_b / sqrt(s), F^-1 = (I - W^T W) / damping. Only L [m, m] is stored; W is formed again for every
-    query, a stretch of columns at a time. *Primal* (m >= B): the inverse [B, B] itself.
+    A block of B columns uses the smaller of two forms. *Dual* (m < B): with damping * I + G_b G_b^T / s = L L^T and
+    W = L^-1 G_b / sqrt(s), F^-1 = (I - W^T W) / damping. Only L [m, m] is stored; each query forms W again, some
+    columns at a time. *Primal* (m >= B): the inverse [B, B] is stored.
 
     Args:
         rows: G [m, d], any floating dtype and strides. Neither copied nor written.
         damping: > 0, in units of a squared gradient. Averaging b samples in a gradient scales F by about 1 / b.
-        block_size: B, 1 <= B <= d; the last block may be shorter. None: one block, F whole.
+        block_size: B, 1 <= B <= d; the last block may be shorter. None: one block of all columns.
         denominator: s > 0; None: m.
 
     Raises:
         ValueError: for arguments out of range, rows that are not finite, or a block that has no Cholesky factor.
 
     Notes:
-        Memory beside ``rows``, in bytes per column: 8 m^2 / B (dual), 8 B (primal). Operations per column: about m^2
+        Memory besides ``rows``, in bytes per column: 8 m^2 / B (dual), 8 B (primal). Operations per column: about m^2
         (dual), m B + B^2 (primal). On a GPU, construction and checks wait for the device.
     """
 
@@ -69,7 +69,7 @@ class BlockInverseFisher:
 
     @torch.no_grad()
     def diagonal(self) -> Tensor:
-        """The diagonal of F^-1, fp64 [d]. Raises ValueError for entries outside (0, 1 / damping]."""
+        """Return the diagonal of F^-1, fp64 [d]. Raise ValueError if an entry is outside (0, 1 / damping]."""
         diagonal = torch.empty(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
         for run in self._runs:
             out = diagonal[run.start : run.stop].view(run.count, run.width)
@@ -83,10 +83,10 @@ class BlockInverseFisher:
 
     @torch.no_grad()
     def sub_blocks(self, size: int) -> Tensor:
-        """The blocks of F^-1 for consecutive groups of ``size`` columns, fp64 [d / size, size, size].
+        """Return the diagonal blocks of F^-1 for consecutive groups of ``size`` columns, fp64 [d / size, size, size].
 
         Raises:
-            ValueError: if ``size`` does not divide every block; as :meth:`diagonal`.
+            ValueError: if ``size`` does not divide every block, or for a reason of :meth:`diagonal`.
         """
         d = self.rows.shape[1]
         if size < 1 or any(run.width % size for run in self._runs):
@@ -108,10 +108,10 @@ class BlockInverseFisher:
 
     @torch.no_grad()
     def solve(self, x: Tensor) -> Tensor:
-        """F^-1 x for x [d], or for every column of x [d, r]; fp64 of the same shape.
+        """Return F^-1 x for x [d], or for every column of x [d, r], in fp64 and of the same shape.
 
         Notes:
-            Reads ``rows`` twice. Columns of F^-1 are solutions for unit vectors.
+            Reads ``rows`` twice. A unit vector gives a column of F^-1.
         """
         d = self.rows.shape[1]
         if x.dim() not in (1, 2) or x.shape[0] != d:
@@ -132,27 +132,27 @@ class BlockInverseFisher:
         return solution.view(x.shape)
 
     def _whitened(self, run: _Run, multiple: int = 1) -> Iterator[tuple[slice, slice, Tensor]]:
-        """W of dual blocks, some blocks and columns at a time, in stretches of a multiple of so many columns."""
+        """W of dual blocks, tile by tile; a tile's columns are a multiple of ``multiple``."""
         for b, c, tile in _tiles(run.blocks, multiple):
             whitened = torch.linalg.solve_triangular(run.factor[b], tile, upper=False)
             yield b, c, whitened / math.sqrt(self.denominator)
 
     def _check_diagonal(self, diagonal: Tensor) -> None:
         largest = 1 / self.damping
-        # a gradient that is zero in a column leaves exactly 1 / damping, up to rounding
+        # a column without gradients has exactly 1 / damping, up to rounding
         wrong = ~((diagonal > 0) & (diagonal <= largest * (1 + 1e-9)))
         count = int(wrong.sum())
         if count:
             raise ValueError(
                 f"BlockInverseFisher: {count} of {diagonal.numel()} diagonal entries of the inverse are not in "
-                f"(0, 1 / damping = {largest:.3g}], the first is {float(diagonal[wrong][0]):.3g}: rounding has taken "
-                f"over. Raise the damping ({self.damping:.3g}) or use smaller blocks."
+                f"(0, 1 / damping = {largest:.3g}], the first is {float(diagonal[wrong][0]):.3g}: rounding errors "
+                f"dominate. Raise the damping ({self.damping:.3g}) or use smaller blocks."
             )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive blocks of one width: their gradients [count, m, width], and their factors L or their inverses."""
+    """Consecutive blocks of one width: their gradients [count, m, width], and L (dual) or the inverses (primal)."""
 
     blocks: Tensor
     start: int
@@ -173,7 +173,7 @@ class _Run:
 
 
 def _tiles(blocks: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(blocks, columns, their gradients in float64 [b, m, c]), about ``_TILE`` elements at a time."""
+    """Yield (blocks, columns, gradients in float64 [b, m, c]), about ``_TILE`` elements at a time."""
     count, m, width = blocks.shape
     columns = min(width, max(1, _TILE // (m * multiple)) * multiple)
     height = max(1, _TILE // (m * columns)) if columns == width else 1
@@ -185,7 +185,7 @@ def _tiles(blocks: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice, Te
 
 @torch.no_grad()
 def _factorize(blocks: Tensor, start: int, damping: float, denominator: float) -> _Run:
-    """Cholesky factors of the m x m matrices (dual), or inverses of the width x width ones (primal)."""
+    """Compute Cholesky factors [m, m] (dual) or inverses [width, width] (primal)."""
     count, m, width = blocks.shape
     dual, size = m < width, min(m, width)
     factors = torch.empty(count, size, size, dtype=torch.float64, device=blocks.device)

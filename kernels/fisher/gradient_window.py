@@ -1,17 +1,18 @@
-"""A window of gradients: dots of all rows with a vector, and linear combinations of rows.
+"""A window of gradients: dot products of its rows with a vector, and linear combinations of its rows.
 
 The window of M-FAC (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
-Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. It is stored as one block of columns per
-parameter, ``[m, *parameter.shape]``, so that it is saved, moved and sharded like any other state. A step reads it
+Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. Each parameter stores its block of
+columns, ``[m, *parameter.shape]``, which is saved, moved and sharded like any other state. A step reads the window
 twice: once for the new row of G G^T, once for the combination c^T G.
 
-Rows may be stored in bf16 or fp16, with one fp32 scale s_i per row. The window's row is then s_i * stored_i, and every
-function here uses that rounded row, so that G G^T, the gradient and the combination belong to one matrix. With the
-unrounded gradient, the error of the inverse would not be bounded by that of the rounding.
+Rows may be stored in bf16 or fp16, with one fp32 scale s_i per row. A row of the window is then s_i * stored_i. All
+functions use this rounded row, so G G^T, the gradient and the combination belong to one matrix. With the unrounded
+gradient, a small rounding error could cause an error of any size in the inverse.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Sequence
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.fisher import gradient_window as cpp_window
+from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointers
 from leanstep.kernels.reference.fisher import gradient_window as reference
+
+WINDOW_TYPES = TYPES | {torch.float16: "fp16"}  # of the C++ kernels
 
 
 @torch.no_grad()
@@ -31,26 +34,26 @@ def row_dots(
     scales: Tensor | None = None,
     groups: Sequence[int] | None = None,
 ) -> Tensor:
-    """Dot products of every row with a vector: ``out[i] = scales[i] * sum_b sum_k windows[b][i, k] * vectors[b][k]``.
+    """Dot product of every row with a vector: ``out[i] = scales[i] * sum_b sum_k windows[b][i, k] * vectors[b][k]``.
 
     Args:
-        windows: blocks of columns ``[m, *shape_b]`` of one device and dtype (fp32, bf16, fp16, fp64); not written.
-            Live rows of a window that is not full are a view, ``window[:n]``.
-        vectors: one per block, of its ``shape_b`` (or as many elements), any floating dtype; not written.
+        windows: blocks of columns ``[m, *shape_b]`` of one device and dtype (fp32, bf16, fp16, fp64); not written. Pass
+            a view ``window[:n]`` if only n rows are in use.
+        vectors: one per block, with as many elements as ``shape_b``, any floating dtype; not written.
         scales: fp32 [m], the factors of the stored rows; [G, m] with ``groups``. None: 1.
-        groups: for every block the number 0 .. G-1 of the matrix that it belongs to, where ``windows`` holds the
-            columns of several; None: of one.
+        groups: the number 0 .. G-1 of each block's matrix, if the blocks belong to G matrices. None: all blocks belong
+            to one matrix.
 
     Returns:
         fp64 [m], or [G, m] with ``groups``.
 
     Raises:
         ValueError: for no blocks, blocks of unequal m, or sizes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads every window once. Products and sums run in fp64: of gradients that change slowly, the last bits of the
-        dots tell the rows apart. No copy of a window, in any dtype.
+        Reads every window and vector once, and copies no window. Products and sums run in fp64: if gradients change
+        slowly, only the last bits of the dot products distinguish their rows.
     """
     _check(windows, vectors, scales, groups, "row_dots")
     run = torch.ops.leanstep.row_dots if torch.compiler.is_compiling() else _run_dots
@@ -71,18 +74,18 @@ def linear_combination(
     Args:
         windows, scales, groups: as for :func:`row_dots`.
         coefficients: fp64 or fp32 [m]; [G, m] with ``groups``.
-        out: contiguous fp32 tensors (fp64 for fp64 windows) of the blocks' shapes, to be overwritten. None: new ones.
+        out: contiguous fp32 tensors (fp64 for fp64 windows) of the blocks' shapes, overwritten. None: new tensors.
 
     Returns:
         ``out``, one ``shape_b`` per block.
 
     Raises:
         ValueError: for no blocks, blocks of unequal m, or sizes or dtypes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads every window once and writes ``out`` once. Sums run in fp64 and are rounded once: rows that hardly differ
-        cancel in a combination.
+        Reads every window once and writes ``out`` once. Sums run in fp64 and are rounded once, because rows that hardly
+        differ cancel in a combination.
     """
     _check(windows, None, scales, groups, "linear_combination")
     check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
@@ -97,12 +100,12 @@ def linear_combination(
 
 
 def flat(window: Tensor) -> Tensor:
-    """[m, *shape] as [m, n]; a view of contiguous windows."""
+    """Reshape a window [m, *shape] to [m, n]; a view if it is contiguous."""
     return window.detach().reshape(window.shape[0], math.prod(window.shape[1:]))
 
 
 def scaled_coefficients(coefficients: Tensor, scales: Tensor | None) -> Tensor:
-    """Coefficients of the stored rows, [G, m] in fp64."""
+    """Multiply coefficients by the rows' scales: fp64 [G, m]."""
     wide = coefficients.detach().to(torch.float64)
     if scales is not None:
         wide = wide * scales
@@ -110,7 +113,7 @@ def scaled_coefficients(coefficients: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
-    """Sum fp64 [m] of every block over the blocks of each group, in their order: [G, m]."""
+    """Sum the blocks' dot products, fp64 [m] each, over each group, in order: [G, m]."""
     totals: dict[int, Tensor] = {}
     for values, group in zip(dots, groups, strict=True):
         totals[group] = totals[group] + values if group in totals else values
@@ -119,7 +122,7 @@ def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
 
 
 def backend_of(op: str, window: Tensor) -> str:
-    """The backend of an op on windows: all of them take fp32, bf16 and fp16."""
+    """Choose the backend of an op on windows. All backends take fp32, bf16 and fp16."""
     wide = [window.dtype] if window.dtype == torch.float64 else []
     return choose(op, window.device, *wide).backend
 
@@ -134,7 +137,8 @@ def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | Non
 
         dots = triton_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = cpp_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
+        dots = torch.zeros(max(owners) + 1, windows[0].shape[0], dtype=torch.float64)
+        _call_cpp("row_dots", flat_windows, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
     else:
         dots = total_by_group(map(reference.row_dots, flat_windows, flat_vectors), owners)
     dots = dots[0] if groups is None else dots
@@ -157,14 +161,38 @@ def _run_combination(
 
         triton_window.linear_combination(flat_windows, stored, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(flat_windows, stored, owners, flat_out)
+        _call_cpp("linear_combination", flat_windows, flat_out, owners, stored.contiguous())
+        torch.autograd.graph.increment_version(flat_out)
     else:
         for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
             reference.linear_combination(window, stored[group], result)
 
 
+def _call_cpp(
+    name: str, windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Sequence[int], table: Tensor
+) -> None:
+    """Call a function of gradient_window.cpp.
+
+    ``vectors`` are fp32 [n], one per window [m, n]: the factors or the results. ``table`` is fp64 [G, m]: the
+    coefficients, or the dots, which must be zero before the call.
+    """
+    # the kernels take rows at any distance, such as some columns of a wider window
+    windows = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in windows]
+    getattr(library("fisher/gradient_window", {"WINDOW": WINDOW_TYPES[windows[0].dtype]}), name)(
+        ctypes.c_int64(len(windows)),
+        pointers(windows),
+        pointers(vectors),
+        integers([w.shape[1] for w in windows]),
+        integers([w.stride(0) for w in windows]),
+        integers(groups),
+        ctypes.c_int64(windows[0].shape[0]),
+        address(table),
+        torch.get_num_threads(),
+    )
+
+
 def as_list(groups: Sequence[int] | None) -> list[int] | None:
-    """Groups as an operation takes them."""
+    """Convert groups to the type that a registered op takes."""
     return None if groups is None else list(groups)
 
 
@@ -202,20 +230,20 @@ def _check(
 
 
 def check_groups(groups: Sequence[int] | None, count: int, name: str) -> None:
-    """Raise unless there is one non-negative number for each of ``count`` blocks."""
+    """Raise ValueError unless ``groups`` has a number >= 0 for each of ``count`` blocks."""
     if groups is not None and (len(groups) != count or min(groups) < 0):
         raise ValueError(f"{name}: expected groups with a number >= 0 for each of {count} blocks, got {list(groups)}")
 
 
 def check_coefficients(coefficients: Tensor, m: int, groups: Sequence[int] | None, name: str) -> None:
-    """Raise unless there is a coefficient for each of m rows (of each group)."""
+    """Raise ValueError unless each of m rows has a coefficient, in each group."""
     expected = (m,) if groups is None else (max(groups) + 1, m)
     if tuple(coefficients.shape) != expected:
         raise ValueError(f"{name}: expected coefficients of shape {expected}, got {tuple(coefficients.shape)}")
 
 
 def check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torch.dtype, name: str) -> None:
-    """Raise unless ``out`` are contiguous tensors of these sizes in dtype ``wide``."""
+    """Raise ValueError unless ``out`` holds contiguous tensors of these sizes in dtype ``wide``."""
     if len(out) != len(shapes):
         raise ValueError(f"{name}: expected one of out per window, got {len(out)} for {len(shapes)}")
     for b, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):

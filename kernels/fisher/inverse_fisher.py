@@ -1,15 +1,14 @@
-"""The m x m algebra of a damped empirical Fisher matrix: which combination of its gradients is F^-1 x.
+"""Solves F^-1 x for a damped empirical Fisher matrix F, as a combination of its gradients.
 
-Rows of G [m, d] are gradients, K = G G^T is their Gram matrix and F = damping * I + G^T G / s, with s = m (Frantar,
-Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arXiv 2107.03356) or
-another denominator. F [d, d] is never formed. Its inverse times a vector needs one system with a matrix of the
-window's size, damping * I + K / s, which is solved here in fp64.
+The rows of G [m, d] are gradients, K = G G^T is their Gram matrix, and F = damping * I + G^T G / s. The denominator s
+is m in Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arXiv
+2107.03356. F [d, d] is never formed. F^-1 x takes one fp64 solve with the m x m matrix damping * I + K / s.
 
-For x = G^T a, a combination of the window's rows such as the newest gradient (a = e_j), the push-through identity gives
-``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``: nothing is subtracted, so nothing cancels. For any other x, Woodbury's
-identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It subtracts, as the paper's
-two recursions do (:mod:`leanstep.kernels.reference.fisher.inverse_fisher`): with fp32 gradients its error is about
-2**-24 * |g|^2 / (s * damping) if x lies among the gradients.
+If x = G^T a is a combination of the rows, such as the newest gradient (a = e_j), the push-through identity gives
+``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``. It subtracts nothing, so nothing cancels. For any other x, Woodbury's
+identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It subtracts, as do the
+paper's two recursions (:mod:`leanstep.kernels.reference.fisher.inverse_fisher`). With fp32 gradients its error is about
+2**-24 * |g|^2 / (s * damping) if x is close to a combination of the gradients.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor
 
 OK = 0
-JITTERS = 5  # status 1 to JITTERS: that many additions to the diagonal were tried until one worked
+JITTERS = 5  # status 1 to JITTERS: the number of the addition to the diagonal that worked
 EIGEN = JITTERS + 1
 FAILED = JITTERS + 2
 EPS = 2.0**-53  # half a unit in the last place of fp64, in which K is summed and rows are combined
 
 _FIRST_JITTER = 1e-12  # times the mean of the diagonal; ten times as much at each further attempt
-# relative error of the result, at worst, by the rounding of K and of the combination of rows
+# largest relative error of the result that rounding K and the combination of rows may cause
 _TOLERATED = 1e-2
-# times eps and the largest eigenvalue: what the rounding of K makes of an eigenvalue of zero
+# rounding of K turns an eigenvalue of zero into at most this times eps times the largest eigenvalue
 _NOISE = 8.0
 
 
@@ -37,9 +36,9 @@ class Coefficients(NamedTuple):
 
     Attributes:
         values: fp64 [..., n].
-        status: int32 [...]: ``OK`` (0) by Cholesky; 1 to ``JITTERS`` by Cholesky with 1e-12 times the mean of the
-            diagonal, ten times as much at each further attempt, added to it; ``EIGEN`` by eigenvalues; ``FAILED`` by
-            the diagonal alone, only without ``wait``.
+        status: int32 [...]. ``OK`` (0): Cholesky. 1 to ``JITTERS``: Cholesky with a larger diagonal; attempt 1 adds
+            1e-12 times the diagonal's mean, and each further attempt ten times as much. ``EIGEN``: eigenvalues.
+            ``FAILED``: the diagonal alone, only with ``wait=False``.
     """
 
     values: Tensor
@@ -63,29 +62,29 @@ def window_coefficients(
         damping: > 0; a number, or a tensor of shape [...] on the device of ``gram``.
         denominator: s > 0: the window's size m, or the number n of rows in use.
         target: the row j for x = g_j (a = e_j, in every window), or a itself, [..., n].
-        wait: read on the host, once, which systems are too badly conditioned, and solve those in another way. Without
-            it (under CUDA graph capture nothing can be read) their ``values`` are a divided by the diagonal, as if the
-            window held g_j alone, and their status is ``FAILED``.
-        eps: relative rounding of K and of the combination that will be formed: that of fp64, in which
-            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. Give 2**-24 for a K
-            that was summed in fp32.
+        wait: solve badly conditioned systems in another way. The host waits for the device once, to read which systems
+            these are. Pass False under CUDA graph capture, where the host cannot read. The ``values`` of such systems
+            are then a divided by the diagonal, as if the window held g_j alone, and their status is ``FAILED``.
+        eps: relative rounding error of K and of the combination of rows. The default is that of fp64, in which
+            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. Pass 2**-24 if K was
+            summed in fp32.
 
     Returns:
         :class:`Coefficients`.
 
     Raises:
-        ValueError: for sizes that do not match, a damping or denominator that is not positive, an index outside the
+        ValueError: for sizes that do not match, a damping or denominator that is not positive, a row outside the
             window, or (with ``wait``) an entry of ``gram`` that is not finite.
 
     Notes:
         n^3 / 3 multiply-adds per window, and a copy of ``gram``.
 
-        Where gradients hardly differ and the damping is small beside their squares, the solution has large entries
-        whose rows cancel. An error of eps |g_i| |g_j| in K_ij changes G^T c by at most
-        ``eps * sqrt(tr K / (damping s)) / 2 * sum_i |c_i| |g_i|``, and rounding the combination by
-        ``eps * sum_i |c_i| |g_i|``. If the sum of both exceeds a hundredth of the result's norm ``sqrt(c^T K c)``, the
-        system is solved in another way: with a larger diagonal, or by eigenvalues without those of K up to 8 eps times
-        the largest. These belong to combinations of rows that are zero but for rounding, which add nothing to G^T c.
+        If gradients hardly differ and the damping is small compared with their squares, c has large entries whose rows
+        cancel. An error of eps |g_i| |g_j| in K_ij changes G^T c by at most
+        ``eps * sqrt(tr K / (damping s)) / 2 * sum_i |c_i| |g_i|``. Rounding the combination changes it by at most
+        ``eps * sum_i |c_i| |g_i|``. If both together exceed a hundredth of the result's norm ``sqrt(c^T K c)``, the
+        system is solved with a larger diagonal, or by eigenvalues. The latter drops eigenvalues of K up to 8 eps times
+        the largest: their combinations of rows are zero up to rounding and add nothing to G^T c.
     """
     _check(gram, damping, denominator, "window_coefficients")
     n = gram.shape[-1]
@@ -143,7 +142,7 @@ def _is_accurate(gram: Tensor, values: Tensor, damping: Tensor, denominator: flo
 def _solve_badly_conditioned(
     gram: Tensor, right: Tensor, damping: Tensor, denominator: float, eps: float
 ) -> tuple[Tensor, int]:
-    """Solve one system [n, n] that Cholesky does not: with a little more damping, or by its eigenvalues."""
+    """Solve one system [n, n] with a little more damping or, if that fails, by its eigenvalues."""
     if not torch.isfinite(gram).all():
         raise ValueError(
             "the Gram matrix of the window has entries that are not finite: a gradient was not finite, or its squared "
@@ -170,7 +169,7 @@ def _check(gram: Tensor, damping: float | Tensor, denominator: float, name: str)
         raise ValueError(
             f"{name}: expected a float64 Gram matrix [..., n, n], n >= 1; got {tuple(gram.shape)} in {gram.dtype}"
         )
-    # looking at a tensor's value would wait for the device
+    # the value of a tensor is not checked, because reading it would wait for the device
     if not isinstance(damping, Tensor) and not 0 < damping < float("inf"):
         raise ValueError(f"{name}: expected a damping > 0, got {damping}")
     if isinstance(damping, Tensor) and damping.dim() and damping.shape != gram.shape[:-2]:

@@ -1,23 +1,25 @@
-"""A window of sparse gradients: a few entries of every block of a row, as values and indices inside the block.
+"""A window of sparse gradients: a row holds a few entries of every block, as values and indices inside the block.
 
 The layout of S-MFAC (Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress
-Preconditioners", arXiv 2306.06098; code: github.com/IST-DASLab/ISTA-DASLab-Optimizers): per parameter of n elements,
-``values`` [m, k] in bf16 or fp32 and ``indices`` [m, k] in int16, k about density * n. At a density of 1 % and bf16
-that is 4 bytes in place of 400 of an fp32 window. A row is what is stored, with rounded values; what it leaves out of a
-gradient belongs in the error feedback: ``e = a - scatter(*top_k(a, layout), layout)``.
+Preconditioners", arXiv 2306.06098; code: github.com/IST-DASLab/ISTA-DASLab-Optimizers). A parameter of n elements has
+``values`` [m, k] in bf16 or fp32 and ``indices`` [m, k] in int16, with k about density * n. At a density of 1 % in
+bf16, 4 bytes replace 400 bytes of an fp32 window. A row consists of the rounded values. The error feedback takes the
+rest of the gradient: ``e = a - scatter(*top_k(a, layout), layout)``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl.fisher import sparse_window as cpp_window
+from leanstep.kernels.cpp_impl._build import address, integers, library, pointers
 from leanstep.kernels.fisher import gradient_window as dense
 from leanstep.kernels.fisher.gradient_window import (
+    WINDOW_TYPES,
     as_list,
     backend_of,
     check_coefficients,
@@ -34,7 +36,7 @@ MAX_BLOCK = 1 << 15  # indices are int16
 
 
 def sparse_layout(numel: int, density: float, block: int = 4096) -> SparseLayout:
-    """Keep ``ceil(density * size)`` entries of every block of a row, at least one.
+    """Layout of rows that hold ``ceil(density * size)`` entries of every block, at least one.
 
     Args:
         numel: elements of a row.
@@ -54,28 +56,28 @@ def sparse_layout(numel: int, density: float, block: int = 4096) -> SparseLayout
 
 
 def _entries(size: int, density: float) -> int:
-    # 0.07 * 100 is a little more than 7
+    # rounded first: 0.07 * 100 is a little more than 7
     return min(size, math.ceil(round(size * density, 9)))
 
 
 @torch.no_grad()
 def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """A sparse row: the entries of largest magnitude of every block.
+    """Make a sparse row of the entries of largest magnitude in every block.
 
     Args:
         vector: ``layout.numel`` elements of any floating dtype (magnitudes are compared in fp32); not written.
-        layout: of :func:`sparse_layout`.
-        dtype: of the values, rounded to nearest.
+        layout: from :func:`sparse_layout`.
+        dtype: dtype of the values, which are rounded to nearest.
 
     Returns:
-        (values [k] in ``dtype``, int16 [k]: indices inside their blocks, ascending). Of entries of equal magnitude
-        the first ones are kept, on every device.
+        (values [k] in ``dtype``, indices int16 [k] inside the blocks, ascending). Of entries of equal magnitude the
+        first are taken, on every device.
 
     Raises:
         ValueError: for a vector of another size.
 
     Notes:
-        Reads the vector twice; scratch memory of 8 bytes per element.
+        Reads the vector twice. Needs scratch memory of 8 bytes per element.
     """
     if vector.numel() != layout.numel:
         raise ValueError(f"top_k: the layout is of {layout.numel} elements, the vector has {vector.numel()}")
@@ -88,10 +90,10 @@ def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype = torch.bfloa
 
 @torch.no_grad()
 def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense row [numel] that ``values`` and ``indices`` [k] stand for; zero where the row holds nothing.
+    """Expand a sparse row, ``values`` and ``indices`` [k], to a dense row [numel] with zeros elsewhere.
 
     Raises:
-        ValueError: for other than ``layout.k`` values or indices.
+        ValueError: unless there are ``layout.k`` values and indices.
     """
     if values.shape != (layout.k,) or indices.shape != (layout.k,):
         raise ValueError(
@@ -111,7 +113,7 @@ def sparse_row_dots(
     *,
     groups: Sequence[int] | None = None,
 ) -> Tensor:
-    """Dot products of every sparse row with a dense vector.
+    """Dot product of every sparse row with a dense vector.
 
     Args:
         values: one [m, k_b] per parameter, of one device and dtype (bf16, fp16, fp32, fp64); not written.
@@ -125,10 +127,10 @@ def sparse_row_dots(
 
     Raises:
         ValueError: for sizes or dtypes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads values and indices once; the vectors' elements are gathered. Products and sums run in fp64. Dense layouts
+        Reads values and indices once, and gathers elements of the vectors. Products and sums run in fp64. Dense layouts
         run as :func:`leanstep.kernels.row_dots` of the values, and read no indices.
     """
     _check(values, indices, layouts, groups, "sparse_row_dots")
@@ -158,19 +160,19 @@ def sparse_linear_combination(
     Args:
         values, indices, layouts, groups: as for :func:`sparse_row_dots`.
         coefficients: fp64 or fp32 [m]; [G, m] with ``groups``.
-        out: contiguous fp32 tensors (fp64 for fp64 values) of ``numel`` elements, to be overwritten. None: new ones.
+        out: contiguous fp32 tensors (fp64 for fp64 values) of ``numel`` elements, overwritten. None: new tensors.
 
     Returns:
-        ``out``, [numel] per parameter; zero outside the rows' common support.
+        ``out``, [numel] per parameter; zero where no row has an entry.
 
     Raises:
         ValueError: for sizes or dtypes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads values and indices once and writes ``out``. Rows are added in order and in fp64, so results repeat bit for
-        bit. Scratch memory: 8 bytes per element on a GPU.
-        Dense layouts run as :func:`leanstep.kernels.linear_combination` of the values, and read no indices.
+        Reads values and indices once and writes ``out`` once. Rows are added in order and in fp64, so results repeat
+        bit for bit. A GPU needs scratch memory of 8 bytes per element. Dense layouts run as
+        :func:`leanstep.kernels.linear_combination` of the values, and read no indices.
     """
     _check(values, indices, layouts, groups, "sparse_linear_combination")
     check_coefficients(coefficients, values[0].shape[0], groups, "sparse_linear_combination")
@@ -198,7 +200,9 @@ def _run_dots(
 
         dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = cpp_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
+        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
+        wide_vectors = [v.to(torch.float32).contiguous() for v in flat_vectors]
+        _call_cpp("row_dots", values, indices, wide_vectors, layouts, owners, dots)
     else:
         dots = total_by_group(map(reference.row_dots, values, indices, flat_vectors, layouts), owners)
     return dots[0] if groups is None else dots
@@ -221,14 +225,40 @@ def _run_combination(
 
         triton_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
     elif backend == "cpp":
-        cpp_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
+        _call_cpp("linear_combination", values, indices, flat_out, layouts, owners, stored.contiguous())
+        torch.autograd.graph.increment_version(flat_out)
     else:
         for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
             reference.linear_combination(v.detach(), i, stored[group], layout, result)
 
 
+def _call_cpp(
+    name: str,
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layouts: Sequence[SparseLayout],
+    groups: Sequence[int],
+    table: Tensor,
+) -> None:
+    """Call a function of sparse_window.cpp; ``vectors`` and ``table`` as in gradient_window.py."""
+    values, indices = [v.contiguous() for v in values], [i.contiguous() for i in indices]
+    columns = zip(*((s.numel, s.block, s.per_block, s.k) for s in layouts), strict=True)
+    getattr(library("fisher/sparse_window", {"WINDOW": WINDOW_TYPES[values[0].dtype]}), name)(
+        ctypes.c_int64(len(values)),
+        pointers(values),
+        pointers(indices),
+        pointers(vectors),
+        *map(integers, columns),
+        integers(groups),
+        ctypes.c_int64(values[0].shape[0]),
+        address(table),
+        torch.get_num_threads(),
+    )
+
+
 def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:
-    """Layouts as an operation takes them."""
+    """Flatten layouts to the integers that a registered op takes."""
     return [number for layout in layouts for number in layout]
 
 

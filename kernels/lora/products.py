@@ -1,16 +1,16 @@
-"""The r-wide products of a low-rank adapter, with dropout whose mask is computed again from its seed."""
+"""The r-wide products of a low-rank adapter. A hash of the seed computes the dropout mask, which is never stored."""
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import in_dispatch_mode
+from leanstep.kernels._modes import in_dispatch_mode, is_traced
 from leanstep.kernels.cpp_impl.lora import products as cpp_products
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.lora import products as reference
 
-# A seed is a 0-d int64 tensor on the CPU: compiled programs must not contain its value, and reading it waits for no
-# device.
+# A seed is a 0-d int64 tensor on the CPU. A Python number would become a constant of a compiled program; reading a GPU
+# tensor would wait for the device.
 
 
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.ops.leanstep.lora_dropout(x, p, seed) if _is_traced(x) else _dropout(x, p, seed)
+    return torch.ops.leanstep.lora_dropout(x, p, seed) if _needs_op(x) else _dropout(x, p, seed)
 
 
 def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -47,17 +47,16 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
 
     Raises:
         ValueError: for shapes and dtypes that do not match, p outside [0, 1], or no seed where one is needed.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        The Triton kernel reads x once and applies dropout as it reads; other backends store the dropped x for the time
-        of the product.
+        The Triton kernel reads x once and applies dropout as it reads. Other backends store dropout(x) for the product.
     """
     _check("lora_down", x, a, p, seed, x.shape[1:] == a.shape[1:])
     if p == 0:
         return product(x, a.t())
     assert seed is not None
-    if _is_traced(x):
+    if _needs_op(x):
         return torch.ops.leanstep.lora_down(x, a, p, seed)
     return _down(x, a, p, seed)
 
@@ -65,7 +64,7 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
 def lora_down_backward(
     x: Tensor, e: Tensor, a: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``e^T dropout(x)``, the gradient of a; and ``H = dropout(x) a^T`` too, where ``a`` [r, n] is given.
+    """``e^T dropout(x)``, the gradient of a; with ``a`` [r, n], also ``H = dropout(x) a^T``.
 
     Args:
         x: [M, n]. e: [M, r]. p, seed: as in :func:`lora_down`.
@@ -81,7 +80,7 @@ def lora_down_backward(
     if p == 0:
         return product(e.t(), x), None if a is None else product(x, a.t())
     assert seed is not None
-    if _is_traced(x):
+    if _needs_op(x):
         gradient, h = torch.ops.leanstep.lora_down_backward(x, e, a, p, seed)
     else:
         gradient, h = _down_backward(x, e, a, p, seed)
@@ -95,14 +94,14 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
         y: [M, m], row-major; written.
         h: [M, r]. b: [r, m], often a transposed view. Both of y's dtype.
         scale: factor of the product.
-        p, seed: as in :func:`lora_down`; the mask is that of an x of y's shape.
+        p, seed: as in :func:`lora_down`, for an x of y's shape.
 
     Raises:
         ValueError, BackendError: as :func:`lora_down`.
 
     Notes:
-        Reads and writes y once. Without dropout it is one call of the BLAS. With it, the CPU computes the product
-        [M, m] first (in fp32 a megabyte at a time); the Triton kernel does not store it.
+        Reads and writes y once. Without dropout it is one BLAS call. With dropout, a CPU stores the product [M, m] (in
+        fp32 a megabyte at a time); the Triton kernel does not store it.
     """
     fits = y.shape[:1] == h.shape[:1] and h.shape[1:] == b.shape[:1] and y.shape[1:] == b.shape[1:]
     _check("lora_up_", y, h, p, seed, fits)
@@ -111,16 +110,16 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
     if p == 0:
         return y.addmm_(h, b, alpha=scale)
     assert seed is not None
-    if _is_traced(y):
+    if _needs_op(y):
         torch.ops.leanstep.lora_up_(y, h, b, scale, p, seed)
     else:
         _up(y, h, b, scale, p, seed)
     return y
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether to call the registered op: under torch.compile and dispatch modes, and for fake tensors."""
-    return torch.compiler.is_compiling() or in_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter)
+def _needs_op(x: Tensor) -> bool:
+    """Whether to call the registered op, which tracers and dispatch modes can see."""
+    return is_traced(x) or in_dispatch_mode()
 
 
 def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, fits: bool) -> None:

@@ -1,11 +1,17 @@
 """DoRA's factor on the columns of an output, and its gradient."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.lora import scale as cpp_scale
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.lora import scale as reference
+
+# rows that the C++ kernel sums together; scale.cpp has the same constant
+ROWS = 64
 
 
 def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,24 +24,30 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: for shapes and dtypes that do not match.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Computed in c's dtype, rounded once. Reads and writes y once.
     """
     _check("lora_scale_", y, c, bias)
-    if _is_traced(y) or not y.numel() or not y.is_contiguous():
-        reference.lora_scale_(y, c, bias)
+    backend = _backend(y) if y.is_contiguous() else "reference"
+    if backend == "cpp":
+        _call_cpp("lora_scale", y, c.contiguous(), bias)
+    elif backend == "triton":
+        from leanstep.kernels.triton_impl.lora import scale as triton_scale
+
+        triton_scale.lora_scale_(y, c.contiguous(), bias)
     else:
-        _module(y).lora_scale_(y, c.contiguous(), bias)
+        reference.lora_scale_(y, c, bias)
     return y
 
 
 def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """``g * c``, and the sums over rows of ``g * y``.
+    """``g * c``, and the sum of ``g * y`` over the rows.
 
     Args:
-        g: [M, m], the gradient of an output. y: like g; without it, the sums that are returned mean nothing.
+        g: [M, m], the gradient of an output.
+        y: like g. None if the caller does not read the sums, which are then arbitrary.
         c: [m], fp32, or fp64 for fp64 tensors.
         in_place: write the product into g.
 
@@ -46,7 +58,7 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
         ValueError, BackendError: as :func:`lora_scale_`.
 
     Notes:
-        One pass: reads g and y, writes the product.
+        Reads g and y once and writes the product once.
     """
     _check("lora_scale_backward", g, c, None)
     if y is not None and (y.shape != g.shape or y.dtype != g.dtype):
@@ -54,11 +66,33 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
             f"lora_scale_backward: expected g and y alike, got {tuple(g.shape)} of {g.dtype} and {tuple(y.shape)} of "
             f"{y.dtype}"
         )
-    if _is_traced(g) or not g.numel():
+    if is_traced(g) or not g.numel():
         return reference.lora_scale_backward(g, y, c)
-    g = g.contiguous()
+    g, c, y = g.contiguous(), c.contiguous(), None if y is None else y.contiguous()
     inner = g if in_place else torch.empty_like(g)
-    return _module(g).lora_scale_backward(g, None if y is None else y.contiguous(), c.contiguous(), inner)
+    backend = _backend(g)
+    if backend == "cpp":
+        sums = g.new_empty(-(-g.shape[0] // ROWS), g.shape[1], dtype=torch.float32)
+        # without y, the kernel sums squares that nobody reads
+        _call_cpp("lora_scale_backward", g, g if y is None else y, c, inner, sums)
+        return inner, sums.sum(0)
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.lora import scale as triton_scale
+
+        return triton_scale.lora_scale_backward(g, y, c, inner)
+    return reference.lora_scale_backward(g, y, c, inner)
+
+
+def _backend(y: Tensor) -> str:
+    # torch.compile fuses plain torch
+    return "reference" if is_traced(y) or not y.numel() else choose("lora_scale", y.device, y.dtype).backend
+
+
+def _call_cpp(name: str, matrix: Tensor, *others: Tensor | None) -> None:
+    """Call a function of scale.cpp on a row-major matrix and the tensors that go with it."""
+    getattr(library("lora/scale", {"VALUE": TYPES[matrix.dtype]}), name)(
+        *map(ctypes.c_int64, matrix.shape), *map(address, (matrix, *others)), torch.get_num_threads()
+    )
 
 
 def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:
@@ -72,19 +106,3 @@ def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"{name}: expected a bias of {y.dtype} for {tuple(c.shape)}, got {bias.dtype}, {tuple(bias.shape)}"
         )
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether plain torch runs: under torch.compile, which fuses it, and for fake tensors, which have no data."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
-
-
-def _module(y: Tensor):
-    backend = choose("lora_scale", y.device, y.dtype).backend
-    if backend == "cpp":
-        return cpp_scale
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.lora import scale as triton_scale
-
-        return triton_scale
-    return reference

@@ -1,10 +1,13 @@
-"""The gated activation of a SwiGLU block, computed again in backward instead of kept."""
+"""The gated activation of a SwiGLU block. The backward pass computes it again instead of storing it."""
+
+import ctypes
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.lora import swiglu as cpp_swiglu
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.lora import swiglu as reference
 
 
@@ -16,26 +19,34 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
     Raises:
         ValueError: for shapes or dtypes that differ.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Reads both inputs and writes the result once.
     """
     _check("swiglu", e, u)
-    if _is_traced(e):
+    backend = _backend(e)
+    if backend == "reference":
         return reference.swiglu(e, u)
-    return _module(e).swiglu(e.detach().contiguous(), u.detach().contiguous())
+    e, u = e.detach().contiguous(), u.detach().contiguous()
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu(e, u)
+    out = torch.empty_like(e)
+    _call_cpp("swiglu", e, u, out)
+    return out
 
 
 def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and u for the gradient ``grad`` of it, the last in its memory.
+    """Gradients of e and u from ``grad``, the gradient of ``silu(e) * u``; and ``silu(e) * u`` itself.
 
     With s = 1 / (1 + exp(-e))::
 
         de = grad u s (1 + e (1 - s))        du = grad e s
 
     Args:
-        grad: row-major; written.
+        grad: row-major; overwritten with du.
         e, u: of grad's shape and floating dtype; not written.
 
     Returns:
@@ -46,32 +57,36 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
         BackendError: as :func:`swiglu`.
 
     Notes:
-        One pass: reads three tensors and writes three.
+        Reads the three inputs once and writes the three results once.
     """
     _check("swiglu_backward_", e, u, grad)
     if not grad.is_contiguous():
         raise ValueError(
             f"swiglu_backward_: expected a row-major grad, got strides {grad.stride()}; call grad.contiguous()"
         )
-    if _is_traced(e):
+    backend = _backend(e)
+    if backend == "reference":
         return reference.swiglu_backward_(grad, e, u)
-    return _module(e).swiglu_backward_(grad, e.detach().contiguous(), u.detach().contiguous())
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether plain torch runs: under torch.compile, which fuses it, and for fake tensors, which have no data."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
-
-
-def _module(e: Tensor):
-    backend = choose("lora_swiglu", e.device, e.dtype).backend if e.numel() else "reference"
-    if backend == "cpp":
-        return cpp_swiglu
+    e, u = e.detach().contiguous(), u.detach().contiguous()
     if backend == "triton":
         from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
 
-        return triton_swiglu
-    return reference
+        return triton_swiglu.swiglu_backward_(grad, e, u)
+    out, de = torch.empty_like(e), torch.empty_like(e)
+    _call_cpp("swiglu_backward", grad, e, u, out, de)
+    return out, de, grad
+
+
+def _backend(e: Tensor) -> str:
+    # torch.compile fuses plain torch
+    return "reference" if is_traced(e) or not e.numel() else choose("lora_swiglu", e.device, e.dtype).backend
+
+
+def _call_cpp(name: str, *tensors: Tensor) -> None:
+    """Call a function of swiglu.cpp on row-major tensors of one shape and dtype."""
+    getattr(library("lora/swiglu", {"VALUE": TYPES[tensors[0].dtype]}), name)(
+        ctypes.c_int64(tensors[0].numel()), *map(address, tensors), torch.get_num_threads()
+    )
 
 
 def _check(name: str, e: Tensor, *others: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Products of dense matrices in fp32 on the CPU, by whichever of torch's two libraries is faster there.
+"""Products of dense matrices: in fp32 on a CPU, by the faster of torch's two libraries.
 
-On x86, ``torch.mm`` in fp32 calls MKL. torch also ships oneDNN and calls it for 16-bit products; on an AMD processor
-with AVX-512 it is twice as fast as MKL in fp32 (benchmarks/dense_product.py), and :func:`product` calls it there. On
-other processors, and for other dtypes and devices, ``torch.mm`` runs.
+On x86, ``torch.mm`` in fp32 calls MKL. torch also ships oneDNN, which it calls for 16-bit products. On AMD processors
+with AVX-512, oneDNN is twice as fast as MKL in fp32 (benchmarks/dense_product.py), and :func:`product` calls it. In all
+other cases :func:`product` calls ``torch.mm``.
 """
 
 import functools
@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
-from leanstep.kernels._modes import in_dispatch_mode
+from leanstep.kernels._modes import in_dispatch_mode, is_traced
 
-# with fewer rows, the time of a product is that of reading the other matrix: the same in both libraries
+# with fewer rows, both libraries take the time of reading the other matrix
 LEAST_ROWS = 8
 
 
@@ -21,14 +21,13 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
 
     Args:
         x: [M, n]. w: [n, m], often a transposed view. Both of one dtype.
-        plus: [m], or [M, m]. The result may be written to the memory of the latter.
+        plus: [m] or [M, m]. The result may overwrite a ``plus`` of [M, m].
 
     Returns:
         [M, m], dense.
 
     Notes:
-        No gradient is recorded. oneDNN and MKL both sum in fp32, in different orders: results differ in the last bits
-        between processors, as they do between versions of either library.
+        Records no gradient. oneDNN and MKL sum in fp32 in different orders, so the last bits depend on the processor.
     """
     if runs_on_onednn(x) and x.shape[0] >= LEAST_ROWS and x.numel() and w.numel():
         linear = torch.ops.mkldnn._linear_pointwise
@@ -41,22 +40,21 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def runs_on_onednn(x: Tensor) -> bool:
-    """Whether :func:`product` calls oneDNN for a matrix."""
+    """Whether :func:`product` calls oneDNN for the matrix ``x``."""
     return (
         x.dtype is torch.float32
         and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        and not is_traced(x)
         and bool(torch.backends.mkldnn.enabled)
         and why_not_onednn() is None
-        # modes that count products or keep them know torch.mm
+        # dispatch modes that count or keep products know torch.mm, not oneDNN's op
         and not in_dispatch_mode()
     )
 
 
 @functools.cache
 def why_not_onednn() -> str | None:
-    """Why fp32 products on this CPU are ``torch.mm``'s; None where they are oneDNN's."""
+    """Why fp32 products on this CPU run in ``torch.mm``, or None if they run in oneDNN."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return "this torch has no oneDNN with linear layers"
     if not torch.backends.mkl.is_available():

@@ -37,29 +37,28 @@ def newton_schulz(
     dtype: torch.dtype | None = None,
     eps: float = 0.0,
 ) -> list[Tensor]:
-    """Approximate polar factors: for M = U S V^T, close to U V^T.
+    """Approximate the polar factor U V^T of every matrix M = U S V^T.
 
-    With X = M / max(||M||_F, eps), each step is ``X <- a X + (b A + c A^2) X``, A = X X^T on the smaller side. How
-    close the singular values come to 1 depends on the coefficients: with "jordan", those above 0.2 % of the
-    Frobenius norm end between 0.68 and 1.21; "polar_express" and the classic ones converge to 1. Directions in which M
-    is zero stay zero, and so does a matrix of zeros. The scale of M does not change the result, unless ``eps`` is set.
+    From X = M / max(||M||_F, eps), each step is ``X <- a X + (b A + c A^2) X``, A = X X^T on the smaller side. The
+    coefficients decide how close the singular values come to 1. With "jordan", those above 0.2 % of the Frobenius norm
+    end between 0.68 and 1.21. With "polar_express" and the classic ones, they converge to 1. Singular values of zero
+    stay zero. The scale of M does not change the result unless ``eps`` is set.
 
     Args:
         matrices: [m, n] or stacks [..., m, n] of one device, of any sizes, strides and floating dtypes; never written.
         steps: number of steps, 0 or more (0: only the division by the norm).
-        coefficients: a name in :data:`COEFFICIENTS`, or the triples (a, b, c) of the steps, of which the last one is
-            repeated.
-        method: "standard" iterates on X. "gram" carries A from step to step, in products of the smaller side only, and
-            meets X at the end of a few steps: cheaper for matrices that are not nearly square. "auto": whichever has
-            fewer operations (:func:`flops`); the definition, in float64 or on request, is "standard".
-        dtype: what products are computed in, and the dtype of the result. None: fp64 for fp64 matrices; else bf16 on
-            GPUs that have it and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 on all others.
-        eps: smallest norm to divide by; not negative. Matrices of a smaller norm come out smaller in proportion; Muon
-            has 1e-7. With 0 the limit is 1e-38 (1e-300 for fp64 matrices).
+        coefficients: a name in :data:`COEFFICIENTS`, or the steps' triples (a, b, c). The last triple is repeated.
+        method: "standard" iterates on X. "gram" iterates on A, with products of the smaller side only, and multiplies X
+            after a few steps; it is cheaper unless matrices are nearly square. "auto" uses the method with fewer
+            operations (:func:`flops`). In float64 and on the backend "reference", "auto" is "standard".
+        dtype: dtype of the products and the result. None: fp64 for fp64 matrices. Otherwise bf16 on GPUs that have it
+            and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 elsewhere.
+        eps: smallest norm to divide by, >= 0. Results of matrices with a smaller norm shrink in proportion. Muon uses
+            1e-7. With 0, the limit is 1e-38 (1e-300 for fp64 matrices).
 
     Returns:
-        One tensor per matrix, of its shape, contiguous. A matrix with a non-finite entry gives NaN. Results of
-        matrices of one shape may be parts of one buffer.
+        One contiguous tensor per matrix, of its shape. A matrix with a non-finite entry gives NaN. Results of matrices
+        of one shape may share a buffer.
 
     Raises:
         ValueError: for an unknown name, a negative ``steps`` or ``eps``, or a tensor of fewer than two dimensions.
@@ -67,14 +66,12 @@ def newton_schulz(
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Memory: the results; for the matrices of one batch, up to three copies and five Gram matrices. The inputs are
-        never written (torch 2.13's Muon divides a bf16 momentum in place if Nesterov is off).
-        Matrices of one shape are multiplied in batches: on a CPU small ones, and as many large ones as there are
-        threads. On a GPU with Triton, products with a symmetric result (A, A^2 and all of the Gram form) compute half
-        of their tiles and mirror them, with fp32 sums. fp32 products there are torch's and follow
-        ``torch.backends.cuda.matmul``.
-        Both forms compute the same polynomial. For random matrices they differ by 1e-5 of the result in fp32; in bf16
-        they differ from fp64 by about the same amount.
+        Memory: the results and, for one batch, up to three copies and five Gram matrices.
+        Matrices of one shape are multiplied in batches: on a CPU many small ones, or one large one per thread. On a GPU
+        with Triton, 16-bit products with a symmetric result (A, A^2 and all of "gram") compute half of their tiles and
+        mirror them, with fp32 sums. fp32 products are torch's and follow ``torch.backends.cuda.matmul``.
+        Both methods compute the same polynomial. For random matrices in fp32, the results differ by 1e-5 of their size;
+        in bf16, both have about the same error.
 
     References:
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Amsel et al., "The Polar
@@ -100,33 +97,32 @@ def nuclear_norm(
     coefficients: str | Sequence[Triple] = "nuclear",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sums of the singular values, exactly or estimated.
+    """Sum of the singular values of every matrix, exact or estimated.
 
     Args:
         matrices: [m, n] or stacks [..., m, n] of one device, of any sizes, strides and floating dtypes; never written.
-        estimator: "polar": <M, P(M)>_F with P the Newton-Schulz iteration, which is sum(s p(s)) for the polynomial p
-            that approximates 1. "svd": exact, and slow. "frobenius": ||M||_F, a lower bound by a factor between 1
-            and sqrt(rank).
-        steps, coefficients, dtype: as for :func:`newton_schulz`, of "polar".
+        estimator: "polar": <M, P(M)>_F with Newton-Schulz's approximate polar factor P(M). "svd": exact and slow.
+            "frobenius": ||M||_F, which is too small by a factor between 1 and sqrt(rank).
+        steps, coefficients, dtype: as for :func:`newton_schulz`; "polar" reads them.
 
     Returns:
-        fp32 (fp64 for fp64 matrices), 1-D: one entry per matrix, in order; a stack has one for each of its matrices.
-        NaN for a matrix with a non-finite entry, 0 for one without entries.
+        fp32 (fp64 for fp64 matrices), 1-D: one entry per matrix, in order, and one per matrix of a stack. NaN for a
+        matrix with a non-finite entry, 0 for a matrix without entries.
 
     Raises:
         ValueError, TypeError, BackendError: as for :func:`newton_schulz`.
 
     Notes:
-        With A the Gram matrix of X on the smaller side, <X, P(X)> = tr(A q(A)). In fp32 no product after A has X's
-        size; in bf16 the Gram form starts again from X as in :func:`newton_schulz`. "polar" divides A by ||A||_F: the
-        largest singular value is then at most 1 and close to it, so that three steps suffice. After division by
-        ||X||_F it takes five.
-        The polynomial biases the estimate, by about the same factor for matrices of similar spectra. By default,
-        singular values above 1.5 % of ||A||_F^0.5 count by a factor between 0.83 and 1.16, smaller ones by less. The
-        estimate is right to 1 % for Gaussian matrices, and off by -16 to +1 % for low-rank, power-law and exponential
-        spectra of 512 rows. With coefficients="polar_express" and steps=5 it is off by -9 to +3 %, at nearly twice the
-        cost (benchmarks/newton_schulz.py prints the table).
-        Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for any size of the entries.
+        With the Gram matrix A of X on the smaller side, <X, P(X)> = tr(A q(A)) for a polynomial q. In fp32 no product
+        after A has X's size. In bf16 the iteration returns to X after a few steps, as in :func:`newton_schulz`. "polar"
+        divides A by ||A||_F, so the largest singular value is at most 1 and close to it, and three steps suffice. After
+        division by ||X||_F, it would need five.
+        The polynomial biases the estimate, by about the same factor for matrices of similar spectra. By default it
+        multiplies singular values above 1.5 % of ||A||_F^0.5 by 0.83 to 1.16, and smaller ones by less. The error is
+        1 % for Gaussian matrices, and -16 to +1 % for low-rank, power-law and exponential spectra of 512 rows. With
+        coefficients="polar_express" and steps=5, it is -9 to +3 % at nearly twice the cost
+        (benchmarks/newton_schulz.py prints the table).
+        Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for entries of any size.
     """
     triples = _triples(coefficients, steps)
     _check(matrices, "auto", "nuclear_norm")
@@ -148,10 +144,10 @@ def flops(
     coefficients: str | Sequence[Triple] = "jordan",
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Multiplications and additions in the products of :func:`newton_schulz` on one tensor; all entries counted.
+    """Count the multiplications and additions in the products of :func:`newton_schulz` on one tensor.
 
-    With m <= n the sides, a step is ``4 m^2 n + 2 m^3`` in the standard form. A run of k steps of the Gram form is
-    ``4 m^2 n + (8 k - 6) m^3``; how many steps make a run depends on the coefficients and on ``dtype``.
+    For sides m <= n, a step of "standard" takes ``4 m^2 n + 2 m^3``. A run of "gram", k steps and one product with X,
+    takes ``4 m^2 n + (8 k - 6) m^3``; k depends on the coefficients and on ``dtype``.
 
     Raises:
         ValueError: as for :func:`newton_schulz`.
@@ -185,7 +181,7 @@ def _check(matrices: Sequence[Tensor], method: str, op: str) -> None:
 
 
 def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
-    """What ``dtype`` means for a matrix: see :func:`newton_schulz`."""
+    """The dtype of a matrix's products, for the argument ``dtype`` of :func:`newton_schulz`."""
     if dtype is not None:
         if dtype not in GROWTH:
             raise ValueError(f"Newton-Schulz: expected dtype in {[str(d) for d in GROWTH]}, got {dtype}")
@@ -239,7 +235,7 @@ def _run(
 
 
 def _wants_definition(compute: torch.dtype) -> bool:
-    """True in float64 and on request; otherwise plain torch takes matrices of one shape in batches, too."""
+    """Whether to run the definition: in float64 and on request. Otherwise plain torch runs in batches, too."""
     return compute == torch.float64 or requested_backend() == "reference"
 
 
@@ -249,7 +245,7 @@ def _definition(mat: Tensor, triples: Sequence[Triple], eps: float, dtype: torch
 
 
 def _as_given(matrices: Sequence[Tensor], factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """One result per tensor of the caller: the results of single matrices, stacked for a stack."""
+    """Return one result per tensor of the caller; stack the results of a stack's matrices."""
     results, position = [], 0
     for mat in matrices:
         count = mat.shape[:-2].numel()
@@ -283,7 +279,7 @@ def _run_nuclear(
             values[i] = reference.nuclear_norm(singles[i].unsqueeze(0), triples, compute)[0].to(wide)
     elif estimator == "frobenius":
         for i, norm in enumerate(norms_of(singles, compute)):
-            # a Python float would become fp32, whatever its size
+            # torch.tensor without a dtype would round a Python float to fp32
             values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide)
     else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
@@ -296,7 +292,7 @@ def _run_nuclear(
 
 def _sum_of_singular_values(mat: Tensor) -> Tensor:
     wide = reference.widen(mat)
-    # LAPACK refuses what is not finite: NaN is added afterwards
+    # LAPACK raises for non-finite entries: remove them here and add NaN to the sum
     return torch.linalg.svdvals(torch.nan_to_num(wide)).sum() + (wide - wide).sum()
 
 
@@ -309,7 +305,7 @@ def _op(
     matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype | None, eps: float
 ) -> list[Tensor]:
     results = _run(matrices, coefficients, method, dtype, eps)
-    # an operator's results may not share memory, as those of one batch do
+    # results of one batch share memory, which a registered op does not allow
     storages = [result.untyped_storage().data_ptr() for result in results]
     return [
         result.clone() if storage in storages[:i] else result

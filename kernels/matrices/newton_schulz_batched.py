@@ -1,7 +1,7 @@
-"""Newton-Schulz on batches of matrices of one shape: in the standard form, and in the Gram form.
+"""Newton-Schulz on batches of matrices of one shape, in the standard form and in the Gram form.
 
-The public functions of ``leanstep.kernels.matrices.newton_schulz`` check, choose and collect. This module decides
-what is multiplied, in which order and into which memory.
+The public functions in ``leanstep.kernels.matrices.newton_schulz`` check arguments, choose a backend and collect the
+results. This module plans and runs the products, and reuses their memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from torch import Tensor
 from leanstep.kernels.reference.matrices import newton_schulz as reference
 from leanstep.kernels.reference.matrices.newton_schulz import Triple
 
-# The Gram form carries A = X X^T from step to step. A's rounding errors grow by the square of the slopes a of these
-# steps, so the form starts again from X when the product of the slopes passes this limit. The limit of bf16 admits
-# pairs of steps with low slopes (Jordan's, and the later ones of other tables); errors and largest singular values are
-# then those of the standard form. After three steps, one singular value far above the others may leave the interval
-# where the steps converge; after five, all digits may be lost.
+# The Gram form updates A = X X^T from step to step. Each step multiplies A's rounding errors by the square of its slope
+# a. When the product of the slopes exceeds this limit, the form computes A from X again. The limit of bf16 allows two
+# steps with low slopes (Jordan's, and the later ones of other tables), with the errors of the standard form. After
+# three steps, a singular value far above the others may leave the interval of convergence; after five, all digits may
+# be lost.
 GROWTH = {torch.bfloat16: 3.5, torch.float16: 10.0, torch.float32: 150.0, torch.float64: 1e4}
 
-# the smallest norms with a finite inverse, by the dtype that matrices are scaled in
+# smallest norms with a finite inverse, by the dtype in which matrices are scaled
 _SMALLEST_NORM = {torch.float32: 1e-38, torch.float64: 1e-300}
 
-# Elements of the matrices that are multiplied as one batch. On a CPU, batches of small matrices save calls. Of larger
-# ones, a batch holds one per thread: a bf16 product of a few hundred rows keeps only one thread busy, one of a few
-# thousand rows all of them.
+# Elements of a batch. On a CPU, batches of small matrices save calls. A batch of larger matrices has one per thread,
+# because a bf16 product of a few hundred rows uses only one thread. A product of a few thousand rows uses all.
 _CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
 _GPU_CHUNK = 1 << 25
 
 
 def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
-    """Lengths of the runs of steps between which the Gram form starts again from X."""
+    """Lengths of the Gram form's runs of steps; each run starts from X."""
     runs: list[int] = []
     slope = 1.0
     for a, _, _ in triples:
@@ -46,7 +45,7 @@ def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
 
 
 def operations(m: int, n: int, runs: Sequence[int]) -> int:
-    """Multiplications and additions of the products in these runs on one matrix, with all entries counted."""
+    """Multiplications and additions of the products of these runs on one matrix."""
     small, large = sorted((m, n))
     return sum(4 * small**2 * large + (8 * run - 6) * small**3 for run in runs)
 
@@ -60,7 +59,7 @@ def plan(triples: Sequence[Triple], dtype: torch.dtype, method: str, m: int, n: 
 
 
 class Products(NamedTuple):
-    """Products with symmetric results, of batches: how a backend computes them into ``out``."""
+    """A backend's products of batches with symmetric results, written to ``out``."""
 
     gram: Callable[[Tensor, Tensor], Tensor]  # (x, out): x x^T
     multiply: Callable[[Tensor, Tensor, Tensor], Tensor]  # (left, right, out), of symmetric matrices that commute
@@ -73,23 +72,23 @@ def _gram(x: Tensor, out: Tensor) -> Tensor:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Left right, of batches or of two matrices, into ``out``."""
+    """Write left right, of batches or of single matrices, to ``out``."""
     return torch.mm(left, right, out=out) if out.dim() == 2 else torch.bmm(left, right, out=out)
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
-    """Beta base + alpha left right, of batches or of single matrices, into ``out``."""
+    """Write beta base + alpha left right, of batches or of single matrices, to ``out``."""
     add = torch.addmm if out.dim() == 2 else torch.baddbmm
     return add(base, left, right, beta=beta, alpha=alpha, out=out)
 
 
-# every entry is computed: no BLAS has a batched product that fills one triangle, and halving by blocks gains nothing
-# on matrices of a few hundred rows
+# torch computes every entry: no BLAS has a batched product that fills one triangle, and blocks of half the work gain
+# nothing on matrices of a few hundred rows
 TORCH_PRODUCTS = Products(_gram, multiply, add_product)
 
 
 class Scratch:
-    """Named buffers that grow to the largest size asked for; fresh memory would cost as much as a product."""
+    """Named buffers, reused because fresh memory would cost as much as a product. They grow to the largest size."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -97,7 +96,7 @@ class Scratch:
         self._dtype, self._device = dtype, device
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """The buffer of this name, in this shape."""
+        """Return the buffer of this name, in this shape."""
         view = self._views.get((name, shape))
         if view is None:
             size = shape.numel()
@@ -108,19 +107,19 @@ class Scratch:
         return view
 
     def others(self, shape: torch.Size, taken: Tensor | None) -> list[Tensor]:
-        """Three buffers of this shape, none of which is ``taken``."""
+        """Return three buffers of this shape other than ``taken``."""
         return [t for name in ("0", "1", "2", "3") if (t := self.take(name, shape)) is not taken][:3]
 
 
 class Job(NamedTuple):
-    """A few matrices of one shape: their indices in the list of all, and their common size."""
+    """A batch of matrices of one shape: their indices in the list of all matrices, and their size."""
 
     indices: list[int]
     m: int
     n: int
 
     def shape(self) -> torch.Size:
-        """Shape of the batch. A single matrix has no batch dimension, which saves a CPU a few calls per product."""
+        """Shape of the batch. A single matrix has no batch dimension, which saves calls on a CPU."""
         return torch.Size((self.m, self.n) if len(self.indices) == 1 else (len(self.indices), self.m, self.n))
 
 
@@ -131,7 +130,7 @@ def gram_shape(shape: torch.Size) -> torch.Size:
 
 
 def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
-    """Batches of the matrices [m, n] that have entries, of one shape each."""
+    """Yield batches of matrices [m, n] of one shape; skip matrices without entries."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, mat in enumerate(singles):
         if mat.numel():
@@ -146,15 +145,15 @@ def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
 
 
 def singles_of(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """All matrices [m, n], those of stacks one by one."""
+    """List all matrices [m, n], with stacks split into theirs."""
     return [one for mat in matrices for one in (mat.reshape(-1, *mat.shape[-2:]).unbind() if mat.dim() > 2 else [mat])]
 
 
 def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | list[Tensor]:
-    """Frobenius norms in fp64 (fp32 on MPS): numbers on a CPU, tensors on a device, which is not to be waited for.
+    """Frobenius norms: Python numbers on a CPU; fp64 tensors on other devices (fp32 on MPS), so that nothing waits.
 
-    Squares are summed in fp32 on a CPU, where fp64 takes five times as long, unless they might leave its range. Entries
-    of fp64 matrices are scaled before they are squared.
+    A CPU sums squares in fp32, which is five times as fast as fp64, unless they might leave its range. Entries of fp64
+    matrices are scaled before they are squared.
     """
     if singles and singles[0].device.type != "cpu":
         if any(mat.dtype == torch.float64 for mat in singles):
@@ -175,7 +174,7 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | l
 
 
 def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
-    """Each matrix of a job over the larger of its norm and eps, in ``out``; NaN for one that is not finite."""
+    """Divide each matrix of a job by max(norm, eps), into ``out``. A matrix that is not finite gives NaN."""
     floor = max(eps, _SMALLEST_NORM[wide_of(singles[job.indices[0]])])
     targets = out.unbind() if out.dim() == 3 else [out]
     on_device = [norm for i in job.indices if isinstance(norm := norms[i], Tensor)]
@@ -191,9 +190,9 @@ def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job,
         if mat.dtype == target.dtype:
             torch.mul(mat, scale, out=target)
         elif target.dtype == torch.float16 or mat.dtype == torch.float64:
-            torch.mul(reference.widen(mat), scale, out=target)  # the entries may not fit before they are scaled
+            torch.mul(reference.widen(mat), scale, out=target)  # unscaled entries may not fit the target's dtype
         else:
-            target.copy_(mat).mul_(scale)  # faster than at once
+            target.copy_(mat).mul_(scale)  # faster than one torch.mul with two dtypes
     return out
 
 
@@ -207,10 +206,10 @@ def iterate(
     gram: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """The steps on normalised matrices [B, m, n] or [m, n], into ``out``; ``x`` is not written.
+    """Run the steps on normalised matrices [B, m, n] or [m, n], into ``out``; ``x`` is not written.
 
-    ``gram``: their Gram matrices where they are known already; written over. ``scale``: [B, 1, 1] or [1, 1], what ``x``
-    is yet to be multiplied by.
+    ``gram``: the Gram matrices of the normalised matrices, if the caller has them; overwritten. ``scale``: a factor
+    [B, 1, 1] or [1, 1] that normalises ``x``, if the caller has not applied it.
     """
     tall = x.shape[-2] > x.shape[-1]
     shape = gram_shape(x.shape)
@@ -234,10 +233,10 @@ def iterate(
 def _run_of_steps(
     gram: Tensor, triples: Sequence[Triple], tall: bool, products: Products, scratch: Scratch
 ) -> tuple[Tensor, float]:
-    """(Q, slope) such that these steps take X to slope X + Q X (X Q where tall); writes over ``gram``, their A.
+    """Return (Q, slope) such that the steps map X to slope X + Q X (X Q if tall). Overwrites ``gram``, their A.
 
-    With q = a I + b A + c A^2, a step takes A to q A q and Q to q Q: with one and the same rounded q, so that A stays
-    that of Q X. A single step keeps a X apart, which is more exact than X times a rounded diagonal.
+    With q = a I + b A + c A^2, a step maps A to q A q and Q to q Q. Both use the same rounded q, so A stays the Gram
+    matrix of Q X. A single step leaves a X to the caller, which is more exact than a rounded diagonal.
     """
     total: Tensor | None = None
     for number, (a, b, c) in enumerate(triples):
@@ -251,7 +250,7 @@ def _run_of_steps(
         if total is None:
             total = q
         else:
-            # rounded factors do not quite commute: the later one belongs on the side away from X
+            # rounded factors do not commute exactly: the later factor must be on the side away from X
             left, right = (total, q) if tall else (q, total)
             total = products.multiply(left, right, second)
     assert total is not None
@@ -279,8 +278,8 @@ def _trace_of_polar(gram: Tensor, triples: Sequence[Triple], products: Products,
 
 
 def _inner(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """<X, Y> of every matrix, as [B]; ``out`` is written over."""
-    # rows in their own dtype, since another one makes a copy of all entries; their rounding averages out
+    """<X, Y> of every matrix, as [B]. Overwrites ``out``."""
+    # rows are summed in their own dtype, because another one copies all entries; their rounding errors average out
     return torch.mul(x, y, out=out).sum(-1).view(-1, x.shape[-2]).sum(-1, dtype=wide_of(x))
 
 
@@ -306,7 +305,7 @@ def nuclear_norms(
 
 
 def _in_compute_dtype(mats: list[Tensor], job: Job, scratch: Scratch, compute: torch.dtype) -> Tensor:
-    """The matrices of a job in the dtype that is computed in: not to be written to."""
+    """The matrices of a job in dtype ``compute``. Do not write to them."""
     if len(mats) == 1 and mats[0].dtype == compute:
         return mats[0]
     x = scratch.take("x", job.shape())
@@ -320,23 +319,23 @@ def _estimate(
 ) -> Tensor | None:
     """<X, P(X)> of matrices [B, m, n] or [m, n], as [B]; ``x`` is not written.
 
-    ``ordinary``: None instead, if one is of a size that would need to be scaled before it is squared.
+    With ``ordinary``, return None if the entries of a matrix are so large or small that squaring needs scaling first.
     """
     tall = x.shape[-2] > x.shape[-1]
     gram = products.gram(x.mT if tall else x, scratch.take("gram", gram_shape(x.shape)))
-    # The Frobenius norm of A is the square of the 4-norm of the singular values. As a list: a norm along dimensions of
-    # a batch takes a CPU five times as long
+    # The Frobenius norm of A is the square of the singular values' 4-norm. On a CPU, norms of a list are five times as
+    # fast as norms along dimensions of a batch.
     grams = list(gram.unbind()) if gram.dim() == 3 else [gram]
     sizes = torch.stack(torch._foreach_norm(grams, 2, dtype=wide_of(x)))
     if ordinary and not all(1e-12 < size < 1e12 for size in sizes.tolist()):
         return None
     squares = sizes.view(-1, 1, 1) if gram.dim() == 3 else sizes.view(1, 1)
     inverse = torch.where(squares == 0, 0.0, squares.reciprocal())
-    # in the dtype of what it multiplies, since mixed products are slow
+    # in the matrices' dtype, because products of two dtypes are slow
     scale = inverse.to(x.dtype)
     gram.mul_(scale)
     if len(lengths_of_runs(triples, x.dtype)) <= 1:
-        # the estimate for A as it was scaled, over what it was scaled by
+        # divided by the rounded scale, not the exact one
         used = scale.to(wide_of(x)).sqrt().flatten()
         trace = _trace_of_polar(gram, triples, products, scratch)
         return torch.where(used == 0, 0.0, trace / used)

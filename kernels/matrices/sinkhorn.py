@@ -28,17 +28,17 @@ def as_batch(mat: Tensor) -> Tensor:
 
 
 def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False) -> Scales:
-    """Row and column scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
+    """Compute scales r, c such that diag(r) G diag(c) is the L-th square-root Sinkhorn iterate of G.
 
     One iteration scales every row to norm sqrt(n), then every column to norm sqrt(m) (Scetbon, Ma, Gong, Meeds,
     "Gradient Multi-Normalization for Stateless and Scalable LLM Training", arXiv 2502.06742, SR-Sinkhorn). Rows are
-    dimension -2 and come first; after L iterations the columns are exact. Zero rows and columns keep scale 0.
+    dimension -2. After L iterations the norms of the columns are exact. Zero rows and columns get scale 0.
 
     Args:
         mats: matrices [..., m, n] of one device, any strides, bf16, fp16, fp32 or fp64; not written. Leading
             dimensions are independent matrices (fused experts).
-        num_iters: L >= 0. With 0, r = 1 / max|row| and c = 1; with ``end_with_rows``, one row half-iteration.
-        end_with_rows: append one row half-iteration.
+        num_iters: L >= 0. Without any iteration, r = 1 / max|row| and c = 1.
+        end_with_rows: scale the rows once more after the last iteration.
 
     Returns:
         :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
@@ -47,10 +47,10 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Sums are fp32. Rows are scaled before they are squared (in C++, where squares would leave the range), so finite
-        gradients of any size work. In fp32 an entry 1e-13 times smaller than the largest of its row counts as zero.
-        Memory: a few rows, and copies of matrices whose columns are not adjacent; on a GPU, partial column sums.
-        An iteration reads every matrix once. On a CPU, matrices below 4 MB are read from memory once in all.
+        Sums are fp32. Rows are scaled before they are squared (in C++, if squares would leave the range), so finite
+        gradients of any size work. In fp32, an entry of 1e-13 times the largest in its row counts as zero. Needs memory
+        for a few rows, for copies of matrices whose columns are not adjacent and, on a GPU, for partial column sums.
+        Every iteration reads every matrix once. On a CPU, only the first one reads a matrix below 4 MB from memory.
     """
     if not mats:
         empty = torch.zeros(0)
@@ -61,7 +61,7 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
 
 
 def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Scales:
-    """Cut the flat buffers into a view [..., m] and a view [..., n] per matrix."""
+    """Split the flat buffers into views: [..., m] and [..., n] per matrix."""
     rows = flat_rows.split([m.shape[:-1].numel() for m in mats])
     cols = flat_cols.split([m.shape[:-2].numel() * m.shape[-1] for m in mats])
     return Scales(
@@ -73,7 +73,7 @@ def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Sca
 
 
 def new_scales(mats: Sequence[Tensor]) -> Scales:
-    """Allocate the scales of the matrices: rows 0, columns 1."""
+    """Allocate scales: 0 for rows, 1 for columns."""
     first = mats[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
@@ -84,10 +84,10 @@ def new_scales(mats: Sequence[Tensor]) -> Scales:
 def sinkhorn_of_rows(
     mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
 ) -> Generator[tuple[Tensor, str], None, Scales]:
-    """:func:`sinkhorn` of shards of rows, as a generator: the caller can reduce several lists at once.
+    """:func:`sinkhorn` of shards of rows, as a generator, so that the caller can reduce several lists at once.
 
-    Yields (flat buffer, "sum") once per iteration. The buffer holds the column means of all matrices; the caller sums
-    it over the shards, in place.
+    Yields (flat buffer, "sum") once per iteration, with this shard's part of the column means. The caller sums the
+    buffer over the shards, in place.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
@@ -102,8 +102,8 @@ def sinkhorn_of_columns(
 ) -> Generator[tuple[Tensor, str], None, Scales]:
     """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
 
-    Yields (flat buffer, "max") once, with the largest entries of all rows, then (flat buffer, "sum") once per row
-    half-iteration, with the row means. The caller reduces each buffer over the shards, in place.
+    First yields (flat buffer, "max") with the largest entry of every row. Then yields (flat buffer, "sum") with the row
+    means, each time rows are scaled. The caller reduces each buffer over the shards, in place.
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
@@ -155,7 +155,7 @@ def _run(mats: Sequence[Tensor], num_iters: int, end_with_rows: bool) -> Scales:
 
 
 def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_with_rows: bool) -> None:
-    """One call for all matrices of one dtype; those whose columns are not adjacent are copied first."""
+    """Call the C++ kernel once per dtype. Matrices whose columns are not adjacent are copied first."""
     lists_of: dict[torch.dtype, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
         if mat.numel():
@@ -187,9 +187,9 @@ def _iterate_together(
     cols_total: Sequence[int],
     backend: str,
 ) -> Generator[Tensor, None, None]:
-    """Iterate all matrices together, with one launch per iteration on a GPU; yield the column means after each.
+    """Iterate all matrices together, with one launch per iteration on a GPU. Yield the column means of each iteration.
 
-    For shards of rows, the caller sums the means over the shards, in place.
+    The caller sums the means of row shards over the shards, in place.
     """
     one_pass = _triton_pass if backend == "triton" else _reference_pass
     for iteration in range(num_iters + end_with_rows):

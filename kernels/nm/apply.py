@@ -1,14 +1,16 @@
 """Masked weights with decay, and their gradient."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import same_layout
-from leanstep.kernels.cpp_impl.nm import apply as cpp_apply
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl._build import TYPES, address, library, same_layout
 from leanstep.kernels.reference.nm import apply as reference
 
-GRAD_FLOWS = ("ste", "decay", "fixed")
+GRAD_FLOWS = ("ste", "decay", "fixed")  # the order of enum Flow in apply.cpp
 
 
 def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
@@ -25,14 +27,14 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
         Computes in fp32 and rounds once. Reads weight and mask and writes the result once: 9 bytes per fp32 element.
-        All backends agree bit for bit. Under torch.compile it is plain torch, for the compiler to fuse.
+        All backends agree bit for bit. Under torch.compile, plain torch runs, which the compiler fuses.
     """
     _check(weight, mask, alpha, "nm_apply")
-    if torch.compiler.is_compiling() or _is_empty_or_foreign(weight):
+    if is_traced(weight) or not weight.numel():
         return reference.nm_apply(weight, mask, alpha)
     return _run(weight, mask, alpha)
 
@@ -46,7 +48,7 @@ def nm_apply_backward(
     grad_flow: str = "ste",
     srste_lambda: float = 0.0,
 ) -> Tensor:
-    """The gradient of a weight from the gradient g of the masked weight.
+    """Gradient of a weight from the gradient g of the masked weight.
 
     Kept entries get g. Pruned entries get, by ``grad_flow``::
 
@@ -64,14 +66,14 @@ def nm_apply_backward(
         srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
-        A tensor like ``weight``; ``grad`` itself if it is passed straight through without an SR-STE term.
+        A tensor like ``weight``; with "ste" and no SR-STE term, ``grad`` in the weight's dtype.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads grad, mask and, with an SR-STE term, weight once, and writes the result. All backends agree bit for bit.
+        Reads grad, mask and, for an SR-STE term, weight once. Writes the result once. All backends agree bit for bit.
     """
     _check(weight, mask, alpha, "nm_apply_backward")
     check_grad_flow(grad_flow, srste_lambda, "nm_apply_backward")
@@ -81,15 +83,15 @@ def nm_apply_backward(
         )
     if grad_flow == "ste" and not srste_lambda:
         return grad.to(weight.dtype)
-    # a gradient that is itself differentiated must be made of operations that autograd knows
+    # a second derivative needs operations that autograd knows
     differentiable = torch.is_grad_enabled() and (grad.requires_grad or weight.requires_grad)
-    if torch.compiler.is_compiling() or differentiable or _is_empty_or_foreign(weight):
+    if is_traced(weight) or differentiable or not weight.numel():
         return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
     return _run_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
 
 
 def check_grad_flow(grad_flow: str, srste_lambda: float, name: str) -> None:
-    """Raise ValueError unless :func:`nm_apply_backward` takes both."""
+    """Raise ValueError unless both are arguments that :func:`nm_apply_backward` takes."""
     if grad_flow not in GRAD_FLOWS:
         raise ValueError(f"{name}: grad_flow must be one of {', '.join(GRAD_FLOWS)}, got {grad_flow!r}")
     if not 0 <= srste_lambda < float("inf"):
@@ -101,7 +103,7 @@ def _run(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     backend = choose("nm_apply", weight.device, weight.dtype).backend
     if backend != "reference" and same_layout([weight, mask]):
         if backend == "cpp":
-            return cpp_apply.nm_apply(weight, mask, alpha)
+            return _cpp_apply("nm_apply", (weight,), mask, alpha)
         from leanstep.kernels.triton_impl.nm import apply as triton_apply
 
         return triton_apply.nm_apply(weight, mask, alpha)
@@ -118,16 +120,29 @@ def _run_backward(
         if grad.stride() != weight.stride():
             grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
         if backend == "cpp":
-            return cpp_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
+            term = (GRAD_FLOWS.index(grad_flow), ctypes.c_float(srste_lambda))
+            return _cpp_apply("nm_apply_backward", (grad, weight), mask, alpha, *term)
         from leanstep.kernels.triton_impl.nm import apply as triton_apply
 
         return triton_apply.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
     return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
 
 
-def _is_empty_or_foreign(weight: Tensor) -> bool:
-    """Whether a kernel cannot address the tensor: it is empty, or of a subclass such as DTensor or a fake tensor."""
-    return weight.numel() == 0 or type(weight) not in (Tensor, torch.nn.Parameter)
+def _cpp_apply(
+    name: str, tensors: tuple[Tensor, ...], mask: Tensor, alpha: Tensor, *term: int | ctypes.c_float
+) -> Tensor:
+    """Call a function of apply.cpp on dense tensors of one layout, the weight last; the result is like the weight."""
+    weight = tensors[-1]
+    out = torch.empty_like(weight, requires_grad=False)
+    getattr(library("nm/apply", {"WEIGHT": TYPES[weight.dtype], "GRAD": TYPES[tensors[0].dtype]}), name)(
+        ctypes.c_int64(weight.numel()),
+        *map(address, (*tensors, mask)),
+        ctypes.c_float(alpha.to(torch.float32).item()),
+        *term,
+        address(out),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _check(weight: Tensor, mask: Tensor, alpha: Tensor, name: str) -> None:

@@ -1,17 +1,20 @@
 """N:M masks from scores."""
 
+import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import group_by_dtypes
-from leanstep.kernels.cpp_impl.nm import mask as cpp_mask
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl._build import group_by_dtypes, integers, library, pointers
 from leanstep.kernels.reference.nm import mask as reference
 
-# longest group of the Triton kernel
-MAX_FAST_M = 128
+MAX_FAST_M = 128  # longest group of the kernels
+# bit pattern of infinity; every NaN has a larger one
+INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def nm_mask(
@@ -23,39 +26,43 @@ def nm_mask(
     check: bool = False,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Keep the n entries of largest magnitude of every m consecutive ones along a dimension.
+    """Mask of the n entries of largest magnitude in every group of m consecutive entries along a dimension.
 
-    In every group of m entries the n with the largest ``|score|`` are True. Of equal scores the last is kept, so that
-    masks are reproducible; a group of zeros keeps its last n entries, so that a layer that starts at zero can grow.
+    Of entries with equal ``|score|``, the last is kept, so masks are reproducible. A group of zeros keeps its last n
+    entries, so a layer that starts at zero can grow.
 
     Args:
         scores: tensors of one device, any shape and floating dtype; not written. Weights are their own scores.
-        n: entries kept, 0 <= n <= m.
-        m: entries of a group; it must divide the size of every tensor along ``dim``. The fast paths take m <= 128.
-        dim: dimension along which groups lie.
-        check: whether to raise for entries that are not finite (which waits for the device).
-        out: bool tensors of the same shapes to write to. None: new ones.
+        n: entries kept per group, 0 <= n <= m.
+        m: entries per group; must divide every tensor's size along ``dim``. The C++ and Triton kernels take m <= 128.
+        dim: dimension of the groups.
+        check: raise for entries that are not finite, which waits for the device.
+        out: bool tensors of the same shapes, overwritten. None: new tensors.
 
     Returns:
         ``out``: one bool tensor per score, True where a weight is kept.
 
     Raises:
-        ValueError: for n or m out of range; m that does not divide a tensor's size; ``out`` of other shapes; and with
-            ``check``, entries that are not finite.
+        ValueError: for n or m out of range, an m that does not divide a tensor's size, ``out`` of other shapes, and,
+            with ``check``, entries that are not finite.
         TypeError: for scores that are not of floating dtype.
-        BackendError: if a requested backend cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check`` NaN counts as larger
-        than any number. All backends agree exactly.
+        Reads the scores and writes the masks once: 5 bytes per fp32 element. Without ``check``, NaN counts as larger
+        than any number. All backends give the same masks.
     """
     _check(scores, n, m, dim, out)
-    if check:
-        _check_finite(scores)
+    for i, score in enumerate(scores if check else ()):
+        finite = score.detach().isfinite()
+        if not finite.all():
+            raise ValueError(
+                f"nm_mask: {int((~finite).sum())} of the {score.numel()} entries of scores[{i}], of shape "
+                f"{tuple(score.shape)}, are not finite: the weights or their scores have diverged"
+            )
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if torch.compiler.is_compiling() or any(type(s) not in (Tensor, torch.nn.Parameter) for s in scores):
-        # kernels cannot address subclasses such as fake tensors
+    if torch.compiler.is_compiling() or any(map(is_traced, scores)):
         torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
     else:
         _run(list(scores), n, m, dim, list(out))
@@ -66,14 +73,14 @@ def nm_mask(
 def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
     if not scores:
         return
-    # all backends take fp32, bf16 and fp16
+    # all backends take fp32, bf16 and fp16: only fp64 matters for the choice
     wide = [torch.float64] if any(s.dtype == torch.float64 for s in scores) else []
     backend = choose("nm_mask", scores[0].device, *wide).backend
     if backend == "reference" or (m > MAX_FAST_M and m != n):
         for score, mask in zip(scores, out, strict=True):
             mask.copy_(reference.nm_mask(score, n, m, dim))
         return
-    run = _triton_mask if backend == "triton" else cpp_mask.nm_mask
+    run = _triton_mask if backend == "triton" else _cpp_mask
     dense = [
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
@@ -90,6 +97,21 @@ def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tenso
     from leanstep.kernels.triton_impl.nm import mask as triton_mask
 
     triton_mask.nm_mask(scores, n, m, dim, out)
+
+
+def _cpp_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
+    """Masks of contiguous scores of one dtype, into contiguous bool tensors."""
+    library("nm/mask", {"WORD": f"uint{8 * scores[0].itemsize}_t"}).nm_mask(
+        ctypes.c_int64(len(scores)),
+        pointers(scores),
+        pointers(out),
+        integers([s.numel() // m for s in scores]),
+        integers([math.prod(s.shape[dim % s.dim() + 1 :]) for s in scores]),
+        ctypes.c_int64(n),
+        ctypes.c_int64(m),
+        ctypes.c_int32(INFINITE[scores[0].dtype]),
+        torch.get_num_threads(),
+    )
 
 
 def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:
@@ -114,17 +136,6 @@ def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Ten
             raise ValueError(
                 f"nm_mask: expected out[{i}] of shape {tuple(score.shape)}, torch.bool, on {score.device}; got "
                 f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
-            )
-
-
-def _check_finite(scores: Sequence[Tensor]) -> None:
-    for i, score in enumerate(scores):
-        finite = score.detach().isfinite()
-        if not finite.all():
-            count = int((~finite).sum())
-            raise ValueError(
-                f"nm_mask: {count} of the {score.numel()} entries of scores[{i}], of shape {tuple(score.shape)}, are "
-                "not finite: the weights or their scores have diverged"
             )
 
 

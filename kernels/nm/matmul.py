@@ -1,29 +1,30 @@
 """Compressed N:M matrices, and products with them."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.nm import matmul as cpp_matmul
+from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.nm import matmul as reference
 
 
 def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """The n entries of every m along the last dimension that hold the nonzeros, and their indices.
+    """Compress an N:M matrix: store n entries of every group of m along the last dimension, with their indices.
 
     Args:
         weight: [..., in], any floating dtype, at most n nonzeros in every m; not written.
-        n: entries kept of a group, 0 <= n <= m.
-        m: entries of a group, 1 <= m <= 256; it must divide ``in``.
+        n: entries stored per group, 0 <= n <= m.
+        m: entries per group, 1 <= m <= 256; must divide ``in``.
 
     Returns:
-        (values [..., in / m, n] of the weight's dtype, indices [..., in / m, n] uint8): the entries of each group and
-        their indices in it, ascending. A group of fewer nonzeros is filled with its -0 entries, then with its first
-        zeros. So equal weights have equal compressed forms, and the round trip is exact to the bit unless a group has
-        more than n nonzeros and -0.
+        (values [..., in / m, n] of the weight's dtype, indices [..., in / m, n] uint8 inside the group, ascending). A
+        group with fewer nonzeros also stores its -0 entries, then its first zeros. Equal weights thus have equal
+        compressed forms. The round trip is exact to the bit unless nonzeros and -0 together are more than n in a group.
 
     Raises:
-        ValueError: for n or m out of range, m that does not divide the row, or a group of more than n nonzeros.
+        ValueError: for n or m out of range, an m that does not divide ``in``, or a group with more than n nonzeros.
     """
     if not 1 <= m <= 256 or not 0 <= n <= m:
         raise ValueError(f"nm_compress: expected 0 <= n <= m <= 256 and m >= 1, got n = {n}, m = {m}")
@@ -40,7 +41,7 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 
 def nm_decompress(values: Tensor, indices: Tensor, m: int) -> Tensor:
-    """The dense matrix that :func:`nm_compress` made ``values`` and ``indices`` from: [..., groups * m].
+    """Undo :func:`nm_compress`: expand ``values`` and ``indices`` to the dense matrix [..., groups * m].
 
     Raises:
         ValueError: for shapes that differ, indices that are not uint8 or not below m, or repeated indices in a group.
@@ -64,21 +65,21 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     Args:
         x: [..., in], floating; not written.
         values: [out, in / m, n] of x's dtype, from :func:`nm_compress`.
-        indices: uint8 [out, in / m, n], each below m. Not checked: a wrong index reads a wrong entry of x.
-        m: entries of a group; in / m groups.
+        indices: uint8 [out, in / m, n], each below m; not checked. A wrong index reads a wrong entry of x.
+        m: entries per group.
 
     Returns:
         [..., out] of x's dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that do not match, or if a gradient would be needed.
-        BackendError: if a requested backend cannot run here.
+        ValueError: for shapes or dtypes that do not match, or if autograd would record the product.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Computes in fp32 (fp64 for fp64) and rounds once. On a CPU the compressed matrix is read once per 64 rows of x
-        (16 for the rest), with n / m of the dense product's multiplications. So it is on a GPU for fewer than 32 rows,
-        4 at a time. For more rows, and in the reference, the dense matrix is formed first (scratch memory of its size).
-        ``benchmarks/nm_matmul.py`` measures where it is faster than the dense product.
+        Computes in fp32 (fp64 for fp64) and rounds once. A CPU reads the compressed matrix once per 64 rows of x (once
+        per 16 of the remaining rows). A GPU reads it once per 4 rows if x has fewer than 32. Both do n / m of the dense
+        product's multiplications. For more rows, a GPU forms the dense matrix first, as the reference does, in scratch
+        memory of its size. ``benchmarks/nm_matmul.py`` measures where this is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
@@ -108,12 +109,24 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         return x.new_zeros(x.shape[0], values.shape[0])
     backend = choose("nm_matmul", x.device, x.dtype).backend
     if backend == "cpp":
-        return cpp_matmul.nm_matmul(x, values, indices, m)
+        return _cpp_matmul(x.contiguous(), values.contiguous(), indices.contiguous(), m)
     if backend == "triton":
         from leanstep.kernels.triton_impl.nm import matmul as triton_matmul
 
         return triton_matmul.nm_matmul(x, values, indices, m)
     return reference.nm_matmul(x, values, indices, m)
+
+
+def _cpp_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
+    """``x W^T`` for x [t, in] and W compressed, contiguous and of one dtype."""
+    rows, groups, n = values.shape
+    out = x.new_empty(x.shape[0], rows)
+    library("nm/matmul", {"VALUE": TYPES[x.dtype]}).nm_matmul(
+        *map(address, (x, values, indices, out)),
+        *map(ctypes.c_int64, (x.shape[0], rows, groups, n, m)),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> None:

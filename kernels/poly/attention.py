@@ -1,4 +1,4 @@
-"""Attention with a polynomial in place of exp, in time linear in the length, and its exact gradient."""
+"""Attention with a polynomial in place of exp, and its exact gradient, in time linear in the sequence length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,23 +27,24 @@ def poly_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention with the weights ``p(s_ij) / D_i``, ``D_i = sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)``.
 
-    The gradient is that of this function with ``center`` held fixed: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j - dO_i .
-    O_i)``. No L x M matrix is formed.
+    The gradient is exact, with ``center`` as a constant: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j - dO_i . O_i)``. No
+    L x M matrix is formed.
 
     Args:
         q: [B, Hq, L, d], floating.
-        k: [B, H, M, d] of q's dtype, where H divides Hq: query head h reads key head ``h // (Hq / H)``.
+        k: [B, H, M, d] of q's dtype. H divides Hq; query head h reads key head ``h // (Hq / H)``.
         v: [B, H, M, e] of q's dtype.
-        coefficients: of p, the constant first; g + 1 of them.
-        scale: factor of the products.
-        causal: query i sees keys j <= i; then M = L.
-        center: [H, d] or [B, H, d], subtracted from the keys; without a gradient.
-        key_mask: [B, M] bool, True where a key counts.
-        chunk: queries and keys processed at a time. Weights are formed within causal chunks only.
+        coefficients: the g + 1 coefficients of p, the constant first.
+        scale: factor of the products q . k.
+        causal: query i reads only keys j <= i; requires M = L.
+        center: [H, d] or [B, H, d], subtracted from the keys; gets no gradient.
+        key_mask: [B, M] bool, False for keys that all queries ignore.
+        chunk: queries and keys processed at a time. Only causal attention forms weights, inside each chunk.
 
     Returns:
-        (out [B, Hq, L, e] of q's dtype, normalisers D [B, Hq, L] in fp32 or fp64). Both are 0 where no key counts. If a
-        D is negative or not finite, p does not approximate exp there; :func:`leanstep.lora.low_rank_attention` checks.
+        (out [B, Hq, L, e] of q's dtype, normalisers D [B, Hq, L] in fp32 or fp64). Both are 0 for queries without keys.
+        Where D is negative or not finite, p does not approximate exp;
+        :func:`leanstep.lora.low_rank_attention` checks D.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, or more than 2^20 features.
@@ -51,10 +52,10 @@ def poly_attention(
     Notes:
         With ``k = C(d + g, g)`` features, the forward pass takes about ``2 k e (Hq L + H M)`` floating-point operations
         and the backward pass ``2 k e (2 Hq L + 3 H M)``; :func:`poly_attention_flops` and
-        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). Saved for backward:
-        q, k, v, out and D. Scratch: one or two states of [k, e + 1] a head, and the features of a chunk of as many
-        heads as fit 16 MB (1 GB on a GPU). fp32 sums of features cancel: whatever p(s) is, D has an error of about
-        1e-7 * (scale |q| |k|)^g / g!.
+        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). The backward pass
+        keeps q, k, v, out and D. Scratch memory: one or two states [k, e + 1] per head, and the features of one chunk
+        for as many heads as fit into 16 MB (1 GB on a GPU). fp32 sums of features cancel, so D has an error of about
+        1e-7 * (scale |q| |k|)^g / g!, even where p(s) is small.
     """
     _check(q, k, v, coefficients, causal, center, key_mask, chunk)
     if center is not None:
@@ -118,7 +119,7 @@ def _check(
 def _heads(
     q: Tensor, k: Tensor, v: Tensor, center: Tensor | None, key_mask: Tensor | None, *settings: Any
 ) -> chunks.Heads:
-    """Batch and key heads as one dimension, with the queries of each key head in the next."""
+    """Flatten batch and key heads to one dimension; the query heads of a key head are the next one."""
     heads = k.shape[1]
     center = None if center is None else center.flatten(0, 1)
     mask = None if key_mask is None else key_mask.repeat_interleave(heads, dim=0)
@@ -234,7 +235,7 @@ def poly_attention_backward_flops(
     chunk: int = 128,
     wanted: Sequence[bool] = (True, True, True),
 ) -> int:
-    """Floating-point operations of its backward pass's matrix products, for the gradients ``wanted`` of q, k and v."""
+    """Floating-point operations of the backward pass's matrix products; ``wanted``: which of q, k, v get a gradient."""
     queries, keys, pairs = _rows(q_shape, k_shape, causal, chunk)
     dim, wide = q_shape[3], v_shape[3] + 1
     of_q, of_k, of_v = wanted
@@ -245,11 +246,11 @@ def poly_attention_backward_flops(
 
 
 def _rows(q_shape: Sequence[int], k_shape: Sequence[int], causal: bool, chunk: int) -> tuple[int, int, int]:
-    """The rows of queries and of keys that meet a state, and the pairs within chunks, over all heads."""
+    """Number of queries that read a state, of keys that are added to one, and of pairs inside chunks; of all heads."""
     batch, query_heads, length, _ = q_shape
     if not causal:
         return batch * query_heads * length, batch * k_shape[1] * k_shape[2], 0
     sizes = [min(chunk, length - start) for start in range(0, length, chunk)] or [0]
-    # queries of the first chunk and keys of the last one meet no state
+    # queries of the first chunk read no state; keys of the last chunk are added to none
     queries, keys = batch * query_heads * (length - sizes[0]), batch * k_shape[1] * (length - sizes[-1])
     return queries, keys, batch * query_heads * sum(size * size for size in sizes)

@@ -1,14 +1,14 @@
-"""Polynomial attention by features, running states and chunks, without the matrix of weights; forward and backward.
+"""Polynomial attention by features, running states and chunks, forward and backward; no matrix of weights is formed.
 
-Letters: n independent key heads, g query heads for each, L queries, M keys, d dims of q and k, e dims of v plus one for
-the normaliser, k features. ``[V, 1]`` (``values``) carries numerator and denominator through the same products:
+Letters: n independent key heads, g query heads per key head, L queries, M keys, d dims of q and k, k features, e - 1
+dims of v. The products with ``[V, 1]`` (``values``, e dims) give numerators and denominators:
 
     forward    O1 = f(X) S,  S = f(Y)^T [V, 1];  O = O1[:e-1] / O1[e-1]
     backward   G = [dO / D, -(dO . O) / D];  T = f(X)^T G
                dX = J(X)^T (S G^T),  dY = J(Y)^T (T [V, 1]^T),  d[V, 1] = f(Y) T
 
-Causal sums run over chunks: S sums the chunks before, T the chunks after, and within a chunk the polynomial of the
-products themselves is computed and masked.
+Causal sums run over chunks: S sums the earlier chunks, T the later ones. Inside a chunk, the weights themselves are
+computed and masked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from leanstep.kernels.poly.features import poly_features, poly_features_backward
 from leanstep.kernels.poly.tables import feature_count, poly_tables
 from leanstep.kernels.reference.poly.attention import polynomial
 
-# bytes for the features of one chunk, which limit the number of heads at once
+# bytes for the features of one chunk; they limit the number of heads processed at once
 _SCRATCH = {"cpu": 16 << 20}
 _SCRATCH_ELSEWHERE = 1 << 30
 
@@ -33,7 +33,7 @@ _SCRATCH_ELSEWHERE = 1 << 30
 class Heads:
     """The inputs of some key heads: q [n, g, L, d], k [n, M, d], v [n, M, e - 1], all of one dtype.
 
-    ``center`` [n, d] is subtracted from the keys, ``mask`` [n, M] is True where a key counts, ``scale`` multiplies the
+    ``center`` [n, d] is subtracted from the keys. ``mask`` [n, M] is False for keys to ignore. ``scale`` multiplies the
     queries.
     """
 
@@ -54,7 +54,7 @@ class Heads:
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype that sums run in."""
+        """The dtype of sums."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
     def slices(self, length: int) -> list[slice]:
@@ -73,14 +73,14 @@ class Heads:
         return y.mT.contiguous()
 
     def values(self, span: slice) -> Tensor:
-        """``[V, 1]`` of a chunk, zero for keys that do not count: [n, c, e]."""
+        """``[V, 1]`` of a chunk, zero for ignored keys: [n, c, e]."""
         v = self.v[:, span].to(self.wide)
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         # a masked value may be anything, NaN included
         return v if self.mask is None else torch.where(self.mask[:, span, None], v, 0.0)
 
     def split(self) -> Iterator[tuple[slice, Heads]]:
-        """The heads in groups that fit the scratch memory."""
+        """Yield groups of heads whose features fit into the scratch memory."""
         n, group, _, dim = self.q.shape
         bytes_of_one = feature_count(dim, self.degree) * self.chunk * group * self.wide.itemsize
         budget = _SCRATCH.get(self.q.device.type, _SCRATCH_ELSEWHERE)
@@ -94,7 +94,7 @@ class Heads:
 
 
 def _ratios(heads: Heads) -> Tensor | None:
-    """Coefficient of each feature over Taylor's, [k, 1]; None where all are 1."""
+    """Ratio of the polynomial's to Taylor's coefficient for each feature, [k, 1]; None if all ratios are 1."""
     ratios = [c * math.factorial(t) for t, c in enumerate(heads.coefficients)]
     if all(abs(ratio - 1) < 1e-15 for ratio in ratios):
         return None
@@ -103,7 +103,7 @@ def _ratios(heads: Heads) -> Tensor | None:
 
 
 class _State:
-    """A running sum of ``features^T rows``: [n, k, e], read with the polynomial's coefficients in it."""
+    """A running sum of ``features^T rows``, [n, k, e]. ``read`` applies the polynomial's coefficients."""
 
     def __init__(self, heads: Heads) -> None:
         n, dim = heads.q.shape[0], heads.q.shape[-1]
@@ -117,12 +117,12 @@ class _State:
         torch.baddbmm(self.sum, features, rows, out=self.sum)
 
     def read(self) -> Tensor:
-        """The sum, each row times its coefficient over Taylor's."""
+        """Return the sum, each row multiplied by its ratio of coefficients."""
         return self.sum if self.ratios is None else self.sum * self.ratios
 
 
 def _within(heads: Heads, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of a chunk's queries [n, d, g c] and keys [n, d, c], [n, g c, c], and the causal mask."""
+    """Products [n, g c, c] of a chunk's queries [n, d, g c] and keys [n, d, c], and the causal mask."""
     length = y.shape[-1]
     visible = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
     return torch.bmm(x.mT, y), visible.repeat(x.shape[-1] // length, 1)
@@ -139,7 +139,7 @@ def forward(heads: Heads) -> tuple[Tensor, Tensor]:
 
 
 def _divide(sums: Tensor, out: Tensor, normaliser: Tensor) -> None:
-    """Write a chunk's numerators over denominators; zero where a denominator is."""
+    """Divide a chunk's numerators by their denominators; write zero where a denominator is zero."""
     sums = sums.unflatten(1, (out.shape[1], -1))
     total = sums[..., -1]
     normaliser.copy_(total)
@@ -172,7 +172,7 @@ def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Upstream:
-    """The result of some heads and its gradient, and where to write the gradients of q, k and v, or None."""
+    """Output and gradient of some heads, and the tensors for the gradients of q, k and v (None: not wanted)."""
 
     grad: Tensor
     out: Tensor
@@ -195,7 +195,7 @@ class _Upstream:
 def backward(
     heads: Heads, grad: Tensor, out: Tensor, normaliser: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The wanted gradients of q, k and v, in their dtype, from that of the output."""
+    """Gradients of q, k and v, in their dtype, from the output's gradient; None where not wanted."""
     inputs = (heads.q, heads.k, heads.v)
     results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
     for span, few in heads.split():
@@ -207,14 +207,14 @@ def backward(
 
 
 def _add_queries(heads: Heads, up: _Upstream, span: slice, x: Tensor, grad: Tensor) -> None:
-    """Add the gradient of a chunk's queries, from that of their features."""
+    """Add the gradient of a chunk's queries, from the gradient of their features."""
     if up.dq is not None:
         dx = poly_features_backward(grad, x, heads.degree).mT.unflatten(1, (heads.q.shape[1], -1))
         up.dq[:, :, span] += dx * heads.scale
 
 
 def _add_keys(heads: Heads, up: _Upstream, span: slice, y: Tensor, suffix: Tensor) -> None:
-    """Add the gradients of a chunk's keys and values, from the state that sums those of the queries."""
+    """Add the gradients of a chunk's keys and values; ``suffix`` is T, the state of the later queries."""
     if up.dk is not None:
         grad = torch.bmm(suffix, heads.values(span).mT)
         up.dk[:, span] += poly_features_backward(grad, y, heads.degree).mT
@@ -270,7 +270,7 @@ def _backward_causal(heads: Heads, up: _Upstream) -> None:
 def _backward_within(
     heads: Heads, up: _Upstream, span: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
 ) -> None:
-    """The part of a chunk's gradients that comes from its own queries and keys."""
+    """Add the gradients that come from pairs of a query and a key inside one chunk."""
     products, visible = _within(heads, x, y)
     if up.dv is not None:
         weights = polynomial(products, heads.coefficients).mul_(visible)

@@ -1,16 +1,21 @@
 """All monomials of a vector up to a degree: features whose inner products are a Taylor sum of exp."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl.poly import features as cpp
-from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count, poly_tables
+from leanstep.kernels.cpp_impl._build import address, library
+from leanstep.kernels.poly.tables import MAX_FEATURES, PolyTables, feature_count, poly_tables
 from leanstep.kernels.reference.poly import features as reference
+
+# columns that a thread of features.cpp takes at a time
+LANES = 64
 
 
 def poly_features(x: Tensor, degree: int) -> Tensor:
-    """The features of every column of x: all monomials ``x^a / sqrt(a!)`` up to ``degree``.
+    """Features of every column of x: all monomials ``x^a / sqrt(a!)`` up to ``degree``.
 
     ``f(x) . f(y) = sum over t <= degree of (x . y)^t / t!``
 
@@ -19,16 +24,16 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
         degree: g >= 0.
 
     Returns:
-        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. Products over features and over columns are
-        both plain matrix products.
+        [n, k, c] of x's dtype with ``k = C(d + g, g)``, ordered by degree. In this layout, sums over features and sums
+        over columns are both matrix products.
 
     Raises:
         ValueError: for another shape or dtype, a negative degree, or more than 2^20 features.
-        BackendError: when a backend was asked for that cannot run here.
+        BackendError: the requested backend cannot run here.
 
     Notes:
-        Computed in fp32 or wider and rounded once. Every feature is written once and, unless it has the highest degree,
-        read once; x is read once for every feature, from the cache.
+        Computed in fp32 or wider and rounded once. Writes every feature once, and reads every feature below the highest
+        degree once. Reads x once per feature, from the cache.
     """
     dim = _check(x, degree, "poly_features")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -37,7 +42,7 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
         return x.new_ones(x.shape[0], feature_count(dim, degree), x.shape[2])
     backend = choose("poly_features", x.device, wide.dtype).backend
     if backend == "cpp":
-        return cpp.poly_features(wide, tables).to(x.dtype)
+        return _cpp_features(wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
         from leanstep.kernels.triton_impl.poly import features as triton_features
 
@@ -46,7 +51,7 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
 
 
 def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
-    """The gradient of x from that of :func:`poly_features`: the transposed Jacobian times ``grad``.
+    """Gradient of x from the gradient of its features: the transposed Jacobian times ``grad``.
 
     ``dx[i] = sum of sqrt(b_i + 1) f[b] grad[b + e_i]`` over features b below the highest degree, where b_i is the
     exponent of x_i in b.
@@ -54,7 +59,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     Args:
         grad: [n, k, c] of x's dtype; not written.
         x: [n, d, c], as given to :func:`poly_features`; not written.
-        degree: the same.
+        degree: as given to :func:`poly_features`.
 
     Returns:
         [n, d, c] of x's dtype.
@@ -63,8 +68,8 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
         ValueError, BackendError: as :func:`poly_features`, and for a gradient of another shape or dtype.
 
     Notes:
-        Features below the highest degree are computed again. On the CPU a row of ``grad`` is read once for every
-        variable of its monomial, without large temporaries; the definition has some of ``d C(d + g - 1, g - 1) c``.
+        Computes the features below the highest degree again. Reads a row of ``grad`` once per variable of its monomial.
+        The kernels make no large temporary; the definition makes some of ``d C(d + g - 1, g - 1) c`` elements.
     """
     dim = _check(x, degree, "poly_features_backward")
     expected = (x.shape[0], feature_count(dim, degree), x.shape[2])
@@ -79,12 +84,39 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     wide, wide_grad, tables = x.to(wide_dtype), grad.to(wide_dtype), poly_tables(dim, degree, x.device)
     backend = choose("poly_features_backward", x.device, wide_dtype).backend
     if backend == "cpp":
-        return cpp.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+        return _cpp_features_backward(wide_grad.contiguous(), wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
         from leanstep.kernels.triton_impl.poly import features as triton_features
 
         return triton_features.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
     return reference.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+
+
+def _cpp_features(x: Tensor, tables: PolyTables) -> Tensor:
+    """Features [n, k, c] of contiguous x [n, d, c], fp32."""
+    n, dim, columns = x.shape
+    features = len(tables.parent)
+    out = x.new_empty(n, features, columns)
+    library("poly/features", {}).poly_features(
+        *map(address, (x, tables.parent, tables.last, tables.weight32, out)),
+        *map(ctypes.c_int64, (n, dim, features, columns)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _cpp_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
+    """The gradient of x [n, d, c], fp32; both tensors contiguous."""
+    n, dim, columns = x.shape
+    lower, threads = len(tables.up), torch.get_num_threads()
+    scratch, out = x.new_empty(threads, lower, LANES), torch.empty_like(x)
+    maps = (tables.parent, tables.last, tables.weight32, tables.up, tables.lift32)
+    library("poly/features", {}).poly_features_backward(
+        *map(address, (grad, x, *maps, scratch, out)),
+        *map(ctypes.c_int64, (n, dim, len(tables.parent), lower, columns)),
+        threads,
+    )
+    return out
 
 
 def _check(x: Tensor, degree: int, name: str) -> int:

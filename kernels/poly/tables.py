@@ -1,8 +1,9 @@
-"""The monomials of a polynomial feature map: their order, and the parent that each is computed from.
+"""The monomials of a polynomial feature map: their order, and the parent of each.
 
-These are the monomials x^a of degree 0 to g in d variables, each weighted with 1 / sqrt(a!), so that the features of
-two vectors have the inner product ``sum over t <= g of (x . y)^t / t!``. They are ordered by degree, then by the last
-variable: the monomials of degree t that end in variable i are those of degree t - 1 in variables up to i, times x_i.
+The features are the monomials x^a of degree 0 to g in d variables, each divided by sqrt(a!). Thus the features of two
+vectors have the inner product ``sum over t <= g of (x . y)^t / t!``. They are ordered by degree, then by their last
+variable. A monomial of degree t with last variable i is x_i times its parent, a monomial of degree t - 1 in the
+variables up to i.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# beyond this, tables and states of one head take gigabytes
+# with more features, the tables and states of one head take gigabytes
 MAX_FEATURES = 1 << 20
 
 
@@ -32,9 +33,9 @@ class PolyTables:
         parent, last, weight: [k]; feature f > 0 is ``weight * feature[parent] * x[last]``; feature 0 is 1.
         degrees: [k], the degree of each feature.
         up, lift: [features of degree < g, d]; the derivative of feature ``up[b, i]`` in x_i is ``lift[b, i] *
-            feature[b]``. So gradients are gathered, not scattered.
-        weight32, lift32: the same in fp32.
-        starts: where the features of each degree begin, and k at the end.
+            feature[b]``. With these tables, gradients are gathered instead of scattered.
+        weight32, lift32: ``weight`` and ``lift`` in fp32.
+        starts: index of each degree's first feature, then k.
     """
 
     parent: Tensor
@@ -86,7 +87,7 @@ def poly_tables(dim: int, degree: int, device: torch.device) -> PolyTables:
 def _ups(
     dim: int, degree: int, parent: list[np.ndarray], last: list[np.ndarray], starts: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every feature of degree < g times every variable: the product's index, and the root of the new exponent."""
+    """``up`` and ``lift``: index of each feature of degree < g times each variable, and root of the new exponent."""
     variables = np.arange(dim)[None, :]
     ups, counts = [], []
     for t in range(degree):
@@ -99,7 +100,7 @@ def _ups(
             counts.append(np.zeros((1, dim), np.int64))
             continue
         above, end = parent[t] - starts[t - 1], last[t][:, None]
-        # a variable before the last one multiplies the parent; the product still ends in the last one
+        # times an earlier variable, the product keeps its last variable; its parent is the parent times that variable
         inner = ups[t - 1][above] - starts[t]
         ups.append(np.where(variables >= end, direct, begins[end] + inner))
         counts.append(counts[t - 1][above] + (variables == end))

@@ -1,13 +1,12 @@
-"""How an fp32 update meets a parameter of lower precision: the four ways, as plain torch.
+"""Four ways to round an fp32 update to a parameter of lower precision, as plain torch.
 
-``rounding`` names the way; ``rounding_state`` is the tensor it keeps beside the parameter:
+``rounding`` selects the way. ``rounding_state`` is a tensor that two of them need for every parameter:
 
-* ``nearest``: the parameter is widened, updated in fp32 and rounded once. No state.
-* ``stochastic``: rounded up or down with probability by distance (bf16 only), from a counter-based hash of the
-  element's index and a seed, so that a step can be replayed. No state.
-* ``kahan``: ``rounding_state`` (parameter's dtype) holds what rounding dropped; their sum carries
-  about 16 bits.
-* ``master``: ``rounding_state`` (fp32) is the weight; the parameter is its rounded copy.
+* ``nearest``: the parameter is widened, updated in fp32 and rounded once.
+* ``stochastic``: rounds up or down at random; the nearer value is more likely (bf16 only). The random bits are a hash
+  of the element's index and a seed, so a step can be replayed.
+* ``kahan``: ``rounding_state`` (parameter's dtype) holds the rounding error. Both together have about 16 bits.
+* ``master``: ``rounding_state`` (fp32) is the weight. The parameter is its rounded copy.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit
 
 
 def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor:
-    """The value of a parameter in the dtype the update is computed in (fp32, or fp64 for fp64 parameters)."""
+    """The value of a parameter in the dtype of the update: fp64 for fp64 parameters, else fp32."""
     if rounding == "master":
         assert rounding_state is not None
         return rounding_state
@@ -33,7 +32,7 @@ def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor
 
 
 def as_int32(value: Tensor | int, device: torch.device) -> Tensor:
-    """The low 32 bits as int32."""
+    """Convert the low 32 bits to int32."""
     return torch.as_tensor(value, device=device).to(torch.int32)
 
 
@@ -44,7 +43,7 @@ def hash32(index: Tensor, seed: Tensor | int) -> Tensor:
         index: integer tensor of element indices; the low 32 bits count.
         seed: integer tensor (0-d or of the index's shape) or int; the low 32 bits count.
     """
-    # int32 products wrap; an arithmetic shift is made a logical one by masking the bits that came in
+    # int32 products wrap; masks turn arithmetic shifts into logical ones
     x = index.to(torch.int32) ^ as_int32(seed, index.device)
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _MULTIPLIERS[0]
@@ -54,17 +53,17 @@ def hash32(index: Tensor, seed: Tensor | int) -> Tensor:
 
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up with the probability of the dropped fraction; the result is still fp32.
+    """Round fp32 to a bf16 value, still stored in fp32. The dropped fraction is the probability of rounding up.
 
-    The low 16 of ``bits`` are added to the fp32 pattern, then the upper half is kept: E[result] = value. Infinities
-    and NaN pass unchanged.
+    Adds the low 16 of ``bits`` to the fp32 pattern and clears the lower half, so E[result] = value. Infinities and NaN
+    do not change.
     """
     pattern = (value.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
     return torch.where(torch.isfinite(value), pattern.view(torch.float32), value)
 
 
 def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
-    """Row-major index of every element of ``like``, plus ``offset`` (where this shard starts), modulo 2**32."""
+    """Row-major index of every element of ``like``, plus ``offset`` (the shard's first index), modulo 2**32."""
     dtype = torch.int32 if like.numel() < 2**31 else torch.int64
     index = torch.arange(like.numel(), dtype=dtype, device=like.device).to(torch.int32)
     return index.view(like.shape) + as_int32(offset, like.device)
@@ -73,7 +72,7 @@ def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
 def narrow(
     value: Tensor, param: Tensor, rounding: str, seed: Tensor | int | None = None, offset: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """New contents of parameter and rounding state for the fp32 ``value``; ``copy_`` of them rounds."""
+    """Return the parameter's and the state's new values for the fp32 ``value``. The caller's ``copy_`` rounds them."""
     if rounding == "stochastic" and param.dtype == torch.bfloat16:
         assert seed is not None
         return round_stochastic(value, hash32(element_index(value, 0 if offset is None else offset), seed)), None

@@ -1,4 +1,4 @@
-"""The AdamW rule on a list of CPU tensors: torch's fused kernel, or one of the same bits that is faster in bf16."""
+"""The AdamW step on a list of CPU tensors: torch's fused kernel or, in bf16, a faster kernel with the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import integers, library, pointers
 
-# elements that torch's fused kernel takes at a time; it rounds single ones differently
+# elements that torch's fused kernel processes at a time; it rounds the remaining ones differently
 LANES = 64
 
 
@@ -34,23 +34,23 @@ def adamw_step(
 ) -> None:
     """One step of ``torch.optim.AdamW(fused=True)`` on CPU tensors, bit for bit.
 
-    ``p <- p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``m`` and ``v``
-    the averages of ``g`` and ``g^2`` and ``t`` the steps, this one included (Loshchilov and Hutter, 2019).
+    ``p <- p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``, where ``m`` and ``v``
+    are the averages of ``g`` and ``g^2``, and ``t`` counts the steps including this one (Loshchilov and Hutter, 2019).
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU. The four tensors at an index have one
             dtype and one dense layout. All but the gradients are updated in place.
-        steps: fp32 scalars, the number of steps before this one; increased in place.
+        steps: 0-d fp32 tensors, the number of earlier steps; increased in place.
         lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW`` takes them.
 
     Raises:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads p, g, m, v and writes p, m, v once. In bf16, torch's kernel is limited by conversions, not by memory.
-        Therefore a C++ kernel takes the elements that fill whole vectors, and torch the others. A check on first use
-        makes sure that both give the same bits; if not, torch's kernel runs alone, as it does in fp32. Non-finite
-        gradients are not detected, and version counters are not increased.
+        Reads p, g, m, v once and writes p, m, v once. Does not detect non-finite gradients, and does not increase
+        version counters. In bf16, conversions limit torch's kernel, not memory. A C++ kernel therefore updates the
+        elements that fill whole vectors, and torch updates the rest. The first call compares the bits of both kernels.
+        If they differ, torch's kernel runs alone, as it does in fp32.
     """
     if not params:
         return
@@ -75,7 +75,7 @@ class _Options(NamedTuple):
     maximize: bool
 
     def numbers(self, step: int) -> tuple[float, ...]:
-        """Those of a tensor that has taken ``step`` steps, in double precision as torch computes them."""
+        """The kernel's scalars for step number ``step``, in double precision as torch computes them."""
         lr, (beta1, beta2) = float(self.lr), self.betas
         size = -lr / (1 - beta1**step)
         return 1 - lr * self.weight_decay, 1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), self.eps, size
@@ -90,7 +90,7 @@ def _torch(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
 
 
 def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
-    # what does not fill a vector goes through torch's loop over single entries, whose roundings are others
+    # torch updates the elements that fill no vector: its loop over single elements rounds differently
     sizes = [p.numel() for p in columns[0]]
     whole = [size // LANES * LANES for size in sizes]
     ends = [i for i, size in enumerate(sizes) if size > whole[i]]
@@ -111,13 +111,13 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor, in one dimension."""
+    """View a dense tensor in storage order, in one dimension."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @functools.cache
 def _same_bits() -> bool:
-    """Whether the C++ kernel gives the bits of this build of torch: how a compiler fuses products is not promised."""
+    """Whether the C++ kernel gives the bits of this build of torch. Compilers may fuse products differently."""
     chance = torch.Generator().manual_seed(0)
     made = [torch.randn(64 * LANES, generator=chance) * scale for scale in (2e-2, 1e-3, 1e-4, 1e-6)]
     for betas in ((0.9, 0.999), (0.0, 0.5)):

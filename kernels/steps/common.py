@@ -1,4 +1,4 @@
-"""What the steps share: their options, the scalars of a rule, and the check for non-finite gradients."""
+"""Shared by the steps: options, the tensor of a rule's scalars, and the check for non-finite gradients."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from leanstep.kernels.cpp_impl._build import TYPES, address, group_by_dtypes, in
 
 
 class StepOptions(NamedTuple):
-    """How a step updates its tensors; each step reads the fields that its rule has.
+    """Options of a step. Each step reads the fields that its rule has.
 
     Attributes:
         scalars: 1-D tensor of the rule's numbers on the device, in :func:`compute_dtype`; see :func:`pack`.
-        rounding: how the new value meets the parameter's dtype: "nearest", "stochastic", "kahan" or "master"; see
-            :mod:`leanstep.kernels.reference.rounding`.
-        cautious_scale: [number of tensors], in the dtype of ``scalars``: factor of the entries whose update agrees in
-            sign with the gradient; the others do not move (Liang et al., arXiv 2411.16085). None: off.
+        rounding: how the new value is rounded to the parameter's dtype: "nearest", "stochastic", "kahan" or "master";
+            see :mod:`leanstep.kernels.reference.rounding`.
+        cautious_scale: [number of tensors], in the dtype of ``scalars``. Entries whose update agrees in sign with the
+            gradient are scaled by it; the others do not move (Liang et al., arXiv 2411.16085). None: off.
         decay_where_aligned: decay only entries whose update and value agree in sign (Chen et al., arXiv 2510.12402).
         maximize: ascend instead of descend.
-        skip_nonfinite: leave alone what has a non-finite gradient: entries (Lion) or whole matrices.
+        skip_nonfinite: do not update entries (Lion) or whole matrices with a non-finite gradient.
         seeds: int64 [number of tensors] of unsigned 32-bit values, for "stochastic".
         offsets: int64 [number of tensors]: index of each tensor's first element in its whole tensor, if it is a shard.
     """
@@ -41,7 +41,7 @@ class StepOptions(NamedTuple):
     offsets: Tensor | None = None
 
     def of(self, selection: int | list[int]) -> StepOptions:
-        """The options of one tensor, with 0-d ``cautious_scale``, ``seeds`` and ``offsets``, or of some of them."""
+        """The options of some tensors, or of one, with 0-d ``cautious_scale``, ``seeds`` and ``offsets``."""
         scale, seeds, offsets = (
             None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets)
         )
@@ -49,7 +49,7 @@ class StepOptions(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an update of parameters of ``dtype`` is computed in: fp64 for fp64, else fp32."""
+    """The dtype in which parameters of ``dtype`` are updated: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -61,11 +61,10 @@ def decay_factor(lr: float | Tensor, weight_decay: float) -> float | Tensor:
 
 
 def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The numbers of a rule, Python's or one-element tensors, as one 1-D tensor.
+    """Pack a rule's numbers, Python numbers or one-element tensors, into one 1-D tensor.
 
-    Kernels read it from memory: a changed learning rate compiles nothing, and one that lives on ``device`` is never
-    read by the host. A CPU tensor beside parameters on a GPU is read, which needs no wait. Python numbers are rounded
-    once, from double precision.
+    Kernels read the tensor from memory, so a changed learning rate compiles nothing. The host reads no number from a
+    GPU, so it never waits. Python numbers are rounded once, from double precision.
     """
     if torch.compiler.is_compiling():
         wide = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]
@@ -86,17 +85,17 @@ def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype)
     return packed
 
 
-# what a captured CUDA graph reads must outlive the cache
+# tensors that a captured CUDA graph reads, which must outlive the cache
 _captured: list[Tensor] = []
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1-D tensor of Python numbers, from a small cache: not to be written to.
+    """1-D tensor of Python numbers, from a small cache. Do not write to it.
 
-    On a GPU nothing is sent when the numbers are those of an earlier step, so that the step can be captured.
+    Numbers of an earlier step are not sent to a GPU again, so the step can be captured.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        # a tensor made under a dispatch mode (fake tensors, tracing) must not be found by a real step later
+        # the cache must not give a tensor made under a dispatch mode (fake tensors, tracing) to a real step
         return torch.tensor(tuple(values), dtype=dtype, device=device)
     cached = _constant(tuple(values), device, dtype)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -123,7 +122,7 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads every tensor once. No wait for the device.
+        Reads every tensor once. Does not wait for the device.
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.int32)

@@ -39,15 +39,15 @@ def lion_step(
             [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
 
     Returns:
-        int32 [len(params)]: 1 where the gradient had a non-finite entry. With ``skip_nonfinite`` such entries keep
-        parameter, momentum and rounding state; without it all flags are 0.
+        int32 [len(params)]: 1 where the gradient has a non-finite entry. With ``skip_nonfinite``, the parameter,
+        momentum and rounding state of such an entry do not change. Without it, all flags are 0.
 
     Raises:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. The fast paths make no temporary of a
-        tensor's size. All backends agree bit for bit: products and sums are not contracted.
+        Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. The C++ and Triton kernels make no temporary
+        of a tensor's size. All backends agree bit for bit, because no kernel contracts products and sums.
     """
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.lion_step(params, grads, exp_avgs, rounding_state, *options)
@@ -84,7 +84,7 @@ def _step(
 
 
 def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
-    """Step tensors of one dtype each (parameters, gradients, momenta), every row of them in one dense layout."""
+    """Step tensors of one dtype per list. The tensors at an index have one dense layout."""
     params, grads, exp_avgs, *rounding_state = lists
     macros = {
         **_macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite),
@@ -123,15 +123,14 @@ def _macros(grad: Tensor, exp_avg: Tensor, maximize: bool, skip_nonfinite: bool)
 def lion_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOptions) -> Tensor:
     """Count, per tensor, the entries whose Lion update agrees in sign with the gradient.
 
-    Cautious Lion scales the agreeing entries by numel / count. Under sharding the counts are summed over the shards
-    before the scale is formed.
+    Cautious Lion scales the agreeing entries by numel / count. For shards, sum the counts over the shards first.
 
     Args:
         grads, exp_avgs: as for :func:`lion_step`.
-        options: of :func:`lion_step`; ``scalars``, ``maximize`` and ``skip_nonfinite`` are read.
+        options: as for :func:`lion_step`; reads ``scalars``, ``maximize`` and ``skip_nonfinite``.
 
     Returns:
-        fp32 [len(grads)] (exact up to 2**24 on backends that count in fp32; integer counts are converted once).
+        fp32 [len(grads)]. Counts are integers, converted once.
 
     Notes:
         Reads g and m once each.
@@ -169,7 +168,7 @@ def _agreement(
 
 
 def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOptions) -> Tensor:
-    """int64 counts of agreeing entries, for tensors of one dtype each."""
+    """int64 counts of agreeing entries, for tensors of one dtype per list."""
     macros = _macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite)
     counts = torch.zeros(len(grads), dtype=torch.int64)
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}

@@ -1,4 +1,4 @@
-"""The update p <- p * decay - step * r_i c_j G_ij of lists of matrices, with scales given or found by Sinkhorn."""
+"""The step p <- p * decay - step * r_i c_j G_ij on lists of matrices, with given scales or with Sinkhorn's."""
 
 import ctypes
 import itertools
@@ -37,14 +37,13 @@ def scaled_step(
     Args:
         params: parameters [..., m, n] of one device and dtype; updated in place.
         mats: matrices G, same shapes, any floating dtype; not written.
-        rows, cols: scales [..., m] and [..., n] of every matrix, fp32 (:func:`leanstep.kernels.sinkhorn` returns such
-            lists).
+        rows, cols: scales [..., m] and [..., n] of every matrix, fp32, as :func:`leanstep.kernels.sinkhorn` returns.
         rounding_state: as for :func:`leanstep.kernels.lion_step`.
-        options: see :class:`StepOptions`; ``scalars`` are [step, decay]. With ``skip_nonfinite`` a matrix whose column
-            scales hold a NaN (its gradient was not finite) is left alone.
+        options: see :class:`StepOptions`; ``scalars`` are [step, decay]. ``skip_nonfinite`` does not update matrices
+            with a NaN among their column scales, whose gradient was not finite.
 
     Returns:
-        int32 [len(params)]: 1 where a matrix was not finite. Without ``skip_nonfinite`` all are 0.
+        int32 [len(params)]: 1 where a matrix was not finite. Without ``skip_nonfinite``, all flags are 0.
 
     Raises:
         BackendError: the requested backend cannot run here.
@@ -82,8 +81,8 @@ def sinkhorn_step(
         BackendError: the requested backend cannot run here.
 
     Notes:
-        The C++ backend updates every matrix before it goes on to the next, so that one of less than 4 MB is read from
-        memory once, not twice; bits are those of the two operations.
+        Gives the bits of the two operations. The C++ backend scales and updates one matrix after another, so it reads a
+        matrix of less than 4 MB from memory once instead of twice.
     """
     if not _fits_one_call(params, mats, rounding_state):
         scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
@@ -95,7 +94,7 @@ def sinkhorn_step(
 
 
 def _fits_one_call(params: list[Tensor], mats: list[Tensor], rounding_state: list[Tensor]) -> bool:
-    """True where one C++ call finds the scales and steps: contiguous matrices with entries, of one dtype each list."""
+    """Whether one C++ call can scale and step: contiguous matrices with entries, one dtype per list."""
     if torch.compiler.is_compiling() or not params:
         return False
     lists = (params, mats, rounding_state)
@@ -129,7 +128,7 @@ def _step(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
 
-        # scale vectors of all matrices behind one another
+        # the kernel reads the scales of all matrices from one vector
         flat_rows, flat_cols = (torch.cat([scale.reshape(-1) for scale in scales]) for scales in (rows, cols))
         return triton_step.scaled_step(params, mats, flat_rows, flat_cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
@@ -151,7 +150,7 @@ def _step(
 
 
 def _reference_step(tensors: list[Tensor], nonfinite: Tensor | None, options: StepOptions) -> None:
-    """The reference, with the old contents put back where a matrix was not finite."""
+    """Run the reference, then restore the matrices that were not finite."""
     written = [tensors[0], *tensors[4:]]
     old = [t.clone() for t in written] if nonfinite is not None and bool(nonfinite.any()) else []
     reference.scaled_step(*tensors, options=options)
@@ -170,10 +169,9 @@ def _cpp_step(
     options: StepOptions,
     iterations: tuple[int, bool] = (0, False),
 ) -> Tensor:
-    """Step contiguous tensors [..., m, n] of one dtype each (parameters, matrices).
+    """Step contiguous tensors [..., m, n] of one dtype per list.
 
-    Without ``rows`` and ``cols`` the scales are found first, in the same call; ``iterations`` are then
-    (num_iters, end_with_rows).
+    Without ``rows`` and ``cols``, the call computes the scales first, with ``iterations`` = (num_iters, end_with_rows).
     """
     macros: dict[str, str | int] = {
         "PARAM": TYPES[params[0].dtype],
@@ -181,7 +179,7 @@ def _cpp_step(
         "ROUNDING": options.rounding.upper(),
         "SKIP": int(options.skip_nonfinite),
     }
-    # a stack of matrices is several, which belong to one parameter
+    # the kernel takes single matrices; owners gives the parameter of each
     owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]
     within = [e for p in params for e in range(p.shape[:-2].numel())]
     first = [0] * len(params) if options.offsets is None else options.offsets.tolist()
@@ -215,7 +213,7 @@ def _cpp_step(
 
 
 def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
-    """The tensors, with stacks [..., m, n] (or their scales [..., m]) cut into their matrices."""
+    """Cut stacks [..., m, n], or their scales [..., m], into single matrices or scales."""
     if all(t.dim() == dims for t in tensors):
         return tensors
     return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]

@@ -1,8 +1,8 @@
 """Device functions that the Triton kernels share, and the map from torch to Triton dtypes.
 
-Arithmetic is fp32. bfloat16 conversions go through `.to` on a device, where they are one instruction that rounds to
-nearest even; Triton's interpreter truncates instead and loses subnormals, so there the same conversion is written
-in bits. Everything else is one code path for both.
+Arithmetic is fp32. On a device, bfloat16 conversions are `.to`, one instruction that rounds to nearest even. Triton's
+interpreter truncates instead and loses subnormals, so it runs the same conversion written in bits. All other code is
+the same for both.
 """
 
 import torch
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def load_tile(ptr, mask):
-    """A tile, zero where the mask is off; without a mask (None) the access can be as wide as its alignment allows."""
+    """Load a tile, zero where the mask is False. With mask None, accesses are as wide as the alignment allows."""
     if mask is None:
         x = tl.load(ptr)
     else:
@@ -27,7 +27,7 @@ def load_tile(ptr, mask):
 
 @triton.jit
 def to_float(x):
-    """Exact fp32 value of a float block."""
+    """Convert a float block to fp32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -37,7 +37,7 @@ def to_float(x):
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
-    """fp32 block in DTYPE, rounded to nearest even."""
+    """Convert an fp32 block to DTYPE, rounded to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -49,7 +49,7 @@ def round_to(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def random_bits(index, seed):
-    """32 random bits per element from its index in the whole tensor (uint32 block) and the seed (uint32 scalar).
+    """32 random bits per element: a hash of its index in the whole tensor (uint32 block) and the seed (uint32).
 
     The mixing function is "lowbias32" from Christopher Wellons' hash-prospector.
     """
@@ -63,16 +63,16 @@ def random_bits(index, seed):
 
 @triton.jit
 def stochastic_bfloat16(x, random):
-    """fp32 block in bfloat16, rounded up in magnitude with the probability of the discarded fraction; NaN stays NaN."""
+    """Round an fp32 block to bfloat16, up in magnitude with the probability of the dropped fraction. NaN stays NaN."""
     bits = x.to(tl.uint32, bitcast=True)
-    # a NaN whose payload is all ones, as CUDA makes them, would carry over into a zero
+    # the sum would overflow CUDA's NaN, whose payload is all ones, into a zero
     bits = tl.where(x == x, bits + (random & 0xFFFF), 0x7FC00000)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def parameter_value(p, state, ROUNDING: tl.constexpr):
-    """fp32 value of the parameter: with its Kahan remainder, or that of its fp32 master copy."""
+    """fp32 value of the parameter: plus its Kahan remainder, or of its fp32 master copy."""
     if ROUNDING == "master":
         value = to_float(state)
     elif ROUNDING == "kahan":
@@ -84,7 +84,7 @@ def parameter_value(p, state, ROUNDING: tl.constexpr):
 
 @triton.jit
 def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """fp32 block in the parameter's dtype."""
+    """Round an fp32 block to the parameter's dtype."""
     if ROUNDING == "stochastic":
         p = stochastic_bfloat16(value, random)
     else:
@@ -94,7 +94,7 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
 
 @triton.jit
 def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """The rounding state of the rounded parameter: the rounding error (kahan) or the value itself (master)."""
+    """The new rounding state: the rounding error (kahan) or the value (master)."""
     if ROUNDING == "kahan":
         state = round_to(value - to_float(p), E_DTYPE)
     else:
@@ -106,6 +106,6 @@ def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
 def aligned_pointer(address, DTYPE: tl.constexpr):
     """Pointer to a 16-byte aligned tensor.
 
-    The hint is attached to this cast, not to the address: other branches use the address without that promise.
+    The hint belongs to this cast, not to the address, because other branches use the address without that promise.
     """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -1,6 +1,6 @@
-"""Record launches and compile their kernels for a named target, on a machine without one: Triton's side of the audit.
+"""Record launches and compile their kernels for any target, on a machine without it: Triton's side of the audit.
 
-`leanstep.kernels.audit` measures what this module returns and imports without Triton itself.
+`leanstep.kernels.audit` measures the compiled kernels and imports without Triton.
 """
 
 import importlib
@@ -34,7 +34,7 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch of a kernel, as its launcher asked for it.
+    """One launch of a kernel, as recorded from its launcher.
 
     Attributes:
         kernel: the `triton.jit` function.
@@ -51,23 +51,23 @@ class Launch:
     fp_fusion: bool
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a constexpr argument names, or that a pointer points to."""
+        """The dtype of a constexpr argument or of a pointer's target."""
         value = self.constants[name] if name in self.constants else self.arguments[name]
         return next(dtype for dtype, triton_dtype in TL_DTYPE.items() if triton_dtype.name == str(value).strip("*"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditCase(Launch):
-    """A launch, and what its launcher's docstring promises of it.
+    """A launch and the promises of its module's docstring.
 
     Attributes:
         label: the configuration in words.
-        elements: elements that one turn of a main loop handles.
-        read, written: bytes per element that are moved from and to memory.
-        cached: bytes per element read besides, from what the program has just read or written.
-        sweeps: main loops that every element goes through; further loops of the same kind are alternatives.
-        wide: whether the main loop's accesses of tensors are 128 bits wide.
-        flat: whether it accesses nothing else.
+        elements: elements per turn of a main loop.
+        read, written: bytes per element read from and written to memory.
+        cached: further bytes per element read from the cache, which the program has just read or written.
+        sweeps: number of main loops that every element passes through; other loops are alternatives.
+        wide: whether the main loop accesses tensors in 128 bits.
+        flat: whether the main loop makes no other accesses.
     """
 
     label: str
@@ -83,9 +83,9 @@ class AuditCase(Launch):
 def recorded_cases(
     launch_all: Callable[[], object], promises: Mapping[Any, Callable[[Launch], dict[str, Any]]]
 ) -> list[AuditCase]:
-    """The distinct launches that `launch_all` makes, each with the fields that `promises` gives for its kernel.
+    """Record the distinct launches of `launch_all`, and add the fields that `promises` returns for each kernel.
 
-    Nothing is run on a device: a launcher is called with CPU or meta tensors, and its kernels are only recorded.
+    No kernel runs: `launch_all` calls launchers with CPU or meta tensors, and their launches are only recorded.
     """
     launches: list[Launch] = []
 
@@ -109,7 +109,7 @@ def recorded_cases(
 
 @dataclass(frozen=True)
 class Build:
-    """A compiled kernel as text: intermediate code, machine code and the tool's table of resources."""
+    """A compiled kernel as text: intermediate code, machine code and table of resources."""
 
     key: str
     ttir: str
@@ -128,15 +128,15 @@ def modules() -> list[ModuleType]:
 
 @cache
 def cases() -> list[AuditCase]:
-    """Every configuration that a launcher of this package can pick."""
+    """Every configuration that a launcher of this package can choose."""
     return [case for module in modules() for case in module.audit_cases()]
 
 
 def compile_case(case: AuditCase, target: str) -> Any:
-    """Triton's compiled kernel for a target that need not be here."""
+    """Compile a kernel for a target, which this machine need not have."""
     types = dict(case.arguments) | dict.fromkeys(case.constants, "constexpr")
     signature = {name: types[name] for name in case.kernel.arg_names}
-    # torch allocations are aligned at least so, and Triton specialises on it at launch
+    # torch aligns allocations to at least 16 bytes, and Triton specialises kernels on it at launch
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=aligned)
     gpu = TARGETS[target]
@@ -147,7 +147,7 @@ def compile_case(case: AuditCase, target: str) -> Any:
 def disassemble(compiled: Any, machine_code: bool = True) -> Build:
     """Disassemble a compiled kernel with the tools that ship in Triton's wheel.
 
-    `machine_code=False` leaves that text empty for NVIDIA's targets, which halves the time.
+    `machine_code=False` leaves the machine code empty for NVIDIA's targets, which halves the time.
     """
     asm = compiled.asm
     if "amdgcn" in asm:

@@ -3,14 +3,14 @@
 A launch reads two int64 arrays on the device:
 
 - `rows`: one row of fixed length per tensor, with the addresses, sizes, strides and alignment that the kernel reads;
-- `programs`: one entry per program, `tensor << 32 | piece`: program k works on this piece of this tensor. Tensors
+- `programs`: one entry `tensor << 32 | piece` per program, the piece of a tensor that the program works on. Tensors
   without elements get no program.
 
-Both are built on the host, uploaded through pinned memory without waiting, and cached by their content. If all tensors
-have the addresses of the step before, nothing is uploaded. If only addresses change, only the rows are uploaded, a few
-bytes per tensor.
+The host builds both, uploads them through pinned memory without waiting, and caches them by content. If all tensors
+have the addresses of the previous step, nothing is uploaded. If only addresses change, only the rows are uploaded, a
+few bytes per tensor.
 
-Under CUDA graph capture, a new array is uploaded by the graph itself; both of its copies are then kept forever.
+Under CUDA graph capture, the graph itself uploads a new array. Both copies of the array are then kept forever.
 """
 
 import threading
@@ -27,7 +27,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
-_CACHE_BYTES = 32 << 20  # device memory of cached arrays, beyond which the least recently used ones are dropped
+_CACHE_BYTES = 32 << 20  # device memory of cached arrays; beyond it, the least recently used are dropped
 
 
 @dataclass
@@ -47,11 +47,11 @@ class _UploadCache:
         self._cached: OrderedDict[Hashable, _Upload] = OrderedDict()
         self._captured: list[_Upload] = []
         self._bytes = 0
-        # gradients released in backward are stepped from autograd's threads
+        # optimizers that step during the backward pass run in autograd's threads
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, build: Callable[[], np.ndarray], device: torch.device) -> Tensor:
-        """The device copy of `build()`, which must depend on `key` alone."""
+        """Return the device copy of `build()`, which must depend on `key` alone."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
             upload = self._cached.get((device, key))
@@ -59,8 +59,8 @@ class _UploadCache:
                 return self._add((device, key), _upload(build(), device, capturing), capturing)
             self._cached.move_to_end((device, key))
             if capturing:
-                # the graph reads this memory at every replay, long after the cache has forgotten it. The warm-up that
-                # uploaded it also wrote the tensors it points at, so whoever replays is ordered after it already
+                # The graph reads this memory at every replay, even after the cache has dropped it. Replays are ordered
+                # after the warm-up, which uploaded it and wrote the tensors it points to.
                 self._captured.append(upload)
             elif upload.event is not None:
                 _order_after(upload, device)
@@ -69,7 +69,7 @@ class _UploadCache:
     def _add(self, key: Hashable, upload: _Upload, capturing: bool) -> Tensor:
         self.uploads += 1
         if capturing:
-            # its content exists only once the graph has run, so no eager launch may find it
+            # the array is empty until the graph runs, so eager launches must not get it from the cache
             self._captured.append(upload)
             return upload.device
         self._cached[key] = upload
@@ -105,13 +105,13 @@ _uploads = _UploadCache()
 
 
 def device_rows(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """The rows of integers, one per tensor and all of one length, as a flat int64 tensor on `device`."""
+    """Upload rows of integers, one per tensor and of equal length, as a flat int64 tensor on `device`."""
     key = tuple(rows)
     return _uploads.get(("rows", key), lambda: np.array(key, dtype=np.int64), device)
 
 
 def device_programs(pieces: Sequence[int], device: torch.device) -> Tensor | None:
-    """The map of a launch that gives tensor i `pieces[i]` programs; None if all are 0."""
+    """Upload the map of a launch with `pieces[i]` programs for tensor i. None if there are no programs."""
     key = tuple(pieces)
     if not any(key):
         return None
@@ -137,22 +137,22 @@ def has_aligned_rows(mat: Tensor) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Context manager that makes `device` the current one: Triton launches there only."""
+    """Context manager that makes `device` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def warps(threads: int) -> int:
-    """The number of warps in `threads`: a warp has 32 threads on NVIDIA, 64 on AMD's data-centre devices."""
+    """Number of warps of `threads` threads: a warp has 32 on NVIDIA, 64 on AMD's data-centre devices."""
     return threads // (64 if torch.version.hip else 32)
 
 
 def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
-    """For each distinct key, in order of first appearance: a mask of the indices that have it."""
+    """Map each distinct key, in order of first appearance, to a mask of the indices that have it."""
     return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
 
 
 def launches(keys: Sequence[Hashable], pieces: Sequence[int], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-    """(key, map of programs) of every launch: tensor i gets `pieces[i]` programs in the launch of `keys[i]`."""
+    """Yield (key, map of programs) per launch: one launch per distinct key, `pieces[i]` programs for tensor i."""
     for key, selected in by_key(keys).items():
         programs = device_programs([n * is_in for n, is_in in zip(pieces, selected, strict=True)], device)
         if programs is not None:
@@ -160,7 +160,7 @@ def launches(keys: Sequence[Hashable], pieces: Sequence[int], device: torch.devi
 
 
 def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]:
-    """Those of the options, or zeros for `count` tensors: kernels always read them."""
+    """The options' seeds and offsets, or zeros for `count` tensors, because kernels always read them."""
     seeds, offsets = options.seeds, options.offsets
     if seeds is None or offsets is None:
         zeros = torch.zeros(count, dtype=torch.int64, device=options.scalars.device)
@@ -169,43 +169,40 @@ def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]
 
 
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
-    """The rounding that applies to parameters of `dtype`: always nearest for fp32; stochastic for bf16 only."""
+    """The rounding of parameters of `dtype`: nearest for fp32; stochastic for bf16 only."""
     if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
         return "nearest"
     return rounding
 
 
 class Staging:
-    """Contiguous copies, in a dtype that a kernel takes, of tensors that are not so; `finish` writes them back.
-
-    A contiguous tensor of such a dtype is used itself.
-    """
+    """Copies tensors that a kernel does not take, for their dtype or strides; `finish` writes changed copies back."""
 
     def __init__(self) -> None:
         self._alive: list[Tensor] = []
         self._written: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`tensor`, or a contiguous copy in `dtype`; alive until `finish`, since tables hold bare addresses."""
+        """Return `tensor` or a contiguous copy in `dtype`. Keep it alive until `finish`: tables hold only addresses."""
         return self.hold(tensor.detach().to(dtype or tensor.dtype).contiguous())
 
     def hold(self, tensor: Tensor) -> Tensor:
-        """`tensor` itself, alive until `finish`."""
+        """Return `tensor` and keep it alive until `finish`."""
         self._alive.append(tensor)
         return tensor
 
     def write(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As `read`, for a tensor that the kernel changes in place."""
+        """Like `read`, for a tensor that the kernel changes in place."""
         staged = self.read(tensor, dtype)
         if staged.data_ptr() != tensor.data_ptr() or staged.dtype != tensor.dtype:
             self._written.append((tensor.detach(), staged))
         return staged
 
     def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
-        """The tensor that a kernel updates, its rounding state, and the rounding that applies to it.
+        """Return the tensor that a kernel updates, its rounding state, and its rounding.
 
-        An fp32 parameter needs no rounding state: there is no remainder to keep, and a master copy is updated in place
-        of the parameter and then copied to it.
+        An fp32 parameter needs no rounding state. Its remainder is added to it. A master copy is updated instead of the
+        parameter, and `finish` copies it to the parameter.
         """
         if state is not None and param.dtype == torch.float32:
             if rounding == "master":

@@ -1,1 +1,1 @@
-"""What all optimizers share: the frame of a step, rounding, sharding."""
+"""Shared by all optimizers: the base class, checks of settings, rounding, sharding, loading."""

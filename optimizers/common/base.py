@@ -1,8 +1,8 @@
-"""What every leanstep optimizer shares: the frame of a step, checks, state that survives a reload, skipped updates."""
+"""The base class of all optimizers: steps, checks, state dicts, counts of non-finite gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
 from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
-from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
     Shard,
     Steps,
     check_class,
     has_memory,
+    offsets_of,
     placed_like,
     plain,
     readable,
@@ -34,14 +35,14 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Parameters of one group, device and dtype that have a gradient, in order, with what belongs to each."""
+    """Parameters of one group, device and dtype that have a gradient; the lists have one entry per parameter."""
 
     group: dict[str, Any]
-    rounding: str  # the way that applies to all of them
+    rounding: str  # "nearest" for fp32 and fp64, else the group's
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
-    indices: list[int]  # of the parameter among those of all groups
+    indices: list[int]  # index of the parameter, counted over all groups
     shards: list[Shard]
 
     def rounding_state(self) -> list[Tensor]:
@@ -49,41 +50,50 @@ class Batch(NamedTuple):
         return rounding_states(self.states, self.rounding)
 
     def options(self, scalars: Tensor, **more: Any) -> StepOptions:
-        """Return the options of this step's kernel. Call it once a step: it advances the counter of random rounding."""
-        seeds, offsets = seeds_and_offsets(
-            self.rounding, self.states, self.indices, self.shards, self.group["seed"], scalars.device
-        )
-        skip = self.group["nonfinite"] != "pass"
-        return StepOptions(scalars, self.rounding, skip_nonfinite=skip, seeds=seeds, offsets=offsets, **more)
+        """Return the kernel's options for this step. Call it once a step: it counts steps of stochastic rounding."""
+        more.setdefault("skip_nonfinite", self.group["nonfinite"] != "pass")
+        if self.rounding == "stochastic":
+            more["offsets"] = offsets_of(self.shards, scalars.device)
+            steps = [state["step"] for state in self.states]
+            torch._foreach_add_(steps, 1)
+            more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)
+        return StepOptions(scalars, self.rounding, **more)
 
 
 class LeanOptimizer(torch.optim.Optimizer):
-    """A ``torch.optim.Optimizer`` whose state keeps its dtype when loaded and whose non-finite skips are counted.
+    """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
-    All state lives in ``self.state`` and ``self.param_groups``; nothing else is on ``self``, so deepcopy, pickle,
-    ``state_dict`` and ``torch.distributed.checkpoint`` see all of it.
+    All state is in ``self.state`` and ``self.param_groups``. deepcopy, pickle, ``state_dict`` and
+    ``torch.distributed.checkpoint`` therefore cover all of it.
 
-    The frame of a step is here. A method provides what differs: :meth:`_check_group`, :meth:`_init_state` and
-    :meth:`_group_steps`; or, where its rule spans groups, :meth:`_steps`.
+    Subclasses implement :meth:`_check_group`, :meth:`_init_state` and :meth:`_group_steps`. A subclass whose rule
+    spans groups implements :meth:`_steps` in place of :meth:`_group_steps`.
 
     Attributes:
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
+        _group_entries: entries of every group that are not settings, with their first values.
     """
 
     _shaped_state: tuple[str, ...] = ()
     _separable = False
+    _group_entries: Mapping[str, Any] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after its settings have been checked as the constructor's are. The dict given is not changed."""
+        """Check the settings of a group and add it. The given dict is not changed.
+
+        Raises:
+            ValueError, TypeError: as the constructor; a parameter is complex, in another group already, or does not
+                fit the group's settings. The group is not added.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
-        group = {"nonfinite_count": 0, **param_group, "optimizer": self._method()}
+        # set before the first step: torch.distributed.checkpoint reads the keys of a fresh optimizer
+        group = {"nonfinite_count": 0, **self._group_entries, **param_group, "optimizer": self._method()}
         self._check_group({**self.defaults, **group})
         try:
             super().add_param_group(group)
@@ -93,14 +103,11 @@ class LeanOptimizer(torch.optim.Optimizer):
                 raise
             raise ValueError(f"{type(self).__name__}: {error}: {duplicate}") from None
         _name_dtypes(self.param_groups[-1])
-        for position, param in enumerate(self.param_groups[-1]["params"]):
-            if param.is_complex():
-                name = describe(self.param_groups[-1], position)
-                self.param_groups.pop()
-                raise ValueError(
-                    f"{type(self).__name__}: {name} is complex ({param.dtype}); expected a real floating dtype. "
-                    "Give torch.view_as_real(parameter) to the optimizer or use another one."
-                )
+        try:
+            self._check_params(self.param_groups[-1], param_group)
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def _duplicate(self, new_group: dict[str, Any]) -> str | None:
         """Name a parameter that is in another group already; None if there is none."""
@@ -111,7 +118,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         return None
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError for settings out of range. Checks here what all methods have; extend it."""
+        """Raise ValueError or TypeError if a setting is out of range. Subclasses extend the check to their settings."""
         owner = type(self).__name__
         check_number(owner, "learning rate", group["lr"], 0.0)
         check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
@@ -119,20 +126,29 @@ class LeanOptimizer(torch.optim.Optimizer):
         check_flags(owner, group, ("maximize",), ("foreach",))
         check_rounding(owner, group)
 
+    def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+        """Raise ValueError if a parameter does not fit its new group; ``given`` lacks the default settings."""
+        for position, param in enumerate(group["params"]):
+            if param.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__}: {describe(group, position)} is complex ({param.dtype}); expected a real "
+                    "floating dtype. Give torch.view_as_real(parameter) to the optimizer or use another one."
+                )
+
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
-        """Return the rules that update a group, or only its parameter at ``only``, ready to be run.
+        """Return generators that update a group, or only its parameter at position ``only``.
 
-        ``first_index`` is the number of parameters in the groups before. Raises for bad gradients: nothing has been
-        changed yet.
+        ``first_index`` is the number of parameters in the groups before. A bad gradient raises here, before any
+        update.
         """
         raise NotImplementedError
 
     def _steps(self) -> list[Steps[None]]:
-        """Return the rules of a whole step. A method whose rule spans groups overrides this."""
+        """Return the generators of a whole step. Subclasses whose rule spans groups override this."""
         rules: list[Steps[None]] = []
         first_index = 0
         for group in self.param_groups:
@@ -169,15 +185,15 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _init_group(self) -> None:
         """Create the state of all parameters that have a gradient.
 
-        The name is torch's: torch.compile calls a method of this name instead of tracing it, and reads the state once,
-        after it. State that is created later is lost.
+        torch.compile calls a method of this name instead of tracing it, and then reads the state once. State that is
+        created later is lost.
         """
         for group in self.param_groups:
             for position, param, _ in self._with_gradient(group):
                 self._init_state(group, position, param)
 
     def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (position, parameter, gradient) of every parameter that has one, or only of that at ``only``.
+        """Yield (position, parameter, gradient) of every parameter with a gradient, or only of the one at ``only``.
 
         Raises:
             RuntimeError: for a sparse gradient.
@@ -194,13 +210,13 @@ class LeanOptimizer(torch.optim.Optimizer):
         only: int | None = None,
         rule: Callable[[Tensor], str] = lambda param: "",
     ) -> list[tuple[str, Batch]]:
-        """Collect what :meth:`_group_steps` updates: one (rule, batch) for every rule, device and dtype.
+        """Return (rule name, batch) for every rule, device and dtype; with ``foreach=False`` for every parameter.
 
-        Creates missing state. With ``foreach=False`` every parameter is a batch of its own.
+        Creates missing state.
 
         Args:
             group, first_index, only: as for :meth:`_group_steps`.
-            rule: names the rule that a parameter gets.
+            rule: returns the name of a parameter's rule.
         """
         batches: dict[Any, tuple[str, Batch]] = {}
         for position, param, grad in self._with_gradient(group, only):
@@ -229,10 +245,9 @@ class LeanOptimizer(torch.optim.Optimizer):
             _name_dtypes(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with the count of non-finite updates as a plain int (reads the device).
+        """Return torch's state dict, with ``nonfinite_count`` as an int (reads the device).
 
-        A value that is a number before the first step and a tensor after it could not be loaded by
-        ``torch.distributed.checkpoint``, which wants the same kinds on both sides.
+        ``torch.distributed.checkpoint`` cannot load a value that is an int before the first step and a tensor after.
         """
         packed = super().state_dict()
         for group in packed["param_groups"]:
@@ -241,13 +256,13 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _method(cls) -> str:
-        """Return the name of the class right below LeanOptimizer, which is also that of a user's subclass."""
+        """Return the name of the direct subclass of LeanOptimizer, also for a user's subclass of it."""
         return next(
             c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
         )
 
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """Whether a loaded state tensor keeps the dtype it was saved in; else it takes the parameter's."""
+        """Whether loading preserves the saved dtype of a state tensor; if not, it casts to the parameter's."""
         return True
 
     def _stays_on_cpu(self, key: str) -> bool:
@@ -255,13 +270,13 @@ class LeanOptimizer(torch.optim.Optimizer):
         return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping the dtype each tensor was saved in.
+        """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
 
-        torch casts floating state to the parameter's dtype on load; fp32 state beside a bf16 parameter would lose
-        half its bits. Here it is put back bit for bit, before any hook of the user sees it.
+        torch casts floating state to the parameter's dtype. This method restores the saved tensors afterwards, before
+        the user's load hooks run.
 
         Raises:
-            ValueError: the state of another optimizer, of other groups or of parameters of other shapes; nothing was
+            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes. Nothing is
                 changed.
         """
         final: dict[str, Any] = {}
@@ -283,26 +298,25 @@ class LeanOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def nonfinite_count(self) -> int:
-        """Count the updates so far that met a gradient with an infinite or NaN entry (reads the device).
+        """Return how many times a tensor's gradient had infinite or NaN entries, over all steps (reads the device).
 
-        With ``nonfinite="skip"`` a tensor counts once for every step that left it, or entries of it, alone. The other
-        policies count nothing, and steps that ``GradScaler`` skips do not count. Every process counts the shards that
-        it holds. ``group["nonfinite_count"]`` is the count of a group, which a state dict contains.
+        Only groups with ``nonfinite="skip"`` count. Steps that ``GradScaler`` skips do not count. Every process counts
+        its shards. ``group["nonfinite_count"]`` is the count of a group; state dicts contain it.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
 
     def state_bytes(self) -> int:
-        """Count the bytes of all state tensors; 0 before the first step. Sharded state counts as a whole."""
+        """Return the bytes of all state tensors, 0 before the first step. Counts sharded tensors in full."""
         return sum(
             value.numel() * value.element_size()
             for state in self.state.values()
-            if isinstance(state, dict)  # hooks may leave values of their own beside the parameters' states
+            if isinstance(state, dict)  # hooks may add other values
             for value in state.values()
             if isinstance(value, Tensor)
         )
 
     def _raise_on_nonfinite(self) -> None:
-        """The policy "raise": look at all gradients (one wait) before anything is changed."""
+        """Raise NonFiniteGradientError if a gradient of a group with nonfinite="raise" is not finite; waits once."""
         named = [
             (describe(group, position), param, placed_like(param.grad, param))
             for group in self.param_groups
@@ -338,11 +352,11 @@ def count_nonfinite(group: dict[str, Any], flags: Tensor) -> None:
 
 
 def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tensor) -> Tensor:
-    """Return the gradient of a parameter as a plain tensor, distributed as the parameter is.
+    """Return the gradient of a parameter, redistributed to the parameter's placements.
 
     Raises:
         RuntimeError: for a sparse gradient.
-        TypeError: for a parameter or gradient of a class of tensors that kernels can neither address nor copy.
+        TypeError: for a tensor class that kernels can neither address nor copy.
     """
     grad = param.grad
     assert grad is not None
@@ -358,14 +372,14 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 
 
 def _name_dtypes(group: dict[str, Any]) -> None:
-    """Replace dtypes among the settings of a group by their names; see :func:`dtype_of`."""
+    """Replace the dtypes in a group's settings by their names; see :func:`dtype_of`."""
     for key, value in group.items():
         if isinstance(value, torch.dtype):
             group[key] = str(value).removeprefix("torch.")
 
 
 def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[list[int]]:
-    """Positions of the parameters of every device and dtype, in order; ``alone``: of every one by itself."""
+    """Group the indices of parameters by device and dtype; with ``alone`` every parameter is its own group."""
     if alone:
         return [[position] for position in range(len(params))]
     sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -375,7 +389,7 @@ def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[li
 
 
 def call_closure(closure: Callable[[], Any] | None) -> Any:
-    """Evaluate a closure with gradients on, as torch's optimizers do."""
+    """Call a closure with gradients enabled, as torch's optimizers do; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():

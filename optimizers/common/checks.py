@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,22 +13,45 @@ from torch import Tensor
 from leanstep.kernels.reference.rounding import ROUNDINGS
 
 
+def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's settings from the ``locals()`` of its constructor."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
 def describe(group: dict[str, Any], position: int) -> str:
-    """Name of a parameter for messages: its own name, if the group knows it, and its shape."""
+    """Return a parameter's name (or its position in the group) and shape, for error messages."""
     names = group.get("param_names")
     name = names[position] if names else f"parameter {position} of group {group.get('name', '(unnamed)')!r}"
     return f"{name} {tuple(group['params'][position].shape)}"
 
 
-def holds_factors(group: dict[str, Any]) -> bool:
-    """Whether a group is one of low-rank factors, as :func:`leanstep.lora.lora_groups` names them: all are matrices."""
-    return group.get("name") in ("lora_A", "lora_B")
+def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str, rest: str, choice: str) -> None:
+    """Warn once that "auto" takes all parameters of two or more dimensions, also embeddings, as matrices.
+
+    Does not warn for the groups of :func:`leanstep.lora.lora_groups`, whose parameters are all matrices.
+
+    Args:
+        groups: the groups with "auto".
+        owner: name of the optimizer.
+        matrices, rest: what it does with matrices and with other parameters.
+        choice: the setting that silences the warning.
+    """
+    params = [p for group in groups if group.get("name") not in ("lora_A", "lora_B") for p in group["params"]]
+    count = sum(p.dim() >= 2 for p in params)
+    if count:
+        others = f", {len(params) - count} others {rest}" if count < len(params) else ""
+        warnings.warn(
+            f"{owner}: {count} parameters of two or more dimensions are taken as {matrices}{others}. Embeddings and "
+            f"heads are {matrices} here too: leanstep.optimizers.param_groups(model) routes them by module; {choice} "
+            "means them all.",
+            stacklevel=3,
+        )
 
 
 def check_number(
     owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
 ) -> None:
-    """Raise unless low <= value <= high (< high, if open). Tensors of one element are numbers."""
+    """Raise unless low <= value <= high, or < high with ``open_high``. Accepts one-element tensors."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
@@ -43,8 +67,23 @@ def check_number(
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
 
 
+def check_count(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless the value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}; {owner} expects an int of at least 1")
+
+
+def check_layout(owner: str, group: dict[str, Any]) -> None:
+    """Raise unless ``transposed`` and ``flatten`` of a group are bools, and at most one is True."""
+    check_flags(owner, group, ("transposed", "flatten"))
+    if group["transposed"] and group["flatten"]:
+        raise ValueError(
+            f"{owner}: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
+        )
+
+
 def check_flags(owner: str, group: dict[str, Any], flags: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raise unless the named settings are True or False (or None, for the optional ones)."""
+    """Raise unless the named settings are bools; the ``optional`` ones may be None."""
     for name in (*flags, *optional):
         if not isinstance(group[name], bool) and not (name in optional and group[name] is None):
             expected = "True, False or None" if name in optional else "True or False"

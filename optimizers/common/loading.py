@@ -1,4 +1,4 @@
-"""Checks of a state before it is loaded, and the dtypes of its tensors after torch has cast them."""
+"""Checks of a state dict before loading, and restoration of its dtypes after torch has cast them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leanstep.optimizers.common.rounding import STATE_KEY
 if TYPE_CHECKING:
     from leanstep.optimizers.common.base import LeanOptimizer
 
-# settings that do not tell whose a state is: those of torch's optimizers, and those that all of these have
+# settings that do not identify an optimizer: those of torch's optimizers, and those that all of leanstep's have
 _COMMON_SETTINGS = frozenset(
     (*inspect.signature(torch.optim.AdamW).parameters, *inspect.signature(torch.optim.SGD).parameters)
     + ("nonfinite", "rounding", "seed", "momentum_dtype")
@@ -22,7 +22,11 @@ _COMMON_SETTINGS = frozenset(
 
 
 def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for the state of another optimizer: by its mark or, without one, by its settings."""
+    """Raise ValueError if another optimizer saved the state.
+
+    The group's "optimizer" entry tells; without one, the state is refused if it lacks most of this optimizer's
+    settings.
+    """
     distinctive = optimizer.defaults.keys() - _COMMON_SETTINGS
     for group in state_dict["param_groups"]:
         other = group.get("optimizer")
@@ -37,18 +41,17 @@ def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
 
 
 def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for parameters in another order: by their names, or by the shapes of state tensors."""
+    """Raise ValueError if parameter names, or shapes of state tensors, show that the parameters' order differs."""
     names, saved_names = (
         [name for group in groups for name in group.get("param_names") or ()]
         for groups in (optimizer.param_groups, state_dict["param_groups"])
     )
-    # entirely different names: a renamed model, which torch accepts too
+    # different sets of names are accepted, as torch does: the model was renamed
     if names != saved_names and sorted(names) == sorted(saved_names):
         here, there = next(pair for pair in zip(names, saved_names, strict=True) if pair[0] != pair[1])
         raise ValueError(
             f"{type(optimizer).__name__}: the saved state has its parameters in another order ({there!r} where "
-            f"{here!r} is here); nothing was changed. Build the optimizer over the parameters in the order of the one "
-            "that saved the state."
+            f"{here!r} is here); nothing was changed. Build the optimizer with its parameters in the saved order."
         )
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
@@ -61,12 +64,12 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
                 raise ValueError(
                     f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
                     f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
-                    "optimizer over the parameters in the order of the one that saved the state."
+                    "optimizer with its parameters in the order of the saved state."
                 )
 
 
 def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
-    """Replace state tensors that torch cast on load by the saved values, on the parameter's device."""
+    """Replace state tensors that torch has cast by the saved ones, on the parameter's device."""
     saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
     params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     for saved_id, (group, param) in zip(saved_ids, params, strict=True):

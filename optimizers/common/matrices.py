@@ -1,4 +1,4 @@
-"""Parameters as matrices: the views that matrix rules read, and the write of an update through such views."""
+"""Matrix views of parameters, and updates through such views."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from leanstep.optimizers.common.sharding import Shard, readable, store
 
 
 def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False) -> Tensor:
-    """(m, n) and stacks (e, m, n) as they are; four and more dimensions (convolutions) as (m, rest).
+    """Return a tensor as a matrix (m, n) or a stack (e, m, n); flatten four and more dimensions to (m, rest).
 
-    ``transposed``: the matrices are stored (n, m), as transformers' ``Conv1D`` does; returns their (m, n) view.
-    ``flatten``: three dimensions are a convolution, too.
+    Args:
+        tensor: of two or more dimensions.
+        transposed: the matrices are stored (n, m), as in transformers' ``Conv1D``; return their transposes.
+        flatten: flatten three dimensions to (m, rest), too.
     """
     if transposed:
         return tensor.mT
@@ -23,7 +25,7 @@ def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False)
 
 
 def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
-    """The shard of the matrices that :func:`as_matrices` makes of a parameter of up to three dimensions."""
+    """Return a parameter's shard in the coordinates of :func:`as_matrices`."""
     if flatten and len(shard.shape) == 3:
         shape = torch.Size((shard.shape[0], shard.shape[1] * shard.shape[2]))
         return shard._replace(shape=shape, dim=None if shard.dim is None else min(shard.dim, 1))
@@ -36,16 +38,16 @@ def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
 
 
 def matrix_shape(shard: Shard) -> tuple[int, int]:
-    """(m, n) of the whole matrices of a parameter."""
+    """Return (m, n) of a parameter's matrices before sharding."""
     shape = shard.shape
     return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
 def as_written(tensor: Tensor, stacked: bool) -> Tensor:
-    """The matrices that an update of a parameter is written into, as the parameter is stored.
+    """Return a parameter as the matrix or stack that :func:`leanstep.kernels.scaled_step` writes.
 
-    Scalars and vectors are one row, tensors of three dimensions a stack (``stacked``) or, as those of four and more,
-    one matrix (m, rest). A view, but for a permuted convolution, whose rows are no stretches of memory: a copy.
+    Scalars and vectors become one row. Three dimensions become a stack if ``stacked``, else one matrix (m, rest), as
+    four and more do. The result is a view, or a copy where flattening needs one (a permuted convolution).
     """
     if tensor.dim() < 2:
         return tensor.reshape(1, -1)
@@ -58,17 +60,16 @@ def write_back(
     rounding_states: Sequence[Tensor],
     stacked: Sequence[bool],
 ) -> Tensor:
-    """Update parameters and their rounding state in place by a step on matrices, whatever their memory layout.
+    """Update parameters and their rounding states in place by a step on matrices, for any memory layout.
 
     Args:
-        step: updates the matrices it is given, and their rounding states, in place, and returns one flag a parameter
-            (:func:`leanstep.kernels.steps.scaled_step` with the updates and options bound).
+        step: takes matrices and their rounding states, updates both in place, and returns one flag per parameter.
         weights: this process's shards of the parameters.
-        rounding_states: empty, or one for each of the weights, of the same shape.
-        stacked: which of the weights of three dimensions are stacks of matrices; see :func:`as_written`.
+        rounding_states: empty, or one tensor per weight, of its shape.
+        stacked: per weight, whether three dimensions are a stack of matrices; see :func:`as_written`.
 
     Returns:
-        What ``step`` returned.
+        The flags of ``step``.
     """
     parts = [readable(w) for w in weights]
     matrices = [as_written(w, s) for w, s in zip(parts, stacked, strict=True)]

@@ -1,6 +1,6 @@
-"""State and seeds for the ways an fp32 update meets a parameter of lower precision.
+"""State and seeds for rounding fp32 updates to parameters of lower precision.
 
-The ways themselves are defined in ``leanstep.kernels.reference.rounding``.
+``leanstep.kernels.reference.rounding`` defines the rounding modes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
-from leanstep.optimizers.common.sharding import Shard, local, new_state, offsets_of, plain
+from leanstep.optimizers.common.sharding import local, new_state, plain
 
-# what each way keeps in the state of a parameter
+# state key of each rounding mode
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:
-    """Return the rounding of one parameter: "nearest" for fp32 and fp64, else the group's.
+    """Return a parameter's rounding mode: "nearest" for fp32 and fp64, else the group's.
 
     Raises:
-        ValueError: for stochastic rounding of fp16, whose range makes unbiased rounding impossible near its ends.
+        ValueError: for stochastic rounding of fp16; near the ends of fp16's range it cannot be unbiased.
     """
     rounding = group["rounding"]
     if param.dtype in (torch.float32, torch.float64):
@@ -38,7 +38,7 @@ def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -
 
 
 def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
-    """Create the state that ``rounding`` needs for a parameter."""
+    """Create the state of a parameter's rounding mode, if it has one and it is missing."""
     if rounding == "kahan" and "kahan_compensation" not in state:
         state["kahan_compensation"] = new_state(param)
     elif rounding == "master" and "master_param" not in state:
@@ -48,7 +48,7 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
 
 
 def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.device) -> Tensor:
-    """One 32-bit seed per tensor, from the optimizer's seed, the tensor's index and its step count; [n] int64."""
+    """Hash (seed, tensor index, step count) to one 32-bit seed per tensor, int64 [n]."""
     index = constant(indices, device, torch.int64)
     count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
     return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF
@@ -57,25 +57,3 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
 def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
     """Return this process's shards of the rounding state; an empty list if ``rounding`` has none."""
     return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
-
-
-def seeds_and_offsets(
-    rounding: str,
-    states: Sequence[dict[str, Any]],
-    indices: list[int],
-    shards: Sequence[Shard],
-    seed: int,
-    device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Count a step, and return what stochastic rounding draws from; (None, None) for other kinds of rounding.
-
-    Returns:
-        seeds and offsets, int64 [n] each: see :func:`seeds_for` and
-        :func:`leanstep.optimizers.common.sharding.offsets_of`.
-    """
-    if rounding != "stochastic":
-        return None, None
-    steps = [s["step"] for s in states]
-    offsets = offsets_of(shards, device)
-    torch._foreach_add_(steps, 1)
-    return seeds_for(steps, indices, seed, device), offsets

@@ -1,12 +1,12 @@
-"""Shards of parameters, gradients and states, and sums over the processes that hold them.
+"""Shards of parameters, gradients and states, and reductions over the processes that hold them.
 
-FSDP2 (``fully_shard``) shards parameters as DTensors, along dimension 0 by default. Elementwise rules need only this
-process's shard. SinkGD also needs the column sums of its matrices, or the row sums where columns are sharded.
+FSDP2 (``fully_shard``) shards parameters as DTensors, along dimension 0 by default. Elementwise rules need only the
+shard of this process. SinkGD also needs column sums of its matrices, or row sums if columns are sharded.
 
-A rule that needs sums is a generator (:data:`Steps`): it yields the tensors to be reduced, and goes on when they hold
-the result. :func:`together` advances many such rules side by side and :func:`run` answers what all of them ask at one
-time with one all-reduce, so that a whole model costs as many as its longest rule. Where nothing is sharded nothing is
-yielded, the rules run one after the other, and nothing that they return is used: torch.compile would lose it.
+An update is a generator (:data:`Steps`). It yields the tensors to reduce, and continues when they hold the result.
+:func:`together` advances many generators in lockstep. :func:`run` merges their requests of one round into one
+all-reduce. A model therefore needs as many all-reduces as the generator with the most rounds. Unsharded parameters
+yield nothing. torch.compile traces only this case, and loses the return values of generators.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# classes of tensors that are not distributed and wrap no others
+# tensor classes that are neither distributed nor wrap other tensors
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class Shard(NamedTuple):
-    """Describes the shard of a parameter that this process holds."""
+    """Metadata of this process's shard of a parameter."""
 
-    shape: torch.Size  # of the whole parameter
-    dim: int | None = None  # the sharded dimension; None if this process holds all, or if there are several
-    offset: int | None = 0  # row-major index of the shard's first element in the whole; None if it is not one range
-    groups: tuple[Any, ...] = ()  # sums over these process groups, one after the other, cover the whole
-    placements: Any = None  # for messages
+    shape: torch.Size  # of the unsharded parameter
+    dim: int | None = None  # the sharded dimension; None for an unsharded parameter or several dimensions
+    offset: int | None = 0  # row-major index of the first element; None if the shard is not a contiguous range
+    groups: tuple[Any, ...] = ()  # process groups: sums over all of them in turn are sums over the whole parameter
+    placements: Any = None  # for error messages
 
 
 class Reduction(NamedTuple):
-    """A tensor to be summed (or its maximum taken) over a process group, in place."""
+    """A request for an in-place all-reduce ("sum" or "max") over a process group."""
 
     tensor: Tensor
     group: Any
     op: str = "sum"
 
 
-# a rule that asks for reductions while it runs, and returns a T
+# a generator that yields requests for reductions and returns a T
 Steps = Generator[list[Reduction], None, T]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor unchanged."""
+    """Return the local shard of a DTensor, and any other tensor unchanged."""
     return tensor if type(tensor) in _ORDINARY else local_part(tensor)
 
 
 def shard_of(param: Tensor) -> Shard:
-    """Describe this process's part of ``param``.
+    """Return the metadata of this process's shard of ``param``.
 
     Raises:
-        ValueError: for a DTensor that holds partial sums.
+        ValueError: for a DTensor with partial placements.
     """
     if type(param) in _ORDINARY or not is_dtensor(param):
         return Shard(param.shape)
@@ -84,16 +84,16 @@ def shard_of(param: Tensor) -> Shard:
     if placement.dim != 0:
         return Shard(param.shape, placement.dim, None, groups, placements)
     rows = param.shape[0]
-    chunk = -(-rows // mesh.size(sharded[0]))  # DTensor cuts like torch.chunk
+    chunk = -(-rows // mesh.size(sharded[0]))  # DTensor splits like torch.chunk
     start = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor, or of this process's shard of it, lie in memory that kernels can address.
+    """Whether kernels can address the elements of a tensor (of the local shard of a DTensor).
 
-    Classes made by ``torch.Tensor._make_wrapper_subclass``, as of quantized weights, hold other tensors instead.
-    Torch's own stand-ins of tracing and estimation count as having memory.
+    They cannot for wrapper subclasses (``torch.Tensor._make_wrapper_subclass``), such as quantized weights. Fake and
+    functional tensors of torch's tracing count as addressable.
     """
     if torch.compiler.is_compiling():
         return True
@@ -102,70 +102,70 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, which kernels can read: a plain copy for classes without memory."""
-    part = local(tensor)
-    if has_memory(part):
-        return part
-    copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    copy.copy_(part)  # not returned directly: the class of ``part`` decides what copy_ returns
+    """Return the local shard of a tensor; a plain copy if kernels cannot address it."""
+    shard = local(tensor)
+    if has_memory(shard):
+        return shard
+    copy = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
+    copy.copy_(shard)  # may return another class than that of ``copy``
     return copy
 
 
-def store(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copy shards that were updated back into their tensors, where :func:`readable` had to copy them."""
-    for part, tensor in zip(parts, tensors, strict=True):
-        held = local(tensor)
-        if held is not part and not has_memory(held):
-            held.copy_(part)
+def store(shards: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy updated shards back into their tensors where :func:`readable` made copies."""
+    for shard, tensor in zip(shards, tensors, strict=True):
+        target = local(tensor)
+        if target is not shard and not has_memory(target):
+            target.copy_(shard)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return a plain tensor with the same elements and placements: a copy for classes without memory."""
+    """Return a tensor that kernels can address, with the same elements and placements; a copy if need be."""
     if has_memory(tensor):
         return tensor
-    part = readable(tensor)
-    return join_parts(part, tensor, tensor.shape) if is_dtensor(tensor) else part
+    shard = readable(tensor)
+    return join_parts(shard, tensor, tensor.shape) if is_dtensor(tensor) else shard
 
 
 def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
-    """Return zeros like the parameter, sharded like it, in ``dtype`` (a dtype or its name) or the parameter's."""
+    """Return zeros with a parameter's shape and placements; ``dtype`` (or its name) defaults to the parameter's."""
     return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
 
 
 def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that a setting of a group names.
+    """Convert a dtype's name, such as "bfloat16", to the dtype.
 
-    Groups hold names, such as "bfloat16": ``torch.distributed.checkpoint`` gathers numbers, strings and tensors of a
-    state (``StateDictOptions(full_state_dict=True)``), and fails on a ``torch.dtype``.
+    Groups store names, because ``torch.distributed.checkpoint`` cannot gather a ``torch.dtype``
+    (``StateDictOptions(full_state_dict=True)``).
     """
     return getattr(torch, setting) if isinstance(setting, str) else setting
 
 
-# classes without memory that have been copied to a plain tensor and back
+# wrapper classes that check_class has accepted
 _copyable: set[type] = set()
 
 
 def check_class(owner: str, name: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor of a class that can neither be addressed nor copied; nothing has been changed."""
+    """Raise TypeError if a tensor's class cannot be copied to a plain tensor and back."""
     if type(local(tensor)) in _copyable:
         return
-    part = local(tensor).detach()
+    shard = local(tensor).detach()
     try:
-        part.clone().copy_(readable(part))
+        shard.clone().copy_(readable(shard))
     except Exception as error:
         raise TypeError(
-            f"{owner}: {name} is a {type(part).__name__}, which cannot be copied to a plain tensor and back "
+            f"{owner}: {name} is a {type(shard).__name__}, which cannot be copied to a plain tensor and back "
             f"({type(error).__name__}: {error}); expected torch.Tensor, Parameter, a DTensor of them, or a class of "
             "tensors with clone and copy_. Nothing was updated. Leave it to another optimizer, or freeze it."
         ) from error
-    _copyable.add(type(part))
+    _copyable.add(type(shard))
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """Redistribute a gradient as its parameter is, if it is not already. The given gradient is not changed.
+    """Return a gradient with its parameter's placements. The given gradient is not changed.
 
-    Tensor parallelism leaves other placements: the gradient of a row-wise embedding is replicated, that of a norm
-    between sequence-parallel layers is a partial sum. All processes have to call this: it communicates.
+    Tensor parallelism leaves other placements: a row-wise embedding has a replicated gradient, and a norm between
+    sequence-parallel layers a partial one. Communicates, so all processes must call it.
     """
     placements = getattr(param, "placements", None)
     if placements is None or getattr(grad, "placements", placements) == placements:
@@ -176,22 +176,22 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
-    """Return where each shard starts in its whole tensor, int64 [n], for stochastic rounding.
+    """Return the row-major index of each shard's first element, int64 [n], for stochastic rounding.
 
     Raises:
-        ValueError: for a shard that is not one range of the whole.
+        ValueError: for a shard that is not a contiguous range of its parameter.
     """
     for shard in shards:
         if shard.offset is None:
             raise ValueError(
-                f"rounding='stochastic' needs parameters that are whole or sharded along dimension 0; got placements "
+                f"rounding='stochastic' needs unsharded parameters, or shards along dimension 0; got placements "
                 f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
             )
     return constant([s.offset or 0 for s in shards], device, torch.int64)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
-    """Sum ``values`` [n], one number per tensor, over the processes that hold its shards, in place."""
+    """Sum ``values`` [n, ...], one entry per tensor, over the processes that shard the tensor; in place."""
     for level in range(max([len(s.groups) for s in shards])):
         by_group: dict[Any, list[int]] = {}
         for i, shard in enumerate(shards):
@@ -205,17 +205,17 @@ def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
 
 
 def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
-    """Set a tensor's flag on all processes if one of them has set it for its shard, in place."""
+    """Set a tensor's flag on all processes if any process has set it for its shard; in place."""
     if not any(s.groups for s in shards):
         return
-    total = flags.to(torch.float32)  # in fp32 they travel with other sums
+    total = flags.to(torch.float32)  # fp32, to share an all-reduce with other sums
     yield from sum_over_shards(total, shards)
     flags.copy_(total > 0)
 
 
 def together(rules: Sequence[Steps[T]]) -> Steps[list[T]]:
-    """Advance several rules side by side; what they ask for at one time is asked for together."""
-    if torch.compiler.is_compiling():  # tracing follows `yield from`, and loses what is returned
+    """Advance several generators in lockstep, and yield their requests of each round as one list."""
+    if torch.compiler.is_compiling():  # tracing supports `yield from`, but loses return values
         for rule in rules:
             yield from rule
         return []
@@ -235,13 +235,13 @@ def together(rules: Sequence[Steps[T]]) -> Steps[list[T]]:
 
 
 def run(steps: Steps[Any]) -> None:
-    """Run a rule to its end, reducing what it asks for."""
+    """Run a generator to its end, and perform the reductions that it requests."""
     for asked in steps:
         _reduce(asked)
 
 
 def _reduce(asked: list[Reduction]) -> None:
-    """One all-reduce for every (process group, operation, dtype): on the tensor itself, or on a flat copy of many."""
+    """Perform one all-reduce per (process group, operation, dtype, device), on a flat copy of several tensors."""
     sets: dict[Any, list[Tensor]] = {}
     for tensor, group, op in asked:
         sets.setdefault((group, op, tensor.dtype, tensor.device), []).append(tensor)
@@ -251,5 +251,5 @@ def _reduce(asked: list[Reduction]) -> None:
         kind = torch.distributed.ReduceOp.MAX if op == "max" else torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(flat, op=kind, group=group)
         if not alone:
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(total.view(tensor.shape))

@@ -1,4 +1,4 @@
-"""Sharded matrices on their way to the process that works on them, and back: one all-to-all each way."""
+"""Gather sharded matrices on their owners, and scatter results back: one all-to-all each."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from leanstep.optimizers.lanton.matrices import MatrixTask
 
 
-def part_sizes(length: int, world: int) -> list[int]:
-    """How many of ``length`` rows each process holds: DTensor cuts like torch.chunk."""
+def shard_sizes(length: int, world: int) -> list[int]:
+    """Return how many of ``length`` rows each process has; DTensor splits like torch.chunk."""
     chunk = -(-length // world)
     return [max(0, min(chunk, length - r * chunk)) for r in range(world)]
 
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
-    """Every matrix whole on its owner, from this process's parts; None for those that others own."""
+    """Gather every matrix on its owner, from this process's shards; None for matrices of other owners."""
     wholes: list[Tensor | None] = [None] * len(tasks)
     for group, like, indices in _exchanges(tasks, pieces):
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
-        shapes = [[_part_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
+        shapes = [[_shard_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
         parts = _all_to_all([[pieces[k] for k in ks] for ks in owned], shapes, group, like)
         for i, k in enumerate(owned[rank]):
             wholes[k] = torch.cat([row[i] for row in parts], dim=tasks[k].dim)
@@ -33,50 +33,50 @@ def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor
 
 
 def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """This process's part of every matrix, from the whole ones on their owners: the way back of :func:`gather`.
+    """Scatter matrices from their owners, and return this process's shards; the inverse of :func:`gather`.
 
     Args:
-        tasks: matrices that are sharded.
-        wholes: of the dtypes and on the devices of ``like``; None for matrices that others own.
-        like: a tensor for each task.
+        tasks: sharded matrices.
+        wholes: the unsharded matrices; None for matrices of other owners.
+        like: per task, a tensor with the dtype and device of the result.
     """
     pieces: dict[int, Tensor] = {}
     for group, example, indices in _exchanges(tasks, like):
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
-        sent = [[_part(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
-        shapes = [[_part_shape(tasks[k], world, rank) for k in ks] for ks in owned]
+        sent = [[_shard_of(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
+        shapes = [[_shard_shape(tasks[k], world, rank) for k in ks] for ks in owned]
         for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
             pieces.update(zip(ks, row, strict=True))
     return [pieces[k] for k in range(len(tasks))]
 
 
 def _exchanges(tasks: Sequence[MatrixTask], like: Sequence[Tensor]) -> list[tuple[Any, Tensor, list[int]]]:
-    """(process group, a tensor of the dtype and device, indices) of the matrices that travel together."""
+    """Return (process group, tensor of the dtype and device, task indices) of every all-to-all."""
     sets: dict[Any, list[int]] = {}
     for k, (task, tensor) in enumerate(zip(tasks, like, strict=True)):
         sets.setdefault((task.group, tensor.dtype, tensor.device), []).append(k)
     return [(group, like[indices[0]], indices) for (group, *_), indices in sets.items()]
 
 
-def _part(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:
-    sizes = part_sizes(task.shape[task.dim], world)
+def _shard_of(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:
+    sizes = shard_sizes(task.shape[task.dim], world)
     return whole.narrow(task.dim, sum(sizes[:rank]), sizes[rank])
 
 
-def _part_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
-    size = part_sizes(task.shape[task.dim], world)[rank]
+def _shard_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
+    size = shard_sizes(task.shape[task.dim], world)[rank]
     return (*task.shape[: task.dim], size, *task.shape[task.dim + 1 :])
 
 
 def _all_to_all(
     sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], group: Any, like: Tensor
 ) -> list[list[Tensor]]:
-    """Send the tensors ``sent[r]`` to every rank r; receive tensors of ``shapes[r]`` from it."""
+    """Send the tensors ``sent[r]`` to rank r, and receive tensors of ``shapes[r]`` from it."""
     flat = torch.cat([like.new_empty(0), *(t.reshape(-1) for row in sent for t in row)])
     counts = [sum(t.numel() for t in row) for row in sent]
     expected = [[math.prod(shape) for shape in row] for row in shapes]
-    arrived = like.new_empty(sum(map(sum, expected)))
-    torch.distributed.all_to_all_single(arrived, flat, [sum(row) for row in expected], counts, group=group)
-    parts = iter(arrived.split([n for row in expected for n in row]))
+    received = like.new_empty(sum(map(sum, expected)))
+    torch.distributed.all_to_all_single(received, flat, [sum(row) for row in expected], counts, group=group)
+    parts = iter(received.split([n for row in expected for n in row]))
     return [[next(parts).view(shape) for shape in row] for row in shapes]

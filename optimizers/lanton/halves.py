@@ -1,4 +1,4 @@
-"""LANTON's noise from the two halves of a batch: what is kept between the micro-batches of a step."""
+"""LANTON's noise="halves": gradients of the first half of a batch, stored between its micro-batches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import dense_gradient
-from leanstep.optimizers.common.sharding import Reduction, Steps, dtype_of, local, placed_like, run
+from leanstep.optimizers.common.sharding import Reduction, dtype_of, local, placed_like, run
 
-# settings of a group that say what ``half_grad`` of its parameters holds: nothing ("none"), the gradient of the first
-# part ("gradient"), which is ``half_fraction`` of the batch, or its difference from the whole gradient ("difference");
-# and whether a half was ever marked
+# Entries of a group. half_is: content of its parameters' ``half_grad``: "none", the "gradient" of the first half, or
+# its "difference" from the whole gradient. half_fraction: fraction of the batch in the first half. half_seen: whether
+# mark_half() was ever called.
 NOTHING: dict[str, Any] = {"half_is": "none", "half_fraction": 0.5, "half_seen": False}
 
-# tensors that are averaged over processes at a time
+# tensors per all-reduce
 _BUCKET = 16
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -65,25 +65,21 @@ def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:
 
 
 def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) -> None:
-    """Average copies over processes that have not averaged their gradients yet."""
+    """Average copies over processes, unless ``averaged`` or a single process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     world = torch.distributed.get_world_size(process_group) if distributed else 1
     if world == 1:
         return
     if averaged is None:
         raise ValueError(
-            f"LANTON.mark_half: {world} processes hold whole parameters, and whether the gradients have been averaged "
-            "over them cannot be seen. Say averaged=False inside DistributedDataParallel's no_sync() (Accelerate's "
-            "accumulate() uses it), averaged=True outside."
+            f"LANTON.mark_half: expected averaged=True or False for parameters replicated on {world} processes, got "
+            "None. Pass averaged=False inside DistributedDataParallel's no_sync() (Accelerate's accumulate() uses it), "
+            "averaged=True outside."
         )
-    run(_sums(copies, process_group or torch.distributed.group.WORLD))
+    process_group = process_group or torch.distributed.group.WORLD
+    starts = range(0, len(copies), _BUCKET)
+    run([Reduction(copy, process_group) for copy in copies[i : i + _BUCKET]] for i in starts)
     torch._foreach_div_(copies, world)
-
-
-def _sums(copies: list[Tensor], process_group: Any) -> Steps[None]:
-    """Sums over the processes, of a few tensors at a time: they travel in a flat copy."""
-    for start in range(0, len(copies), _BUCKET):
-        yield [Reduction(copy, process_group) for copy in copies[start : start + _BUCKET]]
 
 
 def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | Tensor) -> None:
@@ -102,14 +98,15 @@ def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | T
 
 
 def check_marked(group: dict[str, Any]) -> None:
-    """Raise RuntimeError in a first step without a mark, in which all factors would stay at 1 without a warning.
+    """Raise RuntimeError if mark_half() was never called, because all factors would silently stay at 1.
 
-    Not at lr 0: torch.distributed.checkpoint makes such a step to have the state created.
+    Does not raise at lr 0: torch.distributed.checkpoint makes such a step to create the state.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            "LANTON: noise='halves' cannot be compiled into a step: the copies come and go between steps, which "
-            "torch.compile does not see. Step uncompiled (a compiled model does not mind), or take noise='previous'."
+            "LANTON: noise='halves' cannot be compiled into a step, because torch.compile does not track state that is "
+            "created and deleted between steps. Do not compile the step (the model may be compiled), or use "
+            "noise='previous'."
         )
     if group["half_seen"]:
         return
@@ -121,7 +118,7 @@ def check_marked(group: dict[str, Any]) -> None:
 
 
 def forget(group: dict[str, Any], state: State) -> None:
-    """Drop the copies once the step is done."""
+    """Delete the copies after the step."""
     if group["half_is"] == "none":
         return
     for param in group["params"]:

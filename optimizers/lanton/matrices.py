@@ -1,7 +1,7 @@
-"""LANTON's hidden matrices: nuclear norms of differences and polar factors of momenta, each matrix on one process.
+"""LANTON's hidden matrices: nuclear norms of differences and polar factors of momenta.
 
-Both need a matrix whole. A matrix that is sharded gets one owner, so that the work is done once and in equal shares;
-:mod:`leanstep.optimizers.lanton.exchange` brings it there and back.
+Both need unsharded matrices. One process owns each sharded matrix and does its work; owners balance the cost.
+:mod:`leanstep.optimizers.lanton.exchange` gathers matrices on their owners and scatters the results.
 """
 
 from __future__ import annotations
@@ -21,62 +21,58 @@ from leanstep.optimizers.lanton import exchange, rule
 if TYPE_CHECKING:
     from leanstep.optimizers.lanton.step import LayerStep
 
-# elements of the matrices that are worked on at a time, unless one is larger: bounds the memory of a step
+# elements per batch of matrices (at least one matrix); bounds the memory of a step
 _BATCH_ELEMENTS = 2**24
 
-# settings that must be the same for matrices to be worked on together
+# settings that all matrices of a batch share
 _BATCH_SETTINGS = ("foreach", "ns_steps", "ns_coefficients", "ns_dtype", "nuclear")
 
 
 class MatrixTask(NamedTuple):
-    """A matrix, or the stack of matrices that this process holds whole, and the process that works on it."""
+    """A sharded matrix with its owner, or a matrix or stack that needs no gathering."""
 
-    layer_index: int  # of its parameter in the caller's list
-    shape: torch.Size  # of the whole matrix or stack, as it is stored
-    matrix: int | None = None  # index of a matrix in its stack; None for the parameter as it is held
-    first: int = 0  # index of the first matrix within the whole parameter
-    dim: int = 0  # the dimension along which it is sharded
-    group: Any = None  # the processes that hold the parts; None if this process holds all
-    owner: int = 0  # the rank in the group that works on it
+    layer_index: int  # index of the parameter in the caller's list
+    shape: torch.Size  # of the unsharded matrix or stack, as stored
+    matrix: int | None = None  # index in a stack sharded inside its matrices; None otherwise
+    first: int = 0  # index of the first matrix in the parameter's stack
+    dim: int = 0  # the sharded dimension
+    group: Any = None  # the processes that shard it; None if it needs no gathering
+    owner: int = 0  # rank of the owner in the group
 
     @property
     def mine(self) -> bool:
-        """Whether this process works on it."""
+        """Whether this process does the work."""
         return self.group is None or torch.distributed.get_rank(self.group) == self.owner
-
-    def piece(self, part: Tensor) -> Tensor:
-        """This process's part of the matrix, from its part of the parameter."""
-        return part if self.matrix is None else part[self.matrix]
 
 
 def is_stack(group: dict[str, Any], norm: str, dims: int) -> bool:
-    """Whether a parameter of so many dimensions is a stack of matrices, with an estimate for each."""
+    """Whether a parameter of ``dims`` dimensions is a stack of matrices, each with its own noise estimate."""
     return norm == "rms" and dims == 3 and not group["flatten"]
 
 
 def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
-    """(out, in) of a stored matrix, stack of matrices or convolution."""
+    """Return (out, in) of a matrix, stack of matrices or convolution of the stored ``shape``."""
     stack = is_stack(group, "rms", len(shape))
     m, n = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
     return (n, m) if group["transposed"] else (m, n)
 
 
 def scale_of(layer: LayerStep) -> float:
-    """The :func:`dual_norm_scale` of a parameter's matrices."""
+    """Return :func:`rule.dual_norm_scale` of a parameter's matrices."""
     return rule.dual_norm_scale("rms", matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"])
 
 
-# ---- which process works on which matrix
+# ---- owners of matrices
 
 
 def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
-    """The matrices of parameters, with their owners.
+    """Return the matrices of parameters, with their owners.
 
-    Stacks that are sharded along their matrices stay where they are. Other sharded matrices go, most expensive first,
-    to the process with the least work so far. That depends on shapes alone, so that all processes agree.
+    A stack sharded along e needs no gathering. Other sharded matrices are assigned, most expensive first, to the
+    process with the least cost so far. Costs depend only on shapes and settings, so all processes agree.
 
     Raises:
-        ValueError: for parameters that are sharded along several dimensions, or in strides.
+        ValueError: a parameter is sharded along several dimensions, or has strided placements.
     """
     tasks: list[MatrixTask] = []
     loads: dict[Any, list[float]] = {}
@@ -87,7 +83,7 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
             continue
         if shard.dim is None:
             raise ValueError(
-                "a matrix must be whole or sharded along one dimension over one mesh dimension (fully_shard's way); "
+                "LANTON takes matrices that are unsharded or sharded along one dimension over one mesh dimension; "
                 f"got placements {shard.placements} for shape {tuple(shard.shape)}. Shard it by fully_shard alone, or "
                 "put it in a group with norm='sign', whose rule is elementwise."
             )
@@ -95,7 +91,7 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
         if stack and shard.dim == 0:
-            sizes = exchange.part_sizes(shard.shape[0], world)
+            sizes = exchange.shard_sizes(shard.shape[0], world)
             rank = torch.distributed.get_rank(group)
             tasks.append(MatrixTask(i, torch.Size((sizes[rank], *shard.shape[1:])), first=sum(sizes[:rank])))
             for r, size in enumerate(sizes):
@@ -124,13 +120,13 @@ def _cost(layer: LayerStep, shape: torch.Size) -> float:
     return count * flops(matrix_shape(layer.group, shape), layer.group["ns_steps"])
 
 
-# ---- what is done with them
+# ---- norms and directions
 
 
 def nuclear_norms(
     layers: Sequence[LayerStep], difference: Callable[[int], Tensor]
 ) -> Iterator[tuple[MatrixTask, Tensor]]:
-    """Dual norms of the differences that this process works on; ``difference(i)`` is its part of parameter i's."""
+    """Yield dual norms of the differences that this process works on; ``difference(i)`` is its shard."""
     for batch in _whole_matrices(tasks_of(layers), layers, difference):
         group = layers[batch[0][0].layer_index].group
         norms = rule.nuclear_norms([whole for _, whole in batch], group["nuclear"], dtype_of(group["ns_dtype"]))
@@ -144,9 +140,9 @@ def nuclear_norms(
 def directions(
     layers: Sequence[LayerStep], momentum: Callable[[int], Tensor]
 ) -> Iterator[list[tuple[MatrixTask, Tensor]]]:
-    """Polar factors, a few at a time, this process's part of each, as its weights are written.
+    """Yield this process's shards of polar factors, in batches, shaped as :func:`as_written` shapes the weights.
 
-    ``momentum(i)`` is this process's part of the tensor whose direction is taken, for parameter i.
+    ``momentum(i)`` returns this process's shard of B (with Nesterov the average of B and G) for parameter i.
     """
     tasks = tasks_of(layers)
     owned: dict[MatrixTask, Tensor] = {}
@@ -174,32 +170,32 @@ def directions(
 
 
 def _like_polar(layer: LayerStep) -> Tensor:
-    """An empty tensor with the dtype and device of a parameter's polar factor."""
+    """Return an empty tensor with the dtype and device of a parameter's polar factor."""
     buffer = local(layer.state["momentum_buffer"])
     return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), buffer), device=buffer.device)
 
 
 def _whole_matrices(
-    tasks: list[MatrixTask], layers: Sequence[LayerStep], part: Callable[[int], Tensor]
+    tasks: list[MatrixTask], layers: Sequence[LayerStep], local_shard: Callable[[int], Tensor]
 ) -> Iterator[list[tuple[MatrixTask, Tensor]]]:
-    """The matrices (out, in), or stacks, that this process works on, a few of one kind at a time.
+    """Yield the unsharded matrices (out, in), or stacks, that this process works on, in batches of one kind.
 
-    ``part(i)`` is this process's part for parameter i.
+    ``local_shard(i)`` returns this process's shard for parameter i.
     """
     sharded = [task for task in tasks if task.group is not None]
-    arrived: dict[MatrixTask, Tensor | None] = {}
+    received: dict[MatrixTask, Tensor | None] = {}
     if sharded:
-        parts = {task.layer_index: part(task.layer_index) for task in sharded}
-        pieces = [task.piece(parts[task.layer_index]) for task in sharded]
-        arrived = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
-        del parts, pieces
-    for alike in _by_kind(tasks, layers):
-        one = layers[alike[0].layer_index].group["foreach"] is False
-        count = 1 if one else max(1, _BATCH_ELEMENTS // math.prod(alike[0].shape))
-        for start in range(0, len(alike), count):
+        shards = {task.layer_index: local_shard(task.layer_index) for task in sharded}
+        pieces = [shards[t.layer_index] if t.matrix is None else shards[t.layer_index][t.matrix] for t in sharded]
+        received = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
+        del shards, pieces
+    for same_kind in _by_kind(tasks, layers):
+        one = layers[same_kind[0].layer_index].group["foreach"] is False
+        count = 1 if one else max(1, _BATCH_ELEMENTS // math.prod(same_kind[0].shape))
+        for start in range(0, len(same_kind), count):
             batch = []
-            for task in alike[start : start + count]:
-                stored = part(task.layer_index) if task.group is None else arrived.pop(task)
+            for task in same_kind[start : start + count]:
+                stored = local_shard(task.layer_index) if task.group is None else received.pop(task)
                 assert stored is not None
                 group = layers[task.layer_index].group
                 batch.append((task, as_matrices(stored, group["transposed"], group["flatten"])))
@@ -207,7 +203,7 @@ def _whole_matrices(
 
 
 def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[MatrixTask]]:
-    """The tasks of this process, by settings, device, dtype and shape."""
+    """Group the tasks of this process by settings, device, dtype and shape."""
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
         if task.mine and math.prod(task.shape) > 0:

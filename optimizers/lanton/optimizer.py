@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +13,14 @@ from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import (
     check_betas,
     check_choice,
+    check_count,
     check_dtype,
     check_flags,
+    check_layout,
     check_number,
-    check_rounding,
     describe,
-    holds_factors,
+    settings_of,
+    warn_how_auto_routes,
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps, local, new_state, offsets_of, shard_of
@@ -36,13 +37,12 @@ from leanstep.optimizers.lanton.step import (
     step,
 )
 
-ALPHAS = ("auto",)
 NORMS = ("auto", "rms", "sign", "vector")
 NOISES = ("previous", "halves")
 GROUPINGS = ("norm", "role")
 SCALINGS = ("scion", "muon")
 
-# settings of older versions, with the values that a saved state may still have
+# removed settings, with the values that a loaded state may have
 _DROPPED = {
     "decay_rate": ("group",),
     "bias_correction": (False,),
@@ -63,11 +63,11 @@ class LANTON(LeanOptimizer):
         f = sqrt(a / a_max)                                        # a_max: over all layers with the same norm
         p = p * (1 - lr * weight_decay) - lr * f * radius * O
 
-    :mod:`leanstep.optimizers.lanton.rule` has a function for each line. The least noisy layer of each norm moves by
-    exactly ``lr * radius``, measured in that norm; noisier layers move less. A large ``alpha`` makes every f 1, a small
-    one makes it (H_min / H)^(1/4). Multiplying all gradients by c has the effect of dividing alpha by c.
+    :mod:`leanstep.optimizers.lanton.rule` has a function for each line. The update of the least noisy layer of each
+    norm has exactly the size ``lr * radius`` in that norm; noisier layers move less. f tends to 1 for large ``alpha``,
+    and to (H_min / H)^(1/4) for small ``alpha``. Scaling all gradients by c is equivalent to dividing alpha by c.
 
-    One optimizer serves a whole model. Every group has a ``norm``; :func:`leanstep.optimizers.param_groups` sets it:
+    One optimizer serves a whole model. Every group has a ``norm``, which :func:`leanstep.optimizers.param_groups` sets:
 
     ========  =====================  ==============================  ======================  =====================
     norm      for                    norm of the matrix (m, n)       dual norm               O
@@ -77,76 +77,74 @@ class LANTON(LeanOptimizer):
     "vector"  gains, biases          root mean square                sqrt(d) * l2 norm       B / RMS(B)
     ========  =====================  ==============================  ======================  =====================
 
-    "auto" means "rms" for two or more dimensions and "vector" for the rest. A warning says so once, because embeddings
-    and heads belong in groups with "sign". A stack (e, m, n) holds e matrices, each with its own H and f, since experts
-    differ in noise as layers do. Convolutions are flattened to (m, rest). U V^T comes from
-    :func:`leanstep.kernels.newton_schulz`.
+    "auto" means "rms" for two or more dimensions and "vector" for the rest. It warns once, because embeddings and heads
+    belong in groups with "sign". Each matrix of a stack (e, m, n) has its own H and f. Convolutions are flattened to
+    (m, rest). :func:`leanstep.kernels.newton_schulz` computes U V^T.
 
     Args:
         params: parameters, named parameters, or groups.
         lr: the common step size, a number or a one-element tensor.
-        betas: (beta1, beta2), of the momentum and of H. 0.95 is Muon's; 0.9 averages over about ten steps.
-        alpha: the noise level sqrt(H) at which steps shrink. Next to a layer without noise, a layer with
-            sqrt(H) = alpha has f = 0.84, one with ten times that 0.32. The unit is the dual norm of a gradient, which
-            changes with model, batch size (H is proportional to 1 / batch), loss scale and clipping. Choose it by
-            :meth:`noise_report`, per group if needed. "auto" (experimental) takes the median of sqrt(H) over the
-            layers that share a maximum, at every step; f then depends on ratios of noise alone.
+        betas: (beta1, beta2): the weights of the old B and of the old H. 0.95 is Muon's beta1; beta2 = 0.9 averages H
+            over about ten steps.
+        alpha: the noise level sqrt(H) at which steps shrink, in units of a gradient's dual norm. If the least noisy
+            layer has H = 0, f is 0.84 at sqrt(H) = alpha and 0.32 at 10 alpha. H scales with 1 / batch size, and
+            changes with model, loss scale and clipping: choose alpha by :meth:`noise_report`, per group if needed.
+            "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
+            depends only on ratios of noise.
         weight_decay: decoupled, multiplied by lr and not by f.
-        norm: the group's norm, see above.
-        radius: size of the update in the group's norm, in units of lr. Scion takes larger radii for heads than for
-            hidden matrices; its normalised sign is radius = 1 / n.
-        scaling: of "rms". "scion", as in the table, bounds how much a matrix changes the root mean square of its
-            output, whatever its shape. "muon" has 0.2 * sqrt(max(m, n)) in place of sqrt(m / n), as Moonlight does:
-            entries move about as AdamW's do, so that AdamW's lr and decay fit. The dual norm has the same factor.
-        nesterov: take the direction of ``beta1 * B + (1 - beta1) * G``, with the new B, in place of B.
-        noise: where G' comes from. "previous": the gradient of the step before, kept in the state. E H is then twice
-            the squared dual norm of one gradient's noise, plus the drift of the true gradient. "halves": the two halves
-            of the step's micro-batches, separated by :meth:`mark_half`, on the same scale. There is no drift, and no
-            gradient is kept between steps.
-        noise_adaptive: False: f = 1 and nothing is estimated. This is the base optimizer (Scion or Muon on matrices,
-            sign and vector rules), bit for bit what a very large alpha gives.
-        noise_every: update H at one of so many steps, from two gradients that follow one another. An estimate costs
-            more than half as much as an update, and H changes slowly.
-        grouping: which layers share a maximum. "norm": all layers of a norm in the whole optimizer, over all groups,
-            including layers without a gradient at this step; the paper speaks of "layers associated with the same
-            norm". "role": the layers of a norm in groups with the same ``name``.
-        ns_steps, ns_coefficients, ns_dtype: of Newton-Schulz. The defaults are Muon's five steps. dtype None: bf16
-            where the device has matrix units for it, else fp32.
-        nuclear: the estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias that all layers share
-            cancels in f. "svd": exact, and slow. "frobenius": a lower bound without any product, too small by up to the
-            square root of the rank. Use it for layers of similar shape.
-        transposed: of a group whose matrices are stored (in, out), as in transformers' ``Conv1D``.
+        norm: the group's norm; see the table.
+        radius: size of the update in the group's norm, in units of lr. Scion uses larger radii for heads than for
+            hidden matrices; its normalized sign is radius = 1 / n.
+        scaling: factor of "rms". "scion": sqrt(m / n), which bounds the change of the output's root mean square for
+            any shape. "muon": 0.2 * sqrt(max(m, n)), as in Moonlight; entries move about as AdamW's, so AdamW's lr and
+            decay fit. The dual norm has the same factor.
+        nesterov: replace B in O by ``beta1 * B + (1 - beta1) * G``, with the new B.
+        noise: source of G'. "previous": the previous step's gradient, stored in the state. E H is then twice the
+            squared dual norm of one gradient's noise, plus the drift of the true gradient. "halves": the two halves of
+            the step's micro-batches, which :meth:`mark_half` separates. H has the same scale but no drift, and no
+            gradient is stored between steps.
+        noise_adaptive: False: f = 1 and no estimates. This is the base optimizer (Scion or Muon for matrices, plus the
+            sign and vector rules), bit-identical to a very large alpha.
+        noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs more than
+            half of an update, and H changes slowly.
+        grouping: which layers share a_max. "norm": all layers with the same norm, over all groups and including layers
+            without a gradient at this step (in the paper "layers associated with the same norm"). "role": layers with
+            the same norm in groups with the same ``name``.
+        ns_steps, ns_coefficients, ns_dtype: Newton-Schulz iterations (Muon's five by default), their coefficients and
+            dtype. None: bf16 on devices with bf16 matrix units, else fp32.
+        nuclear: estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias common to all layers cancels
+            in f. "svd": exact and slow. "frobenius": the Frobenius norm, a lower bound by up to a factor of
+            sqrt(rank), without matrix products; use it for layers of similar shape.
+        transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D``.
             :func:`leanstep.optimizers.param_groups` sets it, and ``flatten``.
-        flatten: of a group whose tensors of three dimensions are single matrices (m, rest), not stacks: weights of
-            one-dimensional convolutions.
-        momentum_dtype: of B; None is the parameter's. The direction is taken of B as it is stored.
-        noise_dtype: of the kept gradient or half; None is the parameter's. bf16 halves its memory for fp32 parameters
-            and adds up to 2^-9 of the gradient to the noise.
+        flatten: the group's tensors of three dimensions are matrices (m, rest), not stacks, as in one-dimensional
+            convolutions.
+        momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
+        noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
+            parameters, and adds up to 2^-9 of the gradient to the noise.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
-        nonfinite: "skip": a parameter with a non-finite gradient is left alone with all its state, and counted; "raise"
-            and "pass" as for Lion. A difference that is not finite never enters H.
-        foreach: None or True: matrices of one shape in batches; False: one matrix at a time.
+        nonfinite: "skip": leave a parameter with a non-finite gradient and its state unchanged, and count it. "raise",
+            "pass": as for Lion. A non-finite difference never enters H.
+        foreach: None or True: process matrices of one shape in batches. False: one matrix at a time.
 
     Raises:
-        ValueError, TypeError: settings out of range; a vector in a group of matrices or a matrix in one of vectors; a
-            group with a norm and without parameters; matrices that are sharded along several dimensions; a saved state
-            with a setting that this version does not have.
-        RuntimeError: a sparse gradient; noise="halves" before the first :meth:`mark_half`, or in a compiled step.
-        NonFiniteGradientError: see ``nonfinite``.
+        ValueError, TypeError: a setting is out of range; a parameter's shape does not fit its norm; a group with a
+            norm is empty; a matrix is sharded along several dimensions; a loaded state has a removed setting.
+        RuntimeError: a gradient is sparse; with noise="halves", :meth:`mark_half` was never called or the step is
+            compiled.
+        NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        At the first step there is no difference, and f = 1. A layer keeps f = 1 until its first estimate and does not
-        enter the maximum. A layer without a gradient, or with a gradient of zeros (an expert without tokens), keeps H
-        and G'.
-        State: ``momentum_buffer`` and, for "previous", ``previous_grad``: 8 bytes per fp32 parameter, or 4 with
-        "halves", which needs one more copy of the gradients from mark_half to the step; ``noise`` and ``noise_steps``,
-        one number each per matrix; ``kahan_compensation``, ``master_param`` or ``step`` where ``rounding`` needs them.
-        Memory during a step: differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and
-        the buffers of Newton-Schulz. The maximum forces two passes: no parameter can be updated before all gradients
-        are there.
-        Under FSDP2, every matrix is gathered on one process, and the work is spread by its cost. A step takes three
-        all-to-alls (differences, momenta, directions) and one all-reduce of four numbers per matrix, for the whole
-        model. Replicated parameters send nothing.
+        A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
+        gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
+        State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes).
+        "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
+        number each per matrix. ``rounding`` adds ``kahan_compensation``, ``master_param`` or ``step``.
+        A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
+        buffers of Newton-Schulz. The maximum needs all gradients before the first update.
+        FSDP2: each matrix is gathered on one process, and owners balance the cost. A step takes three all-to-alls
+        (differences, momenta, directions) and one all-reduce of four numbers per matrix, for the whole model.
+        Replicated parameters need no communication.
 
     References:
         Hao, Gong, Xu, Wang, Liu, "Noise-Adaptive Layerwise Learning Rates: Accelerating Geometry-Aware Optimization for
@@ -169,6 +167,7 @@ class LANTON(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer", "previous_grad")
+    _group_entries = {"noise_clock": 0, **halves.NOTHING}
 
     def __init__(
         self,
@@ -200,16 +199,15 @@ class LANTON(LeanOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        self._check_group(defaults)
-        super().__init__(params, defaults)
-        _warn_how_auto_routes(self.param_groups)
+        super().__init__(params, settings_of(locals()))
+        auto = [g for g in self.param_groups if g["norm"] == "auto"]
+        warn_how_auto_routes(auto, "LANTON", "hidden matrices", "as vectors", "norm='rms'")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_betas("LANTON", group["betas"])
         alpha = group["alpha"]
-        if (isinstance(alpha, str) and alpha not in ALPHAS) or alpha == 0:
+        if (isinstance(alpha, str) and alpha != "auto") or alpha == 0:
             raise ValueError(f"Invalid alpha: {alpha!r}; LANTON expects a number above 0, or 'auto'")
         if alpha != "auto":
             check_number("LANTON", "alpha", alpha, 0.0)
@@ -220,32 +218,14 @@ class LANTON(LeanOptimizer):
         ):  # fmt: skip
             check_choice("LANTON", name, group[name], choices)
         for name in ("noise_every", "ns_steps"):
-            value = group[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Invalid {name}: {value!r}; LANTON expects an int of at least 1")
-        check_flags("LANTON", group, ("nesterov", "noise_adaptive", "transposed", "flatten"))
-        check_rounding("LANTON", group)
-        if group["transposed"] and group["flatten"]:
-            raise ValueError(
-                "LANTON: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
-            )
+            check_count("LANTON", name, group[name])
+        check_flags("LANTON", group, ("nesterov", "noise_adaptive"))
+        check_layout("LANTON", group)
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
             check_dtype("LANTON", name, group[name])
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Raises ValueError, naming the parameter, where the norm does not fit a parameter's shape."""
-        if isinstance(param_group, dict):
-            # in every group from the start: torch.distributed.checkpoint reads the keys of a fresh optimizer
-            param_group = {"noise_clock": 0, **halves.NOTHING, **param_group}
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_norms(group, param_group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check_norms(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+    def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+        super()._check_params(group, given)
         if given.get("norm", "auto") != "auto" and not group["params"]:
             raise ValueError(f"LANTON: a group with norm={given['norm']!r} has no parameter; leave it out")
         if group["grouping"] == "role" and not group.get("name"):
@@ -269,18 +249,19 @@ class LANTON(LeanOptimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict. ``noise`` and ``noise_steps`` of a single matrix have shape (), as in all versions.
+        """Return torch's state dict, with ``noise`` and ``noise_steps`` of a single matrix in shape ().
 
-        In the optimizer's state they are (1,): torch.compile loses in-place writes to 0-d fp64 inputs on a CPU.
+        In memory they have shape (1,), because torch.compile loses in-place writes to 0-d fp64 inputs on a CPU.
         """
         packed = super().state_dict()
         return {**packed, "state": _reshaped_estimates(packed["state"], (1,), ())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping the dtype each tensor was saved in.
+        """Load a state; every tensor keeps the dtype it was saved in.
 
         Raises:
-            ValueError: as for every optimizer; a setting of an older version that this one does not have.
+            ValueError: the state belongs to another optimizer or other parameters, or has a removed setting. Nothing
+                is changed.
         """
         for group in state_dict["param_groups"]:
             settings = {"grouping": group.get("grouping"), **{name: group.get(name) for name in _DROPPED}}
@@ -307,7 +288,7 @@ class LANTON(LeanOptimizer):
             device = local(param).device
             count = matrix_count(Layer(group, param, state, norm_of(group, param)))
             state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
-            # the number of estimates that H averages; -1 below, for want of a previous gradient to compare with
+            # number of estimates in H; -1 (below) until there is a previous gradient
             state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
         if group["noise"] == "previous" and "previous_grad" not in state:
             state["previous_grad"] = new_state(param, group["noise_dtype"])
@@ -315,7 +296,7 @@ class LANTON(LeanOptimizer):
         return state
 
     def _steps(self) -> list[Steps[None]]:
-        """One rule for all groups: their layers share maxima."""
+        """Return one generator for all groups, because their layers share maxima."""
         for group in self._groups_with_halves():
             halves.check_marked(group)
         layers: list[LayerStep] = []
@@ -323,7 +304,7 @@ class LANTON(LeanOptimizer):
         for group in self.param_groups:
             layers += self._layer_steps(group, first_index)
             first_index += len(group["params"])
-        # raise before anything is changed
+        # these two raise for unsupported shards, before any update
         tasks_of([x for x in layers if x.norm == "rms"])
         stochastic = [x.shard for x in layers if x.rounding == "stochastic"]
         if stochastic:
@@ -335,13 +316,13 @@ class LANTON(LeanOptimizer):
         for group in self._groups_with_halves():
             halves.forget(group, self.state)
         for group in self.param_groups:
-            # stays below noise_every: torch.compile makes a graph for every value
+            # modulo noise_every, because torch.compile makes a graph for every value
             group["noise_clock"] = (group["noise_clock"] + 1) % group["noise_every"]
 
     def _layer_steps(self, group: dict[str, Any], first_index: int) -> Iterator[LayerStep]:
-        """The parameters of a group that have a gradient, with their state.
+        """Yield the parameters of a group that have a gradient, with their state.
 
-        One step in ``noise_every`` measures; with "previous", the step before it keeps its gradient.
+        Every ``noise_every``-th step measures. With "previous", the step before it stores its gradient.
         """
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
@@ -357,11 +338,11 @@ class LANTON(LeanOptimizer):
                 shard_of(param),
                 first_index + position,
                 measures=measures and (previous or "half_grad" in state),
-                keeps=adaptive and previous and group["noise_clock"] == 0,
+                stores=adaptive and previous and group["noise_clock"] == 0,
             )
 
     def _estimated(self) -> list[Layer]:
-        """The parameters that have an estimate."""
+        """Return the parameters that have noise estimates."""
         return [
             Layer(group, param, self.state[param], norm_of(group, param))
             for group in self.param_groups
@@ -384,10 +365,9 @@ class LANTON(LeanOptimizer):
         process_group: Any = None,
         loss_scale: float | Tensor = 1.0,
     ) -> None:
-        """With ``noise="halves"``, call this after the backward passes of the first half of a step's micro-batches.
+        """Copy the gradients accumulated over the first half of a step's micro-batches, for ``noise="halves"``.
 
-        It copies the gradients accumulated so far. ``step()`` compares the copies with the whole gradients and drops
-        them::
+        ``step()`` compares the copies with the whole gradients and deletes them::
 
             for i, batch in enumerate(micro_batches):
                 (model(batch) / len(micro_batches)).backward()
@@ -395,29 +375,31 @@ class LANTON(LeanOptimizer):
                     optimizer.mark_half()
             optimizer.step()
 
-        A step without a mark (a last batch of one micro-batch) leaves H unchanged. If gradients change between the last
-        backward pass and the step (clipping, ``GradScaler.unscale_``), call :meth:`mark_whole` before they do.
+        A step without this call (a last batch of one micro-batch) leaves H unchanged. If clipping or
+        ``GradScaler.unscale_`` changes the gradients before the step, call :meth:`mark_whole` before that.
 
         Args:
-            fraction: share of the micro-batches done so far, in (0, 1); the two parts need not be equal.
-            averaged: for parameters that every process holds whole. ``DistributedDataParallel`` averages gradients in
-                the backward pass, except inside ``no_sync()``, which Accelerate's ``accumulate()`` uses before its last
-                micro-batch. True: they have been averaged. False: average the copies here, by one more reduction of
-                all gradients. None: there is one process, or parameters are sharded (FSDP2 reduces in every pass).
+            fraction: fraction of the micro-batches done so far, in (0, 1); the halves need not be equal.
+            averaged: whether the gradients of replicated parameters are averaged over processes already. True:
+                ``DistributedDataParallel`` has done so in the backward pass. False: they come from ``no_sync()`` (which
+                Accelerate's ``accumulate()`` uses before its last micro-batch); average the copies here, by one
+                reduction of all gradients. None: one process, or sharded parameters (FSDP2 reduces in every pass).
             process_group: the processes to average over; None: all.
-            loss_scale: the factor of the loss, as in ``scaler.get_scale()``, if gradients still have it.
+            loss_scale: factor of the loss that the gradients still contain, such as ``scaler.get_scale()``.
 
         Raises:
             RuntimeError: no group has noise="halves"; no parameter has a gradient.
-            ValueError: a fraction outside (0, 1); ``averaged`` is None where it matters.
+            ValueError: the fraction is outside (0, 1); ``averaged`` is None with several processes and replicated
+                parameters.
         """
         halves.mark_half(self._groups_with_halves(), self.state, fraction, averaged, process_group, loss_scale)
 
     @torch.no_grad()
     def mark_whole(self, *, loss_scale: float | Tensor = 1.0) -> None:
-        """Take the difference of the halves now, after the last backward pass, before gradients are changed.
+        """Compute the difference of the halves from the current gradients; call it after the last backward pass.
 
-        H is then in units of the gradient as it was. Needed only if gradients are changed before ``step()``.
+        Needed only if gradients are changed before ``step()`` (clipping, unscaling). H is in units of the gradients
+        before that change.
 
         Args:
             loss_scale: as for :meth:`mark_half`.
@@ -430,18 +412,18 @@ class LANTON(LeanOptimizer):
     # ---- reports
 
     def noise_report(self, norm: str | None = None) -> list[dict[str, Any]]:
-        """Estimates and step sizes of all layers, to choose ``alpha`` by (reads the device).
+        """Return the noise and step size of every layer (reads the device). Use it to choose ``alpha``.
 
         Args:
-            norm: only layers of "rms", "sign" or "vector".
+            norm: "rms", "sign" or "vector" selects the layers with this norm; None: all layers.
 
         Returns:
-            One dict per matrix or vector that has had a gradient: ``name``; ``group``, the name of the maximum that it
-            shares; ``norm``; ``H`` (None before the first estimate); ``factor`` f; ``lr``, the group's lr times f.
-            A stack has one per matrix. Empty with ``noise_adaptive=False``.
+            One dict per vector, matrix or matrix of a stack that has had a gradient: ``name``; ``group``, the key of
+            the layers that share its maximum; ``norm``; ``H`` (None before the first estimate); ``factor`` f; ``lr``,
+            the group's lr times f. Empty with ``noise_adaptive=False``.
 
         Raises:
-            ValueError: no parameter has that norm.
+            ValueError: no parameter has this norm.
         """
         norms = {norm_of(group, param) for group in self.param_groups for param in group["params"]}
         if norm is not None and norm not in norms:
@@ -468,9 +450,9 @@ class LANTON(LeanOptimizer):
         return [row for row in rows if norm in (None, row["norm"])]
 
     def diagnostics(self) -> dict[str, float]:
-        """``noise/NAME`` (H) and ``factor/NAME`` (f) of every parameter, for a log; means over the matrices of a stack.
+        """Return ``noise/NAME`` (H) and ``factor/NAME`` (f) of every parameter with an estimate (reads the device).
 
-        Parameters without an estimate have no entry. Reads the device.
+        The values of a stack are means over its matrices.
         """
         values: dict[str, list[float]] = {}
         for row in self.noise_report():
@@ -482,7 +464,7 @@ class LANTON(LeanOptimizer):
 
 
 def _reshaped_estimates(states: dict[Any, Any], old: tuple[int, ...], new: tuple[int, ...]) -> dict[Any, Any]:
-    """States whose estimates of shape ``old`` are views of shape ``new``."""
+    """Return the states with noise estimates of shape ``old`` reshaped to ``new``."""
 
     def reshaped(key: str, value: Any) -> Any:
         return value.reshape(new) if key in ("noise", "noise_steps") and value.shape == old else value
@@ -496,16 +478,3 @@ def _reshaped_estimates(states: dict[Any, Any], old: tuple[int, ...], new: tuple
 def _name(group: dict[str, Any], position: int) -> str:
     names = group.get("param_names")
     return names[position] if names else f"{group.get('name', 'group')}.{position}"
-
-
-def _warn_how_auto_routes(groups: list[dict[str, Any]]) -> None:
-    auto = [p for group in groups if group["norm"] == "auto" and not holds_factors(group) for p in group["params"]]
-    matrices = sum(p.dim() >= 2 for p in auto)
-    if matrices:
-        rest = len(auto) - matrices
-        warnings.warn(
-            f"LANTON: {matrices} parameters of two or more dimensions are taken as hidden matrices"
-            f"{f', {rest} others as vectors' if rest else ''}. Embeddings and heads are hidden matrices here too: "
-            "leanstep.optimizers.param_groups(model) routes them by module; norm='rms' means them all.",
-            stacklevel=3,
-        )

@@ -1,7 +1,7 @@
-"""One step of LANTON over all layers: noise first, then factors, then momentum and update.
+"""One step of LANTON over all layers: noise, factors, momenta, updates, in this order.
 
-The formulas are in :mod:`leanstep.optimizers.lanton.rule`. This module applies them to layers, to the matrices of a
-stack, and to this process's parts of sharded parameters.
+This module applies the formulas of :mod:`leanstep.optimizers.lanton.rule` to layers, to the matrices of a stack, and
+to this process's shards of parameters.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
 # Columns of a table with one row per matrix, summed over processes:
-_DUAL = 0  # the dual norm of the difference, without its scale for embeddings, heads and vectors; squared for vectors
+_DUAL = 0  # "rms": the difference's dual norm; "sign", "vector": rule.partial_dual_norm of the difference
 _NONFINITE = 1  # above 0 if the gradient is not finite
 _ACTIVE = 2  # above 0 if the gradient has a nonzero entry
 _SQUARE = 3  # the sum of squares of a vector's new momentum
 
 
 class Layer(NamedTuple):
-    """A parameter with a noise estimate: one, or one for each matrix of a stack."""
+    """A parameter with noise estimates: one, or one per matrix of a stack."""
 
     group: dict[str, Any]
     param: Tensor
@@ -47,28 +47,28 @@ class LayerStep(NamedTuple):
     grad: Tensor
     rounding: str
     shard: Shard
-    param_index: int  # among the parameters of all groups
-    measures: bool  # the difference of this step enters H
-    keeps: bool  # the gradient is kept for the next step
+    param_index: int  # counted over all groups
+    measures: bool  # this step's difference enters H
+    stores: bool  # this step's gradient is stored as G' of the next step
 
 
 class GradientInfo(NamedTuple):
-    """A parameter with a gradient, and the numbers that all processes know of it."""
+    """A parameter with a gradient, and its row of the reduced table."""
 
     layer: LayerStep
     factor: Tensor  # [1], or [e] for a stack
-    nonfinite: Tensor  # 0-d bool: the gradient is not finite, and the parameter is left alone
+    nonfinite: Tensor  # 0-d bool: the gradient is not finite, and the parameter is not updated
     active: Tensor  # bool [1] or [e]: the gradient has a nonzero entry
     square: Tensor  # 0-d: sum of squares of a vector's momentum
 
 
 class Update(NamedTuple):
-    """An update to be written: ``weight <- weight * decay - lr * scale * direction``."""
+    """An update ``weight = weight * decay - lr * scale * direction`` to write."""
 
     info: GradientInfo
-    weight: Tensor  # this process's part, or one matrix of it
-    rounding_states: list[Tensor]  # empty, or the one of the weight
-    direction: Tensor  # a matrix or stack, as the weight is written
+    weight: Tensor  # this process's shard of the parameter, or of one matrix of its stack
+    rounding_states: list[Tensor]  # the weight's rounding state, if it has one
+    direction: Tensor  # shaped as as_written shapes the weight
     scale: Tensor  # [1], or [e] for a stack
 
 
@@ -76,24 +76,24 @@ class Update(NamedTuple):
 
 
 def norm_of(group: dict[str, Any], param: Tensor) -> str:
-    """The norm that a group gives to a parameter: "rms", "sign" or "vector"."""
+    """Return a parameter's norm, "rms", "sign" or "vector", with "auto" resolved."""
     if group["norm"] != "auto":
         return group["norm"]
     return "rms" if param.dim() >= 2 else "vector"
 
 
 def matrix_count(layer: Layer | LayerStep) -> int:
-    """The number of estimates of a parameter."""
+    """Return the number of a parameter's noise estimates."""
     return layer.param.shape[0] if is_stack(layer.group, layer.norm, layer.param.dim()) else 1
 
 
 def maximum_of(layer: Layer) -> str:
-    """Name of the maximum that a layer shares in."""
+    """Return the key of the layers that share a_max with this layer."""
     return layer.norm if layer.group["grouping"] == "norm" else f"{layer.norm}/{layer.group['name']}"
 
 
 def estimate_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of H, a squared sum over a whole matrix: fp64 where the device has it."""
+    """Return the dtype of H, a squared sum over a matrix: fp64, or fp32 on devices without fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -103,8 +103,7 @@ def estimate_dtype(device: torch.device) -> torch.dtype:
 def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     """Update the parameters that have a gradient, and their state, in place.
 
-    Besides the matrices themselves, processes reduce four numbers per matrix, once. All of them then know all estimates
-    and compute the same maxima.
+    One all-reduce of four numbers per matrix gives every process all estimates, and so the same maxima.
 
     Args:
         layers: the parameters that have a gradient.
@@ -114,13 +113,12 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     if not layers:
         return
     device = local(layers[0].param).device
-    rows: list[slice] = []  # of each layer in the table
-    shards: list[Shard] = []  # of each row
+    rows: list[slice] = []  # rows of the table, per layer
+    shards: list[Shard] = []  # per row
     for layer in layers:
         count = matrix_count(layer)
         rows.append(slice(len(shards), len(shards) + count))
         shards += [layer.shard] * count
-    # what the rule has to know of each matrix: dual norms and flags
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
     if any(s.groups for s in shards):
@@ -132,18 +130,16 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
     factors = _factors(layers, estimated, device)
     infos = []
     for layer, r, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
-        home = local(layer.param).device
-        infos.append(
-            GradientInfo(layer, factor, flag.to(home), (table[r, _ACTIVE] > 0).to(home), table[r.start, _SQUARE])
-        )
+        active = (table[r, _ACTIVE] > 0).to(local(layer.param).device)
+        infos.append(GradientInfo(layer, factor, flag.to(active.device), active, table[r.start, _SQUARE]))
     counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic"]
     if counters:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
-        infos = [info for info in infos if not info.nonfinite]  # to read a flag costs nothing on the host
+        infos = [info for info in infos if not info.nonfinite]  # reading flags on the host needs no wait
     # G' of the next step, B, and p along O
     for info in infos:
-        _keep_gradient(info)
+        _store_gradient(info)
         _update_momentum(info)
     _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
     hidden = [info for info in infos if info.layer.norm == "rms"]
@@ -152,17 +148,17 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
 
 
 def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
-    """Fill in this process's part of the table."""
+    """Write this process's contributions to the table."""
     checked = [i for i, layer in enumerate(layers) if layer.group["nonfinite"] == "skip"]
     for positions in by_device_and_dtype([layers[i].param for i in checked]):
         flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
         starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
         table[starts, _NONFINITE] = flags.to(table)
     for layer, r in zip(layers, rows, strict=True):
-        if layer.measures or layer.keeps:
+        if layer.measures or layer.stores:
             grad = local(layer.grad)
             active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
-            _of_this_process(layer, table[r, _ACTIVE]).copy_(active)
+            _local_values(layer, table[r, _ACTIVE]).copy_(active)
         if layer.norm == "vector":
             momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
             ahead = _direction_momentum(layer, momentum)
@@ -176,13 +172,13 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
 
 
 def _any(grad: Tensor) -> Tensor:
-    """Whether a gradient has a nonzero entry. On a CPU one among the first saves reading the rest."""
+    """Whether a gradient has a nonzero entry. On a CPU, first look at 64 entries, which usually suffices."""
     start = grad.flatten()[:64] if _on_host(grad) and grad.is_contiguous() else grad
     return start.any() if start is grad or bool(start.any()) else grad.any()
 
 
 def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
-    """Add parameters with a non-finite gradient to the counts of their groups."""
+    """Count parameters with a non-finite gradient in their groups."""
     by_group: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
         if layer.group["nonfinite"] == "skip":
@@ -192,15 +188,15 @@ def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
 
 
 def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, nonfinite: Tensor) -> None:
-    """Take the dual norms of this step's differences into the estimates."""
-    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.keeps]
+    """Update H with the dual norms of this step's differences."""
+    measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.stores]
     if not measuring:
         return
     pairs = [(i, r) for i in measuring for r in range(rows[i].start, rows[i].stop)]
     states = [layers[i].state for i in measuring]
 
     def per_matrix(value: Callable[[LayerStep], float]) -> Tensor:
-        # a bool that depends on the clock of noise_every is symbolic in a trace, where it cannot be converted
+        # in a trace, bools that depend on noise_clock are symbolic and have no float()
         numbers = [value(layers[i]) for i, _ in pairs]
         return constant([(1.0 if v else 0.0) if isinstance(v, bool) else v for v in numbers], table.device, table.dtype)
 
@@ -211,14 +207,14 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, non
     noise, counts = (_joined(states, name, table.device) for name in ("noise", "noise_steps"))
     estimates = rule.noise_estimate(noise, duals, per_matrix(lambda layer: layer.group["betas"][1]))
     taken = usable & (counts >= 0) & (per_matrix(lambda layer: layer.measures) > 0) & torch.isfinite(estimates)
-    keeps = usable & (per_matrix(lambda layer: layer.keeps) > 0)
+    stores = usable & (per_matrix(lambda layer: layer.stores) > 0)
     new_counts = torch.where(taken, counts + 1, counts)
     _distribute(states, "noise", torch.where(taken, estimates, noise))
-    _distribute(states, "noise_steps", torch.where(keeps, new_counts.clamp_min(0), new_counts))
+    _distribute(states, "noise_steps", torch.where(stores, new_counts.clamp_min(0), new_counts))
 
 
 def _remaining_scale(layer: LayerStep) -> float:
-    """The number that turns the table's entry into a dual norm; 1 for hidden matrices, whose entry is one."""
+    """Return the factor from the table's entry to the dual norm; 1 for "rms", whose entry has it already."""
     if not layer.measures or layer.norm == "rms":
         return 1.0
     scale = rule.dual_norm_scale(layer.norm, tuple(layer.param.shape))
@@ -226,18 +222,18 @@ def _remaining_scale(layer: LayerStep) -> float:
 
 
 def _joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -> Tensor:
-    """One state of all layers as a vector in the dtype of estimates."""
+    """Concatenate one state entry of all layers, in the dtype of estimates."""
     return torch.cat([s[name].to(device) for s in states]).to(estimate_dtype(device))
 
 
 def _distribute(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> None:
-    """Write a vector back into the states it was joined from."""
+    """Split a vector of :func:`_joined` and write it back to the states."""
     for state, part in zip(states, values.split([s[name].numel() for s in states]), strict=True):
         state[name].copy_(part)
 
 
 def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.device) -> list[Tensor]:
-    """f of every matrix of every layer: [1] or [e]."""
+    """Return f of every layer, [1] or [e]; 1 for layers without estimates."""
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
     known: dict[Tensor, Tensor] = {}
     if estimated:
@@ -248,7 +244,7 @@ def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.devi
 
 
 def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(f, H, number of estimates) of all matrices of the layers, as vectors in order."""
+    """Return f, H and the number of estimates, each concatenated over the matrices of all layers."""
     noise, counts = (_joined([layer.state for layer in layers], name, device) for name in ("noise", "noise_steps"))
     measured, factors = counts >= 1, torch.ones_like(noise)
     alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
@@ -279,16 +275,15 @@ def _momentum(layer: LayerStep) -> Tensor:
 
 
 def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
-    """The tensor whose direction is taken: the momentum as stored or, with Nesterov, averaged once more with G."""
+    """Return the tensor that determines O: the stored momentum, or Nesterov's average of it with G."""
     momentum = _momentum(layer) if momentum is None else momentum
     return rule.nesterov(momentum, _signed(layer), layer.group["betas"][0]) if layer.group["nesterov"] else momentum
 
 
 def _difference(layer: LayerStep) -> Tensor:
-    """This process's part of the difference that, times ``noise_scale``, measures the noise.
+    """Return this process's shard of G - G', or of h - w * G for halves (see :func:`rule.noise_scale`).
 
-    G minus the previous gradient, or h - w * G for the halves of a batch. In the dtype of the gradients: its rounding
-    does not matter to a norm, and halves what is sent.
+    The result has the gradients' dtype: a norm tolerates its rounding, and bf16 halves the communication.
     """
     grad = local(layer.grad)
     if layer.group["noise"] == "previous":
@@ -297,13 +292,13 @@ def _difference(layer: LayerStep) -> Tensor:
     return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
 
 
-def _keep_gradient(info: GradientInfo) -> None:
-    """Keep the gradient for the next step, except matrices that are not finite or zero."""
+def _store_gradient(info: GradientInfo) -> None:
+    """Store the gradient as G' of the next step, except matrices with a zero or non-finite gradient."""
     layer = info.layer
-    if not layer.keeps:
+    if not layer.stores:
         return
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
-    take = _of_this_process(layer, info.active & ~info.nonfinite)
+    take = _local_values(layer, info.active & ~info.nonfinite)
     if _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
@@ -314,14 +309,14 @@ def _keep_gradient(info: GradientInfo) -> None:
 def _update_momentum(info: GradientInfo) -> None:
     """Update the momentum, unless the gradient is not finite."""
     layer, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
-    if not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host they have been left out
+    if not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host, step() has dropped these layers
         buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
     else:
         rule.momentum(buffer, _signed(layer), beta, in_place=True)
 
 
-def _of_this_process(layer: LayerStep, values: Tensor) -> Tensor:
-    """The values of the matrices that this process holds (parts of), from one value per matrix of a stack."""
+def _local_values(layer: LayerStep, values: Tensor) -> Tensor:
+    """Select the values of this process's matrices from one value per matrix of a stack."""
     shard = layer.shard
     if values.numel() == 1 or not shard.groups or shard.dim != 0 or shard.offset is None:
         return values
@@ -330,7 +325,7 @@ def _of_this_process(layer: LayerStep, values: Tensor) -> Tensor:
 
 
 def _on_host(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a device or breaking a graph."""
+    """Whether reading values neither waits for a device nor breaks a graph of torch.compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -338,7 +333,7 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 def _elementwise_update(info: GradientInfo) -> Update:
-    """Embeddings and heads move along the signs of their momenta, vectors along momenta of root mean square 1."""
+    """Return the update of an embedding, head or vector along O of its norm."""
     layer = info.layer
     momentum = as_written(_direction_momentum(layer), stacked=False)
     if layer.norm == "sign":
@@ -350,30 +345,30 @@ def _elementwise_update(info: GradientInfo) -> Update:
 
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
-    """Hidden matrices move along the polar factors of their momenta."""
+    """Return the update of hidden matrices along the polar factors of their momenta."""
     layer, matrix = info.layer, task.matrix
-    factor = _of_this_process(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
+    factor = _local_values(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
     return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), matrix)
 
 
 def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:
-    """Of this process's part of a parameter, or of a matrix of a stack."""
+    """Return an update of this process's shard of a parameter, or of one matrix of a stack."""
     parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
     weight, *states = parts if matrix is None else [part[matrix] for part in parts]
     return Update(info, weight, states, direction, scale)
 
 
 def _write(updates: list[Update]) -> None:
-    """Write updates of any groups: those of one group, device and dtype in one call."""
+    """Write updates, with one call per group, device and dtype."""
     sets: dict[Any, list[Update]] = {}
     for u in updates:
         if u.weight.numel() > 0:
             sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
-    for alike in sets.values():
-        _write_alike(alike)
+    for updates_of_kind in sets.values():
+        _write_one_kind(updates_of_kind)
 
 
-def _write_alike(updates: list[Update]) -> None:
+def _write_one_kind(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
     seeds = offsets = None

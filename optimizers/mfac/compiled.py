@@ -1,10 +1,10 @@
-"""M-FAC's direction as one operation, for torch.compile and for fake tensors.
+"""M-FAC's direction as one custom op, for torch.compile and fake tensors.
 
-Which row is written and how many are in use changes from step to step and is known on the host. Traced, it would be
-compiled again at every step until the window is full.
+The index of the new row and the number of rows are Python numbers that change every step. A trace of the plain code
+would therefore be compiled again at every step.
 
-The operation returns nothing and writes into tensors that it is given: torch cannot functionalize one that both changes
-its inputs and returns a list of tensors.
+The op returns nothing and writes its results to arguments, because torch cannot functionalize an op that both mutates
+inputs and returns a list of tensors.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
 from leanstep.optimizers.mfac.direction import Direction, Problem, directions
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
-_FORMS = {form.__name__: form for form in (DenseRows, BlockRows, SparseRows, LowRankRows)}
-_OF_SCOPE = ("gram", "counters", "stats", "window_scale")
-_OF_ROWS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
+_FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
+_SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
+_ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
 
 
-def directions_in_one(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """:func:`~leanstep.optimizers.mfac.direction.directions` of parameters that are whole on this process.
+def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Compute :func:`~leanstep.optimizers.mfac.direction.directions` of unsharded parameters by the custom op.
 
     Returns:
-        Of the members of all scopes: updates, flat; int32 flags; bool: which have an update. The others' are zero.
+        For the parameters of all scopes: flat updates (zeros if the step is skipped); int32 flags of non-finite
+        gradients; bools, whether there is an update.
     """
     tensors: list[Tensor] = []
     plan = []
     for problem in problems:
-        scope_keys = [key for key in _OF_SCOPE if key in problem.scope_state]
-        row_keys = [[key for key in _OF_ROWS if key in state] for state in problem.states]
+        scope_keys = [key for key in _SCOPE_KEYS if key in problem.scope_state]
+        row_keys = [[key for key in _ROW_KEYS if key in state] for state in problem.states]
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
-        forms = [form.__name__ for form in problem.forms]
-        plan.append([problem.settings, scope_keys, row_keys, forms, [list(c.shape) for c in problem.columns]])
+        formats = [f.__name__ for f in problem.formats]
+        plan.append([problem.settings, scope_keys, row_keys, formats, [list(c.shape) for c in problem.columns]])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
     rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
@@ -53,29 +54,29 @@ def _encoded(plan: list[Any]) -> str:
     return json.dumps(plan)
 
 
-# what torch.compiler.assume_constant_result does, which would import the compiler now: called while tracing, not traced
+# as torch.compiler.assume_constant_result, which would import the compiler: the function is called during tracing
 _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
-    """The problems again, from the lists that an operation can take."""
+    """Rebuild the problems from the op's arguments."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
     for (settings, scope_keys, row_keys, names, shapes), lr in zip(json.loads(plan), rates, strict=True):
         scope_state = {key: next(next_tensor) for key in scope_keys}
         states = [{key: next(next_tensor) for key in keys} for keys in row_keys]
-        forms = [_FORMS[name] for name in names]
+        formats = [_FORMATS[name] for name in names]
         columns = [Columns(tuple(shape)) for shape in shapes]
-        yield Problem(settings, scope_state, states, forms, columns, [next(next_vector) for _ in shapes], lr)
+        yield Problem(settings, scope_state, states, formats, columns, [next(next_vector) for _ in shapes], lr)
 
 
 def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:
-    """Write the updates to all but the last two tensors of ``out``, then the flags, then which have an update."""
+    """Write the updates, the flags, and whether there is an update to ``out``, the latter two last."""
     problems = list(_decoded(vectors, tensors, rates, plan))
     results: list[Direction] = []
     with torch.no_grad():
         try:
             next(directions(problems))
-        except StopIteration as end:  # nothing is asked of other processes
+        except StopIteration as end:  # unsharded parameters need no reduction
             results = end.value
     *updates, flags, updated = out
     flags.copy_(torch.tensor([f for r in results for f in r.flags], dtype=torch.int32))

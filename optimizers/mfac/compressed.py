@@ -1,15 +1,15 @@
-"""Compressed rows for M-FAC's window: the largest entries of every row of a matrix, or matrices of low rank.
+"""Compressed rows of M-FAC's window: the largest entries of a matrix's rows, or low-rank matrices.
 
-What a compressed row leaves out is kept as the parameter's error, 0 at first, and added to the next gradient, so that
-nothing is lost: the sum of all rows and the error is the sum of all gradients. Sparse rows (S-MFAC)::
+Both use error feedback. The compression error e starts at 0 and is added to the next gradient g. The stored rows and e
+therefore sum to all gradients so far. Sparse rows (S-MFAC), for matrices with rows of length n::
 
     a = e + g
-    c = the ceil(density * n) entries of largest magnitude of every row of a (n long), rounded to the stored dtype
+    c = a with all but the ceil(density * n) entries of largest magnitude of every row set to 0, in the stored dtype
     e = a - c
 
-Rows of low rank take one step of subspace iteration per gradient, started from the last factor (Vogels, Karimireddy,
-Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1).
-With a basis b [C, r]::
+Low-rank rows take one step of subspace iteration per gradient, from the last factor (Vogels, Karimireddy, Jaggi,
+"PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1). With a
+basis b [C, r]::
 
     a = e + g
     P = orthonormal columns of a b
@@ -18,7 +18,7 @@ With a basis b [C, r]::
     b = Q
 
 Both are from Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress Preconditioners",
-arXiv 2306.06098. Vectors, and matrices too small to be compressed, are stored whole.
+arXiv 2306.06098. Vectors, and matrices too small to compress, have dense rows.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from leanstep.optimizers.mfac.window import Columns, DenseRows, new_columns, sto
 
 
 def error_dtype(param: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 parameters."""
+    """Return the dtype of the compression error: fp32, or fp64 for fp64 parameters."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def lead_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of a parameter that count its rows: all but the last, of convolutions the first."""
+    """Return the sizes whose product is the number of rows: all but the last, or the first of a convolution."""
     return tuple(shape[:-1] if len(shape) <= 3 else shape[:1])
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """Elements of a row of a parameter."""
+    """Return the number of elements in a parameter's row."""
     return math.prod(shape[len(lead_of(shape)) :])
 
 
 def block_size(shape: Sequence[int]) -> int:
-    """Elements of a block: a row of a parameter, or the largest equal part of it whose indices fit int16."""
+    """Return the elements per block: a parameter's row, or its largest equal division whose indices fit int16."""
     length = max(row_length(shape), 1)
     parts = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= MAX_BLOCK)
     return length // parts
 
 
 def entries_per_row(shape: Sequence[int], density: float) -> int:
-    """Entries that a row of a parameter keeps."""
+    """Return the number of stored entries per row."""
     return sparse_layout(row_length(shape), density, block_size(shape)).k
 
 
 class SparseRows(DenseRows):
-    """Pieces whose rows are values and their indices inside blocks: ``compression="topk"``."""
+    """Rows stored as values and indices inside blocks: ``compression="topk"``."""
 
     key = "window_values"
 
     @staticmethod
     def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
-        """Matrices with rows long enough for the density."""
+        """Whether the parameter is a matrix whose rows are long enough for the density."""
         shape = param.shape
         if settings["compression"] != "topk" or len(shape) < 2 or not math.prod(shape):
             return False
@@ -81,16 +81,16 @@ class SparseRows(DenseRows):
     def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
         """Create ``window_values`` [m, *lead, k], ``window_indices`` [m, *lead, 2 k] and ``error``, like the parameter.
 
-        The indices are int16, stored as pairs of bytes: neither gloo nor NCCL can gather int16 for a whole state dict.
+        The int16 indices are stored as pairs of bytes, because neither gloo nor NCCL can gather int16.
 
         Raises:
-            ValueError: for a parameter cut inside its rows.
+            ValueError: the parameter is sharded inside its rows.
         """
         lead, m = lead_of(param.shape), settings["window"]
         if tuple(columns.shape[len(lead) :]) != tuple(param.shape[len(lead) :]):
             raise ValueError(
                 f"MFAC: compression='topk' keeps the largest entries of every row, but a parameter of shape "
-                f"{tuple(param.shape)} is cut inside its rows (this process holds {tuple(columns.shape)}). Shard it "
+                f"{tuple(param.shape)} is cut inside its rows (this shard: {tuple(columns.shape)}). Shard it "
                 f"along dimension 0 (fully_shard does), or use compression=None."
             )
         count = entries_per_row(param.shape, settings["density"])
@@ -100,13 +100,13 @@ class SparseRows(DenseRows):
 
     @staticmethod
     def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Bytes of values, indices and error of the columns held here: m * k * (value + 2) + 4 d."""
+        """Return the bytes on this process: m * entries * (bytes of a value + 2), and the error."""
         entries = math.prod(lead_of(columns.shape)) * entries_per_row(param.shape, settings["density"])
         stored = settings["window"] * entries * (storage_dtype(settings, param).itemsize + 2)
         return stored + math.prod(columns.shape) * error_dtype(param).itemsize
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         window, density = self.settings["window"], self.settings["density"]
         states = [piece.state for piece in self.pieces]
         self.values = [local_part(s["window_values"]).reshape(window, -1) for s in states]
@@ -126,8 +126,8 @@ class SparseRows(DenseRows):
         ]
 
     @override
-    def dots(self, live: int) -> Tensor:
-        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+    def dots(self, n: int) -> Tensor:
+        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
         return sparse_row_dots(values, indices, self.rows, self.layouts, groups=self.grams)
 
     @override
@@ -143,20 +143,20 @@ class SparseRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
-        values, indices = [v[:live] for v in self.values], [i[:live] for i in self.indices]
+        n = coefficients.shape[1]
+        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
         coefficients = coefficients[: self.gram_count]
         sparse_linear_combination(values, indices, coefficients, self.layouts, groups=self.grams, out=out)
 
 
 class LowRankRows(DenseRows):
-    """Pieces whose rows are products of two thin matrices, P [R, r] and Q [C, r]: ``compression="lowrank"``."""
+    """Rows stored as products P Q^T of thin matrices P [R, r] and Q [C, r]: ``compression="lowrank"``."""
 
     key = "window_left"
 
     @staticmethod
     def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
-        """Matrices (first dimension, all others) of a larger rank."""
+        """Whether the parameter, as a matrix (first dimension, all others), has both sides longer than the rank."""
         if settings["compression"] != "lowrank" or param.dim() < 2 or not param.numel():
             return False
         return settings["rank"] < min(param.shape[0], math.prod(param.shape[1:]))
@@ -166,12 +166,12 @@ class LowRankRows(DenseRows):
         """Create ``window_left`` [m, R, r], ``window_right`` [m, C, r], ``basis`` [C, r] and ``error``.
 
         Raises:
-            ValueError: for a parameter of which this process holds a part.
+            ValueError: the parameter is sharded.
         """
         if columns.groups or columns.cut:
             raise ValueError(
                 f"MFAC: compression='lowrank' takes whole matrices, but a parameter of shape {tuple(param.shape)} is "
-                f"sharded (this process holds {tuple(columns.shape)}). Use compression='topk' or None."
+                f"sharded (this shard: {tuple(columns.shape)}). Use compression='topk' or None."
             )
         m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
         rows, rest = param.shape[0], math.prod(param.shape[1:])
@@ -183,13 +183,13 @@ class LowRankRows(DenseRows):
 
     @staticmethod
     def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Bytes of both factors, the basis and the error: m * r * (R + C) values and 4 (d + r C)."""
+        """Return the bytes of the factors, m * r * (R + C) values, and of error and basis, R * C + r * C values."""
         rows, rest, rank = param.shape[0], math.prod(param.shape[1:]), settings["rank"]
         stored = settings["window"] * rank * (rows + rest) * storage_dtype(settings, param).itemsize
         return stored + (rows * rest + rest * rank) * error_dtype(param).itemsize
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         states = [piece.state for piece in self.pieces]
         self.lefts, self.rights, self.errors, self.bases = (
             [s[key] for s in states] for key in ("window_left", "window_right", "error", "basis")
@@ -205,22 +205,22 @@ class LowRankRows(DenseRows):
             p, q = thin.to(left.dtype), other.to(left.dtype)
             self.sums.append(total)
             self.factors_of_rows.append((p, q))
-            # a basis that has lost a direction would never find it again
+            # iteration cannot restore a zero column of the basis
             self.new_bases.append(torch.where(other.square().sum(dim=0) > 0, other, basis))
             self.rows.append((p.to(total.dtype) @ q.to(total.dtype).T).view(-1))
 
     @override
-    def dots(self, live: int) -> Tensor:
+    def dots(self, n: int) -> Tensor:
         dots = []
         for lefts, rights, (left, right) in zip(self.lefts, self.rights, self.factors_of_rows, strict=True):
-            a = torch.einsum("irk,rl->ikl", lefts[:live].double(), left.double())
-            b = torch.einsum("ick,cl->ikl", rights[:live].double(), right.double())
+            a = torch.einsum("irk,rl->ikl", lefts[:n].double(), left.double())
+            b = torch.einsum("ick,cl->ikl", rights[:n].double(), right.double())
             dots.append((a * b).sum(dim=(1, 2)))
         return self._by_gram(dots)
 
     @override
     def squared_norms(self) -> Tensor:
-        # of the factors: their product is rounded, and its norm is not that of the row
+        # from the factors, because self.rows has their rounded product
         pairs = [(left.double(), right.double()) for left, right in self.factors_of_rows]
         squares = [((left.T @ left) * (right.T @ right)).sum().view(1) for left, right in pairs]
         return self._by_gram(squares).squeeze(1)
@@ -235,11 +235,11 @@ class LowRankRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
+        n = coefficients.shape[1]
         for result, lefts, rights, gram in zip(out, self.lefts, self.rights, self.grams, strict=True):
             # one product of [R, n r] and [n r, C]
-            scaled = (lefts[:live].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
-            others = rights[:live].double().permute(0, 2, 1).flatten(0, 1)
+            scaled = (lefts[:n].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
+            others = rights[:n].double().permute(0, 2, 1).flatten(0, 1)
             result.view(lefts.shape[1], -1).copy_(scaled @ others)
 
     def _by_gram(self, dots: list[Tensor]) -> Tensor:

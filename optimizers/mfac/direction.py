@@ -1,4 +1,4 @@
-"""The directions of M-FAC's step: new rows, their Gram rows, the small systems, and combinations of rows."""
+"""M-FAC's directions: new rows, Gram rows, small systems, and combinations of rows."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ _JITTERED, _EIGEN, _CLIPPED, _RATIO, _DECREASE, _NORM = range(len(STATS))
 
 
 class Problem(NamedTuple):
-    """What the direction of one scope is computed from; ``scope_state`` and ``states`` are updated in place.
+    """Inputs of one scope's direction, which updates ``scope_state`` and ``states`` in place.
 
     Attributes:
-        settings: of the scope.
+        settings: the scope's shared settings.
         scope_state: gram, counters, stats and window_scale.
-        states: of the members.
-        forms: of the members' rows.
-        columns: of the members: what is held here.
-        vectors: the members' gradients here, with sign, decay and mask applied.
+        states: state per parameter.
+        formats: format of the rows per parameter.
+        columns: this process's columns per parameter.
+        vectors: this process's shard of each gradient, with sign, decay and mask applied.
         lr: learning rate.
     """
 
     settings: dict[str, Any]
     scope_state: dict[str, Any]
     states: list[dict[str, Any]]
-    forms: list[type[DenseRows]]
+    formats: list[type[DenseRows]]
     columns: list[Columns]
     vectors: list[Tensor]
     lr: float | Tensor
 
 
 class Direction(NamedTuple):
-    """Updates of a scope's members, flat; None if the step is skipped. ``flags``: 1 for non-finite gradients."""
+    """Flat updates of a scope's parameters (None if it skips the step), and flags (1: non-finite gradient)."""
 
     updates: list[Tensor] | None
     flags: list[int]
 
 
 def directions(problems: Sequence[Problem]) -> Steps[list[Direction]]:
-    """The directions of all scopes. Those with equal settings and counters share every launch."""
+    """Compute the directions of all scopes. Scopes with equal settings and counters share all kernel launches."""
     batches: dict[Any, list[int]] = {}
     for i, problem in enumerate(problems):
         lr = float(problem.lr) if (problem.settings["damping_schedule"] or ("",))[0] == "lr" else 0.0
@@ -67,10 +67,7 @@ def directions(problems: Sequence[Problem]) -> Steps[list[Direction]]:
 
 
 class ScopeBatch:
-    """Scopes with the same settings that have made the same number of steps.
-
-    Their Gram matrices are numbered one after the other, and so are their members.
-    """
+    """Scopes with equal settings and counters. Gram matrices and parameters are numbered over all its scopes."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -85,43 +82,42 @@ class ScopeBatch:
         starts = [sum(counts[:i]) for i in range(len(counts))]
         self.grams_of_scope = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
         self.gram_count = sum(counts)
-        self.members = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
+        self.param_keys = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
         self.scales = self._joined("window_scale") if "window_scale" in problems[0].scope_state else None
-        # the same on every process, also where one holds nothing of a parameter
+        # equal on every process, even if one has an empty shard
         self.group_sets = list(dict.fromkeys(columns.groups for p in problems for columns in p.columns))
-        self.parts = self._make_parts()
-        self.vectors = [[self._vector_of(piece) for piece in rows.pieces] for rows, _ in self.parts]
+        self.row_sets = self._make_row_sets()
+        self.vectors = [[self._vector_of(piece) for piece in rows.pieces] for rows, _ in self.row_sets]
 
     def _joined(self, key: str) -> Tensor:
         return torch.cat([p.scope_state[key] for p in self.problems])
 
-    def _make_parts(self) -> list[tuple[DenseRows, tuple[Any, ...]]]:
-        """Rows of one form, device, set of process groups and dtypes (stored, and of sums), with the process groups."""
+    def _make_row_sets(self) -> list[tuple[DenseRows, tuple[Any, ...]]]:
+        """Group pieces by format, device, process groups and dtypes; return their rows with the process groups."""
         sets: dict[Any, list[Piece]] = {}
-        for number, (i, k) in enumerate(self.members):
+        for number, (i, k) in enumerate(self.param_keys):
             problem, first_gram = self.problems[i], self.grams_of_scope[i].start
-            state, form, columns, vector = (
-                problem.states[k], problem.forms[k], problem.columns[k], problem.vectors[k]
-            )  # fmt: skip
+            state, row_format, columns = problem.states[k], problem.formats[k], problem.columns[k]
             pieces = pieces_of(number, first_gram, columns, state, self.settings["scope"])
             if pieces:
-                key = (columns.groups, vector.device, form, state[form.key].dtype, wide_dtype(vector.dtype))
+                vector = problem.vectors[k]
+                key = (columns.groups, vector.device, row_format, state[row_format.key].dtype, wide_dtype(vector.dtype))
                 sets.setdefault(key, []).extend(pieces)
         return [
-            (form(pieces, self.settings, None if self.scales is None else self.scales.to(device)), groups)
-            for (groups, device, form, *_), pieces in sets.items()
+            (row_format(pieces, self.settings, None if self.scales is None else self.scales.to(device)), groups)
+            for (groups, device, row_format, *_), pieces in sets.items()
         ]
 
     def _vector_of(self, piece: Piece) -> Tensor:
-        i, k = self.members[piece.member]
+        i, k = self.param_keys[piece.param_index]
         flat = self.problems[i].vectors[k].reshape(-1)
         return flat if piece.span is None else flat[piece.span[0] : piece.span[1]]
 
     def solve(self) -> Steps[list[Direction]]:
-        """Compare the new rows, then write them, then solve: a scope with a non-finite gradient is left as it was."""
+        """Compute dots of the new rows, write them, and solve. A scope with a non-finite gradient is not changed."""
         yield from self._encode()
         dots, squares, nonfinite = yield from self._compare()
-        flags, valid = self._verdict(squares, nonfinite)
+        flags, valid = self._check_finite(squares, nonfinite)
         updates: dict[int, list[Tensor]] = {}
         if valid:
             self._write(valid, dots, squares)
@@ -130,55 +126,55 @@ class ScopeBatch:
             for i, problem in enumerate(self.problems):
                 updates.setdefault(i, [v.reshape(-1) for v in problem.vectors])
         by_scope: list[list[int]] = [[] for _ in self.problems]
-        for (i, _), flag in zip(self.members, flags, strict=True):
+        for (i, _), flag in zip(self.param_keys, flags, strict=True):
             by_scope[i].append(flag)
         return [Direction(updates.get(i), flags) for i, flags in enumerate(by_scope)]
 
     def _encode(self) -> Steps[None]:
-        """Bring new rows into their stored form. For fp16 their largest entries are found first, on all processes."""
+        """Convert new rows to their stored format; for fp16 reduce their largest entries over processes first."""
         self.largest = None
         if self.scales is not None:
-            values = [(rows.largest(v), groups) for (rows, groups), v in zip(self.parts, self.vectors, strict=True)]
+            values = [(rows.largest(v), groups) for (rows, groups), v in zip(self.row_sets, self.vectors, strict=True)]
             self.largest = yield from self._over_processes(values, (self.gram_count,), torch.float32, "max")
-        for (rows, _), vectors in zip(self.parts, self.vectors, strict=True):
+        for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
             rows.encode(vectors, None if self.largest is None else self.largest.to(vectors[0].device))
 
     def _compare(self) -> Steps[tuple[Tensor, Tensor, Tensor]]:
-        """Dots with the stored rows [grams, n], squared norms [grams] and flags [members], by one reduction."""
+        """Return dots with the stored rows [grams, n], squared norms [grams] and flags per parameter; one reduction."""
         width = self.rows_before
         total = self.gram_count * (width + 1)
         values = []
-        for (rows, groups), vectors in zip(self.parts, self.vectors, strict=True):
+        for (rows, groups), vectors in zip(self.row_sets, self.vectors, strict=True):
             squares = rows.squared_norms()
-            of_part = squares.new_zeros(self.gram_count, width + 1)
-            of_part[: len(squares), width] = squares
+            table = squares.new_zeros(self.gram_count, width + 1)
+            table[: len(squares), width] = squares
             if width:
-                of_part[: len(squares), :width] = rows.dots(width)
-            flags = squares.new_zeros(len(self.members))
+                table[: len(squares), :width] = rows.dots(width)
+            flags = squares.new_zeros(len(self.param_keys))
             for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
-                flags[piece.member] += flag
-            values.append((torch.cat([of_part.view(-1), flags]), groups))
-        both = yield from self._over_processes(values, (total + len(self.members),))
-        table = both[:total].view(self.gram_count, width + 1)
-        return table[:, :width], table[:, width], both[total:]
+                flags[piece.param_index] += flag
+            values.append((torch.cat([table.view(-1), flags]), groups))
+        reduced = yield from self._over_processes(values, (total + len(self.param_keys),))
+        table = reduced[:total].view(self.gram_count, width + 1)
+        return table[:, :width], table[:, width], reduced[total:]
 
-    def _verdict(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
-        """The flag of every member, and the scopes that take a step. Waits for the device, once."""
+    def _check_finite(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
+        """Return the flag of every parameter, and the scopes that take a step. Waits for the device once."""
         verdict = torch.cat([nonfinite, (~torch.isfinite(squares)).to(nonfinite.dtype)]).tolist()
-        count = len(self.members)
+        count = len(self.param_keys)
         flags = [int(f > 0) for f in verdict[:count]]
-        skipped = {self.members[number][0] for number, flag in enumerate(flags) if flag}
+        skipped = {self.param_keys[number][0] for number, flag in enumerate(flags) if flag}
         for gram, overflow in enumerate(verdict[count:]):
             scope = self.scope_of_gram[gram]
-            if overflow and scope not in skipped:  # a squared norm beyond the number range
+            if overflow and scope not in skipped:  # the squared norm overflows
                 skipped.add(scope)
-                flags = [1 if i == scope else flag for (i, _), flag in zip(self.members, flags, strict=True)]
+                flags = [1 if i == scope else flag for (i, _), flag in zip(self.param_keys, flags, strict=True)]
         return flags, [i for i in range(len(self.problems)) if i not in skipped]
 
     def _write(self, valid: list[int], dots: Tensor, squares: Tensor) -> None:
-        """Store the new rows and their Gram rows, and count."""
+        """Write the new rows and Gram rows, and increment the counters."""
         grams = {gram for gram, scope in enumerate(self.scope_of_gram) if scope in valid}
-        for rows, _ in self.parts:
+        for rows, _ in self.row_sets:
             rows.write(self.index, grams)
         gram_rows = dots.new_zeros(self.gram_count, self.rows_after)
         gram_rows[:, : self.rows_before] = dots
@@ -192,11 +188,11 @@ class ScopeBatch:
             for i in valid:
                 self.problems[i].scope_state["window_scale"][:, self.index] = scales[self.grams_of_scope[i]]
             self.scales = self._joined("window_scale")
-            for rows, _ in self.parts:
+            for rows, _ in self.row_sets:
                 rows.scales = self.scales[: rows.gram_count].to(rows.rows[0].device)
 
     def _coefficients(self, valid: list[int]) -> Tensor:
-        """Coefficients [grams, n] of the rows, no longer than the trust region allows; the stats go with them."""
+        """Return the coefficients [grams, n] within the trust region, and update the statistics."""
         settings, n = self.settings, self.rows_after
         stats = self._joined("stats")
         gram = torch.cat([p.scope_state["gram"][:, :n, :n] for p in self.problems])
@@ -223,25 +219,25 @@ class ScopeBatch:
         return coefficients
 
     def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:
-        """The updates of the members of the scopes that take a step."""
+        """Return the updates of the scopes that take a step, one per parameter."""
         updates: dict[int, Tensor] = {}
-        for (rows, _), vectors in zip(self.parts, self.vectors, strict=True):
+        for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
             out = []
             for piece, vector in zip(rows.pieces, vectors, strict=True):
-                whole = updates.get(piece.member)
+                whole = updates.get(piece.param_index)
                 if whole is None:
-                    i, k = self.members[piece.member]
+                    i, k = self.param_keys[piece.param_index]
                     size = math.prod(self.problems[i].columns[k].shape)
                     whole = torch.empty(size, dtype=combination_dtype(piece.state), device=vector.device)
-                    updates[piece.member] = whole
+                    updates[piece.param_index] = whole
                 out.append(whole if piece.span is None else whole[piece.span[0] : piece.span[1]])
             rows.combine(coefficients.to(out[0].device), out)
         by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
-        for number, (i, k) in enumerate(self.members):
+        for number, (i, k) in enumerate(self.param_keys):
             if i in by_scope:
                 vector = self.problems[i].vectors[k]
-                nothing = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # nothing of it is held here
-                by_scope[i].append(updates.get(number, nothing))
+                empty = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # of an empty shard
+                by_scope[i].append(updates.get(number, empty))
         return by_scope
 
     def _over_processes(
@@ -251,7 +247,7 @@ class ScopeBatch:
         dtype: torch.dtype = torch.float64,
         op: str = "sum",
     ) -> Steps[Tensor]:
-        """Sum (or maximum) of the parts' values, each over the processes that the part is cut over."""
+        """Reduce values over their process groups, and return the sum (or maximum) of the results."""
         combine = torch.maximum if op == "max" else torch.add
         sets = {groups: torch.zeros(shape, dtype=dtype, device=self.device) for groups in self.group_sets}
         for value, groups in values:

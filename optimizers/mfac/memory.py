@@ -1,4 +1,4 @@
-"""What a window of gradients costs, and whether the device has room for it."""
+"""The memory of M-FAC's windows, checked against the free memory of their devices."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _GIB = 2**30
 
 
 def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
-    """Bytes of windows and Gram matrices that this process holds, or will, by device."""
+    """Return the bytes of all windows and scope states on this process, per device."""
     needed: dict[torch.device, int] = {}
     scopes: set[Any] = set()
     index = 0
-    for number, group in enumerate(groups):
+    for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            key = scope_key(group, number, position, index)
+            key = scope_key(group, group_index, position, index)
             index += 1
             if not param.requires_grad:
                 continue
@@ -34,10 +34,9 @@ def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
 
 
 def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
-    """Raise unless every device has room for the windows; ``states`` are allocated already.
+    """Raise ValueError unless every device has the memory for the windows that are not in ``states`` yet.
 
-    Raises:
-        ValueError: with the numbers, and what smaller forms would take.
+    The message has the sizes, and those of smaller settings.
     """
     params = [p for g in groups for p in g["params"]]
     if any(is_fake(local_part(p)) or p.device.type == "meta" for p in params):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
-from leanstep.optimizers.common.checks import check_rounding
+from leanstep.optimizers.common.checks import settings_of
 from leanstep.optimizers.common.loading import refuse_foreign
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps, new_state
@@ -18,8 +18,8 @@ from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
 from leanstep.optimizers.mfac.scopes import (
-    Member,
     Scope,
+    ScopeParam,
     init_scope_state,
     init_window,
     scope_key,
@@ -33,8 +33,8 @@ from leanstep.optimizers.mfac.window import columns_of
 class MFAC(LeanOptimizer):
     r"""M-FAC (matrix-free approximate curvature): natural-gradient steps from a window of gradients.
 
-    G holds the last ``window`` gradients of a scope as rows, n of them so far. With s = ``window`` (or n, see
-    ``scaling``) and the newest gradient g::
+    The rows of G are the last n gradients of a scope, n <= ``window``. With s = ``window`` (or n, see ``scaling``) and
+    the newest gradient g::
 
         F = damping * I + G^T G / s
         c = (damping * I + G G^T / s)^-1 e_newest
@@ -42,80 +42,74 @@ class MFAC(LeanOptimizer):
         v = momentum * v + (1 - momentum) * u
         p = p * (1 - lr * weight_decay) - lr * v
 
-    F is never formed. G G^T (n x n, fp64) gets one new row a step, and the small system is solved by Cholesky. A step
-    reads the window twice. As ``damping`` grows, the step tends to SGD's with lr / damping. The formulas as functions:
-    :mod:`leanstep.optimizers.mfac.rule`.
+    F is never formed. A step adds one row to G G^T (n x n, fp64), solves the small system by Cholesky, and reads the
+    window twice. For large ``damping`` the step tends to SGD's with lr / damping. :mod:`leanstep.optimizers.mfac.rule`
+    has a function for each formula.
 
     Args:
         params: parameters, named parameters, or groups.
         lr: step size, a number or a one-element tensor.
-        window: m, the number of gradients in the window; it takes m values per parameter.
-        damping: > 0, in units of a squared gradient. 1e-4 to 1e-7 are usual; tune it together with lr.
-        scaling: s. "window": m from the first step, as published; effective steps shrink while the window fills.
-            "count": n.
-        scope: which gradients share a window: "model" (those of all groups), "group" (one window a group), "layer"
-            (the parameters of a module, by their names; single parameters without names), or an int (blocks of that
-            many consecutive elements inside every parameter). Each window has a Gram matrix of 8 m^2 bytes and a
-            system of size m.
-        storage: dtype of rows: "fp32", "bf16", "fp16" (with one fp32 scale a row) or "fp64". None: fp32 (fp64 for fp64
-            parameters), bf16 with compression "topk". G G^T, g and the combination all use the rows as stored.
-        compression: None; "topk" (S-MFAC): store the ``density`` share of largest entries of every row of a matrix, as
-            16-bit indices and bf16 values, and add the rest to the next gradient; "lowrank": store matrices as
-            products of rank ``rank``, with the same error feedback. Vectors are stored whole.
-        density: of "topk". At 1 the window is the dense one, bit for bit with the same storage.
-        rank: of "lowrank".
-        momentum: weight of the old average of updates; 0 keeps no buffer.
+        window: m, the number of gradients in the window, which takes m values per weight.
+        damping: > 0, in units of a squared gradient, usually 1e-7 to 1e-4. Tune it together with lr.
+        scaling: "window": s = m from the first step, as published; effective steps shrink while the window fills.
+            "count": s = n.
+        scope: which gradients share a window. "model": all. "group": one window per group. "layer": one per module,
+            by the parameters' names, or one per parameter without names. An int: one per block of that many
+            consecutive elements of a parameter. A window has a Gram matrix of 8 m^2 bytes and a system of size m.
+        storage: dtype of rows: "fp32", "bf16", "fp16" (with one fp32 scale per row) or "fp64". None: bf16 with "topk",
+            else fp64 for fp64 parameters and fp32 for others. G G^T, g and u all use the stored rows.
+        compression: None: dense rows. "topk" (S-MFAC): store only the largest entries of every row of a matrix, with
+            16-bit indices. "lowrank": store the gradient of a matrix as a product of rank ``rank``. Both add the
+            compression error to the next gradient, and store vectors uncompressed.
+        density: fraction of entries that "topk" stores. 1 is bit-identical to dense rows of the same storage.
+        rank: rank of "lowrank".
+        momentum: weight of the old v; 0: no buffer.
         weight_decay: see ``decay``.
-        decay: "decoupled": ``p *= 1 - lr * weight_decay``, outside the window. "coupled": ``weight_decay * p`` is added
-            to the gradient and so enters the window, as in the published code.
-        damping_schedule: None; (curve, steps, last): from ``damping`` to ``last`` in so many steps, with a curve of
-            "linear", "quadratic", "circular", "sigmoid" or "exponential"; or ("lr", rate): damping * lr / rate, which
+        decay: "decoupled": ``p *= 1 - lr * weight_decay``, outside the window. "coupled": add ``weight_decay * p`` to
+            the gradient before it enters the window, as in the published code.
+        damping_schedule: None: constant. (curve, steps, last): from ``damping`` to ``last`` in ``steps`` steps along
+            "linear", "quadratic", "circular", "sigmoid" or "exponential". ("lr", rate): damping * lr / rate, which
             keeps lr / damping constant.
-        max_update_norm: trust region: a longer u is shortened to this L2 norm over its scope, before momentum and lr.
-        sparse: weights that are exactly zero now (at construction, or when their group is added) stay out of the window
-            and are never changed.
-        masks: a group's bool tensors, one per parameter, True where a weight takes part. None: all do. Combined with
-            ``sparse``. Weights that leanstep.sparsity masks are not zero for the optimizer, which has the dense ones:
-            pass ``controller.masks_of(params)``.
-        shard_window: for replicated parameters (DistributedDataParallel): each process stores the columns of its part
-            of dimension 0 of every parameter, and updates are gathered. Parameters sharded by FSDP2 need no switch.
+        max_update_norm: trust region: upper bound of the L2 norm of u over its scope, before momentum and lr.
+        sparse: exclude weights that are exactly zero when their group is added. They stay out of the window and never
+            change.
+        masks: per group, one bool tensor (or None) per parameter, False for excluded weights. Combined with ``sparse``.
+            With leanstep.sparsity pass ``controller.masks_of(params)``: the optimizer's weights are dense.
+        shard_window: for replicated parameters (DistributedDataParallel): shard windows along dimension 0 of every
+            parameter, and all-gather the updates. FSDP2 shards windows anyway.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
-        foreach: None or True: updates are written in one call for a device and dtype; False: one tensor at a time.
-        nonfinite: what to do with a scope that has a non-finite gradient (or one whose squared norm is beyond fp64).
-            "skip": leave its weights and window unchanged, and count its tensors. "raise": raise before anything is
-            changed. "pass": leave the window unchanged and move the weights by lr * g. No such gradient enters a
-            window.
+        foreach: None or True: write updates with one call per device and dtype. False: one call per tensor.
+        nonfinite: how to treat a scope with a non-finite gradient, or one whose squared norm overflows fp64. "skip":
+            leave weights and window unchanged, and count its tensors. "raise": raise before any update. "pass": leave
+            the window unchanged, and step with u = g.
 
     Raises:
-        ValueError, TypeError: settings out of range, or different in groups of one scope; a window for which the device
-            has no room (with the numbers, and what smaller forms take).
-        ValueError: from ``load_state_dict``, for a state saved with another window or form, or with parameters of other
-            names or shapes; nothing is changed.
-        RuntimeError: a sparse gradient.
-        NonFiniteGradientError: see ``nonfinite``.
+        ValueError, TypeError: a setting is out of range, or differs between groups of one scope; the device lacks the
+            memory for the window (the message has the sizes, and those of smaller settings).
+        ValueError: from ``load_state_dict``: the state has another window, compression or storage, or parameters of
+            other names or shapes. Nothing is changed.
+        RuntimeError: a gradient is sparse.
+        NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        State of every parameter: ``window`` [m, ...] (4 m bytes a value in fp32); with "topk" ``window_values``,
-        ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes a value); with "lowrank"
-        ``window_left``, ``window_right``, ``basis`` and ``error``; ``momentum_buffer`` (fp32) with momentum; ``mask``
-        with masks. The first parameter of a scope also holds ``gram`` [blocks, m, m] in fp64, ``counters`` (steps,
-        rows) on the host, ``stats``, and ``window_scale`` for fp16. All of it is saved: a resumed run continues bit for
-        bit.
+        State per parameter: ``window`` [m, ...] (4 m bytes per weight in fp32). "topk": ``window_values``,
+        ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). "lowrank":
+        ``window_left``, ``window_right``, ``basis`` and ``error``. Options add ``momentum_buffer`` (fp32) and ``mask``.
+        The state of a scope's first parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps, rows) on
+        the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
 
-        A parameter without a gradient has a row of zeros at that step and is not moved; a scope without any gradient
-        takes no step. Parameters added later (``add_param_group``) join their scope with rows of zeros, as if their
-        gradients had been zero so far.
+        A parameter without a gradient gets a row of zeros and does not move. A scope without any gradient takes no
+        step. Parameters added later (``add_param_group``) join their scope with rows of zeros.
 
-        Dots and combinations of rows are summed in fp64, so that gradients that change slowly (large batches, small
-        data) are told apart. A system that Cholesky does not solve accurately is solved again with 1e-12 of the mean
-        diagonal added, then ten times as much up to 5 times, then by eigenvalues; :meth:`diagnostics` counts both.
+        Dots and combinations of rows are summed in fp64, which tells slowly changing gradients (large batches, small
+        data) apart. If Cholesky is inaccurate, it is repeated with 1e-12 of the mean diagonal added, then with ten
+        times as much up to 5 times; then the system is solved by eigenvalues. :meth:`diagnostics` counts both.
 
-        A step waits for the device once, to learn whether the gradient was finite (on a GPU once more, for the
-        factorization).
+        A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
-        FSDP2: the window is cut as its parameter is, over columns. A step sends one all-reduce of n + 1 numbers and a
-        flag per tensor for all scopes (fp16: one more of the rows' largest entries). "topk" needs parameters cut along
-        dimension 0, "lowrank" whole ones.
+        FSDP2: windows are sharded as their parameters. A step needs one all-reduce of n + 1 numbers per Gram matrix
+        and a flag per tensor, for all scopes; fp16 needs one more, of the rows' largest entries. "topk" needs
+        parameters sharded along dimension 0, "lowrank" unsharded ones.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
@@ -161,61 +155,26 @@ class MFAC(LeanOptimizer):
     ) -> None:
         if masks is not None:
             raise ValueError("MFAC: masks belong to a group: MFAC([{'params': [...], 'masks': [...]}])")
-        defaults = {
-            "lr": lr,
-            "window": window,
-            "damping": damping,
-            "scaling": scaling,
-            "scope": scope,
-            "storage": storage,
-            "compression": compression,
-            "density": density,
-            "rank": rank,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "damping_schedule": None if damping_schedule is None else list(damping_schedule),
-            "max_update_norm": max_update_norm,
-            "sparse": sparse,
-            "masks": None,
-            "shard_window": shard_window,
-            "rounding": rounding,
-            "seed": seed,
-            "nonfinite": nonfinite,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        self._check_group(defaults)
-        super().__init__(params, defaults)
+        damping_schedule = None if damping_schedule is None else list(damping_schedule)
+        super().__init__(params, settings_of(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_settings(group)
-        check_rounding("MFAC", group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters join the scopes they belong to, with rows of zeros. See the class.
-
-        Raises:
-            ValueError: as the constructor does; the group is not added then.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_masks(group)
-            together = [g for g in self.param_groups if g["scope"] == group["scope"] != "group"]
-            if not isinstance(group["scope"], int):
-                shared_settings(together or [group])
-            if group["sparse"]:
-                masks = group["masks"] or [None] * len(group["params"])
-                group["masks"] = [_nonzero(p, mask) for p, mask in zip(group["params"], masks, strict=True)]
-            check_memory(self.param_groups, self._states())
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+        super()._check_params(group, given)
+        check_masks(group)
+        if not isinstance(group["scope"], int):
+            shared_settings([g for g in self.param_groups if g["scope"] == group["scope"] != "group"] or [group])
+        if group["sparse"]:
+            masks = group["masks"] or [None] * len(group["params"])
+            nonzero = [p.detach() != 0 for p in group["params"]]
+            group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
+        check_memory(self.param_groups, self._states())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state with its windows, also one that an older version saved; see the class for what is refused."""
+        """Load a state of this or an older version; see the class docstring for errors."""
         refuse_foreign(self, state_dict)
         state_dict = upgraded(state_dict)
         check_loaded(self.param_groups, state_dict)
@@ -225,21 +184,20 @@ class MFAC(LeanOptimizer):
         return key == "counters"
 
     def diagnostics(self) -> dict[str, float]:
-        """Stats of the last step, over all scopes (reads the device).
+        """Return statistics over all scopes (reads the device).
 
         Returns:
-            ``window_rows``: rows in use (of the fullest scope); ``damping``; ``update_norm``: L2 norm of all u, before
-            momentum and lr; ``decrease``: g . u; ``jittered``, ``eigen``: factorizations so far that needed a larger
-            diagonal, or eigenvalues; ``clipped``: updates so far that ``max_update_norm`` shortened; ``nonfinite``:
-            gradients refused so far.
+            Of the last step: ``window_rows``, n (of the fullest scope); ``damping``; ``update_norm``, the L2 norm of
+            all u before momentum and lr; ``decrease``, g . u. Counts of all steps: ``jittered`` and ``eigen``,
+            systems that needed a larger diagonal or eigenvalues; ``clipped``, updates shortened by
+            ``max_update_norm``; ``nonfinite``, see :meth:`nonfinite_count`.
         """
         states = [state for state in self._states() if "gram" in state]
         totals = torch.zeros(len(STATS), dtype=torch.float64)
         for state in states:
-            stats = state["stats"].cpu()
-            total = stats.sum(dim=0)
-            total[STATS.index("norm")] = stats[:, STATS.index("norm")].square().sum()
-            totals += total
+            stats = state["stats"].cpu().clone()
+            stats[:, STATS.index("norm")].square_()
+            totals += stats.sum(dim=0)
         values = dict(zip(STATS, totals.tolist(), strict=True))
         steps, rows = max((tuple(state["counters"].tolist()) for state in states), default=(0, 0))
         group = self.param_groups[0]
@@ -247,15 +205,12 @@ class MFAC(LeanOptimizer):
             "window_rows": float(min(rows, group["window"])),
             "damping": rule.damping_at(group["damping"], group["damping_schedule"], max(steps - 1, 0), group["lr"]),
             "update_norm": values["norm"] ** 0.5,
-            "decrease": values["decrease"],
-            "jittered": values["jittered"],
-            "eigen": values["eigen"],
-            "clipped": values["clipped"],
+            **{name: values[name] for name in ("decrease", "jittered", "eigen", "clipped")},
             "nonfinite": float(self.nonfinite_count()),
         }
 
     def _states(self) -> list[dict[str, Any]]:
-        """The states of the parameters; hooks may have left other things beside them."""
+        """Return the states of the parameters, without other values that hooks may add."""
         return [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
@@ -266,47 +221,39 @@ class MFAC(LeanOptimizer):
         masks = group["masks"]
         if masks is not None and masks[position] is not None:
             state["mask"] = masks[position]
-            masks[position] = None  # the state has it
+            masks[position] = None  # now in the state
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
     def _init_group(self) -> None:
         super()._init_group()
-        self._scopes(self._gradients())
+        self._scopes()
 
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients of the parameters that have one. Refuses sparse ones."""
-        return {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
-
-    def _scopes(self, gradients: dict[Tensor, Tensor]) -> list[Scope]:
-        """The scopes that have a gradient, with all members that have state; missing state is created."""
-        scopes: dict[Any, list[Member]] = {}
+    def _scopes(self) -> list[Scope]:
+        """Return the scopes that have a gradient, with all their parameters that have state; create missing state."""
+        gradients = {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
+        scopes: dict[Any, list[ScopeParam]] = {}
         index = 0
-        for number, group in enumerate(self.param_groups):
+        for group_index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 grad = gradients.get(param)
                 if param in self.state or grad is not None:
                     state = self._init_state(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
-                    member = Member(group, position, index, param, grad, state, columns)
-                    if param.numel():  # an empty parameter teaches nothing, and would take steps of its own
-                        scopes.setdefault(scope_key(group, number, position, index), []).append(member)
+                    entry = ScopeParam(group, position, index, param, grad, state, columns)
+                    if param.numel():  # a scope of empty parameters would count steps
+                        scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)
                 index += 1
-        return [self._scope(members) for members in scopes.values() if any(m.grad is not None for m in members)]
+        return [self._scope(entries) for entries in scopes.values() if any(e.grad is not None for e in entries)]
 
-    def _scope(self, members: list[Member]) -> Scope:
-        settings = shared_settings([m.group for m in members])
-        scope_state = next((m.state for m in members if "gram" in m.state), None)
+    def _scope(self, entries: list[ScopeParam]) -> Scope:
+        settings = shared_settings([e.group for e in entries])
+        scope_state = next((e.state for e in entries if "gram" in e.state), None)
         if scope_state is None:
-            scope_state = members[0].state
-            init_scope_state(scope_state, members[0].param, settings)
-        return Scope(members, settings, scope_state)
+            scope_state = entries[0].state
+            init_scope_state(scope_state, entries[0].param, settings)
+        return Scope(entries, settings, scope_state)
 
     def _steps(self) -> list[Steps[None]]:
-        scopes = self._scopes(self._gradients())
+        scopes = self._scopes()
         return [step_scopes(scopes)] if scopes else []
-
-
-def _nonzero(param: Tensor, mask: Tensor | None) -> Tensor:
-    nonzero = param.detach() != 0
-    return nonzero if mask is None else nonzero & mask

@@ -1,4 +1,4 @@
-"""The scopes of M-FAC: which parameters share a window, what a scope keeps, and the step of all scopes together."""
+"""M-FAC's scopes: the parameters that share a window, the state of a scope, and the step of all scopes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
-from leanstep.kernels import StepOptions, scaled_step
+from leanstep.kernels import scaled_step
 from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
-from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
+from leanstep.optimizers.common.base import Batch, by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
-from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_and_offsets
+from leanstep.optimizers.common.rounding import effective
 from leanstep.optimizers.common.sharding import Steps, plain, shard_of
 from leanstep.optimizers.mfac import rule
-from leanstep.optimizers.mfac.compiled import directions_in_one
+from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
 from leanstep.optimizers.mfac.direction import STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
 
-# the first one that accepts a parameter stores its rows
-FORMS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
+# formats of rows; the first one that accepts a parameter stores its rows
+FORMATS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
 
 
-class Member(NamedTuple):
+class ScopeParam(NamedTuple):
     """A parameter of a scope. ``grad`` is None if it has none at this step."""
 
     group: dict[str, Any]
     position: int
-    number: int  # among the parameters of all groups
+    param_index: int  # counted over all groups
     param: Tensor
     grad: Tensor | None
     state: dict[str, Any]
@@ -41,35 +41,35 @@ class Scope(NamedTuple):
     """Parameters whose gradients form the rows of one window (of several, with blocks).
 
     Attributes:
-        members: those that have state.
-        settings: the shared ones.
-        scope_state: the state of the first member, which also holds ``gram``, ``counters``, ``stats`` and
+        entries: its parameters that have state.
+        settings: the settings that its groups share.
+        scope_state: the state of the first entry, which also holds ``gram``, ``counters``, ``stats`` and
             ``window_scale``.
     """
 
-    members: list[Member]
+    entries: list[ScopeParam]
     settings: dict[str, Any]
     scope_state: dict[str, Any]
 
 
-def scope_key(group: dict[str, Any], number: int, position: int, index: int) -> tuple[Any, ...]:
-    """What the parameters of one scope have in common."""
+def scope_key(group: dict[str, Any], group_index: int, position: int, param_index: int) -> tuple[Any, ...]:
+    """Return the key that is equal for all parameters of a scope."""
     scope = group["scope"]
     if scope == "model":
         return ("model",)
     if scope == "group":
-        return ("group", number)
+        return ("group", group_index)
     names = group.get("param_names")
     if scope == "layer" and names:
         return ("layer", names[position].rpartition(".")[0])
-    return ("parameter", index)
+    return ("parameter", param_index)
 
 
 def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a scope's groups that must agree.
+    """Return the settings :data:`SHARED` of a scope's groups.
 
     Raises:
-        ValueError: if they do not; the message names the setting and the groups' values.
+        ValueError: the groups differ in one of them.
     """
     first = groups[0]
     for group in groups[1:]:
@@ -83,116 +83,113 @@ def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the window of a parameter, of zero rows, unless it is there."""
-    if not any(form.key in state for form in FORMS):
+    """Create the window of a parameter, with rows of zeros, if it is missing."""
+    if not any(f.key in state for f in FORMATS):
         columns = columns_of(param, spread=group["shard_window"])
-        _new_form(param, group).init_state(state, param, columns, group)
+        _new_format(param, group).init_state(state, param, columns, group)
 
 
 def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes that :func:`init_window` allocates here, or will."""
-    return _new_form(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
+    """Return the bytes that :func:`init_window` allocates on this process."""
+    return _new_format(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
 
 
-def _new_form(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
-    return next(form for form in FORMS if form.accepts(param, group))
+def _new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
+    return next(f for f in FORMATS if f.accepts(param, group))
 
 
-def _form_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
-    """The form that a parameter's window has."""
-    return BlockRows if isinstance(scope, int) else next(form for form in FORMS if form.key in state)
+def _format_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
+    """Return the format of a parameter's window."""
+    return BlockRows if isinstance(scope, int) else next(f for f in FORMATS if f.key in state)
 
 
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
-    """Create what a scope keeps: the Gram matrix of its rows, two counters, and stats of its last step."""
+    """Create a scope's Gram matrices, counters, statistics and (for fp16) scales of rows."""
     m, device = settings["window"], local_part(param).device
     blocks = _block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the host, which chooses rows by them
+    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the CPU, which computes indices from them
     state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
     if settings["storage"] == "fp16":
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
 
 
 def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Bytes of what :func:`init_scope_state` allocates on the device."""
+    """Return the bytes that :func:`init_scope_state` allocates on the device."""
     m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
     return _block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
 
 
 def _block_count(param: Tensor, scope: str | int) -> int:
-    """How many Gram matrices the scope of a parameter has."""
+    """Return the number of Gram matrices of a parameter's scope."""
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 
 
 def step_scopes(scopes: list[Scope]) -> Steps[None]:
     """Compute the directions of all scopes, then move the parameters."""
     problems = [_problem(scope) for scope in scopes]
-    members = [member for scope in scopes for member in scope.members]
+    entries = [entry for scope in scopes for entry in scope.entries]
     updates: list[Tensor | None] = []
-    updated = None  # bool [members], only if the host does not know which members have an update
+    updated = None  # bool per entry; None if the host knows which entries have an update
     if torch.compiler.is_compiling() or is_fake(problems[0].vectors[0]):
-        in_one, flags, updated = directions_in_one(problems)
-        updates += in_one
+        computed, flags, updated = directions_by_op(problems)
+        updates += computed
     else:
         results = yield from directions(problems)
         flags = torch.tensor([flag for result in results for flag in result.flags], dtype=torch.int32)
         for scope, result in zip(scopes, results, strict=True):
-            updates += result.updates or [None] * len(scope.members)
-        updates = _gathered(members, updates)
+            updates += result.updates or [None] * len(scope.entries)
+        updates = _gathered(entries, updates)
     groups: dict[int, list[int]] = {}
-    for i, member in enumerate(members):
-        groups.setdefault(id(member.group), []).append(i)
+    for i, entry in enumerate(entries):
+        groups.setdefault(id(entry.group), []).append(i)
     for indices in groups.values():
-        count_nonfinite(members[indices[0]].group, flags[indices])
-        moved = [(i, u) for i in indices if (u := updates[i]) is not None and members[i].grad is not None]
-        params = [members[i].param for i, _ in moved]
-        for positions in by_device_and_dtype(params, alone=members[indices[0]].group["foreach"] is False):
-            device, dtype = params[positions[0]].device, params[positions[0]].dtype
+        count_nonfinite(entries[indices[0]].group, flags[indices])
+        moved = [(i, u) for i in indices if (u := updates[i]) is not None and entries[i].grad is not None]
+        params = [entries[i].param for i, _ in moved]
+        for positions in by_device_and_dtype(params, alone=entries[indices[0]].group["foreach"] is False):
             batch = [moved[k] for k in positions]
             in_batch = None if updated is None else updated[[i for i, _ in batch]]
-            _move([members[i] for i, _ in batch], [u for _, u in batch], in_batch, device, dtype)
+            _move([entries[i] for i, _ in batch], [u for _, u in batch], in_batch)
 
 
 def _problem(scope: Scope) -> Problem:
-    """The scope's gradients as its new row takes them."""
-    members, vectors = scope.members, []
-    for member in members:
-        group, weight = member.group, member.columns.part(plain(member.param.detach()))
-        if member.grad is None:
+    """Apply sign, decay and masks to a scope's gradients, and return the inputs of its direction."""
+    entries, vectors = scope.entries, []
+    for entry in entries:
+        group, weight = entry.group, entry.columns.local(plain(entry.param.detach()))
+        if entry.grad is None:
             vector = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         else:
-            vector = member.columns.part(member.grad)
+            vector = entry.columns.local(entry.grad)
             vector = -vector if group["maximize"] else vector
             if group["decay"] == "coupled" and group["weight_decay"]:
                 vector = vector.add(weight, alpha=group["weight_decay"])
-        if "mask" in member.state:
-            vector = vector * member.columns.part(member.state["mask"])
+        if "mask" in entry.state:
+            vector = vector * entry.columns.local(entry.state["mask"])
         vectors.append(vector)
-    forms = [_form_of(m.state, scope.settings["scope"]) for m in members]
-    states, columns, lr = [m.state for m in members], [m.columns for m in members], members[0].group["lr"]
-    return Problem(scope.settings, scope.scope_state, states, forms, columns, vectors, lr)
+    formats = [_format_of(e.state, scope.settings["scope"]) for e in entries]
+    states, columns, lr = [e.state for e in entries], [e.columns for e in entries], entries[0].group["lr"]
+    return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, lr)
 
 
-def _gathered(members: list[Member], updates: list[Tensor | None]) -> list[Tensor | None]:
-    """Whole updates of parameters whose window is spread over replicas."""
+def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[Tensor | None]:
+    """All-gather the updates of parameters with ``shard_window``."""
     sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-    for i, (member, update) in enumerate(zip(members, updates, strict=True)):
-        if update is not None and member.columns.cut is not None:
+    for i, (entry, update) in enumerate(zip(entries, updates, strict=True)):
+        if update is not None and entry.columns.cut is not None:
             sets.setdefault(update.dtype, []).append((i, update))
     for parts in sets.values():
-        whole = gather([update for _, update in parts], [members[i].param for i, _ in parts])
+        whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts])
         for (i, _), update in zip(parts, whole, strict=True):
             updates[i] = update
     return updates
 
 
-def _move(
-    members: list[Member], updates: list[Tensor], updated: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Average the updates, if asked to, and move the parameters of a group that share device and dtype."""
-    group, states = members[0].group, [m.state for m in members]
-    weights = [local_part(m.param) for m in members]
+def _move(entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | None) -> None:
+    """Apply momentum to updates, and write them to parameters of one group, device and dtype."""
+    first, group, states = entries[0].param, entries[0].group, [e.state for e in entries]
+    weights = [local_part(e.param) for e in entries]
     updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
     if "momentum_buffer" in states[0]:
         buffers = [local_part(state["momentum_buffer"]) for state in states]
@@ -200,16 +197,15 @@ def _move(
             averaged = rule.average(buffer, update, group["momentum"])
             buffer.copy_(averaged if updated is None else torch.where(updated[i], averaged, buffer))
         updates = buffers
-    rounding = effective("MFAC", group, members[0].position, members[0].param)
+    rounding = effective("MFAC", group, entries[0].position, first)
     decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
-    scalars = pack([group["lr"], decay], device, compute_dtype(dtype))
-    seeds, offsets = seeds_and_offsets(
-        rounding, states, [m.number for m in members], [shard_of(m.param) for m in members], group["seed"], device
-    )
-    options = StepOptions(scalars, rounding, skip_nonfinite=updated is not None, seeds=seeds, offsets=offsets)
+    scalars = pack([group["lr"], decay], first.device, compute_dtype(first.dtype))
+    params, shards = [e.param for e in entries], [shard_of(e.param) for e in entries]
+    batch = Batch(group, rounding, params, updates, states, [e.param_index for e in entries], shards)
+    options = batch.options(scalars, skip_nonfinite=updated is not None)
     matrices = [as_written(u, stacked=False) for u in updates]
-    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=device) for m in matrices]
-    if updated is not None:  # a step with a scale of NaN is skipped
+    ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=first.device) for m in matrices]
+    if updated is not None:  # the kernel skips matrices with NaN in their scales
         ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]
     scales = [one.split(list(m.shape)) for one, m in zip(ones, matrices, strict=True)]
     rows, columns = [s[0] for s in scales], [s[1] for s in scales]
@@ -217,4 +213,4 @@ def _move(
     def write(parameters: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
         return scaled_step(parameters, matrices, rows, columns, rounding_state, options)
 
-    write_back(write, weights, rounding_states(states, rounding), [False] * len(weights))
+    write_back(write, weights, batch.rounding_state(), [False] * len(weights))

@@ -1,4 +1,4 @@
-"""Checks of M-FAC's settings and of a state to be loaded, and the upgrade of states that older versions saved."""
+"""Checks of M-FAC's settings and of loaded states, and the upgrade of states of older versions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ COMPRESSIONS = (None, "topk", "lowrank")
 DECAYS = ("decoupled", "coupled")
 SCHEDULES = (*CURVES, "exponential", "lr")
 
-# settings that all groups of a scope must agree on
+# settings that must be equal in all groups of a scope
 SHARED = (
     "scope", "window", "damping", "damping_schedule", "scaling", "storage", "compression", "density", "rank",
     "max_update_norm", "shard_window", "nonfinite", "foreach",
 )  # fmt: skip
-# settings that a saved window depends on
+# settings that determine the format of a saved window
 STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
 
-# state keys of older versions, and settings that they had, with the only value that is still supported
+# state keys of older versions, and removed settings with the only value that is still supported
 _RENAMED_KEYS = {"figures": "stats", "counts": "counters"}
 _REMOVED_SETTINGS = {
     "momentum_on": "update",
@@ -37,7 +37,7 @@ _REMOVED_SETTINGS = {
 
 
 def check_settings(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError for settings of a group that are out of range or exclude each other."""
+    """Raise ValueError or TypeError if a setting is out of range or excludes another one."""
     for name in ("window", "rank"):
         value = group[name]
         if isinstance(value, bool) or not isinstance(value, int):
@@ -49,7 +49,9 @@ def check_settings(group: dict[str, Any]) -> None:
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
     _check_schedule(group["damping_schedule"])
     check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
-    _check_scope(group["scope"])
+    scope = group["scope"]
+    if scope not in SCOPES and (isinstance(scope, bool) or not isinstance(scope, int) or scope < 1):
+        raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
     check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
@@ -68,13 +70,6 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
         raise ValueError(f"Invalid {name}: 0; MFAC expects {expected}")
 
 
-def _check_scope(scope: Any) -> None:
-    if isinstance(scope, int) and not isinstance(scope, bool) and scope >= 1:
-        return
-    if scope not in SCOPES:
-        raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
-
-
 def _check_schedule(schedule: Any) -> None:
     if schedule is None:
         return
@@ -91,7 +86,7 @@ def _check_schedule(schedule: Any) -> None:
 
 
 def _check_joint(group: dict[str, Any]) -> None:
-    """Settings that exclude each other."""
+    """Raise ValueError for settings that exclude each other."""
     if group["compression"] and group["storage"] == "fp16":
         raise ValueError("MFAC: storage='fp16' is for whole rows; with a compression use 'bf16' or 'fp32'")
     if group["compression"] and isinstance(group["scope"], int):
@@ -118,16 +113,16 @@ def check_masks(group: dict[str, Any]) -> None:
     for position, (mask, param) in enumerate(zip(masks, group["params"], strict=True)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != param.shape):
             raise ValueError(
-                f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, True where a "
-                f"weight is kept; got {tuple(mask.shape)} of {mask.dtype}"
+                f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, False for excluded "
+                f"weights; got {tuple(mask.shape)} of {mask.dtype}"
             )
 
 
 def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict of this or an older version, under today's names. The one given is not changed.
+    """Return a state dict with the current names of state keys and settings. The given one is not changed.
 
     Raises:
-        ValueError: for a state of an older version that used a setting that no longer exists.
+        ValueError: the state was saved with a setting that no longer exists.
     """
     groups = []
     for group in state_dict["param_groups"]:
@@ -146,10 +141,10 @@ def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if a saved window does not fit: another m or form, other parameters, or another order."""
+    """Raise ValueError if a saved window has another size, format, parameters or order of parameters."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
-        return  # torch says so
+        return  # torch raises
     advice = "nothing was changed. Build MFAC as it was when the state was saved, or start without it."
     for group, saved in zip(groups, saved_groups, strict=True):
         for key in STRUCTURAL:
@@ -170,7 +165,7 @@ def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
 
 
 def _check_window(group: dict[str, Any], position: int, state: dict[str, Any], advice: str) -> None:
-    """One parameter's window against its shape."""
+    """Raise ValueError if a saved window does not have its parameter's shape."""
     window = state.get("window", state.get("error"))
     if window is None:
         return
@@ -178,5 +173,5 @@ def _check_window(group: dict[str, Any], position: int, state: dict[str, Any], a
     if shape != tuple(group["params"][position].shape):
         raise ValueError(
             f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {shape}: the parameters "
-            f"come in another order, or are others; {advice}"
+            f"have another order, or are other ones; {advice}"
         )

@@ -1,8 +1,8 @@
-"""M-FAC's window as a process stores it: which columns it holds, and whole rows of them or blocks of rows.
+"""M-FAC's window on one process: its columns, and dense rows or blocks of rows.
 
-The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. If the parameter is a DTensor, so is the window,
-cut along the same dimension (one further on). If replicas of a plain parameter share a window, each process holds the
-window of a part of it. Windows are then saved, loaded on another number of processes and copied like parameters.
+The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. The window of a DTensor is a DTensor, sharded along
+the same dimension of the parameter. With ``shard_window``, the window of a replicated parameter is a DTensor, too.
+Saving, resharding and copying therefore work as for parameters.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-# elements that are widened at a time: a window is never copied whole
+# elements per fp64 copy: a window is never copied as a whole
 _CHUNK_ELEMENTS = 1 << 18
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no storage, as when memory is estimated."""
+    """Whether a tensor is fake, as when memory is estimated."""
     loaded = sys.modules.get("torch._subclasses.fake_tensor")
     return loaded is not None and isinstance(tensor, loaded.FakeTensor)
 
 
 class Columns(NamedTuple):
-    """A process's columns of one parameter's window.
+    """The columns of one parameter's window on this process: one per weight of its shard.
 
     Attributes:
-        shape: of this process's part of the parameter.
-        groups: process groups; sums over them, one after the other, cover the parameter.
-        offset: row-major index of the part's first element in the parameter; None if the part is not one range.
-        cut: (dimension, start, length) of this process's part of a replicated parameter; None otherwise.
+        shape: shape of the shard.
+        groups: process groups; sums over all of them in turn are sums over the whole parameter.
+        offset: row-major index of the first element; None if the shard is not a contiguous range.
+        cut: (dimension, start, length) of the shard with ``shard_window``; None otherwise.
     """
 
     shape: tuple[int, ...]
@@ -48,14 +48,14 @@ class Columns(NamedTuple):
     offset: int | None = 0
     cut: tuple[int, int, int] | None = None
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This process's part of a gradient (or parameter), a plain tensor."""
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return this process's shard of a gradient or parameter as a plain tensor."""
         held = local_part(tensor)
         return held if self.cut is None else held.narrow(*self.cut)
 
 
 def columns_of(param: Tensor, *, spread: bool) -> Columns:
-    """Describe the columns held here; ``spread``: replicas of a plain parameter (scalars excepted) share its window."""
+    """Return this process's columns; ``spread`` (shard_window) shards plain parameters of one or more dimensions."""
     shard = shard_of(param)
     if is_dtensor(param):
         return Columns(tuple(local_part(param).shape), shard.groups, shard.offset)
@@ -68,7 +68,7 @@ def columns_of(param: Tensor, *, spread: bool) -> Columns:
 
 
 def _rows_of_process(rows: int, processes: int, rank: int) -> tuple[int, int]:
-    """(start, length) of a process's rows, divided as torch.chunk and DTensor do."""
+    """Return (start, length) of a process's rows, split like torch.chunk and DTensor."""
     chunk = -(-rows // processes)
     start = min(rank * chunk, rows)
     return start, min(chunk, rows - start)
@@ -77,10 +77,13 @@ def _rows_of_process(rows: int, processes: int, rank: int) -> tuple[int, int]:
 def new_columns(
     param: Tensor, columns: Columns, tail: Sequence[int], dtype: torch.dtype, *, window: int | None
 ) -> Tensor:
-    """Zeros ``(window, *tail)``, or ``tail`` without a window, spread over the processes as the parameter is.
+    """Return zeros of shape ``(window, *tail)``, or ``tail`` if ``window`` is None, sharded like the parameter.
 
     Args:
-        tail: sizes of the whole, whose first dimensions are the parameter's first, including every one that is cut.
+        param, columns: the parameter and its columns here.
+        tail: unsharded sizes. The first ones are the parameter's, up to the sharded dimension at least.
+        dtype: dtype of the zeros.
+        window: m, or None.
     """
     lead, whole = () if window is None else (window,), tuple(param.shape)
     here = [columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)]
@@ -101,7 +104,7 @@ def new_columns(
 
 
 def _shifted(placement: Any, by: int) -> Any:
-    """A placement of a parameter's dimension, for a tensor with ``by`` more dimensions in front."""
+    """Shift a placement to a tensor with ``by`` more leading dimensions."""
     if placement.is_replicate():
         return placement
     if hasattr(placement, "split_factor"):
@@ -110,11 +113,11 @@ def _shifted(placement: Any, by: int) -> Any:
 
 
 def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """Whole updates of replicated parameters, from the parts that the processes computed: one all-gather.
+    """All-gather the updates of replicated parameters with ``shard_window``.
 
     Args:
-        updates: this process's parts, of one dtype and device, cut as :func:`columns_of` says.
-        params: the parameters, whole here.
+        updates: this process's shards (see :func:`columns_of`), of one dtype and device.
+        params: the parameters.
     """
     processes = torch.distributed.get_world_size()
     lengths = [[_rows_of_process(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
@@ -129,50 +132,50 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Piece(NamedTuple):
-    """A run of one parameter's columns.
+    """Consecutive columns of one parameter.
 
     Attributes:
-        member: index of the parameter in the list of the step.
-        gram: index of the Gram matrix that its columns belong to; of the first one of several blocks.
-        span: the columns held here, in the flattened part; None for all of them.
-        state: of the parameter.
-        blocks: into how many equally long blocks the columns are cut, each with a Gram matrix of its own.
+        param_index: index of the parameter in the batch of scopes.
+        gram: index of the columns' Gram matrix, or of the first one of several blocks.
+        span: (start, end) of the columns in the flattened shard; None for all of them.
+        state: state of the parameter.
+        blocks: number of equally long blocks of the columns; each has its own Gram matrix.
     """
 
-    member: int
+    param_index: int
     gram: int
     span: tuple[int, int] | None
     state: dict[str, Any]
     blocks: int = 1
 
 
-def pieces_of(member: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
-    """The columns of a parameter that are held here: all whole blocks as one piece, and a partial one at either end.
+def pieces_of(param_index: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
+    """Split a parameter's columns here into one piece of all complete blocks, and a partial block at either end.
 
     Raises:
-        ValueError: for blocks of a parameter whose part here is not one range of it.
+        ValueError: an int scope with a shard that is not a contiguous range.
     """
     if not isinstance(scope, int):
-        return [Piece(member, first_gram, None, state)]
+        return [Piece(param_index, first_gram, None, state)]
     if columns.offset is None:
         raise ValueError(
-            f"MFAC: scope={scope} cuts parameters into ranges of elements, but a part of shape {columns.shape} of one "
-            "that is sharded along another dimension than 0 is no range; use scope='layer' or 'model'"
+            f"MFAC: scope={scope} divides parameters into ranges of elements, but a shard of shape {columns.shape} is "
+            "no range of its parameter. Shard along dimension 0, or use scope='layer' or 'model'."
         )
     start, end = columns.offset, columns.offset + math.prod(columns.shape)
-    first, last = -(-start // scope), end // scope  # blocks first to last are here as a whole
+    first, last = -(-start // scope), end // scope  # the complete blocks
     pieces: list[Piece] = []
     for low, high, block in ((start, min(first * scope, end), start // scope), (max(last * scope, start), end, last)):
         if low < high and (first <= last or not pieces):
-            pieces.append(Piece(member, first_gram + block, (low - start, high - start), state))
+            pieces.append(Piece(param_index, first_gram + block, (low - start, high - start), state))
     if first < last:
         span = (first * scope - start, last * scope - start)
-        pieces.append(Piece(member, first_gram + first, span, state, last - first))
+        pieces.append(Piece(param_index, first_gram + first, span, state, last - first))
     return pieces
 
 
 def storage_dtype(settings: dict[str, Any], param: Tensor) -> torch.dtype:
-    """The dtype of stored rows: as asked, else bf16 for sparse rows, fp64 for fp64 parameters, fp32 for the rest."""
+    """Return the dtype of stored rows: ``storage``, or bf16 with "topk", fp64 for fp64 parameters, else fp32."""
     if settings["storage"] is not None:
         return STORAGES[settings["storage"]]
     if settings["compression"] == "topk":
@@ -181,17 +184,17 @@ def storage_dtype(settings: dict[str, Any], param: Tensor) -> torch.dtype:
 
 
 class DenseRows:
-    """Pieces of whole rows of one device and dtype, cut over the same processes; the base of the other forms.
+    """Uncompressed rows of pieces of one device, dtype and set of process groups; base class of the other formats.
 
-    A step calls :meth:`encode`, :meth:`dots` and :meth:`squared_norms`, :meth:`write`, :meth:`combine`, in this order.
+    A step calls :meth:`encode`, :meth:`squared_norms`, :meth:`dots`, :meth:`write` and :meth:`combine`, in this order.
 
     Args:
         pieces: in the order of the parameters.
-        settings: of their scopes.
-        scales: fp32 [grams, m] of rows stored in fp16; None otherwise.
+        settings: settings of their scopes.
+        scales: fp32 [grams, m], scales of fp16 rows; None otherwise.
     """
 
-    key: ClassVar[str] = "window"  # in the parameter's state, with the dtype of stored rows
+    key: ClassVar[str] = "window"  # state key of a tensor with the dtype of stored rows
 
     def __init__(self, pieces: Sequence[Piece], settings: dict[str, Any], scales: Tensor | None = None) -> None:
         self.pieces = pieces
@@ -200,11 +203,11 @@ class DenseRows:
         self.gram_count = max(piece.gram + piece.blocks for piece in pieces)
         self.scales = None if scales is None else scales[: self.gram_count]
         self.rows: list[Tensor] = []
-        self._open()
+        self._bind_state()
 
     @staticmethod
     def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
-        """Whether new windows of a parameter take this form."""
+        """Whether this format stores the rows of a parameter."""
         return True
 
     @staticmethod
@@ -215,14 +218,14 @@ class DenseRows:
 
     @staticmethod
     def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Bytes of what :meth:`init_state` creates, for the columns held here."""
+        """Return the bytes that :meth:`init_state` allocates on this process."""
         return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
 
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         self.windows = [local_part(p.state["window"]) for p in self.pieces]
 
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
-        """fp32 [grams]: the largest magnitude of every new row in these columns."""
+        """Return the largest magnitude of every new row in these columns, fp32 [grams]."""
         largest = torch.zeros(self.gram_count, device=vectors[0].device)
         for gram, vector in zip(self.grams, vectors, strict=True):
             if vector.numel():
@@ -230,9 +233,9 @@ class DenseRows:
         return largest
 
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
-        """Bring new rows into the form in which they would be stored. Writes nothing.
+        """Convert new rows to their stored format, without writing them.
 
-        ``largest``: fp32 [grams], over all processes; only with scales.
+        ``largest``: fp32 [grams], the largest magnitudes over all processes; needed with scales.
         """
         dtype = self.windows[0].dtype
         if self.scales is None:
@@ -243,12 +246,12 @@ class DenseRows:
         inverse = self.factors.reciprocal()
         self.rows = [(v.float() * inverse[gram]).to(dtype) for v, gram in zip(vectors, self.grams, strict=True)]
 
-    def dots(self, live: int) -> Tensor:
-        """fp64 [grams, live]: dots of the stored rows with the new one."""
-        return self._scaled(rule.gram_row(self._live(live), self.rows, self._scales(live), self.grams))
+    def dots(self, n: int) -> Tensor:
+        """Return the dots of the first ``n`` stored rows with the new one, fp64 [grams, n]."""
+        return self._scaled(rule.gram_row(self._filled(n), self.rows, self._scales(n), self.grams))
 
     def squared_norms(self) -> Tensor:
-        """fp64 [grams]: squared norms of the new rows."""
+        """Return the squared norms of the new rows, fp64 [grams]."""
         squares = rule.gram_row([r.reshape(1, -1) for r in self.rows], self.rows, None, self.grams)
         return self._scaled(self._scaled(squares)).squeeze(1)
 
@@ -262,29 +265,29 @@ class DenseRows:
             )
 
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        """Write the combinations of the first n rows with ``coefficients`` [grams, n] to ``out``, flat, one a piece."""
-        live = coefficients.shape[1]
+        """Write the first n rows, combined with ``coefficients`` [grams, n], to ``out``: one flat tensor per piece."""
+        n = coefficients.shape[1]
         shaped = [o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)]
-        rule.direction(self._live(live), coefficients[: self.gram_count], self._scales(live), self.grams, shaped)
+        rule.direction(self._filled(n), coefficients[: self.gram_count], self._scales(n), self.grams, shaped)
 
-    def _live(self, count: int) -> list[Tensor]:
+    def _filled(self, count: int) -> list[Tensor]:
         return [w[:count] for w in self.windows]
 
-    def _scales(self, live: int) -> Tensor | None:
-        return None if self.scales is None else self.scales[:, :live].contiguous()
+    def _scales(self, n: int) -> Tensor | None:
+        return None if self.scales is None else self.scales[:, :n].contiguous()
 
     def _scaled(self, dots: Tensor) -> Tensor:
         return dots if self.scales is None else dots * self.factors.to(torch.float64).unsqueeze(1)
 
 
 class BlockRows(DenseRows):
-    """Whole rows whose columns are cut into blocks, each with a Gram matrix of its own.
+    """Uncompressed rows in blocks of columns; each block has its own Gram matrix.
 
-    A parameter may have thousands of blocks; they are worked on together, as one more dimension of its window.
+    The blocks of a parameter, possibly thousands, are one more dimension of its window.
     """
 
     @override
-    def _open(self) -> None:
+    def _bind_state(self) -> None:
         self.windows = []
         for piece in self.pieces:
             window = local_part(piece.state["window"])
@@ -312,13 +315,13 @@ class BlockRows(DenseRows):
         self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
     @override
-    def dots(self, live: int) -> Tensor:
-        dots = torch.zeros(self.gram_count, live, dtype=torch.float64, device=self.windows[0].device)
+    def dots(self, n: int) -> Tensor:
+        dots = torch.zeros(self.gram_count, n, dtype=torch.float64, device=self.windows[0].device)
         for piece, window, row in zip(self.pieces, self.windows, self.rows, strict=True):
             for chunk in _chunks(window):
-                products = window[:live, chunk].to(torch.float64, copy=True).mul_(row[chunk])
+                products = window[:n, chunk].to(torch.float64, copy=True).mul_(row[chunk])
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
-        return self._scaled(dots if self.scales is None else dots * self.scales[:, :live])
+        return self._scaled(dots if self.scales is None else dots * self.scales[:, :n])
 
     @override
     def squared_norms(self) -> Tensor:
@@ -329,28 +332,28 @@ class BlockRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        live = coefficients.shape[1]
+        n = coefficients.shape[1]
         stored = coefficients[: self.gram_count]
-        stored = stored if self.scales is None else stored * self.scales[:, :live]
+        stored = stored if self.scales is None else stored * self.scales[:, :n]
         for piece, window, result in zip(self.pieces, self.windows, out, strict=True):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
                 weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
-                blocks[chunk] = window[:live, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
+                blocks[chunk] = window[:n, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
 
 
 def _grams(piece: Piece) -> slice:
-    """The Gram matrices of a piece's blocks."""
+    """Return the range of Gram matrices of a piece's blocks."""
     return slice(piece.gram, piece.gram + piece.blocks)
 
 
 def _chunks(window: Tensor) -> Iterator[slice]:
-    """Ranges of blocks of a window [m, blocks, size] with about ``_CHUNK_ELEMENTS`` elements each."""
+    """Yield ranges of blocks of a window [m, blocks, size], with about ``_CHUNK_ELEMENTS`` elements each."""
     m, blocks, size = window.shape
     count = max(1, _CHUNK_ELEMENTS // max(m * size, 1))
     return (slice(start, min(start + count, blocks)) for start in range(0, blocks, count))
 
 
 def combination_dtype(state: dict[str, Any]) -> torch.dtype:
-    """The dtype of combinations of a parameter's rows."""
+    """Return the dtype in which a parameter's rows are combined."""
     return wide_dtype(next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state))

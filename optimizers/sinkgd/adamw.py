@@ -1,4 +1,4 @@
-"""AdamW for the tensors that SinkGD does not normalize: torch's own function, with skipped steps and rounding."""
+"""AdamW for parameters that SinkGD does not normalize: torch's function, plus skipped steps and rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leanstep.optimizers.common.sharding import Steps, all_reduce_flags, local, 
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
-    """Create step, exp_avg and exp_avg_sq as torch does; in fp32 where the update is rounded with care."""
+    """Create step, exp_avg and exp_avg_sq as torch does; the moments are fp32 unless rounding is "nearest"."""
     if "exp_avg_sq" in state:
         return
     device = local(param).device if uses_fused(param, group) else torch.device("cpu")
@@ -30,17 +30,17 @@ def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], roun
 
 
 def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether torch's fused kernel runs: as ``fused`` says, else wherever there is one.
+    """Whether to run torch's fused kernel: ``group["fused"]``, or if that is None, whether the device has one.
 
     Raises:
-        RuntimeError: for ``fused=True`` on a device without it.
+        RuntimeError: ``fused=True`` on a device or dtype without a fused kernel.
     """
     supported = _get_fused_kernels_supported_devices()
     possible = param.is_floating_point() and param.device.type in supported
     if group["fused"] and not possible:
         raise RuntimeError(
             f"`fused=True` requires all the params to be floating point Tensors of supported devices: {supported}, got "
-            f"one of {param.dtype} on {param.device}; build SinkGD with fused=None, which uses the kernel where it is"
+            f"one of {param.dtype} on {param.device}; fused=None uses the fused kernel only if the device has one"
         )
     if group["fused"] is not None:
         return group["fused"]
@@ -48,9 +48,9 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
 
 
 def step_adamw(batch: Batch) -> Steps[None]:
-    """Decoupled Adam: ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``, bit for bit.
+    """Step AdamW: bit-identical to ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``.
 
-    A non-finite gradient anywhere in the batch skips all of it, on the device: one check, no wait.
+    With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device.
     """
     group = batch.group
     params, grads = [readable(p) for p in batch.params], [local(g) for g in batch.grads]
@@ -78,29 +78,29 @@ def _update(
     group: dict[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """Call torch's functional AdamW. ``skip``: a flag on the device that leaves everything unchanged, or None."""
+    """Call torch's functional AdamW; a true flag ``skip`` on the device leaves everything unchanged."""
     beta1, beta2 = group["betas"]
     fused = uses_fused(params[0], group)
     exp_avgs, exp_avg_sqs = ([local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq"))
     steps = [s["step"] for s in states]
     backups = []
-    if skip is not None and not fused:  # only the fused kernel can be told to skip
+    if skip is not None and not fused:  # only the fused kernel takes a flag
         backups = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
     columns = [params, grads, exp_avgs, exp_avg_sqs]
-    fed = [_in_one_order(row) if fused else row for row in zip(*columns, strict=True)]
-    fed_params, fed_grads, fed_avgs, fed_sqs = ([row[i] for row in fed] for i in range(4))
+    inputs = list(zip(*columns, strict=True))
+    if fused:  # torch's fused CPU kernel ignores strides
+        contiguous = torch.contiguous_format
+        inputs = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in inputs]
+    params_grads_moments = [list(column) for column in zip(*inputs, strict=True)]
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        adamw_step_on_host(fed_params, fed_grads, fed_avgs, fed_sqs, steps, betas=(beta1, beta2), **rule)
+        adamw_step_on_host(*params_grads_moments, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
-            fed_params,
-            fed_grads,
-            fed_avgs,
-            fed_sqs,
+            *params_grads_moments,
             [],
             steps,
-            # torch's lists take no tensor as a rate
+            # torch's foreach functions accept no tensor lr
             foreach=False if isinstance(group["lr"], Tensor) else group["foreach"],
             fused=fused,
             capturable=fused and params[0].device.type != "cpu",
@@ -111,26 +111,19 @@ def _update(
             **rule,
         )
     if fused:
-        for row, used in zip(zip(*columns, strict=True), fed, strict=True):
+        for row, used in zip(zip(*columns, strict=True), inputs, strict=True):
             if used is not row and used[0] is not row[0]:
                 for i in (0, 2, 3):
                     row[i].copy_(used[i])
             else:
-                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels do not
+                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels omit this
     for tensor, before in backups:
         assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
-def _in_one_order(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors, or contiguous copies where their layouts differ: torch's fused CPU kernel walks plain memory."""
-    if same_layout(row):
-        return row
-    return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
-
-
 def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
-    """AdamW on fp32 copies (or masters), then one rounding into the parameters. Memory: fp32 copies of the batch."""
+    """Step AdamW on fp32 copies (or master weights) of the batch, then round into the parameters."""
     states, rounding, device = batch.states, batch.rounding, params[0].device
     rounding_state = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
     wide = [widen(p, r, rounding) for p, r in zip(params, rounding_state, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -15,11 +14,14 @@ from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinit
 from leanstep.optimizers.common.checks import (
     check_betas,
     check_choice,
+    check_count,
     check_dtype,
     check_flags,
+    check_layout,
     check_number,
     describe,
-    holds_factors,
+    settings_of,
+    warn_how_auto_routes,
 )
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
@@ -44,10 +46,10 @@ class SinkGD(LeanOptimizer):
         X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column,     times
         p = p * (1 - lr * scale * weight_decay) - lr * scale * X
 
-    X keeps the signs of G and has root mean square 1, so ``lr * scale`` is the root mean square of the update, whatever
-    the size of the gradient: clipping by norm and loss scaling change nothing for these tensors.
+    X has the signs of G and root mean square 1, so the update has root mean square ``lr * scale`` for any gradient
+    norm. Clipping by norm and loss scaling therefore have no effect on these parameters.
 
-    Options change X before or after it is normalized, in this order::
+    Options change X before normalization (the first three) or after it, in this order::
 
         M = momentum * M + (1 - momentum) * G;  X = M                  momentum
         X = momentum * M + (1 - momentum) * G                          nesterov
@@ -55,60 +57,59 @@ class SinkGD(LeanOptimizer):
         X = X * base_width / n                                         base_width
         X = X * sqrt(m / n) / ||X||_operator                           spectral="muon"
 
-    These formulas are the functions of ``leanstep/optimizers/sinkgd/rule.py``, in this order.
+    ``leanstep/optimizers/sinkgd/rule.py`` has a function for each formula, in this order.
 
-    One object serves a whole model. Every group has an ``algorithm``:
+    One optimizer serves a whole model. Every group has an ``algorithm``:
 
-    * "sinkgd": the rule above, for matrices (m, n), for stacks of matrices (e, m, n) one by one, and for tensors of
-      four and more dimensions flattened to (m, rest); with ``flatten`` also those of three.
-    * "balanced": for embeddings and heads. Like "sinkgd" with nesterov, and with one more step over the rows at the
-      end, so that every token's update has the same size. It replaces AdamW there at half its state, or none with
-      ``momentum=0``.
-    * "adamw": ``torch.optim.AdamW(fused=True)``, bit for bit, with the group's lr, betas, eps and weight_decay. Other
-      values of ``fused`` and ``foreach`` select torch's other loops, whose last bits differ.
-    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest. A warning says so once, because embeddings
-      and heads belong elsewhere. :func:`leanstep.optimizers.param_groups` makes better groups.
+    * "sinkgd": the rule above. A stack (e, m, n) is normalized matrix by matrix. Four and more dimensions are flattened
+      to (m, rest); with ``flatten`` three are, too.
+    * "balanced": for embeddings and heads. "sinkgd" with nesterov and a final normalization of the rows, which gives
+      every token an update of the same norm. State: half of AdamW's, or none with ``momentum=0``.
+    * "adamw": bit-identical to ``torch.optim.AdamW(fused=True)`` with the group's lr, betas, eps and weight_decay.
+      Other values of ``fused`` and ``foreach`` select torch's other implementations, whose last bits differ.
+    * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest. Warns once, because it normalizes embeddings
+      and heads, too. :func:`leanstep.optimizers.param_groups` makes better groups.
 
     Args:
         params: parameters, named parameters, or groups.
-        lr: global step size eta, a number or a one-element tensor. AdamW groups use it without ``scale``.
-        scale: alpha; 0.05 with lr 0.02 is the published pair, 0.2 suits an lr tuned for AdamW.
+        lr: step size (eta in the paper), a number or a one-element tensor. AdamW parameters do not use ``scale``.
+        scale: multiplier of lr (alpha in the paper), published as 0.05 with lr 0.02. 0.2 suits an lr tuned for AdamW.
         num_iters: L, the number of (row, column) iterations.
-        weight_decay: decoupled; multiplied by lr * scale for normalized tensors, by lr for AdamW's.
-        momentum: weight of the old buffer; 0 keeps no state.
-        momentum_order: "pre": normalize the momentum; "post": average the normalized gradients.
-        nesterov: look ahead by one gradient (see above).
-        row_mask_tau: drop rows whose norm is at most this times the mean row norm; 0 drops none.
-        base_width: shrink X by base_width / n, to carry lr from one width to another.
-        spectral: hold the operator norm of X near 1 ("unit") or sqrt(m / n) ("muon"); None leaves it. With "unit",
-            lr * scale is the operator norm of the update. The norm is estimated from below, by one power iteration a
-            step, carried on from the last step (20 at a matrix's first finite gradient that is not zero). State: n
-            values. A step waits for the device until all matrices of a tensor have had such a gradient.
+        weight_decay: decoupled. Multiplied by lr * scale for normalized parameters, by lr for AdamW's.
+        momentum: weight of the old M; 0: no momentum and no state.
+        momentum_order: "pre": normalize the momentum. "post": average the normalized gradients.
+        nesterov: average M with G once more (see above).
+        row_mask_tau: zero rows whose norm is at most ``row_mask_tau`` times the mean row norm; 0 zeroes none.
+        base_width: multiply X by base_width / n, which transfers lr from width base_width to width n.
+        spectral: scale X to operator norm 1 ("unit") or sqrt(m / n) ("muon"); None: do not. With "unit" the update has
+            operator norm lr * scale. Power iteration estimates the norm from below: 20 iterations at a matrix's first
+            finite nonzero gradient, then one per step, warm-started. State: n values per matrix. Steps wait for the
+            device until all matrices of a parameter have had such a gradient.
         betas, eps: for AdamW.
-        fused: for AdamW; None: wherever torch has a fused kernel.
-        foreach: None or True: one call for all tensors of a device and dtype; False: one tensor at a time.
-        transposed: True for a group whose matrices are stored (in, out), as transformers' ``Conv1D`` stores GPT-2's,
-            or stacked (e, in, out). They are normalized as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
-        flatten: True for a group whose tensors of three dimensions are one matrix (m, rest) each instead of a stack,
-            as the weights of one-dimensional convolutions. :func:`leanstep.optimizers.param_groups` sets it.
+        fused: for AdamW; None: if torch has a fused kernel for the device.
+        foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor.
+        transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D`` (GPT-2), or (e, in, out).
+            They are normalized as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
+        flatten: the group's tensors of three dimensions are matrices (m, rest), not stacks, as in one-dimensional
+            convolutions. :func:`leanstep.optimizers.param_groups` sets it.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
-        nonfinite: "skip": a matrix with a non-finite gradient is left alone and counted; AdamW tensors of one dtype and
-            device are left alone together; "raise" and "pass" as for Lion.
+        nonfinite: "skip": do not update a matrix with a non-finite gradient, and count it. One non-finite gradient
+            skips all AdamW parameters of its group, device and dtype. "raise", "pass": as for Lion.
 
     Raises:
-        ValueError, TypeError: settings out of range; a vector in a group whose algorithm takes matrices.
-        RuntimeError: a sparse gradient.
-        NonFiniteGradientError: see ``nonfinite``.
+        ValueError, TypeError: a setting is out of range; a vector is in a group whose algorithm takes matrices.
+        RuntimeError: a gradient is sparse.
+        NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        State: none for matrices (``momentum_buffer``, ``power_vector`` and ``power_warm``, ``step``,
-        ``kahan_compensation`` or ``master_param`` only where an option needs them); AdamW's for the rest. Extra memory
-        of a step: on a CPU one fp32 matrix; on a GPU partial column sums. Rows sharded by FSDP2: one all-reduce of all
-        column sums per iteration for the whole model, in which the flags of AdamW's check travel too; no matrix is
-        gathered. Columns sharded: row sums instead, and one more for the rows' largest entries.
+        State: none for matrices without options; AdamW's moments for the rest. Options add ``momentum_buffer``,
+        ``power_vector`` and ``power_warm``, ``step``, ``kahan_compensation`` or ``master_param``. A step allocates one
+        fp32 matrix on a CPU, and partial column sums on a GPU.
+        FSDP2: gathers no matrix. If rows are sharded, each iteration needs one all-reduce of column sums for the whole
+        model. If columns are sharded, it needs row sums, plus one all-reduce of the rows' largest entries.
         ``torch.compile`` of the step makes one graph.
-        Parameters of other tensor classes, such as quantized weights, are stepped on a plain copy and written back.
-        Differs from the paper only in form: it keeps row and column scales instead of rewriting X.
+        Wrapper tensor classes, such as quantized weights, are updated on a plain copy and written back.
+        The implementation stores row and column scales and does not rewrite X, which is equivalent to the paper's form.
 
     References:
         Scetbon, Ma, Gong, Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
@@ -153,15 +154,9 @@ class SinkGD(LeanOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr, scale=scale, num_iters=num_iters, weight_decay=weight_decay, momentum=momentum,
-            momentum_order=momentum_order, nesterov=nesterov, row_mask_tau=row_mask_tau, base_width=base_width,
-            spectral=spectral, betas=betas, eps=eps, fused=fused, algorithm=algorithm, transposed=transposed,
-            flatten=flatten, rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, nonfinite=nonfinite,
-            maximize=maximize, foreach=foreach,
-        )  # fmt: skip
-        super().__init__(params, defaults)
-        _say_how_auto_routes(self.param_groups)
+        super().__init__(params, settings_of(locals()))
+        auto = [g for g in self.param_groups if g["algorithm"] == "auto"]
+        warn_how_auto_routes(auto, "SinkGD", "matrices", "go to AdamW", "algorithm='sinkgd'")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -173,43 +168,35 @@ class SinkGD(LeanOptimizer):
         check_choice("SinkGD", "momentum_order", group["momentum_order"], MOMENTUM_ORDERS)
         check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
         check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
-        check_flags("SinkGD", group, ("nesterov", "transposed", "flatten"), ("fused",))
+        check_flags("SinkGD", group, ("nesterov",), ("fused",))
+        check_layout("SinkGD", group)
+        check_count("SinkGD", "num_iters", group["num_iters"])
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
-        iters = group["num_iters"]
-        if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
-            raise ValueError(f"Invalid num_iters: {iters!r}; SinkGD expects an int of at least 1")
         if group["base_width"] is not None:
             check_number("SinkGD", "base_width", group["base_width"], 1)
             if group["spectral"] == "muon":
                 raise ValueError("SinkGD: base_width and spectral='muon' both correct for width; choose one")
-        if group["transposed"] and group["flatten"]:
-            raise ValueError(
-                "SinkGD: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
-            )
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("SinkGD: nesterov needs momentum > 0")
         if group["fused"] and group["foreach"]:
             raise RuntimeError("SinkGD: `fused` and `foreach` cannot be True together")
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; a vector in a group whose algorithm takes matrices is an error."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+        super()._check_params(group, given)
         for position, param in enumerate(group["params"]):
             if algorithm_of(group, param) == "adamw":
                 continue
             most = 2 if group["algorithm"] == "balanced" else 3 if group["transposed"] else param.dim()
             if not 2 <= param.dim() <= most:
-                name = describe(group, position)
-                self.param_groups.pop()
                 raise ValueError(
-                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {name} of {param.dim()} dimensions. "
-                    "Put it in a group with algorithm='adamw'; leanstep.optimizers.param_groups does so. "
+                    f"SinkGD: algorithm={group['algorithm']!r} takes matrices, got {describe(group, position)} of "
+                    f"{param.dim()} dimensions. Put it in a group with algorithm='adamw'; "
+                    "leanstep.optimizers.param_groups does so. "
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalized.)"
                 )
 
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """False for AdamW's moments without rounding: torch's own step wants them in the parameter's dtype."""
+        """Return False for AdamW's moments with rounding "nearest": torch's step needs the parameter's dtype."""
         plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
         return not (plain and key in ("exp_avg", "exp_avg_sq"))
 
@@ -217,14 +204,14 @@ class SinkGD(LeanOptimizer):
         return key == "power_warm"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill in settings that an older state does not have; step counts become tensors."""
+        """Fill in settings that an older state does not have, and convert step counts to tensors."""
         super().__setstate__(state)
-        for entry in self.state.values():  # hooks may have added values that are no states
+        for entry in self.state.values():  # hooks may add other values
             if isinstance(entry, dict) and "step" in entry and not torch.is_tensor(entry["step"]):
                 entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        # an entry even where it stays empty: torch.distributed.checkpoint takes a missing one for a lost one
+        # creates an empty entry: torch.distributed.checkpoint treats a missing one as lost
         state = self.state[param]
         rounding = effective("SinkGD", group, position, param)
         if algorithm_of(group, param) == "adamw":
@@ -245,7 +232,7 @@ class SinkGD(LeanOptimizer):
 
 
 def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
-    """Update matrices of one device and dtype by the rule, in the docstring's order; parameters and state in place."""
+    """Update the matrices of a batch, and their state, in place, in the order of the class docstring."""
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
     shards = [oriented(s, transposed, flatten) for s in batch.shards]
@@ -254,13 +241,13 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
     if group["maximize"]:
         matrices = [-g for g in matrices]
     after = group["momentum_order"] == "post" and not balanced
-    bad = None
+    nonfinite = None
     if momentum:
         if group["nonfinite"] == "skip":
-            bad = nonfinite_flags(matrices)
-            yield from all_reduce_flags(bad, shards)
+            nonfinite = nonfinite_flags(matrices)
+            yield from all_reduce_flags(nonfinite, shards)
         if not after:
-            matrices = _average(matrices, batch, bad, nesterov=balanced or group["nesterov"])
+            matrices = _average(matrices, batch, nonfinite, nesterov=balanced or group["nesterov"])
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
@@ -282,12 +269,12 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
     if group["base_width"] is not None:
         for rows, shard in zip(scales.rows, shards, strict=True):
             rows.mul_(group["base_width"] / matrix_shape(shard)[1])
-    if bad is not None:
-        for cols, flag in zip(scales.cols, bad, strict=True):
+    if nonfinite is not None:
+        for cols, flag in zip(scales.cols, nonfinite, strict=True):
             cols.masked_fill_(flag > 0, math.nan)
     if momentum and after:
         normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
-        matrices = _average(normalized, batch, bad, nesterov=group["nesterov"])
+        matrices = _average(normalized, batch, nonfinite, nesterov=group["nesterov"])
         _reset(scales)
     if transposed:
         matrices, scales = [g.mT for g in matrices], _transposed(scales)
@@ -295,17 +282,17 @@ def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
 
 
 def _sharded_side(shard: Shard) -> str | None:
-    """Return by what the matrices of a parameter are sharded: "rows", "columns", or None if each is whole.
+    """Return the sharded side of a parameter's matrices: "rows", "columns", or None if no matrix is split.
 
     Raises:
-        ValueError: for matrices sharded along both dimensions, or in strides.
+        ValueError: for matrices sharded along several dimensions, or with strided placements.
     """
     if not shard.groups:
         return None
     if shard.dim is None:
         raise ValueError(
-            f"SinkGD takes matrices that are whole or sharded along one dimension over one mesh dimension "
-            f"(fully_shard's way); got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
+            f"SinkGD takes matrices that are unsharded or sharded along one dimension over one mesh dimension, as by "
+            f"fully_shard; got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
             "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
         )
     if len(shard.shape) == 3:  # a stack of matrices
@@ -313,39 +300,39 @@ def _sharded_side(shard: Shard) -> str | None:
     return "columns" if shard.dim else "rows"
 
 
-def _average(matrices: list[Tensor], batch: Batch, bad: Tensor | None, *, nesterov: bool) -> list[Tensor]:
-    """Update the momenta, except where ``bad`` says that a matrix is not finite; return them before rounding."""
+def _average(matrices: list[Tensor], batch: Batch, nonfinite: Tensor | None, *, nesterov: bool) -> list[Tensor]:
+    """Update the momenta of finite matrices; return the fp32 (fp64) averages before rounding."""
     group, averages = batch.group, []
     for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
         stored = local(state["momentum_buffer"])
         buffer = as_matrices(stored, group["transposed"], group["flatten"])
         average = rule.momentum_average(buffer, matrix, group["momentum"])
-        if bad is not None:
-            average = torch.where(bad[i] > 0, buffer.to(average.dtype), average)
+        if nonfinite is not None:
+            average = torch.where(nonfinite[i] > 0, buffer.to(average.dtype), average)
         stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
         averages.append(rule.momentum_average(average, matrix, group["momentum"]) if nesterov else average)
     return averages
 
 
 def _reset(scales: Scales) -> None:
-    """Set all scales to 1, for matrices that are normalized already; NaN marks matrices that are not finite."""
+    """Set all scales to 1, for matrices that are already normalized; keep the NaN of non-finite matrices."""
     for rows, cols in zip(scales.rows, scales.cols, strict=True):
-        bad = torch.isnan(cols).any(dim=-1, keepdim=True)
+        nonfinite = torch.isnan(cols).any(dim=-1, keepdim=True)
         rows.fill_(1.0)
-        cols.copy_(torch.where(bad, math.nan, torch.ones_like(cols)))
+        cols.copy_(torch.where(nonfinite, math.nan, torch.ones_like(cols)))
 
 
 def _transposed(scales: Scales) -> Scales:
-    """Scales of the transposed matrices. A matrix that is not finite has NaN in all its columns: they keep that."""
+    """Return the scales of the transposed matrices. All column scales of a non-finite matrix stay NaN."""
     for rows, cols in zip(scales.rows, scales.cols, strict=True):
         rows.masked_fill_(torch.isnan(cols).any(dim=-1, keepdim=True), math.nan)
     return Scales(scales.cols, scales.rows, scales.flat_cols, scales.flat_rows)
 
 
 def _write(batch: Batch, matrices: list[Tensor], scales: Scales | None, *, end_with_rows: bool) -> None:
-    """p = p * (1 - lr * scale * weight_decay) - lr * scale * X; counts matrices that are not finite.
+    """Compute p = p * (1 - lr * scale * weight_decay) - lr * scale * X, and count non-finite matrices.
 
-    ``scales``: None where X is still to be found: normalization and update are then one pass over memory.
+    Without ``scales`` one fused kernel normalizes the matrices and updates the parameters.
     """
     group = batch.group
     weights = [local(p) for p in batch.params]
@@ -363,20 +350,7 @@ def _write(batch: Batch, matrices: list[Tensor], scales: Scales | None, *, end_w
 
 
 def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
-    """The rule that a group applies to a parameter."""
+    """Return the algorithm of a parameter, with "auto" resolved."""
     if group["algorithm"] != "auto":
         return group["algorithm"]
     return "sinkgd" if param.dim() >= 2 else "adamw"
-
-
-def _say_how_auto_routes(groups: list[dict[str, Any]]) -> None:
-    auto = [p for group in groups if group["algorithm"] == "auto" and not holds_factors(group) for p in group["params"]]
-    matrices = sum(p.dim() >= 2 for p in auto)
-    if matrices:
-        rest = len(auto) - matrices
-        warnings.warn(
-            f"SinkGD: {matrices} parameters of two or more dimensions are taken as matrices"
-            f"{f', {rest} others go to AdamW' if rest else ''}. Embeddings and heads are matrices here too: "
-            "leanstep.optimizers.param_groups(model) routes them by module; algorithm='sinkgd' means them all.",
-            stacklevel=3,
-        )

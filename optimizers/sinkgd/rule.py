@@ -1,7 +1,7 @@
 """The formulas of :class:`leanstep.optimizers.SinkGD`, in the order of its docstring.
 
-Pure functions of plain tensors: matrices G (m, n), rows first, or stacks (e, m, n); float64 included. The step calls
-them in this order. What a process holds of a sharded matrix, and sums over processes, are not their concern.
+Pure functions of matrices G (m, n) or stacks (e, m, n), in any floating dtype, float64 included. The optimizer calls
+them in this order, and adds the sums over processes for sharded matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tensor:
     """M = momentum * M + (1 - momentum) * G, in fp32 (fp64 for an fp64 buffer).
 
-    Applied twice, the second time to its own result, it looks ahead by one gradient (Nesterov).
+    Nesterov's variant applies it again, to its result and the same G.
     """
     wide = compute_dtype(buffer.dtype)
     return buffer.to(wide).lerp(gradient.to(wide), 1.0 - momentum)
@@ -32,26 +32,26 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 
 def mask_rows(matrix: Tensor, norms: Tensor, total: Tensor, rows: int, tau: float) -> Tensor:
-    """A copy of G in which rows of norm at most ``tau * total / rows`` are zero.
+    """Return a copy of G whose rows of norm at most ``tau * total / rows`` are zero.
 
     Args:
         matrix: G.
-        norms: of its rows, [..., m].
-        total: sum of the norms of all rows, [..., 1].
-        rows: how many rows the matrix has, so that total / rows is the mean norm.
-        tau: the threshold.
+        norms: row norms, [..., m].
+        total: sum of the row norms, [..., 1].
+        rows: number of rows of the whole matrix; total / rows is the mean norm.
+        tau: threshold, relative to the mean norm.
     """
     quiet = norms <= tau * total / rows  # False for NaN: the matrix is skipped later
     return matrix * (~quiet).unsqueeze(-1)
 
 
 def normalize(matrices: list[Tensor], num_iters: int, *, end_with_rows: bool = False) -> Scales:
-    """Scales r and c with X = diag(r) G diag(c), after ``num_iters`` times::
+    """Return scales r and c with X = diag(r) G diag(c), after ``num_iters`` iterations of::
 
         X[i, :] = sqrt(n) * X[i, :] / ||X[i, :]||      every row
         X[:, j] = sqrt(m) * X[:, j] / ||X[:, j]||      every column
 
-    ``end_with_rows``: and the rows once more. A matrix that is not finite has NaN in all its column scales.
+    ``end_with_rows`` normalizes the rows once more at the end. All column scales of a non-finite matrix are NaN.
     """
     return sinkhorn(matrices, num_iters, end_with_rows=end_with_rows)
 
@@ -62,15 +62,15 @@ def scaled(matrix: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def first_power_vector(like: Tensor) -> Tensor:
-    """Start of the power iteration, [..., n]: the same for every matrix; no pattern of signs is favoured."""
+    """Return the start of the power iteration, [..., n]: hashed values, the same for every matrix."""
     index = torch.arange(like.shape[-1], device=like.device)
     return (hash32(index, 0).to(like.dtype) / 2**31).expand_as(like)
 
 
 def power_step(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration on X^T X: (||X v||^2 [..., 1], X^T X v [..., n]) for v of norm 1 along ``vector``.
+    """Do one power iteration on X^T X: return ||X v||^2 [..., 1] and X^T X v [..., n], with v = vector / ||vector||.
 
-    ||X v|| estimates the operator norm of X from below. For the shards of a matrix's rows both are summed.
+    ||X v|| is a lower bound of the operator norm of X. If rows are sharded, sum both results over the shards.
     """
     unit = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-30)
     image = (matrix @ unit.unsqueeze(-1)).squeeze(-1)
@@ -78,14 +78,14 @@ def power_step(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectral_target(kind: str, m: int, n: int) -> float:
-    """The operator norm that updates are held at: 1 ("unit") or sqrt(m / n) ("muon")."""
+    """Return the operator norm of updates: 1 ("unit") or sqrt(m / n) ("muon")."""
     return 1.0 if kind == "unit" else math.sqrt(m / n)
 
 
 def step_scalars(lr: float | Tensor, scale: float, weight_decay: float, like: Tensor) -> Tensor:
-    """The numbers of p = p * decay - step * X: [lr * scale, 1 - lr * scale * weight_decay].
+    """Pack [lr * scale, 1 - lr * scale * weight_decay], the step and decay of p = p * decay - step * X.
 
-    On the device of ``like``, in the dtype that an update of it is computed in.
+    On the device of ``like``, in fp64 for an fp64 ``like``, else in fp32.
     """
     step = (lr.to(torch.float64) if isinstance(lr, Tensor) else lr) * scale
     return pack([step, decay_factor(step, weight_decay)], like.device, compute_dtype(like.dtype))

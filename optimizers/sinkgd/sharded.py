@@ -1,4 +1,4 @@
-"""SinkGD's sums over processes: scales and row norms of matrices of which every process holds rows or columns."""
+"""SinkGD's scales and row norms of matrices whose rows or columns are sharded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from leanstep.optimizers.sinkgd import rule
 def normalize(
     matrices: list[Tensor], shards: list[Shard], sides: list[str | None], num_iters: int, *, end_with_rows: bool
 ) -> Steps[Scales]:
-    """Scales as of :func:`leanstep.optimizers.sinkgd.rule.normalize`, for whole and sharded matrices together.
-
-    Matrices that are sharded the same way share one reduction an iteration.
+    """Compute the scales of :func:`leanstep.optimizers.sinkgd.rule.normalize` for unsharded and sharded matrices.
 
     Args:
-        matrices: this process's parts.
-        shards: of the whole matrices.
-        sides: "rows" or "columns", where a process holds some of them; None for whole matrices.
+        matrices: this process's shards.
+        shards: their metadata.
+        sides: the sharded side of each matrix, "rows" or "columns"; None for unsharded matrices.
         num_iters, end_with_rows: as for the rule.
     """
     sets: dict[Any, list[int]] = {}
@@ -50,7 +48,7 @@ def normalize(
 def _normalize_alike(
     matrices: list[Tensor], shards: list[Shard], side: str | None, num_iters: int, end_with_rows: bool
 ) -> Steps[Scales]:
-    """Scales of matrices that are all whole, or all sharded the same way over the same processes."""
+    """Compute the scales of matrices that are sharded along the same side over the same processes, or unsharded."""
     if side is None:
         return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
     if side == "rows":
@@ -68,7 +66,7 @@ def _normalize_alike(
 
 
 def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Copies of the tensors as views of one flat buffer, and the buffer."""
+    """Copy tensors into one flat buffer; return their views and the buffer."""
     flat = torch.cat([t.reshape(-1) for t in tensors])
     parts = flat.split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], flat
@@ -77,7 +75,7 @@ def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def all_reduce_row_norms(
     norms: list[Tensor], totals: list[Tensor], shards: list[Shard], sides: list[str | None]
 ) -> Steps[None]:
-    """Make norms of rows, and their sums over all rows, those of the whole matrices, in place."""
+    """Turn row norms of shards, and their sums, into those of the unsharded matrices, in place."""
     by_columns = [i for i, side in enumerate(sides) if side == "columns"]
     if by_columns:
         for i in by_columns:

@@ -1,4 +1,4 @@
-"""SinkGD's hold on the operator norm of its updates: a power iteration that is carried from step to step."""
+"""SinkGD's ``spectral`` option: scale updates to an operator norm, estimated by warm-started power iteration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from leanstep.optimizers.common.matrices import matrix_shape, oriented
 from leanstep.optimizers.common.sharding import Reduction, Shard, Steps, local, shard_of, together
 from leanstep.optimizers.sinkgd import rule
 
-# power iterations at the first usable gradient, when the vector is a guess, and at every later one
+# power iterations at a matrix's first finite nonzero gradient, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
 
 
 def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the vector of the power iteration; zero until a gradient was usable.
+    """Create the vector of the power iteration, zero until the first finite nonzero gradient.
 
-    Shape [n], or [e, n] for a stack of matrices, whole on every process; a stack that is sharded by matrices has its
-    vectors sharded with it.
+    The shape is [n], or [e, n] for a stack. The vector is replicated, except for a stack sharded along e, whose
+    vectors are sharded along e, too.
     """
     if "power_vector" in state:
         return
@@ -43,9 +43,10 @@ def pin_operator_norms(
     sides: list[str | None],
     kind: str,
 ) -> Steps[None]:
-    """Multiply the row scales so that every diag(r) G diag(c) has the operator norm that ``kind`` names.
+    """Multiply the row scales so that every diag(r) G diag(c) has operator norm :func:`rule.spectral_target`.
 
-    The norm is estimated from below by power iteration, warm-started from the last step.
+    Raises:
+        ValueError: a matrix is sharded along its columns.
     """
     if "columns" in sides:
         raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
@@ -61,11 +62,12 @@ def pin_operator_norms(
 def _pin_one(
     matrix: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], process_group: Any, target: float
 ) -> Steps[None]:
-    """Multiply ``rows`` so that diag(rows) matrix diag(cols) has norm ``target``; the state's vector is the iterate.
+    """Multiply ``rows`` so that diag(rows) matrix diag(cols) has operator norm ``target``; update the state's vector.
 
-    ``process_group``: whose shards of rows make up the matrix; None when it is whole. A matrix of a stack is cold
-    while its vector is zero. ``power_warm``, on the CPU, says that none is: then nothing is read from the device.
-    A trace cannot look: it takes the first step for the one that warms up, whatever its gradient.
+    A matrix is cold while its vector is zero. ``power_warm`` (on the CPU) is true if no matrix of the stack is cold;
+    then the step reads nothing from the device. A trace cannot read it, and treats the first step as the warm-up.
+
+    ``process_group``: the processes that shard the rows; None for unsharded rows.
     """
     tracing = torch.compiler.is_compiling()
     cold = "power_warm" not in state or (not tracing and not state["power_warm"])
@@ -75,7 +77,7 @@ def _pin_one(
     new = torch.where(known, vector, rule.first_power_vector(vector))
     norm = usable = vector.new_zeros(())
     for done in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
-        # no matrix is cold and has a gradient that would warm it up
+        # no cold matrix has a usable gradient
         if done == 1 and not tracing and not (usable & ~known).any():
             break
         square, new = rule.power_step(update, new)

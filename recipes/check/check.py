@@ -1,22 +1,31 @@
-"""``leanstep check``: report what a run needs and find what would stop it, before it starts.
+"""``leanstep check``: report the needs of a run and what would stop it, before it starts.
 
-Nothing of the model's size is allocated. A section that cannot be worked out is a problem, and the others still run.
+Allocates nothing of the model's size. An error in one section becomes a problem, and the other sections still run.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from leanstep.recipes.check.room import disk, memory, output
-from leanstep.recipes.check.sections import Facts, Section, table
-from leanstep.recipes.check.text import length, network, text
+from leanstep.recipes.check.sections import (
+    Facts,
+    Section,
+    disk,
+    length,
+    memory,
+    network,
+    output,
+    table,
+    text,
+)
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.hub import offline
 
 
 def check(config: RunConfig, *, world_size: int = 1) -> int:
-    """Print the report of :func:`inspect`. Returns 0, or 1 when there are problems, which are listed at the end."""
+    """Print the report of :func:`inspect`, problems last. Returns 1 if there are any, else 0."""
     sections = []
     for section in _sections(config, world_size):
         sections.append(section)
@@ -32,13 +41,13 @@ def check(config: RunConfig, *, world_size: int = 1) -> int:
 
 
 def inspect(config: RunConfig, *, world_size: int = 1) -> list[Section]:
-    """Work out every section of the report, from the recipe and the device to what is in the output folder."""
+    """Return every section of the report."""
     return list(_sections(config, world_size))
 
 
 def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
     facts = Facts()
-    parts: list[tuple[str, Callable[[Section], None]]] = [
+    titled: list[tuple[str, Callable[[Section], None]]] = [
         ("Recipe", lambda section: section.lines.extend(dump(config).splitlines())),
         ("Device", lambda section: _device(config, world_size, section, facts)),
         ("Trackers", lambda section: _trackers(config, section)),
@@ -52,7 +61,7 @@ def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
         ("Disk", lambda section: disk(config, world_size, section, facts)),
         ("Output", lambda section: output(config, section)),
     ]
-    for title, work in parts:
+    for title, work in titled:
         section = Section(title)
         try:
             with offline() if facts.offline else nullcontext():
@@ -63,7 +72,7 @@ def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
 
 
 def _device(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """Check that the device is there and supports the precision and the sharding asked for."""
+    """Check that the device exists and supports the requested precision and sharding."""
     import torch
 
     from leanstep.recipes.training.build import wants_cpu
@@ -112,7 +121,7 @@ def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
 
 
 def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
-    """List the layers that become N:M sparse, the schedule, and the operations saved by count and by hardware."""
+    """List the layers that become N:M sparse, the schedule, and the operations in theory and on hardware."""
     if not config.sparsity.patterns:
         return
     from leanstep.recipes.check.memory import meta_model
@@ -135,25 +144,22 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
     section.add("operations", f"{theoretical:.3f} of dense in theory, {hardware:.3f} where hardware multiplies 2:4")
     rows: list[tuple[str, ...]] = [("pattern", "layers", "weights", "way", "first")]
     for target in dict.fromkeys(layer.target for layer in layers):
-        members = [layer for layer in layers if layer.target == target]
-        count = sum(layer.weight.numel() for layer in members)
-        way = " ".join(map(str, schedule.frames(target)))
-        rows.append((str(target), str(len(members)), f"{count:,}", way, members[0].name))
+        same = [layer for layer in layers if layer.target == target]
+        count = sum(layer.weight.numel() for layer in same)
+        patterns = " ".join(map(str, schedule.frames(target)))
+        rows.append((str(target), str(len(same)), f"{count:,}", patterns, same[0].name))
     section.lines.extend(table(rows))
 
 
 def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
     """Count the zeros of the initial model that the run keeps."""
-    from pathlib import Path
-
     from leanstep.recipes.check.memory import meta_model
-    from leanstep.recipes.methods.pruned import masked_names, zeros_forgotten, zeros_of
+    from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 
     if not config.pruning.keep_masks:
-        if forgotten := zeros_forgotten(config):
-            section.add("note", forgotten)
+        if warning := pruned_start_warning(config):
+            section.add("note", warning)
         return
-
     names = masked_names(config, meta_model(config, facts.vocabulary or 0))
     folder = Path(str(config.model.init_from))
     counts = zeros_of(folder, names)

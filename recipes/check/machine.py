@@ -1,4 +1,4 @@
-"""The facts that ``leanstep info`` prints: versions, devices, backends. Needs only the core installation."""
+"""``leanstep info``: versions, devices and backends. Needs only the core installation."""
 
 import os
 import platform
@@ -19,16 +19,22 @@ def collect() -> dict[str, Any]:
 
     from leanstep._version import __version__
     from leanstep.kernels import backend_table
+    from leanstep.kernels.cpp_impl._build import cpp_compiler
+    from leanstep.kernels.matrices.dense_product import why_not_onednn
 
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    reason = why_not_onednn()
     return {
         "leanstep": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()},
-        "cpu": {"cores": os.cpu_count(), "usable": _usable_cores(), "threads": torch.get_num_threads()},
+        "cpu": {"cores": os.cpu_count(), "usable": usable, "threads": torch.get_num_threads()},
         "devices": _devices(),
-        "cpp_compiler": _compiler(),
-        "fp32_products": _products(),
+        "cpp_compiler": cpp_compiler(),
+        "fp32_products": "oneDNN, faster than MKL on AMD processors with AVX-512"
+        if not reason
+        else f"torch.mm ({reason})",
         "backends": [tuple(map(str, row)) for row in backend_table()],
     }
 
@@ -63,11 +69,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _usable_cores() -> int | None:
-    """Cores this process may run on, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _devices() -> list[str]:
     """One line for each accelerator."""
     import torch
@@ -82,16 +83,3 @@ def _devices() -> list[str]:
     elif torch.accelerator.is_available():
         lines.append(f"accelerator: {torch.accelerator.current_accelerator()} x {torch.accelerator.device_count()}")
     return lines
-
-
-def _compiler() -> str | None:
-    from leanstep.kernels.cpp_impl._build import cpp_compiler
-
-    return cpp_compiler()
-
-
-def _products() -> str:
-    from leanstep.kernels.matrices.dense_product import why_not_onednn
-
-    reason = why_not_onednn()
-    return "oneDNN, faster than MKL on AMD processors with AVX-512" if reason is None else f"torch.mm ({reason})"

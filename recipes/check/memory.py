@@ -1,14 +1,13 @@
 """Estimate the memory of a run without allocating it: the model is built and stepped with fake tensors.
 
-Weights, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward pass
-of one micro batch, each counted once; the allocator's rounding and the kernels' workspaces are not in it, so the peak
-adds a margin.
+Weights, gradients and optimizer state are exact. Activations are the distinct storages that autograd saves in the
+forward pass of one micro batch. The peak adds a margin for the allocator's rounding and the kernels' workspaces.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -30,16 +29,15 @@ MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process. ``logits`` is the fp32 copy of one micro batch's logits that the loss needs for a moment.
+    """Bytes of one process.
 
     Attributes:
-        weights, gradients, optimizer_state: exact, tied weights once. With FSDP2 their shard of ``1 / world_size``.
-            Among the gradients is the copy of them that LANTON with noise="halves" takes after half of the passes.
+        weights, gradients, optimizer_state: exact, tied weights counted once; with FSDP2 the shard of
+            ``1 / world_size``. ``gradients`` includes LANTON's copy at half a step (noise="halves").
         activations: saved for the backward pass of one micro batch.
-        logits: ``4 * micro_batch_size * seq_len * vocab_size``.
-        exchange: the buckets in which DDP sends gradients; 0 on one process.
-        sparsity: masks of sparse or pruned weights, a byte each, and the masked weights that backward of sparse ones
-            needs.
+        logits: fp32 copy of one micro batch's logits, ``4 * micro_batch_size * seq_len * vocab_size``.
+        exchange: DDP's gradient buckets; 0 on one process.
+        sparsity: masks of sparse or pruned weights (a byte per weight), and the masked copies of sparse weights.
     """
 
     weights: int
@@ -52,12 +50,11 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The sum of all parts and a margin of a tenth."""
-        sizes = (self.weights, self.gradients, self.optimizer_state, self.activations, self.logits, self.exchange)
-        return int((sum(sizes) + self.sparsity) * (1 + MARGIN))
+        """The sum of all attributes and a margin of a tenth."""
+        return int(sum(astuple(self)) * (1 + MARGIN))
 
     def rows(self) -> list[tuple[str, int]]:
-        """Name and bytes of each part, in the order to print them."""
+        """(name, bytes) to print, in order."""
         named = [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -72,10 +69,9 @@ class MemoryEstimate:
 
 
 class SavedStorages:
-    """Context manager that counts what autograd saves: distinct storages other than a model's weights and buffers.
+    """Context manager that sums the distinct storages autograd saves, other than the model's weights and buffers.
 
-    Works on fake and on real tensors. The storages are kept alive while it counts, so that none is missed because it
-    took the address of one that was freed.
+    Works on fake and real tensors. Holds the storages while it counts, so that no address is reused.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,10 +99,10 @@ class SavedStorages:
 
 
 def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
-    """Estimate the memory of one process of a run with a tokenizer of ``vocab_size`` tokens.
+    """Estimate the memory of one process, for a vocabulary of ``vocab_size`` tokens.
 
-    Takes a second or so and a few megabytes, whatever the size of the model. ``device`` is where the tensors pretend to
-    be, which decides the attention kernel; it must exist.
+    Takes about a second and a few megabytes for any model. ``device`` must exist: the fake tensors are placed there,
+    which decides the attention kernel.
 
     Raises ValueError for a model or an optimizer that cannot be built.
     """
@@ -137,7 +133,7 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
 def estimate_or_reason(
     config: RunConfig, vocab_size: int, world_size: int, device: str
 ) -> tuple[MemoryEstimate | None, str]:
-    """:func:`estimate`, or None and the reason where it cannot be made: that alone must not end a run."""
+    """Return :func:`estimate`, or None and the reason it failed. A failed estimate must not end a run."""
     try:
         return estimate(config, vocab_size, world_size=world_size, device=device), ""
     except Exception as error:
@@ -145,10 +141,7 @@ def estimate_or_reason(
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Bytes of a mask and a masked copy of every sparse weight; for a pruned model, bytes of the masks.
-
-    The masked copy is not sharded.
-    """
+    """Bytes of a pruned model's masks, or of the masks and unsharded masked copies for sparse training."""
     if config.pruning.keep_masks:
         return mask_bytes(config, meta_model(config, vocab_size))
     if not config.sparsity.patterns:
@@ -167,7 +160,7 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
 
 
 def meta_model(config: RunConfig, vocab_size: int) -> Any:
-    """Build the run's model on the meta device, without memory. Of ``init_from``, only config.json is read."""
+    """Build the run's model on the meta device, without memory. Reads only config.json of ``init_from``."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     # outside of any fake mode: the casts inside would fail on fake parameters
     with unset_fake_temporarily(), torch.device("meta"):
@@ -197,15 +190,14 @@ def _replace_tensors(model: nn.Module, device: str) -> None:
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state after a step with a gradient for every parameter, on real or fake parameters.
+    """Bytes of the optimizer's state. An optimizer without state makes a step first, on uninitialised gradients.
 
-    An optimizer without state makes a step first. Missing gradients are uninitialised memory, so that this step ruins
-    real parameters: pass fake ones.
+    Pass fake parameters: that step ruins real ones.
     """
     if not optimizer.state:
         before = [dict(group) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            # what asks for values, and what only repeats work, changes nothing about the state
+            # neither changes the state: "pass" reads no values, and one iteration takes less time
             group.update({key: value for key, value in (("nonfinite", "pass"), ("num_iters", 1)) if key in group})
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -220,7 +212,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the copies of gradients that are taken after half of a step's passes."""
+    """Bytes of LANTON's gradient copies at half a step."""
     return sum(
         parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
         for group in halved_groups(optimizer)
@@ -230,7 +222,7 @@ def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
-    """Make a step. Fake tensors may stop it where it reads a value; by then LANTON and M-FAC have their state."""
+    """Make a step. Fake tensors may raise where it reads a value; LANTON and M-FAC have created their state by then."""
     halves = halved_groups(optimizer) if hasattr(optimizer, "mark_half") else []
     if halves:
         optimizer.mark_half(averaged=True)  # type: ignore[attr-defined]
@@ -243,18 +235,18 @@ def _first_step(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"the state of {name} is not known before a step with real numbers") from None
     for group in halves:
         for parameter in group["params"]:
-            # lasts no longer than a step, which fake tensors may have stopped
+            # temporary state of a step; stays behind when the step raises
             optimizer.state.get(parameter, {}).pop("half_grad", None)
 
 
 def unique_bytes(tensors: Any) -> int:
-    """Bytes of distinct storages, so that tied weights and views count once."""
+    """Bytes of distinct storages: tied weights and views count once."""
     storages = {_storage(tensor)._cdata: _storage(tensor) for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
-    """Bytes saved for backward in the forward pass of one micro batch; the gradients stay in the parameters."""
+    """Bytes that one micro batch saves for backward. Leaves its gradients in the parameters."""
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)

@@ -6,8 +6,9 @@ from typing import Any
 
 from leanstep.recipes.config.loader import ALIASES
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
+from leanstep.recipes.data.hub import is_folder_name
 
-GPU_FLOPS = 1e16  # a run of more floating-point operations than this takes more than a day on a desktop's CPU
+GPU_FLOPS = 1e16  # more floating-point operations than a desktop's CPU does in a day
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class RecipeFacts:
     """Facts of one recipe, as ``leanstep recipes list`` prints them.
 
     Attributes:
-        name, aliases, description: how it is called and what it is.
         parameters: number of weights, tied ones counted once; None when a folder or the tokenizer decides it.
         tokens: ``steps * batch.tokens_per_step``.
         flops: ``6 * parameters * tokens``, the usual estimate of forward and backward.
-        network, gpu: whether it reads from the hub, and whether it is more than a CPU does in a day.
-        expected: the validation loss it should reach, where one is known, and who says so.
+        network: whether it reads from the hub.
+        gpu: whether it takes a CPU more than a day (:data:`GPU_FLOPS`).
+        expected_val_loss, expected_source: its known validation loss, and where that number comes from.
     """
 
     name: str
@@ -39,8 +40,8 @@ class RecipeFacts:
 
 def describe(config: RunConfig) -> RecipeFacts:
     """Collect the facts of a loaded recipe."""
-    data = config.data
-    parameters = parameter_count(config.model, _known_vocabulary(data.tokenizer))
+    data, trained = config.data, config.data.tokenizer.startswith("train:")
+    parameters = parameter_count(config.model, int(data.tokenizer.partition(":")[2]) if trained else None)
     tokens = config.steps * config.batch.tokens_per_step
     flops = 6.0 * parameters * tokens if parameters else None
     source = data.source if data.source == "sotu" else data.name or data.path or data.source
@@ -53,16 +54,11 @@ def describe(config: RunConfig) -> RecipeFacts:
         flops=flops,
         optimizer=config.optimizer.name,
         data=source,
-        network=data.source == "hf" or not (data.tokenizer.startswith("train:") or _is_folder(data.tokenizer)),
+        network=data.source == "hf" or not (trained or is_folder_name(data.tokenizer) or Path(data.tokenizer).is_dir()),
         gpu=flops is not None and flops > GPU_FLOPS,
         expected_val_loss=config.expect.val_loss,
         expected_source=config.expect.source,
     )
-
-
-def _is_folder(name: str) -> bool:
-    """Whether a tokenizer's name is a path, existing or not; names on the hub have at most one slash."""
-    return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
 
 
 def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int | None:
@@ -70,8 +66,8 @@ def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int | 
 
     LLaMA with vocabulary V, width h, MLP width m, L layers, q query and k key-value heads of size d:
     ``V h (2 if untied) + L (2 h q d + 2 h k d + 3 h m + 2 h) + h``, and biases where switched on. GPT-2 with P
-    positions: ``V h + P h + L (4 h^2 + 2 h m + 9 h + m) + 2 h``. None when the vocabulary is not known or the model
-    comes from a folder.
+    positions: ``V h + P h + L (4 h^2 + 2 h m + 9 h + m) + 2 h``. None for an unknown vocabulary, or a model from a
+    folder.
     """
     sizes = model.config
     vocabulary = sizes.get("vocab_size", vocab_size)
@@ -99,8 +95,3 @@ def _gpt2_count(sizes: dict[str, Any], vocabulary: int) -> int:
     layer = 4 * width * width + 2 * width * mlp + 9 * width + mlp
     tables = 1 if sizes.get("tie_word_embeddings", True) else 2
     return (tables * vocabulary + positions) * width + layers * layer + 2 * width
-
-
-def _known_vocabulary(tokenizer: str) -> int | None:
-    """Vocabulary of a tokenizer that the recipe trains; None for one that has to be opened."""
-    return int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else None

@@ -1,4 +1,4 @@
-"""Compare two recipes: differences that forbid continuing a run, or comparing its result with the expected one."""
+"""Compare two recipes: which differences forbid to resume a run, or to compare its result with the expected one."""
 
 import json
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from typing import Any
 
 from leanstep.recipes.config.schema import RunConfig
 
-# sections that do nothing without this key of theirs
+# section -> the key without which it has no effect
 SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
 
-# what may differ between a checkpoint and the run that continues it. The first set changes no computed number but
-# which are computed, shown or kept; the second keeps the maths and changes the order of additions.
+# keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
+# _ROUNDING: the same maths with another order of additions.
 _FREE = {"name", "description", "source_file", "expect", "out", "eval", "checkpoint", "log", "stop", "device"}
 _ROUNDING = {
     "batch.micro_batch_size",
@@ -20,17 +20,16 @@ _ROUNDING = {
     "release_gradients",
     "distributed.strategy",
 }
-_DATA_PLACE = {"data.cache_dir"}
 
 
 def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[str], list[str]]:
-    """Compare the recipe of a run, as it was saved, with the one that is to continue it.
+    """Compare the saved recipe of a run with the recipe that resumes it.
 
     Returns:
-        ``(forbidden, rounding)``, lines of the form ``optimizer.lr: was 0.001, is 0.002 now``. Keys that say what is
-        measured, shown or kept (``eval``, ``checkpoint``, ``log``, ``stop``, ``expect``, ``out``, names) may differ and
-        are in neither. ``rounding`` holds keys that leave the maths as it is but not its rounding. ``steps`` may differ
-        when the rate does not depend on it: schedule ``constant`` with ``warmup_steps`` given.
+        ``(forbidden, rounding)``, lines of the form ``optimizer.lr: was 0.001, is 0.002 now``. ``rounding`` has keys
+        that change only the order of additions. Keys without effect on computed numbers (``eval``, ``checkpoint``,
+        ``log``, ``stop``, ``expect``, ``out``, names) are in neither list. ``steps`` may differ with the schedule
+        ``constant`` and ``warmup_steps``, which do not depend on it.
     """
     planned = bool(config.sparsity.patterns)
     free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None and not planned
@@ -47,9 +46,9 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[s
 
 
 def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]:
-    """Keys of ``config`` that differ from the ``recipe`` it comes from, so that its ``expect`` does not hold.
+    """Keys whose overrides make the ``expect`` section of ``recipe`` invalid for ``config``.
 
-    The seed is none of them, since the tolerance covers it, and neither is what the recipe leaves open (``???``).
+    Leaves out the seed, which the tolerance covers, and keys that the recipe leaves open (``???``).
     """
     changed = [key for key, before, _ in _changes(recipe, asdict(config)) if before != "???"]
     # which batches are evaluated changes the number that is compared
@@ -58,21 +57,21 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of what decides the numbers of a run, sorted by key."""
+    """Yield (key, old value, new value) of the keys that affect a run's numbers, sorted."""
     old, new = (dict(_flat(_without_idle(tree))) for tree in (before, now))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE and key not in _DATA_PLACE:
+        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE and key != "data.cache_dir":
             yield key, old.get(key), new.get(key)
 
 
 def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the sections that are switched off; older recipes do not have them."""
+    """Remove sections that are switched off. Older recipes do not have them."""
     idle = {name for name, switch in SWITCHES.items() if not (tree.get(name) or {}).get(switch)}
     return {key: value for key, value in tree.items() if key not in idle}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; lists and empty dicts are values. Passed through JSON, so that tuples equal lists."""
+    """Yield dotted keys and values; lists and empty dicts are values. JSON turns tuples into lists."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")

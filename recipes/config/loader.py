@@ -1,12 +1,11 @@
 """Read a recipe file and command-line overrides into a frozen :class:`~leanstep.recipes.config.schema.RunConfig`.
 
-Everything wrong with a recipe is reported at once, with its file, its line and the nearest valid key, and torch is not
-imported to find it. PyYAML knows the lines, OmegaConf resolves ``${...}``, pydantic checks the values.
+Reports all errors of a recipe at once, with file, line and the nearest valid key, and does not import torch. PyYAML
+gives the lines, OmegaConf resolves ``${...}``, pydantic checks the values.
 
-A recipe with ``base: NAME_OR_FILE`` takes every value that it does not give itself from that recipe, all but ``name``,
-``description`` and ``expect``. Mappings are merged key by key; a recipe that names another ``optimizer.name`` or
-``model.family`` than its base takes over nothing that belongs to the other class (``optimizer.args``,
-``optimizer.groups``, ``model.config``).
+A recipe with ``base: NAME_OR_FILE`` inherits the values that it does not set, except ``name``, ``description`` and
+``expect``. Mappings are merged key by key. A recipe that sets ``optimizer.name`` or ``model.family`` does not inherit
+the keys of that class (``optimizer.args``, ``optimizer.groups``, ``model.config``).
 """
 
 import os
@@ -22,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.rules import (
-    OWN_KEYS,
+    MISPLACED_ARGUMENTS,
     group_options,
     joint_problems,
     model_keys,
@@ -45,18 +44,18 @@ from leanstep.recipes.config.values import (
 )
 
 FOLDER = Path(__file__).parents[1] / "configs"
-# A size alone means its run with the optimizer this package is about.
+# a size alone means the SinkGD run of that size
 ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "350m", "1b")}
 
-Place = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
+Location = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
 _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
-# section -> the key that names a class, and what belongs to that class
-_OPEN_PARTS = {"optimizer": ("name", ("args", "groups")), "model": ("family", ("config",))}
+# section -> the key that names a class, and the keys of that class
+_CLASS_KEYS = {"optimizer": ("name", ("args", "groups")), "model": ("family", ("config",))}
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot be run; ``problems`` holds one line for each thing wrong with it."""
+    """An invalid recipe; ``problems`` has one line per error."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -68,13 +67,12 @@ def load(
 ) -> RunConfig:
     """Load a shipped recipe by name, or a file, with ``key.path=value`` overrides applied in order.
 
-    An override sets the value at its path, whole: ``optimizer.args={}`` empties it. Values are read as YAML. The name
-    of a shipped recipe means that recipe, also where a file has the same name: write ``./NAME`` for the file.
-    The result that a recipe expects is its own: when overrides change what decides it, ``expect.val_loss`` becomes None
-    and ``expect.source`` says why, unless an override gives another expectation.
+    An override replaces the whole value at its path: ``optimizer.args={}`` empties it. Values are YAML. A shipped
+    recipe hides a file of the same name: write ``./NAME`` for the file. Overrides that affect the result set
+    ``expect.val_loss`` to None and explain it in ``expect.source``, unless an override sets ``expect``.
     ``world_size`` is the number of processes that share a step; by default the launcher's ``WORLD_SIZE``, or 1.
 
-    Raises ConfigError with every problem found, in the order of the file; ImportError names the missing extra.
+    Raises ConfigError with every error, in the order of the file.
     """
     path = find_recipe(name_or_path)
     reader = _Reader(path)
@@ -87,19 +85,19 @@ def load(
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved configuration as YAML that :func:`load` reads back to an equal object."""
+    """Write the resolved configuration as YAML that :func:`load` reads back to an equal object."""
     content = asdict(config)
     del content["source_file"]
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted. Their aliases are not among them."""
+    """Sorted names of the shipped recipes, without aliases."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe or alias. Raises KeyError for a name that is neither."""
+    """Return the file of a shipped recipe or alias. Raises KeyError for another name."""
     path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
     if not path.is_file():
         raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
@@ -107,7 +105,7 @@ def recipe_path(name: str) -> Path:
 
 
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a shipped recipe or of a path. Raises ConfigError that names the nearest recipes."""
+    """Return the file of a shipped recipe or of a path. Raises ConfigError with the nearest names."""
     text = os.fspath(name_or_path)
     if text in ALIASES or text in recipe_names():
         return recipe_path(text)
@@ -125,19 +123,19 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader:
-    """Reads a file, its base and overrides into plain values, noting the place of each value and all problems."""
+    """Reads a file, its base and overrides into plain values; records the location of each value and all problems."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.stem = str(path), path.stem
         self.overridden: set[KeyPath] = set()
-        self.problems: list[tuple[Place, str]] = []
+        self.problems: list[tuple[Location, str]] = []
         self.broken: set[KeyPath] = set()
-        self.places: dict[KeyPath, Place] = {}
+        self.locations: dict[KeyPath, Location] = {}
         self.value = self._read(path, ())
         self.written = deepcopy(self.value)
 
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """The values of a file over those of its ``base``; ``above`` are the files that it is the base of."""
+        """Read a file and merge its values over those of its ``base``. ``above`` are the files derived from it."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -154,13 +152,15 @@ class _Reader:
         lines = {key: (rank, line, f"{path}:{line}") for key, line in document.lines.items()}
         below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
         merged = _derive(below, value)
-        # of what the base says, the places of those values that are still there
-        inherited = {key: place for key, place in self.places.items() if value_at(below, key) is value_at(merged, key)}
-        self.places = inherited | lines
+        # keep the locations of the base's values that the file did not replace
+        inherited = {
+            key: location for key, location in self.locations.items() if value_at(below, key) is value_at(merged, key)
+        }
+        self.locations = inherited | lines
         return merged
 
-    def _read_base(self, name: Any, place: Place, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """The values of the base, without its name, description and expected result."""
+    def _read_base(self, name: Any, location: Location, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        """Read the values of the base that are inherited."""
         try:
             if not isinstance(name, str):
                 raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
@@ -170,12 +170,12 @@ class _Reader:
                 raise ConfigError([f"{name} derives from itself"])
             values = self._read(base, (*above, path))
         except ConfigError as error:
-            self.problems += [(place, f"base: {problem}") for problem in error.problems]
+            self.problems += [(location, f"base: {problem}") for problem in error.problems]
             return {}
         return {key: value for key, value in values.items() if key not in _NOT_INHERITED}
 
     def apply(self, overrides: Sequence[str]) -> None:
-        """Set the value of each ``key.path=value`` in place."""
+        """Apply overrides ``key.path=value``."""
         for override in overrides:
             key, equals, text = override.partition("=")
             path = tuple(key.strip().split("."))
@@ -191,7 +191,7 @@ class _Reader:
 
     def build(self, world_size: int) -> RunConfig:
         """Resolve references, check everything, and turn the values into the dataclasses."""
-        # null is a way to write that a section that may be off is off
+        # null switches an optional section off
         given = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
         self.value = {"name": self.stem, "out": "runs/${name}", **given}
         self._resolve()
@@ -200,10 +200,13 @@ class _Reader:
         for path, message in check(RunConfig, self.value)[1]:
             if path not in self.broken:
                 self._add(path, message)
-        self._check_open_parts()
+        self._check_class_keys()
         self._check_switches()
-        # the rules between keys, over what is left when those with problems have their defaults
-        config, problems = check(RunConfig, self._without_broken())
+        # check rules between keys with defaults for the keys that have problems
+        sound = deepcopy(self.value)
+        for path in sorted(self.broken, key=len, reverse=True):
+            remove_at(sound, path)
+        config, problems = check(RunConfig, sound)
         if config is None:
             raise ConfigError(self._report() or [message for _, message in problems])
         for keys, message in joint_problems(config, world_size):
@@ -215,7 +218,7 @@ class _Reader:
         return config
 
     def expectation(self, config: RunConfig) -> ExpectConfig:
-        """The expected result of ``config``: that of the file, unless overrides change what decides it."""
+        """Return the expected result: the file's, unless overrides affect it."""
         expect = config.expect
         if expect.val_loss is None or not self.overridden or any(path[0] == "expect" for path in self.overridden):
             return expect
@@ -230,7 +233,7 @@ class _Reader:
         return replace(expect, val_loss=None, source=source)
 
     def _resolve(self) -> None:
-        """Replace every text with ``${...}`` by what it refers to, so that the checks see values."""
+        """Replace every text with ``${...}`` by its value, before the checks."""
         texts = [(path, text) for path, text in leaves(self.value) if isinstance(text, str)]
         referring = any("${" in text for _, text in texts)
         defaults = asdict(RunConfig(name=self.stem)) if referring else {}
@@ -249,15 +252,15 @@ class _Reader:
                     reason = str(error).splitlines()[0]
                     self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
 
-    def _check_open_parts(self) -> None:
-        """Check the parts whose keys belong to another class: optimizer arguments, groups, model configuration.
+    def _check_class_keys(self) -> None:
+        """Check the keys that a class defines: optimizer arguments and groups, model configuration.
 
-        Where the name of that class is wrong, they are checked against the one nearest to it, and where none is near,
-        what is wrong for all of them is told.
+        If the name of the class is wrong, check against the class with the nearest name. If none is near, report what
+        is wrong for every class.
         """
-        optimizer, model = self._section("optimizer"), self._section("model")
-        args, groups = _part(optimizer, "args", dict), _part(optimizer, "groups", list)
-        sizes = _part(model, "config", dict)
+        optimizer, model = _get_or_empty(self.value, "optimizer", dict), _get_or_empty(self.value, "model", dict)
+        args, groups = _get_or_empty(optimizer, "args", dict), _get_or_empty(optimizer, "groups", list)
+        sizes = _get_or_empty(model, "config", dict)
         problems = _wrong_for_all(
             [*_argument_problems(name, args), *_group_problems(name, groups)]
             for name in self._candidates(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS)
@@ -270,9 +273,9 @@ class _Reader:
                 self._add(path, message)
 
     def _check_switches(self) -> None:
-        """Report sections that have settings but not the key that switches them on: they would have no effect."""
+        """Report sections with settings but without the key that switches them on."""
         for name, switch in SWITCHES.items():
-            section = self._section(name)
+            section = _get_or_empty(self.value, name, dict)
             if section and switch not in section and not any((name, key) in self.broken for key in section):
                 key = next(iter(section))
                 self._add(
@@ -281,51 +284,43 @@ class _Reader:
                 )
 
     def _candidates(self, path: KeyPath, name: Any, table: Collection[str]) -> list[str]:
-        """The classes that ``name`` may mean: itself if it is valid, else the nearest one, else all."""
+        """The class ``name`` if it is valid, else the nearest one, else all."""
         if path not in self.broken:
             return [name]
         return get_close_matches(str(name).lower(), table, n=1) or list(table)
 
-    def _section(self, name: str) -> dict[str, Any]:
-        return _part(self.value, name, dict)
-
-    def _without_broken(self) -> dict[str, Any]:
-        """The values without those that a problem names."""
-        result = deepcopy(self.value)
-        for path in sorted(self.broken, key=len, reverse=True):
-            remove_at(result, path)
-        return result
-
     def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
-        """Record a problem at the place where its key, or the nearest key above it, was written."""
+        """Record a problem at the location of its key, or of the nearest key above it."""
         if not joint:
             self.broken.add(path)
-        self.problems.append((self._place(path), message))
+        self.problems.append((self._locate(path), message))
 
-    def _place(self, path: KeyPath) -> Place:
+    def _locate(self, path: KeyPath) -> Location:
         above = {path[:length] for length in range(1, len(path) + 1)}
-        # an override sets its value whole, so that the file's lines for what is below it say nothing any more
+        # an override replaces its whole value, so lines of the file below it no longer apply
         if above & self.overridden or any(below[: len(path)] == path for below in self.overridden):
             return _OVERRIDE
-        written = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places]
-        return self.places[written[0]] if written else (0, 0, self.file)
+        written = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.locations]
+        return self.locations[written[0]] if written else (0, 0, self.file)
 
     def _written(self, paths: list[KeyPath]) -> KeyPath:
-        """The key to point at, of those that break a rule together: an overridden one, else the first in the file."""
+        """Choose one of the keys that break a rule together: an overridden one, else the first in the file."""
         overridden = [path for path in paths if path in self.overridden]
-        return next(iter([*overridden, *(path for path in paths if path in self.places)]), paths[0])
+        return next(iter([*overridden, *(path for path in paths if path in self.locations)]), paths[0])
 
     def _report(self) -> list[str]:
         """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
-        return [f"{place}: {message}" for (_, _, place), message in ordered]
+        return [f"{location}: {message}" for (_, _, location), message in ordered]
 
 
 def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:
     """Problems in ``optimizer.args``."""
     path = ("optimizer", "args")
-    misplaced = [((*path, key), f"optimizer.args.{key} {OWN_KEYS[key]}") for key in args if key in OWN_KEYS]
-    others = {key: value for key, value in args.items() if key not in OWN_KEYS}
+    misplaced = [
+        ((*path, key), f"optimizer.args.{key} {MISPLACED_ARGUMENTS[key]}") for key in args if key in MISPLACED_ARGUMENTS
+    ]
+    others = {key: value for key, value in args.items() if key not in MISPLACED_ARGUMENTS}
     return [*misplaced, *check(optimizer_arguments(name), others, path)[1]]
 
 
@@ -345,22 +340,22 @@ def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
         yield from check(group_options(name), entry, path)[1]
 
 
-def _part(section: dict[str, Any], key: str, kind: type) -> Any:
-    """The value at ``key`` if it has type ``kind``, else an empty one; :func:`check` reports wrong types."""
+def _get_or_empty(section: dict[str, Any], key: str, kind: type) -> Any:
+    """Return the value at ``key`` if it has type ``kind``, else an empty one. :func:`check` reports wrong types."""
     value = section.get(key)
     return value if isinstance(value, kind) else kind()
 
 
 def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Merge ``top`` over ``base``. If ``top`` names another class, the class's own keys are not inherited."""
-    for section, (name, open_parts) in _OPEN_PARTS.items():
-        if name in _part(top, section, dict) and section in base:
-            base = {**base, section: {key: value for key, value in base[section].items() if key not in open_parts}}
+    for section, (name, class_keys) in _CLASS_KEYS.items():
+        if name in _get_or_empty(top, section, dict) and section in base:
+            base = {**base, section: {key: value for key, value in base[section].items() if key not in class_keys}}
     return overlay(base, top)
 
 
 def _wrong_for_all(problems: Iterable[list[tuple[KeyPath, str]]]) -> list[tuple[KeyPath, str]]:
-    """The first list, without the problems at keys where another list has none."""
+    """Return the problems of the first list at keys where every other list has a problem too."""
     first, *others = problems
     paths = [{path for path, _ in other} for other in others]
     return [(path, message) for path, message in first if all(path in other for other in paths)]

@@ -1,8 +1,8 @@
-"""Rules beyond the types of the schema: between several keys, and for keys that belong to other classes.
+"""Rules between several keys of a recipe, and types of the keys that optimizer and model classes define.
 
-What optimizers and model configurations accept is in ``arguments.json``, made from the classes by ``python
-tests/helpers/argument_table.py``; a test compares the two. To add an optimizer, add its row to ``OPTIMIZERS`` in
-:mod:`leanstep.recipes.config.schema` and run that command. Imports neither torch nor YAML.
+``python tests/helpers/argument_table.py`` writes the arguments of these classes to ``arguments.json``; a test compares
+file and classes. To add an optimizer, add its row to ``OPTIMIZERS`` in :mod:`leanstep.recipes.config.schema` and run
+that command. Imports neither torch nor YAML.
 """
 
 import json
@@ -22,9 +22,9 @@ from leanstep.recipes.config.schema import RunConfig, accumulation_steps
 
 
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield ``(keys, message)`` for each rule that joins several fields and is broken; each field alone is valid.
+    """Yield ``(keys, message)`` for each broken rule between several fields, which are valid alone.
 
-    The first of ``keys`` is the one to change; the message reads on from its name.
+    The first of ``keys`` is the one to change. The message continues after its name.
     """
     data, schedule, release = config.data, config.schedule, config.release_gradients
     batch_keys = ("batch.tokens_per_step", "batch.micro_batch_size", "data.seq_len")
@@ -76,7 +76,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
 
 
 def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Problems of ``sparsity`` settings with each other or with the rest of the run."""
+    """Rules between ``sparsity`` settings and other settings."""
     sparsity = config.sparsity
     if not sparsity.patterns:
         return
@@ -111,7 +111,7 @@ def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str
 
 
 def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Problems of other settings with keeping the zeros of a pruned model."""
+    """Rules between ``pruning.keep_masks`` and other settings."""
     if not config.pruning.keep_masks:
         return
     keys = ("pruning.keep_masks",)
@@ -127,7 +127,7 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Problems of other settings with low-rank adapters."""
+    """Rules between ``lora`` and other settings."""
     if config.lora.attention != "exact" and config.compile:
         yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
     if not config.lora.target_modules:
@@ -149,7 +149,7 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Problems of the model's sizes with each other, the sequences, or the tokenizer to be trained."""
+    """Rules between the model's sizes, the sequence length and the tokenizer."""
     sizes, tokenizer = config.model.config, config.data.tokenizer
     for whole, divisor in (
         ("hidden_size", "num_attention_heads"),
@@ -178,7 +178,11 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-OWN_KEYS = {"lr": "is optimizer.lr", "weight_decay": "is optimizer.weight_decay", "params": "comes from the model"}
+MISPLACED_ARGUMENTS = {
+    "lr": "is optimizer.lr",
+    "weight_decay": "is optimizer.weight_decay",
+    "params": "comes from the model",
+}
 TABLE_FILE = Path(__file__).with_name("arguments.json")
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "null": None, "mapping": dict[str, Any], "any": Any}
@@ -192,16 +196,19 @@ def _table() -> dict[str, Any]:
 
 @lru_cache
 def optimizer_arguments(name: str) -> Any:
-    """Schema of ``optimizer.args``: the arguments of the class, except those with a key of their own."""
+    """Schema of ``optimizer.args``: all arguments of the class but lr, weight_decay and params."""
     entries = _table()["optimizers"][name]
-    return _keys(name, {key: entry for key, entry in entries.items() if key not in OWN_KEYS})
+    return _keys(name, {key: entry for key, entry in entries.items() if key not in MISPLACED_ARGUMENTS})
 
 
 @lru_cache
 def group_options(name: str) -> Any:
     """Schema of an entry of ``optimizer.groups``: its selector and the options of the class."""
     types = _keys(name, _table()["optimizers"][name])
-    types.__annotations__ |= {"match": Annotated[str, AfterValidator(_regular_expression)], "role": _roles()}
+    types.__annotations__ |= {
+        "match": Annotated[str, AfterValidator(_regular_expression)],
+        "role": Literal[tuple(_table()["roles"])],
+    }
     return types
 
 
@@ -209,10 +216,6 @@ def group_options(name: str) -> Any:
 def model_keys(family: str) -> Any:
     """Schema of ``model.config``: the keys of the family's transformers configuration."""
     return _keys(family, _table()["models"][family])
-
-
-def _roles() -> Any:
-    return Literal[tuple(_table()["roles"])]
 
 
 def _regular_expression(text: str) -> str:
@@ -238,15 +241,15 @@ def _annotation(
     length: int | None = None,
     **bounds: float,
 ) -> Any:
-    """Make the type of one argument from its entry in the table; bounds apply to numbers, also in a list."""
+    """Make the type of one argument from its entry in the table. Bounds apply to numbers, also inside a list."""
     limits = [_BOUNDS[name](bound) for name, bound in bounds.items()]
 
     def limited(name: str) -> Any:
         return Annotated[_TYPES[name], *limits] if limits and name in ("int", "float") else _TYPES[name]
 
-    members: list[Any] = [Literal[tuple(choices)]] if choices else []
-    members += [limited(name) for name in types]
+    options: list[Any] = [Literal[tuple(choices)]] if choices else []
+    options += [limited(name) for name in types]
     if items is not None:
         item = limited(items)
-        members.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
-    return reduce(or_, members)
+        options.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
+    return reduce(or_, options)

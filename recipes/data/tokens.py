@@ -1,9 +1,9 @@
-"""Tokenizers and token files, both made once and kept in a cache.
+"""Tokenizers and token files, made once and cached.
 
-A tokenizer is a byte-level BPE trained on the training text, or any fast tokenizer of a folder or the hub. A token file
+A tokenizer is a byte-level BPE trained on the training text, or a fast tokenizer from a folder or the hub. A token file
 has the shard format of modded-nanogpt and llm.c: 256 little-endian int32 of header, then the tokens. ``header[0]`` is
-the magic 20240520, ``header[1]`` the version (1: uint16 tokens, 2: uint32), ``header[2]`` the number of tokens. Readers
-of that format use these three; ``header[3]`` holds a CRC-32 of the tokens here, by which a damaged file is noticed.
+the magic 20240520, ``header[1]`` the version (1: uint16 tokens, 2: uint32), ``header[2]`` the number of tokens. We
+add a CRC-32 of the tokens in ``header[3]``, which other readers ignore.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leanstep._files import publish_folder
-from leanstep.recipes.data.hub import is_folder_name, offline_unless_reached
+from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, 
 
 
 def require(module: str, extra: str = "recipes") -> None:
-    """Raise ModuleNotFoundError naming the extra that brings ``module`` if it is not installed. Imports nothing."""
+    """Raise ModuleNotFoundError with the extra to install if ``module`` is missing. Does not import it."""
     if importlib.util.find_spec(module) is None:
         message = f"'{module}' is not installed; it comes with: pip install 'leanstep[{extra}]'"
         raise ModuleNotFoundError(message, name=module)
@@ -47,14 +47,13 @@ def cache_root(folder: str | Path | None = None) -> Path:
 
 
 def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
-    """Return ``target``, a cache folder that ``is_valid`` accepts, calling ``build(empty_folder)`` if there is none.
+    """Return the cache folder ``target``; build it by ``build(empty_folder)`` unless it exists and ``is_valid``.
 
-    Processes that ask for the same target take turns on a file lock: one builds, the others find it there. The folder
-    is written beside its place and renamed, so that a killed process leaves nothing that looks complete; what
-    ``is_valid`` refuses (truncated, corrupted) is removed and built again.
+    A file lock lets one of several processes build while the others wait. A staging folder is renamed when it is
+    complete. An invalid folder (truncated, corrupted) is replaced.
 
     Raises:
-        OSError: the folder cannot be written; the message names it and the way to another one.
+        OSError: the folder cannot be written.
     """
     from filelock import FileLock
 
@@ -108,7 +107,7 @@ def train_bpe(texts: Iterable[str], size: int) -> Any:
     """Train a byte-level BPE of at most ``size`` tokens and return the ``tokenizers.Tokenizer``.
 
     Deterministic: the same texts give the same file, byte for byte. Every byte is a token, so any Unicode text
-    round-trips; token 0 is ``<|endoftext|>``. A text too small for ``size`` merges gives a smaller vocabulary.
+    round-trips. Token 0 is ``<|endoftext|>``. A short text gives a smaller vocabulary.
 
     References:
         R. Sennrich, B. Haddow, A. Birch, "Neural Machine Translation of Rare Words with Subword Units",
@@ -131,15 +130,15 @@ def train_bpe(texts: Iterable[str], size: int) -> Any:
 def load_tokenizer(
     spec: str, texts: Callable[[], Iterable[str]], fingerprint: str, cache_dir: str | Path | None = None
 ) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer that ``spec`` asks for: ``train:SIZE``, a folder, or a hub id.
+    """Return the tokenizer ``spec``: ``train:SIZE``, a folder, or a hub id.
 
-    A trained one is cached under the hash of its training text; of several processes one trains and the others wait.
+    A trained tokenizer is cached under the hash of its text. One of several processes trains, and the others wait.
 
     Args:
         spec: ``train:SIZE``, a local folder with a tokenizer, or a hub id.
-        texts: starts a pass over the training texts; called only when there is something to train.
+        texts: starts a pass over the training texts; called only to train.
         fingerprint: hash of those texts, which names the cache entry.
-        cache_dir: the cache folder; None takes the default (:func:`leanstep.recipes.data.tokens.cache_root`).
+        cache_dir: the cache folder; None takes :func:`cache_root`.
 
     Raises:
         ValueError: a malformed size, a missing folder, or a tokenizer that is not fast or has no end-of-text token.
@@ -175,7 +174,7 @@ def _file_hash(file: Path) -> str:
 
 
 def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
-    """Open a tokenizer from a local folder or, by name, from the hub; it must be fast and have an end-of-text token."""
+    """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub."""
     require("transformers")
     from transformers import AutoTokenizer
 
@@ -185,9 +184,9 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     if not folder.is_dir() and is_folder_name(spec):
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
-        with nullcontext() if folder.is_dir() else offline_unless_reached():
+        with nullcontext() if folder.is_dir() or unreachable() is None else offline():
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
-    except Exception as error:  # missing on the hub, no network, or a broken file: many types, one meaning
+    except Exception as error:  # transformers and the hub raise many types
         what = "the folder" if folder.is_dir() else "the hub's"
         raise ValueError(
             f"data.tokenizer: could not open {what} '{spec}' ({str(error).strip().splitlines()[0]}). "
@@ -201,16 +200,16 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Hash of everything that decides the tokens of a text, end-of-text token included."""
+    """Hash the tokenizer's model and its end-of-text token."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
-    model["truncation"] = model["padding"] = None  # settings of the last call, not of the tokenizer
+    model["truncation"] = model["padding"] = None  # settings of the last call
     return hashlib.sha256(json.dumps([model, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
     """Tokenise documents, each to an int64 array without special tokens.
 
-    A literal ``<|endoftext|>`` inside a text stays text: it is not taken for the end of the document.
+    A literal ``<|endoftext|>`` in a text is encoded as text, not as the end of the document.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -225,7 +224,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut a long text where byte-level tokenizers cut anyway, before a lone space or line break, to bound memory."""
+    """Cut a long text before single spaces or line breaks, where byte-level tokenizers cut anyway, to limit memory."""
     pieces, start = [], 0
     while len(text) - start > _PIECE:
         cut = _CUT.search(text, start + _PIECE)
@@ -237,10 +236,10 @@ def _pieces(text: str) -> list[str]:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id that data can contain: an ordinary token, or end of text, padding or unknown.
+    """Largest token id in data plus one: ordinary tokens, and the begin, end, padding and unknown tokens.
 
-    Other special tokens do not count, since encoding plain text never produces them. T5's tokenizer has 100 sentinels
-    above its 32,000 tokens, and the published LLaMA runs on C4 give their models 32,000.
+    Encoding plain text never produces the other special tokens. T5's tokenizer has 100 sentinels above its 32,000
+    tokens, and the models of the published LLaMA runs on C4 have 32,000.
     """
     special = set(tokenizer.all_special_ids)
     used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} - {None}
@@ -256,9 +255,9 @@ _FORMAT = 1  # of the cache folder; raise it when the same text gives other toke
 
 
 def write_shard(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> int:
-    """Write token chunks as one shard, 2 bytes a token up to a vocabulary of 65,536, else 4; return how many tokens.
+    """Write token chunks as one shard and return their number. 2 bytes a token for a vocabulary up to 65,536, else 4.
 
-    Not atomic by itself: write into a folder that is renamed when complete. Raises ValueError beyond 2**31 - 1 tokens.
+    Not atomic. Raises ValueError beyond 2**31 - 1 tokens.
     """
     version = 1 if vocab_size <= 1 << 16 else 2
     count = checksum = 0
@@ -283,7 +282,7 @@ def read_shard(path: Path) -> np.ndarray:
     """Map the tokens of a shard into memory, read-only, uint16 or uint32.
 
     Raises:
-        ValueError: the file is not such a shard, is truncated, or its tokens do not match their checksum.
+        ValueError: the file is no shard, is truncated, or has a wrong checksum.
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=_HEADER_BYTES // 4)
@@ -302,10 +301,10 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 class TokenFile:
-    """The tokens of a corpus with the place of its documents; pickles as its path, so that workers map it themselves.
+    """The tokens of a corpus and the ends of its documents. Pickles as its path, and each process maps the file.
 
-    ``tokens`` is uint16 or uint32 ``[tokens]``; document i is ``tokens[ends[i - 1] : ends[i]]`` with its end-of-text
-    token last, and had ``text_bytes[i]`` bytes of UTF-8 text; both are int64 ``[documents]``.
+    ``tokens`` is uint16 or uint32 ``[tokens]``. Document i is ``tokens[ends[i - 1] : ends[i]]``, its end-of-text token
+    included. ``text_bytes[i]`` is the size of its UTF-8 text. Both are int64 ``[documents]``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -325,10 +324,10 @@ class TokenFile:
 def tokenise(
     corpus: "Corpus", tokenizer: "PreTrainedTokenizerFast", cache_dir: str | None = None, at_most: int | None = None
 ) -> TokenFile:
-    """Tokenise a corpus, an end-of-text token after each document, or find its tokens in the cache.
+    """Tokenise a corpus, with an end-of-text token after each document, or read its tokens from the cache.
 
-    The cache entry is named by the content of the text and of the tokenizer; a damaged one is built again.
-    ``at_most`` stops after the document with which so many tokens are reached.
+    The cache key is a hash of text and tokenizer. A damaged entry is built again. ``at_most`` stops after the document
+    that reaches so many tokens.
     """
     identity = f"{_FORMAT} {corpus.fingerprint} {tokenizer_fingerprint(tokenizer)} {at_most}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:20]
@@ -357,7 +356,7 @@ def _documents(
     sizes: list[int],
     at_most: int | None,
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document with its end of text, noting where it ends and how many bytes its text had."""
+    """Yield the tokens of each document and its end of text; append to ``ends`` and ``sizes`` (bytes of text)."""
     end_of_text = np.array([tokenizer.eos_token_id], dtype=np.int64)
     texts, total = iter(texts), 0
     while batch := list(islice(texts, 64)):

@@ -1,4 +1,4 @@
-"""Low-rank attention in a run: the monitor of attention norms, and the gate that decides per layer."""
+"""Low-rank attention in a run: the monitor of attention norms, and the gate that chooses it per layer."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from leanstep.recipes.training.checkpoint import CheckpointError
 def build_monitor(model: torch.nn.Module) -> NormMonitor:
     """Measure the attention norms of ``model`` at log steps (``log.attention_norms``).
 
-    Raises ValueError for a model whose attention cannot be watched.
+    Raises ValueError for a model with unsupported attention.
     """
     try:
         return NormMonitor(model)
@@ -21,9 +21,9 @@ def build_monitor(model: torch.nn.Module) -> NormMonitor:
 
 
 def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
-    """Let attention layers run low-rank where the error is small and it is cheaper (``lora.attention: auto``).
+    """Run attention layers low-rank where the error is small and the cost lower (``lora.attention: auto``).
 
-    Raises ValueError for a model whose attention cannot be reached.
+    Raises ValueError for a model with unsupported attention.
     """
     try:
         return LowRankGate(model, config.lora.attention, tolerance=config.lora.attention_tolerance, seed=config.seed)
@@ -39,11 +39,8 @@ def write_gate(gate: LowRankGate, trainer: Path, rank: int) -> None:
 def read_gate(gate: LowRankGate, trainer: Path, rank: int, world: int) -> str | None:
     """Load the decisions that :func:`write_gate` wrote.
 
-    Returns:
-        None, or a warning: decisions of another number of processes are not loaded; layers are judged anew, which is
-        correct but not bit for bit the same.
-
-    Raises CheckpointError for decisions about other layers.
+    Returns a warning if another number of processes wrote them, else None. The gate then decides anew: the run is
+    correct, but not bit for bit the same. Raises CheckpointError for decisions about other layers.
     """
     written = len(list(trainer.glob("gate_*.pt")))
     if written != world:

@@ -1,4 +1,4 @@
-"""Mark the two halves of a step's micro batches, for LANTON with noise="halves"."""
+"""Mark the halves of a step's micro batches, for LANTON with noise="halves"."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ from accelerate import Accelerator
 
 
 class Halves:
-    """Tells the optimizer when half of the micro batches are done, and when all are, before gradients are clipped.
+    """Tells the optimizer that half, or all, of a step's micro batches are done.
 
-    The optimizer has ``mark_half(fraction, averaged=, loss_scale=)`` and ``mark_whole(loss_scale=)``, as
-    :class:`leanstep.optimizers.LANTON` has them.
+    The optimizer has ``mark_half(fraction, averaged=, loss_scale=)`` and ``mark_whole(loss_scale=)``, as in
+    :class:`leanstep.optimizers.LANTON`.
     """
 
     def __init__(self, optimizer: Any, accelerator: Accelerator) -> None:
         self._optimizer, self._accelerator = optimizer, accelerator
 
     def half(self, fraction: float) -> None:
-        """Mark that this fraction of the step's micro batches is done."""
+        """Mark the end of this fraction of the micro batches."""
         # processes exchange gradients in the last micro batch only
         averaged = None if self._accelerator.num_processes == 1 else False
         self._optimizer.mark_half(fraction, averaged=averaged, loss_scale=self._scale())
 
     def whole(self) -> None:
-        """Mark that all micro batches are done; call it before gradients are clipped or masked."""
+        """Mark the end of all micro batches. Call it before clipping or masking gradients."""
         self._optimizer.mark_whole(loss_scale=self._scale())
 
     def _scale(self) -> float:
@@ -31,9 +31,9 @@ class Halves:
 
 
 def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
-    """The marker of halves if a group of ``optimizer`` has ``noise="halves"``, else None.
+    """Return :class:`Halves` if a group of ``optimizer`` has ``noise="halves"``, else None.
 
-    Raises ValueError where a step has no halves: one micro batch, or sharded gradients that exist at its end only.
+    Raises ValueError for a step of one micro batch, or with FSDP2, whose gradients exist only at the end of a step.
     """
     if not halved_groups(optimizer):
         return None
@@ -51,6 +51,6 @@ def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
 
 
 def halved_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The groups of ``optimizer`` that compare the halves of a step."""
+    """The groups of ``optimizer`` with ``noise="halves"``."""
     groups = optimizer.param_groups if hasattr(optimizer, "mark_half") else []
     return [group for group in groups if group.get("noise") == "halves" and group.get("noise_adaptive", True)]

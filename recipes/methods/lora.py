@@ -1,7 +1,7 @@
 """Low-rank adapters in a run: adapt the model, store the merged model and the adapter.
 
-A folder of a run with adapters holds the merged model, which opens like any other, and ``adapter/``, which opens in
-peft too. A checkpoint goes on from the adapter and from the base, ``model.init_from``.
+A saved model is the merged model, an ordinary Hugging Face folder, with ``adapter/`` in PEFT's format inside. A resumed
+run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ ADAPTER = "adapter"
 
 
 def adapt(config: RunConfig, model: torch.nn.Module) -> None:
-    """Give the model the adapters of ``config.lora``. Raises ValueError for what cannot be adapted."""
+    """Add the adapters of ``config.lora`` to the model. Raises ValueError for layers that cannot have one."""
     lora = config.lora
     targets: Any = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
     settings = LoraConfig(
@@ -55,7 +55,7 @@ def describe_adapters(model: torch.nn.Module) -> str:
 
 
 def merged_weights(model: torch.nn.Module, others: dict[str, Any] | None) -> dict[str, Any] | None:
-    """State dict to write into a Hugging Face folder: merged for an adapted model, else ``others``."""
+    """State dict for a Hugging Face folder: merged for an adapted model, else ``others``."""
     return merged_state_dict(model) if is_adapted(model) else others
 
 
@@ -66,7 +66,7 @@ def write_adapter(model: torch.nn.Module, path: Path) -> None:
 
 
 def load_adapters(model: torch.nn.Module, path: Path) -> None:
-    """Read what :func:`write_adapter` wrote. Raises CheckpointError where it is missing or of another model."""
+    """Load the adapter from :func:`write_adapter`. Raises CheckpointError if it is missing or does not fit."""
     try:
         load_adapter(model, path / ADAPTER)
     except (OSError, ValueError) as error:

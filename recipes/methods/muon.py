@@ -1,4 +1,4 @@
-"""torch's Muon for hidden matrices and AdamW for the other parameters, as one optimizer, to compare with."""
+"""torch's Muon for hidden matrices and torch's AdamW for other parameters, as one optimizer, for comparisons."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,20 +9,19 @@ import torch
 class MuonAdamW(torch.optim.Optimizer):
     """Steps groups with ``algorithm`` ``"muon"`` by :class:`torch.optim.Muon`, the others by fused AdamW.
 
-    Both do what torch's classes do. They share the rate, so that Muon's update is brought to the size of AdamW's by
-    default: ``adjust_lr_fn="match_rms_adamw"`` multiplies it by ``0.2 sqrt(max(rows, columns))``.
+    Both share the learning rate. By default, ``adjust_lr_fn="match_rms_adamw"`` multiplies Muon's update by
+    ``0.2 sqrt(max(rows, columns))``, which brings it to the size of AdamW's.
 
     Args:
-        params: Groups; one without ``algorithm`` is stepped by AdamW. Muon takes matrices only.
-        lr, weight_decay: Of both; decoupled decay.
-        momentum, nesterov, ns_steps, adjust_lr_fn: As :class:`torch.optim.Muon` has them.
-        betas: Of AdamW.
+        params: groups; ``algorithm`` defaults to "adamw". Muon takes matrices only.
+        lr, weight_decay: of both; decoupled decay.
+        momentum, nesterov, ns_steps, adjust_lr_fn: as in :class:`torch.optim.Muon`.
+        betas: of AdamW.
 
     State: ``momentum_buffer`` for Muon's parameters, ``exp_avg``, ``exp_avg_sq`` and ``step`` for AdamW's.
 
     Raises:
-        ValueError: What torch's classes raise for an argument out of range or a group of Muon's with other than
-            matrices, at construction.
+        ValueError: from torch's classes, for an argument out of range or a non-matrix in a group of Muon.
 
     References:
         K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the factor 0.2 is from
@@ -43,7 +42,7 @@ class MuonAdamW(torch.optim.Optimizer):
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         # each of torch's classes reads its own keys of a group
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **muon, "betas": betas, "fused": True})
-        self._parts()
+        self._optimizers()  # checks the arguments
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Raises ValueError for an algorithm that is neither ``muon`` nor ``adamw``."""
@@ -52,15 +51,15 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"MuonAdamW: expected algorithm 'muon' or 'adamw', got {algorithm!r}")
         super().add_param_group(param_group)
 
-    def _parts(self) -> list[torch.optim.Optimizer]:
-        """torch's optimizers over the groups as they are now, with this object's state; they keep nothing."""
-        parts: list[torch.optim.Optimizer] = []
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Build torch's optimizers over the current groups and this object's state."""
+        optimizers: list[torch.optim.Optimizer] = []
         for algorithm, cls in (("muon", torch.optim.Muon), ("adamw", torch.optim.AdamW)):
             groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             if groups:
-                parts.append(cls(groups))
-                parts[-1].state = self.state
-        return parts
+                optimizers.append(cls(groups))
+                optimizers[-1].state = self.state
+        return optimizers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -69,6 +68,6 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self._parts():
+        for optimizer in self._optimizers():
             optimizer.step()
         return loss

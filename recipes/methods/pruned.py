@@ -1,4 +1,4 @@
-"""Train a pruned model with its zeros kept: masks, their memory, and the sparsity files of the run's folders."""
+"""Train a pruned model and keep its zeros: masks, their memory, and sparsity files."""
 
 import json
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from leanstep.sparsity.verify import PATTERNS_FILE
 
 
 def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
-    """Names of the parameters whose zeros are kept; none unless ``pruning.keep_masks``.
+    """Names of the parameters to mask; none without ``pruning.keep_masks``.
 
-    Raises ValueError for wildcards that match nothing, or nothing to keep.
+    Raises ValueError for wildcards without a match, or a model without matrices to mask.
     """
     pruning = config.pruning
     if not pruning.keep_masks:
@@ -36,7 +36,7 @@ def mask_adapters(config: RunConfig, model: torch.nn.Module) -> None:
     """With ``pruning.keep_masks``, mask the adapters' products where their base weight is zero."""
     names = {name.rpartition(".")[0] for name in masked_names(config, model)}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
-    # on the meta device every matrix may have zeros
+    # a matrix on the meta device counts as one with zeros
     zeros = [n for n, layer in layers.items() if n in names and (layer.weight.is_meta or not bool(layer.weight.all()))]
     keep_zeros(model, zeros)
 
@@ -54,25 +54,27 @@ def build_masks(
     return keeper
 
 
-def zeros_forgotten(config: RunConfig) -> str:
-    """Warning for a run that starts from a pruned model without keeping its zeros; "" if there is none to give."""
+def pruned_start_warning(config: RunConfig) -> str:
+    """Warning for a run that starts from a pruned model and does not keep its zeros; else ""."""
     source = config.model.init_from
     if config.pruning.keep_masks or config.sparsity.patterns or not source:
         return ""
     if not (Path(source) / PATTERNS_FILE).is_file():
         return ""
-    said = f"{source} is pruned, as its {PATTERNS_FILE} says, and training fills its zeros"
-    return f"{said}; pruning.keep_masks=true keeps them"
+    return (
+        f"{source} is pruned, as its {PATTERNS_FILE} says, and training fills its zeros; pruning.keep_masks=true keeps "
+        "them"
+    )
 
 
 def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:
-    """Bytes of the masks: one for every weight of the matrices whose zeros are kept."""
+    """Bytes of the masks: one per weight of the masked matrices."""
     parameters = dict(model.named_parameters())
     return sum(parameters[name].numel() for name in masked_names(config, model))
 
 
 def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Name -> (zeros, elements) of the tensors with these names in a folder's safetensors files."""
+    """Name -> (zeros, elements) of these tensors in a folder's safetensors files."""
     counts = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
@@ -83,9 +85,9 @@ def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def write_sparsity(names: list[str], source: str, path: Path) -> None:
-    """Write the sparsity of each pruned matrix beside the weights of a folder, counted in its files.
+    """Count zeros in the files of the folder ``path`` and write the sparsity of each pruned matrix there.
 
-    N:M patterns are copied from ``source``, the pruned model that the run began with: its zeros stay zero.
+    Copies N:M patterns from ``source``, the pruned model that the run began with.
     """
     rows: dict[str, dict[str, Any]] = {}
     counts = zeros_of(path, names)
@@ -99,7 +101,7 @@ def write_sparsity(names: list[str], source: str, path: Path) -> None:
 
 
 def _patterns(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> pattern and dimension, from the sparsity file of a folder; empty without one."""
+    """Name -> pattern and dimension from a folder's sparsity file; empty without one."""
     try:
         content = json.loads((folder / PATTERNS_FILE).read_text(encoding="utf-8"))
         entries = content.get("tensors", content).items()

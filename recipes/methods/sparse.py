@@ -22,7 +22,7 @@ STATE_FILE = "sparsity.safetensors"
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """The schedule of ``config.sparsity`` over the run's steps. Raises ValueError for settings that contradict."""
+    """Build the schedule of ``config.sparsity`` over the run's steps. Raises ValueError for invalid settings."""
     sparsity = config.sparsity
     return Schedule(
         kind=METHODS[sparsity.method].kind or "constant",
@@ -37,7 +37,7 @@ def schedule_of(config: RunConfig) -> Schedule:
 
 
 def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
-    """The layers of ``model``, on any device, that the recipe makes sparse (``sparsity.patterns``)."""
+    """List the layers of ``model``, on any device, that match ``sparsity.patterns``."""
     sparsity = config.sparsity
     return plan_layers(model, sparsity.patterns, sparsity.axis, sparsity.pad)
 
@@ -45,8 +45,8 @@ def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
 def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller:
     """Make ``model`` sparse as the recipe says (``sparsity.patterns``).
 
-    Call it after the optimizer is built, since its groups go by parameter names, and before the model is sharded.
-    Raises ValueError for layers that cannot be sparse.
+    Call it after building the optimizer, whose groups go by parameter names, and before sharding the model. Raises
+    ValueError for layers that cannot be sparse.
     """
     sparsity = config.sparsity
     return sparsify(
@@ -73,18 +73,18 @@ def describe_sparsity(controller: Controller) -> str:
 
 
 def weights_for_others(model: torch.nn.Module, gathered: dict[str, Any] | None) -> dict[str, Any] | None:
-    """State dict to write into a Hugging Face folder: masked weights under plain names.
+    """State dict for a Hugging Face folder: masked weights under plain names; ``gathered`` for a dense model.
 
-    ``gathered`` is the state dict of a sharded model, None for one that is not. A dense model needs no other one.
+    ``gathered`` is the state dict of a sharded model, else None.
     """
     return plain_state_dict(model, gathered) if sparse_layers(model) else gathered
 
 
 def write_patterns(model: torch.nn.Module, path: Path) -> None:
-    """Write the N:M patterns beside the weights, for ``leanstep verify``, once every layer has reached its own."""
+    """Write the N:M patterns beside the weights, for ``leanstep verify``, if every layer has reached its pattern."""
     layers = sparse_layers(model)
     if layers and all(layer.transform.pattern == layer.target and layer.transform.alpha == 0 for layer in layers):
-        # transformers stores some models under other names than their modules have
+        # transformers renames the tensors of some models when it stores them
         stored: set[str] = set()
         for file in path.glob("*.safetensors"):
             with safe_open(file, framework="pt") as weights:
@@ -95,16 +95,16 @@ def write_patterns(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_sparse(model: torch.nn.Module, trainer: Path) -> None:
-    """Write dense weights and masks, which resuming needs and the Hugging Face folder lacks."""
+    """Write the dense weights and masks, which a resumed run needs."""
     state = sparse_state(model)
     if state:
-        # a tied weight is stored once
+        # store a tied weight once
         name_of = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
         save_file({name: state[name].contiguous() for name in name_of.values()}, trainer / STATE_FILE)
 
 
 def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor]:
-    """Read what :func:`save_sparse` wrote; empty for a dense model. Raises CheckpointError where it is missing."""
+    """Read the file of :func:`save_sparse`; empty for a dense model. Raises CheckpointError if it is missing."""
     if not sparse_layers(model):
         return {}
     file = trainer / STATE_FILE
@@ -114,13 +114,13 @@ def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor
 
 
 def without_sparse(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` of a Hugging Face folder without the sparse ones; :func:`load_sparse` reads their dense originals."""
+    """Remove the sparse weights, which :func:`load_sparse` reads in their dense form."""
     sparse = {name for layer in sparse_layers(model) for name in layer.names}
     return {name: tensor for name, tensor in weights.items() if name not in sparse}
 
 
 def run_operations(config: RunConfig, layers: Iterable[SparseLayer], flops_per_token: int) -> Operations:
-    """Floating-point operations of the run, counted dense, theoretical and for hardware."""
+    """Floating-point operations of the run: dense, theoretical and on hardware."""
     tokens = config.batch.tokens_per_step
     sizes = [(layer.weight.numel(), layer.target) for layer in layers]
     return training_operations(
@@ -134,7 +134,7 @@ def run_operations(config: RunConfig, layers: Iterable[SparseLayer], flops_per_t
 
 
 def report(config: RunConfig, controller: Controller, flops_per_token: int) -> dict[str, Any]:
-    """Content of ``sparsity_report.json``: a row for each layer, and the operations of the run."""
+    """Content of ``sparsity_report.json``: statistics of each layer, and operations of the run."""
     operations = run_operations(config, controller.layers, flops_per_token)
     counted = {"dense": operations.dense, "theoretical": operations.theoretical, "hardware": operations.hardware}
     return {"layers": controller.statistics(), "operations": counted, "formula": FORMULA}

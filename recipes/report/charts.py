@@ -1,4 +1,4 @@
-"""The charts of a report, drawn from the numbers of the log."""
+"""The charts of a report."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ def _fixed(digits: int) -> Callable[[float], str]:
 
 
 def curves(runs: list[Run], most_points: int) -> str:
-    """All charts of runs: loss over steps, tokens and time, validation, learning rate, gradient norm, speed, memory."""
+    """Draw loss over steps, tokens and time, validation, learning rate, gradient norm, speed and memory."""
     longest = max((run.last("elapsed_s") or 0.0 for run in runs), default=0.0)
     unit, per_unit = next((u, s) for u, s in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if longest >= 2 * s or s == 1)
     alone = len(runs) == 1
@@ -51,7 +51,7 @@ def curves(runs: list[Run], most_points: int) -> str:
 
 
 def _losses(runs: list[Run], x_of: Callable[[Run], list[float | None]]) -> list[Series]:
-    """The training loss of each run: smoothed over a neighbourhood, with the raw values faint behind it."""
+    """Training loss of each run: a moving average, with the raw values faint behind it."""
     series = []
     for color, run in enumerate(runs):
         xs, ys = _known(x_of(run), run.column("loss"))
@@ -88,7 +88,7 @@ def _plain(runs: list[Run], key: str) -> list[Series]:
 
 
 def reported_curves(run: Run, section: str, most_points: int) -> str:
-    """Numbers of a section of the log: "optimizer", "sparsity", "attention" or "gate".
+    """Draw the numbers of a section of the log: "optimizer", "sparsity", "attention" or "gate".
 
     Keys ``A/x`` and ``A/y`` are lines of one chart ``A``; other keys have a chart each.
     """
@@ -97,7 +97,7 @@ def reported_curves(run: Run, section: str, most_points: int) -> str:
         groups.setdefault(key.partition("/")[0], []).append(key)
     charts = []
     for name, keys in list(groups.items())[:_MOST_CHARTS]:
-        # evenly over the layers, since they come in the order of the model
+        # evenly spaced layers
         shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
         share = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
         series = [

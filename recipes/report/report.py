@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about a run, or comparing several. No script, no network, under 300 KB."""
+"""The report: a self-contained HTML page about a run, or a comparison of several. No scripts, under 300 KB."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _POINTS = (400, 200, 100, 50, 25, 10)  # of each curve: fewer when many runs wou
 _MOST_TEXT = 12_000  # characters of a configuration or a sample
 _MOST_EVALUATIONS = 25
 _TEMPLATES = Path(__file__).with_name("templates")
-# section of the log -> its title, the file of its rows, and the columns to show (none: those that are there)
+# section of the log -> title, file of its rows, columns to show (none: all)
 _PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sparsity": ("Sparsity", "sparsity_report.json", ()),
     "attention": (
@@ -37,7 +37,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
 
     Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt and the ``*_report.json`` files of each
-    run; what is missing or damaged is named in the report. The file replaces an older one at once and whole.
+    run. The report lists missing or damaged files. The write is atomic.
 
     Raises:
         ValueError: no folder is given, or one of them is no run folder.
@@ -59,7 +59,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _name_apart(runs: list[Run]) -> None:
-    """Give runs of one name the names of their folders, with as many parents as it takes."""
+    """Rename runs of equal names to their folders, with as many parents as necessary."""
     for depth in range(1, 6):
         names = [run.name for run in runs]
         for run in runs:
@@ -69,18 +69,14 @@ def _name_apart(runs: list[Run]) -> None:
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
-    shared = {
-        "version": version,
-        "footer": [str(run.folder) for run in runs],
-        "curves": curves(runs, most_points),
-    }
+    shared = {"version": version, "footer": [str(run.folder) for run in runs], "curves": curves(runs, most_points)}
     if len(runs) == 1:
         return render(_TEMPLATES / "run.html", **shared, **_single(runs[0], most_points, most_text))
     return render(_TEMPLATES / "comparison.html", **shared, **_comparison(runs, most_text))
 
 
 def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
-    """The values of the template for one run."""
+    """Template values for one run."""
     environment = flat(run.env) | ({"command": run.command} if run.command else {})
     return {
         "title": run.name,
@@ -96,14 +92,14 @@ def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
 
 
 def _cut(text: str | None, most: int) -> str:
-    """``text`` cut to ``most`` characters; "" where there is no room for any."""
+    """Cut ``text`` to ``most`` characters."""
     if not text or not most:
         return ""
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} characters more)"
 
 
 def _lead(run: Run) -> list[str]:
-    """The description, and in one line what was trained, how, on what, when."""
+    """The description, and a line with model, optimizer, data, seed and date."""
     optimizer, rate = run.setting("optimizer.name"), run.setting("optimizer.lr")
     facts = [
         f"{parameters:,.0f} parameters" if (parameters := number(run.env.get("parameters"))) else "",
@@ -138,7 +134,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         shown.append(("Steps", f"{step:,}", f"of {steps:,}" if isinstance(steps, int) else ""))
     if (tokens := run.last("tokens")) is not None:
         shown.append(("Tokens", compact(tokens), "targets trained on"))
-    if (speed := run.speed()) is not None:
+    if (speed := run.median("tokens_per_s")) is not None:
         shown.append(("Tokens per second", compact(speed), "targets, median"))
     if (work := run.median("tflops")) is not None:
         used = run.median("mfu")
@@ -150,7 +146,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any]]:
-    """The sections of the methods that this run has: curves of their numbers, and their rows at the end."""
+    """Sections of the methods in this run: curves, and rows of the final report."""
     layers = run.sparsity_report.get("layers")
     rows = {
         "sparsity": layers if isinstance(layers, list) else [],
@@ -170,19 +166,16 @@ def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any
 
 
 def _operations(run: Run) -> list[tuple[str, str, str]]:
-    """The operations of a sparse run by each way to count them, and their share of a dense run's."""
+    """(count, operations, fraction of dense) of a sparse run: dense, theoretical and on hardware."""
     counts = run.sparsity_report.get("operations")
     known = {name: number(value) for name, value in counts.items()} if isinstance(counts, dict) else {}
     dense = known.get("dense")
-    return [
-        (name, compact(value), f"{value / dense:.3f}" if dense else "-")
-        for name, value in known.items()
-        if value is not None
-    ]
+    rows = ((name, value) for name, value in known.items() if value is not None)
+    return [(name, compact(value), f"{value / dense:.3f}" if dense else "-") for name, value in rows]
 
 
 def _table(reported: list[dict[str, Any]], columns: tuple[str, ...], most_text: int) -> dict[str, Any]:
-    """As many rows as the page has room for; all their columns where ``columns`` is empty."""
+    """A table with as many rows as fit, and ``columns`` or all columns."""
     shown = reported[: max(1, most_text // 120)]
     present = list(dict.fromkeys(key for row in shown for key in row))
     header = [key for key in columns if key in present] if columns else present
@@ -195,7 +188,7 @@ def _cell(value: Any) -> str:
 
 
 def _evaluations(run: Run) -> list[list[str]]:
-    """The validations, evenly chosen where there are many; the last one is among them."""
+    """Rows of the validations, evenly spaced if there are many, the last one included."""
     shown = run.evals
     if len(shown) > _MOST_EVALUATIONS:
         shown = run.evals[:: -(-len(run.evals) // (_MOST_EVALUATIONS - 1))]
@@ -211,7 +204,7 @@ def _format(value: Any, text: str) -> str:
 
 
 def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
-    """The values of the template for several runs."""
+    """Template values for several runs."""
     configurations, environments = [flat(run.config) for run in runs], [flat(run.env) for run in runs]
     return {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}"[:200],
@@ -246,7 +239,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
                 _format(run.final_eval.get("bits_per_byte"), "{:.4f}"),
                 _format(run.status.get("step"), "{:,.0f}"),
                 compact(tokens) if (tokens := run.last("tokens")) is not None else "-",
-                compact(speed) if (speed := run.speed()) is not None else "-",
+                compact(speed) if (speed := run.median("tokens_per_s")) is not None else "-",
                 duration(run.last("elapsed_s")),
             ],
         }
@@ -255,7 +248,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
-    """(key, the value of each run) where runs differ, and (key, [value]) for the ``always`` ones where they do not."""
+    """List (key, values of all runs) where runs differ, and (key, [value]) for equal keys in ``always``."""
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
         values = [column.get(key, "-")[:200] for column in columns]

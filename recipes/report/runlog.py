@@ -1,4 +1,4 @@
-"""Read a run folder, whether the run is done, running or dead, and collect warnings about it."""
+"""Read the folder of a done, running or killed run, and collect warnings about it."""
 
 import json
 import math
@@ -14,9 +14,9 @@ _SHOWN_WARNINGS = 8
 
 @dataclass
 class Run:
-    """Content of the files of one run; empty where a file is missing.
+    """Content of the files of one run; empty for a missing file.
 
-    ``train`` and ``evals`` are the objects of log.jsonl of those kinds, in order; ``problems`` is text for people.
+    ``train`` and ``evals`` are the entries of log.jsonl of kind "train" and "eval"; ``problems`` are warnings to print.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Run:
     def state(self) -> str:
         """``done``, ``running``, ``interrupted``, ``crashed``, ``failed:<reason>``, or ``unknown``.
 
-        ``crashed`` is what says of itself that it runs while no process holds its folder: it was killed.
+        ``crashed``: status.json says ``running``, but no process holds the lock of the folder.
         """
         word = str(self.status.get("status", "unknown"))
         return "crashed" if word == "running" and not self.held else word
@@ -51,41 +51,37 @@ class Run:
         return self.evals[-1] if self.evals else {}
 
     def column(self, key: str, rows: str = "train") -> list[float | None]:
-        """A number of every line of the log; None where it is missing or not a number."""
+        """The values of ``key``, one per line of the log; None where it is missing or not a number."""
         return [number(row.get(key)) for row in getattr(self, rows)]
 
     def last(self, key: str) -> float | None:
-        """The last known value of a number in the training lines."""
+        """The last value of ``key`` in the training lines."""
         return next((value for value in reversed(self.column(key)) if value is not None), None)
 
     def median(self, key: str) -> float | None:
-        """Median of a number in the training lines."""
+        """Median of ``key`` in the training lines."""
         known = [value for value in self.column(key) if value is not None and math.isfinite(value)]
         return median(known) if known else None
 
-    def speed(self) -> float | None:
-        """Median targets per second."""
-        return self.median("tokens_per_s")
-
     def reported_keys(self, section: str) -> list[str]:
-        """Names of the numbers that a section of the log, as "optimizer", reported in training, in their order."""
+        """Keys of a section of the log, such as "optimizer", in order."""
         rows = (row.get(section) for row in self.train)
         return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
     def reported_column(self, section: str, key: str) -> list[float | None]:
-        """One of these numbers for every line of the log."""
+        """The values of a section's ``key``, one per line of the log."""
         rows = (row.get(section) for row in self.train)
         return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
 
     def setting(self, path: str) -> Any:
-        """A value of the configuration by its dotted path, None if it is not there."""
+        """The value at a dotted path of the configuration, or None."""
         value: Any = self.config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def expectation(self) -> tuple[float, float, bool] | None:
-        """(expected validation loss, tolerance, met) if the recipe expects one and there is an evaluation."""
+        """(expected validation loss, tolerance, met), or None without an expected or measured loss."""
         expected, measured = number(self.setting("expect.val_loss")), number(self.final_eval.get("loss"))
         if expected is None or measured is None:
             return None
@@ -94,7 +90,7 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """The value as a float, None if it is not a number; YAML 1.1 readers take ``4e-3`` for text."""
+    """Convert to float, or None. Parses text, since YAML 1.1 readers take ``4e-3`` for text."""
     if isinstance(value, bool) or value is None:
         return None
     try:
@@ -114,7 +110,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """Write seconds for people: 42.0 s, 3 min 12 s, 2 h 05 min."""
+    """Format seconds: 42.0 s, 3 min 12 s, 2 h 05 min."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     if seconds < 60:
@@ -124,10 +120,7 @@ def duration(seconds: float | None) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a run.
-
-    Raises ValueError if it is no run folder: neither log.jsonl nor config.yaml is in it.
-    """
+    """Read the folder of a run. Raises ValueError for a folder without log.jsonl and config.yaml."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is not a folder; expected a run folder with log.jsonl and config.yaml")
@@ -214,7 +207,7 @@ def _is(amount: int) -> str:
 
 
 def _judge(run: Run) -> list[str]:
-    """Collect warnings that a reader should know before trusting the numbers."""
+    """Collect warnings about the run's numbers."""
     notes = []
     steps, step = run.status.get("steps"), run.status.get("step")
     if run.state.startswith("failed"):

@@ -1,12 +1,9 @@
-"""Build the objects that a recipe names. Their classes get plain arguments and never see a recipe.
+"""Build the objects of a recipe (Accelerator, model, optimizer, schedule) from plain arguments, and count operations.
 
-Floating-point operations of a model, by formula, and what a device can do at most: together the utilisation.
-
-The formula is :data:`FORMULA`, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language Modeling with
-Pathways", arXiv:2204.02311: each weight takes part in one multiplication and one addition for a token forward and in
-two of each backward, and attention multiplies queries with keys and its weights with values. Recomputed activations,
-norms, activation functions and the optimizer are left out, so that the number says how fast the model was trained and
-not how busy the device was.
+:data:`FORMULA` gives the floating-point operations, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language
+Modeling with Pathways", arXiv:2204.02311. Each weight takes one multiplication and one addition per token forward, and
+twice as many backward. Attention adds the products of queries with keys and of its weights with values. Recomputed
+activations, norms, activation functions and the optimizer are not counted: the rate measures training, not device use.
 """
 
 import inspect
@@ -51,14 +48,14 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
 }
-# What the optimizers that have an algorithm for matrices and AdamW for the rest call the former.
-_MATRIX_ALGORITHM = {"sinkgd": "sinkgd", "muon": "muon"}
+# optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
+_WITH_ADAMW = ("sinkgd", "muon")
 
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
 
 
 def wants_cpu(device: str) -> bool:
-    """Whether a run with this ``device`` setting uses the CPU. Raises ValueError when the device is not there."""
+    """Whether a run with this ``device`` setting uses the CPU. Raises ValueError for a missing device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: 'cuda' was asked for, torch sees no such device here; take device=cpu or device=auto")
     return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
@@ -67,12 +64,12 @@ def wants_cpu(device: str) -> bool:
 def build_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator: device, mixed precision, accumulation, sharding and trackers as the recipe says.
 
-    An ``accelerate config`` file has no effect on these. Raises ValueError
-    for fp16 or FSDP2 on a CPU, for a tracker that is not installed, and when ``batch.tokens_per_step`` does not divide.
+    An ``accelerate config`` file has no effect on these. Raises ValueError for fp16 or FSDP2 on a CPU, a tracker that
+    is not installed, or a ``batch.tokens_per_step`` that does not divide.
     """
     cpu = wants_cpu(config.device)
     if cpu:
-        # without it torchrun and accelerate launch start processes that never connect to each other
+        # without it the processes of torchrun and accelerate launch do not connect
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if cpu and config.precision == "fp16":
         raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
@@ -83,7 +80,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED_PRECISION[config.precision],
-        # the loop hands over whole windows of micro batches, so the end of the loader is never the end of a window
+        # the loop takes whole windows of micro batches, so windows never end at the end of the loader
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         fsdp_plugin=plugin,
         # one schedule step is one optimizer step, however many processes there are
@@ -96,17 +93,17 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    """Accelerate's FSDP plugin, version 2, one unit per transformer layer (as the model names them), sharded state."""
+    """Accelerate's FSDP2 plugin: one unit per transformer layer, sharded state."""
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
     )
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Raise ValueError for a tracker that is not installed; Accelerate would warn and record nothing."""
+    """Raise ValueError for a tracker that is not installed; Accelerate only warns."""
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
-    # classes that somebody registered with Accelerate are there by being registered
+    # trackers that a user registered with Accelerate
     installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
     for name in names:
         if name not in installed:
@@ -120,15 +117,13 @@ def build_model(
     """Build the transformers model of ``config`` with random weights, or read it from ``config.init_from``.
 
     Args:
-        config: Family and configuration keys. Without ``vocab_size`` among them, the model gets the tokenizer's.
-        vocab_size: Number of tokens the tokenizer can produce.
-        dtype: Of the weights. Random weights are drawn in fp32 and rounded.
-        end_token: The token that begins and ends documents, which generation starts from and stops at.
-
-    Weights are drawn from torch's global generator: seed it first.
+        config: family and configuration keys; ``vocab_size`` defaults to the tokenizer's.
+        vocab_size: number of tokens of the tokenizer.
+        dtype: of the weights; random weights are drawn in fp32 from torch's global generator and rounded.
+        end_token: id of the end-of-text token; generation starts and stops with it.
 
     Raises:
-        ValueError: An unknown configuration key, or a model vocabulary smaller than the tokenizer's.
+        ValueError: an unknown configuration key, or a model vocabulary smaller than the tokenizer's.
     """
     if config.init_from is not None:
         model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=dtype)
@@ -139,11 +134,11 @@ def build_model(
     unknown = sorted(set(config.config) - known)
     if unknown:
         raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
-    # no pad_token_id: an embedding with a padding index would keep that token from learning in a later training
+    # no pad_token_id: nn.Embedding does not train the row of its padding index
     settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
     model = model_class(config_class(**settings)).to(dtype)
-    # not every class name tells transformers which loss it has, and then it warns
+    # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
 
@@ -152,7 +147,12 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation."""
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
-    check_positions(model, config.data.seq_len)
+    seq_len, positions = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
+            "model.config.max_position_embeddings (gpt2: n_positions)"
+        )
     if config.lora.target_modules:
         adapt(config, model)
     if config.activation_checkpointing:
@@ -171,17 +171,17 @@ def _check_vocabulary(model_size: int, tokenizer_size: int, where: str) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in backward instead of keeping them, to save memory."""
+    """Recompute each layer's activations in backward to save memory."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        # older transformers know it by this name only
+        # the name in older transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Import the class that a recipe calls ``name``. Raises ValueError if it is not there."""
+    """Import the optimizer class ``name``. Raises ValueError if this installation lacks it."""
     module, _, cls = OPTIMIZERS[name].partition(":")
     try:
         return getattr(import_module(module), cls)
@@ -194,13 +194,13 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the groups of :func:`leanstep.optimizers.param_groups`, one group per role.
 
-    AdamW is torch's, with ``fused=True`` unless ``args`` says otherwise. Weight decay falls on matrices only: norms,
-    biases, token and position embeddings get ``weight_decay`` 0. An entry of ``config.groups`` changes this, or any
-    other option, for the parameters it selects; the first entry that selects a parameter wins.
+    AdamW is torch's, with ``fused=True`` by default. Only matrices have weight decay: norms, biases, token and position
+    embeddings get ``weight_decay`` 0. Entries of ``config.groups`` override options of the parameters they select; the
+    first entry that selects a parameter wins.
 
     Raises:
-        ValueError: An optimizer that is not installed, an argument that it does not take, a value that it refuses, or
-            an entry of ``groups`` that selects nothing.
+        ValueError: an optimizer that is not installed, an unknown argument, a refused value, or an entry of ``groups``
+            that selects nothing.
     """
     cls = optimizer_class(config.name)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
@@ -213,12 +213,12 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     try:
         return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
     except TypeError as error:
-        # of a recipe, a value of the wrong type is as much a mistake to be told as one out of range
+        # a recipe's wrong type is an error of the user, like a value out of range
         raise ValueError(f"optimizer: {error}") from error
 
 
 def _python_value(key: str, value: Any) -> Any:
-    """Convert what YAML cannot express: lists to tuples, names of dtypes to dtypes."""
+    """Convert lists to tuples and names of dtypes to dtypes, which YAML cannot express."""
     if isinstance(value, list):
         return tuple(value)
     if key.endswith("dtype") and isinstance(value, str):
@@ -236,8 +236,8 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
-        if config.name in _MATRIX_ALGORITHM:
-            common["algorithm"] = algorithm if algorithm == "adamw" else _MATRIX_ALGORITHM[config.name]
+        if config.name in _WITH_ADAMW:
+            common["algorithm"] = algorithm if algorithm == "adamw" else config.name
         by_rule: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             rule_index = next((rule.index for rule in rules if rule.selects(name, role)), None)
@@ -252,7 +252,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
 
 
 class _Rule:
-    """One entry of ``optimizer.groups``: a selector of parameters and the options they get."""
+    """One entry of ``optimizer.groups``: a selector and options."""
 
     def __init__(self, entry: dict[str, Any], index: int) -> None:
         self.index = index
@@ -283,11 +283,10 @@ def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimize
 
 
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """Return the factor on the learning rate as a function of the steps already made, 0 to steps - 1.
+    """Return the factor on the learning rate as a function of the number n of steps made, 0 to steps - 1.
 
-    Warm-up of w steps: ``(n + 1) / (w + 1)``, so that no step is spent at rate 0; then with
-    ``t = (n - w) / (steps - 1 - w)``, from 1 at t = 0 to ``f = final_fraction`` at the last step, t = 1:
-    cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
+    Warm-up of w steps: ``(n + 1) / (w + 1)``, so no step has rate 0. Then, with ``t = (n - w) / (steps - 1 - w)`` and
+    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
     """
     given = config.warmup_steps
     warmup = round(config.warmup_fraction * steps) if given is None else given
@@ -307,21 +306,8 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
 
 
 def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """The learning-rate schedule over ``steps`` optimizer steps, whatever the number of processes.
-
-    Every group's rate is multiplied by :func:`schedule_factor`.
-    """
+    """Multiply every group's learning rate by :func:`schedule_factor`."""
     return LambdaLR(optimizer, schedule_factor(config, steps))
-
-
-def check_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raise ValueError when sequences of ``seq_len`` tokens are longer than the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise ValueError(
-            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
-            "model.config.max_position_embeddings (gpt2: n_positions)"
-        )
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
@@ -341,8 +327,8 @@ FORMULA = (
     "their width, s tokens in a sequence, padding included"
 )
 
-# Dense 16-bit tensor-core TFLOP/s with fp32 accumulation from the makers' data sheets, by a part of the device's name;
-# the first that fits counts. Data sheets that give the rate with sparsity are halved.
+# dense 16-bit tensor-core TFLOP/s with fp32 accumulation, from data sheets (rates with sparsity are halved). The first
+# entry whose text is in the device's name counts.
 _PEAK_TFLOPS = (
     ("H100 PCIe", 756),
     ("H100 NVL", 835),
@@ -357,10 +343,10 @@ _PEAK_TFLOPS = (
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
-    """Operations of forward and backward for one token of a sequence of ``seq_len``: :data:`FORMULA`.
+    """Count the operations of forward and backward per token (:data:`FORMULA`).
 
-    Call it before the model is sharded. Without ``num_hidden_layers`` and the like in its configuration, attention is
-    left out.
+    Call it before sharding the model. Counts no attention if the configuration lacks ``num_hidden_layers`` or
+    ``num_attention_heads``.
     """
     roles = parameter_roles(model)
     head = output_head(model)
@@ -380,8 +366,8 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Most operations per second of a device by its name, in 16-bit precisions; None for a CPU and where unknown."""
-    # a slice of a device has a part of its peak, and fp32's depends on whether TF32 is allowed
+    """Peak operations per second of a device in 16-bit precision, by its name; None if unknown."""
+    # unknown: the peak of a MIG slice, and that of fp32, which depends on TF32
     if precision == "fp32" or " MIG " in device_name:
         return None
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)

@@ -1,13 +1,14 @@
-"""Checkpoints: written aside and renamed, verified on reading, pruned, and matched to the recipe.
+"""Checkpoints: write atomically, verify, remove old ones, and choose the one to resume from.
 
-``checkpoints/step-000100/`` holds ``hf/`` (what ``from_pretrained`` opens, tokenizer included), ``trainer/`` (what
-Accelerate saves: optimizer, schedule, gradient scaler and each process's random generators; ``state.json``; the data
-position; what the gate of ``lora.attention`` decided) and ``COMPLETE``. A checkpoint is written into
-``.writing-step-000100``, flushed to disk, given ``COMPLETE`` (the size of every file and the checksum of those up to
-256 MiB) and only then renamed. A run killed at any moment leaves either the whole folder or a ``.writing-`` one, which
-nobody reads and the next start removes.
+``checkpoints/step-000100/`` holds
 
-:func:`choose_start` finds the checkpoint that a run begins from: whole, and made by the same recipe.
+- ``hf/``: model and tokenizer, which ``from_pretrained`` opens;
+- ``trainer/``: Accelerate's state (optimizer, schedule, gradient scaler, random generators), ``state.json``, the data
+  position, and the decisions of ``lora.attention``;
+- ``COMPLETE``: the size of every file, and the checksum of files up to 256 MiB.
+
+A checkpoint is written into ``.writing-step-000100``, flushed to disk and renamed. The next start removes the
+``.writing-`` folder of a killed run.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from leanstep._files import REPLACED, STAGED, format_bytes, free_bytes, publish_folder
 from leanstep.recipes.config.differences import config_differences
@@ -39,10 +42,10 @@ class CheckpointError(ValueError):
 
 @dataclass
 class TrainState:
-    """Progress of a run: ``tokens`` counts predicted tokens, ``elapsed_s`` the seconds of all its starts.
+    """Progress of a run: ``tokens`` counts targets, ``elapsed_s`` the seconds of all its starts.
 
-    ``nonfinite`` counts steps left out because of a non-finite loss or gradient. ``eval_pending`` marks a checkpoint
-    written because a signal came during the evaluation of its step.
+    ``nonfinite`` counts steps skipped for a non-finite loss or gradient. ``eval_pending``: a signal interrupted the
+    evaluation of this step, which the resumed run repeats.
     """
 
     step: int = 0
@@ -63,7 +66,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The folders with a COMPLETE marker, oldest first. They may still be damaged: see :func:`verify`."""
+    """List the folders with a COMPLETE marker, oldest first. :func:`verify` finds damaged ones."""
     if not folder.is_dir():
         return []
     complete = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).is_file()]
@@ -71,7 +74,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def staging(folder: Path, step: int) -> Path:
-    """An empty folder beside the checkpoints, to be filled and given to :func:`commit`."""
+    """Create an empty folder to fill for :func:`commit`."""
     path = folder / f"{STAGED}{checkpoint_name(step)}"
     shutil.rmtree(path, ignore_errors=True)
     (path / "hf").mkdir(parents=True)
@@ -80,10 +83,7 @@ def staging(folder: Path, step: int) -> Path:
 
 
 def commit(staged: Path) -> Path:
-    """Flush a filled staging folder to disk, mark it complete and rename it. Returns the checkpoint folder.
-
-    A checkpoint of the same step that is already there is replaced.
-    """
+    """Mark a filled staging folder complete, flush it and rename it, replacing a checkpoint of the same step."""
     inventory: dict[str, dict[str, int]] = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         inventory[str(path.relative_to(staged))] = _fingerprint(path)
@@ -93,20 +93,15 @@ def commit(staged: Path) -> Path:
     return target
 
 
-def discard(staged: Path) -> None:
-    """Remove a staging folder whose writing failed."""
-    shutil.rmtree(staged, ignore_errors=True)
-
-
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove what an interrupted run left behind and return the names. Call it only while holding the run's lock."""
+    """Remove the staging folders of a killed run and return their names. The caller must hold the run's lock."""
     if not folder.is_dir():
         return []
     left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED))]
     for path in left:
         original = folder / path.name.removeprefix(REPLACED)
         if path.name.startswith(REPLACED) and not original.exists():
-            # killed between the two renames of commit: the older checkpoint is whole, put it back
+            # killed between the two renames of commit: restore the older checkpoint
             os.replace(path, original)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -135,7 +130,7 @@ def verify(path: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that passes :func:`verify`, and what is wrong with each newer one."""
+    """Return the newest checkpoint that passes :func:`verify`, and the problem of each newer one."""
     problems: dict[Path, str] = {}
     for path in reversed(find_checkpoints(folder)):
         try:
@@ -152,22 +147,14 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
     spared = {path.resolve() for path in keep}
     removed = [path for path in find_checkpoints(folder)[:-keep_last] if path.resolve() not in spared]
     for path in removed:
-        # without its marker a half-removed folder is no checkpoint any more
+        # without its marker, a half-removed folder is not taken for a checkpoint
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     return removed
 
 
-def set_aside(path: Path, word: str) -> Path:
-    """Rename ``step-000100`` to ``WORD-step-000100``, so that it is kept but no longer counted as a checkpoint."""
-    target = path.with_name(f"{word}-{path.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(path, target)
-    return target
-
-
 def point(link: Path, target: Path) -> None:
-    """Make ``link`` a relative symbolic link to ``target``, replacing an older one in one step."""
+    """Create or atomically replace the relative symbolic link ``link`` to ``target``."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
@@ -202,10 +189,9 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 @dataclass
 class Start:
-    """Where a run begins: at ``checkpoint``, or at step 0 when it is None; ``notes`` is what to say about it.
+    """Where a run begins: at ``checkpoint``, or at step 0 if that is None. ``notes`` are lines to print.
 
-    ``aside`` holds the newer checkpoints of the same folder that are passed over, and the word each is to be renamed
-    with. Nothing is renamed before the start can no longer be refused: see :func:`pass_over`.
+    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` renames them with.
     """
 
     checkpoint: Path | None = None
@@ -214,15 +200,15 @@ class Start:
 
 
 def choose_start(config: RunConfig, folder: RunFolder) -> Start:
-    """Claim the output folder and choose the checkpoint to begin from. Every checkpoint keeps its name.
+    """Claim the output folder and choose the checkpoint to begin from. Renames no checkpoint.
 
-    ``checkpoint.resume``: ``auto`` takes the newest checkpoint in ``out`` that is whole, passing over damaged ones with
-    a warning, and begins anew in an empty folder; ``never`` wants an empty folder; a path takes that checkpoint, or the
-    newest one of that run folder, and nothing else.
+    ``checkpoint.resume``: ``auto`` takes the newest undamaged checkpoint in ``out``, with a warning for each damaged
+    one, and begins at step 0 in an empty folder. ``never`` needs an empty folder. A path takes that checkpoint, or the
+    newest one of that run folder.
 
     Raises:
-        FolderError: ``out`` holds another run, or something that is no run, or another process trains there.
-        CheckpointError: The checkpoint asked for is missing or damaged, or its recipe differs from this one.
+        FolderError: ``out`` holds another run or other files, or another process trains there.
+        CheckpointError: the requested checkpoint is missing or damaged, or its recipe differs from this one.
     """
     folder.claim()
     start = Start(
@@ -245,22 +231,26 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     return start
 
 
-def pass_over(start: Start, folder: RunFolder) -> list[str]:
-    """Rename the checkpoints that ``start`` passes over, so that none is taken for the newest later; returns the news.
+def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
+    """Rename ``step-000100`` that ``start`` skips to ``WORD-step-000100``; return lines to print.
 
-    Call it once the checkpoint to begin from is loaded. ``last`` then leads to that checkpoint.
+    Call it after loading the checkpoint to begin from; ``last`` then points to that one.
     """
-    names = [set_aside(path, word).name for path, word in start.aside.items()]
-    last = folder.root / "last"
-    if names and start.checkpoint is not None and last.is_symlink():
+    lines, last = [], folder.root / "last"
+    for path, word in start.aside.items():
+        target = path.with_name(f"{word}-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(path, target)
+        lines.append(f"a checkpoint that was passed over is kept as {target.name}")
+    if lines and start.checkpoint is not None and last.is_symlink():
         point(last, start.checkpoint)
-    return [f"a checkpoint that was passed over is kept as {name}" for name in names]
+    return lines
 
 
 def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of a run at its fullest: those kept, the best, one being written, final model.
+    """Bytes of one checkpoint, and the most that a run needs: all checkpoints, one being written, the final model.
 
-    ``memory`` is that of one process: sharded, each of the ``world_size`` processes writes the part that it holds.
+    ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
     """
     shards = world_size if config.distributed.strategy == "fsdp2" else 1
     checkpoint = shards * (memory.weights + memory.optimizer_state)
@@ -271,13 +261,13 @@ def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) 
 def check_room(
     config: RunConfig, folder: RunFolder, memory: "MemoryEstimate | None", world_size: int = 1
 ) -> str | None:
-    """Compare the free disk with what the run will write there; returns a warning when not all of it will fit.
+    """Return a warning if the run needs more disk space than there is, else None.
 
-    ``memory`` is that of one process; with None, nothing is known and nothing is said. Checkpoints that are there
-    already give way to new ones and count as room.
+    ``memory`` is that of one process; None skips the check. Existing checkpoints count as free space, since new ones
+    replace them.
 
     Raises:
-        FolderError: Not even one checkpoint fits, so that nothing of the run could be kept.
+        FolderError: not even one checkpoint fits.
     """
     if memory is None:
         return None
@@ -306,7 +296,7 @@ def _ways_out() -> str:
 
 
 def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
-    """The checkpoint that was asked for by its path, which must be whole; later ones, whole or not, go to ``aside``."""
+    """Return the requested checkpoint, verified. Later checkpoints of the same run go to ``aside``."""
     if not path.exists():
         raise CheckpointError(f"checkpoint.resume: {path} does not exist")
     path = path.resolve()
@@ -317,7 +307,7 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
         path = inside[-1]
     verify(path)
     if path.parent == folder.checkpoints.resolve():
-        # the steps after it are computed again: what they left must not be taken for the newest state later
+        # the run repeats the steps after it, so their checkpoints must not be taken for newer ones
         step = read_state(path).step
         checkpoints = find_checkpoints(folder.checkpoints)
         aside.update({later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step})
@@ -327,7 +317,7 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
 
 
 def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | None:
-    """The newest whole checkpoint of the run in ``out``; None when it never came to save one."""
+    """Return the newest undamaged checkpoint of the run in ``out``; None if it saved none."""
     checkpoint, problems = newest(folder.checkpoints)
     if checkpoint is None and problems:
         raise CheckpointError("no checkpoint in the output folder can be used.\n" + "\n".join(problems.values()))
@@ -338,21 +328,15 @@ def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | N
         saved = folder.root / "config.yaml"
         if not saved.is_file():
             raise FolderError(f"out: {folder.root} is not empty and holds no run. Choose another with out=FOLDER")
-        _check_recipe(_read_yaml(saved), config, str(saved), start.notes)
+        content = OmegaConf.to_container(OmegaConf.load(saved))
+        assert isinstance(content, dict)
+        _check_recipe({str(key): value for key, value in content.items()}, config, str(saved), start.notes)
         start.notes.append(f"the run in {folder.root} stopped before its first checkpoint; beginning again at step 0")
     return checkpoint
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
 def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: list[str]) -> None:
-    """Refuse to continue with another recipe; what changes rounding only is said."""
+    """Raise CheckpointError if ``config`` would be another run; note differences that change only rounding."""
     forbidden, rounding = config_differences(saved, config)
     if forbidden:
         keys = "1 key" if len(forbidden) == 1 else f"{len(forbidden)} keys"

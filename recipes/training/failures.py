@@ -1,4 +1,4 @@
-"""What ends a run early, and what a reader is told about it: which checkpoint is good, and what to type next."""
+"""Failures that end a run: their messages, with the last good checkpoint and settings to try, and nan_dump/."""
 
 import json
 import math
@@ -20,7 +20,7 @@ EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
 
 
 class RunFailure(Exception):
-    """Ends the run: ``reason`` goes to status.json as ``failed:<reason>``, the text to the reader."""
+    """Ends the run with an exit code and a message; status.json gets ``failed:<reason>``."""
 
     def __init__(self, reason: str, exit_code: int, message: str) -> None:
         self.reason, self.exit_code = reason, exit_code
@@ -28,7 +28,7 @@ class RunFailure(Exception):
 
 
 def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
-    """Say what happened at ``step``, which checkpoint is good, and what to try, in the order of cost."""
+    """Describe a non-finite step: the event, the last good checkpoint, and settings to try, cheapest first."""
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
     lines = [
         f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
@@ -45,9 +45,9 @@ def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> 
 
 
 def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tuple[str, int]] = ()) -> str:
-    """Say where memory ran out and what to change, the settings that keep the maths first.
+    """Describe an out-of-memory error and settings to try, first those that keep the maths.
 
-    ``rows`` are the parts of the memory estimate: name and bytes.
+    ``rows`` are (name, bytes) of the memory estimate.
     """
     micro = config.batch.micro_batch_size
     lines = [f"step {step}: out of memory ({_peak()})."]
@@ -57,7 +57,7 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
         lines.append(f"    batch.micro_batch_size={micro // 2}        the same maths in more passes; may be resumed")
     if not config.activation_checkpointing:
         lines.append("    activation_checkpointing=true     the same maths, about a third slower; may be resumed")
-    if config.precision in ("fp32",):
+    if config.precision == "fp32":
         lines.append("    precision=bf16                    activations at half the size")
     elif config.precision in ("bf16", "fp16"):
         lines.append("    precision=bf16-pure               weights, gradients and optimizer state at half the size")
@@ -67,26 +67,25 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
 
 
 def lighter_state(config: RunConfig) -> list[tuple[str, str]]:
-    """Settings that make the optimizer's state smaller, the closest to this run first, and what each changes."""
+    """(setting, effect) pairs that shrink the optimizer state, nearest to this run first."""
     name, args = config.optimizer.name, config.optimizer.args
-    ways = []
+    hints = []
     if name == "adamw":
-        ways.append(
-            ("optimizer.name=lion or sinkgd", "one state tensor or none, where AdamW has two (a run of its own)")
-        )
+        why = "one state tensor or none, where AdamW has two (a run of its own)"
+        hints.append(("optimizer.name=lion or sinkgd", why))
     elif name == "lion":
-        ways.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
+        hints.append(("optimizer.name=sinkgd", "no state for matrices, where Lion has one tensor (a run of its own)"))
     elif name == "lanton" and args.get("noise_adaptive", True) and not args.get("noise_dtype"):
-        ways.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
+        hints.append(("optimizer.args.noise_dtype=bfloat16", "kept gradients at half the size"))
     elif name == "mfac":
         if not args.get("compression"):
             if not args.get("storage"):
-                ways.append(("optimizer.args.storage=bf16", "the window at half the size"))
-            ways.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
+                hints.append(("optimizer.args.storage=bf16", "the window at half the size"))
+            hints.append(("optimizer.args.compression=topk", "the window at about a hundredth of the size"))
         window = int(args.get("window", 1024))
         if window > 1:
-            ways.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
-    return ways
+            hints.append((f"optimizer.args.window={window // 2}", "half as many gradients in the window"))
+    return hints
 
 
 def _last(folder: Path) -> str:
@@ -105,17 +104,17 @@ def _peak() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's for a GPU, Python's MemoryError, or that of torch's CPU allocator."""
+    """Whether an error is torch's OutOfMemoryError, a MemoryError, or one of torch's CPU allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
-    """Say why a checkpoint could not be written, or return None if the disk is not the reason.
+    """Describe the disk error that stopped a checkpoint; None for other errors.
 
-    The writers raise what they like on a full disk (RuntimeError, SafetensorError, CheckpointException), so the free
-    space after the failure decides: less than the ``needed`` bytes means full. Any OSError is the disk's, too.
+    Writers raise different types on a full disk (RuntimeError, SafetensorError, CheckpointException). So any exception
+    with less than ``needed`` bytes free counts as a full disk, and every OSError as a disk error.
     """
     other = isinstance(error, Exception) and not isinstance(error, OSError)
     if is_disk_full(error) or (other and free_bytes(folder) < needed):
@@ -124,7 +123,7 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
 
 
 def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:
-    """Norms of each parameter and its gradient (fp32); None where there is no gradient."""
+    """fp32 norms of each parameter and its gradient; None without a gradient."""
     table: dict[str, dict[str, float | None]] = {}
     for name, parameter in named_parameters:
         gradient = None if parameter.grad is None else _norm(parameter.grad)
@@ -134,17 +133,16 @@ def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[st
 
 def _norm(tensor: torch.Tensor) -> float:
     norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
-    # a sharded tensor's norm is a collective call: every process comes through here
+    # a collective call for a sharded tensor
     return float(whole_tensor(norm).item())
 
 
 def dump_step(
     accelerator: Accelerator, folder: Path, model: torch.nn.Module, facts: dict[str, Any], window: list[Batch]
 ) -> None:
-    """Write ``nan_dump/report.json`` (``facts`` and the norms of the layers) and the step's ``batch.safetensors``.
+    """Write ``nan_dump/report.json`` (``facts`` and the norms of the layers) and ``batch.safetensors``.
 
-    Every process calls it, the first one writes. JSON knows no NaN: non-finite numbers are written as the strings
-    ``"nan"``, ``"inf"`` and ``"-inf"``.
+    Every process calls it; the first one writes. Non-finite numbers become strings such as ``"nan"`` or ``"-inf"``.
     """
     norms = layer_norms(accelerator.unwrap_model(model).named_parameters())
     if not accelerator.is_main_process:

@@ -2,7 +2,7 @@
 
 ``config.yaml  command.txt  env.json  status.json  log.jsonl  train.log  checkpoints/  last  best  final/  report.html``
 
-Only the first process writes. A full disk does not end a run here: lines that cannot be written wait in memory.
+Only the first process writes. On a full disk, log lines wait in memory.
 """
 
 import fcntl
@@ -18,17 +18,17 @@ from typing import Any, TextIO
 
 from leanstep._files import write_text
 
-# what a start that failed early leaves behind: no run yet
+# files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 class FolderError(ValueError):
-    """The output folder cannot be used as asked: no one may write there, or another run or process does."""
+    """The output folder cannot be used: it is not writable, or another run or process uses it."""
 
 
 def is_held(root: Path) -> bool:
-    """Whether a process trains in the run folder ``root`` now, by its lock. False on file systems without locks."""
+    """Whether a process holds the lock of the run folder ``root``. False on file systems without locks."""
     try:
         with (root / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -40,7 +40,7 @@ def is_held(root: Path) -> bool:
 
 
 class _Lines:
-    """Appends lines to a text file. Lines that a full disk refuses are written with a later one."""
+    """Appends lines to a text file. Lines that fail on a full disk are written with a later line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,13 +54,13 @@ class _Lines:
                 file.write("".join(self._waiting).encode())
             self._waiting.clear()
         except OSError:
-            # a part may have been written: cut it off, so that the file holds whole lines only
+            # remove a partial line
             if self.path.exists() and self.path.stat().st_size > before:
                 os.truncate(self.path, before)
 
 
 class RunFolder:
-    """Paths and files of one run. :meth:`claim` makes the folder this process's own until :meth:`release`."""
+    """Paths and files of one run. :meth:`claim` locks the folder until :meth:`release`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -71,9 +71,9 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def claim(self) -> None:
-        """Create the folder and lock it. Raises FolderError when it cannot be written or another process trains there.
+        """Create and lock the folder. Raises FolderError if it is not writable or locked by another process.
 
-        The lock belongs to the process and goes with it, also after ``kill -9``.
+        The lock ends with the process, also after ``kill -9``.
         """
         try:
             if self.root.exists() and not self.root.is_dir():
@@ -93,8 +93,7 @@ class RunFolder:
                 f"out: another process is training in {self.root}; wait for it, stop it, or choose out=ANOTHER_FOLDER"
             ) from None
         except OSError:
-            # some network file systems have no locks: the run goes on without one
-            pass
+            pass  # some network file systems have no locks
 
     def release(self) -> None:
         """Give up the lock."""
@@ -110,7 +109,7 @@ class RunFolder:
         write_text(self.root / "env.json", json.dumps(facts, indent=2) + "\n")
 
     def status(self, status: str, **facts: Any) -> None:
-        """Write status.json: ``running``, ``done``, ``interrupted`` or ``failed:<reason>``, and what else is known."""
+        """Write status.json: ``running``, ``done``, ``interrupted`` or ``failed:<reason>``, and ``facts``."""
         content = {"status": status, **facts, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:
             write_text(self.root / "status.json", json.dumps(content, indent=2) + "\n")
@@ -118,13 +117,13 @@ class RunFolder:
             print(f"status.json could not be written: {error}", file=sys.stderr)
 
     def is_empty(self) -> bool:
-        """Whether no run was begun here: no folder, or only the traces of a start that failed early."""
+        """Whether no run began here: no folder, or only files of a start that failed early."""
         if not self.root.is_dir():
             return True
         return all(entry.name in _TRACES or entry.suffix == ".tmp" for entry in self.root.iterdir())
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json, empty when there is none or it cannot be read."""
+        """Read status.json; empty if it is missing or unreadable."""
         try:
             content = json.loads((self.root / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -140,7 +139,7 @@ class RunFolder:
         self._text.add(line)
 
     def rewind_log(self, step: int) -> None:
-        """Drop the lines of log.jsonl about steps after ``step``, which are computed again, and broken lines."""
+        """Remove broken lines from log.jsonl, and those of steps after ``step``, which the run repeats."""
         path = self._log.path
         if not path.exists():
             return
@@ -156,7 +155,7 @@ class RunFolder:
 
 
 def environment(**facts: Any) -> dict[str, Any]:
-    """Collect versions, machine, time, git commit if any, and the given facts."""
+    """Collect ``facts``, versions, machine, time and git commit."""
     from leanstep._version import __version__
 
     versions: dict[str, str] = {"leanstep": __version__, "python": platform.python_version()}
@@ -176,7 +175,7 @@ def environment(**facts: Any) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the folder the run was started in, with ``-dirty`` when files differ from it."""
+    """Commit of the working directory, with ``-dirty`` if files differ from it."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],

@@ -23,7 +23,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: list[str]) -> str:
-    """One log line from a ``train`` entry of log.jsonl; ``notes`` are appended in brackets."""
+    """Format a ``train`` entry of log.jsonl as one line, with ``notes`` in brackets."""
     parts = [f"step {entry['step']}/{steps}", f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
     if entry.get("grad_norm") is not None:
         parts.append(f"gnorm {entry['grad_norm']:.3f}")
@@ -41,7 +41,7 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
 
 
 def flat_scalars(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Flatten nested dicts to dotted keys and plain values, as trackers need; other values become text."""
+    """Flatten nested dicts to dotted keys for trackers; values that are no number, bool or text become text."""
     flat: dict[str, int | float | str | bool] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

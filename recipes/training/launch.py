@@ -1,4 +1,4 @@
-"""Launch ``leanstep train`` in several processes through torchrun's API, print its plan, end a process."""
+"""``leanstep train`` in several processes by torchrun's API, ``--dry-run``, and the end of a process."""
 
 import atexit
 import contextlib
@@ -16,14 +16,14 @@ from leanstep.recipes.config.schema import RunConfig, accumulation_steps, target
 from leanstep.recipes.data.sources import look
 
 _MODULE = "leanstep.recipes.training.train"
-# after a signal, workers get this long to finish their step and save before they are killed (torchrun: 30 s)
+# seconds that workers get after a signal to finish their step and save (torchrun: 30)
 _SHUTDOWN_S = 300
 
 
 def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> int:
-    """Print the resolved recipe and the equivalent command lines, look whether the text is there, and train nothing.
+    """Print the resolved recipe, equivalent commands and a check of the text, without training.
 
-    ``recipe`` and ``overrides`` are what ``config`` was loaded from. The exit code is 2 where the text cannot be used.
+    ``config`` was loaded from ``recipe`` and ``overrides``. Returns 2 if the text cannot be used, else 0.
     """
     print(plan(config, recipe, overrides, world))
     try:
@@ -35,7 +35,7 @@ def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int
 
 
 def plan(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> str:
-    """Text: the resolved recipe, the parts of a step, and equivalent command lines."""
+    """Format the resolved recipe, the sizes of a step, and equivalent command lines."""
     passes = accumulation_steps(config, world)
     tokens = config.batch.tokens_per_step
     sequences = tokens // config.data.seq_len
@@ -72,7 +72,7 @@ def _has_gpu() -> bool:
 
 
 def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
-    """Start the workers by torchrun's API and wait for them; returns the exit code."""
+    """Start the workers by torchrun's API and wait for them. Returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
@@ -84,7 +84,7 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     os.environ["LEANSTEP_NPROC"] = str(world)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
-    # the agent hands each of these on to the workers and waits for them; SIGUSR1 is what Slurm sends as a warning
+    # the agent forwards these to the workers and waits; Slurm sends SIGUSR1 as a warning
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", signals]
     options = get_args_parser().parse_args([*arguments, "-m", _MODULE, recipe, *overrides])
@@ -100,17 +100,15 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
 
 
 def _worst(codes: Iterable[int]) -> int:
-    """The most informative exit code: one of ours if a worker returned one, else 1."""
-    # workers that another's failure took down were killed by a signal: negative codes
+    """Return the first of our exit codes, else 1. Workers killed after another's failure have negative codes."""
     return next((code for code in codes if code in (2, 3, 4, 130, 143)), 1)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code.
+    """End this process with an exit code; one of several processes skips the C++ destructors.
 
-    Of several processes that trained on the CPU, now and then one aborts when it is all over: torch's threads do not
-    outlast its global objects ("terminate called without an active exception"), and the launcher calls the run failed.
-    So all that Python does at its end is done, and the destructors are not run.
+    Without that, a process that trained on the CPU sometimes aborts at its end ("terminate called without an active
+    exception": torch's threads meet its destroyed global objects), and the launcher reports a failed run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from leanstep.recipes.training.world import describe_world, device_name
 class Clock:
     """Measures training time without evaluation and saving, and estimates the time left.
 
-    Rates are over the window since the last log line. The estimate adds the measured cost of the evaluations and saves
-    to come to that of the steps.
+    Rates are over the window since the last log line. The estimate includes future evaluations and saves at their
+    measured cost.
     """
 
     def __init__(self, elapsed_s: float = 0.0) -> None:
@@ -51,7 +50,7 @@ class Clock:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the run first started, over all its starts, evaluation and saving included."""
+        """Seconds of all starts of the run, evaluation and saving included."""
         return self._before + time.perf_counter() - self._start
 
     def stepped(self, tokens: int) -> None:
@@ -61,7 +60,7 @@ class Clock:
 
     @contextmanager
     def pause(self, what: str) -> Iterator[Callable[[], float]]:
-        """Exclude the block's time from the rates; ``what`` is ``eval`` or ``save``. Yields a stopwatch."""
+        """Exclude the block from the rates; ``what`` is ``eval`` or ``save``. Yields a function for its seconds."""
         begin = time.perf_counter()
         spent = 0.0
         try:
@@ -72,7 +71,7 @@ class Clock:
             self._pauses.setdefault(what, []).append(spent)
 
     def measure(self) -> None:
-        """End the window: set :attr:`rate_now`, its tokens per second, and :attr:`step_s`, its seconds per step."""
+        """End the window: set :attr:`rate_now` (tokens per second) and :attr:`step_s` (seconds per step)."""
         now = time.perf_counter()
         spent = now - self._window_start - self._window_paused
         self.rate_now = round(self._window_tokens / spent, 1) if spent > 0 else 0.0
@@ -81,20 +80,17 @@ class Clock:
         self._window_start, self._window_paused, self._window_tokens, self._window_steps = now, 0.0, 0, 0
 
     def eta(self, steps: int, evals: int, saves: int) -> float | None:
-        """Seconds that so many steps, evaluations and saves will take; None before the first window ended."""
+        """Seconds for so many steps, evaluations and saves; None before the end of the first window."""
         if self.step_s is None:
             return None
-        return steps * self.step_s + evals * self._mean("eval") + saves * self._mean("save")
-
-    def _mean(self, what: str) -> float:
-        spent = self._pauses.get(what, [])
-        return sum(spent) / len(spent) if spent else 0.0
+        mean = {what: sum(spent) / len(spent) for what, spent in self._pauses.items()}
+        return steps * self.step_s + evals * mean.get("eval", 0.0) + saves * mean.get("save", 0.0)
 
 
 class Progress:
     """Prints lines and appends them to ``train.log``, in the first process only.
 
-    On a terminal, a live bar follows every step and other lines scroll above it. Elsewhere each log line is printed.
+    On a terminal, a live bar shows every step and other lines scroll above it. Elsewhere each log line is printed.
     """
 
     def __init__(self, folder: RunFolder, steps: int, *, active: bool, live: bool | None = None) -> None:
@@ -112,15 +108,13 @@ class Progress:
             self._task = self._bar.add_task("starting", total=self._steps)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def say(self, text: str, *, error: bool = False) -> None:
-        """Print ``text`` (on stderr if it tells of an ``error``) and append it to train.log."""
+        """Print ``text`` (an ``error`` on stderr) and append it to train.log."""
         if not self._active:
             return
         for line in text.splitlines() or [""]:
@@ -131,7 +125,7 @@ class Progress:
             print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
     def line(self, step: int, text: str, wanted: bool) -> None:
-        """Show a step: always on a terminal's live line; in plain output and train.log only if ``wanted``."""
+        """Show a step: on a live line always, in plain output and train.log only if ``wanted``."""
         if not self._active:
             return
         if self._bar is not None:
@@ -143,18 +137,18 @@ class Progress:
 
 
 class RunLogger:
-    """Logs a run: log.jsonl, trackers, status.json and reports. Only the first process writes.
+    """Logs a run: log.jsonl, trackers, status.json and reports.
 
-    The other processes call it too: an optimizer may have to ask all of them for its numbers.
+    Only the first process writes. Every process calls it, since ``diagnostics()`` may be a collective call.
 
-    An optimizer reports on itself by two methods, both optional and called in every process:
+    An optimizer may have two methods:
 
-    * ``diagnostics()``: a flat dict of numbers, read at log steps only. They go into ``log.jsonl`` as ``optimizer``, to
-      trackers as ``optimizer/KEY``, and into the report, where the keys ``A/x`` and ``A/y`` are lines of one chart A.
+    * ``diagnostics()``: a flat dict of numbers, read at log steps. ``log.jsonl`` has them as ``optimizer``, trackers as
+      ``optimizer/KEY``. In the report, the keys ``A/x`` and ``A/y`` are lines of one chart A.
     * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
 
-    The controller of sparse weights, the monitor of attention norms and the gate of low-rank attention have a
-    ``diagnostics()`` too, logged as ``sparsity``, ``attention`` and ``gate``.
+    The sparsity controller, the attention monitor and the low-rank gate have ``diagnostics()`` too, logged as
+    ``sparsity``, ``attention`` and ``gate``.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
@@ -190,9 +184,9 @@ class RunLogger:
     def step(
         self, state: TrainState, result: StepResult, rate: float, sources: Mapping[str, Any], note: str | None = None
     ) -> None:
-        """Show the step; write log.jsonl, train.log and trackers where :meth:`is_logged`.
+        """Show the step; write log.jsonl, train.log and trackers if :meth:`is_logged`.
 
-        ``sources`` are the objects with a ``diagnostics()``, or None, by the name that their numbers have in the log.
+        ``sources``: name in the log -> object with ``diagnostics()``, or None.
         """
         config, is_logged = self.config, self.is_logged(state.step)
         asked = {name: _diagnostics(source) for name, source in sources.items()} if is_logged else {}
@@ -244,7 +238,7 @@ class RunLogger:
         self.status("running", state)
 
     def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
-        """Write status.json, from the first process or, for a failure of one process, from that one."""
+        """Write status.json from the first process; with ``any_process`` also from another one that fails."""
         if self.main or any_process:
             self.folder.status(
                 status,
@@ -258,13 +252,11 @@ class RunLogger:
             )
 
     def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:
-        """Write the final reports of optimizer, sparsity, attention norms and gate; None for those the run has not.
+        """Write the final reports of optimizer, sparsity, attention norms and gate, as far as the run has them.
 
-        Every process calls it.
-
-        ``optimizer_report.json``: the rows of the optimizer's ``noise_report()``. ``sparsity_report.json``: how sparse
-        each layer is, and the operations of the run. ``attention_report.json``: where each head stood when it was last
-        measured. ``gate_report.json``: which attention layers ran low-rank, why or why not, and the errors.
+        Every process calls it. ``optimizer_report.json``: the optimizer's ``noise_report()``.
+        ``sparsity_report.json``: sparsity of each layer, and operations of the run. ``attention_report.json``: the last
+        measurement of each head. ``gate_report.json``: which layers ran low-rank, the reason, and the errors.
         """
         ask = getattr(optimizer, "noise_report", None)
         if callable(ask) and (rows := ask()):
@@ -291,10 +283,10 @@ class RunLogger:
             self.say(f"WARNING: {name} could not be written: {error}")
 
     def _measure(self) -> None:
-        """End the clock's window: tokens per second, and the model's operations per second of all processes."""
+        """End the clock's window and compute the model's operations per second, over all processes."""
         self.clock.measure()
         if self.clock.step_s:
-            # the operations are spent on every position, also on those that are no target
+            # every position costs operations, target or not
             done = self.flops_per_token * self.config.batch.tokens_per_step
             self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
 
@@ -303,12 +295,10 @@ class RunLogger:
             self.accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=step)
 
     def _eta(self, step: int) -> float | None:
-        """Seconds to the end by the measured cost of steps, evaluations and saves."""
+        """Estimated seconds to the end."""
         left = self.config.steps - step
-        evals, saves = (
-            left // every if every else 1 for every in (self.config.eval.every, self.config.checkpoint.every)
-        )
-        return self.clock.eta(left, evals, saves)
+        intervals = self.config.eval.every, self.config.checkpoint.every
+        return self.clock.eta(left, *(left // every if every else 1 for every in intervals))
 
 
 def _diagnostics(optimizer: Any) -> dict[str, float]:
@@ -317,6 +307,6 @@ def _diagnostics(optimizer: Any) -> dict[str, float]:
 
 
 def _skipped_updates(optimizer: Any) -> int:
-    """How many tensors the optimizer left out because of a gradient that was not finite (Lion, SinkGD)."""
+    """Number of tensors that the optimizer skipped for a non-finite gradient (Lion, SinkGD)."""
     count = getattr(optimizer, "nonfinite_count", None)
     return 0 if count is None else int(count())

@@ -1,6 +1,6 @@
 """Write and read checkpoints through Accelerate; write the final model, a sample and the report.
 
-A full disk ends no run before its end: the newest complete checkpoint stays.
+Training goes on when a full disk prevents a checkpoint. The newest complete checkpoint stays.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +30,6 @@ from leanstep.recipes.training.checkpoint import (
     TrainState,
     checkpoint_name,
     commit,
-    discard,
     find_checkpoints,
     point,
     prune,
@@ -44,8 +44,8 @@ from leanstep.recipes.training.world import all_agree, main_does
 class Saver:
     """Saves and loads one run. Weights are stored once, in ``hf/``, unless they are sharded.
 
-    Every process must call :meth:`save` and :meth:`load` at the same step. Peak memory: nothing beyond the writers' own
-    buffers for replicated models; for sharded ones the whole state dict on the CPU of the first process.
+    Every process must call :meth:`save` and :meth:`load` at the same step. Memory: the writers' buffers; for a sharded
+    model also the whole state dict on the CPU of the first process.
     """
 
     def __init__(
@@ -60,23 +60,27 @@ class Saver:
         self._accelerator, self._folder, self._config, self._model = accelerator, folder, config, model
         self._tokenizer, self._say = tokenizer, say
         self._sharded = accelerator.distributed_type == "FSDP"
-        # why the last save failed, for every log line until one succeeds
+        # why the last save failed; log lines show it until a save succeeds
         self.trouble: str | None = None
-        # the names of parameters whose zeros are kept, and the pruned model they come from
+        # names of the masked parameters, and the pruned model with their zeros
         self.pruned: tuple[list[str], str] | None = None
-        # decides in every process which attention runs low-rank
         self.gate: LowRankGate | None = None
         if not self._sharded:
             accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self, state: TrainState, windows: Windows) -> bool:
-        """Write the checkpoint of ``state.step``. Returns False if the disk refused it: the run may go on.
+        """Write the checkpoint of ``state.step``. Returns False on a disk error, and raises other errors."""
+        # weights and optimizer state; the rest of a checkpoint is small
+        states = [list(optimizer.state.values()) for optimizer in self._accelerator._optimizers]
+        leaves = [*self._model.parameters(), *torch.utils._pytree.tree_leaves(states)]
+        needed = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
-        Errors that are not the disk's are raised.
-        """
-        needed = self._expected_bytes()
-        problem = main_does(self._accelerator, lambda: self._preflight(needed))
+        def disk_full() -> str | None:
+            free = free_bytes(self._folder.root)
+            return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free" if free < needed else None
+
+        problem = main_does(self._accelerator, disk_full)
         if problem is None:
             problem = self._write(state, windows, needed)
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
@@ -94,7 +98,7 @@ class Saver:
             self._fill(staged, state, windows)
         except Exception as error:
             problem, failure = disk_trouble(error, self._folder.root, needed), error
-        # a barrier as well: after it, every process has written its part
+        # also a barrier: every process has written its files
         fine = all_agree(accelerator, failure is None)
         if fine and accelerator.is_main_process:
             try:
@@ -105,7 +109,7 @@ class Saver:
                 self._finish(committed, state)
         fine = all_agree(accelerator, failure is None)
         if not fine and accelerator.is_main_process:
-            discard(staged)
+            shutil.rmtree(staged, ignore_errors=True)
         if failure is not None and problem is None:
             raise failure
         return None if fine else (problem or "another process could not write its part")
@@ -114,7 +118,7 @@ class Saver:
         try:
             return staging(self._folder.checkpoints, step)
         except OSError:
-            # the folders are tried again while writing, where the error is reported
+            # writing fails on the same error and reports it
             return self._folder.checkpoints / f".writing-{checkpoint_name(step)}"
 
     def _fill(self, staged: Path, state: TrainState, windows: Windows) -> None:
@@ -132,7 +136,7 @@ class Saver:
                 save_sparse(accelerator.unwrap_model(self._model), staged / "trainer")
 
     def export(self, path: Path) -> None:
-        """Write an ordinary Hugging Face folder, model and tokenizer. Every process must call it when sharded."""
+        """Write model and tokenizer as a Hugging Face folder. Every process must call it if the model is sharded."""
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         if self._accelerator.is_main_process:
@@ -145,7 +149,7 @@ class Saver:
             self._tokenizer.save_pretrained(path)
 
     def _finish(self, path: Path, state: TrainState) -> None:
-        """Renew the links and remove old checkpoints. The new one is complete: failures here are warnings."""
+        """Update the links and remove old checkpoints. Failures are warnings, since the new checkpoint is complete."""
         self._link("last", path)
         keep = []
         if self._config.keep_best and state.best_step is not None:
@@ -165,32 +169,21 @@ class Saver:
         except OSError as error:
             self._say(f"WARNING: the link {link} could not be set to {target.name}: {error}")
 
-    def _preflight(self, needed: int) -> str | None:
-        free = free_bytes(self._folder.root)
-        if free >= needed:
-            return None
-        return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free"
-
-    def _expected_bytes(self) -> int:
-        """Weights and optimizer state as they are in memory; the rest of a checkpoint is small."""
-        tensors = [*self._model.parameters(), *_tensors(self._optimizer_state())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def _optimizer_state(self) -> list[Any]:
-        return [list(optimizer.state.values()) for optimizer in self._accelerator._optimizers]
-
     def load(self, path: Path, state: TrainState) -> dict[str, Any] | None:
-        """Load weights, optimizer, schedule and random generators; return the stream's state, None without a stream.
+        """Load weights, optimizer, schedule and random generators. Returns the stream's state, or None.
 
-        Raises CheckpointError when the number of processes changed and the state of a stream depends on it.
+        Raises CheckpointError for a stream that another number of processes read.
         """
         accelerator = self._accelerator
         trainer = path / "trainer"
         accelerator.load_state(str(trainer))
-        # Accelerate restores its count of passes too, which is off when the accumulation changed: windows begin at 0
+        # Accelerate restores its count of passes, which is wrong after a change of accumulation; windows begin at 0
         accelerator.step = 0
         if state.world_size == accelerator.num_processes:
-            self._check_generators(trainer)
+            # Accelerate only logs that it could not restore the random state
+            saved = load(trainer / f"random_states_{accelerator.process_index}.pkl")
+            if not torch.equal(saved["torch_manual_seed"], torch.get_rng_state()):
+                raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
         streams = sorted(trainer.glob("stream_*.pt"))
         if not streams:
             return None
@@ -203,19 +196,11 @@ class Saver:
         assert isinstance(loaded, dict)
         return loaded
 
-    def _check_generators(self, trainer: Path) -> None:
-        """Raise CheckpointError if the random state was not restored; Accelerate would only log that."""
-        from accelerate.utils import load
-
-        saved = load(trainer / f"random_states_{self._accelerator.process_index}.pkl")
-        if not torch.equal(saved["torch_manual_seed"], torch.get_rng_state()):
-            raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
-
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
-        """Hook before Accelerate loads a state: load the weights from ``hf/``, where Accelerate does not look."""
+        """Load-state hook of Accelerate: load the weights from ``hf/``."""
         model = self._accelerator.unwrap_model(models[0])
         if is_adapted(model):
-            # the base is there already, and the weights in hf/ have the adapter in them
+            # hf/ has merged weights; the base is loaded already
             load_adapters(model, Path(trainer).parent / "hf")
             models.clear()
             return
@@ -230,16 +215,12 @@ class Saver:
             if result.unexpected_keys:
                 raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")
             loaded.update(weights)
-        # a tied weight is stored once, under one of its names
+        # a tied weight is stored under one of its names
         present = {expected[name].data_ptr() for name in loaded}
         missing = [name for name, tensor in expected.items() if tensor.data_ptr() not in present and tensor.numel()]
         if missing:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'}: no weights for {', '.join(missing[:5])}")
         models.clear()
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 _SAMPLE_TOKENS = 64
@@ -254,7 +235,7 @@ def finish(
     state: TrainState,
     say: Callable[[str], None],
 ) -> None:
-    """Write ``final/``, sample from it, compare with what was expected. Raises RunFailure when it cannot be written."""
+    """Write ``final/``, sample from it, compare the loss with ``expect``. Raises RunFailure on a disk error."""
     export_final(accelerator, folder, saver)
     if accelerator.is_main_process:
         text = sample(folder.final, config.seed, accelerator.device)
@@ -266,7 +247,7 @@ def finish(
 
 
 def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Write report.html. A missing package or a full disk is a warning."""
+    """Write report.html. Missing packages and disk errors are warnings."""
     try:
         from leanstep.recipes.report.report import write_report as write
 
@@ -276,7 +257,7 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
 
 
 def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
-    """Write the model and tokenizer to ``final/``, aside first and then renamed, replacing an older one."""
+    """Write model and tokenizer to a staging folder and rename it to ``final/``, replacing an older one."""
     staged = folder.root / ".writing-final"
     failure: Exception | None = None
     try:
@@ -303,9 +284,9 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
 
 
 def sample(path: Path, seed: int, device: torch.device) -> str:
-    """Let the model in a folder write text from the start of a document; the same for the same seed and device.
+    """Generate text with the model in a folder, from the start of a document, reproducible from ``seed`` per device.
 
-    The run's random state is left as it was.
+    Leaves the run's random state as it was.
     """
     model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -325,7 +306,7 @@ def sample(path: Path, seed: int, device: torch.device) -> str:
 
 
 def compare(val_loss: float, expect: ExpectConfig) -> str:
-    """One line: the validation loss, and whether it is what the recipe says it should be. Never fatal."""
+    """Format the validation loss, and whether it is within the recipe's tolerance."""
     line = f"validation loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700.0)):.2f}"
     if expect.val_loss is None:
         return line + (f" (not compared: {expect.source})" if expect.source else "")

@@ -1,4 +1,4 @@
-"""One optimizer step over a window of micro batches: loss per target, gradient norm, and their reduction."""
+"""The computations of an optimizer step over a window of micro batches: loss, gradient norm, and their reduction."""
 
 import math
 import signal
@@ -13,7 +13,7 @@ from leanstep.recipes.data.batches import Batch, count_targets
 
 
 class StepResult(NamedTuple):
-    """Result of a step, the same in all processes; ``norm`` is None with gradients released inside backward."""
+    """Result of a step, equal in all processes; ``norm`` is None with ``release_gradients``."""
 
     loss: float
     norm: float | None
@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
 
 
 class NonFinite(Exception):
-    """A non-finite loss that must not reach backward, because backward updates the weights."""
+    """A non-finite loss, raised before backward, which would update the weights."""
 
     def __init__(self, loss: float) -> None:
         self.loss = loss
@@ -41,17 +41,17 @@ def backward(
     check: bool,
     half: Callable[[float], None] | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Accumulate the gradient of the mean loss per target; return (this process's share of the loss, targets).
+    """Accumulate the gradient of the mean loss per target; return (this process's term of the loss, targets).
 
-    Loss = sum of the token losses / number of targets, both over all micro batches and processes, as of one big batch.
-    With ``check``, raises NonFinite before the backward of a non-finite loss. ``half`` is called after half of the
-    micro batches, rounded down, with their fraction of all.
+    Loss = sum of token losses / number of targets, over all micro batches and processes, as in one large batch.
+    ``check`` raises NonFinite before the backward of a non-finite loss. ``half`` is called after half of the micro
+    batches, rounded down, with their fraction.
     """
     targets = count_targets(window)
     if accelerator.num_processes > 1:
         targets = accelerator.reduce(targets, reduction="sum")
     divisor = targets.clamp(min=1)
-    # Accelerate divides by the accumulation steps and the exchange of gradients by the processes: both are undone
+    # undoes Accelerate's division by the accumulation steps, and DDP's by the number of processes
     factor = accelerator.gradient_accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(window, start=1):
@@ -67,7 +67,7 @@ def backward(
 
 
 def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float | None) -> torch.Tensor:
-    """The 2-norm of all gradients before clipping, scalar; clips them to ``limit`` unless it is None."""
+    """Return the 2-norm of all gradients before clipping, and clip them to ``limit`` unless it is None."""
     if limit is not None:
         norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     else:
@@ -80,9 +80,9 @@ def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float
 def all_reduce_step_scalars(
     accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | None, received: int, late: bool
 ) -> tuple[float, float | None, int]:
-    """Sum loss and signals over all processes: one collective call and one synchronisation.
+    """Sum loss and signals over all processes in one collective call and one synchronisation.
 
-    A run out of time counts as SIGTERM, which also stands for SIGUSR1.
+    SIGUSR1 and a run out of time (``late``) count as SIGTERM.
     """
     interrupted = received == signal.SIGINT
     terminated = late or received not in (0, signal.SIGINT)

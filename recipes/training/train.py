@@ -1,10 +1,10 @@
-"""Train a recipe in this process, the only one or one of those that torchrun or Accelerate started.
+"""Train a recipe in this process, alone or as one of several started by torchrun or Accelerate.
 
-``python -m leanstep.recipes.training.train RECIPE key=value ...``; the same line works behind ``accelerate launch -m``
-and ``torchrun --standalone --nproc_per_node N -m``, on a CPU too.
+``python -m leanstep.recipes.training.train RECIPE key=value ...``; the same arguments work after ``accelerate launch
+-m`` and ``torchrun --standalone --nproc_per_node N -m``, on a CPU too.
 
-Read :class:`Run` from top to bottom: ``begin`` builds what the recipe names and loads the checkpoint to continue from,
-``loop`` makes the steps, evaluates and saves, ``finish`` writes the model and the reports.
+Read :class:`Run` from top to bottom: ``begin`` builds the objects of the recipe and loads a checkpoint, ``loop`` steps,
+evaluates and saves, ``finish`` writes the model and the reports.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.attention import build_gate, build_monitor, read_gate
 from leanstep.recipes.methods.halves import find_halves
 from leanstep.recipes.methods.lora import describe_adapters
-from leanstep.recipes.methods.pruned import build_masks, zeros_forgotten
+from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
     build_accelerator,
@@ -40,7 +40,7 @@ from leanstep.recipes.training.build import (
     flops_per_token,
     release_gradients,
 )
-from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, pass_over, read_state
+from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, read_state, rename_skipped
 from leanstep.recipes.training.failures import (
     EXIT_BAD_CONFIG,
     EXIT_DONE,
@@ -75,7 +75,7 @@ from leanstep.recipes.training.world import (
     seed_process,
 )
 
-# a save that takes longer may not fit into the 30 seconds that torchrun leaves a worker after SIGTERM
+# torchrun kills workers 30 seconds after SIGTERM, so warn about a save that takes longer than this
 _SLOW_SAVE_S = 20.0
 
 
@@ -97,18 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: RunConfig) -> int:
-    """Run ``config`` in this process, the only one or one of those that torchrun started. Returns the exit code.
+    """Run ``config`` in this process, alone or as one of several. Returns the exit code.
 
-    0: done, or nothing left to do. 1: the result could not be written. 2: it cannot start as asked. 3: a loss or a
-    gradient was not finite, or the loss passed its limit. 4: out of memory. 130, 143: ended by a signal or after
-    ``stop.max_hours``, with a checkpoint to continue from.
+    0: done, now or before. 1: the final model could not be written. 2: the run cannot start. 3: a non-finite loss or
+    gradient, or a loss above ``stop.loss_above``. 4: out of memory. 130, 143: ended by a signal or after
+    ``stop.max_hours``, with a checkpoint to resume from.
     """
     try:
         accelerator = build_accelerator(config)
         check_world(accelerator.num_processes, asked_world_size())
     except ValueError as error:
         return _refuse(error)
-    # transformers would draw a bar for every file it reads or writes
+    # transformers draws a bar for every file
     disable_progress_bar()
     folder = RunFolder(Path(config.out))
     with Progress(folder, config.steps, active=accelerator.is_main_process) as progress:
@@ -128,14 +128,14 @@ def train(config: RunConfig) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """Print why a run cannot start, once for all processes; returns the exit code."""
+    """Print the error of a run that cannot start, in the first process; return the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_BAD_CONFIG
 
 
 class Run:
-    """One start of a run; the methods stand in the order of events."""
+    """One start of a run. The methods are in the order in which they run."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
         self.config, self.accelerator, self.folder, self.say = config, accelerator, folder, progress.say
@@ -169,12 +169,10 @@ class Run:
         self.accelerator.end_training()
         return EXIT_DONE
 
-    # -- begin ------------------------------------------------------------------------------------------------------
-
     def begin(self) -> bool:
-        """Claim the folder, build the run's parts, load the checkpoint. False if an earlier start finished the run.
+        """Claim the folder, build the run's objects, load the checkpoint. Returns False if the run is already done.
 
-        Raises ValueError, ImportError or OSError for what cannot be built or continued here.
+        Raises ValueError, ImportError or OSError if the run cannot begin or resume.
         """
         config, accelerator = self.config, self.accelerator
         start = main_does(accelerator, lambda: choose_start(config, self.folder))
@@ -196,14 +194,14 @@ class Run:
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
-        for note in main_does(accelerator, lambda: pass_over(start, self.folder)):
+        for note in main_does(accelerator, lambda: rename_skipped(start, self.folder)):
             self.say(note)
         self.begun = True
         self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)
         return True
 
     def load_data(self) -> None:
-        """Read and tokenise the text; compare disk and memory with what the run needs."""
+        """Read and tokenise the text; check memory and disk space."""
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
@@ -220,7 +218,7 @@ class Run:
     def build_model_and_optimizer(self) -> None:
         """Build model, optimizer and schedule; apply the sparsity, adapters and masks of the recipe."""
         config, accelerator = self.config, self.accelerator
-        # the same weights in every process; later each one gets random numbers of its own
+        # the same weights in every process; resume() seeds each process differently
         seed_process(config.seed)
         model = build_run_model(config, self.data.tokenizer)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -230,35 +228,35 @@ class Run:
         if config.lora.target_modules:
             self.say(f"adapters    {describe_adapters(model)}")
         self.say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
-        # the optimizer's groups go by the names that weights have until now
+        # after the optimizer, whose groups go by the original parameter names
         self.sparsity = build_controller(config, model) if config.sparsity.patterns else None
         if self.sparsity is not None:
             self.say(f"sparsity    {config.sparsity.method}: {describe_sparsity(self.sparsity)}")
         if self.memory_unknown:
-            # after everything is built: what cannot be built says the same, and better
+            # printed late: errors of the build explain the same problem better
             reason = self.memory_unknown
             self.say(f"WARNING: memory and disk could not be compared with what the run needs: {reason}")
-        # both in one call: sharding replaces the parameters, in the optimizer too
+        # both in one call: sharding also replaces the optimizer's parameters
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         bare_model, bare_optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
         if self.sparsity is not None:
             self.sparsity.attach(bare_optimizer)
-        # what is zero in model.init_from, before a checkpoint of this run is loaded
+        # masks are the zeros of model.init_from, so build them before loading a checkpoint
         self.masks = build_masks(config, bare_model, bare_optimizer, self.say) if config.pruning.keep_masks else None
-        if config.model.init_from and (forgotten := zeros_forgotten(config)):
-            self.say(f"WARNING: {forgotten}")
+        if config.model.init_from and (warning := pruned_start_warning(config)):
+            self.say(f"WARNING: {warning}")
         self.schedule = accelerator.prepare(build_schedule(config.schedule, bare_optimizer, config.steps))
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Load the checkpoint, if there is one; then set up what depends on the loaded step."""
+        """Load the checkpoint, if any, and set up the objects that need the loaded weights or step."""
         config, accelerator, state = self.config, self.accelerator, self.state
         rank, world = accelerator.process_index, accelerator.num_processes
         model, optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
         self.saver = Saver(accelerator, self.folder, config.checkpoint, self.model, self.data.tokenizer, self.say)
         if self.masks is not None:
             self.saver.pruned = list(self.masks.parameters), str(config.model.init_from)
-        # the step is part of the seed for a run that goes on with another number of processes
+        # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
         stream = None if checkpoint is None else self.saver.load(checkpoint, state)
         if stream is not None:
@@ -276,10 +274,8 @@ class Run:
             if problem:
                 self.say(f"WARNING: {problem}")
 
-    # -- train ------------------------------------------------------------------------------------------------------
-
     def loop(self) -> int:
-        """Train to the last step. Returns the signal that ended it early, saved, or 0."""
+        """Train to the last step. Returns the signal that ended the loop early, after a save, or 0."""
         config, state = self.config, self.state
         self.windows = Windows(
             self.accelerator,
@@ -309,12 +305,12 @@ class Run:
         return 0
 
     def due(self, every: int) -> bool:
-        """Whether an action of every ``every`` steps, and of the last one, is due now."""
+        """Whether an action for every ``every`` steps and the last step is due now."""
         step = self.state.step
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def step(self, window: list[Batch]) -> int:
-        """One optimizer step: backward over the window, checks, update, log. Returns the signal to stop by, or 0."""
+        """One optimizer step: backward over the window, checks, update, log. Returns a received signal, or 0."""
         config, accelerator = self.config, self.accelerator
         if self.norms is not None and self.logger.is_logged(self.state.step + 1):
             self.norms.arm()
@@ -339,22 +335,18 @@ class Run:
         self.state.step += 1
         self.state.tokens += targets
         self.logger.clock.stepped(targets)
-        sources = {
-            "optimizer": self.optimizer.optimizer,
-            "sparsity": self.sparsity,
-            "attention": self.norms,
-            "gate": self.gate,
-        }
+        optimizer = self.optimizer.optimizer
+        sources = {"optimizer": optimizer, "sparsity": self.sparsity, "attention": self.norms, "gate": self.gate}
         self.logger.step(self.state, result, rate, sources, note=self.saver.trouble)
         return number
 
     def update(self, window: list[Batch], result: StepResult) -> None:
-        """Update the weights, unless loss or gradient is not finite; advance the schedule either way.
+        """Update the weights unless loss or gradient is not finite; advance the schedule in any case.
 
-        Raises RunFailure where the recipe stops at such a step (``stop.nan``, ``stop.loss_above``).
+        Raises RunFailure by ``stop.nan`` or ``stop.loss_above``.
         """
         stop = self.config.stop
-        # a gradient out of fp16's range is the scaler's business: it leaves the step out and lowers its scale
+        # the gradient scaler skips a step with non-finite fp16 gradients and lowers its scale
         scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)
         sound = result.finite() or scaled
         if not sound and stop.nan:
@@ -364,13 +356,13 @@ class Run:
             raise self.failure(window, result, what, "loss_above")
         self.state.nonfinite += not result.finite()
         if sound:
-            # with released gradients the weights are updated already, and this ends the step
+            # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
 
     def failure(self, window: list[Batch], result: StepResult, what: str, reason: str) -> RunFailure:
-        """Write nan_dump/ and return the failure that ends the run; every process calls it."""
+        """Write nan_dump/ and return the failure to raise; every process calls it."""
         step = self.state.step + 1
         facts = {
             "step": step,
@@ -387,7 +379,7 @@ class Run:
         return RunFailure(reason, EXIT_NAN, nonfinite_message(self.config, self.folder.root, step, what))
 
     def evaluate(self) -> int:
-        """Validate and log; returns the signal that interrupted it (then it is pending), else 0."""
+        """Validate and log. Returns the signal that interrupted it, 0 without one."""
         state, config = self.state, self.config
         if len(self.data.validation) == 0:
             return 0
@@ -411,7 +403,7 @@ class Run:
         state.eval_pending = result is None
         if result is None:
             if self.gate is not None and gate is not None:
-                # the evaluation is made again from its beginning
+                # the resumed run repeats the whole evaluation
                 self.gate.load_state_dict(gate)
             return interrupting
         state.val_loss = result.loss
@@ -427,26 +419,23 @@ class Run:
         with clock.pause("save") as spent:
             saved = self.saver.save(self.state, self.windows)
         if saved:
-            slow = ""
-            if spent() > _SLOW_SAVE_S:
-                slow = (
-                    "; under torchrun a save after SIGTERM has 30 s: signal the workers themselves (Slurm: "
-                    "--signal=TERM@300), or raise TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-                )
+            advice = (
+                "; under torchrun a save after SIGTERM has 30 s: signal the workers themselves (Slurm: "
+                "--signal=TERM@300), or raise TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+            )
+            slow = advice if spent() > _SLOW_SAVE_S else ""
             self.say(f"step {self.state.step}/{self.config.steps}  checkpoint saved in {spent():.1f} s{slow}")
-
-    # -- end --------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Write the final model and the reports of optimizer, sparsity and attention."""
-        for watching in (self.norms, self.gate):
-            if watching is not None:
-                watching.close()
+        for observer in (self.norms, self.gate):
+            if observer is not None:
+                observer.close()
         finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.say)
         self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)
 
     def interrupted(self, number: int) -> int:
-        """Say how to continue; returns the exit code of the signal."""
+        """Print how to continue; return the exit code of the signal."""
         self.logger.status("interrupted", self.state)
         why = signal.Signals(self.stop.received or number).name
         if self.out_of_time():

@@ -1,6 +1,6 @@
-"""Evaluate the loss of a language model over held-out sequences, in a run and in ``leanstep eval``.
+"""Evaluate the loss of a language model on held-out sequences, in a run and in ``leanstep eval``.
 
-Every target weighs the same, whatever the batches and however they are dealt out to processes.
+Every target has the same weight, for any batch size and number of processes.
 """
 
 import math
@@ -23,9 +23,8 @@ class EvalResult:
     Attributes:
         loss: mean negative log likelihood per target, in nats.
         perplexity: ``exp(loss)``.
-        bits_per_byte: ``loss / ln 2 / bytes_per_token``, which compares models with different tokenizers; None when the
-            number of bytes is not known.
-        tokens: how many targets there were: tokens that were predicted.
+        bits_per_byte: ``loss / ln 2 / bytes_per_token``, comparable across tokenizers; None without bytes_per_token.
+        tokens: number of targets.
     """
 
     loss: float
@@ -35,7 +34,7 @@ class EvalResult:
 
     @classmethod
     def of(cls, loss_sum: float, tokens: int, bytes_per_token: float | None) -> "EvalResult":
-        """From the sum of the losses of ``tokens`` targets."""
+        """Make the result from the sum of the losses of ``tokens`` targets."""
         loss = loss_sum / tokens
         bits = None if not bytes_per_token else loss / math.log(2) / bytes_per_token
         return cls(loss, math.exp(loss) if loss < 709 else math.inf, bits, tokens)
@@ -50,18 +49,18 @@ def evaluate(
     bytes_per_token: float | None = None,
     batches: int | None = None,
 ) -> EvalResult:
-    """Compute the mean loss of a causal model over all labels of a dataset other than -100.
+    """Compute the mean loss of a causal model over the targets of a dataset.
 
-    ``loss = sum_i -log p(x_i | x_<i) / #i`` over the labels other than -100, the first of each sequence left out, since
-    nothing comes before it. Logits are taken to fp32, sums are kept in fp64.
+    ``loss = sum_i -log p(x_i | x_<i) / #i`` over the labels other than -100, without the first of each sequence. Logits
+    are converted to fp32 and summed in fp64.
 
     Args:
-        model: gives ``.logits`` ``[batch, seq_len, vocabulary]`` for ``input_ids``; its mode is put back afterwards.
+        model: gives ``.logits`` ``[batch, seq_len, vocabulary]`` for ``input_ids``; training mode is restored.
         dataset: map-style; items with ``input_ids`` and ``labels``, both int64 ``[seq_len]``.
-        micro_batch_size: sequences in a forward pass; decides memory and speed only.
-        device: where to run; None is where the model's parameters are.
+        micro_batch_size: sequences per forward pass; affects memory and speed only.
+        device: None takes the device of the parameters.
         bytes_per_token: UTF-8 bytes of text per token, for bits per byte.
-        batches: evaluate so many batches only, from the first on.
+        batches: evaluate only the first ``batches`` batches.
 
     Raises:
         ValueError: nothing to evaluate, or a size below 1.
@@ -94,15 +93,12 @@ def validate(
     batches: int | None,
     interrupted: Callable[[], bool],
 ) -> EvalResult | None:
-    """:func:`evaluate` during a run: over the validation sequences, or over the first ``batches`` rounds of batches.
+    """:func:`evaluate` during a run, over the validation sequences or the first ``batches`` rounds of batches.
 
-    Each round gives one batch to each process, so all make the same number of forward passes (sharded models need
-    that); what is missing in the last round is filled with sequences that count nothing. No random numbers are drawn.
+    Each round has one batch per process, so all make the same number of forward passes, as sharded models need. The
+    last round is filled up with sequences without labels. Draws no random numbers.
 
-    Args:
-        interrupted: Asked before each round; when it returns True in all processes, validation is given up.
-
-    Returns None when it was given up.
+    Returns None if ``interrupted()``, which is called before each round in all processes, was true.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     per_round = micro_batch_size * world
@@ -126,21 +122,20 @@ def validate(
 
 @torch.no_grad()
 def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(sum of the losses, number of targets) of a batch, fp64 on the CPU."""
-    # use_cache: a cache of keys and values would be made for nothing
+    """Return a batch's (sum of losses, number of targets), fp64 on the CPU."""
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
-    # one sequence at a time: the logits of a whole batch in fp32 would be the peak of memory
+    # one sequence at a time: the fp32 logits of a whole batch would be the peak of memory
     losses = [
         cross_entropy(row[:-1].float(), target, ignore_index=IGNORED, reduction="sum")
         for row, target in zip(logits, labels, strict=True)
     ]
-    # summed in fp64: the sum of many batches must not depend on how they were dealt out
+    # fp64: the sum must not depend on the distribution of batches over processes
     return torch.stack([torch.stack(losses).double().sum().cpu(), (labels != IGNORED).sum().double().cpu()])
 
 
 def _batch(dataset: Any, first: int, size: int, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """``size`` sequences from ``first`` on; those past the end repeat the last one with no label counted."""
+    """Batch ``size`` sequences from ``first`` on. Those past the end repeat the last one, without labels."""
     last = len(dataset) - 1
     items = [dataset[min(index, last)] for index in range(first, first + size)]
     batch = default_collate(items)

@@ -1,8 +1,7 @@
 """Several processes acting as one: check that they are connected, reduce values, handle signals.
 
-Signals become a flag that the training loop reads at safe points, so that a run ends between two steps, saved. A
-handler must not save by itself: it may run in the middle of an optimizer step, and in a group of processes each would
-be at another place. Here it only notes the signal; the loop agrees on it with the other processes and acts.
+A signal handler only sets a flag, because it may run in the middle of an optimizer step. The training loop reads the
+flag between steps, agrees on it with the other processes, saves and ends the run.
 """
 
 import os
@@ -11,7 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,39 +23,35 @@ T = TypeVar("T")
 
 
 class WorldError(ValueError):
-    """The number of connected processes is not the number that was asked for."""
+    """The number of connected processes differs from the requested number."""
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
-    """Collect the numbers of processes that were asked for, by where they were asked for.
+    """Collect the requested numbers of processes: {where: number}.
 
-    Looked at: ``--nproc`` (handed down by our launcher), ``WORLD_SIZE`` (torchrun and accelerate set it), and the
-    command line of the parent process, because ``accelerate launch --cpu --num_processes 2`` starts one process and
-    leaves no other trace of the two.
+    Reads ``--nproc`` (which our launcher passes on), ``WORLD_SIZE`` (set by torchrun and accelerate), and the parent's
+    command line, because ``accelerate launch --cpu --num_processes 2`` starts one process and leaves no other trace.
     """
-    asked = {}
+    requested = {}
     if environ.get(NPROC_VARIABLE, "").isdigit():
-        asked["--nproc"] = int(environ[NPROC_VARIABLE])
+        requested["--nproc"] = int(environ[NPROC_VARIABLE])
     if environ.get("WORLD_SIZE", "").isdigit():
-        asked["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
-    command = _parent_command() if parent is None else parent
+        requested["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
+    command = parent
+    if command is None:
+        try:
+            command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # Linux only
+            command = ""
     match = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
     if match:
-        asked["accelerate launch --num_processes"] = int(match[2])
-    return asked
+        requested["accelerate launch --num_processes"] = int(match[2])
+    return requested
 
 
-def _parent_command() -> str:
-    """The parent's command line where the system shows it (Linux), else an empty string."""
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def check_world(world_size: int, asked: Mapping[str, int]) -> None:
-    """Raise WorldError when ``world_size``, as Accelerate reports it, is not what was asked for."""
-    for where, number in asked.items():
+def check_world(world_size: int, requested: Mapping[str, int]) -> None:
+    """Raise WorldError if Accelerate's ``world_size`` is not the requested number."""
+    for where, number in requested.items():
         if number != world_size:
             raise WorldError(
                 f"{where} asks for {number} processes, but Accelerate connected {world_size}: several would "
@@ -80,7 +75,7 @@ def describe_world(accelerator: Accelerator) -> str:
 
 
 def maximum(accelerator: Accelerator, value: int) -> int:
-    """The largest ``value`` of all processes. A collective call if there are several."""
+    """Largest ``value`` of all processes; a collective call."""
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor([value], device=accelerator.device)
@@ -89,12 +84,12 @@ def maximum(accelerator: Accelerator, value: int) -> int:
 
 
 def all_agree(accelerator: Accelerator, fine: bool) -> bool:
-    """Whether ``fine`` is true in every process. A collective call if there are several."""
+    """Whether ``fine`` is true in every process; a collective call."""
     return maximum(accelerator, int(not fine)) == 0
 
 
 def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run ``action`` in the first process and hand its result, or its ValueError or OSError, to all."""
+    """Run ``action`` in the first process and send its result, or its ValueError or OSError, to all."""
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -109,7 +104,7 @@ def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def seed_process(seed: int, *more: int) -> None:
-    """Seed Python's, numpy's and torch's generators from these numbers together."""
+    """Seed the generators of Python, numpy and torch from these numbers."""
     words = np.random.SeedSequence([seed, *more]).generate_state(2, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[0] % 2**32))
@@ -121,18 +116,15 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-# exit code of a run that a signal ended after saving. SIGUSR1 is the warning that batch systems send before they take
-# the machine away; it says the same as SIGTERM and gets the same code.
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 as a warning before they kill.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 
 class StopFlag:
-    """Context manager that turns SIGTERM, SIGUSR1 and SIGINT into :attr:`received`; restores the old handlers.
+    """Context manager that stores SIGTERM, SIGUSR1 or SIGINT in :attr:`received` and restores the old handlers.
 
-    A second SIGINT calls ``leaving`` and leaves at once with exit code 130, saving nothing: checkpoints are written
-    aside and renamed, so there is none to damage. Only the main thread may install handlers; elsewhere Python raises
-    ValueError.
-    With ``enabled=False`` it installs nothing and the signals keep their usual effect.
+    A second SIGINT calls ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it
+    installs no handlers. Raises ValueError outside the main thread.
     """
 
     def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
@@ -147,11 +139,9 @@ class StopFlag:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not set from Python and cannot be put back from here
+            # None: a handler that was not set from Python, which Python cannot restore
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 

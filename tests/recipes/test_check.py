@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from leanstep import _memory
-from leanstep.recipes.check import room as check_room
-from leanstep.recipes.check import text as check_text
+from leanstep.recipes.check import sections
 from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
 from leanstep.recipes.check.memory import MemoryEstimate
-from leanstep.recipes.check.room import disk_need
-from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.check.sections import Facts, Section, disk_need
 from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import load, recipe_names, recipe_path
 from leanstep.recipes.data.tokens import vocabulary_size
@@ -47,7 +45,7 @@ def section(config, title, **options):
 
 def output(config):
     found = Section("Output")
-    check_room.output(config, found)
+    sections.output(config, found)
     return found
 
 
@@ -201,19 +199,19 @@ def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
     assert disk_need(config, one, world_size=4) == (300, 5 * 300 + 100), "replicated: one process writes"
     sharded = run("checkpoint.keep_last=3", "checkpoint.keep_best=true", "distributed.strategy=fsdp2")
     assert disk_need(sharded, one, world_size=4) == (1200, 5 * 1200 + 400)
-    monkeypatch.setattr(check_room, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
+    monkeypatch.setattr(sections, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
     assert any("4.00 GiB" in line for line in section(sharded, "Disk", world_size=4).lines)
     monkeypatch.undo()
     memory = section(config, "Memory")
     assert memory.problems == []
     full = shutil.disk_usage(".")._replace(free=1_000_000)
-    monkeypatch.setattr(check_room.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(sections.shutil, "disk_usage", lambda path: full)
     (found,) = problems(config)
     assert found.startswith("Disk: the run needs ") and "lower checkpoint.keep_last" in found
 
 
 def test_memory_that_is_not_there(run, monkeypatch):
-    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000)
     (found,) = problems(run())
     assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
 
@@ -274,7 +272,7 @@ def test_a_small_text_gives_the_vocabulary_that_it_gives(run):
     config = run("data.tokenizer=train:5000")
     facts = Facts()
     found = Section("Data")
-    check_text.text(config, found, facts)
+    sections.text(config, found, facts)
     assert 257 < facts.vocabulary < 400
     assert any("at most 5,000 tokens" in line for line in found.lines)
     assert any(f"{facts.vocabulary:,} tokens: the text gives no more" in line for line in found.lines)
@@ -329,18 +327,18 @@ def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
     _groups(config, groups, facts)
     assert len(groups.lines) > 2
     if describe(config).parameters < 100e6:  # the larger ones differ in size only
-        check_room.memory(config, 1, memory, facts)
+        sections.memory(config, 1, memory, facts)
         assert facts.memory.weights > 1_000_000
 
 
 def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypatch):
-    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000_000)
     args = "optimizer.args={window: 20000, damping: 1e-4}"
     (told,) = section(run(args, name="gpt-nano-mfac"), "Memory").problems
     assert (
         "in this order: optimizer.args.storage=bf16 (the window at half the size), optimizer.args.compression" in told
     )
-    monkeypatch.setattr(check_room, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000)
     (told,) = section(run(), "Memory").problems
     assert "optimizer.name=lion or sinkgd" in told
 

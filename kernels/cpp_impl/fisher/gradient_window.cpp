@@ -1,9 +1,10 @@
-// Dots of a window's rows with a vector, and combinations of its rows: reference/gradient_window.py. Each reads the
-// windows once. WINDOW: float, bf16 or fp16.
+// Dot products of a window's rows with a vector, and combinations of its rows: reference/fisher/gradient_window.py.
+// Each reads the windows once. WINDOW: float, bf16 or fp16.
 //
-// Sums run in fp64, where products of two such numbers are exact: rows that hardly differ are told apart by the last
-// bits of their dots, and cancel in a combination. A thread takes a stretch of columns of all rows: what the rows share,
-// the vector or the sums, then stays in the second-level cache. Results do not depend on the number of threads.
+// Sums run in fp64, where products of two such numbers are exact. If rows hardly differ, only the last bits of their
+// dot products distinguish them, and they cancel in a combination. A thread processes some columns of all rows, so the
+// vector or the sums, which all rows share, stay in the second-level cache. Results do not depend on the number of
+// threads.
 #include "window.h"
 
 namespace {
@@ -11,7 +12,7 @@ namespace {
 constexpr int64_t COLUMNS = 16384, SUMS = 2048;
 constexpr int ROWS = 4;
 
-// dots of R rows, whose sums do not wait for one another
+// dot products of R rows, with independent sums
 template <int R>
 void dots_of_rows(const WINDOW* __restrict w, const float* __restrict x, int64_t n, int64_t pitch, double* dots) {
     double a = 0, b = 0, c = 0, d = 0;

@@ -1,14 +1,14 @@
-// Dots of a sparse window's rows with a vector, and combinations of its rows: reference/sparse_window.py. Each reads
-// values and indices once. WINDOW: float, bf16 or fp16.
+// Dot products of a sparse window's rows with a vector, and combinations of its rows, as in
+// reference/fisher/sparse_window.py. Each reads values and indices once. WINDOW: float, bf16 or fp16.
 //
-// Sums run in fp64, as in gradient_window.cpp. A thread takes a few blocks of all rows: what it gathers from, or adds to,
-// then stays in the cache. No two threads add to the same element, and every element gets its rows in order.
+// Sums run in fp64, as in gradient_window.cpp. A thread processes a few blocks of all rows, so that the elements it
+// gathers from, or adds to, stay in the cache. No two threads add to one element. Rows are added in order.
 #include "window.h"
 
 namespace {
 
-// entries of a row that are taken together, so that a row's stretch fills whole cache lines; and elements of the dense
-// vector that they may point to, whose sums fit the second-level cache
+// Entries of a row that are processed together, so that they fill whole cache lines; and the most elements of the dense
+// vector that they point to, whose sums fit the second-level cache.
 constexpr int64_t ENTRIES = 256, ELEMENTS = 1 << 15;
 
 struct Window {
@@ -17,9 +17,9 @@ struct Window {
     int64_t numel, block, per_block, k;
 
     int64_t blocks() const { return (numel + block - 1) / block; }
-    // entries of block b, which are fewer where the last one is short
+    // entries of block b; the last block may have fewer
     int64_t entries(int64_t b) const { return std::min(per_block, k - b * per_block); }
-    // blocks that are taken together
+    // number of blocks that are processed together
     int64_t together() const {
         return std::max<int64_t>(1, std::min(ENTRIES / std::max<int64_t>(1, per_block), ELEMENTS / block));
     }

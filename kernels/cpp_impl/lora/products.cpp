@@ -1,4 +1,4 @@
-// Seeded dropout: reference/lora_products.py, one pass. VALUE: float or bf16. Elements are numbered from `first`.
+// Seeded dropout: reference/lora/products.py, one pass. VALUE: float or bf16. `first`: index of the first element.
 #include "common.h"
 
 namespace {
@@ -8,7 +8,7 @@ template <typename Work>
 void for_runs(int64_t first, int64_t size, uint32_t key, int threads, Work work) {
     for_blocks(1, &size, threads, [=](int64_t, int64_t begin, int64_t end) {
         while (begin < end) {
-            // the upper half of an index is in the key, and is one for a run of 2^32
+            // the key contains the upper half of the index, which changes every 2^32 elements
             const int64_t upper = (first + begin) >> 32;
             const int64_t stop = std::min(end, ((upper + 1) << 32) - first);
             work(begin, stop, static_cast<uint32_t>(first), key ^ hash32(static_cast<uint32_t>(upper)));
@@ -36,7 +36,7 @@ extern "C" void dropout(
     });
 }
 
-// out += factor * dropout(x); the dropped tensor is rounded as the one above, the sum once
+// out += scale * dropout(x), rounded once
 extern "C" void dropout_add(
     int64_t first, int64_t size, const VALUE* __restrict x, VALUE* __restrict out, uint32_t key, uint32_t threshold,
     float gain, float scale, int threads

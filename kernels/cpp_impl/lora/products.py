@@ -1,4 +1,4 @@
-"""Launchers of products.cpp: dropout in C++, products by the BLAS."""
+"""Launchers of products.cpp: C++ applies dropout, the BLAS multiplies."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor
 from leanstep.kernels.cpp_impl._build import TYPES, address, library
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 
-# elements of a chunk: a megabyte of fp32, which stays in the cache; in 16 bits, calls of smaller products cost more
-# than the cache saves
+# elements of a chunk: a megabyte of fp32, which stays in the cache. 16-bit matrices are not cut into chunks: more calls
+# of the BLAS cost more than the cache saves.
 CHUNK = 2**18
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """``x / (1 - p)`` where the mask is True, 0 elsewhere; x dense, row-major."""
-    if p == 0:
-        return x
+    """``x / (1 - p)`` where the mask is True, 0 elsewhere; x row-major."""
     out = torch.empty_like(x)
     _call("dropout", x, out, 0, p, seed)
     return out
@@ -34,9 +32,9 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """``e^T dropout(x)``, and ``dropout(x) a^T`` where ``a`` is given."""
+    """``e^T dropout(x)``; with ``a``, also ``dropout(x) a^T``."""
     if x.dtype != torch.float32:
-        # a sum over chunks would be rounded to 16 bits after each
+        # a sum over chunks would be rounded to 16 bits after each chunk
         dropped = dropout(x, p, seed)
         return e.t() @ dropped, None if a is None else dropped @ a.t()
     gradient = x.new_zeros(e.shape[1], x.shape[1])
@@ -49,10 +47,7 @@ def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: i
 
 
 def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int) -> None:
-    """``y += dropout(scale h b)``, in place; y dense, row-major, where p > 0."""
-    if p == 0:
-        y.addmm_(h, b, alpha=scale)
-        return
+    """``y += dropout(scale h b)``, in place; y row-major, p > 0."""
     chunks = _chunks(y)
     memory = y.new_empty(chunks[0].stop, y.shape[1])
     for rows in chunks:
@@ -61,7 +56,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows of x and their dropout(x), each in the memory of the one before."""
+    """Yield chunks of rows and their dropout(x). A chunk overwrites the previous one."""
     chunks = _chunks(x)
     memory = x.new_empty(chunks[0].stop, x.shape[1])
     for rows in chunks:
@@ -77,7 +72,7 @@ def _chunks(x: Tensor) -> list[slice]:
 
 
 def _call(name: str, x: Tensor, out: Tensor, first: int, p: float, seed: int, *more: ctypes.c_float) -> None:
-    # for p = 1: the largest threshold drops all but 2**-32 of the elements, and a gain of 0 the rest
+    # for p = 1, a uint32 threshold lets one hash of 2**32 survive, and the gain of 0 drops it
     limit = min(threshold(p), 2**32 - 1)
     getattr(library("lora/products", {"VALUE": TYPES[x.dtype]}), name)(
         ctypes.c_int64(first),

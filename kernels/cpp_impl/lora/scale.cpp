@@ -3,7 +3,7 @@
 
 namespace {
 
-// rows that are summed together; so sums do not depend on the number of threads
+// rows of a sum, so that sums do not depend on the number of threads; kernels/lora/scale.py has the same constant
 constexpr int64_t ROWS = 64;
 
 }  // namespace
@@ -33,7 +33,7 @@ extern "C" void lora_scale(
     }
 }
 
-// inner = g * c, where inner may be g; sums[b]: of g * y over the rows of block b
+// inner = g * c, where inner may be g; sums[b]: sum of g * y over the rows of block b
 extern "C" void lora_scale_backward(
     int64_t rows, int64_t columns, const VALUE* g, const VALUE* __restrict y, const float* __restrict c, VALUE* inner,
     float* __restrict sums, int threads

@@ -1,11 +1,11 @@
-// SwiGLU and its gradient: reference/lora_swiglu.py, one pass each. VALUE: float or bf16.
+// SwiGLU and its gradient: reference/lora/swiglu.py, one pass each. VALUE: float or bf16.
 #include "common.h"
 
 namespace {
 
-// 1 / (1 + exp(-x)), within 3 units in the last place; the library's exp is not vectorised without -ffast-math
+// 1 / (1 + exp(-x)), within 3 units in the last place; compilers vectorise std::exp only with -ffast-math
 inline float sigmoid(float x) {
-    // beyond these, the result is a subnormal or 1
+    // beyond these limits, the result is subnormal or 1
     float t = -x;
     t = t > 87.0f ? 87.0f : t;
     t = t < -87.0f ? -87.0f : t;
@@ -37,7 +37,7 @@ inline Gradients backward(float g, float e, float u) {
     return {e * s * u, g * u * s * (1.0f + e * (1.0f - s)), g * (e * s)};
 }
 
-// elements begin..end, in pairs, and the last of an odd number; begin is even
+// elements begin..end in pairs, then the last one of an odd number; begin is even
 void forward(
     const VALUE* __restrict e, const VALUE* __restrict u, VALUE* __restrict out, int64_t begin, int64_t end
 ) {
@@ -76,7 +76,7 @@ extern "C" void swiglu(int64_t size, const VALUE* e, const VALUE* u, VALUE* out,
     for_blocks(1, &size, threads, [=](int64_t, int64_t begin, int64_t end) { forward(e, u, out, begin, end); });
 }
 
-// the gradient of u is written over that of the output
+// the gradient of u overwrites the output's
 extern "C" void swiglu_backward(
     int64_t size, VALUE* grad, const VALUE* e, const VALUE* u, VALUE* out, VALUE* de, int threads
 ) {

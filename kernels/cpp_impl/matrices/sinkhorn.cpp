@@ -1,4 +1,4 @@
-// The scales alone: see sinkhorn.h. MAT: float or bf16.
+// The scales alone; see sinkhorn.h. MAT: float or bf16.
 #include "sinkhorn.h"
 
 extern "C" void sinkhorn(

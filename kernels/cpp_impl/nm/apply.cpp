@@ -1,4 +1,4 @@
-// Masked weights and the gradient behind them: reference/nm_apply.py, one pass each.
+// Masked weights and their gradient: reference/nm/apply.py, one pass each.
 //
 // WEIGHT, GRAD: float or bf16.
 #include "common.h"
@@ -35,7 +35,7 @@ extern "C" void nm_apply(
         const float factor = alpha;
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) {
-            // read unconditionally, or the compiler branches
+            // an unconditional read, so that the compiler does not branch
             const float w = widen(weight[i]);
             const float decayed = factor == 0.0f ? 0.0f : w * factor;
             WEIGHT rounded;
@@ -45,7 +45,7 @@ extern "C" void nm_apply(
     });
 }
 
-// `factor`, where it is not 0, is that of the weight in the gradient of what is pruned
+// factor: of the SR-STE term, factor * weight, in the gradient of pruned entries; 0: no such term
 extern "C" void nm_apply_backward(
     int64_t size, const GRAD* grad, const WEIGHT* weight, const uint8_t* mask, float alpha, int flow, float factor,
     WEIGHT* out, int threads

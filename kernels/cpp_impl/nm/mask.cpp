@@ -1,9 +1,8 @@
-// N:M masks: reference/nm_mask.py, one pass over the scores. WORD: uint32_t or uint16_t.
+// N:M masks: reference/nm/mask.py, one pass over the scores. WORD: uint32_t or uint16_t.
 //
-// A magnitude is compared by its bits, which as integers are in the order of the numbers; so both 16-bit formats are one,
-// but for the bits of the infinite. Three ways to select, by what vectors can do: groups that lie within a vector are
-// ranked in it; long groups that are contiguous go through one after the other; all others are laid side by side, one
-// per lane.
+// Magnitudes are compared by their bits, which as integers have the order of the numbers. So both 16-bit formats differ
+// only in the bits of infinity. There are three ways to select: groups that fit in a vector are ranked in it; long
+// contiguous groups are processed one after the other; all others are processed side by side, one group per lane.
 #include <utility>
 
 #include "common.h"
@@ -11,18 +10,18 @@
 namespace {
 
 constexpr int64_t LANES = 64;
-// a contiguous group that is at least so long fills vectors of its own
+// shortest contiguous group that fills vectors alone
 constexpr int64_t LONG = 32;
-// more rounds than this, and the threshold is found bit by bit
+// with more rounds than this, the threshold is found bit by bit
 constexpr int64_t MOST_ROUNDS = 8;
-// groups up to here are ranked, which takes m comparisons per entry, and longer ones not
+// longest group that is ranked, which takes m comparisons per entry
 constexpr int64_t MOST_RANKED = 64;
-// what a round leaves in place of the entry it found
+// marks an entry that a round has taken
 constexpr int32_t TAKEN = -1, DROPPED = 0x7FFFFFFF;
 
 constexpr int BITS = 8 * sizeof(WORD) - 1;
 
-// every NaN is one number, larger than all others
+// maps all NaNs to one number, larger than all others
 inline int32_t key_of(WORD score, int32_t infinite) {
     constexpr uint32_t magnitude = (1u << BITS) - 1;
     return std::min(static_cast<int32_t>(score & magnitude), infinite + 1);
@@ -32,7 +31,7 @@ using Vec = int32_t __attribute__((vector_size(64)));
 using Bytes = int8_t __attribute__((vector_size(16)));
 using Lane = std::make_integer_sequence<int, 16>;
 
-// adds to `rank` how many of the other M - 1 entries of its group come before each entry; of equal ones the last does
+// adds to each entry's rank the number of the group's other M - 1 entries before it; of equal ones the last is first
 template <int M, int by, int... lane>
 inline void rank_entries(Vec key, Vec& rank, std::integer_sequence<int, lane...> lanes) {
     if constexpr (by < M) {
@@ -54,7 +53,7 @@ void mask_by_rank(const int32_t* keys, uint8_t* mask, int64_t count, int32_t n) 
     }
 }
 
-// the group's largest entry, `rounds` times, or its smallest; of equal ones the last, or the first
+// takes the group's largest entry `rounds` times, of equal ones the last; or the smallest, of equal ones the first
 template <bool dropping>
 void select_in_row(int32_t* keys, int64_t m, int64_t rounds) {
     for (; rounds > 0; --rounds) {
@@ -74,7 +73,7 @@ void select_in_row(int32_t* keys, int64_t m, int64_t rounds) {
     }
 }
 
-// counts for every entry those that come before it; of equal ones the last does
+// counts, for every entry, the entries before it; of equal ones the last is first
 void take_by_rank(int32_t* keys, int32_t m, int32_t n) {
     int32_t rank[MOST_RANKED] = {};
     for (int32_t j = 0; j < m; ++j) {
@@ -84,7 +83,7 @@ void take_by_rank(int32_t* keys, int32_t m, int32_t n) {
     for (int32_t i = 0; i < m; ++i) keys[i] = rank[i] < n ? TAKEN : DROPPED;
 }
 
-// the n-th largest key, bit by bit, and then the entries above it and the last ones that equal it
+// finds the n-th largest key bit by bit, then takes the entries above it and the last ones equal to it
 void take_above_threshold(int32_t* keys, int64_t m, int32_t n) {
     int32_t threshold = 0;
     for (int bit = BITS - 1; bit >= 0; --bit) {
@@ -106,7 +105,7 @@ void take_above_threshold(int32_t* keys, int64_t m, int32_t n) {
     for (int64_t j = 0; j < m; ++j) keys[j] = keys[j] > threshold ? TAKEN : DROPPED;
 }
 
-// the same three for LANES groups side by side
+// the same three functions for LANES groups side by side
 using Keys = int32_t (*)[LANES];
 
 template <bool dropping>
@@ -150,11 +149,11 @@ void take_above_thresholds(Keys keys, int64_t m, int32_t n) {
     }
 }
 
-// whether few entries are to be dropped, rather than few taken, or many of both
+// whether to drop few entries, take few, or (many of both) find the threshold
 inline bool drops(int64_t n, int64_t m) { return m - n < n && m - n <= MOST_ROUNDS; }
 inline bool takes(int64_t n, int64_t m) { return n <= MOST_ROUNDS && !drops(n, m); }
 
-// contiguous groups, `count` elements of them
+// contiguous groups with `count` elements in all
 void mask_rows(
     const WORD* __restrict scores, uint8_t* __restrict mask, int64_t count, int32_t n, int64_t m, int32_t infinite,
     int32_t* keys
@@ -186,8 +185,8 @@ void mask_rows(
     }
 }
 
-// groups `first` to `first + count` of a tensor: group t begins at t / inner * m * inner + t % inner, and its entries
-// are `inner` apart
+// Groups `first` to `first + count` of a tensor. Group t begins at t / inner * m * inner + t % inner; its entries are
+// `inner` apart.
 void mask_lanes(
     const WORD* __restrict scores, uint8_t* __restrict mask, int64_t first, int64_t count, int64_t inner, int32_t n,
     int64_t m, int32_t infinite, Keys keys
@@ -225,7 +224,7 @@ void mask_lanes(
 
 }  // namespace
 
-// groups[t]: number of groups of tensor t; inner[t]: elements between two entries of one group; infinite: its bits
+// groups[t]: number of groups of tensor t; inner[t]: distance of two entries of a group; infinite: bits of infinity
 extern "C" void nm_mask(
     int64_t count, const WORD** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
     int64_t m, int32_t infinite, int threads

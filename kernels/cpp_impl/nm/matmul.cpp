@@ -1,18 +1,18 @@
-// Products with a compressed N:M matrix: reference/nm_matmul.py. VALUE: float or bf16.
+// Products with a compressed N:M matrix: reference/nm/matmul.py. VALUE: float or bf16.
 //
-// Of several rows of x, WIDE or NARROW at a time lie side by side, so that a kept weight multiplies vectors. Of one, every
-// row of the matrix gathers what it needs.
+// WIDE or NARROW rows of x are laid side by side, so that a kept weight multiplies vectors. If x has one row, every row
+// of the matrix gathers its entries.
 #include "common.h"
 
 namespace {
 
 constexpr int64_t WIDE = 64, NARROW = 16;
-// rows of the matrix whose sums are at hand, and kept weights of a row that are taken between two visits to them
+// rows of the matrix that are processed together, and kept weights of a row before the next row's turn
 constexpr int64_t ROWS = 64, KEPT = 64;
-// rows ahead of which kept weights are asked for
+// number of rows that kept weights are prefetched ahead
 constexpr int64_t AHEAD = 4;
 
-// held in registers, which arrays of floats are not
+// a vector stays in registers; an array of floats would not
 using Vec = float __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
 
@@ -23,7 +23,7 @@ struct Compressed {
     int64_t row_length() const { return groups * n; }
 };
 
-// sums of one row of the matrix, over its groups `begin` to `end`; columns: [in][TOKENS]
+// sums of one row of the matrix over its groups begin..end; columns: [in][TOKENS]
 template <int64_t TOKENS>
 void add_row(const Compressed& w, int64_t row, int64_t begin, int64_t end, const float* columns, float* sums) {
     Vec local[TOKENS / LANES];
@@ -45,7 +45,7 @@ void add_row(const Compressed& w, int64_t row, int64_t begin, int64_t end, const
     std::memcpy(sums, local, sizeof local);
 }
 
-// asks for the kept weights of a row, over `count` groups from `begin` on
+// prefetches the kept weights of a row in `count` groups from `begin` on
 void fetch_row(const Compressed& w, int64_t row, int64_t begin, int64_t count) {
     constexpr int64_t LINE = 64;
     const int64_t first = row * w.row_length() + begin * w.n, last = first + std::min(count, w.groups - begin) * w.n;
@@ -72,7 +72,7 @@ void multiply_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t coun
             const int64_t from = band * ROWS, height = std::min(ROWS, w.rows - from);
             for (int64_t g = 0; g < w.groups; g += step) {
                 for (int64_t r = 0; r < height; ++r) {
-                    // rows are long, and the processor does not see that their pieces come one after the other
+                    // hardware prefetching does not recognise the pattern of pieces of long rows
                     fetch_row(w, from + (r + AHEAD) % height, r + AHEAD < height ? g : g + step, step);
                     add_row<TOKENS>(w, from + r, g, std::min(g + step, w.groups), columns, sums[r]);
                 }

@@ -1,6 +1,6 @@
-// Polynomial features of columns and the gradient behind them: reference/poly_features.py, one pass each.
+// Polynomial features of columns and their gradient: reference/poly/features.py, one pass each.
 //
-// A thread takes LANES neighbouring columns of one matrix, whose x and gradient stay in the cache of level 1.
+// A thread processes LANES adjacent columns of one matrix, whose x and gradient stay in the first-level cache.
 #include "common.h"
 
 constexpr int64_t LANES = 64;
@@ -46,8 +46,8 @@ extern "C" void poly_features(
     }
 }
 
-// grad [n, features, columns], x [n, dim, columns] -> out [n, dim, columns]; `lower` features have less than the highest
-// degree, `scratch` has room for them of LANES columns and every thread
+// grad [n, features, columns], x [n, dim, columns] -> out [n, dim, columns]. `lower`: number of features below the
+// highest degree. scratch: [threads, lower, LANES].
 extern "C" void poly_features_backward(
     const float* grad, const float* x, const int32_t* parent, const int32_t* last, const float* weight,
     const int32_t* up, const float* lift, float* scratch, float* out, int64_t n, int64_t dim, int64_t features,

@@ -1,5 +1,5 @@
-// AdamW on a list of bf16 tensors of even sizes, one pass over p, g, m and v: bit for bit what torch's fused CPU kernel
-// writes, in less time. MAXIMIZE: 0 or 1.
+// AdamW on a list of bf16 tensors of even sizes, one pass over p, g, m and v. Writes the same bits as torch's fused CPU
+// kernel, in less time. MAXIMIZE: 0 or 1.
 #include "common.h"
 
 // as packed by the launcher, per tensor
@@ -11,7 +11,7 @@ struct Moved {
     float param, avg, avg_sq;
 };
 
-// The fused multiply-adds are those of torch's kernel. An average moves from the nearer of its two ends.
+// Fuses the same multiply-adds as torch's kernel. Like torch's lerp, starts from the nearer end.
 static inline Moved move(float param, float grad, float avg, float avg_sq, const Scalars& h, bool from_grad) {
     const float gradient = MAXIMIZE ? -grad : grad;
     const float end = from_grad ? gradient : avg, weight = from_grad ? h.weight1 - 1.0f : h.weight1;
@@ -41,7 +41,7 @@ extern "C" void adamw_step(
     int64_t count, bf16** params, const bf16** grads, bf16** avgs, bf16** avg_sqs, const int64_t* sizes,
     const Scalars* scalars, int threads
 ) {
-    // the processor's own prefetching does best alone here
+    // hardware prefetching alone is fastest here
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
         step(params[t] + begin, grads[t] + begin, avgs[t] + begin, avg_sqs[t] + begin, end - begin, scalars[t]);
     });

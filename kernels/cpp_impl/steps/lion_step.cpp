@@ -1,14 +1,14 @@
-// Lion on a list of tensors: reference/lion_step.py, one pass over p, g and m.
+// Lion on a list of tensors: reference/steps/lion_step.py, one pass over p, g and m.
 //
 // PARAM, GRAD, AVG: float or bf16. ROUNDING: see common.h. CAUTIOUS, ALIGNED, MAXIMIZE, SKIP: 0 or 1.
 #include "common.h"
 
 using StateT = RoundingState<PARAM, ROUNDING>::type;
 
-// entries that are looked at, then updated; the processor's own prefetching does best alone on stretches like this
+// entries that are checked, then updated, at a time; hardware prefetching alone is fastest for pieces of this length
 constexpr int64_t PIECE = 4 * CHUNK;
 
-// length * sign(x), without the product
+// length * sign(x), without a product
 static inline float along(float length, float x) {
     return x > 0.0f || x < 0.0f ? from_bits(to_bits(length) ^ (to_bits(x) & 0x80000000u)) : 0.0f;
 }
@@ -19,7 +19,7 @@ struct Moved {
     float weight, momentum;
 };
 
-// one entry; a gradient that counts as it comes
+// updates one entry
 static inline Moved move(float gradient, float momentum, float weight, const float* scalars, float cautious_scale) {
     const float c = scalars[2] * momentum + scalars[3] * gradient;
     float update = sign(c), distance = along(scalars[0], c);
@@ -34,7 +34,7 @@ static inline Moved move(float gradient, float momentum, float weight, const flo
 
 static inline float signed_gradient(float gradient) { return MAXIMIZE ? -gradient : gradient; }
 
-// with `skipping`, entries whose gradient is not finite keep what they hold
+// with `skipping`, does not update entries whose gradient is not finite
 template <bool skipping>
 static void step(
     PARAM* __restrict p, const GRAD* __restrict g, AVG* __restrict m, StateT* __restrict state, int64_t n,
@@ -76,7 +76,7 @@ extern "C" void lion_step(
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
         for (int64_t from = begin; from < end; from += PIECE) {
             const int64_t n = std::min(PIECE, end - from);
-            // the masked loop costs half as much again, so it runs only where the gradient needs it
+            // the masked loop takes 1.5 times as long, so it runs only for non-finite gradients
             const bool masked = SKIP && any_nonfinite(grads[t] + from, n);
             (masked ? step<true> : step<false>)(
                 params[t] + from, grads[t] + from, exp_avgs[t] + from, states ? states[t] + from : nullptr, n, scalars,

@@ -1,7 +1,7 @@
 // Whether every entry of every tensor is finite: one read. TENSOR: float or bf16.
 #include "common.h"
 
-// A block is read at several places in turns: the processor fetches ahead within a page, and in several pages at once.
+// A block is read at several places in turns: hardware prefetching stays within a page, but runs in several at once.
 constexpr int64_t PLACES = 4, STRETCH = 1024 / sizeof(TENSOR), PLACE = 32 * BLOCK;
 
 extern "C" void nonfinite_flags(int64_t count, const TENSOR** tensors, const int64_t* sizes, int32_t* flags, int threads) {

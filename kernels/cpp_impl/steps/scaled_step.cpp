@@ -1,4 +1,4 @@
-// The update alone: see scaled_step.h for it and the macros.
+// The update alone; scaled_step.h describes it and the macros.
 #include "scaled_step.h"
 
 extern "C" void scaled_step(

@@ -1,5 +1,5 @@
-// Scales and update of every matrix, one after the other, while the matrix is in the cache: see sinkhorn.h and
-// scaled_step.h for both and the macros.
+// Computes the scales of a matrix, then updates it while it is in the cache. sinkhorn.h and scaled_step.h describe both
+// and the macros.
 #include "scaled_step.h"
 #include "sinkhorn.h"
 

@@ -1,7 +1,7 @@
-"""A window of gradients, one block of columns at a time, as plain torch: dots with its rows, and sums of its rows.
+"""Dot products with the rows of a window of gradients, and combinations of its rows, as plain torch.
 
-All sums run in fp64, where products of fp32 numbers are exact. Gradients that change slowly give rows that hardly
-differ; the last bits of their dots tell them apart, and in a combination they cancel.
+All sums run in fp64, where products of fp32 numbers are exact. If gradients change slowly, the rows hardly differ: only
+the last bits of their dot products distinguish them, and in a combination they cancel.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# elements that are widened at a time: a window is never copied whole
+# elements that are widened at a time, so that a window is never copied whole
 _CHUNK_ELEMENTS = 1 << 22
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of combinations of the rows of windows of ``dtype``, and of vectors beside them."""
+    """The dtype of combinations of rows in ``dtype``: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def column_chunks(window: Tensor, elements: int = _CHUNK_ELEMENTS) -> Iterator[slice]:
-    """Stretches of columns of a window [m, n] with about ``elements`` elements each."""
+    """Slices of columns of a window [m, n], with about ``elements`` elements each."""
     m, n = window.shape
     width = max(1, elements // max(m, 1))
     return (slice(start, min(start + width, n)) for start in range(0, n, width))
@@ -42,10 +42,10 @@ def linear_combination(window: Tensor, coefficients: Tensor, out: Tensor) -> Non
 
 
 def row_scale(largest: Tensor) -> Tensor:
-    """The power of two by which a row is divided before it is stored: its largest magnitude becomes 2**14 to 2**15.
+    """The power of two by which a row is divided before it is stored. ``largest``: the row's, fp32 of any shape.
 
-    In fp16 that leaves a factor 2 of headroom, and 28 binary orders of magnitude in full precision below it. Dividing
-    by it is exact. ``largest``: fp32, any shape.
+    The division is exact and brings the largest magnitude to 2**14 to 2**15. In fp16 this leaves a factor of 2 before
+    overflow, and full precision for 28 binary orders of magnitude below.
     """
     exponent = torch.frexp(largest.to(torch.float32)).exponent
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), (exponent - 15).clamp_min(-126))

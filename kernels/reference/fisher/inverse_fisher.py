@@ -1,10 +1,9 @@
 """The inverse of a damped empirical Fisher matrix by the paper's recursions and as a dense matrix, as plain torch.
 
 Rows of G [m, d] are gradients g_1 .. g_m, and F = damping * I + G^T G / m. Frantar, Kurtic, Alistarh, "M-FAC:
-Efficient Matrix-Free Approximations of Second-Order Information", arXiv 2107.03356, give two recursions for F^-1 x: a
-static one, which stores m vectors of length d, and a dynamic one, in which a gradient can be replaced. They are the
-definition that :mod:`leanstep.kernels.fisher.inverse_fisher` is tested against, in float64; in fp32 they subtract
-numbers that nearly cancel. Any floating dtype; no gradients through them.
+Efficient Matrix-Free Approximations of Second-Order Information", arXiv 2107.03356, give two recursions for F^-1 x. The
+static one stores m vectors of length d. The dynamic one can replace a gradient. In float64 they are the definition in
+tests of :mod:`leanstep.kernels.fisher.inverse_fisher`; in fp32 they subtract numbers that nearly cancel.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def dense_fisher(rows: Tensor, damping: float) -> Tensor:
 class StaticRecursion(NamedTuple):
     """The static recursion's vectors v_i = F_{i-1}^-1 g_i, [m, d], and q_i = m + g_i . v_i, [m].
 
-    F_i is F with the first i gradients only; each is a rank-one change of the one before (Sherman, Morrison).
+    F_i is F with the first i gradients only, a rank-one update of F_{i-1} (Sherman, Morrison).
     """
 
     vectors: Tensor
@@ -56,7 +55,7 @@ def static_recursion(rows: Tensor, damping: float) -> StaticRecursion:
 
 
 class DynamicRecursion(NamedTuple):
-    """The dynamic recursion's coefficients: all of F^-1 x that does not need the gradients themselves.
+    """The dynamic recursion's coefficients, which depend on G G^T only.
 
     Attributes:
         upper: D [m, m], D_ij = g_i . F_{i-1}^-1 g_j for i <= j.
@@ -79,7 +78,7 @@ class DynamicRecursion(NamedTuple):
 
 
 def dynamic_recursion(gram: Tensor, damping: float) -> DynamicRecursion:
-    """Run the dynamic recursion on G G^T [m, m]; a new gradient changes one row and column of it."""
+    """Run the dynamic recursion on G G^T [m, m], of which a new gradient changes one row and column."""
     m = gram.shape[0]
     scaled = gram / damping
     upper, lower = torch.zeros_like(gram), torch.zeros_like(gram)

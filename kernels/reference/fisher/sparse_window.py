@@ -1,7 +1,7 @@
 """A window of sparse gradients, one block of columns at a time, as plain torch.
 
-A row is cut into blocks and holds the same number of entries of every block: values [m, k], and their indices inside
-their blocks as int16 [m, k], ascending, no index twice. The last block may be shorter and holds fewer.
+A row is cut into blocks and holds equally many entries of every block; a shorter last block has fewer. A window is
+values [m, k] and int16 indices [m, k] inside the blocks, ascending and without repetition.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# entries whose positions are computed, in int64, at a time
+# entries whose int64 positions are computed at a time
 _CHUNK_ENTRIES = 1 << 21
 
 
 class SparseLayout(NamedTuple):
-    """Which entries a sparse row of ``numel`` elements holds: ``per_block`` of each block of ``block`` elements.
+    """Layout of a sparse row of ``numel`` elements: ``per_block`` entries of each block of ``block`` elements.
 
     Attributes:
         numel: length of the dense row.
-        block: elements of a block, at most 2**15, so that an index in it is an int16.
-        per_block: entries kept of a full block.
-        last: entries kept of the last block, where it is shorter; else 0.
+        block: elements of a block, at most 2**15, so that indices fit int16.
+        per_block: entries of a full block.
+        last: entries of the last block if it is shorter, else 0.
     """
 
     numel: int
@@ -43,18 +43,18 @@ class SparseLayout(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether a row holds every element, in order, so that its values are the dense row."""
+        """Whether a row holds every element; its values are then the dense row."""
         return self.k == self.numel
 
 
 def block_starts(layout: SparseLayout, device: torch.device) -> Tensor:
-    """Position in the dense row where the block of each of a row's entries begins: int64 [k]."""
+    """Position of the block of each entry in the dense row: int64 [k]."""
     entry = torch.arange(layout.k, device=device)
     return entry.div(max(layout.per_block, 1), rounding_mode="floor").clamp_max(layout.full_blocks) * layout.block
 
 
 def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The entries of largest magnitude of every block of a vector [numel]; of equal ones the first."""
+    """Entries of largest magnitude in every block of a vector [numel]; of equal ones the first."""
     values, indices = [], []
     split = layout.full_blocks * layout.block
     parts = [(vector[:split].view(-1, layout.block), layout.per_block), (vector[split:].view(1, -1), layout.last)]
@@ -71,8 +71,8 @@ def top_k(vector: Tensor, layout: SparseLayout, dtype: torch.dtype) -> tuple[Ten
 def _largest(blocks: Tensor, count: int) -> Tensor:
     """Ascending indices of the ``count`` largest magnitudes in every row; of equal ones the first ones.
 
-    ``torch.topk`` promises no order among equals, so it is given keys of which no two are equal: the bits of the
-    magnitude, which as integers are in the order of the numbers, and below them the index from the end.
+    ``torch.topk`` promises no order among equals, so it selects from distinct integers. Their upper bits are those of
+    the magnitude, which have the order of the numbers; their lower bits are the index from the end.
     """
     width = blocks.shape[1]
     backwards = torch.arange(width - 1, -1, -1, device=blocks.device)
@@ -83,13 +83,13 @@ def _largest(blocks: Tensor, count: int) -> Tensor:
 
 
 def scatter(values: Tensor, indices: Tensor, layout: SparseLayout, out: Tensor) -> None:
-    """Write the dense row [numel] that ``values`` and ``indices`` [k] stand for."""
+    """Expand a sparse row, ``values`` and ``indices`` [k], into the dense ``out`` [numel]."""
     positions = block_starts(layout, values.device) + indices
     out.zero_().index_copy_(0, positions, values.to(out.dtype))
 
 
 def row_chunks(values: Tensor) -> Iterator[slice]:
-    """Stretches of rows of a sparse window [m, k]."""
+    """Slices of rows of a sparse window [m, k]."""
     m, k = values.shape
     height = max(1, _CHUNK_ENTRIES // max(k, 1))
     return (slice(start, min(start + height, m)) for start in range(0, m, height))

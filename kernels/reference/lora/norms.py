@@ -1,4 +1,4 @@
-"""Norms of the rows of a weight with an adapter, without the matrix ``B A``, in plain torch."""
+"""Norms of the rows of a weight plus its adapter, without forming ``B A``, in plain torch."""
 
 import torch
 from torch import Tensor

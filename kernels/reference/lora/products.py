@@ -9,13 +9,13 @@ from leanstep.kernels.reference.rounding import hash32
 
 
 def seed_key(seed: int) -> int:
-    """The 32-bit key, as a signed number, that a 64-bit seed gives to the hash of an element's index."""
+    """Hash a 64-bit seed to the signed 32-bit key of an element's hash."""
     key = _hash((seed & 0xFFFFFFFF) ^ _hash((seed >> 32) & 0xFFFFFFFF))
     return key - 2**32 if key >= 2**31 else key
 
 
 def _hash(x: int) -> int:
-    """``hash32`` of :mod:`leanstep.kernels.reference.rounding` for one unsigned number, without tensors."""
+    """``hash32`` of :mod:`leanstep.kernels.reference.rounding` for one unsigned Python number."""
     x ^= x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
     x ^= x >> 15
@@ -24,7 +24,7 @@ def _hash(x: int) -> int:
 
 
 def keep_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
-    """True where dropout keeps an element of ``shape``: its hash is at least p * 2**32."""
+    """True where dropout keeps an element: its hash is at least p * 2**32."""
     index = torch.arange(shape.numel(), dtype=torch.int64, device=device)
     key = seed_key(seed) ^ hash32(index >> 32, 0)
     return ((hash32(index, key).to(torch.int64) & 0xFFFFFFFF) >= threshold(p)).view(shape)
@@ -54,7 +54,7 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """``e^T dropout(x)``, and ``dropout(x) a^T`` where ``a`` is given."""
+    """``e^T dropout(x)``; with ``a``, also ``dropout(x) a^T``."""
     dropped = dropout(x, p, seed)
     return e.t() @ dropped, None if a is None else dropped @ a.t()
 

@@ -11,7 +11,7 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
 
 
 def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``g * c``, in ``inner`` if it is given, and the sums over rows of ``g * y``, in c's dtype."""
+    """``g * c``, in ``inner`` if given, and the sum of ``g * y`` over the rows, in c's dtype."""
     wide = g.to(c.dtype)
     sums = (torch.zeros_like(wide) if y is None else wide * y.to(c.dtype)).sum(0)
     scaled = wide * c

@@ -11,7 +11,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
 
 def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(e) * u`` again, and the gradients of e and, in the memory of ``grad``, of u."""
+    """``silu(e) * u`` and the gradients of e and u; the last overwrites ``grad``."""
     wide = torch.promote_types(e.dtype, torch.float32)
     g, x, v = grad.to(wide), e.to(wide), u.to(wide)
     s = torch.sigmoid(x)

@@ -1,10 +1,10 @@
 """Newton-Schulz iterations towards the polar factor of a matrix, as plain torch: the definition.
 
-With X = M / ||M||_F to begin with, every step applies an odd polynomial to the singular values of X::
+Starting from X = M / ||M||_F, every step applies an odd polynomial to the singular values s of X::
 
     A = X X^T;   X <- a X + (b A + c A^2) X        that is, s <- a s + b s^3 + c s^5
 
-so that M = U S V^T goes towards U V^T. A table holds the triples (a, b, c) in use, with their sources.
+X approaches U V^T for M = U S V^T. ``COEFFICIENTS`` holds the triples (a, b, c) and their sources.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 Triple = tuple[float, float, float]
 
-# (a, b, c) by name, one triple per step; the last one is repeated when more steps are asked for
+# (a, b, c) by name, one triple per step; further steps repeat the last one
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), github.com/KellerJordan/Muon.
-    # Tuned for slope at 0: after five steps, singular values from 0.2 % of the norm are between 0.68 and 1.21, those
-    # from 1 % below 1.14; they do not converge to 1
+    # Tuned for a large slope at 0. After five steps, singular values above 0.2 % of the norm are between 0.68 and 1.21,
+    # those above 1 % are below 1.14. They do not converge to 1.
     "jordan": ((3.4445, -4.7750, 2.0315),),
-    # Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, for singular values from 1e-3, the
-    # paper's lower bound, with its safety factor; tests/helpers/polar_express.py derives it
+    # Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, with the paper's safety factor and its lower
+    # bound of singular values, 1e-3; tests/helpers/polar_express.py derives them
     "polar_express": (
         (8.20516041400557, -22.90193498705603, 16.4607249101803),
         (4.06639515994277, -2.86115408675514, 0.5183995226694738),
@@ -34,7 +34,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (1.856437109728543, -1.2132392818649087, 0.3567997893874689),
         (1.875, -1.25, 0.375),
     ),
-    # the same from 0.015 in 3 steps, and its limit: for nuclear norms, in which small singular values weigh little
+    # the same for 3 steps from 0.015, then its limit: small singular values hardly matter in a nuclear norm
     "nuclear": (
         (7.755565002621937, -21.647041193095454, 15.558772234759974),
         (3.3785445759557904, -2.4829067599405827, 0.4928056730316914),
@@ -44,7 +44,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     # the cubic of the polar decomposition's literature (Higham and Schreiber, "Fast polar decomposition of an arbitrary
     # matrix", SIAM J. Sci. Stat. Comput. 11(4), 1990): converges to 1 for s in (0, sqrt(3))
     "classic": ((1.5, -0.5, 0.0),),
-    # the quintic that Muon's tuned coefficients replace (Jordan et al., as above): converges, slowly at first
+    # the quintic before Muon's tuning (Jordan et al., as above): converges, slowly at first
     "classic_quintic": ((2.0, -1.5, 0.5),),
 }
 
@@ -57,7 +57,7 @@ def newton_schulz(batch: Tensor, triples: Sequence[Triple], eps: float, dtype: t
 
 
 def iterate(iterate_0: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """The steps, from a batch [B, m, n] of matrices of spectral norm 1 or less; products on the smaller side."""
+    """Run the steps on a batch [B, m, n] of matrices of spectral norm at most 1; A is of the smaller side."""
     tall = iterate_0.shape[-2] > iterate_0.shape[-1]
     x = iterate_0.mT if tall else iterate_0
     for a, b, c in triples:
@@ -69,8 +69,8 @@ def iterate(iterate_0: Tensor, triples: Sequence[Triple]) -> Tensor:
 def nuclear_norm(batch: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Tensor:
     """<M, P(M)> of every matrix of ``batch`` [B, m, n], as [B], with P computed in ``dtype``.
 
-    Singular values are divided by their 4-norm, which bounds the largest one from above and much more closely than
-    the Frobenius norm does where there are many of one size.
+    Divides the singular values by their 4-norm, an upper bound of the largest one. If many singular values have similar
+    size, it is a much closer bound than the Frobenius norm.
     """
     wide = widen(batch, dtype)
     size = frobenius(wide)
@@ -82,12 +82,12 @@ def nuclear_norm(batch: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -
 
 
 def widen(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``batch`` in fp32, or in fp64 if it or ``dtype`` is that."""
+    """Convert ``batch`` to fp32, or to fp64 if it or ``dtype`` is fp64."""
     return batch.double() if torch.float64 in (batch.dtype, dtype) else batch.float()
 
 
 def frobenius(batch: Tensor) -> Tensor:
-    """Frobenius norms of [B, m, n] as [B, 1, 1], whatever the size of the entries. NaN where one is not finite."""
+    """Frobenius norms of [B, m, n] as [B, 1, 1], for entries of any size. NaN if an entry is not finite."""
     if batch.numel() == 0:
         return batch.new_zeros(batch.shape[0], 1, 1)
     largest = batch.abs().amax((-2, -1), keepdim=True)

@@ -1,7 +1,7 @@
 """Square-root Sinkhorn iterations on one matrix, as plain torch: the definition.
 
-The iterate X = diag(r) G diag(c) is never formed: only the row scales r and the column scales c are. With
-H = (diag(r0) G)**2, r0 = 1 / max|row|, every half-iteration is a matrix-vector product::
+Only the row scales r and the column scales c are computed, not the iterate X = diag(r) G diag(c). With
+H = (diag(r0) G)**2 elementwise and r0 = 1 / max|row|, every half-iteration is a matrix-vector product::
 
     r = r0 / sqrt(H c^2 / n)          row i of diag(r) G diag(c) has mean square 1
     c = 1 / sqrt(H^T (r / r0)^2 / m)  column j has mean square 1
@@ -19,9 +19,9 @@ def reciprocal_or_zero(x: Tensor) -> Tensor:
 
 
 def row_prescale(mat: Tensor) -> Tensor:
-    """1 / max|row| of ``mat`` [B, m, n] as [B, m] in fp32 (or fp64): 0 for a zero row, NaN for one with a NaN.
+    """1 / max|row| of ``mat`` [B, m, n] as [B, m] in fp32 (or fp64): 0 for a zero row, NaN for a row with a NaN.
 
-    With rows scaled to 1, squares neither overflow nor vanish, whatever the size of the gradient.
+    The scaled entries are at most 1, so squares neither overflow nor all vanish, for gradients of any size.
     """
     wide = torch.float64 if mat.dtype == torch.float64 else torch.float32
     return inverse_of_largest(mat.abs().amax(dim=-1).to(wide))
@@ -35,7 +35,7 @@ def inverse_of_largest(largest: Tensor) -> Tensor:
 
 
 def finish_rows(prescale: Tensor, inverse: Tensor) -> Tensor:
-    """r = r0 * sqrt(inverse), kept finite: a row whose largest entry is subnormal may not reach full size."""
+    """r = r0 * sqrt(inverse), clamped to finite values, which a row of subnormal entries may exceed."""
     return (prescale * inverse.sqrt()).clamp(max=torch.finfo(prescale.dtype).max)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def nm_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """True at the n entries of largest magnitude of every m consecutive ones along ``dim``; of equal ones the last.
+    """True at the n entries of largest magnitude in every group of m along ``dim``; of equal ones the last.
 
     NaN counts as larger than any number.
     """

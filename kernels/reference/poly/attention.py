@@ -1,4 +1,4 @@
-"""Attention with a polynomial in place of exp, through the whole matrix of weights; as plain torch."""
+"""Attention with a polynomial in place of exp, with the full matrix of weights, as plain torch."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def poly_attention(
 ) -> tuple[Tensor, Tensor]:
     """``P V / D`` with ``P_ij = p(scale * q_i . (k_j - center))`` and ``D_i = sum_j P_ij``, and D.
 
-    q [B, Hq, L, d]; k [B, H, M, d] and v [B, H, M, e], where H divides Hq; key_mask [B, M], True where a key counts.
-    The result is zero where no key counts. Runs in the dtype of the inputs.
+    q [B, Hq, L, d]; k [B, H, M, d] and v [B, H, M, e], where H divides Hq; key_mask [B, M], False for keys to ignore.
+    Queries without keys get zero. Runs in the dtype of the inputs.
     """
     group = q.shape[1] // k.shape[1]
     y = k if center is None else k - center[..., None, :]

@@ -1,4 +1,4 @@
-"""All monomials of a vector up to a degree, whose inner products are Taylor sums of exp; as plain torch."""
+"""All monomials of a vector up to a degree, as plain torch. Their inner products are Taylor sums of exp."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def poly_features(x: Tensor, tables: PolyTables) -> Tensor:
 
 
 def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
-    """The gradient of x [n, d, c] from that of its features: ``dx[i] = sum_b lift[b, i] f[b] grad[up[b, i]]``."""
+    """Gradient of x [n, d, c] from its features': ``dx[i] = sum_b lift[b, i] f[b] grad[up[b, i]]``."""
     lower, dim = tables.up.shape
     if not lower:
         return torch.zeros_like(x)
@@ -32,7 +32,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tenso
 
 
 def _lower(tables: PolyTables) -> PolyTables:
-    """The features of all degrees but the highest, which come first."""
+    """Cut the tables to the features below the highest degree, which come first."""
     size = tables.starts[-2]
     names = ("parent", "last", "weight", "degrees", "weight32")
     return replace(tables, starts=tables.starts[:-1], **{name: getattr(tables, name)[:size] for name in names})

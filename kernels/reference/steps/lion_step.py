@@ -1,4 +1,4 @@
-"""Lion, one tensor at a time, as plain torch: the definition that the fast versions are tested against."""
+"""Lion, one tensor at a time, as plain torch: the definition."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def lion_step(
     """Update ``param``, ``exp_avg`` and ``rounding_state`` in place; see :func:`leanstep.kernels.lion_step`.
 
     Args:
-        options: those of one tensor, from :meth:`StepOptions.of`.
+        options: of one tensor, from :meth:`StepOptions.of`.
 
     Returns:
-        0-d bool: a gradient entry was not finite. None without ``skip_nonfinite``.
+        0-d bool: whether the gradient has a non-finite entry. None without ``skip_nonfinite``.
     """
     lr, decay, _, _, beta2, one_minus_beta2 = options.scalars
     gradient, momentum, c = interpolate(grad, exp_avg, options)
@@ -56,7 +56,7 @@ def lion_step(
 
 
 def lion_agreement(grad: Tensor, exp_avg: Tensor, options: StepOptions) -> Tensor:
-    """Number of entries whose update sign(c) agrees with the gradient, as a 0-d fp32 tensor."""
+    """Count the entries whose update sign(c) agrees with the gradient, as a 0-d fp32 tensor."""
     gradient, _, c = interpolate(grad, exp_avg, options)
     agrees = torch.sign(c) * gradient > 0
     if options.skip_nonfinite:

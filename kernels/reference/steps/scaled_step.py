@@ -20,7 +20,7 @@ def scaled_step(
     """Update ``param`` and ``rounding_state`` in place; see :func:`leanstep.kernels.scaled_step`.
 
     Args:
-        options: those of one tensor, from :meth:`StepOptions.of`; ``skip_nonfinite`` is the caller's.
+        options: of one tensor, from :meth:`StepOptions.of`. The caller handles ``skip_nonfinite``.
     """
     step, decay = options.scalars
     weight = widen(param, rounding_state, options.rounding)

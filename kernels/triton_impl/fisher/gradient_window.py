@@ -1,12 +1,12 @@
-"""Dots of a window's rows with a vector, and linear combinations of its rows, each one launch for all its blocks.
+"""Dot products of a window's rows with a vector, and combinations of its rows: one launch each for all blocks.
 
-Bytes: `row_dots` reads every window once, and the vector once from memory and from then on from the cache, a column's
-element for every `BLOCK_M` rows. Its sums over `TILES * BLOCK_N` columns go to a second kernel, which adds them in
-fixed order: 8 bytes per row and 8192 columns. `linear_combination` reads every window once and writes its result once.
+Bytes: `row_dots` reads every window once. It reads the vector once from memory, then once per `BLOCK_M` rows from the
+cache. A second kernel adds the sums of `TILES * BLOCK_N` columns in fixed order: 8 bytes per row and 8192 columns.
+`linear_combination` reads every window once and writes its result once.
 
-All sums run in fp64, as in reference/gradient_window.py: one conversion and one multiply-add per element of the window.
-GPUs for data centers do that at the speed of their memory. Where fp64 runs at 1/64 of fp32 it bounds both kernels: by
-the numbers of the data sheets at 0.6 to 1 times the speed of memory for fp32 rows, at half of that for 16-bit ones.
+All sums run in fp64, as in reference/fisher/gradient_window.py: one conversion and one multiply-add per element of the
+window. Data-centre GPUs do this at the speed of their memory. On GPUs whose fp64 has 1/64 of the speed of fp32, data
+sheets predict 0.6 to 1 times the speed of memory for fp32 rows, and half of that for 16-bit rows.
 """
 
 import itertools
@@ -47,10 +47,10 @@ def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def eights(number, ALIGNED: tl.constexpr):
-    """A number of columns, or the distance of two rows.
+    """Round a number of columns, or the distance of two rows, down to a multiple of 8 if rows are ALIGNED.
 
-    Where rows are aligned it is a multiple of 8. Rounding it down to one changes nothing then, but proves that every
-    row starts on a 16-byte boundary, and that a column mask never splits a 128-bit access.
+    Such a number is a multiple of 8 already. The rounding proves to the compiler that rows start on 16-byte boundaries,
+    and that column masks do not split 128-bit accesses.
     """
     if ALIGNED:
         number = (number // 8) * 8
@@ -90,7 +90,7 @@ def window_dots_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def window_reduce_kernel(table, partial, dots, m, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Add up the chunks of one group for BLOCK_R rows, in fp64. A row of the table is (first chunk, chunks)."""
+    """Sum the chunks of one group for BLOCK_R rows, in fp64. A row of the table is (first chunk, chunks)."""
     row = table + tl.program_id(1) * 2
     first = tl.load(row + 0)
     chunks = tl.load(row + 1).to(tl.int32)
@@ -135,7 +135,7 @@ def window_combination_kernel(
 
 
 def row_dots(windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Sequence[int], count: int) -> Tensor:
-    """fp64 [count, m]: dots of the rows of windows [m, n] with vectors [n]."""
+    """Dot products of the rows of windows [m, n] with vectors [n]: fp64 [count, m]."""
     device, m = windows[0].device, windows[0].shape[0]
     staging = Staging()
     dtype = windows[0].dtype if all(v.dtype == windows[0].dtype for v in vectors) else torch.float32
@@ -163,12 +163,12 @@ def row_dots(windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Seque
 
 
 def _dense_rows(window: Tensor, staging: Staging) -> Tensor:
-    """A window whose rows are dense: itself, whatever their distance, such as some columns of another one."""
+    """Return the window, or a copy if its rows are not dense. Rows may be apart, as in a slice of columns."""
     return staging.hold(window) if window.stride(1) == 1 or window.shape[1] == 1 else staging.read(window)
 
 
 def reduce_chunks(partial: Tensor, chunks: Sequence[int], m: int) -> Tensor:
-    """fp64 [G, m] from fp64 [chunk, m], the chunks of one group after those of another; `chunks`: how many of each."""
+    """Sum the chunks of each group: fp64 [sum of chunks, m] to fp64 [G, m]. `chunks` counts those of each group."""
     device = partial.device
     dots = torch.empty(len(chunks), m, dtype=torch.float64, device=device)
     firsts = [sum(chunks[:g]) for g in range(len(chunks))]
@@ -205,7 +205,7 @@ def linear_combination(
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         # rows that start on 16-byte boundaries, and rows that do not

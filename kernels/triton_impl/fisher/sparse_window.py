@@ -1,9 +1,9 @@
-"""Dots of a sparse window's rows with a vector, and combinations of its rows, each one launch for all its blocks.
+"""Dot products of a sparse window's rows with a vector, and combinations of its rows: one launch each for all blocks.
 
-Bytes: both read values and indices once: 4 bytes per entry in bf16. What they gather from, or add to, is a block of a
-dense vector at a time, which the cache holds: 4 bytes more per entry, and for the combination, whose sums are fp64, 8
-and 8 written. A program of the combination owns a block and goes through the rows in order, so that no two programs add
-to the same element and results repeat bit for bit. All sums run in fp64, as in gradient_window.py.
+Bytes: both read values and indices once, 4 bytes per entry in bf16. They gather from, or add to, one block of a dense
+vector at a time, which stays in the cache. The dot products read 4 more bytes per entry from it. The combination, whose
+sums are fp64, reads and writes 8. A program of the combination adds all rows of one block in order. So no two programs
+add to the same element, and results repeat bit for bit. All sums run in fp64, as in gradient_window.py.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from leanstep.kernels.triton_impl.fisher.gradient_window import eights, pointer_
 
 BLOCK_M, BLOCK_N, THREADS = 8, 256, 256
 TILES = 8
-# entries of a row's block that are added at a time -> threads; the widest goes over longer ones in several turns
+# entries of a row's block that are added at a time -> threads; longer blocks take several turns of the widest
 WIDTHS = {64: 64, 256: 128, 1024: 256}
 
 
@@ -98,7 +98,7 @@ def sparse_combination_kernel(
     for j in range(0, size, BLOCK_K):
         tl.store(sums_ptr + j + lane, zeros, mask=j + lane < size)
     for row_number in range(0, m):
-        # what comes now may have been written by other threads of this program
+        # other threads of this program may have written the sums that this one reads next
         tl.debug_barrier()
         c = tl.load(c_ptr + row_number)
         for j in range(0, count, BLOCK_K):
@@ -120,7 +120,7 @@ def row_dots(
     groups: Sequence[int],
     count: int,
 ) -> Tensor:
-    """fp64 [count, m]: dots of the rows of sparse windows with vectors [numel]."""
+    """Dot products of the rows of sparse windows with vectors [numel]: fp64 [count, m]."""
     device, m = values[0].device, values[0].shape[0]
     staging = Staging()
     rows, keys, pieces, chunks = [], [], [], [0] * count
@@ -177,7 +177,7 @@ def linear_combination(
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype, per_block in itertools.product(TL_DTYPE, (*WIDTHS, 7)):  # 7: rows that do not start on 16 bytes
@@ -199,6 +199,6 @@ def _dots_promise(launch: Launch) -> dict[str, Any]:
 
 def _combination_promise(launch: Launch) -> dict[str, Any]:
     v, width = launch.dtype("V_DTYPE"), launch.constants["BLOCK_K"]
-    # written: to the sums of the block, which stay in the cache
+    # the written bytes are the block's sums, which stay in the cache
     label = f"v {v} {width}".replace("torch.", "")
     return dict(label=label, elements=width, read=v.itemsize + 2, written=8, cached=8)

@@ -1,8 +1,8 @@
 """DoRA's norms in one pass over a 16-bit weight.
 
-Bytes: the weight, B and a matrix of B's size are read once; every program reads A, from the cache. A is fp32 and is
-split into three bf16 numbers that add up to its 24 bits: their products with a bf16 weight are exact, and are summed in
-fp32. An fp16 weight is split too, into two.
+Bytes: reads the weight, B and a matrix of B's size once. Every program reads A from the cache. Each fp32 number of A is
+split into three bf16 numbers, whose sum has all of its 24 bits. Their products with a bf16 weight are exact and are
+summed in fp32. An fp16 weight is split into two bf16 numbers.
 """
 
 from typing import Any
@@ -17,8 +17,7 @@ from leanstep.kernels.triton_impl._common import INTERPRETED, round_to, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# columns of a tile; and, by the padded rank, the rows of a program: more rows read A less often, but there are fewer
-# programs
+# columns of a tile, and rows of a program by padded rank: with more rows, A is read less often, but by fewer programs
 BLOCK_K, THREADS = 64, 256
 ROWS = {16: 32, 64: 64}
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -26,14 +25,14 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 @triton.jit
 def _rounded(x):
-    """The nearest bf16 number, as a factor of a product; in fp32 in the interpreter, whose bf16 products are wrong."""
+    """Round to bf16, for a product. The interpreter keeps fp32, because its bf16 products are wrong."""
     rounded = round_to(x, tl.bfloat16)
     return to_float(rounded) if INTERPRETED else rounded
 
 
 @triton.jit
 def _products(w, a, sums, HALF: tl.constexpr):
-    """``sums + w a^T`` for w of 8 bits, or of 11 if HALF, and a of 24."""
+    """``sums + w a^T`` for w with 8 significant bits (11 if HALF) and a with 24."""
     high = _rounded(w)
     a1 = _rounded(a)
     rest = a - to_float(a1)
@@ -54,8 +53,8 @@ def lora_norms_kernel(
     w_ptr, a_ptr, b_ptr, mix_ptr, squares_ptr, out_ptr, m, tiles, r, scale,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of ``tiles`` tiles."""
-    # visibly a multiple of BLOCK_K, so that the compiler may use wide accesses
+    """The norms of BLOCK_M rows, each of ``tiles`` tiles."""
+    # shows the compiler a multiple of BLOCK_K, so that it uses wide accesses
     n = tiles * BLOCK_K
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -79,7 +78,7 @@ def lora_norms_kernel(
 
 
 def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, squares: Tensor) -> Tensor:
-    """As the definition; a, b, mix and squares in fp32."""
+    """As reference/lora/norms.py, for a, b, mix and squares in fp32."""
     (m, n), r = weight.shape, len(a)
     block_r = next((block for block in ROWS if r <= block), None)
     if weight.dtype not in _DTYPES or block_r is None or n % BLOCK_K or not weight.is_contiguous():
@@ -95,7 +94,7 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, 
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can pick."""
+    """Every configuration that the launcher above can choose."""
 
     def launch_all() -> None:
         for dtype in _DTYPES:
@@ -112,7 +111,7 @@ def _promise(launch: Launch) -> dict[str, Any]:
     return dict(
         label=f"{launch.arguments['w_ptr'].strip('*')} rank {block_r}",
         elements=tile,
-        # counted as if B, the matrix of its size and the squares were read, and the norms written, once per tile
+        # counts B, the matrix of its size, the squares and the norms once per tile, though they move once per program
         read=dtype.itemsize + (8 * block_r + 4) * rows / tile,
         written=4 * rows / tile,
         cached=4 * block_r * BLOCK_K / tile,

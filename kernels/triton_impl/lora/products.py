@@ -1,8 +1,8 @@
-"""The r-wide products with dropout, whose mask is computed from a hash as x is read and never stored.
+"""The r-wide products with dropout. A hash computes the mask as x is read, so that it is never stored.
 
-Bytes: x, or y, is read (and written) once; every program reads the factors, from the cache. These kernels run 16-bit
-matrices of ranks up to 64. fp32 products would lose digits on tensor cores, and larger ranks do not fit in registers:
-for them, the dropped matrix is stored and the BLAS multiplies it.
+Bytes: reads x once, or reads and writes y once. Every program reads the factors from the cache. The kernels take 16-bit
+matrices and ranks up to 64. fp32 products would lose digits on tensor cores, and larger ranks do not fit in registers.
+For these, dropout(x) is stored and the BLAS multiplies it.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 BLOCK, THREADS = 2048, 256
 # rows and columns of a tile of x or y
 BLOCK_M, BLOCK_K, DOT_THREADS = 64, 64, 256
-# of a tile of x where sums of all ranks are in registers too; larger tiles would spill
+# the same in lora_down, which also holds the sums of all ranks in registers; larger tiles would spill
 DOWN_M, DOWN_K = 32, 32
 RANKS = (16, 64)
 # rows of x that one program sums into a gradient
@@ -29,14 +29,14 @@ CHUNK = 1024
 
 @triton.jit
 def _survives(index, key, limit):
-    """Whether the element of a 64-bit row-major index survives; key and limit are unsigned 32-bit."""
+    """Whether dropout keeps the element at a 64-bit row-major index; key and limit are uint32."""
     high = random_bits((index >> 32).to(tl.uint32), tl.zeros([], dtype=tl.uint32))
     return random_bits(index.to(tl.uint32), key ^ high) >= limit
 
 
 @triton.jit
 def _factor(x, DTYPE: tl.constexpr):
-    """A factor of a product; in fp32 in the interpreter, whose products of bf16 are wrong."""
+    """Convert to DTYPE, for a product. The interpreter keeps fp32, because its bf16 products are wrong."""
     return to_float(x) if INTERPRETED else x.to(DTYPE)
 
 
@@ -49,7 +49,7 @@ def _dropout_tile(x_ptr, out_ptr, start, offs, mask, key, limit, gain):
 
 @triton.jit(do_not_specialize=["numel", "key", "limit", "gain"])
 def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.constexpr):
-    """BLOCK elements."""
+    """dropout(x) of BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
@@ -61,7 +61,7 @@ def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.const
 
 @triton.jit
 def _dropped(x_ptr, offs_m, offs_n, rows, columns, key, limit, gain):
-    """A tile of dropout(x), in fp32, rounded as in the definition."""
+    """A tile of dropout(x), rounded as in the definition."""
     at = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
     x = to_float(tl.load(x_ptr + at, mask=mask, other=0.0)) * gain
@@ -158,7 +158,7 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """`e^T dropout(x)`, and `dropout(x) a^T` where `a` is given; x row-major."""
+    """`e^T dropout(x)`; with `a`, also `dropout(x) a^T`; x row-major."""
     (rows, n), r = x.shape, e.shape[1]
     if _block_r(x, r) is None:
         dropped = dropout(x, p, seed)
@@ -187,7 +187,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
 
 
 def _block_r(x: Tensor, r: int) -> int | None:
-    """The width of the tile that holds a rank; None where no kernel here should form the product."""
+    """The tile width for a rank, or None if the BLAS computes the product."""
     if x.dtype == torch.float32:
         return None
     return next((block for block in RANKS if r <= block), None)
@@ -200,7 +200,7 @@ def _numbers(p: float, seed: int) -> tuple[int, int, float]:
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype in TL_DTYPE:
@@ -224,7 +224,7 @@ def _product_promise(launch: Launch) -> dict[str, Any]:
     block_r, large = launch.constants["BLOCK_R"], "y_ptr" if name == "up" else "x_ptr"
     rows, columns = (DOWN_M, DOWN_K) if name == "down" else (BLOCK_M, BLOCK_K)
     tile, size = rows * columns, launch.dtype(large).itemsize
-    # bytes of the factors that are read beside a tile, and that (down, backward) a program writes at its end
+    # bytes of the factors read per tile, and bytes written per tile (down, backward: once, at a program's end)
     factors = {"down": columns, "backward": rows, "up": rows + columns}[name] * block_r * size
     written = {"down": rows * block_r * size / tile, "backward": block_r * BLOCK_K * 4 / tile, "up": size}[name]
     label = f"{name} {launch.arguments[large].strip('*')} rank {block_r}"

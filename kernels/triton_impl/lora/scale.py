@@ -1,7 +1,7 @@
 """DoRA's factor on columns, and its gradient, one pass each.
 
-Bytes: the forward pass reads and writes the output; the backward pass reads gradient and output and writes one tensor.
-Factors and sums are as long as a row, and few.
+Bytes: the forward pass reads and writes the output. The backward pass reads gradient and output and writes one tensor.
+Factors and sums have the length of a row and hardly matter.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
-# rows and columns of a tile, and the number of tiles below each other that are summed together
+# rows and columns of a tile, and the number of tiles, one below the other, in a sum
 BLOCK_M, BLOCK_N, THREADS = 16, 128, 256
 TILES = 16
 
@@ -42,7 +42,7 @@ def lora_scale_backward_kernel(
     g_ptr, y_ptr, c_ptr, inner_ptr, sums_ptr, rows, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles below each other, and a row of the table of sums."""
+    """TILES tiles, one below the other, and their row of sums."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n < columns
     c = tl.load(c_ptr + offs_n, mask=inside, other=0.0)[None, :]
@@ -68,7 +68,7 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
 
 
 def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """`g * c` in `inner`, which may be g, and the sums over rows of `g * y`, in fp32; matrices row-major."""
+    """`g * c` in `inner`, which may be g, and the sum of `g * y` over the rows, in fp32; matrices row-major."""
     rows, columns = g.shape
     chunks = triton.cdiv(rows, BLOCK_M * TILES)
     sums = g.new_empty(chunks, columns, dtype=torch.float32)
@@ -81,7 +81,7 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype in TL_DTYPE:
@@ -100,7 +100,7 @@ def _promise(launch: Launch) -> dict[str, Any]:
         elements=BLOCK_M * BLOCK_N,
         read=size,
         written=size,
-        # factors and biases, which every row of threads reads for itself
+        # every row of threads reads the factors and the bias
         cached=4.0 + (size if has_bias else 0),
     )
 
@@ -111,7 +111,7 @@ def _backward_promise(launch: Launch) -> dict[str, Any]:
         label=launch.arguments["g_ptr"].strip("*"),
         elements=BLOCK_M * BLOCK_N,
         read=2 * size,
-        # a row of sums, once per TILES tiles of 16 rows; counted as if once per tile
+        # counts a row of sums per tile, though a program writes it once per TILES tiles
         written=size + 4 / BLOCK_M,
         cached=4.0,
     )

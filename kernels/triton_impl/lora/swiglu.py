@@ -20,7 +20,7 @@ BLOCK, THREADS = 2048, 256
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) without an exponential that overflows."""
+    """1 / (1 + exp(-x)), written so that no exponential overflows."""
     t = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, t) / (1.0 + t)
 
@@ -44,7 +44,7 @@ def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, offs, mask):
 
 @triton.jit(do_not_specialize=["numel"])
 def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    """BLOCK elements."""
+    """The product of BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
@@ -55,7 +55,7 @@ def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["numel"])
 def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel, BLOCK: tl.constexpr):
-    """BLOCK elements; the gradient of u is written over that of the output."""
+    """The gradients of BLOCK elements; u's gradient overwrites the output's."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
@@ -77,7 +77,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
 
 def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`silu(e) * u` again, and the gradients of e and, in the memory of `grad`, of u; all row-major."""
+    """`silu(e) * u` and the gradients of e and u, the last in `grad`; all row-major."""
     out, de = torch.empty_like(e), torch.empty_like(e)
     with on_device(e.device):
         swiglu_backward_kernel[(triton.cdiv(e.numel(), BLOCK),)](
@@ -87,7 +87,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype in TL_DTYPE:

@@ -1,10 +1,10 @@
 """Batched products whose results are symmetric: X X^T, and beta S + alpha L R of symmetric matrices that commute.
 
-A program computes one tile on or below the diagonal and stores it twice, as it is and mirrored: half the operations of
-a general product. Sums are fp32. Results are exactly symmetric.
+A program computes one tile on or below the diagonal and stores it twice, the second time mirrored. This takes half the
+operations of a general product. Sums are fp32. Results are exactly symmetric.
 
-Bytes: per tile of the result, a block of rows of each factor from the cache or memory; the base is read on and below
-the diagonal, the result is written once.
+Bytes: each tile of the result reads a block of rows of each factor, from the cache or memory. The base is read on and
+below the diagonal. The result is written once.
 """
 
 import itertools
@@ -19,16 +19,16 @@ from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, round_to
 from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
 from leanstep.kernels.triton_impl._multi_tensor import has_aligned_rows, on_device, warps
 
-# (BLOCK, BLOCK_K, threads): where sizes are not multiples of 8 results are stored entry by entry, which takes registers
+# (BLOCK, BLOCK_K, threads). Unaligned sizes need smaller blocks, because storing single entries takes registers.
 ALIGNED, UNALIGNED = (128, 64, 256), (64, 32, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def _tile_of(index):
-    """(row, column) of the tile number `index` of a lower triangle, counted row by row."""
+    """(row, column) of tile number `index` in a lower triangle, counted by rows."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # the square root may be rounded across a whole number, either way
+    # rounding may have moved the square root across a whole number, up or down
     row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
     return row, index - row * (row + 1) // 2
@@ -36,7 +36,7 @@ def _tile_of(index):
 
 @triton.jit
 def _load(ptr, offs_m, offs_k, m, k, step, ROWS: tl.constexpr):
-    """Rows `offs_m`, columns `offs_k` of a matrix [m, k] stored by rows, or by columns, `step` apart; zero outside."""
+    """Load a tile of a matrix [m, k] whose rows (or, without ROWS, columns) are `step` apart; zero outside."""
     mask = (offs_m < m)[:, None] & (offs_k < k)[None, :]
     if ROWS:
         offsets = offs_m.to(tl.int64)[:, None] * step + offs_k[None, :]
@@ -57,8 +57,8 @@ def symmetric_product_kernel(
 ):  # fmt: skip
     """One tile of `alpha left right^T + beta base`, [m, m] and contiguous, from factors [m, k].
 
-    Where WIDE, sizes and strides are multiples of 8 (a stride of 1 apart): rounding them down changes nothing then, but
-    proves that accesses of 128 bits are possible.
+    If WIDE, sizes and strides other than 1 are multiples of 8. Rounding them down to multiples of 8 proves it to the
+    compiler, which then uses 128-bit accesses.
     """
     batch = tl.program_id(1).to(tl.int64)
     tile_m, tile_n = _tile_of(tl.program_id(0))
@@ -85,7 +85,7 @@ def symmetric_product_kernel(
     mirrored = tl.trans(tile)
     out += batch * m * m
     if tile_m == tile_n:
-        # sums of different factors are rounded differently on either side of the diagonal: the lower ones are kept
+        # rounding of two factors' sums differs on the two sides of the diagonal: the lower side overwrites the upper
         tile = tl.where(offs_m[:, None] >= offs_n[None, :], tile, mirrored)
     else:
         inside_mirrored = (offs_n < m)[:, None] & (offs_m < m)[None, :]
@@ -94,18 +94,18 @@ def symmetric_product_kernel(
 
 
 def gram(x: Tensor, out: Tensor) -> Tensor:
-    """x x^T of [B, m, k] or [m, k], one of whose last two strides is 1, into the contiguous `out`."""
+    """Write x x^T of [B, m, k] or [m, k] to the contiguous `out`. One of the last two strides of x must be 1."""
     return _launch(x, x, None, 0.0, 1.0, out)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left right, symmetric, contiguous and commuting, into another tensor `out`."""
+    """Write left right to another tensor `out`. Both are symmetric and contiguous, and commute."""
     return _launch(left, right, None, 0.0, 1.0, out)
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
-    """beta base + alpha left right, all symmetric and contiguous and of commuting factors; `out` is another tensor."""
-    # the rows of a symmetric matrix are the columns that the product needs
+    """Write beta base + alpha left right to another `out`. All are symmetric and contiguous; the factors commute."""
+    # the kernel computes left right^T, and right is symmetric
     return _launch(left, right, base, beta, alpha, out)
 
 
@@ -131,7 +131,7 @@ def _launch(left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype, side in itertools.product(DTYPES, (8, 7)):
@@ -145,11 +145,11 @@ def audit_cases() -> list[AuditCase]:
 
 def _promise(launch: Launch) -> dict[str, Any]:
     dtype, constants = launch.dtype("DTYPE"), launch.constants
-    # of the Gram matrix of wide and of tall matrices, and of products of symmetric ones
+    # a product of symmetric matrices, or the Gram matrix of wide or of tall ones
     name = "symmetric" if constants["HAS_BASE"] else "wide" if constants["ROWS"] else "tall"
     return dict(
         label=f"{name} {dtype} {'aligned' if constants['WIDE'] else 'any sizes'}".replace("torch.", ""),
-        # a turn of the loop reads a block of each factor, of which every element is used BLOCK times
+        # a turn of the loop reads a block of each factor and uses every element BLOCK times
         elements=2 * constants["BLOCK"] * constants["BLOCK_K"],
         read=dtype.itemsize,
         written=0,

@@ -1,13 +1,12 @@
 """One square-root Sinkhorn iteration over a list of matrices, in one sweep of each matrix.
 
-A program takes a block of rows of one matrix, finishes their row scales and, while the rows are at hand, adds their
-squares to the column sums. Up to `MAX_TILE` columns a row lives in registers, so every element is loaded once; wider
-rows are swept twice (three times in the first iteration, which looks for the largest entry), a few rows at a time, so
-that the later sweeps come from the cache.
+A program computes the row scales of a block of rows of one matrix, and adds their squares to the column sums. Rows of
+up to `MAX_TILE` columns fit in registers, so every element is loaded once. Wider rows are swept twice (three times in
+the first iteration, which searches the largest entries), a few rows at a time, so later sweeps read the cache.
 
-Bytes: each matrix is read once from memory. The partial column sums are written and read once by a second kernel, in
-fixed order, so that results do not depend on scheduling: 4 bytes per column and block of at least `ROWS` rows, which
-is 1/64 (fp32) or 1/32 (16-bit) of the matrix. That is also the extra memory of a call.
+Bytes: each matrix is read from memory once. A second kernel adds the partial column sums in fixed order, so results do
+not depend on scheduling. The sums are written and read once: 4 bytes per column and block of at least `ROWS` rows. This
+is 1/64 (fp32) or 1/32 (16-bit) of the matrix, and also the extra memory of a call.
 """
 
 from collections.abc import Sequence
@@ -29,15 +28,15 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     warps,
 )
 
-# columns of a register tile -> (rows of the tile, threads): 16 elements per thread, which no target spills
+# columns of a register tile -> (rows, threads): 16 elements per thread, which spill on no target
 TILES = {512: (8, 256), 1024: (4, 256), 2048: (2, 256), 4096: (1, 256), 8192: (1, 512)}
 MAX_TILE = max(TILES)
-# fewer for rows that are not aligned, where one element per access costs more than the idle part of a tile
+# widths for unaligned rows: one element per access costs more than a tile's idle part, so fewer widths suffice
 UNALIGNED_TILES = (1024, 4096, 8192)
 WIDER = 0
 WIDE, WIDE_ROWS, WIDE_THREADS = 2048, 2, 512
 ROWS = 64  # rows of a block, at least
-MAX_BLOCKS = 512  # of row blocks per matrix, so that the second kernel has a short way to go
+MAX_BLOCKS = 512  # row blocks per matrix, which the second kernel adds up
 REDUCE_ROWS, REDUCE_COLS, REDUCE_THREADS = 16, 128, 256
 
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -45,9 +44,9 @@ _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _row_scale(r_prev, sum_of_squares, inv_cols):
-    """r_prev / sqrt(mean square), 0 for a zero row; NaN stays NaN; a subnormal row must not give an infinity."""
+    """r_prev / sqrt(mean square); 0 for a zero row, NaN for NaN, and finite for a subnormal row."""
     q = sum_of_squares * inv_cols
-    # an infinite sum would give a scale of 0: make it NaN
+    # makes an infinite sum NaN; its scale would be 0
     q += q - q
     r = r_prev / tl.sqrt(tl.where(q == 0, 1.0, q))
     return tl.where(q == 0, 0.0, tl.where(r > _FP32_MAX, _FP32_MAX, r))
@@ -55,7 +54,7 @@ def _row_scale(r_prev, sum_of_squares, inv_cols):
 
 @triton.jit
 def _first_scale(largest):
-    """1 / the row's largest magnitude, 0 for a zero row; 2**-127 is the smallest whose inverse is finite."""
+    """1 / the row's largest magnitude, 0 for a zero row. 2**-127 is the smallest number with a finite inverse."""
     return tl.where(largest > 0, 1.0 / tl.where(largest > 2.0**-127, largest, 2.0**-127), 0.0)
 
 
@@ -69,8 +68,8 @@ def _inverse(total):
 def _matrix(row, batch, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to a matrix of the batch, its number of columns and its strides.
 
-    An aligned matrix has rows of unit stride that start on 16-byte boundaries; rounding the numbers down to multiples
-    of 8 changes nothing for it, but proves the alignment, and that the column mask never splits a 128-bit access.
+    An aligned matrix has rows of unit stride that start on 16-byte boundaries, and its numbers are multiples of 8.
+    Rounding them down proves it to the compiler, and that the column mask does not split 128-bit accesses.
     """
     n = tl.load(row + 2).to(tl.int32)
     stride_b = tl.load(row + 3)
@@ -89,7 +88,7 @@ def _matrix(row, batch, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _partial_sums(row, partial, piece):
-    """Where a row block's column sums are; offset and pitch are multiples of 8, which the rounding proves."""
+    """Pointer to a row block's column sums. Offset and pitch are multiples of 8, which the rounding proves."""
     return partial + (tl.load(row + 8) // 8) * 8 + piece * ((tl.load(row + 13) // 8) * 8)
 
 
@@ -98,7 +97,7 @@ def sinkhorn_tile_kernel(
     table, programs, rows, cols, partial, first,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of at most BLOCK_N columns, BLOCK_M rows at a time in registers.
+    """Iterate on a block of rows of at most BLOCK_N columns, with BLOCK_M rows at a time in registers.
 
     A row of the table is (address, m, n, stride_b, stride_m, stride_n, rows offset, cols offset, partial offset,
     blocks, rows per block, cols_total, rows_total, partial pitch, column blocks, 0).
@@ -171,7 +170,7 @@ def sinkhorn_wide_kernel(
     table, programs, rows, cols, partial, first,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As `sinkhorn_tile_kernel`, for rows that do not fit in registers: BLOCK_M whole rows at a time."""
+    """Like `sinkhorn_tile_kernel`, for rows that do not fit in registers; BLOCK_M whole rows at a time."""
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 16
     piece = (entry & 0xFFFFFFFF).to(tl.int32)
@@ -204,10 +203,10 @@ def sinkhorn_wide_kernel(
             mask_n = offs_n < n
             g = tl.load(g_rows + offs_n[None, :] * stride_n, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
             y = to_float(g) * r[:, None]
-            # the memory is dirty until the first rows have been written
+            # the memory is uninitialised until the first rows have been written
             so_far = tl.load(sum_ptr + offs_n, mask=offs_n < tl.where(t > 0, n, 0), other=0.0)
             tl.store(sum_ptr + offs_n, so_far + tl.sum(y * y, 0), mask=mask_n)
-        # the next rows add to sums that other threads of this program may have written
+        # the next turn adds to sums that other threads of this program may have written
         tl.debug_barrier()
 
 
@@ -215,7 +214,7 @@ def sinkhorn_wide_kernel(
 def sinkhorn_reduce_kernel(
     table, programs, partial, colmeans, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Column means from the row blocks' column sums, added in fixed order; 0 where a matrix has no rows."""
+    """Add the row blocks' column sums in fixed order and divide by the rows; 0 for a matrix without rows."""
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 16
     piece = (entry & 0xFFFFFFFF).to(tl.int32)
@@ -244,13 +243,13 @@ def sinkhorn_pass(
     cols_total: Sequence[int],
     first: bool,
 ) -> Tensor:
-    """Overwrite `rows` with this iteration's row scales and return the column means that they give.
+    """Overwrite `rows` with this iteration's row scales. Return the column means under these scales.
 
     Args:
         mats: matrices [B, m, n] or [m, n] of fp32, bf16 or fp16, with any strides.
-        rows: fp32, B * m entries per matrix, one matrix after the other; read unless `first`, overwritten.
-        cols: fp32, B * n entries per matrix; the column scales, read unless `first`.
-        rows_total, cols_total: the whole matrices' sizes, where `mats` are shards.
+        rows: row scales, fp32, B * m entries per matrix, matrix by matrix; read unless `first`, then overwritten.
+        cols: column scales, fp32, B * n entries per matrix; read unless `first`.
+        rows_total, cols_total: sizes of the whole matrices, of which `mats` may be shards.
         first: start from r = 1 / max_j |G_ij| and c = 1.
 
     Returns:
@@ -279,7 +278,7 @@ def sinkhorn_pass(
 
 
 def _table(mats: Sequence[Tensor], rows_total: Sequence[int], cols_total: Sequence[int]):
-    """Per matrix: its row of the table, its configuration, and its numbers of programs; the length of `partial`."""
+    """Return, per matrix, table row, configuration and both numbers of programs; and the length of `partial`."""
     table, keys, blocks, column_blocks = [], [], [], []
     row_offset = col_offset = partial_offset = 0
     for mat, m_total, n_total in zip(mats, rows_total, cols_total, strict=True):
@@ -311,7 +310,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _configuration(dtype: torch.dtype, aligned: bool, width: int):
-    """Kernel, constants and threads for matrices of a tile width; WIDER is for rows that fit in no tile."""
+    """Kernel, constants and threads for a tile width; WIDER means rows that fit in no tile."""
     constants = {"DTYPE": TL_DTYPE[dtype], "ALIGNED": aligned}
     if width == WIDER:
         return sinkhorn_wide_kernel, constants | {"BLOCK_M": WIDE_ROWS, "BLOCK_N": WIDE}, WIDE_THREADS
@@ -320,7 +319,7 @@ def _configuration(dtype: torch.dtype, aligned: bool, width: int):
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that `sinkhorn_pass` can pick."""
+    """Every configuration that `sinkhorn_pass` can choose."""
 
     def launch_all() -> None:
         for dtype in TL_DTYPE:
@@ -339,8 +338,8 @@ def _pass_promise(launch: Launch) -> dict[str, Any]:
     label = f"g {g} {'aligned' if aligned else 'any strides'}".replace("torch.", "")
     if launch.kernel is sinkhorn_tile_kernel:
         return promise | dict(label=f"{label} {launch.constants['BLOCK_N']}", written=0)
-    # read again: G for the rows' sums and for the columns', c, and the partial sums so far. Written: the partial sums,
-    # which stay in the cache
+    # Read from the cache: G for the row sums and for the column sums, c, and the partial sums. Written: the partial
+    # sums, which stay in the cache.
     again = 2 * g.itemsize + 8 / WIDE_ROWS
     return promise | dict(label=f"{label} wider", written=4 / WIDE_ROWS, cached=again, sweeps=3)
 

@@ -1,7 +1,7 @@
 """Masked weights with decay, and their gradient, one pass each.
 
-Bytes: the forward pass reads weight and mask and writes the result; the backward pass reads gradient and mask, and the
-weight if there is an SR-STE term, and writes the result.
+Bytes: the forward pass reads weight and mask and writes the result. The backward pass reads gradient and mask and
+writes the result; with an SR-STE term, it also reads the weight.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def nm_apply_kernel(w_ptr, k_ptr, alpha_ptr, out_ptr, numel, BLOCK: tl.constexpr
 def _backward_tile(g_ptr, w_ptr, k_ptr, out_ptr, offs, mask, factor, flow, srste, SRSTE: tl.constexpr):
     g = to_float(load_tile(g_ptr + offs, mask))
     kept = load_tile(k_ptr + offs, mask) != 0
-    # not times zero: infinite gradients of pruned weights must not turn into NaN
+    # no product with zero, because an infinite gradient of a pruned weight would give NaN
     pruned = tl.where(flow == 2, 0.0, g * factor)
     if SRSTE:
         pruned = pruned + srste * to_float(load_tile(w_ptr + offs, mask))
@@ -80,7 +80,7 @@ def nm_apply_backward_kernel(
 
 
 def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
-    """The masked weight; weight and mask dense and of one layout. Equal to the definition bit for bit."""
+    """The masked weight, for dense weight and mask of one layout. Equals the definition bit for bit."""
     out = torch.empty_like(weight, requires_grad=False)
     with on_device(weight.device):
         nm_apply_kernel[(triton.cdiv(weight.numel(), BLOCK * TILES),)](
@@ -93,9 +93,9 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 def nm_apply_backward(
     grad: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float
 ) -> Tensor:
-    """The gradient of the weight; all tensors dense and of one layout, the gradient of the weight's dtype.
+    """The gradient of the weight, for dense tensors of one layout and a gradient in the weight's dtype.
 
-    Equal to the definition bit for bit.
+    Equals the definition bit for bit.
     """
     out = torch.empty_like(weight, requires_grad=False)
     with on_device(weight.device):
@@ -108,7 +108,7 @@ def nm_apply_backward(
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtype in TL_DTYPE:

@@ -1,10 +1,11 @@
 """N:M masks, one or two launches for all tensors of a list.
 
-Bytes: scores are read and masks written once, 5 bytes per fp32 element. Contiguous groups of a power of two lie in the
-registers of one thread, or of neighbours, with 128-bit accesses. What does not fill a block of those, groups of other
-lengths, and groups along other axes are taken lane by lane.
+Bytes: reads the scores and writes the masks once, 5 bytes per fp32 element. Contiguous groups whose length is a power
+of two lie in the registers of one thread, or of neighbours, with 128-bit accesses. A second kernel takes the rest lane
+by lane: incomplete blocks, groups of other lengths, and groups along other axes.
 
-A magnitude is compared by its bits, which as integers are in the order of the numbers; so both 16-bit formats are one.
+Magnitudes are compared by their bits, which as integers have the order of the numbers. So one kernel serves both 16-bit
+formats.
 """
 
 import itertools
@@ -24,19 +25,19 @@ from leanstep.kernels.triton_impl._multi_tensor import device_programs, device_r
 # 16 elements per thread and tile: one 128-bit store of the mask
 BLOCK, THREADS = 2048, 128
 TILES = 8
-# of long groups, more rounds than this, and the threshold is found bit by bit
+# groups of at least LONG entries that need more rounds than this find the threshold bit by bit
 MOST_ROUNDS, LONG = 8, 64
 EXACT = (2, 4, 8, 16, 32, 64, 128)
-# group lengths of the other kernel, up to which shorter ones are filled
+# group lengths of the strided kernel; shorter groups are padded
 PADDED = (8, 32, 128)
-# bits of the infinite; those of every NaN are more
+# bit pattern of infinity; every NaN has a larger one
 INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 WORDS = {4: tl.int32, 2: tl.int16}
 
 
 @triton.jit
 def _keys(x, infinite):
-    """Magnitudes as integers; every NaN is one number, larger than all others."""
+    """Magnitudes as integers; all NaNs become one number, larger than all others."""
     if x.dtype == tl.int16:
         magnitude = x.to(tl.int32) & 0x7FFF
     else:
@@ -46,7 +47,7 @@ def _keys(x, infinite):
 
 @triton.jit
 def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
-    """The largest entry `rounds` times, of equal ones the last; or dropped the smallest, of equal ones the first."""
+    """Take the largest entry `rounds` times, of equals the last. Or drop the smallest one, of equals the first."""
     keys = tl.where((dropping != 0) & (keys >= 0), 0x7FFFFFFF - keys, keys)
     place = tl.where(dropping != 0, m - 1 - lane, lane)
     for _ in range(0, rounds):
@@ -58,13 +59,13 @@ def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
 
 @triton.jit
 def _kept_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
-    """The entries above the n-th largest, and the last ones that equal it: bit by bit, the key and then the place."""
+    """Take the n largest entries, of equals the last. Finds the smallest key, then its first index, bit by bit."""
     threshold = tl.sum(keys * 0, AXIS, keep_dims=True)
     for step in range(0, BITS):
         trial = threshold | (1 << (BITS - 1 - step))
         count = tl.sum((keys >= trial).to(tl.int32), AXIS, keep_dims=True)
         threshold = tl.where(count >= n, trial, threshold)
-    # above all places where a key is above the threshold, below them where it is below
+    # larger than all indices where the key is above the threshold, smaller where it is below
     place = tl.where(keys == threshold, lane, tl.where(keys > threshold, 128, -1))
     first = tl.sum(keys * 0, AXIS, keep_dims=True)
     for step in range(0, 7):
@@ -122,7 +123,7 @@ def nm_mask_strided_kernel(
     lane = tl.arange(0, BLOCK_M)[:, None]
     offs = begin[None, :] + lane * inner
     mask = (group < tl.load(row + 2))[None, :] & (lane < m)
-    # what fills a group up is never the largest and never the smallest
+    # the padding of a group is neither the largest nor the smallest entry
     keys = tl.where(lane < m, _keys(tl.load(s_ptr + offs, mask=mask, other=0), infinite), -2)
     tl.store(k_ptr + offs, _kept(keys, lane, n, m, rounds, dropping, 0, WORD, THRESHOLD), mask=mask)
 
@@ -130,7 +131,7 @@ def nm_mask_strided_kernel(
 def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor]) -> None:
     """Masks of contiguous scores of one dtype, none empty, into contiguous bool tensors.
 
-    The definition is `leanstep.kernels.reference.nm.mask`; results are equal to it.
+    Equals the definition, `leanstep.kernels.reference.nm.mask`.
     """
     if n == m:
         for mask in out:
@@ -175,7 +176,7 @@ def _by_threshold(m: int, rounds: int) -> bool:
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can pick."""
+    """Every configuration that the launcher above can choose."""
 
     def launch_all() -> None:
         for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):

@@ -1,8 +1,8 @@
 """Products with a compressed N:M matrix: every row of the matrix gathers its entries of a few rows of x.
 
-Bytes: per tile of rows of x, values and indices are read once (5 bytes per kept fp32 weight, 3 in 16 bits), and as many
-entries of x as there are weights and rows in the tile, which the cache holds. Products of many rows use the
-decompressed matrix: tensor cores do not gather.
+Bytes: each tile of rows of x reads values and indices once, 5 bytes per kept fp32 weight, 3 in 16 bits. It gathers one
+entry of x per kept weight and row from the cache. Products of many rows use the decompressed matrix, because tensor
+cores do not gather.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 THREADS = 128
 # rows of x in a tile -> rows of the matrix and kept weights of each in a tile
 TILES = {1: (16, 64), 4: (16, 32)}
-# rows of x from which on the dense product is used
+# from this number of rows of x on, the dense product runs
 MANY = 32
 
 
@@ -53,7 +53,7 @@ def nm_matmul_kernel(
 
 
 def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
-    """`x W^T` for x [t, in] and W compressed, of one dtype; nothing empty."""
+    """`x W^T` for x [t, in] and compressed W, of one dtype and not empty."""
     tokens, (rows, groups, n) = x.shape[0], values.shape
     if tokens >= MANY:
         return x @ decompress(values, indices, m).T
@@ -70,7 +70,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can pick."""
+    """Every configuration that the launcher above can choose."""
 
     def launch_all() -> None:
         for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
@@ -87,6 +87,6 @@ def _promise(launch: Launch) -> dict[str, Any]:
         elements=launch.constants["BLOCK_O"] * launch.constants["BLOCK_K"],
         read=dtype.itemsize + 1,
         written=0,
-        # the gathered entries of x, and in tiles of several rows values and indices as often
+        # the gathered entries of x; a tile of several rows also reads values and indices once per further row
         cached=dtype.itemsize * block_t + (block_t - 1) * (dtype.itemsize + 1),
     )

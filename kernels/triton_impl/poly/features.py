@@ -1,7 +1,7 @@
-"""Polynomial features of columns and the gradient behind them, one launch each, fp32.
+"""Polynomial features of columns, and their gradient, one launch each, fp32.
 
 Bytes: the forward pass writes every feature once and reads x from the cache. The backward pass reads the gradient of a
-feature once for every variable of its monomial, the first time from memory.
+feature once per variable of its monomial, the first time from memory.
 """
 
 import functools
@@ -17,15 +17,16 @@ from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_ca
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# features and columns of a tile of the forward pass, variables and columns of one of the backward pass: for the masks
-# of 16 variables, gfx942 has too few scalar registers
+# Features and columns of a tile in the forward pass, variables and columns of a tile in the backward pass. gfx942 has
+# too few scalar registers for the masks of 16 variables.
 BLOCK_F, BLOCK_I, BLOCK_C = 16, 8, 64
 
 
 @triton.jit(do_not_specialize=["dim", "features", "columns", "degree"])
 def poly_features_kernel(
-    x_ptr, variables_ptr, norm_ptr, out_ptr, dim, features, columns, degree, BLOCK_F: tl.constexpr, BLOCK_C:
-tl.constexpr ):  # fmt: skip
+    x_ptr, variables_ptr, norm_ptr, out_ptr, dim, features, columns, degree,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """BLOCK_F features of BLOCK_C columns of one matrix."""
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -55,7 +56,7 @@ def poly_features_backward_kernel(
     mask = mask_i[:, None] & mask_c[None, :]
     begin, begin_g = x_ptr + matrix * dim * columns, g_ptr + matrix * features * columns
     total = tl.zeros([BLOCK_I, BLOCK_C], dtype=tl.float32)
-    # a block of pointers, though all are the same: a mask takes no scalar
+    # a block of equal pointers, because a mask needs a block
     of_b = variables_ptr + tl.zeros([BLOCK_C], dtype=tl.int32)
     up_b, lift_b = up_ptr + offs_i, lift_ptr + offs_i
     for b in range(lower):
@@ -68,7 +69,7 @@ def poly_features_backward_kernel(
         lift = tl.load(lift_b, mask=mask_i, other=0.0)
         g = tl.load(begin_g + up[:, None] * columns + offs_c[None, :], mask=mask, other=0.0)
         total += lift[:, None] * f[None, :] * g
-        # rows of the tables; their products with b would not fit 32 bits
+        # advance to the next row of each table; its offset, a product with b, would overflow 32 bits
         of_b += degree
         up_b += dim
         lift_b += dim
@@ -78,7 +79,7 @@ def poly_features_backward_kernel(
 
 @functools.lru_cache(maxsize=16)
 def _monomials(tables: PolyTables) -> tuple[Tensor, Tensor]:
-    """Variables of every feature [k, max(g, 1)], -1 where it has fewer, and its whole weight [k], fp32."""
+    """Variables of every feature [k, max(g, 1)], padded with -1, and its weight [k], fp32."""
     degree = len(tables.starts) - 2
     parent, last = tables.parent.long().cpu(), tables.last.cpu()
     variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32)
@@ -92,7 +93,7 @@ def _monomials(tables: PolyTables) -> tuple[Tensor, Tensor]:
 
 
 def poly_features(x: Tensor, tables: PolyTables) -> Tensor:
-    """Features [n, k, c] of x [n, d, c], fp32; nothing empty."""
+    """Features [n, k, c] of x [n, d, c], fp32 and not empty."""
     x = x.contiguous()
     n, dim, columns = x.shape
     variables, norm = _monomials(tables)
@@ -107,7 +108,7 @@ def poly_features(x: Tensor, tables: PolyTables) -> Tensor:
 
 
 def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
-    """The gradient of x [n, d, c], fp32; nothing empty, degree at least 1."""
+    """Gradient of x [n, d, c], fp32 and not empty, for a degree of at least 1."""
     grad, x = grad.contiguous(), x.contiguous()
     n, dim, columns = x.shape
     variables, norm = _monomials(tables)
@@ -121,7 +122,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tenso
 
 
 def audit_cases() -> list[AuditCase]:
-    """Both kernels; the degree is an argument."""
+    """Both kernels; they take the degree as a runtime argument."""
 
     def launch_all() -> None:
         x, tables = torch.zeros(1, 4, 8), poly_tables(4, 2, torch.device("cpu"))
@@ -133,10 +134,10 @@ def audit_cases() -> list[AuditCase]:
 
 
 def _promise(launch: Launch) -> dict[str, Any]:
-    # one factor a turn of the loop, and which it is
+    # a turn of the loop reads one factor and its index
     return dict(label="fp32", elements=BLOCK_F * BLOCK_C, read=0, written=0, cached=4 + 4 / BLOCK_C)
 
 
 def _backward_promise(launch: Launch) -> dict[str, Any]:
-    # which rows, and their roots
+    # a turn also reads the index of a gradient's row and its factor, from the cache
     return dict(label="fp32", elements=BLOCK_I * BLOCK_C, read=4, written=0, cached=8 / BLOCK_C)

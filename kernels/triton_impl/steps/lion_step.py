@@ -1,7 +1,7 @@
 """Lion's update and its agreement count, each as one launch for all tensors of a list.
 
-Bytes: `lion_step` reads p, g and m (and the Kahan remainder or fp32 master) and writes p and m (and that), once each;
-`lion_agreement` reads g and m once.
+Bytes: `lion_step` reads p, g, m and the rounding state (Kahan remainder or fp32 master) once. It writes p, m and the
+rounding state once. `lion_agreement` reads g and m once.
 """
 
 import itertools
@@ -42,7 +42,7 @@ BLOCK = 2048
 TILES = 4
 THREADS = 256
 
-# bits of the runtime argument `mode`; runtime, because each would otherwise double the number of compiled kernels
+# bits of the runtime argument `mode`; as constexpr, each flag would double the number of compiled kernels
 MAXIMIZE, SKIP_NONFINITE, DECAY_WHERE_ALIGNED, CAUTIOUS = 1, 2, 4, 8
 
 
@@ -56,7 +56,7 @@ def _step_tile(
     p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
     ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile; `mask` is None for a whole one. Returns 1 where the gradient is not finite and is skipped."""
+    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -112,7 +112,7 @@ def lion_step_kernel(
 
     lane = tl.arange(0, BLOCK)
     skipped = tl.zeros([BLOCK], dtype=tl.int32)
-    # whole tiles of aligned tensors: no mask and a provable alignment, so that accesses are 128 bits wide
+    # whole tiles of aligned tensors need no mask and have a provable alignment: accesses are 128 bits wide
     whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
     p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + start
     g_ptr = aligned_pointer(tl.load(row + 1), G_DTYPE) + start
@@ -123,7 +123,7 @@ def lion_step_kernel(
             p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
         )  # fmt: skip
-    # the tail, and unaligned tensors; addresses are read again, since keeping them would spill registers
+    # the tail, and unaligned tensors; addresses are read again, because holding them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
     g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
     m_ptr = tl.load(row + 2).to(tl.pointer_type(M_DTYPE)) + start
@@ -173,7 +173,7 @@ def lion_agreement_kernel(
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
         agree += _agreement_tile(g_ptr, m_ptr, offs, offs < count, beta1, omb1, mode)
-    # integers add up to the same sum in any order
+    # the sum of integers does not depend on their order
     tl.atomic_add(counts + tl.load(row + 4), tl.sum(agree, 0).to(tl.int64))
 
 
@@ -184,9 +184,9 @@ def lion_step(
     rounding_state: Sequence[Tensor],
     options: StepOptions,
 ) -> Tensor:
-    """Update `params`, `exp_avgs` and `rounding_state` in place; int32 flags say which tensors had entries skipped.
+    """Update `params`, `exp_avgs` and `rounding_state` in place. int32 flags are 1 for tensors with skipped entries.
 
-    The definition is `leanstep.kernels.reference.steps.lion_step`; results are equal to it bit for bit.
+    Equals the definition, `leanstep.kernels.reference.steps.lion_step`, bit for bit.
     """
     scalars, device = options.scalars, options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
@@ -228,7 +228,7 @@ def _mode(options: StepOptions) -> int:
 
 
 def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options: StepOptions) -> Tensor:
-    """Number of elements per tensor whose update has the sign of the gradient, as fp32; exact and deterministic."""
+    """Count the elements per tensor whose update has the sign of the gradient. Integer counts, returned as fp32."""
     device = options.scalars.device
     counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
     staging = Staging()
@@ -252,13 +252,13 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes a tensor: its own if there is a variant for it, else fp32 (an exact copy)."""
+    """The dtype in which the kernel takes a tensor: its own if the kernel has a variant for it, else fp32 (exact)."""
     native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
     return dtype if dtype in native else torch.float32
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can pick."""
+    """Every configuration that the launchers above can choose."""
 
     def launch_all() -> None:
         for dtypes in itertools.product(TL_DTYPE, repeat=3):

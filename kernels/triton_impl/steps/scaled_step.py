@@ -1,7 +1,8 @@
 """The update of SinkGD, `p = p * decay - step * (r_i * G_ij) * c_j`, as one launch for all matrices of a list.
 
-Bytes: reads G and p (with it the Kahan remainder, or instead of it the fp32 master) and writes p (and that), once each;
-the scale vectors come from the cache. A small launch before it looks for NaN in the column scales: 4 bytes per column.
+Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master, which it
+reads instead of p. The scale vectors come from the cache. A small launch first searches the column scales for NaN: 4
+bytes per column.
 """
 
 import itertools
@@ -46,7 +47,7 @@ SCAN, SCAN_THREADS = 1024, 128
 
 @triton.jit
 def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
-    """Whether a matrix has a NaN among its column scales: into `bad` per matrix of the batch, `flags` per tensor."""
+    """Write whether column scales have a NaN: to `bad` per matrix of the batch, to `flags` per tensor."""
     entry = tl.load(programs + tl.program_id(0))
     row = table + (entry >> 32) * 24
     batch = entry & 0xFFFFFFFF
@@ -60,7 +61,7 @@ def column_nan_kernel(table, programs, bad, flags, BLOCK: tl.constexpr):
     any_nan = tl.max(is_nan, 0)
     tl.store(bad + tl.load(row + 18) + batch, any_nan)
     if any_nan != 0:
-        # several matrices of a batch may write, all of them the same value
+        # several matrices of a batch may write the same value
         tl.store(flags + tl.load(row + 19), 1)
 
 
@@ -71,7 +72,7 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
     stride_b = tl.load(row + field)
     stride_m = tl.load(row + field + 1)
     if ALIGNED:
-        # rounding down changes nothing for an aligned matrix, but proves where its rows start
+        # an aligned matrix has strides that are multiples of 8; the rounding proves it to the compiler
         stride_b = (stride_b // 8) * 8
         stride_m = (stride_m // 8) * 8
         stride_n = 1
@@ -88,7 +89,7 @@ def scaled_step_kernel(
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a strip of BLOCK_N columns.
+    """Update ROWS rows of a strip of BLOCK_N columns.
 
     A row of the table is (p, g, rounding state addresses, m, n, strides of the three, row scales, column scales
     addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
@@ -129,7 +130,7 @@ def scaled_step_kernel(
             p_ptrs = p_ptr + offs_m[:, None] * p_stride_m + offs_n[None, :] * p_stride_n
             e_ptrs = e_ptr + offs_m[:, None] * e_stride_m + offs_n[None, :] * e_stride_n
             g = load_tile(g_ptr + offs_m[:, None] * g_stride_m + offs_n[None, :] * g_stride_n, mask)
-            # [BLOCK_M, BLOCK_N]; beside a master copy nobody asks for the parameter itself, and its load vanishes
+            # [BLOCK_M, BLOCK_N]; with a master copy, p_old is not used and the compiler removes its load
             p_old = load_tile(p_ptrs, mask)
             e_old = p_old
             if ROUNDING == "kahan" or ROUNDING == "master":
@@ -155,9 +156,10 @@ def scaled_step(
     """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
     `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
-    `sinkhorn_pass`, or a list. Returns int32 flags: with `skip_nonfinite`,
-    1 where a matrix of the tensor has a NaN column scale; such matrices are left as they are. The definition is
-    `leanstep.kernels.reference.steps.scaled_step`; results are equal to it bit for bit.
+    `sinkhorn_pass`, or a list. With `skip_nonfinite`, matrices with a NaN column scale do not change; the returned
+    int32 flags are 1 for tensors with such a matrix.
+
+    Equals the definition, `leanstep.kernels.reference.steps.scaled_step`, bit for bit.
     """
     device = options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
@@ -186,7 +188,7 @@ def scaled_step(
 
 
 def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim: int) -> list[int]:
-    """Where each tensor's row scales (dim -2) or column scales (dim -1) start."""
+    """Address of each tensor's row scales (dim -2) or column scales (dim -1)."""
     if not isinstance(scales, Tensor):
         return [s.data_ptr() for s in scales]
     sizes = [p.shape[:-2].numel() * p.shape[dim] for p in params]
@@ -201,7 +203,7 @@ def _table(
     rounding: str,
     staging: Staging,
 ):
-    """Per tensor: its row of the table, its configuration, its number of programs and of matrices."""
+    """Return, per tensor, table row, configuration, number of programs and number of matrices."""
     table, keys, pieces, batches = [], [], [], []
     for i, (p, g) in enumerate(zip(params, mats, strict=True)):
         p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
@@ -220,7 +222,7 @@ def _table(
 
 
 def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes G: its own if there is a variant for it, else fp32 (an exact copy)."""
+    """The dtype in which the kernel takes G: its own if the kernel has a variant for it, else fp32 (exact)."""
     native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
     return dtype if dtype in native else torch.float32
 
@@ -233,7 +235,7 @@ def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, al
 
 
 def audit_cases() -> list[AuditCase]:
-    """Every configuration that `scaled_step` can pick."""
+    """Every configuration that `scaled_step` can choose."""
 
     def launch_all() -> None:
         # rows that start on 16-byte boundaries, and rows that do not
