@@ -26,9 +26,8 @@ from common import append_json_line, command_line, print_table, pyplot, read_jso
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.checkpoint import load_model, open_checkpoint
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
 from leanstep.pruning.measure.metrics import CEDelta, summarise
-from leanstep.pruning.measure.snapshot import WeightSnapshot, evaluating, weights_hash
 from leanstep.pruning.score.targets import find_targets
 
 # DP on curves that are measured again around the pruned model, twice: as slow as all others, so only if asked for

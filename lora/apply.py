@@ -1,4 +1,4 @@
-"""Adapt a model in place, and undo it."""
+"""Adapts a model in place, and removes its adapters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from leanstep._torch import is_conv1d, is_dtensor
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
-from leanstep.lora.layers.embedding import LoRAEmbeddingLayer, attach_embedding, detach_embedding
+from leanstep.lora.layers.embedding import attach_embedding
 from leanstep.lora.layers.frozen import is_linear, why_own_forward, why_unsupported, widths
-from leanstep.lora.layers.linear import Adapter, LoRALayer, LoRALinearLayer, attach_linear, detach_linear
+from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
 from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,23 +25,22 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 
     Args:
         model: any ``nn.Module``; changed in place. Linear layers, transformers' Conv1D and embeddings can be adapted.
-            They stay the objects they are, with their parameters and names, and become instances of a subclass.
-        config: what to adapt and how.
+            They stay the same objects with the same parameters and names, and become instances of a subclass.
+        config: the layers to adapt, and the settings of their adapters.
 
     Returns:
-        The model, with ``config`` as ``model.lora_config`` (a copy, where its task adds a head). The factors (fp32, or
+        The model, with ``config`` as ``model.lora_config`` (a copy if its task adds a head). The factors (fp32, or
         fp64 in an fp64 model), DoRA's magnitudes, ``modules_to_save`` and the biases of ``config.bias`` require
         gradients.
 
     Raises:
         TypeError: for a configuration of another class.
-        ValueError: for a model that is adapted already, a target that selects nothing (the message gives similar
-            names), a rank larger than a layer, a base weight of a dtype that cannot be adapted, a layer that is never
-            called or returns no tensor, or ``fast_path=True`` where a layer cannot run on the fast path. The model is
-            unchanged.
+        ValueError: for an adapted model, a target that selects nothing (the message suggests similar names), a rank
+            larger than a layer, an unsupported dtype of a base weight, a layer that is never called or returns no
+            tensor, or ``fast_path=True`` and a layer that cannot run on the fast path. The model is unchanged.
 
     Notes:
-        Memory: r (in + out) numbers per layer. ``LoraConfig.save`` says what backward keeps.
+        Memory: r (in + out) numbers per layer. ``LoraConfig.save`` sets which tensors autograd saves.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -54,7 +53,7 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that :func:`apply_lora` would adapt, by name, after every check."""
+    """Run every check of :func:`apply_lora`; returns the layers to adapt by name."""
     if next(adapted_layers(model), None) is not None:
         raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
@@ -71,7 +70,7 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
     """Adapt the layers of a plan, and freeze everything else."""
     saved = modules_to_save(model, config)
-    # under all its names: a merge may give each of them a parameter of its own
+    # all names of tied parameters: a merge may untie them
     frozen = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -97,10 +96,10 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
 
 
 def remove_lora(model: Model) -> Model:
-    """Undo :func:`apply_lora`: the layers get their classes back, and parameters their ``requires_grad``.
+    """Undo :func:`apply_lora`: restore the classes of layers and the ``requires_grad`` of parameters.
 
-    An adapter that is merged stays in the weights; one that is not is lost. Modules in ``modules_to_save`` and biases
-    stay as they were trained.
+    A merged adapter stays in the weights; an unmerged one is lost. Modules in ``modules_to_save`` and biases keep their
+    trained values.
 
     Raises:
         ValueError: for a model without adapters, or a layer whose class has changed since (by a parametrization, say).
@@ -115,11 +114,7 @@ def remove_lora(model: Model) -> Model:
         raise ValueError("remove_lora: the model has no adapters")
     unfuse_blocks(model)
     for module in layers.values():
-        if isinstance(module, LoRAEmbeddingLayer):
-            detach_embedding(module)
-        else:
-            assert isinstance(module, LoRALinearLayer)
-            detach_linear(module)
+        detach(module)
         _rebind_hooks(module)
     frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
@@ -131,12 +126,12 @@ def remove_lora(model: Model) -> Model:
 
 @torch.no_grad()
 def set_adapters(model: nn.Module, enabled: bool) -> None:
-    """Turn all adapters on or off; off, adapted layers compute what those of the base do.
+    """Turn all adapters on or off. Without them, adapted layers compute the same as those of the base.
 
-    Modules in ``modules_to_save`` and biases are trained in place, and stay as they are.
+    Modules in ``modules_to_save`` and biases keep their trained values in both cases.
 
     Raises:
-        ValueError: for a model without adapters, or with one that is merged.
+        ValueError: for a model without adapters, or with a merged one.
     """
     layers = list(adapted_layers(model))
     if not layers or any(layer.lora.merged for _, layer in layers):
@@ -151,7 +146,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
-    """Why a module that the configuration selects cannot be adapted."""
+    """The reasons why a selected module cannot be adapted."""
     is_embedding = isinstance(module, nn.Embedding)
     if not is_linear(module) and not is_embedding:
         yield f"{name} is a {type(module).__name__}; adapted are linear layers, Conv1D and embeddings"
@@ -178,9 +173,9 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     if config.lora_bias and is_embedding:
         yield f"{name} is an embedding, which has no bias on B; leave it out, or lora_bias"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-        yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not go with"
+        yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not support"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
-        yield f"{name} has a forward of its own, put there by another tool, which an adapter would not be called by"
+        yield f"{name} has a forward of its own, put there by another tool, which would skip the adapter"
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -199,7 +194,7 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
 
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
-    """Let whole modules require gradients; a parameter that they share with others is copied first."""
+    """Train whole modules. Copies the parameters that they share with other modules first."""
     inside = {id(module) for whole in saved.values() for module in whole.modules()}
     elsewhere = {
         id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
@@ -225,6 +220,6 @@ def _train_biases(model: nn.Module, plan: dict[str, nn.Module], config: LoraConf
 
 
 def _rebind_hooks(module: nn.Module) -> None:
-    """Let Accelerate's hooks, which keep the forward they replaced, call that of the layer's new class."""
+    """Make Accelerate's hooks, which store the forward they replaced, call the forward of the layer's new class."""
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)  # type: ignore[assignment]

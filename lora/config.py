@@ -1,4 +1,4 @@
-"""What to adapt and how: PEFT's fields under PEFT's names, and three that only the fast path has."""
+"""The configuration of adapters: PEFT's fields under PEFT's names, and three fields for the fast path."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 SAVES = ("min", "full", "lora_fa")
 BIASES = ("none", "all", "lora_only")
 
-# this package's fields, which adapter_config.json does not have
-_OWN = ("save", "fast_path", "fused_blocks")
-# fields that older versions of PEFT refuse to read: written only where they are set
+# fields that adapter_config.json does not have
+_FAST_PATH_FIELDS = ("save", "fast_path", "fused_blocks")
+# older versions of PEFT cannot read these fields: write them only if they are set
 _RECENT = ("exclude_modules", "lora_bias")
-# heads that PEFT trains in addition, for these tasks
+# PEFT also trains these heads for these tasks
 HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
-# PEFT's fields that change what an adapter computes, and that this package does not implement
+# PEFT's fields that change an adapter's output and are not implemented here
 _FOREIGN = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -31,18 +31,10 @@ _FOREIGN = (
     "use_bdlora",
     "use_qalora",
 )
-# initialisations that leave the base as it is; others move a part of the base into the factors
+# initialisations that leave the base unchanged; others move some of the base into the factors
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
-
-
-def _why_no_expression(text: str) -> str | None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        return str(error)
-    return None
 
 
 @dataclass
@@ -50,41 +42,40 @@ class LoraConfig:
     """A low-rank adapter: ``W x + scale * B A x``, ``scale = lora_alpha / r``.
 
     Args:
-        r: rank of the factors A (r, in) and B (out, r); at most a layer's smaller side.
+        r: rank of the factors A (r, in) and B (out, r); at most the smaller width of a layer.
         lora_alpha: numerator of the scale.
-        target_modules: the layers to adapt. A list of names, each a layer's whole name or its end after a dot; a
-            string, a regular expression for the whole name; or ``"all-linear"``, every linear layer except the output
-            head, those in ``modules_to_save``, those narrower than their rank, those that are never called
-            (``out_proj`` of ``nn.MultiheadAttention``), and those that return no tensor (a router of experts).
-        exclude_modules: layers to leave out of these; a list of names or a regular expression.
-        lora_dropout: probability of dropping an entry of the adapter's input, in training.
-        bias: which biases of the base model are trained: ``"none"``, ``"all"``, or those of adapted layers,
-            ``"lora_only"``.
-        use_rslora: ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
-        use_dora: train a magnitude per output next to the direction (Liu et al., "DoRA", arXiv 2402.09353), for linear
-            layers, Conv1D and embeddings.
-        modules_to_save: names of modules that are trained and saved whole, such as a new head.
+        target_modules: the layers to adapt. A list holds names, each the whole name of a layer or its end after a dot.
+            A string is a regular expression for the whole name. ``"all-linear"`` selects every linear layer except the
+            output head, layers in ``modules_to_save``, layers narrower than their rank, layers that are never called
+            (``out_proj`` of ``nn.MultiheadAttention``), and layers that return no tensor (a router of experts).
+        exclude_modules: selected layers to leave out: a list of names or a regular expression.
+        lora_dropout: probability of dropping an entry of the adapter's input in training.
+        bias: biases of the base model to train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
+        use_rslora: use ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
+        use_dora: also train a magnitude per output (Liu et al., "DoRA", arXiv 2402.09353), for linear layers, Conv1D
+            and embeddings.
+        modules_to_save: names of modules to train and save whole, such as a new head.
         init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
             deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both random, for tests.
-        fan_in_fan_out: kept for the file; the layout of a layer's weight is known from its class.
-        layers_to_transform: numbers of the layers to adapt, where names contain numbers; ``layers_pattern`` is the part
-            of the name before the number.
+        fan_in_fan_out: stored in the file only; a layer's class determines the layout of its weight.
+        layers_to_transform: indices of the layers to adapt, for names that contain an index.
+        layers_pattern: the name before that index.
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r, lora_alpha of those layers.
         lora_bias: train a bias on B, for linear layers and Conv1D without DoRA.
-        task_type: kept for the file. For ``"SEQ_CLS"`` and ``"TOKEN_CLS"``, ``modules_to_save`` gains the model's
-            ``classifier`` and ``score``, as in PEFT.
-        base_model_name_or_path, revision, inference_mode: kept for the file.
-        save: what backward keeps. ``"min"``: the input, and for DoRA without bias the output; ``"full"``: also the
-            products with A, which saves ``2 M n r`` operations, and DoRA's product, which saves ``2 M n m`` where the
-            layer has a bias; ``"lora_fa"``: A is frozen (Zhang et al., "LoRA-FA", arXiv 2308.03303), and only the
-            products with it are kept, M r numbers.
-        fast_path: None: layers that cannot run on the fast path run in plain torch, and say why in ``fast_path``; True:
-            such a layer is an error; False: plain torch everywhere.
-        fused_blocks: run q, k and v of a block as one function, and each SwiGLU block as one, which then keeps only its
+        task_type: stored in the file. ``"SEQ_CLS"`` and ``"TOKEN_CLS"`` also add the model's ``classifier`` and
+            ``score`` to ``modules_to_save``, as in PEFT.
+        base_model_name_or_path, revision, inference_mode: stored in the file only.
+        save: the tensors that autograd saves. ``"min"``: the input, and the output of DoRA without bias. ``"full"``:
+            also the products with A, which avoids ``2 M n r`` operations, and DoRA's product, which avoids
+            ``2 M n m`` if the layer has a bias. ``"lora_fa"``: only the products with A, M r numbers; A is frozen
+            (Zhang et al., "LoRA-FA", arXiv 2308.03303).
+        fast_path: None: layers that cannot run on the fast path run in plain torch, and their ``fast_path`` says why.
+            True: such a layer is an error. False: plain torch everywhere.
+        fused_blocks: run q, k and v of a block as one function, and each SwiGLU block as one, which then saves only its
             input and the two inner projections.
 
     Raises:
-        ValueError: for a rank or a probability out of range, and unknown values; the message names all of them.
+        ValueError: for a rank or a probability out of range, and for unknown values. The message lists all of them.
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
@@ -174,28 +165,28 @@ class LoraConfig:
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
         for name, expression in expressions:
-            if isinstance(expression, str) and (why := _why_no_expression(expression)):
-                problems.append(f"{name} {expression!r} is no regular expression: {why}")
+            try:
+                re.compile(expression if isinstance(expression, str) else "")
+            except re.error as error:
+                problems.append(f"{name} {expression!r} is no regular expression: {error}")
         if self.use_dora and self.lora_bias:
             problems.append("use_dora does not go with lora_bias: PEFT does not open such an adapter; leave out one")
         if self.layers_pattern and self.layers_to_transform is None:
-            problems.append(
-                "layers_pattern says where a name has its number, for layers_to_transform, which is not set"
-            )
+            problems.append("layers_pattern is only for layers_to_transform, which is not set")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             problems.append("layers_to_transform goes with a list of target_modules, not with a pattern")
         return problems
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``adapter_config.json``: PEFT's fields, ready for JSON."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FAST_PATH_FIELDS}
         return {"peft_type": "LORA", **{key: value for key, value in known.items() if value or key not in _RECENT}}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> LoraConfig:
-        """The configuration that an ``adapter_config.json`` holds.
+        """Build a configuration from the contents of ``adapter_config.json``.
 
-        Warns of unknown keys with a value; those that are null, false or empty are ignored.
+        Warns about unknown keys, unless their value is null, false or empty.
 
         Raises:
             ValueError: for another kind of adapter, a variant of LoRA that is not implemented here, or an
@@ -209,7 +200,7 @@ class LoraConfig:
             raise ValueError(
                 f"LoraConfig: the adapter uses {', '.join(foreign)}, which is not in leanstep.lora; load it with peft"
             )
-        names = {f.name for f in fields(cls)} - set(_OWN)
+        names = {f.name for f in fields(cls)} - set(_FAST_PATH_FIELDS)
         ignored = {"peft_type", "auto_mapping", "peft_version", "loftq_config", "corda_config", "eva_config"}
         ignored |= {"lora_ga_config", "velora_config", "qalora_group_size", "megatron_core", "runtime_config"}
         unknown = sorted(key for key, value in settings.items() if value and key not in names | ignored)
@@ -219,11 +210,11 @@ class LoraConfig:
         start = known.get("init_lora_weights", True)
         if start not in _PLAIN_STARTS:
             raise ValueError(
-                f"LoraConfig: the adapter began with init_lora_weights {start!r}, which changes the base: on the plain "
-                "one it computes something else; convert it with peft, by save_pretrained("
+                f"LoraConfig: the adapter began with init_lora_weights {start!r}, which changes the base, so it does "
+                "not fit the plain base; convert it with peft: save_pretrained("
                 "path_initial_model_for_weight_conversion=...)"
             )
         if not isinstance(start, bool):
-            # the factors come from the file; how they began does not matter
+            # the factors come from the file, so their initialisation does not matter
             known["init_lora_weights"] = True
         return cls(**known)

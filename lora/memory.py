@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps between forward and backward."""
+"""The memory that autograd holds between forward and backward."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for backward in a forward pass.
+    """Count the bytes that autograd saves for backward in a forward pass.
 
     Args:
-        forward: runs the pass; its result is kept alive until the count is made.
-        parameters: tensors that exist anyway and do not count, such as ``model.parameters()``.
+        forward: runs the pass; its result stays alive until the count is done.
+        parameters: tensors to ignore, such as ``model.parameters()``.
 
     Returns:
-        The size of all distinct storages among the saved tensors: a tensor that is kept twice counts once, a view
-        counts as the whole of its base.
+        Total size of the distinct storages of all saved tensors. A tensor saved twice counts once; a view counts with
+        its whole storage.
     """
     known = {parameter.untyped_storage()._cdata for parameter in parameters}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -25,7 +25,7 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            # kept alive, so that no other storage gets its address during the count
+            # holds a reference, so that no other storage gets the same address during the count
             storages[storage._cdata] = storage
         return tensor
 

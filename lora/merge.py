@@ -1,4 +1,4 @@
-"""Merge adapters into the base weights and take them out again, with a report of the rounding that this costs."""
+"""Merges adapters into the base weights and takes them out again; reports the rounding errors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.ties import other_names, retie, tied_groups, untie
 
-# DoRA's factors below this leave too few digits of a row, or none, to divide them out again
+# smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
 
 
 @dataclass
 class MergeReport:
-    """The rounding of a :func:`merge` or :func:`unmerge`.
+    """The rounding errors of a :func:`merge` or :func:`unmerge`.
 
     Attributes:
-        layers: name of each layer -> drift. For :func:`merge`, the largest difference between the stored weight and the
-            exact sum (in fp32, fp64 for fp64 weights): what rounding to the weight's dtype cost. For :func:`unmerge`, 0
-            with a backup, and without one an estimate, the spacing of the dtype at the weight's largest entry.
-        masked: name of each layer -> number of zeros that were kept, with ``keep_mask``.
-        untied: name of each parameter that was tied -> its other names; it is the layer's own now.
+        layers: layer name -> drift. For :func:`merge`, the rounding error: the largest difference between the stored
+            weight and the exact sum (fp32, or fp64 for fp64 weights). For :func:`unmerge`, 0 with a backup; without
+            one, an estimate: the spacing of the dtype at the weight's largest entry.
+        masked: layer name -> number of zeros that stay, with ``keep_mask``.
+        untied: name of each parameter that the merge untied -> its other names.
     """
 
     layers: dict[str, float] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class MergeReport:
 
     @property
     def drift(self) -> float:
-        """The largest drift of all layers."""
+        """The largest drift of any layer."""
         return max(self.layers.values(), default=0.0)
 
     def __str__(self) -> str:
@@ -49,13 +49,13 @@ class MergeReport:
 
 @dataclass
 class _Undo:
-    """What :func:`unmerge` needs of one layer.
+    """The state that :func:`unmerge` needs for one layer.
 
     Attributes:
-        backup: the weight as it was, if it was to be kept.
+        backup: a copy of the base weight, with ``backup=True``.
         factor: DoRA's factors, shaped to multiply the base weight.
-        mask: True where the weight was not 0, if zeros are kept.
-        small: indices of outputs whose factor is too small to be divided out, and their weights.
+        mask: True at nonzero base weights, if zeros stay zero.
+        small: indices of the outputs whose factor is too small to divide out, and their base weights.
     """
 
     backup: Tensor | None
@@ -66,29 +66,29 @@ class _Undo:
 
 @torch.no_grad()
 def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) -> MergeReport:
-    """Merge every adapter into its base weight: ``W + scale B A``, for DoRA with rows scaled by ``magnitude / norm``.
+    """Merge every adapter into its base weight: ``W + scale B A``; DoRA scales the rows by ``magnitude / norm``.
 
-    The sum is taken in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype. The factors stay, so that
-    :func:`unmerge` can take them out; :func:`leanstep.lora.remove_lora` removes them and leaves a plain model.
+    Computes the sum in fp32 (fp64 for fp64 weights) and rounds it once to the weight's dtype. The factors stay for
+    :func:`unmerge`; :func:`leanstep.lora.remove_lora` removes them and leaves a plain model.
 
     Args:
-        model: adapted and not merged; its weights are changed in place.
-        keep_mask: keep zeros of the base weight: a pruned model stays pruned. The merged layer then computes something
-            else than the adapted one, unless :func:`leanstep.lora.keep_zeros` was called before training; such layers
-            keep their zeros in any case.
-        backup: keep the weights as they were, for an exact :func:`unmerge`: as much memory as the adapted layers.
+        model: an adapted, unmerged model; its weights are changed in place.
+        keep_mask: keep zeros of the base weight zero, so that a pruned model stays pruned. This changes the output of
+            the layer, unless :func:`leanstep.lora.keep_zeros` was called before training; such layers keep their zeros
+            in any case.
+        backup: store a copy of every adapted weight for an exact :func:`unmerge`.
 
     Returns:
         The :class:`MergeReport`.
 
     Raises:
         ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight, a quantised
-            base (which would be quantised again), or biases on B where the base has none. No weight is changed.
+            base (which would need a second quantisation), or a bias on B without a bias in the base. No weight is
+            changed.
 
     Notes:
-        Where an adapted weight is tied, as an embedding's and an output head's may be, each module gets its own, with a
-        warning, and the config of a transformers model says ``tie_word_embeddings=False``; :func:`unmerge` ties them
-        again.
+        Unties adapted weights that are tied, such as those of an embedding and an output head, with a warning. The
+        config of a transformers model then has ``tie_word_embeddings=False``. :func:`unmerge` ties them again.
     """
     layers = dict(adapted_layers(model))
     if not layers:
@@ -97,7 +97,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         if layer.lora.merged:
             raise ValueError(f"merge: {name} is merged already")
         _check_mergeable(name, layer)
-        # one layer's weight at a time: the first change comes after all checks, without a copy of the model
+        # checks one layer at a time before any change, without a copy of the model
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():
             raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
     report = MergeReport()
@@ -126,7 +126,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
     kind = quantized_kind(layer)
     if kind is not None:
-        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after; load it in 16 bits")
+        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load it in 16 bits")
     if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is None:
         raise ValueError(f"merge: {name} has a bias on B and none of its own to add it to")
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
@@ -138,7 +138,7 @@ def unmerge(model: nn.Module) -> MergeReport:
     """Take every adapter out of its base weight again.
 
     Args:
-        model: merged by :func:`merge`; its weights are changed in place.
+        model: a model that :func:`merge` merged; its weights are changed in place.
 
     Returns:
         The :class:`MergeReport`.
@@ -147,8 +147,8 @@ def unmerge(model: nn.Module) -> MergeReport:
         ValueError: for a model that is not merged.
 
     Notes:
-        Without a backup, in 16 bits, a weight does not come back exactly. Rows that a DoRA magnitude near 0 has scaled
-        away do: :func:`merge` keeps them.
+        Without a backup, 16-bit weights come back with rounding errors. Rows that a DoRA magnitude near 0 scaled away
+        come back exactly, because :func:`merge` stores them.
     """
     layers = dict(adapted_layers(model))
     if not layers or not all(layer.lora.merged for layer in layers.values()):
@@ -165,7 +165,11 @@ def unmerge(model: nn.Module) -> MergeReport:
         elif f"{name}.weight" not in restored:
             largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
             report.layers[name] = float(largest) * torch.finfo(weight.dtype).eps
-            weight.copy_(_without_adapter(layer, undo))
+            exact = _widened(weight)
+            if undo.factor is not None:
+                exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
+            exact = exact - _update(layer)
+            weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
         if f"{name}.bias" not in restored:
@@ -173,15 +177,6 @@ def unmerge(model: nn.Module) -> MergeReport:
         layer.lora.merged, layer.lora.undo = False, None
         layer.lora.norms = None
     return report
-
-
-def _without_adapter(layer: LoRALayer, undo: _Undo) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    exact = _widened(layer.weight)
-    if undo.factor is not None:
-        exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
-    exact = exact - _update(layer)
-    return exact if undo.mask is None else torch.where(undo.mask, exact, 0.0)
 
 
 def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
@@ -197,11 +192,11 @@ def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` of the base model with the adapter merged; the model is not changed.
+    """The ``state_dict`` of the base model with the adapter merged, without changing the model.
 
-    Takes the memory of the adapted layers' weights. Parameters tied to one of them stand under every name; before the
-    model is saved, its config must say so: :func:`leanstep.lora.ties.config_of_merged`. Raises ValueError for quantised
-    or parametrised bases.
+    Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
+    :func:`leanstep.lora.ties.config_of_merged`, so that its config matches. Raises ValueError for quantised or
+    parametrised bases.
     """
     layers = dict(adapted_layers(model))
     untied = {holder.name for group in tied_groups(model) for holder in group}
@@ -217,7 +212,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         elif layer is not None and not layer.lora.merged and end == "bias":
             value = value + _bias_shift(layer)
         elif name in untied:
-            # the other names of a parameter that stays tied are written too
+            # a copy, so that the file stores tied parameters under every name
             value = value.clone()
         state[name] = value
     return state
@@ -227,22 +222,17 @@ def _widened(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """A and B, of an embedding too."""
-    if isinstance(layer, LoRAEmbeddingLayer):
-        return layer.lora_embedding_A, layer.lora_embedding_B
-    assert isinstance(layer, LoRALinearLayer)
-    return layer.lora_A.weight, layer.lora_B.weight
-
-
 def _outputs_last(layer: LoRALayer) -> bool:
-    """Whether outputs run along the last dimension of the base weight."""
+    """Whether the last dimension of the base weight is that of the outputs."""
     return layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer)
 
 
 def _update(layer: Any) -> Tensor:
     """``scale B A`` in the layout of the base weight, in fp32 or fp64."""
-    a, b = _factors(layer)
+    if isinstance(layer, LoRAEmbeddingLayer):
+        a, b = layer.lora_embedding_A, layer.lora_embedding_B
+    else:
+        a, b = layer.lora_A.weight, layer.lora_B.weight
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     update = (b.detach().to(dtype) @ a.detach().to(dtype)).mul_(layer.lora.scale)
     return update.t() if _outputs_last(layer) else update
@@ -259,12 +249,12 @@ def _dora_factors(layer: LoRALayer) -> Tensor | None:
 
 
 def _output_dim(factor: Tensor | None) -> int:
-    """The dimension of a base weight along which outputs run, from the shape of :func:`_dora_factors`."""
+    """The output dimension of a base weight, from the shape of :func:`_dora_factors`."""
     return 0 if factor is not None and factor.dim() == 2 else 1
 
 
 def _small_rows(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The indices of outputs whose factor is small, and their weights; None where there are none."""
+    """The indices of outputs with a small factor, and their weights; None if no factor is small."""
     small = factor.flatten().abs() < SMALL_FACTOR
     if not bool(small.any()):
         return None
@@ -273,7 +263,7 @@ def _small_rows(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _bias_shift(layer: Any) -> Tensor:
-    """What the bias of B adds to the layer's bias, in its dtype; 0 without a bias on B."""
+    """The change of the layer's bias by B's bias, in its dtype; 0 without a bias on B."""
     if layer.lora_B.bias is None:
         return torch.zeros_like(layer.bias)
     bias: Tensor = layer.lora_B.bias

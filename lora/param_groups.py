@@ -1,4 +1,4 @@
-"""Which parameter of an adapted model goes to which rule of an optimizer."""
+"""Parameter groups of an adapted model for an optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-# also under the name of an adapter, as PEFT has it: "q_proj.lora_A.default.weight", "wte.lora_embedding_B.default"
+# PEFT adds the adapter's name: "q_proj.lora_A.default.weight", "wte.lora_embedding_B.default"
 _FACTOR = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)(?!(?:.*\.)?bias$)")
 
 
@@ -20,23 +20,23 @@ def lora_groups(
     b: Mapping[str, Any] | None = None,
     rest: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an adapted model: A, B, and the rest, each parameter exactly once.
+    """Split the trained parameters of an adapted model into groups for A, B and the rest.
 
     Args:
-        model: adapted by leanstep or PEFT; what needs no gradient is left out.
-        a, b: options of the groups of A (r, in) and of B (out, r), such as ``lr`` or an optimizer's ``algorithm``.
-            LoRA+ (Hayou, Ghosh, Yu, arXiv 2402.12354) gives B a rate several times A's.
-        rest: options of everything else that is trained: magnitudes, biases, modules trained whole.
+        model: adapted by leanstep or PEFT. Parameters that need no gradient are left out.
+        a, b: options for A (r, in) and B (out, r), such as ``lr`` or an optimizer's ``algorithm``. LoRA+ (Hayou,
+            Ghosh, Yu, arXiv 2402.12354) gives B a learning rate several times that of A.
+        rest: options for all other trained parameters: magnitudes, biases, modules trained whole.
 
     Returns:
         Dicts with ``name`` (``"lora_A"``, ``"lora_B"``, ``"rest"``), ``params`` (pairs of name and parameter, as
-        torch's optimizers take them) and the options; groups without parameters are left out.
+        torch's optimizers take them) and the options. Empty groups are left out.
 
     Raises:
-        ValueError: for a model in which nothing is trained, or neither an A nor a B is.
+        ValueError: for a model that trains no parameter, or neither A nor B.
 
     Notes:
-        Warns where options are given for a group that no trained parameter belongs to.
+        Warns about options for an empty group.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"lora_A": [], "lora_B": [], "rest": []}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Which modules a configuration selects, with which rank and scale: PEFT's rules."""
+"""Selects the modules to adapt, their ranks and scales, by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
 
 
 def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules to adapt by name, in the model's order.
+    """Select the modules to adapt; returns them by name, in the model's order.
 
     Raises:
-        ValueError: for no ``target_modules``, an entry that selects nothing (the message gives similar names), or a
-            pattern of ranks or alphas that fits no selected module.
+        ValueError: without ``target_modules``, for an entry that selects nothing (the message suggests similar names),
+            or for a pattern of ranks or alphas that fits no selected module.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if config.target_modules is None:
-        ends = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_target(module)})
+        targets = [n for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding) or is_conv1d(m)]
+        ends = sorted({name.rsplit(".", 1)[-1] for name in targets})
         raise ValueError(
             f"apply_lora: target_modules is not set; this model has {', '.join(ends)}; or take 'all-linear'"
         )
@@ -67,7 +68,7 @@ def scale_of(config: LoraConfig, name: str) -> float:
 
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The configuration with the model's classifier among ``modules_to_save`` where the task has one."""
+    """Add the model's classifier to ``modules_to_save`` if the task has one."""
     ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     saved = config.modules_to_save or []
     heads = [head for head in HEADS if head in ends and head not in saved]
@@ -77,10 +78,10 @@ def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> LoraConfig:
-    """A file's configuration without names that select nothing in this model.
+    """Remove the names in a file's configuration that select nothing in this model.
 
-    PEFT writes names of layers that it then leaves out, and heads that the model does not have. Warns of layers and
-    patterns that are not in the model at all, if any layer is.
+    PEFT writes names of layers that it then leaves out, and heads that the model lacks. If the configuration selects
+    any layer, warns about names and patterns that fit no module at all.
     """
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save and config.task_type in HEAD_TASKS:
@@ -104,7 +105,7 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
 
 
 def why_not_adaptable(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why an adapter on a linear layer or an embedding would never run, or has no tensor to be added to; else None."""
+    """The reason why a layer's adapter would never run or has no tensor to add to, or None."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.MultiheadAttention) and type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "it is never called: nn.MultiheadAttention reads its weight"
@@ -130,18 +131,13 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
         warnings.warn(f"apply_lora: 'all-linear' leaves out {names}: narrower than the rank", stacklevel=5)
     if not selected:
         raise ValueError(
-            "apply_lora: target_modules 'all-linear' selects nothing; the model has no linear layer for it"
+            "apply_lora: target_modules 'all-linear' selects nothing; the model has no suitable linear layer"
         )
     return selected
 
 
-def _is_target(module: nn.Module) -> bool:
-    """Whether a module is of a class whose names are worth suggesting."""
-    return type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module)
-
-
 def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:
-    """Warn of entries of ``exclude_modules`` that exclude nothing."""
+    """Warn about entries of ``exclude_modules`` that exclude nothing."""
     unused = [rule for rule in _rules(config.exclude_modules or []) if not any(_fits(rule, name) for name in modules)]
     if unused:
         names = ", ".join(repr(rule if isinstance(rule, str) else rule[0]) for rule in unused)
@@ -149,12 +145,12 @@ def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:
 
 
 def _rules(rules: list[str] | str) -> list[list[str] | str]:
-    """One rule for each name of a list; a regular expression is one rule."""
+    """Split a list of names into one rule per name; a regular expression stays one rule."""
     return [rules] if isinstance(rules, str) else [[rule] for rule in rules]
 
 
 def _fits(rule: list[str] | str | None, name: str) -> bool:
-    """Whether a list of names, or a regular expression for the whole name, fits a module's name."""
+    """Whether a list of names or a regular expression fits a module's name."""
     if not rule:
         return False
     if isinstance(rule, str):
@@ -163,7 +159,7 @@ def _fits(rule: list[str] | str | None, name: str) -> bool:
 
 
 def _fits_end(pattern: str, name: str) -> bool:
-    """Whether a regular expression fits a module's name from some dot to its end."""
+    """Whether a regular expression fits a module's whole name or its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -173,7 +169,7 @@ def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> flo
 
 
 def _is_saved(config: LoraConfig, name: str) -> bool:
-    """Whether a module is one of ``modules_to_save`` or in one."""
+    """Whether a module is one of ``modules_to_save`` or inside one."""
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
@@ -187,7 +183,7 @@ def _layer_number(config: LoraConfig, name: str) -> int | None:
 
 
 def _why_nothing(rule: list[str] | str, modules: Mapping[str, nn.Module]) -> str:
-    """The error of an entry of ``target_modules`` that selects nothing: why, or similar names."""
+    """The error message for an entry of ``target_modules`` that selects nothing, with the reason or similar names."""
     entry = rule if isinstance(rule, str) else rule[0]
     excluded = [name for name in modules if _fits(rule, name)]
     if excluded:

@@ -1,4 +1,4 @@
-"""Tied parameters of which a merge changes one: each module gets its own, until the merge is undone."""
+"""Unties parameters that a merge would change in only one of their modules, and ties them again for unmerge."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from leanstep._torch import is_dtensor
 from leanstep.lora.apply import adapted_layers
 
-__all__ = ["Ties", "config_of_merged", "other_names", "retie", "tied_groups", "untie"]
-
 
 class Holder(NamedTuple):
-    """A module that holds a tied parameter: the parameter's full name, the module, and its name there."""
+    """A module that holds a tied parameter: the full name, the module, and the attribute's name."""
 
     name: str
     module: nn.Module
@@ -27,14 +25,14 @@ class Holder(NamedTuple):
 
 @dataclass
 class Ties:
-    """What :func:`untie` took apart."""
+    """The changes of :func:`untie`: each holder's original parameter, and each config's tied keys."""
 
     parameters: list[tuple[Holder, nn.Parameter]] = field(default_factory=list)
     configs: list[tuple[Any, dict[str, str]]] = field(default_factory=list)
 
 
 def tied_groups(model: nn.Module) -> list[list[Holder]]:
-    """The holders of every tied parameter that a merge changes in one of them."""
+    """Group the holders of every tied parameter that a merge changes in at least one holder."""
     holders: dict[Any, list[Holder]] = defaultdict(list)
     for owner, module in model.named_modules():
         for end, parameter in module.named_parameters(recurse=False):
@@ -45,7 +43,7 @@ def tied_groups(model: nn.Module) -> list[list[Holder]]:
 
 
 def other_names(groups: list[list[Holder]], layers: Container[str]) -> dict[str, list[str]]:
-    """For each parameter of ``layers`` by name, the other names of it."""
+    """Map each tied parameter of ``layers`` to its other names."""
     return {
         holder.name: [other.name for other in group if other is not holder]
         for group in groups
@@ -55,7 +53,7 @@ def other_names(groups: list[list[Holder]], layers: Container[str]) -> dict[str,
 
 
 def _memory(parameter: Tensor) -> Any:
-    """A key that tied parameters share: their memory, or their identity where there is no memory to compare."""
+    """A key that tied parameters share: their memory address, or their identity if they have none."""
     if is_dtensor(parameter) or parameter.device.type == "meta" or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr()
@@ -74,10 +72,10 @@ def _is_changed(holder: Holder, layers: set[str]) -> bool:
 
 
 def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
-    """Give every holder in ``groups`` a parameter of its own; the first that a merge does not change keeps the old one.
+    """Give every holder in ``groups`` its own parameter. The first one that a merge does not change keeps the old one.
 
-    Where these were all ties of a transformers model, its config then says ``tie_word_embeddings=False``, so that a
-    folder with the merged model opens with both weights.
+    If this removes all ties of a transformers model, its config gets ``tie_word_embeddings=False``, so that a saved
+    merged model loads with both weights.
 
     Raises:
         ValueError: for a sharded parameter, which cannot be untied; nothing is changed.
@@ -104,15 +102,15 @@ def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
     names = "; ".join(" and ".join(holder.name for holder in group) for group in groups)
     config = ", and config.tie_word_embeddings is False" if ties.configs else ""
     warnings.warn(
-        f"merge: {names} were one parameter, and only one of them is adapted; each has its own parameter now{config}, "
-        "until unmerge",
+        f"merge: {names} were one parameter, and only one of them is adapted; until unmerge, each has its own "
+        f"parameter{config}",
         stacklevel=3,
     )
     return ties
 
 
 def retie(model: nn.Module) -> set[str]:
-    """Undo :func:`untie`, if it was called; returns the names of the parameters that are restored by it."""
+    """Undo :func:`untie`, if it was called; returns the names of the restored parameters."""
     ties: Ties | None = getattr(model, "lora_ties", None)
     if ties is None:
         return set()
@@ -125,7 +123,7 @@ def retie(model: nn.Module) -> set[str]:
 
 
 def _untied_models(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
-    """The transformers models in ``model`` all of whose ties are among ``groups``."""
+    """The transformers models in ``model`` that have no ties outside ``groups``."""
     names = {holder.name for group in groups for holder in group}
     models = []
     for prefix, module in model.named_modules():
@@ -142,7 +140,7 @@ def _untied_models(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
 def config_of_merged(model: nn.Module) -> Iterator[None]:
     """Context manager for ``save_pretrained`` with :func:`leanstep.lora.merge.merged_state_dict`.
 
-    Inside, a transformers model's config says whether the merged model ties its embeddings.
+    Inside, ``config.tie_word_embeddings`` of a transformers model describes the merged model.
     """
     models = _untied_models(model, tied_groups(model))
     for module in models:

@@ -1,10 +1,9 @@
-"""Layer-adaptive pruning of trained models: allocations, scores, and the program that solves them."""
+"""Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
 
-from leanstep.pruning.allocate.allocation import Allocation, snap
+from leanstep.pruning.allocate.allocation import allocate, allocations_along, snap
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
-from leanstep.pruning.allocate.methods import allocate, allocations_along
 from leanstep.pruning.finetune import (
     GradualPruner,
     MaskKeeper,
@@ -18,7 +17,7 @@ from leanstep.pruning.measure.batches import renew_batch_norms
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune
-from leanstep.pruning.result import PruneResult
+from leanstep.pruning.result import Allocation, PruneResult
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Layer, Target, as_matrix, find_targets

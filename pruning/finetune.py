@@ -1,4 +1,4 @@
-"""Fine-tuning after pruning: masks that stay, and schedules that prune further during training."""
+"""Fine-tune pruned models: keep their masks, and prune further on a schedule."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def keep_masks(
 ) -> MaskKeeper:
     """Keep the zeros of a pruned model while an optimizer trains it.
 
-    The gradients that a step uses are zero for pruned weights, as if the model computed with ``weight * mask``: before
-    ``step()``, and after every call of the closure in ``step(closure)``. After the step the weights are zero too,
+    Sets the gradients of pruned weights to zero before ``step()``, and after every call of the closure in
+    ``step(closure)``, as if the model computed with ``weight * mask``. Sets pruned weights to zero after the step,
     whatever weight decay, momentum or a normalized update did to them.
 
     Args:
-        model: pruned. After sharding, which replaces parameters, if it is to be sharded.
+        model: a pruned model. Shard it before, because sharding replaces parameters.
         optimizer: of the model, or Accelerate's wrapper of it; None: :meth:`MaskKeeper.attach` one later.
-        masks: by parameter name, True where a weight is kept; None: the current nonzeros of the matrices with zeros
-            among those of :func:`leanstep.pruning.find_targets` with ``include`` and ``exclude``.
-        include, exclude: only without ``masks``.
+        masks: by parameter name, True where a weight is kept. None: the current nonzeros of each matrix that has zeros,
+            of the matrices that :func:`leanstep.pruning.find_targets` selects.
+        include, exclude: see :func:`leanstep.pruning.find_targets`; ignored with ``masks``.
 
     Returns:
         :class:`MaskKeeper`; as a context manager it removes its hooks at the end.
@@ -46,10 +46,10 @@ def keep_masks(
         TypeError: for anything but a torch optimizer.
 
     Notes:
-        1 byte per weight of a masked parameter, and a pass over them and their gradients per step. A frozen parameter,
-        such as the base of a low-rank adapter, keeps its zeros by itself; merging the adapter fills them, and
-        :meth:`MaskKeeper.apply` after the merge removes them again. Clipping a gradient norm before the step counts the
-        gradients of pruned weights, too.
+        Memory: 1 byte per weight of a masked parameter. Time: one pass over these weights and their gradients per step.
+        A frozen parameter, such as the base of a low-rank adapter, keeps its zeros without masks. Merging the adapter
+        fills them; call :meth:`MaskKeeper.apply` after the merge. Clipping a gradient norm before the step includes the
+        gradients of pruned weights.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -139,7 +139,7 @@ class MaskKeeper:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Add the current zeros to the masks, after the model was pruned further. No weight comes back."""
+        """Add the current zeros to the masks, after pruning further. Pruned weights stay pruned."""
         for name, parameter in self.parameters.items():
             self._pruned[name] |= parameter == 0
 
@@ -204,17 +204,17 @@ def prune_iteratively(
     prune_to: Callable[[float], Result],
     fine_tune: Callable[[MaskKeeper], object],
 ) -> list[Result]:
-    """Prune, fine-tune with the masks, measure and prune again: from one sparsity to the next.
+    """Prune and fine-tune with the masks, from one sparsity to the next.
 
     Args:
         model: changed in place.
         sparsities: increasing, for instance :func:`iterative_sparsities`.
         prune_to: prunes the model to a sparsity, for instance ``lambda s: prune(model, data, sparsity=s)``. It is
             called on the current model: curves are measured anew, and zeros stay zero.
-        fine_tune: trains the model; is given the keeper of the masks, to attach its optimizer to.
+        fine_tune: trains the model. It gets a :class:`MaskKeeper`, to which it attaches its optimizer.
 
     Returns:
-        The results of ``prune_to``. The model is fine-tuned after the last one, too.
+        The results of ``prune_to``. The model is also fine-tuned after the last one.
 
     Raises:
         ValueError: for sparsities that do not increase.
@@ -234,15 +234,15 @@ def prune_iteratively(
 
 
 class GradualPruner:
-    """Prunes a model further and further while it is trained, at some of an optimizer's steps.
+    """Prunes a model on a schedule during training, after some of the optimizer's steps.
 
     Args:
-        model: to be pruned; its masks are kept from the first pruning on.
-        optimizer: whose steps count.
+        model: the model to prune. Its masks are kept from the first pruning on.
+        optimizer: its steps are counted.
         prune_to: prunes the model to a sparsity; see :func:`prune_iteratively`. Called within ``optimizer.step()``,
             after the update.
         schedule: sparsity at a step, for instance ``partial(gradual_sparsity, begin=100, end=1000, final=0.8)``.
-        every: optimizer steps between two prunings; only where the sparsity has risen.
+        every: optimizer steps between two prunings. Prunes only if the schedule has risen.
 
     Raises:
         ValueError: for ``every`` below 1.
@@ -265,10 +265,10 @@ class GradualPruner:
         self.step_count, self.sparsity = 0, 0.0
         self._prune_to, self._schedule, self._every = prune_to, schedule, every
         self._keeper: MaskKeeper | None = None
-        # one pair of hooks for good: none can be added while an optimizer runs its hooks
-        self._hooks = [
-            StepHooks(optimizer, lambda _: self._before_step(), lambda _: self._after_step(), caller="GradualPruner")
-        ]
+        # registered once: no hook can be added while an optimizer runs its hooks
+        self._hooks = StepHooks(
+            optimizer, lambda _: self._before_step(), lambda _: self._after_step(), caller="GradualPruner"
+        )
 
     def _before_step(self) -> None:
         if self._keeper is not None:
@@ -286,16 +286,14 @@ class GradualPruner:
         self._keeper = keep_masks(self.model)
 
     def detach(self) -> None:
-        """Remove the hooks from the optimizer; zeros are no longer kept."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Remove the hooks from the optimizer; training may then change pruned weights."""
+        self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps counted, and the sparsity reached."""
+        """The step count and the current sparsity."""
         return {"step": self.step_count, "sparsity": self.sparsity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the model's weights are those of that step."""
+        """Continue from :meth:`state_dict`; load the model's weights of that step before."""
         self.step_count, self.sparsity = state["step"], state["sparsity"]
         self._keeper = keep_masks(self.model) if self.sparsity > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,42 +11,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Allocation, snap
+from leanstep.pruning.allocate.allocation import allocate, snap
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint, LatencyTable, keep_total
 from leanstep.pruning.allocate.closed_form import ComputedScores, atp_betas, outlier_ratio
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.allocate.methods import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import (
-    Additivity,
     apply_allocation,
     joint_of,
-    levels_by_group,
     measure_additivity,
     relinearised_curves,
     tuned_coefficients,
 )
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
-from leanstep.pruning.measure.measure import Measurement, Progress, measure_curves
-from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, default_metric
-from leanstep.pruning.measure.snapshot import WeightSnapshot
-from leanstep.pruning.result import PruneResult
+from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, measure_curves
+from leanstep.pruning.measure.metrics import LOCAL_METRICS, Metric, metric_name
+from leanstep.pruning.result import Additivity, Allocation, PruneResult, levels_by_group
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, Layer
 from leanstep.sparsity import NM
 
-# slopes of ATP that are tried, of all those there are
+# most slopes of ATP to try
 _SLOPES = 9
-# a note is added where joint over summed distortion, or its inverse, is larger
+# add a note if joint / summed distortion, or its inverse, exceeds this
 _ADDITIVE = 1.5
-# of the search for coefficients; each try is a knapsack and a forward pass over the data of the curves
+# search for coefficients: each try solves a knapsack and runs the model on the data of the curves
 SEARCH = {"starts": 100, "patience": 100}
 
 
 @dataclass
 class Planner:
-    """The checked settings of one call of :func:`leanstep.pruning.prune`; :meth:`run` is the order of events."""
+    """One call of :func:`leanstep.pruning.prune` after its checks; :meth:`run` is the order of events."""
 
     model: nn.Module
     groups: list[Group]
@@ -56,7 +53,7 @@ class Planner:
     metric: str | Metric | None
     batches: list[Batch]
     held_out: list[Batch]
-    measured: list[Batch]
+    curve_batches: list[Batch]
     score_options: dict[str, Any]
     progress: Progress | None
     levels: Sequence[float] | None
@@ -82,7 +79,7 @@ class Planner:
             allocation=allocation,
             score=self.score,
             pattern=self.pattern,
-            metric=self._metric_name(),
+            metric=metric_name(self.metric, self.model),
             groups=self.groups,
             levels=levels_by_group(allocation, self.groups),
             curves=measured,
@@ -101,7 +98,7 @@ class Planner:
 
     @cached_property
     def pruning(self) -> Pruning:
-        """The score, with the calibration data that its statistics come from."""
+        """The score, and the calibration data for its statistics."""
         cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
         if cache.note:
             self.notes.append(cache.note)
@@ -124,15 +121,15 @@ class Planner:
         return BudgetConstraint.of(self.budget, self.groups, self.sparsity, kept)
 
     def _nonzero(self) -> dict[str, int]:
-        """Nonzero weights of each group, as they are now."""
+        """Current number of nonzero weights of each group."""
         return {group.name: sum(int(t.weight.count_nonzero()) for t in group.targets) for group in self.groups}
 
     def _by_weights(self) -> bool:
-        """Whether the budget is the number of weights that a sparsity leaves."""
+        """Whether the target is a sparsity, not a cost."""
         return self.constraint.budget.kind == "params" and self.sparsity is not None
 
     def _around(self) -> float:
-        """The sparsity that levels lie around."""
+        """Sparsity at the center of the grid of levels."""
         if self._by_weights():
             assert self.sparsity is not None
             return self.sparsity
@@ -142,7 +139,7 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _check_reach(self) -> None:
-        """Raise InfeasibleBudget for a target that no levels meet, before anything is measured."""
+        """Before measuring, raise InfeasibleBudget for a target that no levels meet."""
         budget = self.constraint.budget
         least, most = self.constraint.reach(self._levels(), self.before)
         if budget.target >= least:
@@ -165,7 +162,7 @@ class Planner:
     def _measure(self) -> dict[str, Curve]:
         return measure_curves(
             self.model,
-            self.measured,
+            self.curve_batches,
             sparsity=self._around(),
             score=self.score,
             pattern=self.pattern,
@@ -179,16 +176,13 @@ class Planner:
         )
 
     def _by_curves(self, curves: Mapping[str, Curve], correction: str) -> Allocation:
-        """The allocation of smallest summed distortion; after a correction, that of smallest joint distortion."""
+        """Minimize the summed distortion, or with a correction the joint distortion."""
         if correction == "none":
             return self._solve(curves)
-        measurement = self._measurement(self.measured)
-        try:
+        with self._measurement(self.curve_batches) as measurement:
             if correction == "coefficients":
                 return tuned_coefficients(curves, self._solve, lambda one: self._joint(measurement, one), **SEARCH)[0]
             return self._relinearised(self._solve(curves), measurement)
-        finally:
-            measurement.close()
 
     def _solve(self, curves: Mapping[str, Curve]) -> Allocation:
         missing = [group.name for group in self.groups if group.name not in curves]
@@ -197,7 +191,7 @@ class Planner:
         return self._allocate("dp", curves={group.name: curves[group.name] for group in self.groups})
 
     def _relinearised(self, plain: Allocation, measurement: Measurement) -> Allocation:
-        """Measure again around the uniform allocation, then around what that gives, while the joint one falls."""
+        """Measure curves around the uniform allocation, then around the new one, while the joint distortion falls."""
         best, lowest = plain, self._joint(measurement, plain)
         around, levels = self._uniform() or plain, self._levels()
         for _ in range(2):
@@ -207,8 +201,8 @@ class Planner:
                 levels,
                 levels_by_group(around, self.groups),
                 self.pruning,
-                progress=self.progress,
-                snapshot=self.snapshot,
+                self.snapshot,
+                self.progress,
             )
             around = self._solve(curves)
             joint = self._joint(measurement, around)
@@ -220,14 +214,14 @@ class Planner:
     def _by_rule(self, method: str) -> Allocation:
         if method == "global":
             return self._allocate(method, scores=self._scores())
-        if method == "lamp":  # which squares them
+        if method == "lamp":  # LAMP squares the weights
             return self._allocate(method, scores={group.name: group.targets[0].weight for group in self.groups})
         if method == "owl":
             return self._allocate(method, outliers=self._outliers())
         return self._best_slope() if method == "atp" else self._allocate(method)
 
     def _scores(self) -> Mapping[str, Tensor]:
-        """Scores of all matrices. Cheap ones are computed whenever they are asked for, those of products once."""
+        """Scores of all matrices. Magnitude and Wanda are recomputed on access, the others are stored."""
         pruners = self.pruning.pruners(self.groups)
         if self.score in ("magnitude", "wanda"):
             return ComputedScores([g.name for g in self.groups], lambda name: pruners.once(name).scores)
@@ -238,7 +232,7 @@ class Planner:
         return scores
 
     def _outliers(self) -> dict[str, float]:
-        """Percentage of outliers among the Wanda scores of each layer's block; a layer outside blocks is its own."""
+        """Percentage of outliers among the Wanda scores of each layer's block, or of a layer outside all blocks."""
         pruners = Pruning(self.pruning.cache, "wanda").pruners(self.groups)
         blocks: dict[int | str, list[Group]] = {}
         for group in self.groups:
@@ -252,19 +246,16 @@ class Planner:
         return ratios
 
     def _best_slope(self) -> Allocation:
-        """ATP's allocation with the slope of smallest joint distortion on the data of the curves."""
+        """Try several slopes of ATP; return the allocation with the smallest joint distortion on the curves' data."""
         assert self.sparsity is not None
         blocks = {layer.block for layer in _in_blocks([group.layer for group in self.groups])}
         betas = atp_betas(self.sparsity, len(blocks))
         candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
-        measurement = self._measurement(self.measured)
-        try:
+        with self._measurement(self.curve_batches) as measurement:
             return min(candidates, key=lambda one: self._joint(measurement, one))
-        finally:
-            measurement.close()
 
     def _uniform(self) -> Allocation | None:
-        """Uniform sparsity within the same budget; None where no uniform sparsity meets it."""
+        """Uniform sparsity within the budget; None if no uniform sparsity meets it."""
         budget = self.constraint.budget
         if self._by_weights():
             return self._allocate("uniform")
@@ -276,7 +267,7 @@ class Planner:
         return Allocation("uniform", sizes, uniform[0], None, uniform[1], budget.kind, self.constraint.cost(uniform[0]))
 
     def _allocate(self, method: str, **needed: Any) -> Allocation:
-        """An allocation over the groups that restores no zero."""
+        """Allocate weights to the groups; existing zeros stay zero."""
         nonzero = self._nonzero()
         layers = [group.layer for group in self.groups]
         by_weights = self._by_weights()
@@ -306,23 +297,20 @@ class Planner:
     # -- cost and pruning ----------------------------------------------------------------------------------------------
 
     def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
-        """Prune and measure on held-out data; "dp" gives way to uniform sparsity where it is not better.
+        """Measure on held-out data, and prune; for "dp", by uniform sparsity if that is better.
 
-        The candidate is measured last and stays: it is not pruned twice.
+        The candidate is measured last, so that the model is already pruned if it wins.
         """
         if not self.held_out:
-            self.notes.append("there was no held-out data, so what the pruning costs was not measured")
+            self.notes.append("there was no held-out data: the cost of pruning was not measured")
             self._apply(candidate)
             return candidate, []
         uniform = self._uniform() if candidate.method == "dp" else None
         if candidate.method == "dp" and uniform is None:
-            self.notes.append("no uniform sparsity meets the budget, so that nothing was compared with it")
-        measurement = self._measurement(self.held_out)
-        try:
+            self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
+        with self._measurement(self.held_out) as measurement:
             baseline = None if uniform is None else self._additivity(measurement, uniform, stay=False)
             cost = self._additivity(measurement, candidate, stay=True)
-        finally:
-            measurement.close()
         if uniform is None or baseline is None:
             return candidate, [cost]
         if cost.joint < baseline.joint:
@@ -345,12 +333,12 @@ class Planner:
         return measure_additivity(measurement, self.groups, allocation, self.pruning, self.snapshot, stay=stay)
 
     def _note_ratio(self, cost: Additivity) -> None:
-        """Add a note where the sum that was minimized is far from the joint distortion."""
+        """Add a note if the summed distortion is far from the joint one."""
         if not cost.summed or 1 / _ADDITIVE <= cost.ratio <= _ADDITIVE:
             return
         self.notes.append(
             f"distortions do not add up here: all matrices together cost {cost.joint:.4g} on held-out data, "
-            f"{cost.ratio:.2f} times the sum of what each costs alone. The allocation is better than uniform sparsity, "
+            f"{cost.ratio:.2f} times the sum of their single costs. The allocation is better than uniform sparsity, "
             "but the smallest sum need not be the smallest cost: a correction (relinearise, coefficients) or another "
             "allocation may do better"
         )
@@ -359,19 +347,14 @@ class Planner:
         levels = levels_by_group(allocation, self.groups)
         return joint_of(measurement, self.groups, levels, self.pruning, self.snapshot).mean
 
-    def _measurement(self, batches: list[Batch]) -> Measurement:
-        # a local metric is of one layer; the joint distortion is measured at the output
+    def _measurement(self, batches: list[Batch]) -> closing[Measurement]:
+        # a local metric measures one layer; the joint distortion needs the model's output
         metric = None if self.metric in LOCAL_METRICS else self.metric
-        return Measurement(self.model, batches, metric, like=self.pruning.cache)
-
-    def _metric_name(self) -> str:
-        if self.metric is None:
-            return default_metric(self.model)
-        return self.metric if isinstance(self.metric, str) else self.metric.name
+        return closing(Measurement(self.model, batches, metric, like=self.pruning.cache))
 
 
 def _in_blocks(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers; those outside of all blocks get the number of the block before them, or of the first one."""
+    """Give layers outside all blocks the number of the preceding block, or of the first block."""
     block, numbered = min((layer.block for layer in layers if layer.block is not None), default=0), []
     for layer in layers:
         block = block if layer.block is None else layer.block

@@ -1,4 +1,4 @@
-"""Prune a model: allocate a level to each matrix, prune the weights inside it, and measure what that costs."""
+"""Prune a model: check the settings, split the data, and run the planner."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep.pruning.allocate.allocation import METHODS
 from leanstep.pruning.allocate.budgets import Budget, LatencyTable
-from leanstep.pruning.allocate.methods import METHODS
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.checks import CORRECTIONS
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Progress
+from leanstep.pruning.measure.measure import Progress, Stored, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Metric
-from leanstep.pruning.measure.snapshot import Stored, WeightSnapshot, evaluating
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS
@@ -47,55 +46,54 @@ def prune(
     progress: Progress | None = None,
     stored: Stored | None = None,
 ) -> PruneResult:
-    """Prune a model in place: each matrix to the sparsity that the allocation gives it. Zeros stay zero.
+    """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
     With ``allocation="dp"``, the distortion of each matrix is measured at some levels (:func:`measure_curves`), and
-    dynamic programming finds the levels with the smallest sum of distortions under the budget (:func:`allocate`). The
-    result is compared with uniform sparsity on held-out data, and the model gets the better of the two; ``notes`` says
-    which.
+    dynamic programming finds the levels with the smallest sum of distortions under the budget (:func:`allocate`). This
+    allocation and uniform sparsity are then measured on held-out data, and the better one is applied.
 
     Args:
         model: any module with linear layers, convolutions or transformers' expert weights.
         data: calibration data, see :func:`leanstep.pruning.measure.batches.as_batches`. May be None for
-            ``score="magnitude"`` with an allocation that measures nothing: ``uniform``, ``global``, ``lamp``, ``erk``.
-        sparsity: fraction of zeros over all pruned matrices, in (0, 1); with the name of a ``budget``, fraction of the
-            dense cost to remove. None with a :class:`Budget` or a fixed pattern.
-        allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``. The slope of ``atp`` is the
-            best of some, by joint distortion on ``curve_data``.
+            ``score="magnitude"`` with ``uniform``, ``global``, ``lamp`` or ``erk``, which measure nothing.
+        sparsity: fraction of zeros over all pruned matrices, in (0, 1). With a ``budget`` by name or a table, fraction
+            of the dense cost to remove. None with a :class:`Budget` or a fixed pattern.
+        allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``. For ``atp``, up to 9 slopes
+            are tried; the one with the smallest joint distortion on ``curve_data`` is taken.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` (updates the remaining weights) or ``mfac``.
-        pattern: ``unstructured``; ``N:8`` (any M): each matrix keeps some n of 8; or a fixed pattern such as ``2:4``.
-        metric: of the curves, see :func:`measure_curves`.
+        pattern: ``unstructured``; ``N:8`` (any M), which chooses n for each matrix; or a fixed one such as ``2:4``.
+        metric: distortion of the curves; see :func:`measure_curves`.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
         include, exclude: see :func:`find_targets`.
-        held_out: data for the comparison. None sets the last fifth of ``data`` aside; False skips the comparison and
-            applies ``allocation`` as it is.
-        curve_data: data for the curves; None: ``data``. It needs fewer samples than the scores do.
+        held_out: data for the comparison. None sets aside the last fifth of ``data``. False skips the comparison and
+            applies the allocation in any case.
+        curve_data: data for the curves; None: ``data``. Curves need fewer samples than scores.
         curves: curves measured earlier with the same score; None measures them.
-        correction: ``none``; ``relinearise``: measures curves again around the uniformly pruned model; or
-            ``coefficients``: scales each curve by a factor that a random search chooses. Of the resulting allocations,
-            the one with the smallest joint distortion on ``curve_data`` is taken.
+        correction: ``none``; ``relinearise``, which measures curves again around the uniformly pruned model; or
+            ``coefficients``, which searches a random factor for each curve. The allocation with the smallest joint
+            distortion on ``curve_data`` is taken.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
-        budget: with ``dp``, a constraint other than the number of weights: ``"flops"`` or ``"bytes"`` or a
-            :class:`leanstep.pruning.LatencyTable`, of whose dense cost ``1 - sparsity`` may be left; or a
-            :class:`leanstep.pruning.Budget`, which has its own target. Curves are measured at a table's levels.
+        budget: with ``dp``, a constraint other than the number of weights. ``"flops"``, ``"bytes"`` or a
+            :class:`leanstep.pruning.LatencyTable` limits that cost to ``1 - sparsity`` of the dense model's. A
+            :class:`leanstep.pruning.Budget` has its own target. With a table, curves are measured at its levels.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         batch_size, resume, progress: see :func:`measure_curves`.
-        stored: returns the original values of a parameter by its name, or None. Such parameters are read again instead
-            of copied.
+        stored: function from a parameter's name to its original values, or None. Parameters with such values are read
+            again on restoring, not copied before pruning.
 
     Returns:
         :class:`PruneResult`.
 
     Raises:
-        ValueError: for unknown settings or a combination that is not supported, too little data, or a target out of
-            reach (with the range in reach). The model is unchanged after any error.
+        ValueError: for unknown or contradictory settings, too little data, or a target out of reach; the message gives
+            the range in reach. The model is unchanged after any error.
 
     Notes:
         Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
         the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT or M-FAC keeps all
         scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
 
-        Masks are chosen block by block, on the inputs that come out of the blocks pruned before. Whole heads and
+        Masks are chosen block by block, from inputs that the already pruned blocks compute. Whole heads and
         channels are not pruned: transformers gives all layers of a model one width and could not open the result.
         Unstructured zeros make a model neither smaller nor faster in PyTorch.
 
@@ -115,7 +113,7 @@ def prune(
     fixed = fixed_pattern(pattern)
     if fixed is not None and sparsity is None:
         sparsity = fixed.sparsity
-    batches, aside, measured = _split_data(model, data, held_out, curve_data, batch_size)
+    batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
     if "flops" in (budget, getattr(budget, "kind", None)):
         with evaluating(model):
             targets = count_uses(model, targets, batches[0])
@@ -130,8 +128,8 @@ def prune(
         pattern=pattern,
         metric=metric,
         batches=batches,
-        held_out=aside,
-        measured=measured,
+        held_out=held_out_batches,
+        curve_batches=curve_batches,
         score_options=dict(score_options or {}),
         progress=progress,
         levels=levels,
@@ -153,7 +151,7 @@ def check_choices(
     budget: Budget | LatencyTable | str | None = None,
     **others: Any,
 ) -> None:
-    """Raise ValueError for settings of :func:`prune` that are unknown or contradict each other; loads nothing."""
+    """Raise ValueError for unknown or contradictory settings of :func:`prune`, before anything is loaded."""
     for name, value, known in (
         ("allocation", allocation, METHODS),
         ("score", score, tuple(NEEDS)),
@@ -197,14 +195,14 @@ def check_choices(
 
 
 def fixed_pattern(pattern: str) -> NM | None:
-    """The N:M pattern of a text such as "2:4"; None for "unstructured" and for levels such as "N:8"."""
+    """Parse a fixed pattern such as "2:4"; None for "unstructured" and for "N:8"."""
     return None if pattern == "unstructured" or pattern.startswith("N:") else NM.parse(pattern)
 
 
 def _split_data(
     model: nn.Module, data: Any, held_out: Any, curve_data: Any, batch_size: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """Batches for scores, for the held-out comparison, and for curves."""
+    """Return batches for the scores, for the held-out comparison, and for the curves."""
     if data is None:
         return [], [], []
     if held_out is None:
@@ -215,8 +213,7 @@ def _split_data(
         first = len(whole) - max(1, len(whole) // 5)
         data, held_out = whole[:first], whole[first:]
     batches = as_batches(data, model, batch_size=batch_size)
-    aside = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
-    measured = (
-        batches if curve_data is None else as_batches(curve_data, model, batch_size=batch_size, what="curve_data")
-    )
-    return batches, aside, measured
+    compared = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
+    if curve_data is None:
+        return batches, compared, batches
+    return batches, compared, as_batches(curve_data, model, batch_size=batch_size, what="curve_data")

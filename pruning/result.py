@@ -1,16 +1,91 @@
-"""The result of pruning a model: levels, curves, and cost."""
+"""Results: an allocation, its cost on held-out data, and a pruned model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from leanstep.pruning.allocate.allocation import Allocation
-from leanstep.pruning.measure.checks import Additivity
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Number of weights that each layer keeps.
+
+    Attributes:
+        method: the method of :func:`allocate`.
+        numel, kept: all weights and kept weights of each layer.
+        target: largest total of kept weights; None for other budgets.
+        patterns: N:M pattern of each layer; empty for unstructured pruning.
+        budget_kind, cost: kind of the budget, and the allocation's cost in its unit.
+        predicted: sum of the layers' distortions by their curves; None without curves.
+        lagrange_gap: summed distortion of the Lagrangian solution minus that of the exact one; >= 0.
+        front: for "dp", up to 200 points (cost, summed distortion) of the Pareto front.
+    """
+
+    method: str
+    numel: dict[str, int]
+    kept: dict[str, int]
+    target: int | None = None
+    patterns: dict[str, str] = field(default_factory=dict)
+    budget_kind: str = "params"
+    cost: float | None = None
+    predicted: float | None = None
+    lagrange_gap: float | None = None
+    front: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all layers together."""
+        return 1 - sum(self.kept.values()) / sum(self.numel.values())
+
+    def layer_sparsity(self, name: str) -> float:
+        """Fraction of zeros in one layer."""
+        return 1 - self.kept[name] / self.numel[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"front": [list(point) for point in self.front]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Allocation:
+        """The allocation that :meth:`to_dict` wrote."""
+        return cls(**{**values, "front": tuple((c, d) for c, d in values.get("front", ()))})
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Joint and summed distortion of an allocation on held-out data.
+
+    Attributes:
+        method: of the allocation.
+        joint, joint_stderr: distortion with all matrices pruned.
+        summed: sum of the distortions with one matrix pruned at a time, at the same levels.
+        ratio: joint / summed; NaN for 0 / 0. The paper's theorem predicts 1, where distortions add up. Far from 1, the
+            sum does not rank allocations.
+    """
+
+    method: str
+    joint: float
+    joint_stderr: float
+    summed: float
+
+    @property
+    def ratio(self) -> float:
+        """joint / summed."""
+        if self.summed:
+            return self.joint / self.summed
+        return math.inf if self.joint else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; None for NaN and infinity."""
+        values = asdict(self) | {"ratio": self.ratio}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass
@@ -18,13 +93,13 @@ class PruneResult:
     """The result of :func:`leanstep.pruning.prune`.
 
     Attributes:
-        allocation: how many weights each matrix (or group) kept.
-        score, pattern, metric: as asked for, or the defaults.
+        allocation: the applied allocation.
+        score, pattern, metric: the settings, with defaults filled in.
         groups: the matrices, in groups that share a level.
         levels: kept weights and N:M pattern of each group.
         curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
-        compared: cost of every allocation that was tried, the applied one included.
+        compared: cost of every measured allocation, including the applied one.
         notes: remarks for the reader, in sentences.
         data: hash of the calibration data.
         budget: its ``kind`` and ``target``, and the cost of the ``dense`` matrices, of the model ``before`` and of the
@@ -49,11 +124,11 @@ class PruneResult:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over all pruned matrices, counted."""
+        """Fraction of zeros over all pruned matrices, counted in the current weights."""
         return 1 - sum(layer["nonzero"] for layer in self.layers()) / sum(layer["numel"] for layer in self.layers())
 
     def layers(self) -> list[dict[str, Any]]:
-        """One row per matrix, counted in the weights as they are now."""
+        """One row per matrix, with zeros counted in the current weights."""
         rows = []
         for group in self.groups:
             pattern = self.levels[group.name][1]
@@ -75,7 +150,7 @@ class PruneResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         allocation = self.allocation.to_dict()
-        # the front has a point for every state of the table; a hundred of them draw it
+        # a hundred points suffice to draw the front
         step = -(-len(allocation["front"]) // _FRONT_POINTS) or 1
         allocation["front"] = allocation["front"][::step]
         return {
@@ -93,3 +168,8 @@ class PruneResult:
             "layers": self.layers(),
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
         }
+
+
+def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
+    """Kept weights and N:M pattern (or "") of every group."""
+    return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}

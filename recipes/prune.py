@@ -21,6 +21,11 @@ __all__ = ["main", "split_newest"]
 
 # bytes of the newest addresses to hold out; the recipes hold out more from training
 _HELD_OUT_BYTES = 400_000
+# options that are arguments of prune() of the same name
+_SETTINGS = (
+    *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
+    *("include", "exclude", "batch_size"),
+)
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
@@ -37,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {options.out} was not made. The same command with --resume goes on", file=sys.stderr)
+        print(f"\ninterrupted; {options.out} was not created. Add --resume to the command to continue", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(result.to_dict()))
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
-    add("--out", required=True, metavar="DIR", help="the folder to be made")
+    add("--out", required=True, metavar="DIR", help="the folder to create")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
     add(
         "--budget",
@@ -108,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    add("--resume", action="store_true", help="go on with the curves that an interrupted run measured")
+    add("--resume", action="store_true", help="continue with the curves of an interrupted run")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -137,18 +142,8 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             resume=options.resume,
             device=options.device,
             progress=bar,
-            sparsity=options.sparsity,
             budget=options.budget if latencies is None else latencies,
-            allocation=options.allocation,
-            score=options.score,
-            pattern=options.pattern,
-            metric=options.metric,
-            granularity=options.granularity,
-            correction=options.correction,
-            levels=options.levels,
-            include=options.include,
-            exclude=options.exclude,
-            batch_size=options.batch_size,
+            **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
 
@@ -185,11 +180,7 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
         )
     drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
     samples = drawn[options.held_out :]
-    return {
-        "data": samples,
-        "curve_data": samples[: options.curve_samples],
-        "held_out": drawn[: options.held_out],
-    }
+    return {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": drawn[: options.held_out]}
 
 
 def _text(options: argparse.Namespace) -> "CalibrationText":

@@ -1,4 +1,4 @@
-"""N:M sparsity: patterns, masks, schedules, and weights that train under them."""
+"""N:M sparsity: patterns, masks, schedules, and sparse training."""
 
 from leanstep.sparsity.compressed import export_compressed, load_compressed
 from leanstep.sparsity.controller import Controller

@@ -1,4 +1,4 @@
-"""Files of N:M weights without their zeros: values and packed indices of ceil(log2 M) bits each, in safetensors.
+"""Safetensors files that store N:M weights without zeros: values, and packed indices of ceil(log2 M) bits each.
 
 A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of the same dtype and
 ``NAME.nm_indices``, a uint8 vector of ``ceil(out * in / M * N * bits / 8)`` bytes, bit i of the stream in bit i % 8 of
@@ -27,11 +27,10 @@ from leanstep.sparsity.squash import check_finished, plain_state_dict
 
 FORMAT = "leanstep-nm-1"
 _VALUES, _INDICES = ".nm_values", ".nm_indices"
-_BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Stored(NamedTuple):
-    """How one tensor was stored; ``pattern`` is None if it was stored unchanged."""
+    """The stored form of one tensor; ``pattern`` is None if it is stored unchanged."""
 
     name: str
     pattern: NM | None
@@ -46,21 +45,20 @@ def export_compressed(
 
     Args:
         model: a model, squashed or at the end of its schedule, or a state dict of plain names.
-        path: the file to write, ``*.safetensors``; an existing one is replaced.
+        path: the file to write, ``*.safetensors``; an existing file is replaced.
         patterns: tensor name -> pattern, for groups along dimension 1. None: the targets of a model that trains sparse;
-            otherwise the sparsest pattern that each matrix obeys, if that makes it smaller.
+            for any other model, the sparsest pattern that each matrix obeys, if that makes the matrix smaller.
 
     Returns:
         One row per stored tensor, with its bytes before and after.
 
     Raises:
-        ValueError: for a weight that violates its pattern, a model whose schedule is not finished, an unknown name, or
-            a pattern with M above 256; nothing is written then.
+        ValueError: for a weight that violates its pattern, a weight with more negative zeros than its pattern has room
+            for, an unfinished schedule, an unknown name, or a pattern with M above 256. Nothing is written.
         OSError: if the file cannot be written.
 
     Notes:
-        :func:`load_compressed` restores every tensor bit for bit. A weight with more negative zeros than its pattern
-        has room for is refused (adding 0.0 makes them positive).
+        :func:`load_compressed` restores every tensor bit for bit.
     """
     state, layouts = _state_and_layouts(model, patterns)
     stored: dict[str, Tensor] = {}
@@ -91,16 +89,16 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
     """Read a file of :func:`export_compressed`.
 
     Args:
-        path: the file.
-        model: a plain model of the same architecture to load it into, or None. It is changed only if the whole file is
-            valid.
+        path: the file to read.
+        model: a plain model of the same architecture to load the file into, or None. It changes only if the whole file
+            is valid.
 
     Returns:
         The dense state dict, bit for bit as exported.
 
     Raises:
-        ValueError: for a file that is truncated, damaged (a wrong checksum or index) or of another format; for a model
-            that is sparse itself, or has other names or shapes.
+        ValueError: for a truncated or damaged file (a wrong checksum or index), another format, a model that is sparse
+            itself, or a model with other names or shapes.
     """
     path = Path(path)
     layout = _read_layout(path)
@@ -122,7 +120,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 
 
 def is_compressed(path: str | Path) -> bool:
-    """Whether a file was written by :func:`export_compressed`, by its header."""
+    """Whether :func:`export_compressed` wrote a file, judged by its header."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -143,14 +141,14 @@ def index_bits(m: int) -> int:
 
 
 def pack_indices(indices: Tensor, m: int) -> Tensor:
-    """Indices below m, uint8 of any shape, as a bit stream in a uint8 vector, the lowest bit of each first."""
+    """Pack uint8 indices below m into a uint8 vector, as a bit stream with the lowest bit of each index first."""
     bits = np.arange(index_bits(m), dtype=np.uint8)
     stream = (indices.numpy().reshape(-1, 1) >> bits) & 1
     return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
 
 
 def unpack_indices(packed: Tensor, count: int, m: int) -> Tensor:
-    """The first ``count`` indices of a bit stream, uint8."""
+    """Unpack the first ``count`` indices of a bit stream, as uint8."""
     width = index_bits(m)
     stream = np.unpackbits(packed.numpy(), count=count * width, bitorder="little").reshape(count, width)
     weights = np.left_shift(1, np.arange(width)).astype(np.uint16)
@@ -165,7 +163,8 @@ def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, 
     except ValueError as error:
         raise ValueError(f"export_compressed: {name}: {error}") from None
     back = nm_decompress(values, indices, pattern.m)
-    if not torch.equal(_as_bits(back), _as_bits(padded)):
+    # bytes tell negative zeros from positive ones
+    if not torch.equal(back.contiguous().view(torch.uint8), padded.view(torch.uint8)):
         raise ValueError(
             f"export_compressed: {name} has more negative zeros than {pattern} has room for; add 0.0 to the weight "
             "(or squash it), which makes them positive"
@@ -237,7 +236,7 @@ def _state_and_layouts(
 
 
 def _smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
-    """The pattern along dimension 1 or 0 that makes a tensor smallest; None if it does not get smaller."""
+    """The pattern and dimension (1 or 0) that make a tensor smallest; None if none makes it smaller."""
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return None
     layouts = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
@@ -257,10 +256,6 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if differing:
         raise ValueError(f"load_compressed: {path} is of another model: {', '.join(differing[:5])} differ")
     model.load_state_dict(state)
-
-
-def _as_bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(_BITS_OF[tensor.element_size()])
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The controller, which updates masks and decay after every optimizer step."""
+"""The controller: updates masks and decay after every optimizer step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Score = Callable[[SparseLayer, Tensor], Tensor]
 
 
 class Controller:
-    """Updates the masks and the decay of a model's sparse layers after every optimizer step; made by :func:`sparsify`.
+    """Updates the masks and the decay of a model's sparse layers after every optimizer step; :func:`sparsify` makes it.
 
-    All state lies in the model's parametrizations and is part of ``model.state_dict()``; :meth:`state_dict` returns it
-    alone. A run that loads it continues exactly.
+    The model's parametrizations hold all state, so ``model.state_dict()`` contains it; :meth:`state_dict` returns only
+    this state. A run that loads it continues exactly.
 
     Attributes:
         layers: the sparse layers.
-        schedule, method, srste_lambda, mask_every, measure_every: the settings.
+        schedule, method, srste_lambda, mask_every, measure_every: the settings of :func:`sparsify`.
     """
 
     def __init__(
@@ -57,24 +57,24 @@ class Controller:
         return self.layers[0].transform.steps
 
     def stage(self, layer: SparseLayer | None = None) -> Stage:
-        """The schedule's current pattern, alpha and phase of one layer (the first one by default)."""
+        """The current pattern, alpha and phase of one layer (by default, the first)."""
         return self._stage(layer or self.layers[0], self.step_count)
 
     @property
     def finished(self) -> bool:
-        """Whether every layer has reached its own N:M with alpha 0."""
+        """Whether every layer has reached its target pattern with alpha 0."""
         stages = [self.stage(layer) for layer in self.layers]
         return all(s.alpha == 0 and s.pattern == layer.target for s, layer in zip(stages, self.layers, strict=True))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Controller:
-        """Follow an optimizer by hooks around its ``step``, with or without a closure. Returns the controller.
+        """Follow an optimizer with hooks around its ``step``, with or without a closure. Returns the controller.
 
         Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count.
 
         Raises:
-            TypeError: for anything but a torch optimizer. Accelerate's wrapper is one.
-            ValueError: if the controller is attached already, the optimizer does not train the sparse weights, or
-                they are sharded across groups.
+            TypeError: for anything but a torch optimizer (Accelerate's wrapper counts as one).
+            ValueError: if the controller is attached already, the optimizer does not train the sparse weights, or a
+                weight is sharded across its groups.
         """
         if self._hooks is not None:
             raise ValueError("Controller.attach: attached already; call detach first, or each step would count twice")
@@ -85,7 +85,7 @@ class Controller:
             parameters={layer.names[0]: layer.weight for layer in self.layers},
         )  # fmt: skip
         if self.step_count == 0:
-            # wrapping and sharding may have replaced the weights with those of another process
+            # wrapping or sharding may have replaced the weights with those of another process
             self.refresh()
         return self
 
@@ -97,10 +97,9 @@ class Controller:
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Measure the gradients that a step is about to use, and add SR-STE's term to them.
+        """Measure the gradients before a step, and add SR-STE's term to them unless ``srste_lambda`` is 0.
 
-        :meth:`attach` calls it, after every call of a closure too. The gradients of sparse weights change where
-        ``srste_lambda`` is not 0.
+        The hooks of :meth:`attach` call this, also after every call of a closure.
         """
         self._check_installed()
         if self._measures(self.step_count + 1):
@@ -120,7 +119,7 @@ class Controller:
         """Count an optimizer step, and update masks and decay for the next one.
 
         Raises:
-            ValueError: if the model's parametrizations are gone: it was squashed.
+            ValueError: if the model has lost its parametrizations, as after :func:`squash`.
         """
         self._check_installed()
         for layer in self.layers:
@@ -129,10 +128,10 @@ class Controller:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recompute all masks from the current weights without counting a step; for use after replacing weights.
+        """Recompute all masks, fixed ones too, from the current weights, without counting a step.
 
-        Recomputes fixed masks as well. Not needed after loading a checkpoint, which contains its masks. If weights are
-        sharded, every process has to call it.
+        Call it after replacing weights; a loaded checkpoint contains its masks. If weights are sharded, every process
+        has to call it.
         """
         self._check_installed()
         self._advance(measure=False, always=True)
@@ -145,15 +144,15 @@ class Controller:
         return layer_rows(self)
 
     def diagnostics(self) -> dict[str, float]:
-        """The same numbers as a flat dict for a log, ``WHAT/LAYER``; see :func:`statistics.summary`."""
+        """The statistics as a flat dict ``WHAT/LAYER`` for a log; see :func:`statistics.summary`."""
         return summary(self)
 
     def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Copies of the current masks of parameters, in order: True where a weight is kept, None if it is not sparse.
+        """Copies of the parameters' current masks in order: True for unpruned weights, None for a dense parameter.
 
-        For optimizers that take masks, if these are fixed (method "fixed", a frozen last phase). Pruned weights stay
-        out of the window of ``MFAC([{"params": params, "masks": controller.masks_of(params)}])``. ``params`` is a list
-        (``model.parameters()`` can be iterated only once), with or without names.
+        Pass them to optimizers that take masks, if the masks are fixed (method "fixed", or a frozen last phase):
+        ``MFAC([{"params": params, "masks": controller.masks_of(params)}])`` keeps pruned weights out of its window.
+        ``params`` is a list, with or without names, since ``model.parameters()`` can be iterated only once.
 
         Raises:
             ValueError: if weights are sharded; build the optimizer before sharding.
@@ -168,14 +167,14 @@ class Controller:
         return masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Mask, decay and number of steps of every layer, by name. ``model.state_dict()`` contains the same."""
+        """Mask, decay and number of steps of every layer, by name. ``model.state_dict()`` contains them too."""
         return {layer.name: layer.transform.get_extra_state() for layer in self.layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the :meth:`state_dict` of a controller of the same layers.
 
         Raises:
-            ValueError: for other layers or patterns; nothing is changed then.
+            ValueError: for a state of other layers or patterns; nothing is changed.
         """
         names = {layer.name for layer in self.layers}
         if names != set(state):
@@ -203,7 +202,7 @@ class Controller:
         return stage._replace(pattern=_fitting_pattern(stage.pattern, layer.target, sizes))
 
     def _advance(self, measure: bool, always: bool = False) -> None:
-        """Set every layer's alpha and mask for its step; layers of one pattern, device and dtype in one call."""
+        """Set every layer's alpha and mask for its step, batching layers of one pattern, device and dtype."""
         due: dict[tuple[Any, ...], list[SparseLayer]] = {}
         for layer in self.layers:
             transform, stage = layer.transform, self._stage(layer, layer.transform.steps)
@@ -275,7 +274,7 @@ class Controller:
 
 
 def _fitting_pattern(pattern: NM, target: NM, sizes: Iterable[int]) -> NM:
-    """A pattern on the way to the target, halved until its groups fill rows of ``sizes`` as the target's do."""
+    """Halve a pattern on its way to the target until its groups fill rows of ``sizes`` as the target's do."""
     while pattern.m > target.m and any(
         pattern.m > size or (size % pattern.m and size % target.m == 0) for size in sizes
     ):

@@ -1,8 +1,8 @@
 """Operations of sparse training and inference, counted in three ways: dense, theoretical, and on 2:4 hardware.
 
 A layer that multiplies T tokens by a weight of ``numel`` entries makes ``T * numel`` multiplications and additions in
-each of three products: forward, the gradient of its input, and the gradient of its weight. With r = N/M, the density
-of the masked weight (1 while alpha > 0, since decayed weights are multiplied like any other):
+each of three products: forward, the gradient of its input, and the gradient of its weight. The table gives the factor
+of each product. r is the density N/M of the masked weight; it is 1 while alpha > 0, when no weight is exactly 0.
 
 ============  =======================  ====================================  ==============
 count         forward                  gradient of the input                 of the weight
@@ -12,8 +12,8 @@ theoretical   r                        r                                     1
 hardware      r if the pattern is 2:4  r if its mask is transposable, too    1
 ============  =======================  ====================================  ==============
 
-The gradient of the weight is dense in all methods that let pruned weights grow back. Sparse units of GPUs support only
-2:4, and the product with the transposed weight is 2:4 only for transposable masks.
+The gradient of the weight is dense in every method that lets pruned weights grow back. Sparse units of GPUs support
+only 2:4, and the product with the transposed weight is 2:4 only for transposable masks.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def forward_operations(
 
     Args:
         dense: operations of the dense forward pass over ``tokens``.
-        layers: (entries of the weight, pattern) of each sparse layer.
+        layers: (number of weights, pattern) of each sparse layer.
         tokens: number of vectors that each layer multiplies.
-        alpha: factor of pruned weights; above 0 all weights are multiplied.
+        alpha: factor of pruned weights; above 0, nothing is saved.
     """
     theoretical = hardware = 0.0
     for numel, pattern in layers:
@@ -80,8 +80,8 @@ def training_operations(
 
     Args:
         dense: operations of a dense step over its ``tokens``.
-        layers: (entries of the weight, final pattern) of each sparse layer.
-        schedule: gives the pattern and alpha of every step; after its end they are the last ones.
+        layers: (number of weights, final pattern) of each sparse layer.
+        schedule: pattern and alpha of every step; steps after its end use the last ones.
         steps: optimizer steps of the run.
         tokens: number of vectors that each sparse layer multiplies in a step.
         transposable: whether transposed masks are N:M, too.

@@ -1,7 +1,7 @@
-"""The forward and backward rules of every method, as differentiable functions; what the parametrization calls.
+"""The forward and backward rules of every method, as differentiable functions that the parametrization calls.
 
-The gradients of STE, SR-STE, MDGF and SDGF are those of :func:`sparse_weight`; :func:`srste_term` is the term that the
-controller adds once per step. The elementwise definitions are in ``kernels/reference/nm/apply.py``.
+:func:`sparse_weight` has the gradients of STE, SR-STE, MDGF and SDGF. The controller adds :func:`srste_term` once per
+step. ``kernels/reference/nm/apply.py`` holds the elementwise definitions.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def sparse_weight(
     "fixed"     ``g * P + srste_lambda * (1 - P) * weight``
     ==========  ==========================================================================
 
-    STE is ``alpha=0, grad_flow="ste"``; SR-STE the same with ``srste_lambda`` (2e-4 in its paper); MDGF has an alpha
-    that shrinks (:class:`leanstep.sparsity.Schedule`); SDGF a mask of a pattern that changes; pruning once and for all
-    ``grad_flow="fixed"``. They combine.
+    STE is ``alpha=0, grad_flow="ste"``. SR-STE adds ``srste_lambda`` (2e-4 in its paper). MDGF shrinks alpha
+    (:class:`leanstep.sparsity.Schedule`). SDGF changes the pattern of the mask. One-shot pruning is
+    ``grad_flow="fixed"``. The methods combine.
 
     Args:
         weight: any shape and floating dtype; not written.
-        mask: bool, same shape; True where a weight is kept. A constant for autograd.
-        alpha: factor of pruned weights, in [0, 1]; a constant for autograd. As a 0-d tensor on the weight's device it
-            can change from step to step without a recompilation by torch.compile.
+        mask: bool, same shape, False for pruned weights; a constant for autograd.
+        alpha: factor of pruned weights, in [0, 1]; a constant for autograd. A 0-d tensor on the weight's device can
+            change from step to step without recompilation by torch.compile.
         grad_flow: "ste", "decay" or "fixed".
         srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
-        A new tensor like ``weight``. Pruned entries are +0 where alpha is 0; where it is 1 the weight bit for bit.
+        A new tensor like ``weight``. Pruned entries are +0 for alpha 0, and the weight bit for bit for alpha 1.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
 
     Notes:
-        Saves the mask (1 byte per weight) and the weight, which exists anyway, for the backward pass. The text of the
-        MDGF paper says that decay restricts the flow of gradients to pruned weights; its published code returns g
-        unscaled. "decay" is the former (the derivative of the product), "ste" the latter.
+        Saves the mask (1 byte per weight) and a reference to the weight for the backward pass. The text of the MDGF
+        paper says that decay restricts the flow of gradients to pruned weights: "decay", the derivative of the product.
+        Its published code returns g unscaled: "ste".
 
     References:
         Bengio, Leonard, Courville, arXiv 1308.3432 (straight-through estimator); Zhou et al., arXiv 2102.04010
@@ -71,7 +71,7 @@ def sparse_weight(
 
 
 def srste_term(weight: Tensor, mask: Tensor, srste_lambda: Tensor | float) -> Tensor:
-    """SR-STE's term of the gradient, ``srste_lambda * (1 - P) * weight``: a new tensor like ``weight``."""
+    """SR-STE's gradient term ``srste_lambda * (1 - P) * weight``, as a new tensor like ``weight``."""
     return (weight * srste_lambda).masked_fill_(mask, 0)
 
 
@@ -95,15 +95,15 @@ class _SparseWeight(torch.autograd.Function):
 
 
 def s_ste_weight(weight: Tensor, pattern: NM | str, *, beta: Tensor | float = 1.0, dim: int = -1) -> Tensor:
-    """S-STE: a sparse weight that is a continuous function of the dense one.
+    """S-STE: a sparse weight that is a continuous function of the dense weight.
 
-    ``beta * S(weight)`` with ``S(w) = sign(w) * max(|w| - t, 0)`` and t the (M-N)-th smallest magnitude of the group:
-    a weight has shrunk to zero by the time it is pruned. The gradient is passed straight through.
+    Computes ``beta * S(weight)`` with ``S(w) = sign(w) * max(|w| - t, 0)``, where t is the (M-N)-th smallest magnitude
+    of the group. So weights shrink to zero before they are pruned. The gradient passes straight through.
 
     Args:
         weight: floating; its size along ``dim`` must be a multiple of M.
         pattern: N:M. The paper's is 2:4, with t the second smallest of four.
-        beta: scale that compensates the shrinkage, see :func:`s_ste_scale`; a 0-d tensor, or a number.
+        beta: scale that compensates for the shrinkage (:func:`s_ste_scale`); a 0-d tensor or a number.
         dim: dimension along which groups lie.
 
     Returns:
@@ -135,10 +135,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
-    """S of :func:`s_ste_weight`: magnitudes less the (M-N)-th smallest of their group, never below zero.
+    """S of :func:`s_ste_weight`: subtracts the group's (M-N)-th smallest magnitude from all magnitudes, down to 0.
 
     Raises:
-        ValueError: where M does not divide the size along ``dim``.
+        ValueError: if M does not divide the size along ``dim``.
     """
     pattern = as_pattern(pattern)
     if weight.shape[dim] % pattern.m:
@@ -150,7 +150,7 @@ def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tenso
         return weight.clone()
     dim %= weight.dim()
     (mask,) = nm_mask([weight.detach()], pattern.n, pattern.m, dim=dim)
-    # the largest pruned magnitude; cheaper than sorting the group
+    # the threshold is the largest pruned magnitude, which is cheaper than sorting the group
     pruned = weight.abs().masked_fill(mask, 0).unflatten(dim, (-1, pattern.m))
     groups, threshold = weight.unflatten(dim, (-1, pattern.m)), pruned.amax(dim=dim + 1, keepdim=True)
     return (groups.sign() * (groups.abs() - threshold).clamp_min(0)).flatten(dim, dim + 1)

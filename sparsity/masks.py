@@ -1,4 +1,4 @@
-"""N:M masks made from scores, and N:M patterns found in tensors."""
+"""N:M masks from scores, and detection of N:M patterns in tensors."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from leanstep.kernels.nm.mask import nm_mask as nm_mask_kernel
 from leanstep.sparsity.patterns import NM, as_pattern
 
 AXES = ("in", "out", "conv")
-# longest group that is looked for
+# longest group to detect
 _LONGEST = 128
-# a pattern counts if this fraction of its places is filled, or if chance gives it once in a million tensors
+# a pattern counts if its groups are this full, or if chance produces it in fewer than one of a million tensors
 _FULL, _SURE = 0.99, math.log(1e6)
-# longer rows are not taken for groups
+# a row longer than this does not count as one group
 _ROW = 32
 
 
 def axis_dim(shape: torch.Size, axis: str) -> int:
     """The dimension along which the groups of a weight of this shape lie.
 
-    * ``"in"``: the last, the input dimension of a matrix (out, in), which products run over. The default.
-    * ``"out"``: the one before it: the output dimension of a matrix, or the input dimension of one stored (in, out).
-    * ``"conv"``: dimension 1, the in-channels of a convolution's weight (out, in, ...), as hardware wants them.
+    * ``"in"`` (default): the last dimension, over which a matrix (out, in) multiplies its inputs.
+    * ``"out"``: the second last dimension: the outputs of a matrix (out, in), or the inputs of one stored (in, out).
+    * ``"conv"``: dimension 1, the in-channels of a convolution's weight (out, in, ...), as hardware needs them.
 
     Raises:
-        ValueError: for another axis, or a weight that has no such dimension.
+        ValueError: for another axis, or a weight without that dimension.
     """
     if axis not in AXES:
         raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
@@ -48,28 +48,28 @@ def nm_mask(
     check: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Keep, of every M consecutive weights along an axis, the N of largest score.
+    """Keep the N largest scores of every M consecutive weights along an axis.
 
-    Groups begin at the start of every row and never span two. Scores are compared by magnitude, so a weight is its own
-    score. Of equal scores the higher index is kept: masks are reproducible, and a layer of zeros keeps the last N of
+    Groups begin at the start of every row and never span two rows. Scores compare by magnitude, so a weight can be its
+    own score. Ties go to the higher index. So masks are reproducible, and a layer of zeros keeps the last N weights of
     every group and can grow.
 
     Args:
         scores: any shape with that axis, floating; not written.
         pattern: N:M, as NM or text.
         axis: "in", "out" or "conv"; see :func:`axis_dim`.
-        pad: for a last group of r < M weights. "refuse": an error. "zero": as if the row were padded with zeros, which
-            are pruned first: the group keeps its min(N, r) largest.
+        pad: treatment of a last group of r < M weights. "refuse": raise. "zero": pad the row with zeros, which are
+            pruned first, so the group keeps its min(N, r) largest scores.
         check: whether to raise for scores that are not finite. Otherwise NaN counts as the largest.
-        out: bool tensor of the same shape to write to. None: a new one.
+        out: bool tensor of the same shape to write to; None: a new tensor.
 
     Returns:
-        ``out``: bool, True where a weight is kept; exactly N per whole group.
+        ``out``: bool, False for pruned weights; exactly N True entries per whole group.
 
     Raises:
         ValueError: if M is larger than the row, or does not divide it (unless padded); for another axis or pad; and
             with ``check``, for scores that are not finite.
-        TypeError: for scores that are not of floating dtype.
+        TypeError: for scores without a floating dtype.
     """
     pattern = as_pattern(pattern)
     _check_fit(scores.shape, pattern, axis, pad)
@@ -80,7 +80,7 @@ def nm_mask(
 
 
 def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Tensor], *, check: bool = False) -> None:
-    """Masks of tensors of one device, in one call for all tensors of one size; a last group may be shorter than M."""
+    """Write the masks of tensors on one device, batching tensors of one size; a last group may be shorter than M."""
     for size in {score.shape[dim] for score in scores}:
         indices = [i for i, score in enumerate(scores) if score.shape[dim] == size]
         rest = size % pattern.m
@@ -88,12 +88,12 @@ def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Te
         last_group = (size - rest, rest, min(pattern.n, rest), rest)
         for start, length, n, m in (whole_groups, last_group):
             if length:
-                parts = [[tensors[i].narrow(dim, start, length) for i in indices] for tensors in (scores, out)]
-                nm_mask_kernel(parts[0], n, m, dim=dim, check=check, out=parts[1])
+                inputs, outputs = ([t[i].narrow(dim, start, length) for i in indices] for t in (scores, out))
+                nm_mask_kernel(inputs, n, m, dim=dim, check=check, out=outputs)
 
 
 def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> None:
-    """Refuse groups that are longer than a row, or do not fill it."""
+    """Raise ValueError for groups that are longer than a row, or do not fill it."""
     if pad not in ("refuse", "zero"):
         raise ValueError(f"nm_mask: pad must be 'refuse' or 'zero', got {pad!r}")
     size = shape[axis_dim(shape, axis)]
@@ -127,18 +127,18 @@ def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:
 
 
 def tightest(weight: Tensor, dim: int) -> NM | None:
-    """The N:M of lowest density that a tensor obeys along a dimension, with the smallest M; None for a dense one."""
+    """The N:M of lowest density (then smallest M) that a tensor obeys along a dimension; None for a dense tensor."""
     candidates = _obeyed_patterns(weight, dim, min(weight.shape[dim], _LONGEST))
     return min(candidates, key=lambda pattern: Fraction(pattern.n, pattern.m), default=None)
 
 
 def pattern_of(weight: Tensor, dim: int) -> NM | None:
-    """The N:M that a tensor was made to obey; None for a dense one, or if its zeros lie as chance puts them.
+    """The N:M that a tensor was pruned to; None for a dense tensor, or if its zeros look random.
 
-    Any zeros obey some pattern with groups long enough, such as 26:128. A pattern counts if nearly every group has N
-    nonzeros, or if as many zeros at random places would break it with near certainty; of several, the one that they
-    would break most surely. Equally many zeros in every row of a wide matrix, as Wanda leaves them, are not a pattern
-    of groups.
+    Random zeros, too, obey some pattern with long groups, such as 26:128. A pattern counts if nearly every group has N
+    nonzeros, or if equally many random zeros would almost certainly break it. Of several patterns, returns the one that
+    random zeros would break most surely. Equal numbers of zeros in all rows of a wide matrix, as Wanda leaves them, do
+    not count as groups.
     """
     size, numel = weight.shape[dim], weight.numel()
     density = float((weight.detach() != 0).double().mean()) if numel else 1.0
@@ -163,15 +163,15 @@ def _obeyed_patterns(weight: Tensor, dim: int, longest: int) -> Iterator[NM]:
 
 
 def _evidence(pattern: NM, density: float, size: int) -> float:
-    """-log of the probability that a group obeys a pattern if the row's nonzeros lie anywhere in the row."""
+    """-log of the probability that a group obeys a pattern if the row's nonzeros lie at random."""
     n, m, nonzeros = pattern.n, pattern.m, round(density * size)
-    # hypergeometric: every row has the same number of nonzeros, as Wanda leaves them
+    # hypergeometric: assumes the same number of nonzeros in every row, as Wanda leaves them
     ways = sum(math.comb(nonzeros, k) * math.comb(size - nonzeros, m - k) for k in range(n + 1))
     return max(0.0, math.log(math.comb(size, m)) - math.log(max(ways, 1)))
 
 
 def violations(weight: Tensor, pattern: NM, dim: int) -> int:
-    """Number of groups with more than N nonzeros (NaN is one); a short last group counts as padded with zeros."""
+    """Number of groups with more than N nonzeros (including NaN); a short last group counts as padded with zeros."""
     return int((group_counts(weight, pattern.m, dim) > pattern.n).sum())
 
 

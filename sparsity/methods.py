@@ -1,4 +1,4 @@
-"""The methods of N:M training, and the call that makes a model train by one of them."""
+"""The methods of N:M training, and :func:`sparsify`, which applies one of them to a model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Method:
     Attributes:
         kind: the schedule's kind; None: any.
         grad_flow, srste_lambda: arguments of :func:`leanstep.sparsity.sparse_weight`.
-        fixed: whether the mask of a pattern is made once.
-        continuous: whether layers compute with S-STE's function of the weight instead of a mask.
+        fixed: whether the mask changes only with the pattern.
+        continuous: whether layers use S-STE's function of the weight instead of a mask.
     """
 
     kind: str | None = None
@@ -66,9 +66,9 @@ def sparsify(
 ) -> Controller:
     """Make layers of a model compute with N:M sparse weights while the optimizer trains their dense weights.
 
-    In every forward pass a sparse layer computes with ``W * (P + (1 - P) * alpha)``. P keeps the N weights of highest
-    score in every M; alpha follows the schedule. The dense W stays the optimizer's parameter. With g the gradient of
-    the masked weight:
+    In every forward pass a sparse layer computes with ``W * (P + (1 - P) * alpha)``. P keeps the N highest scores in
+    every M; alpha follows the schedule. The dense W stays the optimizer's parameter. g is the gradient of the masked
+    weight:
 
     ==================  =======================================  =====================================================
     method              schedule                                 gradient of W
@@ -87,21 +87,22 @@ def sparsify(
     Args:
         model: any module. Linear layers, convolutions, ``nn.MultiheadAttention`` and transformers' ``Conv1D`` can be
             sparse. Changed in place.
-        patterns: shell-style wildcards over layer names -> pattern; the first match decides: ``{"*.mlp.*": NM(1, 8),
-            "*.q_proj": "2:4"}``. The projections of ``nn.MultiheadAttention`` have the names of their parameters
-            (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M prunes everything,
-            with a warning. One pattern alone applies to every such layer except a transformers model's output head.
-        schedule: how N:M is reached. A number: that many steps of the method's own kind of schedule. None: for methods
-            whose schedule is constant.
-        method: a row of the table. None: the method of the schedule's kind, "ste" for a constant one.
+        patterns: shell-style wildcards over layer names -> pattern, such as ``{"*.mlp.*": NM(1, 8),
+            "*.q_proj": "2:4"}``; the first match decides. Projections of ``nn.MultiheadAttention`` go by the names of
+            their parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M
+            prunes everything, with a warning. A single pattern applies to every such layer except a transformers
+            model's output head.
+        schedule: the way to N:M. An integer: number of steps of the method's own kind of schedule. None: only for
+            methods with a constant schedule.
+        method: a row of the table. None: the method of the schedule's kind; "ste" for a constant schedule.
         score: "magnitude"; "gradient" (|W * gradient| of the last step); "transposable" (magnitudes, with masks that
             are N:M along the outputs too, see :func:`transposable_mask`; slower, see ``mask_every``); or a function of
-            (layer, weight) that returns scores of the weight's shape, of which the largest magnitudes are kept.
+            (layer, weight) that returns scores of the weight's shape, compared by magnitude.
         grad_flow: "ste", "decay" or "fixed"; None: the method's.
         srste_lambda: factor of SR-STE's term, for any method; None: the method's.
         mask_every: optimizer steps between two updates of the masks.
-        axis: groups lie along a layer's inputs ("in"; in-channels of convolutions) or its outputs ("out").
-        pad: for rows that groups do not fill: "refuse", or "zero" for a shorter last group.
+        axis: direction of the groups: a layer's inputs ("in"; in-channels of convolutions) or its outputs ("out").
+        pad: treatment of rows that groups do not fill: "refuse", or "zero" for a shorter last group.
         measure_every: steps between two measurements for :meth:`Controller.statistics`; 0: never.
 
     Returns:
@@ -109,16 +110,16 @@ def sparsify(
 
     Raises:
         TypeError: for anything but patterns.
-        ValueError: for a rule that matches no layer; M larger than a row, or no divisor of it; a layer that is
-            parametrized, quantised or sharded already; tied weights with two patterns; settings that contradict each
-            other. The model is unchanged then.
+        ValueError: for a rule that matches no layer; M larger than a row, or no divisor of it; a layer that is already
+            parametrized, quantised or sharded; tied weights with two patterns; settings that contradict each other.
+            The model is unchanged.
 
     Notes:
-        Memory: 1 byte per sparse weight for its mask, and the masked weight for as long as autograd keeps it. SR-STE's
-        term is added to the gradient once per optimizer step, after clipping and unscaling; code that adds it in
-        backward adds it once per use and micro batch, scaled down by a loss scale. Tied weights are sparse wherever
-        they are used. Shard the model after this call. The optimizer may be built before or after, but a resumed run
-        has to do it in the same order: ``model.parameters()`` changes its order here, and optimizers load state by it.
+        Memory: 1 byte per sparse weight for its mask, and the masked weight while autograd holds it. The controller
+        adds SR-STE's term to the gradient once per optimizer step, after clipping and unscaling. Code that adds it in
+        backward adds it once per use and micro batch, and a loss scale shrinks it. Tied weights are sparse in all their
+        modules. Shard the model after this call. The optimizer may be built before or after it, but a resumed run needs
+        the same order: this call reorders ``model.parameters()``, and optimizers load their state by position.
 
     References:
         Zhou et al., arXiv 2102.04010 (SR-STE); Bambhaniya et al., arXiv 2402.04744 (MDGF, SDGF); Hu, Zhu, Chen,
@@ -151,11 +152,11 @@ def sparsify(
 
 
 def resolve_schedule(schedule: Schedule | int | None, method: str | None) -> tuple[Method, Schedule]:
-    """The method and the schedule that the arguments of :func:`sparsify` stand for.
+    """Resolve the arguments ``schedule`` and ``method`` of :func:`sparsify`.
 
     Raises:
         TypeError: for anything but a schedule, a number of steps or None.
-        ValueError: for an unknown method, a schedule of another kind than the method's, or a missing schedule.
+        ValueError: for an unknown method, a schedule of the wrong kind for the method, or a missing schedule.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"sparsify: expected a method of {', '.join(METHODS)}, got {method!r}")
@@ -165,8 +166,8 @@ def resolve_schedule(schedule: Schedule | int | None, method: str | None) -> tup
     if isinstance(schedule, Schedule):
         if resolved.kind not in (None, schedule.kind):
             raise ValueError(
-                f"sparsify: method {method!r} has a schedule of kind {kind!r}, got {schedule.kind!r}; give that "
-                "kind, or method 'ste', 'srste' or 'fixed', which go with any"
+                f"sparsify: method {method!r} has a schedule of kind {kind!r}, got {schedule.kind!r}; use that "
+                "kind, or method 'ste', 'srste' or 'fixed', which accept any"
             )
         return resolved, schedule
     if schedule is None:
@@ -201,18 +202,18 @@ def _check_settings(
 
 
 def _check_tiles(layers: list[SparseLayer]) -> None:
-    """Refuse layers that M x M tiles do not fill."""
+    """Raise ValueError for layers that M x M tiles do not fill."""
     for layer in layers:
         shape, m = tuple(layer.weight.shape), layer.target.m
         if len(shape) != 2 or shape[0] % m or shape[1] % m:
             raise ValueError(
                 f"sparsify: score 'transposable' needs matrices that tiles of {m} x {m} fill, and {layer.name!r} has a "
-                f"weight of shape {shape}; leave it out of the patterns, or give it another one"
+                f"weight of shape {shape}; leave it out of the patterns, or give it another pattern"
             )
 
 
 def _spare_from_broadcast(model: nn.Module, layers: list[SparseLayer]) -> None:
-    """Keep DDP from broadcasting masks before every forward pass: they follow from weights, which are equal already."""
+    """Stop DDP from broadcasting masks before every forward pass: equal weights already give equal masks."""
     transforms = {id(layer.transform) for layer in layers}
     names = [
         f"{name}.{buffer}"

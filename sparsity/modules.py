@@ -1,4 +1,4 @@
-"""The parametrization that makes a weight N:M sparse, and the weights of a model that can have one."""
+"""The parametrization that makes a weight N:M sparse, and the layers of a model that it applies to."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ PADS = ("refuse", "zero")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# steps, pattern and target as n and m, dimension of the groups, alpha, beta; the mask's bits follow
+# steps, n and m of the pattern, n and m of the target, dimension of the groups, alpha, beta; the mask's bits follow
 _HEADER = struct.Struct("<6q2d")
 
 
 class SparseWeight(nn.Module):
-    """The parametrization of one weight: computes the masked weight from the dense one, which the optimizer trains.
+    """The parametrization of one weight: computes the masked weight from the dense weight that the optimizer trains.
 
-    A parametrization keeps the layer's class and works for every layer that reads an attribute. It changes the keys of
-    ``state_dict``, which is an advantage here: dense weights under a mask cannot be loaded into a dense model by
-    mistake (:func:`squash` makes a checkpoint that can be).
+    A parametrization preserves the layer's class and works for every layer that reads an attribute. It changes the keys
+    of ``state_dict``, so dense weights under a mask do not load into a dense model by mistake; :func:`squash` makes a
+    checkpoint that does.
 
-    :class:`Controller` writes the buffers ``mask`` and ``alpha`` in place, so torch.compile does not recompile. They
-    are not persistent: ``state_dict`` stores them and the number of steps as one uint8 tensor (packed mask bits, 1/32
-    of an fp32 weight), which every checkpoint format can hold.
+    :class:`Controller` writes the buffers ``mask`` and ``alpha`` in place, so torch.compile does not recompile. The
+    buffers are not persistent: ``state_dict`` stores them and the number of steps as one uint8 tensor (packed mask
+    bits, 1/32 of an fp32 weight), which every checkpoint format supports.
 
     Attributes:
-        mask: bool, shape of the weight, True where it is kept.
+        mask: bool, shape of the weight, False for pruned weights.
         alpha: fp32, 0-d, the factor of pruned weights.
         beta: fp32, 0-d, scale of S-STE; used only if ``continuous``.
         target: the final pattern.
-        pattern: the pattern that ``mask`` obeys now.
+        pattern: the current pattern of ``mask``.
         dim: dimension of the weight along which groups lie.
         steps: number of optimizer steps so far.
     """
@@ -67,26 +67,26 @@ class SparseWeight(nn.Module):
         """The weight that the layer computes with."""
         if not self.continuous:
             return sparse_weight(weight, self.mask, alpha=self.alpha, grad_flow=self.grad_flow)
-        # the gradient is the same on both sides
+        # the gradient is the same in both branches
         value = s_ste_weight(weight, self.target, beta=self.beta, dim=self.dim)
         return torch.where(self.alpha >= 1, weight, value.to(weight.dtype))
 
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
-        """The result of :meth:`forward` for a dense weight on any device, without a gradient."""
+        """Compute :meth:`forward` for a dense weight on any device, without a gradient."""
         mask, alpha, beta = (tensor.to(weight.device) for tensor in (self.mask, self.alpha, self.beta))
         if not self.continuous:
             return sparse_weight(weight, mask, alpha=alpha)
         value = s_ste_weight(weight, self.target, beta=beta, dim=self.dim).to(weight.dtype)
-        # a factor times a zero of the other sign is no exact zero
+        # beta times a negative zero would not be +0
         return torch.where(alpha >= 1, weight, torch.where(value == 0, 0.0, value))
 
     def extra_repr(self) -> str:
-        """For ``print(model)``."""
+        """The settings for ``print(model)``."""
         return f"{self.target} along dimension {self.dim}, now {self.pattern}, grad_flow={self.grad_flow!r}"
 
     def get_extra_state(self) -> Tensor:
-        """Everything besides the weights that the next step depends on, as uint8."""
+        """All state besides the weights that the next step depends on, as uint8."""
         if self.mask.is_meta:
             return torch.empty(0, dtype=torch.uint8)
         numbers = (self.steps, self.pattern.n, self.pattern.m, self.target.n, self.target.m, self.dim)
@@ -129,13 +129,14 @@ class SparseWeight(nn.Module):
 
 @dataclass(eq=False)
 class SparseLayer:
-    """A weight that is sparse, or can be, with all of its uses.
+    """A weight that is sparse or can become sparse, with all modules that use it.
 
     Attributes:
         name: the layer's name, or the parameter's if that is not called ``weight``.
         uses: every (module, attribute) that holds the weight; several for tied weights.
         dim: dimension along which groups lie.
         target: the final pattern.
+        names: parameter names, one per use.
         transform: the parametrization, shared by all uses.
     """
 
@@ -143,12 +144,12 @@ class SparseLayer:
     uses: list[tuple[nn.Module, str]]
     dim: int
     target: NM
-    names: list[str] = field(default_factory=list)  # parameter names of all uses
+    names: list[str] = field(default_factory=list)
     transform: SparseWeight = cast(SparseWeight, None)
 
     @property
     def weight(self) -> nn.Parameter:
-        """The dense weight, which is trained."""
+        """The dense weight that the optimizer trains."""
         module, attribute = self.uses[0]
         if parametrize.is_parametrized(module, attribute):
             return cast(nn.Parameter, _holder(module, attribute).original)
@@ -167,7 +168,7 @@ def _holder(module: nn.Module, attribute: str) -> Any:
 
 
 def transform_of(module: nn.Module, attribute: str) -> SparseWeight | None:
-    """The sparse parametrization of an attribute, None where it has none."""
+    """The sparse parametrization of an attribute, or None."""
     if not parametrize.is_parametrized(module, attribute):
         return None
     first = _holder(module, attribute)[0]
@@ -175,7 +176,7 @@ def transform_of(module: nn.Module, attribute: str) -> SparseWeight | None:
 
 
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
-    """The sparse weights of a model, each once, in the order of its modules."""
+    """The sparse weights of a model, each once, in the model's order."""
     layers: dict[int, SparseLayer] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute in list(getattr(module, "parametrizations", ())):
@@ -193,10 +194,10 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
 def plan_layers(
     model: nn.Module, patterns: Mapping[str, NM | str] | NM | str, axis: str, pad: str
 ) -> list[SparseLayer]:
-    """The layers that the patterns select, checked; nothing is changed.
+    """Select and check the layers that the patterns match, without changing the model.
 
     Raises:
-        TypeError, ValueError: as :func:`leanstep.sparsity.sparsify` says.
+        TypeError, ValueError: as :func:`leanstep.sparsity.sparsify` does.
     """
     if axis not in AXES or pad not in PADS:
         raise ValueError(f"sparsify: expected axis in {AXES} and pad in {PADS}, got {axis!r} and {pad!r}")
@@ -231,18 +232,18 @@ def plan_layers(
 
 
 def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
-    """Register the layer's parametrization at all uses of its weight; the Parameter stays the same object."""
+    """Register the layer's parametrization for all uses of its weight. The Parameter stays the same object."""
     layer.transform = SparseWeight(layer.weight, layer.target, layer.dim, grad_flow=grad_flow, continuous=continuous)
     for module, attribute in layer.uses:
         names = list(module._parameters)
-        # unsafe: skips the trial forward pass
+        # unsafe=True skips the trial forward pass
         parametrize.register_parametrization(module, attribute, layer.transform, unsafe=True)
-        # for remove, to restore the order of parameters
+        # remove() restores the order of parameters with it
         _holder(module, attribute).following = names[names.index(attribute) + 1 :]
 
 
 def remove(module: nn.Module, attribute: str) -> None:
-    """Remove the parametrization, and put the dense Parameter back under its name, in its position."""
+    """Remove the parametrization, and restore the dense Parameter under its name and in its position."""
     following = _holder(module, attribute).following
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
     # torch appends it, which would change the order of state_dict() and parameters()
@@ -256,7 +257,7 @@ def group_dim(module: nn.Module, axis: str) -> int:
 
 
 def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]]:
-    """Every weight that may be sparse, by its name; all names of a module that has several."""
+    """Every weight that may become sparse, by name; tied modules appear under all their names."""
     for module_name, module in model.named_modules(remove_duplicate=False):
         attributes: tuple[str, ...] = ()
         if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(module) or _is_foreign_linear(module):
@@ -271,7 +272,7 @@ def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]
 
 
 def _is_foreign_linear(module: nn.Module) -> bool:
-    """Linear layers of other packages, such as quantised ones: candidates, so that they are refused by name."""
+    """Whether a module is a linear layer of another package, such as a quantised one: refused by name, not skipped."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.startswith(("Linear", "QuantLinear")) and isinstance(weight, Tensor) and weight.dim() > 1
@@ -283,7 +284,7 @@ def _layer_name(module_name: str, attribute: str) -> str:
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
-    """Uses and names of every parameter, by its identity."""
+    """Uses and names of every parameter, by the parameter's id."""
     owners: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -294,7 +295,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], li
 
 
 def _check_weight(layer: SparseLayer) -> nn.Parameter:
-    """The weight of a layer; raises ValueError with the reason if it cannot be parametrized."""
+    """The weight of a layer. Raises ValueError with the reason if it cannot be parametrized."""
     module, attribute = layer.uses[0]
     where = f"sparsify: layer {layer.name!r}"
     if parametrize.is_parametrized(module, attribute):
@@ -306,13 +307,13 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
         raise ValueError(f"{where} has no shape yet ({type(module).__name__}); run a batch through the model first")
     if is_dtensor(weight):
         raise ValueError(
-            f"{where} is sharded already ({weight.placements}), and FSDP does not follow a weight that is parametrized "
-            "later; call sparsify first and fully_shard after it"
+            f"{where} is sharded already ({weight.placements}), and FSDP loses a weight that is parametrized later; "
+            "call sparsify first and fully_shard after it"
         )
     if not isinstance(weight, nn.Parameter):
         raise ValueError(
-            f"{where}: its {attribute} is a {type(weight).__name__}, not a Parameter, so it cannot be trained; first "
-            "remove what computes it (prune.remove, remove_weight_norm and the like)"
+            f"{where}: its {attribute} is a {type(weight).__name__}, not a Parameter, so it cannot be trained; remove "
+            "the hook that computes it first (prune.remove, remove_weight_norm and the like)"
         )
     if weight.is_complex():
         raise ValueError(f"{where} is complex ({weight.dtype}): expected a real floating weight")

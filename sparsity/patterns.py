@@ -1,4 +1,4 @@
-"""N:M patterns, and rules that give them to layers."""
+"""N:M patterns, and rules that assign them to layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NM:
 
     @classmethod
     def parse(cls, text: str) -> NM:
-        """The pattern of a text ``"N:M"``.
+        """Parse a text ``"N:M"``.
 
         Raises:
             ValueError: for any other text.
@@ -63,7 +63,7 @@ class NM:
         return self.n == self.m
 
     def scaled(self, factor: int) -> NM:
-        """The pattern of the same density with ``factor`` times as long groups; every mask of this one obeys it."""
+        """The pattern of equal density with groups ``factor`` times as long. Every mask of this pattern obeys it."""
         return NM(factor * self.n, factor * self.m)
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class NM:
 
 
 def as_pattern(pattern: NM | str) -> NM:
-    """``pattern`` itself, or the pattern of a text such as ``"2:4"``.
+    """Convert a text such as ``"2:4"`` to a pattern; return a pattern as it is.
 
     Raises:
         TypeError: for anything else.
@@ -85,18 +85,18 @@ def as_pattern(pattern: NM | str) -> NM:
 
 
 def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM | str) -> dict[str, NM]:
-    """The pattern of every name that an ordered rule matches; the first match decides.
+    """Assign a pattern to every name by ordered rules; the first match decides.
 
     Args:
         names: names of layers.
-        patterns: shell-style wildcards -> pattern, such as ``{"*.mlp.*": NM(1, 8), "*.q_proj": "2:4"}``; the case
-            counts, and ``*`` crosses dots. One pattern alone applies to all names.
+        patterns: shell-style wildcards -> pattern, such as ``{"*.mlp.*": NM(1, 8), "*.q_proj": "2:4"}``. Case matters,
+            and ``*`` crosses dots. A single pattern applies to all names.
 
     Returns:
-        name -> pattern, in the order of ``names``, without the names that no rule matches.
+        name -> pattern, in the order of ``names``, without names that match no rule.
 
     Raises:
-        ValueError: for no rules; for a rule that matches no name, or only names that earlier rules took.
+        ValueError: without rules; for a rule that matches no name, or only names that earlier rules took.
     """
     names = list(names)
     rules = patterns if isinstance(patterns, Mapping) else {"*": patterns}
@@ -119,6 +119,6 @@ def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM |
 
 
 def _listed(names: list[str], most: int = 40) -> str:
-    """Names for a message, the first ones of many."""
+    """List up to ``most`` names for a message."""
     shown = ", ".join(map(repr, names[:most])) or "no names"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,7 +1,7 @@
-"""How the pattern and the decay of pruned weights change while a model trains: the rule of MDGF and SDGF.
+"""Schedules of the pattern and of the decay of pruned weights: the rules of MDGF and SDGF, as pure functions.
 
-Pure functions of the step. With d dense steps at the start, f fine-tuning steps at the end, span = total - d - f and
-j = step - d, :meth:`Schedule.at` calls, in this order,
+Training has d dense steps at the start and f fine-tuning steps at the end; span = total - d - f and j = step - d.
+:meth:`Schedule.at` calls, in this order,
 
     frame               max { i : int(i span / F) <= j } of F frames      :func:`frame_at`
     SDGF-stepwise       (M-1):M, floor(M/2):M, floor(M/4):M, ..., N:M     :func:`stepwise_patterns`
@@ -30,12 +30,12 @@ STRUCTURES = ("sdgf-stepwise", "sdgf-geometric")
 DECAYS = ("mdgf-linear", "mdgf-exponential")
 KINDS = ("constant", *DECAYS, *STRUCTURES, *(f"{structure}+{decay}" for structure in STRUCTURES for decay in DECAYS))
 
-# an alpha below this is set to 0: the weights no longer matter, and only exact zeros save work
+# a smaller alpha becomes 0: the weights no longer matter, and only exact zeros save work
 NEGLIGIBLE_ALPHA = 1e-6
 
 
 def frame_at(j: int, span: int, frames: int) -> int:
-    """The index of the frame that holds at step j of ``span`` steps, of ``frames`` frames of equal length."""
+    """The index of the frame at step j, if ``span`` steps are split into ``frames`` frames of equal length."""
     return max(i for i in range(frames) if i * span // frames <= j)
 
 
@@ -94,22 +94,22 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When a model is dense, how it becomes N:M sparse, and how long it is fine-tuned afterwards.
+    """The schedule of one run: a dense phase, the way to N:M, and a fine-tuning phase.
 
     ``kind`` is "constant" (the target N:M from step d on: STE, SR-STE), "mdgf-linear", "mdgf-exponential",
-    "sdgf-stepwise", "sdgf-geometric", or both an sdgf and an mdgf kind: "sdgf-stepwise+mdgf-linear". The module's
-    functions are their rules, with d = int(dense * total_steps) and f = int(finetune * total_steps); an alpha below
-    1e-6 is exactly 0. From j = span on, the pattern is N:M and alpha is 0 for every kind. All values depend on the step
-    alone, so a resumed run continues exactly.
+    "sdgf-stepwise", "sdgf-geometric", or an sdgf and an mdgf kind: "sdgf-stepwise+mdgf-linear". The module's functions
+    are the rules, with d = int(dense * total_steps) and f = int(finetune * total_steps). An alpha below 1e-6 is exactly
+    0. From j = span on, the pattern is N:M and alpha is 0 for every kind. All values depend only on the step, so a
+    resumed run continues exactly.
 
     Args:
-        kind: one of the above.
-        total_steps: optimizer steps of the run, >= 1. Later steps are as the last phase.
-        dense: fraction of the steps at the start without any pruning, 0 <= dense.
-        finetune: fraction at the end that trains the final pattern, 0 <= finetune, dense + finetune <= 1.
-        decay: c > 0, per step, for mdgf kinds. None: from ``alpha_end``.
-        alpha_end: alpha after ``span`` steps, 0 < alpha_end < 1 (linear: 0 as well), from which c follows. None: 0
-            for mdgf-linear and 1e-4 for mdgf-exponential.
+        kind: one of the kinds above.
+        total_steps: optimizer steps of the run, >= 1. Later steps continue the last phase.
+        dense: fraction of steps at the start without pruning, 0 <= dense.
+        finetune: fraction of steps at the end with the final pattern, 0 <= finetune, dense + finetune <= 1.
+        decay: rate c > 0 per step, for mdgf kinds. None: computed from ``alpha_end``.
+        alpha_end: alpha after ``span`` steps, which sets c; 0 < alpha_end < 1, or 0 for mdgf-linear. None: 0 for
+            mdgf-linear and 1e-4 for mdgf-exponential.
         coarsest: factor of the first frame of sdgf-geometric, a power of two >= 1.
         freeze_mask_in_finetune: whether masks are fixed in the last phase instead of following the weights.
 
@@ -117,10 +117,10 @@ class Schedule:
         ValueError: for values out of range, a decay without an mdgf kind, or ``decay`` and ``alpha_end`` together.
 
     Notes:
-        If M / N is not a power of two, the published code of stepwise SDGF ends at a denser pattern (3:8 at 4:8); here
-        N:M is always the last frame. Its j counts from a hundredth of the dense phase on; here, as in the paper, from
-        the end of it. Its frames begin where an epoch's number is met exactly, and are lost on resuming; here they
-        follow from the step.
+        The published code of stepwise SDGF differs in three points. If M / N is not a power of two, it ends at a denser
+        pattern (3:8 at 4:8); here N:M is always the last frame. Its j starts after a hundredth of the dense phase;
+        here, as in the paper, after the whole phase. Its frames begin only at exact epoch numbers, so a resumed run can
+        miss them; here frames depend only on the step.
 
     Example:
         >>> schedule = Schedule(kind="sdgf-stepwise", total_steps=80)

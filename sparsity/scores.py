@@ -11,9 +11,9 @@ from torch import Tensor
 from leanstep.kernels import BlockInverseFisher
 from leanstep.sparsity.patterns import NM, as_pattern
 
-# longest group for which all sets are tried; longer ones are pruned greedily
+# longest group for which "auto" tries all sets
 _MAX_EXACT_M = 8
-# elements of the matrices that are solved in one call
+# elements of the matrices solved in one call
 _TILE = 1 << 22
 
 
@@ -59,9 +59,9 @@ class ObsMask(NamedTuple):
     """A mask by the optimal brain surgeon.
 
     Attributes:
-        mask: bool, the weight's shape; True where a weight is kept.
-        loss: fp64 [out, in / M], the increase of the quadratic model of the loss when the group's pruned weights are
-            zero and the other weights of its block have been updated optimally.
+        mask: bool, the weight's shape; False for pruned weights.
+        loss: fp64 [out, in / M], the increase of the loss's quadratic model after pruning a group and updating the
+            other weights of its block optimally.
     """
 
     mask: Tensor
@@ -73,14 +73,14 @@ def nm_obs_mask(
 ) -> ObsMask:
     """Prune the M - N weights of every group that increase the loss least, by the inverse Fisher matrix.
 
-    For a group Q of M consecutive inputs of one output and a set S of M - N of them, the loss increases by
-    ``1/2 w_S^T ([F^-1]_SS)^-1 w_S`` if all other weights are updated optimally. The mask of a group is exact for
-    M <= 8 (the minimum over all sets S), and greedy (one weight after the other) for longer groups.
+    A group holds M consecutive inputs of one output. Pruning a set S of M - N of them increases the loss by
+    ``1/2 w_S^T ([F^-1]_SS)^-1 w_S`` if all other weights are updated optimally. For M <= 8, the mask is exact, the
+    minimum over all sets S. For longer groups, it is greedy, one weight after the other.
 
     Args:
         weight: [out, in]; not written.
-        inverse_fisher: of the weight's gradients, flattened row by row: ``out * in`` columns, with blocks that M
-            divides.
+        inverse_fisher: inverse Fisher matrix of the weight's gradients, flattened row by row: ``out * in`` columns. M
+            divides the size of its blocks.
         pattern: N:M; M divides ``in``.
         method: "exact", "greedy", or "auto".
 
@@ -91,7 +91,7 @@ def nm_obs_mask(
         ValueError: for shapes that do not match, M that does not divide ``in``, or "exact" for M > 8.
 
     Notes:
-        float64. Exact: C(M, N) systems of size M - N per group. Groups are pruned independently of one another.
+        Computes in float64. "exact" solves C(M, N) systems of size M - N per group. Groups are independent.
 
     References:
         Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1992); Kurtic et al.,
@@ -123,22 +123,18 @@ def nm_obs_mask(
     return ObsMask(keep.view(weight.shape), loss.view(weight.shape[0], -1))
 
 
-def set_losses(groups: Tensor, inverses: Tensor, sets: Tensor) -> Tensor:
-    """``1/2 w_S^T ([F^-1]_SS)^-1 w_S`` for groups [g, M], their inverse blocks [g, M, M], and sets [s, k]: [g, s]."""
-    weights = groups[:, sets]
-    blocks = inverses[:, sets.unsqueeze(2), sets.unsqueeze(1)]
-    return (weights * torch.linalg.solve(blocks, weights.unsqueeze(-1)).squeeze(-1)).sum(dim=-1) / 2
-
-
 def _prune_exactly(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """Masks [g, M] and losses [g] of the best set; the first of equal ones, which prunes lower indices."""
+    """Masks [g, M] and losses [g] of the best set; ties go to the first set, which prunes lower indices."""
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     best = groups.new_full((len(groups),), torch.inf)
     pruned = pattern.m - pattern.n
     if not pruned:
         return keep, groups.new_zeros(len(groups))
     for indices in combinations(range(pattern.m), pruned):
-        loss = set_losses(groups, inverses, torch.tensor([indices], device=groups.device)).squeeze(1)
+        # 1/2 w_S^T ([F^-1]_SS)^-1 w_S
+        pruned_set = torch.tensor(indices, device=groups.device)
+        weights, blocks = groups[:, pruned_set], inverses[:, pruned_set.unsqueeze(1), pruned_set]
+        loss = (weights * torch.linalg.solve(blocks, weights.unsqueeze(-1)).squeeze(-1)).sum(dim=-1) / 2
         better = loss < best
         best = torch.where(better, loss, best)
         mask = torch.ones(pattern.m, dtype=torch.bool, device=groups.device)
@@ -148,7 +144,7 @@ def _prune_exactly(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tenso
 
 
 def _prune_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """Like :func:`_prune_exactly`, but one weight at a time: update the others, and eliminate its row and column."""
+    """Prune one weight at a time: update the other weights, and eliminate its row and column of the inverse."""
     w, inverse = groups.clone(), inverses.clone()
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     total = groups.new_zeros(len(groups))
@@ -162,6 +158,6 @@ def _prune_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tens
         column, pivot = inverse[each, :, index], diagonal[each, index]
         w = w - column * (w[each, index] / pivot).unsqueeze(1)
         inverse = inverse - column.unsqueeze(2) * column.unsqueeze(1) / pivot.view(-1, 1, 1)
-        # pruned diagonals are now rounding errors, which must not be divided by
+        # the pruned diagonal is now a rounding error: avoid dividing by it
         inverse[each, index, index] = 1
     return keep, total

@@ -1,4 +1,4 @@
-"""Conversion of 2:4 sparse linear layers to torch's semi-structured tensors, with the reason for every other layer."""
+"""Converts 2:4 sparse linear layers to torch's semi-structured tensors, and gives the reason for every other layer."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ BACKENDS = ("auto", "cusparselt", "cutlass")
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result for one layer; ``reason`` says why it was not converted, "" if it was."""
+    """The result for one layer. ``reason`` says why the layer was not converted; "" if it was."""
 
     layer: str
     reason: str = ""
 
     @property
     def converted(self) -> bool:
-        """Whether its weight is a semi-structured tensor now."""
+        """Whether the layer's weight is now a semi-structured tensor."""
         return not self.reason
 
 
 def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conversion]:
     """Convert the weight of every linear layer that is 2:4 sparse along its inputs, for the GPU's sparse units.
 
-    torch's own conversion accepts any weight of the right shape and silently drops entries that are not 2:4; here each
-    weight is checked first. Converted layers are for inference: they cannot be trained, saved as plain tensors, or
+    torch's own conversion accepts any weight of the right shape and silently drops entries that are not 2:4. This one
+    checks each weight first. Converted layers are for inference: they cannot be trained, saved as plain tensors, or
     moved.
 
     Args:
-        model: a plain or squashed model. Changed in place.
-        backend: "cusparselt", "cutlass", or "auto": the first that this torch has.
+        model: a plain or squashed model; changed in place.
+        backend: "cusparselt", "cutlass", or "auto" for the first one available.
 
     Returns:
         One :class:`Conversion` for each linear layer and convolution, in the model's order.
 
     Raises:
-        ValueError: for another backend, or one that this installation of torch does not have.
+        ValueError: for another backend, or one that this installation of torch lacks.
 
     Notes:
-        Products of one or a few tokens can be slower than dense ones (pytorch/pytorch issue 111339): measure before
-        you convert. fp32 weights are 1:2 sparse in hardware, not 2:4, and are not converted.
+        Products of one or a few tokens can be slower than dense ones (pytorch/pytorch issue 111339): measure first.
+        Skips fp32 weights, for which hardware supports 1:2, not 2:4.
     """
     backend = _choose_backend(backend)
     results = []
     for name, module in model.named_modules():
-        if not _is_layer(module):
+        if not (isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)):
             continue
         reason = obstacle(module, backend)
         if not reason:
@@ -68,7 +68,7 @@ def obstacle(
 ) -> str:
     """The reason why a layer's weight cannot be a semi-structured tensor of a backend; "" if it can.
 
-    ``device`` and ``capability`` replace those of the weight's device, to ask about another machine.
+    ``device`` and ``capability`` describe another machine than the weight's device.
     """
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is parametrized; squash the model first"
@@ -95,11 +95,6 @@ def obstacle(
     if (major, minor) < (8, 0):
         return f"the GPU has compute capability {major}.{minor}, sparse units come with 8.0"
     return ""
-
-
-def _is_layer(module: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) or is_conv1d(module)
 
 
 def _choose_backend(backend: str) -> str:

@@ -1,8 +1,8 @@
-"""Masks of sharded weights (FSDP2): each process computes the mask of its shard, and all processes gather it whole.
+"""Masks of sharded weights (FSDP2): each process computes the mask of its shard, and all processes gather the whole.
 
-A forward pass needs the whole mask, because FSDP2 gathers the whole weight for it. Computing it there would score
-weights that a mixed-precision policy has rounded, in every pass. So each process computes the mask of its rows after a
-step, from the full-precision weights, and the shards are gathered: 1 byte per weight and step.
+A forward pass needs the whole mask, because FSDP2 gathers the whole weight for it. Computing the mask there would score
+rounded weights under a mixed-precision policy, and would repeat in every pass. So after a step, each process computes
+the mask of its rows from the full-precision weights and gathers the shards: 1 byte per weight and step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check(layer: SparseLayer) -> None:
 
 
 def local_parts(layer: SparseLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's shards of a layer's gradient, weight and mask; writing to the gradient changes it."""
+    """This process's shards of a layer's gradient, weight and mask. Writes to the shard change the gradient."""
     weight = layer.weight
     assert weight.grad is not None
     return local_part(weight.grad), local_part(weight.detach()), local_mask(layer)
@@ -54,7 +54,7 @@ def local_mask(layer: SparseLayer) -> Tensor:
 
 
 def gather_mask(layer: SparseLayer, shard: Tensor) -> None:
-    """Write the whole mask from every process's new shard. Collective if the weight is sharded."""
+    """Gather the whole mask from all processes' shards. Collective if the weight is sharded."""
     if is_dtensor(layer.weight):
         mask = layer.transform.mask
         # not every backend exchanges booleans
@@ -62,7 +62,7 @@ def gather_mask(layer: SparseLayer, shard: Tensor) -> None:
 
 
 def total(value: Tensor, weight: Tensor) -> Tensor:
-    """The sum over all shards of a weight, of a number of this process's shard."""
+    """Sum a number over all shards of a weight; ``value`` is that of this process's shard."""
     if not is_dtensor(weight):
         return value
     from torch.distributed.tensor import Partial

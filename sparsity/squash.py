@@ -1,4 +1,4 @@
-"""Convert a model that trains sparse to plain modules with exact zeros and the original names."""
+"""Converts a model that trains sparse to plain modules with exact zeros and the original names."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from leanstep._torch import is_dtensor
 from leanstep.sparsity.modules import SparseLayer, remove, sparse_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-_ORIGINAL = ".parametrizations.{}.original"
 
 
 def squash(model: Model, *, unfinished: str = "refuse") -> Model:
-    """Replace the dense weights of a sparse model by the masked ones, and remove the parametrizations. In place.
+    """Replace the dense weights of a sparse model by the masked ones, and remove the parametrizations, in place.
 
-    Afterwards every module has its original class, every weight its original name and the same Parameter object, with
-    exact zeros (+0) where it was pruned. Outputs are the same bit for bit, and ``state_dict`` is that of the dense
-    model. A controller of the model raises at its next step, which would fill the zeros; detach it to train without
-    masks.
+    Restores the class of every module and the name of every weight; weights stay the same Parameter objects, with exact
+    zeros (+0) where pruned. Outputs are the same bit for bit, and ``state_dict`` has the keys of the dense model. The
+    model's controller raises at its next step, which would fill the zeros; detach it to train without masks.
 
     Args:
         model: a model that :func:`sparsify` changed.
-        unfinished: for a schedule that has not reached a layer's own N:M with alpha 0: "refuse", or "keep" the weights
-            that the model computes with now, which are not N:M.
+        unfinished: treatment of layers that have not reached their target pattern with alpha 0: "refuse", or "keep" the
+            weights that the model currently computes with, which are not N:M.
 
     Returns:
         The model.
 
     Raises:
         ValueError: for a model without sparse weights, an unfinished one, or a sharded one (save its
-            :func:`plain_state_dict` instead). The model is unchanged then.
+            :func:`plain_state_dict` instead). The model is unchanged.
     """
     if unfinished not in ("refuse", "keep"):
         raise ValueError(f"squash: unfinished must be 'refuse' or 'keep', got {unfinished!r}")
@@ -63,19 +61,19 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
 def plain_state_dict(
     model: nn.Module, state: Mapping[str, Any] | None = None, *, unfinished: str = "keep"
 ) -> dict[str, Any]:
-    """The state dict that the model would have after :func:`squash`, without changing it.
+    """The state dict that the model would have after :func:`squash`, without changing the model.
 
     Args:
-        model: a model that :func:`sparsify` changed; any other gives its own state dict.
-        state: the state dict to convert, with whole tensors; a sharded model's is gathered first. None: the model's.
+        model: a model that :func:`sparsify` changed; any other model gives its own state dict.
+        state: the state dict to convert, with whole tensors (gather a sharded model's first). None: the model's.
         unfinished: as for :func:`squash`.
 
     Returns:
-        Names of the plain model -> tensors: masked weights as new tensors (one for all names of a tied weight), all
-        other entries of ``state`` unchanged.
+        Plain name -> tensor: masked weights as new tensors (one for all names of a tied weight), and all other entries
+        of ``state`` unchanged.
 
     Raises:
-        ValueError: for an unfinished model, if that is refused; for sharded tensors.
+        ValueError: for an unfinished model with ``unfinished="refuse"``; for sharded tensors.
     """
     entries = dict(model.state_dict() if state is None else state)
     layers = sparse_layers(model)
@@ -84,7 +82,7 @@ def plain_state_dict(
     renamed: dict[str, str] = {}
     values: dict[str, Tensor] = {}
     for layer in layers:
-        keys = [original_key(name) for name in layer.names]
+        keys = [_original_key(name) for name in layer.names]
         missing = [key for key in keys if key not in entries]
         if len(missing) == len(keys):
             raise ValueError(f"plain_state_dict: the state has no {keys[0]!r}; it is of another model")
@@ -104,23 +102,23 @@ def plain_state_dict(
 
 
 def sparse_state(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of ``model.state_dict()`` that :func:`plain_state_dict` leaves out: dense weights and masks.
+    """The entries of ``model.state_dict()`` that :func:`plain_state_dict` omits: dense weights and masks.
 
-    Both together are the whole state: ``model.load_state_dict(plain | sparse, strict=False)``.
+    ``model.load_state_dict(plain | sparse, strict=False)`` restores the whole state from both.
     """
     modules = [name.rpartition(".")[0] for layer in sparse_layers(model) for name in layer.names]
     prefixes = tuple(f"{module}.parametrizations.".lstrip(".") for module in modules)
     return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
 
 
-def original_key(name: str) -> str:
+def _original_key(name: str) -> str:
     """The key of a sparse parameter's dense weight: a.weight -> a.parametrizations.weight.original."""
     module, _, attribute = name.rpartition(".")
-    return f"{module}{_ORIGINAL.format(attribute)}".lstrip(".")
+    return f"{module}.parametrizations.{attribute}.original".lstrip(".")
 
 
 def check_finished(layers: list[SparseLayer], caller: str, way_out: str = "take unfinished='keep'") -> None:
-    """Raise ValueError, in the name of ``caller``, for a layer that has not reached its own N:M with alpha 0."""
+    """Raise ValueError, in the name of ``caller``, for a layer that has not reached its target with alpha 0."""
     for layer in layers:
         transform = layer.transform
         if float(transform.alpha) != 0 or transform.pattern != layer.target:

@@ -1,4 +1,4 @@
-"""Statistics of a sparse run: sparsity and kept magnitude of each layer, flip rate of masks, gradient noise."""
+"""Statistics of a sparse run: each layer's sparsity, unpruned magnitude, flip rate and gradient noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measurement:
-    """The last measurement of a layer: 0-d tensors on its device, read without waiting until they are used."""
+    """The last measurement of a layer: 0-d tensors on its device, so recording does not wait for the device."""
 
     flip_rate: Tensor | None = None
     gradient_noise: Tensor | None = None
@@ -48,16 +48,16 @@ def layer_rows(controller: Controller) -> list[dict[str, Any]]:
 
     * ``layer``, ``target``: name and final pattern. ``pattern``, ``alpha``, ``phase``: the schedule's current values.
     * ``sparsity``: fraction of exact zeros in the masked weight; 0 while pruned weights only decay.
-    * ``kept_magnitude``: sum of the magnitudes of kept weights over that of all.
-    * ``flip_rate``: fraction of the mask's entries that the last measured step changed (a swap changes two).
-    * ``gradient_noise``: fraction of the squared norm of the last measured gradient that lies on pruned entries, before
-      SR-STE's term. These updates concern weights that the forward pass does not use. A gradient independent of the
-      mask has ``1 - N/M``; with ``grad_flow="fixed"`` it is 0.
+    * ``kept_magnitude``: sum of the unpruned weights' magnitudes, divided by the sum of all magnitudes.
+    * ``flip_rate``: fraction of mask entries that the last measured step changed (a swap changes two).
+    * ``gradient_noise``: fraction of the last measured gradient's squared norm that falls on pruned entries, before
+      SR-STE's term. It updates weights that the forward pass does not use. It is ``1 - N/M`` for a gradient independent
+      of the mask, and 0 with ``grad_flow="fixed"``.
 
-    The last two are None until a step was measured (``measure_every``).
+    The last two are None before the first measurement (``measure_every``).
     """
     numbers = [_numbers(layer, controller.measured.get(layer.name)) for layer in controller.layers]
-    # one wait for all layers
+    # wait for the device once for all layers
     values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
     rows = []
     for layer, (density, magnitude, flips, noise) in zip(controller.layers, values, strict=True):
@@ -95,7 +95,7 @@ def summary(controller: Controller) -> dict[str, float]:
 
 @torch.no_grad()
 def _numbers(layer: SparseLayer, measured: Measurement | None) -> Tensor:
-    """Fraction of kept entries and of kept magnitude, flip rate and gradient noise (or -1); fp64 [4]."""
+    """Density, ``kept_magnitude``, flip rate and gradient noise (-1 if unknown): fp64 [4]."""
     weight, mask = layer.weight, sharding.local_mask(layer)
     magnitude = local_part(weight.detach()).abs()
     sums = torch.stack([t.sum(dtype=torch.float64) for t in (mask, torch.where(mask, magnitude, 0), magnitude)])

@@ -1,4 +1,4 @@
-"""N:M sparsity in transformers' Trainer: a callback that attaches a controller and logs its statistics."""
+"""A callback for transformers' Trainer that attaches a controller and logs its statistics."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["SparsityCallback"]
 
 
 class SparsityCallback(TrainerCallback):
-    """Moves a controller's masks along with a Trainer's optimizer.
+    """Updates a controller's masks at every step of a Trainer's optimizer.
 
-    ``trainer.save_model`` and the Trainer's checkpoints hold dense weights and masks, from which training resumes
-    exactly. Call :func:`leanstep.sparsity.squash` on the trained model before saving it for inference.
+    ``trainer.save_model`` and the Trainer's checkpoints hold dense weights and masks, so training resumes exactly. Call
+    :func:`leanstep.sparsity.squash` on the trained model before saving it for inference.
 
     Args:
         controller: the controller that :func:`leanstep.sparsity.sparsify` returned for the Trainer's model. Set its
             ``measure_every`` to the Trainer's ``logging_steps`` to log flip rates.
 
     Raises:
-        ValueError: on resuming, if the sparsity state is of another step than the Trainer's.
+        ValueError: on resuming, if the step of the sparsity state differs from the Trainer's step.
 
     Example:
         >>> controller = sparsify(model, {"*.mlp.*": NM(1, 8)}, schedule=1000, method="srste")  # doctest: +SKIP
@@ -33,7 +33,7 @@ class SparsityCallback(TrainerCallback):
         self.controller = controller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Attach to the optimizer, after it was built and the checkpoint loaded."""
+        """Attach to the optimizer; the Trainer has built it and loaded the checkpoint by now."""
         if self.controller.step_count != state.global_step:
             raise ValueError(
                 f"SparsityCallback: the Trainer begins at step {state.global_step}, the masks are those of step "

@@ -1,9 +1,9 @@
 """Masks that are N:M along both dimensions, so that a matrix and its transpose are N:M sparse.
 
-Each M x M tile keeps N entries of every row and column with the largest possible sum of scores. This is a
-transportation problem, whose solutions are integral. A solution is optimal if and only if no cycle of exchanges between
-kept and pruned entries has a positive gain. Canceling such cycles until none is left (Klein, "A primal method for
-minimal cost flows", 1967) turns any solution into an optimal one.
+Each M x M tile keeps N entries of every row and column and maximises the sum of their scores. This is a transportation
+problem with integral solutions. A solution is optimal if and only if no cycle of exchanges between unpruned and pruned
+entries has a positive gain. Canceling all such cycles (Klein, "A primal method for minimal cost flows", 1967) makes any
+solution optimal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from leanstep.sparsity.patterns import NM, as_pattern
 
 METHODS = ("auto", "exact", "greedy")
-# longest tile side that "auto" solves exactly
+# largest tile side that "auto" solves exactly
 _MAX_EXACT_M = 16
 # elements of the tensors of one batch of tiles
 _TILE = 1 << 22
@@ -26,31 +26,31 @@ _TOLERANCE = 1e-12
 
 
 def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto") -> Tensor:
-    """Keep N entries of every row and column of every M x M tile, so that mask and transposed mask are N:M.
+    """Keep N entries of every row and column of every M x M tile, so that the mask and its transpose are N:M.
 
     Args:
-        scores: [..., out, in], floating; counted by magnitude; not written. M divides ``out`` and ``in``.
+        scores: [..., out, in], floating, compared by magnitude; not written. M divides ``out`` and ``in``.
         pattern: N:M.
-        method: "exact": the largest possible sum of scores in every tile (2:4 by trying all 90 masks, others by
-            canceling cycles). "greedy": largest scores first, if row and column have room, then the best exchanges
-            for missing entries; at least half of the largest sum (``benchmarks/nm_mask.py`` measures how much).
-            "auto": exact up to M = 16.
+        method: "exact": the maximal sum of scores in every tile (2:4 tries all 90 masks, others cancel cycles).
+            "greedy": take the largest scores while row and column have room, then fill the gaps by the best exchanges;
+            reaches at least half of the maximal sum (``benchmarks/nm_mask.py`` measures it). "auto": exact up to
+            M = 16.
 
     Returns:
-        bool, the shape of ``scores``; exactly N per group along both dimensions.
+        bool, the shape of ``scores``; exactly N True entries per group along both dimensions.
 
     Raises:
         ValueError: for another method, or M that does not divide both dimensions.
 
     Notes:
-        float64. Deterministic; of equal scores the greedy method prefers higher indices.
+        Computes in float64. Deterministic; in the greedy method, ties go to higher indices.
 
     References:
         Hubara, Chmiel, Island, Banner, Naor, Soudry, "Accelerated Sparse Neural Training: A Provable and Efficient
         Method to Find N:M Transposable Masks", arXiv 2102.08124 (transposable masks, the greedy method's bound).
 
     Example:
-        Train under transposable masks; of scores that are 1 at N entries of each group, these are kept.
+        Train under transposable masks. Scores of 1 at N entries of each group select exactly these entries.
 
         >>> def score(layer, weight):
         ...     return transposable_mask(weight, layer.transform.pattern).to(weight.dtype)
@@ -96,14 +96,14 @@ def patterns_2_4() -> Tensor:
 def _best_of_90(values: Tensor) -> Tensor:
     masks = patterns_2_4().to(values.device)
     sums = values.flatten(1) @ masks.flatten(1).to(values.dtype).T
-    # the first of equal sums; argmax does not promise which one it returns
+    # ties go to the first mask; argmax does not define its choice
     best = sums == sums.max(dim=1, keepdim=True).values
     number = torch.arange(len(masks), device=values.device)
     return masks[torch.where(best, number, len(masks)).min(dim=1).values.clamp_max(len(masks) - 1)]
 
 
 def greedy(values: Tensor, n: int) -> Tensor:
-    """Masks of tiles [t, M, M]: take entries by falling value, if their row and column hold fewer than n."""
+    """Masks of tiles [t, M, M]: take entries by descending value while their row and column hold fewer than n."""
     count, m, _ = values.shape
     order = values.flatten(1).argsort(dim=1, stable=True).flip(1)
     mask = torch.zeros(count, m * m, dtype=torch.bool, device=values.device)
@@ -119,10 +119,11 @@ def greedy(values: Tensor, n: int) -> Tensor:
 
 
 def fill(values: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Complete greedy masks to n entries in every row and column, each time by the best exchange.
+    """Complete greedy masks to n entries in every row and column by the best exchanges.
 
-    If row i and column j lack an entry, (i, j) is kept already, or greedy would have taken it. Then some kept (k, c)
-    can be exchanged for (i, c) and (k, j). Row k and column c lack nothing, so the argument holds again.
+    If row i and column j lack an entry, the mask already contains (i, j), or greedy would have taken it. So the mask
+    contains an entry (k, c) that can be exchanged for (i, c) and (k, j). Row k and column c stay full, so the argument
+    holds again.
     """
     mask = mask.clone()
     while True:
@@ -158,11 +159,10 @@ def cancel_cycles(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
-    """Cancel one cycle of positive gain in every tile that has one, in place; returns which tiles had one.
+    """Cancel one cycle of positive gain in each tile, in place; returns a mask of the tiles that had one.
 
-    An edge from row p to row q moves a kept entry of q to p, in the column with the largest gain. Bellman-Ford finds a
-    cycle of positive gain if there is one: then some row still improves after M rounds, and its predecessors lead to
-    the cycle.
+    An edge from row p to row q moves an entry of q to p, in the column with the largest gain. Bellman-Ford detects
+    cycles of positive gain: some row still improves after M rounds, and its predecessors lead to the cycle.
     """
     count, m, _ = values.shape
     gain, via = _edges(values, mask)
@@ -184,10 +184,10 @@ def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _edges(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """gain[t, p, q] = max over columns c kept in q and not in p of values[p, c] - values[q, c], and which c."""
+    """gain[t, p, q] = max of values[p, c] - values[q, c] over columns c that q holds and p lacks; and the best c."""
     n = int(mask[0, 0].sum())
     m = values.shape[1]
-    # kept columns of every row, [t, q, n]
+    # columns that every row holds, [t, q, n]
     columns = mask.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., :n]
     at = columns.unsqueeze(1).expand(-1, m, -1, -1)
     open_values = values.masked_fill(mask, -torch.inf)
@@ -197,7 +197,7 @@ def _edges(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _use_cycle(mask: Tensor, start: Tensor, before: Tensor, gain: Tensor, via: Tensor, tolerance: Tensor) -> Tensor:
-    """Exchange along the cycle of predecessors through row ``start`` of every tile, if it gains; returns where."""
+    """Exchange along each tile's cycle of predecessors through row ``start`` if it gains; returns the changed tiles."""
     each = torch.arange(len(mask), device=mask.device)
     changed = mask.clone()
     total = gain.new_zeros(len(mask))

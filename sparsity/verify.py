@@ -1,4 +1,4 @@
-"""Check tensor by tensor whether a model or checkpoint is N:M sparse."""
+"""Checks tensor by tensor whether a model or checkpoint is N:M sparse."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TensorReport:
     Attributes:
         name, shape, dtype: as stored.
         sparsity: fraction of zeros.
-        pattern: the N:M that it obeys and not by chance, M at most 128, or ``expected`` if it obeys that; None: it is
-            dense or unstructured.
+        pattern: the N:M that the tensor obeys, and not by chance, with M at most 128; or ``expected`` if it obeys that.
+            None: dense or unstructured.
         dim: dimension along which the groups of ``pattern`` (or of ``expected``) lie.
-        expected: the pattern it should have, if known.
+        expected: the pattern that the tensor should have, if known.
         violations: number of groups of ``expected`` with more than N nonzeros.
         note: a remark for the reader.
     """
@@ -51,7 +51,7 @@ class TensorReport:
 
     @property
     def ok(self) -> bool | None:
-        """Whether it obeys ``expected``; None without one."""
+        """Whether the tensor obeys ``expected``; None without ``expected``."""
         return None if self.expected is None else self.violations == 0
 
 
@@ -98,10 +98,10 @@ def verify(
     """Report the N:M pattern of every matrix and convolution of a checkpoint. Changes nothing.
 
     Args:
-        source: a safetensors file, plain or of :func:`export_compressed`; a file of ``torch.save``; a folder with such
-            files (a Hugging Face model, a run); a model, of which the masked weights count; or a state dict.
-        expected: wildcards over layer names -> the pattern they should have, as for :func:`sparsify`; one pattern alone
-            applies to every matrix. None: the patterns of a folder's sparsity.json, if there is one.
+        source: a safetensors file, plain or from :func:`export_compressed`; a file from ``torch.save``; a folder with
+            such files (a Hugging Face model, a run); a model, whose masked weights are checked; or a state dict.
+        expected: wildcards over layer names -> the pattern they should have, as for :func:`sparsify`; a single pattern
+            applies to every matrix. None: the patterns in the folder's sparsity.json, if any.
         dim: dimension along which groups lie. None: 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
 
     Returns:
@@ -169,7 +169,7 @@ Tensors = Iterator[tuple[str, Tensor, str]]
 
 
 def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
-    """The source's name, its tensors with notes, and the patterns that it records."""
+    """The source's name, its tensors with notes, and its recorded patterns."""
     if isinstance(source, nn.Module):
         return type(source).__name__, _noted(plain_state_dict(source)), {}
     if isinstance(source, Mapping):
@@ -201,7 +201,7 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Tensors:
-    """Tensors of a file, one at a time if the format allows it."""
+    """Read the tensors of a file, one at a time if the format allows it."""
     if path.suffix == ".safetensors":
         if is_compressed(path):
             yield from _noted(load_compressed(path))

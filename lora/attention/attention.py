@@ -1,4 +1,4 @@
-"""Low-rank attention: softmax attention with a polynomial for exp, in time linear in the length; and its checks."""
+"""Low-rank attention: softmax attention with a polynomial in place of exp, in time linear in the sequence length."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.polynomials import taylor_coefficients
-
-__all__ = ["LowRankAttentionError", "key_means", "low_rank_attention"]
 
 
 class LowRankAttentionError(ArithmeticError):
@@ -35,44 +33,46 @@ def low_rank_attention(
     """Softmax attention with a polynomial in place of exp: ``O(L k d)`` instead of ``O(L^2 d)``, forward and backward.
 
     ``O_i = sum_j p(s_ij) v_j / D_i`` with ``D_i = sum_j p(s_ij)``, ``s_ij = scale * q_i . (k_j - center)`` and p the
-    Taylor sum of exp, ``p(s) = sum over t <= g of s^t / t!``. p factors over ``k = C(d + g, g)`` features of each q and
-    each k, so no L x L matrix is formed. The gradient is that of this function: ``dS_ij = p'(s_ij) / D_i * (dO_i . v_j
-    - dO_i . O_i)``. Gradients of q, k and v are computed only where they are needed.
+    Taylor sum of exp, ``p(s) = sum over t <= g of s^t / t!``. p factors over ``k = C(d + g, g)`` features of each query
+    and key, so no L x L matrix is formed. Backward differentiates this function exactly: ``dS_ij = p'(s_ij) / D_i *
+    (dO_i . v_j - dO_i . O_i)``. Only the gradients that autograd asks for are computed.
 
     This is an **approximation** for small logits. :func:`leanstep.lora.error_bounds` bounds its error,
     :class:`leanstep.lora.NormMonitor` measures it on a model, and :class:`leanstep.lora.LowRankGate` uses it only where
-    the error is small and it is faster. At head size 64 and degree 2, k is 2145; a sequence must be far longer.
+    the error is small and it is faster. It pays only for sequences much longer than k, which is 2145 at head size 64
+    and degree 2.
 
     Args:
         query: [B, Hq, L, d], floating.
         key: [B, H, M, d], H a divisor of Hq (grouped queries).
         value: [B, H, M, e].
-        degree: g. Taylor sums of even degree are positive everywhere, and so are normalisers; at the usual head sizes,
+        degree: g. Taylor sums of even degree are positive everywhere, so normalisers are too. At the usual head sizes,
             only degree 2 has few enough features.
         causal: query i sees keys up to i.
-        scale: of the products; None for ``d ** -0.5``.
-        center: subtracted from the keys, which changes no softmax and makes logits smaller. True: the mean of the keys
-            that count; or a tensor [H, d] or [B, H, d]; False: nothing. None is True, but False where causal: there the
-            mean would let outputs depend, within the error of the approximation, on later keys. A running mean does
-            not; the gate uses one. No gradient flows through it.
-        key_mask: [B, M] bool, True where a key counts; padding is False.
-        coefficients: of another polynomial, the constant first; replaces ``degree``.
-        chunk_size: tokens processed at a time; changes memory and speed, and results only by rounding.
-        check: raise where normalisers are not positive. Reads one flag back from the device; skipped inside
+        scale: factor of the logits; None: ``d ** -0.5``.
+        center: vector subtracted from the keys. It changes no softmax and makes logits smaller; no gradient flows
+            through it. True: the mean of the unmasked keys. A tensor: [H, d] or [B, H, d]. False: nothing. None: True
+            without ``causal``, else False, since the mean of a causal sequence leaks later keys into earlier outputs,
+            within the approximation error. Pass a mean of earlier batches instead, as the gate does.
+        key_mask: [B, M] bool, False for padding.
+        coefficients: coefficients of another polynomial, the constant first; replaces ``degree``.
+        chunk_size: tokens processed at a time. It changes memory and speed, and results only by rounding.
+        check: raise if a normaliser is not positive. Reads one flag back from the device; skipped inside
             ``torch.compile``.
 
     Returns:
-        [B, Hq, L, e] of the dtype of the inputs. Queries that see no key get zeros.
+        [B, Hq, L, e] in the dtype of the inputs. Queries that see no key get zeros.
 
     Raises:
-        ValueError: for shapes, dtypes, a degree or a combination of arguments that is not supported.
+        ValueError: for unsupported shapes, dtypes, degrees or combinations of arguments.
         LowRankAttentionError: for a normaliser that is not positive and finite.
 
     Notes:
-        Sums run in fp32, fp64 for fp64. Saved for backward: q, k, v, the output and one number per query. Scratch
-        memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a GPU).
-        ``benchmarks/low_rank_attention.py`` compares time and error with exact attention. The paper's own chain of
-        low-rank factors for the gradient, which is slower, is in :mod:`leanstep.lora.attention.paper_chain`.
+        Sums run in fp32, or fp64 for fp64 inputs. Saved for backward: q, k, v, the output and one number per query.
+        Scratch memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a
+        GPU). ``benchmarks/low_rank_attention.py`` compares time and error with exact attention.
+        :mod:`leanstep.lora.attention.paper_chain` computes the gradient by the paper's own chain of low-rank factors,
+        which is slower.
 
     References:
         Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational
@@ -94,9 +94,11 @@ def low_rank_attention(
         coefficients = taylor_coefficients(degree)
     _check_numbers(scale, center, coefficients, chunk_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shift = _center(center, key, key_mask, causal)
+    if not isinstance(center, Tensor):
+        use_mean = not causal if center is None else center
+        center = key_means(key, key_mask) if use_mean and key.dim() == 4 else None
     out, total = poly_attention(
-        query, key, value, coefficients, scale=scale, causal=causal, center=shift, key_mask=key_mask, chunk=chunk_size
+        query, key, value, coefficients, scale=scale, causal=causal, center=center, key_mask=key_mask, chunk=chunk_size
     )
     if check and not torch.compiler.is_compiling():
         check_normalisers(total, coefficients, causal, key_mask)
@@ -104,7 +106,7 @@ def low_rank_attention(
 
 
 def key_means(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Mean over the keys that count of [B, H, M, d]: [B, H, d], fp32 or fp64, without a gradient."""
+    """Mean of the unmasked keys [B, H, M, d]: [B, H, d], fp32 or fp64, without a gradient."""
     wide = key.detach().to(torch.promote_types(key.dtype, torch.float32))
     if key_mask is None:
         return wide.mean(dim=-2) if key.shape[-2] else wide.sum(dim=-2)
@@ -130,15 +132,11 @@ def _check_numbers(scale: object, center: object, coefficients: Sequence[float],
         raise ValueError(f"low_rank_attention: expected a whole chunk_size >= 1, got {chunk_size!r}")
 
 
-def _center(center: bool | Tensor | None, key: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
-    if isinstance(center, Tensor):
-        return center
-    wanted = not causal if center is None else center
-    return key_means(key, key_mask) if wanted and key.dim() == 4 else None
-
-
 def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool, key_mask: Tensor | None) -> None:
-    """Raise LowRankAttentionError unless normalisers [B, Hq, L] of queries that see a key are positive and finite."""
+    """Raise LowRankAttentionError unless the normalisers [B, Hq, L] are positive and finite.
+
+    Queries that see no key are not checked.
+    """
     wrong = ~((total > 0) & total.isfinite())
     if key_mask is not None:
         sees_a_key = key_mask.cumsum(dim=-1) > 0 if causal else key_mask.any(dim=-1, keepdim=True)

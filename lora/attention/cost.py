@@ -1,4 +1,4 @@
-"""The cost of exact and low-rank attention, forward and backward: operations, and measured time per operation."""
+"""Operations of exact and low-rank attention, forward and backward, and their measured time per operation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from leanstep.kernels.poly.attention import poly_attention, poly_attention_backward_flops, poly_attention_flops
 from leanstep.lora.attention.polynomials import taylor_coefficients
 
-__all__ = ["AttentionShape", "break_even", "cost_ratio", "exact_flops", "low_rank_flops", "measure_speed"]
-
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of an attention layer: query heads, key heads, tokens, dims of q and k (``dim``) and of v (``wide``)."""
+    """Sizes of an attention layer. A head of q and k has ``dim`` entries per token, a head of v ``wide``."""
 
     heads: int
     key_heads: int
@@ -31,9 +29,10 @@ class AttentionShape:
 
 
 def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
-    """Operations of the matrix products of exact attention that does not keep its weights, such as FlashAttention.
+    """Count the matrix-product operations of exact attention that recomputes its weights, such as FlashAttention.
 
-    A head takes ``2 L^2 (d + e)`` forward and ``2 L^2 (3 d + 2 e)`` backward (S, dP, dQ, dK and dV); half where causal.
+    A head takes ``2 L^2 (d + e)`` forward and ``2 L^2 (3 d + 2 e)`` backward (S, dP, dQ, dK and dV). Causal attention
+    takes half.
     """
     pairs = shape.length * (shape.length + 1) // 2 if shape.causal else shape.length**2
     width = shape.dim + shape.wide + backward * (3 * shape.dim + 2 * shape.wide)
@@ -41,7 +40,7 @@ def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
 
 
 def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, backward: bool = True) -> int:
-    """Operations of the matrix products of :func:`leanstep.lora.low_rank_attention`."""
+    """Count the matrix-product operations of :func:`leanstep.lora.low_rank_attention`."""
     sizes = (
         (shape.batch, shape.heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.dim),
@@ -56,9 +55,9 @@ def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, bac
 def cost_ratio(
     shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
 ) -> float:
-    """Predicted cost of low-rank over exact attention: the ratio of their operations times ``speed``.
+    """Predict the time of low-rank attention relative to exact attention: the ratio of operations times ``speed``.
 
-    ``speed`` is the ratio of seconds per operation, as :func:`measure_speed` gives it; 1 compares operations.
+    ``speed`` is the ratio of seconds per operation from :func:`measure_speed`; 1 compares operations.
     """
     return speed * low_rank_flops(shape, degree, chunk, backward) / exact_flops(shape, backward)
 
@@ -66,7 +65,7 @@ def cost_ratio(
 def break_even(
     shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
 ) -> int:
-    """The length from which low-rank attention is predicted to be cheaper, to within a thousandth."""
+    """Predict the sequence length from which low-rank attention is cheaper, to within a thousandth."""
 
     def cheaper(length: int) -> bool:
         return cost_ratio(replace(shape, length=length), degree, chunk, speed, backward) < 1
@@ -85,10 +84,10 @@ def break_even(
 def measure_speed(
     dim: int, wide: int, degree: int, device: torch.device, dtype: torch.dtype, chunk: int = 128, length: int = 1024
 ) -> float:
-    """Seconds per operation of low-rank over exact attention, forward and backward, on this device.
+    """Measure the seconds per operation of low-rank attention relative to exact attention, forward and backward.
 
-    Measured once per process on one causal head of ``length`` tokens: medians of 5 runs each, in turns. Takes about a
-    second on a CPU at head size 64 and degree 2.
+    Takes the medians of 5 alternating runs on one causal head of ``length`` tokens, once per process and shape. This
+    takes about a second on a CPU at head size 64 and degree 2.
     """
     shape = AttentionShape(1, 1, length, dim, wide)
     generator = torch.Generator(device).manual_seed(0)
@@ -109,8 +108,8 @@ def measure_speed(
         for _ in range(6):
             for run, seconds in times.items():
                 seconds.append(_seconds(run, (q, k, v)))
-    of_low_rank, of_exact = (statistics.median(seconds[1:]) for seconds in times.values())
-    return (of_low_rank / low_rank_flops(shape, degree, chunk)) / (of_exact / exact_flops(shape))
+    low_rank_time, exact_time = (statistics.median(seconds[1:]) for seconds in times.values())
+    return (low_rank_time / low_rank_flops(shape, degree, chunk)) / (exact_time / exact_flops(shape))
 
 
 def _seconds(run: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> float:

@@ -1,4 +1,4 @@
-"""Bounds of the error of low-rank attention and its gradients, from norms alone."""
+"""Upper bounds on the error of low-rank attention and its gradients, from norms alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.attention import key_means
 from leanstep.lora.attention.polynomials import relative_error, slope_error, softmax_error, taylor_coefficients
 
-__all__ = ["ErrorBounds", "error_bounds", "largest_logit"]
-
 
 class ErrorBounds(NamedTuple):
-    """Bounds of the largest entries' errors, fp64 [B, heads]: one a query head, for dK and dV one a key head.
+    """Upper bounds on entrywise errors, fp64 [B, heads]: per query head, and per key head for ``key`` and ``value``.
 
-    ``logit`` is S, the bound of the logits that they come from; ``eta`` bounds the relative error of a softmax weight.
-    Where Taylor's sum is too far off to say anything, bounds are inf.
+    ``logit`` is S, the bound on the logits. ``eta`` bounds the relative error of a softmax weight. A bound is inf if
+    the polynomial is too far from exp.
     """
 
     out: Tensor
@@ -31,9 +29,9 @@ class ErrorBounds(NamedTuple):
 
 
 def largest_logit(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """``|scale| * max |q_i| * max |k_j|``, [B, Hq]: no logit of the head is larger (Cauchy-Schwarz). O(L d).
+    """Bound the logits of each head by ``|scale| * max |q_i| * max |k_j|`` (Cauchy-Schwarz): [B, Hq], in O(L d).
 
-    Masked keys do not count. Keys are not centred here.
+    Ignores masked keys. Does not centre the keys.
     """
     q, k = (
         torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -56,12 +54,12 @@ def error_bounds(
     coefficients: Sequence[float] | None = None,
     logit: Tensor | None = None,
 ) -> ErrorBounds:
-    """Bounds of ``|low_rank - exact|`` for the output, and for dQ, dK and dV of a gradient ``grad`` of the output.
+    """Bound ``|low_rank - exact|`` for the output, and for dQ, dK and dV given the output's gradient ``grad``.
 
-    S is the largest logit; delta and delta' are the largest relative errors of p and p' on [-S, S]. Weights have a
-    relative error of at most ``eta = 2 delta / (1 - delta)``, and those of the gradient of ``eta' = (delta + delta') /
-    (1 - delta)``. G is the largest ``|dO_i| |v_j|``, ``|f|_1`` the largest column sum of the weights, and every other
-    ``|.|`` the largest absolute entry::
+    S is the largest logit; delta and delta' are the largest relative errors of p and p' on [-S, S]. Softmax weights
+    have a relative error of at most ``eta = 2 delta / (1 - delta)``; the weights in the gradient, of at most ``eta' =
+    (delta + delta') / (1 - delta)``. G is the largest ``|dO_i| |v_j|``, ``|f|_1`` is the largest column sum of the
+    weights, and every other ``|.|`` is the largest absolute entry::
 
         |O~ - O|   <= eta |V|                       |dQ~ - dQ| <= |scale| (2 eta' + eta) G |K - center|
         |dV~ - dV| <= eta |dO| |f|_1                |dK~ - dK| <= |scale| (2 eta' + eta) G |Q| |f|_1
@@ -71,12 +69,12 @@ def error_bounds(
     Args:
         query, key, value, degree, causal, scale, key_mask, coefficients: as for
             :func:`leanstep.lora.low_rank_attention`.
-        center: the tensor that is subtracted from the keys, [H, d] or [B, H, d]; None: the default of that function.
-        grad: [B, Hq, L, e]; without it, the gradients' bounds are inf.
-        logit: S [B, Hq], if a better bound is known than :func:`largest_logit`.
+        center: tensor subtracted from the keys, [H, d] or [B, H, d]; None: the default of that function.
+        grad: [B, Hq, L, e]; without it, the bounds on gradients are inf.
+        logit: S [B, Hq], a tighter bound than :func:`largest_logit`.
 
     Returns:
-        The :class:`ErrorBounds`. Their column sums cost one pass of the approximation on values of one column.
+        The :class:`ErrorBounds`. With ``grad``, this runs the approximation once, on values with one column.
     """
     coefficients = taylor_coefficients(degree) if coefficients is None else list(coefficients)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -97,20 +95,20 @@ def error_bounds(
     eta_slope = torch.where(delta < 1, (delta + slope) / (1 - delta), infinite)
     norm = _largest(_counted(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
     factor = abs(scale) * (2 * eta_slope + eta) * norm * _largest(grad.norm(dim=-1))
-    of_query = factor * _largest(_counted(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
-    # the column sums of exact weights are at most this much larger
+    bound_query = factor * _largest(_counted(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
     sums = _column_sums(query, shifted, coefficients, scale, causal, key_mask)
-    grown = torch.where(delta < 1, (1 + delta) / (1 - delta), infinite)
-    sums = sums * _largest(grown.view(batch, heads, group))
-    of_key = _largest((factor * _largest(query.abs().amax(dim=-1))).view(batch, heads, group)) * sums
-    of_value = _largest((eta * _largest(grad.abs().amax(dim=-1))).view(batch, heads, group)) * sums
-    return ErrorBounds(out, of_query, of_key, of_value, logit, eta)
+    # exact column sums exceed the approximate ones by at most this factor
+    growth = torch.where(delta < 1, (1 + delta) / (1 - delta), infinite)
+    sums = sums * _largest(growth.view(batch, heads, group))
+    bound_key = _largest((factor * _largest(query.abs().amax(dim=-1))).view(batch, heads, group)) * sums
+    bound_value = _largest((eta * _largest(grad.abs().amax(dim=-1))).view(batch, heads, group)) * sums
+    return ErrorBounds(out, bound_query, bound_key, bound_value, logit, eta)
 
 
 def _column_sums(
     query: Tensor, key: Tensor, coefficients: Sequence[float], scale: float, causal: bool, key_mask: Tensor | None
 ) -> Tensor:
-    """The largest column sum of the approximate weights, [B, H]: the gradient of values of one column."""
+    """Largest column sum of the approximate weights, [B, H], as the gradient with respect to one-column values."""
     value = key.new_zeros(*key.shape[:3], 1).requires_grad_()
     with torch.enable_grad():
         out, _ = poly_attention(query, key, value, coefficients, scale=scale, causal=causal, key_mask=key_mask)
@@ -119,7 +117,7 @@ def _column_sums(
 
 
 def _counted(rows: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Values of keys [B, H, M], zero for those that do not count."""
+    """Per-key numbers [B, H, M], with 0 at masked keys."""
     return rows if key_mask is None else torch.where(key_mask[:, None, :], rows, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank attention in a model where it is close enough and cheaper, and exact attention everywhere else."""
+"""A gate that runs low-rank attention where it is accurate enough and cheaper, and exact attention elsewhere."""
 
 from __future__ import annotations
 
@@ -29,50 +29,49 @@ from leanstep.lora.attention.interface import AttentionInputs, Call, Tap, attach
 from leanstep.lora.attention.norms import head_norms, sample_rows, sampled_error
 from leanstep.lora.attention.polynomials import taylor_coefficients
 
-__all__ = ["LowRankGate"]
-
 MODES = ("exact", "auto", "force")
 
 
 class LowRankGate:
-    """Runs attention layers of a transformers model low-rank where that is close enough and cheaper.
+    """Runs attention layers of a transformers model low-rank where that is accurate enough and cheaper.
 
-    In mode ``"auto"`` a layer runs exactly until ``patience`` judgements in a row find all its heads within the
-    tolerance, by the bound ``scale * max |q| * max |k|`` or by sampled logits and the error on sampled queries, and
-    low-rank attention is predicted to be cheaper at this length. From then on **every** call compares sampled queries
-    with exact attention. If they differ by more than the tolerance, or a normaliser is not positive, or something is
-    not finite, the same call is computed exactly, and the layer starts over. :meth:`report` has all measurements.
+    In mode ``"auto"``, a layer runs exactly until two conditions hold. First, ``patience`` consecutive judgements find
+    all its heads within the tolerance, by the bound ``scale * max |q| * max |k|`` or by sampled logits and the error on
+    sampled queries. Second, low-rank attention is predicted to be cheaper at this length. From then on **every** call
+    compares sampled queries with exact attention. The layer falls back if their error exceeds the tolerance, or a
+    normaliser is not positive, or a number is not finite: it computes this call exactly and starts over.
+    :meth:`report` returns all measurements.
 
     Args:
         model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). Its own implementation is
             the exact one; :meth:`close` restores it.
-        mode: ``"exact"`` (default), ``"auto"``, or, for research, ``"force"``: low-rank wherever that is possible,
-            whatever the error.
-        degree: of Taylor's sum; even.
-        tolerance: of the relative error of softmax weights, and of the output on sampled queries.
-        every: calls of a layer between judgements, while it runs exactly.
-        patience: number of favourable judgements in a row that are needed. With 2 and more, the mean subtracted from
-            the keys comes from earlier batches, so causal attention stays causal.
-        rows: number of queries compared in every low-rank call; sequences: from how many sequences of the batch, others
-            every time. The bound of the logits is of the whole batch.
-        spot_every: number of low-rank calls of a layer in training between comparisons of one head's gradients with
-            exact ones, each of which costs exact attention of one head; 0 for none.
+        mode: ``"exact"``, ``"auto"``, or, for research, ``"force"``: low-rank wherever possible, whatever the error.
+        degree: even degree of Taylor's sum.
+        tolerance: largest accepted relative error of softmax weights, and of the output on sampled queries.
+        every: number of calls between judgements of a layer that runs exactly.
+        patience: number of consecutive favourable judgements needed. From 2 on, the mean subtracted from the keys comes
+            from earlier batches, so causal attention stays causal.
+        rows: number of queries compared in every low-rank call.
+        sequences: number of sequences that these queries come from, drawn anew for every call. The bound on the logits
+            covers the whole batch.
+        spot_every: number of low-rank training calls of a layer between two comparisons of one head's gradients with
+            exact ones. A comparison costs exact attention of one head; 0: never.
         chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
-        speed: seconds per operation relative to exact attention. None measures it once, in about a second (see
-            :func:`leanstep.lora.attention.cost.measure_speed`), unless a loaded state has it; 1 compares operations.
-        seed: of the samples.
+        speed: seconds per operation relative to exact attention; 1 compares operations. None: measure it once, in about
+            a second (:func:`leanstep.lora.attention.cost.measure_speed`), or take it from a loaded state.
+        seed: seed of the samples.
 
     Raises:
         ValueError: for a model without such layers, or a setting out of range; the model is unchanged.
         LowRankAttentionError: in a forward pass, in mode ``"force"``, for a normaliser that is not positive.
 
     Notes:
-        These always run exactly, with the reason in the report: dropout in attention, one query against a cache, masks
-        other than causal and padding, soft caps, sinks and position biases, dtypes that differ. Under autocast, q, k
-        and v are cast to its dtype first, as torch does for exact attention. The check of every low-rank call reads one
-        number back from the device. Each process of a distributed run decides for itself; attention exchanges nothing.
-        The pass that activation checkpointing repeats follows the decision of the first one. With :meth:`state_dict`,
-        resumed training decides as it would have without the interruption.
+        Some calls always run exactly, and the report gives the reason: dropout in attention, one query against a cache,
+        masks other than causal and padding, soft caps, sinks, position biases, and mixed dtypes. Under autocast, q, k
+        and v are cast to its dtype first, as torch does for exact attention. Every low-rank call reads one number back
+        from the device. Each process of a distributed run decides for itself; attention exchanges nothing. The
+        recomputation of activation checkpointing follows the decision of the first pass. A run resumed with
+        :meth:`state_dict` makes the same decisions as an uninterrupted one.
 
     Example:
         >>> import torch
@@ -121,6 +120,7 @@ class LowRankGate:
         self.every, self.patience, self.rows, self.sequences = every, patience, rows, sequences
         self.spot_every, self.chunk_size, self.speed = spot_every, chunk_size, speed
         self.coefficients = taylor_coefficients(degree)
+        self._settings = {"degree": degree, "tolerance": tolerance}
         self.generator = torch.Generator().manual_seed(seed)
         self._speeds: dict[str, float] = {}
         self._taps: dict[nn.Module, Tap] = attach(model)
@@ -144,11 +144,11 @@ class LowRankGate:
         self._taps = {}
 
     def report(self) -> list[GateReport]:
-        """The report of every layer, in the order of the model."""
+        """One report per layer, in the model's order."""
         return [state.report() for state in self._layers.values()]
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log: the share of low-rank calls, fallbacks, and the last measured error of every layer."""
+        """Numbers for a log: fraction of low-rank calls, number of fallbacks, and last error of every layer."""
         rows = self.report()
         calls = max(1, sum(row.calls for row in rows))
         numbers = {
@@ -161,54 +161,51 @@ class LowRankGate:
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decisions depend on, as tensors, numbers and strings.
+        """The state that future decisions depend on, as tensors, numbers and strings.
 
-        The layers' decisions, counters, errors and key means, the measured speeds, and the generator of the samples.
+        Contains the layers' decisions, counters, errors and key means, the measured speeds, and the random generator.
         """
         return {
-            "settings": self._settings(),
+            "settings": dict(self._settings),
             "generator": self.generator.get_state(),
             "speeds": dict(self._speeds),
             "layers": {state.name: state.to_dict() for state in self._layers.values()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from another gate's :meth:`state_dict`: the same calls then get the same answers.
+        """Load another gate's :meth:`state_dict`. The same calls then get the same decisions.
 
         Raises:
             ValueError: for a state of other layers, or of another degree or tolerance; the gate is unchanged.
         """
-        check_state(state, (layer.name for layer in self._layers.values()), self._settings())
+        check_state(state, (layer.name for layer in self._layers.values()), self._settings)
         for module, layer in self._layers.items():
             layer.restore(state["layers"][layer.name], next(module.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
         self._speeds = dict(state["speeds"])
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings that decisions depend on."""
-        return {"degree": self.degree, "tolerance": self.tolerance}
-
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Compute attention of one call, exactly or not; called by the layer."""
+        """Compute one call, low-rank or exactly; called by the layer."""
         state = self._layers[call.layer]
         call = replace(call, inputs=autocasted_inputs(call.inputs))
-        if _in_backward():
+        # a forward pass while autograd runs is a recomputation of activation checkpointing, which does not measure
+        if torch._C._current_graph_task_id() != -1:
             if not state.plan.low_rank:
                 return call.exact()
             return _as_layer(self._attention(call.inputs, state.plan.center)[0])
         state.calls += 1
-        # a repeated pass does not measure
-        out = self._low_rank(call, state) if outside_dispatch_modes(lambda: self._wanted(call, state)) else None
-        if out is not None:
-            state.low_rank_calls += 1
-            return _as_layer(out)
+        if outside_dispatch_modes(lambda: self._wanted(call, state)):
+            out, total = self._attention(call.inputs, state.center)
+            if outside_dispatch_modes(lambda: self._passes(call.inputs, out, total, state)):
+                state.low_rank_calls += 1
+                return _as_layer(out)
         state.plan = Plan(False, None)
         return call.exact()
 
     def _wanted(self, call: Call, state: LayerState) -> bool:
-        """Whether the call should run low-rank; ``state.reason`` says why not."""
+        """Whether to run the call low-rank; ``state.reason`` says why not."""
         if self.mode == "exact":
             state.reason = "mode is 'exact'"
             return False
@@ -224,7 +221,7 @@ class LowRankGate:
         if self.mode == "force":
             state.reason = "mode is 'force'"
             return True
-        # a layer that is on is checked in every call instead
+        # a layer that runs low-rank is checked in every call instead
         if not state.on and ((state.calls - 1) % self.every == 0 or 0 < state.good < self.patience):
             self._judge(call, state)
         if state.on and state.cost >= 1:
@@ -239,24 +236,24 @@ class LowRankGate:
             return self.speed
         query, dim, wide = inputs.query, inputs.query.shape[-1], inputs.value.shape[-1]
         device, dtype = query.device, query.dtype
-        # without the device's index, which may be another where a saved state is loaded
+        # omits the device's index, which may differ when a saved state is loaded
         kind = f"{dim} {wide} {device.type} {dtype}"
         if kind not in self._speeds:
             self._speeds[kind] = measure_speed(dim, wide, self.degree, device, dtype, self.chunk_size)
         return self._speeds[kind]
 
     def _sequences(self, inputs: AttentionInputs) -> slice:
-        """Some neighbouring sequences of the batch, others every time."""
+        """A random range of neighbouring sequences of the batch."""
         last = max(0, inputs.query.shape[0] - self.sequences)
         start = int(torch.randint(last + 1, (), generator=self.generator))
         return slice(start, start + self.sequences)
 
     def _judge(self, call: Call, state: LayerState) -> None:
-        """Look at the norms of all heads and at the error on sampled queries, and switch the layer on or off."""
+        """Measure the norms of all heads and the error on sampled queries, and switch the layer on or off."""
         inputs = call.inputs
         few = inputs.sequences(self._sequences(inputs))
         norms = head_norms(few, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
-        # the certificate is of the whole batch
+        # the bound covers the whole batch
         shift = key_means(inputs.key, inputs.key_mask) if state.center is None else state.center
         centred = inputs.key.detach() - shift[..., None, :]
         certified = float(largest_logit(inputs.query, centred, inputs.scale, inputs.key_mask).max())
@@ -270,13 +267,8 @@ class LowRankGate:
         waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
         state.reason = why + waiting
 
-    def _low_rank(self, call: Call, state: LayerState) -> Tensor | None:
-        """The output if it passes the checks; None where the call is to be computed exactly."""
-        out, total = self._attention(call.inputs, state.center)
-        return out if outside_dispatch_modes(lambda: self._passes(call.inputs, out, total, state)) else None
-
     def _passes(self, inputs: AttentionInputs, out: Tensor, total: Tensor, state: LayerState) -> bool:
-        """Whether an output and its normalisers are good; the layer falls back if they are not."""
+        """Check an output and its normalisers; if they fail, the layer falls back to exact attention."""
         center = state.center
         try:
             check_normalisers(total.detach(), self.coefficients, inputs.causal, inputs.key_mask)
@@ -305,14 +297,14 @@ class LowRankGate:
         state.on, state.good, state.fallbacks, state.reason = False, 0, state.fallbacks + 1, f"fell back: {why}"
 
     def _attention(self, inputs: AttentionInputs, center: Tensor | None) -> tuple[Tensor, Tensor]:
-        # not low_rank_attention, which does not return the normalisers
+        # low_rank_attention does not return the normalisers
         return poly_attention(
             inputs.query, inputs.key, inputs.value, self.coefficients, scale=inputs.scale, causal=inputs.causal,
             center=center, key_mask=inputs.key_mask, chunk=self.chunk_size,
         )  # fmt: skip
 
     def _spot_check(self, inputs: AttentionInputs, center: Tensor | None, out: Tensor, state: LayerState) -> None:
-        """Compare the gradients of one head with those of exact attention, once the gradient of the output is known."""
+        """Compare one head's gradients with those of exact attention as soon as the output's gradient arrives."""
         group = inputs.query.shape[1] // inputs.key.shape[1]
         batch = int(torch.randint(inputs.query.shape[0], (), generator=self.generator))
         head = int(torch.randint(inputs.query.shape[1], (), generator=self.generator))
@@ -340,16 +332,11 @@ class LowRankGate:
 
 
 def _update_center(state: LayerState, inputs: AttentionInputs) -> None:
-    """Move the running mean of the keys a tenth of the way to the mean of these."""
+    """Move the running mean of the keys a tenth of the way to the mean of these keys."""
     means = key_means(inputs.key, inputs.key_mask).mean(dim=0)
     state.center = means if state.center is None else state.center.lerp(means, 0.1)
 
 
 def _as_layer(out: Tensor) -> tuple[Tensor, None]:
-    """[B, H, L, e] as transformers' layers expect it, [B, L, H, e], and no weights."""
+    """Transpose [B, H, L, e] to [B, L, H, e], which transformers' layers expect, with None for the weights."""
     return out.transpose(1, 2).contiguous(), None
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: a forward pass is then one that activation checkpointing repeats."""
-    return torch._C._current_graph_task_id() != -1

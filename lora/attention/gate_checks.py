@@ -1,4 +1,4 @@
-"""The checks of :class:`leanstep.lora.LowRankGate`: which calls can run low-rank at all, and which are close enough."""
+"""Checks of :class:`leanstep.lora.LowRankGate`: which calls can run low-rank, and which are accurate enough."""
 
 from __future__ import annotations
 
@@ -12,21 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from leanstep.lora.attention.interface import AttentionInputs, Call
 from leanstep.lora.attention.polynomials import relative_error, softmax_error
 
-__all__ = [
-    "NON_FINITE",
-    "all_finite",
-    "autocasted_inputs",
-    "exact_attention",
-    "relative_distance",
-    "verdict",
-    "why_impossible",
-]
-
 NON_FINITE = "non-finite logits"
 
 
 def why_impossible(call: Call) -> str | None:
-    """Why a call cannot run low-rank, whatever its norms; None when it can."""
+    """The reason why a call cannot run low-rank, whatever its norms; None if it can."""
     query, key, value = call.inputs[:3]
     if call.unsupported_mask is not None:
         return call.unsupported_mask
@@ -42,7 +32,7 @@ def why_impossible(call: Call) -> str | None:
 
 
 def autocasted_inputs(inputs: AttentionInputs) -> AttentionInputs:
-    """The inputs as exact attention casts them: under autocast q, k and v get its dtype, except in fp64."""
+    """Cast q, k and v as autocast does for exact attention; fp64 tensors stay fp64."""
     device = inputs.query.device.type
     if not torch.is_autocast_enabled(device):
         return inputs
@@ -54,15 +44,15 @@ def autocasted_inputs(inputs: AttentionInputs) -> AttentionInputs:
 def verdict(
     certified: float, sampled: float, error: float, coefficients: Sequence[float], tolerance: float
 ) -> tuple[bool, str]:
-    """Whether low-rank attention of a layer is close enough to exact attention, and why (not).
+    """Decide whether a layer's low-rank attention is accurate enough, and give the reason.
 
     Args:
-        certified, sampled: the bound of all logits, and the largest of the sampled ones.
-        error: of the output on sampled queries.
-        coefficients: of the polynomial.
-        tolerance: of the error of softmax weights and of the output.
+        certified, sampled: upper bound on all logits, and the largest sampled logit.
+        error: relative error of the output on sampled queries.
+        coefficients: coefficients of the polynomial.
+        tolerance: largest accepted error of softmax weights and of the output.
     """
-    # finite queries and keys too may have norms that are too large for fp32
+    # norms of finite queries and keys can overflow fp32
     if not (math.isfinite(certified) and math.isfinite(sampled)):
         return False, NON_FINITE
     weight_errors = [softmax_error(relative_error(coefficients, min(s, 1e3))) for s in (certified, sampled)]
@@ -77,7 +67,7 @@ def verdict(
 
 
 def all_finite(inputs: AttentionInputs) -> bool:
-    """Whether queries and keys, where these count, are finite."""
+    """Whether all queries and all unmasked keys are finite."""
     key = inputs.key if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], inputs.key, 0.0)
     return bool(inputs.query.isfinite().all() & key.isfinite().all())
 
@@ -89,7 +79,7 @@ def exact_attention(inputs: AttentionInputs) -> Tensor:
         return scaled_dot_product_attention(*tensors, is_causal=inputs.causal, scale=inputs.scale)
     mask = inputs.key_mask[:, None, None, :].expand(-1, 1, inputs.query.shape[2], -1)
     mask = mask.tril() if inputs.causal else mask
-    # queries without a visible key are padding: let them see themselves, so that they are not NaN
+    # queries without a visible key are padding: let them see themselves to avoid NaN
     mask = mask | (~mask.any(dim=-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
     return scaled_dot_product_attention(*tensors, attn_mask=mask, scale=inputs.scale)
 

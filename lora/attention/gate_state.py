@@ -1,4 +1,4 @@
-"""The state and the report of one layer under :class:`leanstep.lora.LowRankGate`, and how they are saved."""
+"""State and report of one layer under :class:`leanstep.lora.LowRankGate`, and their saved form."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GateReport", "LayerState", "Plan", "check_state"]
-
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate does in one layer.
+    """The gate's decisions and measurements for one layer.
 
     Attributes:
-        layer: its name.
-        low_rank: whether its last call ran low-rank; reason: why, or why not.
-        error: relative error of the output on sampled queries when last measured, of low-rank attention, whether it was
-            used or not; None before the first measurement.
-        largest_error: the largest such error among the calls that ran low-rank.
-        logit: the largest sampled logit of the last judgement.
+        layer: name of the attention layer.
+        low_rank: whether the last call ran low-rank.
+        reason: the reason for that decision.
+        error: last measured relative error of low-rank attention on sampled queries, whether its output was used or
+            not; None before the first measurement.
+        largest_error: largest error among the calls that ran low-rank.
+        logit: largest sampled logit of the last judgement.
         cost: predicted cost relative to exact attention, at the length of the last call.
-        calls, low_rank_calls, fallbacks: the number of all calls, of those that ran low-rank, and of those that were
-            computed exactly because a check failed.
+        calls, low_rank_calls: number of all calls, and of the calls that ran low-rank.
+        fallbacks: number of calls computed exactly because a check failed.
         gradient_errors: relative errors of O, dQ, dK and dV of one head at the last spot check; empty before.
     """
 
@@ -43,7 +42,7 @@ class GateReport:
 
 
 class Plan(NamedTuple):
-    """A decision, kept for the pass that activation checkpointing repeats."""
+    """The decision for one call, which the recomputation of activation checkpointing follows."""
 
     low_rank: bool
     center: Tensor | None
@@ -51,12 +50,13 @@ class Plan(NamedTuple):
 
 @dataclass
 class LayerState:
-    """The gate's state of one layer; most of it as in :class:`GateReport`.
+    """The gate's state for one layer. :class:`GateReport` describes the attributes not listed here.
 
     Attributes:
-        on: whether the layer may run low-rank; ``good`` counts the judgements in a row that were in favour.
-        center: the running mean of keys [H, d].
-        plan: the decision for the last call.
+        on: whether the layer may run low-rank.
+        good: number of consecutive favourable judgements.
+        center: running mean of the keys, [H, d].
+        plan: decision for the last call.
     """
 
     name: str
@@ -75,26 +75,26 @@ class LayerState:
     gradient_errors: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> GateReport:
-        """The user's view of the state."""
+        """The state as the user sees it."""
         return GateReport(
             self.name, self.plan.low_rank, self.reason, self.error, self.largest_error, self.logit, self.cost,
             self.calls, self.low_rank_calls, self.fallbacks, dict(self.gradient_errors),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the name: numbers, strings, and the center as a copy."""
+        """Everything but the name: numbers, strings, and a copy of the center."""
         state = {key: getattr(self, key) for key in _SAVED}
         state["center"] = None if self.center is None else self.center.clone()
         return state | {"gradient_errors": dict(self.gradient_errors), "low_rank": self.plan.low_rank}
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Take over a state of :meth:`to_dict`, with the center as a copy on ``device``."""
+        """Load a result of :meth:`to_dict`, copying the center to ``device``."""
         for key in _SAVED:
             setattr(self, key, saved[key])
         center = saved["center"]
         self.center = None if center is None else center.to(device, copy=True)
         self.gradient_errors = dict(saved["gradient_errors"])
-        # repeated passes belong to calls of this process; until there is one, the plan only reports
+        # only for the report: recomputation never follows a call of another process
         self.plan = Plan(saved["low_rank"], self.center)
 
 
@@ -102,10 +102,10 @@ _SAVED = tuple(item.name for item in fields(LayerState) if item.name not in ("na
 
 
 def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) -> None:
-    """Check that a gate with these layers and settings can take over a saved state.
+    """Check that a gate with these layers and settings can load a saved state.
 
     Raises:
-        ValueError: for anything but a gate's state, a state of other layers, or one made with other settings.
+        ValueError: for anything but a gate's state, or a state of other layers or settings.
     """
     wanted = {"settings", "generator", "speeds", "layers"}
     if not isinstance(state, Mapping) or wanted - state.keys():
@@ -125,8 +125,8 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
     ]
     if differ:
         raise ValueError(
-            f"LowRankGate: the state's decisions were made with other settings: {'; '.join(differ)}; take the same, or "
-            "do not load it, and the layers are judged anew"
+            f"LowRankGate: the state was saved with other settings: {'; '.join(differ)}; use those settings, or start "
+            "without the state to judge every layer again"
         )
     keys = {"low_rank", *_SAVED}
     broken = [name for name, saved in state["layers"].items() if keys - saved.keys()]

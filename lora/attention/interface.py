@@ -1,8 +1,8 @@
-"""Taps on transformers' attention layers, where queries, keys and values pass after rotary embeddings.
+"""Taps on transformers' attention layers, which receive queries, keys and values after rotary embeddings.
 
-transformers' models call attention by a name in a registry. For an implementation X (``sdpa``, ``eager``, ...) the name
-``leanstep_X`` is added here. It does what X does, unless the layer has a :class:`Tap`: then the tap's observers see the
-tensors, and its gate may compute something else. Masks are made as for X.
+transformers' models look attention up by name in a registry. For an implementation X (``sdpa``, ``eager``, ...), this
+module registers ``leanstep_X``. It calls X, unless the layer has a :class:`Tap`: the tap's observers receive the
+tensors, and its gate may replace the computation. Masks are built as for X.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-__all__ = ["AttentionInputs", "Call", "Tap", "attach", "attention_layers", "detach", "read_mask"]
-
 _PREFIX = "leanstep_"
 _ATTRIBUTE = "_leanstep_tap"
 
 
 class AttentionInputs(NamedTuple):
-    """The inputs of one attention layer: q [B, Hq, L, d], k [B, H, M, d], v [B, H, M, e], and their mask."""
+    """Inputs of one attention layer: q [B, Hq, L, d], k [B, H, M, d], v [B, H, M, e], key_mask [B, M]."""
 
     query: Tensor
     key: Tensor
@@ -34,7 +32,7 @@ class AttentionInputs(NamedTuple):
     key_mask: Tensor | None = None
 
     def sequences(self, index: slice) -> AttentionInputs:
-        """The inputs of some sequences of the batch, detached."""
+        """The detached inputs of a slice of the batch."""
         q, k, v = (x.detach()[index] for x in (self.query, self.key, self.value))
         mask = None if self.key_mask is None else self.key_mask[index]
         return AttentionInputs(q, k, v, self.scale, self.causal, mask)
@@ -46,11 +44,11 @@ class Call:
 
     Attributes:
         layer: the attention layer.
-        inputs: its tensors, and what its mask means.
+        inputs: its tensors, scale and mask.
         unsupported_mask: why low-rank attention cannot handle this mask, or None.
-        dropout: on attention weights.
-        exact: computes the output [B, L, Hq, e] and the weights, or None for them, by the exact implementation.
-        special: names of features of the layer that low-rank attention does not have.
+        dropout: dropout probability of attention weights.
+        exact: runs the exact implementation; returns the output [B, L, Hq, e], and the weights or None.
+        special: names of the layer's features that low-rank attention lacks.
     """
 
     layer: nn.Module
@@ -62,17 +60,17 @@ class Call:
 
 
 class Observer(Protocol):
-    """Looks at calls."""
+    """Inspects calls."""
 
-    def see(self, call: Call) -> None:
-        """Look at one call without changing anything."""
+    def observe(self, call: Call) -> None:
+        """Inspect one call without changing it."""
 
 
 class Gate(Protocol):
-    """May answer a call in place of the exact implementation."""
+    """Computes calls in place of the exact implementation."""
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """The output [B, L, Hq, e] and the weights, or None for them."""
+        """The output [B, L, Hq, e], and the weights or None."""
 
 
 @dataclass
@@ -85,10 +83,10 @@ class Tap:
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention layers of a transformers model by name: those that call the registry's attention.
+    """The self-attention layers of a transformers model that call attention through the registry, by name.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the model has no such layer.
     """
     layers = {
         name: module
@@ -98,14 +96,14 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     }  # fmt: skip
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no attention layers that call transformers' attention by name; LLaMA, GPT-2 "
-            "and their relatives in transformers have"
+            f"{type(model).__name__} has no attention layers that call transformers' attention by name; use LLaMA, "
+            "GPT-2 or a related model of transformers"
         )
     return layers
 
 
 def _transformers_model(model: nn.Module) -> Any:
-    """The transformers model in ``model``, which may be wrapped, as by PEFT."""
+    """The transformers model inside ``model``, which may be a wrapper such as PEFT's."""
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
             return module
@@ -113,10 +111,10 @@ def _transformers_model(model: nn.Module) -> Any:
 
 
 def attach(model: nn.Module) -> dict[nn.Module, Tap]:
-    """Give every attention layer a tap, and let the model call attention through it.
+    """Give every attention layer a tap, and route the model's attention through it.
 
     Raises:
-        ValueError: for a model without such layers, or with an implementation that cannot be called by name.
+        ValueError: for a model without such layers, or an attention implementation that is not registered.
     """
     layers, owner = attention_layers(model), _transformers_model(model)
     current = owner.config._attn_implementation
@@ -129,7 +127,7 @@ def attach(model: nn.Module) -> dict[nn.Module, Tap]:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove unused taps once no tap of the model is in use, and restore the model's attention implementation."""
+    """Restore the model's attention implementation and remove all taps, unless one is still in use."""
     taps = [(layer, layer.__dict__.get(_ATTRIBUTE)) for layer in attention_layers(model).values()]
     if any(tap is not None and (tap.observers or tap.gate is not None) for _, tap in taps):
         return
@@ -142,7 +140,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _register(original: str, layer: nn.Module) -> str:
-    """Add ``leanstep_ORIGINAL`` to transformers' registries of attention and of masks; returns the name."""
+    """Register ``leanstep_ORIGINAL`` for attention and masks in transformers; returns that name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -156,7 +154,7 @@ def _register(original: str, layer: nn.Module) -> str:
 
 
 def _implementation(original: str, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function of an implementation; "eager" is a function in the model's own file."""
+    """The function of an implementation. "eager" is defined in the model's own file."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if original in ALL_ATTENTION_FUNCTIONS:
@@ -165,9 +163,7 @@ def _implementation(original: str, layer: nn.Module) -> Callable[..., tuple[Tens
         eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if eager is not None:
             return eager
-    raise ValueError(
-        f"{type(layer).__name__} brings no eager attention; load the model with attn_implementation='sdpa'"
-    )
+    raise ValueError(f"{type(layer).__name__} has no eager attention; load the model with attn_implementation='sdpa'")
 
 
 def _forward(
@@ -181,7 +177,7 @@ def _forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function that transformers calls under the name ``leanstep_ORIGINAL``."""
+    """The function registered as ``leanstep_ORIGINAL``."""
 
     def exact() -> tuple[Tensor, Tensor | None]:
         run = _implementation(original, module)
@@ -207,8 +203,7 @@ def _tapped(
     query, key, _ = tensors
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1
-    unsupported_mask: str | None = None
-    key_mask: Tensor | None = None
+    key_mask, unsupported_mask = None, None
     if mask is not None:
         causal, key_mask, unsupported_mask = read_mask(mask, key.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -216,20 +211,20 @@ def _tapped(
     inputs = AttentionInputs(*tensors, scale, causal, key_mask)
     call = Call(module, inputs, unsupported_mask, dropout, exact, special)
     for observer in list(tap.observers):
-        observer.see(call)
+        observer.observe(call)
     return exact() if tap.gate is None else tap.gate.answer(call)
 
 
 def read_mask(mask: Tensor, batch: int, length: int, keys: int) -> tuple[bool, Tensor | None, str | None]:
-    """Recognise causal masks and padding.
+    """Recognise causal masks and padding masks.
 
     Args:
-        mask: [B, 1, L, M]; visible is True, or 0 where the mask is added. Rows of padded queries may be anything.
+        mask: [B, 1, L, M]; visible keys are True in a bool mask, 0 in an additive one. Rows of padded queries are
+            ignored.
         batch, length, keys: B, L, M.
 
     Returns:
-        (whether it is causal, the keys that count [B, M] or None for all, why it is neither causal nor padding or
-        None).
+        (causal, key_mask [B, M] or None, the reason why the mask is not supported or None).
     """
     if mask.dim() != 4 or mask.shape[1] != 1 or length != keys or mask.shape[-2:] != (length, keys):
         return False, None, f"a mask of shape {tuple(mask.shape)} for {length} queries and {keys} keys"

@@ -1,4 +1,4 @@
-"""Measures, for each head of a model, whether low-rank attention would be close enough and cheaper, and why not."""
+"""A monitor that measures for each head whether low-rank attention would be accurate enough and cheaper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,13 @@ from leanstep.lora.attention.interface import AttentionInputs, Call, attach, det
 from leanstep.lora.attention.norms import HeadNorms, ProjectionNorms, head_norms
 from leanstep.lora.attention.polynomials import needed_degree
 
-__all__ = ["STATUSES", "HeadReport", "NormMonitor", "judge"]
-
-# from the best to the worst
+# best first
 STATUSES = ("certified-fast", "measured-fast", "bounded-but-slow", "not-certified")
 
 _ADVICE = {
     "X": "the layer's input has large entries: normalise it (pre-norm), or train without outliers",
-    "W*": "the frozen weights make them: normalise queries and keys (QK-norm), or clip the weights",
-    "sBA": "the adapter makes them: a smaller alpha / r, or weight decay on its factors",
+    "W*": "they come from the frozen weights: normalise queries and keys (QK-norm), or clip the weights",
+    "sBA": "they come from the adapter: use a smaller alpha / r, or weight decay on its factors",
     "unknown": "normalise queries and keys (QK-norm)",
 }
 _LOG_NAMES = {
@@ -45,23 +43,23 @@ class HeadReport:
 
     Attributes:
         layer, head, length: the layer's name, the head's index, and the number of tokens.
-        gamma_q, gamma_k: the theorem's norms, largest entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
-        gamma_full: the norm that the theorem needs in addition where K is adapted too, the largest entry of
-            ``scale X W_Q W_K``, on sampled queries and before rotary embeddings; None where the weights are unreadable.
-        threshold: ``sqrt(ln length)``, which the theorem compares the norms with, up to constants that it leaves open.
-        rho: the larger norm over the threshold. Above 1 is evidence for large norms, not proof.
-        certified, certified_raw: upper bounds of all logits, with and without centred keys; sampled, sampled_raw: the
-            largest of the sampled logits.
-        certified_degree, degree: the even degrees that keep softmax weights within the tolerance for logits up to
+        gamma_q, gamma_k: the theorem's norms: largest entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
+        gamma_full: the theorem's third norm, needed if K is adapted too: largest entry of ``scale X W_Q W_K``, on
+            sampled queries and before rotary embeddings; None if the weights are unreadable.
+        threshold: ``sqrt(ln length)``. The theorem compares the norms with it, up to unknown constants.
+        rho: the larger norm divided by the threshold. Above 1 is evidence for large norms, not proof.
+        certified, certified_raw: upper bounds on all logits, with and without centred keys.
+        sampled, sampled_raw: largest sampled logits, with and without centred keys.
+        certified_degree, degree: smallest even degrees that keep softmax weights within the tolerance for logits up to
             ``certified`` and ``sampled``; None beyond 64.
         error: relative error of the output on the sampled queries, at ``degree`` or at the highest degree tried.
-        cost: predicted cost of low-rank over exact attention at that degree, forward and backward; pays_from: the
-            length from which it is below 1.
-        input, base, adapter: largest entries of X, and of ``sqrt(scale)`` times X W* and s X A^T B^T, with DoRA both
-            times magnitude / norm, for whichever of q and k is larger; None where the projections are unknown.
-        dominant: "X", "W*" or "sBA", the largest of ``|X|``, ``|X W*| / |X|`` and ``|s X A^T B^T| / |X|``; of: whether
-            it is of "q" or "k".
-        drift: gamma over its value when this head was first measured.
+        cost: predicted cost relative to exact attention at that degree, forward and backward.
+        pays_from: sequence length from which ``cost`` is below 1.
+        of: the larger of the projections, "q" or "k", which the following numbers describe.
+        input, base, adapter: largest entries of X, of ``sqrt(scale) X W*`` and of ``sqrt(scale) s X A^T B^T``; DoRA
+            multiplies the last two by magnitude / norm. None if the projections are unknown.
+        dominant: "X", "W*" or "sBA", for the largest of ``|X|``, ``|X W*| / |X|`` and ``|s X A^T B^T| / |X|``.
+        drift: gamma divided by its first measured value.
         status, why: one of :data:`STATUSES`, and the reason in words.
     """
 
@@ -93,38 +91,38 @@ class HeadReport:
 
 
 class NormMonitor:
-    """Measures the theorem's norms in every layer and head, and whether low-rank attention is close enough and cheaper.
+    """Measures the theorem's norms in every head, and whether low-rank attention is accurate enough and cheaper.
 
-    The theorem (Hu et al., 2024, after Alman and Song): attention and the gradients of its adapters take nearly linear
-    time if entries of Q and K are ``o(sqrt(log L))``; if they may be larger, no truly subquadratic algorithm exists. It
-    is asymptotic, has no constants, and is about unmasked attention. At a finite length, this is measurable: the
-    largest logit S gives the degree that a polynomial needs, the degree gives the cost, and a sample of queries gives
-    the error. A head is
+    The theorem (Hu et al., 2024, after Alman and Song) says: attention and the gradients of its adapters take nearly
+    linear time if the entries of Q and K are ``o(sqrt(log L))``; for larger entries, no truly subquadratic algorithm
+    exists. The theorem is asymptotic, leaves constants open, and covers unmasked attention. At a finite length, the
+    monitor measures the same question: the largest logit S gives the degree of the polynomial, the degree gives the
+    cost, and a sample of queries gives the error. A head is
 
     * ``certified-fast`` if the bound ``S <= scale * max |q| * max |k|`` gives a degree that keeps its weights within
       the tolerance, at a predicted cost below exact attention's;
     * ``measured-fast`` if the sampled logits give such a degree, and the sampled output is within the tolerance too;
-    * ``bounded-but-slow`` if the error is within the tolerance and the cost is not below exact attention's;
-    * ``not-certified`` if it needs a degree above ``max_degree``, or the sampled error is above the tolerance.
+    * ``bounded-but-slow`` if the error is within the tolerance, but the cost is not below exact attention's;
+    * ``not-certified`` if it needs a degree above ``max_degree``, or the sampled error exceeds the tolerance.
 
     Args:
         model: a transformers model (LLaMA, GPT-2 and others that call attention by name), with or without adapters of
-            leanstep or PEFT. Until :meth:`close`, its attention implementation is called through a name of leanstep's.
-        every: measure every so many forward passes in training; None: only the passes after :meth:`arm`.
-        tolerance: of the relative error of softmax weights, and of the output on the sampled queries.
-        max_degree: the highest degree considered, even.
-        rows: number of sampled queries per sequence; sequences: number of sequences of a batch that are measured.
-        speed: seconds per operation relative to exact attention, as
-            :func:`leanstep.lora.attention.cost.measure_speed` measures it; 1 compares operations.
-        seed: of the sample.
+            leanstep or PEFT. :meth:`close` restores its attention implementation.
+        every: number of training passes between measurements; None: measure only after :meth:`arm`.
+        tolerance: largest accepted relative error of softmax weights, and of the output on the sampled queries.
+        max_degree: highest even degree considered.
+        rows: number of sampled queries per sequence.
+        sequences: number of measured sequences per batch.
+        speed: seconds per operation relative to exact attention, from
+            :func:`leanstep.lora.attention.cost.measure_speed`; 1 compares operations.
+        seed: seed of the samples.
 
     Raises:
         ValueError: for a model without such layers, or a setting out of range; the model is unchanged.
 
     Notes:
-        A measured pass costs, in every layer, one pass over q and k and ``rows`` queries against all keys: linear in
-        the length. Other passes cost nothing. A pass that is recomputed for activation checkpointing is not measured
-        again.
+        A measured pass reads q and k once in every layer and compares ``rows`` queries with all keys, which is linear
+        in the length. Other passes cost nothing. Recomputation by activation checkpointing is not measured again.
 
     Example:
         >>> import torch
@@ -195,13 +193,13 @@ class NormMonitor:
         self._handles, self._taps, self._projections = [], {}, {}
 
     def arm(self) -> None:
-        """Measure the next forward pass, in training or not."""
+        """Measure the next forward pass, in training or evaluation."""
         self._armed = True
 
     def report(self) -> list[HeadReport]:
-        """The last measurement of every head, in the order of the layers; empty before the first.
+        """The last measurement of every head, in the model's order; empty before the first measurement.
 
-        Layers that could not be measured are in ``skipped``, with the reason; there is a warning if all are.
+        ``skipped`` maps layers that could not be measured to the reason. A warning says if that is all of them.
         """
         return [row for rows in self._reports.values() for row in rows]
 
@@ -210,7 +208,7 @@ class NormMonitor:
         return [asdict(row) for row in self.report()]
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log: ``NAME/layer`` of the worst head of each layer, and counts ``heads/STATUS``; or empty."""
+        """Numbers for a log: ``NAME/LAYER`` of each layer's worst head, and the counts ``heads/STATUS``."""
         numbers = {
             f"{log_name}/{layer}": max(float(getattr(row, key)) for row in rows)
             for key, log_name in _LOG_NAMES.items()
@@ -240,8 +238,8 @@ class NormMonitor:
         for norms in self._projections.values():
             norms.on = False
 
-    def see(self, call: Call) -> None:
-        """Measure one layer, if this pass is to be measured; called by the layer's attention."""
+    def observe(self, call: Call) -> None:
+        """Measure one layer in a measured pass; called by the layer's attention."""
         if not self._active:
             return
         name = self._taps[call.layer].name
@@ -263,13 +261,14 @@ class NormMonitor:
         values = HeadNorms(*(x.double().cpu() for x in norms))
         (_, heads, length, dim), key_heads = inputs.query.shape, inputs.key.shape[1]
         shape = AttentionShape(heads, key_heads, length, dim, inputs.value.shape[-1], inputs.causal)
-        degrees = _allowed_degrees(self.max_degree, dim)
+        # degree 2 always, higher ones if their features fit in memory
+        degrees = [g for g in range(2, self.max_degree + 1, 2) if g == 2 or feature_count(dim, g) <= MAX_FEATURES]
         costs = {degree: cost_ratio(shape, degree, speed=self.speed) for degree in degrees}
         pays_from = {degree: break_even(shape, degree, speed=self.speed) for degree in degrees}
         threshold = math.sqrt(math.log(length))
         for head in range(heads):
             q, k, certified, certified_raw, sampled, sampled_raw = (float(x[head]) for x in values[:6])
-            # logits without a finite bound have no degree, even if the sampled ones are finite
+            # without a finite bound on all logits, no degree is enough, even if the sampled logits are finite
             needed = [
                 needed_degree(s, self.tolerance) if math.isfinite(certified) and math.isfinite(s) else None
                 for s in (certified, sampled)
@@ -281,28 +280,27 @@ class NormMonitor:
             x, base, adapter, dominant = _largest_factors(
                 projections.largest.get(of), head if of == "q" else head * key_heads // heads, abs(inputs.scale) ** 0.5
             )
-            yield HeadReport(
+            row = HeadReport(
                 layer=name, head=head, length=length, gamma_q=q, gamma_k=k,
                 gamma_full=None if projections.full is None else abs(inputs.scale) * float(projections.full[head]),
                 threshold=threshold, rho=gamma / threshold, certified=certified, certified_raw=certified_raw,
                 sampled=sampled, sampled_raw=sampled_raw, certified_degree=needed[0], degree=needed[1], error=error,
                 cost=costs[degree], pays_from=pays_from[degree], input=x, base=base, adapter=adapter,
-                dominant=dominant, of=of, drift=gamma / max(float(first[head]), 1e-30), status=status,
-                why=_why(status, degree, needed[1], (certified, sampled), error, costs[degree], pays_from[degree],
-                         length, self.tolerance, self.max_degree, dominant, of),
+                dominant=dominant, of=of, drift=gamma / max(float(first[head]), 1e-30), status=status, why="",
             )  # fmt: skip
+            yield replace(row, why=_why(row, degree, self.tolerance, self.max_degree))
 
 
 def judge(
     certified: int | None, sampled: int | None, error: float, costs: dict[int, float], tolerance: float
 ) -> tuple[str, int]:
-    """Status of a head, and the degree that it is about.
+    """The status of a head, and the degree behind it.
 
     Args:
-        certified, sampled: needed degrees by the certified bound and by the sampled logits.
-        error: measured at the sampled degree.
-        costs: predicted cost of every degree that is allowed.
-        tolerance: of the measured error.
+        certified, sampled: degrees needed for the certified bound and for the sampled logits.
+        error: error measured at the sampled degree.
+        costs: predicted cost of every allowed degree.
+        tolerance: largest accepted error.
     """
     if certified is not None and certified in costs and costs[certified] < 1:
         return "certified-fast", certified
@@ -311,16 +309,10 @@ def judge(
     return ("measured-fast" if costs[sampled] < 1 else "bounded-but-slow"), sampled
 
 
-def _allowed_degrees(max_degree: int, dim: int) -> list[int]:
-    """Even degrees up to the highest whose features fit in memory; degree 2 always."""
-    degrees = range(2, max_degree + 1, 2)
-    return [degree for degree in degrees if degree == 2 or feature_count(dim, degree) <= MAX_FEATURES]
-
-
 def _largest_factors(
     norms: dict[str, Tensor] | None, head: int, root: float
 ) -> tuple[float | None, float | None, float | None, str]:
-    """Largest entries of X and of the scaled parts of q or k of a head, and which factor is the largest."""
+    """``input``, ``base``, ``adapter`` and ``dominant`` of a head's :class:`HeadReport`."""
     if not norms:
         return None, None, None, "unknown"
     x, base, adapter = (float(t.flatten()[head if t.dim() else 0]) for t in norms.values())
@@ -329,24 +321,22 @@ def _largest_factors(
     return x, root * base, root * adapter, dominant
 
 
-def _why(
-    status: str, degree: int, needed: int | None, logits: tuple[float, float], error: float, cost: float,
-    pays_from: int, length: int, tolerance: float, max_degree: int, dominant: str, of: str,
-) -> str:  # fmt: skip
-    price = f"costs {cost:.2g} of exact attention at length {length:,}"
-    if status == "certified-fast":
-        return f"no logit exceeds {logits[0]:.3g}, so degree {degree} keeps weights within {tolerance:g}; it {price}"
-    if status == "measured-fast":
-        return f"sampled logits reach {logits[1]:.3g}, degree {degree} has an error of {error:.2g} there; it {price}"
-    if status == "bounded-but-slow":
-        return f"logits up to {logits[1]:.3g} take degree {degree} only, but it {price} and pays from {pays_from:,} on"
-    if not (math.isfinite(logits[0]) and math.isfinite(logits[1])):
+def _why(row: HeadReport, degree: int, tolerance: float, max_degree: int) -> str:
+    price, logits = f"costs {row.cost:.2g} of exact attention at length {row.length:,}", f"{row.sampled:.3g}"
+    if row.status == "certified-fast":
+        return (
+            f"no logit exceeds {row.certified:.3g}, so degree {degree} keeps weights within {tolerance:g}; it {price}"
+        )
+    if row.status == "measured-fast":
+        return f"sampled logits reach {logits}, degree {degree} has an error of {row.error:.2g} there; it {price}"
+    if row.status == "bounded-but-slow":
+        return f"logits up to {logits} need only degree {degree}, but it {price} and pays from {row.pays_from:,} on"
+    if not (math.isfinite(row.certified) and math.isfinite(row.sampled)):
         return f"{NON_FINITE}: NaN, an infinity, or entries whose products are too large for fp32"
-    if needed is not None and needed <= max_degree:
-        return f"logits up to {logits[1]:.3g} take degree {needed}, but its error of {error:.2g} is over {tolerance:g}"
-    wanted = "more than 64" if needed is None else str(needed)
-    name = {"q": "queries", "k": "keys"}[of]
+    if row.degree is not None and row.degree <= max_degree:
+        return f"logits up to {logits} need degree {row.degree}, but its error of {row.error:.2g} is over {tolerance:g}"
+    needed = "more than 64" if row.degree is None else str(row.degree)
+    name = {"q": "queries", "k": "keys"}[row.of]
     return (
-        f"logits up to {logits[1]:.3g} would take degree {wanted}, above {max_degree}. Large {name}: "
-        f"{_ADVICE[dominant]}"
+        f"logits up to {logits} would need degree {needed}, above {max_degree}. Large {name}: {_ADVICE[row.dominant]}"
     )

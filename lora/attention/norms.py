@@ -1,7 +1,7 @@
-"""The norms of an attention layer: of its queries and keys by head, and of the projections that make them.
+"""Norms of an attention layer: of queries and keys per head, and of the projections that compute them.
 
-:func:`head_norms` measures norms, sampled logits and the error that low-rank attention makes on sampled queries.
-:class:`ProjectionNorms` says which factor makes queries and keys large: the input, the frozen weight, or the adapter.
+:func:`head_norms` measures norms, sampled logits, and the error of low-rank attention on sampled queries.
+:class:`ProjectionNorms` shows which factor makes queries and keys large: the input, the frozen weight, or the adapter.
 """
 
 from __future__ import annotations
@@ -26,26 +26,16 @@ from leanstep.lora.layers.frozen import dequantizer
 from leanstep.lora.layers.pruned import masked_update
 from leanstep.lora.layers.rule import dora_factor
 
-__all__ = [
-    "HeadNorms",
-    "ProjectionNorms",
-    "adapter_output",
-    "find_projections",
-    "head_norms",
-    "sample_rows",
-    "sampled_error",
-    "whole_weight",
-]
-
 
 class HeadNorms(NamedTuple):
-    """Numbers of every query head, fp32 [Hq] on the layer's device, the largest over the sequences.
+    """Maxima over the sequences for every query head: fp32 [Hq] on the layer's device.
 
     Attributes:
-        gamma_q, gamma_k: largest absolute entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``: the theorem's norms.
-        certified, certified_raw: ``scale * max |q_i| * max |k_j|`` with and without centred keys; no logit is larger.
-        sampled, sampled_raw: the largest logit of the sampled queries, with and without centred keys.
-        errors: [degrees, Hq], relative error of the output on the sampled queries, ``|O~ - O| / |O|``, for each degree.
+        gamma_q, gamma_k: the theorem's norms: largest absolute entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
+        certified, certified_raw: the bound ``scale * max |q_i| * max |k_j|`` on all logits, with and without centred
+            keys.
+        sampled, sampled_raw: largest logit of the sampled queries, with and without centred keys.
+        errors: [degrees, Hq], the relative error ``|O~ - O| / |O|`` of the output on the sampled queries.
     """
 
     gamma_q: Tensor
@@ -58,7 +48,7 @@ class HeadNorms(NamedTuple):
 
 
 def sample_rows(length: int, rows: int, generator: torch.Generator | None = None) -> Tensor:
-    """Indices of up to ``rows`` different queries, ascending, with the last one, which sees most if causal."""
+    """Ascending indices of up to ``rows`` distinct queries; includes the last, which sees the most keys if causal."""
     if rows >= length:
         return torch.arange(length)
     others = torch.randperm(length - 1, generator=generator)[: rows - 1]
@@ -73,14 +63,14 @@ def head_norms(
     center: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> HeadNorms:
-    """Measure the heads of a layer in ``O(L d)``: one pass over q and k, and the sampled queries against all keys.
+    """Measure the heads of a layer in ``O(L d)``: one pass over q and k, and sampled queries against all keys.
 
     Args:
-        inputs: of the layer; all sequences count.
-        degrees: of Taylor's sum, whose errors are measured.
+        inputs: the layer's inputs.
+        degrees: degrees of Taylor's sum to measure the error of.
         rows: number of sampled queries.
-        center: subtracted from the keys, [H, d] or [B, H, d]; None takes their mean.
-        generator: of the sample.
+        center: vector subtracted from the keys, [H, d] or [B, H, d]; None: their mean.
+        generator: random generator of the sample.
     """
     with torch.no_grad(), torch.autocast(inputs.query.device.type, enabled=False):
         q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (inputs.query, inputs.key))
@@ -106,7 +96,7 @@ def head_norms(
 def _sample_head(
     inputs: AttentionInputs, q: Tensor, k: Tensor, centred: Tensor, indices: Tensor, head: int, degrees: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the sampled queries of one key head: the largest centred and plain logits [group], errors [degrees, group]."""
+    """Largest centred and plain logits [group] and errors [degrees, group] of one key head's sampled queries."""
     group = q.shape[1] // k.shape[1]
     rows = q[:, head * group : (head + 1) * group]
     visible = _visible(inputs, indices)
@@ -121,7 +111,7 @@ def _sample_head(
 
 
 def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
-    """Which keys the queries at ``indices`` see: [1 or B, 1, rows, M]."""
+    """Mask of the keys visible to the queries at ``indices``: [1 or B, 1, rows, M]."""
     keys = torch.arange(inputs.key.shape[2], device=indices.device)
     every = torch.ones(len(indices), len(keys), dtype=torch.bool, device=indices.device)
     visible = (keys <= indices[:, None]) if inputs.causal else every
@@ -129,13 +119,13 @@ def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over visible keys, zero for queries that see none."""
+    """Softmax over visible keys; zero for queries that see no key."""
     weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
     return torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0)
 
 
 def _error(weights: Tensor, value: Tensor, exact: Tensor) -> Tensor:
-    """Relative error of a head's sampled output, inf where a normaliser is not positive: [group]."""
+    """Relative error [group] of a head's sampled output; inf if a normaliser is not positive."""
     total = weights.sum(dim=-1, keepdim=True)
     out = weights @ value / torch.where(total > 0, total, 1.0)
     empty = (weights == 0).all(dim=-1, keepdim=True)
@@ -144,7 +134,7 @@ def _error(weights: Tensor, value: Tensor, exact: Tensor) -> Tensor:
 
 
 def _relative_difference(out: Tensor, exact: Tensor) -> Tensor:
-    """``|out - exact| / |exact|`` of every head, inf where it is not finite: [B, group, rows, e] to [group]."""
+    """``|out - exact| / |exact|`` of every head, inf if not finite: [B, group, rows, e] to [group]."""
     difference = (out - exact).square().sum(dim=(0, 2, 3)).sqrt()
     size = exact.square().sum(dim=(0, 2, 3)).sqrt().clamp(min=torch.finfo(exact.dtype).tiny)
     return torch.where((difference / size).isfinite(), difference / size, torch.inf)
@@ -170,7 +160,7 @@ def sampled_error(inputs: AttentionInputs, out: Tensor, indices: Tensor) -> Tens
 
 
 def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
-    """For "q" and "k", the layer that computes it and the index of its part of the output: 1 is k in a fused c_attn."""
+    """Map "q" and "k" to the layer that computes it and the index of its slice of the output (k is 1 in c_attn)."""
     if hasattr(layer, "q_proj") and hasattr(layer, "k_proj"):
         return {"q": (layer.q_proj, 0), "k": (layer.k_proj, 0)}
     if hasattr(layer, "c_attn"):
@@ -179,9 +169,9 @@ def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
 
 
 class _ActiveAdapter(NamedTuple):
-    """An adapter that is on: ``factor * (W + scale B A)``, where factor [out] is DoRA's, or None.
+    """An active adapter, ``factor * (W + scale B A)``, with DoRA's factor [out] or None.
 
-    With several of PEFT's, W includes the earlier ones.
+    If PEFT has several active adapters, W includes the earlier ones.
     """
 
     a: Tensor
@@ -191,12 +181,13 @@ class _ActiveAdapter(NamedTuple):
 
 
 def adapter_output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """``scale * x A^T B^T`` of a layer's active adapters, ours or PEFT's, with DoRA times ``magnitude / norm``.
+    """``scale * x A^T B^T`` of a layer's active adapters, ours or PEFT's; DoRA multiplies it by ``magnitude / norm``.
 
-    None where it has none. Costs O(L r (n + m)), and with DoRA O(n m r) for the norms.
+    Returns None without an active adapter. Costs O(L r (n + m)), and O(n m r) for DoRA's norms.
     """
-    if _keeps_zeros(module):
-        return x.float() @ _masked(module).mT
+    masked = _masked_adapter(module)
+    if masked is not None:
+        return x.float() @ masked.mT
     total: Any = None
     for a, b, scale, factor in _active_adapters(module):
         added = scale * (x.to(a.dtype) @ a.mT) @ b.mT
@@ -206,14 +197,15 @@ def adapter_output(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def whole_weight(module: nn.Module) -> Tensor | None:
-    """The (out, in) weight of a projection with its adapters, in fp32; None for a quantised one."""
+    """The (out, in) weight of a projection including its adapters, in fp32; None for a quantised weight."""
     base = getattr(module, "base_layer", module)
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return None
     dense = (weight.detach().mT if is_conv1d(base) else weight.detach()).float()
-    if _keeps_zeros(module):
-        return dense + _masked(module)
+    masked = _masked_adapter(module)
+    if masked is not None:
+        return dense + masked
     for a, b, scale, factor in _active_adapters(module):
         dense = dense + scale * b.detach().float() @ a.detach().float()
         dense = dense if factor is None else dense * factor.float()[:, None]
@@ -221,7 +213,7 @@ def whole_weight(module: nn.Module) -> Tensor | None:
 
 
 def _active_adapters(module: Any) -> list[_ActiveAdapter]:
-    """A layer's adapters that are on: ours, or PEFT's active ones."""
+    """A layer's active adapters, ours or PEFT's."""
     a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     if a is None or b is None:
         return []
@@ -249,39 +241,35 @@ def _peft_adapter(module: Any, name: str) -> _ActiveAdapter:
     return _ActiveAdapter(a, b, scale, dora_factor(module.lora_magnitude_vector[name].weight.detach(), norm))
 
 
-def _keeps_zeros(module: Any) -> bool:
+def _masked_adapter(module: Any) -> Tensor | None:
+    """The fp32 adapter (out, in) of a layer that keeps the zeros of its base; None for any other layer."""
     lora = getattr(module, "lora", None)
-    return lora is not None and lora.keep_zeros and lora.enabled and not lora.merged
-
-
-def _masked(module: Any) -> Tensor:
-    """The adapter (out, in) of a layer that keeps the zeros of its base, in fp32."""
+    if lora is None or not lora.keep_zeros or not lora.enabled or lora.merged:
+        return None
     weight = module.weight.detach()
-    update = masked_update(
-        weight.mT if module.lora.transposed else weight, module.lora_A.weight, module.lora_B.weight, module.lora.scale
-    )
-    return update.detach().float()
+    weight = weight.mT if lora.transposed else weight
+    return masked_update(weight, module.lora_A.weight, module.lora_B.weight, lora.scale).detach().float()
 
 
 class ProjectionNorms:
-    """Hooks on the projections of one attention layer, which measure norms in the passes where ``on`` is set.
+    """Hooks on the projections of one attention layer that measure norms while ``on`` is set.
 
     Attributes:
-        largest: for "q" and "k" a dict of ``input``, the largest entry of X, and of ``base`` and ``adapter`` [heads],
-            the largest entries of X W* and of scale * X A^T B^T by head, with DoRA both times ``magnitude / norm``,
-            before rotary embeddings.
-        full: [heads], the norm that the theorem needs in addition where K is adapted too: the largest entry of
-            ``X W_Q W_K``, of up to 64 tokens a sequence; None where the weight of K cannot be read.
+        largest: for "q" and "k", a dict of ``input``, the largest entry of X, and of ``base`` and ``adapter`` [heads],
+            the largest entries of X W* and of scale * X A^T B^T before rotary embeddings. DoRA multiplies both by
+            ``magnitude / norm``.
+        full: [heads], the theorem's third norm, needed if K is adapted too: the largest entry of ``X W_Q W_K``, of up
+            to 64 tokens per sequence; None if the weight of K cannot be read.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.on = layer, False
         self.largest: dict[str, dict[str, Tensor]] = {}
         self.full: Tensor | None = None
-        self._parts: dict[nn.Module, list[tuple[str, int]]] = {}
-        for name, (module, part) in find_projections(layer).items():
-            self._parts.setdefault(module, []).append((name, part))
-        self._handles = [module.register_forward_hook(self._see) for module in self._parts]
+        self._outputs: dict[nn.Module, list[tuple[str, int]]] = {}
+        for name, (module, index) in find_projections(layer).items():
+            self._outputs.setdefault(module, []).append((name, index))
+        self._handles = [module.register_forward_hook(self._hook) for module in self._outputs]
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -289,40 +277,42 @@ class ProjectionNorms:
             handle.remove()
 
     @_disable_dynamo
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self.on or not inputs or not isinstance(output, Tensor):
             return
-        # a pass that activation checkpointing repeats does not measure
+        # recomputation by activation checkpointing does not measure
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             outside_dispatch_modes(lambda: self._measure(module, inputs[0].detach(), output.detach()))
 
     def _measure(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         added = adapter_output(module, x)
         base = output if added is None else output - added.to(output.dtype)
-        for name, part in self._parts[module]:
-            entries = {"input": x.abs().amax().float(), "base": self._by_head(base, part)}
-            entries["adapter"] = torch.zeros_like(entries["base"]) if added is None else self._by_head(added, part)
+        for name, index in self._outputs[module]:
+            entries = {"input": x.abs().amax().float(), "base": self._largest_per_head(base, index)}
+            entries["adapter"] = (
+                torch.zeros_like(entries["base"]) if added is None else self._largest_per_head(added, index)
+            )
             self.largest[name] = entries
             if name == "q":
-                self.full = self._through_keys(self._slice(output, part))
+                self.full = self._through_keys(self._slice(output, index))
 
-    def _by_head(self, y: Tensor, part: int) -> Tensor:
+    def _largest_per_head(self, y: Tensor, index: int) -> Tensor:
         """Largest absolute entry of every head: [heads]."""
-        heads = self._slice(y, part).unflatten(-1, (-1, self.layer.head_dim))
+        heads = self._slice(y, index).unflatten(-1, (-1, self.layer.head_dim))
         return heads.abs().flatten(0, -3).amax(dim=(0, 2)).float()
 
-    def _slice(self, y: Tensor, part: int) -> Tensor:
+    def _slice(self, y: Tensor, index: int) -> Tensor:
         layer: Any = self.layer
-        return y[..., part * layer.embed_dim : (part + 1) * layer.embed_dim] if hasattr(layer, "c_attn") else y
+        return y[..., index * layer.embed_dim : (index + 1) * layer.embed_dim] if hasattr(layer, "c_attn") else y
 
     def _through_keys(self, q: Tensor) -> Tensor | None:
         """Largest entry of ``q W_K`` of every head, [heads], for queries [.., L, heads * d]."""
-        module, part = find_projections(self.layer)["k"]
+        module, index = find_projections(self.layer)["k"]
         weight = whole_weight(module)
         if weight is None:
             return None
         dim: Any = self.layer.head_dim
-        keys = self._slice(weight.mT, part).mT.unflatten(0, (-1, dim))
+        keys = self._slice(weight.mT, index).mT.unflatten(0, (-1, dim))
         rows = q[..., :: max(1, q.shape[-2] // 64), :].unflatten(-1, (-1, dim)).float().flatten(0, -3)
         group = rows.shape[1] // keys.shape[0]
         return torch.stack([(rows[:, h] @ keys[h // group]).abs().amax() for h in range(rows.shape[1])])

@@ -1,21 +1,22 @@
-"""The gradient of adapters in attention as the paper computes it, exactly and by its chain of low-rank factors.
+"""The paper's gradient of adapters in attention: with dense softmax weights, and by its chain of low-rank factors.
 
-One head and one sequence, in the paper's letters: L tokens, ``Q = X W_Q``, ``K``, ``V`` of (L, d); f = softmax of
-``scale * Q K^T``, (L, L); c the gradient of the output ``f V`` (the paper's ``f C3 - Y``, of its squared loss), (L, d).
+For one head and one sequence of L tokens, in the paper's letters: ``Q = X W_Q``, ``K`` and ``V`` are (L, d); f is the
+softmax of ``scale * Q K^T``, (L, L); c is the gradient of the output ``f V``, (L, d), which is ``f C3 - Y`` for the
+paper's squared loss.
 
     dP = c V^T,   r_i = sum_j f_ij dP_ij,   p = f * dP - diag(r) f
     d loss / d Q = scale p K,   d loss / d K = scale p^T Q,   d loss / d V = f^T c
 
 and with ``W_Q = W* + B A`` (the scale alpha / r in B), B (n, r) and A (r, d): ``dA = B^T X^T dQ``, ``dB = X^T dQ A^T``.
 
-Two corrections to the paper's text, each confirmed by finite differences: p's second part scales the **rows** of f by r
-(read literally, with columns of f, the gradient is wrong by the size of itself), and dB is ``C1^T p C2 A^T``, not
-``C1^T p A C2``, whose shapes do not fit.
+This corrects the paper's text twice, as finite differences confirm. The second term of p scales the **rows** of f by r;
+scaling columns, as the text reads, gives an error as large as the gradient. And dB is ``C1^T p C2 A^T``; the shapes of
+the printed ``C1^T p A C2`` do not fit.
 
-The chain takes f as ``U V1^T`` with k columns. Then dP has rank d, ``f * dP`` is a product of row-wise Khatri-Rao
-products of rank k d, and ``diag(r) f`` has rank k again, so no (L, L) matrix is formed. Its cost, ``4 L k d^2``, pays
-only for very long sequences; the gradient of :func:`leanstep.lora.low_rank_attention` costs ``L k d``. This chain is
-its oracle, and shows how the theorem works.
+The chain factors f as ``U V1^T`` with k columns. Then dP has rank d, ``f * dP`` is a product of row-wise Khatri-Rao
+products of rank k d, and ``diag(r) f`` has rank k, so no (L, L) matrix is formed. The chain costs ``4 L k d^2``
+operations and pays only for very long sequences; the gradient of :func:`leanstep.lora.low_rank_attention` costs
+``L k d``. The chain is an oracle for that gradient and illustrates the theorem.
 
 Reference: Hu, Su, Kuo, Song, Liu, Computational Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer
 Models, arXiv:2406.03136, lemmas 3.1 to 3.7 and A.1; Alman, Song, arXiv:2402.04497.
@@ -31,8 +32,6 @@ from torch.autograd.function import once_differentiable
 
 from leanstep.kernels.poly.features import poly_features
 
-__all__ = ["AttentionGradients", "chain_gradients", "dense_gradients", "factor_gradients", "paper_chain_attention"]
-
 
 class AttentionGradients(NamedTuple):
     """Gradients of queries, keys and values, each of the shape of its tensor."""
@@ -45,7 +44,7 @@ class AttentionGradients(NamedTuple):
 def dense_gradients(
     f: Tensor, query: Tensor, key: Tensor, value: Tensor, c: Tensor, scale: float
 ) -> AttentionGradients:
-    """Gradients through a whole matrix of softmax weights f [.., L, M].
+    """Gradients of attention with the dense softmax weights f [.., L, M].
 
     query [.., L, d], key [.., M, d], value [.., M, e]; ``c`` [.., L, e] is the gradient of ``f @ value``.
     """
@@ -58,16 +57,16 @@ def dense_gradients(
 def chain_gradients(
     u: Tensor, v1: Tensor, query: Tensor, key: Tensor, value: Tensor, c: Tensor, scale: float
 ) -> AttentionGradients:
-    """The same for ``f = u @ v1^T``, u [.., L, k] and v1 [.., M, k], in ``O(L k d^2)`` and without any L x M matrix.
+    """:func:`dense_gradients` for ``f = u @ v1^T``, u [.., L, k] and v1 [.., M, k], in ``O(L k d^2)``.
 
-    Exact when f is that product.
+    Forms no L x M matrix. Exact if f is that product.
     """
     # r_i = <f_i, dP_i> = <u_i (v1^T V), c_i>
     r = (u @ (v1.mT @ value) * c).sum(dim=-1, keepdim=True)
     scaled = r * u
-    of_query = _khatri_rao_product(u, c, v1, value, key) - scaled @ (v1.mT @ key)
-    of_key = _khatri_rao_product(v1, value, u, c, query) - v1 @ (scaled.mT @ query)
-    return AttentionGradients(scale * of_query, scale * of_key, v1 @ (u.mT @ c))
+    d_query = _khatri_rao_product(u, c, v1, value, key) - scaled @ (v1.mT @ key)
+    d_key = _khatri_rao_product(v1, value, u, c, query) - v1 @ (scaled.mT @ query)
+    return AttentionGradients(scale * d_query, scale * d_key, v1 @ (u.mT @ c))
 
 
 def _khatri_rao_product(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, matrix: Tensor) -> Tensor:
@@ -77,15 +76,15 @@ def _khatri_rao_product(left: Tensor, left_rows: Tensor, right: Tensor, right_ro
 
 
 def factor_gradients(x: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the factors A (r, d) and B (n, r) of a projection ``X (W + B A)`` from that of its result, (L, d).
+    """Gradients of the factors A (r, d) and B (n, r) of a projection ``Q = X (W + B A)``, given ``grad`` = dQ (L, d).
 
-    Through the r-wide products only: ``dA = (X B)^T dQ``, ``dB = X^T (dQ A^T)``.
+    Uses only products r wide: ``dA = (X B)^T dQ``, ``dB = X^T (dQ A^T)``.
     """
     return (x @ b).mT @ grad, x.mT @ (grad @ a.mT)
 
 
 class _PaperChain(torch.autograd.Function):
-    """Polynomial attention, one dense product at a time, whose backward pass is the paper's chain."""
+    """Polynomial attention by dense products, with the paper's chain as its backward pass."""
 
     @staticmethod
     def forward(
@@ -114,10 +113,10 @@ def _features(rows: Tensor, degree: int) -> Tensor:
 def paper_chain_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, degree: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention [B, H, L, e] with Taylor's polynomial for exp and the gradient of the chain, and its normalisers.
+    """Attention [B, H, L, e] with Taylor's polynomial for exp and the chain as its gradient, and its normalisers.
 
-    Needs as many key heads as query heads; not causal: a masked f has no low rank. The gradient is that of softmax at
-    the approximate weights, ``p = f~ * dP - diag(r) f~``, not that of the approximation, which contains the
-    polynomial's derivative. Memory and time grow with ``k d^2``: for short sequences and small heads.
+    Needs as many key heads as query heads. Not causal, since a causal f has no low rank. The gradient is that of
+    softmax at the approximate weights, ``p = f~ * dP - diag(r) f~``, without the polynomial's derivative. Memory and
+    time grow with ``k d^2``: use short sequences and small heads.
     """
     return _PaperChain.apply(query, key, value, scale, degree)

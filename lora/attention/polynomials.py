@@ -1,7 +1,7 @@
-"""Polynomials in place of exp: Taylor's, the error of any, and the degree that a tolerance needs.
+"""Polynomial approximations of exp: Taylor coefficients, errors, and the degree that meets a tolerance.
 
-Errors are relative to exp, on ``|x| <= bound``: delta = ``max |p(x) / exp(x) - 1|``. A softmax whose exponentials are
-off by delta has weights off by eta = ``2 delta / (1 - delta)``, relative to each of them.
+Errors are relative, on ``|x| <= bound``: delta = ``max |p(x) / exp(x) - 1|``. If every exponential has a relative error
+of at most delta, every softmax weight has one of at most eta = ``2 delta / (1 - delta)``.
 """
 
 from __future__ import annotations
@@ -11,41 +11,32 @@ from collections.abc import Sequence
 
 from numpy.polynomial import Polynomial
 
-__all__ = [
-    "MAX_DEGREE",
-    "needed_degree",
-    "relative_error",
-    "slope_error",
-    "softmax_error",
-    "taylor_coefficients",
-]
-
-# the error of Taylor sums of a higher degree cannot be computed in fp64
+# fp64 cannot resolve the error of Taylor sums of a higher degree
 MAX_DEGREE = 64
 
 
 def taylor_coefficients(degree: int) -> list[float]:
-    """``1 / t!`` for t up to ``degree``. Of even degree, the sum is positive everywhere."""
+    """``1 / t!`` for t up to ``degree``. Sums of even degree are positive everywhere."""
     if degree < 0:
         raise ValueError(f"expected a degree >= 0, got {degree}")
     return [1 / math.factorial(t) for t in range(degree + 1)]
 
 
 def relative_error(coefficients: Sequence[float], bound: float) -> float:
-    """delta of a polynomial: the largest of ``|p(x) / exp(x) - 1|`` over ``|x| <= bound``; inf where exp overflows.
+    """delta of a polynomial: the maximum of ``|p(x) / exp(x) - 1|`` over ``|x| <= bound``; inf if exp overflows.
 
-    Exact, not sampled: the largest error is at an end or where ``p' = p``.
+    The maximum is exact, not sampled: it lies at an end of the interval or where ``p' = p``.
     """
     return _error_of(Polynomial(list(coefficients)), bound)
 
 
 def slope_error(coefficients: Sequence[float], bound: float) -> float:
-    """delta of the polynomial's derivative, which stands in for exp in the gradient."""
+    """delta of the polynomial's derivative, which replaces exp in the gradient."""
     return _error_of(Polynomial(list(coefficients)).deriv(), bound)
 
 
 def softmax_error(delta: float) -> float:
-    """eta: the largest relative error of softmax weights; inf for delta of 1 and more."""
+    """eta, the largest relative error of softmax weights; inf for delta >= 1."""
     return 2 * delta / (1 - delta) if delta < 1 else math.inf
 
 
@@ -58,22 +49,19 @@ def _error_of(p: Polynomial, bound: float) -> float:
     turning = p.deriv() - p
     if turning.degree() > 0:
         roots = turning.roots()
-        # a double root gets an imaginary part by rounding; a point too many does no harm
+        # rounding gives double roots an imaginary part; extra points do no harm
         points += [x for x in roots.real if abs(x) < bound]
     return float(max(abs(p(x) * math.exp(-x) - 1) for x in points))
 
 
 def needed_degree(bound: float, tolerance: float) -> int | None:
-    """The least even degree of Taylor's sum whose eta is within a tolerance where no logit is larger than ``bound``.
+    """The smallest even Taylor degree that keeps eta within ``tolerance`` for logits up to ``bound``.
 
-    None where it would be above 64. Raises ValueError for a tolerance that is not above 0.
+    Returns None if that degree is above 64. Raises ValueError unless the tolerance is above 0.
     """
     if not tolerance > 0:
         raise ValueError(f"needed_degree: expected a tolerance > 0, got {tolerance}")
     if not bound < MAX_DEGREE:
         return None
-    return next((g for g in range(2, MAX_DEGREE + 1, 2) if _eta(g, bound) <= tolerance), None)
-
-
-def _eta(degree: int, bound: float) -> float:
-    return softmax_error(relative_error(taylor_coefficients(degree), bound))
+    errors = ((g, relative_error(taylor_coefficients(g), bound)) for g in range(2, MAX_DEGREE + 1, 2))
+    return next((g for g, delta in errors if softmax_error(delta) <= tolerance), None)

@@ -1,1 +1,1 @@
-"""Adapted layers: linear layers, embeddings, blocks of them, and their gradients."""
+"""Adapted linear layers, embeddings and blocks, and their gradients."""

@@ -1,8 +1,8 @@
-"""Linear layers with adapters as one autograd function that keeps their input and little else.
+"""Linear layers with adapters as one autograd function that saves their input and little else.
 
-The formulas are in :mod:`leanstep.lora.layers.rule`. X is kept, once however many layers share it. In backward, H is
-computed again, at ``2 M n r`` operations, and dropout's mask comes again from its seed. DoRA keeps Y, from which
-``Z = Y / c``; with a bias, ``Y - b`` would have lost digits of Z, so Z is computed again from X.
+The formulas are in :mod:`leanstep.lora.layers.rule`. Layers with the same input save X once. Backward recomputes H, at
+``2 M n r`` operations, and dropout's mask from its seed. DoRA saves Y and gets ``Z = Y / c`` from it. With a bias,
+``Y - b`` would lose digits of Z, so backward recomputes Z from X.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from leanstep.lora.layers.contraction import ContractionPath
 
 
 class Weights(NamedTuple):
-    """The tensors of one layer: base weight and bias, A, B, the bias of B, and DoRA's magnitude and norms."""
+    """The tensors of one layer: base weight and bias, A, B, B's bias, and DoRA's magnitude and norms."""
 
     weight: Tensor
     bias: Tensor | None
@@ -38,15 +38,15 @@ _FIELDS = len(Weights._fields)
 
 @dataclass(frozen=True)
 class Setting:
-    """The numbers of one layer.
+    """The settings of one layer in one pass.
 
     Attributes:
         scale: s.
-        dropout: p; 0 where the layer is not training.
+        dropout: p; 0 in evaluation.
         save: ``"min"``, ``"full"`` or ``"lora_fa"``; see :class:`leanstep.lora.LoraConfig`.
-        transposed: the weight is (n, m), as in transformers' Conv1D.
-        path: which products go through ``W + s B A``.
-        dense: dequantises the weight; None where it is not quantised.
+        transposed: whether the weight is (n, m), as in transformers' Conv1D.
+        path: the products that use the materialised ``W + s B A``.
+        dense: function that dequantises the weight; None for a dense weight.
     """
 
     scale: float
@@ -58,13 +58,13 @@ class Setting:
 
 
 class LayerPass(NamedTuple):
-    """One layer in a pass.
+    """One layer in a forward or backward pass.
 
     Attributes:
-        setting, weights: the layer's numbers and tensors.
-        seed: of dropout's mask, or None.
-        needs: which of the weights need a gradient.
-        h, z, y: H, DoRA's Z, and the output Y, or None; in forward if computed, in backward if kept.
+        setting, weights: the layer's settings and tensors.
+        seed: seed of dropout's mask, or None.
+        needs: for each weight, whether it needs a gradient.
+        h, z, y: H, DoRA's Z and the output Y, or None. Forward sets them as computed, backward as saved.
     """
 
     setting: Setting
@@ -77,10 +77,10 @@ class LayerPass(NamedTuple):
 
 
 def new_seed() -> Tensor:
-    """A seed for dropout: int64, 0-d, on the CPU.
+    """Draw a dropout seed, int64, 0-d, on the CPU, from the CPU's global generator, without waiting for a device.
 
-    Drawn from the CPU's global generator: ``torch.manual_seed`` makes a run repeatable, and activation checkpointing,
-    which restores that generator, draws the same seed again. It waits for no device.
+    So ``torch.manual_seed`` makes a run repeatable, and activation checkpointing, which restores that generator, draws
+    the same seed again.
     """
     return torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")
 
@@ -102,39 +102,39 @@ def lora_linears(
 
     Args:
         x: [..., n], floating.
-        settings, weights, seeds: one of each per layer; a seed where there is dropout.
+        settings, weights, seeds: one entry per layer; a seed is None without dropout.
 
     Returns:
-        One [..., m] of x's dtype per layer.
+        One output [..., m] per layer, in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     outputs = LoRAFunction.apply(rows, tuple(settings), *seeds, *(tensor for layer in weights for tensor in layer))
-    # views are made outside the function, so that later code may change its outputs in place
+    # autograd forbids in-place changes to views made inside the function
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Dropout of [..., n] that drops what the fast path drops for this seed, with its gradient."""
+    """Dropout of [..., n] with a gradient; drops the same entries as the fast path for this seed."""
     return _DropoutFunction.apply(x, p, seed)
 
 
 class LoRAFunction(torch.autograd.Function):
-    """:func:`lora_linears` on rows. Arguments: x [M, n], the settings, then the seeds and weights of all layers."""
+    """:func:`lora_linears` on rows. Arguments: x [M, n], settings, the seeds of all layers, then all weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Setting, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """One output [M, m] per layer."""
         layers = layers_of(ctx, settings, tensors)
         outputs: list[Tensor] = []
-        kept: list[Tensor | None] = []
+        saved: list[Tensor | None] = []
         needs_x = False
         with torch.autocast(x.device.type, enabled=False):
             for layer, h in zip(layers, shared_hidden(x, layers), strict=True):
-                y, of_layer, needs_input = kept_tensors(forward_layer(layer, x, h))
+                y, h_z_y, needs_input = tensors_to_save(forward_layer(layer, x, h))
                 outputs.append(y)
-                kept += of_layer
+                saved += h_z_y
                 needs_x |= needs_input
-        ctx.save_for_backward(x if needs_x else None, *kept, *tensors)
+        ctx.save_for_backward(x if needs_x else None, *saved, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return tuple(outputs)
@@ -147,8 +147,8 @@ class LoRAFunction(torch.autograd.Function):
         x, *saved = saved_tensors(ctx)
         layers = layers_of(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
         with torch.autocast(gradients[0].device.type, enabled=False):
-            dx, of_weights = backward_layers(x, layers, gradients, ctx.needs_input_grad[0])
-        return (dx, None, *(None,) * len(layers), *of_weights)
+            dx, d_weights = backward_layers(x, layers, gradients, ctx.needs_input_grad[0])
+        return (dx, None, *(None,) * len(layers), *d_weights)
 
 
 class _DropoutFunction(torch.autograd.Function):
@@ -170,30 +170,24 @@ class _DropoutFunction(torch.autograd.Function):
 
 
 def layers_of(
-    ctx: Any, settings: Sequence[Setting], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None] = ()
+    ctx: Any, settings: Sequence[Setting], tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None] = ()
 ) -> list[LayerPass]:
-    """The layers of a call, from its flat arguments: the seeds, then the weights of each; ``kept``: H, Z, Y of each."""
+    """Group flat arguments by layer: ``tensors`` holds all seeds, then all weights; ``saved`` holds H, Z, Y of each."""
     count = len(settings)
 
     def weights_of(index: int, values: Sequence[Any]) -> Weights:
         return Weights(*values[count + index * _FIELDS : count + (index + 1) * _FIELDS])
 
-    # after x and the settings
+    # the first two arguments are x and the settings
     needs = ctx.needs_input_grad[2:]
     return [
-        LayerPass(
-            setting,
-            weights_of(i, tensors),
-            tensors[i],
-            weights_of(i, needs),
-            *(kept[3 * i : 3 * i + 3] if kept else ()),
-        )
+        LayerPass(setting, weights_of(i, tensors), tensors[i], weights_of(i, needs), *saved[3 * i : 3 * i + 3])
         for i, setting in enumerate(settings)
     ]
 
 
 def shared_hidden(x: Tensor, layers: Sequence[LayerPass]) -> Sequence[Tensor | None]:
-    """H of each layer, as columns of one product for all; None for each where they must be computed one by one."""
+    """H of every layer, from one product for all; None for every layer if they must be computed separately."""
     if len(layers) == 1 or any(layer.setting.dropout > 0 or layer.setting.path.forward for layer in layers):
         return (None,) * len(layers)
     a = torch.cat([layer.weights.a.to(x.dtype) for layer in layers])
@@ -201,7 +195,7 @@ def shared_hidden(x: Tensor, layers: Sequence[LayerPass]) -> Sequence[Tensor | N
 
 
 def forward_layer(layer: LayerPass, x: Tensor, h: Tensor | None = None) -> LayerPass:
-    """The layer with its output for x [M, n], and H and DoRA's Z where they were formed; H may be given."""
+    """Compute the output Y for x [M, n], and set H and DoRA's Z if they are formed; ``h``: H, if already known."""
     setting, weights, dtype = layer.setting, layer.weights, x.dtype
     a, b = weights.a.to(dtype), weights.b.to(dtype)
     w = dense_weight(setting, weights.weight, dtype)
@@ -232,13 +226,13 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def kept_tensors(layer: LayerPass) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
-    """The output, what backward needs of (H, Z, Y), and whether it needs the layer's input."""
+def tensors_to_save(layer: LayerPass) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], bool]:
+    """The output, those of (H, Z, Y) that backward needs, and whether it needs the layer's input."""
     setting, needs = layer.setting, layer.needs
     assert layer.y is not None
-    least = setting.save == "min"
-    h = layer.h if needs.b and (not least or not needs.a) else None
-    z = layer.z if needs.magnitude and not least else None
+    minimal = setting.save == "min"
+    h = layer.h if needs.b and (not minimal or not needs.a) else None
+    z = layer.z if needs.magnitude and not minimal else None
     exact = setting.dropout == 0 and layer.weights.bias is None
     y = layer.y if needs.magnitude and z is None and exact else None
     needs_input = needs.a or (needs.b and h is None) or (needs.magnitude and z is None and y is None)
@@ -246,12 +240,12 @@ def kept_tensors(layer: LayerPass) -> tuple[Tensor, tuple[Tensor | None, Tensor 
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """The saved tensors of a forward pass. Raises RuntimeError with advice where one was changed in place."""
+    """The saved tensors of a forward pass. Raises RuntimeError with advice if one was changed in place."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if any(setting.save == "min" for setting in ctx.settings) and "inplace operation" in str(error):
-            # besides inputs, only DoRA's outputs are both kept here and known to others
+            # only inputs and DoRA's outputs are saved here and visible to other code
             raise RuntimeError(
                 f"{error}\nAn input of an adapted layer, or the output of one with DoRA, was changed in place after it "
                 "was computed, as nn.ReLU(inplace=True) does; change a copy, or let DoRA keep its products with "
@@ -264,13 +258,13 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
 
 
 class InnerGradients(NamedTuple):
-    """The gradients of one layer's output, of DoRA's product and of H.
+    """Gradients inside one layer.
 
     Attributes:
-        dy: of Y [M, m]; overwritten by dz where nothing needs it any more.
-        dz: of DoRA's Z; dy without DoRA.
-        e: ``dZ B`` [M, r], where it is needed.
-        sums: over rows of dY times the Z or Y that was kept [m], for DoRA.
+        dy: gradient of the output Y, [M, m]; dz may overwrite it after its last use.
+        dz: gradient of DoRA's Z; dy without DoRA.
+        e: ``dZ B`` [M, r], or None if not needed.
+        sums: for DoRA, the sums over rows of dY times the saved Z or Y, [m].
     """
 
     dy: Tensor
@@ -282,53 +276,55 @@ class InnerGradients(NamedTuple):
 def backward_layers(
     x: Tensor | None, layers: Sequence[LayerPass], gradients: Sequence[Tensor], needs_dx: bool, overwrite: bool = False
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of the shared input, if it is needed, and those of the weights of all layers, one after another.
+    """The gradient of the shared input, or None, and the gradients of all layers' weights in one list.
 
-    Where no mask and no materialised sum forbids it, products with A are taken for all layers at once: x and dx are
-    then read once instead of once per layer.
+    Without dropout and materialised sums, one product with A serves all layers, which reads x and dx only once.
 
     Args:
-        x: [M, n], if it was kept. layers: with their kept tensors. gradients: of their outputs, [M, m] each.
+        x: [M, n], if it was saved.
+        layers: the layers with their saved tensors.
+        gradients: one output gradient [M, m] per layer.
+        needs_dx: whether to compute the gradient of x.
         overwrite: whether the memory of ``gradients`` may be reused.
     """
     dx: Tensor | None = None
-    of_weights: list[list[Tensor | None]] = []
+    d_weights: list[list[Tensor | None]] = []
     together = all(layer.needs.a and layer.setting.dropout == 0 and not layer.setting.path.backward for layer in layers)
     if len(layers) == 1 or not together:
         for layer, dy in zip(layers, gradients, strict=True):
             inner = inner_gradients(layer, dy, overwrite)
-            of_weights.append(weight_gradients(layer, inner, x))
+            d_weights.append(weight_gradients(layer, inner, x))
             dx = input_gradient(layer, inner, dx) if needs_dx else None
-        return dx, [gradient for layer in of_weights for gradient in layer]
+        return dx, [gradient for d_layer in d_weights for gradient in d_layer]
     assert x is not None
     dtype, ranks = x.dtype, [len(layer.weights.a) for layer in layers]
-    # s A of every layer: its scale is then in H and in dx
+    # s A of every layer, which scales both H and dx
     a = torch.cat([(layer.weights.a * layer.setting.scale).to(dtype) for layer in layers])
     recompute = any(layer.needs.b and layer.h is None for layer in layers)
     hiddens = product(x, a.t()).split(ranks, 1) if recompute else (None,) * len(layers)
-    parts = []
+    columns = []
     for layer, dy, h in zip(layers, gradients, hiddens, strict=True):
         inner = inner_gradients(layer, dy, overwrite)
-        of_weights.append(weight_gradients(layer, inner, x, scaled_h=h, with_a=False))
+        d_weights.append(weight_gradients(layer, inner, x, scaled_h=h, with_a=False))
         assert inner.e is not None
-        parts.append(inner.e)
+        columns.append(inner.e)
         if needs_dx:
             dx = product(inner.dz, dense_weight(layer.setting, layer.weights.weight, dtype), dx)
-    e = torch.cat(parts, 1)
-    for layer, of_layer, da in zip(layers, of_weights, product(e.t(), x).split(ranks), strict=True):
-        of_layer[2] = da.to(layer.weights.a.dtype) * layer.setting.scale
+    e = torch.cat(columns, 1)
+    for layer, d_layer, da in zip(layers, d_weights, product(e.t(), x).split(ranks), strict=True):
+        d_layer[2] = da.to(layer.weights.a.dtype) * layer.setting.scale
     dx = None if dx is None else product(e, a, dx)
-    return dx, [gradient for layer in of_weights for gradient in layer]
+    return dx, [gradient for d_layer in d_weights for gradient in d_layer]
 
 
 def inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> InnerGradients:
-    """The gradients from that of the output; ``overwrite`` allows to reuse the memory of ``dy``."""
+    """Compute the :class:`InnerGradients` from ``dy``, in its memory if ``overwrite`` allows it."""
     setting, weights, needs = layer.setting, layer.weights, layer.needs
     dz, sums = dy, None
     if weights.magnitude is not None:
         assert weights.norm is not None
         formed = layer.y if layer.z is None else layer.z
-        # the magnitude's gradient needs dY again where Z is computed again
+        # recomputing Z for the magnitude's gradient needs dY again
         last_use = (formed is not None or not needs.magnitude) and setting.dropout == 0 and not needs.bias
         c = rule.dora_factor(weights.magnitude, weights.norm)
         dz, sums = rule.gradient_of_product(dy, formed, c, overwrite and last_use)
@@ -339,7 +335,7 @@ def inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> In
 def weight_gradients(
     layer: LayerPass, inner: InnerGradients, x: Tensor | None, scaled_h: Tensor | None = None, with_a: bool = True
 ) -> list[Tensor | None]:
-    """The gradients of the layer's tensors, in their order and dtypes; ``scaled_h`` is s H, where it is known."""
+    """The gradients of the layer's :class:`Weights`, in their order and dtypes; ``scaled_h``: s H, if already known."""
     setting, weights, needs, h = layer.setting, layer.weights, layer.needs, layer.h
     scale, p, a = setting.scale, setting.dropout, weights.a.to(inner.dy.dtype)
     d_bias = da = db = d_b_bias = d_magnitude = None
@@ -369,7 +365,7 @@ def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | Non
     assert weights.magnitude is not None and weights.norm is not None and sums is not None
     divisor = weights.norm
     if layer.y is not None:
-        # sums of dY Y; a magnitude of 0 would need Z: layers that can see it ask to keep that
+        # sums of dY Y; layers with a magnitude of 0 save Z instead
         divisor = weights.magnitude.to(weights.norm.dtype)
     elif layer.z is None:
         assert x is not None
@@ -382,7 +378,7 @@ def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | Non
 
 
 def input_gradient(layer: LayerPass, inner: InnerGradients, dx: Tensor | None) -> Tensor:
-    """``dx`` plus the layer's gradient of its input, in the memory of ``dx``."""
+    """Add the gradient of the layer's input to ``dx`` in place; None starts a new tensor."""
     setting, weights, dtype = layer.setting, layer.weights, inner.dy.dtype
     w, a = dense_weight(setting, weights.weight, dtype), weights.a.to(dtype)
     if setting.path.backward:

@@ -1,4 +1,4 @@
-"""Layers that share an input run as one function: q, k and v of an attention block, and SwiGLU blocks."""
+"""Layers with a shared input as one function: q, k and v of an attention block, and SwiGLU blocks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from leanstep.lora.layers.autograd import (
     forward_layer,
     inner_gradients,
     input_gradient,
-    kept_tensors,
     layers_of,
     lora_linears,
     saved_tensors,
     shared_hidden,
+    tensors_to_save,
     weight_gradients,
 )
 from leanstep.lora.layers.frozen import is_watched
@@ -45,9 +45,9 @@ ACTIVATIONS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiL
 class Siblings:
     """Layers of one block that are called with the same input one after another.
 
-    The first call computes the outputs of all layers, in one function with one gradient of the input; the calls of the
-    others return theirs. When a layer is called with another input (as in cross-attention), the group is given up for
-    good, and every layer computes its own output.
+    The first call computes the outputs of all layers in one function, with one gradient of the input. The calls of the
+    other layers return the outputs that wait for them. If a layer is called with another input, as in cross-attention,
+    the group breaks for good, and every layer computes its own output.
     """
 
     def __init__(self, layers: Sequence[FastLinear]) -> None:
@@ -67,9 +67,9 @@ class Siblings:
         self._forget()
 
     def take(self, layer: FastLinear, x: Tensor) -> Tensor | None:
-        """The output of one layer, or None where the layer has to compute it itself."""
+        """The output of one layer, or None if the layer has to compute it itself."""
         # a compiled program shares the input's storage anyway, and must not depend on waiting outputs;
-        # a tensor of inference mode does not tell whether it was changed
+        # inference tensors do not count in-place changes
         if self.broken or torch.compiler.is_compiling() or x.is_inference():
             return None
         index = next((i for i, other in enumerate(self.layers) if other is layer), None)
@@ -77,18 +77,19 @@ class Siblings:
             # a replica of the layer, as DataParallel makes them
             return None
         if self._waiting:
-            if index in self._waiting and self._is_source(x):
+            assert self._source is not None
+            reference, version, grad = self._source
+            same = reference() is x and version == x._version and grad == torch.is_grad_enabled()
+            if index in self._waiting and same:
                 return self._waiting.pop(index)
-            self.broken = not self._is_abandoned()
+            # if the input is gone, an exception ended the pass that left outputs waiting
+            self.broken = reference() is not None
             self._forget()
             if self.broken:
                 return None
-        # the first check: a layer of PEFT's without the active adapter has no numbers to look at
+        # before reading other layers: a PEFT layer without the active adapter has no settings
         if any(other.why_not_fast(x) is not None for other in self.layers):
             return None
-        return self._compute(index, x)
-
-    def _compute(self, index: int, x: Tensor) -> Tensor:
         inputs = autocasted(x)
         settings, weights = zip(*(other.operands(inputs) for other in self.layers), strict=True)
         outputs = lora_linears(inputs, settings, weights, [other.seed() for other in self.layers])
@@ -96,19 +97,9 @@ class Siblings:
         self._source = (weakref.ref(x), x._version, torch.is_grad_enabled())
         return outputs[index]
 
-    def _is_source(self, x: Tensor) -> bool:
-        assert self._source is not None
-        reference, version, grad = self._source
-        return reference() is x and version == x._version and grad == torch.is_grad_enabled()
-
-    def _is_abandoned(self) -> bool:
-        """Whether the pass that left outputs waiting is over, as after an exception: its input is gone."""
-        assert self._source is not None
-        return self._source[0]() is None
-
 
 def join_siblings(model: nn.Module) -> None:
-    """Make groups of the fast layers that have their names in :data:`GROUPS` within one module."""
+    """Group the fast layers of each module by the names in :data:`GROUPS`."""
     for module in model.modules():
         for names in GROUPS:
             layers = [fast_linear(getattr(module, name, None)) for name in names]
@@ -120,7 +111,7 @@ def join_siblings(model: nn.Module) -> None:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Find the blocks of an adapted model and let each run as one function."""
+    """Make each block of an adapted model run as one function."""
     join_siblings(model)
     for module in list(model.modules()):
         if is_swiglu(module) and len(swiglu_layers(module)) == 3:
@@ -141,7 +132,7 @@ def unfuse_blocks(model: nn.Module) -> None:
 
 
 def fused_swiglu(block: nn.Module, x: Tensor) -> Tensor:
-    """The output of a SwiGLU block whose three layers are all on the fast path."""
+    """The output of a SwiGLU block with all three layers on the fast path."""
     x = autocasted(x)
     layers = swiglu_layers(block)
     settings, weights = zip(*(layer.operands(x) for layer in layers), strict=True)
@@ -152,11 +143,10 @@ def fused_swiglu(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """``down(silu(e) * u)`` with ``e = gate(X)`` and ``u = up(X)``, on rows; it keeps X, e and u.
+    """``down(silu(e) * u)`` with ``e = gate(X)`` and ``u = up(X)``, on rows. Saves X, e and u.
 
-    Arguments are those of :class:`leanstep.lora.layers.autograd.LoRAFunction`, for gate, up and down. torch keeps e,
-    silu(e), u and the input of down, their product. Here backward computes that product again, in the pass that gives
-    the gradients of e and u.
+    Takes the arguments of :class:`leanstep.lora.layers.autograd.LoRAFunction`, for gate, up and down. torch also saves
+    silu(e) and the input of down. Here, one pass of backward recomputes that input and gives the gradients of e and u.
     """
 
     @staticmethod
@@ -165,11 +155,11 @@ class SwiGLUFunction(torch.autograd.Function):
         gate, up, down = layers_of(ctx, settings, tensors)
         with torch.autocast(x.device.type, enabled=False):
             h_gate, h_up = shared_hidden(x, (gate, up))
-            e, of_gate, gate_needs_x = kept_tensors(forward_layer(gate, x, h_gate))
-            u, of_up, up_needs_x = kept_tensors(forward_layer(up, x, h_up))
-            y, of_down, _ = kept_tensors(forward_layer(down, swiglu(e, u)))
-        kept_x = x if gate_needs_x or up_needs_x else None
-        ctx.save_for_backward(kept_x, e, u, *of_gate, *of_up, *of_down, *tensors)
+            e, save_gate, gate_needs_x = tensors_to_save(forward_layer(gate, x, h_gate))
+            u, save_up, up_needs_x = tensors_to_save(forward_layer(up, x, h_up))
+            y, save_down, _ = tensors_to_save(forward_layer(down, swiglu(e, u)))
+        save_x = x if gate_needs_x or up_needs_x else None
+        ctx.save_for_backward(save_x, e, u, *save_gate, *save_up, *save_down, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return y
@@ -184,15 +174,15 @@ class SwiGLUFunction(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             inner = inner_gradients(down, dy)
             down_input, de, du = swiglu_backward_(input_gradient(down, inner, None), e, u)
-            of_down = weight_gradients(down, inner, down_input)
+            d_down = weight_gradients(down, inner, down_input)
             del down_input, inner
-            # de and du are made here, so they may be overwritten
-            dx, of_others = backward_layers(x, (gate, up), (de, du), ctx.needs_input_grad[0], overwrite=True)
-        return (dx, None, None, None, None, *of_others, *of_down)
+            # no other code holds de and du, so they may be overwritten
+            dx, d_gate_up = backward_layers(x, (gate, up), (de, du), ctx.needs_input_grad[0], overwrite=True)
+        return (dx, None, None, None, None, *d_gate_up, *d_down)
 
 
 class FusedSwiGLU(Mixin):
-    """Mixed into a block's own class: its forward becomes :func:`fused_swiglu` where every layer allows it."""
+    """Mixin for a SwiGLU block's class: forward runs :func:`fused_swiglu` if every layer allows it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] to [..., n]."""
@@ -213,13 +203,13 @@ def swiglu_fast_path(block: nn.Module) -> FastPath:
 
 
 def swiglu_layers(block: nn.Module) -> list[FastLinear]:
-    """Those of a block's layers gate, up and down that are fast layers."""
+    """The fast layers among a block's gate, up and down."""
     layers = [fast_linear(getattr(block, name)) for name in SWIGLU]
     return [layer for layer in layers if layer is not None]
 
 
 def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
-    """Why a SwiGLU block cannot run as one function, for an input if one is given; None when it can."""
+    """The reason why a SwiGLU block cannot run as one function (on ``x``, if given); None if it can."""
     if is_watched(block.act_fn):  # type: ignore[arg-type]
         return "act_fn has hooks or a forward of its own, which one function for the block would skip"
     for name in SWIGLU:
@@ -231,7 +221,7 @@ def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
             return f"{name} has hooks, which one function for the block would skip"
         if layer is module and "forward" in vars(module):
             return f"{name} has a forward of its own"
-        # the input of down does not exist yet; it has the dtype of x
+        # the input of down does not exist yet, but has the dtype of x
         reason = layer.why_not_fast(x)
         if reason is not None:
             return f"{name}: {reason}"
@@ -248,17 +238,17 @@ def _named_and_returned(self: Any, x: Any) -> Any:
 
 
 def _instructions(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
-    """The bytecode of a Python function and the attributes it reads; names of local variables are not in it."""
+    """The bytecode of a Python function and the attribute names it reads, without names of local variables."""
     code = getattr(function, "__code__", None)
     return None if code is None or hasattr(function, "__wrapped__") else (code.co_code, code.co_names)
 
 
-# the two ways in which transformers' blocks write the formula
+# transformers' blocks write the formula in these two ways
 _SWIGLU_FORWARDS = {_instructions(_returned), _instructions(_named_and_returned)}
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Whether a module is a SwiGLU block: its forward runs the instructions of one of the two above, and no others."""
+    """Whether a module is a SwiGLU block: its forward has the bytecode of one of the two functions above."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in SWIGLU):
         return False
     activation = type(getattr(module, "act_fn", None))

@@ -1,10 +1,10 @@
-"""DoRA's norms, without the matrix ``B A``.
+"""DoRA's norms, computed without forming ``B A``.
 
 The norm of row j of ``W + s B A`` comes from products r wide::
 
     norm_j^2 = |W_j|^2 + 2 s (W A^T)_j . B_j + s^2 (B (A A^T))_j . B_j
 
-``|W_j|^2`` is computed once for a frozen W. The rest costs ``2 m n r`` operations, as many as r rows of input.
+A frozen W needs ``|W_j|^2`` only once. The rest costs ``2 m n r`` operations, as many as r rows of input.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leanstep.kernels import lora_norms
 
-# rows of the weight that are widened at a time
+# rows of the weight to convert to ``dtype`` at a time
 ROWS = 2048
 
 
@@ -31,10 +31,12 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
     """Norm of every row of ``weight + scale * b a``.
 
     Args:
-        weight: (m, n), floating. a: (r, n). b: (m, r). squares: :func:`row_squares` of the weight, if known.
+        weight, a, b: (m, n), (r, n) and (m, r), floating.
+        scale: s.
+        squares: :func:`row_squares` of the weight, if known.
 
     Returns:
-        (m,), fp32, or fp64 where the weight or a factor is.
+        (m,), fp32, or fp64 if the weight or a factor is fp64.
     """
     dtype = _norm_dtype(weight, a, b)
     return lora_norms(weight, a, b, scale, row_squares(weight, dtype) if squares is None else squares)
@@ -45,7 +47,7 @@ def _norm_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class _Version(NamedTuple):
-    """A tensor's memory, kept alive by the alias, and the count of its in-place changes."""
+    """A tensor's memory, which the alias keeps alive, and the count of its in-place changes."""
 
     alias: Tensor
     changes: int
@@ -64,16 +66,16 @@ class _Version(NamedTuple):
 
 
 def _change_count(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; tensors of inference mode do not count that."""
+    """The number of in-place changes of a tensor; -1 for inference tensors, which do not count them."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 class NormCache:
-    """The norms of one layer, computed again when a tensor that they depend on has changed.
+    """Caches the norms of one layer.
 
-    In training, norms are computed at every call, since optimizers may write through ``.data``, which is not counted;
-    only the squares of the frozen weight are kept. In evaluation, norms are kept until a tensor's memory or change
-    count differs. ``eval()``, and ``train()`` after an evaluation, drop the whole cache.
+    Training recomputes the norms at every call, because optimizers may write through ``.data``, which torch does not
+    count; it caches only the squares of the frozen weight. Evaluation caches the norms until the memory or the change
+    count of a tensor differs. ``eval()``, and ``train()`` after an evaluation, drop the cache.
     """
 
     def __init__(self) -> None:
@@ -87,13 +89,13 @@ class NormCache:
         return NormCache, ()
 
     def norms(self, source: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, training: bool) -> Tensor:
-        """:func:`row_norms` of ``weight``; ``source`` is the parameter that it comes from, whose changes count."""
+        """:func:`row_norms` of ``weight``. The cache watches ``source``, the parameter behind ``weight``."""
         if torch.compiler.is_compiling() or type(source) not in (Tensor, torch.nn.Parameter):
-            # changes cannot be told, as of fake tensors
+            # tensor subclasses, such as fake tensors, do not reveal changes
             return row_norms(weight, a, b, scale)
         if not training and self._norms is not None:
-            versions, for_scale, norms = self._norms
-            if scale == for_scale and all(v.is_current(t) for v, t in zip(versions, (source, a, b), strict=True)):
+            versions, cached_scale, norms = self._norms
+            if scale == cached_scale and all(v.is_current(t) for v, t in zip(versions, (source, a, b), strict=True)):
                 return norms
         dtype = _norm_dtype(weight, a, b)
         if self._squares is None or not self._squares[0].is_current(source) or self._squares[1].dtype != dtype:

@@ -1,7 +1,7 @@
 """Adapted embeddings: ``y = W[t] + scale * A^T[t] B^T``.
 
-torch's own operations suffice: tokens have no gradient, and autograd keeps the tokens and ``H = A^T[t]``, r numbers per
-token.
+They use torch's own operations: tokens have no gradient, and autograd saves only the tokens and ``H = A^T[t]``, r
+numbers per token.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class LoRAEmbeddingLayer(LoRALayer):
     """``y = W[t] + scale * A^T[t] B^T``, mixed into an embedding's class.
 
     Attributes:
-        lora_embedding_A: (r, vocabulary). lora_embedding_B: (width, r).
-        lora_magnitude_vector: (width,), for DoRA, else None.
+        lora_embedding_A, lora_embedding_B: (r, vocabulary) and (width, r).
+        lora_magnitude_vector: (width,) for DoRA, else None.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class LoRAEmbeddingLayer(LoRALayer):
         return FastPath(reason is None, reason or "torch's own operations, which keep r numbers per token")
 
     def norms(self) -> Tensor:
-        """DoRA's norms, of the columns of the embedding: (width,), no gradient."""
+        """DoRA's norms, one per column of the embedding: (width,), without a gradient."""
         a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
         return outside_dispatch_modes(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
 
@@ -86,11 +86,3 @@ def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))
     if adapter.save == "lora_fa":
         module.lora_embedding_A.requires_grad_(False)
-
-
-def detach_embedding(module: Any) -> None:
-    """Give an embedding its own class back, without the adapter."""
-    base = module.lora.base
-    for name in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora"):
-        delattr(module, name)
-    module.__class__ = base

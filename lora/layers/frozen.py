@@ -1,4 +1,4 @@
-"""What is known of the frozen layer under an adapter: its sides, its forward, and how to dequantise its weight."""
+"""Properties of the frozen layer under an adapter: its widths, its forward, and the dequantisation of its weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from leanstep._torch import is_conv1d
 
-# forwards that compute x W^T + b and nothing else; a subclass with one of its own may do more
+# forwards that compute exactly x W^T + b
 KNOWN_FORWARDS = frozenset(
     {
         "torch.nn.modules.linear.Linear.forward",
@@ -24,12 +24,12 @@ KNOWN_FORWARDS = frozenset(
     }
 )
 QUANTIZED = ("Linear4bit", "Linear8bitLt")
-# dtypes of base weights that can be adapted
+# dtypes of dense base weights that can be adapted
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D, or a subclass."""
+    """Whether a module is a linear layer that can be adapted: nn.Linear, Conv1D, or a subclass."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -42,23 +42,23 @@ def widths(module: Any) -> tuple[int, int]:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its class's forward: hooks, or a forward set on the instance."""
+    """Whether calling a module runs more than its class's forward: hooks, or a forward of the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
 def why_own_forward(cls: type[nn.Module]) -> str | None:
-    """Why the fast path cannot replace a class's forward: it is not one of :data:`KNOWN_FORWARDS`; else None."""
+    """The reason why the fast path cannot replace a class's forward; None for :data:`KNOWN_FORWARDS`."""
     forward = cls.forward
     name = f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', None)}"
-    # a wrapper made with functools.wraps has the name of the function it wraps
+    # functools.wraps copies the name of the wrapped function
     if name in KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
         return None
     return f"{cls.__name__} has a forward of its own, which may compute more than x W^T + b"
 
 
 class _WithoutHooks(nn.Module):
-    """Calls the forward of a module's class and none of its hooks."""
+    """Calls the forward of a module's class without the module's hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class _WithoutHooks(nn.Module):
 
 
 def why_no_tensor(module: nn.Module, width: int) -> str | None:
-    """Why an adapter cannot be added to a layer's output: it is not a tensor. None where it is, or is not known.
+    """The reason why a layer's output cannot take an adapter: it is not a tensor. None if it is, or if unknown.
 
-    An unknown forward is run once on tensors without data ("meta").
+    Runs an unknown forward once on tensors without data ("meta").
     """
     if why_own_forward(type(module)) is None:
         return None
@@ -95,7 +95,7 @@ def why_no_tensor(module: nn.Module, width: int) -> str | None:
 
 
 def quantized_kind(module: nn.Module) -> str | None:
-    """``"Linear4bit"``, ``"Linear8bitLt"`` or None, by the class's name: bitsandbytes is not imported to ask."""
+    """``"Linear4bit"``, ``"Linear8bitLt"`` or None, by the class's name, without importing bitsandbytes."""
     for cls in type(module).__mro__:
         if cls.__module__.split(".")[0] == "bitsandbytes" and cls.__name__ in QUANTIZED:
             return cls.__name__
@@ -103,7 +103,7 @@ def quantized_kind(module: nn.Module) -> str | None:
 
 
 def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The function from a quantised layer's weight to its dense (out, in) matrix; None for a dense layer."""
+    """A function that turns a quantised layer's weight into its dense (out, in) matrix; None for a dense layer."""
     kind = quantized_kind(module)
     if kind is None:
         return None
@@ -115,9 +115,9 @@ def _dense_4bit(weight: Any) -> Tensor:
 
     codes, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
-        # an evaluation pass on a CPU rearranges the codes and transposes their scales; undo both on copies
+        # evaluation on a CPU rearranges the codes and transposes their scales; undo both on copies
         packed, state = state, copy.copy(state)
-        # the scales stay as they are: quantising them again would change them
+        # do not quantise the scales again, which would change them
         state.original_nested = False
         codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
         state.absmax = packed.absmax.t().reshape(-1).float()
@@ -132,13 +132,13 @@ def _dense_8bit(module: Any, weight: Any) -> Tensor:
 
 
 def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer with this weight cannot be adapted, by its dtype; None when it can."""
+    """The reason why the dtype of a layer's weight rules out an adapter; None if it does not."""
     if weight.dtype in FLOATS:
         return None
     kind = quantized_kind(module)
     if kind is None:
         name, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
-        return f"its weight is {name}; adapted are layers in {', '.join(known)}, and bitsandbytes' in 4 and 8 bits"
+        return f"its weight is {name}; adapted are layers in {', '.join(known)}, and in bitsandbytes' 4 and 8 bits"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""Adapted layers: their numbers, whether and why they are fast, and the linear ones among them.
+"""Adapted layers: their settings, the choice of the fast path, and adapted linear layers.
 
-A layer is adapted in place: it stays the same object, keeps its parameters and their names, and becomes an instance of
-a subclass of its class, which adds ``lora_A`` and ``lora_B`` (or ``lora_embedding_A`` and ``_B``), and
-``lora_magnitude_vector`` for DoRA. So a ``state_dict`` of the base model stays one, hooks stay, ``isinstance`` holds,
-and quantised or parametrised layers need no wrapper.
+Layers are adapted in place. A layer stays the same object, keeps its parameters and their names, and becomes an
+instance of a subclass of its class. The subclass adds ``lora_A`` and ``lora_B`` (or ``lora_embedding_A`` and ``_B``),
+and ``lora_magnitude_vector`` for DoRA. So a ``state_dict`` of the base model still loads, hooks and ``isinstance``
+still work, and quantised or parametrised layers need no wrapper.
 """
 
 from __future__ import annotations
@@ -25,21 +25,6 @@ from leanstep.lora.layers.dora import NormCache
 from leanstep.lora.layers.frozen import dequantizer, why_own_forward, widths
 from leanstep.lora.layers.rule import dora_factor
 
-__all__ = [
-    "Adapter",
-    "FastLinear",
-    "FastPath",
-    "LoRALayer",
-    "LoRALinear",
-    "LoRALinearLayer",
-    "Mixin",
-    "attach_linear",
-    "autocasted",
-    "detach_linear",
-    "fast_linear",
-    "mixture",
-]
-
 
 class FastPath(NamedTuple):
     """Whether a layer runs on the fast path, and the reason in words."""
@@ -50,18 +35,18 @@ class FastPath(NamedTuple):
 
 @dataclass
 class Adapter:
-    """The numbers of one layer's adapter.
+    """The settings and the state of one layer's adapter.
 
     Attributes:
         name: the layer's name in the model.
-        rank, scale, dropout, save, fast_path: as in :class:`leanstep.lora.LoraConfig`, for this layer.
+        rank, scale, dropout, save, fast_path: this layer's settings, as in :class:`leanstep.lora.LoraConfig`.
         transposed: whether the base weight is (in, out).
+        base: the class whose forward computes the base product, which the layer had before.
         merged: whether the base weight contains the adapter.
         enabled: whether the adapter is on.
         keep_zeros: whether zeros of the base weight stay zero (:func:`leanstep.lora.keep_zeros`).
-        base: the class the layer had before.
-        norms: DoRA's norms; None until they are needed.
-        undo: what :func:`leanstep.lora.unmerge` needs.
+        norms: cache of DoRA's norms; None until first use.
+        undo: state for :func:`leanstep.lora.unmerge`.
     """
 
     name: str
@@ -83,7 +68,7 @@ class Adapter:
 
 
 class Mixin(nn.Module):
-    """Base of classes that are mixed into a module's own class; pickled as the two, since a mixture has no name."""
+    """Base of mixins for a module's own class. Pickles both base classes: a mixture has no importable name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = super().__reduce_ex__(protocol)
@@ -94,9 +79,9 @@ class Mixin(nn.Module):
 
 @functools.cache
 def mixture(cls: Any, mixin: Any) -> Any:
-    """The subclass of a module's class and a mixin; one for each pair."""
+    """The subclass of a mixin and a module's class, one per pair."""
     name = f"LoRA{cls.__name__}"
-    # such as LoRALinear, which has a name
+    # an importable class, such as LoRALinear
     named = next((c for c in mixin.__subclasses__() if c.__bases__ == (mixin, cls) and c.__name__ == name), None)
     return named or type(name, (mixin, cls), {"__module__": mixin.__module__})
 
@@ -112,19 +97,19 @@ class LoRALayer(Mixin):
     lora: Adapter
 
     def train(self, mode: bool = True) -> Any:
-        """As ``nn.Module.train``; DoRA's norms are computed anew afterwards. Warns where the adapter is merged."""
+        """Like ``nn.Module.train``, but also drops the cache of DoRA's norms. Warns if the adapter is merged."""
         if mode and self.lora.merged:
             warnings.warn(
                 "train() of a model with merged adapters, whose factors get no gradient; unmerge(model) first",
                 stacklevel=2,
             )
-        # training loops call train() at every step; while training, norms are computed anew anyway
+        # training loops call train() at every step, and training recomputes the norms anyway
         if not (mode and self.training):
             self.lora.norms = None
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """The adapter's settings for ``print(model)``."""
         lora = self.lora
         state = "merged" if lora.merged else "on" if lora.enabled else "off"
         return f"{super().extra_repr()}, lora r={lora.rank} scale={lora.scale:g} dropout={lora.dropout:g} ({state})"
@@ -134,7 +119,7 @@ class LoRALayer(Mixin):
 
 
 def why_not_fast(lora: Adapter, tensors: dict[str, Tensor | None]) -> str | None:
-    """Why a layer of any kind cannot run on the fast path; None when it can."""
+    """The reason why a layer of any kind cannot run on the fast path; None if it can."""
     if lora.fast_path is False:
         return "turned off by fast_path=False"
     if lora.merged:
@@ -142,12 +127,12 @@ def why_not_fast(lora: Adapter, tensors: dict[str, Tensor | None]) -> str | None
     if not lora.enabled:
         return "the adapter is disabled: the base layer runs"
     if lora.keep_zeros:
-        return "the zeros of the base weight are kept, for which the product of the factors is formed and masked"
+        return "the zeros of the base weight are kept, which needs the masked product of the factors"
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
-            return f"{name} is sharded (DTensor): torch's own operations know how to multiply it"
+            return f"{name} is sharded (DTensor), which only torch's own operations can multiply"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "inside a torch.func transform, which autograd functions of this kind do not support"
+        return "inside a torch.func transform, which the fast path's autograd function does not support"
     return None
 
 
@@ -155,23 +140,17 @@ class FastLinear:
     """A linear layer with an adapter: :class:`LoRALinearLayer`, or one of PEFT's.
 
     Attributes:
-        lora: the adapter's numbers.
+        lora: the adapter's settings and state.
         siblings: the layers that share its input (:class:`leanstep.lora.layers.block.Siblings`), or None.
+        training: whether dropout is on.
     """
 
     lora: Adapter
     siblings: Any = None
+    training: bool
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The module with the base weight and bias, A, B, the bias of B, and DoRA's magnitude."""
-        raise NotImplementedError
-
-    def base_class(self) -> type[nn.Module]:
-        """The class whose forward computes the base product."""
-        return type(self.parts()[0])
-
-    def in_training(self) -> bool:
-        """Whether dropout is on."""
+        """The module with the base weight and bias, A, B, B's bias, and DoRA's magnitude."""
         raise NotImplementedError
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -186,14 +165,14 @@ class FastLinear:
             return FastPath(False, reason)
         alone = self.siblings is not None and self.siblings.broken
         others = ", for this layer alone: the layers beside it were given other inputs, so each keeps its own"
-        return FastPath(True, "one autograd function that keeps the input only" + (others if alone else ""))
+        return FastPath(True, "one autograd function that keeps only the input" + (others if alone else ""))
 
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
-        """Why the layer cannot run on the fast path, for an input if one is given; None when it can."""
+        """The reason why the layer cannot run on the fast path (on ``x``, if given); None if it can."""
         base, a, _, _, _ = self.parts()
-        weight = base.weight
+        weight, lora = base.weight, self.lora
         assert isinstance(weight, Tensor)
-        reason = why_not_fast(self.lora, {"weight": weight, "lora_A": a}) or why_own_forward(self.base_class())
+        reason = why_not_fast(lora, {"weight": weight, "lora_A": a}) or why_own_forward(lora.base)
         if reason is not None:
             return reason
         if weight.requires_grad:
@@ -202,7 +181,7 @@ class FastLinear:
         if not quantized and type(weight).__module__.split(".")[0] != "torch":
             return f"the base weight is a {type(weight).__name__}, whose own operations multiply it"
         if not quantized and not weight.is_floating_point():
-            return f"the base weight is {weight.dtype}, which no code here can multiply"
+            return f"the base weight is {weight.dtype}, which the fast path cannot multiply"
         if x is None:
             return None
         if not x.is_floating_point():
@@ -212,7 +191,7 @@ class FastLinear:
         return None
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] to [..., out], on the fast path where that is possible."""
+        """[..., in] to [..., out], on the fast path if possible."""
         if self.siblings is not None:
             y = self.siblings.take(self, x)
             if y is not None:
@@ -227,19 +206,19 @@ class FastLinear:
         return lora_linears(x, (setting,), (weights,), (self.seed(),))[0]
 
     def seed(self) -> Tensor | None:
-        """A new seed where the next pass has dropout."""
-        return new_seed() if self.in_training() and self.lora.dropout > 0 else None
+        """A new seed if the next pass has dropout, else None."""
+        return new_seed() if self.training and self.lora.dropout > 0 else None
 
     def operands(self, x: Tensor) -> tuple[Setting, Weights]:
-        """The layer's arguments of :func:`leanstep.lora.layers.autograd.lora_linears` for an input."""
+        """The layer's arguments for :func:`leanstep.lora.layers.autograd.lora_linears` on ``x``."""
         base, a, b, b_bias, magnitude = self.parts()
         lora, dense = self.lora, dequantizer(base)
-        p = lora.dropout if self.in_training() else 0.0
+        p = lora.dropout if self.training else 0.0
         save, norm, path = lora.save, None, ContractionPath()
         if magnitude is not None:
             norm = self.norms()
             if save == "min" and _can_read(magnitude) and bool((magnitude == 0).any()):
-                # the magnitude's gradient needs Z, which a zero magnitude removes from the output
+                # the magnitude's gradient needs Z, and an output scaled by 0 does not contain it
                 save = "full"
         elif p == 0 and dense is None and save != "lora_fa":
             path = contraction_path(x.numel() // max(1, x.shape[-1]), a.shape[1], b.shape[0], lora.rank, x.dtype)
@@ -247,7 +226,7 @@ class FastLinear:
         return setting, Weights(base.weight, base.bias, a, b, b_bias, magnitude, norm)  # type: ignore[arg-type]
 
     def norms(self) -> Tensor:
-        """DoRA's norms: (out,), fp32 or fp64, no gradient."""
+        """DoRA's norms: (out,), fp32 or fp64, without a gradient."""
         return outside_dispatch_modes(self._norms)
 
     def _norms(self) -> Tensor:
@@ -259,7 +238,7 @@ class FastLinear:
         dense = dense_weight(Setting(lora.scale, transposed=lora.transposed, dense=dequantizer(base)), weight, dtype)
         if lora.norms is None:
             lora.norms = NormCache()
-        return lora.norms.norms(weight, dense, a, b, lora.scale, self.in_training())
+        return lora.norms.norms(weight, dense, a, b, lora.scale, self.training)
 
 
 def _can_read(tensor: Tensor) -> bool:
@@ -269,13 +248,13 @@ def _can_read(tensor: Tensor) -> bool:
 
 
 def autocasted(x: Tensor) -> Tensor:
-    """x in the dtype that autocast computes linear layers in, where it is on."""
+    """Cast x to autocast's dtype if autocast is on."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def fast_linear(module: nn.Module | None) -> FastLinear | None:
-    """The fast layer that a module is, or that :func:`leanstep.lora.accelerate_peft` made its forward; else None."""
+    """The module if it is a fast layer, the fast layer that :func:`leanstep.lora.accelerate_peft` gave it, or None."""
     if isinstance(module, FastLinear):
         return module
     owner = getattr(vars(module).get("forward"), "__self__", None) if isinstance(module, nn.Module) else None
@@ -291,8 +270,8 @@ class LoRALinearLayer(FastLinear, LoRALayer):
     Attributes:
         lora_A: ``nn.Linear(in, r)`` without bias; its weight is A (r, in).
         lora_B: ``nn.Linear(r, out)``; its weight is B (out, r).
-        lora_magnitude_vector: (out,), for DoRA, else None: ``y = c * (x W^T + scale * ...) + b`` with
-            ``c = magnitude / |rows of W + scale B A|``, the norms outside the gradient.
+        lora_magnitude_vector: (out,) for DoRA, else None. DoRA computes ``y = c * (x W^T + scale * ...) + b`` with
+            ``c = magnitude / |rows of W + scale B A|`` and detached norms.
     """
 
     weight: Tensor
@@ -303,16 +282,8 @@ class LoRALinearLayer(FastLinear, LoRALayer):
     lora_magnitude_vector: nn.Parameter | None
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The layer, A, B, the bias of B, and DoRA's magnitude."""
+        """The layer, A, B, B's bias, and DoRA's magnitude."""
         return self, self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, self.lora_magnitude_vector
-
-    def base_class(self) -> type[nn.Module]:
-        """The class that the layer had before it was adapted."""
-        return self.lora.base
-
-    def in_training(self) -> bool:
-        """Whether dropout is on."""
-        return self.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
@@ -333,8 +304,8 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         base = super().forward(x, *args, **kwargs)
         if not isinstance(base, Tensor):
             raise TypeError(
-                f"{self.lora.name}: expected a tensor from {self.lora.base.__name__}.forward, to which the adapter is "
-                f"added, got a {type(base).__name__}; leave the layer out with exclude_modules"
+                f"{self.lora.name}: expected a tensor from {self.lora.base.__name__}.forward to add the adapter to, "
+                f"got a {type(base).__name__}; leave the layer out with exclude_modules"
             )
         if self.lora_magnitude_vector is None:
             return (base + update).to(base.dtype)
@@ -349,18 +320,17 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         return (base + (c - 1) * product + c * update).to(base.dtype)
 
     def _with_zeros(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """The output where zeros of the weight are kept; ``dropped`` is x after dropout."""
+        """The output of a layer that keeps the zeros of its weight; ``dropped`` is x after dropout."""
         from leanstep.lora.layers.pruned import masked_update
 
         weight = self.weight.t() if self.lora.transposed else self.weight
         update = masked_update(weight, self.lora_A.weight, self.lora_B.weight, self.lora.scale)
         linear = nn.functional.linear
         if dropped is x:
-            # what the merged layer computes, rounded as its weight will be
+            # like the merged layer, with the same rounding of the weight
             y = linear(x, (weight + update).to(weight.dtype), self.bias)
         else:
-            y = linear(x, weight, self.bias)
-            y = y + linear(dropped, update.to(weight.dtype))
+            y = linear(x, weight, self.bias) + linear(dropped, update.to(weight.dtype))
         bias = self.lora_B.bias
         return y if bias is None else (y + bias * self.lora.scale).to(y.dtype)
 
@@ -374,7 +344,7 @@ def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
     n, m = widths(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    # as in PEFT, factors of 16-bit models are fp32: updates are small
+    # as in PEFT, 16-bit models get fp32 factors, since updates are small
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     device = weight.device
     module.lora_A = nn.Linear(n, adapter.rank, bias=False, device=device, dtype=dtype)
@@ -410,9 +380,11 @@ def _initialize(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
         nn.init.zeros_(b.bias)
 
 
-def detach_linear(module: Any) -> None:
-    """Give a layer its own class back, without the adapter."""
+def detach(module: Any) -> None:
+    """Remove the adapter from a linear layer or an embedding, and restore the class it had before."""
     base = module.lora.base
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "lora", "siblings"):
-        delattr(module, name)
+    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    for name in (*factors, "lora", "siblings"):
+        if hasattr(module, name):
+            delattr(module, name)
     module.__class__ = base

@@ -1,4 +1,4 @@
-"""Adapters on a pruned base: zeros of the base weight stay zero in the merged weight."""
+"""Adapters that keep the zeros of a pruned base weight zero in the merged weight."""
 
 from __future__ import annotations
 
@@ -12,32 +12,29 @@ from torch.autograd.function import once_differentiable
 from leanstep.lora.layers.frozen import quantized_kind, why_own_forward
 from leanstep.lora.layers.linear import LoRALinearLayer
 
-__all__ = ["keep_zeros", "masked_update"]
-
 
 def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[str]:
-    """Let adapted layers of a pruned model compute ``y = x (W + scale (B A) * (W != 0))^T + b``.
+    """Make adapted layers of a pruned model compute ``y = x (W + scale (B A) * (W != 0))^T + b``.
 
-    A plain adapter fills the zeros of its base when it is merged. Here the product of the factors is masked in training
-    already, so the merged model is as sparse as the base and computes what was trained. :func:`leanstep.lora.merge` and
-    the final folder of a run then keep the zeros without ``keep_mask``.
+    Merging a plain adapter fills the zeros of its base. Here training masks the product of the factors, so the merged
+    model is as sparse as the base and computes the same as the trained one. :func:`leanstep.lora.merge` and the final
+    folder of a run then keep the zeros without ``keep_mask``.
 
     Args:
         model: adapted by :func:`leanstep.lora.apply_lora` and not merged; changed in place.
-        layers: names of adapted linear layers; None: all whose base weight has a zero.
+        layers: names of adapted linear layers; None: every layer with a zero in its base weight.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: for a name that is not an adapted linear layer, DoRA (whose norms are of the unmasked sum), a
-            quantised base, a layer whose forward is unknown, ``fast_path=True``, or a merged adapter. Nothing is
-            changed.
+        ValueError: for a name that is not an adapted linear layer, DoRA (its norms need the unmasked sum), a quantised
+            base, a layer with an unknown forward, ``fast_path=True``, or a merged adapter. The model is unchanged.
 
     Notes:
-        Such a layer forms the (out, in) product of its factors and keeps a matrix of its weight's size for backward. A
-        stored adapter does not say that its product is masked: another program that adds it to the base gets a dense
-        model. Pass on the merged model instead.
+        Such a layer forms the (out, in) product of its factors, and autograd saves a matrix of its weight's size. An
+        adapter file does not record the mask: a program that adds the file to the base gets a dense model. Share the
+        merged model instead.
 
     References:
         Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
@@ -58,13 +55,13 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
 
 def _why_not(layer: LoRALinearLayer) -> str | None:
     if layer.lora_magnitude_vector is not None:
-        return "has DoRA, whose norms are of the unmasked sum; take LoRA"
+        return "has DoRA, whose norms need the unmasked sum; use LoRA"
     if quantized_kind(layer) is not None:
-        return f"is a {quantized_kind(layer)}, whose zeros are not exact; take a base in 16 bits"
+        return f"is a {quantized_kind(layer)}, whose zeros are not exact; use a base in 16 bits"
     if why_own_forward(layer.lora.base) is not None:
         return f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight"
     if layer.lora.fast_path is True:
-        return "was given fast_path=True, and the fast path forms no masked product"
+        return "has fast_path=True, and the fast path cannot mask the product"
     return "is merged already" if layer.lora.merged else None
 
 
@@ -73,18 +70,18 @@ def _has_zeros(layer: LoRALinearLayer) -> bool:
 
 
 def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale B A`` where a weight [out, in] is not zero, and 0 elsewhere, in the factors' dtype."""
+    """``scale B A`` with zeros where ``weight`` [out, in] is zero, in the factors' dtype."""
     return _MaskedProduct.apply(weight, a, b, scale)
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """Keeps the factors only; the mask is computed again from the frozen weight."""
+    """Saves only the factors and the weight; backward recomputes the mask from the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(weight, a, b)
         ctx.scale = scale
-        # not in place: selective activation checkpointing may keep the product
+        # out of place: selective activation checkpointing may hold the product
         return ((b @ a) * scale).masked_fill(weight == 0, 0)
 
     @staticmethod

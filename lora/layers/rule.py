@@ -1,7 +1,7 @@
 """The formulas of LoRA and DoRA, one function each, in this order; :mod:`leanstep.lora.layers.autograd` calls them.
 
-With X (M, n) the input, X' = dropout(X), W (m, n) the frozen weight, b its bias, A (r, n) and B (m, r) the factors, and
-s the scale::
+X (M, n) is the input, X' = dropout(X), W (m, n) the frozen weight, b its bias, A (r, n) and B (m, r) are the factors,
+and s is the scale::
 
     H  = X' A^T                     hidden                  (M, r)
     Y  = X W^T + b + s H B^T        output                  (M, m)
@@ -10,7 +10,7 @@ s the scale::
     dB = s dY^T H                   gradient_of_b           (m, r)
     dX = dY W + s dropout'(E A)     gradient_of_input       (M, n)
 
-No gradient goes through ``dY^T X``, which is as large as W. DoRA scales every output by c, with the norms held fixed::
+No gradient forms ``dY^T X``, which is as large as W. DoRA scales every output by c, with detached norms::
 
     norm_j = |row j of W + s B A|   leanstep.lora.layers.dora.row_norms
     c  = magnitude / norm           dora_factor
@@ -20,8 +20,8 @@ No gradient goes through ``dY^T X``, which is as large as W. DoRA scales every o
     dmagnitude = sum over rows of dY Z / norm               gradient_of_magnitude
     dX = dY W + dropout'((dZ - dY) W + s E A)               gradient_of_input
 
-and E, dA and dB take dZ in place of dY. ``w`` is the dense (m, n) weight, a view or not. All tensors of a call have one
-dtype, float64 included, except for c, the norms and the sums, which are at least fp32. No gradient is recorded.
+E, dA and dB then use dZ in place of dY. ``w`` is the dense (m, n) weight, and may be a view. All tensors of a call have
+one dtype, float64 included, except for c, the norms and the sums, which are at least fp32. Autograd records nothing.
 
 References:
     Hu et al., "LoRA", arXiv 2106.09685; Hu, Su, Kuo, Song, Liu, "Computational Limits of LoRA Fine-Tuning", arXiv
@@ -56,7 +56,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scal
 
 
 def materialized_sum(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + s B A``, a new matrix; one product with it gives Y, and another one dX."""
+    """``W + s B A`` as a new matrix; one product with it gives Y, another one dX."""
     return torch.addmm(w, b, a, alpha=scale)
 
 
@@ -74,7 +74,7 @@ def gradient_of_a(
     seed: Tensor | None = None,
     a: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``dA = s E^T dropout(X)`` in ``dtype``; and H, from the same pass over X, where ``a`` is given."""
+    """``dA = s E^T dropout(X)`` in ``dtype``; if ``a`` is given, also H from the same pass over X."""
     unscaled, h = lora_down_backward(x, e, a, p, seed)
     return unscaled.to(dtype).mul_(scale), h
 
@@ -96,9 +96,9 @@ def gradient_of_input(
     dx: Tensor | None = None,
     masked_dy: Tensor | None = None,
 ) -> Tensor:
-    """``dX = dY W + s dropout'(E A)``, added to ``dx`` in its memory where one is given.
+    """``dX = dY W + s dropout'(E A)``, added in place to ``dx`` if given.
 
-    ``masked_dy`` (M, m) adds ``dropout'(masked_dy W)``: with DoRA and dropout it is ``dZ - dY``.
+    ``masked_dy`` (M, m) adds ``dropout'(masked_dy W)``; DoRA with dropout passes ``dZ - dY``.
     """
     dx = product(dy, w, dx)
     if masked_dy is not None:
@@ -107,14 +107,14 @@ def gradient_of_input(
 
 
 def dora_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``c = magnitude / norm``; 1 where the norm is 0, as in a row that was pruned away."""
+    """``c = magnitude / norm``; 1 where the norm is 0, as for a pruned row."""
     empty = norm == 0
-    # a quotient that is not taken has a gradient all the same, 0 times infinity
+    # torch.where also differentiates the quotient it does not select: avoid 0 times infinity
     return torch.where(empty, 1.0, magnitude.to(norm.dtype) / torch.where(empty, 1.0, norm))
 
 
 def dora_product(base: Tensor, h: Tensor, b: Tensor, scale: float, b_bias: Tensor | None = None) -> Tensor:
-    """``Z = X' W^T + s (H B^T + b_B)`` in the memory of ``base = X' W^T``; ``b_bias`` is B's bias b_B."""
+    """``Z = X' W^T + s (H B^T + b_B)``, in the memory of ``base = X' W^T``; ``b_bias`` is B's bias b_B."""
     z = _add_product(base, h, b, scale)
     return z if b_bias is None else _add(z, b_bias, scale)
 
@@ -127,7 +127,7 @@ def dora_rest(x: Tensor, w: Tensor, bias: Tensor | None, base: Tensor) -> Tensor
 def dora_output(z: Tensor, c: Tensor, rest: Tensor | None, keep_z: bool = False) -> Tensor:
     """``Y = c Z + rest``; ``rest`` is b (m,) without dropout, and :func:`dora_rest` (M, m) with it.
 
-    The result takes the memory of ``rest`` if that is a matrix, else of Z, unless Z is to be kept.
+    Reuses the memory of ``rest`` if that is a matrix, else of Z unless ``keep_z``.
     """
     if rest is None or rest.dim() == 1:
         return _scale_columns(z, c, rest, keep_z)
@@ -135,7 +135,7 @@ def dora_output(z: Tensor, c: Tensor, rest: Tensor | None, keep_z: bool = False)
 
 
 def gradient_of_product(dy: Tensor, z: Tensor | None, c: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """``dZ = c dY``, and the sums over rows of ``dY z``, from one pass; without ``z``, the sums mean nothing."""
+    """``dZ = c dY`` and the sums over rows of ``dY z``, from one pass. The sums are valid only with ``z``."""
     return lora_scale_backward(dy, z, c, in_place)
 
 
@@ -143,8 +143,9 @@ def gradient_of_magnitude(sums: Tensor, divisor: Tensor, norm: Tensor) -> Tensor
     """``dmagnitude = sum over rows of dY Z / norm``; 0 where the divisor or the norm is 0.
 
     Args:
-        sums: over rows of ``dY Z``, with the norm as ``divisor``; or of ``dY c Z``, with the magnitude, ``c norm``.
-        divisor, norm: (m,).
+        sums: sums over rows (m,) of ``dY Z`` or ``dY c Z``.
+        divisor: (m,), the norm for sums of ``dY Z``; the magnitude, which is ``c norm``, for sums of ``dY c Z``.
+        norm: (m,).
     """
     return torch.where((divisor == 0) | (norm == 0), 0.0, sums / divisor)
 

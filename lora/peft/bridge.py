@@ -1,8 +1,7 @@
-"""An existing PEFT model on the fast path, without a change to its modules, names or state."""
+"""Runs an existing PEFT model on the fast path without changing its modules, names or state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,24 +23,24 @@ from leanstep.lora.layers.frozen import is_watched
 from leanstep.lora.layers.linear import Adapter, FastLinear, FastPath, LoRALayer, fast_linear
 
 _LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
-# the modules in a layer that PEFT calls and the fast path does not
+# submodules of a layer that PEFT calls and the fast path skips
 _INNER = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 
 
 class Acceleration:
-    """The result of :func:`accelerate_peft`: reports the fast layers, and undoes the acceleration."""
+    """The handle that :func:`accelerate_peft` returns: reports the fast layers and undoes the acceleration."""
 
     def __init__(self, layers: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> None:
         self._layers, self._blocks = layers, blocks
 
     def fast_path(self) -> dict[str, FastPath]:
-        """Whether each layer's next forward pass runs on the fast path, and why (not), by name."""
+        """For each layer and block by name: whether its next pass runs on the fast path, and why (not)."""
         fast = {name: fast_linear(module) for name, module in self._layers.items()}
         layers = {name: layer.fast_path for name, layer in fast.items() if layer is not None}
         return layers | {name: swiglu_fast_path(block) for name, block in self._blocks.items() if _is_ours(block)}
 
     def undo(self) -> None:
-        """Give every module its own forward back. A second call does nothing."""
+        """Restore every module's own forward. A second call does nothing."""
         for module in (*self._blocks.values(), *self._layers.values()):
             _restore_forward(module)
         self._layers, self._blocks = {}, {}
@@ -50,10 +49,10 @@ class Acceleration:
 def accelerate_peft(
     model: nn.Module, *, save: str = "min", fast_path: bool | None = None, fused_blocks: bool = True
 ) -> Acceleration:
-    """Let the LoRA layers of a PEFT model compute on the fast path.
+    """Run the LoRA layers of a PEFT model on the fast path.
 
     Modules, names, parameters, hooks and ``state_dict`` stay as they are. The layers get a ``forward`` that checks at
-    every call whether the fast path can run, and otherwise calls PEFT's.
+    every call whether the fast path can run, and otherwise calls PEFT's forward.
 
     Args:
         model: a PEFT model, or any model with ``peft.tuners.lora`` layers; changed in place.
@@ -63,19 +62,22 @@ def accelerate_peft(
         The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
 
     Raises:
-        ValueError: for unknown values, a model without linear LoRA layers of PEFT's, a layer with a forward of its own,
-            or, with ``fast_path=True``, a layer that cannot run on the fast path; the model is unchanged.
+        ValueError: for unknown values, a model without linear LoRA layers of PEFT, a layer with a forward of its own,
+            or, with ``fast_path=True``, a layer that cannot run on the fast path. The model is unchanged.
 
     Notes:
-        A model that is accelerated already, as a deepcopy of one is, gets the new settings; any of its handles undoes
-        the acceleration. After PEFT's ``merge_and_unload`` or ``unload``, a block's own forward comes back with
-        ``undo()`` or with the block's next pass.
-        Outputs equal PEFT's up to rounding: in 16 bits, products r wide are computed in the base's dtype, PEFT's in
-        fp32. Dropout drops other entries than ``torch.nn.Dropout``, with the same probability.
+        An accelerated model, or a deepcopy of one, gets the new settings; any of its handles undoes the acceleration.
+        After PEFT's ``merge_and_unload`` or ``unload``, ``undo()`` or the next pass restores a block's own forward.
+        Outputs equal PEFT's up to rounding: in 16 bits, products r wide use the base's dtype, where PEFT uses fp32.
+        Dropout drops other entries than ``torch.nn.Dropout``, with the same probability.
     """
     if save not in SAVES:
         raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
-    layers = {name: PeftLinear(module, name, save, fast_path) for name, module in _peft_linears(model)}
+    layers = {
+        name: PeftLinear(module, name, save, fast_path)
+        for name, module in model.named_modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS
+    }
     if not layers:
         raise ValueError(f"accelerate_peft: {_why_none(model)}")
     taken = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
@@ -94,7 +96,7 @@ def accelerate_peft(
 
 
 class PeftLinear(FastLinear):
-    """One of PEFT's LoRA layers, read anew at every call: adapters can be added, switched and merged as before."""
+    """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters."""
 
     def __init__(self, module: Any, name: str, save: str, fast_path: bool | None) -> None:
         self.module, self.name, self.save, self.wanted = module, name, save, fast_path
@@ -102,12 +104,12 @@ class PeftLinear(FastLinear):
         self.norm_cache = NormCache()
 
     def _active(self) -> list[str]:
-        """The active adapters that this layer has."""
+        """Names of the layer's active adapters."""
         return [name for name in self.module.active_adapters if name in self.module.lora_A]
 
     @property
     def lora(self) -> Adapter:  # type: ignore[override]
-        """The numbers of the active adapter."""
+        """The settings of the active adapter."""
         module, name = self.module, self._active()[0]
         dropout = module.lora_dropout[name]
         return Adapter(
@@ -118,47 +120,49 @@ class PeftLinear(FastLinear):
             save=self.save,
             fast_path=self.wanted,
             transposed=is_conv1d(module.get_base_layer()),
+            base=type(module.get_base_layer()),
             merged=bool(module.merged),
             enabled=not module.disable_adapters,
             norms=self.norm_cache,
         )
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The base layer, A, B, the bias of B, and DoRA's magnitude."""
+        """The base layer, A, B, B's bias, and DoRA's magnitude."""
         module, name = self.module, self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
         magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
         return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
 
-    def in_training(self) -> bool:
+    @property
+    def training(self) -> bool:  # type: ignore[override]
         """Whether dropout is on."""
         return self.module.training
 
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
-        """Why the layer cannot run on the fast path, for an input if one is given; None when it can."""
+        """The reason why the layer cannot run on the fast path (on ``x``, if given); None if it can."""
         module = self.module
         active = self._active()
         if len(active) != 1:
             return f"{len(active)} adapters are active, the fast path takes one"
         variant = module.lora_variant.get(active[0])
         if variant is not None and type(variant).__name__ != "DoraLinearVariant":
-            return f"the adapter is a {type(variant).__name__}, which the fast path does not have"
+            return f"the adapter is a {type(variant).__name__}, which the fast path does not support"
         dropout, base = module.lora_dropout[active[0]], module.get_base_layer()
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is a {type(dropout).__name__}"
         if any(type(factor[active[0]]) is not nn.Linear for factor in (module.lora_A, module.lora_B)):
             return "its factors are not plain linear layers"
         if is_watched(base):
-            return "the base layer has hooks or a forward of its own, which would be passed by"
+            return "the base layer has hooks or a forward of its own, which the fast path would skip"
         for name in _INNER:
-            # _modules, since this runs at every call and nn.Module's own look-up is slower
+            # runs at every call, and nn.Module's own look-up is slower than _modules
             inner = module._modules[name]._modules.get(active[0])
             if inner is not None and is_watched(inner):
                 return f"{name}.{active[0]} has hooks"
         return super().why_not_fast(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward that the module gets."""
+        """The forward given to the module."""
         if args or kwargs or self.module.merged or self.module.disable_adapters or not self._active():
             return self.plain(x, *args, **kwargs)
         return self.run(x)
@@ -169,15 +173,15 @@ class PeftLinear(FastLinear):
 
 
 class _Block:
-    """A SwiGLU block with PEFT's layers in it."""
+    """A SwiGLU block of PEFT layers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward that the block gets."""
+        """The forward given to the block."""
         if not swiglu_layers(self.module) and not torch.compiler.is_compiling():
-            # PEFT has unloaded its layers, and does not know of this forward
+            # PEFT has unloaded its layers without removing this forward
             _restore_forward(self.module)
         if args or kwargs or why_not_fused(self.module, x) is not None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
@@ -185,7 +189,7 @@ class _Block:
 
 
 def _fuse(model: nn.Module) -> dict[str, nn.Module]:
-    """Let layers of one input run together, and SwiGLU blocks as one; the blocks by name."""
+    """Group layers with a shared input, and fuse SwiGLU blocks; returns the blocks by name."""
     join_siblings(model)
     blocks = {}
     for name, module in model.named_modules():
@@ -198,7 +202,7 @@ def _fuse(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _why_none(model: nn.Module) -> str:
-    """Why a model has no layer to accelerate."""
+    """The reason why a model has no layer to accelerate."""
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         return "the model is adapted by apply_lora, and on the fast path already"
     layers = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
@@ -209,18 +213,12 @@ def _why_none(model: nn.Module) -> str:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether a module's forward is one that :func:`accelerate_peft` gave it."""
+    """Whether :func:`accelerate_peft` set the module's forward."""
     owner = getattr(vars(module).get("forward"), "__self__", None)
     return isinstance(owner, (PeftLinear, _Block))
 
 
 def _restore_forward(module: nn.Module) -> None:
-    """Give a module the forward of its class back, if it has one of ours."""
+    """Restore the forward of a module's class if :func:`accelerate_peft` replaced it."""
     if _is_ours(module):
         del module.forward
-
-
-def _peft_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS:
-            yield name, module

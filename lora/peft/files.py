@@ -1,6 +1,6 @@
-"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapter files in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-A key is ``base_model.model.`` and the parameter's name in the model. Names are PEFT's, without the adapter's name:
+A key is ``base_model.model.`` followed by PEFT's name of the parameter without the adapter's name:
 ``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
 ``LAYER.lora_embedding_A`` (r, vocabulary). The bias of an adapted layer is ``LAYER.base_layer.bias``.
 """
@@ -37,7 +37,7 @@ _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's adapter by the keys of PEFT's files; all processes gather the sharded ones together."""
+    """The tensors of a model's adapter under PEFT's keys. If tensors are sharded, all processes must call it."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     layers = dict(adapted_layers(model))
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
@@ -55,18 +55,18 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model's adapter, so that :func:`load_adapter` and ``peft.PeftModel.from_pretrained`` can read it.
+    """Write a model's adapter for :func:`load_adapter` and ``peft.PeftModel.from_pretrained``.
 
     Args:
-        model: adapted by :func:`leanstep.lora.apply_lora`, merged or not.
-        folder: created where it is missing; each file in it is replaced in one step.
+        model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not.
+        folder: created if missing; each file is replaced atomically.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: for a model without adapters, a tensor with a NaN or an infinity, or a file in place of the folder;
-            nothing is written.
+        ValueError: for a model without adapters, a tensor with a NaN or an infinity, or a file in place of the folder.
+            Nothing is written.
     """
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
@@ -97,26 +97,28 @@ def _all_transposed(model: nn.Module) -> bool:
 
 
 def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object) -> Model:
-    """Read an adapter that :func:`save_adapter` or PEFT wrote, into a plain model or one with such an adapter.
+    """Load an adapter written by :func:`save_adapter` or PEFT.
 
     Args:
-        model: the base model of the adapter; changed in place. A plain one is adapted by the file's configuration.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+        model: the adapter's base model, plain or with such an adapter; changed in place. A plain model is adapted by
+            the file's configuration.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
         changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``.
 
     Returns:
-        The model; the adapter can be trained further.
+        The model. The adapter can be trained further.
 
     Raises:
-        FileNotFoundError: without these files.
-        ValueError: for an adapter of another kind or another base: a target that is not in the model, a missing or
-            unexpected key, or a shape that differs; for an initialisation that changed the base (PiSSA and similar
-            ones); for tensors with a NaN or an infinity, or of integers; for an adapted model whose scale
-            (``lora_alpha``, ``use_rslora``, patterns) differs, or which is merged. The model is unchanged.
+        FileNotFoundError: if a file is missing.
+        ValueError: for another kind of adapter; for another base (an unknown target, a missing or unexpected key, a
+            different shape); for an initialisation that changed the base (PiSSA and the like); for tensors with a NaN
+            or an infinity, or of integers; for an adapted model that is merged or has another scale (``lora_alpha``,
+            ``use_rslora``, patterns). The model is unchanged.
 
     Notes:
-        Warns if the file names another base than the model's config, holds another base weight of an embedding or head
-        (PEFT writes adapted and resized ones; they replace the model's), or names some layers that the model lacks.
+        Warns if the file names another base model, or layers that the model lacks. Also warns if the file holds a
+        different base weight of an embedding or head, which then replaces the model's; PEFT writes such weights if they
+        are adapted or resized.
     """
     source = Path(folder)
     merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
@@ -149,24 +151,15 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         attach_adapters(model, plan, config)
     with torch.no_grad():
         for key, value in state.items():
-            _write(model.get_parameter(key), value)
+            parameter = model.get_parameter(key)
+            parameter.copy_(place_like(value.to(parameter.dtype), parameter) if is_dtensor(parameter) else value)
     for _, layer in adapted_layers(model):
         layer.lora.norms = None
     return model
 
 
-def _write(parameter: Tensor, value: Tensor) -> None:
-    if is_dtensor(parameter):
-        value = place_like(value.to(parameter.dtype), parameter)
-    parameter.copy_(value)
-
-
 def read_config(folder: Path) -> LoraConfig:
-    """The configuration in a folder.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_adapter`.
-    """
+    """Read the configuration in a folder. Raises FileNotFoundError and ValueError as :func:`load_adapter` does."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
@@ -200,10 +193,10 @@ def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
 
 
 def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by the names of the model's parameters.
+    """Rename a file's tensors to the names of the model's parameters.
 
     With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` three times: also under its wrapper's names, and
-    from before training.
+    with their values before training.
     """
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -214,9 +207,9 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the base weights of embedding and head that are among ``others``, keys that no adapter has.
+    """Shapes of the base weights of embedding and head among ``others``, the file's keys that are not the adapter's.
 
-    PEFT writes adapted and resized ones.
+    PEFT writes these weights if they are adapted or resized.
     """
     getters = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
     modules = [module for getter in getters if (module := getter()) is not None]
@@ -225,7 +218,7 @@ def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int
 
 
 def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Warn where the base weight of an embedding or head in the file is not the model's."""
+    """Warn if the file's base weight of an embedding or head differs from the model's."""
     for key, value in weights.items():
         current = model.get_parameter(key)
         if not is_dtensor(current) and not torch.equal(value.to(current), current):
@@ -237,7 +230,7 @@ def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Pa
 
 
 def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapter's tensors in a model that is not adapted yet, by parameter name."""
+    """Shapes that the adapter's tensors will have in a plain model, by parameter name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.items():
         r = rank_of(config, name)
@@ -276,7 +269,7 @@ def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, 
 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
-    """Raise ValueError where an adapted model's scales are not the file's."""
+    """Raise ValueError if a scale of an adapted model differs from the file's."""
     scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
@@ -284,24 +277,24 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
         more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
         raise ValueError(
             f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {current:g} in "
-            f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first, and it is "
-            "adapted as the file says"
+            f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first to adapt it by "
+            "the file's configuration"
         )
 
 
 def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
-    """Warn where the file names another base than the model's."""
+    """Warn if the file names another base model."""
     wanted, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
     if wanted and name and _normalized(wanted) != _normalized(name):
         warnings.warn(
-            f"load_adapter: {source} was made for {wanted!r}, and this model is {name!r}; if that is another base, it "
-            "computes something else than it was trained to",
+            f"load_adapter: {source} was made for {wanted!r}, and this model is {name!r}; if their weights differ, the "
+            "adapter does not fit this model",
             stacklevel=3,
         )
 
 
 def _normalized(name: str) -> str:
-    """The same string for a model's name on the hub and its folder in the hub's cache; a path is made absolute."""
+    """Map a model's hub name and its folder in the hub's cache to the same string; make other paths absolute."""
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
     name = cached.group(1).replace("--", "/") if cached else name
     return os.path.realpath(os.path.expanduser(name))

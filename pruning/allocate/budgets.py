@@ -26,15 +26,14 @@ class Budget:
     Attributes:
         kind: * "params": weights that are kept.
             * "flops": operations per sample, 2 for every kept weight and use (``Layer.uses``).
-            * "bytes": of kept values and a bit per weight that says which they are, or of the dense matrix where that
-              is smaller.
+            * "bytes": the kept values and a mask of one bit per weight, or the dense matrix if that is smaller.
             * "latency": seconds, from a table.
         target: the most, in that unit.
         seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
 
     Raises:
-        ValueError: for an unknown kind, a target that is not positive, or if ``seconds`` is given for a kind other than
-            "latency", or missing for that.
+        ValueError: for an unknown kind, a target that is not positive, "latency" without ``seconds``, or ``seconds``
+            with another kind.
     """
 
     kind: str
@@ -53,14 +52,14 @@ class Budget:
     def fraction(
         cls, kind: str, of_dense: float, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None
     ) -> Budget:
-        """A budget of a fraction of the dense layers' cost. With ``seconds``, first levels are dense."""
+        """A fraction of the dense layers' cost. In ``seconds``, the first level of each layer is the dense one."""
         if seconds is not None:
             return cls(kind, of_dense * sum(seconds[layer.name][0] for layer in layers), seconds)
         return cls(kind, of_dense * sum(float(cost(kind, layer, layer.numel)) for layer in layers))
 
 
 def cost(kind: str, layer: Layer, kept: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Integer cost of kept counts, for every kind but "latency"."""
+    """Integer cost of kept counts; every kind except "latency"."""
     counts = np.asarray(kept, dtype=np.int64)
     if kind == "params":
         return counts
@@ -76,17 +75,17 @@ def quantize(
 ) -> tuple[list[npt.NDArray[np.int64]], int]:
     """Costs and budget in whole units, counted from each group's cheapest level.
 
-    Costs are rounded up and the budget down: what fits in units, fits.
+    Costs are rounded up and the budget is rounded down, so that levels that fit in units fit the budget.
     """
     least = [float(cost.min()) for cost in costs]
-    # a whole number of units must not become one more by rounding
+    # 1e-9: a rounding error must not add a unit
     whole = [np.ceil((cost - low) / unit - 1e-9).astype(np.int64) for cost, low in zip(costs, least, strict=True)]
     return whole, math.floor((budget - sum(least)) / unit + 1e-9)
 
 
 Levels = Mapping[str, tuple[Sequence[int], Sequence[str]]]
 
-# a level is meant by a sparsity that is this near to it: 0.333 is 3:9
+# largest distance of a sparsity from the level it means: 0.333 means 3:9
 _NEAR = 1e-3
 
 
@@ -96,8 +95,8 @@ class LatencyTable:
 
     Attributes:
         levels: sparsities, increasing, the first 0.
-        seconds: by the name of a matrix, as ``sparsity.json`` and :func:`leanstep.pruning.find_targets` have it, its
-            seconds at each of the levels; at least 0, and more than 0 at the first.
+        seconds: of each matrix at each level, by the matrix's name in ``sparsity.json`` and
+            :func:`leanstep.pruning.find_targets`; >= 0, and > 0 at the first level.
 
     Raises:
         ValueError: for invalid levels or seconds, or a layer without seconds for a level; the message names both.
@@ -119,13 +118,13 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
-        """The table of a file: JSON, or CSV where the name ends so.
+        """Read a table from a file: CSV if its name ends in ``.csv``, else JSON.
 
         JSON: ``{"levels": [0, 0.5, 0.75], "seconds": {"model.layers.0.mlp.up_proj.weight": [3e-4, 2e-4, 1e-4], ...}}``.
         CSV: a first row ``layer,0,0.5,0.75``, and one row ``NAME,3e-4,2e-4,1e-4`` per layer.
 
         Raises:
-            ValueError: the file cannot be read or holds no such table; it names the file.
+            ValueError: if the file cannot be read or holds no such table; the message names the file.
         """
         path = Path(path).expanduser()
         try:
@@ -142,11 +141,11 @@ class LatencyTable:
 
         Args:
             groups: the groups that are pruned.
-            kept: weights left at each level of each group. A matrix that was pruned before to between two levels of
-                the table is counted at the denser one.
+            kept: kept weights at each level of each group. The first level may lie between two levels of the table,
+                as for a model that was pruned before; the denser of the two is used.
 
         Raises:
-            ValueError: a layer or a level that the table does not have.
+            ValueError: if the table lacks a layer or a level.
         """
         names = [target.name for group in groups for target in group.targets]
         missing = [name for name in names if name not in self.seconds]
@@ -216,8 +215,6 @@ def _from_csv(text: str) -> LatencyTable:
     for name, *cells in rows[1:]:
         if name in seconds:
             raise ValueError(f"{name} has two rows")
-        if len(cells) != len(levels):
-            raise ValueError(f"{name} needs {len(levels)} numbers, one for each level {_shown(levels)}; got {cells}")
         seconds[name] = tuple(_number(cell, name) for cell in cells)
     return LatencyTable(levels, seconds)
 
@@ -229,19 +226,19 @@ def _number(cell: str, where: str) -> float:
         raise ValueError(f"{where}: expected a number, got {cell.strip()!r}") from None
 
 
-# where uniform sparsity cannot meet a budget, levels lie around this, and the solver says what they reach
+# center of the levels if no uniform sparsity meets the budget; the solver then reports the reachable range
 _SPARSEST = 0.99
 
 
 @dataclass(frozen=True)
 class BudgetConstraint:
-    """A budget for some layers, and what these layers cost at other densities.
+    """A budget for some layers, and the cost of these layers at any density.
 
     Attributes:
         budget: kind, target, and for latencies the seconds of each layer at each of its levels.
         dense: cost of the layers with all their weights.
         layers: one for each group.
-        kept: weights left at each level, by layer; for latencies.
+        kept: for latencies, kept weights at each level of each layer.
     """
 
     budget: Budget
@@ -257,16 +254,16 @@ class BudgetConstraint:
         sparsity: float | None,
         kept: Mapping[str, Sequence[int]],
     ) -> BudgetConstraint:
-        """The constraint of a budget, or of a kind of cost of which ``1 - sparsity`` of the dense one may be left.
+        """Make a constraint from a budget, or from a cost that may be at most ``1 - sparsity`` of the dense model's.
 
         Args:
             budget: a budget; ``flops`` or ``bytes``; or a table of latencies.
             groups: groups of matrices; for ``flops``, with their uses counted.
             sparsity: fraction of the dense cost to remove; None with a :class:`Budget`.
-            kept: weights left at each level of each group's curve; for latencies.
+            kept: for latencies, kept weights at each level of each group's curve.
 
         Raises:
-            ValueError: for a layer or level that the table does not have, or a group of matrices that are not used
+            ValueError: if the table lacks a layer or a level, or for "flops" if the matrices of a group are not used
                 equally often.
         """
         layers = [group.layer for group in groups]
@@ -289,10 +286,7 @@ class BudgetConstraint:
 
     @property
     def uniform_sparsity(self) -> float:
-        """The sparsity at which all layers, pruned alike, cost what the budget allows, at most 0.99; for latencies 0.5.
-
-        Levels of curves lie around it.
-        """
+        """The uniform sparsity that meets the budget, at most 0.99; 0.5 for latencies. Levels lie around it."""
         if self.budget.kind == "latency":
             return 0.5
         low, high = 0.0, 1.0
@@ -303,7 +297,7 @@ class BudgetConstraint:
         return min(1 - low, _SPARSEST)
 
     def cost(self, kept: Mapping[str, int]) -> float:
-        """Cost of kept weights; in seconds, that of the sparsest level that keeps as many."""
+        """Cost of kept counts. Latencies are those of the sparsest level that keeps at least as many."""
         if self.budget.seconds is None:
             return sum(float(cost(self.budget.kind, layer, kept[layer.name])) for layer in self.layers)
         total = 0.0
@@ -313,7 +307,7 @@ class BudgetConstraint:
         return total
 
     def reach(self, levels: Levels, upper: Mapping[str, int]) -> tuple[float, float]:
-        """Cost of the cheapest levels of all layers and of the dearest, among those of at most ``upper`` weights."""
+        """Least and largest total cost of levels that keep at most ``upper`` weights."""
         least = most = 0.0
         for layer in self.layers:
             kept = levels[layer.name][0]
@@ -327,12 +321,12 @@ class BudgetConstraint:
         return least, most
 
     def uniform(self, upper: Mapping[str, int], levels: Levels | None) -> tuple[dict[str, int], dict[str, str]] | None:
-        """Kept weights and patterns of the densest uniform sparsity that the budget allows; None where it allows none.
+        """Kept weights and patterns of the densest uniform sparsity within the budget; None if there is none.
 
         Args:
             upper: most weights of each layer.
-            levels: kept counts and patterns of each layer, for N:M patterns and latencies, where there is nothing
-                between levels: each layer takes its densest level that is at least as sparse. None: any count.
+            levels: kept counts and patterns of each layer, for N:M patterns and latencies. Each layer takes its
+                densest level that is at least as sparse. None: any count is possible.
         """
         sizes = {layer.name: layer.numel for layer in self.layers}
         if levels is None:
@@ -351,8 +345,8 @@ def _check_uses(groups: Sequence[Group]) -> None:
     for group in groups:
         if len({target.layer.uses for target in group.targets}) > 1:
             raise ValueError(
-                f"{group.name} has matrices that are used differently often, so that its operations are not "
-                "proportional to its weights; use granularity='matrix'"
+                f"{group.name} has matrices that are used differently often: its operations are not proportional "
+                "to its weights; use granularity='matrix'"
             )
 
 
@@ -363,6 +357,6 @@ def _level_at(kept: Sequence[int], numel: int, sparsity: float) -> int:
 
 
 def keep_total(total: int, sparsity: float | None) -> int:
-    """Weights that are kept of ``total``; the number of zeros is rounded up."""
-    # 0.7 * 1000 is a bit more than 700: a whole number but for rounding is taken as one
+    """Number of kept weights of ``total``; the number of zeros is rounded up."""
+    # 1e-6: in floating point, 0.7 * 1000 is slightly more than 700
     return total - math.ceil((sparsity or 0.0) * total - 1e-6)

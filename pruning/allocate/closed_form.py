@@ -1,4 +1,4 @@
-"""Rules that say how dense each layer should be, from its shape, its depth or its outliers alone."""
+"""Allocation rules without a search: from the shapes, depths, outliers or scores of the layers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ Floats = npt.NDArray[np.float64]
 
 
 def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
-    """Integers within bounds that add up to ``total``, each at most one from ``wanted`` where that adds up to it.
+    """Round ``wanted`` to integers within bounds that add up to ``total``.
 
-    Counts are rounded down, and those with the largest remainders get one more (Hamilton's method), the first of
-    equal ones.
+    Rounds down, then adds one to the counts with the largest remainders (Hamilton's method). Ties go to the first.
 
     Args:
         wanted: [n], between the bounds; its sum is ``total`` up to rounding.
-        total: the sum.
-        lower, upper: [n].
+        total: sum of the result.
+        lower, upper: bounds [n].
 
     Raises:
-        InfeasibleBudget: where the bounds leave no such integers.
+        InfeasibleBudget: if the bounds exclude ``total``.
     """
     check_total(total, lower, upper)
     counts = np.clip(np.floor(wanted + 1e-9).astype(np.int64), lower, upper)
@@ -46,29 +45,28 @@ def scaled(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> I
     """Counts in proportion to ``base * numel``: ``clip(c * base * numel)`` with the c that makes their sum ``total``.
 
     Args:
-        base: [n], > 0: densities up to a common factor. Those that reach a bound stay there, and c makes up for it.
-        numel, total, lower, upper: weights of each, of all, and bounds of each.
+        base: [n], > 0: densities up to a common factor.
+        numel, lower, upper: [n], weights of each layer and bounds of its count.
+        total: sum of the result.
     """
-    check_total(total, lower, upper)
     return _fitted(lambda c: np.clip(c * base * numel, lower, upper), 0.0, float(1 / base.min()), total, lower, upper)
 
 
 def shifted(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> Ints:
     """Counts ``clip((base + c) * numel)`` with the c that makes their sum ``total``; arguments as :func:`scaled`."""
-    check_total(total, lower, upper)
     low, high = float(-base.max()), float(1 - base.min())
     return _fitted(lambda c: np.clip((base + c) * numel, lower, upper), low, high, total, lower, upper)
 
 
 def check_total(total: int, lower: Ints, upper: Ints) -> None:
-    """Refuse a total that the bounds exclude."""
+    """Raise InfeasibleBudget for a total that the bounds exclude."""
     least, most = int(lower.sum()), int(upper.sum())
     if not least <= total <= most:
         raise InfeasibleBudget(f"{total} weights cannot be kept: the bounds allow {least} to {most}", least, most)
 
 
 def _fitted(counts, low: float, high: float, total: int, lower: Ints, upper: Ints) -> Ints:
-    """Bisection for the argument at which ``counts``, which do not decrease in it, add up to ``total``."""
+    """Bisect the argument of the non-decreasing ``counts`` until they add up to ``total``, and round them."""
     for _ in range(200):
         middle = (low + high) / 2
         if counts(middle).sum() < total:
@@ -78,9 +76,9 @@ def _fitted(counts, low: float, high: float, total: int, lower: Ints, upper: Int
     return apportion(counts(high), total, lower, upper)
 
 
-# of sparsity, in OWL: blocks lie within twice this of one another (arXiv 2310.05175, LLaMA-7B at 70 %)
+# lambda of OWL: sparsities of blocks differ by at most twice this (arXiv 2310.05175, LLaMA-7B at 70 %)
 OWL_SPREAD = 0.08
-# a score is an outlier from this many times the mean on (ibid.)
+# M of OWL: scores above M times the mean are outliers (ibid.)
 OWL_MULTIPLE = 5.0
 
 
@@ -97,7 +95,7 @@ def counts_by_rule(
     spread: float,
     beta: float | None,
 ) -> Ints:
-    """Weights that each layer keeps by a method of :func:`leanstep.pruning.allocate`, ``keep`` in all."""
+    """Kept weights of each layer by a method of :func:`leanstep.pruning.allocate`; they add up to ``keep``."""
     fit = np.array([layer.numel for layer in layers], dtype=np.int64), keep, lower, upper
     if method == "uniform":
         return scaled(np.ones(len(layers)), *fit)
@@ -130,12 +128,12 @@ def owl(layers: Sequence[Layer], outliers: Mapping[int, float] | Mapping[str, fl
     """Densities of outlier weighed layerwise sparsity, up to a constant: ``2 spread (o - min) / (max - min)``.
 
     Args:
-        layers: of which each has a block, or an entry by name.
+        layers: each has a block, or an entry by name.
         outliers: o, the percentage of outliers (:func:`outlier_ratio`), by block number or by layer name.
         spread: half the range of densities, lambda.
 
     Raises:
-        ValueError: where a layer has no entry, or the spread is negative.
+        ValueError: for a layer without an entry, or a negative spread.
 
     References:
         Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175.
@@ -157,20 +155,20 @@ def outlier_ratio(scores: Tensor | Sequence[Tensor], multiple: float = OWL_MULTI
     """Percentage of scores that are more than ``multiple`` times their mean.
 
     Args:
-        scores: of a layer, or of all layers of a block, which are taken together; Wanda's in the paper.
+        scores: of a layer, or of all layers of a block together; the paper uses Wanda's.
         multiple: M.
     """
-    parts = [scores] if isinstance(scores, Tensor) else list(scores)
-    count = sum(part.numel() for part in parts)
-    mean = sum(float(part.detach().sum(dtype=torch.float64)) for part in parts) / count
-    return 100 * sum(int((part > multiple * mean).sum()) for part in parts) / count
+    tensors = [scores] if isinstance(scores, Tensor) else list(scores)
+    count = sum(tensor.numel() for tensor in tensors)
+    mean = sum(float(tensor.detach().sum(dtype=torch.float64)) for tensor in tensors) / count
+    return 100 * sum(int((tensor > multiple * mean).sum()) for tensor in tensors) / count
 
 
 def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:
     """Densities that fall with depth by ``beta`` per block, up to a constant.
 
     Args:
-        layers: of which each has a block.
+        layers: each has a block.
         sparsity: S of the whole model.
         beta: 0 < beta <= min(2 S, 2 (1 - S)) / (L - 1) for L blocks; see :func:`atp_betas`.
 
@@ -191,11 +189,10 @@ def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:
 
 
 def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
-    """The values of ``beta`` to choose from: multiples of ``step`` up to the largest one possible.
+    """Candidates for ``beta``: multiples of ``step`` up to the largest possible slope.
 
     Notes:
-        The paper takes the one with the lowest perplexity on the test set. Choose on other text than the one that is
-        reported.
+        The paper takes the one with the lowest perplexity on the test set. Do not choose on the text you report.
     """
     largest = _largest_beta(sparsity, blocks)
     return [step * i for i in range(1, int(largest / step + 1e-9) + 1)] or [largest]
@@ -207,7 +204,7 @@ def _largest_beta(sparsity: float, blocks: int) -> float:
     return min(2 * sparsity, 2 * (1 - sparsity)) / (blocks - 1)
 
 
-# nonnegative fp32 numbers are ordered as their 31 bits are, which are looked at in turn: (bits below, bits)
+# nonnegative fp32 numbers sort like their 31 bits. Each pass reads some of these: (bits below, bits read)
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 _CHUNK = 1 << 22
 
@@ -215,35 +212,35 @@ _CHUNK = 1 << 22
 def counts_above_threshold(
     names: Sequence[str], scores: Mapping[str, Tensor], keep: int, lower: Ints, upper: Ints
 ) -> Ints:
-    """Weights that each layer keeps when the ``keep`` largest scores of all layers are kept.
+    """Number of each layer's weights among the ``keep`` largest scores of all layers.
 
-    A layer that the threshold would leave fewer than ``lower`` or more than ``upper`` weights has that many, and the
-    threshold makes up for it. Weights that tie at the threshold are shared out in proportion.
+    The threshold is the score at which the counts, clipped to ``lower`` and ``upper``, add up to ``keep``. Ties at the
+    threshold are shared in proportion to each layer's ties.
 
     Args:
         names: of the layers.
-        scores: by name, any shape, >= 0; compared in fp32. Each layer's are asked for three times and used one
-            layer at a time, so that a mapping may compute them when asked.
-        keep: weights that are kept, of all layers.
+        scores: by name, any shape, >= 0; compared in fp32. Each layer's are read three times, one layer at a
+            time; a mapping may compute them on access.
+        keep: total of kept weights.
         lower, upper: [layers].
 
     Raises:
-        InfeasibleBudget: where the bounds exclude ``keep``.
+        InfeasibleBudget: if the bounds exclude ``keep``.
         ValueError: for scores that are negative or not finite.
 
     Notes:
-        Exact, without sorting or joining the scores: three passes find the threshold's bits, the first, the middle and
-        the last ones. 16 KiB per layer.
+        Exact, without sorting or joining the scores: each of three passes finds some bits of the threshold. Memory:
+        16 KiB per layer.
     """
     check_total(keep, lower, upper)
-    above = np.zeros((len(names), 1), dtype=np.int64)  # weights with larger bits than those looked at
+    above = np.zeros((len(names), 1), dtype=np.int64)  # weights whose bits exceed the prefix
     prefix = 0
     for below, bits in _DIGITS:
         counts = np.stack([_histogram(name, scores[name], prefix, below, bits) for name in names])
         # weights per layer with these bits >= b, for every b, within the bounds
         reached = np.concatenate([above + counts[:, ::-1].cumsum(axis=1)[:, ::-1], above], axis=1)
         bounded = np.clip(reached, lower[:, None], upper[:, None])
-        # the largest b for which they are enough
+        # the largest b that keeps enough weights
         digit = int(np.flatnonzero(bounded.sum(axis=0) >= keep)[-1])
         if digit == counts.shape[1]:
             return apportion(bounded[:, -1].astype(np.float64), keep, lower, upper)
@@ -255,7 +252,7 @@ def counts_above_threshold(
 
 
 def _histogram(name: str, scores: Tensor, prefix: int, below: int, bits: int) -> Ints:
-    """How often each value of some bits occurs, among the scores whose bits before them are ``prefix``."""
+    """Histogram of the next ``bits`` bits of the scores that begin with the bits ``prefix``."""
     counts = np.zeros(1 << bits, dtype=np.int64)
     for chunk in _chunks(name, scores):
         high_bits = chunk.view(torch.int32) >> below
@@ -274,11 +271,11 @@ def _chunks(name: str, scores: Tensor) -> Iterator[Tensor]:
 
 
 class ComputedScores(Mapping[str, Tensor]):
-    """Scores of layers, computed on every access and kept nowhere.
+    """Scores of layers, computed on every access and never stored.
 
     Args:
         names: of the layers.
-        compute: from a name to its scores.
+        compute: name -> scores.
     """
 
     def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]):
@@ -297,11 +294,11 @@ class ComputedScores(Mapping[str, Tensor]):
 def lamp_scores(weights: Tensor) -> Tensor:
     """LAMP scores of a layer: ``w^2 / sum of v^2 over all v with |v| >= |w|``, fp64, flattened.
 
-    Of weights of equal magnitude, later ones count as larger. The largest weight of a layer has score 1, so that no
-    layer is ever pruned whole.
+    Of weights of equal magnitude, the later one is the larger. The largest weight of a layer has score 1, so that no
+    layer is pruned completely.
 
     Args:
-        weights: any shape: weights, or other scores whose squares are used instead.
+        weights: any shape; weights, or other scores to square.
 
     References:
         Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611,

@@ -29,8 +29,8 @@ class InfeasibleBudget(ValueError):
     """A budget that no choice of levels can meet.
 
     Attributes:
-        lowest: the least that any choice costs, in the unit of the budget.
-        highest: what the dearest choice costs.
+        lowest: cost of the cheapest choice, in the unit of the budget.
+        highest: cost of the dearest choice.
     """
 
     def __init__(self, message: str, lowest: float, highest: float):
@@ -75,7 +75,7 @@ def level_at(previous: Floats, row: Floats, costs: Ints, losses: Floats, state: 
     """
     fits = np.flatnonzero(costs <= state)
     sums = previous[np.minimum(state - costs[fits], len(previous) - 1)] + losses[fits]
-    # these are the sums that the row was made of, so that equal means equal
+    # the row was made of these same sums, so that equality is exact
     best = fits[sums == row[state]]
     return int(best[np.argmax(costs[best])])
 
@@ -95,15 +95,15 @@ def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLik
         :class:`KnapsackTable`, for this budget and every smaller one.
 
     Raises:
-        InfeasibleBudget: where the cheapest levels together cost more than the budget.
+        InfeasibleBudget: if the cheapest levels together cost more than the budget.
         ValueError: for no groups, a group without levels, or values out of range.
         TypeError: for costs that are no integers.
 
     Notes:
         Costs are counted from each group's cheapest level and in units of the greatest common divisor of their
-        differences, which loses nothing. With S states, that is (budget - cheapest) / unit: time O(S * levels) per
-        group, linear in the budget, and 8 S bytes per group; less for the groups whose costs do not add up to S yet,
-        and the cheap groups come first. The sums are float64, in an order that depends on costs and losses only.
+        differences, which loses nothing. With S = (budget - cheapest) / unit states, a group takes O(S * levels) time
+        and at most 8 S bytes. Cheap groups come first, because their rows are shorter. The sums are float64, in an
+        order that depends only on costs and losses.
 
     References:
         Xu, Wang, Geng, Lin, Wu, Li, Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural
@@ -166,12 +166,12 @@ class KnapsackTable:
         return float(self._rows[-1][self._state(budget)])
 
     def choose(self, budget: int | None = None) -> list[int]:
-        """Level of every group, in the order they were given, of a choice with that loss.
+        """Level of every group, in the given order, of a choice with the least loss.
 
-        Of levels with the same loss the dearest is taken, so that no weight is pruned for nothing.
+        Ties go to the dearest level, so that no weight is pruned for nothing.
 
         Notes:
-            O(groups * levels): a table is made once and asked for any number of budgets.
+            O(groups * levels) for each budget.
         """
         state = self._state(budget)
         levels = [0] * len(self._order)
@@ -183,7 +183,7 @@ class KnapsackTable:
         return levels
 
     def front(self) -> tuple[Ints, Floats]:
-        """The Pareto front: costs at which a larger budget first pays, increasing, and the losses, decreasing."""
+        """The Pareto front: increasing costs, int64, and decreasing losses, float64."""
         row = self._rows[-1]
         first = np.flatnonzero(np.diff(row, prepend=np.inf) < 0)
         return self.lowest + first * self.unit, row[first]
@@ -218,10 +218,10 @@ def solve_lagrange(
     groups = _checked(costs, losses)
     _check_reachable(budget, sum(int(c.min()) for c, _ in groups), sum(int(c.max()) for c, _ in groups))
 
-    # cheapest levels first, so that the first of equals is the cheapest
+    # cheapest levels first, so that argmin breaks ties in their favor
     orders = [np.argsort(cost, kind="stable") for cost, _ in groups]
     shape = len(groups), max(map(len, orders))
-    paid, lost = np.zeros(shape), np.full(shape, np.inf)  # what fills short rows is never the least
+    paid, lost = np.zeros(shape), np.full(shape, np.inf)  # the padding of short rows is never the minimum
     for g, ((cost, loss), order) in enumerate(zip(groups, orders, strict=True)):
         paid[g, : len(order)], lost[g, : len(order)] = cost[order], loss[order]
 

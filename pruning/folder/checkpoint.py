@@ -1,10 +1,10 @@
-"""Hugging Face folders: opened with every check made beforehand, and written pruned, tensor for tensor."""
+"""Open, check and load a Hugging Face folder, and write it again with pruned weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# not copied: other forms of the weights, and files about the dense ones
+# not copied: weights in any format, and files about the dense weights
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_OWN_FILES = ("sparsity.json", "report.html")
+_REPORT_FILES = ("sparsity.json", "report.html")
 _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files are there, whole, and not quantised.
+    """A checked folder: its weight files are complete and not quantised.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         files: weight file -> names of its tensors, in the order of the index or the file.
         config: content of config.json.
         index: content of the index, None for a single file.
@@ -59,7 +59,7 @@ class Checkpoint:
             return {name: opened.get_tensor(name) for name in self.files[file]}, dict(opened.metadata() or {})
 
     def tensor(self, file: str, name: str) -> Tensor:
-        """One tensor of a safetensors file, mapped and not read until it is looked at."""
+        """One tensor of a safetensors file, memory-mapped."""
         with safe_open(self.folder / file, framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -68,16 +68,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Find and check a checkpoint: a Hugging Face folder, or the name of a model on the hub. Nothing is loaded.
 
     Raises:
-        ValueError: no checkpoint there, a missing or damaged file, tensors that the index does not have or has and the
-            files do not, quantised weights; the message names the file. For a name: the hub's answer.
+        ValueError: for no checkpoint, a missing or damaged file, an index that disagrees with the files, or quantised
+            weights; the message names the file. For a name that the hub refuses: the hub's answer.
     """
     folder = _find_folder(source)
     config = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "quantization_config in config.json")
         raise ValueError(
-            f"{folder} is quantised ({method}), and a zero among quantised weights has no score: expected plain "
-            "weights of fp32, bf16 or fp16. Prune the model it was made from, and quantise the result"
+            f"{folder} is quantised ({method}): expected plain weights of fp32, bf16 or fp16. Prune the model it was "
+            "made from, and quantise the result"
         )
     index = None
     for name in (_INDEX, _BIN_INDEX):
@@ -169,7 +169,7 @@ def _indexed_files(folder: Path, index: dict[str, Any], index_name: str) -> dict
 
 
 def _tensor_names(path: Path) -> tuple[str, ...]:
-    """Names of a file's tensors, once it is seen to be whole and not quantised."""
+    """Check that a file is complete and not quantised; returns the names of its tensors."""
     if path.suffix == ".bin":
         return tuple(_load_bin(path))
     try:
@@ -200,10 +200,10 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 
 
 def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a checkpoint, with transformers, in the dtype of its weights and in eval mode.
+    """Load the model of a checkpoint with transformers, in the dtype of its weights and in eval mode.
 
     Raises:
-        ValueError: transformers does not know it, or the weights do not fit its config.json.
+        ValueError: if transformers cannot open it, or the weights do not fit its config.json.
     """
     import transformers
 
@@ -213,14 +213,14 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, told = cls.from_pretrained(checkpoint.folder, dtype="auto", output_loading_info=True)
+        model, loading_info = cls.from_pretrained(checkpoint.folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # a broken configuration or file: many types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"transformers could not open the model in {checkpoint.folder}: {reason}") from error
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-    wrong = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    wrong = sorted(map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]]))
     if wrong:
         raise ValueError(f"the weights in {checkpoint.folder} do not fit its config.json: {', '.join(wrong[:3])}, ...")
     checkpoint_values(checkpoint, model)
@@ -228,13 +228,12 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
 
 
 def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names, and in the shapes, that the checkpoint has for them.
+    """The model's tensors under the checkpoint's names and in its shapes.
 
-    transformers renames some tensors and fuses others when it loads them (the experts of a mixture, for instance); this
-    undoes it.
+    Undoes the renaming and fusing that transformers does on loading, for instance of a mixture's experts.
 
     Raises:
-        ValueError: a tensor of the model that the checkpoint does not have, unless it is tied to one that it has.
+        ValueError: if the checkpoint has neither a tensor of the model nor one tied to it.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -245,19 +244,19 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     absent = [n for n, t in values.items() if n not in names and t.numel() and t.data_ptr() not in written]
     if absent:
         raise ValueError(
-            f"{checkpoint.folder}: the model's tensor {absent[0]} is not among those of the files, so that it is not "
-            "known where pruned weights belong; open the model with transformers, save it with save_pretrained, and "
-            "prune that"
+            f"{checkpoint.folder}: no file has the model's tensor {absent[0]}, so that it cannot be written; open the "
+            "model with transformers, save it with save_pretrained, and prune that"
         )
     return {name: tensor for name, tensor in values.items() if name in names}
 
 
 def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], Tensor | None]:
-    """From a parameter's name to its values in the checkpoint's files; None for those that transformers made of several
-    tensors, or that no safetensors file holds.
+    """Make a function from a parameter's name to its values in the checkpoint's safetensors files.
+
+    The function returns None for parameters that transformers fused, and for those in files of ``torch.save``.
     """
     files = {name: file for file, names in checkpoint.files.items() for name in names}
-    # an expert begins where the parameter of all experts does, but has another shape
+    # the shape tells the first expert from the fused parameter, which begins at the same address
     named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
     stored_names = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
 
@@ -271,17 +270,22 @@ def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str
 
 
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
-    """Write the checkpoint's files into a folder with the tensors of ``values`` where they differ from the stored ones.
+    """Write the checkpoint's files into a folder, with the tensors of ``values`` that differ from the stored ones.
 
-    Files, names, dtypes, metadata and everything that is not changed stay as they are; files of ``torch.save`` become
-    safetensors of the corresponding name. A safetensors file is copied, and changed tensors are written into the copy,
-    one tensor in memory at a time; of files of ``torch.save``, a file at a time.
+    Files, names, dtypes, metadata and unchanged tensors stay the same. A safetensors file is copied, then its changed
+    tensors are overwritten, one in memory at a time. A file of ``torch.save`` becomes a safetensors file; all its
+    tensors are in memory at once.
 
     Returns:
-        name -> fraction of zeros, of the tensors that were changed.
+        name of each changed tensor -> its fraction of zeros.
     """
     changed: dict[str, float] = {}
-    renamed = {file: _safetensors_name(file) for file in checkpoint.files}
+    renamed = {
+        file: f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
+        if file.endswith(".bin")
+        else file
+        for file in checkpoint.files
+    }
     aliases: set[str] = set()
     for file in checkpoint.files:
         if _has_format(checkpoint.folder / file):
@@ -310,7 +314,7 @@ def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: 
 
 
 def _has_format(path: Path) -> bool:
-    """Whether a file is one of safetensors that says, as transformers asks for, that torch wrote it."""
+    """Whether a file is a safetensors file with the metadata ``format: pt``, which transformers requires."""
     if path.suffix != ".safetensors":
         return False
     with safe_open(path, framework="pt") as opened:
@@ -318,7 +322,7 @@ def _has_format(path: Path) -> bool:
 
 
 def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor], to: Path) -> dict[str, float]:
-    """Copy a safetensors file and write the tensors that are changed over the old ones; see :func:`write_weights`."""
+    """Copy a safetensors file and overwrite its changed tensors; returns as :func:`write_weights`."""
     changed: dict[str, float] = {}
     shutil.copyfile(checkpoint.folder / file, to)
     with to.open("r+b") as copy:
@@ -337,21 +341,15 @@ def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor
 
 
 def _merge(stored: Tensor, value: Tensor) -> Tensor:
-    """The stored tensor where the model has it unchanged, the model's values elsewhere; the same object if all are."""
+    """The stored values where the model has not changed them, else the model's; ``stored`` itself if none changed."""
     same = stored.to(value.dtype) == value
     if bool(same.all()):
         return stored
     return torch.where(same, stored, value.to(stored.dtype))
 
 
-def _safetensors_name(file: str) -> str:
-    if not file.endswith(".bin"):
-        return file
-    return file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
-
-
 def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> set[str]:
-    """Leave one name of every tied weight: safetensors stores no memory twice, and transformers ties it again."""
+    """Drop all names of a tied weight but one, and return them; transformers ties them again on loading."""
     owners: dict[int, str] = {}
     dropped = set()
     for name, tensor in list(tensors.items()):
@@ -367,18 +365,12 @@ def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> s
     return dropped
 
 
-def other_files(folder: Path) -> Iterator[Path]:
-    """Files of a checkpoint that are copied as they are: configuration, tokenizer, model card, code."""
-    for path in sorted(folder.iterdir()):
-        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
-        if wanted and path.name not in _OWN_FILES:
-            yield path
-
-
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy everything but the weights into a folder."""
-    for path in other_files(checkpoint.folder):
-        shutil.copyfile(path, folder / path.name)
+    """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        left_out = path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in _REPORT_FILES
+        if path.is_file() and not left_out:
+            shutil.copyfile(path, folder / path.name)
     templates = checkpoint.folder / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name)

@@ -25,8 +25,8 @@ def report_page(content: Mapping[str, Any]) -> str:
     """The whole page, as text; values are escaped.
 
     Args:
-        content: of sparsity.json (:meth:`leanstep.pruning.PruneResult.to_dict` and facts of the checkpoint):
-            ``layers`` and ``allocation``; ``curves``, ``compared``, ``perplexity`` and ``notes`` if they are known.
+        content: content of sparsity.json, that is :meth:`leanstep.pruning.PruneResult.to_dict` and facts of the
+            checkpoint. ``curves``, ``compared``, ``perplexity`` and ``notes`` are optional.
     """
     rows = [
         [row["name"], "x".join(map(str, row["shape"])), f"{row['sparsity']:.4f}", row.get("pattern") or "-"]
@@ -84,7 +84,7 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
-    """The row of an allocation that was measured on held-out data."""
+    """Table row of an allocation that was measured on held-out data."""
     error = "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
@@ -102,7 +102,7 @@ def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     for index, layer in enumerate(layers):
         depth = layer.get("block")
         roles.setdefault(role_of(layer["name"]), []).append((index if depth is None else depth, layer["sparsity"]))
-    if len(roles) > _MOST_LINES:  # of a network without blocks, each name is of its own kind
+    if len(roles) > _MOST_LINES:  # without blocks, every name is a kind of its own
         roles = {"all matrices": [(index, layer["sparsity"]) for index, layer in enumerate(layers)]}
     series = [
         Series(role, [x for x, _ in points], [y for _, y in points], color=number, dots=True)

@@ -1,4 +1,4 @@
-"""Prune a checkpoint folder: everything is checked first, and the result appears whole or not at all."""
+"""Prune a checkpoint folder: check everything first, and write a complete folder or none."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from leanstep.pruning.folder.checkpoint import (
     write_weights,
 )
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Progress
+from leanstep.pruning.measure.measure import Progress, evaluating
 from leanstep.pruning.measure.metrics import CEDelta, summarise
-from leanstep.pruning.measure.snapshot import evaluating
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 
@@ -44,13 +43,13 @@ class CalibrationText:
 
     Attributes:
         documents: the texts, in order.
-        label: what messages and the report call them.
+        label: name of the texts in messages and in the report.
         samples: sequences for the scores.
-        curve_samples: so many of them for the curves.
+        curve_samples: number of these sequences for the curves.
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
-        held_out_documents: texts that those are taken from; None: the same texts.
+        held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
-        seed: decides which sequences are taken.
+        seed: of the random choice of sequences.
     """
 
     documents: tuple[str, ...]
@@ -83,25 +82,24 @@ def prune_checkpoint(
 
     Args:
         source: a folder, or the name of a model on the hub.
-        out: the folder to be made; it must not exist. Until all is written it does not.
-        data: a :class:`CalibrationText` for language models; else what :func:`prune` takes.
-        held_out: as for :func:`prune`; with a text, taken from it.
+        out: the folder to create; it must not exist. It appears when all files are written.
+        data: a :class:`CalibrationText` for language models, or data as for :func:`prune`.
+        held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
         evaluate: measure perplexity on the held-out sequences before and after.
-        resume: go on with curves that an interrupted run measured, which lie in ``OUT.curves.jsonl``.
-        device: where to calibrate.
+        resume: continue with the curves of an interrupted run, from ``OUT.curves.jsonl``.
+        device: of the model during calibration.
         progress: see :func:`measure_curves`.
         **settings: those of :func:`prune`.
 
     Raises:
-        ValueError: no whole, plain checkpoint; too little text; settings that do not go together; a target out of
-            reach;
-            ``out`` exists, or curves of an interrupted run lie beside it and ``resume`` is off.
-        OSError: the disk is full. After any error ``source`` is unchanged and ``out`` does not exist.
+        ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
+            reach, an ``out`` that exists, or curves of an interrupted run without ``resume``.
+        OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist.
 
     Notes:
-        Memory: the model, whose weights are mapped from the files until they are pruned, and what :func:`prune` takes
-        without a copy of anything: the dense weights are read again from the files. Files of ``torch.save`` are copied
-        in memory, and so are weights that transformers fuses or renames in loading, as experts.
+        Memory: the model, and the memory of :func:`prune` without its copy of the dense weights, which are read again
+        from the files. Weights are memory-mapped until they are pruned. Weights from files of ``torch.save``, and
+        those that transformers fuses or renames on loading, such as experts, are copied.
     """
     check_choices(data=data, **settings)
     try:
@@ -153,14 +151,14 @@ def prune_checkpoint(
 
 
 def check_output(out: str | Path, needed: int = 0) -> Path:
-    """Check that a folder can be written, before anything is computed; remove what a killed process left there.
+    """Check that a folder can be created, and remove leftovers of a killed process.
 
     Args:
-        out: the folder to be made; it must not exist.
-        needed: bytes that it will take.
+        out: the folder to create.
+        needed: its size in bytes.
 
     Raises:
-        ValueError: it exists, there is no writable folder to put it in, or it will not fit on the disk.
+        ValueError: if it exists, its parent is not a writable folder, or the disk has too little space.
     """
     out = Path(out).expanduser()
     if out.exists() or out.is_symlink():
@@ -182,10 +180,10 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder to fill, which is named ``out`` once all of it is on disk; it is removed on any error.
+    """Context manager: a temporary folder, renamed to ``out`` on success and removed on any error.
 
     Raises:
-        OSError: it could not be written, with what to do; ``out`` does not exist then.
+        OSError: if it could not be written; ``out`` does not exist then.
     """
     try:
         with staged_folder(out) as folder:
@@ -213,12 +211,13 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 
 
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
-    """Sequences for calibration and held-out ones, cut from the text with the checkpoint's own tokenizer."""
+    """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
     from transformers import AutoTokenizer
 
     if text.curve_samples > text.samples:
         raise ValueError(
-            f"curve_samples {text.curve_samples} are some of the samples, of which there are {text.samples}"
+            f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
+            f"{text.curve_samples}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
@@ -255,11 +254,11 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
 
 
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """exp of the mean loss over all targets of some sequences, and how many targets there are."""
+    """Perplexity over some sequences, and the number of predicted tokens."""
     metric = CEDelta()
-    parts = []
+    per_batch = []
     with evaluating(model):
         for batch in as_batches(sequences, model, batch_size=4):
             output = batch.run(model)
-            parts.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
-    return math.exp(summarise(parts).mean), int(sum(float(counts.sum()) for _, counts in parts))
+            per_batch.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

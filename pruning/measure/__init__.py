@@ -1,1 +1,1 @@
-"""What pruning each matrix does to the model's output: curves, metrics, and the passes that measure them."""
+"""Measure how pruning each matrix changes the model's output."""

@@ -1,8 +1,7 @@
-"""Run a model from any of its blocks on: earlier activations are computed once and answered from a cache.
+"""Run a model from one of its blocks on, with the activations of earlier blocks from a cache.
 
-No code of a model is copied. Earlier blocks return cached outputs instead of computing, and everything around
-them (embeddings, masks, rotary tables, the head) runs as it is, so that any keyword argument of any version of a model
-reaches its blocks.
+No code of a model is copied. Earlier blocks return cached outputs instead of computing. Everything around the blocks
+(embeddings, masks, rotary tables, the head) runs unchanged, so that later blocks get all their keyword arguments.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from leanstep.pruning.score.targets import Group
 
 
 class _Reached(Exception):
-    """Ends a forward pass where nothing more of it is needed."""
+    """Ends a forward pass early."""
 
 
 def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
-    """The modules that a model runs one after the other, each once, in the order of their calls: blocks and the like.
+    """The modules that a model calls exactly once, in the order of the calls: blocks, embeddings, the head.
 
-    Lists (``nn.ModuleList``, ``nn.Sequential``) are taken apart, and so is a module that holds most of its parent's
-    weights, as ``model.model`` does.
+    Descends into lists (``nn.ModuleList``, ``nn.Sequential``), and into a module with most of its parent's weights, as
+    ``model.model``.
     """
     candidates = list(_expand(model, "", inside_list=False))
     calls: dict[str, int] = {}
@@ -67,18 +66,18 @@ def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tu
 
 
 class ActivationCache:
-    """Forward passes of a model over fixed batches, from one of its stages on.
+    """Runs a model on fixed batches from one of its stages on.
 
-    Stages before :attr:`position` are answered from the cache: their last one's output is kept for every batch, in the
-    model's dtype and on its device (tokens x width values). Positions are numbers of stages; a position whose later
-    stages need an earlier output again, as a skip connection does, is not among :attr:`starts`. The cache belongs to
-    the weights that the stages had when :meth:`advance` passed them.
+    The cache holds the output of the last stage before :attr:`position` for every batch: tokens x width values, in the
+    model's dtype and on its device. A position is the index of a stage. :attr:`starts` has those from which the model
+    can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the time of
+    :meth:`advance`.
 
     Args:
-        model: called in its current mode.
+        model: run in its current mode.
         batches: the inputs.
-        enabled: False computes every pass whole.
-        like: another cache of the same model, whose stages and starts are used instead of searching them again.
+        enabled: False runs every pass from the first stage.
+        like: another cache of the same model, from which to take stages and starts instead of searching them.
     """
 
     def __init__(
@@ -86,28 +85,28 @@ class ActivationCache:
     ) -> None:
         self.model, self.batches = model, batches
         self.stages: list[tuple[str, nn.Module]] = []
-        # positions from which the model can be run, which are those behind a stage whose output is all that is needed
+        # the model can be run from these positions: later stages need only the output of the stage before
         self.starts: tuple[int, ...] = (0,)
         self.position = 0
-        # why nothing is cached, where that was asked for and cannot be
+        # reason why nothing is cached although the cache is enabled
         self.note = ""
         self._outputs: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         if enabled and like is not None and like.model is model and like.stages:
             self.stages, self.starts, self.note = like.stages, like.starts, like.note
         elif enabled:
-            self._find_stages()
+            self._find_starts()
 
     @torch.no_grad()
-    def _find_stages(self) -> None:
-        """Find the stages and, by trying on a sample, behind which of them the model can be cut."""
+    def _find_starts(self) -> None:
+        """Find the stages, and by trying on one sample the positions from which the model can be run."""
         sample = self.batches[0].sample(0)
         self.stages = find_stages(self.model, sample)
         expected = _tensors(sample.run(self.model))
         trial = ActivationCache(self.model, [sample], enabled=False)
         trial.stages = self.stages
         for position in range(1, len(self.stages)):
-            # from the last start on: nothing is computed twice
+            # runs from the last start on, so that nothing is computed twice
             before = trial.position, trial._outputs
             trial.starts = (*self.starts, position)
             try:
@@ -124,32 +123,28 @@ class ActivationCache:
             self.note = "activations are not cached: no stage of the model needs only the output of the stage before it"
 
     def number(self, module: nn.Module) -> int | None:
-        """Index of the stage that holds a module; None for a module outside of stages."""
+        """Index of the stage that contains a module; None for a module outside all stages."""
         if not self._numbers:
             for number, (_, stage) in enumerate(self.stages):
                 for inner in stage.modules():
                     self._numbers.setdefault(inner, number)
         return self._numbers.get(module)
 
-    def start(self, module: nn.Module) -> int:
-        """The last position from which a pass still runs a module."""
-        number = self.number(module)
-        return 0 if number is None else max(start for start in self.starts if start <= number)
-
     def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
-        """Groups by the last position from which a pass still runs all their targets, in the order of positions."""
-        starts: dict[int, list[Group]] = {}
+        """Groups by the last start whose pass still runs all their targets, in the order of starts."""
+        by_start: dict[int, list[Group]] = {}
         for group in groups:
-            starts.setdefault(min(self.start(target.module) for target in group.targets), []).append(group)
-        return sorted(starts.items(), key=lambda item: item[0])
+            first = min(self.number(target.module) or 0 for target in group.targets)
+            by_start.setdefault(max(start for start in self.starts if start <= first), []).append(group)
+        return sorted(by_start.items(), key=lambda item: item[0])
 
     def reset(self) -> None:
         """Clear the cache and return to the first stage."""
         self.position, self._outputs = 0, []
 
     def run(self, index: int) -> Any:
-        """The model's output on a batch, computed from :attr:`position` on."""
-        with self._answered(self.position, index):
+        """Run the model on a batch from :attr:`position` on; returns its output."""
+        with self._cached_outputs(self.position, index):
             return self.batches[index].run(self.model)
 
     def advance(self, position: int) -> None:
@@ -163,7 +158,7 @@ class ActivationCache:
 
     @torch.no_grad()
     def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Arguments, keyword arguments and output of a stage on a batch; the pass ends there."""
+        """Run a batch up to a stage; returns the stage's arguments, keyword arguments and output."""
         captured: list[Any] = []
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -172,7 +167,7 @@ class ActivationCache:
 
         handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
         try:
-            with self._answered(self.position, index):
+            with self._cached_outputs(self.position, index):
                 self.batches[index].run(self.model)
         except _Reached:
             pass
@@ -181,11 +176,11 @@ class ActivationCache:
         return captured[0]
 
     @contextmanager
-    def _answered(self, position: int, index: int) -> Iterator[None]:
-        """Let the stages before ``position`` return the cached output instead of computing."""
+    def _cached_outputs(self, position: int, index: int) -> Iterator[None]:
+        """Context manager: stages before ``position`` return the cached output instead of computing."""
         stored: list[tuple[nn.Module, Any]] = []
         output = self._outputs[index] if position else None
-        # cloned: later stages may write into it, as nn.ReLU(inplace=True) does; outputs of earlier stages are not used
+        # clone the output: later stages may write into it, like nn.ReLU(inplace=True)
         unused = _cloned(output) if position > 1 else None
         try:
             for number, (_, stage) in enumerate(self.stages[:position], 1):

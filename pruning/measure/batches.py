@@ -53,14 +53,15 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
 
     Args:
         data: int64 [samples, tokens] of token numbers; floating [samples, ...] such as images; or batches: mappings
-            (the model's keyword arguments; ``labels`` is set aside, ``attention_mask`` tells what counts), tuples
-            (inputs, labels), or tensors.
-        model: decides device, and the dtype of floating inputs.
-        batch_size: samples of a batch cut from a tensor; batches are taken as they come.
-        what: how messages call the data.
+            (the model's keyword arguments, ``labels`` for the metric, ``attention_mask`` of the tokens that count),
+            tuples (inputs, labels), or tensors.
+        model: determines the device, and the dtype of floating inputs.
+        batch_size: samples per batch, if ``data`` is a tensor.
+        what: name of the data in error messages.
 
     Raises:
-        ValueError: no data, or images for a language model. TypeError: batches of another kind.
+        ValueError: for no data, or images for a language model.
+        TypeError: for batches of another kind.
     """
     if isinstance(data, Tensor):
         given: Iterable[Any] = data.split(batch_size) if len(data) else ()
@@ -114,7 +115,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:
-    """Hash of all tensors and values of the batches, which identifies the data of a measurement."""
+    """Hash of all tensors and values of the batches."""
     digest = hashlib.sha256()
     for batch in batches:
         for value in (*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs)), batch.mask, batch.labels):
@@ -129,23 +130,23 @@ def batches_hash(batches: Sequence[Batch]) -> str:
 def token_sequences(
     encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
 ) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at random; no token is in two sequences.
+    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
 
-    Documents are joined by the end-of-text token and cut into consecutive pieces, of which ``count`` are drawn.
+    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
 
     Args:
         encode: a text -> its token numbers, without special tokens.
         texts: the documents.
-        count: sequences wanted.
-        length: tokens of a sequence.
+        count: number of sequences.
+        length: tokens per sequence.
         end: the token appended to every document; None appends nothing.
-        seed: decides which pieces are taken, and their order.
+        seed: of the random choice and order of the pieces.
 
     Returns:
         int64 [count, length].
 
     Raises:
-        ValueError: too little text, with how much there is and how much it takes.
+        ValueError: for too little text; the message gives both numbers of tokens.
     """
     tokens: list[int] = []
     for text in texts:
@@ -164,22 +165,22 @@ def token_sequences(
 
 @torch.no_grad()
 def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> int:
-    """Take the running means and variances of a pruned model's batch norms anew; nothing else of it changes.
+    """Recompute the running means and variances of a pruned model's batch norms; change nothing else.
 
-    Pruned weights give smaller outputs than the statistics in the checkpoint are of, which costs a convolutional
-    network much of its accuracy where it is not fine-tuned. :func:`leanstep.pruning.prune` leaves them as they are:
-    they are no weights, and curves are measured with them.
+    Pruning makes outputs smaller than the stored statistics say. Without fine-tuning, this costs a convolutional
+    network much of its accuracy. :func:`leanstep.pruning.prune` does not change the statistics, because curves are
+    measured with them.
 
     Args:
-        model: pruned. Its mode is restored afterwards.
-        data: see :func:`leanstep.pruning.measure.batches.as_batches`; no labels are needed.
-        batch_size: samples at once, where ``data`` is one tensor. Statistics are the mean over batches.
+        model: a pruned model. Its mode is restored.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`; labels are not needed.
+        batch_size: samples per batch, if ``data`` is a tensor. Statistics are means over batches.
 
     Returns:
-        How many batch norms there were.
+        Number of batch norms.
 
     Raises:
-        ValueError: no data. The statistics are as before after any error.
+        ValueError: for no data. After any error, the statistics are restored.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
@@ -191,7 +192,7 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     try:
         for norm in norms:
             norm.reset_running_stats()
-            # the mean over all batches, instead of one that forgets
+            # None: mean over all batches, not a moving average
             norm.momentum = None
             norm.train()
         for batch in batches:

@@ -1,71 +1,26 @@
-"""Check whether distortions add up (joint against summed), and correct curves where they do not."""
+"""Compare joint with summed distortion, and correct curves whose distortions do not add up."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from leanstep.pruning.allocate.allocation import Allocation
 from leanstep.pruning.measure.curves import Curve, Levels
-from leanstep.pruning.measure.measure import Measurement, Progress, curve_of
+from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, curve_of, evaluating
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.snapshot import WeightSnapshot, evaluating
+from leanstep.pruning.result import Additivity, Allocation, levels_by_group
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group
 
 
-@dataclass(frozen=True)
-class Additivity:
-    """Joint and summed distortion of an allocation on held-out data.
-
-    Attributes:
-        method: of the allocation.
-        joint, joint_stderr: distortion with all matrices pruned.
-        summed: sum of the distortions with one matrix pruned at a time, at the same levels.
-        ratio: joint / summed; 1 where distortions add up, NaN where nothing is distorted. The paper's theorem says 1;
-            far from it, a sum does not tell which allocation is better.
-    """
-
-    method: str
-    joint: float
-    joint_stderr: float
-    summed: float
-
-    @property
-    def ratio(self) -> float:
-        """joint / summed."""
-        if self.summed:
-            return self.joint / self.summed
-        return math.inf if self.joint else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for NaN and infinity."""
-        values = asdict(self) | {"ratio": self.ratio}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
-    """Kept weights and N:M pattern (or "") of every group."""
-    return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}
-
-
-def apply_allocation(
-    groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning, *, sequential: bool = True
-) -> None:
-    """Prune the model, in place.
-
-    ``sequential`` prunes from the first block to the last, and takes the statistics of each from a model whose earlier
-    blocks are pruned already, as they will be. Otherwise all come from the model as it is.
-    """
+def apply_allocation(groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning) -> None:
+    """Prune the model in place, block by block. Statistics of a block are collected after pruning the blocks before."""
     pruning.cache.reset()
-    stages = pruning.cache.by_start(groups) if sequential else [(0, list(groups))]
     with evaluating(pruning.cache.model):
-        for start, stage in stages:
+        for start, stage in pruning.cache.by_start(groups):
             pruners = pruning.pruners(stage, start)
             for group in stage:
                 for target, weight in prune_group(group, pruners, *allocated[group.name]):
@@ -79,13 +34,11 @@ def joint_of(
     groups: Sequence[Group],
     allocated: Mapping[str, tuple[int, str]],
     pruning: Pruning,
-    snapshot: WeightSnapshot | None = None,
+    snapshot: WeightSnapshot,
     *,
     stay: bool = False,
 ) -> Distortion:
-    """Distortion of an allocation; the weights are those of before afterwards, or with ``stay`` the pruned ones."""
-    if snapshot is None:
-        snapshot = WeightSnapshot([target for group in groups for target in group.targets])
+    """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned."""
     snapshot.take()
     with evaluating(measurement.model), nullcontext() if stay else snapshot.restored():
         apply_allocation(groups, allocated, pruning)
@@ -97,14 +50,14 @@ def measure_additivity(
     groups: Sequence[Group],
     allocation: Allocation,
     pruning: Pruning,
-    snapshot: WeightSnapshot | None = None,
+    snapshot: WeightSnapshot,
     *,
-    stay: bool = False,
+    stay: bool,
 ) -> Additivity:
     """Joint and summed distortion of an allocation on the measurement's data.
 
-    One matrix alone is pruned with the statistics of the dense model, all together with those of
-    :func:`apply_allocation`. The weights are kept, or with ``stay`` the model is pruned so afterwards.
+    Single matrices are pruned with the statistics of the dense model, all together as by :func:`apply_allocation`.
+    Restores the weights, or with ``stay`` leaves the model pruned.
     """
     allocated = levels_by_group(allocation, groups)
     with evaluating(measurement.model):
@@ -114,6 +67,8 @@ def measure_additivity(
     return Additivity(allocation.method, joint.mean, joint.stderr, summed)
 
 
+# fraction of the coefficients that a try of the search draws anew
+_RESAMPLED = 0.1
 CORRECTIONS = ("none", "relinearise", "coefficients")
 
 
@@ -123,34 +78,31 @@ def relinearised_curves(
     levels: Levels,
     around: Mapping[str, tuple[int, str]],
     pruning: Pruning,
-    *,
+    snapshot: WeightSnapshot,
     progress: Progress | None = None,
-    snapshot: WeightSnapshot | None = None,
 ) -> dict[str, Curve]:
-    """Curves around a model that is pruned already: ``D_g(k) = D(g at k, the others as around) - D(g dense, others
-    so)``.
+    """Measure curves around a pruned model: ``D_g(k) = D(g at level k) - D(g dense)``, all others at ``around``.
 
-    A sum of such curves is right to first order around that allocation, where the sum of :func:`measure_curves` is
-    right around the dense model. Masks are those of the dense model's statistics. Costs as many passes, and memory for
-    one copy of the matrices, and their pruners.
+    The sum of these curves is right to first order near ``around``; that of :func:`measure_curves`, near the dense
+    model. Masks use the dense model's statistics. Time: as :func:`measure_curves`. Memory: a copy of the matrices, and
+    their pruners.
 
     Args:
         measurement: with the dense model's outputs as reference; the model has its dense weights now.
-        levels: as of :func:`leanstep.pruning.measure.measure.levels_of`.
+        levels: see :func:`leanstep.pruning.measure.curves.levels_of`.
         around: level of every group: kept weights and an N:M pattern or "".
-        snapshot: of the dense weights, which are restored; None: a copy is made.
+        snapshot: of the dense weights, which are restored.
     """
     total = sum(len(levels[group.name][0]) for group in groups)
     done = 0
     curves: dict[str, Curve] = {}
-    snapshot = snapshot or WeightSnapshot([target for group in groups for target in group.targets])
     with evaluating(measurement.model), snapshot.restored():
         pruning.cache.reset()
         pruners = pruning.pruners(groups)  # each is made of the dense weights, before its group is pruned
         for group in groups:
             for target, weight in prune_group(group, pruners, *around[group.name]):
                 target.weight.copy_(weight)
-        for start, stage in measurement.by_start(groups):
+        for start, stage in measurement.cache.by_start(groups):
             measurement.cache.advance(start)
             for group in stage:
                 kept, patterns = levels[group.name]
@@ -176,25 +128,23 @@ def tuned_coefficients(
     solve: Callable[[Mapping[str, Curve]], Allocation],
     cost: Callable[[Allocation], float],
     *,
-    starts: int = 100,
-    patience: int = 100,
-    share: float = 0.1,
-    seed: int = 0,
+    starts: int,
+    patience: int,
 ) -> tuple[Allocation, float]:
     """Scale each curve by a coefficient in (0, 1), so that the solver's allocation has the smallest joint distortion.
 
-    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): ``starts`` random coefficients, then
-    resampling of a ``share`` of the best ones until ``patience`` tries in a row were no better.
+    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): draws ``starts`` random coefficients, then
+    resamples a tenth of the best ones until ``patience`` tries in a row are no better.
 
     Args:
         curves: name -> curve.
         solve: curves -> allocation.
-        cost: allocation -> joint distortion, on data that the guard does not use.
+        cost: allocation -> joint distortion, on data other than the held-out data.
 
     Returns:
-        the best allocation seen, that of unscaled curves included, and its cost.
+        the best allocation, including that of unscaled curves, and its cost.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     names = list(curves)
     best = solve(curves)
     best_cost = cost(best)
@@ -206,7 +156,7 @@ def tuned_coefficients(
             candidate = torch.rand(len(names), generator=generator).clamp_min(1e-3)
         else:
             candidate = coefficients.clone()
-            picked = torch.randperm(len(names), generator=generator)[: max(1, round(share * len(names)))]
+            picked = torch.randperm(len(names), generator=generator)[: max(1, round(_RESAMPLED * len(names)))]
             candidate[picked] = torch.rand(len(picked), generator=generator).clamp_min(1e-3)
         allocation = solve({name: _scaled(curves[name], float(a)) for name, a in zip(names, candidate, strict=True)})
         key = _key(allocation)

@@ -19,27 +19,27 @@ from leanstep.sparsity.patterns import NM
 Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
-# a curve's slope in logarithms below its first measured level, where the fit of the two levels above may be off
+# largest power of the curve below its first measured level, where a fit to two levels may be too steep
 _STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Distortion D of the model's output when one matrix is pruned to each of some levels and nothing else is changed.
+    """Distortion D of the model's output when one matrix alone is pruned, at several levels.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         numel: weights of the matrix, zeros included.
-        kept: weights left at each level, strictly decreasing. The first is the matrix as it is.
+        kept: kept weights at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
-        stderr: standard error of each D; 0 where it is not known.
+        stderr: standard error of each D; 0 if unknown.
         metric: what D is, for instance "kl"; D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
 
     Raises:
         ValueError: for lengths that differ, counts that do not decrease or are out of range, a first D that is not 0,
-            D or errors that are not finite, or patterns that do not keep these counts.
+            D or errors that are not finite, or patterns that keep other counts.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Curve:
     def cleaned(self) -> Curve:
         """The curve made non-decreasing in sparsity and not negative.
 
-        Isotonic regression with weights 1 / stderr^2 (all equal where an error is 0, that is, unknown). A larger
-        sparsity does not truly do less harm, but a finite calibration set can say so, and a solver would believe it.
+        Isotonic regression with weights 1 / stderr^2 (all equal where an error is 0, that is, unknown). On a
+        finite calibration set, a larger sparsity can seem to do less harm.
         """
         values, errors = np.array(self.distortion[1:]), np.array(self.stderr[1:])
         weights = 1 / errors**2 if len(errors) and (errors > 0).all() else None
@@ -110,11 +110,11 @@ class Curve:
     def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
         """The curve, cleaned, with levels between the measured ones: ``points`` in all, unless more were measured.
 
-        The measured levels keep their counts and their cleaned D. A monotone cubic joins them: log D over the log of
-        pruned to kept weights, where curves are near to straight, because D is about a power of the sparsity where that
-        is small, and of the density where that is small. Between the first two levels the power goes on, at most the
-        fourth and at least the first. Half of the levels between lie evenly in the count, the others evenly in its
-        logarithm; they keep a multiple of ``unit`` more than the last level.
+        The measured levels keep their counts and their cleaned D. A monotone cubic joins them, in log D over
+        log(removed / kept). Curves are nearly straight there: D is about a power of the sparsity where that is small,
+        and of the density where that is small. Between the first two levels, D is a power of the removed count, with an
+        exponent from 1 to 4. Half of the added levels are evenly spaced in the count, half in its logarithm. Each keeps
+        a multiple of ``unit`` more than the last level.
 
         Raises:
             ValueError: for a curve of N:M levels, between which there is nothing; for points or unit below 1.
@@ -131,10 +131,7 @@ class Curve:
         values = np.maximum.accumulate(values)
         errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
         return replace(
-            clean,
-            kept=tuple(kept.tolist()),
-            distortion=tuple(values.tolist()),
-            stderr=tuple(errors.tolist()),
+            clean, kept=tuple(kept.tolist()), distortion=tuple(values.tolist()), stderr=tuple(errors.tolist())
         )
 
     def _between(self, count: int, unit: int) -> np.ndarray:
@@ -147,7 +144,7 @@ class Curve:
         return last + steps.astype(np.int64) * unit
 
     def _coordinate(self, kept: np.ndarray) -> np.ndarray:
-        """log(removed / kept), by half a weight away from infinity."""
+        """log(removed / kept), with half a weight added to both to stay finite."""
         return np.log((self.kept[0] - kept + 0.5) / (kept + 0.5))
 
     def _interpolate(self, kept: np.ndarray) -> np.ndarray:
@@ -158,7 +155,7 @@ class Curve:
             return np.zeros(len(kept))
         x, y = self._coordinate(known), np.log(values)
         fitted = np.exp(monotone_cubic(x, y, self._coordinate(kept)))
-        # towards the levels without distortion: a power of the count removed beyond them
+        # above the first distorted level: a power of the count removed beyond the last undistorted one
         start = self.kept[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
         power = np.clip((y[1] - y[0]) / (removed[1] - removed[0]), 1.0, _STEEPEST) if len(x) > 1 else 2.0
@@ -190,26 +187,20 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def level_grid(
-    numel: int,
-    target: float,
-    *,
-    lowest: float = 0.0,
-    highest: float = 0.95,
-    extra: Iterable[float] = (),
-    unit: int = 1,
+    numel: int, target: float, *, lowest: float = 0.0, highest: float = 0.95, extra: Iterable[float] = (), unit: int = 1
 ) -> tuple[int, ...]:
-    """Counts of kept weights at which a curve is worth measuring, for a model that is to reach a target sparsity.
+    """Kept counts at which to measure a curve, for a target sparsity of the model.
 
     Sparsities 0, 0.1, 0.2, 0.3, 0.4; target plus and minus 0.05, 0.1, 0.15, 0.2, 0.25; and 1 - 2^-j, which are dense
-    near 1, where layers differ most: an even grid has two or three useful points at a target of 98 %.
+    near 1, where layers differ most. At a target of 98 %, an even grid has only two or three useful points.
 
     Args:
         numel: weights of the matrix.
         target: sparsity of the whole model, 0 <= target < 1.
-        lowest, highest: sparsities that bound the levels, besides the dense one; 0 <= lowest <= highest <= 1. The
-            default never removes a matrix whole.
+        lowest, highest: bounds of the pruned levels' sparsities, 0 <= lowest <= highest <= 1. The default never removes
+            a whole matrix.
         extra: more sparsities.
-        unit: removed counts are multiples of it.
+        unit: removed counts are multiples of this.
 
     Returns:
         Strictly decreasing, the first ``numel``.
@@ -235,7 +226,7 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
     """Kept counts and patterns m:m, (m-1):m, ..., fewest:m: the levels of mixed N:M sparsity.
 
     Raises:
-        ValueError: where groups of m do not fill ``numel`` weights, or ``fewest`` is not in 0 .. m.
+        ValueError: if groups of m do not fill ``numel`` weights, or ``fewest`` is not in 0 .. m.
     """
     if m < 1 or numel % m or not 0 <= fewest <= m:
         raise ValueError(f"nm_levels: groups of {m} must fill the {numel} weights, and 0 <= fewest = {fewest} <= {m}")
@@ -251,14 +242,16 @@ def levels_of(
     levels: Sequence[float] | None = None,
     highest: float = 0.95,
 ) -> Levels:
-    """Kept counts (and N:M patterns) of every group's levels; zeros that a weight has already are never undone."""
+    """Kept counts and N:M patterns of every group's levels. Existing zeros stay zero."""
+    # beyond the target, but never a whole matrix: no training brings it back
+    highest = max(highest, min(sparsity + 0.02, 1 - (1 - sparsity) / 4))
     by_group: Levels = {}
     for group in groups:
         size = group.layer.numel
         patterns: tuple[str, ...] = ()
         if pattern == "unstructured":
             kept = (
-                level_grid(size, sparsity, highest=max(highest, _sparsest(sparsity)))
+                level_grid(size, sparsity, highest=highest)
                 if levels is None
                 else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
             )
@@ -282,17 +275,12 @@ def levels_of(
     return by_group
 
 
-def _sparsest(sparsity: float) -> float:
-    """The sparsest level that a target needs: beyond it, and never a whole matrix, which no training brings back."""
-    return min(sparsity + 0.02, 1 - (1 - sparsity) / 4)
-
-
 class PartialCurves:
-    """A file with one line per measured point; the first line identifies model, data and settings.
+    """A file with one line per measured point. Its first line identifies model, data and settings.
 
     Args:
-        path: the file; it is made with the first point.
-        identity: everything that the numbers depend on: hashes of model and data, metric, score, levels.
+        path: the file; created with the first point.
+        identity: everything that the points depend on: hashes of model and data, metric, score, levels.
 
     Raises:
         ValueError: for a file of another identity (the message lists the differences) or another format.
@@ -305,7 +293,7 @@ class PartialCurves:
             self._read()
 
     def add(self, name: str, kept: int, point: Distortion) -> None:
-        """Note a point; when this returns, it is on disk."""
+        """Append a point, and sync the file to disk."""
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
             if new:
@@ -314,10 +302,6 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
         self.points[name, kept] = point
-
-    def remove(self) -> None:
-        """Remove the file, once its content is kept elsewhere."""
-        self.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
         raw = self.path.read_text(encoding="utf-8")

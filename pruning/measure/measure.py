@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,16 @@ from torch import Tensor, nn
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, levels_of
-from leanstep.pruning.measure.metrics import (
-    LOCAL_METRICS,
-    Distortion,
-    Metric,
-    default_metric,
-    make_metric,
-    summarise,
-)
-from leanstep.pruning.measure.snapshot import evaluating, restored_weights, weights_hash
+from leanstep.pruning.measure.metrics import LOCAL_METRICS, Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.score.base import NEEDS, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group, statistics_for
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
-# a model whose output moves by more than this when nothing is changed cannot be measured
+# largest tolerated change of the output of unchanged weights
 _NOISE = 1e-9
 
 Progress = Callable[[int, int, str], Any]
+Stored = Callable[[str], Tensor | None]
 
 
 def measure_curves(
@@ -52,36 +46,36 @@ def measure_curves(
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
-    """Measure what pruning each matrix alone, to each of some levels, does to the model's output.
+    """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
-    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error. The
-    weights are those of before when this returns or raises, bit for bit.
+    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error.
+    Restores all weights, bit for bit, also after an error.
 
     Args:
         model: any module; it is run in eval mode, without gradients.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
-        sparsity: the target that levels lie around.
+        sparsity: target of the model; the grid of levels is finest around it.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
-            ``ce_delta``; or, at the layer itself and without running the model on, ``local_nmse`` and ``fisher``.
+            ``ce_delta``; or ``local_nmse`` and ``fisher``, measured at the layer without the rest of the model.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
         groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
         levels: sparsities to measure; None: a grid around ``sparsity``.
-        highest: no level of the grid is sparser.
+        highest: sparsest level of the grid, unless the target needs a sparser one.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         score_data: data for the score's statistics; None: ``data``.
-        batch_size: samples of a pass, where ``data`` is one tensor.
+        batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
-        resume: a file that every measured point is appended to; points that it holds already are not measured again.
+        resume: file to which measured points are appended; points already in it are not measured again.
         progress: called with (points measured, points in all, name of the matrix).
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets.
 
     Raises:
-        ValueError: for unknown settings, a model whose output is not reproducible, a ``resume`` file of something
-            else.
+        ValueError: for unknown settings, a model whose output is not reproducible, or a ``resume`` file of another
+            model, data or settings.
 
     Notes:
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
@@ -96,7 +90,7 @@ def measure_curves(
     wanted = levels_of(groups, sparsity, pattern, levels=levels, highest=highest)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
-    name = metric if isinstance(metric, str) else (metric.name if metric else default_metric(model))
+    name = metric_name(metric, model)
     partial = None
     if resume is not None:
         identity = {
@@ -113,19 +107,15 @@ def measure_curves(
         if name in LOCAL_METRICS:
             pruning = Pruning(ActivationCache(model, source, enabled=prefix_cache), score, score_options)
             return _measure_locally(groups, wanted, name, pruning, progress)
-        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
-        try:
+        with closing(Measurement(model, batches, metric, prefix_cache=prefix_cache)) as measurement:
             cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
-            pruning = Pruning(cache, score, score_options)
-            return measurement.curves(groups, wanted, pruning, partial, progress)
-        finally:
-            measurement.close()
+            return measurement.curves(groups, wanted, Pruning(cache, score, score_options), partial, progress)
 
 
 class Measurement:
-    """A model, data, and the dense model's outputs on them, against which changed weights are measured.
+    """Measures changed weights against the dense model's outputs on fixed data.
 
-    The reference is the output with the weights at construction. :meth:`joint` measures the current weights.
+    The dense outputs are those of the weights at construction.
     """
 
     def __init__(
@@ -142,15 +132,6 @@ class Measurement:
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
-        self._check_finite()
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self.metric.close()
-
-    def _check_finite(self) -> None:
-        """Raise ValueError for a dense model that gives NaN, or another output the second time."""
-        with evaluating(self.model):
             change = self.joint()
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
@@ -159,12 +140,16 @@ class Measurement:
                 "that eval() does not switch off or from kernels that are not deterministic"
             )
 
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self.metric.close()
+
     def joint(self) -> Distortion:
-        """Distortion of the weights as they are now."""
+        """Distortion of the current weights."""
         with evaluating(self.model):
             sums_and_counts = [
-                self.metric.compare(kept, batch.run(self.model), batch)
-                for kept, batch in zip(self.reference, self.batches, strict=True)
+                self.metric.compare(dense, batch.run(self.model), batch)
+                for dense, batch in zip(self.reference, self.batches, strict=True)
             ]
         return summarise(sums_and_counts)
 
@@ -176,12 +161,12 @@ class Measurement:
         partial: PartialCurves | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Curve]:
-        """Curves of all groups, those of the first stages first."""
+        """Measure the curves of all groups, in the order of the stages."""
         total = sum(len(levels[group.name][0]) - 1 for group in groups)
         done = 0
         curves: dict[str, Curve] = {}
         points = {} if partial is None else partial.points
-        for start, stage in self.by_start(groups):
+        for start, stage in self.cache.by_start(groups):
             missing = [g for g in stage if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
             pruners = Pruners(pruning, (), {})
             if missing:
@@ -194,7 +179,7 @@ class Measurement:
                     if level == 0 or count in measured:
                         continue
                     pattern = patterns[level] if patterns else ""
-                    # no name for the pruned matrices: they would stay in memory until the next level
+                    # do not name the pruned matrices: a name would hold them in memory until the next level
                     point = measured[count] = self.measure(prune_group(group, pruners, count, pattern))
                     if partial is not None:
                         partial.add(group.name, count, point)
@@ -212,7 +197,7 @@ class Measurement:
     ) -> dict[str, Distortion]:
         """Distortion of each group alone at its allocated level: kept weights, and an N:M pattern or ""."""
         distortions: dict[str, Distortion] = {}
-        for start, stage in self.by_start(groups):
+        for start, stage in self.cache.by_start(groups):
             self._enter(start)
             pruners = pruning.pruners(stage, start)
             for group in stage:
@@ -222,12 +207,8 @@ class Measurement:
         pruning.cache.reset()
         return distortions
 
-    def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
-        """Groups by the position from which the model has to be run for them, the first positions first."""
-        return self.cache.by_start(groups)
-
     def _enter(self, start: int) -> None:
-        """Cache the activations before a stage, and check that this changes no output: level 0 of its curves."""
+        """Cache the activations before a stage, and check that this changes no output."""
         self.cache.advance(start)
         change = self._run().mean
         if abs(change) > _NOISE:
@@ -310,3 +291,101 @@ def _local(metric: str, dense: Tensor, pruned: Tensor, statistics: LayerStatisti
     error = (change @ statistics.gram * change).sum(dtype=torch.float64)
     whole = (dense @ statistics.gram * dense).sum(dtype=torch.float64)
     return float(error / whole) if float(whole) > 0 else 0.0
+
+
+class WeightSnapshot:
+    """The original parameters of some targets.
+
+    Args:
+        targets: matrices that will be changed.
+        stored: function from a parameter's name to its values on the CPU, or None. Values equal to the model's are not
+            copied. None: all are copied.
+    """
+
+    def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:
+        self._parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+        self._stored = stored
+        self._copies: dict[str, Tensor] | None = None
+        self._changed = False
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy the parameters that are not stored. Call it before changing weights."""
+        if self._copies is None:
+            self._copies = {
+                name: parameter.detach().clone()
+                for name, parameter in self._parameters.items()
+                if not self._is_stored(name, parameter)
+            }
+        self._changed = True
+
+    def _is_stored(self, name: str, parameter: Tensor) -> bool:
+        value = None if self._stored is None else self._stored(name)
+        if value is None or value.dtype != parameter.dtype or value.shape != parameter.shape:
+            return False
+        return torch.equal(value.to(parameter.device), parameter)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore all weights, bit for bit."""
+        if not self._changed or self._copies is None:
+            return
+        for name, parameter in self._parameters.items():
+            value = self._copies.get(name)
+            if value is None:
+                assert self._stored is not None
+                value = self._stored(name)
+            assert value is not None
+            parameter.copy_(value)
+        self._changed = False
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Context manager: restores all weights on exit, bit for bit."""
+        self.take()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Context manager: restores all weights if an error is raised inside."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context manager: eval mode without gradients; restores the modes of all modules on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def restored_weights(targets: Sequence[Target]) -> Iterator[None]:
+    """Context manager: restores these matrices on exit, bit for bit."""
+    saved = [target.weight.clone() for target in targets]
+    try:
+        yield
+    finally:
+        for target, weight in zip(targets, saved, strict=True):
+            target.weight.copy_(weight)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -13,18 +13,9 @@ from torch.nn.functional import cross_entropy
 from leanstep._torch import output_head
 from leanstep.pruning.measure.batches import Batch
 
-__all__ = [
-    "LOCAL_METRICS",
-    "METRICS",
-    "Distortion",
-    "Metric",
-    "default_metric",
-    "kl_divergence",
-    "make_metric",
-    "summarise",
-]
+__all__ = ["Distortion", "Metric", "kl_divergence", "make_metric", "metric_name", "summarise"]
 
-# measured at the layer itself, without running the model on
+# measured at the layer, without running the rest of the model
 LOCAL_METRICS = ("local_nmse", "fisher")
 
 
@@ -38,14 +29,14 @@ class Distortion(NamedTuple):
 class Metric:
     """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.
 
-    :meth:`reference` reduces the dense model's output to what :meth:`compare` needs, which returns fp64 ``sums``
-    and ``counts`` per sample of the batch. Equal outputs give exactly 0.
+    :meth:`reference` reduces the dense model's output to the values that :meth:`compare` needs. :meth:`compare` returns
+    ``sums`` and ``counts`` per sample of the batch, in fp64. Equal outputs give exactly 0.
     """
 
     name = ""
 
     def reference(self, output: Any, batch: Batch) -> Any:
-        """The part of the dense output that comparisons need."""
+        """The values of the dense output that :meth:`compare` needs."""
         raise NotImplementedError
 
     def compare(self, reference: Any, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -53,37 +44,36 @@ class Metric:
         raise NotImplementedError
 
     def prepare(self, model: nn.Module) -> None:
-        """Ready the metric for a model; called once, before anything is measured."""
+        """Set up the metric for a model; called once, before the first measurement."""
 
     def close(self) -> None:
-        """Leave the model as it was before :meth:`prepare`."""
+        """Undo the changes of :meth:`prepare` to the model."""
 
 
 class _TokenMetric(Metric):
-    """Mean over the tokens that count, of a value per token. A classifier's output is one token a sample."""
+    """Mean over unmasked tokens of a value per token. A classifier's output counts as one token per sample."""
 
     def reference(self, output: Any, batch: Batch) -> list[Any]:
-        return [self._keep(rows) for rows in _tokens(output, batch)]
+        return [self._keep(rows) for rows in _rows(logits_of(output), batch)]
 
     def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
-        values = [
-            self._values(kept, rows).double() for kept, rows in zip(reference, _tokens(output, batch), strict=True)
-        ]
+        pairs = zip(reference, _rows(logits_of(output), batch), strict=True)
+        values = [self._values(dense, rows).double() for dense, rows in pairs]
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
 
     def _keep(self, rows: Tensor) -> Any:
         raise NotImplementedError
 
-    def _values(self, kept: Any, rows: Tensor) -> Tensor:
+    def _values(self, dense: Any, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 # below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
 _SERIES = 1 / 16
-# logits whose divergence is computed together, so that its temporaries stay in a core's cache: 1.8 times the time of a
-# plain sum of p d over all tokens at once, on a CPU, and a tenth of its memory
+# logits per call of kl_divergence, so that its temporaries stay in a core's cache. On a CPU, this takes 1.8 times the
+# time and a tenth of the memory of a plain sum of p d over all tokens at once
 _TOGETHER = 1 << 19
 
 
@@ -113,10 +103,10 @@ class KL(_TokenMetric):
     def _keep(self, rows: Tensor) -> Tensor:
         return rows.float().log_softmax(-1)
 
-    def _values(self, kept: Tensor, rows: Tensor) -> Tensor:
+    def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
         together = max(1, _TOGETHER // rows.shape[-1])
-        pairs = zip(kept.split(together), rows.split(together), strict=True)
-        return torch.cat([kl_divergence(dense, logits.float().log_softmax(-1)) for dense, logits in pairs])
+        pairs = zip(dense.split(together), rows.split(together), strict=True)
+        return torch.cat([kl_divergence(log_p, logits.float().log_softmax(-1)) for log_p, logits in pairs])
 
 
 class KLTopK(_TokenMetric):
@@ -132,13 +122,13 @@ class KLTopK(_TokenMetric):
         top_indices = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
         return top_indices, _bucketed(log_probabilities, top_indices)
 
-    def _values(self, kept: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        top_indices, dense = kept
-        return kl_divergence(dense, _bucketed(rows.float().log_softmax(-1), top_indices))
+    def _values(self, dense: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        top_indices, log_p = dense
+        return kl_divergence(log_p, _bucketed(rows.float().log_softmax(-1), top_indices))
 
 
 def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
-    """Log-probabilities at some top_indices, and of all the others together: -inf where there are no others."""
+    """Log-probabilities at ``top_indices``, and of all other entries together (-inf if there are none)."""
     top = log_probabilities.gather(-1, top_indices)
     # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
     rest = log_probabilities.scatter(-1, top_indices, -torch.inf).logsumexp(-1, keepdim=True)
@@ -146,9 +136,9 @@ def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
 
 
 class MSELogits(_TokenMetric):
-    """Mean over tokens and logits of (z - z~)^2, the distortion of Xu et al.; of a language model's centred logits.
+    """Mean over tokens and logits of (z - z~)^2, the distortion of Xu et al.
 
-    Softmax does not see a number added to all logits of a token, so the mean over the vocabulary is taken off first.
+    A language model's logits are centred first, because softmax ignores a number added to all logits of a token.
     """
 
     name = "mse_logits"
@@ -157,23 +147,23 @@ class MSELogits(_TokenMetric):
         self.centred = False
 
     def prepare(self, model: nn.Module) -> None:
-        self.centred = _is_language_model(model)
+        self.centred = output_head(model) is not None
 
     def _keep(self, rows: Tensor) -> Tensor:
         rows = rows.float()
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
-    def _values(self, kept: Tensor, rows: Tensor) -> Tensor:
-        return (kept - self._keep(rows)).square().mean(-1)
+    def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
+        return (dense - self._keep(rows)).square().mean(-1)
 
 
 class NMSEHidden(Metric):
-    """||h - h~||^2 / ||h||^2 of the head's input h, over all tokens that count."""
+    """||h - h~||^2 / ||h||^2 of the head's input h, over all unmasked tokens."""
 
     name = "nmse_hidden"
 
     def __init__(self) -> None:
-        self._seen: list[Tensor] = []
+        self._inputs: list[Tensor] = []
         self._handle: Any = None
 
     def prepare(self, model: nn.Module) -> None:
@@ -184,7 +174,7 @@ class NMSEHidden(Metric):
                 raise ValueError(f"the metric nmse_hidden needs a head, {type(model).__name__} has no linear layer")
             head = linears[-1]
         self.close()
-        self._handle = head.register_forward_pre_hook(lambda module, args: self._seen.append(args[0].detach()))
+        self._handle = head.register_forward_pre_hook(lambda module, args: self._inputs.append(args[0].detach()))
 
     def close(self) -> None:
         if self._handle is not None:
@@ -192,8 +182,8 @@ class NMSEHidden(Metric):
             self._handle = None
 
     def reference(self, output: Any, batch: Batch) -> list[Tensor]:
-        hidden = self._seen.pop()
-        self._seen.clear()
+        hidden = self._inputs.pop()
+        self._inputs.clear()
         return [rows.float() for rows in _rows(hidden, batch)]
 
     def compare(self, reference: list[Tensor], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -204,7 +194,7 @@ class NMSEHidden(Metric):
 
 
 class CEDelta(Metric):
-    """Mean cross-entropy of the pruned model less that of the dense one. Noisy, and may be negative: to look at."""
+    """Mean cross-entropy of the pruned model less that of the dense one. Noisy, and may be negative."""
 
     name = "ce_delta"
 
@@ -226,30 +216,30 @@ METRICS: dict[str, Callable[[], Metric]] = {
 
 
 def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
-    """The metric of a name, ready for a model; None is :func:`default_metric`'s.
+    """Make and prepare the metric of a name; None: the default of :func:`metric_name`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    name = default_metric(model) if metric is None else metric
-    if isinstance(name, str):
+    if metric is None or isinstance(metric, str):
+        name = metric_name(metric, model)
         if name not in METRICS:
             raise ValueError(f"metric must be one of {', '.join((*METRICS, *LOCAL_METRICS))}, got {name!r}")
-        made = METRICS[name]()
-    else:
-        made = name
-    made.prepare(model)
-    return made
+        metric = METRICS[name]()
+    metric.prepare(model)
+    return metric
 
 
-def default_metric(model: nn.Module) -> str:
-    """``"kl"`` for language models, ``"mse_logits"`` for others."""
-    return "kl" if _is_language_model(model) else "mse_logits"
+def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
+    """Name of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
+    if metric is None:
+        return "kl" if output_head(model) is not None else "mse_logits"
+    return metric if isinstance(metric, str) else metric.name
 
 
-def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
-    """Mean and standard error over samples of a ratio of sums; the error is NaN of a single sample."""
-    pairs = list(parts)
+def summarise(per_batch: Iterable[tuple[Tensor, Tensor]]) -> Distortion:
+    """Mean and standard error over samples of a ratio of sums; the error is NaN for a single sample."""
+    pairs = list(per_batch)
     sums = torch.cat([pair[0] for pair in pairs])
     counts = torch.cat([pair[1] for pair in pairs])
     total, samples = float(counts.sum()), len(sums)
@@ -276,16 +266,8 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _is_language_model(model: nn.Module) -> bool:
-    return output_head(model) is not None
-
-
-def _tokens(output: Any, batch: Batch) -> list[Tensor]:
-    """Logits of the tokens that count, sample by sample."""
-    return _rows(logits_of(output), batch)
-
-
 def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
+    """[tokens, width] of each sample, without masked tokens; of values [batch, width], one row per sample."""
     if values.dim() == 2:
         return [row[None] for row in values]
     rows = [sample.flatten(0, -2) for sample in values]
@@ -293,7 +275,7 @@ def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
 
 
 def _losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(sums, counts) of the cross-entropy per sample; a language model's tokens are predicted from those before."""
+    """(sums, counts) of the cross-entropy per sample. A language model predicts each token from those before it."""
     logits, labels = logits_of(output), batch.labels
     if labels is None:
         raise ValueError("the metric ce_delta needs labels: give batches as (inputs, labels)")

@@ -1,4 +1,4 @@
-"""Common parts of all scores: statistics of a layer, rankings of its weights, and the interface of a pruner."""
+"""Shared by all scores: statistics of a layer, rankings of its weights, and the interface of a pruner."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerStatistics:
     """Sums over the inputs of a matrix [out, in] on calibration data, or gradients of it.
 
     Attributes:
-        count: inputs added, that is, tokens.
-        square_sum: fp64 [in], sum of x_j^2, 8 bytes per input; None where it is not wanted.
-        gram: fp32 [in, in], sum of x x^T; None where it is not wanted.
+        count: number of input rows added, for instance tokens.
+        square_sum: fp64 [in], sum of x_j^2, 8 bytes per input; None if not needed.
+        gram: fp32 [in, in], sum of x x^T; None if not needed.
         gradients: [m, out * in], floating: a gradient per sample or mini-batch, each [out, in] flattened.
     """
 
@@ -39,7 +39,7 @@ class LayerStatistics:
 
     @classmethod
     def for_score(cls, score: str, in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
-        """Empty sums, of the kinds that a score needs.
+        """Zero sums for the fields that a score needs.
 
         Raises:
             ValueError: for an unknown score.
@@ -50,7 +50,7 @@ class LayerStatistics:
 
     @classmethod
     def empty(cls, fields: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
-        """Zero sums for ``square_sum`` and ``gram``, where ``fields`` name them."""
+        """Zero sums for those of ``square_sum`` and ``gram`` that are in ``fields``."""
         statistics = cls()
         if "square_sum" in fields:
             statistics.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
@@ -69,7 +69,7 @@ class LayerStatistics:
             self.gram.addmm_(rows.T.to(self.gram.device), rows.to(self.gram.device))
 
     def permuted(self, columns: Tensor) -> LayerStatistics:
-        """The same for a matrix whose columns are taken in another order (int64 [in])."""
+        """The statistics of the matrix with its columns in the order ``columns``, int64 [in]."""
         gradients = self.gradients
         if gradients is not None:
             gradients = gradients.unflatten(1, (-1, len(columns)))[:, :, columns].flatten(1)
@@ -88,9 +88,9 @@ class Ranking:
     """The order in which the weights of a matrix are pruned.
 
     Args:
-        scores: [out, in], floating, finite; the smallest are pruned first. Of equal ones the lower index is.
-        scope: "matrix" compares all weights. "row" compares within rows and prunes as many in each: of P weights,
-            P // out in every row, and one more in P % out rows, those where the next weight has the lowest score.
+        scores: [out, in], floating, finite; the smallest are pruned first. Ties go to the lower index.
+        scope: "matrix" compares all weights. "row" compares within rows. For P pruned weights, P // out are pruned in
+            every row, and one more in the P % out rows whose next weight has the lowest score.
 
     Raises:
         ValueError: for another scope, or scores that are not a finite matrix.
@@ -129,7 +129,7 @@ class Ranking:
 
 
 def check_keep(keep: int, numel: int) -> int:
-    """``keep``, if it is a count from 0 to ``numel``."""
+    """Check that ``keep`` is a count from 0 to ``numel``, and return it."""
     if isinstance(keep, bool) or not isinstance(keep, int):
         raise TypeError(f"expected the number of weights to keep, or an N:M pattern, got {keep!r}")
     if not 0 <= keep <= numel:
@@ -159,7 +159,7 @@ class LayerPruner(ABC):
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(f"expected a floating weight [out, in], got {tuple(weight.shape)} of {weight.dtype}")
         self.given = weight.detach()
-        # computed with; float64 only where it is given
+        # fp32 for computing, or fp64 if the given weight is
         self.weight = self.given.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class LayerPruner(ABC):
             weight, mask = self._prune_pattern(pattern)
         else:
             weight, mask = self._prune_count(check_keep(pattern, self.weight.numel()))
-        # no negative zeros, and no updates of pruned weights
+        # masked_fill also removes negative zeros and updates of pruned weights
         return Pruned(weight.to(self.given.dtype).masked_fill(~mask, 0), mask)
 
     @property
@@ -196,5 +196,5 @@ class LayerPruner(ABC):
 
 
 def zeros_first(scores: Tensor, weight: Tensor) -> Tensor:
-    """Scores with -1 where a weight is zero already: no other is below 0."""
+    """Scores with -1 at zero weights, which are then pruned first: other scores are >= 0."""
     return torch.where(weight == 0, -1.0, scores)

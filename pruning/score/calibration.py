@@ -1,4 +1,4 @@
-"""Calibration: sums over the inputs of a layer or per-sample gradients of its weights, and pruners made of them."""
+"""Calibrate pruners: sum over the inputs of layers, or collect per-sample gradients."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from leanstep.pruning.score.targets import Group, Target, as_matrix, split_kept
 def statistics_for(
     cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
 ) -> dict[str, LayerStatistics]:
-    """The statistics of some layers, with the weights that the model has now.
+    """Collect the statistics of some layers, with the current weights.
 
     Args:
-        cache: the model and the data; passes begin at its position, and end at the last stage that holds a target.
+        cache: the model and the data. Passes run from its position to the last stage with a target.
         targets: the layers.
-        needs: any of ``square_sum``, ``gram``, ``gradients``. None: statistics without content.
-        gradient_samples: at most so many samples for gradients.
+        needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
+        gradient_samples: largest number of samples for gradients.
 
     Raises:
-        ValueError: for a layer that never ran on the data, or of a kind that has no matrix of inputs.
+        ValueError: for a layer that never ran on the data, or a convolution without one matrix of inputs.
     """
     needs = tuple(needs)
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
@@ -42,12 +42,12 @@ def statistics_for(
             statistics_by_name[name].gradients, statistics_by_name[name].count = rows, len(rows)
     if {"square_sum", "gram"} & set(needs):
         collect_inputs(cache, targets, {name: statistics.add for name, statistics in statistics_by_name.items()})
-        _fill_unseen(targets, statistics_by_name)
+        _fill_unused(targets, statistics_by_name)
     return statistics_by_name
 
 
-def _fill_unseen(targets: Sequence[Target], statistics_by_name: dict[str, LayerStatistics]) -> None:
-    """Give an expert that no token was routed to equal statistics for all inputs."""
+def _fill_unused(targets: Sequence[Target], statistics_by_name: dict[str, LayerStatistics]) -> None:
+    """Give experts without a token the same statistics for all inputs; raise ValueError for other unused layers."""
     for target in targets:
         statistics = statistics_by_name[target.name]
         if statistics.count:
@@ -63,7 +63,7 @@ def _fill_unseen(targets: Sequence[Target], statistics_by_name: dict[str, LayerS
 
 @torch.no_grad()
 def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[str, Callable[[Tensor], Any]]) -> None:
-    """Run the batches and give every layer's inputs, [rows, in], to ``add[name]``, without tokens that do not count."""
+    """Run the batches and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
     current: list[Batch] = []
 
     def give(target: Target, inputs: Tensor) -> None:
@@ -98,7 +98,7 @@ def _hook(target: Target, give: Callable[[Target, Tensor], None]) -> Callable[[n
 
 
 def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs as rows of the matrix product that the layer is."""
+    """Inputs [rows, in] of the layer as a matrix product; convolutions are unfolded."""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return inputs.reshape(-1, inputs.shape[-1])
     if module.groups != 1 or module.padding_mode != "zeros":
@@ -141,7 +141,7 @@ class _ExpertInputs(TorchFunctionMode):
 
 @contextmanager
 def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Let the experts of transformers models multiply one after the other, so that each product can be seen."""
+    """Context manager: transformers models run experts one by one, so that each product can be intercepted."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_experts_implementation", None)
     if before in (None, "eager"):
@@ -177,13 +177,13 @@ def collect_gradients(
             for target in targets:
                 gradient = by_name[target.parameter]
                 if gradient is None:
-                    raise ValueError(f"{target.name} has no matrix in the model's output; leave it out with exclude")
+                    raise ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")
                 matrix = gradient if target.expert is None else gradient[target.expert]
                 rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return {name: torch.stack(parts) for name, parts in rows.items()}
+    return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
 
 
 def _singles(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
@@ -207,10 +207,10 @@ def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
 
 
 class Pruning:
-    """How weights are chosen inside a matrix: a score, and the data that its statistics come from.
+    """Makes the pruners of a score from calibration data.
 
     Args:
-        cache: the model on the calibration data. It is moved on by :meth:`pruners`, with the weights of that moment.
+        cache: the model and the calibration data. :meth:`pruners` advances it with the current weights.
         score, options: see :func:`leanstep.pruning.layer_pruner`.
     """
 
@@ -218,7 +218,7 @@ class Pruning:
         self.cache, self.score, self.options = cache, score, dict(options or {})
 
     def pruners(self, groups: Sequence[Group], start: int = 0) -> Pruners:
-        """One pruner per matrix, with the statistics of now, from one pass over the data from ``start`` on."""
+        """One pruner per matrix; their statistics take one pass over the data from the stage ``start`` on."""
         targets = [target for group in groups for target in group.targets]
         if NEEDS[self.score] and start in self.cache.starts:
             self.cache.advance(start)
@@ -231,10 +231,9 @@ class Pruning:
 
 
 class Pruners:
-    """The pruners of some matrices, by name; each is made on first access, from the weights of that moment.
+    """The pruners of some matrices, by name; each is made on first access, from the current weights.
 
-    A pruner and its statistics take several times the memory of the matrix. :meth:`release` frees those of a group, so
-    that the pruners of a block need not be in memory together.
+    A pruner and its statistics take several times the memory of the matrix. :meth:`release` frees those of a group.
     """
 
     def __init__(self, pruning: Pruning, targets: Sequence[Target], statistics: Mapping[str, LayerStatistics]) -> None:
@@ -261,7 +260,7 @@ class Pruners:
 def prune_group(
     group: Group, pruners: Pruners | Mapping[str, LayerPruner], kept: int, pattern: str = ""
 ) -> list[tuple[Target, Tensor]]:
-    """The matrices of a group at a level, not written yet."""
+    """Prune the matrices of a group to a level; returns (target, weight) and does not write the model."""
     shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))
     return [
         (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)

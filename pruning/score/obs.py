@@ -12,39 +12,38 @@ from leanstep.pruning.score.base import LayerPruner, Ranking, zeros_first
 from leanstep.sparsity import NM, nm_obs_mask
 
 UPDATES = ("exact", "independent", "none")
-# float64 elements of gradients that are at hand at a time
+# most float64 elements of gradients in memory at a time
 _TILE = 1 << 23
 
 
 class FisherPruner(LayerPruner):
-    """Prunes the weights of least saliency ``w_q^2 / (2 [F^-1]_qq)``, and moves the others of their block.
+    """Prunes the weights of least saliency ``w_q^2 / (2 [F^-1]_qq)``, and updates the others of their block.
 
     F = damping + G^T G / m of the gradients, block by block. The increase of the quadratic model of the loss is
     ``1/2 d^T F d`` for a change d. With S the pruned set of a block:
 
     * "exact": the least increase, ``d = -F^-1_{:S} (F^-1_SS)^-1 w_S``; the loss rises by
       ``1/2 w_S^T (F^-1_SS)^-1 w_S``.
-    * "independent": ``d = F^-1 t`` with ``t_q = -w_q / [F^-1]_qq`` on S, which adds up the answers for one weight at a
-      time and then forces S to zero, as the published code does. Not the least increase, and it can be larger than
-      that of "none".
-    * "none": the others stay.
+    * "independent": ``d = F^-1 t`` with ``t_q = -w_q / [F^-1]_qq`` on S: the sum of the updates for single weights.
+      S is then set to zero, as in the published code. The increase is not the least, and can exceed that of "none".
+    * "none": the others do not change.
 
-    An N:M mask is the best set of each group by itself (:func:`leanstep.sparsity.nm_obs_mask`).
+    An N:M mask takes the best set of each group alone (:func:`leanstep.sparsity.nm_obs_mask`).
 
     Args:
         weight: [out, in].
         gradients: G [m, out * in].
         damping: added to F's diagonal, as a fraction of the mean of the diagonal of G^T G / m, > 0. The published
-            code's is absolute, 1e-5; then a loss or a batch of another size gives another mask.
+            code adds an absolute 1e-5, so that its mask depends on the scale of the loss and on the batch size.
         block_size: weights of a block, consecutive in the flattened matrix; at most all of them.
-        update: one of the above.
+        update: a name of the list above.
 
     Raises:
         ValueError: for values out of range, gradients that are all zero or not finite, or a damping too small.
 
     Notes:
-        Gradients of weights that are zero already count as zero, so that these take no part. Memory beside the
-        gradients: that of :class:`leanstep.kernels.BlockInverseFisher`. All in float64.
+        Gradients of zero weights are set to zero, which excludes these weights. Memory besides the gradients: that of
+        :class:`leanstep.kernels.BlockInverseFisher`. Computes in float64.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arXiv
@@ -83,7 +82,7 @@ class FisherPruner(LayerPruner):
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         if self._ranking is None:
             self._ranking = Ranking(zeros_first(self.scores, self.weight))
-        return self._moved(self._ranking.mask(keep))
+        return self._updated(self._ranking.mask(keep))
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
         if self._fisher.block_size % pattern.m:
@@ -91,23 +90,23 @@ class FisherPruner(LayerPruner):
                 f"FisherPruner: blocks of {self._fisher.block_size} weights split groups of {pattern.m}: "
                 f"use a block_size that {pattern.m} divides"
             )
-        return self._moved(nm_obs_mask(self.weight, self._fisher, pattern).mask)
+        return self._updated(nm_obs_mask(self.weight, self._fisher, pattern).mask)
 
-    def _moved(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights as the update leaves them under a mask, and the mask."""
+    def _updated(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The updated weights, and their mask."""
         flat, kept = self.weight.to(torch.float64).flatten(), mask.flatten()
         if self._update == "independent":
             flat = flat + self._fisher.solve(torch.where(kept, 0.0, -flat / self._diagonal))
         elif self._update == "exact":
             flat = flat + self._least_increase(flat, kept)
-        moved = flat.view_as(self.weight).masked_fill(self.weight == 0, 0.0)
-        return moved.to(self.weight.dtype), mask
+        updated = flat.view_as(self.weight).masked_fill(self.weight == 0, 0.0)
+        return updated.to(self.weight.dtype), mask
 
     def _least_increase(self, flat: Tensor, kept: Tensor) -> Tensor:
-        """The change of the kept weights that increases the loss least when all others become zero.
+        """The change of the kept weights R with the least increase of the loss when the others S become zero.
 
-        A ridge regression: the others' share of every gradient, ``v = G_S w_S``, is to be met by the kept ones,
-        ``min |G_R d_R - v|^2 + damping * m * |d_R|^2``, in whichever of the two forms has the smaller matrix.
+        Solves the ridge regression ``min |G_R d_R - v|^2 + damping * m * |d_R|^2`` with ``v = G_S w_S``. Of its primal
+        and dual form, takes the one with the smaller matrix.
         """
         change = torch.zeros_like(flat)
         m = self._fisher.rows.shape[0]

@@ -1,4 +1,4 @@
-"""Scores: which weights of a matrix are pruned first, and how the others are updated."""
+"""Prepare a matrix for pruning by a score: magnitude, Wanda, SparseGPT, M-FAC or a function."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from leanstep.pruning.score.base import NEEDS, SCOPES, LayerPruner, LayerStatistics, Ranking, zeros_first
-from leanstep.pruning.score.obs import FisherPruner
+from leanstep.pruning.score.obs import UPDATES, FisherPruner
 from leanstep.pruning.score.sparsegpt import SparseGPTPruner
 from leanstep.sparsity import NM, magnitude, magnitude_times_activation, nm_mask
 
 ScoreFunction = Callable[[Tensor, LayerStatistics | None], Tensor]
 
-# scope of the mask, where the score leaves a choice: as in the papers
+# default scope of the mask, as in the papers
 _SCOPE = {"magnitude": "matrix", "wanda": "row"}
 
 
@@ -36,9 +36,9 @@ def layer_pruner(
     ===========  =========================================  ====================  ================================
     "magnitude"  |w_ij|                                     the matrix            stay
     "wanda"      |w_ij| ||X_j||_2                           a row                 stay
-    "sparsegpt"  w_ij^2 / [U_jj]^2                          blocks of columns     make up for the pruned ones left
-                                                                                  of them in their row
-    "mfac"       w_q^2 / (2 [F^-1]_qq)                      the matrix            make up for the pruned ones of
+    "sparsegpt"  w_ij^2 / [U_jj]^2                          blocks of columns     compensate the pruned ones to
+                                                                                  their left in the row
+    "mfac"       w_q^2 / (2 [F^-1]_qq)                      the matrix            compensate the pruned ones of
                                                                                   their block (``update``)
     ===========  =========================================  ====================  ================================
 
@@ -46,17 +46,16 @@ def layer_pruner(
     Fisher matrix. Zeros are pruned first.
 
     Args:
-        weight: [out, in], floating; of a parameter stored otherwise, :func:`leanstep.pruning.as_matrix` of it. Never
-            written.
+        weight: [out, in], floating; never written. :func:`leanstep.pruning.as_matrix` converts other layouts.
         score: one of the table, or a function of (weight in fp32, statistics) that gives scores [out, in] >= 0.
-        statistics: what :data:`leanstep.pruning.score.base.NEEDS` lists for the score.
+        statistics: with the fields that :data:`leanstep.pruning.score.base.NEEDS` lists for the score.
         scope: "matrix" or "row", for magnitude, Wanda and functions (default: matrix); None: as in the table.
         update: "exact", "independent" or "none", for "mfac".
         damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): added to the diagonal, as a fraction of
             its mean.
-        block_size: columns that SparseGPT prunes together; weights of a block of M-FAC's F.
-        spacing: kernel positions of a convolution: N:M groups lie along its in-channels, which are so far apart in a
-            flattened row.
+        block_size: columns that SparseGPT prunes together, or weights per block of M-FAC's F.
+        spacing: kernel positions of a convolution, else 1. N:M groups lie along its in-channels, which are ``spacing``
+            columns apart in a flattened row.
 
     Returns:
         :class:`leanstep.pruning.LayerPruner`.
@@ -100,7 +99,7 @@ def layer_pruner(
 
 
 def _scores(matrix: Tensor, score: str | ScoreFunction, about: LayerStatistics | None) -> Tensor:
-    """Scores of the weights that are only kept or pruned."""
+    """Scores for a pruner that leaves the other weights unchanged."""
     wide = matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
     if callable(score):
         return score(wide, about)
@@ -124,8 +123,8 @@ def _check_options(
         raise ValueError(
             f"layer_pruner: scope {scope!r} is not supported for score {score!r}; 'matrix' and 'row' are for others"
         )
-    if update not in ("exact", "independent", "none"):
-        raise ValueError(f"layer_pruner: update must be 'exact', 'independent' or 'none', got {update!r}")
+    if update not in UPDATES:
+        raise ValueError(f"layer_pruner: update must be one of {', '.join(UPDATES)}, got {update!r}")
     if weight.dim() != 2 or spacing < 1 or weight.shape[1] % spacing:
         raise ValueError(
             f"layer_pruner: expected a weight [out, in] and a spacing that divides in; got {tuple(weight.shape)} and "
@@ -180,13 +179,13 @@ class ScoredPruner(LayerPruner):
 
 
 class SpacedPruner(LayerPruner):
-    """Another pruner, for a matrix whose N:M groups lie along every k-th column: a convolution's in-channels.
+    """Wraps the pruner of a convolution, whose N:M groups lie along its in-channels: every k-th column.
 
     Args:
         weight: [out, channels * k], a convolution's weight with its rows flattened, k kernel positions per channel.
         spacing: k.
-        make: from a weight and statistics to the pruner of the matrix with columns in the order [k, channels].
-        statistics: in the weight's own order.
+        make: weight, statistics -> pruner; called with the columns in the order [k, channels].
+        statistics: in the order of the weight's columns.
     """
 
     def __init__(
@@ -203,7 +202,7 @@ class SpacedPruner(LayerPruner):
 
     @property
     def scores(self) -> Tensor:
-        """[out, in], in the weight's own order."""
+        """[out, in], in the order of the weight's columns."""
         return self._inner.scores[:, self._back]
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""SparseGPT: prune the columns of a matrix from left to right, and let those on the right make up for it."""
+"""SparseGPT: prune a matrix from left to right; the columns to the right compensate the error."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from leanstep.sparsity import NM, nm_mask
 class SparseGPTPruner(LayerPruner):
     """Prunes for the least squared error of the layer's output on its calibration inputs, a block of columns at a time.
 
-    With H = X X^T + damping and the upper Cholesky factor U of its inverse (U^T U = H^-1), column j in turn: the error
-    ``e = w_:j / U_jj`` of the weights pruned in it is taken from the columns right of it, ``W_:k -= e U_jk``. The mask
-    of a block is chosen when its turn comes, from ``w_ij^2 / U_jj^2`` of the weights as they are then; the mask of an
-    N:M group when its first column's turn comes.
+    With H = X X^T + damping and the upper Cholesky factor U of its inverse (U^T U = H^-1), for each column j: the error
+    ``e = w_:j / U_jj`` of its pruned weights updates the columns to its right, ``W_:k -= e U_jk``. The mask
+    of a block, or of an N:M group, is chosen at its first column, from ``w_ij^2 / U_jj^2`` of the current weights.
 
     Args:
         weight: [out, in].
@@ -30,10 +29,9 @@ class SparseGPTPruner(LayerPruner):
 
     Notes:
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
-        ``out * in^2`` multiply-adds. Exactly the count that is asked for is kept: block after block, as many weights
-        are pruned as bring the total to its share, rounded down, where the published code takes the threshold of each
-        block by itself. Inputs that are always zero have their weights pruned first instead of all zeroed, which does
-        not change the count.
+        ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
+        weights is the share of the columns so far, rounded down. The published code thresholds each block alone.
+        Weights of inputs that are always zero are pruned first, within the count.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -50,7 +48,7 @@ class SparseGPTPruner(LayerPruner):
 
     @property
     def scores(self) -> Tensor:
-        """``w_ij^2 / [H^-1]_jj``, before any weight has moved: the error that pruning it alone would cost."""
+        """``w_ij^2 / [H^-1]_jj``, of the original weights: the error of pruning one weight alone."""
         inverse_diagonal = self._factor.square().sum(dim=0)
         return self.weight.square() / inverse_diagonal * ~self._unused
 
@@ -89,7 +87,7 @@ class SparseGPTPruner(LayerPruner):
                 # within the block column by column; the columns after it once, below
                 weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-        # zeros stay zero, although the updates changed them
+        # the updates also changed zeros: reset them
         return weight.masked_fill(self.weight == 0, 0.0), mask
 
 

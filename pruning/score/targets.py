@@ -1,4 +1,4 @@
-"""The matrices of a model that are pruned, and groups of them that share a level."""
+"""Find the matrices of a model to prune, and group those that share a level."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
             are transposed; "conv" for convolutions [out, in / groups, kernel...], whose rows are flattened.
 
     Raises:
-        ValueError: for another layout, a number of dimensions that it does not have, or a convolution whose memory
-            no matrix can share.
+        ValueError: for another layout, a weight with the wrong number of dimensions, or a convolution whose strides
+            allow no view as a matrix.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"as_matrix: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -84,7 +84,7 @@ def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
 
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
-# what decides which expert a token goes to is small, and an error there is not one of a weight
+# routers are small, and an error there sends tokens to other experts
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 _ROUTER_CLASS = re.compile(r"Router|Gate$")
 _EMBEDDING = re.compile(r"embed", re.IGNORECASE)
@@ -96,10 +96,10 @@ class Target:
     """One matrix to prune: a parameter, or one expert of a three-dimensional one.
 
     Attributes:
-        layer: name and size for allocations; ``layer.name`` is the parameter's name in the model, for an expert with
-            its number behind it, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
+        layer: name and size for allocations. ``layer.name`` is the parameter's name in the model; an expert's name ends
+            with its number, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
         parameter: the parameter's name.
-        module: the module that owns it; of tied weights the first.
+        module: the module that owns it; for tied weights, the first.
         attribute: the parameter's name in that module.
         layout: see :func:`leanstep.pruning.as_matrix`.
         expert: number of the expert, None for a parameter that is one matrix.
@@ -119,7 +119,7 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is now, [out, in], a view: writes change the model."""
+        """The current weight [out, in], a view: writes change the model."""
         data = getattr(self.module, self.attribute).data
         return as_matrix(data if self.expert is None else data[self.expert], self.layout)
 
@@ -127,16 +127,16 @@ class Target:
 def find_targets(
     model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
 ) -> list[Target]:
-    """The matrices of a model that are pruned, in the order of its parameters.
+    """Find the matrices to prune, in the order of the model's parameters.
 
-    Linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Left out are
+    Takes linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Leaves out
     embeddings of every kind (patches and positions too), the head, weights tied to these, norms, biases, and the
     routers of mixtures of experts.
 
     Args:
         model: any module; frozen parameters count as well.
-        include: wildcards over parameter names, such as ``"*.mlp.*"``; only what one of them matches is pruned, and a
-            head or a router that is matched by name is pruned too. None: all of the above.
+        include: wildcards over parameter names, such as ``"*.mlp.*"``. Takes only matching matrices, including
+            a matching head or router. None: all of the above.
         exclude: wildcards; matching parameters are left out.
 
     Raises:
@@ -169,7 +169,7 @@ def find_targets(
 
 
 def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> list[str]:
-    """The parameters that :func:`find_targets` finds its matrices in; a model on the meta device will do."""
+    """Names of the parameters that :func:`find_targets` would prune; the model may be on the meta device."""
     _refuse_foreign_weights(model)
     parameters = dict(model.named_parameters())
     rules = None if include is None else list(include)
@@ -177,7 +177,7 @@ def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, ex
 
 
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
-    """The targets with ``layer.uses`` counted on a batch: how often each weight is multiplied per sample.
+    """Count ``layer.uses`` of the targets on a batch: how often each weight is multiplied per sample.
 
     For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token.
     Experts are counted as if every token came to each.
@@ -226,7 +226,7 @@ def _choose(
 
 
 def _is_pruned(model: nn.Module, name: str, role: str, *, asked: bool = False) -> bool:
-    """Whether a matrix is pruned by default, or if a rule asks for it."""
+    """Whether a matrix is pruned by default, or if a rule names it (``asked``)."""
     if role == "other":
         # linear layers with one output, and bare matrices of modules that are not torch's
         parameter = model.get_parameter(name)
@@ -235,7 +235,7 @@ def _is_pruned(model: nn.Module, name: str, role: str, *, asked: bool = False) -
 
 
 def _special(model: nn.Module, name: str) -> bool:
-    """Whether a matrix is a router, or turns an input into vectors."""
+    """Whether a matrix is a router or an embedding."""
     module_name = name.rpartition(".")[0]
     module = model.get_submodule(module_name)
     return bool(
@@ -244,7 +244,7 @@ def _special(model: nn.Module, name: str) -> bool:
 
 
 def _block_numbers(names: list[str]) -> dict[str, int]:
-    """The block of each matrix: its number in the list of modules that most are in; without such a list, its own."""
+    """Block of each matrix: its index in the module list that holds most matrices; without one, the matrix's index."""
     matches = {name: match for name in names if (match := _INDEX.search(name))}
     lists = Counter(name[: match.start(1)] for name, match in matches.items())
     main, count = lists.most_common(1)[0] if lists else ("", 0)
@@ -296,14 +296,14 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class Group:
-    """Targets that are pruned to one sparsity, and the layer that allocations take them for."""
+    """Targets that share one sparsity; ``layer`` stands for them in allocations."""
 
     layer: Layer
     targets: tuple[Target, ...]
 
     @property
     def name(self) -> str:
-        """Name of the group: of a single matrix its own."""
+        """Name of the group, or of its only matrix."""
         return self.layer.name
 
     @property
@@ -349,7 +349,7 @@ def split_kept(kept: int, sizes: Sequence[int]) -> list[int]:
     """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum."""
     total = sum(sizes)
     shares = [kept * size // total for size in sizes]
-    # what rounding down left over goes to the largest remainders
+    # the rest after rounding down goes to the largest remainders
     order = sorted(range(len(sizes)), key=lambda index: -(kept * sizes[index] % total))
     for index in order[: kept - sum(shares)]:
         shares[index] += 1

@@ -188,7 +188,7 @@ def test_the_monitor_sees_what_attention_sees_and_changes_nothing(make, implemen
     captured = {}
     taps = attach(model)
     recorder = type(
-        "Recorder", (), {"see": lambda self, call: captured.setdefault(call.layer, call.inputs.sequences(slice(2)))}
+        "Recorder", (), {"observe": lambda self, call: captured.setdefault(call.layer, call.inputs.sequences(slice(2)))}
     )()
     for tap in taps.values():
         tap.observers.append(recorder)

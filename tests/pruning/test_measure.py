@@ -10,9 +10,8 @@ from torch import nn
 from leanstep.pruning import find_targets, measure_curves
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches, token_sequences
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
-from leanstep.pruning.measure.snapshot import weights_hash
 from leanstep.pruning.score.calibration import collect_inputs, statistics_for
 from leanstep.pruning.score.targets import make_groups, split_kept
 

@@ -11,12 +11,12 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, planner, prune
-from leanstep.pruning.allocate.methods import METHODS as ALLOCATIONS
+from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure import checks as additivity
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.checks import Additivity
-from leanstep.pruning.measure.snapshot import weights_hash
+from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune import _summary
 from leanstep.sparsity import is_nm
