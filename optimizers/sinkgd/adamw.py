@@ -91,13 +91,16 @@ def _update(
     if fused:  # torch's fused CPU kernel ignores strides
         contiguous = torch.contiguous_format
         inputs = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in inputs]
-    params_grads_moments = [list(column) for column in zip(*inputs, strict=True)]
+    used_params, used_grads, used_avgs, used_avg_sqs = (list(column) for column in zip(*inputs, strict=True))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        adamw_step_on_host(*params_grads_moments, steps, betas=(beta1, beta2), **rule)
+        adamw_step_on_host(used_params, used_grads, used_avgs, used_avg_sqs, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
-            *params_grads_moments,
+            used_params,
+            used_grads,
+            used_avgs,
+            used_avg_sqs,
             [],
             steps,
             # torch's foreach functions accept no tensor lr
