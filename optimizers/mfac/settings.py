@@ -133,8 +133,11 @@ def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
                     "was changed. Continue with the version that saved it, or start without the state."
                 )
         groups.append({key: value for key, value in group.items() if key not in _REMOVED_SETTINGS})
+    # hooks may leave values that are no dict of a parameter
     states = {
         number: {_RENAMED_KEYS.get(key, key): value for key, value in state.items()}
+        if isinstance(state, dict)
+        else state
         for number, state in state_dict["state"].items()
     }
     return {**state_dict, "state": states, "param_groups": groups}
