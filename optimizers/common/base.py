@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
+from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes, upgraded
 from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
     Shard,
@@ -73,11 +73,15 @@ class LeanOptimizer(torch.optim.Optimizer):
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
+        _older_names: names of state and group entries in states of older versions -> their names now.
+        _older_settings: settings of older versions -> the values that still load.
     """
 
     _shaped_state: tuple[str, ...] = ()
     _separable = False
     _group_entries: Mapping[str, Any] = {}
+    _older_names: Mapping[str, str] = {}
+    _older_settings: Mapping[str, tuple[Any, ...]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -238,10 +242,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("optimizer", self._method())
-            group.setdefault("nonfinite_count", 0)
-            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
-                group.setdefault(key, self.defaults[key])
+            missing = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
+            missing.pop("differentiable", None)  # which torch adds to the defaults on loading
+            group.update({key: value for key, value in missing.items() if key not in group})
             _name_dtypes(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,26 +279,31 @@ class LeanOptimizer(torch.optim.Optimizer):
         the user's load hooks run.
 
         Raises:
-            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes. Nothing is
-                changed.
+            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes, or has a
+                setting that no longer exists. Nothing is changed.
         """
         final: dict[str, Any] = {}
 
-        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             refuse_foreign(self, loaded)
-            refuse_misfits(self, loaded)
-            final.update(loaded)
+            final.update(upgraded(self, loaded))
+            self._check_loaded(final)
+            return final
 
         def restore(_: torch.optim.Optimizer) -> None:
             restore_dtypes(self, final)
 
-        before = self.register_load_state_dict_pre_hook(remember)
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if a state, with its names of this version, does not fit the parameters and settings."""
+        refuse_misfits(self, state_dict)
 
     def nonfinite_count(self) -> int:
         """Return how many times a tensor's gradient had infinite or NaN entries, over all steps (reads the device).

@@ -12,10 +12,10 @@ from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import dense_gradient
 from leanstep.optimizers.common.sharding import Reduction, dtype_of, local, placed_like, run
 
-# Entries of a group. half_is: content of its parameters' ``half_grad``: "none", the "gradient" of the first half, or
-# its "difference" from the whole gradient. half_fraction: fraction of the batch in the first half. half_seen: whether
-# mark_half() was ever called.
-NOTHING: dict[str, Any] = {"half_is": "none", "half_fraction": 0.5, "half_seen": False}
+# Entries of a group. half_content: content of its parameters' ``half_grad``: "none", the "gradient" of the first half,
+# or its "difference" from the whole gradient. half_fraction: fraction of the batch in the first half. half_marked:
+# whether mark_half() was ever called.
+UNMARKED: dict[str, Any] = {"half_content": "none", "half_fraction": 0.5, "half_marked": False}
 
 # tensors per all-reduce
 _BUCKET = 16
@@ -38,7 +38,7 @@ def mark_half(
         raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
     copies: list[Tensor] = []
     for group in groups:
-        group["half_is"], group["half_fraction"], group["half_seen"] = "none", float(fraction), True
+        group["half_content"], group["half_fraction"], group["half_marked"] = "none", float(fraction), True
         if group["noise_clock"]:
             continue
         for position, param in enumerate(group["params"]):
@@ -49,11 +49,11 @@ def mark_half(
             half = _unscaled(grad, loss_scale).to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
             state[param]["half_grad"] = half
             copies.append(half)
-        group["half_is"] = "gradient"
+        group["half_content"] = "gradient"
     whole = [c for c in copies if not is_dtensor(c)]
     if whole and averaged is not True:
         _average(whole, averaged, process_group)
-    if not copies and any(g["half_is"] == "gradient" for g in groups):
+    if not copies and any(g["half_content"] == "gradient" for g in groups):
         raise RuntimeError(
             "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first half "
             "(under FSDP2, with gradients reduced in each of them)"
@@ -84,17 +84,17 @@ def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) ->
 
 def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | Tensor) -> None:
     """See :meth:`leanstep.optimizers.LANTON.mark_whole`; ``groups`` are those with noise="halves"."""
-    if not any(g["half_seen"] for g in groups):
+    if not any(g["half_marked"] for g in groups):
         raise RuntimeError("LANTON.mark_whole: call mark_half() after the first half of the micro-batches")
     for group in groups:
-        if group["half_is"] != "gradient":
+        if group["half_content"] != "gradient":
             continue
         for param in group["params"]:
             param_state = state.get(param, {})
             if "half_grad" in param_state and param.grad is not None:
                 grad = _unscaled(local(placed_like(param.grad, param)), loss_scale)
                 local(param_state["half_grad"]).sub_(grad, alpha=group["half_fraction"])
-        group["half_is"] = "difference"
+        group["half_content"] = "difference"
 
 
 def check_marked(group: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def check_marked(group: dict[str, Any]) -> None:
             "created and deleted between steps. Do not compile the step (the model may be compiled), or use "
             "noise='previous'."
         )
-    if group["half_seen"]:
+    if group["half_marked"]:
         return
     if any(param.grad is not None for param in group["params"]) and float(group["lr"]) != 0:
         raise RuntimeError(
@@ -119,9 +119,9 @@ def check_marked(group: dict[str, Any]) -> None:
 
 def forget(group: dict[str, Any], state: State) -> None:
     """Delete the copies after the step."""
-    if group["half_is"] == "none":
+    if group["half_content"] == "none":
         return
     for param in group["params"]:
         if param in state:
             state[param].pop("half_grad", None)
-    group["half_is"] = "none"
+    group["half_content"] = "none"

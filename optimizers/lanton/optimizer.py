@@ -42,14 +42,6 @@ NOISES = ("previous", "halves")
 GROUPINGS = ("norm", "role")
 SCALINGS = ("scion", "muon")
 
-# removed settings, with the values that a loaded state may have
-_DROPPED = {
-    "decay_rate": ("group",),
-    "bias_correction": (False,),
-    "nuclear_steps": (3,),
-    "nuclear_coefficients": ("nuclear",),
-}
-
 
 class LANTON(LeanOptimizer):
     r"""LANTON (layer-wise noise-adaptive learning rates with operator norms).
@@ -167,7 +159,15 @@ class LANTON(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer", "previous_grad")
-    _group_entries = {"noise_clock": 0, **halves.NOTHING}
+    _group_entries = {"noise_clock": 0, **halves.UNMARKED}
+    _older_names = {"half_is": "half_content", "half_seen": "half_marked"}
+    _older_settings = {
+        "decay_rate": ("group",),
+        "bias_correction": (False,),
+        "nuclear_steps": (3,),
+        "nuclear_coefficients": ("nuclear",),
+        "grouping": GROUPINGS,
+    }
 
     def __init__(
         self,
@@ -257,23 +257,8 @@ class LANTON(LeanOptimizer):
         return {**packed, "state": _reshaped_estimates(packed["state"], (1,), ())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the dtype it was saved in.
-
-        Raises:
-            ValueError: the state belongs to another optimizer or other parameters, or has a removed setting. Nothing
-                is changed.
-        """
-        for group in state_dict["param_groups"]:
-            settings = {"grouping": group.get("grouping"), **{name: group.get(name) for name in _DROPPED}}
-            unknown = {k: v for k, v in settings.items() if v not in (None, *_DROPPED.get(k, GROUPINGS))}
-            if unknown:
-                raise ValueError(
-                    f"LANTON: the state was saved with {unknown}, which this version does not have; nothing was "
-                    "changed. Continue with the version that saved it, or start without the state."
-                )
-        groups = [{k: v for k, v in group.items() if k not in _DROPPED} for group in state_dict["param_groups"]]
-        state = _reshaped_estimates(state_dict["state"], (), (1,))
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        """Load a state; see :meth:`state_dict` and the base class."""
+        super().load_state_dict({**state_dict, "state": _reshaped_estimates(state_dict["state"], (), (1,))})
 
     # ---- the step
 

@@ -289,7 +289,7 @@ def _difference(layer: LayerStep) -> Tensor:
     if layer.group["noise"] == "previous":
         return grad - local(layer.state["previous_grad"])
     half = local(layer.state["half_grad"])
-    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
+    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_content"] == "gradient" else half
 
 
 def _store_gradient(info: GradientInfo) -> None:

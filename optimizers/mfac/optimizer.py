@@ -11,7 +11,6 @@ from torch import Tensor
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import settings_of
-from leanstep.optimizers.common.loading import refuse_foreign
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Steps, new_state
 from leanstep.optimizers.mfac import rule
@@ -26,7 +25,7 @@ from leanstep.optimizers.mfac.scopes import (
     shared_settings,
     step_scopes,
 )
-from leanstep.optimizers.mfac.settings import check_loaded, check_masks, check_settings, upgraded
+from leanstep.optimizers.mfac.settings import check_loaded, check_masks, check_settings
 from leanstep.optimizers.mfac.window import columns_of
 
 
@@ -125,6 +124,14 @@ class MFAC(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer",)
+    _older_names = {"figures": "stats", "counts": "counters"}
+    _older_settings = {
+        "momentum_on": ("update",),
+        "precondition": ("row",),
+        "precondition_every": (1,),
+        "window_every": (1,),
+        "warmup_steps": (0,),
+    }
 
     def __init__(
         self,
@@ -173,12 +180,9 @@ class MFAC(LeanOptimizer):
             group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
         check_memory(self.param_groups, self._states())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this or an older version; see the class docstring for errors."""
-        refuse_foreign(self, state_dict)
-        state_dict = upgraded(state_dict)
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_loaded(self.param_groups, state_dict)
-        super().load_state_dict(state_dict)
+        super()._check_loaded(state_dict)
 
     def _stays_on_cpu(self, key: str) -> bool:
         return key == "counters"

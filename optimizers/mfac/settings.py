@@ -1,4 +1,4 @@
-"""Checks of M-FAC's settings and of loaded states, and the upgrade of states of older versions."""
+"""Checks of M-FAC's settings and of loaded states."""
 
 from __future__ import annotations
 
@@ -24,16 +24,6 @@ SHARED = (
 )  # fmt: skip
 # settings that determine the format of a saved window
 STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
-
-# state keys of older versions, and removed settings with the only value that is still supported
-_RENAMED_KEYS = {"figures": "stats", "counts": "counters"}
-_REMOVED_SETTINGS = {
-    "momentum_on": "update",
-    "precondition": "row",
-    "precondition_every": 1,
-    "window_every": 1,
-    "warmup_steps": 0,
-}
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -116,31 +106,6 @@ def check_masks(group: dict[str, Any]) -> None:
                 f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, False for excluded "
                 f"weights; got {tuple(mask.shape)} of {mask.dtype}"
             )
-
-
-def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with the current names of state keys and settings. The given one is not changed.
-
-    Raises:
-        ValueError: the state was saved with a setting that no longer exists.
-    """
-    groups = []
-    for group in state_dict["param_groups"]:
-        for name, value in _REMOVED_SETTINGS.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"MFAC: the state was saved with {name}={group[name]!r}, an option that no longer exists; nothing "
-                    "was changed. Continue with the version that saved it, or start without the state."
-                )
-        groups.append({key: value for key, value in group.items() if key not in _REMOVED_SETTINGS})
-    # hooks may leave values that are no dict of a parameter
-    states = {
-        number: {_RENAMED_KEYS.get(key, key): value for key, value in state.items()}
-        if isinstance(state, dict)
-        else state
-        for number, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
