@@ -13,8 +13,8 @@ from leanstep.optimizers.common.checks import check_choice, check_flags, check_n
 from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes, upgraded
 from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
+    Reducer,
     Shard,
-    Steps,
     check_class,
     has_memory,
     offsets_of,
@@ -143,7 +143,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         """Return generators that update a group, or only its parameter at position ``only``.
 
         ``first_index`` is the number of parameters in the groups before. A bad gradient raises here, before any
@@ -151,9 +151,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def _steps(self) -> list[Steps[None]]:
+    def _steps(self) -> list[Reducer[None]]:
         """Return the generators of a whole step. Subclasses whose rule spans groups override this."""
-        rules: list[Steps[None]] = []
+        rules: list[Reducer[None]] = []
         first_index = 0
         for group in self.param_groups:
             rules += self._group_steps(group, first_index)

@@ -23,7 +23,7 @@ from leanstep.optimizers.common.checks import (
     warn_how_auto_routes,
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps, local, new_state, offsets_of, shard_of
+from leanstep.optimizers.common.sharding import Reducer, local, new_state, offsets_of, shard_of
 from leanstep.optimizers.lanton import halves
 from leanstep.optimizers.lanton.matrices import is_stack, tasks_of
 from leanstep.optimizers.lanton.step import (
@@ -280,7 +280,7 @@ class LANTON(LeanOptimizer):
             state["noise_steps"].fill_(-1)
         return state
 
-    def _steps(self) -> list[Steps[None]]:
+    def _steps(self) -> list[Reducer[None]]:
         """Return one generator for all groups, because their layers share maxima."""
         for group in self._groups_with_halves():
             halves.check_marked(group)
@@ -296,7 +296,7 @@ class LANTON(LeanOptimizer):
             offsets_of(stochastic, local(layers[0].param).device)
         return [self._whole_step(layers)]
 
-    def _whole_step(self, layers: list[LayerStep]) -> Steps[None]:
+    def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
         yield from step(layers, self._estimated())
         for group in self._groups_with_halves():
             halves.forget(group, self.state)

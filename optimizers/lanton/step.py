@@ -17,7 +17,7 @@ from leanstep.kernels.steps.common import constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Shard, Steps, local, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
@@ -100,7 +100,7 @@ def estimate_dtype(device: torch.device) -> torch.dtype:
 # ---- the step
 
 
-def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
+def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     """Update the parameters that have a gradient, and their state, in place.
 
     One all-reduce of four numbers per matrix gives every process all estimates, and so the same maxima.

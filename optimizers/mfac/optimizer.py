@@ -12,7 +12,7 @@ from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import settings_of
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps, new_state
+from leanstep.optimizers.common.sharding import Reducer, new_state
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
@@ -258,6 +258,6 @@ class MFAC(LeanOptimizer):
             init_scope_state(scope_state, entries[0].param, settings)
         return Scope(entries, settings, scope_state)
 
-    def _steps(self) -> list[Steps[None]]:
+    def _steps(self) -> list[Reducer[None]]:
         scopes = self._scopes()
         return [step_scopes(scopes)] if scopes else []

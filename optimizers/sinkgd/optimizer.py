@@ -25,7 +25,7 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Shard, Steps, all_reduce_flags, local, new_state
+from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
@@ -223,7 +223,7 @@ class SinkGD(LeanOptimizer):
         init_rounding(state, param, rounding)
         return state
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))
         return [
             step_adamw(batch) if algorithm == "adamw" else _step(batch, balanced=algorithm == "balanced")
@@ -231,7 +231,7 @@ class SinkGD(LeanOptimizer):
         ]
 
 
-def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
+def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update the matrices of a batch, and their state, in place, in the order of the class docstring."""
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
