@@ -71,6 +71,7 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     Attributes:
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
+        _host_state: names of state tensors that stay in the host's memory, because the host reads them.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
         _older_names: names of state and group entries in states of older versions -> their names now.
@@ -78,6 +79,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     """
 
     _shaped_state: tuple[str, ...] = ()
+    _host_state: tuple[str, ...] = ()
     _separable = False
     _group_entries: Mapping[str, Any] = {}
     _older_names: Mapping[str, str] = {}
@@ -174,17 +176,15 @@ class LeanOptimizer(torch.optim.Optimizer):
         Returns:
             The closure's value; None without one.
         """
-        loss = call_closure(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._raise_on_nonfinite()
         if torch.compiler.is_compiling():
             self._init_group()
         run(together(self._steps()))
         return loss
-
-    @torch.no_grad()
-    def _step_one(self, group: dict[str, Any], first_index: int, position: int) -> None:
-        """Update the parameter at ``position`` of a group; ``first_index`` as in :meth:`_group_steps`."""
-        run(together(self._group_steps(group, first_index, position)))
 
     def _init_group(self) -> None:
         """Create the state of all parameters that have a gradient.
@@ -267,10 +267,6 @@ class LeanOptimizer(torch.optim.Optimizer):
     def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
         """Whether loading preserves the saved dtype of a state tensor; if not, it casts to the parameter's."""
         return True
-
-    def _stays_on_cpu(self, key: str) -> bool:
-        """Whether a state tensor stays in the host's memory, because the host reads it."""
-        return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
@@ -394,11 +390,3 @@ def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[li
     for position, param in enumerate(params):
         sets.setdefault((param.device, param.dtype), []).append(position)
     return list(sets.values())
-
-
-def call_closure(closure: Callable[[], Any] | None) -> Any:
-    """Call a closure with gradients enabled, as torch's optimizers do; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

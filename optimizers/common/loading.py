@@ -102,8 +102,7 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
             if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
                 continue
             device = current.device if key == "step" else param.device
-            if optimizer._stays_on_cpu(key):
-                device = torch.device("cpu")
+            device = torch.device("cpu") if key in optimizer._host_state else device
             dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
             if current.dtype != dtype or current.device != device:
                 optimizer.state[param][key] = saved.detach().clone().to(device, dtype)

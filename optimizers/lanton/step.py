@@ -364,11 +364,11 @@ def _write(updates: list[Update]) -> None:
     for u in updates:
         if u.weight.numel() > 0:
             sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
-    for updates_of_kind in sets.values():
-        _write_one_kind(updates_of_kind)
+    for alike in sets.values():
+        _write_alike(alike)
 
 
-def _write_one_kind(updates: list[Update]) -> None:
+def _write_alike(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
     seeds = offsets = None

@@ -124,6 +124,7 @@ class MFAC(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer",)
+    _host_state = ("counters",)
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
         "momentum_on": ("update",),
@@ -183,9 +184,6 @@ class MFAC(LeanOptimizer):
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_loaded(self.param_groups, state_dict)
         super()._check_loaded(state_dict)
-
-    def _stays_on_cpu(self, key: str) -> bool:
-        return key == "counters"
 
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).

@@ -127,19 +127,11 @@ def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
                 (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
             )
             raise ValueError(f"MFAC: the saved window has its parameters in another order ({difference}); {advice}")
-        for position, number in enumerate(saved["params"]):
-            if position < len(group["params"]):
-                _check_window(group, position, state_dict["state"].get(number, {}), advice)
-
-
-def _check_window(group: dict[str, Any], position: int, state: dict[str, Any], advice: str) -> None:
-    """Raise ValueError if a saved window does not have its parameter's shape."""
-    window = state.get("window", state.get("error"))
-    if window is None:
-        return
-    shape = tuple(window.shape[1:] if "window" in state else window.shape)
-    if shape != tuple(group["params"][position].shape):
-        raise ValueError(
-            f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {shape}: the parameters "
-            f"have another order, or are other ones; {advice}"
-        )
+        for position, (param, number) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            state = state_dict["state"].get(number, {})
+            shape = state["window"].shape[1:] if "window" in state else getattr(state.get("error"), "shape", None)
+            if shape not in (None, param.shape):
+                raise ValueError(
+                    f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {tuple(shape)}: "
+                    f"the parameters have another order, or are other ones; {advice}"
+                )
