@@ -25,6 +25,9 @@ from leanstep.lora.layers.pruned import masked_update
 from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.peft.bridge import PeftLinear
 
+# why a layer is judged exact
+NON_FINITE = "non-finite logits"
+
 
 class HeadNorms(NamedTuple):
     """Maxima over the sequences for every query head: fp32 [Hq] on the layer's device.
