@@ -109,7 +109,7 @@ def _trackers(config: RunConfig, section: Section) -> None:
 
 def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
     """List the parameter groups of the optimizer and their options."""
-    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.check.costs import meta_model
     from leanstep.recipes.training.build import build_optimizer
 
     vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
@@ -124,9 +124,8 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
     """List the layers that become N:M sparse, the schedule, and the operations in theory and on hardware."""
     if not config.sparsity.patterns:
         return
-    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.check.costs import flops_per_token, meta_model
     from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-    from leanstep.recipes.training.build import flops_per_token
 
     vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
     if not vocabulary:
@@ -153,7 +152,7 @@ def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
 
 def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
     """Count the zeros of the initial model that the run keeps."""
-    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.check.costs import meta_model
     from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 
     if not config.pruning.keep_masks:

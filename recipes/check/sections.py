@@ -176,7 +176,7 @@ def length(config: RunConfig, world_size: int, section: Section, facts: Facts) -
 
 def memory(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
     """Estimate the memory of one process and compare it with the free memory."""
-    from leanstep.recipes.check.memory import estimate
+    from leanstep.recipes.check.costs import estimate
     from leanstep.recipes.training.failures import lighter_state
 
     vocabulary = facts.vocabulary or config.model.config.get("vocab_size")

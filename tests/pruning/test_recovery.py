@@ -9,7 +9,7 @@ from training import read_log, run, write_text
 
 from leanstep.pruning import find_targets, prune
 from leanstep.recipes.check.check import _pruning
-from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.check.sections import Facts, Section
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.sparsity.verify import verify

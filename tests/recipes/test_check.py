@@ -8,7 +8,7 @@ import torch
 from leanstep import _memory
 from leanstep.recipes.check import sections
 from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
-from leanstep.recipes.check.memory import MemoryEstimate
+from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.check.sections import Facts, Section, disk_need
 from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import load, recipe_names, recipe_path
@@ -84,7 +84,7 @@ def test_epochs_count_the_sequences_of_the_text(run):
 
 
 def test_the_routing_table_accounts_for_every_weight(run):
-    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.check.costs import meta_model
     from leanstep.recipes.training.build import build_optimizer
 
     config = run("optimizer.groups=[{match: 'layers.0', lr: 0.5, weight_decay: 0.25}]")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from leanstep.lora import load_adapter
 from leanstep.recipes.check.check import _groups
-from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.check.sections import Facts, Section
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, load

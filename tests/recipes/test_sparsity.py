@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from leanstep.cli import main
 from leanstep.recipes.check.check import inspect
-from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, dump, load
 from leanstep.recipes.config.schema import RunConfig, SparsityConfig
