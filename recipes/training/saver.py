@@ -25,6 +25,7 @@ from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
+from leanstep.recipes.training.build import all_agree, main_does
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -38,7 +39,6 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.world import all_agree, main_does
 
 
 class Saver:
