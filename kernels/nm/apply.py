@@ -31,10 +31,12 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 
     Notes:
         Computes in fp32 and rounds once. Reads weight and mask and writes the result once: 9 bytes per fp32 element.
-        All backends agree bit for bit. Under torch.compile, plain torch runs, which the compiler fuses.
+        All backends agree bit for bit. Under torch.compile, plain torch runs, which the compiler fuses; also for a
+        weight that requires a gradient, since only autograd's operations have one.
     """
     _check(weight, mask, alpha, "nm_apply")
-    if is_traced(weight) or not weight.numel():
+    differentiable = torch.is_grad_enabled() and weight.requires_grad
+    if is_traced(weight) or differentiable or not weight.numel():
         return reference.nm_apply(weight, mask, alpha)
     return _run(weight, mask, alpha)
 
