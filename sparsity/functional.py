@@ -1,7 +1,7 @@
 """The forward and backward rules of every method, as differentiable functions that the parametrization calls.
 
-:func:`sparse_weight` has the gradients of STE, SR-STE, MDGF and SDGF. The controller adds :func:`srste_term` once per
-step. ``kernels/reference/nm/apply.py`` holds the elementwise definitions.
+:func:`sparse_weight` has the gradients of STE, MDGF and SDGF. SR-STE adds :func:`srste_term`, which the controller does
+once per step. ``kernels/reference/nm/apply.py`` holds the elementwise definition.
 """
 
 from __future__ import annotations
