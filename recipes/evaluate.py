@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._files import read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file
 from leanstep.recipes.data.tokens import require
@@ -238,11 +239,11 @@ def read_training(folder: Path) -> Training | None:
 
 def _recipe(path: Path) -> dict[str, Any] | None:
     """Read the recipe that a run saved; None for any other file."""
-    import yaml
+    from leanstep.recipes.config.values import read_document
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_document(read_text(path)).value
+    except (OSError, UnicodeDecodeError):
         return None
     recipe = isinstance(content, dict) and "recipe" in content and isinstance(content.get("data"), dict)
     return content if recipe else None

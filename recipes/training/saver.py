@@ -16,7 +16,7 @@ from accelerate.utils import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from leanstep._files import format_bytes, free_bytes, publish_folder
+from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate
 from leanstep.lora.ties import config_of_merged
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
@@ -262,7 +262,8 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(staged, ignore_errors=True)
+            remove(staged)
+            staged.mkdir()
         saver.export(staged)
         if accelerator.is_main_process:
             publish_folder(staged, folder.final)
