@@ -1,4 +1,4 @@
-"""Sections of ``leanstep check``: network, text, length, memory, disk and output folder, as the report has them."""
+"""Sections of ``leanstep check``: network, initial model, text, length, memory, disk and output folder."""
 
 import os
 import shutil
@@ -89,6 +89,26 @@ def _is_cached(key: str, name: str) -> bool:
 
     files = {"data.tokenizer": ("tokenizer.json", "tokenizer_config.json"), "model.init_from": ("config.json",)}
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in files.get(key, ()))
+
+
+def initial(config: RunConfig, section: Section) -> None:
+    """Check that the files of ``model.init_from`` hold every weight of the model, in its shape; no weight is read."""
+    source = config.model.init_from
+    if not source:
+        return
+    from leanstep.pruning.folder.loading import check_weights
+    from leanstep.recipes.training.build import initial_problem
+
+    section.add("from", source)
+    if not Path(source).expanduser().is_dir():
+        section.add("weights", "not compared: they are not in a folder here")
+        return
+    try:
+        check_weights(source, new_heads=config.model.new_heads)
+    except ValueError as error:
+        raise ValueError(initial_problem(error)) from error
+    drawn = f", but for {', '.join(config.model.new_heads)}, drawn anew" if config.model.new_heads else ""
+    section.add("weights", f"fit its config.json{drawn}")
 
 
 def text(config: RunConfig, section: Section, facts: Facts) -> None:

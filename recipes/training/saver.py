@@ -288,8 +288,8 @@ def sample(path: Path, seed: int, device: torch.device) -> str:
 
     Leaves the run's random state as it was.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     start = torch.tensor([[tokenizer.eos_token_id]], device=device)
     positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
