@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from leanstep._files import format_bytes, free_bytes, publish_folder
 from leanstep.lora import LowRankGate
-from leanstep.lora.ties import config_of_merged
+from leanstep.lora.merge import config_of_merged
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
+from leanstep.recipes.training.build import all_agree, main_does
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -38,7 +39,6 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.world import all_agree, main_does
 
 
 class Saver:

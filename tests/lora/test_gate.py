@@ -8,8 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from leanstep.lora.attention.attention import LowRankAttentionError
-from leanstep.lora.attention.gate import LowRankGate
-from leanstep.lora.attention.gate_checks import autocasted_inputs
+from leanstep.lora.attention.gate import LowRankGate, autocasted_inputs
 from leanstep.lora.attention.interface import AttentionInputs
 from leanstep.lora.attention.monitor import NormMonitor
 
