@@ -105,27 +105,6 @@ def find_model_folder(path: str | Path) -> Path:
     )
 
 
-def _open_model(folder: Path) -> Any:
-    """Load the model. Raises ValueError if weights are missing or have other shapes; transformers would draw them."""
-    require("transformers")
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # a broken configuration or file: transformers and safetensors raise many types
-        raise ValueError(f"could not open the model in '{folder}': {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        names = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        raise ValueError(f"the weights in '{folder}' do not fit its config.json: {', '.join(names[:3])}, ...")
-    return model
-
-
 def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     if requested is not None and not 2 <= requested <= positions:
@@ -135,12 +114,14 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
+    from leanstep.pruning.folder.loading import open_model
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
     from leanstep.recipes.training.validation import evaluate
 
     folder = find_model_folder(options.checkpoint)
-    model = _open_model(folder)
+    require("transformers")
+    model: Any = open_model(folder)
     tokenizer = open_tokenizer(str(folder))
     needed = vocabulary_size(tokenizer)
     if needed > model.config.vocab_size:

@@ -8,16 +8,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
+
+from leanstep.recipes.config.schema import RunConfig
 
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
@@ -201,21 +202,27 @@ def _join(path: KeyPath) -> str:
     return _cut(".".join(path))
 
 
-def _cut(text: str) -> str:
-    """Cut the middle of a long text."""
-    return text if len(text) <= 120 else f"{text[:80]}...{text[-20:]}"
+def _cut(text: str, most: int = 120) -> str:
+    """Cut the middle of a text of more than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 40]}...{text[-30:]}"
 
 
 Problem = tuple[KeyPath, str]
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
+# pydantic's words -> those of a recipe
+_WORDS = {
+    "Input should be ": "",
+    "List should have ": "a list of ",
+    " after validation": "",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid array": "a list",
+    "an object": "a mapping",
 }
-_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
@@ -228,26 +235,17 @@ def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Proble
     try:
         # strict JSON allows what a recipe may hold: no text for a number, no number for a flag, lists for tuples
         return _adapter(schema).validate_json(json.dumps(value), strict=True), []
-    except ValidationError as error:
-        return None, list(_translate(schema, error, value, path))
+    except ValidationError as failure:
+        by_key: dict[tuple[int | str, ...], list[Any]] = {}
+        for error in failure.errors(include_url=False):
+            by_key.setdefault(_steps(error["loc"], value), []).append(error)
+        keys = islice(by_key.items(), _MOST_PROBLEMS)
+        return None, [_problem(schema, steps, errors, value, path) for steps, errors in keys]
 
 
 @lru_cache
 def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
-
-
-def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath) -> Iterator[Problem]:
-    """Yield one problem for each key. Among the errors of a union type, reports a range error first."""
-    by_key: dict[tuple[int | str, ...], list[Any]] = {}
-    for error in failure.errors(include_url=False):
-        by_key.setdefault(_steps(error["loc"], value), []).append(error)
-    for steps, errors in islice(by_key.items(), _MOST_PROBLEMS):
-        # exact types: True is an int
-        of_range = [
-            error for error in errors if error["type"] in _RANGE_ERRORS and type(error["input"]) in (int, float)
-        ]
-        yield _problem(schema, steps, (of_range or errors)[0], value, above)
 
 
 def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
@@ -262,100 +260,38 @@ def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]
     return location
 
 
-def _problem(schema: Any, steps: tuple[int | str, ...], error: Any, value: Any, above: KeyPath) -> Problem:
-    """Translate one pydantic error: follow ``steps`` through schema and value, and describe the error there.
-
-    ``above`` is the path of ``value`` in the recipe. Steps into a list or an open mapping go into the message, not into
-    the path.
-    """
-    annotation = schema
-    limits: list[Any] = []
-    path, below = above, steps[:0]
+def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value: Any, above: KeyPath) -> Problem:
+    """Describe pydantic's errors at one key, several for a union of types; ``above`` is the path of ``value``."""
+    path = (*above, *map(str, steps))
+    key, first = _join(path), errors[0]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section = schema
+        for step in steps[:-1]:
+            section = _fields(section)[str(step)]
+        return path, unknown_key(path, _fields(section), all_keys(RunConfig))
+    if first["type"] == "value_error":
+        return path, _cut(f"{key} {first['ctx']['error']}", 400)
     for step in steps:
         value = value[step]
-        fields = _fields(annotation)
-        if fields is None:
-            below = (*below, step)
-            annotation = _element(annotation)
-        elif step in fields:
-            path = (*path, str(step))
-            annotation, limits = fields[str(step)]
-        else:
-            path = (*path, str(step))
-            return path, unknown_key(path, fields, all_keys(schema))
-    key = ".".join(path)
-    if error["type"] == "value_error":
-        name = f"{key}: {below[0]!r}" if below else key
-        return path, f"{name} {error['ctx']['error']}"
-    if error["type"] in _RANGE_ERRORS:
-        return path, f"{key} must be {_range(annotation, limits)}, got {value!r}"
-    element = f"element {below[0]}: " if below and isinstance(below[0], int) else ""
-    section = "; its keys go below it" if is_dataclass(annotation) else ""
-    return path, f"{key}: {element}{_expected(annotation, value)}{section}"
-
-
-def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
-    """Name -> (type, limits) of the keys of a section; None for a type without keys."""
-    if is_dataclass(annotation):
-        infos: dict[str, FieldInfo] = vars(annotation)["__pydantic_fields__"]
-        return {name: (info.annotation, info.metadata) for name, info in infos.items() if not info.exclude}
-    if is_typeddict(annotation):
-        return {name: (hint, []) for name, hint in get_type_hints(annotation, include_extras=True).items()}
-    return None
-
-
-def _element(annotation: Any) -> Any:
-    """Element type of a list, tuple or mapping, also inside a union."""
-    for option in _union_types(annotation):
-        arguments = get_args(option)
-        if get_origin(option) in (list, tuple, dict) and arguments:
-            return arguments[-1]
-    return Any
-
-
-def _union_types(annotation: Any) -> list[Any]:
-    """The types of a union, nested ones included, with their annotations."""
-    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-    if get_origin(plain) is Union or type(plain).__name__ == "UnionType":
-        return [option for inner in get_args(plain) for option in _union_types(inner)]
-    return [annotation]
-
-
-def _range(annotation: Any, limits: Iterable[Any]) -> str:
-    """``at least 0 and less than 1``, from the limits of a field or of the number in its type."""
-    metadata = list(limits)
-    for option in [*_union_types(annotation), *_union_types(_element(annotation))]:
-        metadata += getattr(option, "__metadata__", ())
-    bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
-    return " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
-
-
-def _expected(annotation: Any, value: Any) -> str:
-    """``expected a whole number, got 'x'``, with a hint."""
-    words: list[str] = []
-    choices: list[Any] = []
-    for option in _union_types(annotation):
-        plain = get_args(option)[0] if get_origin(option) is Annotated else option
-        origin = get_origin(plain) or plain
-        if origin is Literal:
-            choices += get_args(plain)
-        elif origin is tuple and isinstance(value, list):
-            return f"expected a list of {len(get_args(plain))}, got {len(value)}: {value!r}"
-        elif origin is dict or is_dataclass(origin):
-            words.append("a mapping")
-        else:
-            words.append("a list" if origin in (list, tuple) else _WORDS.get(origin) or str(origin))
-    if choices:
-        words.insert(0, ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices)))
-    if "a number" in words and "a whole number" in words:
-        words.remove("a whole number")
-    near = get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
+    # of a union, a number out of range says more than the other types; exact types, since True is an int
+    of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and type(value) in (int, float)]
+    expected = " or ".join(dict.fromkeys(error["msg"] for error in of_range[:1] or errors))
+    for word, ours in _WORDS.items():
+        expected = expected.replace(word, ours)
+    near = get_close_matches(str(value), re.findall("'(.*?)'", expected), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+    if isinstance(value, float) and "a whole number" in expected and value.is_integer():
         hint = f"; write {value:.0f}"
-    elif "text" in words and isinstance(value, (bool, int, float)):
+    elif isinstance(value, (bool, int, float)) and "text" in expected:
         hint = "; put it in quotes"
-    return f"expected {' or '.join(words)}, got {show(value)}{hint}"
+    return path, f"{key} must be {expected}, got {show(value)}{hint}"
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    """Name -> type of the keys of a section; empty for a type without keys."""
+    if is_dataclass(section):
+        return {item.name: item.type for item in fields(section) if item.name != "source_file"}
+    return dict(section.__annotations__) if is_typeddict(section) else {}
 
 
 def show(value: Any) -> str:
@@ -383,8 +319,8 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every key path of a schema."""
-    for name, (annotation, _) in (_fields(schema) or {}).items():
+    """Yield the path of every key of a schema."""
+    for name, annotation in _fields(schema).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
 

@@ -33,7 +33,7 @@ from leanstep.recipes.config.values import read_document
 from leanstep.recipes.training.folder import FolderError, RunFolder
 
 if TYPE_CHECKING:
-    from leanstep.recipes.check.memory import MemoryEstimate
+    from leanstep.recipes.check.costs import MemoryEstimate
 
 MARKER = "COMPLETE"
 _CHECKSUM_LIMIT = 256 * 1024**2
