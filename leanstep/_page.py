@@ -1,5 +1,6 @@
 """HTML of reports, from Jinja templates: every value is escaped, and colours follow the reader's light or dark mode."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from leanstep._version import __version__
 
 TEMPLATES = Path(__file__).with_name("templates")
+# characters that neither HTML nor UTF-8 may contain
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: Path, **values: Any) -> str:
-    """Render a template; every value is escaped.
+    """Render a template; every value is escaped. U+FFFD replaces control characters and lone surrogates.
 
     Args:
         template: the file. It may include or extend templates beside it and those of this package.
@@ -22,4 +25,5 @@ def render(template: Path, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template.name).render({"version": __version__, "footer": (), **values}) + "\n"
+    page = environment.get_template(template.name).render({"version": __version__, "footer": (), **values})
+    return _FORBIDDEN.sub("\ufffd", page) + "\n"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMPARISON = "comparison.html"
@@ -59,15 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (UsageError, _config_error()) as error:
+    except (UsageError, _imported("leanstep.recipes.config.loader", "ConfigError")) as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
-def _config_error() -> type[Exception]:
-    """ConfigError if the loader is imported; else a class that is never raised."""
-    loader = sys.modules.get("leanstep.recipes.config.loader")
-    return loader.ConfigError if loader else UsageError
+def _imported(module: str, name: str) -> type[Exception]:
+    """Return an exception of a module that a command imports; if it has not, a class that is never raised."""
+    return getattr(sys.modules.get(module), name, UsageError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -306,7 +309,15 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
-    print(f"{write_report(options.runs, options.out or default)} written")
+    try:
+        page = write_report(options.runs, options.out or default)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"the report {options.out or default} could not be written: {reason}", file=sys.stderr)
+        return EXIT_FAILED
+    print(f"{page} written")
     return 0
 
 

@@ -16,12 +16,14 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from leanstep.kernels.cpp_impl._cache import KernelCacheError, load_or_build
 
 SOURCES = Path(__file__).parent
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -44,22 +46,6 @@ def _first_compiler(requested: str, path: str) -> str | None:
     return next((file for name in names if (file := shutil.which(name, path=path))), None)
 
 
-def cache_folder() -> Path:
-    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder if that is not writable."""
-    folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:
-        pass
-    fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
-    fallback.mkdir(mode=0o700, exist_ok=True)
-    if fallback.stat().st_uid != os.getuid():  # libraries of another user are not loaded
-        raise BuildError(f"{fallback} belongs to another user; set LEANSTEP_CACHE to a folder of yours")
-    return fallback
-
-
 def why_not_cpp() -> str | None:
     """Why kernels cannot be built here, or None. The first call builds a small kernel to test it."""
     if not sys.platform.startswith("linux"):
@@ -74,6 +60,8 @@ def why_not_cpp() -> str | None:
 def _why_it_fails(compiler: str) -> str | None:
     try:
         library("steps/nonfinite_flags", {"TENSOR": "float"})
+    except KernelCacheError as error:
+        return str(error)
     except (BuildError, OSError) as error:
         return f"{compiler} failed: {str(error).splitlines()[-1]}"
     return None
@@ -84,6 +72,7 @@ def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
 
     Raises:
         BuildError: the compiler failed.
+        KernelCacheError: no folder can hold the library.
     """
     return _library(name, tuple(sorted(macros.items())))
 
@@ -94,34 +83,22 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     if compiler is None:
         raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
     command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    ingredients = [
-        *command,
-        _version(compiler),
-        _processor(),
-        *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
-    ]
+    ingredients = [*command, _version(compiler), _processor(), _sources()]
     digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
-    target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
-    if not target.exists():
-        _build(command, SOURCES / f"{name}.cpp", target)
-    return ctypes.CDLL(str(target))
 
-
-def _build(command: list[str], source: Path, target: Path) -> None:
-    """Compile to a temporary file, then rename it: several processes may build the same kernel at once."""
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        ran = subprocess.run(
-            [*command, f"-I{SOURCES}", "-shared", str(source), "-o", partial, *_openmp()],
-            capture_output=True,
-            text=True,
-        )
+    def build(target: Path) -> None:
+        source = str(SOURCES / f"{name}.cpp")
+        arguments = [*command, f"-I{SOURCES}", "-shared", source, "-o", str(target), *_openmp()]
+        ran = subprocess.run(arguments, capture_output=True, text=True)
         if ran.returncode:
             raise BuildError(f"{' '.join(command)} {source} failed:\n{ran.stderr.strip()}")
-        os.replace(partial, target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+
+    return load_or_build(f"{name.replace('/', '-')}-{digest}.so", build)
+
+
+@functools.cache
+def _sources() -> str:
+    return "\0".join(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h"))))
 
 
 def _openmp() -> list[str]:
@@ -153,24 +130,24 @@ def _processor() -> str:
     )
 
 
-def pointers(tensors: Iterable[Tensor]) -> ctypes.Array:
-    """The addresses of the tensors' first elements."""
-    return pointer_array([t.data_ptr() for t in tensors])
+def call(name: str, function: str, macros: Mapping[str, str | int], *arguments: Any) -> None:
+    """Call a function of ``NAME.cpp``, compiled with these macros. It may use torch's number of threads.
+
+    A tensor becomes the address of its first element, a list of tensors or integers an array, None a null pointer, an
+    integer an int64 and a float an fp32 number. Objects of ctypes are passed as they are.
+    """
+    getattr(library(name, macros), function)(*map(_as_c, arguments), torch.get_num_threads())
 
 
-def pointer_array(addresses: Sequence[int]) -> ctypes.Array:
-    """An array of pointers."""
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def integers(values: Sequence[int]) -> ctypes.Array:
-    """An int64 array."""
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The address of a tensor's first element; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _as_c(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, list):
+        numbers = [t.data_ptr() for t in value] if value and isinstance(value[0], Tensor) else value
+        return (ctypes.c_int64 * len(numbers))(*numbers)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
 
 
 def is_dense(tensor: Tensor) -> bool:

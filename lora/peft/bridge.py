@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from leanstep._torch import is_conv1d
 from leanstep.lora.config import SAVES
 from leanstep.lora.layers.block import (
-    FusedSwiGLU,
     fused_swiglu,
-    is_swiglu,
     join_siblings,
+    swiglu_blocks,
     swiglu_fast_path,
     swiglu_layers,
     why_not_fused,
@@ -91,15 +90,25 @@ def accelerate_peft(
         _restore_forward(module)
     for layer in layers.values():
         layer.module.forward = layer.forward
-    blocks = _fuse(model) if fused_blocks else {}
+    blocks = {}
+    if fused_blocks:
+        join_siblings(model)
+        blocks = {name: block for name, block in swiglu_blocks(model).items() if "forward" not in vars(block)}
+    for block in blocks.values():
+        block.forward = _Block(block).forward
     return Acceleration({name: layer.module for name, layer in layers.items()}, blocks)
 
 
 class PeftLinear(FastLinear):
-    """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters."""
+    """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters.
 
-    def __init__(self, module: Any, name: str, save: str, fast_path: bool | None) -> None:
-        self.module, self.name, self.save, self.wanted = module, name, save, fast_path
+    ``adapter`` is the name of an adapter to look at; None: the first active one.
+    """
+
+    def __init__(
+        self, module: Any, name: str = "", save: str = "min", wanted: bool | None = None, adapter: str | None = None
+    ) -> None:
+        self.module, self.name, self.save, self.wanted, self.adapter = module, name, save, wanted, adapter
         self.siblings = None
         self.norm_cache = NormCache()
 
@@ -110,7 +119,7 @@ class PeftLinear(FastLinear):
     @property
     def lora(self) -> Adapter:  # type: ignore[override]
         """The settings of the active adapter."""
-        module, name = self.module, self._active()[0]
+        module, name = self.module, self.adapter or self._active()[0]
         dropout = module.lora_dropout[name]
         return Adapter(
             name=self.name,
@@ -128,9 +137,9 @@ class PeftLinear(FastLinear):
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The base layer, A, B, B's bias, and DoRA's magnitude."""
-        module, name = self.module, self._active()[0]
+        module, name = self.module, self.adapter or self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
-        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
 
     @property
@@ -186,19 +195,6 @@ class _Block:
         if args or kwargs or why_not_fused(self.module, x) is not None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
         return fused_swiglu(self.module, x)
-
-
-def _fuse(model: nn.Module) -> dict[str, nn.Module]:
-    """Group layers with a shared input, and fuse SwiGLU blocks; returns the blocks by name."""
-    join_siblings(model)
-    blocks = {}
-    for name, module in model.named_modules():
-        if "forward" in vars(module) or isinstance(module, FusedSwiGLU):
-            continue
-        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
-            blocks[name] = module
-            module.forward = _Block(module).forward
-    return blocks
 
 
 def _why_none(model: nn.Module) -> str:

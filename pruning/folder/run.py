@@ -27,6 +27,7 @@ from leanstep.pruning.folder.checkpoint import (
     stored_parameters,
     write_weights,
 )
+from leanstep.pruning.folder.loading import open_tokenizer
 from leanstep.pruning.measure.batches import as_batches, token_sequences
 from leanstep.pruning.measure.measure import Progress, evaluating
 from leanstep.pruning.measure.metrics import CEDelta, summarise
@@ -93,7 +94,7 @@ def prune_checkpoint(
 
     Raises:
         ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
-            reach, an ``out`` that exists, or curves of an interrupted run without ``resume``.
+            reach, an ``out`` that exists or lies in ``source``, or curves of an interrupted run without ``resume``.
         OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist.
 
     Notes:
@@ -115,6 +116,7 @@ def prune_checkpoint(
         )
     checkpoint = open_checkpoint(source)
     check_output(out, checkpoint.size)
+    check_apart(out, checkpoint.folder)
     sequences = _sequences(checkpoint, data) if isinstance(data, CalibrationText) else None
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
@@ -178,6 +180,13 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
     return out
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Raise ValueError if ``out`` is the folder of a checkpoint, in it, or around it, links followed."""
+    written, read = out.absolute().parent.resolve() / out.name, source.resolve()
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise ValueError(f"{out} is, contains or lies in the checkpoint {source}; name a folder beside it")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Context manager: a temporary folder, renamed to ``out`` on success and removed on any error.
@@ -212,20 +221,12 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
-
     if text.curve_samples > text.samples:
         raise ValueError(
             f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
             f"{text.curve_samples}"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # missing or broken: many types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{checkpoint.folder} has no tokenizer that could be opened, which text needs: {reason}"
-        ) from error
+    tokenizer = open_tokenizer(checkpoint.folder)
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
     length = text.seq_len or min(tokenizer.model_max_length, positions, 2048)
     if not 2 <= length <= positions:

@@ -15,14 +15,14 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import publish_folder
+from leanstep._files import cache_folders, private_folder, publish_folder
 from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
@@ -41,9 +41,22 @@ def require(module: str, extra: str = "recipes") -> None:
 
 
 def cache_root(folder: str | Path | None = None) -> Path:
-    """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else ``~/.cache/leanstep``."""
-    path = folder or os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep"
-    return Path(path).expanduser()
+    """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else the first one that can be written.
+
+    :func:`leanstep._files.cache_folders` lists them.
+
+    Raises:
+        OSError: the temporary folder is the only choice, and other users can write to its entry for this user.
+    """
+    if folder or os.environ.get("LEANSTEP_CACHE"):
+        return Path(folder or os.environ["LEANSTEP_CACHE"]).expanduser()
+    choices = cache_folders()
+    for choice in choices[:-1]:
+        with suppress(OSError):
+            choice.mkdir(parents=True, exist_ok=True)
+            if os.access(choice, os.W_OK | os.X_OK):
+                return choice
+    return private_folder(choices[-1])
 
 
 def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
@@ -176,7 +189,7 @@ def _file_hash(file: Path) -> str:
 def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub."""
     require("transformers")
-    from transformers import AutoTokenizer
+    from leanstep.pruning.folder import loading
 
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -185,11 +198,11 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
         with nullcontext() if folder.is_dir() or unreachable() is None else offline():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
-    except Exception as error:  # transformers and the hub raise many types
+            tokenizer = loading.open_tokenizer(spec)
+    except ValueError as error:
         what = "the folder" if folder.is_dir() else "the hub's"
         raise ValueError(
-            f"data.tokenizer: could not open {what} '{spec}' ({str(error).strip().splitlines()[0]}). "
+            f"data.tokenizer: could not open {what} '{spec}' ({error}). "
             f"One that needs no network: data.tokenizer=train:4096"
         ) from error
     if not tokenizer.is_fast:
