@@ -1,13 +1,11 @@
 """Masked weights with decay, and their gradient."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels._modes import is_traced
-from leanstep.kernels.cpp_impl._build import TYPES, address, library, same_layout
+from leanstep.kernels.cpp_impl._build import TYPES, call, same_layout
 from leanstep.kernels.reference.nm import apply as reference
 
 GRAD_FLOWS = ("ste", "decay", "fixed")  # the order of enum Flow in apply.cpp
@@ -120,7 +118,7 @@ def _run_backward(
         if grad.stride() != weight.stride():
             grad = torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
         if backend == "cpp":
-            term = (GRAD_FLOWS.index(grad_flow), ctypes.c_float(srste_lambda))
+            term = (GRAD_FLOWS.index(grad_flow), float(srste_lambda))
             return _cpp_apply("nm_apply_backward", (grad, weight), mask, alpha, *term)
         from leanstep.kernels.triton_impl.nm import apply as triton_apply
 
@@ -128,20 +126,12 @@ def _run_backward(
     return reference.nm_apply_backward(grad, weight, mask, alpha, grad_flow, srste_lambda)
 
 
-def _cpp_apply(
-    name: str, tensors: tuple[Tensor, ...], mask: Tensor, alpha: Tensor, *term: int | ctypes.c_float
-) -> Tensor:
+def _cpp_apply(name: str, tensors: tuple[Tensor, ...], mask: Tensor, alpha: Tensor, *term: float) -> Tensor:
     """Call a function of apply.cpp on dense tensors of one layout, the weight last; the result is like the weight."""
     weight = tensors[-1]
     out = torch.empty_like(weight, requires_grad=False)
-    getattr(library("nm/apply", {"WEIGHT": TYPES[weight.dtype], "GRAD": TYPES[tensors[0].dtype]}), name)(
-        ctypes.c_int64(weight.numel()),
-        *map(address, (*tensors, mask)),
-        ctypes.c_float(alpha.to(torch.float32).item()),
-        *term,
-        address(out),
-        torch.get_num_threads(),
-    )
+    macros = {"WEIGHT": TYPES[weight.dtype], "GRAD": TYPES[tensors[0].dtype]}
+    call("nm/apply", name, macros, weight.numel(), *tensors, mask, float(alpha), *term, out)
     return out
 
 

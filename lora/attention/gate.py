@@ -13,13 +13,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.poly.attention import poly_attention
-from leanstep.lora.attention.attention import LowRankAttentionError, check_normalisers, key_means
+from leanstep.lora.attention.attention import (
+    LowRankAttentionError,
+    check_normalisers,
+    key_means,
+    relative_error,
+    softmax_error,
+    taylor_coefficients,
+)
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention.error_bounds import largest_logit
 from leanstep.lora.attention.gate_state import GateReport, LayerState, check_state
 from leanstep.lora.attention.interface import AttentionInputs, Call, Tap, attach, detach
 from leanstep.lora.attention.norms import NON_FINITE, head_norms, sample_rows, sampled_error
-from leanstep.lora.attention.polynomials import relative_error, softmax_error, taylor_coefficients
 
 MODES = ("exact", "auto", "force")
 

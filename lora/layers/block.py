@@ -113,9 +113,8 @@ def join_siblings(model: nn.Module) -> None:
 def fuse_blocks(model: nn.Module) -> None:
     """Make each block of an adapted model run as one function."""
     join_siblings(model)
-    for module in list(model.modules()):
-        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
-            module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
+    for module in swiglu_blocks(model).values():
+        module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
 
 
 def unfuse_blocks(model: nn.Module) -> None:
@@ -200,6 +199,11 @@ def swiglu_fast_path(block: nn.Module) -> FastPath:
     """Whether a SwiGLU block runs as one function, and why (not)."""
     reason = why_not_fused(block)
     return FastPath(reason is None, reason or "one function that keeps its input and the two inner projections")
+
+
+def swiglu_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The SwiGLU blocks of a model of which every layer is a fast one, by name."""
+    return {name: m for name, m in model.named_modules() if is_swiglu(m) and len(swiglu_layers(m)) == 3}
 
 
 def swiglu_layers(block: nn.Module) -> list[FastLinear]:

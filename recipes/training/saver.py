@@ -17,7 +17,7 @@ from accelerate.utils import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from leanstep._files import format_bytes, free_bytes, publish_folder
+from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
@@ -272,9 +272,14 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
 def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
     """Write model and tokenizer to a staging folder and rename it to ``final/``, replacing an older one."""
     staged = folder.root / ".writing-final"
-    if accelerator.is_main_process:
-        shutil.rmtree(staged, ignore_errors=True)
-    trouble = saver.write(staged, saver.export, lambda path: publish_folder(path, folder.final))
+
+    def fill(path: Path) -> None:
+        if accelerator.is_main_process:
+            remove(path)
+            path.mkdir()
+        saver.export(path)
+
+    trouble = saver.write(staged, fill, lambda path: publish_folder(path, folder.final))
     if trouble is not None:
         raise RunFailure(
             "disk",
@@ -289,8 +294,8 @@ def sample(path: Path, seed: int, device: torch.device) -> str:
 
     Leaves the run's random state as it was.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     start = torch.tensor([[tokenizer.eos_token_id]], device=device)
     positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

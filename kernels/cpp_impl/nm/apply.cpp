@@ -47,7 +47,7 @@ extern "C" void nm_apply(
 
 // factor: of the SR-STE term, factor * weight, in the gradient of pruned entries; 0: no such term
 extern "C" void nm_apply_backward(
-    int64_t size, const GRAD* grad, const WEIGHT* weight, const uint8_t* mask, float alpha, int flow, float factor,
+    int64_t size, const GRAD* grad, const WEIGHT* weight, const uint8_t* mask, float alpha, int64_t flow, float factor,
     WEIGHT* out, int threads
 ) {
     const bool srste = factor != 0.0f;
