@@ -262,7 +262,7 @@ class _Bar:
 
 
 def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.allocate.budgets import UNITS
+    from leanstep.pruning.allocate.allocation import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, wanted = 1 - after / dense, 1 - budget["target"] / dense

@@ -29,7 +29,7 @@ from leanstep.pruning.folder.checkpoint import (
 )
 from leanstep.pruning.measure.batches import as_batches, token_sequences
 from leanstep.pruning.measure.measure import Progress, evaluating
-from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 
@@ -203,7 +203,7 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
     """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
     rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
     for group in result.groups:
-        pattern = result.levels[group.name][1]
+        pattern = result.allocation.patterns.get(group.name)
         for target in group.targets:
             if pattern and target.expert is None and target.parameter in rows:
                 rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
@@ -255,10 +255,7 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
 
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
     """Perplexity over some sequences, and the number of predicted tokens."""
-    metric = CEDelta()
-    per_batch = []
     with evaluating(model):
-        for batch in as_batches(sequences, model, batch_size=4):
-            output = batch.run(model)
-            per_batch.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+        batches = as_batches(sequences, model, batch_size=4)
+        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
     return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

@@ -122,10 +122,10 @@ class Ranking:
             mask[self._order[:pruned]] = False
             return mask.view(rows, columns)
         each, more = divmod(pruned, rows)
-        first_kept = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
+        threshold = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
         if more:
-            first_kept[self._sorted[:, each].argsort(stable=True)[:more]] += 1
-        return self._rank >= first_kept
+            threshold[self._sorted[:, each].argsort(stable=True)[:more]] += 1
+        return self._rank >= threshold
 
 
 def check_keep(keep: int, numel: int) -> int:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 from torch.overrides import TorchFunctionMode
 
+from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Group, Target, as_matrix, split_kept
+from leanstep.pruning.score.targets import Group, Target, as_matrix, split_count
 
 
 def statistics_for(
@@ -224,6 +225,33 @@ class Pruning:
             self.cache.advance(start)
         return Pruners(self, targets, statistics_for(self.cache, targets, NEEDS[self.score]))
 
+    def each(self, groups: Sequence[Group], start: int = 0) -> Iterator[tuple[Group, Pruners]]:
+        """Each group with the pruners, which are released after it; statistics as by :meth:`pruners`."""
+        pruners = self.pruners(groups, start)
+        for group in groups:
+            yield group, pruners
+            pruners.release(group)
+
+    def scores(self, groups: Sequence[Group]) -> Mapping[str, Tensor]:
+        """Scores of matrices, each a group. Magnitude and Wanda are computed on every access, the others stored."""
+        if self.score in ("magnitude", "wanda"):
+            pruners = self.pruners(groups)
+            return ComputedScores([group.name for group in groups], lambda name: pruners.once(name).scores)
+        return {group.name: pruners[group.name].scores for group, pruners in self.each(groups)}
+
+    def outliers(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Percentage of outliers among the scores of each matrix's block, or of a matrix outside all blocks."""
+        blocks: dict[int | str, list[Group]] = {}
+        for group in groups:
+            blocks.setdefault(group.name if group.layer.block is None else group.layer.block, []).append(group)
+        pruners, ratios = self.pruners(groups), {}
+        for block in blocks.values():
+            ratio = outlier_ratio([pruners[group.name].scores for group in block])
+            for group in block:
+                ratios[group.name] = ratio
+                pruners.release(group)
+        return ratios
+
     def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
         """The pruner of one matrix."""
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
@@ -258,10 +286,10 @@ class Pruners:
 
 
 def prune_group(
-    group: Group, pruners: Pruners | Mapping[str, LayerPruner], kept: int, pattern: str = ""
+    group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
 ) -> list[tuple[Target, Tensor]]:
     """Prune the matrices of a group to a level; returns (target, weight) and does not write the model."""
-    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))
+    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
     return [
         (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
     ]
