@@ -2,13 +2,11 @@
 
     python benchmarks/lanton_step.py [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 10]
 
-"every fifth" is the mean over five steps, of which one estimates the noise. dion's Muon is measured where it is
-installed (it needs a GPU).
+"every fifth" is the mean over five steps, of which one estimates the noise.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -20,28 +18,23 @@ from leanstep.optimizers import LANTON
 PARSER = command_line(__doc__, device="cpu", dtype=["float32", "bfloat16"], threads=0, rounds=10)
 
 
-def candidates(params: list[torch.Tensor], device: str) -> dict[str, Callable[[], object]]:
+def candidates(params: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
     """name -> one step, or five where the name says so."""
     options = {"lr": 1e-6, "norm": "rms", "scaling": "muon"}
     fifth = LANTON(params, noise_every=5, **options)
-    steps: dict[str, Callable[[], object]] = {
+    return {
         "torch Muon": torch.optim.Muon(params, lr=1e-6).step,
         "LANTON": LANTON(params, **options).step,
         "LANTON, noise every fifth step": lambda: [fifth.step() for _ in range(5)],
         "LANTON, noise_adaptive=False": LANTON(params, noise_adaptive=False, **options).step,
         'LANTON, nuclear="frobenius"': LANTON(params, nuclear="frobenius", **options).step,
     }
-    if device != "cpu" and importlib.util.find_spec("dion"):
-        from dion import Muon
-
-        steps["dion Muon"] = Muon(params, lr=1e-6).step
-    return steps
 
 
 def measure(dtype: str, rounds: int, device: str) -> None:
     """Print one table."""
     params, _ = llama_60m_parameters(getattr(torch, dtype), device)
-    medians = interleaved_medians(candidates(params, device), rounds, warmup=2)
+    medians = interleaved_medians(candidates(params), rounds, warmup=2)
     medians = {name: value / (5 if "fifth" in name else 1) for name, value in medians.items()}
     rows = [
         (name, f"{value * 1e3:.0f}", f"{value / medians['torch Muon']:.2f}")

@@ -14,7 +14,6 @@ import copy
 import os
 import pydoc_data.topics
 import socket
-import sys
 import tempfile
 import warnings
 
@@ -31,13 +30,10 @@ RANK = 8
 VARIANTS = {"plain": {}, "rslora": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 # rslora's scale is sqrt(r) times the usual one, which a rate as much smaller makes up for
 RATES = {"rslora": RANK**-0.5}
-AIM = 1e-5
 PARSER = command_line(
     __doc__, steps=200, processes=[1, 2], batch=8, length=64,
     lr=(3e-3, "over sqrt(r) for rslora, unless --one-rate"),
     one_rate=(False, "rslora at the rate of the others, which is too high"),
-    double=(False, "in fp64, where rounding has no time to grow"),
-    check=(False, f"exit with 1 where losses differ by more than {AIM:g}, or rounding"),
 )  # fmt: skip
 PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
 
@@ -46,19 +42,16 @@ def main():
     """Print the table."""
     options = PARSER.parse_args()
     print(f"peft {required('peft').__version__}, torch {torch.__version__}, {vars(options)}\n")
-    missed = []
 
     def rows():
         for variant in options.variants:
             for size in options.processes:
                 expected, *others = together(options, variant, size)
                 gaps = [(losses - expected).abs().max().item() for losses in others]
-                missed.append(not max(gaps[:2]) <= max(AIM, 4 * gaps[2]))
                 yield variant, size, f"{expected[0]:.4f}, {expected[-1]:.4f}", *(f"{gap:.1e}" for gap in gaps)
 
     models = ["leanstep", "PEFT, accelerated", "PEFT, rows reversed"]
     print_table(["adapter", "processes", "PEFT's loss, first and last", *models], rows(), left=(0, 2))
-    sys.exit(options.check and any(missed))
 
 
 def together(options, variant, size):
@@ -93,8 +86,7 @@ def work(rank, size, folder, options, variant):
 
 def llama(options):
     """The base, and the generator that PEFT's factors come from, the same in every process."""
-    model = random_llama(64, 176, 2, options.length, vocab_size=256, num_key_value_heads=2)
-    return model.to(torch.float64 if options.double else torch.float32)
+    return random_llama(64, 176, 2, options.length, vocab_size=256, num_key_value_heads=2)
 
 
 def train(options, model, text, rank, size, backwards=False):

@@ -8,14 +8,12 @@ PEFT. The frozen model computes the gradient of its embeddings and nothing else.
 
 import statistics
 import time
-from copy import deepcopy
 
 import torch
 from common import command_line, interleaved, print_table, required, start
-from models import LINEARS, random_llama
+from models import adapted_llamas, random_llama
 
 from leanstep.kernels.matrices import dense_product
-from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
 
 VARIANTS = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}}
 AIMS = {"fp32": {"plain": 0.93, "dropout": 0.75, "DoRA": 0.60}, "bf16": {"plain": 0.85, "dropout": 0.65, "DoRA": 0.60}}
@@ -33,21 +31,22 @@ PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VAR
 def main():
     """Print the table."""
     options = start(PARSER)
-    peft = required("peft")
     if options.blas:
         dense_product.why_not_onednn = lambda: "asked for"
-    print(f"peft {peft.__version__}, {vars(options)}\n")
+    print(f"peft {required('peft').__version__}, {vars(options)}\n")
     head = ["base", "adapter", "model", "forward ms", "backward ms", "step ms", "÷ frozen", "÷ PEFT", "aim"]
     pairs = [(dtype, variant) for dtype in options.dtypes for variant in options.variants]
-    print_table(head, (row for pair in pairs for row in measure(options, *pair, peft)), left=range(3))
+    print_table(head, (row for pair in pairs for row in measure(options, *pair)), left=range(3))
 
 
-def measure(options, dtype, variant, peft):
+def measure(options, dtype, variant):
     """Rows of one kind of adapter."""
     embeddings = torch.randn(1, options.tokens, options.hidden, dtype=DTYPES[dtype])
+    llama = random_llama(options.hidden, options.mlp, options.layers, options.tokens, num_attention_heads=8)
+    settings = {"lora_alpha": 2 * options.rank, **VARIANTS[variant]}
     runs = {
         name: lambda name=name, model=model: step(model, embeddings, name == "frozen", CLOCKS[options.clock])
-        for name, model in build(options, DTYPES[dtype], VARIANTS[variant], peft).items()
+        for name, model in adapted_llamas(llama.model.to(DTYPES[dtype]), options.rank, **settings).items()
     }
     times = interleaved(runs, options.rounds)
     totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
@@ -59,22 +58,6 @@ def measure(options, dtype, variant, peft):
             for other in ("frozen", "PEFT")
         ]
         yield [dtype, variant, name, *parts, *ratios, AIMS[dtype][variant] if name.startswith("leanstep") else ""]
-
-
-def build(options, dtype, settings, peft):
-    """The models that take turns, by name."""
-    base = random_llama(options.hidden, options.mlp, options.layers, options.tokens, num_attention_heads=8)
-    base = base.model.to(dtype)
-    settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": LINEARS, **settings}
-    theirs, fast = (peft.get_peft_model(deepcopy(base), peft.LoraConfig(**settings)) for _ in range(2))
-    accelerate_peft(fast)
-    return {
-        "frozen": deepcopy(base).requires_grad_(False),
-        "PEFT": theirs,
-        "leanstep": apply_lora(deepcopy(base), LoraConfig(**settings)),
-        "leanstep, blocks not fused": apply_lora(deepcopy(base), LoraConfig(**settings, fused_blocks=False)),
-        "PEFT, accelerated": fast,
-    }
 
 
 def step(model, embeddings, inputs, clock):

@@ -91,18 +91,6 @@ def measure(length: int, budget: float) -> Row:
     return Row(length, *medians, medians[1] / medians[0], cost_ratio(shape, DEGREE), errors)
 
 
-def crossover(rows: list[Row]) -> str:
-    """Between which lengths the ratio of times passes 1, by a straight line between logarithms."""
-    for before, after in zip(rows[:-1], rows[1:], strict=True):
-        if before.ratio >= 1 > after.ratio:
-            fraction = math.log(before.ratio) / math.log(before.ratio / after.ratio)
-            length = before.length * (after.length / before.length) ** fraction
-            return f"crossover at about {round(length, -2):,.0f} tokens"
-    if rows[0].ratio < 1:
-        return f"low-rank is faster from the least length measured, {rows[0].length:,}"
-    return f"no crossover up to {rows[-1].length:,} tokens"
-
-
 def by_length(rows: list[Row]) -> None:
     """Print the first table."""
     head = ["tokens", "exact s", "low-rank s", "time ratio", "FLOP ratio", "error O", "dQ", "dK", "dV"]
@@ -146,7 +134,7 @@ def main() -> None:
     for function in (exact, low_rank):
         run(function, *inputs(1024, 1.0))
     rows = [measure(length, options.budget) for length in sorted(options.lengths)]
-    print(f"\nOne causal head of {DIM}, degree {DEGREE}, fp32, forward and backward; {crossover(rows)}.\n")
+    print(f"\nOne causal head of {DIM}, degree {DEGREE}, fp32, forward and backward.\n")
     by_length(rows)
     print(f"\nErrors by the bound of the logits, {rows[0].length:,} tokens:\n")
     by_bound(rows[0].length)

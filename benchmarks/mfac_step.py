@@ -7,12 +7,11 @@ solve the m x m system in float64, and combine the rows. The window is cut into 
 parameters would make of it. "floor" is two products of the window's bytes, taken as an fp32 matrix, with a vector.
 The published dynamic recursion (arXiv 2107.03356) is run as plain torch in fp32: the same two products with the window,
 then m sequential steps. "S-MFAC" is the same step on sparse rows, one entry in a hundred, in bf16. All of them run once
-a round, in shuffled order; medians. ISTA-DASLab-Optimizers' M-FAC is timed where it can be imported, which needs CUDA.
+a round, in shuffled order; medians.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 
@@ -119,15 +118,6 @@ class Sparse:
         self.update = sparse_linear_combination(self.values, self.indices, coefficients, self.layouts)
 
 
-def published_package(device: torch.device) -> str:
-    """Whether ISTA-DASLab-Optimizers can be compared here, in words."""
-    if device.type != "cuda":
-        return "ista-daslab-optimizers: not timed, its M-FAC runs on CUDA only"
-    if importlib.util.find_spec("ista_daslab_optimizers") is None:
-        return "ista-daslab-optimizers: not installed (pip install ista-daslab-optimizers ista-daslab-optimizers-cuda)"
-    return ""
-
-
 def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
     """name -> a timed call."""
     dense = Dense(rows, columns, dtype, device)
@@ -157,14 +147,6 @@ def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device
         runs["published recursion, plain torch"] = Published(rows, columns, device).step
         if rows % 4 == 0:
             runs["S-MFAC, density 0.01, bf16"] = Sparse(rows, columns, device).step
-    if device.type == "cuda" and not published_package(device):
-        from ista_daslab_optimizers import DenseMFAC
-
-        param = torch.nn.Parameter(torch.zeros(columns, device=device))
-        param.grad = torch.randn(columns, device=device)
-        runs["ista-daslab-optimizers DenseMFAC"] = DenseMFAC(
-            [param], lr=0.0, momentum=0, weight_decay=0, ngrads=rows, damp=DAMPING, wd_type="wd"
-        ).step
     return runs
 
 
@@ -184,7 +166,6 @@ def main() -> None:
     options = start(PARSER)
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
-    print(published_package(device))
     for dtype in options.dtype:
         for columns in options.columns:
             for rows in options.rows:

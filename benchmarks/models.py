@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def random_llama(hidden: int, mlp: int, layers: int, length: int, **settings: An
         LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
                     max_position_embeddings=length, **settings)
     )  # fmt: skip
+
+
+def adapted_llamas(base: torch.nn.Module, rank: int, **settings: Any) -> dict[str, torch.nn.Module]:
+    """Copies of a LLaMA: frozen, with adapters on all linear layers by peft and by leanstep, and peft's accelerated."""
+    from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
+
+    peft = required("peft")
+    settings = {"r": rank, "target_modules": LINEARS, **settings}
+    models = {"frozen": copy.deepcopy(base).requires_grad_(False)}
+    theirs, fast = (peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)) for _ in range(2))
+    accelerate_peft(fast)
+    models["PEFT"] = theirs
+    for name, fused in (("leanstep", True), ("leanstep, blocks not fused", False)):
+        models[name] = apply_lora(copy.deepcopy(base), LoraConfig(**settings, fused_blocks=fused))
+    return models | {"PEFT, accelerated": fast}
 
 
 def digit_images(seed: int) -> tuple[Tensor, Tensor]:

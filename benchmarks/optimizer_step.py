@@ -54,9 +54,6 @@ def candidates(hidden: list[Tensor], others: list[Tensor], slow: bool) -> dict[s
     if slow:
         muon, adamw = torch.optim.Muon(hidden, **rate), torch.optim.AdamW(others, fused=True, **rate)
         steps["torch Muon + AdamW fused"] = (lambda: (muon.step(), adamw.step()), 0)
-        if importlib.util.find_spec("sinkgd_optimizer"):
-            peer = importlib.import_module("sinkgd_optimizer").SinkGD(params, **rate)
-            steps["sinkgd-pytorch SinkGD"] = (peer.step, 3)
     return steps
 
 

@@ -1,7 +1,7 @@
 """Allocations on a small convolutional network and real images: one-shot, without data, and with fine-tuning between.
 
     pip install -e '.[bench]'
-    python benchmarks/prune_digits.py [--seeds 0 1 2] [--model vit]
+    python benchmarks/prune_digits.py [--seeds 0 1 2]
 
 The network (three convolutions with batch norms, and a head; about 24 thousand weights) is trained on scikit-learn's
 1797 digits of 8 x 8, of which a fifth, drawn by the seed, is held out. Every layer is pruned by magnitude, the head and
@@ -10,9 +10,6 @@ batch norms taken anew (on the calibration images). Without data: curves, and th
 Iterative: the sparsities 1 - 0.5^i, four epochs with the masks kept after each. Prints a markdown table of the accuracy
 on the held-out images, and beside it how much all layers together distort the logits of the calibration images, as a
 multiple of the sum that DP minimized: far from 1, the smallest sum need not be the best allocation.
-
-``--model vit`` takes a vision transformer of transformers instead (patches of 2 x 2, four blocks of width 48, about 110
-thousand weights in them), which has no batch norms and whose embeddings and head are left as they are.
 """
 
 from __future__ import annotations
@@ -46,24 +43,7 @@ def make_network() -> nn.Module:
     )
 
 
-def make_vit() -> nn.Module:
-    """A vision transformer for images of 8 x 8."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
-    images = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
-    return ViTForImageClassification(ViTConfig(**sizes, **images))
-
-
-MODELS = {"cnn": (make_network, 20), "vit": (make_vit, 40)}
 PARSER = command_line(__doc__, seeds=[0, 1, 2])
-PARSER.add_argument("--model", default="cnn", choices=MODELS)
-
-
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of either network."""
-    output = model(images)
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +64,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, keeper:
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
-            nn.functional.cross_entropy(logits(model, images[batch]), labels[batch]).backward()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -94,7 +74,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, keeper:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Accuracy in percent."""
-    return 100 * float((logits(model, images).argmax(-1) == labels).double().mean())
+    return 100 * float((model(images).argmax(-1) == labels).double().mean())
 
 
 def pruner(model: nn.Module, data: Tensor, allocation: str) -> Callable[[float], Any]:
@@ -106,16 +86,15 @@ def pruner(model: nn.Module, data: Tensor, allocation: str) -> Callable[[float],
 @torch.no_grad()
 def ratio(dense: nn.Module, pruned: nn.Module, images: Tensor, summed: float) -> float:
     """Distortion of the logits with all layers pruned, over the sum of those with one."""
-    return float((logits(pruned, images) - logits(dense, images)).double().square().mean()) / summed
+    return float((pruned(images) - dense(images)).double().square().mean()) / summed
 
 
-def run(seed: int, network: str) -> dict[tuple[str, str], float]:
+def run(seed: int) -> dict[tuple[str, str], float]:
     """(setting, allocation) -> accuracy, and (setting, RATIO) -> DP's ratio."""
     torch.manual_seed(seed)
     images, labels, test, test_labels = load(seed)
-    make, epochs = MODELS[network]
-    dense = make()
-    train(dense, images, labels, epochs)
+    dense = make_network()
+    train(dense, images, labels, 20)
     results = {("dense", ""): accuracy(dense, test, test_labels)}
     calibration, noise = images[:CALIBRATION], torch.randn(CALIBRATION, 1, 8, 8)
     for sparsity in ONE_SHOT:
@@ -126,9 +105,8 @@ def run(seed: int, network: str) -> dict[tuple[str, str], float]:
             results[setting, name] = accuracy(model, test, test_labels)
             if name == "dp":
                 results[setting, RATIO] = ratio(dense, model, calibration, result.allocation.predicted)
-            if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-                renew_batch_norms(model, data)
-                results[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
+            renew_batch_norms(model, data)
+            results[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
     for name in ALLOCATIONS:
         model = copy.deepcopy(dense)
         torch.manual_seed(seed)  # the same batches for all
@@ -147,7 +125,7 @@ def main() -> None:
     options = PARSER.parse_args()
     runs = []
     for seed in options.seeds:
-        runs.append(run(seed, options.model))
+        runs.append(run(seed))
         print(f"seed {seed}: dense {runs[-1]['dense', '']:.1f}", flush=True)
     means = {key: statistics.mean(results[key] for results in runs) for key in runs[0]}
     print(f"\naccuracy in %, mean of {len(runs)} seeds; dense {means.pop(('dense', '')):.1f}\n")

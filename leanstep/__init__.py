@@ -16,18 +16,7 @@ from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
-    from leanstep.optimizers import (
-        LANTON,
-        MFAC,
-        GradientRelease,
-        Lion,
-        NonFiniteGradientError,
-        SinkGD,
-        release_gradients,
-    )
-
-    # imported by its module: type checkers take leanstep.optimizers.param_groups for the module
-    from leanstep.optimizers.param_groups import ParamGroups, param_groups
+    from leanstep.optimizers import *  # the other public names
 
 __all__ = [
     "LANTON",
@@ -45,7 +34,6 @@ __all__ = [
     "use_backend",
 ]
 
-_KERNEL_NAMES = frozenset({"BackendError", "backend_table", "use_backend"})  # leanstep.optimizers has the others
 _SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 
 
@@ -55,7 +43,8 @@ def __getattr__(name: str) -> object:
         return import_module(f"leanstep.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'leanstep' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module("leanstep.kernels" if name in _KERNEL_NAMES else "leanstep.optimizers"), name)
+    kernels, optimizers = import_module("leanstep.kernels"), import_module("leanstep.optimizers")
+    value = getattr(optimizers if name in optimizers.__all__ else kernels, name)
     globals()[name] = value
     return value
 

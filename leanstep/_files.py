@@ -4,12 +4,67 @@ import errno
 import os
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STAGED = ".writing-"
 REPLACED = ".replaced-"
+
+
+def cache_folders() -> list[Path]:
+    """Return the folders for leanstep's caches, best first, whether or not they exist.
+
+    They are ``$LEANSTEP_CACHE``, ``leanstep`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, and ``leanstep-UID`` in the
+    temporary folder. A user may have no home: ``docker run --user`` with a uid that has no entry in /etc/passwd.
+    """
+    folders = []
+    if os.environ.get("LEANSTEP_CACHE"):
+        folders.append(Path(os.path.expanduser(os.environ["LEANSTEP_CACHE"])).absolute())
+    user_cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(user_cache):  # which the XDG specification says to ignore
+        user_cache = os.path.expanduser("~/.cache")  # without a home it stays as it is
+    if os.path.isabs(user_cache):
+        folders.append(Path(user_cache) / "leanstep")
+    temporary = "/tmp"
+    with suppress(FileNotFoundError):  # raised if none can be written to
+        temporary = tempfile.gettempdir()
+    return [*folders, Path(temporary) / f"leanstep-{os.geteuid()}"]
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder to which no other user can write, and return its path without symbolic links.
+
+    Root and the owner of ``/`` are trusted. Parents may also be writable by all if they are sticky, as /tmp. Each
+    parent is checked before its entries, so nobody can exchange what has been checked.
+
+    Raises:
+        OSError: the folder cannot be made.
+        PermissionError: another user owns the folder or a parent, or can write to it.
+    """
+    folder = Path(os.path.realpath(folder))
+    user, root_owner = os.geteuid(), os.lstat(folder.anchor).st_uid
+    for path in (*reversed(folder.parents), folder):
+        try:
+            facts = os.lstat(path)
+        except FileNotFoundError:
+            path.mkdir(mode=0o755, exist_ok=True)
+            facts = os.lstat(path)
+        # in a user namespace that does not map root, root's folders seem to belong to another user
+        owners = (user, 0) if path == folder else (user, 0, root_owner)
+        shared = facts.st_mode & 0o022 and (path == folder or not facts.st_mode & stat.S_ISVTX)
+        if not stat.S_ISDIR(facts.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "expected a folder", str(path))
+        if facts.st_uid not in owners:
+            raise PermissionError(
+                errno.EPERM, f"expected a folder of uid {user}, it belongs to {facts.st_uid}", str(path)
+            )
+        if shared:
+            mode = stat.S_IMODE(facts.st_mode)
+            raise PermissionError(errno.EPERM, f"others may write to it (mode {mode:o}; chmod go-w)", str(path))
+    return folder
 
 
 def sync(path: Path) -> None:

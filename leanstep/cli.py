@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMPARISON = "comparison.html"
@@ -59,15 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (UsageError, _config_error()) as error:
+    except (UsageError, _imported("leanstep.recipes.config.loader", "ConfigError")) as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
-def _config_error() -> type[Exception]:
-    """ConfigError if the loader is imported; else a class that is never raised."""
-    loader = sys.modules.get("leanstep.recipes.config.loader")
-    return loader.ConfigError if loader else UsageError
+def _imported(module: str, name: str) -> type[Exception]:
+    """Return an exception of a module that a command imports; if it has not, a class that is never raised."""
+    return getattr(sys.modules.get(module), name, UsageError)
 
 
 def _parser() -> argparse.ArgumentParser:

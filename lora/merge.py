@@ -1,19 +1,26 @@
-"""Merges adapters into the base weights and takes them out again; reports the rounding errors."""
+"""Merges adapters into the base weights and takes them out again; reports the rounding errors.
+
+A merge unties parameters that it would change in only one of their modules; unmerge ties them again.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import is_dtensor
 from leanstep.lora.apply import adapted_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.rule import dora_factor
-from leanstep.lora.ties import other_names, retie, tied_groups, untie
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
@@ -103,11 +110,14 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
     report = MergeReport()
     if groups := tied_groups(model):
         model.lora_ties = untie(model, groups)  # type: ignore[assignment]
-        report.untied = other_names(groups, layers)
+        report.untied = {
+            holder.name: [other.name for other in group if other is not holder]
+            for group in groups
+            for holder in group
+            if holder.changed
+        }
     for name, layer in layers.items():
-        exact = merged_weight(layer, keep_mask)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        exact, weight = merged_weight(layer, keep_mask), layer.weight
         mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
         original = weight.detach().clone() if backup and f"{name}.weight" not in report.untied else None
         factor = _dora_factors(layer)
@@ -117,9 +127,9 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
             report.masked[name] = int((~mask).sum())
-        layer.lora.merged = True
-        _add_to_bias(layer, 1)
-        layer.lora.norms = None
+        layer.lora.merged, layer.lora.norms = True, None
+        if _has_bias_on_b(layer):
+            layer.bias.add_(_bias_shift(layer))
     return report
 
 
@@ -127,7 +137,7 @@ def _check_mergeable(name: str, layer: LoRALayer) -> None:
     kind = quantized_kind(layer)
     if kind is not None:
         raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load it in 16 bits")
-    if isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None and layer.bias is None:
+    if _has_bias_on_b(layer) and layer.bias is None:
         raise ValueError(f"merge: {name} has a bias on B and none of its own to add it to")
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
         raise ValueError(f"merge: the weight of {name} is made by a parametrization; remove that first")
@@ -156,9 +166,7 @@ def unmerge(model: nn.Module) -> MergeReport:
     report = MergeReport()
     restored = retie(model)
     for name, layer in layers.items():
-        undo: _Undo = layer.lora.undo
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        undo, weight = layer.lora.undo, layer.weight
         report.layers[name] = 0.0
         if undo.backup is not None:
             weight.copy_(undo.backup)
@@ -172,21 +180,17 @@ def unmerge(model: nn.Module) -> MergeReport:
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
-        if f"{name}.bias" not in restored:
-            _add_to_bias(layer, -1)
-        layer.lora.merged, layer.lora.undo = False, None
-        layer.lora.norms = None
+        if f"{name}.bias" not in restored and _has_bias_on_b(layer):
+            layer.bias.sub_(_bias_shift(layer))
+        layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
     return report
 
 
 def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
     """The merged weight of one layer, in fp32 or fp64."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight, factor = layer.weight, _dora_factors(layer)
     exact = _widened(weight) + _update(layer)
-    factor = _dora_factors(layer)
-    if factor is not None:
-        exact = exact * factor
+    exact = exact if factor is None else exact * factor
     return torch.where(weight != 0, exact, 0.0) if keep_mask or layer.lora.keep_zeros else exact
 
 
@@ -195,7 +199,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of the base model with the adapter merged, without changing the model.
 
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
-    :func:`leanstep.lora.ties.config_of_merged`, so that its config matches. Raises ValueError for quantised or
+    :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or
     parametrised bases.
     """
     layers = dict(adapted_layers(model))
@@ -209,7 +213,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if layer is not None and not layer.lora.merged and end == "weight":
             _check_mergeable(owner, layer)
             value = merged_weight(layer).to(value.dtype)
-        elif layer is not None and not layer.lora.merged and end == "bias":
+        elif layer is not None and not layer.lora.merged and end == "bias" and _has_bias_on_b(layer):
             value = value + _bias_shift(layer)
         elif name in untied:
             # a copy, so that the file stores tied parameters under every name
@@ -227,24 +231,19 @@ def _outputs_last(layer: LoRALayer) -> bool:
     return layer.lora.transposed or isinstance(layer, LoRAEmbeddingLayer)
 
 
-def _update(layer: Any) -> Tensor:
+def _update(layer: LoRALayer) -> Tensor:
     """``scale B A`` in the layout of the base weight, in fp32 or fp64."""
-    if isinstance(layer, LoRAEmbeddingLayer):
-        a, b = layer.lora_embedding_A, layer.lora_embedding_B
-    else:
-        a, b = layer.lora_A.weight, layer.lora_B.weight
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    update = (b.detach().to(dtype) @ a.detach().to(dtype)).mul_(layer.lora.scale)
+    a, b = (factor.detach().to(dtype) for factor in layer.factors())
+    update = (b @ a).mul_(layer.lora.scale)
     return update.t() if _outputs_last(layer) else update
 
 
 def _dora_factors(layer: LoRALayer) -> Tensor | None:
     """DoRA's factor of every output, shaped to multiply the base weight; None without DoRA."""
-    assert isinstance(layer, (LoRALinearLayer, LoRAEmbeddingLayer))
-    magnitude = layer.lora_magnitude_vector
-    if magnitude is None:
+    if layer.lora_magnitude_vector is None:
         return None
-    c = dora_factor(magnitude.detach(), layer.norms())
+    c = dora_factor(layer.lora_magnitude_vector.detach(), layer.norms())
     return c if _outputs_last(layer) else c.unsqueeze(1)
 
 
@@ -262,17 +261,134 @@ def _small_rows(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
     return indices, weight.index_select(_output_dim(factor), indices)
 
 
+def _has_bias_on_b(layer: LoRALayer) -> bool:
+    return isinstance(layer, LoRALinearLayer) and layer.lora_B.bias is not None
+
+
 def _bias_shift(layer: Any) -> Tensor:
-    """The change of the layer's bias by B's bias, in its dtype; 0 without a bias on B."""
-    if layer.lora_B.bias is None:
-        return torch.zeros_like(layer.bias)
-    bias: Tensor = layer.lora_B.bias
-    shift = bias.detach() * layer.lora.scale
+    """The change of the layer's bias by B's bias, in its dtype."""
+    shift = layer.lora_B.bias.detach() * layer.lora.scale
     factor = layer.lora.undo.factor if layer.lora.merged else _dora_factors(layer)
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
 
 
-def _add_to_bias(layer: Any, sign: int) -> None:
-    linear = not isinstance(layer, LoRAEmbeddingLayer)
-    if linear and layer.lora_B.bias is not None and layer.bias is not None:
-        layer.bias.add_(_bias_shift(layer), alpha=sign)
+# --- tied parameters --------------------------------------------------------------------------------------------------
+
+
+class Holder(NamedTuple):
+    """A module that holds a tied parameter, and whether merging its adapter changes that parameter.
+
+    ``name`` is the parameter's full name, ``end`` the attribute's.
+    """
+
+    name: str
+    module: nn.Module
+    end: str
+    changed: bool
+
+
+@dataclass
+class Ties:
+    """The changes of :func:`untie`: each holder's original parameter, and each config's tied keys."""
+
+    parameters: list[tuple[Holder, nn.Parameter]] = field(default_factory=list)
+    configs: list[tuple[Any, dict[str, str]]] = field(default_factory=list)
+
+
+def tied_groups(model: nn.Module) -> list[list[Holder]]:
+    """Group the holders of every tied parameter that a merge changes in at least one holder."""
+    holders: dict[Any, list[Holder]] = defaultdict(list)
+    layers = {name: layer for name, layer in adapted_layers(model) if not layer.lora.merged}
+    for owner, module in model.named_modules():
+        for end, parameter in module.named_parameters(recurse=False):
+            changed = owner in layers and (end == "weight" or (end == "bias" and _has_bias_on_b(layers[owner])))
+            holder = Holder(f"{owner}.{end}" if owner else end, module, end, changed)
+            holders[_memory(parameter)].append(holder)
+    return [group for group in holders.values() if len(group) > 1 and any(holder.changed for holder in group)]
+
+
+def _memory(parameter: Tensor) -> Any:
+    """A key that tied parameters share: their memory address, or their identity if they have none."""
+    if is_dtensor(parameter) or parameter.device.type == "meta" or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
+    """Give every holder in ``groups`` its own parameter. The first one that a merge does not change keeps the old one.
+
+    If this removes all ties of a transformers model, its config gets ``tie_word_embeddings=False``, so that a saved
+    merged model loads with both weights.
+
+    Raises:
+        ValueError: for a sharded parameter, which cannot be untied; nothing is changed.
+    """
+    for first, *others in groups:
+        if is_dtensor(getattr(first.module, first.end)):
+            raise ValueError(
+                f"merge: {first.name} and {others[0].name} are one parameter, which is sharded; load the base with "
+                "tie_word_embeddings=False, or merge before it is sharded"
+            )
+    ties = Ties()
+    for group in groups:
+        unchanged = next((holder for holder in group if not holder.changed), None)
+        for holder in group:
+            shared = getattr(holder.module, holder.end)
+            ties.parameters.append((holder, shared))
+            if holder is not unchanged:
+                copy = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                setattr(holder.module, holder.end, copy)
+    for module in _untied_models(model, groups):
+        ties.configs.append((module, module.all_tied_weights_keys))
+        module.config.tie_word_embeddings, module.all_tied_weights_keys = False, {}
+    names = "; ".join(" and ".join(holder.name for holder in group) for group in groups)
+    config = ", and config.tie_word_embeddings is False" if ties.configs else ""
+    warnings.warn(
+        f"merge: {names} were one parameter, and only one of them is adapted; until unmerge, each has its own "
+        f"parameter{config}",
+        stacklevel=3,
+    )
+    return ties
+
+
+def retie(model: nn.Module) -> set[str]:
+    """Undo :func:`untie`, if it was called; returns the names of the restored parameters."""
+    ties: Ties | None = getattr(model, "lora_ties", None)
+    if ties is None:
+        return set()
+    for holder, parameter in ties.parameters:
+        setattr(holder.module, holder.end, parameter)
+    for module, keys in ties.configs:
+        module.config.tie_word_embeddings, module.all_tied_weights_keys = True, keys
+    del model.lora_ties
+    return {holder.name for holder, _ in ties.parameters}
+
+
+def _untied_models(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
+    """The transformers models in ``model`` that have no ties outside ``groups``."""
+    names = {holder.name for group in groups for holder in group}
+    models = []
+    for prefix, module in model.named_modules():
+        keys: Any = getattr(module, "all_tied_weights_keys", None)
+        if not keys or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            continue
+        start = f"{prefix}." if prefix else ""
+        if all(start + target in names or start + source in names for target, source in keys.items()):
+            models.append(module)
+    return models
+
+
+@contextlib.contextmanager
+def config_of_merged(model: nn.Module) -> Iterator[None]:
+    """Context manager for ``save_pretrained`` with :func:`merged_state_dict`.
+
+    Inside, ``config.tie_word_embeddings`` of a transformers model describes the merged model.
+    """
+    models = _untied_models(model, tied_groups(model))
+    for module in models:
+        module.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for module in models:
+            module.config.tie_word_embeddings = True

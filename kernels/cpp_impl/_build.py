@@ -16,12 +16,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from leanstep.kernels.cpp_impl._cache import KernelCacheError, load_or_build
 
 SOURCES = Path(__file__).parent
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -44,22 +45,6 @@ def _first_compiler(requested: str, path: str) -> str | None:
     return next((file for name in names if (file := shutil.which(name, path=path))), None)
 
 
-def cache_folder() -> Path:
-    """``cpp`` in ``$LEANSTEP_CACHE`` or ``~/.cache/leanstep``; a temporary folder if that is not writable."""
-    folder = Path(os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep").expanduser() / "cpp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:
-        pass
-    fallback = Path(tempfile.gettempdir()) / f"leanstep-cpp-{os.getuid()}"
-    fallback.mkdir(mode=0o700, exist_ok=True)
-    if fallback.stat().st_uid != os.getuid():  # libraries of another user are not loaded
-        raise BuildError(f"{fallback} belongs to another user; set LEANSTEP_CACHE to a folder of yours")
-    return fallback
-
-
 def why_not_cpp() -> str | None:
     """Why kernels cannot be built here, or None. The first call builds a small kernel to test it."""
     if not sys.platform.startswith("linux"):
@@ -74,6 +59,8 @@ def why_not_cpp() -> str | None:
 def _why_it_fails(compiler: str) -> str | None:
     try:
         library("steps/nonfinite_flags", {"TENSOR": "float"})
+    except KernelCacheError as error:
+        return str(error)
     except (BuildError, OSError) as error:
         return f"{compiler} failed: {str(error).splitlines()[-1]}"
     return None
@@ -84,6 +71,7 @@ def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
 
     Raises:
         BuildError: the compiler failed.
+        KernelCacheError: no folder can hold the library.
     """
     return _library(name, tuple(sorted(macros.items())))
 
@@ -94,34 +82,22 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     if compiler is None:
         raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
     command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    ingredients = [
-        *command,
-        _version(compiler),
-        _processor(),
-        *(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h")))),
-    ]
+    ingredients = [*command, _version(compiler), _processor(), _sources()]
     digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
-    target = cache_folder() / f"{name.replace('/', '-')}-{digest}.so"
-    if not target.exists():
-        _build(command, SOURCES / f"{name}.cpp", target)
-    return ctypes.CDLL(str(target))
 
-
-def _build(command: list[str], source: Path, target: Path) -> None:
-    """Compile to a temporary file, then rename it: several processes may build the same kernel at once."""
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        ran = subprocess.run(
-            [*command, f"-I{SOURCES}", "-shared", str(source), "-o", partial, *_openmp()],
-            capture_output=True,
-            text=True,
-        )
+    def build(target: Path) -> None:
+        source = str(SOURCES / f"{name}.cpp")
+        arguments = [*command, f"-I{SOURCES}", "-shared", source, "-o", str(target), *_openmp()]
+        ran = subprocess.run(arguments, capture_output=True, text=True)
         if ran.returncode:
             raise BuildError(f"{' '.join(command)} {source} failed:\n{ran.stderr.strip()}")
-        os.replace(partial, target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+
+    return load_or_build(f"{name.replace('/', '-')}-{digest}.so", build)
+
+
+@functools.cache
+def _sources() -> str:
+    return "\0".join(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h"))))
 
 
 def _openmp() -> list[str]:

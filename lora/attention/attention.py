@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ def low_rank_attention(
     scale: float | None = None,
     center: bool | Tensor | None = None,
     key_mask: Tensor | None = None,
-    coefficients: Sequence[float] | None = None,
-    chunk_size: int = 128,
     check: bool = True,
 ) -> Tensor:
     """Softmax attention with a polynomial in place of exp: ``O(L k d)`` instead of ``O(L^2 d)``, forward and backward.
@@ -55,8 +52,6 @@ def low_rank_attention(
             without ``causal``, else False, since the mean of a causal sequence leaks later keys into earlier outputs,
             within the approximation error. Pass a mean of earlier batches instead, as the gate does.
         key_mask: [B, M] bool, False for padding.
-        coefficients: coefficients of another polynomial, the constant first; replaces ``degree``.
-        chunk_size: tokens processed at a time. It changes memory and speed, and results only by rounding.
         check: raise if a normaliser is not positive. Reads one flag back from the device; skipped inside
             ``torch.compile``.
 
@@ -71,8 +66,6 @@ def low_rank_attention(
         Sums run in fp32, or fp64 for fp64 inputs. Saved for backward: q, k, v, the output and one number per query.
         Scratch memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a
         GPU). ``benchmarks/low_rank_attention.py`` compares time and error with exact attention.
-        :mod:`leanstep.lora.attention.paper_chain` computes the gradient by the paper's own chain of low-rank factors,
-        which is slower.
 
     References:
         Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational
@@ -88,20 +81,22 @@ def low_rank_attention(
         >>> bool((out - exact).abs().max() < 1e-2)
         True
     """
-    if coefficients is None:
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-            raise ValueError(f"low_rank_attention: expected a whole degree >= 1, got {degree!r}")
-        coefficients = taylor_coefficients(degree)
-    _check_numbers(scale, center, coefficients, chunk_size)
+    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+        raise ValueError(f"low_rank_attention: expected a whole degree >= 1, got {degree!r}")
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"low_rank_attention: expected a finite scale, or None for d ** -0.5, got {scale!r}")
+    if not (center is None or isinstance(center, bool | Tensor)):
+        raise ValueError(f"low_rank_attention: expected center True, False, None or a tensor, got {center!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(center, Tensor):
         use_mean = not causal if center is None else center
         center = key_means(key, key_mask) if use_mean and key.dim() == 4 else None
+    coefficients = taylor_coefficients(degree)
     out, total = poly_attention(
-        query, key, value, coefficients, scale=scale, causal=causal, center=center, key_mask=key_mask, chunk=chunk_size
+        query, key, value, coefficients, scale=scale, causal=causal, center=center, key_mask=key_mask
     )
     if check and not torch.compiler.is_compiling():
-        check_normalisers(total, coefficients, causal, key_mask)
+        check_normalisers(total, degree, causal, key_mask)
     return out
 
 
@@ -119,20 +114,7 @@ def key_means(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
     return counted / key_mask.sum(dim=-1).clamp(min=1)[:, None, None]
 
 
-def _check_numbers(scale: object, center: object, coefficients: Sequence[float], chunk_size: object) -> None:
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"low_rank_attention: expected a finite scale, or None for d ** -0.5, got {scale!r}")
-    if not (center is None or isinstance(center, bool | Tensor)):
-        raise ValueError(f"low_rank_attention: expected center True, False, None or a tensor, got {center!r}")
-    if len(coefficients) < 2 or not all(math.isfinite(c) for c in coefficients):
-        raise ValueError(
-            f"low_rank_attention: expected two or more finite coefficients, the constant first, got {coefficients!r}"
-        )
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"low_rank_attention: expected a whole chunk_size >= 1, got {chunk_size!r}")
-
-
-def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool, key_mask: Tensor | None) -> None:
+def check_normalisers(total: Tensor, degree: int, causal: bool, key_mask: Tensor | None) -> None:
     """Raise LowRankAttentionError unless the normalisers [B, Hq, L] are positive and finite.
 
     Queries that see no key are not checked.
@@ -146,6 +128,5 @@ def check_normalisers(total: Tensor, coefficients: Sequence[float], causal: bool
         raise LowRankAttentionError(
             f"low_rank_attention: {int(wrong.sum())} of {wrong.numel()} normalisers are not positive and finite; the "
             f"first is {float(total[first]):g}, of (batch, head, query) {first}. A polynomial of degree "
-            f"{len(coefficients) - 1} does not approximate exp at these logits: take exact attention here, an even "
-            "degree, or coefficients for a larger bound"
+            f"{degree} does not approximate exp at these logits: take exact attention here, or an even degree"
         )

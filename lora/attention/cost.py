@@ -39,36 +39,30 @@ def exact_flops(shape: AttentionShape, backward: bool = True) -> int:
     return 2 * shape.batch * shape.heads * pairs * width
 
 
-def low_rank_flops(shape: AttentionShape, degree: int = 2, chunk: int = 128, backward: bool = True) -> int:
+def low_rank_flops(shape: AttentionShape, degree: int = 2, backward: bool = True) -> int:
     """Count the matrix-product operations of :func:`leanstep.lora.low_rank_attention`."""
     sizes = (
         (shape.batch, shape.heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.dim),
         (shape.batch, shape.key_heads, shape.length, shape.wide),
     )
-    flops = poly_attention_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
-    if backward:
-        flops += poly_attention_backward_flops(*sizes, degree, causal=shape.causal, chunk=chunk)
-    return flops
+    flops = poly_attention_flops(*sizes, degree, causal=shape.causal)
+    return flops + backward * poly_attention_backward_flops(*sizes, degree, causal=shape.causal)
 
 
-def cost_ratio(
-    shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
-) -> float:
+def cost_ratio(shape: AttentionShape, degree: int = 2, speed: float = 1.0, backward: bool = True) -> float:
     """Predict the time of low-rank attention relative to exact attention: the ratio of operations times ``speed``.
 
     ``speed`` is the ratio of seconds per operation from :func:`measure_speed`; 1 compares operations.
     """
-    return speed * low_rank_flops(shape, degree, chunk, backward) / exact_flops(shape, backward)
+    return speed * low_rank_flops(shape, degree, backward) / exact_flops(shape, backward)
 
 
-def break_even(
-    shape: AttentionShape, degree: int = 2, chunk: int = 128, speed: float = 1.0, backward: bool = True
-) -> int:
+def break_even(shape: AttentionShape, degree: int = 2, speed: float = 1.0, backward: bool = True) -> int:
     """Predict the sequence length from which low-rank attention is cheaper, to within a thousandth."""
 
     def cheaper(length: int) -> bool:
-        return cost_ratio(replace(shape, length=length), degree, chunk, speed, backward) < 1
+        return cost_ratio(replace(shape, length=length), degree, speed, backward) < 1
 
     high = 2
     while not cheaper(high):
@@ -82,7 +76,7 @@ def break_even(
 
 @functools.lru_cache(maxsize=64)
 def measure_speed(
-    dim: int, wide: int, degree: int, device: torch.device, dtype: torch.dtype, chunk: int = 128, length: int = 1024
+    dim: int, wide: int, degree: int, device: torch.device, dtype: torch.dtype, length: int = 1024
 ) -> float:
     """Measure the seconds per operation of low-rank attention relative to exact attention, forward and backward.
 
@@ -98,7 +92,7 @@ def measure_speed(
     coefficients = taylor_coefficients(degree)
 
     def low_rank() -> torch.Tensor:
-        return poly_attention(q, k, v, coefficients, scale=dim**-0.5, causal=True, chunk=chunk)[0]
+        return poly_attention(q, k, v, coefficients, scale=dim**-0.5, causal=True)[0]
 
     def exact() -> torch.Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -109,7 +103,7 @@ def measure_speed(
             for run, seconds in times.items():
                 seconds.append(_seconds(run, (q, k, v)))
     low_rank_time, exact_time = (statistics.median(seconds[1:]) for seconds in times.values())
-    return (low_rank_time / low_rank_flops(shape, degree, chunk)) / (exact_time / exact_flops(shape))
+    return (low_rank_time / low_rank_flops(shape, degree)) / (exact_time / exact_flops(shape))
 
 
 def _seconds(run: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> float:

@@ -51,8 +51,6 @@ def error_bounds(
     scale: float | None = None,
     center: Tensor | None = None,
     key_mask: Tensor | None = None,
-    coefficients: Sequence[float] | None = None,
-    logit: Tensor | None = None,
 ) -> ErrorBounds:
     """Bound ``|low_rank - exact|`` for the output, and for dQ, dK and dV given the output's gradient ``grad``.
 
@@ -67,22 +65,20 @@ def error_bounds(
     The bounds hold in exact arithmetic. They are loose, by a factor of hundreds where errors average out.
 
     Args:
-        query, key, value, degree, causal, scale, key_mask, coefficients: as for
-            :func:`leanstep.lora.low_rank_attention`.
+        query, key, value, degree, causal, scale, key_mask: as for :func:`leanstep.lora.low_rank_attention`.
         center: tensor subtracted from the keys, [H, d] or [B, H, d]; None: the default of that function.
         grad: [B, Hq, L, e]; without it, the bounds on gradients are inf.
-        logit: S [B, Hq], a tighter bound than :func:`largest_logit`.
 
     Returns:
         The :class:`ErrorBounds`. With ``grad``, this runs the approximation once, on values with one column.
     """
-    coefficients = taylor_coefficients(degree) if coefficients is None else list(coefficients)
+    coefficients = taylor_coefficients(degree)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     center = key_means(key, key_mask) if center is None and not causal else center
     query, key, value = (x.detach().double() for x in (query, key, value))
     shifted = key if center is None else key - center.double()[..., None, :]
     batch, heads, group = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
-    logit = largest_logit(query, shifted, scale, key_mask) if logit is None else logit.double()
+    logit = largest_logit(query, shifted, scale, key_mask)
     delta = _map(logit, lambda s: relative_error(coefficients, s))
     eta = _map(delta, softmax_error)
     infinite = torch.full_like(eta, torch.inf)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.attention import LowRankAttentionError, check_normalisers, key_means
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, measure_speed
 from leanstep.lora.attention.error_bounds import largest_logit
-from leanstep.lora.attention.gate_checks import (
-    NON_FINITE,
-    all_finite,
-    autocasted_inputs,
-    exact_attention,
-    relative_distance,
-    verdict,
-    why_impossible,
-)
-from leanstep.lora.attention.gate_state import GateReport, LayerState, Plan, check_state
+from leanstep.lora.attention.gate_state import GateReport, LayerState, check_state
 from leanstep.lora.attention.interface import AttentionInputs, Call, Tap, attach, detach
-from leanstep.lora.attention.norms import head_norms, sample_rows, sampled_error
-from leanstep.lora.attention.polynomials import taylor_coefficients
+from leanstep.lora.attention.norms import NON_FINITE, head_norms, sample_rows, sampled_error
+from leanstep.lora.attention.polynomials import relative_error, softmax_error, taylor_coefficients
 
 MODES = ("exact", "auto", "force")
 
@@ -51,12 +43,6 @@ class LowRankGate:
         every: number of calls between judgements of a layer that runs exactly.
         patience: number of consecutive favourable judgements needed. From 2 on, the mean subtracted from the keys comes
             from earlier batches, so causal attention stays causal.
-        rows: number of queries compared in every low-rank call.
-        sequences: number of sequences that these queries come from, drawn anew for every call. The bound on the logits
-            covers the whole batch.
-        spot_every: number of low-rank training calls of a layer between two comparisons of one head's gradients with
-            exact ones. A comparison costs exact attention of one head; 0: never.
-        chunk_size: as in :func:`leanstep.lora.low_rank_attention`.
         speed: seconds per operation relative to exact attention; 1 compares operations. None: measure it once, in about
             a second (:func:`leanstep.lora.attention.cost.measure_speed`), or take it from a loaded state.
         seed: seed of the samples.
@@ -69,7 +55,9 @@ class LowRankGate:
         Some calls always run exactly, and the report gives the reason: dropout in attention, one query against a cache,
         masks other than causal and padding, soft caps, sinks, position biases, and mixed dtypes. Under autocast, q, k
         and v are cast to its dtype first, as torch does for exact attention. Every low-rank call reads one number back
-        from the device. Each process of a distributed run decides for itself; attention exchanges nothing. The
+        from the device, and every 200th low-rank training call of a layer compares one head's gradients with exact
+        ones. Samples are 64 queries of two sequences of the batch, drawn anew for every call; the bound on the logits
+        covers the whole batch. Each process of a distributed run decides for itself; attention exchanges nothing. The
         recomputation of activation checkpointing follows the decision of the first pass. A run resumed with
         :meth:`state_dict` makes the same decisions as an uninterrupted one.
 
@@ -85,6 +73,11 @@ class LowRankGate:
         False
     """
 
+    # queries compared in every low-rank call, and the number of sequences that they come from
+    rows, sequences = 64, 2
+    # low-rank training calls of a layer between two comparisons of gradients, which cost exact attention of one head
+    spot_every = 200
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,10 +87,6 @@ class LowRankGate:
         tolerance: float = 0.05,
         every: int = 50,
         patience: int = 2,
-        rows: int = 64,
-        sequences: int = 2,
-        spot_every: int = 200,
-        chunk_size: int = 128,
         speed: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -105,20 +94,15 @@ class LowRankGate:
             raise ValueError(f"LowRankGate: expected mode 'exact', 'auto' or 'force', got {mode!r}")
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 or degree % 2:
             raise ValueError(f"LowRankGate: expected an even degree >= 2, whose sums are positive, got {degree!r}")
-        for name, value, least in (
-            ("every", every, 1), ("patience", patience, 1), ("rows", rows, 1), ("sequences", sequences, 1),
-            ("spot_every", spot_every, 0), ("chunk_size", chunk_size, 1),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"LowRankGate: expected {name} >= {least}, got {value}")
+        if every < 1 or patience < 1:
+            raise ValueError(f"LowRankGate: expected every >= 1 and patience >= 1, got {every} and {patience}")
         if not tolerance > 0 or (speed is not None and not speed > 0):
             raise ValueError(f"LowRankGate: expected tolerance > 0 and speed > 0, got {tolerance} and {speed}")
         taken = [tap.name for tap in attach(model).values() if tap.gate is not None]
         if taken:
             raise ValueError(f"LowRankGate: {taken[0]} has a gate already; close that one first")
         self.model, self.mode, self.degree, self.tolerance = model, mode, degree, tolerance
-        self.every, self.patience, self.rows, self.sequences = every, patience, rows, sequences
-        self.spot_every, self.chunk_size, self.speed = spot_every, chunk_size, speed
+        self.every, self.patience, self.speed = every, patience, speed
         self.coefficients = taylor_coefficients(degree)
         self._settings = {"degree": degree, "tolerance": tolerance}
         self.generator = torch.Generator().manual_seed(seed)
@@ -126,7 +110,7 @@ class LowRankGate:
         self._taps: dict[nn.Module, Tap] = attach(model)
         self._layers = {layer: LayerState(tap.name) for layer, tap in self._taps.items()}
         for tap in self._taps.values():
-            tap.gate = self
+            tap.gate = self.answer
 
     def __enter__(self) -> LowRankGate:
         return self
@@ -137,7 +121,7 @@ class LowRankGate:
     def close(self) -> None:
         """Remove the gate and restore the model's own attention. The report stays."""
         for tap in self._taps.values():
-            if tap.gate is self:
+            if tap.gate == self.answer:
                 tap.gate = None
         if self._taps:
             detach(self.model)
@@ -169,7 +153,7 @@ class LowRankGate:
             "settings": dict(self._settings),
             "generator": self.generator.get_state(),
             "speeds": dict(self._speeds),
-            "layers": {state.name: state.to_dict() for state in self._layers.values()},
+            "layers": {state.layer: state.to_dict() for state in self._layers.values()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,9 +162,9 @@ class LowRankGate:
         Raises:
             ValueError: for a state of other layers, or of another degree or tolerance; the gate is unchanged.
         """
-        check_state(state, (layer.name for layer in self._layers.values()), self._settings)
+        check_state(state, (layer.layer for layer in self._layers.values()), self._settings)
         for module, layer in self._layers.items():
-            layer.restore(state["layers"][layer.name], next(module.parameters()).device)
+            layer.restore(state["layers"][layer.layer], next(module.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
         self._speeds = dict(state["speeds"])
 
@@ -190,18 +174,18 @@ class LowRankGate:
         """Compute one call, low-rank or exactly; called by the layer."""
         state = self._layers[call.layer]
         call = replace(call, inputs=autocasted_inputs(call.inputs))
-        # a forward pass while autograd runs is a recomputation of activation checkpointing, which does not measure
+        # a forward pass while autograd runs is a recomputation of activation checkpointing, which repeats the last call
         if torch._C._current_graph_task_id() != -1:
-            if not state.plan.low_rank:
+            if not state.low_rank:
                 return call.exact()
-            return _as_layer(self._attention(call.inputs, state.plan.center)[0])
+            return _as_layer(self._attention(call.inputs, state.last_center)[0])
         state.calls += 1
+        state.low_rank, state.last_center = False, None
         if outside_dispatch_modes(lambda: self._wanted(call, state)):
             out, total = self._attention(call.inputs, state.center)
             if outside_dispatch_modes(lambda: self._passes(call.inputs, out, total, state)):
                 state.low_rank_calls += 1
                 return _as_layer(out)
-        state.plan = Plan(False, None)
         return call.exact()
 
     def _wanted(self, call: Call, state: LayerState) -> bool:
@@ -216,8 +200,8 @@ class LowRankGate:
         inputs = call.inputs
         (batch, heads, length, dim), key_heads = inputs.query.shape, inputs.key.shape[1]
         shape = AttentionShape(heads, key_heads, length, dim, inputs.value.shape[-1], inputs.causal, batch)
-        settings = (self.degree, self.chunk_size, self._speed(inputs))
-        state.cost = cost_ratio(shape, *settings, backward=torch.is_grad_enabled())
+        settings = (self.degree, self._speed(inputs), torch.is_grad_enabled())
+        state.cost = cost_ratio(shape, *settings)
         if self.mode == "force":
             state.reason = "mode is 'force'"
             return True
@@ -227,7 +211,7 @@ class LowRankGate:
         if state.on and state.cost >= 1:
             state.reason = (
                 f"close enough, but predicted to cost {state.cost:.2g} of exact attention at length {length:,}; it "
-                f"pays from {break_even(shape, *settings, backward=torch.is_grad_enabled()):,} on"
+                f"pays from {break_even(shape, *settings):,} on"
             )
         return state.on and state.cost < 1
 
@@ -239,7 +223,7 @@ class LowRankGate:
         # omits the device's index, which may differ when a saved state is loaded
         kind = f"{dim} {wide} {device.type} {dtype}"
         if kind not in self._speeds:
-            self._speeds[kind] = measure_speed(dim, wide, self.degree, device, dtype, self.chunk_size)
+            self._speeds[kind] = measure_speed(dim, wide, self.degree, device, dtype)
         return self._speeds[kind]
 
     def _sequences(self, inputs: AttentionInputs) -> slice:
@@ -271,7 +255,7 @@ class LowRankGate:
         """Check an output and its normalisers; if they fail, the layer falls back to exact attention."""
         center = state.center
         try:
-            check_normalisers(total.detach(), self.coefficients, inputs.causal, inputs.key_mask)
+            check_normalisers(total.detach(), self.degree, inputs.causal, inputs.key_mask)
         except LowRankAttentionError as error:
             if self.mode == "force":
                 raise
@@ -286,10 +270,10 @@ class LowRankGate:
             self._fall_back(state, why if math.isfinite(state.error) or all_finite(inputs) else NON_FINITE)
             return False
         state.largest_error = max(state.largest_error, state.error)
-        state.plan = Plan(True, center)
+        state.low_rank, state.last_center = True, center
         if self.mode == "force" or not inputs.causal or state.low_rank_calls % 8 == 0:
             _update_center(state, few)
-        if self.spot_every and out.requires_grad and state.low_rank_calls % self.spot_every == 0:
+        if out.requires_grad and state.low_rank_calls % self.spot_every == 0:
             self._spot_check(inputs, center, out, state)
         return True
 
@@ -300,7 +284,7 @@ class LowRankGate:
         # low_rank_attention does not return the normalisers
         return poly_attention(
             inputs.query, inputs.key, inputs.value, self.coefficients, scale=inputs.scale, causal=inputs.causal,
-            center=center, key_mask=inputs.key_mask, chunk=self.chunk_size,
+            center=center, key_mask=inputs.key_mask,
         )  # fmt: skip
 
     def _spot_check(self, inputs: AttentionInputs, center: Tensor | None, out: Tensor, state: LayerState) -> None:
@@ -340,3 +324,80 @@ def _update_center(state: LayerState, inputs: AttentionInputs) -> None:
 def _as_layer(out: Tensor) -> tuple[Tensor, None]:
     """Transpose [B, H, L, e] to [B, L, H, e], which transformers' layers expect, with None for the weights."""
     return out.transpose(1, 2).contiguous(), None
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def why_impossible(call: Call) -> str | None:
+    """The reason why a call cannot run low-rank, whatever its norms; None if it can."""
+    query, key, value = call.inputs[:3]
+    if call.unsupported_mask is not None:
+        return call.unsupported_mask
+    if call.special:
+        return f"the layer has {', '.join(call.special)}"
+    if call.dropout > 0:
+        return f"dropout of {call.dropout:g} on attention weights, which are not formed"
+    if query.shape[2] != key.shape[2]:
+        return f"{query.shape[2]} queries against a cache of {key.shape[2]} keys"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"dtypes differ: {query.dtype}, {key.dtype} and {value.dtype}"
+    return None
+
+
+def autocasted_inputs(inputs: AttentionInputs) -> AttentionInputs:
+    """Cast q, k and v as autocast does for exact attention; fp64 tensors stay fp64."""
+    device = inputs.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in inputs[:3])
+    return inputs._replace(query=q, key=k, value=v)
+
+
+def verdict(
+    certified: float, sampled: float, error: float, coefficients: Sequence[float], tolerance: float
+) -> tuple[bool, str]:
+    """Decide whether a layer's low-rank attention is accurate enough, and give the reason.
+
+    Args:
+        certified, sampled: upper bound on all logits, and the largest sampled logit.
+        error: relative error of the output on sampled queries.
+        coefficients: coefficients of the polynomial.
+        tolerance: largest accepted error of softmax weights and of the output.
+    """
+    # norms of finite queries and keys can overflow fp32
+    if not (math.isfinite(certified) and math.isfinite(sampled)):
+        return False, NON_FINITE
+    weight_errors = [softmax_error(relative_error(coefficients, min(s, 1e3))) for s in (certified, sampled)]
+    if weight_errors[0] <= tolerance and math.isfinite(error):
+        return True, f"certified: no logit exceeds {certified:.3g}"
+    if weight_errors[1] <= tolerance and error <= tolerance:
+        return True, f"measured: sampled logits reach {sampled:.3g}, with an error of {error:.2g}"
+    return False, (
+        f"logits reach {sampled:.3g}, where degree {len(coefficients) - 1} is off by {weight_errors[1]:.2g}; sampled "
+        f"error {error:.2g}, tolerance {tolerance:g}"
+    )
+
+
+def all_finite(inputs: AttentionInputs) -> bool:
+    """Whether all queries and all unmasked keys are finite."""
+    key = inputs.key if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], inputs.key, 0.0)
+    return bool(inputs.query.isfinite().all() & key.isfinite().all())
+
+
+def exact_attention(inputs: AttentionInputs) -> Tensor:
+    """Exact attention of one head."""
+    tensors = inputs.query, inputs.key, inputs.value
+    if inputs.key_mask is None:
+        return scaled_dot_product_attention(*tensors, is_causal=inputs.causal, scale=inputs.scale)
+    mask = inputs.key_mask[:, None, None, :].expand(-1, 1, inputs.query.shape[2], -1)
+    mask = mask.tril() if inputs.causal else mask
+    # queries without a visible key are padding: let them see themselves to avoid NaN
+    mask = mask | (~mask.any(dim=-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
+    return scaled_dot_product_attention(*tensors, attn_mask=mask, scale=inputs.scale)
+
+
+def relative_distance(result: Tensor, expected: Tensor) -> float:
+    """``|result - expected| / |expected|``."""
+    return float((result.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class GateReport:
     """The gate's decisions and measurements for one layer.
 
@@ -29,76 +29,52 @@ class GateReport:
     """
 
     layer: str
-    low_rank: bool
-    reason: str
-    error: float | None
-    largest_error: float
-    logit: float | None
-    cost: float | None
-    calls: int
-    low_rank_calls: int
-    fallbacks: int
-    gradient_errors: dict[str, float]
-
-
-class Plan(NamedTuple):
-    """The decision for one call, which the recomputation of activation checkpointing follows."""
-
-    low_rank: bool
-    center: Tensor | None
-
-
-@dataclass
-class LayerState:
-    """The gate's state for one layer. :class:`GateReport` describes the attributes not listed here.
-
-    Attributes:
-        on: whether the layer may run low-rank.
-        good: number of consecutive favourable judgements.
-        center: running mean of the keys, [H, d].
-        plan: decision for the last call.
-    """
-
-    name: str
-    on: bool = False
-    good: int = 0
-    calls: int = 0
-    low_rank_calls: int = 0
-    fallbacks: int = 0
+    low_rank: bool = False
     reason: str = "not called yet"
     error: float | None = None
     largest_error: float = 0.0
     logit: float | None = None
     cost: float | None = None
-    center: Tensor | None = None
-    plan: Plan = Plan(False, None)
+    calls: int = 0
+    low_rank_calls: int = 0
+    fallbacks: int = 0
     gradient_errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class LayerState(GateReport):
+    """The gate's state for one layer: its report, and the values that later calls depend on.
+
+    The gate replaces values and never changes them, so reports and saved states need no copies.
+
+    Attributes:
+        on: whether the layer may run low-rank.
+        good: number of consecutive favourable judgements.
+        center: running mean of the keys, [H, d].
+        last_center: center of the last call, if that ran low-rank.
+    """
+
+    on: bool = False
+    good: int = 0
+    center: Tensor | None = None
+    last_center: Tensor | None = None
 
     def report(self) -> GateReport:
         """The state as the user sees it."""
-        return GateReport(
-            self.name, self.plan.low_rank, self.reason, self.error, self.largest_error, self.logit, self.cost,
-            self.calls, self.low_rank_calls, self.fallbacks, dict(self.gradient_errors),
-        )  # fmt: skip
+        return GateReport(**{item.name: getattr(self, item.name) for item in fields(GateReport)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the name: numbers, strings, and a copy of the center."""
-        state = {key: getattr(self, key) for key in _SAVED}
-        state["center"] = None if self.center is None else self.center.clone()
-        return state | {"gradient_errors": dict(self.gradient_errors), "low_rank": self.plan.low_rank}
+        """Everything but the name, for :meth:`restore`."""
+        return {key: getattr(self, key) for key in _SAVED}
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Load a result of :meth:`to_dict`, copying the center to ``device``."""
+        """Load a result of :meth:`to_dict`, with the center on ``device``."""
         for key in _SAVED:
             setattr(self, key, saved[key])
-        center = saved["center"]
-        self.center = None if center is None else center.to(device, copy=True)
-        self.gradient_errors = dict(saved["gradient_errors"])
-        # only for the report: recomputation never follows a call of another process
-        self.plan = Plan(saved["low_rank"], self.center)
+        self.center = None if self.center is None else self.center.to(device)
 
 
-_SAVED = tuple(item.name for item in fields(LayerState) if item.name not in ("name", "plan"))
+_SAVED = tuple(item.name for item in fields(LayerState) if item.name not in ("layer", "last_center"))
 
 
 def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) -> None:
@@ -128,10 +104,9 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
             f"LowRankGate: the state was saved with other settings: {'; '.join(differ)}; use those settings, or start "
             "without the state to judge every layer again"
         )
-    keys = {"low_rank", *_SAVED}
-    broken = [name for name, saved in state["layers"].items() if keys - saved.keys()]
+    broken = [name for name, saved in state["layers"].items() if set(_SAVED) - saved.keys()]
     if broken:
-        raise ValueError(f"LowRankGate: the state of {_few(broken)} lacks some of {', '.join(sorted(keys))}")
+        raise ValueError(f"LowRankGate: the state of {_few(broken)} lacks some of {', '.join(sorted(_SAVED))}")
 
 
 def _few(names: list[str]) -> str:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,27 +59,13 @@ class Call:
     special: tuple[str, ...]
 
 
-class Observer(Protocol):
-    """Inspects calls."""
-
-    def observe(self, call: Call) -> None:
-        """Inspect one call without changing it."""
-
-
-class Gate(Protocol):
-    """Computes calls in place of the exact implementation."""
-
-    def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """The output [B, L, Hq, e], and the weights or None."""
-
-
 @dataclass
 class Tap:
-    """The observers and the gate of one attention layer."""
+    """The functions that a layer calls: observers inspect a call, the gate computes it in place of ``call.exact``."""
 
     name: str
-    observers: list[Observer] = field(default_factory=list)
-    gate: Gate | None = None
+    observers: list[Callable[[Call], None]] = field(default_factory=list)
+    gate: Callable[[Call], tuple[Tensor, Tensor | None]] | None = None
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -211,8 +197,8 @@ def _tapped(
     inputs = AttentionInputs(*tensors, scale, causal, key_mask)
     call = Call(module, inputs, unsupported_mask, dropout, exact, special)
     for observer in list(tap.observers):
-        observer.observe(call)
-    return exact() if tap.gate is None else tap.gate.answer(call)
+        observer(call)
+    return exact() if tap.gate is None else tap.gate(call)
 
 
 def read_mask(mask: Tensor, batch: int, length: int, keys: int) -> tuple[bool, Tensor | None, str | None]:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio
-from leanstep.lora.attention.gate_checks import NON_FINITE
 from leanstep.lora.attention.interface import AttentionInputs, Call, attach, detach
-from leanstep.lora.attention.norms import HeadNorms, ProjectionNorms, head_norms
+from leanstep.lora.attention.norms import NON_FINITE, HeadNorms, ProjectionNorms, head_norms
 from leanstep.lora.attention.polynomials import needed_degree
 
 # best first
 STATUSES = ("certified-fast", "measured-fast", "bounded-but-slow", "not-certified")
+
+# degrees to consider, and the queries and sequences to sample
+DEGREES, ROWS, SEQUENCES = (2, 4), 256, 2
 
 _ADVICE = {
     "X": "the layer's input has large entries: normalise it (pre-norm), or train without outliers",
@@ -48,8 +50,7 @@ class HeadReport:
             sampled queries and before rotary embeddings; None if the weights are unreadable.
         threshold: ``sqrt(ln length)``. The theorem compares the norms with it, up to unknown constants.
         rho: the larger norm divided by the threshold. Above 1 is evidence for large norms, not proof.
-        certified, certified_raw: upper bounds on all logits, with and without centred keys.
-        sampled, sampled_raw: largest sampled logits, with and without centred keys.
+        certified, sampled: upper bound on all logits, and largest sampled logit, with centred keys.
         certified_degree, degree: smallest even degrees that keep softmax weights within the tolerance for logits up to
             ``certified`` and ``sampled``; None beyond 64.
         error: relative error of the output on the sampled queries, at ``degree`` or at the highest degree tried.
@@ -72,9 +73,7 @@ class HeadReport:
     threshold: float
     rho: float
     certified: float
-    certified_raw: float
     sampled: float
-    sampled_raw: float
     certified_degree: int | None
     degree: int | None
     error: float
@@ -103,26 +102,22 @@ class NormMonitor:
       the tolerance, at a predicted cost below exact attention's;
     * ``measured-fast`` if the sampled logits give such a degree, and the sampled output is within the tolerance too;
     * ``bounded-but-slow`` if the error is within the tolerance, but the cost is not below exact attention's;
-    * ``not-certified`` if it needs a degree above ``max_degree``, or the sampled error exceeds the tolerance.
+    * ``not-certified`` if it needs a degree above 4, or the sampled error exceeds the tolerance.
 
     Args:
         model: a transformers model (LLaMA, GPT-2 and others that call attention by name), with or without adapters of
             leanstep or PEFT. :meth:`close` restores its attention implementation.
-        every: number of training passes between measurements; None: measure only after :meth:`arm`.
         tolerance: largest accepted relative error of softmax weights, and of the output on the sampled queries.
-        max_degree: highest even degree considered.
-        rows: number of sampled queries per sequence.
-        sequences: number of measured sequences per batch.
         speed: seconds per operation relative to exact attention, from
             :func:`leanstep.lora.attention.cost.measure_speed`; 1 compares operations.
-        seed: seed of the samples.
 
     Raises:
         ValueError: for a model without such layers, or a setting out of range; the model is unchanged.
 
     Notes:
-        A measured pass reads q and k once in every layer and compares ``rows`` queries with all keys, which is linear
-        in the length. Other passes cost nothing. Recomputation by activation checkpointing is not measured again.
+        A measured pass reads q and k of two sequences once in every layer and compares 256 queries with all keys,
+        which is linear in the length. Other passes cost nothing. Recomputation by activation checkpointing is not
+        measured again.
 
     Example:
         >>> import torch
@@ -141,34 +136,21 @@ class NormMonitor:
         self,
         model: nn.Module,
         *,
-        every: int | None = None,
         tolerance: float = 0.05,
-        max_degree: int = 4,
-        rows: int = 256,
-        sequences: int = 2,
         speed: float = 1.0,
-        seed: int = 0,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"NormMonitor: expected every >= 1 or None, got {every}")
         if not tolerance > 0 or not speed > 0:
             raise ValueError(f"NormMonitor: expected tolerance > 0 and speed > 0, got {tolerance} and {speed}")
-        if max_degree < 2 or max_degree % 2 or rows < 1 or sequences < 1:
-            raise ValueError(
-                "NormMonitor: expected an even max_degree >= 2, rows >= 1 and sequences >= 1, got "
-                f"{max_degree}, {rows} and {sequences}"
-            )
-        self.model, self.every, self.tolerance, self.max_degree = model, every, tolerance, max_degree
-        self.rows, self.sequences, self.speed = rows, sequences, speed
-        self.generator = torch.Generator().manual_seed(seed)
-        self.passes, self._armed, self._active = 0, False, False
+        self.model, self.tolerance, self.speed = model, tolerance, speed
+        self.generator = torch.Generator().manual_seed(0)
+        self._armed, self._active = False, False
         self.skipped: dict[str, str] = {}
         self._reports: dict[str, list[HeadReport]] = {}
         self._first: dict[str, Tensor] = {}
         self._taps = attach(model)
         self._projections = {layer: ProjectionNorms(layer) for layer in self._taps}
         for tap in self._taps.values():
-            tap.observers.append(self)
+            tap.observers.append(self.observe)
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
@@ -186,8 +168,7 @@ class NormMonitor:
             handle.remove()
         for layer, tap in self._taps.items():
             self._projections[layer].remove()
-            if self in tap.observers:
-                tap.observers.remove(self)
+            tap.observers.remove(self.observe)
         if self._taps:
             detach(self.model)
         self._handles, self._taps, self._projections = [], {}, {}
@@ -219,10 +200,8 @@ class NormMonitor:
 
     # --- one pass -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self.passes += module.training
-        due = self.every is not None and module.training and (self.passes - 1) % self.every == 0
-        self._active, self._armed = self._armed or due, False
+    def _begin(self, *_: Any) -> None:
+        self._active, self._armed = self._armed, False
         for norms in self._projections.values():
             norms.on, norms.largest, norms.full = self._active, {}, None
 
@@ -247,11 +226,8 @@ class NormMonitor:
             self.skipped[name] = call.unsupported_mask or ", ".join(call.special) or "a single query"
             return
         self.skipped.pop(name, None)
-        inputs = call.inputs.sequences(slice(self.sequences))
-        degrees = range(2, self.max_degree + 1, 2)
-        norms = outside_dispatch_modes(
-            lambda: head_norms(inputs, degrees=degrees, rows=self.rows, generator=self.generator)
-        )
+        inputs = call.inputs.sequences(slice(SEQUENCES))
+        norms = outside_dispatch_modes(lambda: head_norms(inputs, degrees=DEGREES, rows=ROWS, generator=self.generator))
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())
         self._reports[name] = list(self._judge(name, inputs, norms, first, self._projections[call.layer]))
 
@@ -262,12 +238,12 @@ class NormMonitor:
         (_, heads, length, dim), key_heads = inputs.query.shape, inputs.key.shape[1]
         shape = AttentionShape(heads, key_heads, length, dim, inputs.value.shape[-1], inputs.causal)
         # degree 2 always, higher ones if their features fit in memory
-        degrees = [g for g in range(2, self.max_degree + 1, 2) if g == 2 or feature_count(dim, g) <= MAX_FEATURES]
+        degrees = [g for g in DEGREES if g == 2 or feature_count(dim, g) <= MAX_FEATURES]
         costs = {degree: cost_ratio(shape, degree, speed=self.speed) for degree in degrees}
         pays_from = {degree: break_even(shape, degree, speed=self.speed) for degree in degrees}
         threshold = math.sqrt(math.log(length))
         for head in range(heads):
-            q, k, certified, certified_raw, sampled, sampled_raw = (float(x[head]) for x in values[:6])
+            q, k, certified, sampled = (float(x[head]) for x in values[:4])
             # without a finite bound on all logits, no degree is enough, even if the sampled logits are finite
             needed = [
                 needed_degree(s, self.tolerance) if math.isfinite(certified) and math.isfinite(s) else None
@@ -283,12 +259,12 @@ class NormMonitor:
             row = HeadReport(
                 layer=name, head=head, length=length, gamma_q=q, gamma_k=k,
                 gamma_full=None if projections.full is None else abs(inputs.scale) * float(projections.full[head]),
-                threshold=threshold, rho=gamma / threshold, certified=certified, certified_raw=certified_raw,
-                sampled=sampled, sampled_raw=sampled_raw, certified_degree=needed[0], degree=needed[1], error=error,
-                cost=costs[degree], pays_from=pays_from[degree], input=x, base=base, adapter=adapter,
-                dominant=dominant, of=of, drift=gamma / max(float(first[head]), 1e-30), status=status, why="",
+                threshold=threshold, rho=gamma / threshold, certified=certified, sampled=sampled,
+                certified_degree=needed[0], degree=needed[1], error=error, cost=costs[degree],
+                pays_from=pays_from[degree], input=x, base=base, adapter=adapter, dominant=dominant, of=of,
+                drift=gamma / max(float(first[head]), 1e-30), status=status, why="",
             )  # fmt: skip
-            yield replace(row, why=_why(row, degree, self.tolerance, self.max_degree))
+            yield replace(row, why=_why(row, degree, self.tolerance))
 
 
 def judge(
@@ -321,7 +297,7 @@ def _largest_factors(
     return x, root * base, root * adapter, dominant
 
 
-def _why(row: HeadReport, degree: int, tolerance: float, max_degree: int) -> str:
+def _why(row: HeadReport, degree: int, tolerance: float) -> str:
     price, logits = f"costs {row.cost:.2g} of exact attention at length {row.length:,}", f"{row.sampled:.3g}"
     if row.status == "certified-fast":
         return (
@@ -333,10 +309,10 @@ def _why(row: HeadReport, degree: int, tolerance: float, max_degree: int) -> str
         return f"logits up to {logits} need only degree {degree}, but it {price} and pays from {row.pays_from:,} on"
     if not (math.isfinite(row.certified) and math.isfinite(row.sampled)):
         return f"{NON_FINITE}: NaN, an infinity, or entries whose products are too large for fp32"
-    if row.degree is not None and row.degree <= max_degree:
+    if row.degree is not None and row.degree <= DEGREES[-1]:
         return f"logits up to {logits} need degree {row.degree}, but its error of {row.error:.2g} is over {tolerance:g}"
     needed = "more than 64" if row.degree is None else str(row.degree)
     name = {"q": "queries", "k": "keys"}[row.of]
     return (
-        f"logits up to {logits} would need degree {needed}, above {max_degree}. Large {name}: {_ADVICE[row.dominant]}"
+        f"logits up to {logits} would need degree {needed}, above {DEGREES[-1]}. Large {name}: {_ADVICE[row.dominant]}"
     )

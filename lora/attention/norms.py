@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,13 @@ from leanstep.lora.attention.attention import key_means
 from leanstep.lora.attention.error_bounds import largest_logit
 from leanstep.lora.attention.interface import AttentionInputs
 from leanstep.lora.attention.polynomials import taylor_coefficients
-from leanstep.lora.layers.autograd import Setting, dense_weight
-from leanstep.lora.layers.dora import row_norms
-from leanstep.lora.layers.frozen import dequantizer
+from leanstep.lora.layers.linear import FastLinear, LoRALinearLayer
 from leanstep.lora.layers.pruned import masked_update
 from leanstep.lora.layers.rule import dora_factor
+from leanstep.lora.peft.bridge import PeftLinear
+
+# why a layer is judged exact
+NON_FINITE = "non-finite logits"
 
 
 class HeadNorms(NamedTuple):
@@ -32,18 +34,15 @@ class HeadNorms(NamedTuple):
 
     Attributes:
         gamma_q, gamma_k: the theorem's norms: largest absolute entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
-        certified, certified_raw: the bound ``scale * max |q_i| * max |k_j|`` on all logits, with and without centred
-            keys.
-        sampled, sampled_raw: largest logit of the sampled queries, with and without centred keys.
+        certified: the bound ``scale * max |q_i| * max |k_j|`` on all logits, with centred keys.
+        sampled: largest logit of the sampled queries, with centred keys.
         errors: [degrees, Hq], the relative error ``|O~ - O| / |O|`` of the output on the sampled queries.
     """
 
     gamma_q: Tensor
     gamma_k: Tensor
     certified: Tensor
-    certified_raw: Tensor
     sampled: Tensor
-    sampled_raw: Tensor
     errors: Tensor
 
 
@@ -77,37 +76,51 @@ def head_norms(
         shift = key_means(k, inputs.key_mask) if center is None else center.to(k.dtype)
         group = q.shape[1] // k.shape[1]
         counted = k if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], k, 0.0)
-        centred = k - shift[..., None, :]
         root = abs(inputs.scale) ** 0.5
-        largest = [
+        largest = (
             root * q.abs().amax(dim=(2, 3)),
             root * counted.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1),
-            largest_logit(q, centred, inputs.scale, inputs.key_mask),
-            largest_logit(q, k, inputs.scale, inputs.key_mask),
-        ]
+            largest_logit(q, k - shift[..., None, :], inputs.scale, inputs.key_mask),
+        )
         indices = sample_rows(q.shape[2], rows, generator).to(q.device)
-        sampled = [
-            _sample_head(inputs, q[:, :, indices], k, centred, indices, head, degrees) for head in range(k.shape[1])
-        ]
-        per_head = [torch.cat(heads, dim=-1) for heads in zip(*sampled, strict=True)]
-        return HeadNorms(*(entries.amax(dim=0) for entries in largest), *per_head)
+        sampled, errors = [], []
+        for head in range(k.shape[1]):
+            sample = _Sample.of(inputs, head, indices)
+            logits = inputs.scale * sample.query @ (sample.key - shift[..., head, None, None, :]).mT
+            sampled.append(torch.where(sample.visible, logits.abs(), 0.0).amax(dim=(0, 2, 3)))
+            polynomials = (polynomial(logits, taylor_coefficients(degree)) for degree in degrees)
+            errors.append(torch.stack([_error(torch.where(sample.visible, p, 0.0), sample) for p in polynomials]))
+        return HeadNorms(*(entries.amax(dim=0) for entries in largest), torch.cat(sampled), torch.cat(errors, dim=-1))
 
 
-def _sample_head(
-    inputs: AttentionInputs, q: Tensor, k: Tensor, centred: Tensor, indices: Tensor, head: int, degrees: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest centred and plain logits [group] and errors [degrees, group] of one key head's sampled queries."""
-    group = q.shape[1] // k.shape[1]
-    rows = q[:, head * group : (head + 1) * group]
-    visible = _visible(inputs, indices)
-    logits, plain = (inputs.scale * rows @ x[:, head, None].mT for x in (centred, k))
-    largest = [torch.where(visible, s.abs(), 0.0).amax(dim=(0, 2, 3)) for s in (logits, plain)]
-    value = inputs.value.detach()[:, head, None].to(q.dtype)
-    exact = _softmax(plain, visible) @ value
-    errors = [
-        _error(torch.where(visible, polynomial(logits, taylor_coefficients(g)), 0.0), value, exact) for g in degrees
-    ]
-    return largest[0], largest[1], torch.stack(errors)
+class _Sample(NamedTuple):
+    """Sampled queries of one key head in fp32 or fp64, for a group of g query heads.
+
+    Attributes:
+        query, key, value: [B, g, rows, d], [B, 1, M, d], [B, 1, M, e].
+        visible: mask of the keys that the queries see, [1 or B, 1, rows, M].
+        exact: exact attention, [B, g, rows, e]; zero for queries that see no key.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    exact: Tensor
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs, head: int, indices: Tensor) -> _Sample:
+        """The queries at ``indices`` of one key head."""
+        group, wide = (
+            inputs.query.shape[1] // inputs.key.shape[1],
+            torch.promote_types(inputs.query.dtype, torch.float32),
+        )
+        query = inputs.query.detach()[:, head * group : (head + 1) * group, indices].to(wide)
+        key, value = (x.detach()[:, head, None].to(wide) for x in (inputs.key, inputs.value))
+        visible = _visible(inputs, indices)
+        weights = torch.softmax((inputs.scale * query @ key.mT).masked_fill(~visible, -torch.inf), dim=-1)
+        exact = torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0) @ value
+        return cls(query, key, value, visible, exact)
 
 
 def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
@@ -118,19 +131,13 @@ def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
     return visible[None, None] if inputs.key_mask is None else visible & inputs.key_mask[:, None, None, :]
 
 
-def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over visible keys; zero for queries that see no key."""
-    weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
-    return torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0)
-
-
-def _error(weights: Tensor, value: Tensor, exact: Tensor) -> Tensor:
-    """Relative error [group] of a head's sampled output; inf if a normaliser is not positive."""
+def _error(weights: Tensor, sample: _Sample) -> Tensor:
+    """Relative error [g] of a sample's output with these weights; inf if a normaliser is not positive."""
     total = weights.sum(dim=-1, keepdim=True)
-    out = weights @ value / torch.where(total > 0, total, 1.0)
+    out = weights @ sample.value / torch.where(total > 0, total, 1.0)
     empty = (weights == 0).all(dim=-1, keepdim=True)
     wrong = ~(((total > 0) & total.isfinite()) | empty)
-    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0), torch.inf, _relative_difference(out, exact))
+    return torch.where(wrong.any(dim=-1).any(dim=-1).any(dim=0), torch.inf, _relative_difference(out, sample.exact))
 
 
 def _relative_difference(out: Tensor, exact: Tensor) -> Tensor:
@@ -143,16 +150,11 @@ def _relative_difference(out: Tensor, exact: Tensor) -> Tensor:
 def sampled_error(inputs: AttentionInputs, out: Tensor, indices: Tensor) -> Tensor:
     """Relative error [Hq] of an output [B, Hq, L, e] on the queries at ``indices``; inf if it is not finite."""
     with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        group = inputs.query.shape[1] // inputs.key.shape[1]
-        wide = torch.promote_types(out.dtype, torch.float32)
-        visible = _visible(inputs, indices)
-        errors = []
+        group, errors = inputs.query.shape[1] // inputs.key.shape[1], []
         for head in range(inputs.key.shape[1]):
-            heads = slice(head * group, (head + 1) * group)
-            query, key = inputs.query.detach()[:, heads, indices], inputs.key.detach()[:, head, None]
-            logits = inputs.scale * query.to(wide) @ key.to(wide).mT
-            exact = _softmax(logits, visible) @ inputs.value.detach()[:, head, None].to(wide)
-            errors.append(_relative_difference(out.detach()[:, heads, indices].to(wide), exact))
+            exact = _Sample.of(inputs, head, indices).exact
+            rows = out.detach()[:, head * group : (head + 1) * group, indices].to(exact.dtype)
+            errors.append(_relative_difference(rows, exact))
         return torch.cat(errors)
 
 
@@ -166,18 +168,6 @@ def find_projections(layer: Any) -> dict[str, tuple[nn.Module, int]]:
     if hasattr(layer, "c_attn"):
         return {"q": (layer.c_attn, 0), "k": (layer.c_attn, 1)}
     return {}
-
-
-class _ActiveAdapter(NamedTuple):
-    """An active adapter, ``factor * (W + scale B A)``, with DoRA's factor [out] or None.
-
-    If PEFT has several active adapters, W includes the earlier ones.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    factor: Tensor | None = None
 
 
 def adapter_output(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -212,33 +202,16 @@ def whole_weight(module: nn.Module) -> Tensor | None:
     return dense
 
 
-def _active_adapters(module: Any) -> list[_ActiveAdapter]:
-    """A layer's active adapters, ours or PEFT's."""
-    a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-    if a is None or b is None:
-        return []
-    lora = getattr(module, "lora", None)
-    if lora is not None:
-        if lora.merged or not lora.enabled:
-            return []
-        magnitude = module.lora_magnitude_vector
-        factor = None if magnitude is None else dora_factor(magnitude.detach(), module.norms())
-        return [_ActiveAdapter(a.weight, b.weight, lora.scale, factor)]
-    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
-        return []
-    return [_peft_adapter(module, name) for name in getattr(module, "active_adapters", []) if name in a]
-
-
-def _peft_adapter(module: Any, name: str) -> _ActiveAdapter:
-    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    variant = getattr(module, "lora_variant", {}).get(name)
-    if type(variant).__name__ != "DoraLinearVariant":
-        return _ActiveAdapter(a, b, scale)
-    base = module.get_base_layer()
-    setting = Setting(scale, transposed=is_conv1d(base), dense=dequantizer(base))
-    dense = dense_weight(setting, base.weight.detach(), torch.float32)
-    norm = row_norms(dense, a.detach(), b.detach(), scale)
-    return _ActiveAdapter(a, b, scale, dora_factor(module.lora_magnitude_vector[name].weight.detach(), norm))
+def _active_adapters(module: Any) -> Iterator[tuple[Tensor, Tensor, float, Tensor | None]]:
+    """A, B, scale and DoRA's factor of each active adapter, ours or PEFT's; the next one adds to the scaled result."""
+    layers: list[FastLinear] = []
+    if isinstance(module, LoRALinearLayer):
+        layers = [module] if module.lora.enabled and not module.lora.merged else []
+    elif hasattr(module, "active_adapters") and not module.disable_adapters and not module.merged:
+        layers = [PeftLinear(module, adapter=name) for name in module.active_adapters if name in module.lora_A]
+    for layer in layers:
+        _, a, b, _, magnitude = layer.parts()
+        yield a, b, layer.lora.scale, None if magnitude is None else dora_factor(magnitude.detach(), layer.norms())
 
 
 def _masked_adapter(module: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.lora.layers.dora import row_norms
-from leanstep.lora.layers.linear import Adapter, FastPath, LoRALayer, mixture, why_not_fast
+from leanstep.lora.layers.linear import Adapter, FastPath, LoRALayer, factor_type, mix_in, why_not_fast
 from leanstep.lora.layers.rule import dora_factor
 
 
@@ -22,13 +22,14 @@ class LoRAEmbeddingLayer(LoRALayer):
 
     Attributes:
         lora_embedding_A, lora_embedding_B: (r, vocabulary) and (width, r).
-        lora_magnitude_vector: (width,) for DoRA, else None.
     """
 
-    weight: Tensor
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, vocabulary) and B (width, r)."""
+        return self.lora_embedding_A, self.lora_embedding_B
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[...] to [..., width]."""
@@ -60,29 +61,16 @@ class LoRAEmbeddingLayer(LoRALayer):
 
     def norms(self) -> Tensor:
         """DoRA's norms, one per column of the embedding: (width,), without a gradient."""
-        a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
+        a, b = (factor.detach() for factor in self.factors())
         return outside_dispatch_modes(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
-
-
-class LoRAEmbedding(LoRAEmbeddingLayer, nn.Embedding):  # type: ignore[misc]
-    """An adapted ``torch.nn.Embedding``; see :class:`LoRAEmbeddingLayer` for what it computes."""
 
 
 def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:
     """Turn an embedding into an adapted one, in place, after all checks."""
-    weight = module.weight
-    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    a = torch.zeros(adapter.rank, module.num_embeddings, device=weight.device, dtype=dtype)
-    b = torch.randn(module.embedding_dim, adapter.rank, device=weight.device, dtype=dtype)
+    like = factor_type(module.weight)
+    a = torch.zeros(adapter.rank, module.num_embeddings, **like)
+    b = torch.randn(module.embedding_dim, adapter.rank, **like)
     if config.init_lora_weights is False:
         a.normal_()
-    module.lora = adapter
     module.lora_embedding_A, module.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
-    module.register_parameter("lora_magnitude_vector", None)
-    base: Any = type(module)
-    adapter.base, module.__class__ = base, mixture(base, LoRAEmbeddingLayer)
-    assert isinstance(module, LoRAEmbeddingLayer)
-    if config.use_dora:
-        module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))
-    if adapter.save == "lora_fa":
-        module.lora_embedding_A.requires_grad_(False)
+    mix_in(LoRAEmbeddingLayer, module, adapter, config.use_dora)

@@ -80,10 +80,7 @@ class Mixin(nn.Module):
 @functools.cache
 def mixture(cls: Any, mixin: Any) -> Any:
     """The subclass of a mixin and a module's class, one per pair."""
-    name = f"LoRA{cls.__name__}"
-    # an importable class, such as LoRALinear
-    named = next((c for c in mixin.__subclasses__() if c.__bases__ == (mixin, cls) and c.__name__ == name), None)
-    return named or type(name, (mixin, cls), {"__module__": mixin.__module__})
+    return type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": mixin.__module__})
 
 
 def _new(cls: Any, mixin: Any) -> nn.Module:
@@ -92,9 +89,23 @@ def _new(cls: Any, mixin: Any) -> nn.Module:
 
 
 class LoRALayer(Mixin):
-    """Base of adapted layers; mixed into the layer's own class."""
+    """Base of adapted layers; mixed into the layer's own class.
+
+    Attributes:
+        lora_magnitude_vector: (out,) for DoRA, else None.
+    """
 
     lora: Adapter
+    weight: Tensor
+    lora_magnitude_vector: nn.Parameter | None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        raise NotImplementedError
+
+    def norms(self) -> Tensor:
+        """DoRA's norms: (out,), fp32 or fp64, without a gradient."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``, but also drops the cache of DoRA's norms. Warns if the adapter is merged."""
@@ -274,12 +285,14 @@ class LoRALinearLayer(FastLinear, LoRALayer):
             ``c = magnitude / |rows of W + scale B A|`` and detached norms.
     """
 
-    weight: Tensor
     bias: nn.Parameter | None
     lora: Adapter
     lora_A: nn.Linear
     lora_B: nn.Linear
-    lora_magnitude_vector: nn.Parameter | None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        return self.lora_A.weight, self.lora_B.weight
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The layer, A, B, B's bias, and DoRA's magnitude."""
@@ -335,33 +348,33 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         return y if bias is None else (y + bias * self.lora.scale).to(y.dtype)
 
 
-class LoRALinear(LoRALinearLayer, nn.Linear):  # type: ignore[misc]
-    """An adapted ``torch.nn.Linear``; see :class:`LoRALinearLayer` for what it computes."""
-
-
 def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
     """Turn a linear layer into an adapted one, in place, after all checks."""
-    n, m = widths(module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    # as in PEFT, 16-bit models get fp32 factors, since updates are small
-    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    device = weight.device
-    module.lora_A = nn.Linear(n, adapter.rank, bias=False, device=device, dtype=dtype)
-    module.lora_B = nn.Linear(adapter.rank, m, bias=config.lora_bias, device=device, dtype=dtype)
+    (n, m), like = widths(module), factor_type(module.weight)
+    module.lora_A = nn.Linear(n, adapter.rank, bias=False, **like)
+    module.lora_B = nn.Linear(adapter.rank, m, bias=config.lora_bias, **like)
     _initialize(module.lora_A, module.lora_B, config.init_lora_weights)
-    module.lora = adapter
     module.siblings = None
-    module.register_parameter("lora_magnitude_vector", None)
-    base: Any = type(module)
-    adapter.base, module.__class__ = base, mixture(base, LoRALinearLayer)
-    assert isinstance(module, LoRALinearLayer)
-    if config.use_dora:
-        module.lora_magnitude_vector = nn.Parameter(module.norms().to(dtype))
-    if adapter.save == "lora_fa":
-        module.lora_A.weight.requires_grad_(False)
+    mix_in(LoRALinearLayer, module, adapter, config.use_dora)
     module.lora_A.train(module.training)
     module.lora_B.train(module.training)
+
+
+def factor_type(weight: Tensor) -> dict[str, Any]:
+    """Device and dtype of the factors. As in PEFT, 16-bit models get fp32 factors, since updates are small."""
+    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return {"device": weight.device, "dtype": dtype}
+
+
+def mix_in(mixin: type[LoRALayer], module: Any, adapter: Adapter, use_dora: bool) -> None:
+    """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms; LoRA-FA freezes A."""
+    module.lora = adapter
+    module.register_parameter("lora_magnitude_vector", None)
+    adapter.base, module.__class__ = type(module), mixture(type(module), mixin)
+    a, b = module.factors()
+    if use_dora:
+        module.lora_magnitude_vector = nn.Parameter(module.norms().to(b.dtype))
+    a.requires_grad_(adapter.save != "lora_fa")
 
 
 @torch.no_grad()

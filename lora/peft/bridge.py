@@ -74,7 +74,7 @@ def accelerate_peft(
     if save not in SAVES:
         raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
     layers = {
-        name: PeftLinear(module, name, save, fast_path)
+        name: PeftLinear(module, name=name, save=save, wanted=fast_path)
         for name, module in model.named_modules()
         if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS
     }
@@ -96,10 +96,21 @@ def accelerate_peft(
 
 
 class PeftLinear(FastLinear):
-    """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters."""
+    """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters.
 
-    def __init__(self, module: Any, name: str, save: str, fast_path: bool | None) -> None:
-        self.module, self.name, self.save, self.wanted = module, name, save, fast_path
+    ``adapter`` is the name of an adapter to look at; None: the first active one.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        name: str = "",
+        save: str = "min",
+        wanted: bool | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self.module, self.name, self.save, self.wanted, self.adapter = module, name, save, wanted, adapter
         self.siblings = None
         self.norm_cache = NormCache()
 
@@ -110,7 +121,7 @@ class PeftLinear(FastLinear):
     @property
     def lora(self) -> Adapter:  # type: ignore[override]
         """The settings of the active adapter."""
-        module, name = self.module, self._active()[0]
+        module, name = self.module, self.adapter or self._active()[0]
         dropout = module.lora_dropout[name]
         return Adapter(
             name=self.name,
@@ -128,9 +139,9 @@ class PeftLinear(FastLinear):
 
     def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The base layer, A, B, B's bias, and DoRA's magnitude."""
-        module, name = self.module, self._active()[0]
+        module, name = self.module, self.adapter or self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
-        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
 
     @property

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from leanstep._checkpoint import (
+    TEMPLATES,
+    TensorFile,
+    check_folder,
+    checked_file,
+    files_in,
+    index_files,
+    load_pickled,
+    read_json,
+)
 
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -55,26 +65,33 @@ class Checkpoint:
         path = self.folder / file
         if path.suffix == ".bin":
             return _load_bin(path), {}
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in self.files[file]}, dict(opened.metadata() or {})
+        with TensorFile(path) as opened:
+            return {name: opened.tensor(name) for name in self.files[file]}, opened.metadata
 
     def tensor(self, file: str, name: str) -> Tensor:
         """One tensor of a safetensors file, memory-mapped."""
-        with safe_open(self.folder / file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        with TensorFile(self.folder / file) as opened:
+            return opened.tensor(name)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Find and check a checkpoint: a Hugging Face folder, or the name of a model on the hub. Nothing is loaded.
 
     Raises:
-        ValueError: for no checkpoint, a missing or damaged file, an index that disagrees with the files, or quantised
-            weights; the message names the file. For a name that the hub refuses: the hub's answer.
+        ValueError: for no checkpoint, a missing or damaged file, an index that disagrees with the files, names or links
+            that lead out of the folder, or quantised weights; the message names the file. For a name that the hub
+            refuses: the hub's answer.
     """
     folder = _find_folder(source)
-    config = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
+    check_folder(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "quantization_config in config.json")
+        quantisation = config["quantization_config"]
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        method = method or "quantization_config in config.json"
         raise ValueError(
             f"{folder} is quantised ({method}): expected plain weights of fp32, bf16 or fp16. Prune the model it was "
             "made from, and quantise the result"
@@ -82,10 +99,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     index = None
     for name in (_INDEX, _BIN_INDEX):
         if (folder / name).is_file() and not (folder / _SINGLE[0]).is_file():
-            index = _read_json(folder / name, "")
+            index = read_json(folder / name)
             break
     if index is not None:
-        files = _indexed_files(folder, index, name)
+        files = _indexed_files(folder, name)
     else:
         single = next((name for name in _SINGLE if (folder / name).is_file()), None)
         if single is None:
@@ -125,18 +142,6 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(missing) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be understood: expected a JSON object")
-    return content
-
-
 def _no_weights(folder: Path) -> str:
     shards = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     if shards:
@@ -146,13 +151,10 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} is no checkpoint: it has a config.json but no weights ({_SINGLE[0]}, {_INDEX} or {_SINGLE[1]})"
 
 
-def _indexed_files(folder: Path, index: dict[str, Any], index_name: str) -> dict[str, tuple[str, ...]]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / index_name} has no weight_map")
+def _indexed_files(folder: Path, index_name: str) -> dict[str, tuple[str, ...]]:
     wanted: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        wanted.setdefault(str(file), []).append(str(name))
+    for name, file in index_files(folder / index_name).items():
+        wanted.setdefault(file, []).append(name)
     missing = [file for file in sorted(wanted) if not (folder / file).is_file()]
     if missing:
         raise ValueError(
@@ -165,35 +167,31 @@ def _indexed_files(folder: Path, index: dict[str, Any], index_name: str) -> dict
         if absent or present - set(names):
             odd = absent[0] if absent else sorted(present - set(names))[0]
             raise ValueError(f"{folder / file} and {index_name} do not belong together: {odd} is in one of them only")
+    if len(set(map(_written_name, wanted))) < len(wanted):
+        raise ValueError(f"{folder / index_name} lists a shard as *.bin and as *.safetensors; expected one of them")
     return {file: tuple(names) for file, names in sorted(wanted.items())}
+
+
+def _written_name(file: str) -> str:
+    """Name of the safetensors file that a weight file becomes."""
+    if file.endswith(".safetensors"):
+        return file
+    return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
 
 def _tensor_names(path: Path) -> tuple[str, ...]:
     """Check that a file is complete and not quantised; returns the names of its tensors."""
     if path.suffix == ".bin":
         return tuple(_load_bin(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = tuple(file.keys())
-            for name in names:
-                dtype = file.get_slice(name).get_dtype()
-                if dtype in _QUANTISED_DTYPES and len(file.get_slice(name).get_shape()) > 1:
-                    raise ValueError(f"{path} is quantised: {name} is of dtype {dtype}; expected plain weights")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} is damaged: its {size:,} bytes are no whole safetensors file ({error}). A full disk or an "
-            "interrupted copy cuts files short; copy or download it again"
-        ) from None
-    return names
+    with TensorFile(path) as file:
+        for name in file.names:
+            if file.dtype(name) in _QUANTISED_DTYPES and len(file.shape(name)) > 1:
+                raise ValueError(f"{path} is quantised: {name} is of dtype {file.dtype(name)}; expected plain weights")
+        return file.names
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from None
+    content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no state dict but {type(content).__name__}")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -280,12 +278,7 @@ def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: 
         name of each changed tensor -> its fraction of zeros.
     """
     changed: dict[str, float] = {}
-    renamed = {
-        file: f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
-        if file.endswith(".bin")
-        else file
-        for file in checkpoint.files
-    }
+    renamed = {file: _written_name(file) for file in checkpoint.files}
     aliases: set[str] = set()
     for file in checkpoint.files:
         if _has_format(checkpoint.folder / file):
@@ -317,14 +310,14 @@ def _has_format(path: Path) -> bool:
     """Whether a file is a safetensors file with the metadata ``format: pt``, which transformers requires."""
     if path.suffix != ".safetensors":
         return False
-    with safe_open(path, framework="pt") as opened:
-        return (opened.metadata() or {}).get("format") == "pt"
+    with TensorFile(path) as opened:
+        return opened.metadata.get("format") == "pt"
 
 
 def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor], to: Path) -> dict[str, float]:
     """Copy a safetensors file and overwrite its changed tensors; returns as :func:`write_weights`."""
     changed: dict[str, float] = {}
-    shutil.copyfile(checkpoint.folder / file, to)
+    shutil.copyfile(checked_file(checkpoint.folder / file), to)
     with to.open("r+b") as copy:
         length = int.from_bytes(copy.read(8), "little")
         header = json.loads(copy.read(length))
@@ -367,10 +360,11 @@ def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> s
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
-    for path in sorted(checkpoint.folder.iterdir()):
-        left_out = path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in _REPORT_FILES
-        if path.is_file() and not left_out:
+    for path in files_in(checkpoint.folder):
+        if not (path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in _REPORT_FILES):
             shutil.copyfile(path, folder / path.name)
-    templates = checkpoint.folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    templates = checkpoint.folder / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        (folder / TEMPLATES).mkdir()
+        for path in files_in(templates):
+            shutil.copyfile(path, folder / TEMPLATES / path.name)

@@ -93,7 +93,7 @@ def prune_checkpoint(
 
     Raises:
         ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
-            reach, an ``out`` that exists, or curves of an interrupted run without ``resume``.
+            reach, an ``out`` that exists or lies in ``source``, or curves of an interrupted run without ``resume``.
         OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist.
 
     Notes:
@@ -115,6 +115,7 @@ def prune_checkpoint(
         )
     checkpoint = open_checkpoint(source)
     check_output(out, checkpoint.size)
+    check_apart(out, checkpoint.folder)
     sequences = _sequences(checkpoint, data) if isinstance(data, CalibrationText) else None
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
@@ -176,6 +177,13 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
             "on another disk"
         )
     return out
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raise ValueError if ``out`` is the folder of a checkpoint, in it, or around it, links followed."""
+    written, read = out.absolute().parent.resolve() / out.name, source.resolve()
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise ValueError(f"{out} is, contains or lies in the checkpoint {source}; name a folder beside it")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ def collect() -> dict[str, Any]:
     from leanstep._version import __version__
     from leanstep.kernels import backend_table
     from leanstep.kernels.cpp_impl._build import cpp_compiler
+    from leanstep.kernels.cpp_impl._cache import folder_in_use
     from leanstep.kernels.matrices.dense_product import why_not_onednn
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -32,6 +33,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "usable": usable, "threads": torch.get_num_threads()},
         "devices": _devices(),
         "cpp_compiler": cpp_compiler(),
+        "cpp_cache": folder_in_use(),
         "fp32_products": "oneDNN, faster than MKL on AMD processors with AVX-512"
         if not reason
         else f"torch.mm ({reason})",
@@ -48,6 +50,7 @@ def render(facts: dict[str, Any]) -> str:
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
         *(facts["devices"] or ["no accelerator"]),
         f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the definitions run, in plain torch'}",
+        f"cache of compiled CPU kernels: {facts['cpp_cache']}",
         f"fp32 products of adapters on the CPU: {facts['fp32_products']}",
         "",
     ]

@@ -15,14 +15,14 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import publish_folder
+from leanstep._files import cache_folders, private_folder, publish_folder
 from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
@@ -41,9 +41,22 @@ def require(module: str, extra: str = "recipes") -> None:
 
 
 def cache_root(folder: str | Path | None = None) -> Path:
-    """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else ``~/.cache/leanstep``."""
-    path = folder or os.environ.get("LEANSTEP_CACHE") or Path.home() / ".cache" / "leanstep"
-    return Path(path).expanduser()
+    """Return the cache folder: ``folder`` if given, else ``$LEANSTEP_CACHE``, else the first one that can be written.
+
+    :func:`leanstep._files.cache_folders` lists them.
+
+    Raises:
+        OSError: the temporary folder is the only choice, and other users can write to its entry for this user.
+    """
+    if folder or os.environ.get("LEANSTEP_CACHE"):
+        return Path(folder or os.environ["LEANSTEP_CACHE"]).expanduser()
+    choices = cache_folders()
+    for choice in choices[:-1]:
+        with suppress(OSError):
+            choice.mkdir(parents=True, exist_ok=True)
+            if os.access(choice, os.W_OK | os.X_OK):
+                return choice
+    return private_folder(choices[-1])
 
 
 def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:

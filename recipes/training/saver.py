@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from leanstep._files import format_bytes, free_bytes, publish_folder
 from leanstep.lora import LowRankGate
-from leanstep.lora.ties import config_of_merged
+from leanstep.lora.merge import config_of_merged
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.methods.attention import write_gate

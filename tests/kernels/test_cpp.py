@@ -1,77 +1,15 @@
-"""The C++ kernels: built once, shared by processes, the same on any number of threads, honest when they cannot be."""
+"""The C++ kernels: the same on any number of threads, in one call or two."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from leanstep.kernels import StepOptions, lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
-from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build
 from leanstep.kernels.steps.common import nonfinite_flags
 
 SCALARS = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01])
-
-
-@pytest.fixture
-def fresh_cache(tmp_path, monkeypatch):
-    """An empty cache folder, and no library in memory."""
-    monkeypatch.setenv("LEANSTEP_CACHE", str(tmp_path / "cache"))
-    for cached in (_build._library, _build._why_it_fails):
-        cached.cache_clear()
-    yield tmp_path / "cache" / "cpp"
-    for cached in (_build._library, _build._why_it_fails):
-        cached.cache_clear()
-
-
-def libraries(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_variant_is_built_once_and_found_by_another_process(fresh_cache):
-    macros = {"TENSOR": "bf16"}
-    _build.library("steps/nonfinite_flags", macros)
-    built = libraries(fresh_cache)
-    assert len(built) == 1 and built[0].startswith("steps-nonfinite_flags-")
-    stamp = (fresh_cache / built[0]).stat().st_mtime_ns
-    program = (
-        "from leanstep.kernels.cpp_impl import _build; _build.library('steps/nonfinite_flags', {'TENSOR': 'bf16'})"
-    )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120)
-    assert libraries(fresh_cache) == built
-    assert (fresh_cache / built[0]).stat().st_mtime_ns == stamp
-
-
-def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
-    program = (
-        "import torch; from leanstep.kernels.steps.common import nonfinite_flags as f;"
-        "assert f([torch.tensor([1.0, float('nan')]), torch.ones(3)]).tolist() == [1, 0]"
-    )
-    together = [subprocess.Popen([sys.executable, "-P", "-c", program]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in together] == [0, 0, 0]
-    assert len(libraries(fresh_cache)) == 1
-
-
-def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypatch):
-    broken = tmp_path / "c++broken"
-    broken.write_text("#!/bin/sh\necho 'license expired' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(_build.BuildError, match="license expired"):
-        _build.library("steps/nonfinite_flags", {"TENSOR": "float"})
-    choice = choose("nonfinite_flags", torch.device("cpu"), torch.float32)
-    assert choice.backend == "reference" and "license expired" in choice.reason
-    assert not libraries(fresh_cache)
-
-
-def test_a_read_only_cache_folder_is_replaced(tmp_path, monkeypatch):
-    file = tmp_path / "file"
-    file.write_text("")
-    monkeypatch.setenv("LEANSTEP_CACHE", str(file / "inside"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert _build.cache_folder().parent == tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,17 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minimax import minimax_coefficients
+from paper_chain import chain_gradients, dense_gradients, factor_gradients, paper_chain_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels.poly.features import poly_features
 from leanstep.lora.attention.attention import LowRankAttentionError, key_means, low_rank_attention
 from leanstep.lora.attention.error_bounds import error_bounds, largest_logit
-from leanstep.lora.attention.paper_chain import (
-    chain_gradients,
-    dense_gradients,
-    factor_gradients,
-    paper_chain_attention,
-)
 from leanstep.lora.attention.polynomials import (
     needed_degree,
     relative_error,
@@ -75,7 +70,7 @@ def test_the_gradient_is_that_of_the_surrogate(degree, causal):
     center = torch.full((1, 2), 0.1, dtype=torch.float64)
 
     def run(q, k, v):
-        return low_rank_attention(q, k, v, degree=degree, causal=causal, center=center, chunk_size=3)
+        return low_rank_attention(q, k, v, degree=degree, causal=causal, center=center)
 
     assert torch.autograd.gradcheck(run, (q, k, v), atol=1e-8)
 
@@ -94,12 +89,13 @@ def test_centring_changes_no_softmax_and_takes_the_mean_of_the_keys_that_count()
 
 
 def test_causal_outputs_do_not_depend_on_keys_to_come():
-    q, k, v = (x.detach() for x in tensors(length=20))
-    before = low_rank_attention(q, k, v, causal=True, chunk_size=8)
-    changed = [torch.cat([x[:, :, :11], 5 * torch.randn_like(x[:, :, 11:])], dim=2) for x in (k, v)]
-    after = low_rank_attention(q, *changed, causal=True, chunk_size=8)
-    assert torch.equal(before[:, :, :11], after[:, :, :11])
-    assert not torch.equal(before[:, :, 11:], after[:, :, 11:])
+    # more than one chunk
+    q, k, v = (x.detach() for x in tensors(length=150))
+    before = low_rank_attention(q, k, v, causal=True)
+    changed = [torch.cat([x[:, :, :140], 5 * torch.randn_like(x[:, :, 140:])], dim=2) for x in (k, v)]
+    after = low_rank_attention(q, *changed, causal=True)
+    assert torch.equal(before[:, :, :140], after[:, :, :140])
+    assert not torch.equal(before[:, :, 140:], after[:, :, 140:])
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -108,10 +104,9 @@ def test_padding_changes_nothing(causal):
     mask = torch.zeros(2, 14, dtype=torch.bool)
     mask[:, :9] = True
     padded = [torch.cat([x, torch.full_like(x[:, :, :5], 7.0)], dim=2).requires_grad_() for x in (q, k, v)]
-    settings = dict(causal=causal, chunk_size=4)
-    found = low_rank_attention(*padded, key_mask=mask, **settings)
+    found = low_rank_attention(*padded, key_mask=mask, causal=causal)
     plain = [x.requires_grad_() for x in (q, k, v)]
-    want = low_rank_attention(*plain, **settings)
+    want = low_rank_attention(*plain, causal=causal)
     torch.testing.assert_close(found[:, :, :9], want)
     grads = torch.autograd.grad(found[:, :, :9].square().sum(), padded)
     for a, b in zip(grads, torch.autograd.grad(want.square().sum(), plain), strict=True):
@@ -159,13 +154,9 @@ def test_bad_arguments_are_named():
         (dict(degree=400), "take a lower degree"),
         (dict(key_mask=torch.ones(2, 3, dtype=torch.bool)), "bool key_mask"),
         (dict(center=torch.zeros(4)), "expected center"),
-        (dict(chunk_size=0), "whole chunk_size >= 1, got 0"),
-        (dict(chunk_size=2.5), "whole chunk_size >= 1, got 2.5"),
         (dict(scale=float("nan")), "finite scale, or None"),
         (dict(scale="a"), "finite scale, or None"),
         (dict(center="mean"), "center True, False, None or a tensor, got 'mean'"),
-        (dict(coefficients=[]), "two or more finite coefficients"),
-        (dict(coefficients=[1.0, float("nan")]), "two or more finite coefficients"),
     ]:
         with pytest.raises(ValueError, match=message):
             low_rank_attention(q, k, v, **settings_)
@@ -215,17 +206,6 @@ def test_degrees_grow_with_the_bound_and_end_at_the_most():
             call()
 
 
-def test_the_best_polynomial_has_the_better_bounds_and_is_further_off_near_zero():
-    q, k, v = (x.detach() for x in tensors(size=1.5))
-    bound = float(largest_logit(q, k - key_means(k)[..., None, :], 0.5).max())
-    best = minimax_coefficients(bound, 4)
-    assert relative_error(best, bound) < 0.2 * relative_error(taylor_coefficients(4), bound)
-    limits = [error_bounds(q, k, v, coefficients=c).out.max() for c in (best, taylor_coefficients(4))]
-    assert limits[0] < 0.5 * limits[1]
-    assert relative_error(best, 0.1 * bound) > relative_error(taylor_coefficients(4), 0.1 * bound)
-    assert (low_rank_attention(q, k, v, coefficients=best) - exact(q, k, v)).abs().max() < limits[0]
-
-
 # --- bounds --------------------------------------------------------------------------------------------------------
 
 CASES = st.tuples(
@@ -234,7 +214,7 @@ CASES = st.tuples(
     st.sampled_from([(1, 1), (2, 1), (4, 2)]),
     st.sampled_from([2, 4]),
     st.floats(0.05, 1.2),
-    st.sampled_from(["full", "causal", "padded", "minimax"]),
+    st.sampled_from(["full", "causal", "padded"]),
     st.integers(0, 2**31),
 )
 
@@ -244,13 +224,11 @@ CASES = st.tuples(
 def test_errors_stay_within_their_bounds(case):
     length, dim, heads, degree, size, kind, seed = case
     q, k, v = tensors(1, heads, length, dim, 3, size, seed)
-    causal, mask, coefficients = kind == "causal", None, taylor_coefficients(degree)
+    causal, mask = kind == "causal", None
     if kind == "padded":
         mask = torch.rand(1, length, generator=torch.Generator().manual_seed(seed)) > 0.3
         mask[:, 0] = True
-    if kind == "minimax":
-        coefficients = list(minimax_coefficients(2 * size, degree))
-    shared = dict(causal=causal, key_mask=mask, coefficients=coefficients)
+    shared = dict(causal=causal, key_mask=mask, degree=degree)
     found = low_rank_attention(q, k, v, **shared)
     group = heads[0] // heads[1]
     attention_mask = None if mask is None else mask[:, None, None, :]

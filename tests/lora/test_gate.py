@@ -8,14 +8,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from leanstep.lora.attention.attention import LowRankAttentionError
-from leanstep.lora.attention.gate import LowRankGate
-from leanstep.lora.attention.gate_checks import autocasted_inputs
+from leanstep.lora.attention.gate import LowRankGate, autocasted_inputs
 from leanstep.lora.attention.interface import AttentionInputs
 from leanstep.lora.attention.monitor import NormMonitor
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 # so that low-rank attention is predicted to pay at the length of a test
-PAYS = dict(speed=1e-3, rows=8)
+PAYS = dict(speed=1e-3)
 
 
 def llama(**settings):
@@ -49,10 +48,11 @@ def test_the_default_is_exact_attention_bit_for_bit(make, implementation):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_auto_switches_after_two_good_judgements_and_reports_the_error(make):
+def test_auto_switches_after_two_good_judgements_and_reports_the_error(make, monkeypatch):
+    monkeypatch.setattr(LowRankGate, "spot_every", 1)
     model = make()
     want, grads = model(IDS).logits, gradients(model)
-    with LowRankGate(model, "auto", spot_every=1, **PAYS) as gate:
+    with LowRankGate(model, "auto", **PAYS) as gate:
         first = model(IDS).logits
         assert torch.equal(first, want) and not any(row.low_rank for row in gate.report())
         assert "1 of 2 judgements" in gate.report()[0].reason and gate.report()[0].error is not None
@@ -76,7 +76,7 @@ def test_auto_switches_after_two_good_judgements_and_reports_the_error(make):
 def test_what_does_not_pay_stays_exact_and_says_from_where_it_would():
     model = llama()
     want = model(IDS).logits
-    with LowRankGate(model, "auto", speed=1, rows=8) as gate:
+    with LowRankGate(model, "auto", speed=1) as gate:
         for _ in range(3):
             assert torch.equal(model(IDS).logits, want)
         row = gate.report()[0]
@@ -167,7 +167,7 @@ def test_force_runs_low_rank_whatever_the_error_but_not_nonsense():
     model = llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(300)
-    with LowRankGate(model, "force", rows=8) as gate:
+    with LowRankGate(model, "force") as gate:
         model(IDS)
         assert gate.report()[0].low_rank and gate.report()[0].error > 0.05
         with torch.no_grad():
@@ -202,7 +202,7 @@ def test_padding_is_low_rank_and_what_it_does_not_know_is_exact_with_the_reason(
     want = model(IDS, attention_mask=mask).logits
     window = torch.ones(24, 24, dtype=torch.bool).tril().triu(-3)[None, None].expand(2, 1, -1, -1)
     windowed = model(IDS, attention_mask=window).logits
-    with LowRankGate(model, "force", rows=8) as gate:
+    with LowRankGate(model, "force") as gate:
         found = model(IDS, attention_mask=mask).logits
         assert gate.report()[0].low_rank
         torch.testing.assert_close(found[mask.bool()], want[mask.bool()], rtol=0, atol=1e-4)
@@ -212,7 +212,7 @@ def test_padding_is_low_rank_and_what_it_does_not_know_is_exact_with_the_reason(
         assert "against a cache" in gate.report()[0].reason
     assert torch.equal(tokens, model.generate(IDS[:1, :8], max_new_tokens=3, do_sample=False, pad_token_id=0))
     model = gpt2().train()
-    with LowRankGate(model, "force", rows=8) as gate:
+    with LowRankGate(model, "force") as gate:
         model(IDS)
         assert "dropout of 0.1" in gate.report()[0].reason
 
@@ -222,7 +222,7 @@ def test_checkpointing_repeats_what_the_first_pass_did():
     saved.activation_checkpointing_enable()
     grads = []
     for model in (plain, saved):
-        with LowRankGate(model, "auto", spot_every=0, **PAYS) as gate:
+        with LowRankGate(model, "auto", **PAYS) as gate:
             for _ in range(3):
                 found = gradients(model)
             assert all(row.low_rank_calls == 2 and row.calls == 3 for row in gate.report())
@@ -237,10 +237,11 @@ def products_are_kept(_, op, *args, **kwargs):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_what_is_measured_is_no_part_of_a_pass_that_is_repeated(implementation):
+def test_what_is_measured_is_no_part_of_a_pass_that_is_repeated(implementation, monkeypatch):
     """Selective checkpointing hands products out again by their order: those of measurements must not be among them."""
     from leanstep.lora import LoraConfig, apply_lora
 
+    monkeypatch.setattr(LowRankGate, "spot_every", 1)
     contexts = functools.partial(create_selective_checkpoint_contexts, products_are_kept)
     results = []
     for selective in (False, True):
@@ -255,11 +256,12 @@ def test_what_is_measured_is_no_part_of_a_pass_that_is_repeated(implementation):
             model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         found = []
         with (
-            LowRankGate(model, "auto", every=2, spot_every=1, **PAYS) as gate,
-            NormMonitor(model, every=1, rows=8) as monitor,
+            LowRankGate(model, "auto", every=2, **PAYS) as gate,
+            NormMonitor(model) as monitor,
         ):
             for _ in range(4):
                 model.zero_grad()
+                monitor.arm()
                 model(IDS, labels=IDS).loss.backward()
                 found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
             assert len(monitor.report()) == 8
@@ -284,7 +286,8 @@ def test_adapters_learn_through_low_rank_attention(targets):
             for name, parameter in model.named_parameters():
                 if name.endswith("lora_B.weight"):
                     parameter.normal_(std=0.02)
-        with LowRankGate(model, mode, rows=8, spot_every=0), NormMonitor(model, every=1, rows=8) as monitor:
+        with LowRankGate(model, mode), NormMonitor(model) as monitor:
+            monitor.arm()
             model(IDS, labels=IDS).loss.backward()
             assert len(monitor.report()) == 8
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -297,10 +300,10 @@ def test_the_speed_is_measured_where_none_is_given(monkeypatch):
     calls = []
     monkeypatch.setattr("leanstep.lora.attention.gate.measure_speed", lambda *args: calls.append(args) or 2.5)
     model = llama()
-    with LowRankGate(model, "auto", rows=8) as gate:
+    with LowRankGate(model, "auto") as gate:
         model(IDS)
         measured = gate.report()[0].cost
-    with LowRankGate(model, "auto", rows=8, speed=1) as gate:
+    with LowRankGate(model, "auto", speed=1) as gate:
         model(IDS)
         assert measured == pytest.approx(2.5 * gate.report()[0].cost)
     assert calls[0][:3] == (8, 8, 2)
@@ -341,7 +344,10 @@ def test_a_gate_goes_on_from_its_state_bit_for_bit(tmp_path, monkeypatch, begin)
         lambda *_: speeds.append(1e-3 if not speeds else 1e3) or speeds[-1],
     )
     model = llama().train()
-    settings = dict(rows=8, every=3, spot_every=2, sequences=1)
+    monkeypatch.setattr(LowRankGate, "rows", 8)
+    monkeypatch.setattr(LowRankGate, "spot_every", 2)
+    monkeypatch.setattr(LowRankGate, "sequences", 1)
+    settings = dict(every=3)
     with LowRankGate(model, "auto", **settings) as gate:
         trained_calls(model, gate, begin, 0)
         state, weights = through_a_file(gate.state_dict(), tmp_path / "gate.pt"), dict(model.state_dict())
@@ -398,7 +404,6 @@ def test_bad_settings_are_refused_and_the_model_unchanged():
         (dict(every=0), "every >= 1"),
         (dict(patience=0), "patience >= 1"),
         (dict(speed=0.0), "speed > 0"),
-        (dict(spot_every=-1), "spot_every >= 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             LowRankGate(model, **settings)
@@ -411,12 +416,13 @@ def test_bad_settings_are_refused_and_the_model_unchanged():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_under_autocast_q_k_and_v_have_its_dtype(implementation):
+def test_under_autocast_q_k_and_v_have_its_dtype(implementation, monkeypatch):
     """RoPE leaves fp32 queries and keys beside bf16 values; torch's attention casts them, and so does the gate."""
+    monkeypatch.setattr(LowRankGate, "spot_every", 1)
     model = llama(attn_implementation=implementation).train()
     with torch.autocast("cpu", torch.bfloat16):
         want = gradients(model)
-        with LowRankGate(model, "auto", spot_every=1, **PAYS) as gate, NormMonitor(model) as monitor:
+        with LowRankGate(model, "auto", **PAYS) as gate, NormMonitor(model) as monitor:
             monitor.arm()
             first, second, found = gradients(model), gradients(model), gradients(model)
             rows = gate.report()

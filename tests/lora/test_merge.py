@@ -8,8 +8,7 @@ import transformers
 from lora_models import GPT2_TARGETS, LLAMA_TARGETS, loss_and_gradients, randomise, tiny_gpt2, tiny_llama, tokens
 
 from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, unmerge
-from leanstep.lora.merge import merged_state_dict
-from leanstep.lora.ties import config_of_merged
+from leanstep.lora.merge import config_of_merged, merged_state_dict
 
 CASES = {
     "llama": (tiny_llama, {"target_modules": LLAMA_TARGETS}),

@@ -1,0 +1,297 @@
+"""Rules for reading checkpoint folders that somebody else wrote: names, links, JSON, weight files.
+
+Every reader of such a folder goes through this module. Nothing in a folder is run, and nothing outside it is read or
+written. What cannot be read becomes a ValueError of one line that names the file.
+"""
+
+import json
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+TEMPLATES = "additional_chat_templates"
+# files of a folder whose keys may name code or other files
+_NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# what libraries raise for damaged files; a ValueError of our own passes as it is
+_DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
+_CHUNK = 2**22  # elements of one comparison with infinity
+
+
+def one_line(text: object) -> str:
+    """A message in one printable line: spaces for line breaks, escapes for control characters and lone surrogates."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, without the advice of libraries to run what a file holds."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if "weights_only" in str(error) or "Weights only" in line:
+        return "it is damaged, or holds more than tensors, and nothing in it is run"
+    return one_line(line)
+
+
+def plain_name(name: object, where: object) -> str:
+    """Check that a name found in a file of a checkpoint is one of a file beside it.
+
+    Raises:
+        ValueError: for another type, a path, ``.``, ``..`` or an unprintable name.
+    """
+    fine = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+    if not fine or any(sign in str(name) for sign in ("/", "\\", ":")):
+        raise ValueError(f"{where} names the file {name!r}: expected a plain name, of a file in the same folder")
+    return str(name)
+
+
+def checked_file(path: Path) -> Path:
+    """Check that a file of a checkpoint is an ordinary one, which is there, inside its folder; returns it.
+
+    Links are followed inside the folder, and from a snapshot of the hub's cache to the blobs of the same model.
+
+    Raises:
+        ValueError: for a link that leads elsewhere, or a pipe, device or socket, which is not opened.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        if path.is_symlink():
+            _check_link(path)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:  # links in a circle; a folder without permission
+        raise ValueError(f"{path} cannot be opened: {one_line(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no ordinary file but {_kind(mode)}; it is not opened")
+    return path
+
+
+def _check_link(path: Path) -> None:
+    target, folder = path.resolve(), path.parent.resolve()
+    snapshot = folder
+    while snapshot.parent.name != "snapshots" and snapshot != snapshot.parent:
+        snapshot = snapshot.parent
+    model = snapshot.parent.parent
+    from_hub = model.name.startswith("models--") and target.parent == model / "blobs"
+    if not from_hub and not target.is_relative_to(folder):
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the checkpoint: expected a file in the folder; copy it there"
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((name for name, test in kinds.items() if test(mode)), "a device")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The checked files of a folder, sorted. Folders in it, and links to folders, are left out.
+
+    Raises:
+        ValueError: as :func:`checked_file`.
+    """
+    files = []
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir():
+            with suppress(FileNotFoundError):  # a link of the hub's cache whose blob was removed
+                files.append(checked_file(entry))
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Check a checkpoint folder before a library reads it.
+
+    Raises:
+        ValueError: as :func:`checked_file` for any of its files; for an index that names files elsewhere; for a
+            configuration that names weights elsewhere, or code to fetch and run; for JSON that cannot be read.
+    """
+    for file in files_in(folder):
+        if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
+            index_files(file)
+        elif file.name in _NAMING:
+            _check_names(read_json(file), file)
+    templates = folder / TEMPLATES
+    if templates.is_symlink():
+        raise ValueError(f"{templates} is a link; expected a folder inside the checkpoint")
+    if templates.is_dir():
+        files_in(templates)
+
+
+def _check_names(content: Mapping[str, Any], file: Path) -> None:
+    """Check the keys of a configuration by which transformers opens other files, or fetches kernels from the hub."""
+    for key in ("transformers_weights", "fast_tokenizer_files"):
+        for name in _listed(content.get(key)):
+            plain_name(name, f"{file}: {key}")
+    for key, value in _entries(content):
+        if key.endswith("_implementation") and any("/" in str(name) for name in _listed(value)):
+            raise ValueError(f"{file}: {key} names code to fetch and run ({value!r}), which is never run here")
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of nested JSON."""
+    waiting: list[Any] = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        if isinstance(value, (dict, list)):
+            waiting += _listed(value)
+
+
+def code_files(folder: Path) -> list[str]:
+    """Files of code that the configurations of a folder name in ``auto_map``, such as ``modeling_x.py``."""
+    names = set()
+    for file in (folder / name for name in _NAMING):
+        if file.is_file():
+            for reference in _listed(read_json(file).get("auto_map")):
+                names |= {f"{str(one).rpartition('.')[0]}.py" for one in _listed(reference) if one}
+    return sorted(names)
+
+
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read an object from a JSON file of a checkpoint.
+
+    Args:
+        path: the file.
+        unique: refuse a name that occurs twice in an object.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for anything else that is no JSON object; the message names the file.
+    """
+    try:
+        text = checked_file(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be understood: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the name {twice!r} twice")
+    return content
+
+
+def index_files(index: Path) -> dict[str, str]:
+    """Read an index; returns the file of each tensor.
+
+    Raises:
+        ValueError: for a file name that is no plain name of a weight file, a tensor listed twice, or no ``weight_map``.
+    """
+    weight_map = read_json(index, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    for file in weight_map.values():
+        if not plain_name(file, index).endswith((".safetensors", ".bin")):
+            raise ValueError(f"{index} names the file {file!r}: expected *.safetensors or *.bin")
+    return weight_map
+
+
+class TensorFile:
+    """A checked safetensors file, open for reading; a context manager.
+
+    Attributes:
+        names: of its tensors.
+        metadata: the file's.
+
+    Raises:
+        ValueError: for a damaged file, on opening or reading.
+        FileNotFoundError: if there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = checked_file(path)
+        with self._reading():
+            self._file = safe_open(path, framework="pt").__enter__()
+            self.names = tuple(self._file.keys())
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, memory-mapped."""
+        with self._reading():
+            return self._file.get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """Safetensors' name of a tensor's dtype, such as ``F32``."""
+        with self._reading():
+            return str(self._file.get_slice(name).get_dtype())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        with self._reading():
+            return tuple(self._file.get_slice(name).get_shape())
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            raise ValueError(
+                f"{self.path} is damaged: its {self.path.stat().st_size:,} bytes are no whole safetensors file "
+                f"({reason(error)}). A full disk or an interrupted copy cuts files short; copy or download it again"
+            ) from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises ValueError and FileNotFoundError as :class:`TensorFile`."""
+    with TensorFile(path) as file:
+        return {name: file.tensor(name) for name in file.names}
+
+
+def load_pickled(path: Path) -> Any:
+    """Content of a file of ``torch.save``: tensors and containers only, memory-mapped; no code in it runs.
+
+    Raises:
+        ValueError: for a damaged file, or one that holds anything else.
+    """
+    try:
+        return torch.load(checked_file(path), map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types for a damaged file
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read as tensors: {reason(error)}") from None
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
+    """Read floating-point tensors once and refuse NaN and infinity.
+
+    Raises:
+        ValueError: the message names the first such tensor and counts the others.
+    """
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise ValueError(f"{where}: {one_line(broken[0])} holds NaN or infinity{more}; expected finite weights")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(chunk.isfinite().all()) for chunk in tensor.detach().flatten().split(_CHUNK))

@@ -1,0 +1,154 @@
+"""Folders that somebody else wrote: pruning reads nothing outside of them, and writes nothing but its output folder."""
+
+import json
+import os
+import shutil
+import socket
+
+import pytest
+from pruned_models import make_llama, save_model
+
+from leanstep.cli import main
+from leanstep.pruning import prune_checkpoint
+from leanstep.pruning.folder.checkpoint import copy_others, open_checkpoint
+
+PLAIN = {"sparsity": 0.5, "score": "magnitude", "allocation": "uniform"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_model(make_llama(1), tmp_path_factory.mktemp("foreign") / "llama", max_shard_size="12KB")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy in a folder of its own, ``tmp_path / "a" / "in"``."""
+    return shutil.copytree(saved, tmp_path / "a" / "in")
+
+
+def contents(root):
+    """Every file below a folder, links not followed, with its bytes."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink())
+    return {str(path): path.read_bytes() for path in files}
+
+
+def point_index(folder, change):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: change(file) for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("where", ["beside", "absolute", "nested", "renamed"])
+def test_shards_outside_of_the_folder_are_refused_and_stay_as_they_are(folder, tmp_path, where, capsys):
+    elsewhere = tmp_path / "a" / "victim"
+    elsewhere.mkdir()
+    for shard in folder.glob("*.safetensors"):
+        shutil.move(shard, elsewhere / shard.name)
+    names = {
+        "beside": lambda file: f"../victim/{file}",
+        "absolute": lambda file: str(elsewhere / file),
+        "nested": lambda file: f"sub/../../victim/{file}",
+        "renamed": lambda file: "config.json",
+    }
+    (folder / "sub").mkdir()
+    point_index(folder, names[where])
+    before = contents(tmp_path)
+    flags = ["--sparsity", "0.5", "--score", "magnitude", "--allocation", "uniform"]
+    code = main(["prune", str(folder), "--out", str(tmp_path / "out"), *flags])
+    assert code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "model.safetensors.index.json" in message
+    assert contents(tmp_path) == before
+
+
+def test_an_index_with_a_tensor_twice_is_refused(folder, tmp_path):
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    row = next(line for line in text.splitlines() if "lm_head" in line).strip().rstrip(",")
+    index.write_text(text.replace('"weight_map": {', f'"weight_map": {{ {row},'))
+    with pytest.raises(ValueError, match=r"index.json cannot be read: it has the name 'lm_head.weight' twice"):
+        open_checkpoint(folder)
+
+
+def test_links_to_folders_are_not_copied(folder, tmp_path):
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "id_rsa").write_text("secret")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    (templates / "more").symlink_to(secrets)
+    (templates / "loop").symlink_to(templates)
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "out").mkdir()
+    copy_others(open_checkpoint(folder), tmp_path / "out")
+    copies = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")]
+    assert "additional_chat_templates/tool.jinja" in copies
+    assert not any("id_rsa" in name or "loop" in name or "more" in name for name in copies)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model-00001-of-00008.safetensors", "config.json"])
+def test_links_to_files_outside_are_refused_by_name(folder, tmp_path, name):
+    (tmp_path / "secret").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*secret, outside of the checkpoint"):
+        prune_checkpoint(folder, tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_linked_folder_of_templates_is_refused(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="additional_chat_templates is a link"):
+        open_checkpoint(folder)
+
+
+def test_links_inside_the_folder_and_of_the_hubs_cache_are_followed(folder, tmp_path):
+    (folder / "COPY.md").symlink_to(folder / "config.json")
+    open_checkpoint(folder)
+    (folder / "COPY.md").unlink()
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(os.path.join("..", "..", "blobs", str(number)))
+    prune_checkpoint(snapshot, tmp_path / "out", **PLAIN)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    (blobs / "0").unlink()
+    (blobs / "0").symlink_to(tmp_path / "a" / "in" / "config.json")
+    with pytest.raises(ValueError, match="outside of the checkpoint"):
+        open_checkpoint(snapshot)
+
+
+@pytest.mark.parametrize("name", ["pipe.json", "config.json", "additional_chat_templates/x.jinja", "socket", "circle"])
+def test_pipes_sockets_and_circles_are_refused_and_never_opened(folder, name):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if name == "socket":
+        with socket.socket(socket.AF_UNIX) as endpoint:
+            current = os.getcwd()
+            os.chdir(folder)  # a socket's path is short
+            try:
+                endpoint.bind(name)
+            finally:
+                os.chdir(current)
+    elif name == "circle":
+        path.symlink_to(path)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{name} (is no ordinary file|cannot be opened)"):
+        open_checkpoint(folder)
+
+
+def test_the_output_is_not_in_the_source(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, folder / "out", tmp_path / "link", tmp_path / "link" / "out", folder.parent):
+        with pytest.raises(ValueError, match="exists already|lies in the checkpoint"):
+            prune_checkpoint(folder, out, **PLAIN)
+        with pytest.raises(ValueError, match="exists already|lies in the checkpoint"):
+            prune_checkpoint(tmp_path / "link", out, **PLAIN)
+    assert "out" not in os.listdir(folder)
