@@ -11,9 +11,9 @@ from leanstep.pruning.finetune import (
     iterative_sparsities,
     keep_masks,
     prune_iteratively,
+    renew_batch_norms,
 )
 from leanstep.pruning.folder.run import CalibrationText, prune_checkpoint
-from leanstep.pruning.measure.batches import renew_batch_norms
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune

@@ -16,7 +16,7 @@ from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.checks import CORRECTIONS, Trial, tuned_coefficients
+from leanstep.pruning.measure.checks import CORRECTIONS, Trial
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
 from leanstep.pruning.measure.measure import (
     Measurement,
@@ -37,8 +37,6 @@ from leanstep.sparsity import NM
 _SLOPES = 9
 # add a note if joint / summed distortion, or its inverse, exceeds this
 _ADDITIVE = 1.5
-# search for coefficients: each try solves a knapsack and runs the model on the data of the curves
-SEARCH = {"starts": 100, "patience": 100}
 
 
 def prune(
@@ -88,9 +86,8 @@ def prune(
             applies the allocation in any case.
         curve_data: data for the curves; None: ``data``. Curves need fewer samples than scores.
         curves: curves measured earlier with the same score; None measures them.
-        correction: ``none``; ``relinearise``, which measures curves again around the uniformly pruned model; or
-            ``coefficients``, which searches a random factor for each curve. The allocation with the smallest joint
-            distortion on ``curve_data`` is taken.
+        correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
+            allocation with the smallest joint distortion on ``curve_data`` is taken.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
         budget: with ``dp``, a constraint other than the number of weights. ``"flops"``, ``"bytes"`` or a
             :class:`leanstep.pruning.LatencyTable` limits that cost to ``1 - sparsity`` of the dense model's. A
@@ -315,8 +312,6 @@ class Planner:
     def _sizes(self) -> dict[str, int]:
         return {group.name: group.layer.numel for group in self.groups}
 
-    # -- budget and levels ------------------------------------------------------------------------------------------
-
     def _constraint(self) -> BudgetConstraint:
         counts: dict[str, Sequence[int]] = {}
         if isinstance(self.budget, LatencyTable) or getattr(self.budget, "kind", None) == "latency":
@@ -355,8 +350,6 @@ class Planner:
             )
         raise InfeasibleBudget(message, least, most)
 
-    # -- allocations ------------------------------------------------------------------------------------------------
-
     def _measure(self) -> dict[str, Curve]:
         return measure_curves(
             self.model,
@@ -376,28 +369,24 @@ class Planner:
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
         """Minimize the summed distortion, or with a correction the joint distortion."""
         if self.correction == "none":
-            return self._solve(curves)
+            return self._allocate("dp", curves=curves)
         measurement = self._measurement(self.curve_batches)
 
         def joint(allocation: Allocation) -> float:
             return self.trial.joint(measurement, allocation).mean
 
-        if self.correction == "coefficients":
-            return tuned_coefficients(curves, self._solve, joint, **SEARCH)[0]
-        best = self._solve(curves)
+        best = self._allocate("dp", curves=curves)
         lowest = joint(best)
         # measure curves around the uniform allocation, then around the new one, while the joint distortion falls
         around = self._uniform() or best
         for _ in range(2):
-            around = self._solve(self.trial.relinearised_curves(measurement, self._levels(), around, self.progress))
+            again = self.trial.relinearised_curves(measurement, self._levels(), around, self.progress)
+            around = self._allocate("dp", curves=again)
             cost = joint(around)
             if cost >= lowest:
                 break
             best, lowest = around, cost
         return best
-
-    def _solve(self, curves: Mapping[str, Curve]) -> Allocation:
-        return self._allocate("dp", curves=curves)
 
     def _by_rule(self) -> Allocation:
         pruning = self.trial.pruning
@@ -451,8 +440,6 @@ class Planner:
         counts = {name: size // pattern.m * pattern.n for name, size in numel.items()}
         return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
 
-    # -- cost and pruning ----------------------------------------------------------------------------------------------
-
     def _measurement(self, batches: list[Batch]) -> Measurement:
         return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache)
 
@@ -492,6 +479,6 @@ class Planner:
         self.notes.append(
             f"distortions do not add up here: all matrices together cost {cost.joint:.4g} on held-out data, "
             f"{cost.ratio:.2f} times the sum of their single costs. The allocation is better than uniform sparsity, "
-            "but the smallest sum need not be the smallest cost: a correction (relinearise, coefficients) or another "
+            "but the smallest sum need not be the smallest cost: correcting the curves (relinearise) or another "
             "allocation may do better"
         )

@@ -265,7 +265,7 @@ def _check_curves(layers: Sequence[Layer], curves: Mapping[str, Curve]) -> None:
     for layer in layers:
         curve = curves.get(layer.name)
         if curve is None:
-            raise ValueError(f"allocate: method 'dp' needs a curve of every layer; {layer.name!r} has none")
+            raise ValueError(f"allocate: method 'dp' needs a curve of every layer, and {layer.name!r} has none")
         if curve.numel != layer.numel:
             raise ValueError(
                 f"allocate: the curve of {layer.name!r} is for {curve.numel} weights, the layer has {layer.numel}"

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from leanstep.pruning.folder.checkpoint import (
     stored_parameters,
     write_weights,
 )
-from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Progress, evaluating
 from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 from leanstep.pruning.prune import check_choices, prune
@@ -50,6 +50,9 @@ class CalibrationText:
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
         seed: of the random choice of sequences.
+
+    Raises:
+        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
     """
 
     documents: tuple[str, ...]
@@ -60,6 +63,13 @@ class CalibrationText:
     held_out_documents: tuple[str, ...] | None = None
     seq_len: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
+            raise ValueError(
+                "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
+                f"{self.samples}, {self.curve_samples} and {self.held_out}"
+            )
 
 
 def prune_checkpoint(
@@ -222,11 +232,6 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
     from transformers import AutoTokenizer
 
-    if text.curve_samples > text.samples:
-        raise ValueError(
-            f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
-            f"{text.curve_samples}"
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except Exception as error:  # missing or broken: many types
@@ -235,7 +240,7 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
             f"{checkpoint.folder} has no tokenizer that could be opened, which text needs: {reason}"
         ) from error
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
-    length = text.seq_len or min(tokenizer.model_max_length, positions, 2048)
+    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:
         raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
     vocabulary = checkpoint.config.get("vocab_size")
@@ -259,6 +264,42 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
         return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
     sequences = cut(text.documents, text.samples + text.held_out)
     return sequences[text.held_out :], sequences[: text.held_out]
+
+
+def token_sequences(
+    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
+) -> Tensor:
+    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
+
+    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
+
+    Args:
+        encode: a text -> its token numbers, without special tokens.
+        texts: the documents.
+        count: number of sequences.
+        length: tokens per sequence.
+        end: the token appended to every document; None appends nothing.
+        seed: of the random choice and order of the pieces.
+
+    Returns:
+        int64 [count, length].
+
+    Raises:
+        ValueError: for too little text; the message gives both numbers of tokens.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += encode(text)
+        if end is not None:
+            tokens.append(end)
+    pieces = len(tokens) // length
+    if pieces < count:
+        raise ValueError(
+            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
+            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
+        )
+    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
 
 
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns
 from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, curve_of, evaluating
@@ -15,9 +15,7 @@ from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
-# fraction of the coefficients that a try of the search draws anew
-_RESAMPLED = 0.1
-CORRECTIONS = ("none", "relinearise", "coefficients")
+CORRECTIONS = ("none", "relinearise")
 
 
 @dataclass
@@ -102,63 +100,6 @@ class Trial:
         return {group.name: curves[group.name] for group in self.groups}
 
 
-def _write(changes: Sequence[tuple[Target, torch.Tensor]]) -> None:
+def _write(changes: Sequence[tuple[Target, Tensor]]) -> None:
     for target, weight in changes:
         target.weight.copy_(weight)
-
-
-def tuned_coefficients(
-    curves: Mapping[str, Curve],
-    solve: Callable[[Mapping[str, Curve]], Allocation],
-    cost: Callable[[Allocation], float],
-    *,
-    starts: int,
-    patience: int,
-) -> tuple[Allocation, float]:
-    """Scale each curve by a coefficient in (0, 1), so that the solver's allocation has the smallest joint distortion.
-
-    The search of SPDY (Frantar and Alistarh, arXiv 2201.13096, section 3.3): draws ``starts`` random coefficients, then
-    resamples a tenth of the best ones until ``patience`` tries in a row are no better.
-
-    Args:
-        curves: name -> curve.
-        solve: curves -> allocation.
-        cost: allocation -> joint distortion, on data other than the held-out data.
-
-    Returns:
-        the best allocation, including that of unscaled curves, and its cost.
-    """
-    generator = torch.Generator().manual_seed(0)
-    names = list(curves)
-    best = solve(curves)
-    best_cost = cost(best)
-    known = {_key(best): best_cost}
-    coefficients = torch.ones(len(names))
-    tries = failed = 0
-    while failed < patience:
-        if tries < starts:
-            candidate = torch.rand(len(names), generator=generator).clamp_min(1e-3)
-        else:
-            candidate = coefficients.clone()
-            picked = torch.randperm(len(names), generator=generator)[: max(1, round(_RESAMPLED * len(names)))]
-            candidate[picked] = torch.rand(len(picked), generator=generator).clamp_min(1e-3)
-        allocation = solve({name: _scaled(curves[name], float(a)) for name, a in zip(names, candidate, strict=True)})
-        key = _key(allocation)
-        if key not in known:
-            known[key] = cost(allocation)
-        tries += 1
-        if known[key] < best_cost:
-            best, best_cost, coefficients = allocation, known[key], candidate
-            failed = 0
-        elif tries >= starts:
-            failed += 1
-    return best, best_cost
-
-
-def _scaled(curve: Curve, factor: float) -> Curve:
-    distortion = tuple(factor * value for value in curve.distortion)
-    return replace(curve, distortion=distortion, stderr=tuple(factor * value for value in curve.stderr))
-
-
-def _key(allocation: Allocation) -> tuple[int, ...]:
-    return tuple(allocation.counts.values())

@@ -136,12 +136,9 @@ class Measurement:
 
     def joint(self) -> Distortion:
         """Distortion of the current weights."""
+        assert self.cache.position == 0
         with evaluating(self.model):
-            sums_and_counts = [
-                self.metric.compare(dense, batch.run(self.model), batch)
-                for dense, batch in zip(self.reference, self.batches, strict=True)
-            ]
-        return summarise(sums_and_counts)
+            return self._run()
 
     def curves(
         self,

@@ -38,17 +38,6 @@ class LayerStatistics:
     gradients: Tensor | None = None
 
     @classmethod
-    def for_score(cls, score: str, in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
-        """Zero sums for the fields that a score needs.
-
-        Raises:
-            ValueError: for an unknown score.
-        """
-        if score not in NEEDS:
-            raise ValueError(f"score must be one of {', '.join(NEEDS)}, got {score!r}")
-        return cls.empty(NEEDS[score], in_features, device)
-
-    @classmethod
     def empty(cls, fields: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
         """Zero sums for those of ``square_sum`` and ``gram`` that are in ``fields``."""
         statistics = cls()

@@ -326,6 +326,6 @@ def test_curves_are_measured_anew_between_rounds_of_fine_tuning():
     assert [result.allocation.sparsity for result in results] == pytest.approx([0.3, 0.51, 0.6], abs=1 / total)
     # each round starts from what the one before kept
     for before, after in zip(results, curves[1:], strict=False):
-        assert {name: curve.kept[0] for name, curve in after.items()} == before.allocation.kept
+        assert {name: curve.counts[0] for name, curve in after.items()} == before.allocation.counts
     zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if name in curves[0])
     assert zeros == total - results[-1].allocation.target
