@@ -157,10 +157,11 @@ class Measurement:
         for group, pruners in self._pruned_alone([group for group in groups if missing[group.name]], pruning):
             for count, pattern in missing[group.name]:
                 # do not name the pruned matrices: a name would hold them in memory until the next level
-                point = points[group.name, count] = self.measure(prune_group(group, pruners, count, pattern))
-                done += 1
+                point = self.measure(prune_group(group, pruners, count, pattern))
                 if partial is not None:
                     partial.add(group.name, count, point)
+                points[group.name, count] = point
+                done += 1
                 if progress is not None:
                     progress(done, total, group.name)
         return {

@@ -380,4 +380,3 @@ def test_the_joint_distortion_of_unchanged_weights_is_zero():
     assert measurement.joint().mean == 0.0
     find_targets(model)[0].weight.zero_()
     assert measurement.joint().mean > 0.0
-    measurement.close()
