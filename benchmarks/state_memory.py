@@ -10,7 +10,7 @@ from __future__ import annotations
 from common import command_line, print_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanstep.recipes.check.memory import fake_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.check.costs import fake_model, optimizer_state_bytes, unique_bytes
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.training.build import build_optimizer
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from leanstep._files import free_bytes, is_disk_full, remove_leftovers, staged_folder
 from leanstep._version import __version__
-from leanstep.pruning.folder.checkpoint import (
+from leanstep.pruning.folder.checkpoint import copy_others, write_weights
+from leanstep.pruning.folder.loading import (
     Checkpoint,
     checkpoint_values,
-    copy_others,
     load_model,
     open_checkpoint,
+    open_tokenizer,
     stored_parameters,
-    write_weights,
 )
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Progress, evaluating
@@ -230,15 +230,7 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # missing or broken: many types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{checkpoint.folder} has no tokenizer that could be opened, which text needs: {reason}"
-        ) from error
+    tokenizer = open_tokenizer(checkpoint.folder)
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
     length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:

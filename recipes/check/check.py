@@ -3,183 +3,375 @@
 Allocates nothing of the model's size. An error in one section becomes a problem, and the other sections still run.
 """
 
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from leanstep.recipes.check.sections import (
-    Facts,
-    Section,
-    disk,
-    length,
-    memory,
-    network,
-    output,
-    table,
-    text,
-)
+import torch
+from accelerate import tracking
+from huggingface_hub import try_to_load_from_cache
+
+from leanstep._files import format_bytes
+from leanstep._memory import free_memory
+from leanstep.pruning.folder.loading import check_weights
+from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
-from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.data.hub import offline
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
+from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
+from leanstep.recipes.data.sequences import load_data
+from leanstep.recipes.data.sources import find_files, open_corpus, open_stream
+from leanstep.recipes.data.tokens import open_tokenizer, trained_size, vocabulary_size
+from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
+from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
+from leanstep.recipes.training.build import build_optimizer, initial_problem, wants_cpu
+from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
+from leanstep.recipes.training.failures import lighter_state
+from leanstep.recipes.training.folder import RunFolder, is_held
+
+LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
+
+
+@dataclass
+class Section:
+    """One section of the report: lines to print, and problems. Any problem makes the check fail."""
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, text: str) -> None:
+        """Add a line with a name in front."""
+        self.lines.append(f"{name:<15} {text}")
+
+    def add_table(self, rows: list[tuple[str, ...]]) -> None:
+        """Add rows as aligned columns; columns of numbers are flush right."""
+        columns = []
+        for column in zip(*rows, strict=True):
+            width, numeric = max(map(len, column)), all(cell[:1].isdigit() for cell in column[1:])
+            columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in column])
+        self.lines += ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def check(config: RunConfig, *, world_size: int = 1) -> int:
-    """Print the report of :func:`inspect`, problems last. Returns 1 if there are any, else 0."""
-    sections = []
-    for section in _sections(config, world_size):
-        sections.append(section)
+    """Print the report, problems last. Returns 1 if there are any, else 0."""
+    problems = []
+    for section in Check(config, world_size).sections():
         if section.lines:
             print("\n".join([f"\n{section.title}", *(f"  {line}" for line in section.lines)]), flush=True)
-    problems = [f"{section.title.lower()}: {problem}" for section in sections for problem in section.problems]
+        problems += [f"  - {section.title.lower()}: {problem}" for problem in section.problems]
     if problems:
-        print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}")
-        print("\n".join(f"  - {problem}" for problem in problems))
+        print("\n".join([f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}", *problems]))
         return 1
     print("\nready to train")
     return 0
 
 
-def inspect(config: RunConfig, *, world_size: int = 1) -> list[Section]:
-    """Return every section of the report."""
-    return list(_sections(config, world_size))
+@dataclass
+class Check:
+    """The report on a recipe. Each method fills one section; the attributes after ``world_size`` are for later ones."""
 
+    config: RunConfig
+    world_size: int = 1
+    vocabulary: int = 0
+    train_sequences: int | None = None
+    offline: bool = False
+    device_name: str = "cpu"
+    estimate: MemoryEstimate | None = None
 
-def _sections(config: RunConfig, world_size: int) -> Iterator[Section]:
-    facts = Facts()
-    titled: list[tuple[str, Callable[[Section], None]]] = [
-        ("Recipe", lambda section: section.lines.extend(dump(config).splitlines())),
-        ("Device", lambda section: _device(config, world_size, section, facts)),
-        ("Trackers", lambda section: _trackers(config, section)),
-        ("Network", lambda section: network(config, section, facts)),
-        ("Data", lambda section: text(config, section, facts)),
-        ("Length", lambda section: length(config, world_size, section, facts)),
-        ("Parameter groups", lambda section: _groups(config, section, facts)),
-        ("Sparsity", lambda section: _sparsity(config, section, facts)),
-        ("Pruning", lambda section: _pruning(config, section, facts)),
-        ("Memory", lambda section: memory(config, world_size, section, facts)),
-        ("Disk", lambda section: disk(config, world_size, section, facts)),
-        ("Output", lambda section: output(config, section)),
-    ]
-    for title, work in titled:
-        section = Section(title)
+    def sections(self) -> Iterator[Section]:
+        """Yield the sections of the report, in order."""
+        for title, fill in (
+            ("Recipe", self.recipe),
+            ("Device", self.device),
+            ("Trackers", self.trackers),
+            ("Network", self.network),
+            ("Initial model", self.initial),
+            ("Data", self.data),
+            ("Length", self.length),
+            ("Parameter groups", self.groups),
+            ("Sparsity", self.sparsity),
+            ("Pruning", self.pruning),
+            ("Memory", self.memory),
+            ("Disk", self.disk),
+            ("Output", self.output),
+        ):
+            section = Section(title)
+            try:
+                with offline() if self.offline else nullcontext():
+                    fill(section)
+            except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+                section.problems.append(str(error))
+            yield section
+
+    def recipe(self, section: Section) -> None:
+        """Print the resolved recipe."""
+        section.lines += dump(self.config).splitlines()
+
+    def device(self, section: Section) -> None:
+        """Check that the device exists and supports the requested precision and sharding."""
+        config, world_size = self.config, self.world_size
+        cpu = wants_cpu(config.device)
+        self.device_name = "cpu" if cpu else str(torch.accelerator.current_accelerator())
+        section.add("device", f"{self.device_name} (asked for: {config.device})")
+        section.add("precision", config.precision)
+        section.add("processes", f"{world_size}, {config.distributed.strategy}" if world_size > 1 else "1")
+        if cpu and config.precision == "fp16":
+            section.problems.append("precision fp16 needs a GPU; take precision=bf16 or precision=fp32")
+        if cpu and config.distributed.strategy == "fsdp2":
+            section.problems.append("distributed.strategy fsdp2 needs GPUs; take distributed.strategy=ddp")
+        if not cpu and world_size > torch.accelerator.device_count():
+            section.problems.append(
+                f"{world_size} processes need as many devices, there are {torch.accelerator.device_count()}"
+            )
+
+    def trackers(self, section: Section) -> None:
+        """Check that the trackers are installed; Accelerate would only warn."""
+        section.add("always", "log.jsonl, report.html")
+        available = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
+        known = sorted(str(getattr(name, "value", name)) for name in tracking.LOGGER_TYPE_TO_CLASS)
+        for name in self.config.log.trackers:
+            section.add(name, "installed" if name in available else "missing")
+            if name not in known:
+                section.problems.append(f"{name!r} is not a tracker of Accelerate, which has {', '.join(known)}")
+            elif name not in available:
+                section.problems.append(f"{name} is not installed: pip install {name}, or take log.trackers=[]")
+
+    def network(self, section: Section) -> None:
+        """List what the run downloads. Asks once whether the hub answers; later sections reuse the answer."""
+        base = self.config.model.init_from
+        if base and is_folder_name(base) and not Path(base).expanduser().exists():
+            section.problems.append(f"model.init_from: the folder '{base}' does not exist; train what writes it first")
+        wanted = from_hub(self.config)
+        if not wanted:
+            return
+        section.add("from the hub", ", ".join(f"{name} ({key})" for key, name in wanted.items()))
+        reason = unreachable()
+        if reason is None:
+            section.add("hub", "can be reached")
+            return
+        self.offline = True
+        with offline():
+            missing = [f"{name} ({key})" for key, name in wanted.items() if not _is_cached(key, name)]
+        section.add("hub", f"cannot be reached ({reason})")
+        section.add("offline recipes", ", ".join(offline_recipes()))
+        if missing:
+            section.problems.append(
+                f"needs the network: {', '.join(missing)}; offline recipes: {', '.join(offline_recipes())}; or copy "
+                "the data here and set data.source, data.path and data.tokenizer"
+            )
+
+    def initial(self, section: Section) -> None:
+        """Check that the files of ``model.init_from`` hold every weight, in the model's shape; no weight is read."""
+        source, new_heads = self.config.model.init_from, self.config.model.new_heads
+        if not source:
+            return
+        section.add("from", source)
+        if not Path(source).expanduser().is_dir():
+            section.add("weights", "not compared: they are not in a folder here")
+            return
         try:
-            with offline() if facts.offline else nullcontext():
-                work(section)
-        except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-            section.problems.append(str(error))
-        yield section
+            check_weights(source, new_heads=new_heads)
+        except ValueError as error:
+            raise ValueError(initial_problem(error)) from error
+        drawn = f", but for {', '.join(new_heads)}, drawn anew" if new_heads else ""
+        section.add("weights", f"fit its config.json{drawn}")
 
-
-def _device(config: RunConfig, world_size: int, section: Section, facts: Facts) -> None:
-    """Check that the device exists and supports the requested precision and sharding."""
-    import torch
-
-    from leanstep.recipes.training.build import wants_cpu
-
-    cpu = wants_cpu(config.device)
-    facts.device = "cpu" if cpu else str(torch.accelerator.current_accelerator())
-    section.add("device", f"{facts.device} (asked for: {config.device})")
-    section.add("precision", config.precision)
-    section.add("processes", f"{world_size}, {config.distributed.strategy}" if world_size > 1 else "1")
-    if cpu and config.precision == "fp16":
-        section.problems.append("precision fp16 needs a GPU; take precision=bf16 or precision=fp32")
-    if cpu and config.distributed.strategy == "fsdp2":
-        section.problems.append("distributed.strategy fsdp2 needs GPUs; take distributed.strategy=ddp")
-    if not cpu and world_size > torch.accelerator.device_count():
-        section.problems.append(
-            f"{world_size} processes need as many devices, there are {torch.accelerator.device_count()}"
+    def data(self, section: Section) -> None:
+        """Check that the text is readable, the tokenizer opens and its vocabulary fits the model."""
+        config, data = self.config, self.config.data
+        unknown = (
+            self.offline and "data.tokenizer" in from_hub(config) and not _is_cached("data.tokenizer", data.tokenizer)
         )
+        if unknown:
+            section.add("tokenizer", f"{data.tokenizer}, not in the hub's cache: its vocabulary is not known")
+        else:
+            size = trained_size(data.tokenizer)
+            self.vocabulary = size if size is not None else vocabulary_size(open_tokenizer(data.tokenizer))
+            at_most = "" if size is None else "at most "
+            section.add("tokenizer", f"{data.tokenizer}, {at_most}{self.vocabulary:,} tokens")
+        wanted = config.model.config.get("vocab_size")
+        if wanted is not None:
+            section.add("model", f"vocabulary of {wanted:,}")
+            if self.vocabulary > wanted:
+                section.problems.append(
+                    f"the tokenizer {data.tokenizer} produces {self.vocabulary:,} tokens, model.config.vocab_size is "
+                    f"{wanted:,}; raise it, or leave it out to take the tokenizer's"
+                )
+        if data.source == "hf":
+            if not self.offline:
+                check_hub(data.name or "")
+            section.add("source", f"hub dataset {data.name} {'not looked for' if self.offline else 'is there'}")
+            return
+        files = find_files(data.path, data.source) if data.path and data.source != "sotu" else []
+        if data.streaming or unknown or sum(file.stat().st_size for file in files) > LOAD_LIMIT:
+            (open_stream if data.streaming else open_corpus)(data)
+            section.add("source", f"{data.source} {data.path}, read as text; its tokens are not counted here")
+            return
+        loaded = load_data(data, seed=config.seed, rank=0, world_size=1)
+        for name, fact in loaded.facts.items():
+            if name != "tokenizer":
+                section.add(name, fact)
+        self.train_sequences = len(loaded.train)
+        size = vocabulary_size(loaded.tokenizer)
+        if size < self.vocabulary:
+            section.add("trained to", f"{size:,} tokens: the text gives no more")
+            self.vocabulary = size
 
-
-def _trackers(config: RunConfig, section: Section) -> None:
-    """Check that the trackers are installed; Accelerate would only warn."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    section.add("always", "log.jsonl, report.html")
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    known = sorted(str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS)
-    for name in config.log.trackers:
-        section.add(name, "installed" if name in available else "missing")
-        if name not in known:
-            section.problems.append(f"{name!r} is not a tracker of Accelerate, which has {', '.join(known)}")
-        elif name not in available:
-            section.problems.append(f"{name} is not installed: pip install {name}, or take log.trackers=[]")
-
-
-def _groups(config: RunConfig, section: Section, facts: Facts) -> None:
-    """List the parameter groups of the optimizer and their options."""
-    from leanstep.recipes.check.memory import meta_model
-    from leanstep.recipes.training.build import build_optimizer
-
-    vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
-    if not vocabulary:
-        section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
-        return
-    optimizer = build_optimizer(config.optimizer, meta_model(config, vocabulary))
-    section.lines.extend(table(routing_rows(optimizer)))
-
-
-def _sparsity(config: RunConfig, section: Section, facts: Facts) -> None:
-    """List the layers that become N:M sparse, the schedule, and the operations in theory and on hardware."""
-    if not config.sparsity.patterns:
-        return
-    from leanstep.recipes.check.memory import meta_model
-    from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-    from leanstep.recipes.training.build import flops_per_token
-
-    vocabulary = facts.vocabulary or config.model.config.get("vocab_size")
-    if not vocabulary:
-        section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
-        return
-    model = meta_model(config, vocabulary)
-    layers, schedule = plan(config, model), schedule_of(config)
-    section.add("method", config.sparsity.method)
-    section.add(
-        "phases",
-        f"{schedule.dense_steps:,} steps dense, {schedule.span:,} on the way, {schedule.finetune_steps:,} at the end",
-    )
-    operations = run_operations(config, layers, flops_per_token(model, config.data.seq_len))
-    theoretical, hardware = operations.fractions()
-    section.add("operations", f"{theoretical:.3f} of dense in theory, {hardware:.3f} where hardware multiplies 2:4")
-    rows: list[tuple[str, ...]] = [("pattern", "layers", "weights", "way", "first")]
-    for target in dict.fromkeys(layer.target for layer in layers):
-        same = [layer for layer in layers if layer.target == target]
-        count = sum(layer.weight.numel() for layer in same)
-        patterns = " ".join(map(str, schedule.frames(target)))
-        rows.append((str(target), str(len(same)), f"{count:,}", patterns, same[0].name))
-    section.lines.extend(table(rows))
-
-
-def _pruning(config: RunConfig, section: Section, facts: Facts) -> None:
-    """Count the zeros of the initial model that the run keeps."""
-    from leanstep.recipes.check.memory import meta_model
-    from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
-
-    if not config.pruning.keep_masks:
-        if warning := pruned_start_warning(config):
-            section.add("note", warning)
-        return
-    names = masked_names(config, meta_model(config, facts.vocabulary or 0))
-    folder = Path(str(config.model.init_from))
-    counts = zeros_of(folder, names)
-    if not counts:
-        section.add("zeros", f"not counted: no safetensors file in {folder} has these matrices under their names")
-        return
-    pruned = {name: count for name, count in counts.items() if count[0]}
-    if not pruned:
-        section.problems.append(
-            f"no matrix of {folder} has a zero to keep; prune it first (leanstep prune), or take "
-            "pruning.keep_masks=false"
+    def length(self, section: Section) -> None:
+        """Count steps, tokens and epochs."""
+        batch, seq_len, steps = self.config.batch, self.config.data.seq_len, self.config.steps
+        sequences = batch.tokens_per_step // seq_len
+        section.add("steps", f"{steps:,}")
+        section.add("tokens", f"{steps * batch.tokens_per_step:,} ({batch.tokens_per_step:,} a step)")
+        section.add(
+            "one step",
+            f"{sequences} sequences of {seq_len}: {self.world_size} process{'es' if self.world_size > 1 else ''} x "
+            f"{accumulation_steps(self.config, self.world_size)} passes x {batch.micro_batch_size} sequences",
         )
-        return
-    zeros, total = (sum(column) for column in zip(*pruned.values(), strict=True))
-    section.add("zeros", f"{zeros / total:.2%} of {len(pruned)} matrices, {zeros:,} weights, which stay zero")
-    if config.lora.target_modules:
-        section.add("adapters", "their product is masked where the base is zero, and the merged model keeps its zeros")
+        section.add("targets", targets_note(seq_len))
+        if self.train_sequences is None:
+            section.add("epochs", "unknown: the text has not been counted")
+            return
+        section.add("epochs", f"{steps * sequences / self.train_sequences:.2f}")
+        if self.train_sequences < sequences:
+            section.problems.append(
+                f"one step takes {sequences} sequences, the text has {self.train_sequences}; lower "
+                "batch.tokens_per_step or give more text"
+            )
+
+    def known_vocabulary(self, section: Section) -> int:
+        """Return the vocabulary of tokenizer or recipe; 0, with a line in the section, if neither is known."""
+        vocabulary = self.vocabulary or self.config.model.config.get("vocab_size", 0)
+        if not vocabulary:
+            section.add("unknown", "the tokenizer, which decides the model's vocabulary, did not open")
+        return vocabulary
+
+    def groups(self, section: Section) -> None:
+        """List the parameter groups of the optimizer and their options."""
+        if vocabulary := self.known_vocabulary(section):
+            optimizer = build_optimizer(self.config.optimizer, meta_model(self.config, vocabulary))
+            section.add_table(routing_rows(optimizer))
+
+    def sparsity(self, section: Section) -> None:
+        """List the layers that become N:M sparse, the schedule, and the operations in theory and on hardware."""
+        config = self.config
+        if not config.sparsity.patterns or not (vocabulary := self.known_vocabulary(section)):
+            return
+        model = meta_model(config, vocabulary)
+        layers, schedule = plan(config, model), schedule_of(config)
+        section.add("method", config.sparsity.method)
+        section.add(
+            "phases",
+            f"{schedule.dense_steps:,} steps dense, {schedule.span:,} on the way, {schedule.finetune_steps:,} at the "
+            "end",
+        )
+        operations = run_operations(config, layers, flops_per_token(model, config.data.seq_len))
+        theoretical, hardware = operations.fractions()
+        section.add("operations", f"{theoretical:.3f} of dense in theory, {hardware:.3f} where hardware multiplies 2:4")
+        rows: list[tuple[str, ...]] = [("pattern", "layers", "weights", "way", "first")]
+        for target in dict.fromkeys(layer.target for layer in layers):
+            same = [layer for layer in layers if layer.target == target]
+            count = sum(layer.weight.numel() for layer in same)
+            patterns = " ".join(map(str, schedule.frames(target)))
+            rows.append((str(target), str(len(same)), f"{count:,}", patterns, same[0].name))
+        section.add_table(rows)
+
+    def pruning(self, section: Section) -> None:
+        """Count the zeros of the initial model that the run keeps."""
+        config = self.config
+        if not config.pruning.keep_masks:
+            if warning := pruned_start_warning(config):
+                section.add("note", warning)
+            return
+        names = masked_names(config, meta_model(config, self.vocabulary))
+        folder = Path(str(config.model.init_from))
+        counts = zeros_of(folder, names)
+        if not counts:
+            section.add("zeros", f"not counted: no safetensors file in {folder} has these matrices under their names")
+            return
+        pruned = [count for count in counts.values() if count[0]]
+        if not pruned:
+            section.problems.append(
+                f"no matrix of {folder} has a zero to keep; prune it first (leanstep prune), or take "
+                "pruning.keep_masks=false"
+            )
+            return
+        zeros, total = map(sum, zip(*pruned, strict=True))
+        section.add("zeros", f"{zeros / total:.2%} of {len(pruned)} matrices, {zeros:,} weights, which stay zero")
+        if config.lora.target_modules:
+            section.add("adapters", "their product is masked where the base is zero; the merged model keeps its zeros")
+
+    def memory(self, section: Section) -> None:
+        """Estimate the memory of one process and compare it with the free memory."""
+        config, device = self.config, self.device_name
+        if not (vocabulary := self.known_vocabulary(section)):
+            return
+        self.estimate = estimate(config, vocabulary, world_size=self.world_size, device=device)
+        section.add_table([(name, format_bytes(size)) for name, size in self.estimate.rows()])
+        free = free_memory(device)
+        if free is None:
+            return
+        # processes on a CPU share its memory, devices do not
+        need = self.estimate.peak * (self.world_size if device == "cpu" else 1)
+        section.add("free now", f"{format_bytes(free)} on {device}")
+        if need > free:
+            half = max(1, config.batch.micro_batch_size // 2)
+            hints = [f"batch.micro_batch_size={half} (same maths)", "activation_checkpointing=true"]
+            hints.append("precision=bf16-pure")
+            state = [f"{setting} ({why})" for setting, why in lighter_state(config)]
+            # smaller batches do not help when the optimizer state alone fills the memory
+            hints = [*state, *hints] if self.estimate.optimizer_state > free // 2 else [*hints, *state]
+            section.problems.append(
+                f"{format_bytes(need)} do not fit the {format_bytes(free)} that are free on {device}; in this order: "
+                + ", ".join(hints)
+            )
+
+    def disk(self, section: Section) -> None:
+        """Compare the size of the checkpoints with the free disk space."""
+        folder = Path(self.config.out).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        section.add("free", f"{format_bytes(free)} in {folder}")
+        if not os.access(folder, os.W_OK):
+            section.problems.append(f"{folder} cannot be written to; choose another with out=FOLDER")
+        if self.estimate is None:
+            section.add("checkpoints", "unknown: the memory of the run is not known")
+            return
+        checkpoint, need = disk_need(self.config, self.estimate, self.world_size)
+        count = self.config.checkpoint.keep_last
+        section.add("checkpoint", f"{format_bytes(checkpoint)}, {count} kept and one being written")
+        section.add("needed", f"{format_bytes(need)} with the final model")
+        if need > free:
+            section.problems.append(
+                f"the run needs {format_bytes(need)}, {folder} has {format_bytes(free)}; lower checkpoint.keep_last "
+                "or choose another disk with out=FOLDER"
+            )
+
+    def output(self, section: Section) -> None:
+        """State whether the output folder is free or holds a run, and what ``train`` would do with it."""
+        out, folder = Path(self.config.out), RunFolder(Path(self.config.out))
+        section.add("folder", str(out))
+        if out.exists() and not out.is_dir():
+            section.problems.append(f"{out} is a file; choose another with out=FOLDER")
+        elif is_held(out):
+            section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
+        elif folder.is_empty():
+            section.add("found", "no run: a new one begins")
+        elif not (out / "config.yaml").is_file() and not (out / "checkpoints").is_dir():
+            section.problems.append(f"{out} is not empty and holds no run; choose another with out=FOLDER")
+        else:
+            section.add("found", _describe_run(folder))
+            if self.config.checkpoint.resume == "never":
+                section.problems.append(
+                    f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER"
+                )
 
 
-def routing_rows(optimizer: Any) -> list[tuple[str, ...]]:
+def routing_rows(optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
     """A header and one row for each parameter group: name, algorithm, tensors, elements, rate, decay, an example."""
     rows: list[tuple[str, ...]] = [("group", "algorithm", "tensors", "elements", "lr", "decay", "first")]
     for index, group in enumerate(optimizer.param_groups):
@@ -196,3 +388,23 @@ def routing_rows(optimizer: Any) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _is_cached(key: str, name: str) -> bool:
+    """Whether a tokenizer or model is in the hub's cache. False for datasets, which must be opened to know."""
+    files = {"data.tokenizer": ("tokenizer.json", "tokenizer_config.json"), "model.init_from": ("config.json",)}
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files.get(key, ()))
+
+
+def _describe_run(folder: RunFolder) -> str:
+    """Describe the state of the run in a folder, and what ``train`` would do with it."""
+    status = folder.read_status()
+    word, step = status.get("status", "a run without status.json"), status.get("step", "?")
+    if word == "done":
+        return f"a run that is done (step {step}): `train` leaves it as it is"
+    if word == "running":
+        word = "crashed: status.json says that it is running, but no process holds the folder"
+    saved = find_checkpoints(folder.checkpoints)
+    if not saved:
+        return f"a run at step {step} ({word}) without a complete checkpoint: `train` begins it again at step 0"
+    return f"a run at step {step} ({word}): `train` continues from its newest complete checkpoint, {saved[-1].name}"

@@ -9,7 +9,7 @@ the keys of that class (``optimizer.args``, ``optimizer.groups``, ``model.config
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from difflib import get_close_matches
@@ -19,14 +19,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from leanstep._files import read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
-from leanstep.recipes.config.rules import (
-    MISPLACED_ARGUMENTS,
-    group_options,
-    joint_problems,
-    model_keys,
-    optimizer_arguments,
-)
+from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
 from leanstep.recipes.config.values import (
     KeyPath,
@@ -137,7 +132,7 @@ class _Reader:
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read a file and merge its values over those of its ``base``. ``above`` are the files derived from it."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, follow=True)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: cannot be read as a text file: {error}"]) from None
         document, rank = read_document(text), len(above)
@@ -255,19 +250,17 @@ class _Reader:
     def _check_class_keys(self) -> None:
         """Check the keys that a class defines: optimizer arguments and groups, model configuration.
 
-        If the name of the class is wrong, check against the class with the nearest name. If none is near, report what
-        is wrong for every class.
+        If the name of the class is wrong, check against the class with the nearest name, if one is near.
         """
         optimizer, model = _get_or_empty(self.value, "optimizer", dict), _get_or_empty(self.value, "model", dict)
         args, groups = _get_or_empty(optimizer, "args", dict), _get_or_empty(optimizer, "groups", list)
         sizes = _get_or_empty(model, "config", dict)
-        problems = _wrong_for_all(
-            [*_argument_problems(name, args), *_group_problems(name, groups)]
-            for name in self._candidates(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS)
-        ) + _wrong_for_all(
-            check(model_keys(family), sizes, ("model", "config"))[1]
-            for family in self._candidates(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS)
-        )
+        problems: list[Problem] = []
+        if name := self._nearest(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS):
+            problems += check(optimizer_arguments(name), args, ("optimizer", "args"))[1]
+            problems += _group_problems(name, groups)
+        if family := self._nearest(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS):
+            problems += check(model_keys(family), sizes, ("model", "config"))[1]
         for path, message in problems:
             if path not in self.broken:
                 self._add(path, message)
@@ -283,11 +276,9 @@ class _Reader:
                     f"{name}.{key} has no effect without {name}.{switch}; give that too, or leave {name} out",
                 )
 
-    def _candidates(self, path: KeyPath, name: Any, table: Collection[str]) -> list[str]:
-        """The class ``name`` if it is valid, else the nearest one, else all."""
-        if path not in self.broken:
-            return [name]
-        return get_close_matches(str(name).lower(), table, n=1) or list(table)
+    def _nearest(self, path: KeyPath, name: Any, table: Collection[str]) -> str | None:
+        """The class ``name`` if it is valid, else the one with the nearest name, if one is near."""
+        return name if path not in self.broken else next(iter(get_close_matches(str(name).lower(), table, n=1)), None)
 
     def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
         """Record a problem at the location of its key, or of the nearest key above it."""
@@ -312,16 +303,6 @@ class _Reader:
         """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
         return [f"{location}: {message}" for (_, _, location), message in ordered]
-
-
-def _argument_problems(name: str, args: dict[str, Any]) -> list[Problem]:
-    """Problems in ``optimizer.args``."""
-    path = ("optimizer", "args")
-    misplaced = [
-        ((*path, key), f"optimizer.args.{key} {MISPLACED_ARGUMENTS[key]}") for key in args if key in MISPLACED_ARGUMENTS
-    ]
-    others = {key: value for key, value in args.items() if key not in MISPLACED_ARGUMENTS}
-    return [*misplaced, *check(optimizer_arguments(name), others, path)[1]]
 
 
 def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
@@ -352,10 +333,3 @@ def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         if name in _get_or_empty(top, section, dict) and section in base:
             base = {**base, section: {key: value for key, value in base[section].items() if key not in class_keys}}
     return overlay(base, top)
-
-
-def _wrong_for_all(problems: Iterable[list[tuple[KeyPath, str]]]) -> list[tuple[KeyPath, str]]:
-    """Return the problems of the first list at keys where every other list has a problem too."""
-    first, *others = problems
-    paths = [{path for path, _ in other} for other in others]
-    return [(path, message) for path, message in first if all(path in other for other in paths)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict
 from typing_extensions import TypedDict
 
@@ -67,6 +67,8 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
+    if config.model.new_heads and not config.model.init_from:
+        yield ("model.new_heads", "model.init_from"), "names heads that model.init_from lacks; name its folder there"
     if config.compile and config.log.attention_norms:
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     yield from _sparsity_problems(config)
@@ -178,11 +180,6 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-MISPLACED_ARGUMENTS = {
-    "lr": "is optimizer.lr",
-    "weight_decay": "is optimizer.weight_decay",
-    "params": "comes from the model",
-}
 TABLE_FILE = Path(__file__).with_name("arguments.json")
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "null": None, "mapping": dict[str, Any], "any": Any}
@@ -196,9 +193,9 @@ def _table() -> dict[str, Any]:
 
 @lru_cache
 def optimizer_arguments(name: str) -> Any:
-    """Schema of ``optimizer.args``: all arguments of the class but lr, weight_decay and params."""
+    """Schema of ``optimizer.args``: all arguments of the class but lr and weight_decay, which have their keys."""
     entries = _table()["optimizers"][name]
-    return _keys(name, {key: entry for key, entry in entries.items() if key not in MISPLACED_ARGUMENTS})
+    return _keys(name, {key: entry for key, entry in entries.items() if key not in ("lr", "weight_decay")})
 
 
 @lru_cache
@@ -251,5 +248,6 @@ def _annotation(
     options += [limited(name) for name in types]
     if items is not None:
         item = limited(items)
-        options.append(GenericAlias(tuple, (item,) * length) if length else GenericAlias(list, (item,)))
+        list_of = GenericAlias(list, (item,))
+        options.append(Annotated[list_of, Len(length, length)] if length else list_of)
     return reduce(or_, options)

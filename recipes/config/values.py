@@ -1,28 +1,50 @@
 """Values of a recipe: read YAML with line numbers, get and set values by path, validate with hints.
 
-Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text.
+Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text. Text that would take long to read or
+much memory to hold (long, deeply nested, multiplied by aliases) is refused.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from types import NoneType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from itertools import islice
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
+
+from leanstep.recipes.config.schema import RunConfig
 
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
 
+# limits of a document: characters, nesting, values and characters with aliases expanded, characters of a number
+_MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
+_YAML = "tag:yaml.org,2002:"
+_MOST_PROBLEMS = 50  # that one check reports
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2 and without dates."""
+    """SafeLoader with the floats of YAML 1.2, without dates and with limited nesting."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        self._nodes += 1
+        if self._depth > _MOST_DEPTH or self._nodes > 2 * _MOST_VALUES:
+            problem = "too many values" if self._depth <= _MOST_DEPTH else f"nested more than {_MOST_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -50,11 +72,24 @@ class Document:
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    values: int = 0
+    characters: int = 0
+
+
+class _TooLarge(Exception):
+    """The values of a document are too many, or too long together."""
 
 
 def read_document(text: str) -> Document:
-    """Parse ``text``. Syntax errors, duplicate keys and self-references become ``problems``, never exceptions."""
+    """Parse ``text``.
+
+    Syntax errors, duplicate keys, self-references, unknown tags and sizes beyond the limits become ``problems``, never
+    exceptions.
+    """
     document = Document()
+    if len(text) > _MOST_TEXT:
+        document.problems.append((1, f"expected at most {_MOST_TEXT:,} characters, got {len(text):,}"))
+        return document
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
@@ -65,6 +100,11 @@ def read_document(text: str) -> Document:
         document.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {what}"))
     except yaml.YAMLError as error:  # characters that YAML forbids carry no mark
         document.problems.append((1, f"not valid YAML: {' '.join(str(error).split())}"))
+    except (ValueError, OverflowError) as error:  # PyYAML lets impossible escapes and versions through
+        document.problems.append((1, f"not valid YAML: {error}"))
+    except _TooLarge as error:
+        document.value = None
+        document.problems.append((1, str(error)))
     return document
 
 
@@ -80,7 +120,17 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
     """Turn a composed node into dicts, lists and scalars; record lines and duplicate keys."""
     line = node.start_mark.line + 1
     if id(node) in parents:
-        document.problems.append((line, f"{'.'.join(path)} contains itself through an alias"))
+        document.problems.append((line, f"{_join(path)} contains itself through an alias"))
+        return None
+    document.values += 1
+    if document.values > _MOST_VALUES or document.characters > _MOST_EXPANDED:
+        raise _TooLarge(
+            f"expected at most {_MOST_VALUES:,} values and {_MOST_EXPANDED:,} characters with all aliases replaced by "
+            "their values; got more"
+        )
+    kind = node.tag.removeprefix(_YAML)
+    if not isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
+        document.problems.append((line, f"{_join(path)}: not valid YAML here: the tag {_cut(kind)}"))
         return None
     below = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -92,14 +142,20 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key_line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            document.problems.append((key_line, f"keys must be plain words, got {key_node.tag.rpartition(':')[2]}"))
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.removeprefix(_YAML) not in _PLAIN:
+            document.problems.append(
+                (key_line, f"keys must be plain words, got {_cut(key_node.tag.removeprefix(_YAML))}")
+            )
             continue
         key = key_node.value
         here = (*path, key)
+        document.characters += len(key)
+        if not key.isprintable():
+            document.problems.append((key_line, f"keys must be plain words, got {_cut(ascii(key))}"))
+            continue
         if key in result:
             first = document.lines[here]
-            document.problems.append((key_line, f"duplicate key '{'.'.join(here)}'; it is first on line {first}"))
+            document.problems.append((key_line, f"duplicate key '{_join(here)}'; it is first on line {first}"))
             continue
         document.lines[here] = key_line
         result[key] = _convert(value_node, here, document, below)
@@ -107,31 +163,66 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
 
 
 def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    """Construct one scalar. Records unknown tags and impossible numbers as problems."""
+    """Construct one scalar. Records unknown tags, impossible numbers and half characters as problems."""
     constructor = _Loader("")
+    kind, text = node.tag.removeprefix(_YAML), node.value
+    document.characters += len(text)
     try:
-        value = constructor.construct_object(node)
-        if not isinstance(value, (str, int, float, bool, NoneType)):
-            raise ValueError(f"{node.tag.rpartition(':')[2]} is no text, number, true, false or null")
+        if kind in ("int", "float") and len(text) > _MOST_DIGITS:
+            raise ValueError(f"a number of {len(text):,} characters, expected at most {_MOST_DIGITS}")
+        if kind not in _PLAIN:
+            raise ValueError(f"{_cut(kind)} is no text, number, true, false or null")
+        try:
+            value = constructor.construct_object(node)
+        except (KeyError, AttributeError, IndexError, TypeError, OverflowError, ValueError):
+            raise ValueError(f"{_cut(ascii(text))} is no {kind}") from None
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
+            raise ValueError("a whole number of more than 64 bits")
+        if isinstance(value, str):
+            # JSON writes one character as two escapes
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+            if "\0" in value:
+                raise ValueError("the text has a NUL character")
         return value
     except (yaml.YAMLError, ValueError) as error:
-        reason = getattr(error, "problem", None) or error
-        document.problems.append((node.start_mark.line + 1, f"{'.'.join(path)}: not valid YAML: {reason}"))
+        reason = "half a character (a lone surrogate)" if isinstance(error, UnicodeError) else error
+        reason = getattr(error, "problem", None) or reason
+        document.problems.append(
+            (node.start_mark.line + 1, f"{_join(path)}: not valid YAML: {reason}".removeprefix(": "))
+        )
         return None
     finally:
         constructor.dispose()
 
 
+_PLAIN = ("str", "int", "float", "bool", "null")
+
+
+def _join(path: KeyPath) -> str:
+    return _cut(".".join(path))
+
+
+def _cut(text: str, most: int = 120) -> str:
+    """Cut the middle of a text of more than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 40]}...{text[-30:]}"
+
+
 Problem = tuple[KeyPath, str]
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
+# pydantic's words -> those of a recipe
+_WORDS = {
+    "Input should be ": "",
+    "List should have ": "a list of ",
+    " after validation": "",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid array": "a list",
+    "an object": "a mapping",
 }
-_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
@@ -144,26 +235,17 @@ def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Proble
     try:
         # strict JSON allows what a recipe may hold: no text for a number, no number for a flag, lists for tuples
         return _adapter(schema).validate_json(json.dumps(value), strict=True), []
-    except ValidationError as error:
-        return None, list(_translate(schema, error, value, path))
+    except ValidationError as failure:
+        by_key: dict[tuple[int | str, ...], list[Any]] = {}
+        for error in failure.errors(include_url=False):
+            by_key.setdefault(_steps(error["loc"], value), []).append(error)
+        keys = islice(by_key.items(), _MOST_PROBLEMS)
+        return None, [_problem(schema, steps, errors, value, path) for steps, errors in keys]
 
 
 @lru_cache
 def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
-
-
-def _translate(schema: Any, failure: ValidationError, value: Any, above: KeyPath) -> Iterator[Problem]:
-    """Yield one problem for each key. Among the errors of a union type, reports a range error first."""
-    by_key: dict[tuple[int | str, ...], list[Any]] = {}
-    for error in failure.errors(include_url=False):
-        by_key.setdefault(_steps(error["loc"], value), []).append(error)
-    for steps, errors in by_key.items():
-        # exact types: True is an int
-        of_range = [
-            error for error in errors if error["type"] in _RANGE_ERRORS and type(error["input"]) in (int, float)
-        ]
-        yield _problem(schema, steps, (of_range or errors)[0], value, above)
 
 
 def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
@@ -178,100 +260,38 @@ def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]
     return location
 
 
-def _problem(schema: Any, steps: tuple[int | str, ...], error: Any, value: Any, above: KeyPath) -> Problem:
-    """Translate one pydantic error: follow ``steps`` through schema and value, and describe the error there.
-
-    ``above`` is the path of ``value`` in the recipe. Steps into a list or an open mapping go into the message, not into
-    the path.
-    """
-    annotation = schema
-    limits: list[Any] = []
-    path, below = above, steps[:0]
+def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value: Any, above: KeyPath) -> Problem:
+    """Describe pydantic's errors at one key, several for a union of types; ``above`` is the path of ``value``."""
+    path = (*above, *map(str, steps))
+    key, first = _join(path), errors[0]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section = schema
+        for step in steps[:-1]:
+            section = _fields(section)[str(step)]
+        return path, unknown_key(path, _fields(section), all_keys(RunConfig))
+    if first["type"] == "value_error":
+        return path, _cut(f"{key} {first['ctx']['error']}", 400)
     for step in steps:
         value = value[step]
-        fields = _fields(annotation)
-        if fields is None:
-            below = (*below, step)
-            annotation = _element(annotation)
-        elif step in fields:
-            path = (*path, str(step))
-            annotation, limits = fields[str(step)]
-        else:
-            path = (*path, str(step))
-            return path, unknown_key(path, fields, all_keys(schema))
-    key = ".".join(path)
-    if error["type"] == "value_error":
-        name = f"{key}: {below[0]!r}" if below else key
-        return path, f"{name} {error['ctx']['error']}"
-    if error["type"] in _RANGE_ERRORS:
-        return path, f"{key} must be {_range(annotation, limits)}, got {value!r}"
-    element = f"element {below[0]}: " if below and isinstance(below[0], int) else ""
-    section = "; its keys go below it" if is_dataclass(annotation) else ""
-    return path, f"{key}: {element}{_expected(annotation, value)}{section}"
-
-
-def _fields(annotation: Any) -> dict[str, tuple[Any, list[Any]]] | None:
-    """Name -> (type, limits) of the keys of a section; None for a type without keys."""
-    if is_dataclass(annotation):
-        infos: dict[str, FieldInfo] = vars(annotation)["__pydantic_fields__"]
-        return {name: (info.annotation, info.metadata) for name, info in infos.items() if not info.exclude}
-    if is_typeddict(annotation):
-        return {name: (hint, []) for name, hint in get_type_hints(annotation, include_extras=True).items()}
-    return None
-
-
-def _element(annotation: Any) -> Any:
-    """Element type of a list, tuple or mapping, also inside a union."""
-    for option in _union_types(annotation):
-        arguments = get_args(option)
-        if get_origin(option) in (list, tuple, dict) and arguments:
-            return arguments[-1]
-    return Any
-
-
-def _union_types(annotation: Any) -> list[Any]:
-    """The types of a union, nested ones included, with their annotations."""
-    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-    if get_origin(plain) is Union or type(plain).__name__ == "UnionType":
-        return [option for inner in get_args(plain) for option in _union_types(inner)]
-    return [annotation]
-
-
-def _range(annotation: Any, limits: Iterable[Any]) -> str:
-    """``at least 0 and less than 1``, from the limits of a field or of the number in its type."""
-    metadata = list(limits)
-    for option in [*_union_types(annotation), *_union_types(_element(annotation))]:
-        metadata += getattr(option, "__metadata__", ())
-    bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
-    return " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
-
-
-def _expected(annotation: Any, value: Any) -> str:
-    """``expected a whole number, got 'x'``, with a hint."""
-    words: list[str] = []
-    choices: list[Any] = []
-    for option in _union_types(annotation):
-        plain = get_args(option)[0] if get_origin(option) is Annotated else option
-        origin = get_origin(plain) or plain
-        if origin is Literal:
-            choices += get_args(plain)
-        elif origin is tuple and isinstance(value, list):
-            return f"expected a list of {len(get_args(plain))}, got {len(value)}: {value!r}"
-        elif origin is dict or is_dataclass(origin):
-            words.append("a mapping")
-        else:
-            words.append("a list" if origin in (list, tuple) else _WORDS.get(origin) or str(origin))
-    if choices:
-        words.insert(0, ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices)))
-    if "a number" in words and "a whole number" in words:
-        words.remove("a whole number")
-    near = get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
+    # of a union, a number out of range says more than the other types; exact types, since True is an int
+    of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and type(value) in (int, float)]
+    expected = " or ".join(dict.fromkeys(error["msg"] for error in of_range[:1] or errors))
+    for word, ours in _WORDS.items():
+        expected = expected.replace(word, ours)
+    near = get_close_matches(str(value), re.findall("'(.*?)'", expected), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+    if isinstance(value, float) and "a whole number" in expected and value.is_integer():
         hint = f"; write {value:.0f}"
-    elif "text" in words and isinstance(value, (bool, int, float)):
+    elif isinstance(value, (bool, int, float)) and "text" in expected:
         hint = "; put it in quotes"
-    return f"expected {' or '.join(words)}, got {show(value)}{hint}"
+    return path, f"{key} must be {expected}, got {show(value)}{hint}"
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    """Name -> type of the keys of a section; empty for a type without keys."""
+    if is_dataclass(section):
+        return {item.name: item.type for item in fields(section) if item.name != "source_file"}
+    return dict(section.__annotations__) if is_typeddict(section) else {}
 
 
 def show(value: Any) -> str:
@@ -295,12 +315,12 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
     if not hint and len(set(known)) <= 24:
         section = f" in {'.'.join(parent)}" if parent else ""
         hint = f"; the keys{section} are {', '.join(sorted(known))}"
-    return f"unknown key '{'.'.join(path)}'{hint}"
+    return f"unknown key '{_join(path)}'{hint}"
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every key path of a schema."""
-    for name, (annotation, _) in (_fields(schema) or {}).items():
+    """Yield the path of every key of a schema."""
+    for name, annotation in _fields(schema).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
 

@@ -51,6 +51,9 @@ def find_halves(optimizer: Any, accelerator: Accelerator) -> Halves | None:
 
 
 def halved_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The groups of ``optimizer`` with ``noise="halves"``."""
-    groups = optimizer.param_groups if hasattr(optimizer, "mark_half") else []
-    return [group for group in groups if group.get("noise") == "halves" and group.get("noise_adaptive", True)]
+    """The groups of an optimizer with ``mark_half`` that have ``noise="halves"``."""
+    return [
+        group
+        for group in optimizer.param_groups
+        if group.get("noise") == "halves" and group.get("noise_adaptive", True)
+    ]

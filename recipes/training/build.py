@@ -1,26 +1,33 @@
-"""Build the objects of a recipe (Accelerator, model, optimizer, schedule) from plain arguments, and count operations.
+"""Build a run: its connected processes, model, optimizer and schedule.
 
-:data:`FORMULA` gives the floating-point operations, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language
-Modeling with Pathways", arXiv:2204.02311. Each weight takes one multiplication and one addition per token forward, and
-twice as many backward. Attention adds the products of queries with keys and of its weights with values. Recomputed
-activations, norms, activation functions and the optimizer are not counted: the rate measures training, not device use.
+A signal handler only sets a flag, because it may run in the middle of an optimizer step. The training loop reads the
+flag between steps, agrees on it with the other processes, saves and ends the run.
 """
 
 import inspect
 import math
 import os
+import random
 import re
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin, LoggerType
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    LoggerType,
+    broadcast_object_list,
+)
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -30,9 +37,8 @@ from transformers import (
 )
 
 from leanstep import optimizers
-from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
-from leanstep.optimizers.param_groups import parameter_roles
+from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     ModelConfig,
@@ -48,8 +54,11 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
 }
+T = TypeVar("T")
+
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
 _WITH_ADAMW = ("sinkgd", "muon")
+_SELECTORS = {"match", "role"}
 
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
 
@@ -65,7 +74,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator: device, mixed precision, accumulation, sharding and trackers as the recipe says.
 
     An ``accelerate config`` file has no effect on these. Raises ValueError for fp16 or FSDP2 on a CPU, a tracker that
-    is not installed, or a ``batch.tokens_per_step`` that does not divide.
+    is not installed, a wrong number of processes, or a ``batch.tokens_per_step`` that does not divide.
     """
     cpu = wants_cpu(config.device)
     if cpu:
@@ -88,6 +97,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=list(config.log.trackers) or None,
         project_dir=config.out,
     )
+    check_world(accelerator.num_processes, asked_world_size())
     accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)
     return accelerator
 
@@ -111,6 +121,135 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
 
 
+def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
+    """Collect the requested numbers of processes: {where: number}.
+
+    Reads ``--nproc`` (which our launcher passes on), ``WORLD_SIZE`` (set by torchrun and accelerate), and the parent's
+    command line, because ``accelerate launch --cpu --num_processes 2`` starts one process and leaves no other trace.
+    """
+    requested = {}
+    if environ.get("LEANSTEP_NPROC", "").isdigit():
+        requested["--nproc"] = int(environ["LEANSTEP_NPROC"])
+    if environ.get("WORLD_SIZE", "").isdigit():
+        requested["WORLD_SIZE"] = int(environ["WORLD_SIZE"])
+    command = parent
+    if command is None:
+        try:
+            command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # Linux only
+            command = ""
+    match = re.search(r"accelerate(\s|\.commands\.)launch\s.*--num[_-]processes[= ](\d+)", command)
+    if match:
+        requested["accelerate launch --num_processes"] = int(match[2])
+    return requested
+
+
+def check_world(world_size: int, requested: Mapping[str, int]) -> None:
+    """Raise ValueError if Accelerate's ``world_size`` is not the requested number."""
+    for where, number in requested.items():
+        if number != world_size:
+            raise ValueError(
+                f"{where} asks for {number} processes, but Accelerate connected {world_size}: several would "
+                f"train the same model side by side. Start with 'leanstep train ... --nproc {number}', or 'torchrun "
+                f"--standalone --nproc_per_node {number} -m leanstep.recipes.training.train ...' (on a CPU, accelerate "
+                "launch needs ACCELERATE_USE_CPU=true and --multi_gpu to start several processes)"
+            )
+
+
+def describe_world(accelerator: Accelerator) -> str:
+    """``world size 2, backend gloo, device cpu, wrapping DDP``."""
+    wrapping = "none"
+    if accelerator.num_processes > 1:
+        wrapping = "FSDP2" if accelerator.distributed_type == "FSDP" else "DDP"
+    backend = "none"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        backend = torch.distributed.get_backend()
+    return (
+        f"world size {accelerator.num_processes}, backend {backend}, device {accelerator.device}, wrapping {wrapping}"
+    )
+
+
+def maximum(accelerator: Accelerator, value: int) -> int:
+    """Largest ``value`` of all processes; a collective call."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([value], device=accelerator.device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def all_agree(accelerator: Accelerator, fine: bool) -> bool:
+    """Whether ``fine`` is true in every process; a collective call."""
+    return maximum(accelerator, int(not fine)) == 0
+
+
+def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run ``action`` in the first process and send its result, or its ValueError or OSError, to all."""
+    outcome: list[object] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def seed_process(seed: int, *more: int) -> None:
+    """Seed the generators of Python, numpy and torch from these numbers."""
+    words = np.random.SeedSequence([seed, *more]).generate_state(2, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0] % 2**32))
+    torch.manual_seed(int(words[1] % 2**63))
+
+
+def device_name(device: torch.device) -> str:
+    """``cuda:0 (NVIDIA H100)`` or ``cpu``."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 as a warning before they kill.
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+
+class StopFlag:
+    """Context manager that stores SIGTERM, SIGUSR1 or SIGINT in :attr:`received` and restores the old handlers.
+
+    A second SIGINT calls ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it
+    installs no handlers. Raises ValueError outside the main thread.
+    """
+
+    def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
+        self.received = 0
+        self._leaving = leaving
+        self._enabled = enabled
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopFlag":
+        if self._enabled:
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not set from Python, which Python cannot restore
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
+            try:
+                self._leaving()
+            finally:
+                os._exit(EXIT_CODES[signal.SIGINT])
+        self.received = number
+
+
 def build_model(
     config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32, end_token: int | None = None
 ) -> PreTrainedModel:
@@ -123,10 +262,11 @@ def build_model(
         end_token: id of the end-of-text token; generation starts and stops with it.
 
     Raises:
-        ValueError: an unknown configuration key, or a model vocabulary smaller than the tokenizer's.
+        ValueError: an unknown configuration key; a model vocabulary smaller than the tokenizer's; an ``init_from`` that
+            cannot be opened, or whose weights do not fit or are not finite.
     """
     if config.init_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=dtype)
+        model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class, model_class = FAMILIES[config.family]
@@ -141,6 +281,21 @@ def build_model(
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
+
+
+def _initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    assert config.init_from is not None
+    try:
+        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
+    except ValueError as error:
+        raise ValueError(initial_problem(error)) from error
+    return model
+
+
+def initial_problem(error: ValueError) -> str:
+    """Message for a ``model.init_from`` that cannot be used, with the key to set where weights are missing."""
+    hint = "; name heads that are meant to be new in model.new_heads" if "do not fit" in str(error) else ""
+    return f"model.init_from: {error}{hint}"
 
 
 def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -231,42 +386,38 @@ def _python_value(key: str, value: Any) -> Any:
 
 def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
     """Split each role's group by the first entry of ``config.groups`` that selects a parameter."""
-    rules = [_Rule(entry, index) for index, entry in enumerate(config.groups)]
+    for index, entry in enumerate(config.groups):
+        if ("match" in entry) == ("role" in entry):
+            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
+
+    def first_entry(name: str, role: str) -> int | None:
+        for index, entry in enumerate(config.groups):
+            if role == entry["role"] if "role" in entry else re.search(entry["match"], name):
+                return index
+        return None
+
+    unused = set(range(len(config.groups)))
     for base in param_groups(model):
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
         if config.name in _WITH_ADAMW:
             common["algorithm"] = algorithm if algorithm == "adamw" else config.name
-        by_rule: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
-            rule_index = next((rule.index for rule in rules if rule.selects(name, role)), None)
-            by_rule.setdefault(rule_index, []).append((name, parameter))
-        for index, params in by_rule.items():
-            override = {} if index is None else rules[index].options
-            label = role if index is None else f"{role}/{index}"
-            yield {**common, **override, "name": label, "params": params}
-    for rule in rules:
-        if not rule.used:
-            raise ValueError(f"optimizer.groups[{rule.index}]: {rule.text} selects no parameter of the model")
-
-
-class _Rule:
-    """One entry of ``optimizer.groups``: a selector and options."""
-
-    def __init__(self, entry: dict[str, Any], index: int) -> None:
-        self.index = index
-        self.match, self.role = entry.get("match"), entry.get("role")
-        if (self.match is None) == (self.role is None):
-            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
-        self.text = f"match {self.match!r}" if self.match is not None else f"role {self.role!r}"
-        self.options = {key: _python_value(key, value) for key, value in entry.items() if key not in ("match", "role")}
-        self.used = False
-
-    def selects(self, name: str, role: str) -> bool:
-        selected = role == self.role if self.match is None else re.search(self.match, name) is not None
-        self.used |= selected
-        return selected
+            by_entry.setdefault(first_entry(name, role), []).append((name, parameter))
+        for index, params in by_entry.items():
+            if index is None:
+                yield {**common, "name": role, "params": params}
+                continue
+            unused.discard(index)
+            options = {k: _python_value(k, value) for k, value in config.groups[index].items() if k not in _SELECTORS}
+            yield {**common, **options, "name": f"{role}/{index}", "params": params}
+    for index in sorted(unused):
+        (key,) = _SELECTORS & config.groups[index].keys()
+        raise ValueError(
+            f"optimizer.groups[{index}]: {key} {config.groups[index][key]!r} selects no parameter of the model"
+        )
 
 
 def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
@@ -320,54 +471,3 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
             settings.insert(0, str(group["algorithm"]))
         texts.append(f"{group.get('name', 'group')} {len(group['params'])} tensors, {count:,} ({', '.join(settings)})")
     return "; ".join(texts)
-
-
-FORMULA = (
-    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), L layers, h heads x "
-    "their width, s tokens in a sequence, padding included"
-)
-
-# dense 16-bit tensor-core TFLOP/s with fp32 accumulation, from data sheets (rates with sparsity are halved). The first
-# entry whose text is in the device's name counts.
-_PEAK_TFLOPS = (
-    ("H100 PCIe", 756),
-    ("H100 NVL", 835),
-    ("H100", 989),
-    ("H200", 989),
-    ("A100", 312),
-    ("L40S", 362),
-    ("L4", 121),
-    ("RTX 4090", 165),
-    ("MI300X", 1307),
-)
-
-
-def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
-    """Count the operations of forward and backward per token (:data:`FORMULA`).
-
-    Call it before sharding the model. Counts no attention if the configuration lacks ``num_hidden_layers`` or
-    ``num_attention_heads``.
-    """
-    roles = parameter_roles(model)
-    head = output_head(model)
-    tied = None if head is None else head.weight
-    weights = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if roles[name] not in ("embedding", "position") or parameter is tied
-    )
-    config: Any = model.config
-    sizes = config.get_text_config()
-    layers, heads = (getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if layers is None or heads is None:
-        return 6 * weights
-    width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
-    return 6 * weights + 12 * layers * width * seq_len
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak operations per second of a device in 16-bit precision, by its name; None if unknown."""
-    # unknown: the peak of a MIG slice, and that of fp32, which depends on TF32
-    if precision == "fp32" or " MIG " in device_name:
-        return None
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)

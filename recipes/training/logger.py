@@ -13,16 +13,16 @@ import torch
 from accelerate import Accelerator
 
 from leanstep._files import write_text
+from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods import sparse
-from leanstep.recipes.training.build import FORMULA, peak_flops
+from leanstep.recipes.training.build import describe_world, device_name
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
 from leanstep.recipes.training.formatting import flat_scalars, format_line
 from leanstep.recipes.training.step import StepResult
 from leanstep.recipes.training.validation import EvalResult
-from leanstep.recipes.training.world import describe_world, device_name
 
 
 class Clock:

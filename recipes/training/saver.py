@@ -16,7 +16,7 @@ from accelerate.utils import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from leanstep._files import format_bytes, free_bytes, publish_folder
+from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate
 from leanstep.lora.merge import config_of_merged
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
@@ -25,6 +25,7 @@ from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
+from leanstep.recipes.training.build import all_agree, main_does
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -38,7 +39,6 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.world import all_agree, main_does
 
 
 class Saver:
@@ -262,7 +262,8 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(staged, ignore_errors=True)
+            remove(staged)
+            staged.mkdir()
         saver.export(staged)
         if accelerator.is_main_process:
             publish_folder(staged, folder.final)
@@ -288,8 +289,8 @@ def sample(path: Path, seed: int, device: torch.device) -> str:
 
     Leaves the run's random state as it was.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     start = torch.tensor([[tokenizer.eos_token_id]], device=device)
     positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

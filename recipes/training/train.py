@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from leanstep._version import __version__
-from leanstep.recipes.check.memory import estimate_or_reason
+from leanstep.recipes.check.costs import estimate_or_reason, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.data.batches import Batch, Windows
@@ -32,13 +32,18 @@ from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
+    EXIT_CODES,
+    StopFlag,
     build_accelerator,
     build_optimizer,
     build_run_model,
     build_schedule,
     describe_groups,
-    flops_per_token,
+    describe_world,
+    main_does,
+    maximum,
     release_gradients,
+    seed_process,
 )
 from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, read_state, rename_skipped
 from leanstep.recipes.training.failures import (
@@ -64,16 +69,6 @@ from leanstep.recipes.training.step import (
     gradient_norm,
 )
 from leanstep.recipes.training.validation import validate
-from leanstep.recipes.training.world import (
-    EXIT_CODES,
-    StopFlag,
-    asked_world_size,
-    check_world,
-    describe_world,
-    main_does,
-    maximum,
-    seed_process,
-)
 
 # torchrun kills workers 30 seconds after SIGTERM, so warn about a save that takes longer than this
 _SLOW_SAVE_S = 20.0
@@ -105,7 +100,6 @@ def train(config: RunConfig) -> int:
     """
     try:
         accelerator = build_accelerator(config)
-        check_world(accelerator.num_processes, asked_world_size())
     except ValueError as error:
         return _refuse(error)
     # transformers draws a bar for every file

@@ -21,7 +21,8 @@ class Case(NamedTuple):
 
     Attributes:
         listed: the most files that the page may name.
-        visited: the most files of the folders and files ``counted`` that the call may visit.
+        visited: the most counted files that the call may visit.
+        counted: how the paths of counted files begin: folders and single files.
     """
 
     run: Callable[[Path], list[tuple[str, str]]]
@@ -75,13 +76,15 @@ PROGRAMME = "pruning/allocate/knapsack.py:solve_knapsack"
 # what pruning each matrix does is measured before the programme runs: a walk of its own
 MEASUREMENT = ("pruning/measure/measure.py:measure_curves",)
 LOOP = "recipes/training/train.py:Run.loop"
-EVERYTHING = ("kernels", "leanstep", "lora", "optimizers", "pruning", "recipes", "sparsity")
+EVERYTHING = ("kernels/", "leanstep/", "lora/", "optimizers/", "pruning/", "recipes/", "sparsity/")
+# the commands, without the helpers of one call in leanstep/_*.py
+COMMANDS = ("leanstep/cli.py", "recipes/")
 CASES = {
     "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 8, 8, EVERYTHING),
     "SinkGD.step": Case(_step(lambda model: SinkGD(param_groups(model), lr=1e-2)), 12, 12, EVERYTHING),
-    "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 8, 8, ("optimizers",)),
-    "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers",)),
-    "apply_lora to backward": Case(_lora, 9, 9, ("lora",)),
-    "leanstep prune to the programme": Case(_prune, 12, 12, ("leanstep/cli.py", "pruning", "recipes")),
-    "leanstep train to the loop": Case(_train, 15, 18, ("leanstep", "recipes")),
+    "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 8, 8, ("optimizers/",)),
+    "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),
+    "apply_lora to backward": Case(_lora, 9, 9, ("lora/",)),
+    "leanstep prune to the programme": Case(_prune, 12, 12, ("pruning/", *COMMANDS)),
+    "leanstep train to the loop": Case(_train, 15, 15, COMMANDS),
 }

@@ -1,7 +1,6 @@
 """docs/walks.md is what the code does, and no walk visits more files than it may."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def test_the_page_is_what_the_code_does(name, tmp_path, capsys):
     assert not missing, f"never entered: {missing}"
     order = [entered.index(step) for step in listed]
     assert order == sorted(order), [listed[i] for i in range(1, len(order)) if order[i] < order[i - 1]]
-    visited = [file for file in files(entered) if any(Path(file).is_relative_to(path) for path in case.counted)]
+    visited = [file for file in files(entered) if file.startswith(case.counted)]
     assert len(visited) <= case.visited, visited
     on_page = dict.fromkeys(file for file, _ in listed)
     assert len(on_page) <= case.listed

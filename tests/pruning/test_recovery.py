@@ -8,9 +8,8 @@ from pruned_models import make_gpt2
 from training import read_log, run, write_text
 
 from leanstep.pruning import find_targets, prune
-from leanstep.recipes.check.check import _pruning
-from leanstep.recipes.check.memory import estimate
-from leanstep.recipes.check.sections import Facts, Section
+from leanstep.recipes.check.check import Check, Section
+from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.sparsity.verify import verify
 
@@ -121,14 +120,14 @@ def test_zeros_that_will_be_filled_are_told(recipe, tmp_path):
     try:
         config = load(str(recipe), ["pruning.keep_masks=false"])
         section = Section("Pruning")
-        _pruning(config, section, Facts(vocabulary=300))
+        Check(config, vocabulary=300).pruning(section)
         done = run(recipe, ["steps=1", "pruning.keep_masks=false"], tmp_path / "run")
     finally:
         said.unlink()
     assert "training fills its zeros; pruning.keep_masks=true keeps them" in section.lines[0]
     assert done.codes == [0] and "WARNING: " in done.text() and "training fills its zeros" in done.text()
     section = Section("Pruning")
-    _pruning(config, section, Facts(vocabulary=300))
+    Check(config, vocabulary=300).pruning(section)
     assert not section.lines
 
 
@@ -163,7 +162,7 @@ def test_check_and_the_memory_estimate_know_of_the_masks(recipe, tmp_path):
     for lora in ([], ["lora.target_modules=[c_attn]"]):
         config = load(str(recipe), lora)
         section = Section("Pruning")
-        _pruning(config, section, Facts(vocabulary=300))
+        Check(config, vocabulary=300).pruning(section)
         assert not section.problems
         zeros = sum(int((~mask).sum()) for mask in before.values())
         assert f"{zeros:,} weights, which stay zero" in section.lines[0]
@@ -171,7 +170,7 @@ def test_check_and_the_memory_estimate_know_of_the_masks(recipe, tmp_path):
         assert estimate(config, 300).sparsity == numel
     assert estimate(load(str(recipe), ["pruning.keep_masks=false"]), 300).sparsity == 0
     section = Section("Pruning")
-    _pruning(load(str(recipe), [f"model.init_from={tmp_path / 'dense'}"]), section, Facts(vocabulary=300))
+    Check(load(str(recipe), [f"model.init_from={tmp_path / 'dense'}"]), vocabulary=300).pruning(section)
     assert "has a zero to keep" in section.problems[0]
     with pytest.raises(ValueError, match=r"pruning\.keep_masks: the rule 'nothing' matches no matrix"):
-        _pruning(load(str(recipe), ["pruning.exclude=[nothing]"]), Section("Pruning"), Facts(vocabulary=300))
+        Check(load(str(recipe), ["pruning.exclude=[nothing]"]), vocabulary=300).pruning(Section("Pruning"))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from leanstep import _memory
-from leanstep.recipes.check import sections
-from leanstep.recipes.check.check import _groups, check, inspect, routing_rows
-from leanstep.recipes.check.memory import MemoryEstimate
-from leanstep.recipes.check.sections import Facts, Section, disk_need
+from leanstep.recipes.check import check as check_module
+from leanstep.recipes.check.check import Check, Section, check, routing_rows
+from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import load, recipe_names, recipe_path
 from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.training.checkpoint import disk_need
 from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
@@ -40,17 +40,17 @@ def run(tmp_path):
 
 
 def section(config, title, **options):
-    return next(part for part in inspect(config, **options) if part.title == title)
+    return next(part for part in Check(config, **options).sections() if part.title == title)
 
 
 def output(config):
     found = Section("Output")
-    sections.output(config, found)
+    Check(config).output(found)
     return found
 
 
 def problems(config, **options):
-    return [f"{part.title}: {problem}" for part in inspect(config, **options) for problem in part.problems]
+    return [f"{part.title}: {problem}" for part in Check(config, **options).sections() for problem in part.problems]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_epochs_count_the_sequences_of_the_text(run):
 
 
 def test_the_routing_table_accounts_for_every_weight(run):
-    from leanstep.recipes.check.memory import meta_model
+    from leanstep.recipes.check.costs import meta_model
     from leanstep.recipes.training.build import build_optimizer
 
     config = run("optimizer.groups=[{match: 'layers.0', lr: 0.5, weight_decay: 0.25}]")
@@ -199,19 +199,19 @@ def test_disk_need_counts_what_a_run_keeps_at_once(run, monkeypatch):
     assert disk_need(config, one, world_size=4) == (300, 5 * 300 + 100), "replicated: one process writes"
     sharded = run("checkpoint.keep_last=3", "checkpoint.keep_best=true", "distributed.strategy=fsdp2")
     assert disk_need(sharded, one, world_size=4) == (1200, 5 * 1200 + 400)
-    monkeypatch.setattr(sections, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
-    assert any("4.00 GiB" in line for line in section(sharded, "Disk", world_size=4).lines)
+    monkeypatch.setattr(check_module, "disk_need", lambda config, memory, world_size: (world_size * 2**30, 0))
+    assert any("4.0 GiB" in line for line in section(sharded, "Disk", world_size=4).lines)
     monkeypatch.undo()
     memory = section(config, "Memory")
     assert memory.problems == []
     full = shutil.disk_usage(".")._replace(free=1_000_000)
-    monkeypatch.setattr(sections.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(check_module.shutil, "disk_usage", lambda path: full)
     (found,) = problems(config)
     assert found.startswith("Disk: the run needs ") and "lower checkpoint.keep_last" in found
 
 
 def test_memory_that_is_not_there(run, monkeypatch):
-    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_module, "free_memory", lambda device: 2_000_000)
     (found,) = problems(run())
     assert found.startswith("Memory: ") and "batch.micro_batch_size=2 (same maths)" in found
 
@@ -270,13 +270,12 @@ def test_what_a_failed_start_leaves_is_no_foreign_folder(run, tmp_path):
 
 def test_a_small_text_gives_the_vocabulary_that_it_gives(run):
     config = run("data.tokenizer=train:5000")
-    facts = Facts()
-    found = Section("Data")
-    sections.text(config, found, facts)
-    assert 257 < facts.vocabulary < 400
+    made, found = Check(config), Section("Data")
+    made.data(found)
+    assert 257 < made.vocabulary < 400
     assert any("at most 5,000 tokens" in line for line in found.lines)
-    assert any(f"{facts.vocabulary:,} tokens: the text gives no more" in line for line in found.lines)
-    full = inspect(run("data.tokenizer=train:5000", "model.config.vocab_size=5000"))
+    assert any(f"{made.vocabulary:,} tokens: the text gives no more" in line for line in found.lines)
+    full = Check(run("data.tokenizer=train:5000", "model.config.vocab_size=5000")).sections()
     assert [part.problems for part in full if part.problems] == []
 
 
@@ -322,23 +321,23 @@ FINE_TUNING = [name for name in recipe_names() if "  init_from:" in recipe_path(
 def test_every_shipped_recipe_can_be_built_and_estimated_offline(name):
     # one sequence at a time: what is checked is that model and optimizer can be built and stepped
     config = load(name, [f"batch.tokens_per_step={load(name).data.seq_len}", "batch.micro_batch_size=1"])
-    facts = Facts(vocabulary=config.model.config.get("vocab_size", 2048))
+    made = Check(config, vocabulary=config.model.config.get("vocab_size", 2048))
     groups, memory = Section("groups"), Section("memory")
-    _groups(config, groups, facts)
+    made.groups(groups)
     assert len(groups.lines) > 2
     if describe(config).parameters < 100e6:  # the larger ones differ in size only
-        sections.memory(config, 1, memory, facts)
-        assert facts.memory.weights > 1_000_000
+        made.memory(memory)
+        assert made.estimate.weights > 1_000_000
 
 
 def test_a_state_that_does_not_fit_is_what_the_advice_begins_with(run, monkeypatch):
-    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr(check_module, "free_memory", lambda device: 2_000_000_000)
     args = "optimizer.args={window: 20000, damping: 1e-4}"
     (told,) = section(run(args, name="gpt-nano-mfac"), "Memory").problems
     assert (
         "in this order: optimizer.args.storage=bf16 (the window at half the size), optimizer.args.compression" in told
     )
-    monkeypatch.setattr(sections, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check_module, "free_memory", lambda device: 2_000_000)
     (told,) = section(run(), "Memory").problems
     assert "optimizer.name=lion or sinkgd" in told
 

@@ -165,7 +165,7 @@ def test_mistakes_of_a_base_are_told_in_its_file(recipe, tmp_path):
         "mine.yaml:3: optimizer.lr must be at least 0, got -1",
         "first.yaml:1: unknown key 'stepz'; did you mean 'steps'?",
         "first.yaml:3: batch.tokens_per_step must be at least 1, got 0",
-        "override: steps: expected a whole number, got 'x'",
+        "override: steps must be a whole number, got 'x'",
     ]
 
 
@@ -208,10 +208,10 @@ def test_everything_at_once_with_lines(recipe):
     )
     assert problems_of(path, ["optimizer.nam=lion", "steps=x"]) == [
         "mine.yaml:1: unknown key 'stepz'; did you mean 'steps'?",
-        "mine.yaml:2: seed must be at least 0 and at most 9.22337e+18, got -1",
+        "mine.yaml:2: seed must be at least 0, got -1",
         "mine.yaml:3: unknown key 'lr'; did you mean 'optimizer.lr'?",
         "mine.yaml:5: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
-        "mine.yaml:6: optimizer.name: expected one of 'adamw', 'lion', 'sinkgd', 'lanton', 'mfac', 'muon', 'sgd', got "
+        "mine.yaml:6: optimizer.name must be 'adamw', 'lion', 'sinkgd', 'lanton', 'mfac', 'muon' or 'sgd', got "
         "'lionn'; did you mean 'lion'?",
         "mine.yaml:10: model.config.n_embd 100 must be a multiple of n_head 3",
         "mine.yaml:12: unknown key 'model.config.n_layers'; did you mean 'model.config.n_layer'?",
@@ -220,16 +220,16 @@ def test_everything_at_once_with_lines(recipe):
         "mine.yaml:13: data.path is needed by data.source 'text': a file, a folder or a pattern",
         "mine.yaml:13: data.seq_len must be at most the model's 1024 positions, got 4000; "
         "shorten it or set model.config.n_positions",
-        "mine.yaml:14: eval.every: expected a whole number, got false",
+        "mine.yaml:14: eval.every must be a whole number, got false",
         "mine.yaml:15: duplicate key 'seed'; it is first on line 2",
-        "mine.yaml:17: schedule.warmup_fraction must be at least 0 and at most 1, got 2",
-        "mine.yaml:18: stop: expected a mapping, got null; its keys go below it",
-        "override: steps: expected a whole number, got 'x'",
+        "mine.yaml:17: schedule.warmup_fraction must be at most 1, got 2",
+        "mine.yaml:18: stop must be a mapping, got null",
+        "override: steps must be a whole number, got 'x'",
         "override: unknown key 'optimizer.nam'; did you mean 'optimizer.name'?",
     ]
 
 
-@pytest.mark.parametrize("family", ["llamma", "GPT", "5"])
+@pytest.mark.parametrize("family", ["llamma", "GPT"])
 def test_what_follows_from_a_wrong_name_is_told_with_it(recipe, family):
     found = problems_of(
         recipe(),
@@ -240,36 +240,36 @@ def test_what_follows_from_a_wrong_name_is_told_with_it(recipe, family):
         ],
     )
     told = "\n".join(found)
-    assert "model.family: expected one of 'llama', 'gpt2'" in told
+    assert "model.family must be 'llama' or 'gpt2'" in told
     assert "unknown key 'model.config.hiden_size'" in told
     assert ("model.config.num_hidden_layers must be at least 1, got 0" in told) == (family != "GPT")
-    assert ("model.config.n_layer: expected a whole number, got 'many'" in told) == (family == "GPT")
-    assert "optimizer.name: expected one of 'adamw', 'lion'" in told and "optimizer.lr must be at least 0" in told
+    assert ("model.config.n_layer must be a whole number, got 'many'" in told) == (family == "GPT")
+    assert "optimizer.name must be 'adamw', 'lion'" in told and "optimizer.lr must be at least 0" in told
     assert "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'?" in told
-    assert "optimizer.args.momentum_dtype: expected one of" in told
-    assert "optimizer.groups.0.role: expected one of" in told and "optimizer.groups.0.lr must be at least 0" in told
+    assert "optimizer.args.momentum_dtype must be" in told
+    assert "optimizer.groups.0.role must be" in told and "optimizer.groups.0.lr must be at least 0" in told
     assert "data.path is needed by data.source 'text'" in told
 
 
 WRONG = {
-    "text for a number": ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
-    "float for a count": ("steps=1e3", "steps: expected a whole number, got 1000.0; write 1000"),
-    "bool for a count": ("steps=true", "steps: expected a whole number, got true"),
-    "number for text": ("data.subset=10", "data.subset: expected text or null, got 10; put it in quotes"),
-    "null": ("steps=null", "steps: expected a whole number, got null"),
-    "empty": ("steps=", "steps: expected a whole number, got null"),
-    "scalar for a section": ("batch=3", "batch: expected a mapping, got 3; its keys go below it"),
-    "list of numbers": ("log.trackers=[1]", "log.trackers: element 0: expected text, got 1; put it in quotes"),
-    "infinite": ("optimizer.lr=.inf", "optimizer.lr must be at least 0, got inf"),
-    "nan": ("optimizer.lr=.nan", "optimizer.lr must be at least 0, got nan"),
-    "choice": ("precision=bf15", "precision: expected one of 'bf16', 'fp32', 'fp16', 'bf16-pure', got 'bf15'"),
+    "text for a number": ("optimizer.lr=fast", "optimizer.lr must be a number, got 'fast'"),
+    "float for a count": ("steps=1e3", "steps must be a whole number, got 1000.0; write 1000"),
+    "bool for a count": ("steps=true", "steps must be a whole number, got true"),
+    "number for text": ("data.subset=10", "data.subset must be text, got 10; put it in quotes"),
+    "null": ("steps=null", "steps must be a whole number, got null"),
+    "empty": ("steps=", "steps must be a whole number, got null"),
+    "scalar for a section": ("batch=3", "batch must be a mapping, got 3"),
+    "list of numbers": ("log.trackers=[1]", "log.trackers.0 must be text, got 1; put it in quotes"),
+    "infinite": ("optimizer.lr=.inf", "optimizer.lr must be a finite number, got inf"),
+    "nan": ("optimizer.lr=.nan", "optimizer.lr must be a finite number, got nan"),
+    "choice": ("precision=bf15", "precision must be 'bf16', 'fp32', 'fp16' or 'bf16-pure', got 'bf15'"),
     "reference": ("out=runs/${nam}", "out: 'runs/${nam}' cannot be resolved: Interpolation key 'nam' not found"),
     "missing": ("data.path=???", "data.path has no value yet ('???'); give it one"),
     "not a key": ("foo", "expected key.path=value, got 'foo'"),
     "empty key": (".steps=3", "expected key.path=value, got '.steps=3'"),
     "below a value": ("steps.x=3", "steps.x: steps is 10, which has no keys below it"),
     "not YAML": ("data.path=[", "data.path: not valid YAML"),
-    "no such position": ("optimizer.groups.0.lr=1", "optimizer.groups: expected a list, got a mapping {'0': {'lr"),
+    "no such position": ("optimizer.groups.0.lr=1", "optimizer.groups must be a list, got a mapping {'0': {'lr"),
     "tokenizer size": ("data.tokenizer=train:200", "data.tokenizer must be 'train:SIZE' with a size of at least 257"),
     "name with a slash": ("name=a/b", "name must be a plain name without slashes, got 'a/b'"),
     "empty text": ("out=''", "out must not be empty"),
@@ -291,19 +291,25 @@ WRONG = {
     "zero layers": ("model.config.num_hidden_layers=0", "model.config.num_hidden_layers must be at least 1, got 0"),
     "heads": ("model.config.num_attention_heads=5", "model.config.hidden_size 64 must be a multiple of"),
     "model key": ("model.config.hiden_size=3", "unknown key 'model.config.hiden_size'; did you mean"),
-    "model type": ("model.config.vocab_size=big", "model.config.vocab_size: expected a whole number, got 'big'"),
+    "model type": ("model.config.vocab_size=big", "model.config.vocab_size must be a whole number, got 'big'"),
     "argument": ("optimizer.args.beta=1", "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'"),
-    "argument with its own key": ("optimizer.args.lr=1", "optimizer.args.lr is optimizer.lr"),
-    "argument type": ("optimizer.args.amsgrad=3", "optimizer.args.amsgrad: expected true or false, got 3"),
-    "argument length": ("optimizer.args.betas=[0.9]", "optimizer.args.betas: expected a list of 2, got 1: [0.9]"),
-    "argument range": ("optimizer.args.betas=[0, 1]", "optimizer.args.betas must be at least 0 and less than 1, got 1"),
+    "key of its own": (
+        "optimizer.args.lr=1",
+        "unknown key 'optimizer.args.lr'; did you mean 'optimizer.lr'",
+    ),
+    "argument type": ("optimizer.args.amsgrad=3", "optimizer.args.amsgrad must be true or false, got 3"),
+    "argument length": (
+        "optimizer.args.betas=[0.9]",
+        "optimizer.args.betas must be a list of at least 2 items, not 1, got a list [0.9]",
+    ),
+    "argument range": ("optimizer.args.betas=[0, 1]", "optimizer.args.betas.1 must be less than 1, got 1"),
     "pattern": (
         "optimizer.groups=[{match: '[', lr: 1}]",
         "optimizer.groups.0.match must be a regular expression, got '['",
     ),
     "no selector": ("optimizer.groups=[{lr: 1}]", "optimizer.groups.0 must select parameters by 'match'"),
     "two selectors": ("optimizer.groups=[{match: a, role: head, lr: 1}]", "optimizer.groups.0 must select parameters"),
-    "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role: expected one of 'hidden'"),
+    "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role must be 'hidden'"),
     "algorithm": (
         "optimizer.groups=[{role: head, algorithm: sinkd}]",
         "unknown key 'optimizer.groups.0.algorithm'",
@@ -323,15 +329,15 @@ def test_each_kind_of_mistake(recipe, override, message):
 
 
 CHOICES = {
-    "rounding=stochastik": "optimizer.args.rounding: expected one of 'nearest', 'stochastic', 'kahan', 'master', got "
+    "rounding=stochastik": "optimizer.args.rounding must be 'nearest', 'stochastic', 'kahan' or 'master', got "
     "'stochastik'; did you mean 'stochastic'?",
-    "nonfinite=ignore": "optimizer.args.nonfinite: expected one of 'skip', 'raise', 'pass', got 'ignore'",
-    "algorithm=sinkg": "optimizer.args.algorithm: expected one of 'auto', 'sinkgd', 'balanced', 'adamw', got 'sinkg'; "
+    "nonfinite=ignore": "optimizer.args.nonfinite must be 'skip', 'raise' or 'pass', got 'ignore'",
+    "algorithm=sinkg": "optimizer.args.algorithm must be 'auto', 'sinkgd', 'balanced' or 'adamw', got 'sinkg'; "
     "did you mean 'sinkgd'?",
-    "spectral=norm": "optimizer.args.spectral: expected one of 'unit', 'muon' or null, got 'norm'",
-    "momentum_order=before": "optimizer.args.momentum_order: expected one of 'pre', 'post', got 'before'",
+    "spectral=norm": "optimizer.args.spectral must be 'unit' or 'muon', got 'norm'",
+    "momentum_order=before": "optimizer.args.momentum_order must be 'pre' or 'post', got 'before'",
     "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
-    "momentum_dtype=fp32": "optimizer.args.momentum_dtype: expected one of 'float16', 'bfloat16', 'float32', 'float64'",
+    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'float16', 'bfloat16', 'float32' or 'float64'",
 }
 
 
@@ -346,14 +352,14 @@ def test_words_that_an_argument_may_be_are_those_of_the_class(recipe, argument, 
 
 
 OTHER_CHOICES = {
-    "lanton.alpha=big": "optimizer.args.alpha: expected 'auto' or a number, got 'big'",
-    "lanton.scaling=moun": "expected one of 'scion', 'muon', got 'moun'; did you mean 'muon'?",
-    "lanton.nuclear=exact": "optimizer.args.nuclear: expected one of 'polar', 'svd', 'frobenius', got 'exact'",
+    "lanton.alpha=big": "optimizer.args.alpha must be 'auto' or a number, got 'big'",
+    "lanton.scaling=moun": "must be 'scion' or 'muon', got 'moun'; did you mean 'muon'?",
+    "lanton.nuclear=exact": "optimizer.args.nuclear must be 'polar', 'svd' or 'frobenius', got 'exact'",
     "lanton.ns_coefficients=jordn": "did you mean 'jordan'?",
-    "mfac.scaling=muon": "optimizer.args.scaling: expected one of 'window', 'count', got 'muon'",
-    "mfac.scope=layers": "expected one of 'model', 'group', 'layer' or a whole number, got 'layers'; did you mean",
-    "mfac.storage=fp8": "expected one of 'fp32', 'bf16', 'fp16', 'fp64' or null, got 'fp8'",
-    "mfac.compression=top-k": "expected one of 'topk', 'lowrank' or null, got 'top-k'; did you mean 'topk'?",
+    "mfac.scaling=muon": "optimizer.args.scaling must be 'window' or 'count', got 'muon'",
+    "mfac.scope=layers": "must be 'model', 'group' or 'layer' or a whole number, got 'layers'; did you mean",
+    "mfac.storage=fp8": "must be 'fp32', 'bf16', 'fp16' or 'fp64', got 'fp8'",
+    "mfac.compression=top-k": "must be 'topk' or 'lowrank', got 'top-k'; did you mean 'topk'?",
     "mfac.window=0": "optimizer.args.window must be at least 1, got 0",
     "mfac.damping=0": "optimizer.args.damping must be greater than 0, got 0",
 }
@@ -435,7 +441,7 @@ def test_processes_share_the_step(recipe, monkeypatch):
 
 def test_a_joint_rule_is_silent_about_keys_that_are_wrong_already(recipe):
     assert problems_of(recipe(), ["batch.tokens_per_step=many"]) == [
-        "override: batch.tokens_per_step: expected a whole number, got 'many'"
+        "override: batch.tokens_per_step must be a whole number, got 'many'"
     ]
 
 
@@ -451,7 +457,10 @@ FORMS = {
     "list": ("- 1\n", ["mine.yaml:1: not a recipe: expected a mapping"]),
     "empty": ("", ["mine.yaml:1: the file is empty"]),
     "comment only": ("# nothing\n", ["mine.yaml:1: the file is empty"]),
-    "object": ("seed: !!python/name:os.system\n", ["mine.yaml:1: seed: not valid YAML: could not determine"]),
+    "object": (
+        "seed: !!python/name:os.system\n",
+        ["mine.yaml:1: seed: not valid YAML: python/name:os.system is no text"],
+    ),
     "binary": ("seed: !!binary aGVsbG8=\n", ["mine.yaml:1: seed: not valid YAML: binary is no text, number"]),
     "hidden key": ("source_file: mine.txt\n", ["mine.yaml:1: unknown key 'source_file'"]),
     "itself": ("log: &a {trackers: [*a]}\n", ["mine.yaml:1: log.trackers.0 contains itself"]),

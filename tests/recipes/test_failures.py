@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes.check.memory import MemoryEstimate
+from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.config.rules import optimizer_arguments
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
 from leanstep.recipes.config.values import check
@@ -336,7 +336,7 @@ def test_without_on_signal_the_process_ends_as_usual(recipe, tmp_path):
 
 
 def test_old_handlers_come_back():
-    from leanstep.recipes.training.world import StopFlag
+    from leanstep.recipes.training.build import StopFlag
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with StopFlag() as flag:

@@ -13,7 +13,7 @@ from training import numbers, read_log, run, status, write_recipe
 
 from leanstep.cli import main
 from leanstep.recipes.training import launch
-from leanstep.recipes.training.world import WorldError, asked_world_size, check_world
+from leanstep.recipes.training.build import asked_world_size, check_world
 
 OPTIONS = ["steps=12", "batch.micro_batch_size=2", "checkpoint.every=0"]
 
@@ -89,7 +89,7 @@ def test_accelerate_launch_that_starts_too_few_is_stopped(recipe, tmp_path):
 def test_world_size_that_nobody_connected_is_stopped():
     check_world(2, {"WORLD_SIZE": 2, "--nproc": 2})
     for asked in ({"WORLD_SIZE": 2}, {"--nproc": 2}, {"WORLD_SIZE": 1, "accelerate launch --num_processes": 4}):
-        with pytest.raises(WorldError, match=r"asks for [24] processes, but Accelerate connected 1"):
+        with pytest.raises(ValueError, match=r"asks for [24] processes, but Accelerate connected 1"):
             check_world(1, asked)
 
 

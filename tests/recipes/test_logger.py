@@ -8,9 +8,10 @@ import pytest
 from run_folders import write_run
 from training import read_log, run, status, write_recipe
 
+from leanstep.recipes.check.costs import flops_per_token, peak_flops
 from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.report.report import write_report
-from leanstep.recipes.training.build import build_model, flops_per_token, peak_flops
+from leanstep.recipes.training.build import build_model
 from leanstep.recipes.training.formatting import format_line
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leanstep.kernels import use_backend
-from leanstep.recipes.check.memory import SavedStorages, estimate, meta_model, optimizer_state_bytes, unique_bytes
+from leanstep.recipes.check.costs import estimate, meta_model, optimizer_state_bytes, saved_storages, unique_bytes
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.training.build import build_model, build_optimizer
 
@@ -35,14 +35,15 @@ def real_step(config, vocab_size=2048):
     optimizer = build_optimizer(config.optimizer, model)
     ids = torch.randint(vocab_size, (config.batch.micro_batch_size, config.data.seq_len))
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()
-    with SavedStorages(model) as saved, autocast:
+    with saved_storages(model) as saved, autocast:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     with use_backend("reference"):  # the state is the same for all backends, and compiling one takes its time
         optimizer.step()
     state = [tensor for values in optimizer.state.values() for tensor in values.values() if torch.is_tensor(tensor)]
-    return unique_bytes(model.parameters()), unique_bytes(gradients), unique_bytes(state), saved.bytes
+    activations = sum(storage.nbytes() for storage in saved.values())
+    return unique_bytes(model.parameters()), unique_bytes(gradients), unique_bytes(state), activations
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_published_sizes_take_the_expected_memory(size, optimizer, gigabytes):
     """bf16 weights and state: 2 bytes a weight, and 4 (AdamW), 2 (Lion) or 0 (SinkGD's matrices) of state."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from leanstep.recipes.check.memory import fake_model
+    from leanstep.recipes.check.costs import fake_model
 
     config = load(f"llama-{size}-{optimizer}" if optimizer != "lion" else f"llama-{size}-adamw")
     if optimizer == "lion":

@@ -11,8 +11,8 @@ from training import Training, numbers, read_log, run, write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from leanstep.cli import main
-from leanstep.recipes.check.check import inspect
-from leanstep.recipes.check.memory import estimate
+from leanstep.recipes.check.check import Check
+from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, dump, load
 from leanstep.recipes.config.schema import RunConfig, SparsityConfig
@@ -39,7 +39,7 @@ def test_mistakes_are_named_before_torch_is_imported():
     # YAML reads 1:16 as a number of base sixty
     assert "got 76; put it in quotes" in problems("sparsity.patterns={'*.mlp.*': 1:16}")[0]
     assert "keeps 5 of 4; expected 0 < N <= M" in problems("sparsity.patterns={'*': '5:4'}")[0]
-    assert "expected one of 'ste', 'srste'" in problems("sparsity.method=slow")[0]
+    assert "must be 'ste', 'srste'" in problems("sparsity.method=slow")[0]
     assert "did you mean 'sparsity.alpha_end'" in problems("sparsity.alpha_ends=1")[0]
     assert "must be at most 1 together, got 0.6 and 0.5" in problems("sparsity.dense=0.5", "sparsity.finetune=0.6")[0]
     assert "is for the methods with mdgf-linear or mdgf-exponential" in problems("sparsity.method=srste")[0]
@@ -75,13 +75,13 @@ def _tree(config):
 
 def test_check_tells_layers_schedule_and_operations(tmp_path):
     config = load("llama-nano-sparse-1of16", [f"out={tmp_path / 'run'}"])
-    section = next(section for section in inspect(config) if section.title == "Sparsity")
+    section = next(section for section in Check(config).sections() if section.title == "Sparsity")
     text = "\n".join(section.lines)
     assert not section.problems
     assert "mdgf-exponential" in text and "0 steps dense, 540 on the way, 60 at the end" in text
     assert "1:16" in text and "589,824" in text and "model.layers.0.mlp.gate_proj" in text
     wrong = load("llama-nano-sparse-1of16", ["sparsity.patterns={'*.ffn.*': '1:16'}", f"out={tmp_path / 'run'}"])
-    found = next(section for section in inspect(wrong) if section.title == "Sparsity").problems
+    found = next(section for section in Check(wrong).sections() if section.title == "Sparsity").problems
     assert "'*.ffn.*'" in found[0] and "model.layers.0.mlp.up_proj" in found[0]
     sparse, dense = estimate(config, 2048), estimate(load("llama-nano-adamw"), 2048)
     assert sparse.sparsity == 589_824 * 5 and dense.sparsity == 0

@@ -1,30 +1,38 @@
-"""Estimate the memory of a run without allocating it: the model is built and stepped with fake tensors.
+"""Estimate what a run costs: memory and floating-point operations.
 
-Weights, gradients and optimizer state are exact. Activations are the distinct storages that autograd saves in the
-forward pass of one micro batch. The peak adds a margin for the allocator's rounding and the kernels' workspaces.
+Memory: the model is built and stepped with fake tensors, which take none. Weights, gradients and optimizer state are
+exact. Activations are the distinct storages that autograd saves in the forward pass of one micro batch. The peak adds a
+margin for the allocator's rounding and the kernels' workspaces.
+
+Operations: :data:`FORMULA`, after appendix B of A. Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways",
+arXiv:2204.02311. Each weight takes one multiplication and one addition per token forward, and twice as many backward.
+Attention adds the products of queries with keys and of its weights with values. Recomputed activations, norms,
+activation functions and the optimizer are not counted: the rate measures training, not device use.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from leanstep._torch import output_head
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
+from leanstep.optimizers.param_groups import parameter_roles
+from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import mask_bytes
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
-
-_OPTIONAL = ("gradient exchange", "masks, masked weights")
-MARGIN = 0.10  # allocator rounding, workspaces, fragmentation
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The sum of all attributes and a margin of a tenth."""
-        return int(sum(astuple(self)) * (1 + MARGIN))
+        """The sum of all attributes, and a tenth more for allocator rounding, workspaces and fragmentation."""
+        return int(sum(astuple(self)) * 1.1)
 
     def rows(self) -> list[tuple[str, int]]:
         """(name, bytes) to print, in order."""
@@ -65,37 +73,27 @@ class MemoryEstimate:
             ("masks, masked weights", self.sparsity),
             ("peak, with a margin of 10 %", self.peak),
         ]
-        return [(name, size) for name, size in named if size or name not in _OPTIONAL]
+        optional = ("gradient exchange", "masks, masked weights")
+        return [(name, size) for name, size in named if size or name not in optional]
 
 
-class SavedStorages:
-    """Context manager that sums the distinct storages autograd saves, other than the model's weights and buffers.
+@contextmanager
+def saved_storages(model: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Yield the distinct storages that autograd saves in the block, other than the model's weights and buffers.
 
     Works on fake and real tensors. Holds the storages while it counts, so that no address is reused.
     """
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def __init__(self, model: nn.Module) -> None:
-        self._known = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self._saved: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> "SavedStorages":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if storage._cdata not in self._known:
-            self._saved.setdefault(storage._cdata, storage)
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved.setdefault(storage._cdata, storage)
         return tensor
 
-    @property
-    def bytes(self) -> int:
-        """Sum of the saved storages' sizes."""
-        return sum(storage.nbytes() for storage in self._saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
 def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
@@ -116,7 +114,13 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
         state = optimizer_state_bytes(optimizer)
-        half = _half_bytes(optimizer) if hasattr(optimizer, "mark_half") else 0
+        # LANTON's copies of the gradients at half a step
+        half = sum(
+            parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
+            for group in (halved_groups(optimizer) if hasattr(optimizer, "mark_half") else ())
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
     sharded = config.distributed.strategy == "fsdp2" and world_size > 1
     shards = world_size if sharded else 1
     return MemoryEstimate(
@@ -152,8 +156,8 @@ def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
 
 def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
     """Build the run's model with fake tensors as weights; call it under a ``FakeTensorMode``."""
-    model = meta_model(config, vocab_size)
-    _replace_tensors(model, device)
+    model = meta_model(config, vocab_size).to_empty(device=device)
+    model.tie_weights()
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -166,27 +170,11 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
     with unset_fake_temporarily(), torch.device("meta"):
         if config.model.init_from is None:
             return build_model(config.model, vocab_size, dtype)
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+        known = open_config(config.model.init_from)
+        model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
         if config.lora.target_modules:
             adapt(config, model)
         return model
-
-
-def _replace_tensors(model: nn.Module, device: str) -> None:
-    """Replace each parameter and buffer by an uninitialised tensor; tied tensors stay tied."""
-    new: dict[int, Tensor] = {}
-    for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in stores:
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in new:
-                    made = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    new[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
-                tensors[name] = new[id(old)]
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -208,17 +196,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
             _first_step(optimizer)
         for group, old in zip(optimizer.param_groups, before, strict=True):
             group.update(old)
-    return unique_bytes(_tensors(list(optimizer.state.values())))
-
-
-def _half_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of LANTON's gradient copies at half a step."""
-    return sum(
-        parameter.numel() * (dtype_of(group["noise_dtype"]) or parameter.dtype).itemsize
-        for group in halved_groups(optimizer)
-        for parameter in group["params"]
-        if parameter.requires_grad
-    )
+    return unique_bytes(leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor))
 
 
 def _first_step(optimizer: torch.optim.Optimizer) -> None:
@@ -241,8 +219,7 @@ def _first_step(optimizer: torch.optim.Optimizer) -> None:
 
 def unique_bytes(tensors: Any) -> int:
     """Bytes of distinct storages: tied weights and views count once."""
-    storages = {_storage(tensor)._cdata: _storage(tensor) for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
@@ -251,22 +228,58 @@ def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
-    with SavedStorages(model) as saved, context:
+    with saved_storages(model) as saved, context:
         loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     loss.backward()
-    return saved.bytes
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor inside nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+FORMULA = (
+    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), L layers, h heads x "
+    "their width, s tokens in a sequence, padding included"
+)
+
+# dense 16-bit tensor-core TFLOP/s with fp32 accumulation, from data sheets (rates with sparsity are halved). The first
+# entry whose text is in the device's name counts.
+_PEAK_TFLOPS = (
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200", 989),
+    ("A100", 312),
+    ("L40S", 362),
+    ("L4", 121),
+    ("RTX 4090", 165),
+    ("MI300X", 1307),
+)
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
+    """Count the operations of forward and backward per token (:data:`FORMULA`).
+
+    Call it before sharding the model. Counts no attention if the configuration lacks ``num_hidden_layers`` or
+    ``num_attention_heads``.
+    """
+    roles = parameter_roles(model)
+    head = output_head(model)
+    tied = None if head is None else head.weight
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if roles[name] not in ("embedding", "position") or parameter is tied
+    )
+    config: Any = model.config
+    sizes = config.get_text_config()
+    layers, heads = (getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if layers is None or heads is None:
+        return 6 * weights
+    width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
+    return 6 * weights + 12 * layers * width * seq_len
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak operations per second of a device in 16-bit precision, by its name; None if unknown."""
+    # unknown: the peak of a MIG slice, and that of fp32, which depends on TF32
+    if precision == "fp32" or " MIG " in device_name:
+        return None
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)
