@@ -15,7 +15,7 @@ from leanstep.pruning.score.targets import find_targets
 
 Result = TypeVar("Result")
 
-KINDS = ("cubic", "linear", "geometric")
+KINDS = ("cubic", "geometric")
 
 
 def keep_masks(
@@ -158,8 +158,8 @@ def gradual_sparsity(
 ) -> float:
     """The sparsity of a schedule at a step: ``initial`` until ``begin``, ``final`` from ``end`` on.
 
-    With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "linear";
-    "geometric": the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
+    With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "geometric":
+    the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
 
     Raises:
         ValueError: for another kind, ``end <= begin``, or sparsities that are not 0 <= initial <= final < 1.
@@ -178,8 +178,6 @@ def gradual_sparsity(
     x = min(max((step - begin) / (end - begin), 0.0), 1.0)
     if kind == "cubic":
         return final + (initial - final) * (1 - x) ** 3
-    if kind == "linear":
-        return initial + (final - initial) * x
     return 1 - (1 - initial) ** (1 - x) * (1 - final) ** x
 
 

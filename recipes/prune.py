@@ -236,28 +236,22 @@ class _Bar:
         if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
-            self._show(done, total, name)
+            self._show(done, total)
         elif done == total or (now - self._printed > 30 and done > self._first + 1):
             self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
             print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
 
-    def _show(self, done: int, total: int, name: str) -> None:
+    def _show(self, done: int, total: int) -> None:
         if self._live is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import MofNCompleteColumn, Progress
 
-            columns = (
-                TextColumn("curves"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-            )
+            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
-            self._task = self._live.add_task(name, total=total, completed=done)
-        self._live.update(self._task, completed=done, total=total, description=name)
+            self._task = self._live.add_task("curves", total=total, completed=done)
+        self._live.update(self._task, completed=done, total=total)
 
 
 def _spent(budget: dict[str, Any]) -> str:

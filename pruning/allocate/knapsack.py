@@ -90,9 +90,6 @@ def level_at(previous: Floats, row: Floats, costs: Ints, losses: Floats, state: 
 def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike], budget: int) -> KnapsackTable:
     """Minimize ``sum_g losses[g][k_g]`` subject to ``sum_g costs[g][k_g] <= budget`` over the levels k, exactly.
 
-    ``f_0 = 0`` and ``f_n(b) = min_k f_{n-1}(b - costs[n][k]) + losses[n][k]`` for every b from the least possible cost
-    to the budget, group after group. Going back from b = budget gives the levels.
-
     Args:
         costs: per group, integers >= 0, one per level, in any order.
         losses: per group, finite, one per level; need not be monotone.

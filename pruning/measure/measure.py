@@ -207,11 +207,15 @@ class Measurement:
         )
 
     def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on. Restores the matrices."""
-        with restored_weights([target for target, _ in changed]):
+        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit."""
+        saved = [target.weight.clone() for target, _ in changed]
+        try:
             for target, weight in changed:
                 target.weight.copy_(weight)
             return self._run()
+        finally:
+            for (target, _), weight in zip(changed, saved, strict=True):
+                target.weight.copy_(weight)
 
 
 def curve_of(
@@ -310,17 +314,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def restored_weights(targets: Sequence[Target]) -> Iterator[None]:
-    """Context manager: restores these matrices on exit, bit for bit."""
-    saved = [target.weight.clone() for target in targets]
-    try:
-        yield
-    finally:
-        for target, weight in zip(targets, saved, strict=True):
-            target.weight.copy_(weight)
 
 
 def weights_hash(model: nn.Module) -> str:

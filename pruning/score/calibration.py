@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, split_count
 
+# most samples whose gradients are collected
+_GRADIENTS = 128
+
 
 def statistics_for(
-    cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
+    cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str]
 ) -> dict[str, LayerStatistics]:
     """Collect the statistics of some layers, with the current weights.
 
@@ -30,15 +34,13 @@ def statistics_for(
         cache: the model and the data. Passes run from its position to the last stage with a target.
         targets: the layers.
         needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
-        gradient_samples: largest number of samples for gradients.
 
     Raises:
         ValueError: for a layer that never ran on the data, or a convolution without one matrix of inputs.
     """
-    needs = tuple(needs)
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
-        gradients = collect_gradients(cache.model, cache.batches, targets, samples=gradient_samples)
+        gradients = collect_gradients(cache.model, cache.batches, targets)
         for name, rows in gradients.items():
             statistics_by_name[name].gradients, statistics_by_name[name].count = rows, len(rows)
     if {"square_sum", "gram"} & set(needs):
@@ -80,8 +82,8 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
                 experts[target.weight.data_ptr()] = target
                 stack.enter_context(_one_expert_at_a_time(cache.model))
                 continue
-            hook = _hook(target, give)
-            stack.callback(target.module.register_forward_pre_hook(hook).remove)
+            handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
+            stack.callback(handle.remove)
         if experts:
             stack.enter_context(_ExpertInputs(experts, give))
         numbers = [cache.number(target.module) for target in targets]
@@ -92,10 +94,6 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
                 cache.until(index, max(known))
             else:
                 cache.run(index)
-
-
-def _hook(target: Target, give: Callable[[Target, Tensor], None]) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: give(target, args[0])
 
 
 def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -155,10 +153,8 @@ def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
         model.set_experts_implementation(before)  # type: ignore[operator]
 
 
-def collect_gradients(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, samples: int
-) -> dict[str, Tensor]:
-    """Gradients of the loss of single samples, fp32 [samples, out * in] per layer.
+def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Gradients of the loss of the first 128 single samples, fp32 [samples, out * in] per layer.
 
     The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
     predictions, as in the definition of the Fisher matrix.
@@ -170,7 +166,8 @@ def collect_gradients(
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        for single in _singles(batches, samples):
+        singles = (batch.sample(row) for batch in batches for row in range(batch.size))
+        for single in islice(singles, _GRADIENTS):
             with torch.enable_grad():
                 loss = _loss(model, single, generator)
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -185,14 +182,6 @@ def collect_gradients(
         for parameter in frozen:
             parameter.requires_grad_(False)
     return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
-
-
-def _singles(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
-    left = samples
-    for batch in batches:
-        for row in range(min(batch.size, left)):
-            yield batch.sample(row)
-        left -= min(batch.size, left)
 
 
 def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -246,12 +246,11 @@ def test_iterative_pruning_follows_the_paper_s_targets_and_nothing_comes_back():
 
 def test_schedules_are_their_formulas():
     at = partial(gradual_sparsity, begin=10, end=20, final=0.8)
-    for kind in ("cubic", "linear", "geometric"):
+    for kind in ("cubic", "geometric"):
         values = [at(step, kind=kind, initial=0.2) for step in range(0, 30)]
         assert values[0] == values[10] == pytest.approx(0.2) and values[20] == values[29] == pytest.approx(0.8)
         assert values == sorted(values)
     assert at(15) == pytest.approx(0.8 - 0.8 * 0.5**3)
-    assert at(15, kind="linear") == pytest.approx(0.4)
     assert 1 - at(15, kind="geometric") == pytest.approx((1.0 * 0.2) ** 0.5)
     for wrong in ({"kind": "square"}, {"begin": 20}, {"final": 1.0}, {"initial": 0.9}):
         with pytest.raises(ValueError, match="gradual_sparsity"):
