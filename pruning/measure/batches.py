@@ -85,13 +85,13 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+    options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
     if isinstance(batch, Tensor):
-        if extra and batch.is_floating_point():
+        if options and batch.is_floating_point():
             raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {batch.dtype} as for images")
         labels = batch.to(device) if not batch.is_floating_point() and batch.dim() == 2 else None
-        if extra:
-            return Batch((), {"input_ids": move(batch), **extra}, labels=labels)
+        if options:
+            return Batch((), {"input_ids": move(batch), **options}, labels=labels)
         if _is_transformers(model) and batch.is_floating_point():
             return Batch((), {str(model.main_input_name): move(batch)})
         return Batch((move(batch),), labels=labels)
@@ -105,7 +105,7 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
         if labels is None and "input_ids" in kwargs:
             labels = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
-        return Batch((), {**kwargs, **extra}, None if mask is None else mask.bool(), labels)
+        return Batch((), {**kwargs, **options}, None if mask is None else mask.bool(), labels)
     raise TypeError(
         f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(batch).__name__}"
     )
