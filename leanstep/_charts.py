@@ -84,6 +84,8 @@ def smooth(values: Sequence[float | None], width: int) -> list[float | None]:
 def compact(value: float) -> str:
     """Write a number in few characters: 1250000 is 1.25M, 0.00004 is 4e-5."""
     size = abs(value)
+    if not math.isfinite(value):
+        return f"{value}"
     if size >= 1e4:
         for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
             if size >= unit:

@@ -1,5 +1,6 @@
 """HTML pages of reports: the layout, the style sheet (light, dark and print) and shared Jinja macros."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from leanstep._charts import PALETTE, STYLE
 from leanstep._version import __version__
 
 _TEMPLATES = Path(__file__).with_name("templates")
+# characters that neither HTML nor UTF-8 may contain
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 _COLORS = {
     "light": "--page:#f6f7f9;--card:#fff;--text:#1a1d23;--muted:#5c6470;--line:#e3e6eb;--axis:#9aa2ae;--accent:#2457d6;"
@@ -22,6 +25,8 @@ _COLORS = {
 
 def render(template: Path, **values: Any) -> str:
     """Render a page from a template that extends ``layout.html``; every value is escaped.
+
+    Control characters and lone surrogates are replaced by U+FFFD.
 
     Args:
         template: the file. It may include templates beside it and those of this package.
@@ -37,7 +42,8 @@ def render(template: Path, **values: Any) -> str:
         f"@media screen and (prefers-color-scheme:dark){{:root{{{_COLORS['dark']}{dark}}}}}\n" + _RULES + STYLE
     )
     shared = {"style": Markup(style), "version": __version__, "footer": ()}
-    return environment.get_template(template.name).render({**shared, **values}) + "\n"
+    page = environment.get_template(template.name).render({**shared, **values})
+    return _FORBIDDEN.sub("\ufffd", page) + "\n"
 
 
 _RULES = """

@@ -128,8 +128,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         if mask is not None:
             report.masked[name] = int((~mask).sum())
         layer.lora.merged, layer.lora.norms = True, None
-        if _has_bias_on_b(layer):
-            layer.bias.add_(_bias_shift(layer))
+        _add_to_bias(layer, 1)
     return report
 
 
@@ -180,8 +179,8 @@ def unmerge(model: nn.Module) -> MergeReport:
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
-        if f"{name}.bias" not in restored and _has_bias_on_b(layer):
-            layer.bias.sub_(_bias_shift(layer))
+        if f"{name}.bias" not in restored:
+            _add_to_bias(layer, -1)
         layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
     return report
 
@@ -270,6 +269,11 @@ def _bias_shift(layer: Any) -> Tensor:
     shift = layer.lora_B.bias.detach() * layer.lora.scale
     factor = layer.lora.undo.factor if layer.lora.merged else _dora_factors(layer)
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
+
+
+def _add_to_bias(layer: Any, sign: int) -> None:
+    if _has_bias_on_b(layer):
+        layer.bias.add_(_bias_shift(layer), alpha=sign)
 
 
 # --- tied parameters --------------------------------------------------------------------------------------------------

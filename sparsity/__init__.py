@@ -3,7 +3,7 @@
 from leanstep.sparsity.compressed import export_compressed, load_compressed
 from leanstep.sparsity.controller import Controller
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
-from leanstep.sparsity.masks import flip_rate, is_nm, nm_mask
+from leanstep.sparsity.masks import is_nm, nm_mask
 from leanstep.sparsity.methods import sparsify
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.schedules import Schedule, Stage
@@ -28,7 +28,6 @@ __all__ = [
     "Stage",
     "Verification",
     "export_compressed",
-    "flip_rate",
     "is_nm",
     "load_compressed",
     "magnitude",

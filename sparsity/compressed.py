@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
@@ -101,11 +101,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
             itself, or a model with other names or shapes.
     """
     path = Path(path)
-    layout = _read_layout(path)
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"load_compressed: {path} cannot be read ({error}): it is truncated or damaged") from None
+    layout, stored = _read(path)
     state: dict[str, Tensor] = {}
     try:
         for name, entry in layout["tensors"].items():
@@ -193,10 +189,13 @@ def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any
     return rows[..., : shape[dim]].movedim(-1, dim).contiguous()
 
 
-def _read_layout(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The layout in a file's header, and the stored tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            names = file.keys() if metadata.get("format") == FORMAT else ()
+            stored = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"load_compressed: {path} cannot be read ({error}): it is not there, truncated, or no safetensors file"
@@ -208,7 +207,7 @@ def _read_layout(path: Path) -> dict[str, Any]:
         )
     try:
         layout = json.loads(metadata["layout"])
-        return {"tensors": dict(layout["tensors"]), "aliases": dict(layout["aliases"])}
+        return {"tensors": dict(layout["tensors"]), "aliases": dict(layout["aliases"])}, stored
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
 

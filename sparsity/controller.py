@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import StepHooks, is_dtensor, local_part, whole_tensor
-from leanstep.sparsity import sharding
 from leanstep.sparsity.functional import s_ste_scale, srste_term
 from leanstep.sparsity.masks import fill_masks
 from leanstep.sparsity.modules import SparseLayer
 from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import Schedule, Stage
 from leanstep.sparsity.scores import magnitude_times_gradient
-from leanstep.sparsity.statistics import Measurement, layer_rows, summary
 from leanstep.sparsity.transposable import transposable_mask
 
 if TYPE_CHECKING:
@@ -48,7 +46,9 @@ class Controller:
     ) -> None:
         self.layers, self.schedule, self.method, self.score = layers, schedule, method, score
         self.srste_lambda, self.mask_every, self.measure_every = srste_lambda, mask_every, measure_every
-        self.measured: dict[str, Measurement] = {}
+        # the last measurements by layer: 0-d tensors on its device, so that measuring does not wait for the device
+        self.flip_rates: dict[str, Tensor] = {}
+        self.gradient_noise: dict[str, Tensor] = {}
         self._hooks: StepHooks | None = None
 
     @property
@@ -58,7 +58,13 @@ class Controller:
 
     def stage(self, layer: SparseLayer | None = None) -> Stage:
         """The current pattern, alpha and phase of one layer (by default, the first)."""
-        return self._stage(layer or self.layers[0], self.step_count)
+        layer = layer or self.layers[0]
+        stage = self.schedule.at(layer.transform.steps, layer.target)
+        if stage.phase == "dense":
+            return stage
+        shape = layer.weight.shape
+        sizes = shape if self.score == "transposable" else (shape[layer.dim],)
+        return stage._replace(pattern=_fitting_pattern(stage.pattern, layer.target, sizes))
 
     @property
     def finished(self) -> bool:
@@ -79,7 +85,7 @@ class Controller:
         if self._hooks is not None:
             raise ValueError("Controller.attach: attached already; call detach first, or each step would count twice")
         for layer in self.layers:
-            sharding.check(layer)
+            layer.check_sharding()
         self._hooks = StepHooks(
             optimizer, self.before_step, lambda _: self.step(), caller="Controller.attach",
             parameters={layer.names[0]: layer.weight for layer in self.layers},
@@ -104,15 +110,15 @@ class Controller:
         self._check_installed()
         if self._measures(self.step_count + 1):
             for layer in self.layers:
-                self._measurement(layer).record_gradient(layer)
+                self._measure_gradient(layer)
         if self.srste_lambda:
             # a fused optimizer unscales gradients inside its step
             scale = getattr(optimizer, "grad_scale", None)
             factor = self.srste_lambda if scale is None else self.srste_lambda * scale
             for layer in self.layers:
                 if layer.weight.grad is not None:
-                    gradient, weight, mask = sharding.local_parts(layer)
-                    gradient.add_(srste_term(weight, mask, factor).to(gradient.dtype))
+                    gradient, weight = local_part(layer.weight.grad), local_part(layer.weight.detach())
+                    gradient.add_(srste_term(weight, layer.local_mask(), factor).to(gradient.dtype))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -137,15 +143,56 @@ class Controller:
         self._advance(measure=False, always=True)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """One row for each sparse layer; see :func:`leanstep.sparsity.statistics.layer_rows`.
+        """One row for each sparse layer.
 
-        Waits for the device. If weights are sharded, every process has to call it.
+        * ``layer``, ``target``: name and final pattern. ``pattern``, ``alpha``, ``phase``: the schedule's current
+          values. ``weights``: number of weights.
+        * ``sparsity``: fraction of exact zeros in the masked weight; 0 while pruned weights only decay.
+        * ``kept_magnitude``: sum of the unpruned weights' magnitudes, divided by the sum of all magnitudes.
+        * ``flip_rate``: fraction of mask entries that the last measured step changed (a swap changes two; Hu et al.,
+          arXiv 2404.01847, judge the decay of pruned weights by it).
+        * ``gradient_noise``: fraction of the last measured gradient's squared norm that falls on pruned entries, before
+          SR-STE's term. It updates weights that the forward pass does not use. It is ``1 - N/M`` for a gradient
+          independent of the mask, and 0 with ``grad_flow="fixed"``.
+
+        The last two are None before the first measurement (``measure_every``). Waits for the device. If weights are
+        sharded, every process has to call it.
         """
-        return layer_rows(self)
+        numbers = [self._numbers(layer) for layer in self.layers]
+        # wait for the device once for all layers
+        values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+        rows = []
+        for layer, (density, magnitude, flips, noise) in zip(self.layers, values, strict=True):
+            stage = self.stage(layer)
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "target": str(layer.target),
+                    "pattern": str(layer.transform.pattern),
+                    "phase": stage.phase,
+                    "alpha": stage.alpha,
+                    "sparsity": 1 - density if stage.alpha == 0 else 0.0,
+                    "kept_magnitude": magnitude,
+                    "flip_rate": None if flips < 0 else flips,
+                    "gradient_noise": None if noise < 0 else noise,
+                    "weights": layer.transform.mask.numel(),
+                }
+            )
+        return rows
 
     def diagnostics(self) -> dict[str, float]:
-        """The statistics as a flat dict ``WHAT/LAYER`` for a log; see :func:`statistics.summary`."""
-        return summary(self)
+        """The :meth:`statistics` as numbers for a log.
+
+        Keys: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``WHAT/LAYER`` for ``sparsity``,
+        ``flip_rate``, ``kept_magnitude`` and ``gradient_noise``.
+        """
+        rows = self.statistics()
+        zeros = sum(row["sparsity"] * row["weights"] for row in rows)
+        numbers = {"sparsity/all": zeros / sum(row["weights"] for row in rows)}
+        numbers |= {f"alpha/{row['target']}": row["alpha"] for row in rows}
+        for what in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"):
+            numbers |= {f"{what}/{row['layer']}": row[what] for row in rows if row[what] is not None}
+        return numbers
 
     def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
         """Copies of the parameters' current masks in order: True for unpruned weights, None for a dense parameter.
@@ -187,28 +234,38 @@ class Controller:
         for layer in self.layers:
             layer.transform.set_extra_state(state[layer.name])
 
-    def _measurement(self, layer: SparseLayer) -> Measurement:
-        return self.measured.setdefault(layer.name, Measurement())
-
     def _measures(self, step: int) -> bool:
         return self.measure_every > 0 and (step == 1 or step % self.measure_every == 0)
 
-    def _stage(self, layer: SparseLayer, step: int) -> Stage:
-        stage = self.schedule.at(step, layer.target)
-        if stage.phase == "dense":
-            return stage
-        shape = layer.weight.shape
-        sizes = shape if self.score == "transposable" else (shape[layer.dim],)
-        return stage._replace(pattern=_fitting_pattern(stage.pattern, layer.target, sizes))
+    def _measure_gradient(self, layer: SparseLayer) -> None:
+        """Measure the noise of the gradient that a step is about to use."""
+        if layer.weight.grad is None:
+            return
+        squares = local_part(layer.weight.grad).float().square()
+        sums = torch.stack([squares.sum(), torch.where(layer.local_mask(), squares, 0.0).sum()])
+        total, unpruned = layer.total(sums)
+        noise = 1 - unpruned / total.clamp_min(torch.finfo(torch.float32).tiny)
+        self.gradient_noise[layer.name] = noise.clamp(0, 1)
+
+    @torch.no_grad()
+    def _numbers(self, layer: SparseLayer) -> Tensor:
+        """Density, ``kept_magnitude``, flip rate and gradient noise (-1 if unknown): fp64 [4]."""
+        mask, magnitude = layer.local_mask(), local_part(layer.weight.detach()).abs()
+        sums = torch.stack([t.sum(dtype=torch.float64) for t in (mask, torch.where(mask, magnitude, 0), magnitude)])
+        count, kept_magnitude, total_magnitude = layer.total(sums)
+        fraction = torch.where(total_magnitude > 0, kept_magnitude / total_magnitude, torch.ones_like(kept_magnitude))
+        unknown = torch.full((), -1.0, device=sums.device)
+        measured = (measurements.get(layer.name, unknown) for measurements in (self.flip_rates, self.gradient_noise))
+        return torch.stack([count / layer.transform.mask.numel(), fraction, *(number.double() for number in measured)])
 
     def _advance(self, measure: bool, always: bool = False) -> None:
         """Set every layer's alpha and mask for its step, batching layers of one pattern, device and dtype."""
         due: dict[tuple[Any, ...], list[SparseLayer]] = {}
         for layer in self.layers:
-            transform, stage = layer.transform, self._stage(layer, layer.transform.steps)
+            transform, stage = layer.transform, self.stage(layer)
             transform.alpha.fill_(stage.alpha)
             if measure:
-                self._measurement(layer).record_no_change(layer)
+                self.flip_rates[layer.name] = torch.zeros((), device=transform.mask.device)
             if not (always or self._is_due(layer, stage)):
                 continue
             if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
@@ -232,8 +289,8 @@ class Controller:
     def _renew(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
         scores = [self._score(layer) for layer in layers]
         for layer in layers:
-            sharding.check(layer)
-        masks = [sharding.local_mask(layer) for layer in layers]
+            layer.check_sharding()
+        masks = [layer.local_mask() for layer in layers]
         before = [mask.clone() for mask in masks] if measure else []
         if self.score == "transposable":
             for score, mask in zip(scores, masks, strict=True):
@@ -241,9 +298,10 @@ class Controller:
         else:
             fill_masks(scores, pattern, dim, masks)
         for i, layer in enumerate(layers):
-            sharding.gather_mask(layer, masks[i])
+            layer.gather_mask(masks[i])
             if measure:
-                self._measurement(layer).record_masks(layer, before[i], masks[i])
+                flips = layer.total((before[i] ^ masks[i]).sum(dtype=torch.float32))
+                self.flip_rates[layer.name] = flips / layer.transform.mask.numel()
 
     def _score(self, layer: SparseLayer) -> Tensor:
         weight = local_part(layer.weight.detach())

@@ -38,33 +38,9 @@ class Operations:
     theoretical: float
     hardware: float
 
-    def __add__(self, other: Operations) -> Operations:
-        return Operations(
-            self.dense + other.dense, self.theoretical + other.theoretical, self.hardware + other.hardware
-        )
-
     def fractions(self) -> tuple[float, float]:
         """Theoretical and hardware operations as fractions of the dense ones."""
         return self.theoretical / self.dense, self.hardware / self.dense
-
-
-def forward_operations(
-    dense: float, layers: Iterable[tuple[int, NM]], tokens: float = 1, *, alpha: float = 0.0
-) -> Operations:
-    """Operations of a forward pass.
-
-    Args:
-        dense: operations of the dense forward pass over ``tokens``.
-        layers: (number of weights, pattern) of each sparse layer.
-        tokens: number of vectors that each layer multiplies.
-        alpha: factor of pruned weights; above 0, nothing is saved.
-    """
-    theoretical = hardware = 0.0
-    for numel, pattern in layers:
-        saved = 2 * numel * tokens * (pattern.sparsity if alpha == 0 else 0.0)
-        theoretical += saved
-        hardware += saved if (pattern.n, pattern.m) == (2, 4) else 0.0
-    return Operations(dense, dense - theoretical, dense - hardware)
 
 
 def training_operations(
@@ -89,11 +65,13 @@ def training_operations(
     sizes: dict[NM, int] = {}
     for numel, target in layers:
         sizes[target] = sizes.get(target, 0) + numel
-    total = Operations(dense * steps, 0.0, 0.0)
+    total, theoretical, hardware = dense * steps, 0.0, 0.0
     for target, numel in sizes.items():
         for step in range(steps):
             stage = schedule.at(step, target)
-            saved = forward_operations(0.0, [(numel, stage.pattern)], tokens, alpha=stage.alpha)
-            # the forward pass, and the gradient of the input with the transposed weight
-            total += Operations(0.0, 2 * saved.theoretical, (1 + transposable) * saved.hardware)
-    return Operations(total.dense, total.dense + total.theoretical, total.dense + total.hardware)
+            if stage.alpha == 0:
+                saved = 2 * numel * tokens * stage.pattern.sparsity
+                # the forward pass, and the gradient of the input with the transposed weight
+                theoretical += 2 * saved
+                hardware += (1 + transposable) * saved if stage.pattern == NM(2, 4) else 0.0
+    return Operations(total, total - theoretical, total - hardware)

@@ -12,7 +12,9 @@ from torch import Tensor
 from leanstep.kernels.nm.mask import nm_mask as nm_mask_kernel
 from leanstep.sparsity.patterns import NM, as_pattern
 
-AXES = ("in", "out", "conv")
+PADS = ("refuse", "zero")
+# axis -> the fewest dimensions of a weight that has it
+_AXES = {"in": 1, "out": 2, "conv": 3}
 # longest group to detect
 _LONGEST = 128
 # a pattern counts if its groups are this full, or if chance produces it in fewer than one of a million tensors
@@ -31,23 +33,14 @@ def axis_dim(shape: torch.Size, axis: str) -> int:
     Raises:
         ValueError: for another axis, or a weight without that dimension.
     """
-    if axis not in AXES:
-        raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
-    needed = {"in": 1, "out": 2, "conv": 3}[axis]
-    if len(shape) < needed:
-        raise ValueError(f"axis {axis!r} needs a weight of at least {needed} dimensions, got shape {tuple(shape)}")
+    if axis not in _AXES:
+        raise ValueError(f"axis must be one of {', '.join(_AXES)}, got {axis!r}")
+    if len(shape) < _AXES[axis]:
+        raise ValueError(f"axis {axis!r} needs a weight of at least {_AXES[axis]} dimensions, got {tuple(shape)}")
     return {"in": len(shape) - 1, "out": len(shape) - 2, "conv": 1}[axis]
 
 
-def nm_mask(
-    scores: Tensor,
-    pattern: NM | str,
-    *,
-    axis: str = "in",
-    pad: str = "refuse",
-    check: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
+def nm_mask(scores: Tensor, pattern: NM | str, *, axis: str = "in", pad: str = "refuse") -> Tensor:
     """Keep the N largest scores of every M consecutive weights along an axis.
 
     Groups begin at the start of every row and never span two rows. Scores compare by magnitude, so a weight can be its
@@ -60,26 +53,25 @@ def nm_mask(
         axis: "in", "out" or "conv"; see :func:`axis_dim`.
         pad: treatment of a last group of r < M weights. "refuse": raise. "zero": pad the row with zeros, which are
             pruned first, so the group keeps its min(N, r) largest scores.
-        check: whether to raise for scores that are not finite. Otherwise NaN counts as the largest.
-        out: bool tensor of the same shape to write to; None: a new tensor.
 
     Returns:
-        ``out``: bool, False for pruned weights; exactly N True entries per whole group.
+        bool, the shape of ``scores``, False for pruned weights; exactly N True entries per whole group. NaN counts as
+        the largest score.
 
     Raises:
-        ValueError: if M is larger than the row, or does not divide it (unless padded); for another axis or pad; and
-            with ``check``, for scores that are not finite.
+        ValueError: if M is larger than the row, or does not divide it (unless padded); for another axis or pad.
         TypeError: for scores without a floating dtype.
     """
-    pattern = as_pattern(pattern)
-    _check_fit(scores.shape, pattern, axis, pad)
-    if out is None:
-        out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    fill_masks([scores], pattern, axis_dim(scores.shape, axis), [out], check=check)
-    return out
+    pattern, dim = as_pattern(pattern), axis_dim(scores.shape, axis)
+    if pad not in PADS:
+        raise ValueError(f"nm_mask: pad must be one of {PADS}, got {pad!r}")
+    check_fit(scores.shape, pattern, dim, pad, "nm_mask: a weight")
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    fill_masks([scores], pattern, dim, [mask])
+    return mask
 
 
-def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Tensor], *, check: bool = False) -> None:
+def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Tensor]) -> None:
     """Write the masks of tensors on one device, batching tensors of one size; a last group may be shorter than M."""
     for size in {score.shape[dim] for score in scores}:
         indices = [i for i, score in enumerate(scores) if score.shape[dim] == size]
@@ -89,41 +81,30 @@ def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Te
         for start, length, n, m in (whole_groups, last_group):
             if length:
                 inputs, outputs = ([t[i].narrow(dim, start, length) for i in indices] for t in (scores, out))
-                nm_mask_kernel(inputs, n, m, dim=dim, check=check, out=outputs)
+                nm_mask_kernel(inputs, n, m, dim=dim, out=outputs)
 
 
-def _check_fit(shape: torch.Size, pattern: NM, axis: str, pad: str) -> None:
-    """Raise ValueError for groups that are longer than a row, or do not fill it."""
-    if pad not in ("refuse", "zero"):
-        raise ValueError(f"nm_mask: pad must be 'refuse' or 'zero', got {pad!r}")
-    size = shape[axis_dim(shape, axis)]
+def check_fit(shape: torch.Size, pattern: NM, dim: int, pad: str, where: str) -> None:
+    """Raise ValueError for groups that are longer than a row, or do not fill it unless ``pad`` is "zero".
+
+    An empty row is short of nothing.
+    """
+    size = shape[dim]
+    where = f"{where} of shape {tuple(shape)} has {size} entries along dimension {dim}"
     if pattern.m > size > 0:
         raise ValueError(
-            f"nm_mask: the pattern {pattern} has groups longer than a row: a weight of shape {tuple(shape)} has {size} "
-            f"entries along axis {axis!r}"
+            f"{where}, fewer than the {pattern.m} of a group of {pattern}; take a pattern with a smaller m"
         )
-    rest = size % pattern.m
-    if rest and pad == "refuse":
+    if size % pattern.m and pad == "refuse":
         raise ValueError(
-            f"nm_mask: groups of {pattern.m} do not fill the {size} entries along axis {axis!r} of a weight of shape "
-            f"{tuple(shape)}: {rest} are left over. Use pad='zero', another pattern, or another width."
+            f"{where}, which groups of {pattern.m} ({pattern}) do not fill; take a divisor of {size}, leave the weight "
+            "out, or let the last group of each row be shorter with pad='zero'"
         )
 
 
 def is_nm(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> bool:
     """Whether no group of a weight or mask has more than N nonzeros; a short last group counts as padded with zeros."""
     return violations(weight, as_pattern(pattern), axis_dim(weight.shape, axis)) == 0
-
-
-def flip_rate(mask: Tensor, previous: Tensor) -> Tensor:
-    """Fraction of entries in which two masks differ, fp32, 0-d.
-
-    Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", arXiv 2404.01847, use it to judge whether the
-    decay of pruned weights is strong enough.
-    """
-    if mask.shape != previous.shape:
-        raise ValueError(f"flip_rate: masks of shapes {tuple(mask.shape)} and {tuple(previous.shape)}")
-    return (mask != previous).to(torch.float32).mean()
 
 
 def tightest(weight: Tensor, dim: int) -> NM | None:

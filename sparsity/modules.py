@@ -1,23 +1,31 @@
-"""The parametrization that makes a weight N:M sparse, and the layers of a model that it applies to."""
+"""The parametrization that makes a weight N:M sparse, and the layers of a model that it applies to.
+
+Under FSDP2, a forward pass needs the whole mask, because FSDP2 gathers the whole weight for it. Computing the mask
+there would score rounded weights under a mixed-precision policy, and would repeat in every pass. So after a step, each
+process computes the mask of its rows from the full-precision weights and gathers the shards: 1 byte per weight.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from leanstep._torch import is_conv1d, is_dtensor, output_head
+from leanstep._torch import is_conv1d, is_dtensor, join_parts, local_part, output_head, place_like, whole_tensor
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
+from leanstep.sparsity.masks import PADS, check_fit
 from leanstep.sparsity.patterns import NM, match_patterns
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 AXES = ("in", "out")
-PADS = ("refuse", "zero")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -161,6 +169,46 @@ class SparseLayer:
         module, attribute = self.uses[0]
         return transform_of(module, attribute) is self.transform
 
+    def check_sharding(self) -> None:
+        """Raise ValueError if the weight is sharded across its groups, or holds partial sums."""
+        weight = self.weight
+        if not is_dtensor(weight):
+            return
+        for placement in cast("DTensor", weight).placements:
+            across = placement.is_shard(self.dim) or placement.is_shard(self.dim - weight.dim())
+            if across or placement.is_partial() or not (placement.is_shard() or placement.is_replicate()):
+                raise ValueError(
+                    f"layer {self.name!r} of shape {tuple(weight.shape)} has its {self.target} groups along dimension "
+                    f"{self.dim} and is sharded as {placement}, across them; shard it along another dimension "
+                    "(fully_shard's shard_placement_fn), or let groups lie along the other axis"
+                )
+
+    def local_mask(self) -> Tensor:
+        """This process's shard of the mask."""
+        transform, weight = self.transform, self.weight
+        if not is_dtensor(weight):
+            return transform.mask
+        if transform.local_mask is None:
+            shard = local_part(place_like(transform.mask.view(torch.uint8), weight))
+            transform.local_mask = shard.view(torch.bool).clone()
+        return transform.local_mask
+
+    def gather_mask(self, shard: Tensor) -> None:
+        """Gather the whole mask from all processes' shards. Collective if the weight is sharded."""
+        if is_dtensor(self.weight):
+            mask = self.transform.mask
+            # not every backend exchanges booleans
+            mask.copy_(whole_tensor(join_parts(shard.view(torch.uint8), self.weight, mask.shape)).view(torch.bool))
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum a number over all shards of the weight; ``value`` is that of this process's shard."""
+        if not is_dtensor(self.weight):
+            return value
+        from torch.distributed.tensor import Partial
+
+        placements = [Partial() if p.is_shard() else p for p in cast("DTensor", self.weight).placements]
+        return whole_tensor(join_parts(value, self.weight, placements=placements))
+
 
 def _holder(module: nn.Module, attribute: str) -> Any:
     """torch's list of an attribute's parametrizations, which holds the original."""
@@ -218,7 +266,7 @@ def plan_layers(
         earlier = layers.get(id(weight))
         if earlier is None:
             layer.target = target
-            _check_groups(layer, weight, pad)
+            check_fit(weight.shape, target, layer.dim, pad, f"sparsify: layer {name!r}")
             layer.uses, layer.names = owners[id(weight)]
             layers[id(weight)] = layer
         elif earlier.target != target:
@@ -323,19 +371,3 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
             "expected a plain floating weight; make it sparse first, and quantise it after squash"
         )
     return weight
-
-
-def _check_groups(layer: SparseLayer, weight: Tensor, pad: str) -> None:
-    size, target = weight.shape[layer.dim], layer.target
-    where = (
-        f"sparsify: layer {layer.name!r} of shape {tuple(weight.shape)} has {size} entries along dimension {layer.dim}"
-    )
-    if target.m > size:
-        raise ValueError(
-            f"{where}, fewer than the {target.m} of a group of {target}; give it a pattern with a smaller m"
-        )
-    if size % target.m and pad == "refuse":
-        raise ValueError(
-            f"{where}, which groups of {target.m} ({target}) do not fill; take a divisor of {size}, leave the layer "
-            "out, or let the last group of each row be shorter with pad='zero'"
-        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from leanstep.kernels import BlockInverseFisher
 from leanstep.sparsity.patterns import NM, as_pattern
 
-# longest group for which "auto" tries all sets
+# longest group for which to try all sets
 _MAX_EXACT_M = 8
 # elements of the matrices solved in one call
 _TILE = 1 << 22
@@ -68,9 +68,7 @@ class ObsMask(NamedTuple):
     loss: Tensor
 
 
-def nm_obs_mask(
-    weight: Tensor, inverse_fisher: BlockInverseFisher, pattern: NM | str, *, method: str = "auto"
-) -> ObsMask:
+def nm_obs_mask(weight: Tensor, inverse_fisher: BlockInverseFisher, pattern: NM | str) -> ObsMask:
     """Prune the M - N weights of every group that increase the loss least, by the inverse Fisher matrix.
 
     A group holds M consecutive inputs of one output. Pruning a set S of M - N of them increases the loss by
@@ -82,24 +80,21 @@ def nm_obs_mask(
         inverse_fisher: inverse Fisher matrix of the weight's gradients, flattened row by row: ``out * in`` columns. M
             divides the size of its blocks.
         pattern: N:M; M divides ``in``.
-        method: "exact", "greedy", or "auto".
 
     Returns:
         :class:`ObsMask`.
 
     Raises:
-        ValueError: for shapes that do not match, M that does not divide ``in``, or "exact" for M > 8.
+        ValueError: for shapes that do not match, or M that does not divide ``in``.
 
     Notes:
-        Computes in float64. "exact" solves C(M, N) systems of size M - N per group. Groups are independent.
+        Computes in float64. The exact mask takes C(M, N) systems of size M - N per group. Groups are independent.
 
     References:
         Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1992); Kurtic et al.,
         "The Optimal BERT Surgeon", arXiv 2203.07259, for groups.
     """
     pattern = as_pattern(pattern)
-    if method not in ("auto", "exact", "greedy"):
-        raise ValueError(f"nm_obs_mask: method must be 'auto', 'exact' or 'greedy', got {method!r}")
     if weight.dim() != 2 or weight.shape[1] % pattern.m:
         raise ValueError(
             f"nm_obs_mask: expected a weight [out, in] with {pattern.m} dividing in, got {tuple(weight.shape)}"
@@ -109,9 +104,7 @@ def nm_obs_mask(
             f"nm_obs_mask: the inverse Fisher matrix has {inverse_fisher.rows.shape[1]} columns, the weight of shape "
             f"{tuple(weight.shape)} has {weight.numel()} entries"
         )
-    if method == "exact" and pattern.m > _MAX_EXACT_M:
-        raise ValueError(f"nm_obs_mask: method 'exact' takes groups of up to {_MAX_EXACT_M}, the pattern is {pattern}")
-    prune_groups = _prune_greedily if method == "greedy" or pattern.m > _MAX_EXACT_M else _prune_exactly
+    prune_groups = _prune_greedily if pattern.m > _MAX_EXACT_M else _prune_exactly
     groups = weight.detach().to(torch.float64).reshape(-1, pattern.m)
     inverses = inverse_fisher.sub_blocks(pattern.m)
     keep = torch.empty(groups.shape, dtype=torch.bool, device=weight.device)

@@ -12,7 +12,10 @@ from leanstep._torch import is_conv1d
 from leanstep.sparsity.masks import violations
 from leanstep.sparsity.patterns import NM
 
-BACKENDS = ("auto", "cusparselt", "cutlass")
+_SUBCLASSES = {
+    "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+    "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conve
         reason = obstacle(module, backend)
         if not reason:
             with torch.no_grad():
-                sparse = _subclass(backend).from_dense(module.weight.detach().contiguous())
+                sparse = _SUBCLASSES[backend].from_dense(module.weight.detach().contiguous())
             module.weight = nn.Parameter(sparse, requires_grad=False)
         results.append(Conversion(name, reason))
     return results
@@ -77,7 +80,7 @@ def obstacle(
     weight = module.weight
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
-    limits = _subclass(backend)._DTYPE_SHAPE_CONSTRAINTS
+    limits = _SUBCLASSES[backend]._DTYPE_SHAPE_CONSTRAINTS
     if weight.dtype == torch.float32:
         return "fp32 is 1:2 sparse in hardware, not 2:4; convert the model to bf16 or fp16 first"
     if weight.dtype not in (torch.float16, torch.bfloat16):
@@ -98,15 +101,9 @@ def obstacle(
 
 
 def _choose_backend(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"to_semi_structured: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", *_SUBCLASSES):
+        raise ValueError(f"to_semi_structured: backend must be one of auto, {', '.join(_SUBCLASSES)}, got {backend!r}")
     available = torch.backends.cusparselt.is_available()
     if backend == "cusparselt" and not available:
         raise ValueError("to_semi_structured: this torch was built without cuSPARSELt; take backend='cutlass'")
     return ("cusparselt" if available else "cutlass") if backend == "auto" else backend
-
-
-def _subclass(backend: str) -> type[torch.sparse.SparseSemiStructuredTensor]:
-    if backend == "cusparselt":
-        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
-    return torch.sparse.SparseSemiStructuredTensorCUTLASS

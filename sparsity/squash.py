@@ -58,30 +58,24 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
     return model
 
 
-def plain_state_dict(
-    model: nn.Module, state: Mapping[str, Any] | None = None, *, unfinished: str = "keep"
-) -> dict[str, Any]:
-    """The state dict that the model would have after :func:`squash`, without changing the model.
+def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The state dict that the model would have after ``squash(model, unfinished="keep")``, without changing the model.
 
     Args:
         model: a model that :func:`sparsify` changed; any other model gives its own state dict.
         state: the state dict to convert, with whole tensors (gather a sharded model's first). None: the model's.
-        unfinished: as for :func:`squash`.
 
     Returns:
         Plain name -> tensor: masked weights as new tensors (one for all names of a tied weight), and all other entries
         of ``state`` unchanged.
 
     Raises:
-        ValueError: for an unfinished model with ``unfinished="refuse"``; for sharded tensors.
+        ValueError: for a state of another model, or sharded tensors.
     """
     entries = dict(model.state_dict() if state is None else state)
-    layers = sparse_layers(model)
-    if unfinished == "refuse":
-        check_finished(layers, "plain_state_dict")
     renamed: dict[str, str] = {}
     values: dict[str, Tensor] = {}
-    for layer in layers:
+    for layer in sparse_layers(model):
         keys = [_original_key(name) for name in layer.names]
         missing = [key for key in keys if key not in entries]
         if len(missing) == len(keys):

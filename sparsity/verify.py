@@ -92,8 +92,6 @@ class Verification:
 def verify(
     source: str | Path | nn.Module | Mapping[str, Tensor],
     expected: Mapping[str, NM | str] | NM | str | None = None,
-    *,
-    dim: int | None = None,
 ) -> Verification:
     """Report the N:M pattern of every matrix and convolution of a checkpoint. Changes nothing.
 
@@ -102,10 +100,10 @@ def verify(
             such files (a Hugging Face model, a run); a model, whose masked weights are checked; or a state dict.
         expected: wildcards over layer names -> the pattern they should have, as for :func:`sparsify`; a single pattern
             applies to every matrix. None: the patterns in the folder's sparsity.json, if any.
-        dim: dimension along which groups lie. None: 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
 
     Returns:
-        :class:`Verification`; print it for a table.
+        :class:`Verification`; print it for a table. Groups lie along dimension 1 (inputs of (out, in) weights,
+        in-channels) or 0, whichever fits, unless sparsity.json says it.
 
     Raises:
         ValueError: for a path without a checkpoint, a damaged file, or a rule that matches nothing.
@@ -125,7 +123,7 @@ def verify(
             raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} lists")
         wanted = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
         dims = {name: entry["dim"] for name, entry in recorded.items()}
-    reports = [_report(name, *matrix, wanted.get(name), dims.get(name, dim)) for name, matrix in matrices.items()]
+    reports = [_report(name, *matrix, wanted.get(name), dims.get(name)) for name, matrix in matrices.items()]
     return Verification(where, tuple(reports))
 
 

@@ -16,8 +16,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,24 +130,24 @@ def _processor() -> str:
     )
 
 
-def pointers(tensors: Iterable[Tensor]) -> ctypes.Array:
-    """The addresses of the tensors' first elements."""
-    return pointer_array([t.data_ptr() for t in tensors])
+def call(name: str, function: str, macros: Mapping[str, str | int], *arguments: Any) -> None:
+    """Call a function of ``NAME.cpp``, compiled with these macros. It may use torch's number of threads.
+
+    A tensor becomes the address of its first element, a list of tensors or integers an array, None a null pointer, an
+    integer an int64 and a float an fp32 number. Objects of ctypes are passed as they are.
+    """
+    getattr(library(name, macros), function)(*map(_as_c, arguments), torch.get_num_threads())
 
 
-def pointer_array(addresses: Sequence[int]) -> ctypes.Array:
-    """An array of pointers."""
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def integers(values: Sequence[int]) -> ctypes.Array:
-    """An int64 array."""
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The address of a tensor's first element; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _as_c(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, list):
+        numbers = [t.data_ptr() for t in value] if value and isinstance(value[0], Tensor) else value
+        return (ctypes.c_int64 * len(numbers))(*numbers)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -1,9 +1,8 @@
 """The inverse of a block-diagonal damped empirical Fisher matrix of fixed gradients, for pruning.
 
 The rows of G [m, d] are gradients. Its columns are cut into consecutive blocks G_b, and F is zero between blocks. In
-block b, F = damping * I + G_b^T G_b / s (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
-Second-Order Information", arXiv 2107.03356). The paper's static recursion computes the same inverse; it is in
-:mod:`leanstep.kernels.reference.fisher.inverse_fisher`.
+block b, F = damping * I + G_b^T G_b / m (Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
+Second-Order Information", arXiv 2107.03356). The paper's static recursion computes the same inverse.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ _TILE = 1 << 22
 class BlockInverseFisher:
     """Inverse of F, block by block, by Cholesky factors in float64.
 
-    A block of B columns uses the smaller of two forms. *Dual* (m < B): with damping * I + G_b G_b^T / s = L L^T and
-    W = L^-1 G_b / sqrt(s), F^-1 = (I - W^T W) / damping. Only L [m, m] is stored; each query forms W again, some
+    A block of B columns uses the smaller of two forms. *Dual* (m < B): with damping * I + G_b G_b^T / m = L L^T and
+    W = L^-1 G_b / sqrt(m), F^-1 = (I - W^T W) / damping. Only L [m, m] is stored; each query forms W again, some
     columns at a time. *Primal* (m >= B): the inverse [B, B] is stored.
 
     Args:
         rows: G [m, d], any floating dtype and strides. Neither copied nor written.
         damping: > 0, in units of a squared gradient. Averaging b samples in a gradient scales F by about 1 / b.
         block_size: B, 1 <= B <= d; the last block may be shorter. None: one block of all columns.
-        denominator: s > 0; None: m.
 
     Raises:
         ValueError: for arguments out of range, rows that are not finite, or a block that has no Cholesky factor.
@@ -40,9 +38,7 @@ class BlockInverseFisher:
         (dual), m B + B^2 (primal). On a GPU, construction and checks wait for the device.
     """
 
-    def __init__(
-        self, rows: Tensor, *, damping: float, block_size: int | None = None, denominator: float | None = None
-    ):
+    def __init__(self, rows: Tensor, *, damping: float, block_size: int | None = None) -> None:
         if rows.dim() != 2 or not rows.shape[0] or not rows.shape[1] or not rows.is_floating_point():
             raise ValueError(
                 f"BlockInverseFisher: expected rows [m, d] of floating dtype, m and d >= 1; got {tuple(rows.shape)} of "
@@ -50,22 +46,20 @@ class BlockInverseFisher:
             )
         m, d = rows.shape
         block_size = d if block_size is None else block_size
-        denominator = m if denominator is None else denominator
         for name, value, accepted in (
             ("damping", damping, 0 < damping < math.inf),
             ("block_size", block_size, 1 <= block_size <= d),
-            ("denominator", denominator, 0 < denominator < math.inf),
         ):
             if not accepted:
                 raise ValueError(f"BlockInverseFisher: {name} = {value!r} is out of range for rows [{m}, {d}]")
-        self.damping, self.block_size, self.denominator = damping, block_size, denominator
+        self.damping, self.block_size = damping, block_size
         self.rows = rows.detach()
         split = d // block_size * block_size
         self._runs = []
         for start, stop, width in ((0, split, block_size), (split, d, d - split)):
             if stop > start:
                 blocks = self.rows[:, start:stop].unflatten(1, (-1, width)).transpose(0, 1)
-                self._runs.append(_factorize(blocks, start, damping, denominator))
+                self._runs.append(_factorize(blocks, start, damping))
 
     @torch.no_grad()
     def diagonal(self) -> Tensor:
@@ -126,7 +120,7 @@ class BlockInverseFisher:
             dots = right.new_zeros(run.count, self.rows.shape[0], right.shape[1])
             for b, c, tile in _tiles(run.blocks):
                 dots[b] += tile @ old[b, c]
-            coefficients = torch.cholesky_solve(dots, run.factor) / self.denominator
+            coefficients = torch.cholesky_solve(dots, run.factor) / len(self.rows)
             for b, c, tile in _tiles(run.blocks):
                 new[b, c] = (old[b, c] - tile.mT @ coefficients[b]) / self.damping
         return solution.view(x.shape)
@@ -135,7 +129,7 @@ class BlockInverseFisher:
         """W of dual blocks, tile by tile; a tile's columns are a multiple of ``multiple``."""
         for b, c, tile in _tiles(run.blocks, multiple):
             whitened = torch.linalg.solve_triangular(run.factor[b], tile, upper=False)
-            yield b, c, whitened / math.sqrt(self.denominator)
+            yield b, c, whitened / math.sqrt(len(self.rows))
 
     def _check_diagonal(self, diagonal: Tensor) -> None:
         largest = 1 / self.damping
@@ -184,7 +178,7 @@ def _tiles(blocks: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice, Te
 
 
 @torch.no_grad()
-def _factorize(blocks: Tensor, start: int, damping: float, denominator: float) -> _Run:
+def _factorize(blocks: Tensor, start: int, damping: float) -> _Run:
     """Compute Cholesky factors [m, m] (dual) or inverses [width, width] (primal)."""
     count, m, width = blocks.shape
     dual, size = m < width, min(m, width)
@@ -192,7 +186,7 @@ def _factorize(blocks: Tensor, start: int, damping: float, denominator: float) -
     height = max(1, _TILE // (size * max(size, m)))
     for b in range(0, count, height):
         tile = blocks[b : b + height]
-        matrices = _damped(tile, damping, denominator, dual)
+        matrices = _damped(tile, damping, dual)
         factor, info = torch.linalg.cholesky_ex(matrices)
         if info.any():
             bad = int((info != 0).nonzero()[0])
@@ -201,8 +195,8 @@ def _factorize(blocks: Tensor, start: int, damping: float, denominator: float) -
     return _Run(blocks, start, dual, factors)
 
 
-def _damped(blocks: Tensor, damping: float, denominator: float, dual: bool) -> Tensor:
-    """damping * I + G G^T / s (dual) or damping * I + G^T G / s of some blocks, in float64."""
+def _damped(blocks: Tensor, damping: float, dual: bool) -> Tensor:
+    """damping * I + G G^T / m (dual) or damping * I + G^T G / m of some blocks, in float64."""
     if dual:
         matrices = torch.zeros(len(blocks), *[blocks.shape[1]] * 2, dtype=torch.float64, device=blocks.device)
         for b, _, tile in _tiles(blocks):
@@ -210,7 +204,7 @@ def _damped(blocks: Tensor, damping: float, denominator: float, dual: bool) -> T
     else:
         wide = blocks.to(torch.float64)
         matrices = wide.mT @ wide
-    matrices /= denominator
+    matrices /= blocks.shape[1]
     matrices.diagonal(dim1=1, dim2=2).add_(damping)
     return matrices
 

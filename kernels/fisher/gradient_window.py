@@ -12,15 +12,16 @@ gradient, a small rounding error could cause an error of any size in the inverse
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, address, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.fisher import gradient_window as reference
 
 WINDOW_TYPES = TYPES | {torch.float16: "fp16"}  # of the C++ kernels
@@ -104,14 +105,6 @@ def flat(window: Tensor) -> Tensor:
     return window.detach().reshape(window.shape[0], math.prod(window.shape[1:]))
 
 
-def scaled_coefficients(coefficients: Tensor, scales: Tensor | None) -> Tensor:
-    """Multiply coefficients by the rows' scales: fp64 [G, m]."""
-    wide = coefficients.detach().to(torch.float64)
-    if scales is not None:
-        wide = wide * scales
-    return wide if wide.dim() == 2 else wide.unsqueeze(0)
-
-
 def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
     """Sum the blocks' dot products, fp64 [m] each, over each group, in order: [G, m]."""
     totals: dict[int, Tensor] = {}
@@ -127,21 +120,79 @@ def backend_of(op: str, window: Tensor) -> str:
     return choose(op, window.device, *wide).backend
 
 
-def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    flat_windows = [flat(w) for w in windows]
-    flat_vectors = [v.detach().reshape(-1) for v in vectors]
-    owners = [0] * len(windows) if groups is None else groups
-    backend = backend_of("row_dots", windows[0])
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
+class Format(NamedTuple):
+    """How windows are stored: the prefix of the ops' names, the definition, and the kernels' launchers.
 
-        dots = triton_window.row_dots(flat_windows, flat_vectors, owners, max(owners) + 1)
+    ``triton`` imports the module of the Triton launchers. ``cpp`` calls the C++ function of a name with the lists that
+    store the windows, the vectors or results, the groups, and the dots or coefficients, fp64 [G, m].
+    """
+
+    prefix: str
+    reference: ModuleType
+    triton: Callable[[], ModuleType]
+    cpp: Callable[..., None]
+
+
+def run_dots(
+    windows: Format, stored: tuple[list[Any], ...], vectors: Sequence[Tensor], groups: Sequence[int] | None
+) -> Tensor:
+    """Dot products of the rows of windows ``stored`` in a format with vectors: fp64 [m], or [G, m] with ``groups``."""
+    values = stored[0]
+    flat_vectors = [v.detach().reshape(-1) for v in vectors]
+    owners = [0] * len(values) if groups is None else list(groups)
+    backend = backend_of(f"{windows.prefix}row_dots", values[0])
+    if backend == "triton":
+        dots = windows.triton().row_dots(*stored, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = torch.zeros(max(owners) + 1, windows[0].shape[0], dtype=torch.float64)
-        _call_cpp("row_dots", flat_windows, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
+        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
+        windows.cpp("row_dots", stored, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
     else:
-        dots = total_by_group(map(reference.row_dots, flat_windows, flat_vectors), owners)
-    dots = dots[0] if groups is None else dots
+        dots = total_by_group(map(windows.reference.row_dots, *stored, flat_vectors), owners)
+    return dots[0] if groups is None else dots
+
+
+def run_combination(
+    windows: Format,
+    stored: tuple[list[Any], ...],
+    coefficients: Tensor,
+    groups: Sequence[int] | None,
+    out: list[Tensor],
+) -> None:
+    """Write combinations of the rows of windows ``stored`` in a format to ``out``."""
+    values, flat_out = stored[0], [o.view(-1) for o in out]
+    owners = [0] * len(values) if groups is None else list(groups)
+    wide = coefficients.detach().to(torch.float64).reshape(-1, values[0].shape[0])
+    backend = backend_of(f"{windows.prefix}linear_combination", values[0])
+    if backend == "triton":
+        windows.triton().linear_combination(*stored, wide, owners, flat_out)
+    elif backend == "cpp":
+        windows.cpp("linear_combination", stored, flat_out, owners, wide.contiguous())
+        torch.autograd.graph.increment_version(flat_out)
+    else:
+        for *block, group, result in zip(*stored, owners, flat_out, strict=True):
+            windows.reference.linear_combination(*block, wide[group], result)
+
+
+def _call_cpp(name: str, stored: tuple[list[Tensor]], vectors: list[Tensor], groups: list[int], table: Tensor) -> None:
+    # the kernels take rows at any distance, such as some columns of a wider window
+    windows = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in stored[0]]
+    columns, pitches = [w.shape[1] for w in windows], [w.stride(0) for w in windows]
+    macros = {"WINDOW": WINDOW_TYPES[windows[0].dtype]}
+    rows = windows[0].shape[0]
+    call("fisher/gradient_window", name, macros, len(windows), windows, vectors, columns, pitches, groups, rows, table)
+
+
+def _triton() -> ModuleType:
+    from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
+
+    return triton_window
+
+
+_DENSE = Format("", reference, _triton, _call_cpp)
+
+
+def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
+    dots = run_dots(_DENSE, ([flat(w) for w in windows],), vectors, groups)
     return dots if scales is None else dots * scales
 
 
@@ -152,43 +203,8 @@ def _run_combination(
     groups: list[int] | None,
     out: list[Tensor],
 ) -> None:
-    stored = scaled_coefficients(coefficients, scales)
-    flat_windows, flat_out = [flat(w) for w in windows], [o.view(-1) for o in out]
-    owners = [0] * len(windows) if groups is None else groups
-    backend = backend_of("linear_combination", windows[0])
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
-
-        triton_window.linear_combination(flat_windows, stored, owners, flat_out)
-    elif backend == "cpp":
-        _call_cpp("linear_combination", flat_windows, flat_out, owners, stored.contiguous())
-        torch.autograd.graph.increment_version(flat_out)
-    else:
-        for window, result, group in zip(flat_windows, flat_out, owners, strict=True):
-            reference.linear_combination(window, stored[group], result)
-
-
-def _call_cpp(
-    name: str, windows: Sequence[Tensor], vectors: Sequence[Tensor], groups: Sequence[int], table: Tensor
-) -> None:
-    """Call a function of gradient_window.cpp.
-
-    ``vectors`` are fp32 [n], one per window [m, n]: the factors or the results. ``table`` is fp64 [G, m]: the
-    coefficients, or the dots, which must be zero before the call.
-    """
-    # the kernels take rows at any distance, such as some columns of a wider window
-    windows = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in windows]
-    getattr(library("fisher/gradient_window", {"WINDOW": WINDOW_TYPES[windows[0].dtype]}), name)(
-        ctypes.c_int64(len(windows)),
-        pointers(windows),
-        pointers(vectors),
-        integers([w.shape[1] for w in windows]),
-        integers([w.stride(0) for w in windows]),
-        integers(groups),
-        ctypes.c_int64(windows[0].shape[0]),
-        address(table),
-        torch.get_num_threads(),
-    )
+    scaled = coefficients if scales is None else coefficients.detach().to(torch.float64) * scales
+    run_combination(_DENSE, ([flat(w) for w in windows],), scaled, groups, out)
 
 
 def as_list(groups: Sequence[int] | None) -> list[int] | None:
@@ -265,8 +281,3 @@ def _(windows, vectors, scales, groups):
     m = windows[0].shape[0]
     shape = (m,) if groups is None else (max(groups) + 1, m)
     return windows[0].new_empty(shape, dtype=torch.float64)
-
-
-@_linear_combination_op.register_fake
-def _(windows, coefficients, scales, groups, out):
-    return None

@@ -7,8 +7,8 @@ is m in Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 If x = G^T a is a combination of the rows, such as the newest gradient (a = e_j), the push-through identity gives
 ``F^-1 G^T a = G^T (damping * I + K / s)^-1 a``. It subtracts nothing, so nothing cancels. For any other x, Woodbury's
 identity gives ``F^-1 x = x / damping - G^T (damping * I + K / s)^-1 G x / (damping * s)``. It subtracts, as do the
-paper's two recursions (:mod:`leanstep.kernels.reference.fisher.inverse_fisher`). With fp32 gradients its error is about
-2**-24 * |g|^2 / (s * damping) if x is close to a combination of the gradients.
+paper's two recursions (the dynamic one is in :mod:`leanstep.kernels.reference.fisher.inverse_fisher`). With fp32
+gradients its error is about 2**-24 * |g|^2 / (s * damping) if x is close to a combination of the gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 OK = 0
 JITTERS = 5  # status 1 to JITTERS: the number of the addition to the diagonal that worked
 EIGEN = JITTERS + 1
-FAILED = JITTERS + 2
 EPS = 2.0**-53  # half a unit in the last place of fp64, in which K is summed and rows are combined
 
 _FIRST_JITTER = 1e-12  # times the mean of the diagonal; ten times as much at each further attempt
@@ -38,7 +37,6 @@ class Coefficients(NamedTuple):
         values: fp64 [..., n].
         status: int32 [...]. ``OK`` (0): Cholesky. 1 to ``JITTERS``: Cholesky with a larger diagonal; attempt 1 adds
             1e-12 times the diagonal's mean, and each further attempt ten times as much. ``EIGEN``: eigenvalues.
-            ``FAILED``: the diagonal alone, only with ``wait=False``.
     """
 
     values: Tensor
@@ -47,13 +45,7 @@ class Coefficients(NamedTuple):
 
 @torch.no_grad()
 def window_coefficients(
-    gram: Tensor,
-    damping: float | Tensor,
-    denominator: float,
-    target: int | Tensor,
-    *,
-    wait: bool = True,
-    eps: float = EPS,
+    gram: Tensor, damping: float | Tensor, denominator: float, target: int | Tensor
 ) -> Coefficients:
     """The c with ``F^-1 G^T a = G^T c``: c = (damping * I + K / s)^-1 a, by the push-through identity.
 
@@ -62,31 +54,26 @@ def window_coefficients(
         damping: > 0; a number, or a tensor of shape [...] on the device of ``gram``.
         denominator: s > 0: the window's size m, or the number n of rows in use.
         target: the row j for x = g_j (a = e_j, in every window), or a itself, [..., n].
-        wait: solve badly conditioned systems in another way. The host waits for the device once, to read which systems
-            these are. Pass False under CUDA graph capture, where the host cannot read. The ``values`` of such systems
-            are then a divided by the diagonal, as if the window held g_j alone, and their status is ``FAILED``.
-        eps: relative rounding error of K and of the combination of rows. The default is that of fp64, in which
-            :func:`leanstep.kernels.row_dots` and :func:`leanstep.kernels.linear_combination` sum. Pass 2**-24 if K was
-            summed in fp32.
 
     Returns:
         :class:`Coefficients`.
 
     Raises:
         ValueError: for sizes that do not match, a damping or denominator that is not positive, a row outside the
-            window, or (with ``wait``) an entry of ``gram`` that is not finite.
+            window, or an entry of ``gram`` that is not finite.
 
     Notes:
-        n^3 / 3 multiply-adds per window, and a copy of ``gram``.
+        n^3 / 3 multiply-adds per window, and a copy of ``gram``. The host waits for the device once, to read which
+        systems are badly conditioned.
 
         If gradients hardly differ and the damping is small compared with their squares, c has large entries whose rows
-        cancel. An error of eps |g_i| |g_j| in K_ij changes G^T c by at most
+        cancel. An error of eps |g_i| |g_j| in K_ij, with eps = 2^-53, changes G^T c by at most
         ``eps * sqrt(tr K / (damping s)) / 2 * sum_i |c_i| |g_i|``. Rounding the combination changes it by at most
         ``eps * sum_i |c_i| |g_i|``. If both together exceed a hundredth of the result's norm ``sqrt(c^T K c)``, the
         system is solved with a larger diagonal, or by eigenvalues. The latter drops eigenvalues of K up to 8 eps times
         the largest: their combinations of rows are zero up to rounding and add nothing to G^T c.
     """
-    _check(gram, damping, denominator, "window_coefficients")
+    _check(gram, damping, denominator)
     n = gram.shape[-1]
     if isinstance(target, int):
         if not 0 <= target < n:
@@ -102,31 +89,26 @@ def window_coefficients(
     if not isinstance(damping, Tensor):
         damping = torch.full((), damping, dtype=torch.float64, device=gram.device)
     run = torch.ops.leanstep.inverse_fisher_solve if torch.compiler.is_compiling() else _run
-    return Coefficients(*run(gram, right, damping, denominator, wait, eps))
+    return Coefficients(*run(gram, right, damping, denominator))
 
 
-def _run(
-    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, wait: bool, eps: float
-) -> tuple[Tensor, Tensor]:
+def _run(gram: Tensor, right: Tensor, damping: Tensor, denominator: float) -> tuple[Tensor, Tensor]:
     matrix = gram / denominator
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    diagonal += damping.to(torch.float64).unsqueeze(-1)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(damping.to(torch.float64).unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(matrix)
     values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    failed = (info != 0) | ~_is_accurate(gram, values, damping, denominator, eps)
-    if not wait:
-        return torch.where(failed.unsqueeze(-1), right / diagonal, values), failed.to(torch.int32) * FAILED
+    failed = (info != 0) | ~_is_accurate(gram, values, damping, denominator)
     status = torch.zeros(failed.shape, dtype=torch.int32)
     failed_on_host = failed.cpu()  # the one wait for the device
     if failed_on_host.any():
         dampings = damping.expand(failed.shape)
         for where in map(tuple, failed_on_host.nonzero().tolist()):
-            solved = _solve_badly_conditioned(gram[where], right[where], dampings[where], denominator, eps)
+            solved = _solve_badly_conditioned(gram[where], right[where], dampings[where], denominator)
             values[where], status[where] = solved
     return values, status.to(gram.device, non_blocking=True)
 
 
-def _is_accurate(gram: Tensor, values: Tensor, damping: Tensor, denominator: float, eps: float) -> Tensor:
+def _is_accurate(gram: Tensor, values: Tensor, damping: Tensor, denominator: float) -> Tensor:
     """Whether the result is larger than what rounding K and the rows' combination makes of it; False for NaN.
 
     With A = damping * I + K / s, an error E of K changes G^T c by -G^T A^-1 E c / s. The norm of G^T A^-1 is at most
@@ -134,14 +116,12 @@ def _is_accurate(gram: Tensor, values: Tensor, damping: Tensor, denominator: flo
     """
     squares = gram.diagonal(dim1=-2, dim2=-1)
     magnitude = (values.abs() * squares.sqrt()).sum(dim=-1)
-    rounding = eps * (1 + (squares.sum(dim=-1) / (damping * denominator)).sqrt() / 2) * magnitude
+    rounding = EPS * (1 + (squares.sum(dim=-1) / (damping * denominator)).sqrt() / 2) * magnitude
     squared_norm = (values * (gram @ values.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
     return (rounding == 0) | (rounding <= _TOLERATED * squared_norm.clamp_min(0).sqrt())
 
 
-def _solve_badly_conditioned(
-    gram: Tensor, right: Tensor, damping: Tensor, denominator: float, eps: float
-) -> tuple[Tensor, int]:
+def _solve_badly_conditioned(gram: Tensor, right: Tensor, damping: Tensor, denominator: float) -> tuple[Tensor, int]:
     """Solve one system [n, n] with a little more damping or, if that fails, by its eigenvalues."""
     if not torch.isfinite(gram).all():
         raise ValueError(
@@ -155,32 +135,35 @@ def _solve_badly_conditioned(
         factor, info = torch.linalg.cholesky_ex(matrix + jitter * identity)
         if not info:
             values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-            if _is_accurate(gram, values, damping, denominator, eps):
+            if _is_accurate(gram, values, damping, denominator):
                 return values, attempt
         jitter = jitter * 10
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    resolved = eigenvalues > _NOISE * eps * eigenvalues[-1]
+    resolved = eigenvalues > _NOISE * EPS * eigenvalues[-1]
     inverse = torch.where(resolved, 1 / (damping + eigenvalues / denominator), 0.0)
     return vectors @ (inverse * (vectors.T @ right)), EIGEN
 
 
-def _check(gram: Tensor, damping: float | Tensor, denominator: float, name: str) -> None:
+def _check(gram: Tensor, damping: float | Tensor, denominator: float) -> None:
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or not gram.shape[-1] or gram.dtype != torch.float64:
         raise ValueError(
-            f"{name}: expected a float64 Gram matrix [..., n, n], n >= 1; got {tuple(gram.shape)} in {gram.dtype}"
+            f"window_coefficients: expected a float64 Gram matrix [..., n, n], n >= 1; got {tuple(gram.shape)} in "
+            f"{gram.dtype}"
         )
     # the value of a tensor is not checked, because reading it would wait for the device
     if not isinstance(damping, Tensor) and not 0 < damping < float("inf"):
-        raise ValueError(f"{name}: expected a damping > 0, got {damping}")
+        raise ValueError(f"window_coefficients: expected a damping > 0, got {damping}")
     if isinstance(damping, Tensor) and damping.dim() and damping.shape != gram.shape[:-2]:
-        raise ValueError(f"{name}: expected a damping of shape {tuple(gram.shape[:-2])}, got {tuple(damping.shape)}")
+        raise ValueError(
+            f"window_coefficients: expected a damping of shape {tuple(gram.shape[:-2])}, got {tuple(damping.shape)}"
+        )
     if not denominator > 0:
-        raise ValueError(f"{name}: expected a denominator > 0, got {denominator}")
+        raise ValueError(f"window_coefficients: expected a denominator > 0, got {denominator}")
 
 
 _solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _run, mutates_args=())
 
 
 @_solve_op.register_fake
-def _(gram, right, damping, denominator, wait, eps):
+def _(gram, right, damping, denominator):
     return torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32)

@@ -9,25 +9,17 @@ rest of the gradient: ``e = a - scatter(*top_k(a, layout), layout)``.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import address, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import call
 from leanstep.kernels.fisher import gradient_window as dense
-from leanstep.kernels.fisher.gradient_window import (
-    WINDOW_TYPES,
-    as_list,
-    backend_of,
-    check_coefficients,
-    check_groups,
-    check_out,
-    scaled_coefficients,
-    total_by_group,
-)
+from leanstep.kernels.fisher.gradient_window import as_list, check_coefficients, check_groups, check_out
 from leanstep.kernels.reference.fisher import sparse_window as reference
 from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
@@ -188,24 +180,28 @@ def sparse_linear_combination(
     return list(out)
 
 
+def _call_cpp(
+    name: str, stored: tuple[list[Any], ...], vectors: list[Tensor], groups: list[int], table: Tensor
+) -> None:
+    values, indices = ([t.contiguous() for t in tensors] for tensors in stored[:2])
+    columns = map(list, zip(*((s.numel, s.block, s.per_block, s.k) for s in stored[2]), strict=True))
+    macros, rows = {"WINDOW": dense.WINDOW_TYPES[values[0].dtype]}, values[0].shape[0]
+    call("fisher/sparse_window", name, macros, len(values), values, indices, vectors, *columns, groups, rows, table)
+
+
+def _triton() -> ModuleType:
+    from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
+
+    return triton_window
+
+
+_SPARSE = dense.Format("sparse_", reference, _triton, _call_cpp)
+
+
 def _run_dots(
     values: list[Tensor], indices: list[Tensor], vectors: list[Tensor], numbers: list[int], groups: list[int] | None
 ) -> Tensor:
-    layouts = _layouts(numbers)
-    backend = backend_of("sparse_row_dots", values[0])
-    flat_vectors = [v.detach().reshape(-1) for v in vectors]
-    owners = [0] * len(values) if groups is None else groups
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
-
-        dots = triton_window.row_dots(values, indices, flat_vectors, layouts, owners, max(owners) + 1)
-    elif backend == "cpp":
-        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
-        wide_vectors = [v.to(torch.float32).contiguous() for v in flat_vectors]
-        _call_cpp("row_dots", values, indices, wide_vectors, layouts, owners, dots)
-    else:
-        dots = total_by_group(map(reference.row_dots, values, indices, flat_vectors, layouts), owners)
-    return dots[0] if groups is None else dots
+    return dense.run_dots(_SPARSE, (values, indices, _layouts(numbers)), vectors, groups)
 
 
 def _run_combination(
@@ -216,45 +212,7 @@ def _run_combination(
     groups: list[int] | None,
     out: list[Tensor],
 ) -> None:
-    layouts = _layouts(numbers)
-    backend = backend_of("sparse_linear_combination", values[0])
-    stored, flat_out = scaled_coefficients(coefficients, None), [o.view(-1) for o in out]
-    owners = [0] * len(values) if groups is None else groups
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
-
-        triton_window.linear_combination(values, indices, stored, layouts, owners, flat_out)
-    elif backend == "cpp":
-        _call_cpp("linear_combination", values, indices, flat_out, layouts, owners, stored.contiguous())
-        torch.autograd.graph.increment_version(flat_out)
-    else:
-        for v, i, layout, group, result in zip(values, indices, layouts, owners, flat_out, strict=True):
-            reference.linear_combination(v.detach(), i, stored[group], layout, result)
-
-
-def _call_cpp(
-    name: str,
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    layouts: Sequence[SparseLayout],
-    groups: Sequence[int],
-    table: Tensor,
-) -> None:
-    """Call a function of sparse_window.cpp; ``vectors`` and ``table`` as in gradient_window.py."""
-    values, indices = [v.contiguous() for v in values], [i.contiguous() for i in indices]
-    columns = zip(*((s.numel, s.block, s.per_block, s.k) for s in layouts), strict=True)
-    getattr(library("fisher/sparse_window", {"WINDOW": WINDOW_TYPES[values[0].dtype]}), name)(
-        ctypes.c_int64(len(values)),
-        pointers(values),
-        pointers(indices),
-        pointers(vectors),
-        *map(integers, columns),
-        integers(groups),
-        ctypes.c_int64(values[0].shape[0]),
-        address(table),
-        torch.get_num_threads(),
-    )
+    dense.run_combination(_SPARSE, (values, indices, _layouts(numbers)), coefficients, groups, out)
 
 
 def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:
@@ -307,8 +265,3 @@ def _(values, indices, vectors, numbers, groups):
     m = values[0].shape[0]
     shape = (m,) if groups is None else (max(groups) + 1, m)
     return values[0].new_empty(shape, dtype=torch.float64)
-
-
-@_sparse_linear_combination_op.register_fake
-def _(values, indices, coefficients, numbers, groups, out):
-    return None

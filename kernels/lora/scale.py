@@ -1,13 +1,11 @@
 """DoRA's factor on the columns of an output, and its gradient."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels._modes import is_traced
-from leanstep.kernels.cpp_impl._build import TYPES, address, library
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.lora import scale as reference
 
 # rows that the C++ kernel sums together; scale.cpp has the same constant
@@ -32,7 +30,7 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     _check("lora_scale_", y, c, bias)
     backend = _backend(y) if y.is_contiguous() else "reference"
     if backend == "cpp":
-        _call_cpp("lora_scale", y, c.contiguous(), bias)
+        call("lora/scale", "lora_scale", {"VALUE": TYPES[y.dtype]}, *y.shape, y, c.contiguous(), bias)
     elif backend == "triton":
         from leanstep.kernels.triton_impl.lora import scale as triton_scale
 
@@ -74,7 +72,8 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
     if backend == "cpp":
         sums = g.new_empty(-(-g.shape[0] // ROWS), g.shape[1], dtype=torch.float32)
         # without y, the kernel sums squares that nobody reads
-        _call_cpp("lora_scale_backward", g, g if y is None else y, c, inner, sums)
+        tensors = (g, g if y is None else y, c, inner, sums)
+        call("lora/scale", "lora_scale_backward", {"VALUE": TYPES[g.dtype]}, *g.shape, *tensors)
         return inner, sums.sum(0)
     if backend == "triton":
         from leanstep.kernels.triton_impl.lora import scale as triton_scale
@@ -86,13 +85,6 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
 def _backend(y: Tensor) -> str:
     # torch.compile fuses plain torch
     return "reference" if is_traced(y) or not y.numel() else choose("lora_scale", y.device, y.dtype).backend
-
-
-def _call_cpp(name: str, matrix: Tensor, *others: Tensor | None) -> None:
-    """Call a function of scale.cpp on a row-major matrix and the tensors that go with it."""
-    getattr(library("lora/scale", {"VALUE": TYPES[matrix.dtype]}), name)(
-        *map(ctypes.c_int64, matrix.shape), *map(address, (matrix, *others)), torch.get_num_threads()
-    )
 
 
 def _check(name: str, y: Tensor, c: Tensor, bias: Tensor | None) -> None:

@@ -1,13 +1,11 @@
 """The gated activation of a SwiGLU block. The backward pass computes it again instead of storing it."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels._modes import is_traced
-from leanstep.kernels.cpp_impl._build import TYPES, address, library
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.lora import swiglu as reference
 
 
@@ -34,7 +32,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
 
         return triton_swiglu.swiglu(e, u)
     out = torch.empty_like(e)
-    _call_cpp("swiglu", e, u, out)
+    call("lora/swiglu", "swiglu", {"VALUE": TYPES[e.dtype]}, e.numel(), e, u, out)
     return out
 
 
@@ -73,20 +71,13 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
         return triton_swiglu.swiglu_backward_(grad, e, u)
     out, de = torch.empty_like(e), torch.empty_like(e)
-    _call_cpp("swiglu_backward", grad, e, u, out, de)
+    call("lora/swiglu", "swiglu_backward", {"VALUE": TYPES[e.dtype]}, e.numel(), grad, e, u, out, de)
     return out, de, grad
 
 
 def _backend(e: Tensor) -> str:
     # torch.compile fuses plain torch
     return "reference" if is_traced(e) or not e.numel() else choose("lora_swiglu", e.device, e.dtype).backend
-
-
-def _call_cpp(name: str, *tensors: Tensor) -> None:
-    """Call a function of swiglu.cpp on row-major tensors of one shape and dtype."""
-    getattr(library("lora/swiglu", {"VALUE": TYPES[tensors[0].dtype]}), name)(
-        ctypes.c_int64(tensors[0].numel()), *map(address, tensors), torch.get_num_threads()
-    )
 
 
 def _check(name: str, e: Tensor, *others: Tensor) -> None:

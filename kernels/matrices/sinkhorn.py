@@ -1,6 +1,5 @@
 """Square-root Sinkhorn row and column scales of lists of matrices."""
 
-import ctypes
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.matrices import sinkhorn as reference
 from leanstep.kernels.reference.matrices.sinkhorn import finish_columns
 
@@ -164,18 +163,9 @@ def _cpp_sinkhorn(mats: Sequence[Tensor], scales: Scales, num_iters: int, end_wi
             for tensors, stack in zip(lists_of.setdefault(mat.dtype, ([], [], [])), stacks, strict=True):
                 tensors.extend(stack)
     for dtype, (matrices, rows_out, cols_out) in lists_of.items():
-        library("matrices/sinkhorn", {"MAT": TYPES[dtype]}).sinkhorn(
-            ctypes.c_int64(len(matrices)),
-            pointers(matrices),
-            integers([m.shape[0] for m in matrices]),
-            integers([m.shape[1] for m in matrices]),
-            integers([m.stride(0) for m in matrices]),
-            pointers(rows_out),
-            pointers(cols_out),
-            ctypes.c_int64(num_iters),
-            int(end_with_rows),
-            torch.get_num_threads(),
-        )
+        sizes = ([m.shape[0] for m in matrices], [m.shape[1] for m in matrices], [m.stride(0) for m in matrices])
+        arguments = (len(matrices), matrices, *sizes, rows_out, cols_out, num_iters, end_with_rows)
+        call("matrices/sinkhorn", "sinkhorn", {"MAT": TYPES[dtype]}, *arguments)
 
 
 def _iterate_together(
@@ -191,51 +181,32 @@ def _iterate_together(
 
     The caller sums the means of row shards over the shards, in place.
     """
-    one_pass = _triton_pass if backend == "triton" else _reference_pass
+    batches = [as_batch(m) for m in mats]
     for iteration in range(num_iters + end_with_rows):
-        colmeans = one_pass(mats, scales, rows_total, cols_total, iteration == 0)
+        first = iteration == 0
+        if backend == "triton":
+            from leanstep.kernels.triton_impl.matrices.sinkhorn import sinkhorn_pass
+
+            colmeans = sinkhorn_pass(batches, scales.flat_rows, scales.flat_cols, rows_total, cols_total, first)
+        else:
+            colmeans = _reference_pass(batches, scales, rows_total, cols_total, first)
         if iteration == num_iters:  # the closing row half-iteration needs no columns
             break
         yield colmeans
         scales.flat_cols.copy_(finish_columns(colmeans))
 
 
-def _triton_pass(
-    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
-) -> Tensor:
-    from leanstep.kernels.triton_impl.matrices import sinkhorn as triton_sinkhorn
-
-    return triton_sinkhorn.sinkhorn_pass(
-        [as_batch(m) for m in mats],
-        scales.flat_rows,
-        scales.flat_cols,
-        rows_total=list(rows_total),
-        cols_total=list(cols_total),
-        first=first,
-    )
-
-
 def _reference_pass(
-    mats: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
+    batches: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
 ) -> Tensor:
     colmeans = torch.zeros_like(scales.flat_cols)
-    for mat, rows, cols, out, m, n in zip(
-        mats, scales.rows, scales.cols, _scales(mats, scales.flat_rows, colmeans).cols, rows_total, cols_total,
-        strict=True,
-    ):  # fmt: skip
-        if mat.numel() == 0:
-            continue
-        batch = as_batch(mat)
-        r, means = reference.sinkhorn_pass(
-            batch,
-            rows.view(batch.shape[:-1]),
-            cols.view(batch.shape[0], -1),
-            rows_total=m,
-            cols_total=n,
-            first=first,
-        )
-        rows.copy_(r.view(rows.shape))
-        out.copy_(means.view(out.shape))
+    means = _scales(batches, scales.flat_rows, colmeans).cols
+    rows, cols = _scales(batches, scales.flat_rows, scales.flat_cols)[:2]
+    for batch, r, c, out, m, n in zip(batches, rows, cols, means, rows_total, cols_total, strict=True):
+        if batch.numel():
+            new_rows, new_means = reference.sinkhorn_pass(batch, r, c, rows_total=m, cols_total=n, first=first)
+            r.copy_(new_rows)
+            out.copy_(new_means)
     return colmeans
 
 
@@ -249,7 +220,4 @@ _sinkhorn_op = torch.library.custom_op("leanstep::sinkhorn", _op, mutates_args=(
 
 @_sinkhorn_op.register_fake
 def _(mats, num_iters, end_with_rows):
-    wide = torch.float64 if mats[0].dtype == torch.float64 else torch.float32
-    rows = sum(m.shape[:-1].numel() for m in mats)
-    cols = sum(m.shape[:-2].numel() * m.shape[-1] for m in mats)
-    return mats[0].new_empty(rows, dtype=wide), mats[0].new_empty(cols, dtype=wide)
+    return new_scales(mats)[2:]

@@ -1,6 +1,5 @@
 """N:M masks from scores."""
 
-import ctypes
 import math
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels._modes import is_traced
-from leanstep.kernels.cpp_impl._build import group_by_dtypes, integers, library, pointers
+from leanstep.kernels.cpp_impl._build import call, group_by_dtypes
 from leanstep.kernels.reference.nm import mask as reference
 
 MAX_FAST_M = 128  # longest group of the kernels
@@ -101,17 +100,9 @@ def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tenso
 
 def _cpp_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
     """Masks of contiguous scores of one dtype, into contiguous bool tensors."""
-    library("nm/mask", {"WORD": f"uint{8 * scores[0].itemsize}_t"}).nm_mask(
-        ctypes.c_int64(len(scores)),
-        pointers(scores),
-        pointers(out),
-        integers([s.numel() // m for s in scores]),
-        integers([math.prod(s.shape[dim % s.dim() + 1 :]) for s in scores]),
-        ctypes.c_int64(n),
-        ctypes.c_int64(m),
-        ctypes.c_int32(INFINITE[scores[0].dtype]),
-        torch.get_num_threads(),
-    )
+    groups, inner = [s.numel() // m for s in scores], [math.prod(s.shape[dim % s.dim() + 1 :]) for s in scores]
+    infinite, macros = INFINITE[scores[0].dtype], {"WORD": f"uint{8 * scores[0].itemsize}_t"}
+    call("nm/mask", "nm_mask", macros, len(scores), scores, out, groups, inner, n, m, infinite)
 
 
 def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor] | None) -> None:

@@ -1,12 +1,10 @@
 """Compressed N:M matrices, and products with them."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, address, library
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.nm import matmul as reference
 
 
@@ -109,24 +107,16 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         return x.new_zeros(x.shape[0], values.shape[0])
     backend = choose("nm_matmul", x.device, x.dtype).backend
     if backend == "cpp":
-        return _cpp_matmul(x.contiguous(), values.contiguous(), indices.contiguous(), m)
+        x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
+        out = x.new_empty(x.shape[0], values.shape[0])
+        macros = {"VALUE": TYPES[x.dtype]}
+        call("nm/matmul", "nm_matmul", macros, x, values, indices, out, len(x), *values.shape, m)
+        return out
     if backend == "triton":
         from leanstep.kernels.triton_impl.nm import matmul as triton_matmul
 
         return triton_matmul.nm_matmul(x, values, indices, m)
     return reference.nm_matmul(x, values, indices, m)
-
-
-def _cpp_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
-    """``x W^T`` for x [t, in] and W compressed, contiguous and of one dtype."""
-    rows, groups, n = values.shape
-    out = x.new_empty(x.shape[0], rows)
-    library("nm/matmul", {"VALUE": TYPES[x.dtype]}).nm_matmul(
-        *map(address, (x, values, indices, out)),
-        *map(ctypes.c_int64, (x.shape[0], rows, groups, n, m)),
-        torch.get_num_threads(),
-    )
-    return out
 
 
 def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> None:

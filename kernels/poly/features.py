@@ -1,12 +1,10 @@
 """All monomials of a vector up to a degree: features whose inner products are a Taylor sum of exp."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import address, library
+from leanstep.kernels.cpp_impl._build import call
 from leanstep.kernels.poly.tables import MAX_FEATURES, PolyTables, feature_count, poly_tables
 from leanstep.kernels.reference.poly import features as reference
 
@@ -97,25 +95,19 @@ def _cpp_features(x: Tensor, tables: PolyTables) -> Tensor:
     n, dim, columns = x.shape
     features = len(tables.parent)
     out = x.new_empty(n, features, columns)
-    library("poly/features", {}).poly_features(
-        *map(address, (x, tables.parent, tables.last, tables.weight32, out)),
-        *map(ctypes.c_int64, (n, dim, features, columns)),
-        torch.get_num_threads(),
-    )
+    maps = (tables.parent, tables.last, tables.weight32)
+    call("poly/features", "poly_features", {}, x, *maps, out, n, dim, features, columns)
     return out
 
 
 def _cpp_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
     """The gradient of x [n, d, c], fp32; both tensors contiguous."""
     n, dim, columns = x.shape
-    lower, threads = len(tables.up), torch.get_num_threads()
-    scratch, out = x.new_empty(threads, lower, LANES), torch.empty_like(x)
+    lower = len(tables.up)
+    scratch, out = x.new_empty(torch.get_num_threads(), lower, LANES), torch.empty_like(x)
     maps = (tables.parent, tables.last, tables.weight32, tables.up, tables.lift32)
-    library("poly/features", {}).poly_features_backward(
-        *map(address, (grad, x, *maps, scratch, out)),
-        *map(ctypes.c_int64, (n, dim, len(tables.parent), lower, columns)),
-        threads,
-    )
+    sizes = (n, dim, len(tables.parent), lower, columns)
+    call("poly/features", "poly_features_backward", {}, grad, x, *maps, scratch, out, *sizes)
     return out
 
 

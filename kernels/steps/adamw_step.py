@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import integers, library, pointers
+from leanstep.kernels.cpp_impl._build import call
 
 # elements that torch's fused kernel processes at a time; it rounds the remaining ones differently
 LANES = 64
@@ -101,13 +101,8 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     taken = [int(step) for step in steps]
     numbers = {step: options.numbers(step) for step in set(taken)}
     rows = [number for step in taken for number in numbers[step]]
-    library("steps/adamw_step", {"MAXIMIZE": int(options.maximize)}).adamw_step(
-        ctypes.c_int64(len(sizes)),
-        *(pointers(column) for column in columns),
-        integers(whole),
-        (ctypes.c_float * len(rows))(*rows),
-        torch.get_num_threads(),
-    )
+    scalars = (ctypes.c_float * len(rows))(*rows)
+    call("steps/adamw_step", "adamw_step", {"MAXIMIZE": int(options.maximize)}, len(sizes), *columns, whole, scalars)
 
 
 def _flat(tensor: Tensor) -> Tensor:

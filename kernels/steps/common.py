@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, address, group_by_dtypes, integers, is_dense, library, pointers
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, is_dense
 
 
 class StepOptions(NamedTuple):
@@ -146,12 +145,7 @@ def _nonfinite(tensors: list[Tensor]) -> Tensor:
 
 def _cpp_nonfinite(tensors: list[Tensor]) -> Tensor:
     """The flags of dense tensors of one dtype."""
-    flags = torch.zeros(len(tensors), dtype=torch.int32)
-    library("steps/nonfinite_flags", {"TENSOR": TYPES[tensors[0].dtype]}).nonfinite_flags(
-        ctypes.c_int64(len(tensors)),
-        pointers(tensors),
-        integers([t.numel() for t in tensors]),
-        address(flags),
-        torch.get_num_threads(),
-    )
+    flags, sizes = torch.zeros(len(tensors), dtype=torch.int32), [t.numel() for t in tensors]
+    macros = {"TENSOR": TYPES[tensors[0].dtype]}
+    call("steps/nonfinite_flags", "nonfinite_flags", macros, len(tensors), tensors, sizes, flags)
     return flags

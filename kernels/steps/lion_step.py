@@ -1,13 +1,12 @@
 """The Lion step on lists of tensors."""
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, address, group_by_dtypes, integers, library, pointers, same_layout
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, same_layout
 from leanstep.kernels.reference.steps import lion_step as reference
 from leanstep.kernels.steps.common import StepOptions
 
@@ -94,20 +93,9 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
         "ALIGNED": int(options.decay_where_aligned),
     }
     flags = torch.zeros(len(params), dtype=torch.int32)
-    library("steps/lion_step", macros).lion_step(
-        ctypes.c_int64(len(params)),
-        pointers(params),
-        pointers(grads),
-        pointers(exp_avgs),
-        pointers(rounding_state[0]) if rounding_state else None,
-        integers([p.numel() for p in params]),
-        address(options.scalars),
-        address(options.cautious_scale),
-        address(options.seeds),
-        address(options.offsets),
-        address(flags),
-        torch.get_num_threads(),
-    )
+    tensors = (params, grads, exp_avgs, rounding_state[0] if rounding_state else None)
+    numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets)
+    call("steps/lion_step", "lion_step", macros, len(params), *tensors, [p.numel() for p in params], *numbers, flags)
     return flags
 
 
@@ -172,15 +160,8 @@ def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOpt
     macros = _macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite)
     counts = torch.zeros(len(grads), dtype=torch.int64)
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
-    library("steps/lion_step", variant).lion_agreement(
-        ctypes.c_int64(len(grads)),
-        pointers(grads),
-        pointers(exp_avgs),
-        integers([g.numel() for g in grads]),
-        address(options.scalars),
-        address(counts),
-        torch.get_num_threads(),
-    )
+    sizes = [g.numel() for g in grads]
+    call("steps/lion_step", "lion_agreement", variant, len(grads), grads, exp_avgs, sizes, options.scalars, counts)
     return counts
 
 

@@ -1,6 +1,5 @@
 """The step p <- p * decay - step * r_i c_j G_ij on lists of matrices, with given scales or with Sinkhorn's."""
 
-import ctypes
 import itertools
 from collections.abc import Sequence
 
@@ -8,15 +7,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import (
-    TYPES,
-    address,
-    group_by_dtypes,
-    integers,
-    library,
-    pointer_array,
-    pointers,
-)
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
 from leanstep.kernels.reference.steps import scaled_step as reference
 from leanstep.kernels.steps.common import StepOptions
@@ -128,9 +119,7 @@ def _step(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
 
-        # the kernel reads the scales of all matrices from one vector
-        flat_rows, flat_cols = (torch.cat([scale.reshape(-1) for scale in scales]) for scales in (rows, cols))
-        return triton_step.scaled_step(params, mats, flat_rows, flat_cols, rounding_state, options)
+        return triton_step.scaled_step(params, mats, rows, cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
     remaining: Sequence[int] = range(len(params))
@@ -185,30 +174,22 @@ def _cpp_step(
     first = [0] * len(params) if options.offsets is None else options.offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
-    arguments: list[object] = [pointers(_matrices(params, 2)), pointers(_matrices(mats, 2))]
+    offsets = [first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]
+    seeds = None if options.seeds is None else options.seeds[owners]
+    scales: list[list[Tensor]] | list[list[int]]
     if rows is not None and cols is not None:
-        arguments += [pointers(_matrices(rows, 1)), pointers(_matrices(cols, 1))]
+        name, scales = "scaled_step", [_matrices(rows, 1), _matrices(cols, 1)]
     else:
         memory = torch.empty(sum(heights) + sum(widths))
-        starts = itertools.accumulate([*heights, *widths][:-1], initial=0)
-        addresses = [memory.data_ptr() + memory.element_size() * start for start in starts]
-        arguments += [pointer_array(addresses[: len(owners)]), pointer_array(addresses[len(owners) :])]
-    arguments.append(pointers(_matrices(rounding_state, 2)) if rounding_state else None)
-    arguments += [integers(heights), integers(widths)]
-    if rows is None:
-        arguments += [ctypes.c_int64(iterations[0]), int(iterations[1])]
+        steps = (memory.element_size() * size for size in (*heights, *widths))
+        addresses = list(itertools.accumulate(steps, initial=memory.data_ptr()))
+        name, scales = "sinkhorn_step", [addresses[: len(owners)], addresses[len(owners) :]]
+    state = _matrices(rounding_state, 2) if rounding_state else None
     flags = torch.zeros(len(params), dtype=torch.int32)
-    name = "sinkhorn_step" if rows is None else "scaled_step"
-    getattr(library(f"steps/{name}", macros), name)(
-        ctypes.c_int64(len(owners)),
-        *arguments,
-        address(options.scalars),
-        None if options.seeds is None else integers(options.seeds[owners].tolist()),
-        integers([first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]),
-        integers(owners),
-        address(flags),
-        torch.get_num_threads(),
-    )
+    call(
+        f"steps/{name}", name, macros, len(owners), _matrices(params, 2), _matrices(mats, 2), *scales, state,
+        heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, owners, flags,
+    )  # fmt: skip
     return flags
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.poly.attention import poly_attention
-from leanstep.lora.attention.attention import key_means
-from leanstep.lora.attention.polynomials import relative_error, slope_error, softmax_error, taylor_coefficients
+from leanstep.lora.attention.attention import key_means, relative_error, slope_error, softmax_error, taylor_coefficients
 
 
 class ErrorBounds(NamedTuple):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
+from leanstep.lora.attention.attention import needed_degree
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio
 from leanstep.lora.attention.interface import AttentionInputs, Call, attach, detach
 from leanstep.lora.attention.norms import NON_FINITE, HeadNorms, ProjectionNorms, head_norms
-from leanstep.lora.attention.polynomials import needed_degree
 
 # best first
 STATUSES = ("certified-fast", "measured-fast", "bounded-but-slow", "not-certified")

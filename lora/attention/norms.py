@@ -16,10 +16,9 @@ from torch._compile import _disable_dynamo
 from leanstep._torch import is_conv1d
 from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.kernels.reference.poly.attention import polynomial
-from leanstep.lora.attention.attention import key_means
+from leanstep.lora.attention.attention import key_means, taylor_coefficients
 from leanstep.lora.attention.error_bounds import largest_logit
 from leanstep.lora.attention.interface import AttentionInputs
-from leanstep.lora.attention.polynomials import taylor_coefficients
 from leanstep.lora.layers.linear import FastLinear, LoRALinearLayer
 from leanstep.lora.layers.pruned import masked_update
 from leanstep.lora.layers.rule import dora_factor
@@ -33,9 +32,7 @@ class HeadNorms(NamedTuple):
     """Maxima over the sequences for every query head: fp32 [Hq] on the layer's device.
 
     Attributes:
-        gamma_q, gamma_k: the theorem's norms: largest absolute entries of ``sqrt(scale) Q`` and ``sqrt(scale) K``.
-        certified: the bound ``scale * max |q_i| * max |k_j|`` on all logits, with centred keys.
-        sampled: largest logit of the sampled queries, with centred keys.
+        gamma_q, gamma_k, certified, sampled: as in :class:`leanstep.lora.HeadReport`.
         errors: [degrees, Hq], the relative error ``|O~ - O| / |O|`` of the output on the sampled queries.
     """
 
@@ -77,11 +74,9 @@ def head_norms(
         group = q.shape[1] // k.shape[1]
         counted = k if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], k, 0.0)
         root = abs(inputs.scale) ** 0.5
-        largest = (
-            root * q.abs().amax(dim=(2, 3)),
-            root * counted.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1),
-            largest_logit(q, k - shift[..., None, :], inputs.scale, inputs.key_mask),
-        )
+        gamma_q = root * q.abs().amax(dim=(0, 2, 3))
+        gamma_k = root * counted.abs().amax(dim=(0, 2, 3)).repeat_interleave(group)
+        certified = largest_logit(q, k - shift[..., None, :], inputs.scale, inputs.key_mask).amax(dim=0)
         indices = sample_rows(q.shape[2], rows, generator).to(q.device)
         sampled, errors = [], []
         for head in range(k.shape[1]):
@@ -90,7 +85,7 @@ def head_norms(
             sampled.append(torch.where(sample.visible, logits.abs(), 0.0).amax(dim=(0, 2, 3)))
             polynomials = (polynomial(logits, taylor_coefficients(degree)) for degree in degrees)
             errors.append(torch.stack([_error(torch.where(sample.visible, p, 0.0), sample) for p in polynomials]))
-        return HeadNorms(*(entries.amax(dim=0) for entries in largest), torch.cat(sampled), torch.cat(errors, dim=-1))
+        return HeadNorms(gamma_q, gamma_k, certified, torch.cat(sampled), torch.cat(errors, dim=-1))
 
 
 class _Sample(NamedTuple):

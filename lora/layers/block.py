@@ -26,15 +26,7 @@ from leanstep.lora.layers.autograd import (
     weight_gradients,
 )
 from leanstep.lora.layers.frozen import is_watched
-from leanstep.lora.layers.linear import (
-    FastLinear,
-    FastPath,
-    LoRALinearLayer,
-    Mixin,
-    autocasted,
-    fast_linear,
-    mixture,
-)
+from leanstep.lora.layers.linear import FastLinear, FastPath, LoRALinearLayer, Mixin, autocasted, fast_linear, mixture
 
 # names of projections that share an input within one module
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -113,9 +105,8 @@ def join_siblings(model: nn.Module) -> None:
 def fuse_blocks(model: nn.Module) -> None:
     """Make each block of an adapted model run as one function."""
     join_siblings(model)
-    for module in list(model.modules()):
-        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
-            module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
+    for module in swiglu_blocks(model).values():
+        module.__class__ = mixture(type(module), FusedSwiGLU)  # type: ignore[arg-type]
 
 
 def unfuse_blocks(model: nn.Module) -> None:
@@ -200,6 +191,11 @@ def swiglu_fast_path(block: nn.Module) -> FastPath:
     """Whether a SwiGLU block runs as one function, and why (not)."""
     reason = why_not_fused(block)
     return FastPath(reason is None, reason or "one function that keeps its input and the two inner projections")
+
+
+def swiglu_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The SwiGLU blocks of a model of which every layer is a fast one, by name."""
+    return {name: m for name, m in model.named_modules() if is_swiglu(m) and len(swiglu_layers(m)) == 3}
 
 
 def swiglu_layers(block: nn.Module) -> list[FastLinear]:

@@ -9,8 +9,6 @@ A frozen W needs ``|W_j|^2`` only once. The rest costs ``2 m n r`` operations, a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -46,28 +44,10 @@ def _norm_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-class _Version(NamedTuple):
-    """A tensor's memory, which the alias keeps alive, and the count of its in-place changes."""
-
-    alias: Tensor
-    changes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Version:
-        return cls(tensor.detach(), _change_count(tensor))
-
-    def is_current(self, tensor: Tensor) -> bool:
-        return (
-            self.alias.data_ptr() == tensor.data_ptr()
-            and self.changes == _change_count(tensor)
-            and self.alias.shape == tensor.shape
-            and self.alias.dtype == tensor.dtype
-        )
-
-
-def _change_count(tensor: Tensor) -> int:
-    """The number of in-place changes of a tensor; -1 for inference tensors, which do not count them."""
-    return -1 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[object, ...]:
+    """Identify a tensor's memory and its in-place changes, which inference tensors do not count."""
+    changes = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), changes, tensor.shape, tensor.dtype
 
 
 class NormCache:
@@ -79,8 +59,9 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._squares: tuple[_Version, Tensor] | None = None
-        self._norms: tuple[tuple[_Version, ...], float, Tensor] | None = None
+        # versions -> numbers; the aliases of the tensors keep other tensors from getting their memory
+        self._squares: tuple[object, Tensor, Tensor] | None = None
+        self._norms: tuple[object, Tensor, list[Tensor]] | None = None
 
     def __deepcopy__(self, memo: object) -> NormCache:
         return NormCache()
@@ -93,14 +74,13 @@ class NormCache:
         if torch.compiler.is_compiling() or type(source) not in (Tensor, torch.nn.Parameter):
             # tensor subclasses, such as fake tensors, do not reveal changes
             return row_norms(weight, a, b, scale)
-        if not training and self._norms is not None:
-            versions, cached_scale, norms = self._norms
-            if scale == cached_scale and all(v.is_current(t) for v, t in zip(versions, (source, a, b), strict=True)):
-                return norms
+        version = (*map(_version, (source, a, b)), scale)
+        if not training and self._norms is not None and self._norms[0] == version:
+            return self._norms[1]
         dtype = _norm_dtype(weight, a, b)
-        if self._squares is None or not self._squares[0].is_current(source) or self._squares[1].dtype != dtype:
-            self._squares = (_Version.of(source), row_squares(weight, dtype))
+        if self._squares is None or self._squares[0] != (version[0], dtype):
+            self._squares = ((version[0], dtype), row_squares(weight, dtype), source.detach())
         norms = row_norms(weight, a, b, scale, self._squares[1])
         if not training:
-            self._norms = (tuple(map(_Version.of, (source, a, b))), scale, norms)
+            self._norms = (version, norms, [tensor.detach() for tensor in (source, a, b)])
         return norms

@@ -366,11 +366,12 @@ def factor_type(weight: Tensor) -> dict[str, Any]:
     return {"device": weight.device, "dtype": dtype}
 
 
-def mix_in(mixin: type[LoRALayer], module: Any, adapter: Adapter, use_dora: bool) -> None:
+def mix_in(mixin: Any, module: Any, adapter: Adapter, use_dora: bool) -> None:
     """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms; LoRA-FA freezes A."""
     module.lora = adapter
     module.register_parameter("lora_magnitude_vector", None)
-    adapter.base, module.__class__ = type(module), mixture(type(module), mixin)
+    base: Any = type(module)
+    adapter.base, module.__class__ = base, mixture(base, mixin)
     a, b = module.factors()
     if use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(b.dtype))

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from leanstep._torch import is_conv1d
 from leanstep.lora.config import SAVES
 from leanstep.lora.layers.block import (
-    FusedSwiGLU,
     fused_swiglu,
-    is_swiglu,
     join_siblings,
+    swiglu_blocks,
     swiglu_fast_path,
     swiglu_layers,
     why_not_fused,
@@ -74,7 +73,7 @@ def accelerate_peft(
     if save not in SAVES:
         raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
     layers = {
-        name: PeftLinear(module, name=name, save=save, wanted=fast_path)
+        name: PeftLinear(module, name, save, fast_path)
         for name, module in model.named_modules()
         if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS
     }
@@ -91,7 +90,12 @@ def accelerate_peft(
         _restore_forward(module)
     for layer in layers.values():
         layer.module.forward = layer.forward
-    blocks = _fuse(model) if fused_blocks else {}
+    blocks = {}
+    if fused_blocks:
+        join_siblings(model)
+        blocks = {name: block for name, block in swiglu_blocks(model).items() if "forward" not in vars(block)}
+    for block in blocks.values():
+        block.forward = _Block(block).forward
     return Acceleration({name: layer.module for name, layer in layers.items()}, blocks)
 
 
@@ -102,13 +106,7 @@ class PeftLinear(FastLinear):
     """
 
     def __init__(
-        self,
-        module: Any,
-        *,
-        name: str = "",
-        save: str = "min",
-        wanted: bool | None = None,
-        adapter: str | None = None,
+        self, module: Any, name: str = "", save: str = "min", wanted: bool | None = None, adapter: str | None = None
     ) -> None:
         self.module, self.name, self.save, self.wanted, self.adapter = module, name, save, wanted, adapter
         self.siblings = None
@@ -197,19 +195,6 @@ class _Block:
         if args or kwargs or why_not_fused(self.module, x) is not None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
         return fused_swiglu(self.module, x)
-
-
-def _fuse(model: nn.Module) -> dict[str, nn.Module]:
-    """Group layers with a shared input, and fuse SwiGLU blocks; returns the blocks by name."""
-    join_siblings(model)
-    blocks = {}
-    for name, module in model.named_modules():
-        if "forward" in vars(module) or isinstance(module, FusedSwiGLU):
-            continue
-        if is_swiglu(module) and len(swiglu_layers(module)) == 3:
-            blocks[name] = module
-            module.forward = _Block(module).forward
-    return blocks
 
 
 def _why_none(model: nn.Module) -> str:

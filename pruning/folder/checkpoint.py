@@ -23,6 +23,7 @@ from leanstep._checkpoint import (
     load_pickled,
     read_json,
 )
+from leanstep.pruning.folder.loading import open_model
 
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -201,28 +202,22 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
     """Load the model of a checkpoint with transformers, in the dtype of its weights and in eval mode.
 
     Raises:
-        ValueError: if transformers cannot open it, or the weights do not fit its config.json.
+        ValueError: if transformers cannot open it, if it needs code of its own, if the weights do not fit its
+            config.json, or if one holds NaN or infinity.
     """
-    import transformers
-
-    architectures = checkpoint.config.get("architectures") or []
-    names = [name for name in architectures if hasattr(transformers, name)]
-    cls = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, loading_info = cls.from_pretrained(checkpoint.folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # a broken configuration or file: many types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"transformers could not open the model in {checkpoint.folder}: {reason}") from error
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-    wrong = sorted(map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]]))
-    if wrong:
-        raise ValueError(f"the weights in {checkpoint.folder} do not fit its config.json: {', '.join(wrong[:3])}, ...")
+    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")))
     checkpoint_values(checkpoint, model)
     return model.eval().to(device)
+
+
+def _model_class(architectures: Any) -> Any:
+    """The first class of transformers among the names in a config.json; None if there is none."""
+    import transformers
+
+    names = architectures if isinstance(architectures, list) else []
+    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    models = (cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+    return next(models, None)
 
 
 def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from leanstep.pruning.folder.checkpoint import (
     stored_parameters,
     write_weights,
 )
+from leanstep.pruning.folder.loading import open_tokenizer
 from leanstep.pruning.measure.batches import as_batches, token_sequences
 from leanstep.pruning.measure.measure import Progress, evaluating
 from leanstep.pruning.measure.metrics import CEDelta, summarise
@@ -220,20 +221,12 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
-
     if text.curve_samples > text.samples:
         raise ValueError(
             f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
             f"{text.curve_samples}"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # missing or broken: many types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{checkpoint.folder} has no tokenizer that could be opened, which text needs: {reason}"
-        ) from error
+    tokenizer = open_tokenizer(checkpoint.folder)
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
     length = text.seq_len or min(tokenizer.model_max_length, positions, 2048)
     if not 2 <= length <= positions:

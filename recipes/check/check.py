@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from leanstep._files import format_bytes
 from leanstep._memory import free_memory
+from leanstep.pruning.folder.loading import check_weights
 from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
@@ -25,7 +26,7 @@ from leanstep.recipes.data.sources import find_files, open_corpus, open_stream
 from leanstep.recipes.data.tokens import open_tokenizer, trained_size, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-from leanstep.recipes.training.build import build_optimizer, wants_cpu
+from leanstep.recipes.training.build import build_optimizer, initial_problem, wants_cpu
 from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
@@ -87,6 +88,7 @@ class Check:
             ("Device", self.device),
             ("Trackers", self.trackers),
             ("Network", self.network),
+            ("Initial model", self.initial),
             ("Data", self.data),
             ("Length", self.length),
             ("Parameter groups", self.groups),
@@ -160,6 +162,22 @@ class Check:
                 f"needs the network: {', '.join(missing)}; offline recipes: {', '.join(offline_recipes())}; or copy "
                 "the data here and set data.source, data.path and data.tokenizer"
             )
+
+    def initial(self, section: Section) -> None:
+        """Check that the files of ``model.init_from`` hold every weight, in the model's shape; no weight is read."""
+        source, new_heads = self.config.model.init_from, self.config.model.new_heads
+        if not source:
+            return
+        section.add("from", source)
+        if not Path(source).expanduser().is_dir():
+            section.add("weights", "not compared: they are not in a folder here")
+            return
+        try:
+            check_weights(source, new_heads=new_heads)
+        except ValueError as error:
+            raise ValueError(initial_problem(error)) from error
+        drawn = f", but for {', '.join(new_heads)}, drawn anew" if new_heads else ""
+        section.add("weights", f"fit its config.json{drawn}")
 
     def data(self, section: Section) -> None:
         """Check that the text is readable, the tokenizer opens and its vocabulary fits the model."""

@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from leanstep._files import read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
@@ -131,7 +132,7 @@ class _Reader:
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read a file and merge its values over those of its ``base``. ``above`` are the files derived from it."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, follow=True)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: cannot be read as a text file: {error}"]) from None
         document, rank = read_document(text), len(above)

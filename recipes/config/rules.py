@@ -67,6 +67,8 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
+    if config.model.new_heads and not config.model.init_from:
+        yield ("model.new_heads", "model.init_from"), "names heads that model.init_from lacks; name its folder there"
     if config.compile and config.log.attention_norms:
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     yield from _sparsity_problems(config)

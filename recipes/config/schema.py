@@ -83,11 +83,14 @@ class ModelConfig:
     """The model: a transformers family and its configuration keys, or a Hugging Face folder to start from.
 
     ``config`` takes the keys of ``LlamaConfig`` or ``GPT2Config``. ``vocab_size`` defaults to the tokenizer's.
+    Every weight of ``init_from`` must be in its files, in the model's shape, except in the modules that ``new_heads``
+    names (wildcards such as ``lm_head``), which are drawn anew.
     """
 
     family: Literal["llama", "gpt2"] = "llama"
     config: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
+    new_heads: list[Text] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

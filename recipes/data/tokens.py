@@ -189,7 +189,7 @@ def _file_hash(file: Path) -> str:
 def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub."""
     require("transformers")
-    from transformers import AutoTokenizer
+    from leanstep.pruning.folder import loading
 
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -198,11 +198,11 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
         with nullcontext() if folder.is_dir() or unreachable() is None else offline():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
-    except Exception as error:  # transformers and the hub raise many types
+            tokenizer = loading.open_tokenizer(spec)
+    except ValueError as error:
         what = "the folder" if folder.is_dir() else "the hub's"
         raise ValueError(
-            f"data.tokenizer: could not open {what} '{spec}' ({str(error).strip().splitlines()[0]}). "
+            f"data.tokenizer: could not open {what} '{spec}' ({error}). "
             f"One that needs no network: data.tokenizer=train:4096"
         ) from error
     if not tokenizer.is_fast:

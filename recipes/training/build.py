@@ -28,7 +28,6 @@ from accelerate.utils import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -39,6 +38,7 @@ from transformers import (
 
 from leanstep import optimizers
 from leanstep.optimizers import param_groups
+from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     ModelConfig,
@@ -262,10 +262,11 @@ def build_model(
         end_token: id of the end-of-text token; generation starts and stops with it.
 
     Raises:
-        ValueError: an unknown configuration key, or a model vocabulary smaller than the tokenizer's.
+        ValueError: an unknown configuration key; a model vocabulary smaller than the tokenizer's; an ``init_from`` that
+            cannot be opened, or whose weights do not fit or are not finite.
     """
     if config.init_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=dtype)
+        model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class, model_class = FAMILIES[config.family]
@@ -280,6 +281,21 @@ def build_model(
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
+
+
+def _initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    assert config.init_from is not None
+    try:
+        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
+    except ValueError as error:
+        raise ValueError(initial_problem(error)) from error
+    return model
+
+
+def initial_problem(error: ValueError) -> str:
+    """Message for a ``model.init_from`` that cannot be used, with the key to set where weights are missing."""
+    hint = "; name heads that are meant to be new in model.new_heads" if "do not fit" in str(error) else ""
+    return f"model.init_from: {error}{hint}"
 
 
 def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from leanstep._files import format_bytes, free_bytes, is_disk_full
+from leanstep._files import format_bytes, free_bytes, is_disk_full, replacing, write_text
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
@@ -149,9 +149,10 @@ def dump_step(
         return
     target = folder / "nan_dump"
     target.mkdir(exist_ok=True)
-    (target / "report.json").write_text(json.dumps(_plain(facts | {"layers": norms}), indent=1), encoding="utf-8")
+    write_text(target / "report.json", json.dumps(_plain(facts | {"layers": norms}), indent=1))
     batches = {f"{key}.{index}": value for index, batch in enumerate(window) for key, value in batch.items()}
-    save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, target / "batch.safetensors")
+    with replacing(target / "batch.safetensors") as partial:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, partial)
 
 
 def _plain(value: Any) -> Any:

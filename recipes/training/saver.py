@@ -16,7 +16,7 @@ from accelerate.utils import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from leanstep._files import format_bytes, free_bytes, publish_folder
+from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate
 from leanstep.lora.merge import config_of_merged
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
@@ -262,7 +262,8 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(staged, ignore_errors=True)
+            remove(staged)
+            staged.mkdir()
         saver.export(staged)
         if accelerator.is_main_process:
             publish_folder(staged, folder.final)
@@ -288,8 +289,8 @@ def sample(path: Path, seed: int, device: torch.device) -> str:
 
     Leaves the run's random state as it was.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     start = torch.tensor([[tokenizer.eos_token_id]], device=device)
     positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -34,9 +34,7 @@ def write_row(window: Tensor, index: int, gradient: Tensor, scales: Tensor | Non
     window[index] = gradient
 
 
-def woodbury_coefficients(
-    gram: Tensor, dots: Tensor, damping: float, denominator: float, **options: float
-) -> Coefficients:
+def woodbury_coefficients(gram: Tensor, dots: Tensor, damping: float, denominator: float) -> Coefficients:
     """The c with F^-1 x = x / damping + G^T c for any x, from dots = G x: Woodbury's identity."""
-    solved = window_coefficients(gram, damping, denominator, dots, **options)
+    solved = window_coefficients(gram, damping, denominator, dots)
     return Coefficients(solved.values / (-denominator * damping), solved.status)

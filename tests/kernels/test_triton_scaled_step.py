@@ -26,16 +26,13 @@ def build(p_dtype, g_dtype, rounding, device="cpu"):
     return params, mats, rows, cols, states, seeds, offsets
 
 
-def compare(p_dtype, g_dtype, rounding, *, poison=False, flat=False, device="cpu"):
+def compare(p_dtype, g_dtype, rounding, *, poison=False, device="cpu"):
     params, mats, rows, cols, states, seeds, offsets = build(p_dtype, g_dtype, rounding, device)
     if poison:
         cols[POISONED][1, 4] = float("nan")
     options = StepOptions(torch.tensor([STEP, DECAY], device=device), rounding, seeds=seeds, offsets=offsets)
     expected = [[t.clone() for t in part] for part in (params, states)]
-    flags = triton_step.scaled_step(
-        params, mats, *((torch.cat([s.flatten() for s in part]) if flat else part) for part in (rows, cols)), states,
-        options,
-    )  # fmt: skip
+    flags = triton_step.scaled_step(params, mats, rows, cols, states, options)
     assert flags.dtype == torch.int32
     assert flags.tolist() == [int(poison and i == POISONED) for i in range(len(params))]
     for i, (p, g) in enumerate(zip(expected[0], mats, strict=True)):
@@ -61,7 +58,7 @@ def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
 def test_every_rounding_equals_the_reference_and_nan_matrices_are_left_alone(p_dtype, rounding):
-    compare(p_dtype, p_dtype, rounding, poison=True, flat=rounding == "nearest")
+    compare(p_dtype, p_dtype, rounding, poison=True)
 
 
 @pytest.mark.interpret

@@ -31,8 +31,8 @@ def check(m, dtype, groups, device="cpu"):
     count = max(groups) + 1
     coefficients = torch.randn(count, m, device=device)
     out = [torch.full((s.numel,), float("nan"), device=device) for s in layouts]
-    dots = triton_window.row_dots(values, indices, vectors, layouts, groups, count)
-    triton_window.linear_combination(values, indices, coefficients, layouts, groups, out)
+    dots = triton_window.row_dots(values, indices, layouts, vectors, groups, count)
+    triton_window.linear_combination(values, indices, layouts, coefficients, groups, out)
     sums, magnitudes = torch.zeros(2, count, m, dtype=torch.float64, device=device)
     for layout, rows, v, i, x, group, found in zip(layouts, kept, values, indices, vectors, groups, out, strict=True):
         dense = torch.stack([scatter(*row, layout, dtype=torch.float64) for row in rows])
@@ -40,7 +40,7 @@ def check(m, dtype, groups, device="cpu"):
         magnitudes[group] += dense.abs() @ x.double().abs()
         # rows are added in the order of the definition, and products are rounded before
         want = torch.empty_like(found, device="cpu")
-        reference.linear_combination(v.cpu(), i.cpu(), coefficients[group].cpu(), layout, want)
+        reference.linear_combination(v.cpu(), i.cpu(), layout, coefficients[group].cpu(), want)
         bits_equal(found.cpu(), want)
     assert ((dots - sums).abs() <= 1e-14 * magnitudes).all()
     return dots, *out
@@ -62,9 +62,9 @@ def test_the_longest_block_that_an_int16_reaches():
     values, indices = (t.unsqueeze(0) for t in top_k(vector, layout, torch.float32))
     assert indices.max() == 2**15 - 1
     out = torch.full((layout.numel,), float("nan"))
-    triton_window.linear_combination([values], [indices], torch.ones(1, 1), [layout], [0], [out])
+    triton_window.linear_combination([values], [indices], [layout], torch.ones(1, 1), [0], [out])
     bits_equal(out, vector)
-    dots = triton_window.row_dots([values], [indices], [vector], [layout], [0], 1)
+    dots = triton_window.row_dots([values], [indices], [layout], [vector], [0], 1)
     assert dots.tolist() == [[34.0]]
 
 

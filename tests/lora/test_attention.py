@@ -11,14 +11,16 @@ from paper_chain import chain_gradients, dense_gradients, factor_gradients, pape
 from torch.nn.functional import scaled_dot_product_attention
 
 from leanstep.kernels.poly.features import poly_features
-from leanstep.lora.attention.attention import LowRankAttentionError, key_means, low_rank_attention
-from leanstep.lora.attention.error_bounds import error_bounds, largest_logit
-from leanstep.lora.attention.polynomials import (
+from leanstep.lora.attention.attention import (
+    LowRankAttentionError,
+    key_means,
+    low_rank_attention,
     needed_degree,
     relative_error,
     slope_error,
     taylor_coefficients,
 )
+from leanstep.lora.attention.error_bounds import error_bounds, largest_logit
 
 # bound of the logits: least degree of Taylor's sum, and of the best polynomial, for relative errors 0.1, 0.01, 0.001
 DEGREES = {

@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from leanstep.lora.attention.attention import key_means, low_rank_attention
+from leanstep.lora.attention.attention import key_means, low_rank_attention, needed_degree
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
 from leanstep.lora.attention.interface import AttentionInputs, attach, detach
 from leanstep.lora.attention.monitor import STATUSES, NormMonitor, judge
@@ -111,7 +111,6 @@ def test_known_logits_give_the_right_status(size, cheap, status):
     call = AttentionInputs(size * q, q, torch.randn(1, 1, 64, 4), 1.0, False)
     found = head_norms(call, degrees=(2, 4), rows=64)
     assert float(found.certified) == pytest.approx(size) == pytest.approx(float(found.sampled))
-    from leanstep.lora.attention.polynomials import needed_degree
 
     needed = needed_degree(size, 0.05)
     verdict = judge(needed, needed, float(found.errors[0, 0]), {2: 0.5 if cheap else 2.0, 4: 3.0}, 0.05)

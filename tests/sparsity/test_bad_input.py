@@ -137,16 +137,16 @@ def test_a_weight_that_is_sharded_already_is_refused_before_anything_else():
 def test_a_weight_sharded_across_its_groups_is_refused(dim):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    from leanstep.sparsity import sharding
+    from leanstep.sparsity.modules import SparseLayer
 
     weight = SimpleNamespace(placements=(Replicate(), Shard(dim)), shape=(16, 8), dim=lambda: 2)
     layer = SimpleNamespace(name="mlp.up", weight=weight, dim=1, target=NM(2, 4))
     with pytest.raises(
         ValueError, match=r"'mlp.up' of shape \(16, 8\) has its 2:4 groups along dimension 1 and is sharded"
     ):
-        sharding.check(layer)
+        SparseLayer.check_sharding(layer)
     weight.placements = (Partial(),)
     with pytest.raises(ValueError, match="across them"):
-        sharding.check(layer)
+        SparseLayer.check_sharding(layer)
     weight.placements = (Replicate(), Shard(0))
-    sharding.check(layer)
+    SparseLayer.check_sharding(layer)

@@ -107,7 +107,7 @@ def test_without_curvature_the_surgeon_goes_by_magnitude():
         assert torch.equal(nm_obs_mask(weight, inverse, pattern).mask, nm_mask(weight, pattern))
 
 
-def test_long_groups_are_pruned_greedily_and_honestly():
+def test_long_groups_are_pruned_greedily_and_honestly(monkeypatch):
     weight, inverse, fisher = quadratic((2, 16))
     found = nm_obs_mask(weight, inverse, "12:16")
     assert bool((found.mask.sum(dim=1) == 12).all())
@@ -116,15 +116,19 @@ def test_long_groups_are_pruned_greedily_and_honestly():
         # greedy in its choice, exact in what it costs
         assert float(found.loss[row, 0]) == pytest.approx(least_increase(weight, fisher, pruned), rel=1e-8)
     for pattern in ("1:4", "4:8"):
-        greedy, exact = (nm_obs_mask(weight, inverse, pattern, method=method) for method in ("greedy", "exact"))
+        exact = nm_obs_mask(weight, inverse, pattern)
+        with monkeypatch.context() as patch:
+            patch.setattr("leanstep.sparsity.scores._MAX_EXACT_M", 0)
+            greedy = nm_obs_mask(weight, inverse, pattern)
         assert bool((greedy.loss >= exact.loss - 1e-12).all())
         assert bool((greedy.mask.sum() == exact.mask.sum()).all())
 
 
-def test_equal_losses_prune_the_lower_index():
+def test_equal_losses_prune_the_lower_index(monkeypatch):
     inverse = BlockInverseFisher(torch.zeros(1, 16), damping=1.0)
-    for method in ("exact", "greedy"):
-        mask = nm_obs_mask(torch.ones(2, 8), inverse, "2:4", method=method).mask
+    for longest in (8, 0):
+        monkeypatch.setattr("leanstep.sparsity.scores._MAX_EXACT_M", longest)
+        mask = nm_obs_mask(torch.ones(2, 8), inverse, "2:4").mask
         assert mask.tolist() == [[False, False, True, True] * 2] * 2
 
 
@@ -138,16 +142,14 @@ def test_whole_and_empty_groups():
 
 
 @pytest.mark.parametrize(
-    ("shape", "pattern", "options", "message"),
+    ("shape", "pattern", "message"),
     [
-        ((4, 8), "1:3", {}, "3 dividing in"),
-        ((32,), "2:4", {}, r"weight \[out, in\]"),
-        ((4, 16), "2:4", {}, "has 32 columns, the weight of shape .* has 64 entries"),
-        ((2, 16), "1:16", {"method": "exact"}, "groups of up to 8"),
-        ((4, 8), "2:4", {"method": "best"}, "method must be"),
+        ((4, 8), "1:3", "3 dividing in"),
+        ((32,), "2:4", r"weight \[out, in\]"),
+        ((4, 16), "2:4", "has 32 columns, the weight of shape .* has 64 entries"),
     ],
 )
-def test_bad_arguments_are_named(shape, pattern, options, message):
+def test_bad_arguments_are_named(shape, pattern, message):
     _, inverse, _ = quadratic((4, 8))
     with pytest.raises(ValueError, match=message):
-        nm_obs_mask(torch.randn(shape), inverse, pattern, **options)
+        nm_obs_mask(torch.randn(shape), inverse, pattern)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import TYPES, address, library
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 
 # elements of a chunk: a megabyte of fp32, which stays in the cache. 16-bit matrices are not cut into chunks: more calls
@@ -52,7 +52,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
     memory = y.new_empty(chunks[0].stop, y.shape[1])
     for rows in chunks:
         product = torch.mm(h[rows], b, out=memory[: rows.stop - rows.start])
-        _call("dropout_add", product, y[rows], rows.start * y.shape[1], p, seed, ctypes.c_float(scale))
+        _call("dropout_add", product, y[rows], rows.start * y.shape[1], p, seed, float(scale))
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
@@ -71,17 +71,8 @@ def _chunks(x: Tensor) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _call(name: str, x: Tensor, out: Tensor, first: int, p: float, seed: int, *more: ctypes.c_float) -> None:
+def _call(name: str, x: Tensor, out: Tensor, first: int, p: float, seed: int, *more: float) -> None:
     # for p = 1, a uint32 threshold lets one hash of 2**32 survive, and the gain of 0 drops it
     limit = min(threshold(p), 2**32 - 1)
-    getattr(library("lora/products", {"VALUE": TYPES[x.dtype]}), name)(
-        ctypes.c_int64(first),
-        ctypes.c_int64(x.numel()),
-        address(x),
-        address(out),
-        ctypes.c_uint32(seed_key(seed) & 0xFFFFFFFF),
-        ctypes.c_uint32(limit),
-        ctypes.c_float(gain(p)),
-        *more,
-        torch.get_num_threads(),
-    )
+    hashed = (ctypes.c_uint32(seed_key(seed) & 0xFFFFFFFF), ctypes.c_uint32(limit))
+    call("lora/products", name, {"VALUE": TYPES[x.dtype]}, first, x.numel(), x, out, *hashed, gain(p), *more)

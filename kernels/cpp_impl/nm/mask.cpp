@@ -227,7 +227,7 @@ void mask_lanes(
 // groups[t]: number of groups of tensor t; inner[t]: distance of two entries of a group; infinite: bits of infinity
 extern "C" void nm_mask(
     int64_t count, const WORD** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
-    int64_t m, int32_t infinite, int threads
+    int64_t m, int64_t infinite, int threads
 ) {
     const bool fits = m >= LONG || m == 2 || m == 4 || m == 8 || m == 16;
     const int64_t together = std::max<int64_t>(1, CHUNK / m);

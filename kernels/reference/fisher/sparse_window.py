@@ -95,7 +95,7 @@ def row_chunks(values: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + height, m)) for start in range(0, m, height))
 
 
-def row_dots(values: Tensor, indices: Tensor, vector: Tensor, layout: SparseLayout) -> Tensor:
+def row_dots(values: Tensor, indices: Tensor, layout: SparseLayout, vector: Tensor) -> Tensor:
     """Dot products of the rows with a dense vector [numel], fp64 [m]."""
     starts = block_starts(layout, values.device)
     total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
@@ -106,7 +106,7 @@ def row_dots(values: Tensor, indices: Tensor, vector: Tensor, layout: SparseLayo
 
 
 def linear_combination(
-    values: Tensor, indices: Tensor, coefficients: Tensor, layout: SparseLayout, out: Tensor
+    values: Tensor, indices: Tensor, layout: SparseLayout, coefficients: Tensor, out: Tensor
 ) -> None:
     """Write the sum over i of ``coefficients[i] * row_i`` to ``out`` [numel], in fp64, row after row, rounded once."""
     starts = block_starts(layout, values.device)

@@ -115,8 +115,8 @@ def sparse_combination_kernel(
 def row_dots(
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
-    vectors: Sequence[Tensor],
     layouts: Sequence[SparseLayout],
+    vectors: Sequence[Tensor],
     groups: Sequence[int],
     count: int,
 ) -> Tensor:
@@ -147,8 +147,8 @@ def row_dots(
 def linear_combination(
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
-    coefficients: Tensor,
     layouts: Sequence[SparseLayout],
+    coefficients: Tensor,
     groups: Sequence[int],
     out: Sequence[Tensor],
 ) -> None:
@@ -184,8 +184,8 @@ def audit_cases() -> list[AuditCase]:
             values, indices = torch.zeros(2, per_block, dtype=dtype), torch.zeros(2, per_block, dtype=torch.int16)
             layout = SparseLayout(numel=2048, block=2048, per_block=per_block, last=0)
             dense = torch.zeros(2048)
-            row_dots([values], [indices], [dense], [layout], [0], 1)
-            linear_combination([values], [indices], torch.zeros(1, 2, dtype=torch.float64), [layout], [0], [dense])
+            row_dots([values], [indices], [layout], [dense], [0], 1)
+            linear_combination([values], [indices], [layout], torch.zeros(1, 2, dtype=torch.float64), [0], [dense])
 
     promises = {sparse_dots_kernel: _dots_promise, sparse_combination_kernel: _combination_promise}
     return recorded_cases(launch_all, promises)

@@ -238,7 +238,6 @@ def sinkhorn_pass(
     mats: Sequence[Tensor],
     rows: Tensor,
     cols: Tensor,
-    *,
     rows_total: Sequence[int],
     cols_total: Sequence[int],
     first: bool,
@@ -324,8 +323,7 @@ def audit_cases() -> list[AuditCase]:
     def launch_all() -> None:
         for dtype in TL_DTYPE:
             for n in (*TILES, MAX_TILE + 8, *(width - 1 for width in UNALIGNED_TILES), MAX_TILE + 1):
-                mat, totals = torch.zeros(1, n, dtype=dtype), dict(rows_total=[1], cols_total=[n])
-                sinkhorn_pass([mat], torch.zeros(1), torch.zeros(n), first=True, **totals)
+                sinkhorn_pass([torch.zeros(1, 1, n, dtype=dtype)], torch.zeros(1), torch.zeros(n), [1], [n], True)
 
     promises = dict.fromkeys((sinkhorn_tile_kernel, sinkhorn_wide_kernel), _pass_promise)
     return recorded_cases(launch_all, promises | {sinkhorn_reduce_kernel: _reduce_promise})

@@ -148,24 +148,22 @@ def scaled_step_kernel(
 def scaled_step(
     params: Sequence[Tensor],
     mats: Sequence[Tensor],
-    rows: Tensor | Sequence[Tensor],
-    cols: Tensor | Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
     rounding_state: Sequence[Tensor],
     options: StepOptions,
 ) -> Tensor:
     """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
-    `rows` and `cols` are fp32 with B * m and B * n dense entries per tensor: one flat tensor each, laid out as for
-    `sinkhorn_pass`, or a list. With `skip_nonfinite`, matrices with a NaN column scale do not change; the returned
-    int32 flags are 1 for tensors with such a matrix.
+    `rows` and `cols` are fp32 [B, m] and [B, n], or [m] and [n]. With `skip_nonfinite`, matrices with a NaN column
+    scale do not change; the returned int32 flags are 1 for tensors with such a matrix.
 
     Equals the definition, `leanstep.kernels.reference.steps.scaled_step`, bit for bit.
     """
     device = options.scalars.device
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
-    scales = [_addresses(rows, params, -2), _addresses(cols, params, -1)]
-    table, keys, pieces, batches = _table(params, mats, rounding_state, scales, options.rounding, staging)
+    table, keys, pieces, batches = _table(params, mats, rows, cols, rounding_state, options.rounding, staging)
     if not any(pieces):
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
@@ -187,33 +185,27 @@ def scaled_step(
     return flags
 
 
-def _addresses(scales: Tensor | Sequence[Tensor], params: Sequence[Tensor], dim: int) -> list[int]:
-    """Address of each tensor's row scales (dim -2) or column scales (dim -1)."""
-    if not isinstance(scales, Tensor):
-        return [s.data_ptr() for s in scales]
-    sizes = [p.shape[:-2].numel() * p.shape[dim] for p in params]
-    return [scales.data_ptr() + scales.element_size() * sum(sizes[:i]) for i in range(len(sizes))]
-
-
 def _table(
     params: Sequence[Tensor],
     mats: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
     rounding_state: Sequence[Tensor],
-    scales: list[list[int]],
     rounding: str,
     staging: Staging,
 ):
     """Return, per tensor, table row, configuration, number of programs and number of matrices."""
     table, keys, pieces, batches = [], [], [], []
-    for i, (p, g) in enumerate(zip(params, mats, strict=True)):
+    for i, (p, g, r, c) in enumerate(zip(params, mats, rows, cols, strict=True)):
         p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
         g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
         p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
         row_blocks, column_blocks = triton.cdiv(m, ROWS), triton.cdiv(n, BLOCK_N)
         table.append(
-            (p.data_ptr(), g.data_ptr(), e.data_ptr(), m, n, *p.stride(), *g.stride(), *e.stride(), scales[0][i],
-             scales[1][i], row_blocks, column_blocks, sum(batches), i, 0, 0, 0, 0)
+            (p.data_ptr(), g.data_ptr(), e.data_ptr(), m, n, *p.stride(), *g.stride(), *e.stride(),
+             *(staging.read(scales).data_ptr() for scales in (r, c)), row_blocks, column_blocks, sum(batches), i, 0, 0,
+             0, 0)
         )  # fmt: skip
         keys.append((p.dtype, g.dtype, e.dtype, rounds, all(has_aligned_rows(t) for t in (p, g, e))))
         pieces.append(b * row_blocks * column_blocks)
@@ -242,7 +234,7 @@ def audit_cases() -> list[AuditCase]:
         for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
             p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
             state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
-            scaled_step([p], [g], torch.ones(1), torch.ones(n), state, StepOptions(torch.zeros(2), rounding))
+            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], state, StepOptions(torch.zeros(2), rounding))
 
     return recorded_cases(launch_all, {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise})
 
