@@ -123,7 +123,8 @@ class MFAC(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("momentum_buffer",)
+    _shaped_state = ("momentum_buffer", "error", "mask")
+    _drop_state = "optimizer.state.clear(), because parameters share a window"
     _host_state = ("counters",)
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
@@ -227,6 +228,9 @@ class MFAC(LeanOptimizer):
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
+    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        return {"window": (group["window"], *param.shape)}
+
     def _init_group(self) -> None:
         super()._init_group()
         self._scopes()
@@ -240,7 +244,7 @@ class MFAC(LeanOptimizer):
             for position, param in enumerate(group["params"]):
                 grad = gradients.get(param)
                 if param in self.state or grad is not None:
-                    state = self._init_state(group, position, param)
+                    state = self._state_of(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
                     entry = ScopeParam(group, position, index, param, grad, state, columns)
                     if param.numel():  # a scope of empty parameters would count steps
