@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from leanstep._checkpoint import unique_names
 from leanstep.pruning.score.targets import Group, Layer
 
 KINDS = ("params", "flops", "bytes", "latency")
@@ -133,7 +134,7 @@ class LatencyTable:
             raise ValueError(f"the latency table {path} cannot be read: {error}") from None
         try:
             return _from_csv(text) if path.suffix.lower() == ".csv" else _from_json(text)
-        except ValueError as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"the latency table {path}: {error}") from None
 
     def of(self, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:
@@ -195,7 +196,7 @@ def _shown(levels: Iterable[float]) -> str:
 
 
 def _from_json(text: str) -> LatencyTable:
-    content = json.loads(text)
+    content = json.loads(text, object_pairs_hook=unique_names)
     if not isinstance(content, dict) or set(content) != {"levels", "seconds"}:
         got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected an object with 'levels' and 'seconds', got {got or 'an empty one'}")
@@ -213,6 +214,7 @@ def _from_csv(text: str) -> LatencyTable:
     levels = tuple(_number(cell, "the first row") for cell in rows[0][1:])
     seconds: dict[str, tuple[float, ...]] = {}
     for name, *cells in rows[1:]:
+        name = name.strip()
         if name in seconds:
             raise ValueError(f"{name} has two rows")
         seconds[name] = tuple(_number(cell, name) for cell in cells)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanstep._checkpoint import check_finite, check_folder, code_files, one_line, reason
+from leanstep._checkpoint import check_finite, check_folder, code_files, reason
+from leanstep._files import one_line
 
 # the files of a name on the hub that tell what the others are
 _TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -125,10 +126,13 @@ def _class(model_class: Any) -> Any:
 def _opening(kind: str, source: str | Path) -> Iterator[str]:
     """Context manager: yields a checked path or name for transformers; any error becomes a ValueError of one line."""
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
-    else:
-        folder = _snapshot(str(source)) or folder
+    try:
+        if folder.is_dir():
+            check_folder(folder)
+        else:
+            folder = _snapshot(str(source)) or folder
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None
     try:
         yield str(folder) if Path(source).expanduser().is_dir() else str(source)
     except BaseException as error:
