@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._files import one_line
+from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file
 from leanstep.recipes.data.tokens import require
@@ -139,7 +139,9 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     else:
         in_training = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, description = load_validation(config, open_file(config, options.data), tokenizer)
+        dataset, bytes_per_token, description = load_validation(
+            config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
+        )
     device = _device(options.device)
     result = evaluate(
         model.to(device),
@@ -223,11 +225,11 @@ def read_training(folder: Path) -> Training | None:
 
 def _recipe(path: Path) -> dict[str, Any] | None:
     """Read the recipe that a run saved; None for any other file."""
-    import yaml
+    from leanstep.recipes.config.values import read_document
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_document(read_text(path)).value
+    except (OSError, UnicodeDecodeError):
         return None
     recipe = isinstance(content, dict) and "recipe" in content and isinstance(content.get("data"), dict)
     return content if recipe else None
