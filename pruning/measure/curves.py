@@ -310,7 +310,7 @@ class PartialCurves:
         try:
             raw = self.path.read_text(encoding="utf-8")
             whole = raw[: raw.rfind("\n") + 1]
-            lines = whole.splitlines()
+            lines = whole.split("\n")[:-1]
             contents = [_content(line) for line in lines]
             identity = contents[0]["identity"] if lines else self.identity
             if not isinstance(identity, dict):

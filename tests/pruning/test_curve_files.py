@@ -39,8 +39,8 @@ def test_every_flipped_bit_is_noticed_or_costs_the_last_line(file):
         except ValueError as error:
             assert str(file) in str(error)
             continue
-        assert place == len(whole) - 1
-        assert curves == dict(list(expected.items())[:-1])
+        # another line break says the same; without the last one, the last line counts as cut short
+        assert curves == expected or (place == len(whole) - 1 and curves == dict(list(expected.items())[:-1]))
 
 
 def test_cut_files_keep_their_whole_lines(file):
