@@ -313,7 +313,9 @@ class RunConfig:
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    source_file: str = Field(default="", exclude=True)  # the file it was loaded from; not a key
+    # not keys: the file it was loaded from, and the texts of keys whose values come from environment variables
+    source_file: str = Field(default="", exclude=True)
+    references: dict[tuple[str, ...], str] = Field(default_factory=dict, exclude=True)
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
