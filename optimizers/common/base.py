@@ -10,8 +10,8 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes
-from leanstep.optimizers.common.rounding import effective, rounding_states, seeds_for
+from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, refuse_resized, restore_dtypes
+from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
     Shard,
     Steps,
@@ -71,11 +71,13 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     Attributes:
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
+        _drop_state: how a user drops the state of a resized parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
     """
 
     _shaped_state: tuple[str, ...] = ()
+    _drop_state = "del optimizer.state[parameter]"
     _separable = False
     _group_entries: Mapping[str, Any] = {}
 
@@ -139,6 +141,25 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
 
+    def _state_of(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        """Return the state of a parameter that has a gradient, created if it is missing.
+
+        Raises:
+            ValueError: the parameter was resized after its state was created. Kernels would write past its end.
+        """
+        state = self._init_state(group, position, param)
+        for key in (*self._shaped_state, *STATE_KEY.values()):
+            if key in state and state[key].shape != param.shape:
+                refuse_resized(self, group, position, key, tuple(state[key].shape), tuple(param.shape))
+        for key, shape in self._other_shapes(group, param).items():
+            if key in state and tuple(state[key].shape) != shape:
+                refuse_resized(self, group, position, key, tuple(state[key].shape), shape)
+        return state
+
+    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of state tensors that depend on their parameter's shape without being equal to it."""
+        return {}
+
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
         """Return generators that update a group, or only its parameter at position ``only``.
 
@@ -190,7 +211,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for position, param, _ in self._with_gradient(group):
-                self._init_state(group, position, param)
+                self._state_of(group, position, param)
 
     def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (position, parameter, gradient) of every parameter with a gradient, or only of the one at ``only``.
@@ -220,7 +241,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         """
         batches: dict[Any, tuple[str, Batch]] = {}
         for position, param, grad in self._with_gradient(group, only):
-            state = self._init_state(group, position, param)
+            state = self._state_of(group, position, param)
             name = rule(param)
             key = (name, param.device, param.dtype, position if group["foreach"] is False else None)
             if key not in batches:
@@ -356,6 +377,7 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 
     Raises:
         RuntimeError: for a sparse gradient.
+        ValueError: the parameter was resized after the backward pass.
         TypeError: for a tensor class that kernels can neither address nor copy.
     """
     grad = param.grad
@@ -364,6 +386,11 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
         raise RuntimeError(
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{owner}: {describe(group, position)} has a gradient of shape {tuple(grad.shape)}; the parameter was "
+            "resized after the backward pass. Nothing was changed. Set parameter.grad to None and compute it anew."
         )
     for tensor, whose in ((param, ""), (grad, "the gradient of ")):
         if not has_memory(tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,22 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
                     f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
                     "optimizer with its parameters in the order of the saved state."
                 )
+
+
+def refuse_resized(
+    optimizer: LeanOptimizer,
+    group: dict[str, Any],
+    position: int,
+    key: str,
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+) -> NoReturn:
+    """Raise ValueError: a state tensor does not fit its parameter, which was resized after its first step."""
+    raise ValueError(
+        f"{type(optimizer).__name__}: expected the state {key!r} of {describe(group, position)} to have shape "
+        f"{expected}, got {shape}: the parameter was resized after its state was created. Nothing was changed. Drop "
+        f"the state ({optimizer._drop_state}), or build a new optimizer."
+    )
 
 
 def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ class LANTON(LeanOptimizer):
         1.0
     """
 
-    _shaped_state = ("momentum_buffer", "previous_grad")
+    _shaped_state = ("momentum_buffer", "previous_grad", "half_grad")
     _group_entries = {"noise_clock": 0, **halves.NOTHING}
 
     def __init__(
@@ -327,7 +327,7 @@ class LANTON(LeanOptimizer):
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
         for position, param, grad in self._with_gradient(group):
-            state = self._init_state(group, position, param)
+            state = self._state_of(group, position, param)
             yield LayerStep(
                 group,
                 param,

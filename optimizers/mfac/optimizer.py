@@ -124,7 +124,8 @@ class MFAC(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("momentum_buffer",)
+    _shaped_state = ("momentum_buffer", "error", "mask")
+    _drop_state = "optimizer.state.clear(), because parameters share a window"
 
     def __init__(
         self,
@@ -225,6 +226,9 @@ class MFAC(LeanOptimizer):
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
+    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        return {"window": (group["window"], *param.shape)}
+
     def _init_group(self) -> None:
         super()._init_group()
         self._scopes()
@@ -238,7 +242,7 @@ class MFAC(LeanOptimizer):
             for position, param in enumerate(group["params"]):
                 grad = gradients.get(param)
                 if param in self.state or grad is not None:
-                    state = self._init_state(group, position, param)
+                    state = self._state_of(group, position, param)
                     columns = columns_of(param, spread=group["shard_window"])
                     entry = ScopeParam(group, position, index, param, grad, state, columns)
                     if param.numel():  # a scope of empty parameters would count steps

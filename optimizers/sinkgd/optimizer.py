@@ -29,7 +29,7 @@ from leanstep.optimizers.common.sharding import Shard, Steps, all_reduce_flags, 
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
-from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms
+from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
 ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
 MOMENTUM_ORDERS = ("pre", "post")
@@ -222,6 +222,10 @@ class SinkGD(LeanOptimizer):
             init_power_vector(state, param, group)
         init_rounding(state, param, rounding)
         return state
+
+    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        spectral = group["spectral"] and algorithm_of(group, param) != "adamw"
+        return {"power_vector": power_vector_shape(param, group)} if spectral else {}
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
         batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))

@@ -18,6 +18,12 @@ from leanstep.optimizers.sinkgd import rule
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
 
 
+def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+    """Return [n], or [e, n] for a stack."""
+    shard = oriented(shard_of(param), group["transposed"], group["flatten"])
+    return (*shard.shape[:-2], matrix_shape(shard)[1]) if len(shard.shape) == 3 else (matrix_shape(shard)[1],)
+
+
 def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Create the vector of the power iteration, zero until the first finite nonzero gradient.
 
