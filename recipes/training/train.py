@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from leanstep._process import InterruptibleStart, end_with_parent, open_standard_streams
 from leanstep._version import __version__
-from leanstep.recipes.check.costs import estimate_or_reason, flops_per_token
+from leanstep.recipes.check.costs import check_layers, estimate_or_reason, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.references import hidden_texts, recorded
 from leanstep.recipes.config.schema import RunConfig, targets_note
@@ -213,6 +213,7 @@ class Run:
                 f"{self.folder.root}"
             )
             return False
+        check_layers(config)
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
