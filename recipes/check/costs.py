@@ -27,8 +27,7 @@ from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import open_config
-from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.data.tokens import trained_size
+from leanstep.recipes.config.schema import RunConfig, trained_size
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import mask_bytes, masked_names
@@ -147,16 +146,6 @@ def check_layers(config: RunConfig) -> None:
     if config.sparsity.patterns:
         plan(config, model)
     masked_names(config, model)
-
-
-def estimate_or_reason(
-    config: RunConfig, vocab_size: int, world_size: int, device: str
-) -> tuple[MemoryEstimate | None, str]:
-    """Return :func:`estimate`, or None and the reason it failed. A failed estimate must not end a run."""
-    try:
-        return estimate(config, vocab_size, world_size=world_size, device=device), ""
-    except Exception as error:
-        return None, str(error) or type(error).__name__
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
-from leanstep.recipes.config.references import recorded
+from leanstep.recipes.config.references import recorded, resolved
 from leanstep.recipes.config.schema import RunConfig
 
 # section -> the key without which it has no effect
@@ -13,19 +12,7 @@ SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_mod
 
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
-_FREE = {
-    "name",
-    "description",
-    "source_file",
-    "references",
-    "expect",
-    "out",
-    "eval",
-    "checkpoint",
-    "log",
-    "stop",
-    "device",
-}
+_FREE = {"name", "description", "source_file", "expect", "out", "eval", "checkpoint", "log", "stop", "device"}
 _ROUNDING = {
     "batch.micro_batch_size",
     "activation_checkpointing",
@@ -74,7 +61,9 @@ def _changes(before: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, A
 
     The same reference to an environment variable is no change: a folder has another path on another machine.
     """
-    old, new, texts = (dict(_flat(_without_idle(tree))) for tree in (before, asdict(config), recorded(config)))
+    trees = before, resolved(config), recorded(config)
+    # JSON turns the tuples of a RunConfig into the lists of a saved one
+    old, new, texts = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in trees)
     for key in sorted(old.keys() | new.keys()):
         same = old.get(key) in (new.get(key), texts.get(key))
         if not same and key.split(".")[0] not in _FREE and key != "data.cache_dir":
@@ -87,13 +76,13 @@ def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in idle}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values; lists and empty dicts are values. JSON turns tuples into lists."""
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; lists and empty dicts are values."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+            yield f"{prefix}{key}", value
 
 
 def _show(value: Any) -> str:

@@ -24,10 +24,16 @@ _ENVIRONMENT, _DECODE = "oc.env:", "oc.decode:"
 
 def recorded(config: RunConfig) -> dict[str, Any]:
     """The settings of ``config`` as files may show them: where environment variables were read, the reference."""
-    settings = asdict(config)
-    del settings["source_file"], settings["references"]
+    settings = resolved(config)
     for path, text in config.references.items():
         set_at(settings, path, text)
+    return settings
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The settings of ``config`` with the values of all references."""
+    settings = asdict(config)
+    del settings["source_file"], settings["references"]
     return settings
 
 
