@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.config.values import KeyPath, leaves, parse_scalar, set_at, value_at
+from leanstep.recipes.config.values import KeyPath, leaves, parse_scalar, set_at
 
 # limits: references that lead on to references, characters of a resolved text, values that references copy
 _MOST_STEPS, _MOST_TEXT, _MOST_VALUES = 20, 10_000, 5000
@@ -42,7 +42,8 @@ def hidden_texts(config: RunConfig) -> dict[str, str]:
     return {
         value: text
         for path, text in config.references.items()
-        if isinstance(value := value_at(asdict(config), path), str) and len(value) >= _SHORTEST_HIDDEN
+        for key, value in leaves(resolved(config))
+        if key[: len(path)] == path and isinstance(value, str) and len(value) >= _SHORTEST_HIDDEN
     }
 
 
