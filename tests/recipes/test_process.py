@@ -13,6 +13,7 @@ from training import Training, read_log, run, status, write_recipe
 
 from leanstep._process import InterruptibleStart
 
+ENDLESS = ["eval.every=0", "checkpoint.every=0", "log.every=1"]
 SHORT = ["steps=3", "checkpoint.every=0", "eval.every=0"]
 
 
@@ -102,7 +103,7 @@ def processes_of(out):
     return ids
 
 
-def wait_until(condition, process, seconds=90):
+def wait_until(condition, process, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,10 +111,10 @@ def wait_until(condition, process, seconds=90):
 
 
 def launched(recipe, out):
+    """Start two workers that train until they are stopped; their output is in ``out.console``."""
     command = [sys.executable, "-m", "leanstep", "train", str(recipe), f"out={out}", "steps=100000", "--nproc", "2"]
-    options = ["eval.every=0", "checkpoint.every=0", "log.every=1"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, *options], stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    with out.with_suffix(".console").open("w") as console:
+        return subprocess.Popen([*command, *ENDLESS], stdout=console, stderr=subprocess.STDOUT)
 
 
 def test_workers_end_with_their_launcher(recipe, tmp_path):
@@ -122,7 +123,7 @@ def test_workers_end_with_their_launcher(recipe, tmp_path):
     wait_until(lambda: read_log(out), launcher)
     assert len(processes_of(out)) == 3
     launcher.kill()
-    launcher.communicate()
+    launcher.wait()
     wait_until(lambda: not processes_of(out), launcher)
     # each worker saved like after any SIGTERM
     assert status(out)["status"] == "interrupted" and (out / "last").is_symlink()
@@ -135,7 +136,8 @@ def test_a_dead_process_ends_the_others(rank, recipe, tmp_path):
     wait_until(lambda: read_log(out), launcher)
     workers = sorted(pid for pid in processes_of(out) if pid != launcher.pid)
     os.kill(workers[rank], signal.SIGKILL)
-    said = launcher.communicate(timeout=60)[0]
+    launcher.wait(timeout=120)
+    said = out.with_suffix(".console").read_text()
     assert launcher.returncode == 1 and "was ended by SIGKILL; the same command continues the run" in said
     assert "Traceback" not in said, said
     assert processes_of(out) == []
