@@ -8,7 +8,7 @@ from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call, same_layout
 from leanstep.kernels.reference.nm import apply as reference
 
-GRAD_FLOWS = ("ste", "decay", "fixed")  # the order of enum Flow in apply.cpp
+GRAD_FLOWS = ("ste", "decay", "fixed")  # in the order of apply.cpp and of the Triton kernel
 
 
 def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.nm.apply import GRAD_FLOWS
 from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # 16 elements per thread and tile: one 128-bit load of the mask
 BLOCK, THREADS = 4096, 256
 TILES = 2
-FLOWS = {"ste": 0, "decay": 1, "fixed": 2}
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def nm_apply_backward_kernel(
     g_ptr, w_ptr, k_ptr, alpha_ptr, out_ptr, flow, srste, numel,
     SRSTE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES * BLOCK elements of a gradient; `flow` is one of FLOWS."""
+    """TILES * BLOCK elements of a gradient; `flow` is an index of GRAD_FLOWS."""
     start = tl.program_id(0).to(tl.int64) * (TILES * BLOCK)
     count = tl.minimum(numel - start, TILES * BLOCK).to(tl.int32)
     factor = tl.where(flow == 1, tl.load(alpha_ptr), 1.0)
@@ -100,25 +100,22 @@ def nm_apply_backward(
     out = torch.empty_like(weight, requires_grad=False)
     with on_device(weight.device):
         nm_apply_backward_kernel[(triton.cdiv(weight.numel(), BLOCK * TILES),)](
-            grad.detach(), weight.detach(), mask.view(torch.int8), alpha.to(torch.float32), out, FLOWS[grad_flow],
-            srste_lambda, weight.numel(), SRSTE=srste_lambda != 0, BLOCK=BLOCK, TILES=TILES,
-            num_warps=warps(THREADS), enable_fp_fusion=False,
+            grad.detach(), weight.detach(), mask.view(torch.int8), alpha.to(torch.float32), out,
+            GRAD_FLOWS.index(grad_flow), srste_lambda, weight.numel(), SRSTE=srste_lambda != 0, BLOCK=BLOCK,
+            TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            weight = torch.empty(2**31, dtype=dtype, device="meta")
-            mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")
-            nm_apply(weight, mask, alpha)
-            for srste_lambda in (0.0, 0.5):
-                nm_apply_backward(weight, weight, mask, alpha, "ste", srste_lambda)
-
-    return recorded_cases(launch_all, dict.fromkeys((nm_apply_kernel, nm_apply_backward_kernel), _promise))
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype in TL_DTYPE:
+        weight = torch.empty(2**31, dtype=dtype, device="meta")
+        mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")
+        nm_apply(weight, mask, alpha)
+        for srste_lambda in (0.0, 0.5):
+            nm_apply_backward(weight, weight, mask, alpha, "ste", srste_lambda)
+    return dict.fromkeys((nm_apply_kernel, nm_apply_backward_kernel), _promise)
 
 
 def _promise(launch: Launch) -> dict[str, Any]:
