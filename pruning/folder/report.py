@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import PALETTE, Series, chart, compact
+from leanstep._charts import COLORS, Series, chart, compact
 from leanstep._page import render
 from leanstep.pruning.allocate.allocation import UNITS
 from leanstep.pruning.score.targets import role_of
 
-_MOST_LINES = len(PALETTE)
+_MOST_LINES = COLORS
 _MOST_CHARTS = 12
 _MOST_ROWS = 1000
 ZEROS_ALONE = (

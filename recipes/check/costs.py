@@ -134,16 +134,6 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
     )
 
 
-def estimate_or_reason(
-    config: RunConfig, vocab_size: int, world_size: int, device: str
-) -> tuple[MemoryEstimate | None, str]:
-    """Return :func:`estimate`, or None and the reason it failed. A failed estimate must not end a run."""
-    try:
-        return estimate(config, vocab_size, world_size=world_size, device=device), ""
-    except Exception as error:
-        return None, str(error) or type(error).__name__
-
-
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of a pruned model's masks, or of the masks and unsharded masked copies for sparse training."""
     if config.pruning.keep_masks:

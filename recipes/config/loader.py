@@ -35,7 +35,6 @@ from leanstep.recipes.config.values import (
     set_at,
     show,
     unknown_key,
-    value_at,
 )
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -146,13 +145,8 @@ class _Reader:
             self.problems.append(((rank, 1, f"{path}:1"), f"the file is empty; {example}"))
         lines = {key: (rank, line, f"{path}:{line}") for key, line in document.lines.items()}
         below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
-        merged = _derive(below, value)
-        # keep the locations of the base's values that the file did not replace
-        inherited = {
-            key: location for key, location in self.locations.items() if value_at(below, key) is value_at(merged, key)
-        }
-        self.locations = inherited | lines
-        return merged
+        self.locations |= lines
+        return _derive(below, value)
 
     def _read_base(self, name: Any, location: Location, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read the values of the base that are inherited."""

@@ -325,16 +325,6 @@ def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
         yield from all_keys(annotation, f"{prefix}{name}.")
 
 
-def value_at(tree: Any, path: KeyPath) -> Any:
-    """The value at ``path``, or None."""
-    for step in path:
-        if isinstance(tree, list):
-            tree = tree[int(step)] if int(step) < len(tree) else None
-        else:
-            tree = tree.get(step) if isinstance(tree, dict) else None
-    return tree
-
-
 def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Merge ``top`` over ``base`` recursively. Where either value is not a mapping, ``top`` wins."""
     result = dict(base)

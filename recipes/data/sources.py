@@ -11,7 +11,6 @@ import importlib.resources
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -90,7 +89,8 @@ def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Pa
         return [where]
     if where.is_dir():
         suffixes = _SUFFIXES[kind]
-        files = [p for p in where.rglob("*") if p.is_file() and p.name.endswith(suffixes) and not _hidden(p, where)]
+        visible = (file for file in where.rglob("*") if "/." not in f"/{file.relative_to(where)}")
+        files = [file for file in visible if file.is_file() and file.name.endswith(suffixes)]
         if not files:
             raise ValueError(f"{key}: the folder '{path}' holds no {' or '.join(suffixes)} file; name a file or a glob")
         return sorted(files)
@@ -101,10 +101,6 @@ def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Pa
     near = difflib.get_close_matches(where.name, [neighbour.name for neighbour in where.parent.glob("*")], 1)
     hint = f"; did you mean '{where.parent / near[0]}'?" if near else f" (looked from {Path.cwd()})"
     raise ValueError(f"{key}: '{path}' {problem}{hint}")
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def text_corpus(path: str, key: str = "data.path") -> Corpus:
@@ -150,16 +146,17 @@ def _add_text(digest: Any, text: str) -> None:
     digest.update(raw)
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[Any]:
-    """Context manager: the ``datasets`` module with its progress bars off."""
+def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+    """Load rows by ``datasets`` without progress bars; return them and the names of their columns."""
     require("datasets")
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield datasets
+        cache = str(cache_root(cache_dir) / "datasets")
+        rows: Any = datasets.load_dataset(path, *arguments, cache_dir=cache, **options)
+        return rows, rows.column_names or list(next(iter(rows), {}))
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -168,28 +165,19 @@ def _quiet_datasets() -> Iterator[Any]:
 def _load_files(files: list[Path], kind: str, text_key: str, cache_dir: str | None, *, streaming: bool) -> Any:
     builder = {"local_c4": "json"}.get(kind, kind)
     extra = {"sample_by": "document"} if builder == "text" else {}
-    with _quiet_datasets() as datasets:
-        try:
-            rows = datasets.load_dataset(
-                builder,
-                data_files=[str(file.resolve()) for file in files],
-                split="train",
-                streaming=streaming,
-                cache_dir=str(cache_root(cache_dir) / "datasets"),
-                **extra,
-            )
-            columns = rows.column_names or list(next(iter(rows), {}))
-        except Exception as error:  # the builders raise many types
-            reason = str(error.__cause__ or error).strip().splitlines()[-1:]
-            names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
-            detail = "".join(reason) or type(error).__name__
-            raise ValueError(f"could not read {names} as {builder}: {detail}") from error
+    paths = [str(file.resolve()) for file in files]
+    try:
+        rows, columns = _load(cache_dir, builder, data_files=paths, split="train", streaming=streaming, **extra)
+    except Exception as error:  # the builders raise many types
+        reason = str(error.__cause__ or error).strip().splitlines()[-1:]
+        names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
+        detail = "".join(reason) or type(error).__name__
+        raise ValueError(f"could not read {names} as {builder}: {detail}") from error
     _check_column(columns, text_key, str(files[0]))
     return rows
 
 
-def _check_column(columns: Iterable[str], text_key: str, where: str) -> None:
-    columns = list(columns)
+def _check_column(columns: list[str], text_key: str, where: str) -> None:
     if not columns:
         raise ValueError(f"'{where}' is empty: it holds no row")
     if text_key not in columns:
@@ -246,20 +234,13 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
         raise ValueError("data.source 'hf' needs data.name, a dataset on the hub such as 'allenai/c4'")
     if not os.environ.get("HF_HUB_OFFLINE") or streaming:
         check_hub(name)
-    with _quiet_datasets() as datasets:
-        try:
-            rows = datasets.load_dataset(
-                name,
-                config.subset,
-                split=split,
-                streaming=streaming,
-                cache_dir=str(cache_root(config.cache_dir) / "datasets"),
-            )
-        except ConnectionError as error:
-            raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
-        except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
-            raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
-    _check_column(rows.column_names or list(next(iter(rows), {})), config.text_key, name)
+    try:
+        rows, columns = _load(config.cache_dir, name, config.subset, split=split, streaming=streaming)
+    except ConnectionError as error:
+        raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
+    except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
+        raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
+    _check_column(columns, config.text_key, name)
     return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import PALETTE, compact
+from leanstep._charts import COLORS, compact
 from leanstep._files import replacing
 from leanstep._page import render
 from leanstep.recipes.report.charts import curves, reported_curves
@@ -234,7 +234,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
     return [
         {
             "run": run,
-            "color": index % len(PALETTE),
+            "color": index % COLORS,
             "optimizer": str(run.setting("optimizer.name") or "-")[:_WORD],
             "rate": _format(run.setting("optimizer.lr"), "{:g}"),
             "loss": _format(run.final_eval.get("loss"), "{:.4f}"),

@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate import Accelerator, tracking
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -80,18 +79,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if cpu:
         # without it the processes of torchrun and accelerate launch do not connect
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if cpu and config.precision == "fp16":
-        raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
-    plugin = _fsdp_plugin() if config.distributed.strategy == "fsdp2" else None
-    if plugin is not None and cpu:
-        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp")
-    _check_trackers(config.log.trackers)
+    for problem in missing_here(config, cpu):
+        raise ValueError(problem)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED_PRECISION[config.precision],
         # the loop takes whole windows of micro batches, so windows never end at the end of the loader
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        fsdp_plugin=plugin,
+        fsdp_plugin=_fsdp_plugin() if config.distributed.strategy == "fsdp2" else None,
         # one schedule step is one optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
@@ -109,16 +104,20 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def _check_trackers(names: list[str]) -> None:
-    """Raise ValueError for a tracker that is not installed; Accelerate only warns."""
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
+    """Yield what this machine lacks for the run: a GPU, or a tracker (Accelerate would only warn)."""
+    if cpu and config.precision == "fp16":
+        yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
+    if cpu and config.distributed.strategy == "fsdp2":
+        yield "distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp"
+    installed = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
-    installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
-    for name in names:
+    installed |= set(map(str, tracking.LOGGER_TYPE_TO_CLASS)) - shipped
+    for name in config.log.trackers:
         if name not in installed:
             hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
-            raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
+            yield f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]"
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
@@ -386,9 +385,9 @@ def _python_value(key: str, value: Any) -> Any:
 
 def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
     """Split each role's group by the first entry of ``config.groups`` that selects a parameter."""
-    for index, entry in enumerate(config.groups):
+    for number, entry in enumerate(config.groups):
         if ("match" in entry) == ("role" in entry):
-            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
+            raise ValueError(f"optimizer.groups[{number}]: expected either 'match' or 'role', got {sorted(entry)}")
 
     def first_entry(name: str, role: str) -> int | None:
         for index, entry in enumerate(config.groups):
@@ -413,11 +412,10 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
             unused.discard(index)
             options = {k: _python_value(k, value) for k, value in config.groups[index].items() if k not in _SELECTORS}
             yield {**common, **options, "name": f"{role}/{index}", "params": params}
-    for index in sorted(unused):
-        (key,) = _SELECTORS & config.groups[index].keys()
-        raise ValueError(
-            f"optimizer.groups[{index}]: {key} {config.groups[index][key]!r} selects no parameter of the model"
-        )
+    for number in sorted(unused):
+        (key,) = _SELECTORS & config.groups[number].keys()
+        text = config.groups[number][key]
+        raise ValueError(f"optimizer.groups[{number}]: {key} {text!r} selects no parameter of the model")
 
 
 def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
