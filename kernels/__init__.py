@@ -23,7 +23,7 @@ from leanstep.kernels.lora.swiglu import swiglu, swiglu_backward_
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.matrices.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.matrices.sinkhorn import Scales, sinkhorn
-from leanstep.kernels.nm.apply import nm_apply, nm_apply_backward
+from leanstep.kernels.nm.apply import nm_apply
 from leanstep.kernels.nm.mask import nm_mask
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.poly.attention import poly_attention
@@ -53,7 +53,6 @@ __all__ = [
     "lora_up_",
     "newton_schulz",
     "nm_apply",
-    "nm_apply_backward",
     "nm_compress",
     "nm_decompress",
     "nm_mask",

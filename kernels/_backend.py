@@ -53,7 +53,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "sparse_linear_combination": BACKENDS,
     "nm_mask": BACKENDS,
     "nm_apply": BACKENDS,
-    "nm_apply_backward": BACKENDS,
     "nm_matmul": BACKENDS,
     "lora_dropout": BACKENDS,
     "lora_down": BACKENDS,

@@ -1,17 +1,82 @@
-"""Write files and folders atomically and flush them to disk. Imports no torch."""
+"""Read regular files, write files and folders atomically, and flush them to disk. Imports no torch.
+
+Folders may come from elsewhere: nothing here writes through a symbolic link or waits for a pipe.
+"""
 
 import errno
+import json
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 STAGED = ".writing-"
 REPLACED = ".replaced-"
+# bytes that read_text reads at most: far more than any configuration or report
+READ_LIMIT = 1 << 26
+DEPTH_LIMIT = 64
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Open a regular file and return its descriptor. ``follow`` allows a symbolic link as the last name.
+
+    Never waits for the writer of a pipe.
+
+    Raises:
+        OSError: ``path`` cannot be opened, or is a link, folder, pipe or device.
+    """
+    no_link = 0 if follow else os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags | no_link | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise OSError(errno.ELOOP, "is a symbolic link, expected a regular file", str(path)) from None
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "is not a regular file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_bytes(path: Path, limit: int = READ_LIMIT, *, follow: bool = False) -> bytes:
+    """Read a regular file (:func:`open_regular`). Raises OSError if it has more than ``limit`` bytes."""
+    with open(open_regular(path, follow=follow), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"has more than {format_bytes(limit)}", str(path))
+    return content
+
+
+def read_text(path: Path, limit: int = READ_LIMIT, *, follow: bool = False, errors: str = "strict") -> str:
+    """Read a regular file (:func:`read_bytes`) as UTF-8 with any line ends. Raises UnicodeDecodeError by ``errors``."""
+    text = read_bytes(path, limit, follow=follow).decode("utf-8", errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, also where values are nested more than :data:`DEPTH_LIMIT` deep."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    level, depth = [content], 0
+    while level:
+        level = [item for value in level if isinstance(value, (dict, list)) for item in _items(value)]
+        depth += 1
+        if depth > DEPTH_LIMIT:
+            raise ValueError(f"its values are nested more than {DEPTH_LIMIT} deep")
+    return content
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def cache_folders() -> list[Path]:
@@ -69,7 +134,7 @@ def private_folder(folder: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,13 +143,23 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file name beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
+    """Yield an empty file beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
 
     Readers see the old content or the new. When the block raises, ``path`` stays as it was and the new file is removed.
+    The file has the mode of new files (the umask), also where the writer replaces it by a private one.
+
+    Raises:
+        OSError: the file cannot be written, or ``path`` is a folder, device or pipe.
     """
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is not a regular file", str(path))
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}.tmp")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield partial
+        os.chmod(partial, mode)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -93,9 +168,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of ``path`` by ``text`` (UTF-8) in one step."""
+    """Replace the content of ``path`` by ``text`` (UTF-8) in one step. Escapes lone surrogates."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -108,9 +183,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
         FileExistsError: another process made ``target`` in the meantime.
     """
     target = target.absolute()
-    staged = target.with_name(f".{target.name}{STAGED}{os.getpid()}")
+    staged = target.with_name(f".{target.name}{STAGED}{secrets.token_hex(4)}-{os.getpid()}")
+    staged.mkdir()
     try:
-        staged.mkdir()
         yield staged
         if target.exists():
             raise FileExistsError(errno.EEXIST, "it was made by another process in the meantime", str(target))
@@ -122,18 +197,32 @@ def staged_folder(target: Path) -> Iterator[Path]:
 def publish_folder(staged: Path, target: Path) -> None:
     """Flush ``staged`` with all its files to disk and rename it to ``target``, replacing an older folder there.
 
-    A process killed between the two renames of a replacement leaves the old folder as ``.replaced-NAME``.
+    The files get the mode of new files: writers that rename private temporary files leave 0600. A process killed
+    between the two renames of a replacement leaves the old folder as ``.replaced-NAME``.
     """
+    mode = stat.S_IMODE(staged.stat().st_mode) & 0o666
     for path in (*staged.rglob("*"), staged):
+        if path.is_symlink():
+            continue
+        if path.is_file():
+            path.chmod(mode)
         sync(path)
     replaced = target.with_name(f"{REPLACED}{target.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
+    remove(replaced)
+    if os.path.lexists(target):
         # no system call replaces a nonempty folder
         os.replace(target, replaced)
     os.replace(staged, target)
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and all in it as far as possible, or a file or link: never the target of a link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(target: Path) -> None:

@@ -309,7 +309,15 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
-    print(f"{write_report(options.runs, options.out or default)} written")
+    try:
+        page = write_report(options.runs, options.out or default)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"the report {options.out or default} could not be written: {reason}", file=sys.stderr)
+        return EXIT_FAILED
+    print(f"{page} written")
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._files import read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file
 from leanstep.recipes.data.tokens import require
@@ -104,27 +105,6 @@ def find_model_folder(path: str | Path) -> Path:
     )
 
 
-def _open_model(folder: Path) -> Any:
-    """Load the model. Raises ValueError if weights are missing or have other shapes; transformers would draw them."""
-    require("transformers")
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # a broken configuration or file: transformers and safetensors raise many types
-        raise ValueError(f"could not open the model in '{folder}': {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        names = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        raise ValueError(f"the weights in '{folder}' do not fit its config.json: {', '.join(names[:3])}, ...")
-    return model
-
-
 def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     if requested is not None and not 2 <= requested <= positions:
@@ -134,12 +114,14 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
+    from leanstep.pruning.folder.loading import open_model
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
     from leanstep.recipes.training.validation import evaluate
 
     folder = find_model_folder(options.checkpoint)
-    model = _open_model(folder)
+    require("transformers")
+    model: Any = open_model(folder)
     tokenizer = open_tokenizer(str(folder))
     needed = vocabulary_size(tokenizer)
     if needed > model.config.vocab_size:
@@ -156,7 +138,9 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     else:
         in_training = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, description = load_validation(config, open_file(config, options.data), tokenizer)
+        dataset, bytes_per_token, description = load_validation(
+            config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
+        )
     device = _device(options.device)
     result = evaluate(
         model.to(device),
@@ -238,11 +222,11 @@ def read_training(folder: Path) -> Training | None:
 
 def _recipe(path: Path) -> dict[str, Any] | None:
     """Read the recipe that a run saved; None for any other file."""
-    import yaml
+    from leanstep.recipes.config.values import read_document
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_document(read_text(path)).value
+    except (OSError, UnicodeDecodeError):
         return None
     recipe = isinstance(content, dict) and "recipe" in content and isinstance(content.get("data"), dict)
     return content if recipe else None

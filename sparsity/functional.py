@@ -1,7 +1,7 @@
 """The forward and backward rules of every method, as differentiable functions that the parametrization calls.
 
-:func:`sparse_weight` has the gradients of STE, SR-STE, MDGF and SDGF. The controller adds :func:`srste_term` once per
-step. ``kernels/reference/nm/apply.py`` holds the elementwise definitions.
+:func:`sparse_weight` has the gradients of STE, MDGF and SDGF. SR-STE adds :func:`srste_term`, which the controller does
+once per step. ``kernels/reference/nm/apply.py`` holds the elementwise definition.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
-from leanstep.kernels.nm.apply import check_grad_flow, nm_apply, nm_apply_backward
+from leanstep.kernels.nm.apply import nm_apply
 from leanstep.kernels.nm.mask import nm_mask
 from leanstep.sparsity.patterns import NM, as_pattern
 
+GRAD_FLOWS = ("ste", "decay", "fixed")
 
-def sparse_weight(
-    weight: Tensor,
-    mask: Tensor,
-    *,
-    alpha: Tensor | float = 0.0,
-    grad_flow: str = "ste",
-    srste_lambda: float = 0.0,
-) -> Tensor:
+
+def sparse_weight(weight: Tensor, mask: Tensor, *, alpha: Tensor | float = 0.0, grad_flow: str = "ste") -> Tensor:
     """``weight * (mask + (1 - mask) * alpha)``, with the gradient of a method of N:M training.
 
     With g the gradient of the result and P the mask, the weight's gradient is
 
-    ==========  ==========================================================================
+    ==========  ==============================
     grad_flow   gradient
-    ==========  ==========================================================================
-    "ste"       ``g + srste_lambda * (1 - P) * weight``
-    "decay"     ``g * (P + (1 - P) * alpha) + srste_lambda * (1 - P) * weight``
-    "fixed"     ``g * P + srste_lambda * (1 - P) * weight``
-    ==========  ==========================================================================
+    ==========  ==============================
+    "ste"       ``g``
+    "decay"     ``g * (P + (1 - P) * alpha)``
+    "fixed"     ``g * P``
+    ==========  ==============================
 
-    STE is ``alpha=0, grad_flow="ste"``. SR-STE adds ``srste_lambda`` (2e-4 in its paper). MDGF shrinks alpha
+    STE is ``alpha=0, grad_flow="ste"``. SR-STE adds :func:`srste_term`. MDGF shrinks alpha
     (:class:`leanstep.sparsity.Schedule`). SDGF changes the pattern of the mask. One-shot pruning is
     ``grad_flow="fixed"``. The methods combine.
 
@@ -47,16 +42,15 @@ def sparse_weight(
         alpha: factor of pruned weights, in [0, 1]; a constant for autograd. A 0-d tensor on the weight's device can
             change from step to step without recompilation by torch.compile.
         grad_flow: "ste", "decay" or "fixed".
-        srste_lambda: factor of the SR-STE term, >= 0.
 
     Returns:
         A new tensor like ``weight``. Pruned entries are +0 for alpha 0, and the weight bit for bit for alpha 1.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not match, another ``grad_flow``, or a negative factor.
+        ValueError: for shapes, dtypes or devices that do not match, or another ``grad_flow``.
 
     Notes:
-        Saves the mask (1 byte per weight) and a reference to the weight for the backward pass. The text of the MDGF
+        Saves references to the mask and alpha for the backward pass, and nothing for "ste". The text of the MDGF
         paper says that decay restricts the flow of gradients to pruned weights: "decay", the derivative of the product.
         Its published code returns g unscaled: "ste".
 
@@ -64,10 +58,11 @@ def sparse_weight(
         Bengio, Leonard, Courville, arXiv 1308.3432 (straight-through estimator); Zhou et al., arXiv 2102.04010
         (SR-STE); Bambhaniya et al., arXiv 2402.04744 (MDGF, SDGF).
     """
-    check_grad_flow(grad_flow, srste_lambda, "sparse_weight")
+    if grad_flow not in GRAD_FLOWS:
+        raise ValueError(f"sparse_weight: grad_flow must be one of {', '.join(GRAD_FLOWS)}, got {grad_flow!r}")
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), alpha, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    return _SparseWeight.apply(weight, mask, alpha, grad_flow, float(srste_lambda))
+    return _SparseWeight.apply(weight, mask, alpha, grad_flow)
 
 
 def srste_term(weight: Tensor, mask: Tensor, srste_lambda: Tensor | float) -> Tensor:
@@ -77,21 +72,23 @@ def srste_term(weight: Tensor, mask: Tensor, srste_lambda: Tensor | float) -> Te
 
 class _SparseWeight(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str, srste_lambda: float) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor, alpha: Tensor, grad_flow: str) -> Tensor:
         return nm_apply(weight, mask, alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, mask, alpha, ctx.grad_flow, ctx.srste_lambda = inputs
-        ctx.save_for_backward(weight, mask, alpha)
+        _, mask, alpha, ctx.grad_flow = inputs
+        if ctx.grad_flow != "ste":
+            ctx.save_for_backward(mask, alpha)
         remember_backend(ctx)
 
     @staticmethod
     @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mask, alpha = ctx.saved_tensors
-        grad = nm_apply_backward(grad, weight, mask, alpha, grad_flow=ctx.grad_flow, srste_lambda=ctx.srste_lambda)
-        return grad, None, None, None, None
+        if ctx.grad_flow != "ste":
+            mask, alpha = ctx.saved_tensors
+            grad = nm_apply(grad, mask, alpha if ctx.grad_flow == "decay" else torch.zeros_like(alpha))
+        return grad, None, None, None
 
 
 def s_ste_weight(weight: Tensor, pattern: NM | str, *, beta: Tensor | float = 1.0, dim: int = -1) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from leanstep.sparsity.controller import Controller, Score
+from leanstep.sparsity.functional import GRAD_FLOWS
 from leanstep.sparsity.modules import SparseLayer, install, plan_layers
 from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import DECAYS, STRUCTURES, Schedule
@@ -187,7 +188,7 @@ def _check_settings(
 ) -> None:
     """Check the settings of :func:`sparsify` that do not depend on the model."""
     for name, accepted, expected, value in (
-        ("grad_flow", flow in ("ste", "decay", "fixed"), "'ste', 'decay' or 'fixed'", flow),
+        ("grad_flow", flow in GRAD_FLOWS, "'ste', 'decay' or 'fixed'", flow),
         ("srste_lambda", 0 <= factor < float("inf"), ">= 0", factor),
         ("score", callable(score) or score in SCORES, f"a function or one of {SCORES}", score),
         ("mask_every", isinstance(mask_every, int) and mask_every >= 1, "an integer >= 1", mask_every),

@@ -17,15 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from leanstep._torch import (
-    is_conv1d,
-    is_dtensor,
-    join_parts,
-    local_part,
-    output_head,
-    place_like,
-    whole_tensor,
-)
+from leanstep._torch import is_conv1d, is_dtensor, join_parts, local_part, output_head, place_like, whole_tensor
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
 from leanstep.sparsity.masks import PADS, check_fit
 from leanstep.sparsity.patterns import NM, match_patterns

@@ -26,6 +26,7 @@ from leanstep.lora.attention.error_bounds import largest_logit
 from leanstep.lora.attention.gate_state import GateReport, LayerState, check_state
 from leanstep.lora.attention.interface import AttentionInputs, Call, Tap, attach, detach
 from leanstep.lora.attention.norms import NON_FINITE, head_norms, sample_rows, sampled_error
+from leanstep.lora.layers.linear import autocasted
 
 MODES = ("exact", "auto", "force")
 
@@ -312,9 +313,11 @@ class LowRankGate:
             alone = AttentionInputs(*leaves, inputs.scale, inputs.causal, mask)
             upstream = grad.detach()[batch, head][None, None]
             outputs = self._attention(alone, shift)[0], exact_attention(alone)
-            low_rank, exact = ((y, *torch.autograd.grad(y, leaves, upstream)) for y in outputs)
+            low_rank, exact = (
+                [t.detach().float() for t in (y, *torch.autograd.grad(y, leaves, upstream))] for y in outputs
+            )
             state.gradient_errors = {
-                kind: relative_distance(a.detach(), b.detach())
+                kind: float((a - b).norm() / b.norm().clamp(min=1e-30))
                 for kind, a, b in zip(("O", "dQ", "dK", "dV"), low_rank, exact, strict=True)
             }
 
@@ -353,11 +356,7 @@ def why_impossible(call: Call) -> str | None:
 
 def autocasted_inputs(inputs: AttentionInputs) -> AttentionInputs:
     """Cast q, k and v as autocast does for exact attention; fp64 tensors stay fp64."""
-    device = inputs.query.device.type
-    if not torch.is_autocast_enabled(device):
-        return inputs
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in inputs[:3])
+    q, k, v = (x if x.dtype == torch.float64 else autocasted(x) for x in inputs[:3])
     return inputs._replace(query=q, key=k, value=v)
 
 
@@ -402,8 +401,3 @@ def exact_attention(inputs: AttentionInputs) -> Tensor:
     # queries without a visible key are padding: let them see themselves to avoid NaN
     mask = mask | (~mask.any(dim=-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
     return scaled_dot_product_attention(*tensors, attn_mask=mask, scale=inputs.scale)
-
-
-def relative_distance(result: Tensor, expected: Tensor) -> float:
-    """``|result - expected| / |expected|``."""
-    return float((result.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))

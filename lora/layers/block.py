@@ -26,15 +26,7 @@ from leanstep.lora.layers.autograd import (
     weight_gradients,
 )
 from leanstep.lora.layers.frozen import is_watched
-from leanstep.lora.layers.linear import (
-    FastLinear,
-    FastPath,
-    LoRALinearLayer,
-    Mixin,
-    autocasted,
-    fast_linear,
-    mixture,
-)
+from leanstep.lora.layers.linear import FastLinear, FastPath, LoRALinearLayer, Mixin, autocasted, fast_linear, mixture
 
 # names of projections that share an input within one module
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))

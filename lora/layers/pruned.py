@@ -41,7 +41,9 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
         2410.03750.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinearLayer)}
-    names = [name for name, layer in adapted.items() if _has_zeros(layer)] if layers is None else list(layers)
+    if layers is None:
+        layers = [n for n, m in adapted.items() if quantized_kind(m) is None and bool((m.weight == 0).any())]
+    names = list(layers)
     for name in names:
         if name not in adapted:
             raise ValueError(f"keep_zeros: {name!r} is no linear layer with an adapter")
@@ -63,10 +65,6 @@ def _why_not(layer: LoRALinearLayer) -> str | None:
     if layer.lora.fast_path is True:
         return "has fast_path=True, and the fast path cannot mask the product"
     return "is merged already" if layer.lora.merged else None
-
-
-def _has_zeros(layer: LoRALinearLayer) -> bool:
-    return quantized_kind(layer) is None and bool((layer.weight == 0).any())
 
 
 def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

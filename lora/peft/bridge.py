@@ -73,7 +73,7 @@ def accelerate_peft(
     if save not in SAVES:
         raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
     layers = {
-        name: PeftLinear(module, name=name, save=save, wanted=fast_path)
+        name: PeftLinear(module, name, save, fast_path)
         for name, module in model.named_modules()
         if f"{type(module).__module__}.{type(module).__qualname__}" in _LAYERS
     }
@@ -106,13 +106,7 @@ class PeftLinear(FastLinear):
     """
 
     def __init__(
-        self,
-        module: Any,
-        *,
-        name: str = "",
-        save: str = "min",
-        wanted: bool | None = None,
-        adapter: str | None = None,
+        self, module: Any, name: str = "", save: str = "min", wanted: bool | None = None, adapter: str | None = None
     ) -> None:
         self.module, self.name, self.save, self.wanted, self.adapter = module, name, save, wanted, adapter
         self.siblings = None

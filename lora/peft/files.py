@@ -14,7 +14,6 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,13 +22,11 @@ from torch import Tensor, nn
 
 from leanstep._files import replacing, write_text
 from leanstep._torch import is_dtensor, place_like, whole_tensor
-from leanstep.lora.apply import adapted_layers, attach_adapters, modules_to_save, plan_lora
+from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
-
-Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -78,7 +75,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"save_adapter: {broken[0]} holds NaN or infinity ({len(broken)} tensors in all)")
-    settings = config.to_dict() | {"inference_mode": True, "fan_in_fan_out": _all_transposed(model)}
+    transposed = {layer.lora.transposed for _, layer in adapted_layers(model) if isinstance(layer, LoRALinearLayer)}
+    settings = config.to_dict() | {"inference_mode": True, "fan_in_fan_out": transposed == {True}}
     if not settings["base_model_name_or_path"]:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
@@ -89,11 +87,6 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_text(target / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
     return target
-
-
-def _all_transposed(model: nn.Module) -> bool:
-    linear = [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinearLayer)]
-    return bool(linear) and all(layer.lora.transposed for layer in linear)
 
 
 def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object) -> Model:

@@ -1,9 +1,9 @@
-"""Checks of a state dict before loading, and restoration of its dtypes after torch has cast them."""
+"""Checks and upgrades of a state dict before loading, and restoration of its dtypes after torch has cast them."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,6 +40,30 @@ def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
             )
 
 
+def upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the names and settings of this version. The given one is not changed.
+
+    Raises:
+        ValueError: the state was saved with a setting that no longer exists.
+    """
+    names, settings = optimizer._older_names, optimizer._older_settings
+    for group in state_dict["param_groups"]:
+        for name, values in settings.items():
+            if group.get(name) not in (None, *values):
+                raise ValueError(
+                    f"{type(optimizer).__name__}: the state was saved with {name}={group[name]!r}, which no longer "
+                    "exists; nothing was changed. Continue with the version that saved it, or start without the state."
+                )
+
+    def renamed(entries: Any) -> Any:  # hooks may add values that are no dict
+        return {names.get(k, k): v for k, v in entries.items()} if names and isinstance(entries, dict) else entries
+
+    gone = settings.keys() - optimizer.defaults.keys()
+    groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
+    states = {param_id: renamed(state) for param_id, state in state_dict["state"].items()}
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
 def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if parameter names, or shapes of state tensors, show that the parameters' order differs."""
     names, saved_names = (
@@ -68,6 +92,22 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
                 )
 
 
+def refuse_resized(
+    optimizer: LeanOptimizer,
+    group: dict[str, Any],
+    position: int,
+    key: str,
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+) -> NoReturn:
+    """Raise ValueError: a state tensor does not fit its parameter, which was resized after its first step."""
+    raise ValueError(
+        f"{type(optimizer).__name__}: expected the state {key!r} of {describe(group, position)} to have shape "
+        f"{expected}, got {shape}: the parameter was resized after its state was created. Nothing was changed. Drop "
+        f"the state ({optimizer._drop_state}), or build a new optimizer."
+    )
+
+
 def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
     """Replace state tensors that torch has cast by the saved ones, on the parameter's device."""
     saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
@@ -78,8 +118,7 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
             if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
                 continue
             device = current.device if key == "step" else param.device
-            if optimizer._stays_on_cpu(key):
-                device = torch.device("cpu")
+            device = torch.device("cpu") if key in optimizer._host_state else device
             dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
             if current.dtype != dtype or current.device != device:
                 optimizer.state[param][key] = saved.detach().clone().to(device, dtype)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from leanstep._torch import output_head
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
+from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
@@ -133,16 +134,6 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
     )
 
 
-def estimate_or_reason(
-    config: RunConfig, vocab_size: int, world_size: int, device: str
-) -> tuple[MemoryEstimate | None, str]:
-    """Return :func:`estimate`, or None and the reason it failed. A failed estimate must not end a run."""
-    try:
-        return estimate(config, vocab_size, world_size=world_size, device=device), ""
-    except Exception as error:
-        return None, str(error) or type(error).__name__
-
-
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of a pruned model's masks, or of the masks and unsharded masked copies for sparse training."""
     if config.pruning.keep_masks:
@@ -169,7 +160,8 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
     with unset_fake_temporarily(), torch.device("meta"):
         if config.model.init_from is None:
             return build_model(config.model, vocab_size, dtype)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.init_from), dtype=dtype)
+        known = open_config(config.model.init_from)
+        model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
         if config.lora.target_modules:
             adapt(config, model)
         return model

@@ -58,7 +58,8 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield (key, old value, new value) of the keys that affect a run's numbers, sorted."""
-    old, new = (dict(_flat(_without_idle(tree))) for tree in (before, now))
+    # JSON turns the tuples of a RunConfig into the lists of a saved one
+    old, new = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE and key != "data.cache_dir":
             yield key, old.get(key), new.get(key)
@@ -70,13 +71,13 @@ def _without_idle(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in idle}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values; lists and empty dicts are values. JSON turns tuples into lists."""
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; lists and empty dicts are values."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+            yield f"{prefix}{key}", value
 
 
 def _show(value: Any) -> str:

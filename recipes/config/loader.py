@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from leanstep._files import read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
@@ -34,7 +35,6 @@ from leanstep.recipes.config.values import (
     set_at,
     show,
     unknown_key,
-    value_at,
 )
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -131,7 +131,7 @@ class _Reader:
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read a file and merge its values over those of its ``base``. ``above`` are the files derived from it."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, follow=True)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: cannot be read as a text file: {error}"]) from None
         document, rank = read_document(text), len(above)
@@ -145,13 +145,8 @@ class _Reader:
             self.problems.append(((rank, 1, f"{path}:1"), f"the file is empty; {example}"))
         lines = {key: (rank, line, f"{path}:{line}") for key, line in document.lines.items()}
         below = self._read_base(value.pop("base"), lines[("base",)], path, above) if "base" in value else {}
-        merged = _derive(below, value)
-        # keep the locations of the base's values that the file did not replace
-        inherited = {
-            key: location for key, location in self.locations.items() if value_at(below, key) is value_at(merged, key)
-        }
-        self.locations = inherited | lines
-        return merged
+        self.locations |= lines
+        return _derive(below, value)
 
     def _read_base(self, name: Any, location: Location, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """Read the values of the base that are inherited."""

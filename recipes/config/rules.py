@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict
 from typing_extensions import TypedDict
 
-from leanstep.recipes.config.schema import RunConfig, accumulation_steps
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size
 
 
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -67,6 +67,8 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("model.config", "model.init_from"),
             "must be empty when model.init_from names a folder, which brings its own; add model.config={}",
         )
+    if config.model.new_heads and not config.model.init_from:
+        yield ("model.new_heads", "model.init_from"), "names heads that model.init_from lacks; name its folder there"
     if config.compile and config.log.attention_norms:
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     yield from _sparsity_problems(config)
@@ -169,11 +171,11 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             f"shorten it or set model.config.{key}",
         )
     vocabulary = sizes.get("vocab_size")
-    trained_size = int(tokenizer.partition(":")[2]) if tokenizer.startswith("train:") else 0
-    if isinstance(vocabulary, int) and vocabulary < trained_size:
+    trained = trained_size(tokenizer) or 0
+    if isinstance(vocabulary, int) and vocabulary < trained:
         yield (
             ("model.config.vocab_size", "data.tokenizer"),
-            f"must be at least the tokenizer's {trained_size} (data.tokenizer {tokenizer}), got {vocabulary}; "
+            f"must be at least the tokenizer's {trained} (data.tokenizer {tokenizer}), got {vocabulary}; "
             f"leave it out to take the tokenizer's",
         )
 

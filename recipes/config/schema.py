@@ -38,11 +38,21 @@ def _plain_name(text: str) -> str:
     return text
 
 
-def _tokenizer(text: str) -> str:
-    size = text.partition(":")[2]
+def trained_size(tokenizer: str) -> int | None:
+    """Return SIZE of ``train:SIZE``, or None for a folder or a hub tokenizer. Raises ValueError below 257."""
+    kind, _, size = tokenizer.partition(":")
+    if kind != "train":
+        return None
     # every vocabulary has 256 bytes and the end-of-text token
-    if text.startswith("train:") and (not size.isdecimal() or int(size) < 257):
-        raise ValueError(f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {text!r}")
+    if not size.isdecimal() or int(size) < 257:
+        raise ValueError(
+            f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {tokenizer!r}"
+        )
+    return int(size)
+
+
+def _tokenizer(text: str) -> str:
+    trained_size(text)
     return text
 
 
@@ -83,11 +93,14 @@ class ModelConfig:
     """The model: a transformers family and its configuration keys, or a Hugging Face folder to start from.
 
     ``config`` takes the keys of ``LlamaConfig`` or ``GPT2Config``. ``vocab_size`` defaults to the tokenizer's.
+    Every weight of ``init_from`` must be in its files, in the model's shape, except in the modules that ``new_heads``
+    names (wildcards such as ``lm_head``), which are drawn anew.
     """
 
     family: Literal["llama", "gpt2"] = "llama"
     config: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
+    new_heads: list[Text] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -1,6 +1,7 @@
 """Values of a recipe: read YAML with line numbers, get and set values by path, validate with hints.
 
-Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text.
+Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text. Text that would take long to read or
+much memory to hold (long, deeply nested, multiplied by aliases) is refused.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from types import NoneType
+from itertools import islice
 from typing import Any
 
 import yaml
@@ -22,8 +23,28 @@ from leanstep.recipes.config.schema import RunConfig
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
 
+# limits of a document: characters, nesting, values and characters with aliases expanded, characters of a number
+_MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
+_YAML = "tag:yaml.org,2002:"
+_MOST_PROBLEMS = 50  # that one check reports
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2 and without dates."""
+    """SafeLoader with the floats of YAML 1.2, without dates and with limited nesting."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        self._nodes += 1
+        if self._depth > _MOST_DEPTH or self._nodes > 2 * _MOST_VALUES:
+            problem = "too many values" if self._depth <= _MOST_DEPTH else f"nested more than {_MOST_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -51,11 +72,24 @@ class Document:
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    values: int = 0
+    characters: int = 0
+
+
+class _TooLarge(Exception):
+    """The values of a document are too many, or too long together."""
 
 
 def read_document(text: str) -> Document:
-    """Parse ``text``. Syntax errors, duplicate keys and self-references become ``problems``, never exceptions."""
+    """Parse ``text``.
+
+    Syntax errors, duplicate keys, self-references, unknown tags and sizes beyond the limits become ``problems``, never
+    exceptions.
+    """
     document = Document()
+    if len(text) > _MOST_TEXT:
+        document.problems.append((1, f"expected at most {_MOST_TEXT:,} characters, got {len(text):,}"))
+        return document
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
@@ -66,6 +100,11 @@ def read_document(text: str) -> Document:
         document.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {what}"))
     except yaml.YAMLError as error:  # characters that YAML forbids carry no mark
         document.problems.append((1, f"not valid YAML: {' '.join(str(error).split())}"))
+    except (ValueError, OverflowError) as error:  # PyYAML lets impossible escapes and versions through
+        document.problems.append((1, f"not valid YAML: {error}"))
+    except _TooLarge as error:
+        document.value = None
+        document.problems.append((1, str(error)))
     return document
 
 
@@ -81,7 +120,17 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
     """Turn a composed node into dicts, lists and scalars; record lines and duplicate keys."""
     line = node.start_mark.line + 1
     if id(node) in parents:
-        document.problems.append((line, f"{'.'.join(path)} contains itself through an alias"))
+        document.problems.append((line, f"{_join(path)} contains itself through an alias"))
+        return None
+    document.values += 1
+    if document.values > _MOST_VALUES or document.characters > _MOST_EXPANDED:
+        raise _TooLarge(
+            f"expected at most {_MOST_VALUES:,} values and {_MOST_EXPANDED:,} characters with all aliases replaced by "
+            "their values; got more"
+        )
+    kind = node.tag.removeprefix(_YAML)
+    if not isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
+        document.problems.append((line, f"{_join(path)}: not valid YAML here: the tag {_cut(kind)}"))
         return None
     below = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -93,14 +142,20 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key_line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            document.problems.append((key_line, f"keys must be plain words, got {key_node.tag.rpartition(':')[2]}"))
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.removeprefix(_YAML) not in _PLAIN:
+            document.problems.append(
+                (key_line, f"keys must be plain words, got {_cut(key_node.tag.removeprefix(_YAML))}")
+            )
             continue
         key = key_node.value
         here = (*path, key)
+        document.characters += len(key)
+        if not key.isprintable():
+            document.problems.append((key_line, f"keys must be plain words, got {_cut(ascii(key))}"))
+            continue
         if key in result:
             first = document.lines[here]
-            document.problems.append((key_line, f"duplicate key '{'.'.join(here)}'; it is first on line {first}"))
+            document.problems.append((key_line, f"duplicate key '{_join(here)}'; it is first on line {first}"))
             continue
         document.lines[here] = key_line
         result[key] = _convert(value_node, here, document, below)
@@ -108,19 +163,48 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[
 
 
 def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    """Construct one scalar. Records unknown tags and impossible numbers as problems."""
+    """Construct one scalar. Records unknown tags, impossible numbers and half characters as problems."""
     constructor = _Loader("")
+    kind, text = node.tag.removeprefix(_YAML), node.value
+    document.characters += len(text)
     try:
-        value = constructor.construct_object(node)
-        if not isinstance(value, (str, int, float, bool, NoneType)):
-            raise ValueError(f"{node.tag.rpartition(':')[2]} is no text, number, true, false or null")
+        if kind in ("int", "float") and len(text) > _MOST_DIGITS:
+            raise ValueError(f"a number of {len(text):,} characters, expected at most {_MOST_DIGITS}")
+        if kind not in _PLAIN:
+            raise ValueError(f"{_cut(kind)} is no text, number, true, false or null")
+        try:
+            value = constructor.construct_object(node)
+        except (KeyError, AttributeError, IndexError, TypeError, OverflowError, ValueError):
+            raise ValueError(f"{_cut(ascii(text))} is no {kind}") from None
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
+            raise ValueError("a whole number of more than 64 bits")
+        if isinstance(value, str):
+            # JSON writes one character as two escapes
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+            if "\0" in value:
+                raise ValueError("the text has a NUL character")
         return value
     except (yaml.YAMLError, ValueError) as error:
-        reason = getattr(error, "problem", None) or error
-        document.problems.append((node.start_mark.line + 1, f"{'.'.join(path)}: not valid YAML: {reason}"))
+        reason = "half a character (a lone surrogate)" if isinstance(error, UnicodeError) else error
+        reason = getattr(error, "problem", None) or reason
+        document.problems.append(
+            (node.start_mark.line + 1, f"{_join(path)}: not valid YAML: {reason}".removeprefix(": "))
+        )
         return None
     finally:
         constructor.dispose()
+
+
+_PLAIN = ("str", "int", "float", "bool", "null")
+
+
+def _join(path: KeyPath) -> str:
+    return _cut(".".join(path))
+
+
+def _cut(text: str, most: int = 120) -> str:
+    """Cut the middle of a text of more than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 40]}...{text[-30:]}"
 
 
 Problem = tuple[KeyPath, str]
@@ -155,7 +239,8 @@ def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Proble
         by_key: dict[tuple[int | str, ...], list[Any]] = {}
         for error in failure.errors(include_url=False):
             by_key.setdefault(_steps(error["loc"], value), []).append(error)
-        return None, [_problem(schema, steps, errors, value, path) for steps, errors in by_key.items()]
+        keys = islice(by_key.items(), _MOST_PROBLEMS)
+        return None, [_problem(schema, steps, errors, value, path) for steps, errors in keys]
 
 
 @lru_cache
@@ -178,14 +263,14 @@ def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]
 def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value: Any, above: KeyPath) -> Problem:
     """Describe pydantic's errors at one key, several for a union of types; ``above`` is the path of ``value``."""
     path = (*above, *map(str, steps))
-    key, first = ".".join(path), errors[0]
+    key, first = _join(path), errors[0]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section = schema
         for step in steps[:-1]:
             section = _fields(section)[str(step)]
         return path, unknown_key(path, _fields(section), all_keys(RunConfig))
     if first["type"] == "value_error":
-        return path, f"{key} {first['ctx']['error']}"
+        return path, _cut(f"{key} {first['ctx']['error']}", 400)
     for step in steps:
         value = value[step]
     # of a union, a number out of range says more than the other types; exact types, since True is an int
@@ -230,7 +315,7 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
     if not hint and len(set(known)) <= 24:
         section = f" in {'.'.join(parent)}" if parent else ""
         hint = f"; the keys{section} are {', '.join(sorted(known))}"
-    return f"unknown key '{'.'.join(path)}'{hint}"
+    return f"unknown key '{_join(path)}'{hint}"
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -238,16 +323,6 @@ def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     for name, annotation in _fields(schema).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
-
-
-def value_at(tree: Any, path: KeyPath) -> Any:
-    """The value at ``path``, or None."""
-    for step in path:
-        if isinstance(tree, list):
-            tree = tree[int(step)] if int(step) < len(tree) else None
-        else:
-            tree = tree.get(step) if isinstance(tree, dict) else None
-    return tree
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

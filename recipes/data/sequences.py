@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.sources import Corpus, open_corpus, open_validation
-from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise, trained_size
+from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,14 +92,13 @@ def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torc
     return {"input_ids": input_ids, "labels": labels}
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
-    """Return the order of an epoch, a permutation of ``range(length)``, int64 ``[length]``.
+def shuffled(length: int, seed: int, *position: int) -> torch.Tensor:
+    """Return the order of an epoch or a block, a permutation of ``range(length)``, int64 ``[length]``.
 
     It depends only on the arguments and uses no global random state, so a resumed run can reproduce it.
     """
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed) % 2**63)
-    return torch.randperm(length, generator=generator)
+    mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
+    return torch.randperm(length, generator=torch.Generator().manual_seed(int(mixed) % 2**63))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class LoadedData:
         return "\n".join(f"{name:<{width}}  {fact}" for name, fact in self.facts.items())
 
 
-def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None) -> LoadedData:
+def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int = 1) -> LoadedData:
     """Load the data of a recipe; the first call tokenises and caches, later ones map the cache.
 
     The validation text is ``data.val_path``, or the source's validation split, or the last ``val_tokens`` tokens of the
@@ -136,8 +136,8 @@ def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world
 
     Args:
         config: the ``data`` section.
-        seed: decides the order of streamed data. Map-style data is not shuffled here; see :func:`epoch_order`.
-        rank, world_size: select this process's share of a stream; None asks torch.distributed, then the environment.
+        seed: decides the order of streamed data. Map-style data is not shuffled here; see :func:`shuffled`.
+        rank, world_size: select this process's share of a stream.
 
     Raises:
         ValueError: missing, empty or binary text, an unknown column, fewer tokens than one sequence.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leanstep._files import cache_folders, private_folder, publish_folder
+from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
@@ -95,25 +96,8 @@ def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[
 
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST = 257  # 256 bytes and the end of text
 _PIECE = 1 << 20  # characters given to the tokenizer at once
 _CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
-
-
-def trained_size(spec: str) -> int | None:
-    """Return SIZE if ``spec`` is ``train:SIZE``, or None if it names a folder or a hub tokenizer.
-
-    Raises ValueError if SIZE is not a whole number of at least 257 (256 bytes and the end of text).
-    """
-    if not spec.startswith("train:"):
-        return None
-    size = re.fullmatch(r"train:(\d+)", spec.replace("_", ""))
-    if not size or int(size[1]) < _SMALLEST:
-        raise ValueError(
-            f"data.tokenizer: expected train:SIZE with SIZE at least {_SMALLEST} (256 bytes and the end of text), "
-            f"got '{spec}'"
-        )
-    return int(size[1])
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Any:
@@ -189,7 +173,7 @@ def _file_hash(file: Path) -> str:
 def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub."""
     require("transformers")
-    from transformers import AutoTokenizer
+    from leanstep.pruning.folder import loading
 
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -198,11 +182,11 @@ def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
         raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
     try:
         with nullcontext() if folder.is_dir() or unreachable() is None else offline():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
-    except Exception as error:  # transformers and the hub raise many types
+            tokenizer = loading.open_tokenizer(spec)
+    except ValueError as error:
         what = "the folder" if folder.is_dir() else "the hub's"
         raise ValueError(
-            f"data.tokenizer: could not open {what} '{spec}' ({str(error).strip().splitlines()[0]}). "
+            f"data.tokenizer: could not open {what} '{spec}' ({error}). "
             f"One that needs no network: data.tokenizer=train:4096"
         ) from error
     if not tokenizer.is_fast:

@@ -6,6 +6,7 @@ from functools import partial
 from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.report.runlog import Run
 
+_LONGEST = 100  # characters of a name
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
 
 
@@ -101,12 +102,16 @@ def reported_curves(run: Run, section: str, most_points: int) -> str:
         shown = keys if len(keys) <= _MOST_LINES else [keys[i * len(keys) // _MOST_LINES] for i in range(_MOST_LINES)]
         share = f" ({len(shown)} of {len(keys)})" if len(shown) < len(keys) else ""
         series = [
-            Series(key.partition("/")[2] or key, *_known(run.column("step"), run.reported_column(section, key)), color)
+            Series(
+                (key.partition("/")[2] or key)[:_LONGEST],
+                *_known(run.column("step"), run.reported_column(section, key)),
+                color,
+            )
             for color, key in enumerate(shown)
         ]
         values = [y for line in series for y in line.y if y is not None]
         # layers often differ by orders of magnitude
         log_y = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-        title = f"{section.capitalize()}: {name}{share}"
+        title = f"{section.capitalize()}: {name[:_LONGEST]}{share}"
         charts.append(chart(series, title=title, x_label="step", log_y=log_y, most_points=most_points))
     return "".join(charts)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import PALETTE, compact
+from leanstep._charts import COLORS, compact
 from leanstep._files import replacing
 from leanstep._page import render
 from leanstep.recipes.report.charts import curves, reported_curves
@@ -14,6 +14,7 @@ MOST_BYTES = 300_000
 _POINTS = (400, 200, 100, 50, 25, 10)  # of each curve: fewer when many runs would make the page too large
 _MOST_TEXT = 12_000  # characters of a configuration or a sample
 _MOST_EVALUATIONS = 25
+_WORD, _ROWS, _COLUMNS = 200, 200, 40  # characters of a name; rows and columns of a table from a run's files
 _TEMPLATES = Path(__file__).with_name("templates")
 # section of the log -> title, file of its rows, columns to show (none: all)
 _PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -48,7 +49,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         raise ValueError("a report needs at least one run folder")
     _name_apart(runs)
     for most_points, most_text in [(points, _MOST_TEXT) for points in _POINTS] + [(10, 400), (4, 0)]:
-        page = _page(runs, most_points, most_text).encode()
+        page = _page(runs, most_points, most_text).encode("utf-8")
         if len(page) < MOST_BYTES:
             break
     out = Path(out)
@@ -87,7 +88,7 @@ def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
         "sample": _cut(run.sample, most_text),
         "evaluations": _evaluations(run),
         "configuration": _cut(run.config_text, most_text),
-        "environment": [(name, value[:1000]) for name, value in environment.items()],
+        "environment": [(name[:_WORD], value[:1000]) for name, value in list(environment.items())[:_ROWS]],
     }
 
 
@@ -109,8 +110,8 @@ def _lead(run: Run) -> list[str]:
         f"seed {run.setting('seed')}" if run.setting("seed") is not None else "",
         str(run.env.get("started") or "")[:10],
     ]
-    lines = [str(run.config.get("description") or ""), " · ".join(fact for fact in facts if fact)]
-    return [line for line in lines if line]
+    lines = [str(run.config.get("description") or ""), " · ".join(fact[:_WORD] for fact in facts if fact)]
+    return [line[:2000] for line in lines if line]
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -129,9 +130,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         shown.append(("Bits per byte", f"{per_byte:.4f}", "comparable across tokenizers"))
     if (train := run.last("loss")) is not None:
         shown.append(("Training loss", f"{train:.4f}", "last logged step"))
-    step, steps = run.status.get("step"), run.status.get("steps")
+    step, steps = number(run.status.get("step")), number(run.status.get("steps"))
     if step is not None:
-        shown.append(("Steps", f"{step:,}", f"of {steps:,}" if isinstance(steps, int) else ""))
+        shown.append(("Steps", _count(step), "" if steps is None else f"of {_count(steps)}"))
     if (tokens := run.last("tokens")) is not None:
         shown.append(("Tokens", compact(tokens), "targets trained on"))
     if (speed := run.median("tokens_per_s")) is not None:
@@ -139,7 +140,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if (work := run.median("tflops")) is not None:
         used = run.median("mfu")
         shown.append(("Model TFLOP/s", compact(work), "6N + 12Lhs" if used is None else f"{used:.1%} of the peak"))
-    shown.append(("Time", duration(run.last("elapsed_s")), str(run.env.get("device") or "")))
+    shown.append(("Time", duration(run.last("elapsed_s")), str(run.env.get("device") or "")[:_WORD]))
     if (memory := run.last("memory_gib")) is not None:
         shown.append(("Peak memory", f"{memory:.2f} GiB", "on the device"))
     return shown
@@ -170,7 +171,7 @@ def _operations(run: Run) -> list[tuple[str, str, str]]:
     counts = run.sparsity_report.get("operations")
     known = {name: number(value) for name, value in counts.items()} if isinstance(counts, dict) else {}
     dense = known.get("dense")
-    rows = ((name, value) for name, value in known.items() if value is not None)
+    rows = [(name[:_WORD], value) for name, value in known.items() if value is not None][:_ROWS]
     return [(name, compact(value), f"{value / dense:.3f}" if dense else "-") for name, value in rows]
 
 
@@ -178,9 +179,9 @@ def _table(reported: list[dict[str, Any]], columns: tuple[str, ...], most_text: 
     """A table with as many rows as fit, and ``columns`` or all columns."""
     shown = reported[: max(1, most_text // 120)]
     present = list(dict.fromkeys(key for row in shown for key in row))
-    header = [key for key in columns if key in present] if columns else present
+    header = [key for key in columns if key in present] if columns else present[:_COLUMNS]
     cells = [[_cell(row.get(key, "")) for key in header] for row in shown]
-    return {"header": header, "rows": cells, "left_out": len(reported) - len(shown)}
+    return {"header": [key[:_WORD] for key in header], "rows": cells, "left_out": len(reported) - len(shown)}
 
 
 def _cell(value: Any) -> str:
@@ -196,6 +197,10 @@ def _evaluations(run: Run) -> list[list[str]]:
             shown = [*shown, run.evals[-1]]
     formats = {"loss": "{:.4f}", "perplexity": "{:.2f}", "bits_per_byte": "{:.4f}", "tokens": "{:,.0f}"}
     return [[str(row["step"]), *(_format(row.get(key), text) for key, text in formats.items())] for row in shown]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _format(value: Any, text: str) -> str:
@@ -229,8 +234,8 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
     return [
         {
             "run": run,
-            "color": index % len(PALETTE),
-            "optimizer": run.setting("optimizer.name") or "-",
+            "color": index % COLORS,
+            "optimizer": str(run.setting("optimizer.name") or "-")[:_WORD],
             "rate": _format(run.setting("optimizer.lr"), "{:g}"),
             "loss": _format(run.final_eval.get("loss"), "{:.4f}"),
             "best": run.state == "done" and loss_of(run) == best,
@@ -256,4 +261,4 @@ def _differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) ->
             rows.append((key, values))
         elif key in always:
             rows.append((key, values[:1]))
-    return rows
+    return [(key[:_WORD], values) for key, values in rows[:_ROWS]]

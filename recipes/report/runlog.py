@@ -2,14 +2,19 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from leanstep._files import parse_json, read_text
 from leanstep.recipes.training.folder import is_held
 
 _SHOWN_WARNINGS = 8
+_LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
+_WORD = 200  # characters of a name or state
+LARGEST = 1e100  # of a number that is shown; larger ones overflow in charts
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Run:
 
         ``crashed``: status.json says ``running``, but no process holds the lock of the folder.
         """
-        word = str(self.status.get("status", "unknown"))
+        word = str(self.status.get("status", "unknown"))[:_WORD]
         return "crashed" if word == "running" and not self.held else word
 
     @property
@@ -83,20 +88,26 @@ class Run:
     def expectation(self) -> tuple[float, float, bool] | None:
         """(expected validation loss, tolerance, met), or None without an expected or measured loss."""
         expected, measured = number(self.setting("expect.val_loss")), number(self.final_eval.get("loss"))
-        if expected is None or measured is None:
+        if expected is None or measured is None or not math.isfinite(expected):
             return None
         tolerance = number(self.setting("expect.tolerance")) or 0.0
         return expected, tolerance, abs(measured - expected) <= tolerance
 
 
 def number(value: Any) -> float | None:
-    """Convert to float, or None. Parses text, since YAML 1.1 readers take ``4e-3`` for text."""
-    if isinstance(value, bool) or value is None:
+    """Convert to float, or None. Parses text, since YAML 1.1 readers take ``4e-3`` for text.
+
+    Numbers beyond :data:`LARGEST` become infinite.
+    """
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        converted = float(value)
+    except ValueError:
         return None
+    except OverflowError:
+        converted = math.inf if value > 0 else -math.inf
+    return converted if abs(converted) <= LARGEST or converted != converted else math.copysign(math.inf, converted)
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -129,7 +140,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, folder.resolve().name)
     run.config_text = _text(run, "config.yaml")
     run.config = _yaml(run)
-    run.name = str(run.config.get("name") or run.name)
+    run.name = str(run.config.get("name") or run.name)[:_WORD]
     run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
     run.command = _text(run, "command.txt", needed=False).strip()
     run.held = is_held(folder)
@@ -145,31 +156,32 @@ def read_run(folder: Path) -> Run:
 
 def _text(run: Run, name: str, *, needed: bool = True) -> str:
     try:
-        return (run.folder / name).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_text(run.folder / name, _LOG_LIMIT, errors="replace")
+    except FileNotFoundError:
         if needed:
-            run.problems.append(f"{name} is missing or cannot be read")
-        return ""
+            run.problems.append(f"{name} is missing")
+    except OSError as error:
+        run.problems.append(f"{name} cannot be read: {error.strerror}")
+    return ""
 
 
 def _yaml(run: Run) -> dict[str, Any]:
     try:
-        import yaml
-
-        content = yaml.safe_load(run.config_text)
+        from leanstep.recipes.config.values import read_document
     except ImportError:
         run.problems.append("config.yaml is shown as it is: reading it needs pip install 'leanstep[recipes]'")
         return {}
-    except yaml.YAMLError:
-        run.problems.append("config.yaml cannot be understood")
-        return {}
-    return content if isinstance(content, dict) else {}
+    document = read_document(run.config_text)
+    if document.problems:
+        line, problem = document.problems[0]
+        run.problems.append(f"config.yaml cannot be understood: line {line}: {problem}"[:300])
+    return document.value if isinstance(document.value, dict) else {}
 
 
 def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any:
     text = _text(run, name, needed=needed)
     try:
-        content = json.loads(text) if text else kind()
+        content = parse_json(text) if text else kind()
     except ValueError:
         run.problems.append(f"{name} cannot be understood")
         content = kind()
@@ -180,7 +192,7 @@ def _read_log(run: Run) -> None:
     unreadable = 0
     for line in _text(run, "log.jsonl").splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             kind = entry["kind"]
             step = number(entry.get("step"))
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -188,10 +200,10 @@ def _read_log(run: Run) -> None:
             continue
         if kind == "sample":
             run.sample = str(entry.get("text", ""))
-        elif step is None:
+        elif step is None or not 0 <= step <= sys.maxsize:
             unreadable += 1
         elif kind in ("train", "eval"):
-            (run.train if kind == "train" else run.evals).append(entry)
+            (run.train if kind == "train" else run.evals).append({**entry, "step": int(step)})
     if unreadable:
         run.problems.append(
             f"{_count(unreadable, 'line')} of log.jsonl could not be read and {_is(unreadable)} left out"
@@ -209,7 +221,7 @@ def _is(amount: int) -> str:
 def _judge(run: Run) -> list[str]:
     """Collect warnings about the run's numbers."""
     notes = []
-    steps, step = run.status.get("steps"), run.status.get("step")
+    steps, step = (str(run.status.get(key))[:_WORD] for key in ("steps", "step"))
     if run.state.startswith("failed"):
         notes.append(f"The run failed ({run.state.partition(':')[2] or 'no reason given'}) at step {step} of {steps}.")
     elif run.state == "crashed":
@@ -221,12 +233,13 @@ def _judge(run: Run) -> list[str]:
         notes.append(f"The run is not done ({run.state}): step {step} of {steps}.")
     if (run.folder / "nan_dump").is_dir():
         notes.append(f"The batch that went wrong is in {run.folder / 'nan_dump'}.")
-    if skipped := int(run.last("nonfinite") or 0):
-        notes.append(f"{_count(skipped, 'step')} with a loss or gradient that was not finite.")
+    if math.isfinite(skipped := run.last("nonfinite") or 0.0) and skipped >= 1:
+        notes.append(f"{_count(int(skipped), 'step')} with a loss or gradient that was not finite.")
     if broken := sum(1 for value in run.column("loss") if value is None or not math.isfinite(value)):
         notes.append(f"The training loss is not finite in {_count(broken, 'logged step')}.")
     if (met := run.expectation()) and not met[2]:
-        notes.append(f"The validation loss {run.final_eval['loss']:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
+        loss = number(run.final_eval["loss"])
+        notes.append(f"The validation loss {loss:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
     losses = [(value, row["step"]) for value, row in zip(run.column("loss", "evals"), run.evals, strict=True) if value]
     if losses and losses[-1][0] > 1.02 * min(losses)[0]:
         best, at = min(losses)

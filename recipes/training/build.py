@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate import Accelerator, tracking
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -28,7 +27,6 @@ from accelerate.utils import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -39,6 +37,7 @@ from transformers import (
 
 from leanstep import optimizers
 from leanstep.optimizers import param_groups
+from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     ModelConfig,
@@ -80,18 +79,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if cpu:
         # without it the processes of torchrun and accelerate launch do not connect
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if cpu and config.precision == "fp16":
-        raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
-    plugin = _fsdp_plugin() if config.distributed.strategy == "fsdp2" else None
-    if plugin is not None and cpu:
-        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp")
-    _check_trackers(config.log.trackers)
+    for problem in missing_here(config, cpu):
+        raise ValueError(problem)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED_PRECISION[config.precision],
         # the loop takes whole windows of micro batches, so windows never end at the end of the loader
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        fsdp_plugin=plugin,
+        fsdp_plugin=_fsdp_plugin() if config.distributed.strategy == "fsdp2" else None,
         # one schedule step is one optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
@@ -109,16 +104,20 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def _check_trackers(names: list[str]) -> None:
-    """Raise ValueError for a tracker that is not installed; Accelerate only warns."""
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
+    """Yield what this machine lacks for the run: a GPU, or a tracker (Accelerate would only warn)."""
+    if cpu and config.precision == "fp16":
+        yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
+    if cpu and config.distributed.strategy == "fsdp2":
+        yield "distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp"
+    installed = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
-    installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
-    for name in names:
+    installed |= set(map(str, tracking.LOGGER_TYPE_TO_CLASS)) - shipped
+    for name in config.log.trackers:
         if name not in installed:
             hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
-            raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
+            yield f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]"
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
@@ -262,10 +261,11 @@ def build_model(
         end_token: id of the end-of-text token; generation starts and stops with it.
 
     Raises:
-        ValueError: an unknown configuration key, or a model vocabulary smaller than the tokenizer's.
+        ValueError: an unknown configuration key; a model vocabulary smaller than the tokenizer's; an ``init_from`` that
+            cannot be opened, or whose weights do not fit or are not finite.
     """
     if config.init_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.init_from, dtype=dtype)
+        model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class, model_class = FAMILIES[config.family]
@@ -280,6 +280,21 @@ def build_model(
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
+
+
+def _initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    assert config.init_from is not None
+    try:
+        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
+    except ValueError as error:
+        raise ValueError(initial_problem(error)) from error
+    return model
+
+
+def initial_problem(error: ValueError) -> str:
+    """Message for a ``model.init_from`` that cannot be used, with the key to set where weights are missing."""
+    hint = "; name heads that are meant to be new in model.new_heads" if "do not fit" in str(error) else ""
+    return f"model.init_from: {error}{hint}"
 
 
 def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -370,9 +385,9 @@ def _python_value(key: str, value: Any) -> Any:
 
 def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
     """Split each role's group by the first entry of ``config.groups`` that selects a parameter."""
-    for index, entry in enumerate(config.groups):
+    for number, entry in enumerate(config.groups):
         if ("match" in entry) == ("role" in entry):
-            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
+            raise ValueError(f"optimizer.groups[{number}]: expected either 'match' or 'role', got {sorted(entry)}")
 
     def first_entry(name: str, role: str) -> int | None:
         for index, entry in enumerate(config.groups):
@@ -397,11 +412,10 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
             unused.discard(index)
             options = {k: _python_value(k, value) for k, value in config.groups[index].items() if k not in _SELECTORS}
             yield {**common, **options, "name": f"{role}/{index}", "params": params}
-    for index in sorted(unused):
-        (key,) = _SELECTORS & config.groups[index].keys()
-        raise ValueError(
-            f"optimizer.groups[{index}]: {key} {config.groups[index][key]!r} selects no parameter of the model"
-        )
+    for number in sorted(unused):
+        (key,) = _SELECTORS & config.groups[number].keys()
+        text = config.groups[number][key]
+        raise ValueError(f"optimizer.groups[{number}]: {key} {text!r} selects no parameter of the model")
 
 
 def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:

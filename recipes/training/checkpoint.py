@@ -15,18 +15,21 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from omegaconf import OmegaConf
+from annotated_types import Ge
+from pydantic import TypeAdapter, ValidationError
 
-from leanstep._files import REPLACED, STAGED, format_bytes, free_bytes, publish_folder
+from leanstep._files import REPLACED, STAGED, format_bytes, free_bytes, parse_json, publish_folder, read_text, remove
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.values import read_document
 from leanstep.recipes.training.folder import FolderError, RunFolder
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class TrainState:
     evaluation of this step, which the resumed run repeats.
     """
 
-    step: int = 0
+    step: Annotated[int, Ge(0)] = 0
     tokens: int = 0
     elapsed_s: float = 0.0
     val_loss: float | None = None
@@ -69,15 +72,22 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """List the folders with a COMPLETE marker, oldest first. :func:`verify` finds damaged ones."""
     if not folder.is_dir():
         return []
-    complete = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).is_file()]
+    complete = [
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(r"step-\d+", path.name) and not path.is_symlink() and (path / MARKER).is_file()
+    ]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def staging(folder: Path, step: int) -> Path:
     """Create an empty folder to fill for :func:`commit`."""
     path = folder / f"{STAGED}{checkpoint_name(step)}"
-    shutil.rmtree(path, ignore_errors=True)
-    (path / "hf").mkdir(parents=True)
+    remove(path)
+    folder.mkdir(exist_ok=True)
+    # fails where a link could not be removed
+    path.mkdir()
+    (path / "hf").mkdir()
     (path / "trainer").mkdir()
     return path
 
@@ -104,28 +114,31 @@ def clean_leftovers(folder: Path) -> list[str]:
             # killed between the two renames of commit: restore the older checkpoint
             os.replace(path, original)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
     return sorted(path.name for path in left)
 
 
 def verify(path: Path) -> None:
     """Check a checkpoint against its COMPLETE marker. Raises CheckpointError naming the first file that is wrong."""
     try:
-        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        files = parse_json(read_text(path / MARKER))["files"]
+        sizes = {str(name): expected["size"] for name, expected in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MARKER} cannot be read ({error}): the checkpoint is damaged") from None
-    for name, expected in files.items():
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != expected["size"]:
+        if Path(name).is_absolute() or file.resolve() != path.resolve() / name:
+            raise CheckpointError(f"{path} cannot be used: {name} is reached by a symbolic link or outside of it")
+        if file.stat().st_size != size:
             raise CheckpointError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {expected['size']} (a full disk "
+                f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size} (a full disk "
                 "or an interrupted copy truncates files)"
             )
-        if "crc32" in expected and _fingerprint(file) != expected:
+        if "crc32" in files[name] and _fingerprint(file) != files[name]:
             raise CheckpointError(f"{path} is damaged: the content of {name} is not what was written")
 
 
@@ -155,8 +168,7 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
 
 def point(link: Path, target: Path) -> None:
     """Create or atomically replace the relative symbolic link ``link`` to ``target``."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(8)}.tmp")
     temporary.symlink_to(os.path.relpath(target, link.parent))
     os.replace(temporary, link)
 
@@ -169,9 +181,13 @@ def write_state(staged: Path, state: TrainState) -> None:
 def read_state(path: Path) -> TrainState:
     """Read ``trainer/state.json`` of a checkpoint. Raises CheckpointError."""
     try:
-        content = json.loads((path / "trainer" / "state.json").read_text(encoding="utf-8"))
+        content = parse_json(read_text(path / "trainer" / "state.json"))
         known = {item.name for item in dataclasses.fields(TrainState)}
-        return TrainState(**{key: value for key, value in content.items() if key in known})
+        return TypeAdapter(TrainState).validate_python({key: content[key] for key in content.keys() & known})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise CheckpointError(f"{path / 'trainer' / 'state.json'} is damaged: {reason}") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / 'trainer' / 'state.json'} cannot be read: {error}") from None
 
@@ -239,7 +255,7 @@ def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
     lines, last = [], folder.root / "last"
     for path, word in start.aside.items():
         target = path.with_name(f"{word}-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         os.replace(path, target)
         lines.append(f"a checkpoint that was passed over is kept as {target.name}")
     if lines and start.checkpoint is not None and last.is_symlink():
@@ -328,9 +344,11 @@ def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | N
         saved = folder.root / "config.yaml"
         if not saved.is_file():
             raise FolderError(f"out: {folder.root} is not empty and holds no run. Choose another with out=FOLDER")
-        content = OmegaConf.to_container(OmegaConf.load(saved))
-        assert isinstance(content, dict)
-        _check_recipe({str(key): value for key, value in content.items()}, config, str(saved), start.notes)
+        document = read_document(read_text(saved, errors="replace"))
+        if document.problems or not isinstance(document.value, dict):
+            _, problem = document.problems[0] if document.problems else (1, "expected a mapping")
+            raise FolderError(f"out: {saved} is damaged ({problem}). Choose another folder with out=FOLDER")
+        _check_recipe(document.value, config, str(saved), start.notes)
         start.notes.append(f"the run in {folder.root} stopped before its first checkpoint; beginning again at step 0")
     return checkpoint
 

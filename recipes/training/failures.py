@@ -1,7 +1,6 @@
 """Failures that end a run: their messages, with the last good checkpoint and settings to try, and nan_dump/."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from leanstep._files import format_bytes, free_bytes, is_disk_full
+from leanstep._files import format_bytes, free_bytes, is_disk_full, replacing, write_text
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
@@ -122,43 +121,34 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     return f"cannot write: {error}" if isinstance(error, OSError) else None
 
 
-def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:
-    """fp32 norms of each parameter and its gradient; None without a gradient."""
-    table: dict[str, dict[str, float | None]] = {}
-    for name, parameter in named_parameters:
-        gradient = None if parameter.grad is None else _norm(parameter.grad)
-        table[name] = {"weight": _norm(parameter), "gradient": gradient}
-    return table
-
-
-def _norm(tensor: torch.Tensor) -> float:
-    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
-    # a collective call for a sharded tensor
-    return float(whole_tensor(norm).item())
-
-
 def dump_step(
     accelerator: Accelerator, folder: Path, model: torch.nn.Module, facts: dict[str, Any], window: list[Batch]
 ) -> None:
-    """Write ``nan_dump/report.json`` (``facts`` and the norms of the layers) and ``batch.safetensors``.
+    """Write ``nan_dump/report.json`` (``facts`` and the fp32 norms of the layers) and ``batch.safetensors``.
 
     Every process calls it; the first one writes. Non-finite numbers become strings such as ``"nan"`` or ``"-inf"``.
     """
-    norms = layer_norms(accelerator.unwrap_model(model).named_parameters())
+
+    def norm(tensor: torch.Tensor | None) -> float | None:
+        if tensor is None:
+            return None
+        # a collective call for a sharded tensor
+        return float(whole_tensor(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)).item())
+
+    norms = {
+        name: {"weight": norm(parameter), "gradient": norm(parameter.grad)}
+        for name, parameter in accelerator.unwrap_model(model).named_parameters()
+    }
     if not accelerator.is_main_process:
         return
     target = folder / "nan_dump"
     target.mkdir(exist_ok=True)
-    (target / "report.json").write_text(json.dumps(_plain(facts | {"layers": norms}), indent=1), encoding="utf-8")
+    write_text(target / "report.json", json.dumps(_plain(facts | {"layers": norms}), indent=1))
     batches = {f"{key}.{index}": value for index, batch in enumerate(window) for key, value in batch.items()}
-    save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, target / "batch.safetensors")
+    with replacing(target / "batch.safetensors") as partial:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in batches.items()}, partial)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    # JSON has no nan and inf
+    return json.loads(json.dumps(value), parse_constant=lambda text: str(float(text)))

@@ -9,17 +9,19 @@ import fcntl
 import json
 import os
 import platform
-import subprocess
+import re
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from leanstep._files import write_text
+from leanstep._files import open_regular, parse_json, read_text, replacing, write_text
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
+# files that a run appends to, and folders that it writes into
+_WRITTEN = ("train.log", "log.jsonl", "checkpoints", "final", "nan_dump")
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -30,12 +32,17 @@ class FolderError(ValueError):
 def is_held(root: Path) -> bool:
     """Whether a process holds the lock of the run folder ``root``. False on file systems without locks."""
     try:
-        with (root / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock = open_regular(root / ".lock")
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(lock)
     return False
 
 
@@ -48,15 +55,20 @@ class _Lines:
 
     def add(self, line: str) -> None:
         self._waiting.append(line + "\n")
-        before = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("ab") as file:
-                file.write("".join(self._waiting).encode())
-            self._waiting.clear()
+            descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError:
-            # remove a partial line
-            if self.path.exists() and self.path.stat().st_size > before:
-                os.truncate(self.path, before)
+            return
+        with open(descriptor, "ab", buffering=0) as file:
+            before = os.fstat(descriptor).st_size
+            content = memoryview("".join(self._waiting).encode(errors="backslashreplace"))
+            try:
+                while content:
+                    content = content[file.write(content) :]
+                self._waiting.clear()
+            except OSError:
+                # remove a partial line
+                file.truncate(before)
 
 
 class RunFolder:
@@ -68,37 +80,52 @@ class RunFolder:
         self.final = root / "final"
         self._log = _Lines(root / "log.jsonl")
         self._text = _Lines(root / "train.log")
-        self._lock: TextIO | None = None
+        self._lock: int | None = None
 
     def claim(self) -> None:
-        """Create and lock the folder. Raises FolderError if it is not writable or locked by another process.
+        """Create and lock the folder.
 
         The lock ends with the process, also after ``kill -9``.
+
+        Raises:
+            FolderError: the folder is not writable, locked by another process, or has a symbolic link where a run
+                writes.
         """
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise FolderError(f"out: {self.root} is a file, expected a folder; choose another with out=FOLDER")
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.root / ".lock").open("w")
+            self._lock = open_regular(self.root / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise FolderError(
-                f"out: the folder {self.root} cannot be written ({error.strerror}); choose another with out=FOLDER"
+                f"out: the folder {self.root} cannot be written ({_reason(error)}); choose another with out=FOLDER"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
-            self._lock = None
+            self.release()
             raise FolderError(
                 f"out: another process is training in {self.root}; wait for it, stop it, or choose out=ANOTHER_FOLDER"
             ) from None
         except OSError:
             pass  # some network file systems have no locks
+        self._refuse_links()
+
+    def _refuse_links(self) -> None:
+        """Raise FolderError for a link or pipe that the run would write through."""
+        inside = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        for path in (*(self.root / name for name in _WRITTEN), *inside):
+            if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+                kind = "a symbolic link" if path.is_symlink() else "no regular file"
+                raise FolderError(
+                    f"out: {path} is {kind}, and a run writes only into its own folder; remove it, or choose "
+                    "out=ANOTHER_FOLDER"
+                )
 
     def release(self) -> None:
         """Give up the lock."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def describe(self, config_yaml: str, facts: dict[str, Any]) -> None:
@@ -125,7 +152,7 @@ class RunFolder:
     def read_status(self) -> dict[str, Any]:
         """Read status.json; empty if it is missing or unreadable."""
         try:
-            content = json.loads((self.root / "status.json").read_text(encoding="utf-8"))
+            content = parse_json(read_text(self.root / "status.json"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -143,15 +170,19 @@ class RunFolder:
         path = self._log.path
         if not path.exists():
             return
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and entry.get("step", 0) <= step and entry.get("kind") != "sample":
-                lines.append(line + "\n")
-        write_text(path, "".join(lines))
+        with (
+            open(open_regular(path), encoding="utf-8", errors="replace") as lines,
+            replacing(path) as partial,
+            partial.open("w", encoding="utf-8") as rest,
+        ):
+            for line in lines:
+                try:
+                    entry = parse_json(line)
+                except ValueError:
+                    continue
+                logged = entry.get("step", 0) if isinstance(entry, dict) else None
+                if isinstance(logged, (int, float)) and logged <= step and entry.get("kind") != "sample":
+                    rest.write(line.rstrip("\n") + "\n")
 
 
 def environment(**facts: Any) -> dict[str, Any]:
@@ -174,16 +205,47 @@ def environment(**facts: Any) -> dict[str, Any]:
     }
 
 
+def _reason(error: OSError) -> str:
+    name = Path(error.filename or "").name
+    return f"{name}: {error.strerror}" if name == ".lock" else str(error.strerror)
+
+
 def _git_commit() -> str | None:
-    """Commit of the working directory, with ``-dirty`` if files differ from it."""
+    """Commit of the working directory's repository, read from its files; None where it cannot be read.
+
+    Runs no git, which would run commands that the repository's configuration names.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        here = Path.cwd()
+        for folder in (here, *here.parents):
+            if os.path.lexists(folder / ".git"):
+                return _head(folder / ".git")
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _head(git: Path) -> str | None:
+    """The commit that ``HEAD`` names. ``git`` is a repository's ``.git`` folder, or the file of a worktree."""
+    if not git.is_dir():
+        git = git.parent / _git_line(git).removeprefix("gitdir: ")
+    head = _git_line(git / "HEAD")
+    if not head.startswith("ref: "):
+        return _commit(head)
+    name = head.removeprefix("ref: ")
+    if not re.fullmatch(r"refs(/[\w+@=,-][\w.+@=,-]*)+", name):
         return None
-    return described.stdout.strip() or None
+    shared = git / _git_line(git / "commondir") if (git / "commondir").exists() else git
+    for folder in (git, shared):
+        if (folder / name).is_file():
+            return _commit(_git_line(folder / name))
+    packed = (line.partition(" ") for line in read_text(shared / "packed-refs").splitlines())
+    return next((_commit(commit) for commit, _, ref in packed if ref == name), None)
+
+
+def _git_line(path: Path) -> str:
+    return read_text(path, 4096).strip()
+
+
+def _commit(text: str) -> str | None:
+    return text if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None

@@ -25,32 +25,21 @@ def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int
 
     ``config`` was loaded from ``recipe`` and ``overrides``. Returns 2 if the text cannot be used, else 0.
     """
-    print(plan(config, recipe, overrides, world))
+    passes, tokens = accumulation_steps(config, world), config.batch.tokens_per_step
+    print(f"{dump(config).rstrip()}\n")
+    print(f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all")
+    print(
+        f"# a step: {tokens // config.data.seq_len} sequences of {config.data.seq_len} = {world} processes x {passes} "
+        f"passes x {config.batch.micro_batch_size} sequences"
+    )
+    print(f"# targets: {targets_note(config.data.seq_len)}\n# output: {Path(config.out)}\n# the same by hand:")
+    print("\n".join(f"#   {command}" for command in equivalent_commands(recipe, overrides, world)))
     try:
         print("\n".join(f"# {line}" for line in look(config.data)))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def plan(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> str:
-    """Format the resolved recipe, the sizes of a step, and equivalent command lines."""
-    passes = accumulation_steps(config, world)
-    tokens = config.batch.tokens_per_step
-    sequences = tokens // config.data.seq_len
-    lines = [
-        dump(config).rstrip(),
-        "",
-        f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all",
-        f"# a step: {sequences} sequences of {config.data.seq_len} = {world} processes x {passes} passes x "
-        f"{config.batch.micro_batch_size} sequences",
-        f"# targets: {targets_note(config.data.seq_len)}",
-        f"# output: {Path(config.out)}",
-        "# the same by hand:",
-        *(f"#   {command}" for command in equivalent_commands(recipe, overrides, world)),
-    ]
-    return "\n".join(lines)
 
 
 def equivalent_commands(recipe: str, overrides: Sequence[str], world: int) -> list[str]:

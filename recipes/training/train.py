@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from leanstep._version import __version__
-from leanstep.recipes.check.costs import estimate_or_reason, flops_per_token
+from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.data.batches import Batch, Windows
@@ -68,7 +68,7 @@ from leanstep.recipes.training.step import (
     describe_nonfinite,
     gradient_norm,
 )
-from leanstep.recipes.training.validation import validate
+from leanstep.recipes.training.validation import Interrupted, evaluate
 
 # torchrun kills workers 30 seconds after SIGTERM, so warn about a save that takes longer than this
 _SLOW_SAVE_S = 20.0
@@ -201,10 +201,14 @@ class Run:
         self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
         self.say(self.data.summary())
         self.say(f"targets     {targets_note(config.data.seq_len)}")
-        self.memory, self.memory_unknown = None, ""
+        self.memory: MemoryEstimate | None = None
+        self.memory_unknown = ""
         if self.state.step < config.steps:
             vocabulary = vocabulary_size(self.data.tokenizer)
-            self.memory, self.memory_unknown = estimate_or_reason(config, vocabulary, world, accelerator.device.type)
+            try:
+                self.memory = estimate(config, vocabulary, world_size=world, device=accelerator.device.type)
+            except Exception as error:  # it must not end a run
+                self.memory_unknown = str(error) or type(error).__name__
             warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
             if warning:
                 self.say(warning)
@@ -377,29 +381,31 @@ class Run:
         state, config = self.state, self.config
         if len(self.data.validation) == 0:
             return 0
-        interrupting = 0
         gate = None if self.gate is None else self.gate.state_dict()
 
-        def interrupted() -> bool:
-            nonlocal interrupting
-            interrupting = maximum(self.accelerator, int(self.stop.received))
-            return interrupting != 0
+        def stop_on_signal() -> None:
+            if number := maximum(self.accelerator, int(self.stop.received)):
+                raise Interrupted(number)
 
         with self.logger.clock.pause("eval"):
-            result = validate(
-                self.accelerator,
-                self.model,
-                self.data,
-                micro_batch_size=config.batch.micro_batch_size,
-                batches=config.eval.batches,
-                interrupted=interrupted,
-            )
-        state.eval_pending = result is None
-        if result is None:
-            if self.gate is not None and gate is not None:
+            try:
+                result = evaluate(
+                    self.model,
+                    self.data.validation,
+                    micro_batch_size=config.batch.micro_batch_size,
+                    device=self.accelerator.device,
+                    bytes_per_token=self.data.bytes_per_token,
+                    batches=config.eval.batches,
+                    accelerator=self.accelerator,
+                    before_round=stop_on_signal,
+                )
+            except Interrupted as interruption:
                 # the resumed run repeats the whole evaluation
-                self.gate.load_state_dict(gate)
-            return interrupting
+                state.eval_pending = True
+                if self.gate is not None and gate is not None:
+                    self.gate.load_state_dict(gate)
+                return interruption.signal
+        state.eval_pending = False
         state.val_loss = result.loss
         if state.best_loss is None or result.loss < state.best_loss:
             state.best_loss, state.best_step = result.loss, state.step

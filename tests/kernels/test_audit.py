@@ -42,10 +42,9 @@ def test_the_promises_are_those_of_the_methods(found):
     assert bytes_of("sparse_dots_kernel", "v bfloat16") == {(4, 0)}
     # the sums over sparse rows are fp64
     assert bytes_of("sparse_combination_kernel", "v bfloat16") == {(4, 8)}
-    # N:M: scores in, mask out; weight and mask in, masked weight out; the same for gradients; a weight with its place
+    # N:M: scores in, mask out; weight and mask in, masked weight out; a weight with its place
     assert bytes_of("nm_mask_kernel", "s 32 bits m 8") == {(4, 1)}
     assert bytes_of("nm_apply_kernel", "w bfloat16") == {(3, 2)}
-    assert bytes_of("nm_apply_backward_kernel", "w float32 srste") == {(9, 4)}
     assert bytes_of("nm_matmul_kernel", "x float32 1 rows") == {(5, 0)}
 
 

@@ -658,6 +658,41 @@ def test_parameters_know_that_they_changed(case: OptimizerCase):
         assert param._version > version or param.numel() == 0
 
 
+RESIZED = {"grown": (0, (9, 5)), "shrunk": (0, (2, 5)), "reshaped": (0, (5, 6)), "grown vector": (3, (9,))}
+
+
+@every_case
+@pytest.mark.parametrize("change", RESIZED)
+def test_a_resized_parameter_is_refused_if_its_state_has_a_shape(case: OptimizerCase, change):
+    position, shape = RESIZED[change]
+    params = case.params()
+    optimizer = case.build([(f"layer{i}.weight", p) for i, p in enumerate(params)])
+    run(optimizer, params, range(3))
+    params[position].data = torch.full(shape, 0.01, dtype=case.dtype)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"layer{position}.weight .* has a gradient of shape .*Set parameter.grad"):
+        optimizer.step()
+    params[position].grad = None
+    fill_grads(params, 3)
+    shaped = case.state.keys() - {"step", "power_warm"} - ({"power_vector"} if shape[1:] == (5,) else set())
+    if shaped or position == 3:
+        sizes = ", ".join(map(str, shape))
+        expected = (
+            rf"'\w+' of layer{position}.weight .* to have shape \((\d, )?{sizes}.*, got .*resized.*Nothing was changed"
+        )
+        if case.state.keys() == {"power_vector", "power_warm"} and position == 0:
+            expected = "'power_vector' of layer0.weight .* to have shape .6,., got .5,.:"
+        with pytest.raises(ValueError, match=expected) as raised:
+            optimizer.step()
+        assert_same(snapshot(optimizer), before)
+        if "optimizer.state.clear()" in str(raised.value):
+            optimizer.state.clear()
+        else:
+            del optimizer.state[params[position]]
+    optimizer.step()
+    assert all(p.isfinite().all() for p in params) and not torch.equal(params[position], before[position])
+
+
 @every_case
 def test_sparse_and_complex_are_refused(case: OptimizerCase):
     param = case.params(((6, 5),))[0]

@@ -457,7 +457,10 @@ FORMS = {
     "list": ("- 1\n", ["mine.yaml:1: not a recipe: expected a mapping"]),
     "empty": ("", ["mine.yaml:1: the file is empty"]),
     "comment only": ("# nothing\n", ["mine.yaml:1: the file is empty"]),
-    "object": ("seed: !!python/name:os.system\n", ["mine.yaml:1: seed: not valid YAML: could not determine"]),
+    "object": (
+        "seed: !!python/name:os.system\n",
+        ["mine.yaml:1: seed: not valid YAML: python/name:os.system is no text"],
+    ),
     "binary": ("seed: !!binary aGVsbG8=\n", ["mine.yaml:1: seed: not valid YAML: binary is no text, number"]),
     "hidden key": ("source_file: mine.txt\n", ["mine.yaml:1: unknown key 'source_file'"]),
     "itself": ("log: &a {trackers: [*a]}\n", ["mine.yaml:1: log.trackers.0 contains itself"]),

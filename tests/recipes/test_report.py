@@ -1,15 +1,21 @@
 """The report: every number it shows is in the log, nothing in it runs or loads, and it survives dead runs."""
 
+import errno
 import json
 import math
+import os
+import random
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import yaml
 from run_folders import write_run
 
+from leanstep import cli
 from leanstep._charts import Series, chart, compact, smooth
 from leanstep.recipes.report.report import MOST_BYTES, write_report
 from leanstep.recipes.report.runlog import duration, read_run
@@ -349,3 +355,105 @@ def test_durations(seconds, text):
 def test_yaml_numbers_written_as_text_are_numbers(tmp_path):
     run = write_run(tmp_path / "run", expect="445e-2")
     assert read_run(run).expectation() == (4.45, 0.1, True)
+
+
+ODD = [
+    None, True, -1, 0, 1e308, -1e308, 10**400, math.nan, math.inf, -math.inf, 1e-320, "", "x" * 100_000, "<script>",
+    "\ud800", "\x00\x1b[31m", "1e5", "9" * 5000, [], [1, [2]], {}, {"a": {"b": 1}}, {str(i): i for i in range(3000)},
+    list(range(3000)), 2**63,
+]  # fmt: skip
+KEYS = ("loss", "step", "kind", "optimizer", "sparsity", "status", "<b>", "\ud800")
+
+
+def mutate(chance, value):
+    """The value with one key, element or leaf removed, added or replaced by an odd one."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        key = chance.choice(list(value))
+        if chance.random() < 0.1:
+            return {other: item for other, item in value.items() if other != key}
+        if chance.random() < 0.1:
+            return {**value, chance.choice(KEYS): chance.choice(ODD)}
+        return {**value, key: mutate(chance, value[key])}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        index = chance.randrange(len(value))
+        return [*value[:index], mutate(chance, value[index]), *value[index + 1 :]]
+    return chance.choice(ODD)
+
+
+def damage(chance, path):
+    """Flip bytes of a file of a run, empty it, nest it, or give it odd values."""
+    way, content = chance.random(), path.read_bytes()
+    if way < 0.15 and content:
+        flipped = bytearray(content)
+        for _ in range(chance.choice([1, 10, 100])):
+            flipped[chance.randrange(len(flipped))] = chance.randrange(256)
+        path.write_bytes(flipped)
+    elif way < 0.3 or path.suffix in (".log", ".txt"):
+        path.write_bytes(chance.choice([b"", b"[" * 100_000, b"\xff\xfe" * 1000, b"a: " * 5000, b"WARNING\x00" * 99]))
+    elif path.suffix == ".jsonl":
+        lines = content.decode().splitlines()
+        for _ in range(chance.choice([1, 3, 10])):
+            index = chance.randrange(len(lines))
+            lines[index] = json.dumps(mutate(chance, json.loads(lines[index])))
+        path.write_text("\n".join(lines))
+    else:
+        # JSON is YAML
+        read = yaml.safe_load if path.suffix == ".yaml" else json.loads
+        path.write_text(json.dumps(mutate(chance, read(content))))
+
+
+def test_hostile_values_make_a_right_page(tmp_path):
+    sound = write_run(tmp_path / "sound", steps=200)
+    log = [json.loads(line) for line in (sound / "log.jsonl").read_text().splitlines()]
+    extra = {"optimizer": {"H/a": 1.0, "H/b": 2.0}, "tflops": 1.0, "mfu": 0.1, "memory_gib": 1.0}
+    log = [line | extra if line["kind"] == "train" else line for line in log]
+    (sound / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (sound / "optimizer_report.json").write_text(json.dumps([{"name": "layer", "H": 0.5}]))
+    (sound / "gate_report.json").write_text(json.dumps([{"layer": "layer", "calls": 3}]))
+    operations = {"dense": 10, "theoretical": 5.0}
+    (sound / "sparsity_report.json").write_text(json.dumps({"layers": [{"name": "layer"}], "operations": operations}))
+    (sound / "train.log").write_text("WARNING: the disk is nearly full\n")
+    names = sorted(path.name for path in sound.iterdir())
+    chance = random.Random(0)
+    for _ in range(150):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run = shutil.copytree(sound, tmp_path / "run")
+        for name in {chance.choice(names) for _ in range(chance.choice([1, 1, 3]))}:
+            damage(chance, run / name)
+        for folders in ([run], [sound, run]):
+            html = write_report(folders, tmp_path / "page.html").read_bytes().decode()
+            assert len(html.encode()) < MOST_BYTES and "<script" not in html
+            Page(html)
+            for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+                ElementTree.fromstring(svg)
+
+
+def test_hostile_names_are_cut(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "status.json").write_text(json.dumps({"status": "s" * 10**6, "step": "1" * 10**6, "steps": {}}))
+    (run / "env.json").write_text(
+        json.dumps({"k" * 10**6: 1, "device": "d" * 10**6} | {str(i): i for i in range(9999)})
+    )
+    (run / "config.yaml").write_text(
+        f"name: {'n' * 50_000}\ndescription: {'d' * 10_000}\noptimizer: {{name: [1, 2]}}\n"
+    )
+    for folders in ([run], [run, run]):
+        report(tmp_path, *folders)
+
+
+def test_a_report_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path, tmp_path / "file" / "page.html", Path("/dev/null")):
+        assert cli.main(["report", str(run), "--out", str(out)]) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1 and "could not be written" in told.err
+    assert not Path("/dev/null").is_file()
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert cli.main(["report", str(run)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(run.glob("*.html")) and not list(run.glob("*.tmp"))

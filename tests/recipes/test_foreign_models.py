@@ -1,0 +1,232 @@
+"""Models that somebody else wrote: their code never runs, and a run starts from their weights or not at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import texts
+import torch
+from safetensors.torch import load_file, save_file
+from training import write_recipe
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from leanstep.cli import main
+from leanstep.recipes.config.schema import DataConfig, ModelConfig
+from leanstep.recipes.data.sequences import load_data
+from leanstep.recipes.training.build import build_model
+
+CODE = """
+import pathlib
+pathlib.Path({marker!r}).write_text("ran")
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+class Config(GPT2Config):
+    model_type = "foreign"
+class Model(GPT2LMHeadModel):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A text, a recipe over it, and a GPT-2 with its tokenizer in ``model``."""
+    folder = tmp_path_factory.mktemp("foreign")
+    recipe = write_recipe(folder)
+    text = recipe.read_text().replace(f"path: {folder / 'text.txt'}", f"path: {folder / 'long.txt'}")
+    (folder / "long.txt").write_text("\n".join(texts.documents(40)))
+    recipe.write_text(text)
+    config = DataConfig(source="text", path=str(folder / "long.txt"), tokenizer="train:300", seq_len=32, val_tokens=300)
+    data = load_data(config, seed=0)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    model.save_pretrained(folder / "model")
+    data.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved / "model", tmp_path / "model")
+
+
+def commands(saved, model, tmp_path):
+    """Every command that opens a model or a tokenizer, by name, and its documented exit code for bad input."""
+    text, out = str(saved / "long.txt"), str(tmp_path / "out")
+    start = [str(saved / "tiny.yaml"), f"model.init_from={model}", "model.config={}", f"out={tmp_path / 'run'}"]
+    prune = [
+        "prune",
+        str(model),
+        "--out",
+        out,
+        "--data",
+        text,
+        "--sparsity",
+        "0.5",
+        "--samples",
+        "4",
+        "--levels",
+        "0.5",
+    ]
+    return {
+        "eval": (["eval", str(model), "--data", text, "--batches", "1"], 2),
+        "prune": ([*prune, "--curve-samples", "2", "--held-out", "2", "--seq-len", "16"], 2),
+        "train": (["train", *start, "steps=1"], 2),
+        "check": (["check", *start], 1),
+        "tokenizer": (["check", str(saved / "tiny.yaml"), f"data.tokenizer={model}", f"out={tmp_path / 'run'}"], 1),
+    }
+
+
+def needs_code(folder, marker):
+    (folder / "modeling_foreign.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "modeling_foreign.Config", "AutoModelForCausalLM": "modeling_foreign.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "modeling_foreign.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+def test_code_in_a_folder_never_runs_whatever_is_typed(saved, folder, tmp_path):
+    marker = tmp_path / "marker"
+    needs_code(folder, marker)
+    script = (
+        "import sys, json\nfrom leanstep.cli import main\n"
+        "for name, (arguments, code) in json.loads(sys.argv[1]).items():\n"
+        "    print('::', name, main(arguments) == code, flush=True)\n"
+    )
+    given = json.dumps(commands(saved, folder, tmp_path))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", script, given],
+        input="y\n" * 50,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert not marker.exists(), run.stdout
+    assert run.stdout.count("::") == 5, run.stdout + run.stderr
+    assert run.stdout.count("True") == 5, run.stdout + run.stderr
+    assert "Do you wish" not in run.stdout + run.stderr
+    assert "trust_remote_code" not in run.stdout + run.stderr
+    assert (run.stdout + run.stderr).count("needs code of its own (modeling_foreign.py), which is never run here") >= 5
+
+
+def test_a_kernel_named_by_a_configuration_is_not_fetched(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernels"}))
+    with pytest.raises(ValueError, match="attn_implementation names code to fetch and run"):
+        build_model(ModelConfig(init_from=str(folder)), 300)
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+MATRIX = "transformer.h.1.mlp.c_fc.weight"
+WRONG = {
+    "a missing matrix": (lambda w: {n: t for n, t in w.items() if n != MATRIX}, f"1 missing ({MATRIX})"),
+    "other names": (
+        lambda w: {f"x.{n}": t for n, t in w.items()},
+        "missing (lm_head.weight, transformer.h.0.attn.c_attn.bias, ",
+    ),
+    "no tensor": (lambda w: {}, "missing (lm_head.weight, transformer.h.0.attn.c_attn.bias, "),
+    "another shape": (
+        lambda w: w | {MATRIX: torch.zeros(16, 3)},
+        f"1 of another shape ({MATRIX} (16, 3) instead of (16, 64))",
+    ),
+    "tokens": (lambda w: {n: t for n, t in w.items() if "wte" not in n}, "missing (lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_weights_that_do_not_fit_are_refused_by_train_and_check(saved, folder, tmp_path, case, capsys):
+    change, message = WRONG[case]
+    change_weights(folder, lambda weights: dict(change(weights)))
+    arguments, code = commands(saved, folder, tmp_path)["check"]
+    assert main(arguments) == code
+    assert message in capsys.readouterr().out
+    with pytest.raises(ValueError, match="do not fit its config.json") as refusal:
+        build_model(ModelConfig(init_from=str(folder)), 300)
+    assert message in str(refusal.value)
+    assert str(refusal.value).startswith("model.init_from: ")
+    assert "model.new_heads" in str(refusal.value)
+    for name in ("eval", "prune"):
+        arguments, code = commands(saved, folder, tmp_path)[name]
+        assert main(arguments) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_with_exit_code_2_and_makes_no_step(saved, folder, tmp_path, capsys):
+    change_weights(folder, lambda weights: {name: tensor for name, tensor in weights.items() if name != MATRIX})
+    arguments, code = commands(saved, folder, tmp_path)["train"]
+    assert main(arguments) == code == 2
+    assert f"error: model.init_from: the weights in {folder} do not fit" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_heads_named_in_the_recipe_are_drawn_anew_and_all_else_is_read(saved, folder, tmp_path, capsys):
+    untied = GPT2LMHeadModel.from_pretrained(folder)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" in stored
+    for change in (
+        lambda w: {n: t for n, t in w.items() if "lm_head" not in n},
+        lambda w: w | {"lm_head.weight": torch.zeros(7, 16)},
+    ):
+        change_weights(folder, lambda _, change=change: change(dict(stored)))
+        with pytest.raises(ValueError, match=r"lm_head\.weight"):
+            build_model(ModelConfig(init_from=str(folder)), 300)
+        model = build_model(ModelConfig(init_from=str(folder), new_heads=["lm_head"]), 300)
+        assert 0 < float(model.lm_head.weight.detach().std()) < 0.1
+        assert torch.equal(model.transformer.h[1].mlp.c_fc.weight, stored[MATRIX])
+    arguments, _ = commands(saved, folder, tmp_path)["check"]
+    assert main([*arguments, "model.new_heads=[lm_head]"]) == 0
+    assert "fit its config.json, but for lm_head, drawn anew" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="new_heads: score selects no tensor"):
+        build_model(ModelConfig(init_from=str(folder), new_heads=["lm_head", "score"]), 300)
+
+
+def test_tied_weights_are_not_missing(folder):
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = build_model(ModelConfig(init_from=str(folder)), 300)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, folder, tmp_path, value, capsys):
+    def spoil(weights):
+        weights[MATRIX][3, 5] = value
+        return weights
+
+    change_weights(folder, spoil)
+    for name in ("eval", "prune"):
+        arguments, code = commands(saved, folder, tmp_path)[name]
+        assert main(arguments) == code == 2
+        assert f"{MATRIX} holds NaN or infinity" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"model.init_from: .*{MATRIX} holds NaN or infinity"):
+        build_model(ModelConfig(init_from=str(folder)), 300)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "train", "check"])
+def test_an_index_that_names_files_elsewhere_is_refused(saved, folder, tmp_path, name, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    shutil.move(folder / "model.safetensors", tmp_path / "weights.safetensors")
+    save_file({}, folder / "empty.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "../weights.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    arguments, code = commands(saved, folder, tmp_path)[name]
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert "index.json names the file '../weights.safetensors': expected a plain name" in captured.out + captured.err
