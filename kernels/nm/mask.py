@@ -131,8 +131,3 @@ def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Ten
 
 
 _nm_mask_op = torch.library.custom_op("leanstep::nm_mask", _run, mutates_args=("out",))
-
-
-@_nm_mask_op.register_fake
-def _(scores, n, m, dim, out):
-    return None

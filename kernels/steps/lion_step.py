@@ -175,12 +175,5 @@ _step_op = torch.library.custom_op(
 )
 _agreement_op = torch.library.custom_op("leanstep::lion_agreement", _agreement, mutates_args=())
 
-
-@_step_op.register_fake
-def _(params, grads, exp_avgs, rounding_state, scalars, *_):
-    return scalars.new_empty(len(params), dtype=torch.int32)
-
-
-@_agreement_op.register_fake
-def _(grads, exp_avgs, scalars, *_):
-    return scalars.new_empty(len(grads), dtype=torch.float32)
+_step_op.register_fake(lambda params, g, m, state, scalars, *_: scalars.new_empty(len(params), dtype=torch.int32))
+_agreement_op.register_fake(lambda grads, m, scalars, *_: scalars.new_empty(len(grads), dtype=torch.float32))

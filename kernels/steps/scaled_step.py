@@ -201,8 +201,6 @@ def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
 
 
 _step_op = torch.library.custom_op("leanstep::scaled_step", _step, mutates_args=("params", "rounding_state"))
-
-
-@_step_op.register_fake
-def _(params, mats, rows, cols, rounding_state, scalars, *_):
-    return scalars.new_empty(len(params), dtype=torch.int32)
+_step_op.register_fake(
+    lambda params, mats, rows, cols, state, scalars, *_: scalars.new_empty(len(params), dtype=torch.int32)
+)
