@@ -145,7 +145,8 @@ def check_layers(config: RunConfig) -> None:
     build_optimizer(config.optimizer, model)
     if config.sparsity.patterns:
         plan(config, model)
-    masked_names(config, model)
+    if config.pruning.keep_masks:
+        masked_names(config, model)
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
