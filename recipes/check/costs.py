@@ -27,7 +27,7 @@ from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import open_config
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.schema import RunConfig, trained_size
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import masked_names
@@ -137,6 +137,20 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
     )
+
+
+def check_layers(config: RunConfig) -> None:
+    """Check the settings that select layers or parameters against the model, without its weights or the text.
+
+    Raises ValueError for a pattern, selector or wildcard without a match, and for layers that cannot be as asked.
+    """
+    known = trained_size(config.data.tokenizer) or 0
+    # no setting depends on the vocabulary
+    model = meta_model(config, max(known, config.model.config.get("vocab_size", 0)) or 512)
+    build_optimizer(config.optimizer, model)
+    if config.sparsity.patterns:
+        plan(config, model)
+    masked_names(config, model)
 
 
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:

@@ -199,15 +199,24 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 as a warning before they kill.
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
+# kill, terminals SIGHUP when they close.
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGUSR2: 143,
+    signal.SIGINT: 130,
+}
 
 
 class StopFlag:
-    """Context manager that stores SIGTERM, SIGUSR1 or SIGINT in :attr:`received` and restores the old handlers.
+    """Context manager that stores a signal of :data:`EXIT_CODES` in :attr:`received` and restores the old handlers.
 
-    A second SIGINT calls ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it
-    installs no handlers. Raises ValueError outside the main thread.
+    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
+    with code 130, without saving. With ``enabled=False`` it installs no handlers.
+
+    Raises ValueError outside the main thread.
     """
 
     def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
@@ -218,7 +227,7 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if self._enabled:
-            for number in EXIT_CODES:
+            for number in (number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
