@@ -241,15 +241,12 @@ def _as_given(matrices: Sequence[Tensor], factors: Sequence[Tensor], dtype: torc
     """Return one result per tensor of the caller; stack the results of a stack's matrices."""
     results, position = [], 0
     for mat in matrices:
-        count = mat.shape[:-2].numel()
-        results_of_stack = factors[position : position + count]
-        position += count
+        stack = list(factors[position : position + mat.shape[:-2].numel()])
+        position += len(stack)
         if mat.numel() == 0:
             results.append(torch.empty(mat.shape, dtype=dtype, device=mat.device))
         else:
-            results.append(
-                results_of_stack[0] if mat.dim() == 2 else torch.stack(list(results_of_stack)).view(mat.shape)
-            )
+            results.append(stack[0] if mat.dim() == 2 else torch.stack(stack).view(mat.shape))
     return results
 
 

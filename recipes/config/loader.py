@@ -91,19 +91,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def recipe_path(name: str) -> Path:
-    """Return the file of a shipped recipe or alias. Raises KeyError for another name."""
-    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
-    if not path.is_file():
-        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
-    return path
-
-
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a shipped recipe or of a path. Raises ConfigError with the nearest names."""
     text = os.fspath(name_or_path)
     if text in ALIASES or text in recipe_names():
-        return recipe_path(text)
+        return FOLDER / f"{ALIASES.get(text, text)}.yaml"
     path = Path(text)
     if path.is_file():
         return path

@@ -26,14 +26,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep import optimizers
 from leanstep.optimizers import param_groups
@@ -49,10 +42,6 @@ from leanstep.recipes.config.schema import (
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "gpt2": (GPT2Config, GPT2LMHeadModel),
-}
 T = TypeVar("T")
 
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
@@ -277,7 +266,7 @@ def build_model(
         model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
-    config_class, model_class = FAMILIES[config.family]
+    config_class = CONFIG_MAPPING[config.family]
     known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
     unknown = sorted(set(config.config) - known)
     if unknown:
@@ -285,7 +274,7 @@ def build_model(
     # no pad_token_id: nn.Embedding does not train the row of its padding index
     settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
-    model = model_class(config_class(**settings)).to(dtype)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config_class(**settings)).to(dtype)
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
@@ -344,14 +333,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Import the optimizer class ``name``. Raises ValueError if this installation lacks it."""
+    """Import the optimizer class ``name``."""
     module, _, cls = OPTIMIZERS[name].partition(":")
-    try:
-        return getattr(import_module(module), cls)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name != module:
-            raise
-        raise ValueError(f"optimizer.name: '{name}' is {module}.{cls}, which this installation does not have") from None
+    return getattr(import_module(module), cls)
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -362,7 +346,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     first entry that selects a parameter wins.
 
     Raises:
-        ValueError: an optimizer that is not installed, an unknown argument, a refused value, or an entry of ``groups``
+        ValueError: an unknown argument, a refused value, or an entry of ``groups``
             that selects nothing.
     """
     cls = optimizer_class(config.name)

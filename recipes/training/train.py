@@ -90,17 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m leanstep.recipes.training.train", description=__doc__)
     parser.add_argument("recipe", help="name of a shipped recipe, or a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="auto|never|PATH", help="where to continue from")
     open_standard_streams()
     options = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.environ.get(LAUNCHER_VARIABLE)
         end_with_parent(int(launcher) if launcher else None)
-    overrides = list(options.overrides)
-    if options.resume is not None:
-        overrides.append(f"checkpoint.resume={options.resume}")
     try:
-        config = load(options.recipe, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        config = load(options.recipe, options.overrides)
     except ConfigError as error:
         return _refuse(error)
     return train(config)
