@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from leanstep._files import write_text
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
@@ -329,12 +330,9 @@ class PartialCurves:
                 "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
-            partial = self.path.with_name(f"{self.path.name}.tmp")
-            partial.write_text(whole, encoding="utf-8")
             if lines:
-                os.replace(partial, self.path)
+                write_text(self.path, whole)
             else:
-                partial.unlink()
                 self.path.unlink()
 
 
