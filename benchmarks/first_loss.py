@@ -26,10 +26,8 @@ def main() -> None:
         if options.cold:
             environment |= {"LEANSTEP_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         begin = time.perf_counter()
-        command = [*TRAIN, options.recipe, f"out={folder}/run"]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        command, pipe = [*TRAIN, options.recipe, f"out={folder}/run"], subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
         for line in process.stdout or ():
             if line.startswith("step") and " loss " in line and "validation" not in line:
                 print(f"{options.recipe}: first loss line after {time.perf_counter() - begin:.1f} s: {line.strip()}")

@@ -39,19 +39,14 @@ def main():
     print()
     print_table(
         ["best run", "merged model", "adapter in peft"],
-        ([f"{name}, lr {rate:g}", *final_losses(options.base, folder(options, name, rate) / "final")]
+        ([f"{name}, lr {rate:g}", *final_losses(options.base, options.out / f"{name}-{rate:g}" / "final")]
          for name, rate in best.items()),
     )  # fmt: skip
 
 
-def folder(options, name, rate):
-    """The folder of a run."""
-    return options.out / f"{name}-{rate:g}"
-
-
 def run(options, name, rate):
     """Validation losses of a run, by step."""
-    out = folder(options, name, rate)
+    out = options.out / f"{name}-{rate:g}"
     settings = [f"model.init_from={options.base}", f"data.tokenizer={options.base}"]
     settings += [f"data.path={pydoc_data.topics.__file__}", f"optimizer.name={name}", f"optimizer.lr={rate:g}"]
     train_once("llama-nano-lora", out, [*settings, *options.settings])

@@ -7,23 +7,20 @@ PEFT. The frozen model computes the gradient of its embeddings and nothing else.
 """
 
 import statistics
-import time
 
 import torch
-from common import command_line, interleaved, print_table, required, start
+from common import clock_of, command_line, interleaved, print_table, required, start
 from models import adapted_llamas, random_llama
 
 from leanstep.kernels.matrices import dense_product
 
 VARIANTS = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}}
 AIMS = {"fp32": {"plain": 0.93, "dropout": 0.75, "DoRA": 0.60}, "bf16": {"plain": 0.85, "dropout": 0.65, "DoRA": 0.60}}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARSER = command_line(
     __doc__, hidden=512, mlp=1376, layers=4, tokens=1024, rank=16, rounds=9, threads=0,
-    blas=(False, "fp32 products by torch.mm, where oneDNN would be faster"),
+    blas=(False, "fp32 products by torch.mm, where oneDNN would be faster"), cpu_time=(False, "measure processor time"),
 )  # fmt: skip
-PARSER.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for a busy machine")
 PARSER.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
 PARSER.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
 
@@ -45,7 +42,7 @@ def measure(options, dtype, variant):
     llama = random_llama(options.hidden, options.mlp, options.layers, options.tokens, num_attention_heads=8)
     settings = {"lora_alpha": 2 * options.rank, **VARIANTS[variant]}
     runs = {
-        name: lambda name=name, model=model: step(model, embeddings, name == "frozen", CLOCKS[options.clock])
+        name: lambda name=name, model=model: step(model, embeddings, name == "frozen", clock_of(options))
         for name, model in adapted_llamas(llama.model.to(DTYPES[dtype]), options.rank, **settings).items()
     }
     times = interleaved(runs, options.rounds)

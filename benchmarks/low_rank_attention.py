@@ -11,6 +11,7 @@ runs.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -27,6 +28,8 @@ from leanstep.lora.attention.cost import AttentionShape, cost_ratio
 from leanstep.lora.attention.error_bounds import largest_logit
 
 DIM, DEGREE = 64, 2
+low_rank = functools.partial(low_rank_attention, degree=DEGREE, causal=True)
+exact = functools.partial(scaled_dot_product_attention, is_causal=True)
 # bound of the logits of the second table, at the least length
 BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 PARSER = command_line(
@@ -53,16 +56,6 @@ def inputs(length: int, bound: float) -> tuple[list[Tensor], Tensor]:
     q, k, v, grad = (torch.randn(1, 1, length, DIM, generator=generator) for _ in range(4))
     factor = math.sqrt(bound / float(largest_logit(q, k, DIM**-0.5)))
     return [x.requires_grad_() for x in (q * factor, k * factor, v)], grad
-
-
-def low_rank(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Low-rank attention, which is measured."""
-    return low_rank_attention(q, k, v, degree=DEGREE, causal=True)
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Exact attention, which it is compared with."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def run(function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:

@@ -41,7 +41,7 @@ PARSER.add_argument("--figure", type=Path, help="where the figure goes, as SVG")
 
 
 class Problem(NamedTuple):
-    """A convex loss of one weight tensor over rows of data; the fractions to be reached, and its least value."""
+    """A convex loss of one weight tensor over rows of data, the fractions to reach, and the minimum of the loss."""
 
     name: str
     data: Tensor
@@ -74,7 +74,7 @@ def softmax(weight: Tensor, data: Tensor, target: Tensor) -> Tensor:
 
 def problems() -> Iterator[Problem]:
     """The three problems, with their minima."""
-    datasets = required("sklearn.datasets")
+    datasets, bias = required("sklearn.datasets"), torch.nn.ConstantPad1d((0, 1), 1.0)  # a column of ones
     chance = torch.Generator().manual_seed(0)
     data = torch.randn(4096, 60, generator=chance, dtype=torch.float64) * torch.logspace(0, -1.5, 60)
     solution = torch.randn(60, generator=chance, dtype=torch.float64) / torch.logspace(1, -0.5, 60)
@@ -82,14 +82,9 @@ def problems() -> Iterator[Problem]:
     yield with_minimum("quadratic", data, target, (60,), squares, (0.3, 0.1, 0.05))
     data, target = map(torch.from_numpy, datasets.load_breast_cancer(return_X_y=True))
     target = target.double()
-    yield with_minimum("breast cancer", with_ones(data / data.std()), target, (31,), logistic, (0.1, 0.01, 0.003))
+    yield with_minimum("breast cancer", bias(data / data.std()), target, (31,), logistic, (0.1, 0.01, 0.003))
     data, target = map(torch.from_numpy, datasets.load_digits(return_X_y=True))
-    yield with_minimum("digits", with_ones(data / 16), target, (65, 10), softmax, (0.1, 0.01, 0.005))
-
-
-def with_ones(data: Tensor) -> Tensor:
-    """A further column of ones, for the bias."""
-    return torch.cat([data, torch.ones(len(data), 1, dtype=data.dtype)], dim=1)
+    yield with_minimum("digits", bias(data / 16), target, (65, 10), softmax, (0.1, 0.01, 0.005))
 
 
 def with_minimum(
@@ -165,24 +160,17 @@ def steps_to(excess: list[float], fraction: float) -> float:
     return next((EVERY * i for i, value in enumerate(excess) if value <= fraction), float("inf"))
 
 
-def score(problem: Problem, excess: list[float]) -> tuple[float, float]:
-    """Steps to the smallest fraction, then the least excess: tuning takes the setting with the smallest score."""
-    return steps_to(excess, problem.fractions[-1]), min(excess)
-
-
 def tune(problem: Problem, method: str, steps: int) -> Setting:
     """The best setting of a method's grid on one seed."""
     best, least = GRIDS[method][0], (float("inf"), float("inf"))
     for setting in GRIDS[method]:
         # a setting slower than the best so far is stopped there
-        limit = int(min(steps, least[0]))
-        result = score(problem, run(problem, setting, 1000, limit))
-        if result < least:
-            best, least = setting, result
-    edges = [("lr", [s.lr for s in GRIDS[method]], best.lr)]
-    if method == "M-FAC":
-        edges.append(("damping", list(DAMPINGS), best.damping))
-    for name, values, value in edges:
+        excess = run(problem, setting, 1000, int(min(steps, least[0])))
+        score = steps_to(excess, problem.fractions[-1]), min(excess)
+        if score < least:
+            best, least = setting, score
+    for name in ("lr", "damping") if method == "M-FAC" else ("lr",):
+        values, value = [getattr(setting, name) for setting in GRIDS[method]], getattr(best, name)
         if value in (min(values), max(values)):
             print(f"note: {problem.name}, {method}: the best {name}, {value:g}, is at the edge of its grid")
     return best

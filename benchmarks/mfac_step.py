@@ -12,6 +12,7 @@ a round, in shuffled order; medians.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -126,19 +127,9 @@ def candidates(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     words = [w.view(-1)[: w.numel() // 8192 * 8192].view(torch.float32).view(-1, 4096) for w in dense.windows]
     ones = torch.ones(4096, device=device)
 
-    def read_twice() -> None:
-        for _ in range(2):
-            for matrix in words:
-                torch.mv(matrix, ones)
-
-    def step() -> None:
-        dense.dots()
-        dense.solve()
-        dense.combine()
-
     runs: dict[str, Callable[[], object]] = {
-        "floor: two reads": read_twice,
-        "step": step,
+        "floor: two reads": lambda: [torch.mv(matrix, ones) for _ in range(2) for matrix in words],
+        "step": lambda: (dense.dots(), dense.solve(), dense.combine()),
         "- store and dots": dense.dots,
         "- solve": dense.solve,
         "- combination": dense.combine,
@@ -161,16 +152,8 @@ def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, r
     print_table(["", "median ms", "x floor"], cells)
 
 
-def main() -> None:
-    """Print the tables."""
+if __name__ == "__main__":
     options = start(PARSER)
     warnings.simplefilter("ignore")
-    device = torch.device(options.device)
-    for dtype in options.dtype:
-        for columns in options.columns:
-            for rows in options.rows:
-                measure(rows, columns, getattr(torch, dtype), device, options.rounds)
-
-
-if __name__ == "__main__":
-    main()
+    for dtype, columns, rows in itertools.product(options.dtype, options.columns, options.rows):
+        measure(rows, columns, getattr(torch, dtype), torch.device(options.device), options.rounds)

@@ -14,21 +14,16 @@ HIDDEN, MLP, LAYERS, VOCABULARY = 512, 1376, 8, 32000
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama_60m() -> list[tuple[str, tuple[int, ...]]]:
-    """(role, shape) of the 75 tensors of LLaMA-60M, 58.07 M parameters."""
-    layer = [("hidden", (HIDDEN, HIDDEN))] * 4 + [("hidden", (MLP, HIDDEN))] * 2 + [("hidden", (HIDDEN, MLP))]
-    layer += [("norm", (HIDDEN,))] * 2
-    return [("embedding", (VOCABULARY, HIDDEN)), *layer * LAYERS, ("norm", (HIDDEN,)), ("head", (VOCABULARY, HIDDEN))]
-
-
 def llama_60m_parameters(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
-    """Random parameters with random gradients: the hidden matrices, and the others."""
+    """LLaMA-60M's 75 parameters of random values, with random gradients: the hidden matrices, and the others."""
+    matrices = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]
+    layers: list[tuple[int, ...]] = [*matrices, (HIDDEN,), (HIDDEN,)] * LAYERS
     generator = torch.Generator().manual_seed(0)
     hidden, others = [], []
-    for role, shape in llama_60m():
+    for shape in [(VOCABULARY, HIDDEN), *layers, (HIDDEN,), (VOCABULARY, HIDDEN)]:
         param = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device, dtype))
         param.grad = torch.randn(shape, generator=generator).to(device, dtype)
-        (hidden if role == "hidden" else others).append(param)
+        (hidden if shape in matrices else others).append(param)
     return hidden, others
 
 

@@ -6,13 +6,12 @@
 First every optimizer runs ``--tune-steps`` steps, with a schedule of that length, at each learning rate of its grid
 (seed 0); the rate with the lowest validation loss is kept, and a rate at the edge of the grid is reported as such. Then
 the recipe runs at that rate with every seed. Further ``key=value`` pairs go to every run. Finished runs are not
-repeated, so an interrupted call goes on where it stopped. Prints a markdown table; writes ``results.json`` and
+repeated, so an interrupted call goes on where it stopped. Prints a markdown table; writes
 ``curves.svg`` into the output folder.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +42,7 @@ ENTRIES = {
 
 
 PARSER = command_line(
-    __doc__, seeds=[0, 1, 2], tune_steps=150, only_tune=(False, "stop after the learning rates are chosen"),
-    steps=(0, "steps of the final runs; the recipe's if not given"),
+    __doc__, seeds=[0, 1, 2], tune_steps=150, steps=(0, "steps of the final runs; the recipe's if not given"),
 )  # fmt: skip
 PARSER.add_argument("--out", type=Path, required=True)
 PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
@@ -58,8 +56,8 @@ def run(recipe: str, out: Path, overrides: list[str]) -> float:
     return report["val_loss"] if report["status"] == "done" else float("inf")
 
 
-def tune(family: str, optimizer: str, out: Path, steps: int, settings: list[str]) -> dict[float, float]:
-    """Validation loss by learning rate."""
+def tune(family: str, optimizer: str, out: Path, steps: int, settings: list[str]) -> float:
+    """The learning rate with the lowest validation loss."""
     losses = {}
     entry = ENTRIES[optimizer]
     for lr in entry.rates:
@@ -70,7 +68,7 @@ def tune(family: str, optimizer: str, out: Path, steps: int, settings: list[str]
     best = min(losses, key=losses.__getitem__)
     if best in (entry.rates[0], entry.rates[-1]):
         print(f"note: the best rate of {optimizer}, {best}, is at the edge of its grid")
-    return losses
+    return best
 
 
 def curve(out: Path) -> list[tuple[float, float]]:
@@ -105,10 +103,7 @@ def main() -> None:
     """Tune, run, print, plot."""
     options = PARSER.parse_intermixed_args()
     family, out, settings = options.family, options.out, options.settings
-    tuning = {name: tune(family, name, out, options.tune_steps, settings) for name in options.optimizers}
-    rates = {name: min(losses, key=losses.__getitem__) for name, losses in tuning.items()}
-    if options.only_tune:
-        return
+    rates = {name: tune(family, name, out, options.tune_steps, settings) for name in options.optimizers}
     results: dict[str, list[float]] = {}
     for seed in options.seeds:
         for name, lr in rates.items():
@@ -119,7 +114,6 @@ def main() -> None:
             loss = run(f"{family}-nano-{entry.recipe}", out / f"{name}-seed{seed}", overrides)
             results.setdefault(name, []).append(loss)
             print(f"{name} lr {lr} seed {seed}: validation loss {loss:.4f}", flush=True)
-    (out / "results.json").write_text(json.dumps({"tuning": tuning, "losses": results}, indent=1))
     plot(out, family, rates, options.seeds)
     head = ["optimizer", "lr", "validation loss, mean of seeds", "spread", "each seed", "tokens/s"]
     rows = []

@@ -14,6 +14,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from common import add_tables, command_line, interleaved_seconds, print_table, start
@@ -66,11 +67,6 @@ def bias() -> None:
     print_table(["estimated / exact nuclear norm", *settings], rows)
 
 
-def polynomial(mat: Tensor, coefficients: str, steps: int) -> Tensor:
-    """The steps in fp64, standard form."""
-    return newton_schulz([mat], coefficients=coefficients, steps=steps, method="standard", dtype=torch.float64)[0]
-
-
 def error() -> None:
     """Print relative Frobenius distances: from U V^T / from the same steps in fp64."""
     kinds = [(method, dtype) for dtype in (torch.float32, torch.bfloat16) for method in ("standard", "gram")]
@@ -82,11 +78,11 @@ def error() -> None:
             continue
         left, _, right = torch.linalg.svd(mat, full_matrices=False)
         for coefficients, steps in SETS.items():
-            exact = polynomial(mat, coefficients, steps)
+            polynomial: dict[str, Any] = {"steps": steps, "coefficients": coefficients}
+            (exact,) = newton_schulz([mat], method="standard", dtype=torch.float64, **polynomial)
             row = [f"{name}, {coefficients} {steps}", f"{float((exact - left @ right).norm() / ROWS**0.5):.2f}"]
             for method, dtype in kinds:
-                options = {"steps": steps, "coefficients": coefficients, "method": method, "dtype": dtype}
-                (result,) = newton_schulz([mat.float()], **options)
+                (result,) = newton_schulz([mat.float()], method=method, dtype=dtype, **polynomial)
                 row.append(f"{float((result.double() - exact).norm() / exact.norm()):.1e}")
             rows.append(row)
     print_table(head, rows)
@@ -121,14 +117,11 @@ def main() -> None:
     """Print the tables."""
     options = start(PARSER)
     warnings.simplefilter("ignore")
+    runs = {"bias": [bias], "error": [error], "time": [lambda d=d: timing(d, options.rounds) for d in options.dtype]}
     for name in options.tables:
-        if name == "time":
-            for dtype in options.dtype:
-                print()
-                timing(dtype, options.rounds)
-        else:
+        for table in runs[name]:
             print()
-            {"bias": bias, "error": error}[name]()
+            table()
 
 
 if __name__ == "__main__":

@@ -46,14 +46,6 @@ def make_network() -> nn.Module:
 PARSER = command_line(__doc__, seeds=[0, 1, 2])
 
 
-def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, and held-out ones; images of mean 0 and variance 1 over the training set."""
-    images, labels = digit_images(seed)
-    size = len(images) - len(images) // 5
-    images = (images - images[:size].mean()) / images[:size].std()
-    return images[:size], labels[:size], images[size:], labels[size:]
-
-
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, keeper: MaskKeeper | None = None) -> None:
     """AdamW with a cosine, batches of 64."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -83,16 +75,13 @@ def pruner(model: nn.Module, data: Tensor, allocation: str) -> Callable[[float],
     return lambda sparsity: prune(model, data, sparsity=sparsity, batch_size=CALIBRATION, **options)
 
 
-@torch.no_grad()
-def ratio(dense: nn.Module, pruned: nn.Module, images: Tensor, summed: float) -> float:
-    """Distortion of the logits with all layers pruned, over the sum of those with one."""
-    return float((pruned(images) - dense(images)).double().square().mean()) / summed
-
-
 def run(seed: int) -> dict[tuple[str, str], float]:
     """(setting, allocation) -> accuracy, and (setting, RATIO) -> DP's ratio."""
     torch.manual_seed(seed)
-    images, labels, test, test_labels = load(seed)
+    images, labels = digit_images(seed)
+    size = len(images) - len(images) // 5
+    images = (images - images[:size].mean()) / images[:size].std()  # of mean 0 and variance 1 over the training set
+    images, labels, test, test_labels = images[:size], labels[:size], images[size:], labels[size:]
     dense = make_network()
     train(dense, images, labels, 20)
     results = {("dense", ""): accuracy(dense, test, test_labels)}
@@ -104,7 +93,9 @@ def run(seed: int) -> dict[tuple[str, str], float]:
             result = pruner(model, data, name.partition(",")[0])(sparsity)
             results[setting, name] = accuracy(model, test, test_labels)
             if name == "dp":
-                results[setting, RATIO] = ratio(dense, model, calibration, result.allocation.predicted)
+                with torch.no_grad():
+                    joint = (model(calibration) - dense(calibration)).double().square().mean()
+                results[setting, RATIO] = float(joint) / result.allocation.predicted
             renew_batch_norms(model, data)
             results[f"{setting}, norms anew", name] = accuracy(model, test, test_labels)
     for name in ALLOCATIONS:

@@ -24,10 +24,11 @@ import torch
 from common import append_json_line, command_line, print_table, pyplot, read_json_lines, save_svg
 
 from leanstep.pruning import measure_curves, prune
-from leanstep.pruning.folder.checkpoint import load_model, open_checkpoint
-from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.folder.loading import load_model, open_checkpoint
+from leanstep.pruning.folder.run import token_sequences
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
-from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 from leanstep.pruning.score.targets import find_targets
 
 # DP on curves that are measured again around the pruned model, twice: as slow as all others, so only if asked for
@@ -91,11 +92,11 @@ class Bench:
 
     def cost(self) -> dict[str, float]:
         """Perplexity and distortion on the held-out sequences, with the present weights."""
-        loss, losses, distortions = CEDelta(), [], []
+        losses, distortions = [], []
         with evaluating(self.model):
             for reference, batch in zip(self.measurement.reference, self.held_out, strict=True):
                 output = batch.run(self.model)
-                losses.append(loss.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+                losses.append(cross_entropy_sums(output, batch))
                 distortions.append(self.measurement.metric.compare(reference, output, batch))
         return {"perplexity": math.exp(summarise(losses).mean), "joint": summarise(distortions).mean}
 

@@ -45,6 +45,7 @@ IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 GREY = "#808080"
 COLOURS = ("#d1495b", "#2f7fd1", "#3aa6a0", "#b07d2b", "#8a63d2")
 BATCH, WEIGHT_DECAY, WARMUP, FINETUNE = 32, 0.05, 0.1, 0.1
+Images = tuple[Tensor, Tensor]  # pixels in [-1, 1], (count, 1, 8, 8), and digits
 PARSER = command_line(
     __doc__, seeds=3, steps=500, rate=(1e-3, "learning rate of all runs"), threads=1,
     srste_lambda=(SRSTE_LAMBDA, "factor of SR-STE's term"),
@@ -63,29 +64,16 @@ class Run(NamedTuple):
     srste_lambda: float | None
 
 
-class Images(NamedTuple):
-    """Pixels in [-1, 1], (count, 1, 8, 8), and digits."""
-
-    pixels: Tensor
-    digits: Tensor
-
-
-def images() -> tuple[Images, Images]:
-    """Two halves of scikit-learn's digits, to train and to test on, always the same."""
-    pixels, digits = digit_images(0)
-    pixels, half = pixels / 8 - 1, len(pixels) // 2
-    return Images(pixels[:half], digits[:half]), Images(pixels[half:], digits[half:])
-
-
 def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
     """Epochs in random order."""
+    pixels, digits = data
     chance = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(data.pixels), generator=chance)])
+            order = torch.cat([order, torch.randperm(len(pixels), generator=chance)])
         rows, order = order[:BATCH], order[BATCH:]
-        yield Images(data.pixels[rows], data.digits[rows])
+        yield pixels[rows], digits[rows]
 
 
 def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
@@ -115,9 +103,9 @@ def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
     if sparse and not verify(squash(model), rules).ok:
         raise AssertionError(f"{run}: the weights are not {run.pattern}")
     with torch.no_grad():
-        logits = model.eval()(pixel_values=test.pixels).logits
-    right = float((logits.argmax(dim=1) == test.digits).double().mean())
-    return {"accuracy": right, "loss": float(cross_entropy(logits, test.digits)), "seconds": round(seconds, 2)}
+        logits = model.eval()(pixel_values=test[0]).logits
+    right = float((logits.argmax(dim=1) == test[1]).double().mean())
+    return {"accuracy": right, "loss": float(cross_entropy(logits, test[1])), "seconds": round(seconds, 2)}
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
@@ -134,7 +122,9 @@ def results(path: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
     """Results of all runs, from the file or made now and added to it."""
     done = {Run(**row["run"]): row["result"] for row in read_json_lines(path)}
     missing = [run for run in runs if run not in done]
-    data, test = images()
+    pixels, digits = digit_images(0)
+    pixels, half = pixels / 8 - 1, len(pixels) // 2
+    data, test = (pixels[:half], digits[:half]), (pixels[half:], digits[half:])
     for i, run in enumerate(missing):
         done[run] = train(run, data, test)
         append_json_line(path, {"run": run._asdict(), "result": done[run]})

@@ -1,47 +1,15 @@
-"""Line charts as inline SVG, without scripts, fonts or other files.
+"""Line charts as inline SVG, without scripts, fonts or other files; ``templates/chart.html`` has the markup.
 
-Curves have the classes ``c0`` to ``c7``. The page defines their colours, the CSS variables ``--c0`` to ``--c7``.
+Curves have the classes ``c0`` to ``c7``, whose colours ``templates/style.css`` defines.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
-# (light, dark): they differ in lightness as well as in hue, for colour blindness and grey print
-PALETTE = (
-    ("#2457d6", "#7aa8ff"),
-    ("#d9660b", "#ffab5c"),
-    ("#0b8a6a", "#4fd6b0"),
-    ("#b3246f", "#ff8fc4"),
-    ("#6b46c8", "#b79cff"),
-    ("#7a6a00", "#e0cd4d"),
-    ("#0a7f9c", "#5fd0ee"),
-    ("#8a4b2d", "#d9a083"),
-)
+from leanstep._page import TEMPLATES, render
 
-STYLE = """
-figure{margin:0;padding:14px 14px 8px;background:var(--card);border:1px solid var(--line);border-radius:10px}
-figure{break-inside:avoid}
-figure h3{margin:0 0 2px;font-size:14px;font-weight:600}
-figure.wide{grid-column:1/-1}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12.5px;color:var(--muted);min-height:18px}
-.legend b{font-weight:600;color:var(--text);font-variant-numeric:tabular-nums}
-.legend i{display:inline-block;width:16px;height:0;border-top:2.5px solid;margin-right:6px;vertical-align:3px}
-.legend i.dash{border-top-style:dashed}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--muted)}
-svg .grid{stroke:var(--line);stroke-width:1}
-svg .axis{stroke:var(--axis);stroke-width:1}
-svg .mark{stroke:var(--axis);stroke-width:1;stroke-dasharray:2 3}
-path{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-path.faint{stroke-width:1;opacity:.35}
-path.dash{stroke-dasharray:6 4}
-circle{stroke:var(--card);stroke-width:1}
-""" + "".join(
-    f"path.c{i}{{stroke:var(--c{i})}}circle.c{i}{{fill:var(--c{i})}}.legend i.c{i}{{border-color:var(--c{i})}}\n"
-    for i in range(len(PALETTE))
-)
+COLORS = 8
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
 
@@ -194,53 +162,62 @@ def chart(
 
     Args:
         series: the curves; a logarithmic axis leaves out what is not positive.
-        title, x_label: texts, escaped here. No two charts on a page may have the same title.
+        title, x_label: texts. No two charts on a page may have the same title.
         y_format: formats a value in the legend and on hover.
         log_y: logarithmic vertical axis.
         marks: horizontal lines, each with its text.
         wide: over the whole width of the page.
         most_points: points per curve; longer curves are thinned, keeping minima and maxima.
     """
-    curves = [(line, _points(line, log_y)) for line in series]
-    curves = [(line, points) for line, points in curves if any(y is not None for _, y in points)]
-    if not curves:
+    lines = [(line, _points(line, log_y)) for line in series]
+    lines = [(line, points) for line, points in lines if any(y is not None for _, y in points)]
+    if not lines:
         return ""
-    xs = [x for _, points in curves for x, _ in points]
-    values = [y for _, points in curves for _, y in points if y is not None]
+    xs = [x for _, points in lines for x, _ in points]
+    values = [y for _, points in lines for _, y in points if y is not None]
     bottom, top = _limits(values, [value for value, _ in marks], log_y)
     width, height = (940, 330) if wide else (460, 250)
     right = max(xs) if max(xs) > min(xs) else min(xs) + 1
     plane = _Plane(width, height, min(xs), right, bottom, top, log_y)
-    name = "clip-" + "".join(letter if letter.isalnum() else "-" for letter in title)
-    inside = f'x="{_LEFT - 4}" y="{_TOP - 4}" width="{plane.edge - _LEFT + 8}" height="{plane.base - _TOP + 5}"'
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
-        *_axes(plane, x_label, 10 if wide else 5),
-        *_marks(plane, marks),
-        f'<clipPath id="{name}"><rect {inside}/></clipPath><g clip-path="url(#{name})">',
+    x_ticks = _ticks(plane.left, plane.right, 10 if wide else 5)
+    y_ticks = _log_ticks(bottom, top) if log_y else _ticks(bottom, top, 6)
+    y_texts = [compact(tick) for tick in y_ticks] if log_y else _tick_texts(y_ticks)
+    curves = [
+        {
+            "name": line.name,
+            "color": f"c{line.color % COLORS}",
+            "look": line.look,
+            "last": y_format(next(y for _, y in reversed(points) if y is not None)),
+            "path": _path(_thin(points, most_points), plane),
+            "dots": _dots(points, plane, line.name, y_format) if line.dots else (),
+        }
+        for line, points in lines
     ]
-    legend = []
-    for line, points in curves:
-        color = f"c{line.color % len(PALETTE)}"
-        parts.append(f'<path class="{color} {line.look}" d="{_path(_thin(points, most_points), plane)}"/>')
-        if line.dots:
-            parts += _dots(points, plane, color, line.name, y_format)
-        if line.look != "faint":
-            last = next(y for _, y in reversed(points) if y is not None)
-            swatch = f'<i class="{color} {line.look}"></i>'
-            legend.append(f"<span>{swatch}{escape(line.name)} <b>{escape(y_format(last))}</b></span>")
-    wide_class = ' class="wide"' if wide else ""
-    caption = f'<div class="legend">{"".join(legend)}</div>'
-    return f"<figure{wide_class}><h3>{escape(title)}</h3>{caption}{''.join(parts)}</g></svg></figure>"
+    return render(
+        TEMPLATES / "chart.html",
+        title=title,
+        x_label=x_label,
+        wide=wide,
+        plane=plane,
+        left=_LEFT,
+        top=_TOP,
+        px="{:.1f}".format,
+        clip="clip-" + "".join(letter if letter.isalnum() else "-" for letter in title),
+        x_ticks=list(zip(map(plane.px, x_ticks), _tick_texts(x_ticks), strict=True)),
+        y_ticks=list(zip(map(plane.py, y_ticks), y_texts, strict=True)),
+        marks=[(plane.py(value), text) for value, text in marks],
+        curves=curves,
+    )
 
 
-def _points(one: Series, log_y: bool) -> list[tuple[float, float | None]]:
-    pairs = zip(one.x, one.y, strict=True)
-    return [(float(x), _height(y, log_y)) for x, y in pairs if math.isfinite(x)]
+def _points(line: Series, log_y: bool) -> list[tuple[float, float | None]]:
+    """The points with a finite x; a y that cannot be drawn is None."""
 
+    def drawable(y: float | None) -> bool:
+        return y is not None and math.isfinite(y) and (y > 0 or not log_y)
 
-def _height(y: float | None, log_y: bool) -> float | None:
-    return None if y is None or not math.isfinite(y) or (log_y and y <= 0) else float(y)
+    pairs = zip(line.x, line.y, strict=True)
+    return [(float(x), float(y or 0.0) if drawable(y) else None) for x, y in pairs if math.isfinite(x)]
 
 
 def _tick_texts(ticks: list[float]) -> list[str]:
@@ -256,35 +233,6 @@ def _tick_texts(ticks: list[float]) -> list[str]:
     return [compact(tick) for tick in ticks]
 
 
-def _axes(plane: _Plane, x_label: str, x_ticks: int) -> list[str]:
-    parts, base, edge = [], plane.base, plane.edge
-    ticks = _log_ticks(plane.bottom, plane.top) if plane.log_y else _ticks(plane.bottom, plane.top, 6)
-    texts = [compact(tick) for tick in ticks] if plane.log_y else _tick_texts(ticks)
-    for tick, text in zip(ticks, texts, strict=True):
-        y = plane.py(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{edge}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    ticks = _ticks(plane.left, plane.right, x_ticks)
-    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
-        x = plane.px(tick)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{text}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{edge}" y1="{base}" y2="{base}"/>')
-    parts.append(
-        f'<text x="{(_LEFT + edge) // 2}" y="{plane.height - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    return parts
-
-
-def _marks(plane: _Plane, marks: Sequence[tuple[float, str]]) -> list[str]:
-    parts = []
-    for value, text in marks:
-        y = plane.py(value)
-        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{plane.edge}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(text)}</text>')
-    return parts
-
-
 def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
     stretches: list[list[str]] = [[]]
     for x, y in points:
@@ -297,12 +245,9 @@ def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
 
 
 def _dots(
-    points: list[tuple[float, float | None]], plane: _Plane, color: str, name: str, y_format: Callable[[float], str]
-) -> list[str]:
+    points: list[tuple[float, float | None]], plane: _Plane, name: str, y_format: Callable[[float], str]
+) -> list[tuple[float, float, str]]:
+    """Pixels and text of about 40 points, the last one among them."""
     usable = [(x, y) for x, y in points if y is not None]
     every = math.ceil(len(usable) / 40)
-    return [
-        f'<circle class="{color}" cx="{plane.px(x):.1f}" cy="{plane.py(y):.1f}" r="3">'
-        f"<title>{escape(f'{name}, {compact(x)}: {y_format(y)}')}</title></circle>"
-        for x, y in usable[::-1][::every][::-1]
-    ]
+    return [(plane.px(x), plane.py(y), f"{name}, {compact(x)}: {y_format(y)}") for x, y in usable[::-1][::every][::-1]]

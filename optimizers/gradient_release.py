@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.sharding import run, together
 
 
 class GradientRelease:
@@ -62,24 +63,9 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
     """
     _refuse(model, optimizer)
     stepped: set[Tensor] = set()
-    handles: list[Any] = []
-    first_index = 0
-    for group_index, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            if not param.requires_grad:
-                continue
-            hook = _hook(optimizer, group_index, first_index, position, stepped)
-            handles.append(param.register_post_accumulate_grad_hook(hook))
-        first_index += len(group["params"])
 
-    handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
-    return GradientRelease(handles)
-
-
-def _hook(
-    optimizer: LeanOptimizer, group_index: int, first_index: int, position: int, stepped: set[Tensor]
-) -> Callable[[Tensor], None]:
-    def step_one(param: Tensor) -> None:
+    @torch.no_grad()
+    def step_one(group_index: int, first_index: int, position: int, param: Tensor) -> None:
         if param in stepped:
             raise RuntimeError(
                 "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
@@ -88,10 +74,20 @@ def _hook(
             )
         stepped.add(param)
         # looked up at every step: loading a state replaces the groups
-        optimizer._step_one(optimizer.param_groups[group_index], first_index, position)
+        group = optimizer.param_groups[group_index]
+        run(together(optimizer._group_steps(group, first_index, position)))
         param.grad = None
 
-    return step_one
+    handles: list[Any] = []
+    first_index = 0
+    for group_index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            if param.requires_grad:
+                hook = functools.partial(step_one, group_index, first_index, position)
+                handles.append(param.register_post_accumulate_grad_hook(hook))
+        first_index += len(group["params"])
+    handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
+    return GradientRelease(handles)
 
 
 def _refuse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps, new_state, readable, store, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, new_state, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -111,11 +111,11 @@ class Lion(LeanOptimizer):
         init_rounding(state, param, effective("Lion", group, position, param))
         return state
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         return [_step(batch) for _, batch in self._batches(group, first_index, only)]
 
 
-def _step(batch: Batch) -> Steps[None]:
+def _step(batch: Batch) -> Reducer[None]:
     """Update parameters, momenta and rounding states in place; count non-finite gradients."""
     group = batch.group
     params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))

@@ -1,9 +1,9 @@
 """Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
 
-from leanstep.pruning.allocate.allocation import allocate, allocations_along, snap
-from leanstep.pruning.allocate.budgets import Budget, LatencyTable
-from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio
-from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
+from leanstep.pruning.allocate.allocation import Budget, allocate, allocations_along
+from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
+from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.finetune import (
     GradualPruner,
     MaskKeeper,
@@ -11,9 +11,9 @@ from leanstep.pruning.finetune import (
     iterative_sparsities,
     keep_masks,
     prune_iteratively,
+    renew_batch_norms,
 )
 from leanstep.pruning.folder.run import CalibrationText, prune_checkpoint
-from leanstep.pruning.measure.batches import renew_batch_norms
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune
@@ -57,5 +57,4 @@ __all__ = [
     "renew_batch_norms",
     "snap",
     "solve_knapsack",
-    "solve_lagrange",
 ]

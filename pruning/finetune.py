@@ -1,4 +1,4 @@
-"""Fine-tune pruned models: keep their masks, and prune further on a schedule."""
+"""After pruning: keep the masks in fine-tuning, prune further on a schedule, and renew batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanstep._torch import StepHooks, place_like, whole_tensor
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.score.targets import find_targets
 
 Result = TypeVar("Result")
 
-KINDS = ("cubic", "linear", "geometric")
+KINDS = ("cubic", "geometric")
 
 
 def keep_masks(
@@ -156,8 +159,8 @@ def gradual_sparsity(
 ) -> float:
     """The sparsity of a schedule at a step: ``initial`` until ``begin``, ``final`` from ``end`` on.
 
-    With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "linear";
-    "geometric": the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
+    With x = (step - begin) / (end - begin) between them: "cubic": ``final + (initial - final) (1 - x)^3``; "geometric":
+    the density falls by a constant factor, ``(1 - initial)^(1 - x) (1 - final)^x``.
 
     Raises:
         ValueError: for another kind, ``end <= begin``, or sparsities that are not 0 <= initial <= final < 1.
@@ -176,8 +179,6 @@ def gradual_sparsity(
     x = min(max((step - begin) / (end - begin), 0.0), 1.0)
     if kind == "cubic":
         return final + (initial - final) * (1 - x) ** 3
-    if kind == "linear":
-        return initial + (final - initial) * x
     return 1 - (1 - initial) ** (1 - x) * (1 - final) ** x
 
 
@@ -297,3 +298,47 @@ class GradualPruner:
         """Continue from :meth:`state_dict`; load the model's weights of that step before."""
         self.step_count, self.sparsity = state["step"], state["sparsity"]
         self._keeper = keep_masks(self.model) if self.sparsity > 0 else None
+
+
+@torch.no_grad()
+def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> int:
+    """Recompute the running means and variances of a pruned model's batch norms; change nothing else.
+
+    Pruning makes outputs smaller than the stored statistics say. Without fine-tuning, this costs a convolutional
+    network much of its accuracy. :func:`leanstep.pruning.prune` does not change the statistics, because curves are
+    measured with them.
+
+    Args:
+        model: a pruned model. Its mode is restored.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`; labels are not needed.
+        batch_size: samples per batch, if ``data`` is a tensor. Statistics are means over batches.
+
+    Returns:
+        Number of batch norms.
+
+    Raises:
+        ValueError: for no data. After any error, the statistics are restored.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
+    batches = as_batches(data, model, batch_size=batch_size)
+    before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                # None: mean over all batches, not a moving average
+                norm.momentum = None
+                norm.train()
+            for batch in batches:
+                batch.run(model)
+    except BaseException:
+        for norm, (_, buffers) in zip(norms, before, strict=True):
+            for name, value in norm.named_buffers():
+                value.copy_(buffers[name])
+        raise
+    finally:
+        for norm, (momentum, _) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+    return len(norms)

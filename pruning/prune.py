@@ -1,25 +1,39 @@
-"""Prune a model: check the settings, split the data, and run the planner."""
+"""Prune a model: check the settings, split the data, measure curves, allocate, compare on held-out data, prune."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import METHODS
-from leanstep.pruning.allocate.budgets import Budget, LatencyTable
-from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.checks import CORRECTIONS
-from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Progress, Stored, WeightSnapshot, evaluating
-from leanstep.pruning.measure.metrics import Metric
-from leanstep.pruning.planner import Planner
-from leanstep.pruning.result import PruneResult
+from leanstep.pruning.allocate.allocation import METHODS, Budget, BudgetConstraint, allocate
+from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
+from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.checks import CORRECTIONS, Trial
+from leanstep.pruning.measure.curves import Curve, Levels, levels_of
+from leanstep.pruning.measure.measure import (
+    Measurement,
+    Progress,
+    Stored,
+    WeightSnapshot,
+    evaluating,
+    measure_curves,
+)
+from leanstep.pruning.measure.metrics import Metric, metric_name
+from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
-from leanstep.pruning.score.targets import count_uses, find_targets, make_groups
+from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import GRANULARITIES, Group, check_filled, count_uses, find_targets, make_groups
 from leanstep.sparsity import NM
+
+# most slopes of ATP to try
+_SLOPES = 9
 
 
 def prune(
@@ -69,9 +83,8 @@ def prune(
             applies the allocation in any case.
         curve_data: data for the curves; None: ``data``. Curves need fewer samples than scores.
         curves: curves measured earlier with the same score; None measures them.
-        correction: ``none``; ``relinearise``, which measures curves again around the uniformly pruned model; or
-            ``coefficients``, which searches a random factor for each curve. The allocation with the smallest joint
-            distortion on ``curve_data`` is taken.
+        correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
+            allocation with the smallest joint distortion on ``curve_data`` is taken.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
         budget: with ``dp``, a constraint other than the number of weights. ``"flops"``, ``"bytes"`` or a
             :class:`leanstep.pruning.LatencyTable` limits that cost to ``1 - sparsity`` of the dense model's. A
@@ -106,6 +119,7 @@ def prune(
         allocation=allocation,
         score=score,
         pattern=pattern,
+        granularity=granularity,
         correction=correction,
         budget=budget,
     )
@@ -123,21 +137,23 @@ def prune(
         model=model,
         groups=make_groups(targets, granularity if allocation == "dp" else "matrix"),
         sparsity=sparsity,
-        budget=budget,
+        method=allocation,
         score=score,
         pattern=pattern,
         metric=metric,
+        correction=correction,
+        levels=levels,
+        budget=budget or "params",
         batches=batches,
         held_out=held_out_batches,
         curve_batches=curve_batches,
         score_options=dict(score_options or {}),
-        progress=progress,
-        levels=levels,
         resume=resume,
+        progress=progress,
         snapshot=WeightSnapshot(targets, stored),
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
-        return planner.run(allocation, correction, curves, fixed)
+        return planner.run(curves, fixed)
 
 
 def check_choices(
@@ -147,6 +163,7 @@ def check_choices(
     allocation: str = "dp",
     score: str = "wanda",
     pattern: str = "unstructured",
+    granularity: str = "matrix",
     correction: str = "none",
     budget: Budget | LatencyTable | str | None = None,
     **others: Any,
@@ -155,6 +172,7 @@ def check_choices(
     for name, value, known in (
         ("allocation", allocation, METHODS),
         ("score", score, tuple(NEEDS)),
+        ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
     ):
         if value not in known:
@@ -217,3 +235,217 @@ def _split_data(
     if curve_data is None:
         return batches, compared, batches
     return batches, compared, as_batches(curve_data, model, batch_size=batch_size, what="curve_data")
+
+
+@dataclass
+class Planner:
+    """One call of :func:`prune` after its checks; :meth:`run` is the order of events."""
+
+    model: nn.Module
+    groups: list[Group]
+    sparsity: float | None
+    method: str
+    score: str
+    pattern: str
+    metric: str | Metric | None
+    correction: str
+    levels: Sequence[float] | None
+    budget: Budget | LatencyTable | str
+    batches: list[Batch]
+    held_out: list[Batch]
+    curve_batches: list[Batch]
+    score_options: dict[str, Any]
+    resume: str | Path | None
+    progress: Progress | None
+    snapshot: WeightSnapshot
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
+        """Measure, allocate, compare, prune."""
+        before = self._nonzero()
+        self.constraint = self._constraint()
+        measured: dict[str, Curve] = {}
+        if fixed is not None:
+            candidate = self._fixed(fixed)
+        elif self.method == "dp":
+            self.constraint.check_reach(self._levels(), before, self._target_sparsity())
+            measured = self._measure() if curves is None else dict(curves)
+            candidate = self._by_curves(measured)
+        else:
+            candidate = self._by_rule()
+        allocation, compared = self._compare_and_prune(candidate)
+        budget = self.constraint.budget
+        return PruneResult(
+            allocation=allocation,
+            score=self.score,
+            pattern=self.pattern,
+            metric=metric_name(self.metric, self.model),
+            groups=self.groups,
+            curves=measured,
+            held_out=next((one for one in compared if one.method == allocation.method), None),
+            compared=compared,
+            notes=self.notes,
+            data=batches_hash(self.batches),
+            budget={
+                "kind": budget.kind,
+                "target": budget.target if allocation.target is None else allocation.target,
+                "dense": self.constraint.dense,
+                "before": self.constraint.cost(before),
+                "after": self.constraint.cost(self._nonzero()),
+            },
+        )
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The matrices with their score, and the calibration data for its statistics."""
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        if cache.note:
+            self.notes.append(cache.note)
+        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot)
+
+    def _nonzero(self) -> dict[str, int]:
+        return {group.name: group.nonzero() for group in self.groups}
+
+    def _sizes(self) -> dict[str, int]:
+        return {group.name: group.layer.numel for group in self.groups}
+
+    def _constraint(self) -> BudgetConstraint:
+        counts: dict[str, Sequence[int]] = {}
+        if isinstance(self.budget, LatencyTable) or getattr(self.budget, "kind", None) == "latency":
+            levels = levels_of(self.groups, 0.5, self.pattern, levels=self.levels)
+            counts = {name: level_counts for name, (level_counts, _) in levels.items()}
+        return BudgetConstraint.of(self.budget, self.groups, self.sparsity, counts)
+
+    def _target_sparsity(self) -> float | None:
+        """The target, if it is a number of weights that a sparsity gives, not a cost."""
+        return self.sparsity if self.constraint.budget.kind == "params" else None
+
+    def _around(self) -> float:
+        """Sparsity at the center of the grid of levels."""
+        target = self._target_sparsity()
+        return self.constraint.uniform_sparsity if target is None else target
+
+    def _levels(self) -> Levels:
+        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
+
+    def _measure(self) -> dict[str, Curve]:
+        return measure_curves(
+            self.model,
+            self.curve_batches,
+            sparsity=self._around(),
+            score=self.score,
+            pattern=self.pattern,
+            metric=self.metric,
+            groups=self.groups,
+            levels=self.levels,
+            score_options=self.score_options,
+            score_data=self.batches,
+            resume=self.resume,
+            progress=self.progress,
+        )
+
+    def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
+        """Minimize the summed distortion, or with a correction the joint distortion."""
+        if self.correction == "none":
+            return self._allocate("dp", curves=curves)
+        measurement = self._measurement(self.curve_batches)
+
+        def joint(allocation: Allocation) -> float:
+            return self.trial.joint(measurement, allocation).mean
+
+        best = self._allocate("dp", curves=curves)
+        lowest = joint(best)
+        # measure curves around the uniform allocation, then around the new one, while the joint distortion falls
+        around = self._uniform() or best
+        for _ in range(2):
+            again = self.trial.relinearised_curves(measurement, self._levels(), around, self.progress)
+            around = self._allocate("dp", curves=again)
+            cost = joint(around)
+            if cost >= lowest:
+                break
+            best, lowest = around, cost
+        return best
+
+    def _by_rule(self) -> Allocation:
+        pruning = self.trial.pruning
+        if self.method == "global":
+            return self._allocate("global", scores=pruning.scores(self.groups))
+        if self.method == "lamp":  # LAMP squares the weights
+            return self._allocate("lamp", scores={group.name: group.targets[0].weight for group in self.groups})
+        if self.method == "owl":
+            return self._allocate("owl", outliers=Pruning(pruning.cache, "wanda").outliers(self.groups))
+        if self.method != "atp":
+            return self._allocate(self.method)
+        # the slope with the smallest joint distortion on the curves' data
+        assert self.sparsity is not None
+        blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
+        betas = atp_betas(self.sparsity, len(blocks))
+        candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
+        measurement = self._measurement(self.curve_batches)
+        return min(candidates, key=lambda one: self.trial.joint(measurement, one).mean)
+
+    def _uniform(self) -> Allocation | None:
+        """Uniform sparsity within the budget; None if no uniform sparsity meets it."""
+        budget = self.constraint.budget
+        if self._target_sparsity() is not None:
+            return self._allocate("uniform")
+        any_count = budget.kind != "latency" and not self.pattern.startswith("N:")
+        uniform = self.constraint.uniform(self._nonzero(), None if any_count else self._levels())
+        if uniform is None:
+            return None
+        counts, patterns = uniform
+        cost = self.constraint.cost(counts)
+        return Allocation("uniform", self._sizes(), counts, None, patterns, budget.kind, cost)
+
+    def _allocate(self, method: str, **needed: Any) -> Allocation:
+        """Allocate weights to the groups; existing zeros stay zero."""
+        layers, sparsity = [group.layer for group in self.groups], self._target_sparsity()
+        allocation = allocate(
+            in_blocks(layers) if method == "atp" else layers,
+            sparsity,
+            method=method,
+            budget=self.constraint.budget if sparsity is None else None,
+            at_most=self._nonzero(),
+            **needed,
+        )
+        if self.pattern.startswith("N:") and not allocation.patterns:
+            allocation = snap(allocation, self._levels())
+        return allocation
+
+    def _fixed(self, pattern: NM) -> Allocation:
+        check_filled(self.groups, pattern.m)
+        numel = self._sizes()
+        counts = {name: size // pattern.m * pattern.n for name, size in numel.items()}
+        return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
+
+    def _measurement(self, batches: list[Batch]) -> Measurement:
+        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache)
+
+    def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Measure on held-out data, and prune; for "dp", by uniform sparsity if that is better.
+
+        The candidate is measured last, so that the model is already pruned if it wins.
+        """
+        if not self.held_out:
+            self.notes.append("there was no held-out data: the cost of pruning was not measured")
+            self.trial.apply(candidate)
+            return candidate, []
+        uniform = self._uniform() if candidate.method == "dp" else None
+        if candidate.method == "dp" and uniform is None:
+            self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
+        measurement = self._measurement(self.held_out)
+        baseline = None if uniform is None else self.trial.additivity(measurement, uniform, stay=False)
+        cost = self.trial.additivity(measurement, candidate, stay=True)
+        if uniform is None or baseline is None:
+            return candidate, [cost]
+        if cost.joint < baseline.joint:
+            self.notes += filter(None, [cost.note()])
+            return candidate, [cost, baseline]
+        self.notes.append(
+            f"the allocation by dynamic programming costs {cost.joint:.4g} on held-out data, uniform sparsity "
+            f"{baseline.joint:.4g}: the model was pruned uniformly. The summed distortion of the allocation is "
+            f"{1 / cost.ratio:.2f} times its joint distortion"
+        )
+        self.snapshot.restore()
+        self.trial.apply(uniform)
+        return uniform, [cost, baseline]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
+# a joint distortion over the summed one, or its inverse, from which the reader is told
+_ADDITIVE = 1.5
 
 
 @dataclass(frozen=True)
@@ -19,34 +21,41 @@ class Allocation:
 
     Attributes:
         method: the method of :func:`allocate`.
-        numel, kept: all weights and kept weights of each layer.
-        target: largest total of kept weights; None for other budgets.
+        numel, counts: number of weights of each layer, and how many of them it keeps.
+        target: largest sum of the counts; None for other budgets.
         patterns: N:M pattern of each layer; empty for unstructured pruning.
         budget_kind, cost: kind of the budget, and the allocation's cost in its unit.
         predicted: sum of the layers' distortions by their curves; None without curves.
-        lagrange_gap: summed distortion of the Lagrangian solution minus that of the exact one; >= 0.
         front: for "dp", up to 200 points (cost, summed distortion) of the Pareto front.
     """
 
     method: str
     numel: dict[str, int]
-    kept: dict[str, int]
+    counts: dict[str, int]
     target: int | None = None
     patterns: dict[str, str] = field(default_factory=dict)
     budget_kind: str = "params"
     cost: float | None = None
     predicted: float | None = None
-    lagrange_gap: float | None = None
     front: tuple[tuple[float, float], ...] = ()
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in all layers together."""
-        return 1 - sum(self.kept.values()) / sum(self.numel.values())
+        return 1 - sum(self.counts.values()) / sum(self.numel.values())
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The former name of :attr:`counts`."""
+        return self.counts
 
     def layer_sparsity(self, name: str) -> float:
         """Fraction of zeros in one layer."""
-        return 1 - self.kept[name] / self.numel[name]
+        return 1 - self.counts[name] / self.numel[name]
+
+    def level(self, name: str) -> tuple[int, str]:
+        """Number of weights that a layer keeps, and its N:M pattern or ""."""
+        return self.counts[name], self.patterns.get(name, "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -54,8 +63,9 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Allocation:
-        """The allocation that :meth:`to_dict` wrote."""
-        return cls(**{**values, "front": tuple((c, d) for c, d in values.get("front", ()))})
+        """The allocation that :meth:`to_dict` wrote, also under former names."""
+        renamed = {"counts" if key == "kept" else key: v for key, v in values.items() if key != "lagrange_gap"}
+        return cls(**{**renamed, "front": tuple((c, d) for c, d in values.get("front", ()))})
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,17 @@ class Additivity:
             return self.joint / self.summed
         return math.inf if self.joint else math.nan
 
+    def note(self) -> str:
+        """A remark for the reader if the summed distortion is far from the joint one, else ""."""
+        if not self.summed or 1 / _ADDITIVE <= self.ratio <= _ADDITIVE:
+            return ""
+        return (
+            f"distortions do not add up here: all matrices together cost {self.joint:.4g} on held-out data, "
+            f"{self.ratio:.2f} times the sum of their single costs. The allocation is better than uniform sparsity, "
+            "but the smallest sum need not be the smallest cost: correcting the curves (relinearise) or another "
+            "allocation may do better"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for NaN and infinity."""
         values = asdict(self) | {"ratio": self.ratio}
@@ -96,7 +117,6 @@ class PruneResult:
         allocation: the applied allocation.
         score, pattern, metric: the settings, with defaults filled in.
         groups: the matrices, in groups that share a level.
-        levels: kept weights and N:M pattern of each group.
         curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
         compared: cost of every measured allocation, including the applied one.
@@ -113,7 +133,6 @@ class PruneResult:
     pattern: str
     metric: str
     groups: list[Group]
-    levels: dict[str, tuple[int, str]]
     curves: dict[str, Curve] = field(default_factory=dict)
     held_out: Additivity | None = None
     compared: list[Additivity] = field(default_factory=list)
@@ -125,13 +144,14 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned matrices, counted in the current weights."""
-        return 1 - sum(layer["nonzero"] for layer in self.layers()) / sum(layer["numel"] for layer in self.layers())
+        rows = self.layers()
+        return 1 - sum(row["nonzero"] for row in rows) / sum(row["numel"] for row in rows)
 
     def layers(self) -> list[dict[str, Any]]:
         """One row per matrix, with zeros counted in the current weights."""
         rows = []
         for group in self.groups:
-            pattern = self.levels[group.name][1]
+            pattern = self.allocation.patterns.get(group.name)
             for target in group.targets:
                 nonzero = int(target.weight.count_nonzero())
                 rows.append(
@@ -141,7 +161,7 @@ class PruneResult:
                         "numel": target.layer.numel,
                         "nonzero": nonzero,
                         "sparsity": 1 - nonzero / target.layer.numel,
-                        "pattern": pattern or None,
+                        "pattern": pattern,
                         "block": target.layer.block,
                     }
                 )
@@ -168,8 +188,3 @@ class PruneResult:
             "layers": self.layers(),
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
         }
-
-
-def levels_by_group(allocation: Allocation, groups: Sequence[Group]) -> dict[str, tuple[int, str]]:
-    """Kept weights and N:M pattern (or "") of every group."""
-    return {group.name: (allocation.kept[group.name], allocation.patterns.get(group.name, "")) for group in groups}

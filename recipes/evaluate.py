@@ -138,7 +138,9 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     else:
         in_training = training.about_file(options.data) if training else UNKNOWN
         config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, description = load_validation(config, open_file(config, options.data), tokenizer)
+        dataset, bytes_per_token, description = load_validation(
+            config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
+        )
     device = _device(options.device)
     result = evaluate(
         model.to(device),

@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file, sotu_corpus
-from leanstep.recipes.evaluate import in_options, positive
+from leanstep.recipes.evaluate import in_options
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("params", "flops", "bytes", "latency"),
         help="cost of which --sparsity is the fraction to remove: weights (default), operations, bytes, or seconds",
     )
-    add("--latency-table", metavar="FILE", help="JSON or CSV: seconds of every matrix at some sparsities")
+    add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
     add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: some n of 8 each; or 2:4 for all")
@@ -89,28 +88,26 @@ def _parser() -> argparse.ArgumentParser:
         "safetensors file with pixel_values [images, channels, height, width], as the model takes them",
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
-    add("--samples", type=positive, default=128, metavar="N", help="sequences or images for scores; default 128")
+    add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
     add(
         "--curve-samples",
-        type=positive,
+        type=int,
         default=16,
         metavar="N",
         help="how many of --samples the curves use; default 16",
     )
-    add("--held-out", type=positive, default=8, metavar="N", help="sequences held out for checks; default 8")
-    add("--seq-len", type=positive, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
+    add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
+    add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
-    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk, mse_logits, nmse_hidden, ...")
+    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
     add(
         "--granularity", default="matrix", choices=("matrix", "role", "block"), help="unit that gets one level, with dp"
     )
-    add(
-        "--correction", default="none", choices=("none", "relinearise", "coefficients"), help="where sums do not add up"
-    )
+    add("--correction", default="none", choices=("none", "relinearise"), help="where sums do not add up")
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
-    add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--resume", action="store_true", help="continue with the curves of an interrupted run")
@@ -160,6 +157,9 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    amounts = (options.samples, options.curve_samples, options.held_out)
+    if min(amounts) < 1:
+        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
     if options.eval or options.seq_len is not None:
         raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
     try:
@@ -190,9 +190,8 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
     if options.data == "sotu":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
-        config = DataConfig(source="text", text_key=options.text_key)
         try:
-            documents = tuple(open_file(config, options.data).documents())
+            documents = tuple(open_file(options.data, options.text_key).documents())
         except ValueError as error:
             raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(
@@ -237,32 +236,26 @@ class _Bar:
         if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
-            self._show(done, total, name)
+            self._show(done, total)
         elif done == total or (now - self._printed > 30 and done > self._first + 1):
             self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
             print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
 
-    def _show(self, done: int, total: int, name: str) -> None:
+    def _show(self, done: int, total: int) -> None:
         if self._live is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import MofNCompleteColumn, Progress
 
-            columns = (
-                TextColumn("curves"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-            )
+            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
-            self._task = self._live.add_task(name, total=total, completed=done)
-        self._live.update(self._task, completed=done, total=total, description=name)
+            self._task = self._live.add_task("curves", total=total, completed=done)
+        self._live.update(self._task, completed=done, total=total)
 
 
 def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.allocate.budgets import UNITS
+    from leanstep.pruning.allocate.allocation import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, wanted = 1 - after / dense, 1 - budget["target"] / dense

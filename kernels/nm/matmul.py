@@ -130,8 +130,4 @@ def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> Non
 
 
 _nm_matmul_op = torch.library.custom_op("leanstep::nm_matmul", _run, mutates_args=())
-
-
-@_nm_matmul_op.register_fake
-def _(x, values, indices, m):
-    return x.new_empty(x.shape[0], values.shape[0])
+_nm_matmul_op.register_fake(lambda x, values, indices, m: x.new_empty(x.shape[0], values.shape[0]))

@@ -10,11 +10,17 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, refuse_resized, restore_dtypes
+from leanstep.optimizers.common.loading import (
+    refuse_foreign,
+    refuse_misfits,
+    refuse_resized,
+    restore_dtypes,
+    upgraded,
+)
 from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
+    Reducer,
     Shard,
-    Steps,
     check_class,
     has_memory,
     offsets_of,
@@ -71,15 +77,21 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     Attributes:
         _shaped_state: names of the method's state tensors that have the shape of their parameter.
+        _host_state: names of state tensors that stay in the host's memory, because the host reads them.
         _drop_state: how a user drops the state of a resized parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
+        _older_names: names of state and group entries in states of older versions -> their names now.
+        _older_settings: settings of older versions -> the values that still load.
     """
 
     _shaped_state: tuple[str, ...] = ()
+    _host_state: tuple[str, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
     _separable = False
     _group_entries: Mapping[str, Any] = {}
+    _older_names: Mapping[str, str] = {}
+    _older_settings: Mapping[str, tuple[Any, ...]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -160,7 +172,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Return the shapes of state tensors that depend on their parameter's shape without being equal to it."""
         return {}
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         """Return generators that update a group, or only its parameter at position ``only``.
 
         ``first_index`` is the number of parameters in the groups before. A bad gradient raises here, before any
@@ -168,9 +180,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def _steps(self) -> list[Steps[None]]:
+    def _steps(self) -> list[Reducer[None]]:
         """Return the generators of a whole step. Subclasses whose rule spans groups override this."""
-        rules: list[Steps[None]] = []
+        rules: list[Reducer[None]] = []
         first_index = 0
         for group in self.param_groups:
             rules += self._group_steps(group, first_index)
@@ -191,17 +203,15 @@ class LeanOptimizer(torch.optim.Optimizer):
         Returns:
             The closure's value; None without one.
         """
-        loss = call_closure(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._raise_on_nonfinite()
         if torch.compiler.is_compiling():
             self._init_group()
         run(together(self._steps()))
         return loss
-
-    @torch.no_grad()
-    def _step_one(self, group: dict[str, Any], first_index: int, position: int) -> None:
-        """Update the parameter at ``position`` of a group; ``first_index`` as in :meth:`_group_steps`."""
-        run(together(self._group_steps(group, first_index, position)))
 
     def _init_group(self) -> None:
         """Create the state of all parameters that have a gradient.
@@ -259,10 +269,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("optimizer", self._method())
-            group.setdefault("nonfinite_count", 0)
-            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds to the defaults on loading
-                group.setdefault(key, self.defaults[key])
+            missing = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
+            missing.pop("differentiable", None)  # which torch adds to the defaults on loading
+            group.update({key: value for key, value in missing.items() if key not in group})
             _name_dtypes(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,10 +295,6 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Whether loading preserves the saved dtype of a state tensor; if not, it casts to the parameter's."""
         return True
 
-    def _stays_on_cpu(self, key: str) -> bool:
-        """Whether a state tensor stays in the host's memory, because the host reads it."""
-        return False
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
 
@@ -297,26 +302,31 @@ class LeanOptimizer(torch.optim.Optimizer):
         the user's load hooks run.
 
         Raises:
-            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes. Nothing is
-                changed.
+            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes, or has a
+                setting that no longer exists. Nothing is changed.
         """
         final: dict[str, Any] = {}
 
-        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             refuse_foreign(self, loaded)
-            refuse_misfits(self, loaded)
-            final.update(loaded)
+            final.update(upgraded(self, loaded))
+            self._check_loaded(final)
+            return final
 
         def restore(_: torch.optim.Optimizer) -> None:
             restore_dtypes(self, final)
 
-        before = self.register_load_state_dict_pre_hook(remember)
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if a state, with its names of this version, does not fit the parameters and settings."""
+        refuse_misfits(self, state_dict)
 
     def nonfinite_count(self) -> int:
         """Return how many times a tensor's gradient had infinite or NaN entries, over all steps (reads the device).
@@ -413,11 +423,3 @@ def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[li
     for position, param in enumerate(params):
         sets.setdefault((param.device, param.dtype), []).append(position)
     return list(sets.values())
-
-
-def call_closure(closure: Callable[[], Any] | None) -> Any:
-    """Call a closure with gradients enabled, as torch's optimizers do; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -1,4 +1,4 @@
-"""Checks of a state dict before loading, and restoration of its dtypes after torch has cast them."""
+"""Checks and upgrades of a state dict before loading, and restoration of its dtypes after torch has cast them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
                 f"{type(optimizer).__name__}: the state was saved by {other}, and {optimizer._method()} cannot "
                 "continue from it; nothing was changed. Load it into the optimizer that saved it, or start without it."
             )
+
+
+def upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the names and settings of this version. The given one is not changed.
+
+    Raises:
+        ValueError: the state was saved with a setting that no longer exists.
+    """
+    names, settings = optimizer._older_names, optimizer._older_settings
+    for group in state_dict["param_groups"]:
+        for name, values in settings.items():
+            if group.get(name) not in (None, *values):
+                raise ValueError(
+                    f"{type(optimizer).__name__}: the state was saved with {name}={group[name]!r}, which no longer "
+                    "exists; nothing was changed. Continue with the version that saved it, or start without the state."
+                )
+
+    def renamed(entries: Any) -> Any:  # hooks may add values that are no dict
+        return {names.get(k, k): v for k, v in entries.items()} if names and isinstance(entries, dict) else entries
+
+    gone = settings.keys() - optimizer.defaults.keys()
+    groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
+    states = {param_id: renamed(state) for param_id, state in state_dict["state"].items()}
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
@@ -94,8 +118,7 @@ def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
             if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
                 continue
             device = current.device if key == "step" else param.device
-            if optimizer._stays_on_cpu(key):
-                device = torch.device("cpu")
+            device = torch.device("cpu") if key in optimizer._host_state else device
             dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
             if current.dtype != dtype or current.device != device:
                 optimizer.state[param][key] = saved.detach().clone().to(device, dtype)

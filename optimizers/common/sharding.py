@@ -3,7 +3,7 @@
 FSDP2 (``fully_shard``) shards parameters as DTensors, along dimension 0 by default. Elementwise rules need only the
 shard of this process. SinkGD also needs column sums of its matrices, or row sums if columns are sharded.
 
-An update is a generator (:data:`Steps`). It yields the tensors to reduce, and continues when they hold the result.
+An update is a generator (:data:`Reducer`). It yields the tensors to reduce, and continues when they hold the result.
 :func:`together` advances many generators in lockstep. :func:`run` merges their requests of one round into one
 all-reduce. A model therefore needs as many all-reduces as the generator with the most rounds. Unsharded parameters
 yield nothing. torch.compile traces only this case, and loses the return values of generators.
@@ -48,8 +48,8 @@ class Reduction(NamedTuple):
     op: str = "sum"
 
 
-# a generator that yields requests for reductions and returns a T
-Steps = Generator[list[Reduction], None, T]
+# a generator that yields requests for reductions, continues when they are done, and returns a T
+Reducer = Generator[list[Reduction], None, T]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
     return constant([s.offset or 0 for s in shards], device, torch.int64)
 
 
-def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
+def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Reducer[None]:
     """Sum ``values`` [n, ...], one entry per tensor, over the processes that shard the tensor; in place."""
     for level in range(max([len(s.groups) for s in shards])):
         by_group: dict[Any, list[int]] = {}
@@ -204,7 +204,7 @@ def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Steps[None]:
                 values[indices] = total
 
 
-def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
+def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Reducer[None]:
     """Set a tensor's flag on all processes if any process has set it for its shard; in place."""
     if not any(s.groups for s in shards):
         return
@@ -213,7 +213,7 @@ def all_reduce_flags(flags: Tensor, shards: Sequence[Shard]) -> Steps[None]:
     flags.copy_(total > 0)
 
 
-def together(rules: Sequence[Steps[T]]) -> Steps[list[T]]:
+def together(rules: Sequence[Reducer[T]]) -> Reducer[list[T]]:
     """Advance several generators in lockstep, and yield their requests of each round as one list."""
     if torch.compiler.is_compiling():  # tracing supports `yield from`, but loses return values
         for rule in rules:
@@ -234,7 +234,7 @@ def together(rules: Sequence[Steps[T]]) -> Steps[list[T]]:
     return [results[i] for i in range(len(rules))]
 
 
-def run(steps: Steps[Any]) -> None:
+def run(steps: Reducer[Any]) -> None:
     """Run a generator to its end, and perform the reductions that it requests."""
     for asked in steps:
         _reduce(asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,9 +22,8 @@ def shard_sizes(length: int, world: int) -> list[int]:
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
     """Gather every matrix on its owner, from this process's shards; None for matrices of other owners."""
     wholes: list[Tensor | None] = [None] * len(tasks)
-    for group, like, indices in _exchanges(tasks, pieces):
-        world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
+    for group, like, rank, owned in _exchanges(tasks, pieces):
+        world = len(owned)
         shapes = [[_shard_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
         parts = _all_to_all([[pieces[k] for k in ks] for ks in owned], shapes, group, like)
         for i, k in enumerate(owned[rank]):
@@ -41,9 +40,8 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
         like: per task, a tensor with the dtype and device of the result.
     """
     pieces: dict[int, Tensor] = {}
-    for group, example, indices in _exchanges(tasks, like):
-        world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        owned = [[k for k in indices if tasks[k].owner == r] for r in range(world)]
+    for group, example, rank, owned in _exchanges(tasks, like):
+        world = len(owned)
         sent = [[_shard_of(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
         shapes = [[_shard_shape(tasks[k], world, rank) for k in ks] for ks in owned]
         for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
@@ -51,12 +49,16 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
     return [pieces[k] for k in range(len(tasks))]
 
 
-def _exchanges(tasks: Sequence[MatrixTask], like: Sequence[Tensor]) -> list[tuple[Any, Tensor, list[int]]]:
-    """Return (process group, tensor of the dtype and device, task indices) of every all-to-all."""
+def _exchanges(
+    tasks: Sequence[MatrixTask], like: Sequence[Tensor]
+) -> Iterator[tuple[Any, Tensor, int, list[list[int]]]]:
+    """Yield every all-to-all: process group, tensor of the dtype and device, own rank, task indices by owner."""
     sets: dict[Any, list[int]] = {}
     for k, (task, tensor) in enumerate(zip(tasks, like, strict=True)):
         sets.setdefault((task.group, tensor.dtype, tensor.device), []).append(k)
-    return [(group, like[indices[0]], indices) for (group, *_), indices in sets.items()]
+    for (group, *_), indices in sets.items():
+        owned = [[k for k in indices if tasks[k].owner == r] for r in range(torch.distributed.get_world_size(group))]
+        yield group, like[indices[0]], torch.distributed.get_rank(group), owned
 
 
 def _shard_of(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:

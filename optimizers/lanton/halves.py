@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -12,52 +12,138 @@ from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import dense_gradient
 from leanstep.optimizers.common.sharding import Reduction, dtype_of, local, placed_like, run
 
-# Entries of a group. half_is: content of its parameters' ``half_grad``: "none", the "gradient" of the first half, or
-# its "difference" from the whole gradient. half_fraction: fraction of the batch in the first half. half_seen: whether
-# mark_half() was ever called.
-NOTHING: dict[str, Any] = {"half_is": "none", "half_fraction": 0.5, "half_seen": False}
+# Entries of a group. half_content: content of its parameters' ``half_grad``: "none", the "gradient" of the first half,
+# or its "difference" from the whole gradient. half_fraction: fraction of the batch in the first half. half_marked:
+# whether mark_half() was ever called.
+UNMARKED: dict[str, Any] = {"half_content": "none", "half_fraction": 0.5, "half_marked": False}
 
 # tensors per all-reduce
 _BUCKET = 16
 
-State = MutableMapping[Tensor, dict[str, Any]]
 
+class MarkedHalves:
+    """The part of :class:`leanstep.optimizers.LANTON` that compares the halves of a batch."""
 
-def mark_half(
-    groups: list[dict[str, Any]],
-    state: State,
-    fraction: float,
-    averaged: bool | None,
-    process_group: Any,
-    loss_scale: float | Tensor,
-) -> None:
-    """See :meth:`leanstep.optimizers.LANTON.mark_half`; ``groups`` are those with noise="halves"."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"LANTON.mark_half: expected a fraction of the micro-batches in (0, 1), got {fraction}")
-    if not groups:
-        raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
-    copies: list[Tensor] = []
-    for group in groups:
-        group["half_is"], group["half_fraction"], group["half_seen"] = "none", float(fraction), True
-        if group["noise_clock"]:
-            continue
-        for position, param in enumerate(group["params"]):
-            state.get(param, {}).pop("half_grad", None)
-            if param.grad is None:
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+
+    @torch.no_grad()
+    def mark_half(
+        self,
+        fraction: float = 0.5,
+        *,
+        averaged: bool | None = None,
+        process_group: Any = None,
+        loss_scale: float | Tensor = 1.0,
+    ) -> None:
+        """Copy the gradients accumulated over the first half of a step's micro-batches, for ``noise="halves"``.
+
+        ``step()`` compares the copies with the whole gradients and deletes them::
+
+            for i, batch in enumerate(micro_batches):
+                (model(batch) / len(micro_batches)).backward()
+                if 2 * (i + 1) == len(micro_batches):
+                    optimizer.mark_half()
+            optimizer.step()
+
+        A step without this call (a last batch of one micro-batch) leaves H unchanged. If clipping or
+        ``GradScaler.unscale_`` changes the gradients before the step, call :meth:`mark_whole` before that.
+
+        Args:
+            fraction: fraction of the micro-batches done so far, in (0, 1); the halves need not be equal.
+            averaged: whether the gradients of replicated parameters are averaged over processes already. True:
+                ``DistributedDataParallel`` has done so in the backward pass. False: they come from ``no_sync()`` (which
+                Accelerate's ``accumulate()`` uses before its last micro-batch); average the copies here, by one
+                reduction of all gradients. None: one process, or sharded parameters (FSDP2 reduces in every pass).
+            process_group: the processes to average over; None: all.
+            loss_scale: factor of the loss that the gradients still contain, such as ``scaler.get_scale()``.
+
+        Raises:
+            RuntimeError: no group has noise="halves"; no parameter has a gradient.
+            ValueError: the fraction is outside (0, 1); ``averaged`` is None with several processes and replicated
+                parameters.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"LANTON.mark_half: expected a fraction of the micro-batches in (0, 1), got {fraction}")
+        groups = self._groups_with_halves()
+        if not groups:
+            raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
+        copies: list[Tensor] = []
+        for group in groups:
+            group["half_content"], group["half_fraction"], group["half_marked"] = "none", float(fraction), True
+            if group["noise_clock"]:
                 continue
-            grad = dense_gradient("LANTON", group, position, param).detach()
-            half = _unscaled(grad, loss_scale).to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
-            state[param]["half_grad"] = half
-            copies.append(half)
-        group["half_is"] = "gradient"
-    whole = [c for c in copies if not is_dtensor(c)]
-    if whole and averaged is not True:
-        _average(whole, averaged, process_group)
-    if not copies and any(g["half_is"] == "gradient" for g in groups):
-        raise RuntimeError(
-            "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first half "
-            "(under FSDP2, with gradients reduced in each of them)"
-        )
+            for position, param in enumerate(group["params"]):
+                self.state.get(param, {}).pop("half_grad", None)
+                if param.grad is None:
+                    continue
+                grad = dense_gradient("LANTON", group, position, param).detach()
+                half = _unscaled(grad, loss_scale).to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
+                self.state[param]["half_grad"] = half
+                copies.append(half)
+            group["half_content"] = "gradient"
+        whole = [c for c in copies if not is_dtensor(c)]
+        if whole and averaged is not True:
+            _average(whole, averaged, process_group)
+        if not copies and any(g["half_content"] == "gradient" for g in groups):
+            raise RuntimeError(
+                "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first "
+                "half (under FSDP2, with gradients reduced in each of them)"
+            )
+
+    @torch.no_grad()
+    def mark_whole(self, *, loss_scale: float | Tensor = 1.0) -> None:
+        """Compute the difference of the halves from the current gradients; call it after the last backward pass.
+
+        Needed only if gradients are changed before ``step()`` (clipping, unscaling). H is in units of the gradients
+        before that change.
+
+        Args:
+            loss_scale: as for :meth:`mark_half`.
+
+        Raises:
+            RuntimeError: :meth:`mark_half` was never called.
+        """
+        groups = self._groups_with_halves()
+        if not any(g["half_marked"] for g in groups):
+            raise RuntimeError("LANTON.mark_whole: call mark_half() after the first half of the micro-batches")
+        for group in groups:
+            if group["half_content"] != "gradient":
+                continue
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if "half_grad" in state and param.grad is not None:
+                    grad = _unscaled(local(placed_like(param.grad, param)), loss_scale)
+                    local(state["half_grad"]).sub_(grad, alpha=group["half_fraction"])
+            group["half_content"] = "difference"
+
+    def _groups_with_halves(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _check_marked(self, group: dict[str, Any]) -> None:
+        """Raise RuntimeError if mark_half() was never called, because all factors would silently stay at 1.
+
+        Does not raise at lr 0: torch.distributed.checkpoint makes such a step to create the state.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "LANTON: noise='halves' cannot be compiled into a step, because torch.compile does not track state "
+                "that is created and deleted between steps. Do not compile the step (the model may be compiled), or "
+                "use noise='previous'."
+            )
+        has_gradient = any(param.grad is not None for param in group["params"])
+        if not group["half_marked"] and has_gradient and float(group["lr"]) != 0:
+            raise RuntimeError(
+                "LANTON: noise='halves' compares the two halves of a step's micro-batches, but mark_half() was not "
+                "called between them; nothing was updated. Call it, or take noise='previous', which needs no "
+                "accumulation."
+            )
+
+    def _delete_halves(self, group: dict[str, Any]) -> None:
+        """Delete the copies after the step."""
+        for param in group["params"]:
+            self.state.get(param, {}).pop("half_grad", None)
+        group["half_content"] = "none"
 
 
 def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:
@@ -80,48 +166,3 @@ def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) ->
     starts = range(0, len(copies), _BUCKET)
     run([Reduction(copy, process_group) for copy in copies[i : i + _BUCKET]] for i in starts)
     torch._foreach_div_(copies, world)
-
-
-def mark_whole(groups: list[dict[str, Any]], state: State, loss_scale: float | Tensor) -> None:
-    """See :meth:`leanstep.optimizers.LANTON.mark_whole`; ``groups`` are those with noise="halves"."""
-    if not any(g["half_seen"] for g in groups):
-        raise RuntimeError("LANTON.mark_whole: call mark_half() after the first half of the micro-batches")
-    for group in groups:
-        if group["half_is"] != "gradient":
-            continue
-        for param in group["params"]:
-            param_state = state.get(param, {})
-            if "half_grad" in param_state and param.grad is not None:
-                grad = _unscaled(local(placed_like(param.grad, param)), loss_scale)
-                local(param_state["half_grad"]).sub_(grad, alpha=group["half_fraction"])
-        group["half_is"] = "difference"
-
-
-def check_marked(group: dict[str, Any]) -> None:
-    """Raise RuntimeError if mark_half() was never called, because all factors would silently stay at 1.
-
-    Does not raise at lr 0: torch.distributed.checkpoint makes such a step to create the state.
-    """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "LANTON: noise='halves' cannot be compiled into a step, because torch.compile does not track state that is "
-            "created and deleted between steps. Do not compile the step (the model may be compiled), or use "
-            "noise='previous'."
-        )
-    if group["half_seen"]:
-        return
-    if any(param.grad is not None for param in group["params"]) and float(group["lr"]) != 0:
-        raise RuntimeError(
-            "LANTON: noise='halves' compares the two halves of a step's micro-batches, but mark_half() was not called "
-            "between them; nothing was updated. Call it, or take noise='previous', which needs no accumulation."
-        )
-
-
-def forget(group: dict[str, Any], state: State) -> None:
-    """Delete the copies after the step."""
-    if group["half_is"] == "none":
-        return
-    for param in group["params"]:
-        if param in state:
-            state[param].pop("half_grad", None)
-    group["half_is"] = "none"

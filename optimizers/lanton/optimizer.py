@@ -23,8 +23,8 @@ from leanstep.optimizers.common.checks import (
     warn_how_auto_routes,
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Steps, local, new_state, offsets_of, shard_of
-from leanstep.optimizers.lanton import halves
+from leanstep.optimizers.common.sharding import Reducer, local, new_state, offsets_of, shard_of
+from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import is_stack, tasks_of
 from leanstep.optimizers.lanton.step import (
     Layer,
@@ -42,16 +42,8 @@ NOISES = ("previous", "halves")
 GROUPINGS = ("norm", "role")
 SCALINGS = ("scion", "muon")
 
-# removed settings, with the values that a loaded state may have
-_DROPPED = {
-    "decay_rate": ("group",),
-    "bias_correction": (False,),
-    "nuclear_steps": (3,),
-    "nuclear_coefficients": ("nuclear",),
-}
 
-
-class LANTON(LeanOptimizer):
+class LANTON(MarkedHalves, LeanOptimizer):
     r"""LANTON (layer-wise noise-adaptive learning rates with operator norms).
 
     For every matrix or vector p, with gradient G, momentum B, direction O and noise estimate H::
@@ -167,7 +159,15 @@ class LANTON(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer", "previous_grad", "half_grad")
-    _group_entries = {"noise_clock": 0, **halves.NOTHING}
+    _group_entries = {"noise_clock": 0, **UNMARKED}
+    _older_names = {"half_is": "half_content", "half_seen": "half_marked"}
+    _older_settings = {
+        "decay_rate": ("group",),
+        "bias_correction": (False,),
+        "nuclear_steps": (3,),
+        "nuclear_coefficients": ("nuclear",),
+        "grouping": GROUPINGS,
+    }
 
     def __init__(
         self,
@@ -257,23 +257,8 @@ class LANTON(LeanOptimizer):
         return {**packed, "state": _reshaped_estimates(packed["state"], (1,), ())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the dtype it was saved in.
-
-        Raises:
-            ValueError: the state belongs to another optimizer or other parameters, or has a removed setting. Nothing
-                is changed.
-        """
-        for group in state_dict["param_groups"]:
-            settings = {"grouping": group.get("grouping"), **{name: group.get(name) for name in _DROPPED}}
-            unknown = {k: v for k, v in settings.items() if v not in (None, *_DROPPED.get(k, GROUPINGS))}
-            if unknown:
-                raise ValueError(
-                    f"LANTON: the state was saved with {unknown}, which this version does not have; nothing was "
-                    "changed. Continue with the version that saved it, or start without the state."
-                )
-        groups = [{k: v for k, v in group.items() if k not in _DROPPED} for group in state_dict["param_groups"]]
-        state = _reshaped_estimates(state_dict["state"], (), (1,))
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        """Load a state; see :meth:`state_dict` and the base class."""
+        super().load_state_dict({**state_dict, "state": _reshaped_estimates(state_dict["state"], (), (1,))})
 
     # ---- the step
 
@@ -295,10 +280,10 @@ class LANTON(LeanOptimizer):
             state["noise_steps"].fill_(-1)
         return state
 
-    def _steps(self) -> list[Steps[None]]:
+    def _steps(self) -> list[Reducer[None]]:
         """Return one generator for all groups, because their layers share maxima."""
         for group in self._groups_with_halves():
-            halves.check_marked(group)
+            self._check_marked(group)
         layers: list[LayerStep] = []
         first_index = 0
         for group in self.param_groups:
@@ -311,10 +296,13 @@ class LANTON(LeanOptimizer):
             offsets_of(stochastic, local(layers[0].param).device)
         return [self._whole_step(layers)]
 
-    def _whole_step(self, layers: list[LayerStep]) -> Steps[None]:
+    def _groups_with_halves(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
+
+    def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
         yield from step(layers, self._estimated())
         for group in self._groups_with_halves():
-            halves.forget(group, self.state)
+            self._delete_halves(group)
         for group in self.param_groups:
             # modulo noise_every, because torch.compile makes a graph for every value
             group["noise_clock"] = (group["noise_clock"] + 1) % group["noise_every"]
@@ -351,64 +339,6 @@ class LANTON(LeanOptimizer):
             if "noise" in self.state.get(param, {})
         ]
 
-    def _groups_with_halves(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
-
-    # ---- the halves of a batch
-
-    @torch.no_grad()
-    def mark_half(
-        self,
-        fraction: float = 0.5,
-        *,
-        averaged: bool | None = None,
-        process_group: Any = None,
-        loss_scale: float | Tensor = 1.0,
-    ) -> None:
-        """Copy the gradients accumulated over the first half of a step's micro-batches, for ``noise="halves"``.
-
-        ``step()`` compares the copies with the whole gradients and deletes them::
-
-            for i, batch in enumerate(micro_batches):
-                (model(batch) / len(micro_batches)).backward()
-                if 2 * (i + 1) == len(micro_batches):
-                    optimizer.mark_half()
-            optimizer.step()
-
-        A step without this call (a last batch of one micro-batch) leaves H unchanged. If clipping or
-        ``GradScaler.unscale_`` changes the gradients before the step, call :meth:`mark_whole` before that.
-
-        Args:
-            fraction: fraction of the micro-batches done so far, in (0, 1); the halves need not be equal.
-            averaged: whether the gradients of replicated parameters are averaged over processes already. True:
-                ``DistributedDataParallel`` has done so in the backward pass. False: they come from ``no_sync()`` (which
-                Accelerate's ``accumulate()`` uses before its last micro-batch); average the copies here, by one
-                reduction of all gradients. None: one process, or sharded parameters (FSDP2 reduces in every pass).
-            process_group: the processes to average over; None: all.
-            loss_scale: factor of the loss that the gradients still contain, such as ``scaler.get_scale()``.
-
-        Raises:
-            RuntimeError: no group has noise="halves"; no parameter has a gradient.
-            ValueError: the fraction is outside (0, 1); ``averaged`` is None with several processes and replicated
-                parameters.
-        """
-        halves.mark_half(self._groups_with_halves(), self.state, fraction, averaged, process_group, loss_scale)
-
-    @torch.no_grad()
-    def mark_whole(self, *, loss_scale: float | Tensor = 1.0) -> None:
-        """Compute the difference of the halves from the current gradients; call it after the last backward pass.
-
-        Needed only if gradients are changed before ``step()`` (clipping, unscaling). H is in units of the gradients
-        before that change.
-
-        Args:
-            loss_scale: as for :meth:`mark_half`.
-
-        Raises:
-            RuntimeError: :meth:`mark_half` was never called.
-        """
-        halves.mark_whole(self._groups_with_halves(), self.state, loss_scale)
-
     # ---- reports
 
     def noise_report(self, norm: str | None = None) -> list[dict[str, Any]]:
@@ -432,7 +362,10 @@ class LANTON(LeanOptimizer):
         if not layers:
             return []
         factors, noise, counts = (v.tolist() for v in factors_and_noise(layers, local(layers[0].param).device))
-        names = {param: _name(group, i) for group in self.param_groups for i, param in enumerate(group["params"])}
+        names: dict[Tensor, str] = {}
+        for group in self.param_groups:
+            unnamed = (f"{group.get('name', 'group')}.{i}" for i in range(len(group["params"])))
+            names.update(zip(group["params"], group.get("param_names") or unnamed, strict=True))
         rows: list[dict[str, Any]] = []
         for layer in layers:
             stack = is_stack(layer.group, layer.norm, layer.param.dim())
@@ -473,8 +406,3 @@ def _reshaped_estimates(states: dict[Any, Any], old: tuple[int, ...], new: tuple
         param: {key: reshaped(key, value) for key, value in state.items()} if isinstance(state, dict) else state
         for param, state in states.items()
     }
-
-
-def _name(group: dict[str, Any], position: int) -> str:
-    names = group.get("param_names")
-    return names[position] if names else f"{group.get('name', 'group')}.{position}"

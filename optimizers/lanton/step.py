@@ -17,7 +17,7 @@ from leanstep.kernels.steps.common import constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Shard, Steps, local, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
@@ -100,7 +100,7 @@ def estimate_dtype(device: torch.device) -> torch.dtype:
 # ---- the step
 
 
-def step(layers: list[LayerStep], estimated: list[Layer]) -> Steps[None]:
+def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     """Update the parameters that have a gradient, and their state, in place.
 
     One all-reduce of four numbers per matrix gives every process all estimates, and so the same maxima.
@@ -289,7 +289,7 @@ def _difference(layer: LayerStep) -> Tensor:
     if layer.group["noise"] == "previous":
         return grad - local(layer.state["previous_grad"])
     half = local(layer.state["half_grad"])
-    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_is"] == "gradient" else half
+    return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_content"] == "gradient" else half
 
 
 def _store_gradient(info: GradientInfo) -> None:
@@ -364,11 +364,11 @@ def _write(updates: list[Update]) -> None:
     for u in updates:
         if u.weight.numel() > 0:
             sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
-    for updates_of_kind in sets.values():
-        _write_one_kind(updates_of_kind)
+    for alike in sets.values():
+        _write_alike(alike)
 
 
-def _write_one_kind(updates: list[Update]) -> None:
+def _write_alike(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
     seeds = offsets = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
 from leanstep.kernels.steps.common import nonfinite_flags
-from leanstep.optimizers.common.sharding import Reduction, Steps, together
+from leanstep.optimizers.common.sharding import Reducer, Reduction, together
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of
 
@@ -51,7 +51,7 @@ class Direction(NamedTuple):
     flags: list[int]
 
 
-def directions(problems: Sequence[Problem]) -> Steps[list[Direction]]:
+def directions(problems: Sequence[Problem]) -> Reducer[list[Direction]]:
     """Compute the directions of all scopes. Scopes with equal settings and counters share all kernel launches."""
     batches: dict[Any, list[int]] = {}
     for i, problem in enumerate(problems):
@@ -113,7 +113,7 @@ class ScopeBatch:
         flat = self.problems[i].vectors[k].reshape(-1)
         return flat if piece.span is None else flat[piece.span[0] : piece.span[1]]
 
-    def solve(self) -> Steps[list[Direction]]:
+    def solve(self) -> Reducer[list[Direction]]:
         """Compute dots of the new rows, write them, and solve. A scope with a non-finite gradient is not changed."""
         yield from self._encode()
         dots, squares, nonfinite = yield from self._compare()
@@ -130,7 +130,7 @@ class ScopeBatch:
             by_scope[i].append(flag)
         return [Direction(updates.get(i), flags) for i, flags in enumerate(by_scope)]
 
-    def _encode(self) -> Steps[None]:
+    def _encode(self) -> Reducer[None]:
         """Convert new rows to their stored format; for fp16 reduce their largest entries over processes first."""
         self.largest = None
         if self.scales is not None:
@@ -139,7 +139,7 @@ class ScopeBatch:
         for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
             rows.encode(vectors, None if self.largest is None else self.largest.to(vectors[0].device))
 
-    def _compare(self) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    def _compare(self) -> Reducer[tuple[Tensor, Tensor, Tensor]]:
         """Return dots with the stored rows [grams, n], squared norms [grams] and flags per parameter; one reduction."""
         width = self.rows_before
         total = self.gram_count * (width + 1)
@@ -246,7 +246,7 @@ class ScopeBatch:
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float64,
         op: str = "sum",
-    ) -> Steps[Tensor]:
+    ) -> Reducer[Tensor]:
         """Reduce values over their process groups, and return the sum (or maximum) of the results."""
         combine = torch.maximum if op == "max" else torch.add
         sets = {groups: torch.zeros(shape, dtype=dtype, device=self.device) for groups in self.group_sets}

@@ -1,17 +1,6 @@
 """M-FAC's rule: one function per line of the formula in :class:`leanstep.optimizers.MFAC`, in its order.
 
-With the last n gradients as the rows of G, K = G G^T, and the newest gradient g::
-
-    damping_at           damping of this step
-    denominator          s
-    gram_row             the row of K that belongs to g
-    write_gram_row       K with that row and column replaced
-    coefficients         c = (damping * I + K / s)^-1 e_newest
-    decrease_and_norm    g . u and |u|, from K and c alone
-    shortening           min(1, max_update_norm / |u|)
-    direction            u = G^T c = F^-1 g
-    average              v = momentum * v + (1 - momentum) * u
-
+The last n gradients are the rows of G, g is the newest one, and K = G G^T.
 :func:`leanstep.kernels.scaled_step` computes the last line, p = p * (1 - lr * weight_decay) - lr * v, and rounds.
 u = F^-1 g with F = damping * I + G^T G / s, by the push-through identity
 (damping * I + G^T G / s)^-1 G^T = G^T (damping * I + G G^T / s)^-1. This form has no subtraction, hence no

@@ -13,7 +13,7 @@ from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective
-from leanstep.optimizers.common.sharding import Steps, plain, shard_of
+from leanstep.optimizers.common.sharding import Reducer, plain, shard_of
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
@@ -125,7 +125,7 @@ def _block_count(param: Tensor, scope: str | int) -> int:
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 
 
-def step_scopes(scopes: list[Scope]) -> Steps[None]:
+def step_scopes(scopes: list[Scope]) -> Reducer[None]:
     """Compute the directions of all scopes, then move the parameters."""
     problems = [_problem(scope) for scope in scopes]
     entries = [entry for scope in scopes for entry in scope.entries]

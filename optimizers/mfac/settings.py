@@ -1,4 +1,4 @@
-"""Checks of M-FAC's settings and of loaded states, and the upgrade of states of older versions."""
+"""Checks of M-FAC's settings and of loaded states."""
 
 from __future__ import annotations
 
@@ -24,16 +24,6 @@ SHARED = (
 )  # fmt: skip
 # settings that determine the format of a saved window
 STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
-
-# state keys of older versions, and removed settings with the only value that is still supported
-_RENAMED_KEYS = {"figures": "stats", "counts": "counters"}
-_REMOVED_SETTINGS = {
-    "momentum_on": "update",
-    "precondition": "row",
-    "precondition_every": 1,
-    "window_every": 1,
-    "warmup_steps": 0,
-}
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -118,31 +108,6 @@ def check_masks(group: dict[str, Any]) -> None:
             )
 
 
-def upgraded(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with the current names of state keys and settings. The given one is not changed.
-
-    Raises:
-        ValueError: the state was saved with a setting that no longer exists.
-    """
-    groups = []
-    for group in state_dict["param_groups"]:
-        for name, value in _REMOVED_SETTINGS.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"MFAC: the state was saved with {name}={group[name]!r}, an option that no longer exists; nothing "
-                    "was changed. Continue with the version that saved it, or start without the state."
-                )
-        groups.append({key: value for key, value in group.items() if key not in _REMOVED_SETTINGS})
-    # hooks may leave values that are no dict of a parameter
-    states = {
-        number: {_RENAMED_KEYS.get(key, key): value for key, value in state.items()}
-        if isinstance(state, dict)
-        else state
-        for number, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": states, "param_groups": groups}
-
-
 def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
     """Raise ValueError if a saved window has another size, format, parameters or order of parameters."""
     saved_groups = state_dict["param_groups"]
@@ -162,19 +127,11 @@ def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
                 (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
             )
             raise ValueError(f"MFAC: the saved window has its parameters in another order ({difference}); {advice}")
-        for position, number in enumerate(saved["params"]):
-            if position < len(group["params"]):
-                _check_window(group, position, state_dict["state"].get(number, {}), advice)
-
-
-def _check_window(group: dict[str, Any], position: int, state: dict[str, Any], advice: str) -> None:
-    """Raise ValueError if a saved window does not have its parameter's shape."""
-    window = state.get("window", state.get("error"))
-    if window is None:
-        return
-    shape = tuple(window.shape[1:] if "window" in state else window.shape)
-    if shape != tuple(group["params"][position].shape):
-        raise ValueError(
-            f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {shape}: the parameters "
-            f"have another order, or are other ones; {advice}"
-        )
+        for position, (param, number) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            state = state_dict["state"].get(number, {})
+            shape = state["window"].shape[1:] if "window" in state else getattr(state.get("error"), "shape", None)
+            if shape not in (None, param.shape):
+                raise ValueError(
+                    f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {tuple(shape)}: "
+                    f"the parameters have another order, or are other ones; {advice}"
+                )

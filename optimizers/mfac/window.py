@@ -227,9 +227,10 @@ class DenseRows:
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return the largest magnitude of every new row in these columns, fp32 [grams]."""
         largest = torch.zeros(self.gram_count, device=vectors[0].device)
-        for gram, vector in zip(self.grams, vectors, strict=True):
+        for piece, vector in zip(self.pieces, vectors, strict=True):
             if vector.numel():
-                largest[gram] = torch.maximum(largest[gram], torch.linalg.vector_norm(vector, math.inf).float())
+                values = torch.linalg.vector_norm(vector.view(piece.blocks, -1), math.inf, dim=1).float()
+                largest[_grams(piece)] = torch.maximum(largest[_grams(piece)], values)
         return largest
 
     def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
@@ -238,13 +239,14 @@ class DenseRows:
         ``largest``: fp32 [grams], the largest magnitudes over all processes; needed with scales.
         """
         dtype = self.windows[0].dtype
+        blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
         if self.scales is None:
-            self.rows = [v.to(dtype) for v in vectors]
+            self.rows = [b.to(dtype) for b in blocks]
             return
         assert largest is not None
         self.factors = row_scale(largest[: self.gram_count])
-        inverse = self.factors.reciprocal()
-        self.rows = [(v.float() * inverse[gram]).to(dtype) for v, gram in zip(vectors, self.grams, strict=True)]
+        inverse = self.factors.reciprocal().unsqueeze(1)
+        self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
     def dots(self, n: int) -> Tensor:
         """Return the dots of the first ``n`` stored rows with the new one, fp64 [grams, n]."""
@@ -294,25 +296,6 @@ class BlockRows(DenseRows):
             assert piece.span is not None
             columns = window.view(window.shape[0], -1)[:, piece.span[0] : piece.span[1]]
             self.windows.append(columns.unflatten(1, (piece.blocks, -1)))
-
-    @override
-    def largest(self, vectors: Sequence[Tensor]) -> Tensor:
-        largest = torch.zeros(self.gram_count, device=vectors[0].device)
-        for piece, vector in zip(self.pieces, vectors, strict=True):
-            largest[_grams(piece)] = vector.view(piece.blocks, -1).abs().amax(dim=1)
-        return largest
-
-    @override
-    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
-        dtype = self.windows[0].dtype
-        blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
-        if self.scales is None:
-            self.rows = [b.to(dtype) for b in blocks]
-            return
-        assert largest is not None
-        self.factors = row_scale(largest[: self.gram_count])
-        inverse = self.factors.reciprocal().unsqueeze(1)
-        self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
 
     @override
     def dots(self, n: int) -> Tensor:

@@ -15,7 +15,7 @@ from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
-from leanstep.optimizers.common.sharding import Steps, all_reduce_flags, local, new_state, offsets_of, readable, store
+from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, new_state, offsets_of, readable, store
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -47,7 +47,7 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
     return possible and not torch.compiler.is_compiling() and group["foreach"] is None
 
 
-def step_adamw(batch: Batch) -> Steps[None]:
+def step_adamw(batch: Batch) -> Reducer[None]:
     """Step AdamW: bit-identical to ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``.
 
     With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device.

@@ -25,15 +25,17 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Shard, Steps, all_reduce_flags, local, new_state
+from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
-ALGORITHMS = ("auto", "sinkgd", "balanced", "adamw")
-MOMENTUM_ORDERS = ("pre", "post")
-SPECTRAL = (None, "unit", "muon")
+CHOICES = {
+    "algorithm": ("auto", "sinkgd", "balanced", "adamw"),
+    "momentum_order": ("pre", "post"),
+    "spectral": (None, "unit", "muon"),
+}
 
 
 class SinkGD(LeanOptimizer):
@@ -125,6 +127,7 @@ class SinkGD(LeanOptimizer):
     """
 
     _shaped_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    _host_state = ("power_warm",)
     _separable = True
 
     def __init__(
@@ -160,14 +163,12 @@ class SinkGD(LeanOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_number("SinkGD", "scale", group["scale"], 0.0)
+        for name, key in (("scale", "scale"), ("row_mask_tau", "row_mask_tau"), ("epsilon value", "eps")):
+            check_number("SinkGD", name, group[key], 0.0)
         check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
-        check_number("SinkGD", "row_mask_tau", group["row_mask_tau"], 0.0)
-        check_number("SinkGD", "epsilon value", group["eps"], 0.0)
         check_betas("SinkGD", group["betas"])
-        check_choice("SinkGD", "momentum_order", group["momentum_order"], MOMENTUM_ORDERS)
-        check_choice("SinkGD", "algorithm", group["algorithm"], ALGORITHMS)
-        check_choice("SinkGD", "spectral", group["spectral"], SPECTRAL)
+        for name, choices in CHOICES.items():
+            check_choice("SinkGD", name, group[name], choices)
         check_flags("SinkGD", group, ("nesterov",), ("fused",))
         check_layout("SinkGD", group)
         check_count("SinkGD", "num_iters", group["num_iters"])
@@ -200,9 +201,6 @@ class SinkGD(LeanOptimizer):
         plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
         return not (plain and key in ("exp_avg", "exp_avg_sq"))
 
-    def _stays_on_cpu(self, key: str) -> bool:
-        return key == "power_warm"
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
         super().__setstate__(state)
@@ -227,7 +225,7 @@ class SinkGD(LeanOptimizer):
         spectral = group["spectral"] and algorithm_of(group, param) != "adamw"
         return {"power_vector": power_vector_shape(param, group)} if spectral else {}
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Steps[None]]:
+    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))
         return [
             step_adamw(batch) if algorithm == "adamw" else _step(batch, balanced=algorithm == "balanced")
@@ -235,7 +233,7 @@ class SinkGD(LeanOptimizer):
         ]
 
 
-def _step(batch: Batch, *, balanced: bool) -> Steps[None]:
+def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update the matrices of a batch, and their state, in place, in the order of the class docstring."""
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]

@@ -10,13 +10,13 @@ from torch import Tensor
 from leanstep.kernels import Scales
 from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
 from leanstep.optimizers.common.matrices import matrix_shape
-from leanstep.optimizers.common.sharding import Reduction, Shard, Steps, together
+from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, together
 from leanstep.optimizers.sinkgd import rule
 
 
 def normalize(
     matrices: list[Tensor], shards: list[Shard], sides: list[str | None], num_iters: int, *, end_with_rows: bool
-) -> Steps[Scales]:
+) -> Reducer[Scales]:
     """Compute the scales of :func:`leanstep.optimizers.sinkgd.rule.normalize` for unsharded and sharded matrices.
 
     Args:
@@ -47,7 +47,7 @@ def normalize(
 
 def _normalize_alike(
     matrices: list[Tensor], shards: list[Shard], side: str | None, num_iters: int, end_with_rows: bool
-) -> Steps[Scales]:
+) -> Reducer[Scales]:
     """Compute the scales of matrices that are sharded along the same side over the same processes, or unsharded."""
     if side is None:
         return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
@@ -74,7 +74,7 @@ def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def all_reduce_row_norms(
     norms: list[Tensor], totals: list[Tensor], shards: list[Shard], sides: list[str | None]
-) -> Steps[None]:
+) -> Reducer[None]:
     """Turn row norms of shards, and their sums, into those of the unsharded matrices, in place."""
     by_columns = [i for i, side in enumerate(sides) if side == "columns"]
     if by_columns:

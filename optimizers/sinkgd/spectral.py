@@ -11,7 +11,7 @@ from leanstep._torch import join_parts
 from leanstep.kernels import Scales
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.matrices import matrix_shape, oriented
-from leanstep.optimizers.common.sharding import Reduction, Shard, Steps, local, shard_of, together
+from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, shard_of, together
 from leanstep.optimizers.sinkgd import rule
 
 # power iterations at a matrix's first finite nonzero gradient, and at every later one
@@ -48,7 +48,7 @@ def pin_operator_norms(
     shards: list[Shard],
     sides: list[str | None],
     kind: str,
-) -> Steps[None]:
+) -> Reducer[None]:
     """Multiply the row scales so that every diag(r) G diag(c) has operator norm :func:`rule.spectral_target`.
 
     Raises:
@@ -56,7 +56,7 @@ def pin_operator_norms(
     """
     if "columns" in sides:
         raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
-    parts: list[Steps[None]] = []
+    parts: list[Reducer[None]] = []
     for i, (matrix, rows, cols, state) in enumerate(zip(matrices, scales.rows, scales.cols, states, strict=True)):
         if shards[i].shape.numel() > 0:
             process_group = shards[i].groups[0] if sides[i] else None
@@ -67,7 +67,7 @@ def pin_operator_norms(
 
 def _pin_one(
     matrix: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], process_group: Any, target: float
-) -> Steps[None]:
+) -> Reducer[None]:
     """Multiply ``rows`` so that diag(rows) matrix diag(cols) has operator norm ``target``; update the state's vector.
 
     A matrix is cold while its vector is zero. ``power_warm`` (on the CPU) is true if no matrix of the stack is cold;

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from leanstep.pruning.allocate.budgets import Budget, cost, keep_total, quantize
 from leanstep.pruning.allocate.closed_form import OWL_SPREAD, counts_by_rule
-from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack, solve_lagrange
-from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerLevels, Program
+from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.measure.curves import Curve, Levels
 from leanstep.pruning.result import Allocation
-from leanstep.pruning.score.targets import Layer
+from leanstep.pruning.score.targets import Group, Layer
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-# levels per layer and states per table: LLaMA-7B's 224 matrices take under a second on one core
+UNITS = {"params": "weights", "flops": "operations per sample", "bytes": "bytes", "latency": "seconds"}
+# levels per layer
 POINTS = 101
-STATES = 1 << 15
-_FRONT_POINTS = 200
+# center of the levels if no uniform sparsity meets the budget; the solver then reports the reachable range
+_SPARSEST = 0.99
 METHODS = ("dp", "uniform", "global", "lamp", "erk", "owl", "atp")
 # argument that a method needs besides the sparsity, and a hint for the error message
 _NEEDED = {
@@ -35,6 +34,67 @@ _NEEDED = {
     "owl": ("outliers", " (see outlier_ratio)"),
     "atp": ("beta", " (see atp_betas)"),
 }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that the pruned layers may cost together.
+
+    Attributes:
+        kind: * "params": weights that are left.
+            * "flops": operations per sample, 2 for every weight left and use (``Layer.uses``).
+            * "bytes": the values left and a mask of one bit per weight, or the dense matrix if that is smaller.
+            * "latency": seconds, from a table.
+        target: the most, in that unit.
+        seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
+
+    Raises:
+        ValueError: for an unknown kind, a target that is not positive, "latency" without ``seconds``, or ``seconds``
+            with another kind.
+    """
+
+    kind: str
+    target: float
+    seconds: Mapping[str, Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in UNITS:
+            raise ValueError(f"Budget: kind must be one of {', '.join(UNITS)}, got {self.kind!r}")
+        if not 0 < self.target < math.inf:
+            raise ValueError(f"Budget: expected a positive target, got {self.target}")
+        if (self.kind == "latency") != (self.seconds is not None):
+            raise ValueError("Budget: kind 'latency' goes with a table of seconds, and no other kind does")
+
+    @classmethod
+    def fraction(
+        cls, kind: str, of_dense: float, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None
+    ) -> Budget:
+        """A fraction of the dense layers' cost. In ``seconds``, the first level of each layer is the dense one."""
+        return cls(kind, of_dense * dense_cost(kind, layers, seconds), seconds)
+
+
+def dense_cost(kind: str, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None) -> float:
+    """Cost of layers with all their weights; latencies are those of the first level."""
+    if seconds is not None:
+        return sum(seconds[layer.name][0] for layer in layers)
+    return sum(float(cost(kind, layer, layer.numel)) for layer in layers)
+
+
+def cost(kind: str, layer: Layer, counts: npt.ArrayLike) -> Ints:
+    """Integer cost of counts of weights that are left; every kind except "latency"."""
+    counts = np.asarray(counts, dtype=np.int64)
+    if kind == "flops":
+        return 2 * layer.uses * counts
+    if kind == "bytes":
+        return np.minimum(layer.numel * layer.itemsize, counts * layer.itemsize + -(-layer.numel // 8))
+    assert kind == "params", kind
+    return counts
+
+
+def keep_total(total: int, sparsity: float | None) -> int:
+    """Number of weights of ``total`` to keep; the number of zeros is rounded up."""
+    # 1e-6: in floating point, 0.7 * 1000 is slightly more than 700
+    return total - math.ceil((sparsity or 0.0) * total - 1e-6)
 
 
 def allocate(
@@ -48,7 +108,6 @@ def allocate(
     outliers: Mapping[int, float] | Mapping[str, float] | None = None,
     spread: float = OWL_SPREAD,
     beta: float | None = None,
-    at_least: float | Mapping[str, float] = 0.0,
     at_most: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Choose how many weights each layer keeps, so that all of them together meet a target.
@@ -82,7 +141,6 @@ def allocate(
         outliers: for "owl", by block or name; :func:`leanstep.pruning.outlier_ratio`.
         spread: for "owl", lambda.
         beta: for "atp"; :func:`leanstep.pruning.atp_betas`.
-        at_least: lowest density of all layers, or by name; a layer without an entry may lose all weights.
         at_most: most weights of a layer, by name. For a layer with zeros that must stay: its number of nonzeros.
 
     Returns:
@@ -105,29 +163,29 @@ def allocate(
 
     Example:
         >>> layers = [Layer("up", (8, 4)), Layer("down", (4, 8))]
-        >>> allocate(layers, 0.5, method="uniform").kept
+        >>> allocate(layers, 0.5, method="uniform").counts
         {'up': 16, 'down': 16}
     """
     needed = {"curves": curves, "scores": scores, "outliers": outliers, "beta": beta}
     _check(layers, sparsity, method, budget, needed)
-    lower, upper = _bounds(layers, at_least, at_most)
     keep = keep_total(sum(layer.numel for layer in layers), sparsity)
     if method == "dp":
         assert curves is not None
-        return Program(layers, curves, budget or Budget("params", max(keep, 1)), lower, upper).allocation()
+        return _program(layers, curves, budget or Budget("params", max(keep, 1)), at_most).allocation()
+    upper = _bounds(layers, at_most)
     # sorted by name: the order of the layers must not break ties
     ordered = sorted(layers, key=lambda layer: layer.name)
-    low, high = (np.array([bound[layer.name] for layer in ordered], dtype=np.int64) for bound in (lower, upper))
-    counts = counts_by_rule(
-        ordered, method, sparsity or 0.0, keep, low, high, scores=scores, outliers=outliers, spread=spread, beta=beta
+    bounds = np.array([upper[layer.name] for layer in ordered], dtype=np.int64)
+    by_rule = counts_by_rule(
+        ordered, method, sparsity or 0.0, keep, bounds, scores=scores, outliers=outliers, spread=spread, beta=beta
     )
-    by_name = {layer.name: int(count) for layer, count in zip(ordered, counts, strict=True)}
-    kept = {layer.name: by_name[layer.name] for layer in layers}
+    by_name = {layer.name: int(count) for layer, count in zip(ordered, by_rule, strict=True)}
     predicted = None
-    if curves and all(n in curves and curves[n].kept[-1] <= count <= curves[n].kept[0] for n, count in by_name.items()):
+    if curves and all(n in curves and curves[n].counts[-1] <= c <= curves[n].counts[0] for n, c in by_name.items()):
         predicted = sum(curves[name].cleaned().at(count) for name, count in by_name.items())
     sizes = {layer.name: layer.numel for layer in layers}
-    return Allocation(method, sizes, kept, keep, cost=float(keep), predicted=predicted)
+    counts = {name: by_name[name] for name in sizes}
+    return Allocation(method, sizes, counts, keep, cost=float(keep), predicted=predicted)
 
 
 def allocations_along(
@@ -135,7 +193,6 @@ def allocations_along(
     sparsities: Sequence[float],
     *,
     curves: Mapping[str, Curve],
-    at_least: float | Mapping[str, float] = 0.0,
     at_most: Mapping[str, int] | None = None,
 ) -> list[Allocation]:
     """The allocations of method "dp" for several sparsities, from one table.
@@ -148,7 +205,7 @@ def allocations_along(
         _check(layers, sparsity, "dp", None, {"curves": curves})
     total = sum(layer.numel for layer in layers)
     targets = [max(keep_total(total, sparsity), 1) for sparsity in sparsities]
-    program = Program(layers, curves, Budget("params", max(targets)), *_bounds(layers, at_least, at_most))
+    program = _program(layers, curves, Budget("params", max(targets)), at_most)
     return [program.allocation(target) for target in targets]
 
 
@@ -175,196 +232,40 @@ def _check(
         raise ValueError(f"allocate: no scores of {missing[:5]}")
 
 
-def _bounds(
-    layers: Sequence[Layer], at_least: float | Mapping[str, float], at_most: Mapping[str, int] | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Fewest and most weights by layer."""
+def _bounds(layers: Sequence[Layer], at_most: Mapping[str, int] | None) -> dict[str, int]:
+    """Most weights of each layer."""
     upper = {layer.name: min(layer.numel, (at_most or {}).get(layer.name, layer.numel)) for layer in layers}
-    lower = {}
-    for layer in layers:
-        density = at_least.get(layer.name, 0.0) if isinstance(at_least, Mapping) else at_least
-        if not 0 <= density <= 1 or upper[layer.name] < 0:
-            raise ValueError(f"allocate: bounds of {layer.name!r} are out of range: {density} and {upper[layer.name]}")
-        # a layer that is already sparser than its floor stays as it is
-        lower[layer.name] = min(math.ceil(density * layer.numel - 1e-6), upper[layer.name])
-    return lower, upper
+    negative = [name for name, count in upper.items() if count < 0]
+    if negative:
+        raise ValueError(f"allocate: expected at_most >= 0, got {upper[negative[0]]} for {negative[0]!r}")
+    return upper
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """Possible levels of a layer: decreasing kept counts, with the distortion, cost and N:M pattern of each."""
+def _program(
+    layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget, at_most: Mapping[str, int] | None
+) -> Program:
+    """The knapsack of some layers: curves become levels with costs.
 
-    layer: Layer
-    kept: Ints
-    loss: Floats
-    cost: Floats
-    patterns: tuple[str, ...]
-
-    def cost_of(self, kept: int, kind: str) -> float:
-        """Cost of a kept count. Latencies are known at levels only, other costs also between them."""
-        if kind == "latency":
-            return float(self.cost[int(np.flatnonzero(self.kept == kept)[0])])
-        return float(cost(kind, self.layer, kept))
-
-    def slope(self, level: int) -> float:
-        """Distortion that the next denser level saves per unit of cost."""
-        dearer = float(self.cost[level - 1] - self.cost[level])
-        return float(self.loss[level] - self.loss[level - 1]) / dearer if dearer > 0 else math.inf
-
-
-class Program:
-    """The knapsack of some layers. Its table is solved once and answers for every target up to the budget's.
-
-    Args:
-        layers: with unique names.
-        curves: by name; cleaned here. Unstructured ones get levels between the measured ones, except for latencies,
-            which are known at the measured levels only.
-        budget: kind, largest target and, for latencies, seconds.
-        lower, upper: fewest and most weights of each layer.
+    Unstructured curves get levels between the measured ones, except for latencies, which are known at the measured
+    levels only.
     """
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        curves: Mapping[str, Curve],
-        budget: Budget,
-        lower: Mapping[str, int],
-        upper: Mapping[str, int],
-    ):
-        _check_curves(layers, curves)
-        self._layers, self._budget = layers, budget
-        # sorted by name: the order of the layers must not break ties
-        ordered = sorted(layers, key=lambda layer: layer.name)
-        if budget.seconds is None:
-            dense = sum(float(cost(budget.kind, layer, curves[layer.name].kept[0])) for layer in ordered)
-        else:
-            dense = sum(float(next(iter(budget.seconds.get(layer.name, ())), 0.0)) for layer in ordered)
-        self._levels = [
-            _levels(layer, curves[layer.name], budget, lower[layer.name], upper[layer.name], dense / STATES)
-            for layer in ordered
-        ]
-        self._offset, self._unit, self._table = self._solve(dense / STATES)
-
-    def allocation(self, target: float | None = None) -> Allocation:
-        """The best allocation for a target, by default the budget's.
-
-        Raises:
-            InfeasibleBudget: for a target below the cost of the sparsest levels.
-        """
-        target = self._budget.target if target is None else target
-        self._reach(target)
-        units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
-        # rounding costs up adds at most one unit per layer: try that many more units, and take the largest number
-        # whose levels fit the target in true cost
-        for slack in range(0 if self._unit == 1.0 else len(self._levels), -1, -1):
-            levels_at = self._table.choose(min(units + slack, self._table.budget))
-            if sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True)) <= target:
-                break
-        gap = solve_lagrange(self._costs, self._losses, units)[1] - self._table.value(units)
-        kept, spent = self._spend_rest(levels_at, target)
-        # np.interp wants increasing counts
-        predicted = sum(float(np.interp(kept[x.layer.name], x.kept[::-1], x.loss[::-1])) for x in self._levels)
-        patterns = {
-            x.layer.name: x.patterns[int(np.flatnonzero(x.kept == kept[x.layer.name])[0])]
-            for x in self._levels
-            if x.patterns
-        }
-        names = [layer.name for layer in self._layers]
-        return Allocation(
-            "dp",
-            {layer.name: layer.numel for layer in self._layers},
-            {name: kept[name] for name in names},
-            int(target) if self._budget.kind == "params" else None,
-            {name: patterns[name] for name in names if name in patterns},
-            self._budget.kind,
-            spent,
-            predicted,
-            max(gap, 0.0),
-            tuple(self._front()),
-        )
-
-    def _reach(self, target: float) -> tuple[float, float]:
-        """Cost of the sparsest and of the densest levels; raises InfeasibleBudget for a target below them."""
-        least, most = (sum(float(pick(levels.cost)) for levels in self._levels) for pick in (np.min, np.max))
-        if target >= least:
-            return least, most
-        sparsities = ""
-        if self._budget.kind == "params":
-            total = sum(levels.layer.numel for levels in self._levels)
-            lowest, highest, wanted = (1 - count / total for count in (most, least, target))
-            sparsities = f": sparsities of {lowest:.4g} to {highest:.4g}, not {wanted:.4g}"
-        raise InfeasibleBudget(
-            f"a budget of {target:.12g} ({self._budget.kind}) cannot be met: the levels of the layers cost "
-            f"{least:.12g} to {most:.12g}{sparsities}",
-            least,
-            most,
-        )
-
-    def _solve(self, unit: float) -> tuple[float, float, KnapsackTable]:
-        """Solve the knapsack; returns the cost at state 0, the cost per state, and the table."""
-        costs = [levels.cost for levels in self._levels]
-        self._losses = [levels.loss for levels in self._levels]
-        least, most = self._reach(self._budget.target)
-        largest = min(self._budget.target, most)
-        whole = self._budget.kind != "latency"
-        if whole and (largest - least) <= 2 * STATES * _common_step(costs):
-            self._costs = [c.astype(np.int64) for c in costs]
-            return 0.0, 1.0, solve_knapsack(self._costs, self._losses, math.floor(largest))
-        unit = unit if whole else (largest - least) / STATES or 1.0
-        unit = max(math.floor(unit), 1) if self._budget.kind == "params" else unit
-        self._costs, units = quantize(costs, largest, unit)
-        return least, unit, solve_knapsack(self._costs, self._losses, units + len(costs))
-
-    def _front(self) -> list[tuple[float, float]]:
-        """Evenly spaced points of the Pareto front within the budget, including both ends."""
-        costs, losses = self._table.front()
-        inside = self._offset + self._unit * costs <= self._budget.target
-        costs, losses = costs[inside], losses[inside]
-        if len(costs) > _FRONT_POINTS:
-            spread = np.unique(np.linspace(0, len(costs) - 1, _FRONT_POINTS).round().astype(np.int64))
-            costs, losses = costs[spread], losses[spread]
-        return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
-
-    def _spend_rest(self, levels_at: Sequence[int], target: float) -> tuple[dict[str, int], float]:
-        """Raise kept counts within the target, steepest slope first; returns the counts and their cost.
-
-        N:M patterns and latencies rise by whole levels, other counts by any number.
-        """
-        kept = [int(levels.kept[k]) for levels, k in zip(self._levels, levels_at, strict=True)]
-        spent = sum(float(levels.cost[k]) for levels, k in zip(self._levels, levels_at, strict=True))
-        steps = [(-self._levels[g].slope(k), g, k) for g, k in enumerate(levels_at) if k > 0]
-        heapq.heapify(steps)
-        while steps:
-            _, g, k = heapq.heappop(steps)
-            levels = self._levels[g]
-            raised = self._raised(levels, kept[g], k, target - spent)
-            if raised > kept[g]:
-                spent += levels.cost_of(raised, self._budget.kind) - levels.cost_of(kept[g], self._budget.kind)
-                kept[g] = raised
-            if raised == levels.kept[k - 1] and k > 1:
-                heapq.heappush(steps, (-levels.slope(k - 1), g, k - 1))
-        return {levels.layer.name: count for levels, count in zip(self._levels, kept, strict=True)}, spent
-
-    def _raised(self, levels: _Levels, kept: int, level: int, room: float) -> int:
-        """The largest count up to the next denser level that adds at most ``room`` to the cost."""
-        kind, top = self._budget.kind, int(levels.kept[level - 1])
-        limit = levels.cost_of(kept, kind) + room
-        if levels.cost_of(top, kind) <= limit:
-            return top
-        if levels.patterns or kind == "latency":
-            return kept
-        low, high = kept, top  # cost does not decrease in the count
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if levels.cost_of(middle, kind) <= limit else (low, middle)
-        return low
+    _check_curves(layers, curves)
+    upper = _bounds(layers, at_most)
+    ordered = sorted(layers, key=lambda layer: layer.name)
+    if budget.seconds is None:
+        dense = sum(float(cost(budget.kind, layer, curves[layer.name].counts[0])) for layer in ordered)
+    else:
+        dense = sum(float(next(iter(budget.seconds.get(layer.name, ())), 0.0)) for layer in ordered)
+    unit = dense / STATES
+    levels = [_levels(layer, curves[layer.name], budget, upper[layer.name], unit) for layer in layers]
+    return Program(levels, budget.kind, budget.target, unit)
 
 
 def _check_curves(layers: Sequence[Layer], curves: Mapping[str, Curve]) -> None:
     for layer in layers:
         curve = curves.get(layer.name)
         if curve is None:
-            raise ValueError(f"allocate: method 'dp' needs a curve of every layer; {layer.name!r} has none")
+            raise ValueError(f"allocate: method 'dp' needs a curve of every layer, and {layer.name!r} has none")
         if curve.numel != layer.numel:
             raise ValueError(
                 f"allocate: the curve of {layer.name!r} is for {curve.numel} weights, the layer has {layer.numel}"
@@ -374,70 +275,177 @@ def _check_curves(layers: Sequence[Layer], curves: Mapping[str, Curve]) -> None:
         raise ValueError(f"allocate: distortions of different metrics cannot be added: {', '.join(sorted(metrics))}")
 
 
-def _levels(layer: Layer, curve: Curve, budget: Budget, lower: int, upper: int, unit: float) -> _Levels:
-    """The levels of a layer within its bounds."""
+def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float) -> LayerLevels:
+    """The levels of a layer with at most ``upper`` weights."""
     clean = curve.cleaned()
+    if budget.seconds is None and not curve.patterns and len(curve.counts) > 1:
+        # one step costs the same in all layers
+        weight = float(cost(budget.kind, layer, 1) - cost(budget.kind, layer, 0)) or 1.0
+        clean = clean.dense_grid(POINTS, max(1, int(unit / weight)))
+    counts, loss = np.array(clean.counts), np.array(clean.distortion)
     if budget.seconds is not None:
         costs = np.asarray(budget.seconds.get(layer.name, ()), dtype=np.float64)
-        if costs.shape != (len(curve.kept),) or not (costs >= 0).all():
-            raise ValueError(f"allocate: expected {len(curve.kept)} latencies of {layer.name!r}, one per level")
-        kept, loss = np.array(clean.kept), np.array(clean.distortion)
+        if costs.shape != counts.shape or not (costs >= 0).all():
+            raise ValueError(f"allocate: expected {len(counts)} latencies of {layer.name!r}, one per level")
     else:
-        if not curve.patterns and len(curve.kept) > 1:
-            # one step costs the same in all layers
-            weight = float(cost(budget.kind, layer, 1) - cost(budget.kind, layer, 0)) or 1.0
-            clean = clean.dense_grid(POINTS, max(1, int(unit / weight)))
-        kept, loss = np.array(clean.kept), np.array(clean.distortion)
-        if not curve.patterns:
-            # add the bounds as levels
-            ends = [bound for bound in (lower, upper) if kept[-1] < bound < kept[0]]
-            every = np.union1d(kept, ends).astype(np.int64)[::-1]
-            kept, loss = every, np.interp(every, kept[::-1], loss[::-1])
-        costs = cost(budget.kind, layer, kept).astype(np.float64)
-    inside = (kept >= lower) & (kept <= upper)
+        if not curve.patterns and counts[-1] < upper < counts[0]:
+            # add the bound as a level
+            every = np.union1d(counts, [upper]).astype(np.int64)[::-1]
+            counts, loss = every, np.interp(every, counts[::-1], loss[::-1])
+        costs = cost(budget.kind, layer, counts).astype(np.float64)
+    inside = counts <= upper
     if not inside.any():
         raise InfeasibleBudget(
-            f"allocate: no level of {layer.name!r} keeps {lower} to {upper} of {layer.numel} weights; its levels keep "
-            f"{kept[-1]} to {kept[0]}",
-            int(kept[-1]),
-            int(kept[0]),
+            f"allocate: no level of {layer.name!r} keeps {upper} weights or fewer; its levels keep {counts[-1]} to "
+            f"{counts[0]}",
+            int(counts[-1]),
+            int(counts[0]),
         )
     patterns = tuple(p for p, ok in zip(curve.patterns, inside, strict=False) if ok)
-    return _Levels(layer, kept[inside], loss[inside], costs[inside], patterns)
+    between = None if curve.patterns or budget.seconds is not None else partial(cost, budget.kind, layer)
+    return LayerLevels(layer.name, layer.numel, counts[inside], loss[inside], costs[inside], patterns, between)
 
 
-def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Sequence[str]]]) -> Allocation:
-    """Move an allocation of arbitrary counts to the nearest N:M patterns.
+@dataclass(frozen=True)
+class BudgetConstraint:
+    """A budget for some layers, and the cost of these layers at any density.
 
-    Minimizes the sum of ``numel * (difference of densities)^2`` without increasing the total of kept weights.
-
-    Args:
-        allocation: of any method.
-        levels: kept counts and patterns of each layer, for instance :func:`leanstep.pruning.nm_levels`.
-
-    Raises:
-        InfeasibleBudget: if the sparsest patterns keep more weights than the allocation.
+    Attributes:
+        budget: kind, target, and for latencies the seconds of each layer at each of its levels.
+        layers: one for each group.
+        dense: cost of the layers with all their weights.
+        counts: for latencies, weights left at each level of each layer.
     """
-    names = sorted(levels)
-    costs = [np.array(levels[name][0], dtype=np.float64) for name in names]
-    losses = [(c - allocation.kept[name]) ** 2 / allocation.numel[name] for name, c in zip(names, costs, strict=True)]
-    total = float(sum(allocation.kept[name] for name in names))
-    least, most = (sum(float(pick(cost)) for cost in costs) for pick in (np.min, np.max))
-    if total < least:
-        raise InfeasibleBudget(
-            f"snap: {total:g} weights cannot be kept: the patterns keep {least:g} or more", least, most
-        )
-    unit = max(_common_step(costs), math.ceil((min(total, most) - least) / (2 * STATES)), 1)
-    whole, units = quantize(costs, min(total, most), unit)
-    table = solve_knapsack(whole, losses, units)
-    kept, patterns = dict(allocation.kept), {}
-    for name, level in zip(names, table.choose(), strict=True):
-        kept[name], patterns[name] = int(levels[name][0][level]), levels[name][1][level]
-    patterns = {name: patterns[name] for name in kept if name in patterns}
-    changed: dict[str, Any] = {"cost": float(sum(kept.values())), "predicted": None, "lagrange_gap": None}
-    return replace(allocation, kept=kept, patterns=patterns, budget_kind="params", **changed)
+
+    budget: Budget
+    layers: Sequence[Layer]
+    dense: float
+    counts: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(
+        cls,
+        budget: Budget | LatencyTable | str,
+        groups: Sequence[Group],
+        sparsity: float | None,
+        counts: Mapping[str, Sequence[int]],
+    ) -> BudgetConstraint:
+        """Make a constraint from a budget, or from a cost that may be at most ``1 - sparsity`` of the dense model's.
+
+        Args:
+            budget: a budget; ``params``, ``flops`` or ``bytes``; or a table of latencies.
+            groups: groups of matrices; for ``flops``, with their uses counted.
+            sparsity: fraction of the dense cost to remove; None with a :class:`Budget`.
+            counts: for latencies, weights left at each level of each group's curve.
+
+        Raises:
+            ValueError: if the table lacks a layer or a level, or for "flops" if the matrices of a group are not used
+                equally often.
+        """
+        layers = [group.layer for group in groups]
+        if isinstance(budget, Budget):
+            kind, seconds = budget.kind, budget.seconds
+            dense = dense_cost(kind, [x for x in layers if seconds is None or x.name in seconds], seconds)
+        elif isinstance(budget, LatencyTable):
+            kind, seconds = "latency", budget.of(groups, counts)
+            # the first level of a model that was pruned before is not the dense one
+            dense = sum(budget.seconds[target.name][0] for group in groups for target in group.targets)
+        else:
+            kind, seconds, dense = budget, None, dense_cost(budget, layers)
+        if kind == "flops":
+            _check_uses(groups)
+        if not isinstance(budget, Budget):
+            assert sparsity is not None
+            target = max(keep_total(int(dense), sparsity), 1) if kind == "params" else (1 - sparsity) * dense
+            budget = Budget(kind, target, seconds)
+        return cls(budget, layers, dense, counts)
+
+    @property
+    def uniform_sparsity(self) -> float:
+        """The uniform sparsity that meets the budget, at most 0.99; 0.5 for latencies. Levels lie around it."""
+        if self.budget.kind == "latency":
+            return 0.5
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            density = (low + high) / 2
+            spent = self.cost({layer.name: int(density * layer.numel) for layer in self.layers})
+            low, high = (density, high) if spent <= self.budget.target else (low, density)
+        return min(1 - low, _SPARSEST)
+
+    def cost(self, counts: Mapping[str, int]) -> float:
+        """Cost of counts of weights. Latencies are those of the sparsest level that keeps at least as many."""
+        if self.budget.seconds is None:
+            return sum(float(cost(self.budget.kind, layer, counts[layer.name])) for layer in self.layers)
+        total = 0.0
+        for layer in self.layers:
+            enough = [level for level, count in enumerate(self.counts[layer.name]) if count >= counts[layer.name]]
+            total += self.budget.seconds[layer.name][max(enough, default=0)]
+        return total
+
+    def check_reach(self, levels: Levels, upper: Mapping[str, int], sparsity: float | None) -> None:
+        """Raise InfeasibleBudget for a target that no levels with at most ``upper`` weights meet.
+
+        Args:
+            levels: of each layer.
+            upper: most weights of each layer.
+            sparsity: for the message, if it gave the target as a number of weights.
+        """
+        least = most = 0.0
+        for layer in self.layers:
+            counts = levels[layer.name][0]
+            if self.budget.seconds is None:
+                costs = cost(self.budget.kind, layer, counts).astype(np.float64)
+            else:
+                costs = np.asarray(self.budget.seconds[layer.name], dtype=np.float64)
+            allowed = costs[[count <= upper[layer.name] for count in counts]]
+            allowed = allowed if len(allowed) else costs[-1:]
+            least, most = least + float(allowed.min()), most + float(allowed.max())
+        if self.budget.target >= least:
+            return
+        wanted, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))
+        if sparsity is not None:
+            message = (
+                f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
+                f"{smallest:.4g} to {largest:.4g}"
+            )
+        else:
+            message = (
+                f"removing {wanted:.4g} of the cost ({self.budget.kind}) is out of reach: the levels of these matrices "
+                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}"
+            )
+        raise InfeasibleBudget(message, least, most)
+
+    def uniform(self, upper: Mapping[str, int], levels: Levels | None) -> tuple[dict[str, int], dict[str, str]] | None:
+        """Counts and patterns of the densest uniform sparsity within the budget; None if there is none.
+
+        Args:
+            upper: most weights of each layer.
+            levels: counts and patterns of each layer, for N:M patterns and latencies. Each layer takes its
+                densest level that is at least as sparse. None: any count is possible.
+        """
+        sizes = {layer.name: layer.numel for layer in self.layers}
+        if levels is None:
+            density = 1 - self.uniform_sparsity
+            counts = {name: min(int(density * size), upper[name]) for name, size in sizes.items()}
+            return (counts, {}) if self.cost(counts) <= self.budget.target else None
+        for sparsity in sorted({1 - count / sizes[name] for name in sizes for count in levels[name][0]}):
+            at = {name: _level_at(levels[name][0], sizes[name], sparsity) for name in sizes}
+            counts = {name: int(levels[name][0][level]) for name, level in at.items()}
+            if self.cost(counts) <= self.budget.target:
+                return counts, {name: levels[name][1][level] for name, level in at.items() if levels[name][1]}
+        return None
 
 
-def _common_step(costs: Sequence[Floats]) -> int:
-    """Greatest common divisor of all differences of whole costs within a layer; 0 if there are none."""
-    return math.gcd(*(math.gcd(*(c - c.min()).astype(np.int64).tolist()) for c in costs))
+def _check_uses(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if len({target.layer.uses for target in group.targets}) > 1:
+            raise ValueError(
+                f"{group.name} has matrices that are used differently often: its operations are not proportional "
+                "to its weights; use granularity='matrix'"
+            )
+
+
+def _level_at(counts: Sequence[int], numel: int, sparsity: float) -> int:
+    """Index of the densest level of at least this sparsity, or of the sparsest level."""
+    most = math.floor((1 - sparsity) * numel + 0.5)
+    return next((level for level, count in enumerate(counts) if count <= most), len(counts) - 1)

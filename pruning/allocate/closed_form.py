@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, common_step, quantize, solve_knapsack
+from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.targets import Layer
 
 Ints = npt.NDArray[np.int64]
@@ -41,21 +43,31 @@ def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
     return counts
 
 
-def scaled(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> Ints:
+def scaled(base: Floats, numel: Ints, total: int, upper: Ints) -> Ints:
     """Counts in proportion to ``base * numel``: ``clip(c * base * numel)`` with the c that makes their sum ``total``.
 
     Args:
         base: [n], > 0: densities up to a common factor.
-        numel, lower, upper: [n], weights of each layer and bounds of its count.
+        numel, upper: [n], weights of each layer and bound of its count.
         total: sum of the result.
     """
-    return _fitted(lambda c: np.clip(c * base * numel, lower, upper), 0.0, float(1 / base.min()), total, lower, upper)
+    return _fitted(lambda c: c * base * numel, 0.0, float(1 / base.min()), total, upper)
 
 
-def shifted(base: Floats, numel: Ints, total: int, lower: Ints, upper: Ints) -> Ints:
+def shifted(base: Floats, numel: Ints, total: int, upper: Ints) -> Ints:
     """Counts ``clip((base + c) * numel)`` with the c that makes their sum ``total``; arguments as :func:`scaled`."""
-    low, high = float(-base.max()), float(1 - base.min())
-    return _fitted(lambda c: np.clip((base + c) * numel, lower, upper), low, high, total, lower, upper)
+    return _fitted(lambda c: (base + c) * numel, float(-base.max()), float(1 - base.min()), total, upper)
+
+
+def _fitted(wanted: Callable[[float], Floats], low: float, high: float, total: int, upper: Ints) -> Ints:
+    """Bisect the argument of the non-decreasing ``wanted`` until its clipped counts add up to ``total``; round them."""
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.clip(wanted(middle), 0, upper).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return apportion(np.clip(wanted(high), 0, upper), total, np.zeros_like(upper), upper)
 
 
 def check_total(total: int, lower: Ints, upper: Ints) -> None:
@@ -63,17 +75,6 @@ def check_total(total: int, lower: Ints, upper: Ints) -> None:
     least, most = int(lower.sum()), int(upper.sum())
     if not least <= total <= most:
         raise InfeasibleBudget(f"{total} weights cannot be kept: the bounds allow {least} to {most}", least, most)
-
-
-def _fitted(counts, low: float, high: float, total: int, lower: Ints, upper: Ints) -> Ints:
-    """Bisect the argument of the non-decreasing ``counts`` until they add up to ``total``, and round them."""
-    for _ in range(200):
-        middle = (low + high) / 2
-        if counts(middle).sum() < total:
-            low = middle
-        else:
-            high = middle
-    return apportion(counts(high), total, lower, upper)
 
 
 # lambda of OWL: sparsities of blocks differ by at most twice this (arXiv 2310.05175, LLaMA-7B at 70 %)
@@ -87,7 +88,6 @@ def counts_by_rule(
     method: str,
     sparsity: float,
     keep: int,
-    lower: Ints,
     upper: Ints,
     *,
     scores: Mapping[str, Tensor] | None,
@@ -95,8 +95,8 @@ def counts_by_rule(
     spread: float,
     beta: float | None,
 ) -> Ints:
-    """Kept weights of each layer by a method of :func:`leanstep.pruning.allocate`; they add up to ``keep``."""
-    fit = np.array([layer.numel for layer in layers], dtype=np.int64), keep, lower, upper
+    """Weights that each layer keeps by a method of :func:`leanstep.pruning.allocate`; they add up to ``keep``."""
+    fit = np.array([layer.numel for layer in layers], dtype=np.int64), keep, upper
     if method == "uniform":
         return scaled(np.ones(len(layers)), *fit)
     if method == "erk":
@@ -110,9 +110,9 @@ def counts_by_rule(
     assert scores is not None
     names = [layer.name for layer in layers]
     if method == "lamp":
-        given = scores
-        scores = ComputedScores(names, lambda name: lamp_scores(given[name]))
-    return counts_above_threshold(names, scores, keep, lower, upper)
+        weights = scores
+        scores = ComputedScores(names, lambda name: lamp_scores(weights[name]))
+    return counts_above_threshold(names, scores, keep, upper)
 
 
 def erk(layers: Sequence[Layer]) -> Floats:
@@ -198,6 +198,15 @@ def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
     return [step * i for i in range(1, int(largest / step + 1e-9) + 1)] or [largest]
 
 
+def in_blocks(layers: Sequence[Layer]) -> list[Layer]:
+    """Give layers outside all blocks the number of the preceding block, or of the first block."""
+    block, numbered = min((layer.block for layer in layers if layer.block is not None), default=0), []
+    for layer in layers:
+        block = block if layer.block is None else layer.block
+        numbered.append(replace(layer, block=block))
+    return numbered
+
+
 def _largest_beta(sparsity: float, blocks: int) -> float:
     if not 0 < sparsity < 1 or blocks < 2:
         raise ValueError(f"atp: expected a sparsity in (0, 1) and two blocks or more, got {sparsity} and {blocks}")
@@ -209,20 +218,18 @@ _DIGITS = ((20, 11), (10, 10), (0, 10))
 _CHUNK = 1 << 22
 
 
-def counts_above_threshold(
-    names: Sequence[str], scores: Mapping[str, Tensor], keep: int, lower: Ints, upper: Ints
-) -> Ints:
+def counts_above_threshold(names: Sequence[str], scores: Mapping[str, Tensor], keep: int, upper: Ints) -> Ints:
     """Number of each layer's weights among the ``keep`` largest scores of all layers.
 
-    The threshold is the score at which the counts, clipped to ``lower`` and ``upper``, add up to ``keep``. Ties at the
-    threshold are shared in proportion to each layer's ties.
+    The threshold is the score at which the counts, clipped to ``upper``, add up to ``keep``. Ties at the threshold are
+    shared in proportion to each layer's ties.
 
     Args:
         names: of the layers.
         scores: by name, any shape, >= 0; compared in fp32. Each layer's are read three times, one layer at a
             time; a mapping may compute them on access.
-        keep: total of kept weights.
-        lower, upper: [layers].
+        keep: sum of the result.
+        upper: [layers], most weights of each.
 
     Raises:
         InfeasibleBudget: if the bounds exclude ``keep``.
@@ -232,18 +239,18 @@ def counts_above_threshold(
         Exact, without sorting or joining the scores: each of three passes finds some bits of the threshold. Memory:
         16 KiB per layer.
     """
-    check_total(keep, lower, upper)
+    check_total(keep, np.zeros_like(upper), upper)
     above = np.zeros((len(names), 1), dtype=np.int64)  # weights whose bits exceed the prefix
     prefix = 0
     for below, bits in _DIGITS:
         counts = np.stack([_histogram(name, scores[name], prefix, below, bits) for name in names])
         # weights per layer with these bits >= b, for every b, within the bounds
         reached = np.concatenate([above + counts[:, ::-1].cumsum(axis=1)[:, ::-1], above], axis=1)
-        bounded = np.clip(reached, lower[:, None], upper[:, None])
+        bounded = np.minimum(reached, upper[:, None])
         # the largest b that keeps enough weights
         digit = int(np.flatnonzero(bounded.sum(axis=0) >= keep)[-1])
         if digit == counts.shape[1]:
-            return apportion(bounded[:, -1].astype(np.float64), keep, lower, upper)
+            return apportion(bounded[:, -1].astype(np.float64), keep, np.zeros_like(upper), upper)
         above = reached[:, digit + 1 : digit + 2]
         prefix = prefix << bits | digit
     sure, tied = bounded[:, digit + 1], bounded[:, digit] - bounded[:, digit + 1]
@@ -310,3 +317,33 @@ def lamp_scores(weights: Tensor) -> Tensor:
     # a layer of zeros: 0 / 0 is 0
     scores = torch.where(ordered > 0, ordered / larger, 0.0)
     return torch.empty_like(scores).scatter_(0, order, scores)
+
+
+def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Sequence[str]]]) -> Allocation:
+    """Move an allocation of arbitrary counts to the nearest N:M patterns.
+
+    Minimizes the sum of ``numel * (difference of densities)^2`` without increasing the total number of weights.
+
+    Args:
+        allocation: of any method.
+        levels: counts and patterns of each layer, for instance :func:`leanstep.pruning.nm_levels`.
+
+    Raises:
+        InfeasibleBudget: if the sparsest patterns keep more weights than the allocation.
+    """
+    names = sorted(levels)
+    costs = [np.array(levels[name][0], dtype=np.float64) for name in names]
+    losses = [(c - allocation.counts[name]) ** 2 / allocation.numel[name] for name, c in zip(names, costs, strict=True)]
+    total = float(sum(allocation.counts[name] for name in names))
+    least, most = (sum(float(pick(cost)) for cost in costs) for pick in (np.min, np.max))
+    if total < least:
+        raise InfeasibleBudget(
+            f"snap: {total:g} weights cannot be kept: the patterns keep {least:g} or more", least, most
+        )
+    unit = max(common_step(costs), math.ceil((min(total, most) - least) / (2 * STATES)), 1)
+    whole, units = quantize(costs, min(total, most), unit)
+    level_by_name = dict(zip(names, solve_knapsack(whole, losses, units).choose(), strict=True))
+    counts = {n: int(levels[n][0][level_by_name[n]]) if n in levels else c for n, c in allocation.counts.items()}
+    patterns = {name: levels[name][1][level_by_name[name]] for name in counts if name in levels}
+    cost = float(sum(counts.values()))
+    return replace(allocation, counts=counts, patterns=patterns, budget_kind="params", cost=cost, predicted=None)

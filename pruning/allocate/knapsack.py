@@ -7,20 +7,27 @@ One level k_g per group g, least total loss within a budget B:
     k_n = the k of that minimum at b,   b <- b - costs[n][k_n],   n = N .. 1   :func:`level_at`
 
 :func:`solve_knapsack` makes the rows f_1 .. f_N, and :class:`KnapsackTable` goes back through them.
+:class:`Program` is the knapsack of layers, whose costs may have to be rounded.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from leanstep.pruning.result import Allocation
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+# states of a table whose costs are rounded: LLaMA-7B's 224 matrices take under a second on one core
+STATES = 1 << 15
+_FRONT_POINTS = 200
 # states computed together: the three operands of this length stay in a core's cache
 _STRETCH = 1 << 14
 
@@ -83,9 +90,6 @@ def level_at(previous: Floats, row: Floats, costs: Ints, losses: Floats, state: 
 def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike], budget: int) -> KnapsackTable:
     """Minimize ``sum_g losses[g][k_g]`` subject to ``sum_g costs[g][k_g] <= budget`` over the levels k, exactly.
 
-    ``f_0 = 0`` and ``f_n(b) = min_k f_{n-1}(b - costs[n][k]) + losses[n][k]`` for every b from the least possible cost
-    to the budget, group after group. Going back from b = budget gives the levels.
-
     Args:
         costs: per group, integers >= 0, one per level, in any order.
         losses: per group, finite, one per level; need not be monotone.
@@ -118,7 +122,7 @@ def solve_knapsack(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLik
     least = [int(cost.min()) for cost, _ in groups]
     lowest, highest = sum(least), sum(int(cost.max()) for cost, _ in groups)
     _check_reachable(budget, lowest, highest)
-    unit = math.gcd(*(math.gcd(*(cost - low).tolist()) for (cost, _), low in zip(groups, least, strict=True))) or 1
+    unit = common_step([cost for cost, _ in groups]) or 1
     scaled = [((cost - low) // unit, loss) for (cost, loss), low in zip(groups, least, strict=True)]
     order = sorted(range(len(groups)), key=lambda g: (int(scaled[g][0].max()), *(a.tolist() for a in scaled[g])))
     states = (min(budget, highest) - lowest) // unit
@@ -196,53 +200,20 @@ class KnapsackTable:
         return min((budget - self.lowest) // self.unit, len(self._rows[-1]) - 1)
 
 
-def solve_lagrange(
-    costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike], budget: int, *, tolerance: float = 1e-12
-) -> tuple[list[int], float]:
-    """Approximate :func:`solve_knapsack` by a Lagrangian: every group minimizes ``loss + price * cost`` by itself.
+def quantize(costs: Sequence[Floats], budget: float, unit: float) -> tuple[list[Ints], int]:
+    """Costs and budget in whole units, counted from each group's cheapest level.
 
-    Bisection finds the lowest price at which the levels fit the budget. The levels are the best for their cost, but may
-    leave some of the budget unused: the Lagrangian reaches only the lower convex hull of the Pareto front. Its loss is
-    never below the exact one.
-
-    Args:
-        costs, losses, budget: as for :func:`solve_knapsack`.
-        tolerance: relative width of the price's interval at which the search ends.
-
-    Returns:
-        Level of every group, and the total loss.
-
-    Raises:
-        As :func:`solve_knapsack`.
+    Costs are rounded up and the budget is rounded down, so that levels that fit in units fit the budget.
     """
-    groups = _checked(costs, losses)
-    _check_reachable(budget, sum(int(c.min()) for c, _ in groups), sum(int(c.max()) for c, _ in groups))
+    least = [float(cost.min()) for cost in costs]
+    # 1e-9: a rounding error must not add a unit
+    whole = [np.ceil((cost - low) / unit - 1e-9).astype(np.int64) for cost, low in zip(costs, least, strict=True)]
+    return whole, math.floor((budget - sum(least)) / unit + 1e-9)
 
-    # cheapest levels first, so that argmin breaks ties in their favor
-    orders = [np.argsort(cost, kind="stable") for cost, _ in groups]
-    shape = len(groups), max(map(len, orders))
-    paid, lost = np.zeros(shape), np.full(shape, np.inf)  # the padding of short rows is never the minimum
-    for g, ((cost, loss), order) in enumerate(zip(groups, orders, strict=True)):
-        paid[g, : len(order)], lost[g, : len(order)] = cost[order], loss[order]
 
-    def at(price: float) -> tuple[npt.NDArray[np.intp], float, float]:
-        levels = (lost + price * paid).argmin(axis=1)
-        rows = np.arange(len(groups))
-        return levels, float(paid[rows, levels].sum()), float(lost[rows, levels].sum())
-
-    low, high = 0.0, 1.0
-    best = at(low)
-    if best[1] > budget:
-        while (best := at(high))[1] > budget:
-            low, high = high, 2 * high
-        while high - low > tolerance * high:
-            middle = (low + high) / 2
-            candidate = at(middle)
-            if candidate[1] <= budget:
-                high, best = middle, candidate if candidate[2] <= best[2] else best
-            else:
-                low = middle
-    return [int(order[k]) for order, k in zip(orders, best[0], strict=True)], best[2]
+def common_step(costs: Sequence[Floats | Ints]) -> int:
+    """Greatest common divisor of all differences of whole costs within a group; 0 if there are none."""
+    return math.gcd(*(math.gcd(*(cost - cost.min()).astype(np.int64).tolist()) for cost in costs))
 
 
 def _checked(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike]) -> list[tuple[Ints, Floats]]:
@@ -268,3 +239,153 @@ def _check_reachable(budget: int, lowest: int, highest: int) -> None:
             lowest,
             highest,
         )
+
+
+@dataclass(frozen=True)
+class LayerLevels:
+    """Possible levels of a layer.
+
+    Attributes:
+        name, numel: of the layer.
+        counts: decreasing numbers of weights.
+        loss, cost, patterns: distortion, cost and N:M pattern of each level; patterns may be empty.
+        between: cost of a count between two levels; None if only levels are possible.
+    """
+
+    name: str
+    numel: int
+    counts: Ints
+    loss: Floats
+    cost: Floats
+    patterns: tuple[str, ...]
+    between: Callable[[int], npt.NDArray[np.int64]] | None
+
+    def index(self, count: int) -> int:
+        """The level with this count."""
+        return int(np.flatnonzero(self.counts == count)[0])
+
+    def cost_of(self, count: int) -> float:
+        """Cost of a count."""
+        return float(self.cost[self.index(count)] if self.between is None else self.between(count))
+
+    def slope(self, level: int) -> float:
+        """Distortion that the next denser level saves per unit of cost."""
+        dearer = float(self.cost[level - 1] - self.cost[level])
+        return float(self.loss[level] - self.loss[level - 1]) / dearer if dearer > 0 else math.inf
+
+    def raised(self, count: int, level: int, room: float) -> int:
+        """The largest possible count up to the next denser level that adds at most ``room`` to the cost."""
+        top = int(self.counts[level - 1])
+        limit = self.cost_of(count) + room
+        if self.cost_of(top) <= limit:
+            return top
+        if self.between is None:
+            return count
+        low, high = count, top  # cost does not decrease in the count
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.cost_of(middle) <= limit else (low, middle)
+        return low
+
+
+class Program:
+    """The knapsack of some layers. Its table is solved once and answers for every target up to the given one.
+
+    Args:
+        layers: with unique names.
+        kind: of the budget.
+        target: largest total cost.
+        unit: cost per state of the table, where costs have to be rounded; for latencies, the table chooses.
+    """
+
+    def __init__(self, layers: Sequence[LayerLevels], kind: str, target: float, unit: float) -> None:
+        self._given, self._kind, self._target = layers, kind, target
+        # sorted by name: the order of the layers must not break ties
+        self._layers = sorted(layers, key=lambda layer: layer.name)
+        self._offset, self._unit, self._table = self._solve(unit)
+
+    def allocation(self, target: float | None = None) -> Allocation:
+        """The best allocation for a target, by default the largest.
+
+        Raises:
+            InfeasibleBudget: for a target below the cost of the sparsest levels.
+        """
+        target = self._target if target is None else target
+        self._reach(target)
+        units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
+        # rounding costs up adds at most one unit per layer: try that many more units, and take the largest number
+        # whose levels fit the target in true cost
+        for slack in range(0 if self._unit == 1.0 else len(self._layers), -1, -1):
+            levels = self._table.choose(min(units + slack, self._table.budget))
+            if sum(float(x.cost[k]) for x, k in zip(self._layers, levels, strict=True)) <= target:
+                break
+        counts, spent = self._spend_rest(levels, target)
+        return Allocation(
+            "dp",
+            numel={x.name: x.numel for x in self._given},
+            counts={x.name: counts[x.name] for x in self._given},
+            target=int(target) if self._kind == "params" else None,
+            patterns={x.name: x.patterns[x.index(counts[x.name])] for x in self._given if x.patterns},
+            budget_kind=self._kind,
+            cost=spent,
+            # np.interp wants increasing counts
+            predicted=sum(float(np.interp(counts[x.name], x.counts[::-1], x.loss[::-1])) for x in self._layers),
+            front=tuple(self._front()),
+        )
+
+    def _reach(self, target: float) -> tuple[float, float]:
+        """Cost of the sparsest and of the densest levels; raises InfeasibleBudget for a target below them."""
+        least, most = (sum(float(pick(x.cost)) for x in self._layers) for pick in (np.min, np.max))
+        if target >= least:
+            return least, most
+        sparsities = ""
+        if self._kind == "params":
+            total = sum(x.numel for x in self._layers)
+            lowest, highest, wanted = (1 - count / total for count in (most, least, target))
+            sparsities = f": sparsities of {lowest:.4g} to {highest:.4g}, not {wanted:.4g}"
+        raise InfeasibleBudget(
+            f"a budget of {target:.12g} ({self._kind}) cannot be met: the levels of the layers cost "
+            f"{least:.12g} to {most:.12g}{sparsities}",
+            least,
+            most,
+        )
+
+    def _solve(self, unit: float) -> tuple[float, float, KnapsackTable]:
+        """Solve the knapsack; returns the cost at state 0, the cost per state, and the table."""
+        costs, losses = [x.cost for x in self._layers], [x.loss for x in self._layers]
+        least, most = self._reach(self._target)
+        largest = min(self._target, most)
+        whole = self._kind != "latency"
+        if whole and (largest - least) <= 2 * STATES * common_step(costs):
+            return 0.0, 1.0, solve_knapsack([c.astype(np.int64) for c in costs], losses, math.floor(largest))
+        unit = unit if whole else (largest - least) / STATES or 1.0
+        unit = max(math.floor(unit), 1) if self._kind == "params" else unit
+        whole_costs, units = quantize(costs, largest, unit)
+        return least, unit, solve_knapsack(whole_costs, losses, units + len(costs))
+
+    def _front(self) -> list[tuple[float, float]]:
+        """Evenly spaced points of the Pareto front within the target, including both ends."""
+        costs, losses = self._table.front()
+        inside = self._offset + self._unit * costs <= self._target
+        costs, losses = costs[inside], losses[inside]
+        if len(costs) > _FRONT_POINTS:
+            spread = np.unique(np.linspace(0, len(costs) - 1, _FRONT_POINTS).round().astype(np.int64))
+            costs, losses = costs[spread], losses[spread]
+        return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
+
+    def _spend_rest(self, levels: Sequence[int], target: float) -> tuple[dict[str, int], float]:
+        """Raise counts within the target, steepest slope first; returns the counts and their cost."""
+        counts = [int(x.counts[k]) for x, k in zip(self._layers, levels, strict=True)]
+        spent = sum(float(x.cost[k]) for x, k in zip(self._layers, levels, strict=True))
+        steps = [(-self._layers[g].slope(k), g, k) for g, k in enumerate(levels) if k > 0]
+        heapq.heapify(steps)
+        while steps:
+            _, g, k = heapq.heappop(steps)
+            layer = self._layers[g]
+            raised = layer.raised(counts[g], k, target - spent)
+            if raised > counts[g]:
+                spent += layer.cost_of(raised) - layer.cost_of(counts[g])
+                counts[g] = raised
+            if raised == layer.counts[k - 1] and k > 1:
+                heapq.heappush(steps, (-layer.slope(k - 1), g, k - 1))
+        return {layer.name: count for layer, count in zip(self._layers, counts, strict=True)}, spent

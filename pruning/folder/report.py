@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import PALETTE, Series, chart, compact
+from leanstep._charts import COLORS, Series, chart, compact
 from leanstep._page import render
-from leanstep.pruning.allocate.budgets import UNITS
+from leanstep.pruning.allocate.allocation import UNITS
+from leanstep.pruning.score.targets import role_of
 
-_MOST_LINES = len(PALETTE)
+_MOST_LINES = COLORS
 _MOST_CHARTS = 12
 _MOST_ROWS = 1000
 ZEROS_ALONE = (
@@ -91,11 +91,6 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
 
 
-def role_of(name: str) -> str:
-    """The kind of a matrix within its block: ``q_proj``, ``c_fc``, ``down_proj``."""
-    return re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").rpartition(".")[2]
-
-
 def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Sparsity over depth, a line for each kind of matrix."""
     roles: dict[str, list[tuple[float, float]]] = {}
@@ -129,7 +124,7 @@ def _curve_charts(content: Mapping[str, Any]) -> str:
         for number, curve in enumerate(curves[::step]):
             block = blocks.get(curve["name"])
             label = curve["name"] if block is None or role == "all" else f"block {block}"
-            sparsities = [1 - kept / curve["numel"] for kept in curve["kept"]]
+            sparsities = [1 - count / curve["numel"] for count in curve["counts"]]
             series.append(Series(label, sparsities[1:], curve["distortion"][1:], color=number, dots=True))
         drawn.append(chart(series, title=role, x_label="sparsity", log_y=True))
     return "".join(drawn)

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +18,18 @@ from torch import Tensor, nn
 
 from leanstep._files import free_bytes, is_disk_full, remove_leftovers, staged_folder
 from leanstep._version import __version__
-from leanstep.pruning.folder.checkpoint import (
+from leanstep.pruning.folder.checkpoint import copy_others, write_weights
+from leanstep.pruning.folder.loading import (
     Checkpoint,
     checkpoint_values,
-    copy_others,
     load_model,
     open_checkpoint,
+    open_tokenizer,
     stored_parameters,
-    write_weights,
 )
-from leanstep.pruning.folder.loading import open_tokenizer
-from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Progress, evaluating
-from leanstep.pruning.measure.metrics import CEDelta, summarise
+from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 
@@ -51,6 +50,9 @@ class CalibrationText:
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
         seed: of the random choice of sequences.
+
+    Raises:
+        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
     """
 
     documents: tuple[str, ...]
@@ -61,6 +63,13 @@ class CalibrationText:
     held_out_documents: tuple[str, ...] | None = None
     seq_len: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
+            raise ValueError(
+                "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
+                f"{self.samples}, {self.curve_samples} and {self.held_out}"
+            )
 
 
 def prune_checkpoint(
@@ -212,7 +221,7 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
     """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
     rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
     for group in result.groups:
-        pattern = result.levels[group.name][1]
+        pattern = result.allocation.patterns.get(group.name)
         for target in group.targets:
             if pattern and target.expert is None and target.parameter in rows:
                 rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
@@ -221,14 +230,9 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    if text.curve_samples > text.samples:
-        raise ValueError(
-            f"expected at most samples = {text.samples} sequences for the curves, got curve_samples = "
-            f"{text.curve_samples}"
-        )
     tokenizer = open_tokenizer(checkpoint.folder)
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
-    length = text.seq_len or min(tokenizer.model_max_length, positions, 2048)
+    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:
         raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
     vocabulary = checkpoint.config.get("vocab_size")
@@ -254,12 +258,45 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
     return sequences[text.held_out :], sequences[: text.held_out]
 
 
+def token_sequences(
+    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
+) -> Tensor:
+    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
+
+    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
+
+    Args:
+        encode: a text -> its token numbers, without special tokens.
+        texts: the documents.
+        count: number of sequences.
+        length: tokens per sequence.
+        end: the token appended to every document; None appends nothing.
+        seed: of the random choice and order of the pieces.
+
+    Returns:
+        int64 [count, length].
+
+    Raises:
+        ValueError: for too little text; the message gives both numbers of tokens.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += encode(text)
+        if end is not None:
+            tokens.append(end)
+    pieces = len(tokens) // length
+    if pieces < count:
+        raise ValueError(
+            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
+            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
+        )
+    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
+
+
 def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
     """Perplexity over some sequences, and the number of predicted tokens."""
-    metric = CEDelta()
-    per_batch = []
     with evaluating(model):
-        for batch in as_batches(sequences, model, batch_size=4):
-            output = batch.run(model)
-            per_batch.append(metric.compare(torch.zeros(batch.size, dtype=torch.float64), output, batch))
+        batches = as_batches(sequences, model, batch_size=4)
+        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
     return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

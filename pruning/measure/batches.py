@@ -1,15 +1,14 @@
-"""Calibration data: batches in one form, token sequences cut from text, and batch-norm statistics."""
+"""Calibration data: batches in one form."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,11 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
         what: name of the data in error messages.
 
     Raises:
-        ValueError: for no data, or images for a language model.
+        ValueError: for no data, a batch size below 1, or images for a language model.
         TypeError: for batches of another kind.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(data, Tensor):
         given: Iterable[Any] = data.split(batch_size) if len(data) else ()
     elif isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
@@ -84,13 +85,13 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+    options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
     if isinstance(batch, Tensor):
-        if extra and batch.is_floating_point():
+        if options and batch.is_floating_point():
             raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {batch.dtype} as for images")
         labels = batch.to(device) if not batch.is_floating_point() and batch.dim() == 2 else None
-        if extra:
-            return Batch((), {"input_ids": move(batch), **extra}, labels=labels)
+        if options:
+            return Batch((), {"input_ids": move(batch), **options}, labels=labels)
         if _is_transformers(model) and batch.is_floating_point():
             return Batch((), {str(model.main_input_name): move(batch)})
         return Batch((move(batch),), labels=labels)
@@ -104,7 +105,7 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
         if labels is None and "input_ids" in kwargs:
             labels = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
-        return Batch((), {**kwargs, **extra}, None if mask is None else mask.bool(), labels)
+        return Batch((), {**kwargs, **options}, None if mask is None else mask.bool(), labels)
     raise TypeError(
         f"{what}: expected batches that are tensors, (inputs, labels) or mappings, got {type(batch).__name__}"
     )
@@ -125,86 +126,3 @@ def batches_hash(batches: Sequence[Batch]) -> str:
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def token_sequences(
-    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
-) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
-
-    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
-
-    Args:
-        encode: a text -> its token numbers, without special tokens.
-        texts: the documents.
-        count: number of sequences.
-        length: tokens per sequence.
-        end: the token appended to every document; None appends nothing.
-        seed: of the random choice and order of the pieces.
-
-    Returns:
-        int64 [count, length].
-
-    Raises:
-        ValueError: for too little text; the message gives both numbers of tokens.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += encode(text)
-        if end is not None:
-            tokens.append(end)
-    pieces = len(tokens) // length
-    if pieces < count:
-        raise ValueError(
-            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
-            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
-        )
-    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
-
-
-@torch.no_grad()
-def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> int:
-    """Recompute the running means and variances of a pruned model's batch norms; change nothing else.
-
-    Pruning makes outputs smaller than the stored statistics say. Without fine-tuning, this costs a convolutional
-    network much of its accuracy. :func:`leanstep.pruning.prune` does not change the statistics, because curves are
-    measured with them.
-
-    Args:
-        model: a pruned model. Its mode is restored.
-        data: see :func:`leanstep.pruning.measure.batches.as_batches`; labels are not needed.
-        batch_size: samples per batch, if ``data`` is a tensor. Statistics are means over batches.
-
-    Returns:
-        Number of batch norms.
-
-    Raises:
-        ValueError: for no data. After any error, the statistics are restored.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
-        return 0
-    batches = as_batches(data, model, batch_size=batch_size)
-    modes = {module: module.training for module in model.modules()}
-    before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            # None: mean over all batches, not a moving average
-            norm.momentum = None
-            norm.train()
-        for batch in batches:
-            batch.run(model)
-    except BaseException:
-        for norm, (_, buffers) in zip(norms, before, strict=True):
-            for name, value in norm.named_buffers():
-                value.copy_(buffers[name])
-        raise
-    finally:
-        for norm, (momentum, _) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
-    return len(norms)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from leanstep._files import write_text
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import Group
+from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
 
 Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -30,7 +31,7 @@ class Curve:
     Attributes:
         name: name of the layer.
         numel: weights of the matrix, zeros included.
-        kept: kept weights at each level, strictly decreasing. The first level is the unchanged matrix.
+        counts: number of weights left at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
         metric: what D is, for instance "kl"; D of different metrics must not be added.
@@ -44,40 +45,45 @@ class Curve:
 
     name: str
     numel: int
-    kept: tuple[int, ...]
+    counts: tuple[int, ...]
     distortion: tuple[float, ...]
     stderr: tuple[float, ...]
     metric: str
     patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("kept", "distortion", "stderr", "patterns"):  # JSON has lists
+        for field in ("counts", "distortion", "stderr", "patterns"):  # JSON has lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
         problem = self._problem()
         if problem:
             raise ValueError(f"Curve {self.name!r}: {problem}")
 
     def _problem(self) -> str:
-        lengths = {len(self.kept), len(self.distortion), len(self.stderr), len(self.patterns) or len(self.kept)}
-        if len(lengths) > 1 or not self.kept:
-            return "expected as many kept counts as distortions, standard errors and patterns, and at least one"
-        if any(a <= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
-            return f"kept counts must strictly decrease, got {self.kept}"
-        if not 0 <= self.kept[-1] <= self.kept[0] <= self.numel:
-            return f"kept counts must be in 0 .. {self.numel}, got {self.kept[-1]} .. {self.kept[0]}"
+        lengths = {len(self.counts), len(self.distortion), len(self.stderr), len(self.patterns) or len(self.counts)}
+        if len(lengths) > 1 or not self.counts:
+            return "expected as many counts as distortions, standard errors and patterns, and at least one"
+        if any(a <= b for a, b in zip(self.counts, self.counts[1:], strict=False)):
+            return f"counts must strictly decrease, got {self.counts}"
+        if not 0 <= self.counts[-1] <= self.counts[0] <= self.numel:
+            return f"counts must be in 0 .. {self.numel}, got {self.counts[-1]} .. {self.counts[0]}"
         if self.distortion[0] != 0.0:
             return (
                 f"nothing is pruned at the first level, so its distortion must be exactly 0; got {self.distortion[0]}"
             )
         if not all(map(math.isfinite, (*self.distortion, *self.stderr))) or min(self.stderr) < 0:
             return "distortions and standard errors must be finite, and errors not negative"
-        for pattern, kept in zip(self.patterns, self.kept, strict=False):
+        for pattern, count in zip(self.patterns, self.counts, strict=False):
             parsed = NM.parse(pattern)
-            if kept * parsed.m != parsed.n * self.numel:
+            if count * parsed.m != parsed.n * self.numel:
                 return (
-                    f"the pattern {pattern} keeps {parsed.density * self.numel:g} of {self.numel} weights, not {kept}"
+                    f"the pattern {pattern} keeps {parsed.density * self.numel:g} of {self.numel} weights, not {count}"
                 )
         return ""
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The former name of :attr:`counts`."""
+        return self.counts
 
     def cleaned(self) -> Curve:
         """The curve made non-decreasing in sparsity and not negative.
@@ -95,23 +101,23 @@ class Curve:
             values = isotonic_regression(values, weights=weights).x
         return replace(self, distortion=(0.0, *np.maximum(values, 0.0).tolist()))
 
-    def at(self, kept: int) -> float:
-        """D with ``kept`` weights left: linear in the count between levels.
+    def at(self, count: int) -> float:
+        """D with ``count`` weights left: linear in the count between levels.
 
         Raises:
             ValueError: for a count outside the curve's levels.
         """
-        if not self.kept[-1] <= kept <= self.kept[0]:
+        if not self.counts[-1] <= count <= self.counts[0]:
             raise ValueError(
-                f"Curve {self.name!r}: kept = {kept} is outside its levels {self.kept[-1]} .. {self.kept[0]}"
+                f"Curve {self.name!r}: a count of {count} is outside its levels {self.counts[-1]} .. {self.counts[0]}"
             )
-        return float(np.interp(kept, self.kept[::-1], self.distortion[::-1]))
+        return float(np.interp(count, self.counts[::-1], self.distortion[::-1]))
 
     def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
         """The curve, cleaned, with levels between the measured ones: ``points`` in all, unless more were measured.
 
         The measured levels keep their counts and their cleaned D. A monotone cubic joins them, in log D over
-        log(removed / kept). Curves are nearly straight there: D is about a power of the sparsity where that is small,
+        log(removed / left). Curves are nearly straight there: D is about a power of the sparsity where that is small,
         and of the density where that is small. Between the first two levels, D is a power of the removed count, with an
         exponent from 1 to 4. Half of the added levels are evenly spaced in the count, half in its logarithm. Each keeps
         a multiple of ``unit`` more than the last level.
@@ -124,43 +130,43 @@ class Curve:
         if points < 2 or unit < 1:
             raise ValueError(f"Curve.dense_grid: expected points >= 2 and unit >= 1, got {points} and {unit}")
         clean = self.cleaned()
-        measured = np.array(clean.kept)
-        kept = np.union1d(measured, clean._between(points - len(measured), unit))[::-1]
-        values = np.array([0.0, *clean._interpolate(kept[1:])])
-        values[np.isin(kept, measured)] = clean.distortion
+        measured = np.array(clean.counts)
+        counts = np.union1d(measured, clean._between(points - len(measured), unit))[::-1]
+        values = np.array([0.0, *clean._interpolate(counts[1:])])
+        values[np.isin(counts, measured)] = clean.distortion
         values = np.maximum.accumulate(values)
-        errors = np.interp(kept, self.kept[::-1], self.stderr[::-1])
+        errors = np.interp(counts, self.counts[::-1], self.stderr[::-1])
         return replace(
-            clean, kept=tuple(kept.tolist()), distortion=tuple(values.tolist()), stderr=tuple(errors.tolist())
+            clean, counts=tuple(counts.tolist()), distortion=tuple(values.tolist()), stderr=tuple(errors.tolist())
         )
 
-    def _between(self, count: int, unit: int) -> np.ndarray:
-        """At most ``count`` kept counts from the last level to the first."""
-        first, last = self.kept[0], self.kept[-1]
-        half = max(count, 0) // 2
-        even = np.linspace(last, first, max(count, 0) - half)
+    def _between(self, number: int, unit: int) -> np.ndarray:
+        """At most ``number`` counts from the last level to the first."""
+        first, last = self.counts[0], self.counts[-1]
+        half = max(number, 0) // 2
+        even = np.linspace(last, first, max(number, 0) - half)
         log_even = np.geomspace(last + 0.5, first + 0.5, half) - 0.5
         steps = np.rint((np.concatenate([even, log_even]) - last) / unit).clip(0, (first - last) // unit)
         return last + steps.astype(np.int64) * unit
 
-    def _coordinate(self, kept: np.ndarray) -> np.ndarray:
-        """log(removed / kept), with half a weight added to both to stay finite."""
-        return np.log((self.kept[0] - kept + 0.5) / (kept + 0.5))
+    def _coordinate(self, counts: np.ndarray) -> np.ndarray:
+        """log(removed / left), with half a weight added to both to stay finite."""
+        return np.log((self.counts[0] - counts + 0.5) / (counts + 0.5))
 
-    def _interpolate(self, kept: np.ndarray) -> np.ndarray:
+    def _interpolate(self, counts: np.ndarray) -> np.ndarray:
         """D of a cleaned curve at counts."""
         positive = np.array(self.distortion) > 0
-        known, values = np.array(self.kept)[positive], np.array(self.distortion)[positive]
+        known, values = np.array(self.counts)[positive], np.array(self.distortion)[positive]
         if not len(known):
-            return np.zeros(len(kept))
+            return np.zeros(len(counts))
         x, y = self._coordinate(known), np.log(values)
-        fitted = np.exp(monotone_cubic(x, y, self._coordinate(kept)))
+        fitted = np.exp(monotone_cubic(x, y, self._coordinate(counts)))
         # above the first distorted level: a power of the count removed beyond the last undistorted one
-        start = self.kept[int(np.argmax(positive)) - 1]
+        start = self.counts[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
         power = np.clip((y[1] - y[0]) / (removed[1] - removed[0]), 1.0, _STEEPEST) if len(x) > 1 else 2.0
-        share = np.clip((start - kept) / (start - known[0]), 0.0, 1.0)
-        return np.where(kept > known[0], values[0] * share**power, fitted)
+        share = np.clip((start - counts) / (start - known[0]), 0.0, 1.0)
+        return np.where(counts > known[0], values[0] * share**power, fitted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -168,8 +174,8 @@ class Curve:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Curve:
-        """The curve that :meth:`to_dict` wrote."""
-        return cls(**values)
+        """The curve that :meth:`to_dict` wrote, also under the former name of ``counts``."""
+        return cls(**{"counts" if key == "kept" else key: value for key, value in values.items()})
 
 
 def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -186,10 +192,8 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     return CubicHermiteSpline(x, y, slopes)(np.clip(at, x[0], x[-1]))
 
 
-def level_grid(
-    numel: int, target: float, *, lowest: float = 0.0, highest: float = 0.95, extra: Iterable[float] = (), unit: int = 1
-) -> tuple[int, ...]:
-    """Kept counts at which to measure a curve, for a target sparsity of the model.
+def level_grid(numel: int, target: float, *, highest: float = 0.95) -> tuple[int, ...]:
+    """Counts of weights at which to measure a curve, for a target sparsity of the model.
 
     Sparsities 0, 0.1, 0.2, 0.3, 0.4; target plus and minus 0.05, 0.1, 0.15, 0.2, 0.25; and 1 - 2^-j, which are dense
     near 1, where layers differ most. At a target of 98 %, an even grid has only two or three useful points.
@@ -197,10 +201,7 @@ def level_grid(
     Args:
         numel: weights of the matrix.
         target: sparsity of the whole model, 0 <= target < 1.
-        lowest, highest: bounds of the pruned levels' sparsities, 0 <= lowest <= highest <= 1. The default never removes
-            a whole matrix.
-        extra: more sparsities.
-        unit: removed counts are multiples of this.
+        highest: largest sparsity, at most 1. The default never removes a whole matrix.
 
     Returns:
         Strictly decreasing, the first ``numel``.
@@ -208,71 +209,62 @@ def level_grid(
     Raises:
         ValueError: for values out of range.
     """
-    if not 0 <= target < 1 or not 0 <= lowest <= highest <= 1 or unit < 1 or numel < 1:
+    if not 0 <= target < 1 or not 0 <= highest <= 1 or numel < 1:
         raise ValueError(
-            f"level_grid: expected 0 <= target < 1, 0 <= lowest <= highest <= 1, unit >= 1 and numel >= 1; got target "
-            f"{target}, lowest {lowest}, highest {highest}, unit {unit}, numel {numel}"
+            f"level_grid: expected 0 <= target < 1, 0 <= highest <= 1 and numel >= 1; got target {target}, highest "
+            f"{highest}, numel {numel}"
         )
     near = [target + sign * step for step in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25) for sign in (-1, 1)]
     halvings = [1 - 0.5**j for j in range(1, 8)]
-    wanted = [0.1, 0.2, 0.3, 0.4, *near, *halvings, highest, *extra]
-    inside = [s for s in wanted if max(lowest, 1e-9) <= s <= highest]
-    most = int(highest * numel / unit + 1e-9)
-    removed = {0, *(min(round(s * numel / unit), most) * unit for s in inside)}
-    return tuple(numel - r for r in sorted(removed))
+    inside = [s for s in (0.1, 0.2, 0.3, 0.4, *near, *halvings, highest) if 0 < s <= highest]
+    most = int(highest * numel + 1e-9)
+    return tuple(numel - removed for removed in sorted({0, *(min(round(s * numel), most) for s in inside)}))
 
 
 def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Kept counts and patterns m:m, (m-1):m, ..., fewest:m: the levels of mixed N:M sparsity.
+    """Counts of weights and patterns m:m, (m-1):m, ..., fewest:m: the levels of mixed N:M sparsity.
 
     Raises:
         ValueError: if groups of m do not fill ``numel`` weights, or ``fewest`` is not in 0 .. m.
     """
     if m < 1 or numel % m or not 0 <= fewest <= m:
         raise ValueError(f"nm_levels: groups of {m} must fill the {numel} weights, and 0 <= fewest = {fewest} <= {m}")
-    counts = range(m, fewest - 1, -1)
-    return tuple(numel // m * n for n in counts), tuple(f"{n}:{m}" for n in counts)
+    every = range(m, fewest - 1, -1)
+    return tuple(numel // m * n for n in every), tuple(f"{n}:{m}" for n in every)
 
 
 def levels_of(
-    groups: Sequence[Group],
-    sparsity: float,
-    pattern: str = "unstructured",
-    *,
-    levels: Sequence[float] | None = None,
-    highest: float = 0.95,
+    groups: Sequence[Group], sparsity: float, pattern: str = "unstructured", *, levels: Sequence[float] | None = None
 ) -> Levels:
-    """Kept counts and N:M patterns of every group's levels. Existing zeros stay zero."""
+    """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero."""
+    if pattern != "unstructured":
+        letter, _, m = pattern.partition(":")
+        if letter != "N" or not m.isdigit() or int(m) < 2:
+            raise ValueError(
+                f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
+            )
+        check_filled(groups, int(m))
+        return {group.name: nm_levels(group.layer.numel, int(m), fewest=max(1, int(m) // 4)) for group in groups}
     # beyond the target, but never a whole matrix: no training brings it back
-    highest = max(highest, min(sparsity + 0.02, 1 - (1 - sparsity) / 4))
+    highest = max(0.95, min(sparsity + 0.02, 1 - (1 - sparsity) / 4))
     by_group: Levels = {}
     for group in groups:
         size = group.layer.numel
-        patterns: tuple[str, ...] = ()
-        if pattern == "unstructured":
-            kept = (
-                level_grid(size, sparsity, highest=highest)
-                if levels is None
-                else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
-            )
-            nonzero = sum(int(target.weight.count_nonzero()) for target in group.targets)
-            if nonzero < kept[0]:
-                kept = (nonzero, *(count for count in kept if count < nonzero))
-        else:
-            letter, _, m = pattern.partition(":")
-            if letter != "N" or not m.isdigit() or int(m) < 2:
-                raise ValueError(
-                    f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
-                )
-            for target in group.targets:
-                if target.weight.shape[1] % int(m):
-                    raise ValueError(
-                        f"{target.name} has {target.weight.shape[1]} inputs, which groups of {m} do not fill; leave it "
-                        "out with exclude, or take another M"
-                    )
-            kept, patterns = nm_levels(size, int(m), fewest=max(1, int(m) // 4))
-        by_group[group.name] = (tuple(kept), tuple(patterns))
+        counts = (
+            level_grid(size, sparsity, highest=highest)
+            if levels is None
+            else tuple(sorted({size - round(size * level) for level in (0.0, *levels)}, reverse=True))
+        )
+        if (nonzero := group.nonzero()) < counts[0]:
+            counts = (nonzero, *(count for count in counts if count < nonzero))
+        by_group[group.name] = (counts, ())
     return by_group
+
+
+def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list[tuple[int, str]]:
+    """(count, N:M pattern or "") of each level of a group."""
+    counts, patterns = levels
+    return list(zip(counts, patterns or ("",) * len(counts), strict=True))
 
 
 class PartialCurves:
@@ -292,16 +284,16 @@ class PartialCurves:
         if path.exists():
             self._read()
 
-    def add(self, name: str, kept: int, point: Distortion) -> None:
+    def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
             if new:
                 file.write(json.dumps({"identity": self.identity}) + "\n")
-            file.write(json.dumps([name, kept, point.mean, point.stderr]) + "\n")
+            file.write(json.dumps([name, count, point.mean, point.stderr]) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.points[name, kept] = point
+        self.points[name, count] = point
 
     def _read(self) -> None:
         raw = self.path.read_text(encoding="utf-8")
@@ -310,7 +302,7 @@ class PartialCurves:
         try:
             identity = json.loads(lines[0])["identity"] if lines else self.identity
             rows = [json.loads(line) for line in lines[1:]]
-            self.points = {(str(name), int(kept)): Distortion(mean, error) for name, kept, mean, error in rows}
+            self.points = {(str(name), int(count)): Distortion(mean, error) for name, count, mean, error in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds no measured curves ({error}); remove it, or name another file"
@@ -323,10 +315,7 @@ class PartialCurves:
                 "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
-            partial = self.path.with_name(f"{self.path.name}.tmp")
-            partial.write_text(whole, encoding="utf-8")
             if lines:
-                os.replace(partial, self.path)
+                write_text(self.path, whole)
             else:
-                partial.unlink()
                 self.path.unlink()

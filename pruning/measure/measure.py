@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, levels_of
-from leanstep.pruning.measure.metrics import LOCAL_METRICS, Distortion, Metric, make_metric, metric_name, summarise
-from leanstep.pruning.score.base import NEEDS, LayerStatistics
-from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group, statistics_for
+from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, counts_and_patterns, levels_of
+from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
+from leanstep.pruning.result import Allocation
+from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
 # largest tolerated change of the output of unchanged weights
@@ -38,7 +38,6 @@ def measure_curves(
     granularity: str = "matrix",
     groups: Sequence[Group] | None = None,
     levels: Sequence[float] | None = None,
-    highest: float = 0.95,
     score_options: Mapping[str, Any] | None = None,
     score_data: Any = None,
     batch_size: int = 8,
@@ -57,12 +56,11 @@ def measure_curves(
         sparsity: target of the model; the grid of levels is finest around it.
         score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
-        metric: ``kl`` (default for language models), ``kl_topk``, ``mse_logits`` (default for others), ``nmse_hidden``,
-            ``ce_delta``; or ``local_nmse`` and ``fisher``, measured at the layer without the rest of the model.
+        metric: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits`` (default for
+            others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
         groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
         levels: sparsities to measure; None: a grid around ``sparsity``.
-        highest: sparsest level of the grid, unless the target needs a sparser one.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         score_data: data for the score's statistics; None: ``data``.
         batch_size: samples per pass, if ``data`` is a tensor.
@@ -87,29 +85,25 @@ def measure_curves(
         Deep Neural Networks", arXiv 2308.10438.
     """
     groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
-    wanted = levels_of(groups, sparsity, pattern, levels=levels, highest=highest)
+    wanted = levels_of(groups, sparsity, pattern, levels=levels)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
-    name = metric_name(metric, model)
     partial = None
     if resume is not None:
         identity = {
             "weights": weights_hash(model),
             "data": batches_hash(batches),
             "score data": batches_hash(source),
-            "metric": name,
+            "metric": metric_name(metric, model),
             "score": score,
             "score options": dict(score_options or {}),
             "levels": hashlib.sha256(repr(wanted).encode()).hexdigest(),
         }
         partial = PartialCurves(Path(resume), identity)
     with evaluating(model):
-        if name in LOCAL_METRICS:
-            pruning = Pruning(ActivationCache(model, source, enabled=prefix_cache), score, score_options)
-            return _measure_locally(groups, wanted, name, pruning, progress)
-        with closing(Measurement(model, batches, metric, prefix_cache=prefix_cache)) as measurement:
-            cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
-            return measurement.curves(groups, wanted, Pruning(cache, score, score_options), partial, progress)
+        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
+        cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
+        return measurement.curves(groups, wanted, Pruning(cache, score, score_options), partial, progress)
 
 
 class Measurement:
@@ -140,18 +134,11 @@ class Measurement:
                 "that eval() does not switch off or from kernels that are not deterministic"
             )
 
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self.metric.close()
-
     def joint(self) -> Distortion:
         """Distortion of the current weights."""
+        assert self.cache.position == 0
         with evaluating(self.model):
-            sums_and_counts = [
-                self.metric.compare(dense, batch.run(self.model), batch)
-                for dense, batch in zip(self.reference, self.batches, strict=True)
-            ]
-        return summarise(sums_and_counts)
+            return self._run()
 
     def curves(
         self,
@@ -162,50 +149,45 @@ class Measurement:
         progress: Progress | None = None,
     ) -> dict[str, Curve]:
         """Measure the curves of all groups, in the order of the stages."""
-        total = sum(len(levels[group.name][0]) - 1 for group in groups)
-        done = 0
-        curves: dict[str, Curve] = {}
+        wanted = {group.name: counts_and_patterns(levels[group.name])[1:] for group in groups}
         points = {} if partial is None else partial.points
-        for start, stage in self.cache.by_start(groups):
-            missing = [g for g in stage if any((g.name, kept) not in points for kept in levels[g.name][0][1:])]
-            pruners = Pruners(pruning, (), {})
-            if missing:
-                self._enter(start)
-                pruners = pruning.pruners(missing, start)
-            for group in stage:
-                kept, patterns = levels[group.name]
-                measured = {count: points[group.name, count] for count in kept[1:] if (group.name, count) in points}
-                for level, count in enumerate(kept):
-                    if level == 0 or count in measured:
-                        continue
-                    pattern = patterns[level] if patterns else ""
-                    # do not name the pruned matrices: a name would hold them in memory until the next level
-                    point = measured[count] = self.measure(prune_group(group, pruners, count, pattern))
-                    if partial is not None:
-                        partial.add(group.name, count, point)
-                    if progress is not None:
-                        progress(done + len(measured), total, group.name)
-                pruners.release(group)
-                done += len(kept) - 1
-                curves[group.name] = curve_of(group, levels[group.name], measured, self.metric.name)
-        self.cache.reset()
-        pruning.cache.reset()
-        return {group.name: curves[group.name] for group in groups}
+        missing = {n: [x for x in pairs if (n, x[0]) not in points] for n, pairs in wanted.items()}
+        total = sum(map(len, wanted.values()))
+        done = total - sum(map(len, missing.values()))
+        for group, pruners in self._pruned_alone([group for group in groups if missing[group.name]], pruning):
+            for count, pattern in missing[group.name]:
+                # do not name the pruned matrices: a name would hold them in memory until the next level
+                point = self.measure(prune_group(group, pruners, count, pattern))
+                if partial is not None:
+                    partial.add(group.name, count, point)
+                points[group.name, count] = point
+                done += 1
+                if progress is not None:
+                    progress(done, total, group.name)
+        return {
+            group.name: curve_of(
+                group,
+                levels[group.name],
+                [points[group.name, count] for count, _ in wanted[group.name]],
+                self.metric.name,
+            )
+            for group in groups
+        }
 
-    def singles(
-        self, groups: Sequence[Group], allocated: Mapping[str, tuple[int, str]], pruning: Pruning
-    ) -> dict[str, Distortion]:
-        """Distortion of each group alone at its allocated level: kept weights, and an N:M pattern or ""."""
-        distortions: dict[str, Distortion] = {}
+    def singles(self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning) -> list[Distortion]:
+        """Distortion of each group alone at its allocated level, in the order of the stages."""
+        return [
+            self.measure(prune_group(group, pruners, *allocation.level(group.name)))
+            for group, pruners in self._pruned_alone(groups, pruning)
+        ]
+
+    def _pruned_alone(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[Group, Pruners]]:
+        """Each group with its pruners, in the order of the stages; the caches are at the stage of the group."""
         for start, stage in self.cache.by_start(groups):
             self._enter(start)
-            pruners = pruning.pruners(stage, start)
-            for group in stage:
-                distortions[group.name] = self.measure(prune_group(group, pruners, *allocated[group.name]))
-                pruners.release(group)
+            yield from pruning.each(stage, start)
         self.cache.reset()
         pruning.cache.reset()
-        return distortions
 
     def _enter(self, start: int) -> None:
         """Cache the activations before a stage, and check that this changes no output."""
@@ -225,72 +207,35 @@ class Measurement:
         )
 
     def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on. Restores the matrices."""
-        with restored_weights([target for target, _ in changed]):
+        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit."""
+        saved = [target.weight.clone() for target, _ in changed]
+        try:
             for target, weight in changed:
                 target.weight.copy_(weight)
             return self._run()
+        finally:
+            for (target, _), weight in zip(changed, saved, strict=True):
+                target.weight.copy_(weight)
 
 
 def curve_of(
     group: Group,
     levels: tuple[tuple[int, ...], tuple[str, ...]],
-    measured: Mapping[int, Distortion],
+    points: Sequence[Distortion],
     metric: str,
     base: float = 0.0,
 ) -> Curve:
-    """The curve of a group from the distortions at its levels, less ``base``."""
-    kept, patterns = levels
-    points = [measured[count] for count in kept[1:]]
+    """The curve of a group from the distortions at its pruned levels, less ``base``."""
+    counts, patterns = levels
     return Curve(
         name=group.name,
         numel=group.layer.numel,
-        kept=kept,
+        counts=counts,
         distortion=(0.0, *(point.mean - base for point in points)),
         stderr=(0.0, *(0.0 if math.isnan(point.stderr) else point.stderr for point in points)),
         metric=metric,
         patterns=patterns,
     )
-
-
-def _measure_locally(
-    groups: Sequence[Group], levels: Levels, metric: str, pruning: Pruning, progress: Progress | None
-) -> dict[str, Curve]:
-    """Curves from the layer's own statistics: one pass over the data for each group, for all its levels.
-
-    ``local_nmse``: tr(dW H dW') / tr(W H W') with H the sum over tokens of x x'. ``fisher``: 1/2 sum_j F_jj dw_j^2
-    with F the mean over samples of the squared gradient.
-    """
-    curves: dict[str, Curve] = {}
-    total = sum(len(levels[group.name][0]) - 1 for group in groups)
-    done = 0
-    needed = "gram" if metric == "local_nmse" else "gradients"
-    for group in groups:
-        statistics = statistics_for(pruning.cache, group.targets, sorted({needed, *NEEDS[pruning.score]}))
-        pruners = {target.name: pruning.pruner(target, statistics[target.name]) for target in group.targets}
-        kept, patterns = levels[group.name]
-        measured = {}
-        for k, count in enumerate(kept[1:], 1):
-            changes = prune_group(group, pruners, count, patterns[k] if patterns else "")
-            value = sum(_local(metric, target.weight, new, statistics[target.name]) for target, new in changes)
-            measured[count] = Distortion(value, 0.0)
-            done += 1
-            if progress is not None:
-                progress(done, total, group.name)
-        curves[group.name] = curve_of(group, levels[group.name], measured, metric)
-    return curves
-
-
-def _local(metric: str, dense: Tensor, pruned: Tensor, statistics: LayerStatistics) -> float:
-    dense, change = dense.float(), (dense - pruned).float()
-    if metric == "fisher":
-        assert statistics.gradients is not None
-        fisher = statistics.gradients.square().mean(0).view(change.shape)
-        return 0.5 * float((fisher * change.square()).sum(dtype=torch.float64))
-    assert statistics.gram is not None
-    error = (change @ statistics.gram * change).sum(dtype=torch.float64)
-    whole = (dense @ statistics.gram * dense).sum(dtype=torch.float64)
-    return float(error / whole) if float(whole) > 0 else 0.0
 
 
 class WeightSnapshot:
@@ -369,17 +314,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def restored_weights(targets: Sequence[Target]) -> Iterator[None]:
-    """Context manager: restores these matrices on exit, bit for bit."""
-    saved = [target.weight.clone() for target in targets]
-    try:
-        yield
-    finally:
-        for target, weight in zip(targets, saved, strict=True):
-            target.weight.copy_(weight)
 
 
 def weights_hash(model: nn.Module) -> str:

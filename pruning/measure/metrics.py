@@ -15,9 +15,6 @@ from leanstep.pruning.measure.batches import Batch
 
 __all__ = ["Distortion", "Metric", "kl_divergence", "make_metric", "metric_name", "summarise"]
 
-# measured at the layer, without running the rest of the model
-LOCAL_METRICS = ("local_nmse", "fisher")
-
 
 class Distortion(NamedTuple):
     """A mean and its standard error."""
@@ -46,15 +43,12 @@ class Metric:
     def prepare(self, model: nn.Module) -> None:
         """Set up the metric for a model; called once, before the first measurement."""
 
-    def close(self) -> None:
-        """Undo the changes of :meth:`prepare` to the model."""
-
 
 class _TokenMetric(Metric):
     """Mean over unmasked tokens of a value per token. A classifier's output counts as one token per sample."""
 
     def reference(self, output: Any, batch: Batch) -> list[Any]:
-        return [self._keep(rows) for rows in _rows(logits_of(output), batch)]
+        return [self._reference_of(rows) for rows in _rows(logits_of(output), batch)]
 
     def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
@@ -63,7 +57,7 @@ class _TokenMetric(Metric):
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
 
-    def _keep(self, rows: Tensor) -> Any:
+    def _reference_of(self, rows: Tensor) -> Any:
         raise NotImplementedError
 
     def _values(self, dense: Any, rows: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ class KL(_TokenMetric):
 
     name = "kl"
 
-    def _keep(self, rows: Tensor) -> Tensor:
+    def _reference_of(self, rows: Tensor) -> Tensor:
         return rows.float().log_softmax(-1)
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
@@ -117,7 +111,7 @@ class KLTopK(_TokenMetric):
     def __init__(self, k: int = 512) -> None:
         self.k = k
 
-    def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _reference_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         log_probabilities = rows.float().log_softmax(-1)
         top_indices = log_probabilities.topk(min(self.k, rows.shape[-1]), dim=-1).indices
         return top_indices, _bucketed(log_probabilities, top_indices)
@@ -149,70 +143,15 @@ class MSELogits(_TokenMetric):
     def prepare(self, model: nn.Module) -> None:
         self.centred = output_head(model) is not None
 
-    def _keep(self, rows: Tensor) -> Tensor:
+    def _reference_of(self, rows: Tensor) -> Tensor:
         rows = rows.float()
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
-        return (dense - self._keep(rows)).square().mean(-1)
+        return (dense - self._reference_of(rows)).square().mean(-1)
 
 
-class NMSEHidden(Metric):
-    """||h - h~||^2 / ||h||^2 of the head's input h, over all unmasked tokens."""
-
-    name = "nmse_hidden"
-
-    def __init__(self) -> None:
-        self._inputs: list[Tensor] = []
-        self._handle: Any = None
-
-    def prepare(self, model: nn.Module) -> None:
-        head = output_head(model)
-        if head is None:
-            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-            if not linears:
-                raise ValueError(f"the metric nmse_hidden needs a head, {type(model).__name__} has no linear layer")
-            head = linears[-1]
-        self.close()
-        self._handle = head.register_forward_pre_hook(lambda module, args: self._inputs.append(args[0].detach()))
-
-    def close(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def reference(self, output: Any, batch: Batch) -> list[Tensor]:
-        hidden = self._inputs.pop()
-        self._inputs.clear()
-        return [rows.float() for rows in _rows(hidden, batch)]
-
-    def compare(self, reference: list[Tensor], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        pruned = self.reference(output, batch)
-        pairs = list(zip(reference, pruned, strict=True))
-        sums = torch.stack([(dense - other).double().square().sum() for dense, other in pairs]).cpu()
-        return sums, torch.stack([dense.double().square().sum() for dense, _ in pairs]).cpu()
-
-
-class CEDelta(Metric):
-    """Mean cross-entropy of the pruned model less that of the dense one. Noisy, and may be negative."""
-
-    name = "ce_delta"
-
-    def reference(self, output: Any, batch: Batch) -> Tensor:
-        return _losses(output, batch)[0]
-
-    def compare(self, reference: Tensor, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        sums, counts = _losses(output, batch)
-        return sums - reference, counts
-
-
-METRICS: dict[str, Callable[[], Metric]] = {
-    "kl": KL,
-    "kl_topk": KLTopK,
-    "mse_logits": MSELogits,
-    "nmse_hidden": NMSEHidden,
-    "ce_delta": CEDelta,
-}
+METRICS: dict[str, Callable[[], Metric]] = {"kl": KL, "kl_topk": KLTopK, "mse_logits": MSELogits}
 
 
 def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
@@ -224,7 +163,7 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
     if metric is None or isinstance(metric, str):
         name = metric_name(metric, model)
         if name not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join((*METRICS, *LOCAL_METRICS))}, got {name!r}")
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
         metric = METRICS[name]()
     metric.prepare(model)
     return metric
@@ -274,14 +213,11 @@ def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
     return rows if batch.mask is None else [row[mask] for row, mask in zip(rows, batch.mask, strict=True)]
 
 
-def _losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(sums, counts) of the cross-entropy per sample. A language model predicts each token from those before it."""
+def cross_entropy_sums(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(sums, counts) of a language model's loss per sample, fp64: each token is predicted from those before it."""
     logits, labels = logits_of(output), batch.labels
-    if labels is None:
-        raise ValueError("the metric ce_delta needs labels: give batches as (inputs, labels)")
-    if logits.dim() == 2:
-        single = cross_entropy(logits.float(), labels, reduction="none")
-        return single.double().cpu(), torch.ones(len(single), dtype=torch.float64)
+    if labels is None or logits.dim() != 3:
+        raise ValueError("perplexity needs a language model, and batches with labels")
     if batch.mask is not None:
         labels = labels.masked_fill(~batch.mask, -100)
     targets = labels[:, 1:]

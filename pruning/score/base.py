@@ -38,17 +38,6 @@ class LayerStatistics:
     gradients: Tensor | None = None
 
     @classmethod
-    def for_score(cls, score: str, in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
-        """Zero sums for the fields that a score needs.
-
-        Raises:
-            ValueError: for an unknown score.
-        """
-        if score not in NEEDS:
-            raise ValueError(f"score must be one of {', '.join(NEEDS)}, got {score!r}")
-        return cls.empty(NEEDS[score], in_features, device)
-
-    @classmethod
     def empty(cls, fields: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> LayerStatistics:
         """Zero sums for those of ``square_sum`` and ``gram`` that are in ``fields``."""
         statistics = cls()
@@ -122,10 +111,10 @@ class Ranking:
             mask[self._order[:pruned]] = False
             return mask.view(rows, columns)
         each, more = divmod(pruned, rows)
-        first_kept = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
+        threshold = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
         if more:
-            first_kept[self._sorted[:, each].argsort(stable=True)[:more]] += 1
-        return self._rank >= first_kept
+            threshold[self._sorted[:, each].argsort(stable=True)[:more]] += 1
+        return self._rank >= threshold
 
 
 def check_keep(keep: int, numel: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 from torch.overrides import TorchFunctionMode
 
+from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Group, Target, as_matrix, split_kept
+from leanstep.pruning.score.targets import Group, Target, as_matrix, split_count
+
+# most samples whose gradients are collected
+_GRADIENTS = 128
 
 
 def statistics_for(
-    cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str], *, gradient_samples: int = 128
+    cache: ActivationCache, targets: Sequence[Target], needs: Sequence[str]
 ) -> dict[str, LayerStatistics]:
     """Collect the statistics of some layers, with the current weights.
 
@@ -29,15 +34,13 @@ def statistics_for(
         cache: the model and the data. Passes run from its position to the last stage with a target.
         targets: the layers.
         needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
-        gradient_samples: largest number of samples for gradients.
 
     Raises:
         ValueError: for a layer that never ran on the data, or a convolution without one matrix of inputs.
     """
-    needs = tuple(needs)
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
-        gradients = collect_gradients(cache.model, cache.batches, targets, samples=gradient_samples)
+        gradients = collect_gradients(cache.model, cache.batches, targets)
         for name, rows in gradients.items():
             statistics_by_name[name].gradients, statistics_by_name[name].count = rows, len(rows)
     if {"square_sum", "gram"} & set(needs):
@@ -79,8 +82,8 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
                 experts[target.weight.data_ptr()] = target
                 stack.enter_context(_one_expert_at_a_time(cache.model))
                 continue
-            hook = _hook(target, give)
-            stack.callback(target.module.register_forward_pre_hook(hook).remove)
+            handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
+            stack.callback(handle.remove)
         if experts:
             stack.enter_context(_ExpertInputs(experts, give))
         numbers = [cache.number(target.module) for target in targets]
@@ -91,10 +94,6 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
                 cache.until(index, max(known))
             else:
                 cache.run(index)
-
-
-def _hook(target: Target, give: Callable[[Target, Tensor], None]) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: give(target, args[0])
 
 
 def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -154,10 +153,8 @@ def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
         model.set_experts_implementation(before)  # type: ignore[operator]
 
 
-def collect_gradients(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, samples: int
-) -> dict[str, Tensor]:
-    """Gradients of the loss of single samples, fp32 [samples, out * in] per layer.
+def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Gradients of the loss of the first 128 single samples, fp32 [samples, out * in] per layer.
 
     The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
     predictions, as in the definition of the Fisher matrix.
@@ -169,7 +166,8 @@ def collect_gradients(
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        for single in _singles(batches, samples):
+        singles = (batch.sample(row) for batch in batches for row in range(batch.size))
+        for single in islice(singles, _GRADIENTS):
             with torch.enable_grad():
                 loss = _loss(model, single, generator)
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -184,14 +182,6 @@ def collect_gradients(
         for parameter in frozen:
             parameter.requires_grad_(False)
     return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
-
-
-def _singles(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
-    left = samples
-    for batch in batches:
-        for row in range(min(batch.size, left)):
-            yield batch.sample(row)
-        left -= min(batch.size, left)
 
 
 def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -223,6 +213,33 @@ class Pruning:
         if NEEDS[self.score] and start in self.cache.starts:
             self.cache.advance(start)
         return Pruners(self, targets, statistics_for(self.cache, targets, NEEDS[self.score]))
+
+    def each(self, groups: Sequence[Group], start: int = 0) -> Iterator[tuple[Group, Pruners]]:
+        """Each group with the pruners, which are released after it; statistics as by :meth:`pruners`."""
+        pruners = self.pruners(groups, start)
+        for group in groups:
+            yield group, pruners
+            pruners.release(group)
+
+    def scores(self, groups: Sequence[Group]) -> Mapping[str, Tensor]:
+        """Scores of matrices, each a group. Magnitude and Wanda are computed on every access, the others stored."""
+        if self.score in ("magnitude", "wanda"):
+            pruners = self.pruners(groups)
+            return ComputedScores([group.name for group in groups], lambda name: pruners.once(name).scores)
+        return {group.name: pruners[group.name].scores for group, pruners in self.each(groups)}
+
+    def outliers(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Percentage of outliers among the scores of each matrix's block, or of a matrix outside all blocks."""
+        blocks: dict[int | str, list[Group]] = {}
+        for group in groups:
+            blocks.setdefault(group.name if group.layer.block is None else group.layer.block, []).append(group)
+        pruners, ratios = self.pruners(groups), {}
+        for block in blocks.values():
+            ratio = outlier_ratio([pruners[group.name].scores for group in block])
+            for group in block:
+                ratios[group.name] = ratio
+                pruners.release(group)
+        return ratios
 
     def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
         """The pruner of one matrix."""
@@ -258,10 +275,10 @@ class Pruners:
 
 
 def prune_group(
-    group: Group, pruners: Pruners | Mapping[str, LayerPruner], kept: int, pattern: str = ""
+    group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
 ) -> list[tuple[Target, Tensor]]:
     """Prune the matrices of a group to a level; returns (target, weight) and does not write the model."""
-    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_kept(kept, group.sizes))
+    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
     return [
         (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
     ]

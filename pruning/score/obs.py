@@ -94,15 +94,15 @@ class FisherPruner(LayerPruner):
 
     def _updated(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The updated weights, and their mask."""
-        flat, kept = self.weight.to(torch.float64).flatten(), mask.flatten()
+        flat, left = self.weight.to(torch.float64).flatten(), mask.flatten()
         if self._update == "independent":
-            flat = flat + self._fisher.solve(torch.where(kept, 0.0, -flat / self._diagonal))
+            flat = flat + self._fisher.solve(torch.where(left, 0.0, -flat / self._diagonal))
         elif self._update == "exact":
-            flat = flat + self._least_increase(flat, kept)
+            flat = flat + self._least_increase(flat, left)
         updated = flat.view_as(self.weight).masked_fill(self.weight == 0, 0.0)
         return updated.to(self.weight.dtype), mask
 
-    def _least_increase(self, flat: Tensor, kept: Tensor) -> Tensor:
+    def _least_increase(self, flat: Tensor, left: Tensor) -> Tensor:
         """The change of the kept weights R with the least increase of the loss when the others S become zero.
 
         Solves the ridge regression ``min |G_R d_R - v|^2 + damping * m * |d_R|^2`` with ``v = G_S w_S``. Of its primal
@@ -111,7 +111,7 @@ class FisherPruner(LayerPruner):
         change = torch.zeros_like(flat)
         m = self._fisher.rows.shape[0]
         for window, tile in self._blocks():
-            w, r = flat[window].view(tile.shape[0], -1, 1), kept[window].view(tile.shape[0], 1, -1)
+            w, r = flat[window].view(tile.shape[0], -1, 1), left[window].view(tile.shape[0], 1, -1)
             v = tile @ (w * ~r.mT)
             tile = tile * r
             dual = m < tile.shape[2]

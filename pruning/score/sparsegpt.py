@@ -82,8 +82,7 @@ class SparseGPTPruner(LayerPruner):
                     columns = slice(j, min(j + together, stop))
                     scores = (weight[:, columns] / diagonal[columns]).square() * ~self._unused[columns]
                     mask[:, columns] = choose(j, zeros_first(scores, self.weight[:, columns]))
-                kept = mask[:, j]
-                errors[:, j - start] = torch.where(kept, 0.0, weight[:, j] / diagonal[j])
+                errors[:, j - start] = torch.where(mask[:, j], 0.0, weight[:, j] / diagonal[j])
                 # within the block column by column; the columns after it once, below
                 weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)

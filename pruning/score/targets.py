@@ -311,6 +311,10 @@ class Group:
         """Weights of each target."""
         return [target.layer.numel for target in self.targets]
 
+    def nonzero(self) -> int:
+        """Current number of nonzero weights."""
+        return sum(int(target.weight.count_nonzero()) for target in self.targets)
+
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
     """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
@@ -325,17 +329,16 @@ def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[
     for target in targets:
         name = target.name
         if target.layer.block is not None and granularity != "matrix":
-            role = _role(name) if granularity == "role" else "all"
+            kinds = (kind for kind, pattern in _ROLES if pattern.search(name))
+            role = next(kinds, role_of(name)) if granularity == "role" else "all"
             name = f"block {target.layer.block}: {role}"
         by_group.setdefault(name, []).append(target)
     return [Group(_joined(name, group), tuple(group)) for name, group in by_group.items()]
 
 
-def _role(name: str) -> str:
-    for role, pattern in _ROLES:
-        if pattern.search(name):
-            return role
-    return re.sub(r"\[\d+\]$", "", name.removesuffix(".weight")).rpartition(".")[2]
+def role_of(name: str) -> str:
+    """The kind of a matrix within its block: ``q_proj``, ``c_fc``, ``down_proj``."""
+    return re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").rpartition(".")[2]
 
 
 def _joined(name: str, targets: Sequence[Target]) -> Layer:
@@ -345,12 +348,23 @@ def _joined(name: str, targets: Sequence[Target]) -> Layer:
     return replace(targets[0].layer, name=name, shape=(total, 1))
 
 
-def split_kept(kept: int, sizes: Sequence[int]) -> list[int]:
-    """Deal ``kept`` weights to matrices in proportion to their sizes, to the exact sum."""
+def check_filled(groups: Sequence[Group], m: int) -> None:
+    """Raise ValueError for a matrix whose inputs N:M groups of ``m`` do not fill."""
+    for target in (target for group in groups for target in group.targets):
+        inputs = target.layer.shape[1]
+        if inputs % m:
+            raise ValueError(
+                f"{target.name} has {inputs} inputs, which groups of {m} do not fill; leave it out "
+                "with exclude, or use another pattern"
+            )
+
+
+def split_count(count: int, sizes: Sequence[int]) -> list[int]:
+    """Deal ``count`` weights to matrices in proportion to their sizes, to the exact sum."""
     total = sum(sizes)
-    shares = [kept * size // total for size in sizes]
+    shares = [count * size // total for size in sizes]
     # the rest after rounding down goes to the largest remainders
-    order = sorted(range(len(sizes)), key=lambda index: -(kept * sizes[index] % total))
-    for index in order[: kept - sum(shares)]:
+    order = sorted(range(len(sizes)), key=lambda index: -(count * sizes[index] % total))
+    for index in order[: count - sum(shares)]:
         shares[index] += 1
     return shares

@@ -11,22 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import tracking
 from huggingface_hub import try_to_load_from_cache
 
 from leanstep._files import format_bytes
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.loading import check_weights
-from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token, meta_model
+from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
-from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
 from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.sources import find_files, open_corpus, open_stream
-from leanstep.recipes.data.tokens import open_tokenizer, trained_size, vocabulary_size
+from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-from leanstep.recipes.training.build import build_optimizer, initial_problem, wants_cpu
+from leanstep.recipes.training.build import build_optimizer, initial_problem, missing_here, wants_cpu
 from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
@@ -86,7 +85,6 @@ class Check:
         for title, fill in (
             ("Recipe", self.recipe),
             ("Device", self.device),
-            ("Trackers", self.trackers),
             ("Network", self.network),
             ("Initial model", self.initial),
             ("Data", self.data),
@@ -111,33 +109,19 @@ class Check:
         section.lines += dump(self.config).splitlines()
 
     def device(self, section: Section) -> None:
-        """Check that the device exists and supports the requested precision and sharding."""
+        """Check that the device exists and supports precision and sharding, and that the trackers are installed."""
         config, world_size = self.config, self.world_size
         cpu = wants_cpu(config.device)
         self.device_name = "cpu" if cpu else str(torch.accelerator.current_accelerator())
         section.add("device", f"{self.device_name} (asked for: {config.device})")
         section.add("precision", config.precision)
         section.add("processes", f"{world_size}, {config.distributed.strategy}" if world_size > 1 else "1")
-        if cpu and config.precision == "fp16":
-            section.problems.append("precision fp16 needs a GPU; take precision=bf16 or precision=fp32")
-        if cpu and config.distributed.strategy == "fsdp2":
-            section.problems.append("distributed.strategy fsdp2 needs GPUs; take distributed.strategy=ddp")
+        section.add("log", ", ".join(["log.jsonl", "report.html", *config.log.trackers]))
+        section.problems += missing_here(config, cpu)
         if not cpu and world_size > torch.accelerator.device_count():
             section.problems.append(
                 f"{world_size} processes need as many devices, there are {torch.accelerator.device_count()}"
             )
-
-    def trackers(self, section: Section) -> None:
-        """Check that the trackers are installed; Accelerate would only warn."""
-        section.add("always", "log.jsonl, report.html")
-        available = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
-        known = sorted(str(getattr(name, "value", name)) for name in tracking.LOGGER_TYPE_TO_CLASS)
-        for name in self.config.log.trackers:
-            section.add(name, "installed" if name in available else "missing")
-            if name not in known:
-                section.problems.append(f"{name!r} is not a tracker of Accelerate, which has {', '.join(known)}")
-            elif name not in available:
-                section.problems.append(f"{name} is not installed: pip install {name}, or take log.trackers=[]")
 
     def network(self, section: Section) -> None:
         """List what the run downloads. Asks once whether the hub answers; later sections reuse the answer."""
@@ -204,6 +188,11 @@ class Check:
             if not self.offline:
                 check_hub(data.name or "")
             section.add("source", f"hub dataset {data.name} {'not looked for' if self.offline else 'is there'}")
+            return
+        try:
+            check_layers(config)
+        except ValueError:
+            section.add("source", "not read, because of problems below that do not depend on it")
             return
         files = find_files(data.path, data.source) if data.path and data.source != "sotu" else []
         if data.streaming or unknown or sum(file.stat().st_size for file in files) > LOAD_LIMIT:

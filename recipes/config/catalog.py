@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from leanstep.recipes.config.loader import ALIASES
-from leanstep.recipes.config.schema import ModelConfig, RunConfig
+from leanstep.recipes.config.schema import ModelConfig, RunConfig, trained_size
 from leanstep.recipes.data.hub import is_folder_name
 
 GPU_FLOPS = 1e16  # more floating-point operations than a desktop's CPU does in a day
@@ -40,8 +40,8 @@ class RecipeFacts:
 
 def describe(config: RunConfig) -> RecipeFacts:
     """Collect the facts of a loaded recipe."""
-    data, trained = config.data, config.data.tokenizer.startswith("train:")
-    parameters = parameter_count(config.model, int(data.tokenizer.partition(":")[2]) if trained else None)
+    data, trained = config.data, trained_size(config.data.tokenizer)
+    parameters = parameter_count(config.model, trained)
     tokens = config.steps * config.batch.tokens_per_step
     flops = 6.0 * parameters * tokens if parameters else None
     source = data.source if data.source == "sotu" else data.name or data.path or data.source

@@ -290,7 +290,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
 def _fields(section: Any) -> dict[str, Any]:
     """Name -> type of the keys of a section; empty for a type without keys."""
     if is_dataclass(section):
-        return {item.name: item.type for item in fields(section) if item.name != "source_file"}
+        return {item.name: item.type for item in fields(section) if item.name not in ("source_file", "references")}
     return dict(section.__annotations__) if is_typeddict(section) else {}
 
 
@@ -323,16 +323,6 @@ def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     for name, annotation in _fields(schema).items():
         yield prefix + name
         yield from all_keys(annotation, f"{prefix}{name}.")
-
-
-def value_at(tree: Any, path: KeyPath) -> Any:
-    """The value at ``path``, or None."""
-    for step in path:
-        if isinstance(tree, list):
-            tree = tree[int(step)] if int(step) < len(tree) else None
-        else:
-            tree = tree.get(step) if isinstance(tree, dict) else None
-    return tree
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ the same sequences on any number of processes.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
-from leanstep.recipes.data.sequences import IGNORED, LoadedData, epoch_order
+from leanstep.recipes.data.sequences import IGNORED, LoadedData, shuffled
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,17 +35,12 @@ class MicroBatches(Sampler[list[int]]):
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        orders: dict[int, torch.Tensor] = {}
+        # an order is computed once an epoch, and a batch may span two epochs
+        order = lru_cache(2)(partial(shuffled, self.length, self.seed))
         for number in range(self.count):
             first = self.start + number * self.batch_size
-            yield [self._index(position, orders) for position in range(first, first + self.batch_size)]
-
-    def _index(self, position: int, orders: dict[int, torch.Tensor]) -> int:
-        epoch, index = divmod(position, self.length)
-        if epoch not in orders:
-            orders.pop(epoch - 2, None)
-            orders[epoch] = epoch_order(self.length, self.seed, epoch)
-        return int(orders[epoch][index])
+            positions = (divmod(position, self.length) for position in range(first, first + self.batch_size))
+            yield [int(order(epoch)[index]) for epoch, index in positions]
 
 
 class Windows:
@@ -86,16 +83,8 @@ class Windows:
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self._loader)
         for _ in range(self._count):
-            window = []
-            for _ in range(self._accumulation):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    raise ValueError(
-                        "data: the stream ended before the last step; lower steps, or give more text"
-                    ) from None
-                window.append({key: value.to(self._device) for key, value in batch.items()})
-            yield window
+            window = islice(batches, self._accumulation)
+            yield [{key: value.to(self._device) for key, value in batch.items()} for batch in window]
 
     def positions(self, step: int) -> list[int] | None:
         """First and last position of the window after ``step`` steps; None for a stream."""

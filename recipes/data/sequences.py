@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.sources import Corpus, open_corpus, open_validation
-from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise, trained_size
+from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,14 +92,13 @@ def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torc
     return {"input_ids": input_ids, "labels": labels}
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
-    """Return the order of an epoch, a permutation of ``range(length)``, int64 ``[length]``.
+def shuffled(length: int, seed: int, *position: int) -> torch.Tensor:
+    """Return the order of an epoch or a block, a permutation of ``range(length)``, int64 ``[length]``.
 
     It depends only on the arguments and uses no global random state, so a resumed run can reproduce it.
     """
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed) % 2**63)
-    return torch.randperm(length, generator=generator)
+    mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
+    return torch.randperm(length, generator=torch.Generator().manual_seed(int(mixed) % 2**63))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class LoadedData:
         return "\n".join(f"{name:<{width}}  {fact}" for name, fact in self.facts.items())
 
 
-def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None) -> LoadedData:
+def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int = 1) -> LoadedData:
     """Load the data of a recipe; the first call tokenises and caches, later ones map the cache.
 
     The validation text is ``data.val_path``, or the source's validation split, or the last ``val_tokens`` tokens of the
@@ -136,8 +136,8 @@ def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world
 
     Args:
         config: the ``data`` section.
-        seed: decides the order of streamed data. Map-style data is not shuffled here; see :func:`epoch_order`.
-        rank, world_size: select this process's share of a stream; None asks torch.distributed, then the environment.
+        seed: decides the order of streamed data. Map-style data is not shuffled here; see :func:`shuffled`.
+        rank, world_size: select this process's share of a stream.
 
     Raises:
         ValueError: missing, empty or binary text, an unknown column, fewer tokens than one sequence.
@@ -169,7 +169,10 @@ def load_data(config: "DataConfig", *, seed: int, rank: int | None = None, world
             f"data: '{corpus.label}' leaves {boundary:,} tokens to train on, fewer "
             f"than one sequence of data.seq_len {config.seq_len}; give more text, or lower seq_len or val_tokens"
         )
-    facts["training"] = _describe(config, train)
+    facts["training"] = f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
+    if config.packing:
+        tokens = f"{len(train) * config.seq_len:,} tokens an epoch"
+        facts["training"] = f"{len(train):,} sequences of {config.seq_len} tokens ({tokens})"
     return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
 
 
@@ -289,12 +292,6 @@ def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tup
     _, validation = _split(config, tokenizer, file, 0)
     bytes_per_token = _bytes_per_token(config, tokenizer, file, 0)
     return validation, bytes_per_token, f"{corpus.label}: {len(file):,} tokens, {len(validation):,} sequences"
-
-
-def _describe(config: "DataConfig", train: Any) -> str:
-    if not config.packing:
-        return f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
-    return f"{len(train):,} sequences of {config.seq_len} tokens ({len(train) * config.seq_len:,} tokens an epoch)"
 
 
 def _describe_tail(corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:

@@ -11,7 +11,6 @@ import importlib.resources
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -90,7 +89,8 @@ def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Pa
         return [where]
     if where.is_dir():
         suffixes = _SUFFIXES[kind]
-        files = [p for p in where.rglob("*") if p.is_file() and p.name.endswith(suffixes) and not _hidden(p, where)]
+        visible = (file for file in where.rglob("*") if "/." not in f"/{file.relative_to(where)}")
+        files = [file for file in visible if file.is_file() and file.name.endswith(suffixes)]
         if not files:
             raise ValueError(f"{key}: the folder '{path}' holds no {' or '.join(suffixes)} file; name a file or a glob")
         return sorted(files)
@@ -101,10 +101,6 @@ def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Pa
     near = difflib.get_close_matches(where.name, [neighbour.name for neighbour in where.parent.glob("*")], 1)
     hint = f"; did you mean '{where.parent / near[0]}'?" if near else f" (looked from {Path.cwd()})"
     raise ValueError(f"{key}: '{path}' {problem}{hint}")
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def text_corpus(path: str, key: str = "data.path") -> Corpus:
@@ -150,46 +146,38 @@ def _add_text(digest: Any, text: str) -> None:
     digest.update(raw)
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[Any]:
-    """Context manager: the ``datasets`` module with its progress bars off."""
+def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+    """Load rows by ``datasets`` without progress bars; return them and the names of their columns."""
     require("datasets")
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield datasets
+        cache = str(cache_root(cache_dir) / "datasets")
+        rows: Any = datasets.load_dataset(path, *arguments, cache_dir=cache, **options)
+        return rows, rows.column_names or list(next(iter(rows), {}))
     finally:
         if shown:
             datasets.enable_progress_bars()
 
 
-def _load_files(config: "DataConfig", files: list[Path], kind: str, *, streaming: bool) -> Any:
+def _load_files(files: list[Path], kind: str, text_key: str, cache_dir: str | None, *, streaming: bool) -> Any:
     builder = {"local_c4": "json"}.get(kind, kind)
     extra = {"sample_by": "document"} if builder == "text" else {}
-    with _quiet_datasets() as datasets:
-        try:
-            rows = datasets.load_dataset(
-                builder,
-                data_files=[str(file.resolve()) for file in files],
-                split="train",
-                streaming=streaming,
-                cache_dir=str(cache_root(config.cache_dir) / "datasets"),
-                **extra,
-            )
-            columns = rows.column_names or list(next(iter(rows), {}))
-        except Exception as error:  # the builders raise many types
-            reason = str(error.__cause__ or error).strip().splitlines()[-1:]
-            names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
-            detail = "".join(reason) or type(error).__name__
-            raise ValueError(f"could not read {names} as {builder}: {detail}") from error
-    _check_column(columns, config.text_key, str(files[0]))
+    paths = [str(file.resolve()) for file in files]
+    try:
+        rows, columns = _load(cache_dir, builder, data_files=paths, split="train", streaming=streaming, **extra)
+    except Exception as error:  # the builders raise many types
+        reason = str(error.__cause__ or error).strip().splitlines()[-1:]
+        names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
+        detail = "".join(reason) or type(error).__name__
+        raise ValueError(f"could not read {names} as {builder}: {detail}") from error
+    _check_column(columns, text_key, str(files[0]))
     return rows
 
 
-def _check_column(columns: Iterable[str], text_key: str, where: str) -> None:
-    columns = list(columns)
+def _check_column(columns: list[str], text_key: str, where: str) -> None:
     if not columns:
         raise ValueError(f"'{where}' is empty: it holds no row")
     if text_key not in columns:
@@ -206,25 +194,25 @@ def row_text(row: dict[str, Any], text_key: str) -> str:
     return text or ""
 
 
-def _rows_corpus(config: "DataConfig", rows: Any, label: str, fingerprint: str) -> Corpus:
+def _rows_corpus(rows: Any, text_key: str, label: str, fingerprint: str) -> Corpus:
     def read() -> Iterator[str]:
-        return (text for row in rows if (text := row_text(row, config.text_key)).strip())
+        return (text for row in rows if (text := row_text(row, text_key)).strip())
 
     if next(iter(read()), None) is None:
-        raise ValueError(f"{label} holds no text in column '{config.text_key}'")
+        raise ValueError(f"{label} holds no text in column '{text_key}'")
     return Corpus(label, fingerprint, read)
 
 
-def _files_corpus(config: "DataConfig", path: str, kind: str, key: str, split: str = "train") -> Corpus:
+def _files_corpus(path: str, kind: str, key: str, text_key: str, cache_dir: str | None, split: str = "train") -> Corpus:
     if kind == "text":
         return text_corpus(path, key)
     files = _c4_files(path, split) if kind == "local_c4" else find_files(path, kind, key)
-    digest = hashlib.sha256(config.text_key.encode())
+    digest = hashlib.sha256(text_key.encode())
     for file in files:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    rows = _load_files(config, files, kind, streaming=False)
-    return _rows_corpus(config, rows, f"{kind} {path}", digest.hexdigest())
+    rows = _load_files(files, kind, text_key, cache_dir, streaming=False)
+    return _rows_corpus(rows, text_key, f"{kind} {path}", digest.hexdigest())
 
 
 def _c4_files(path: str, split: str) -> list[Path]:
@@ -246,20 +234,13 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
         raise ValueError("data.source 'hf' needs data.name, a dataset on the hub such as 'allenai/c4'")
     if not os.environ.get("HF_HUB_OFFLINE") or streaming:
         check_hub(name)
-    with _quiet_datasets() as datasets:
-        try:
-            rows = datasets.load_dataset(
-                name,
-                config.subset,
-                split=split,
-                streaming=streaming,
-                cache_dir=str(cache_root(config.cache_dir) / "datasets"),
-            )
-        except ConnectionError as error:
-            raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
-        except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
-            raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
-    _check_column(rows.column_names or list(next(iter(rows), {})), config.text_key, name)
+    try:
+        rows, columns = _load(config.cache_dir, name, config.subset, split=split, streaming=streaming)
+    except ConnectionError as error:
+        raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
+    except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
+        raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
+    _check_column(columns, config.text_key, name)
     return rows
 
 
@@ -292,7 +273,7 @@ def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
                 beginning = stream.read(_BEGINNING)
                 _decode(beginning, str(file), whole=len(beginning) < _BEGINNING)
     else:
-        _load_files(config, files, kind, streaming=True)
+        _load_files(files, kind, config.text_key, config.cache_dir, streaming=True)
     count = "1 file" if len(files) == 1 else f"{len(files):,} files"
     return f"{key}: {path}, {count}, {size:,} bytes"
 
@@ -309,8 +290,8 @@ def open_corpus(config: "DataConfig") -> Corpus:
         return sotu_corpus()
     if config.source == "hf":
         rows = _load_hub(config, "train", streaming=False)
-        return _rows_corpus(config, rows, f"hf {config.name}", f"{rows._fingerprint}/{config.text_key}")
-    return _files_corpus(config, _path(config), config.source, "data.path")
+        return _rows_corpus(rows, config.text_key, f"hf {config.name}", f"{rows._fingerprint}/{config.text_key}")
+    return _files_corpus(_path(config), config.source, "data.path", config.text_key, config.cache_dir)
 
 
 def _path(config: "DataConfig") -> str:
@@ -319,9 +300,9 @@ def _path(config: "DataConfig") -> str:
     return config.path
 
 
-def open_file(config: "DataConfig", path: str) -> Corpus:
-    """Open a separate text: JSON or Parquet by its suffix, with ``config.text_key``, else plain text."""
-    return _files_corpus(config, path, _kind_of(path), "data.val_path")
+def open_file(path: str, text_key: str = "text", cache_dir: str | None = None) -> Corpus:
+    """Open a separate text: JSON or Parquet by its suffix, with the column ``text_key``, else plain text."""
+    return _files_corpus(path, _kind_of(path), "data.val_path", text_key, cache_dir)
 
 
 def open_validation(config: "DataConfig") -> Corpus | None:
@@ -331,13 +312,13 @@ def open_validation(config: "DataConfig") -> Corpus | None:
     streamed hub dataset.
     """
     if config.val_path:
-        return open_file(config, config.val_path)
+        return open_file(config.val_path, config.text_key, config.cache_dir)
     if config.source == "local_c4" and _c4_files(_path(config), "validation"):
-        return _files_corpus(config, _path(config), "local_c4", "data.path", "validation")
+        return _files_corpus(_path(config), "local_c4", "data.path", config.text_key, config.cache_dir, "validation")
     if config.source == "hf" and config.streaming:
         rows = _load_hub(config, "validation", streaming=True)
         identity = f"hf/{config.name}/{config.subset}/validation/{config.text_key}"
-        return _rows_corpus(config, rows, f"hf {config.name} validation", identity)
+        return _rows_corpus(rows, config.text_key, f"hf {config.name} validation", identity)
     return None
 
 
@@ -349,4 +330,4 @@ def open_stream(config: "DataConfig") -> Any:
         raise ValueError("data.streaming: 'sotu' is read whole and cannot be streamed; set it to false")
     path, kind = _path(config), config.source
     files = _c4_files(path, "train") if kind == "local_c4" else find_files(path, kind)
-    return _load_files(config, files, kind, streaming=True)
+    return _load_files(files, kind, config.text_key, config.cache_dir, streaming=True)

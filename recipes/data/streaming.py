@@ -6,7 +6,6 @@ left over, and sequences given from the block. Restoring it reads at most one sh
 """
 
 import copy
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, epoch_order, load_validation
+from leanstep.recipes.config.schema import trained_size
+from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, load_validation, shuffled
 from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
-from leanstep.recipes.data.tokens import encode, load_tokenizer, trained_size
+from leanstep.recipes.data.tokens import encode, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4
 _TOKENIZER_BYTES = 32 << 20  # bytes of text to train a tokenizer on
-
-
-def world_of_process() -> tuple[int, int]:
-    """Return (rank, world size) from torch.distributed if it is initialized, else from the environment, else (0, 1)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class StreamedSequences(IterableDataset):
@@ -50,7 +43,7 @@ class StreamedSequences(IterableDataset):
         text_key: column with the text; null and blank texts are skipped.
         packing: join documents with end-of-text tokens; False: one padded or cut document per sequence.
         seed: decides every order.
-        rank, world_size: of this process; None takes :func:`world_of_process`.
+        rank, world_size: of this process.
         epochs: number of epochs; None never ends.
         block_documents: documents tokenised and shuffled at once.
 
@@ -68,13 +61,11 @@ class StreamedSequences(IterableDataset):
         text_key: str = "text",
         packing: bool = True,
         seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         epochs: int | None = None,
         block_documents: int = BLOCK_DOCUMENTS,
     ) -> None:
-        if rank is None or world_size is None:
-            rank, world_size = world_of_process()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
         # a copy of the tokenizer, because a thread makes the blocks
@@ -129,7 +120,7 @@ class StreamedSequences(IterableDataset):
             coming = ahead.submit(self._prepare, texts, self._block)
             while (block := coming.result()) is not None:
                 sequences, after = block
-                order = _block_order(len(sequences), self.seed, self.rank, self._block["block"])
+                order = shuffled(len(sequences), self.seed, 1 + self.rank, self._block["block"]).tolist()
                 coming = ahead.submit(self._prepare, texts, after)
                 while self._given < len(sequences):
                     item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id)
@@ -151,7 +142,7 @@ class StreamedSequences(IterableDataset):
         """Yield this process's texts from ``self._block`` on, each with the position after it."""
         epoch, first_shard, skip = (self._block[key] for key in ("epoch", "shard", "row"))
         while self.epochs is None or epoch < self.epochs:
-            order = epoch_order(self.num_shards, self.seed, epoch).tolist()
+            order = shuffled(self.num_shards, self.seed, epoch).tolist()
             mine = order[self.rank :: self.world_size] if self.by_shards else order
             any_text = skip > 0 or first_shard > 0
             for shard in range(first_shard, len(mine)):
@@ -180,14 +171,7 @@ class StreamedSequences(IterableDataset):
         return list(tokens[:whole].reshape(-1, self.seq_len)), tokens[whole:].tolist()
 
 
-def _block_order(length: int, seed: int, rank: int, block: int) -> list[int]:
-    mixed = np.random.SeedSequence([seed, 1 + rank, block]).generate_state(1, np.uint64)[0]
-    return torch.randperm(length, generator=torch.Generator().manual_seed(int(mixed) % 2**63)).tolist()
-
-
-def load_stream(
-    config: "DataConfig", *, seed: int, rank: int | None = None, world_size: int | None = None
-) -> LoadedData:
+def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) -> LoadedData:
     """Open streamed training data, and tokenise its separate validation text. See :func:`sequences.load_data`.
 
     ``tokenizer: train:SIZE`` trains on the first 32 MB of the stream.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leanstep._files import cache_folders, private_folder, publish_folder
+from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
 if TYPE_CHECKING:
@@ -95,25 +96,8 @@ def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[
 
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST = 257  # 256 bytes and the end of text
 _PIECE = 1 << 20  # characters given to the tokenizer at once
 _CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
-
-
-def trained_size(spec: str) -> int | None:
-    """Return SIZE if ``spec`` is ``train:SIZE``, or None if it names a folder or a hub tokenizer.
-
-    Raises ValueError if SIZE is not a whole number of at least 257 (256 bytes and the end of text).
-    """
-    if not spec.startswith("train:"):
-        return None
-    size = re.fullmatch(r"train:(\d+)", spec.replace("_", ""))
-    if not size or int(size[1]) < _SMALLEST:
-        raise ValueError(
-            f"data.tokenizer: expected train:SIZE with SIZE at least {_SMALLEST} (256 bytes and the end of text), "
-            f"got '{spec}'"
-        )
-    return int(size[1])
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Any:

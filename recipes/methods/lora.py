@@ -4,14 +4,13 @@ A saved model is the merged model, an ordinary Hugging Face folder, with ``adapt
 run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora import LoraConfig, apply_lora, load_adapter
 from leanstep.lora.apply import adapted_layers
-from leanstep.lora.merge import merged_state_dict
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.pruned import mask_adapters
 from leanstep.recipes.training.checkpoint import CheckpointError
@@ -21,22 +20,15 @@ ADAPTER = "adapter"
 
 def adapt(config: RunConfig, model: torch.nn.Module) -> None:
     """Add the adapters of ``config.lora`` to the model. Raises ValueError for layers that cannot have one."""
-    lora = config.lora
-    targets: Any = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        target_modules=targets,
-        lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save or None,
-        save=lora.save,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=config.model.init_from,
-    )
+    settings = asdict(config.lora)
+    for name in ("attention", "attention_tolerance"):
+        del settings[name]
+    if settings["target_modules"] == ["all-linear"]:
+        settings["target_modules"] = "all-linear"
+    settings["modules_to_save"] = settings["modules_to_save"] or None
+    lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
     try:
-        apply_lora(model, settings)
+        apply_lora(model, lora)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from None
     mask_adapters(config, model)
@@ -54,19 +46,8 @@ def describe_adapters(model: torch.nn.Module) -> str:
     return f"{len(list(adapted_layers(model)))} layers, {trained:,} of {total:,} parameters are trained"
 
 
-def merged_weights(model: torch.nn.Module, others: dict[str, Any] | None) -> dict[str, Any] | None:
-    """State dict for a Hugging Face folder: merged for an adapted model, else ``others``."""
-    return merged_state_dict(model) if is_adapted(model) else others
-
-
-def write_adapter(model: torch.nn.Module, path: Path) -> None:
-    """Write the adapter beside the merged model, if there is one."""
-    if is_adapted(model):
-        save_adapter(model, path / ADAPTER)
-
-
 def load_adapters(model: torch.nn.Module, path: Path) -> None:
-    """Load the adapter from :func:`write_adapter`. Raises CheckpointError if it is missing or does not fit."""
+    """Load the adapter beside a merged model. Raises CheckpointError if it is missing or does not fit."""
     try:
         load_adapter(model, path / ADAPTER)
     except (OSError, ValueError) as error:

@@ -67,12 +67,6 @@ def pruned_start_warning(config: RunConfig) -> str:
     )
 
 
-def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:
-    """Bytes of the masks: one per weight of the masked matrices."""
-    parameters = dict(model.named_parameters())
-    return sum(parameters[name].numel() for name in masked_names(config, model))
-
-
 def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
     """Name -> (zeros, elements) of these tensors in a folder's safetensors files."""
     counts = {}

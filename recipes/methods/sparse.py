@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
-from leanstep.sparsity import Controller, Schedule, plain_state_dict, sparsify
+from leanstep.sparsity import Controller, Schedule, sparsify
 from leanstep.sparsity.flops import FORMULA, Operations, training_operations
 from leanstep.sparsity.methods import METHODS
 from leanstep.sparsity.modules import SparseLayer, plan_layers, sparse_layers
@@ -23,17 +23,9 @@ STATE_FILE = "sparsity.safetensors"
 
 def schedule_of(config: RunConfig) -> Schedule:
     """Build the schedule of ``config.sparsity`` over the run's steps. Raises ValueError for invalid settings."""
-    sparsity = config.sparsity
-    return Schedule(
-        kind=METHODS[sparsity.method].kind or "constant",
-        total_steps=config.steps,
-        dense=sparsity.dense,
-        finetune=sparsity.finetune,
-        decay=sparsity.decay,
-        alpha_end=sparsity.alpha_end,
-        coarsest=sparsity.coarsest,
-        freeze_mask_in_finetune=sparsity.freeze_mask_in_finetune,
-    )
+    names = ("dense", "finetune", "decay", "alpha_end", "coarsest", "freeze_mask_in_finetune")
+    settings = {name: getattr(config.sparsity, name) for name in names}
+    return Schedule(kind=METHODS[config.sparsity.method].kind or "constant", total_steps=config.steps, **settings)
 
 
 def plan(config: RunConfig, model: torch.nn.Module) -> list[SparseLayer]:
@@ -48,20 +40,10 @@ def build_controller(config: RunConfig, model: torch.nn.Module) -> Controller:
     Call it after building the optimizer, whose groups go by parameter names, and before sharding the model. Raises
     ValueError for layers that cannot be sparse.
     """
-    sparsity = config.sparsity
-    return sparsify(
-        model,
-        sparsity.patterns,
-        schedule=schedule_of(config),
-        method=sparsity.method,
-        score=sparsity.score,
-        grad_flow=sparsity.grad_flow,
-        srste_lambda=sparsity.srste_lambda,
-        mask_every=sparsity.mask_every,
-        axis=sparsity.axis,
-        pad=sparsity.pad,
-        measure_every=config.log.every,
-    )
+    names = ("method", "score", "grad_flow", "srste_lambda", "mask_every", "axis", "pad")
+    settings: dict[str, Any] = {name: getattr(config.sparsity, name) for name in names}
+    every = config.log.every
+    return sparsify(model, config.sparsity.patterns, schedule=schedule_of(config), measure_every=every, **settings)
 
 
 def describe_sparsity(controller: Controller) -> str:
@@ -70,14 +52,6 @@ def describe_sparsity(controller: Controller) -> str:
     for layer in controller.layers:
         sizes_of.setdefault(str(layer.target), []).append(layer.transform.mask.numel())
     return "; ".join(f"{pattern} {len(sizes)} layers, {sum(sizes):,} weights" for pattern, sizes in sizes_of.items())
-
-
-def weights_for_others(model: torch.nn.Module, gathered: dict[str, Any] | None) -> dict[str, Any] | None:
-    """State dict for a Hugging Face folder: masked weights under plain names; ``gathered`` for a dense model.
-
-    ``gathered`` is the state dict of a sharded model, else None.
-    """
-    return plain_state_dict(model, gathered) if sparse_layers(model) else gathered
 
 
 def write_patterns(model: torch.nn.Module, path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import PALETTE, compact
+from leanstep._charts import COLORS, compact
 from leanstep._files import replacing
 from leanstep._page import render
 from leanstep.recipes.report.charts import curves, reported_curves
@@ -70,7 +70,11 @@ def _name_apart(runs: list[Run]) -> None:
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
-    shared = {"version": version, "footer": [str(run.folder) for run in runs], "curves": curves(runs, most_points)}
+    shared = {
+        "version": version,
+        "footer": [run.folder.resolve().name for run in runs],
+        "curves": curves(runs, most_points),
+    }
     if len(runs) == 1:
         return render(_TEMPLATES / "run.html", **shared, **_single(runs[0], most_points, most_text))
     return render(_TEMPLATES / "comparison.html", **shared, **_comparison(runs, most_text))
@@ -234,7 +238,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
     return [
         {
             "run": run,
-            "color": index % len(PALETTE),
+            "color": index % COLORS,
             "optimizer": str(run.setting("optimizer.name") or "-")[:_WORD],
             "rate": _format(run.setting("optimizer.lr"), "{:g}"),
             "loss": _format(run.final_eval.get("loss"), "{:.4f}"),

@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate import Accelerator, tracking
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -27,14 +26,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep import optimizers
 from leanstep.optimizers import param_groups
@@ -50,10 +42,6 @@ from leanstep.recipes.config.schema import (
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "gpt2": (GPT2Config, GPT2LMHeadModel),
-}
 T = TypeVar("T")
 
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
@@ -80,18 +68,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if cpu:
         # without it the processes of torchrun and accelerate launch do not connect
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if cpu and config.precision == "fp16":
-        raise ValueError("precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32")
-    plugin = _fsdp_plugin() if config.distributed.strategy == "fsdp2" else None
-    if plugin is not None and cpu:
-        raise ValueError("distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp")
-    _check_trackers(config.log.trackers)
+    for problem in missing_here(config, cpu):
+        raise ValueError(problem)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED_PRECISION[config.precision],
         # the loop takes whole windows of micro batches, so windows never end at the end of the loader
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        fsdp_plugin=plugin,
+        fsdp_plugin=_fsdp_plugin() if config.distributed.strategy == "fsdp2" else None,
         # one schedule step is one optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
@@ -109,16 +93,20 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def _check_trackers(names: list[str]) -> None:
-    """Raise ValueError for a tracker that is not installed; Accelerate only warns."""
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
+    """Yield what this machine lacks for the run: a GPU, or a tracker (Accelerate would only warn)."""
+    if cpu and config.precision == "fp16":
+        yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
+    if cpu and config.distributed.strategy == "fsdp2":
+        yield "distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp"
+    installed = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
-    installed |= set(map(str, LOGGER_TYPE_TO_CLASS)) - shipped
-    for name in names:
+    installed |= set(map(str, tracking.LOGGER_TYPE_TO_CLASS)) - shipped
+    for name in config.log.trackers:
         if name not in installed:
             hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
-            raise ValueError(f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]")
+            yield f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]"
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
@@ -211,15 +199,24 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 as a warning before they kill.
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
+# kill, terminals SIGHUP when they close.
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGUSR2: 143,
+    signal.SIGINT: 130,
+}
 
 
 class StopFlag:
-    """Context manager that stores SIGTERM, SIGUSR1 or SIGINT in :attr:`received` and restores the old handlers.
+    """Context manager that stores a signal of :data:`EXIT_CODES` in :attr:`received` and restores the old handlers.
 
-    A second SIGINT calls ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it
-    installs no handlers. Raises ValueError outside the main thread.
+    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
+    with code 130, without saving. With ``enabled=False`` it installs no handlers.
+
+    Raises ValueError outside the main thread.
     """
 
     def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
@@ -230,7 +227,7 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if self._enabled:
-            for number in EXIT_CODES:
+            for number in (number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -269,7 +266,7 @@ def build_model(
         model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
-    config_class, model_class = FAMILIES[config.family]
+    config_class = CONFIG_MAPPING[config.family]
     known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
     unknown = sorted(set(config.config) - known)
     if unknown:
@@ -277,7 +274,7 @@ def build_model(
     # no pad_token_id: nn.Embedding does not train the row of its padding index
     settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
-    model = model_class(config_class(**settings)).to(dtype)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config_class(**settings)).to(dtype)
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
@@ -336,14 +333,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Import the optimizer class ``name``. Raises ValueError if this installation lacks it."""
+    """Import the optimizer class ``name``."""
     module, _, cls = OPTIMIZERS[name].partition(":")
-    try:
-        return getattr(import_module(module), cls)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name != module:
-            raise
-        raise ValueError(f"optimizer.name: '{name}' is {module}.{cls}, which this installation does not have") from None
+    return getattr(import_module(module), cls)
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -354,7 +346,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     first entry that selects a parameter wins.
 
     Raises:
-        ValueError: an optimizer that is not installed, an unknown argument, a refused value, or an entry of ``groups``
+        ValueError: an unknown argument, a refused value, or an entry of ``groups``
             that selects nothing.
     """
     cls = optimizer_class(config.name)
@@ -386,9 +378,9 @@ def _python_value(key: str, value: Any) -> Any:
 
 def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
     """Split each role's group by the first entry of ``config.groups`` that selects a parameter."""
-    for index, entry in enumerate(config.groups):
+    for number, entry in enumerate(config.groups):
         if ("match" in entry) == ("role" in entry):
-            raise ValueError(f"optimizer.groups[{index}]: expected either 'match' or 'role', got {sorted(entry)}")
+            raise ValueError(f"optimizer.groups[{number}]: expected either 'match' or 'role', got {sorted(entry)}")
 
     def first_entry(name: str, role: str) -> int | None:
         for index, entry in enumerate(config.groups):
@@ -413,11 +405,10 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
             unused.discard(index)
             options = {k: _python_value(k, value) for k, value in config.groups[index].items() if k not in _SELECTORS}
             yield {**common, **options, "name": f"{role}/{index}", "params": params}
-    for index in sorted(unused):
-        (key,) = _SELECTORS & config.groups[index].keys()
-        raise ValueError(
-            f"optimizer.groups[{index}]: {key} {config.groups[index][key]!r} selects no parameter of the model"
-        )
+    for number in sorted(unused):
+        (key,) = _SELECTORS & config.groups[number].keys()
+        text = config.groups[number][key]
+        raise ValueError(f"optimizer.groups[{number}]: {key} {text!r} selects no parameter of the model")
 
 
 def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:

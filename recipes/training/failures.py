@@ -1,7 +1,6 @@
 """Failures that end a run: their messages, with the last good checkpoint and settings to try, and nan_dump/."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
 
-EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 1, 2, 3, 4
 
 
 class RunFailure(Exception):
@@ -110,6 +109,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
+def lost_process(error: BaseException, world_size: int) -> str | None:
+    """What gloo or NCCL says when another process of the run has ended; None for other errors."""
+    said = str(error).partition("\n")[0]
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+    return said[:200] if world_size > 1 and any(sign in said for sign in signs) else None
+
+
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     """Describe the disk error that stopped a checkpoint; None for other errors.
 
@@ -122,29 +128,24 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     return f"cannot write: {error}" if isinstance(error, OSError) else None
 
 
-def layer_norms(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float | None]]:
-    """fp32 norms of each parameter and its gradient; None without a gradient."""
-    table: dict[str, dict[str, float | None]] = {}
-    for name, parameter in named_parameters:
-        gradient = None if parameter.grad is None else _norm(parameter.grad)
-        table[name] = {"weight": _norm(parameter), "gradient": gradient}
-    return table
-
-
-def _norm(tensor: torch.Tensor) -> float:
-    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
-    # a collective call for a sharded tensor
-    return float(whole_tensor(norm).item())
-
-
 def dump_step(
     accelerator: Accelerator, folder: Path, model: torch.nn.Module, facts: dict[str, Any], window: list[Batch]
 ) -> None:
-    """Write ``nan_dump/report.json`` (``facts`` and the norms of the layers) and ``batch.safetensors``.
+    """Write ``nan_dump/report.json`` (``facts`` and the fp32 norms of the layers) and ``batch.safetensors``.
 
     Every process calls it; the first one writes. Non-finite numbers become strings such as ``"nan"`` or ``"-inf"``.
     """
-    norms = layer_norms(accelerator.unwrap_model(model).named_parameters())
+
+    def norm(tensor: torch.Tensor | None) -> float | None:
+        if tensor is None:
+            return None
+        # a collective call for a sharded tensor
+        return float(whole_tensor(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)).item())
+
+    norms = {
+        name: {"weight": norm(parameter), "gradient": norm(parameter.grad)}
+        for name, parameter in accelerator.unwrap_model(model).named_parameters()
+    }
     if not accelerator.is_main_process:
         return
     target = folder / "nan_dump"
@@ -156,10 +157,5 @@ def dump_step(
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    # JSON has no nan and inf
+    return json.loads(json.dumps(value), parse_constant=lambda text: str(float(text)))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from leanstep.recipes.config.differences import flat
+
 
 def format_rate(tokens_per_s: float) -> str:
     """``850 tok/s``, ``12.4k tok/s``, ``1.20M tok/s``."""
@@ -40,12 +42,10 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
     return "  ".join(parts) + "".join(f"  [{note}]" for note in notes)
 
 
-def flat_scalars(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+def flat_scalars(tree: dict[str, Any]) -> dict[str, int | float | str | bool]:
     """Flatten nested dicts to dotted keys for trackers; values that are no number, bool or text become text."""
-    flat: dict[str, int | float | str | bool] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flat_scalars(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in flat(tree)
+        if value != {}
+    }

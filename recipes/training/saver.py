@@ -6,6 +6,7 @@ Training goes on when a full disk prevents a checkpoint. The newest complete che
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep._files import format_bytes, free_bytes, publish_folder, remove
-from leanstep.lora import LowRankGate
-from leanstep.lora.merge import config_of_merged
+from leanstep.lora import LowRankGate, save_adapter
+from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.methods.attention import write_gate
-from leanstep.recipes.methods.lora import is_adapted, load_adapters, merged_weights, write_adapter
+from leanstep.recipes.methods.lora import ADAPTER, is_adapted, load_adapters
 from leanstep.recipes.methods.pruned import write_sparsity
-from leanstep.recipes.methods.sparse import load_sparse, save_sparse, weights_for_others, without_sparse, write_patterns
+from leanstep.recipes.methods.sparse import load_sparse, save_sparse, without_sparse, write_patterns
 from leanstep.recipes.training.build import all_agree, main_does
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
@@ -34,11 +35,14 @@ from leanstep.recipes.training.checkpoint import (
     find_checkpoints,
     point,
     prune,
+    reading,
     staging,
     write_state,
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.sparsity import plain_state_dict
+from leanstep.sparsity.modules import sparse_layers
 
 
 class Saver:
@@ -82,7 +86,9 @@ class Saver:
 
         problem = main_does(self._accelerator, disk_full)
         if problem is None:
-            problem = self._write(state, windows, needed)
+            staged = Path(main_does(self._accelerator, lambda: str(self._stage(state.step))))
+            fill = partial(self._fill, state=state, windows=windows)
+            problem = self.write(staged, fill, lambda path: self._finish(commit(path), state), needed)
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
         if problem:
             last = find_checkpoints(self._folder.checkpoints)
@@ -90,29 +96,31 @@ class Saver:
             self._say(f"WARNING: {self.trouble}; training goes on, newest complete checkpoint: {newest}")
         return problem is None
 
-    def _write(self, state: TrainState, windows: Windows, needed: int) -> str | None:
-        accelerator = self._accelerator
-        staged = Path(main_does(accelerator, lambda: str(self._stage(state.step))))
+    def write(
+        self, staged: Path, fill: Callable[[Path], None], publish: Callable[[Path], None], needed: int = 0
+    ) -> str | None:
+        """Fill the folder ``staged`` in every process, then publish it in the first one.
+
+        Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``
+        are the bytes to write.
+        """
         problem, failure = None, None
-        try:
-            self._fill(staged, state, windows)
-        except Exception as error:
-            problem, failure = disk_trouble(error, self._folder.root, needed), error
-        # also a barrier: every process has written its files
-        fine = all_agree(accelerator, failure is None)
-        if fine and accelerator.is_main_process:
+        for work in (fill, publish):
             try:
-                committed = commit(staged)
+                if work is fill or self._accelerator.is_main_process:
+                    work(staged)
             except Exception as error:
                 problem, failure = disk_trouble(error, self._folder.root, needed), error
-            else:
-                self._finish(committed, state)
-        fine = all_agree(accelerator, failure is None)
-        if not fine and accelerator.is_main_process:
+            # also a barrier: every process has written its files
+            if not all_agree(self._accelerator, failure is None):
+                break
+        else:
+            return None
+        if self._accelerator.is_main_process:
             shutil.rmtree(staged, ignore_errors=True)
         if failure is not None and problem is None:
             raise failure
-        return None if fine else (problem or "another process could not write its part")
+        return problem or "another process could not write its part"
 
     def _stage(self, step: int) -> Path:
         try:
@@ -140,9 +148,15 @@ class Saver:
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         if self._accelerator.is_main_process:
+            if is_adapted(model):
+                weights = merged_state_dict(model)
+            elif sparse_layers(model):
+                # masked weights under plain names
+                weights = plain_state_dict(model, weights)
             with config_of_merged(model):
-                model.save_pretrained(path, state_dict=merged_weights(model, weights_for_others(model, weights)))
-            write_adapter(model, path)
+                model.save_pretrained(path, state_dict=weights)
+            if is_adapted(model):
+                save_adapter(model, path / ADAPTER)
             write_patterns(model, path)
             if self.pruned is not None:
                 write_sparsity(*self.pruned, path)
@@ -176,13 +190,16 @@ class Saver:
         """
         accelerator = self._accelerator
         trainer = path / "trainer"
-        accelerator.load_state(str(trainer))
+        with reading(trainer):
+            accelerator.load_state(str(trainer))
         # Accelerate restores its count of passes, which is wrong after a change of accumulation; windows begin at 0
         accelerator.step = 0
         if state.world_size == accelerator.num_processes:
             # Accelerate only logs that it could not restore the random state
-            saved = load(trainer / f"random_states_{accelerator.process_index}.pkl")
-            if not torch.equal(saved["torch_manual_seed"], torch.get_rng_state()):
+            file = trainer / f"random_states_{accelerator.process_index}.pkl"
+            with reading(file):
+                restored = torch.equal(load(file)["torch_manual_seed"], torch.get_rng_state())
+            if not restored:
                 raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
         streams = sorted(trainer.glob("stream_*.pt"))
         if not streams:
@@ -192,9 +209,9 @@ class Saver:
                 f"{path}: its stream was read by {len(streams)} processes, this run has {accelerator.num_processes}; "
                 f"continue it with --nproc {len(streams)}"
             )
-        loaded = torch.load(trainer / f"stream_{accelerator.process_index}.pt", weights_only=True)
-        assert isinstance(loaded, dict)
-        return loaded
+        file = trainer / f"stream_{accelerator.process_index}.pt"
+        with reading(file):
+            return dict(torch.load(file, weights_only=True))
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
         """Load-state hook of Accelerate: load the weights from ``hf/``."""
@@ -259,29 +276,21 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
 def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
     """Write model and tokenizer to a staging folder and rename it to ``final/``, replacing an older one."""
     staged = folder.root / ".writing-final"
-    failure: Exception | None = None
-    try:
+
+    def fill(path: Path) -> None:
         if accelerator.is_main_process:
-            remove(staged)
-            staged.mkdir()
-        saver.export(staged)
-        if accelerator.is_main_process:
-            publish_folder(staged, folder.final)
-    except Exception as error:
-        failure = error
-    fine = all_agree(accelerator, failure is None)
-    if not fine and accelerator.is_main_process:
-        shutil.rmtree(staged, ignore_errors=True)
-    if failure is not None:
-        trouble = disk_trouble(failure, folder.root, 0)
-        if trouble is None:
-            raise failure
+            remove(path)
+            path.mkdir()
+        saver.export(path)
+
+    trouble = saver.write(staged, fill, lambda path: publish_folder(path, folder.final))
+    if trouble is not None:
         raise RunFailure(
             "disk",
             1,
             f"{folder.final} could not be written: {trouble}. Make room and start the same command again: it continues "
             "from the last checkpoint",
-        ) from failure
+        )
 
 
 def sample(path: Path, seed: int, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
-from leanstep.recipes.data.sequences import IGNORED, LoadedData
+from leanstep.recipes.data.sequences import IGNORED
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class EvalResult:
     bits_per_byte: float | None
     tokens: int
 
-    @classmethod
-    def of(cls, loss_sum: float, tokens: int, bytes_per_token: float | None) -> "EvalResult":
-        """Make the result from the sum of the losses of ``tokens`` targets."""
-        loss = loss_sum / tokens
-        bits = None if not bytes_per_token else loss / math.log(2) / bytes_per_token
-        return cls(loss, math.exp(loss) if loss < 709 else math.inf, bits, tokens)
+
+class Interrupted(Exception):
+    """Ends an evaluation because of a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = number
+        super().__init__(f"signal {number}")
 
 
 def evaluate(
@@ -48,11 +49,16 @@ def evaluate(
     device: torch.device | str | None = None,
     bytes_per_token: float | None = None,
     batches: int | None = None,
+    accelerator: Accelerator | None = None,
+    before_round: Callable[[], object] = lambda: None,
 ) -> EvalResult:
     """Compute the mean loss of a causal model over the targets of a dataset.
 
     ``loss = sum_i -log p(x_i | x_<i) / #i`` over the labels other than -100, without the first of each sequence. Logits
-    are converted to fp32 and summed in fp64.
+    are converted to fp32 and summed in fp64. Draws no random numbers.
+
+    Each round has one batch per process, so all processes make the same number of forward passes, as sharded models
+    need. The last round is filled up with sequences without labels.
 
     Args:
         model: gives ``.logits`` ``[batch, seq_len, vocabulary]`` for ``input_ids``; training mode is restored.
@@ -60,7 +66,9 @@ def evaluate(
         micro_batch_size: sequences per forward pass; affects memory and speed only.
         device: None takes the device of the parameters.
         bytes_per_token: UTF-8 bytes of text per token, for bits per byte.
-        batches: evaluate only the first ``batches`` batches.
+        batches: evaluate only the first ``batches`` rounds.
+        accelerator: shares the batches among its processes; None is one process.
+        before_round: is called before each round in every process; it may raise :class:`Interrupted`.
 
     Raises:
         ValueError: nothing to evaluate, or a size below 1.
@@ -68,56 +76,26 @@ def evaluate(
     if micro_batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError(f"micro_batch_size and batches must be at least 1, got {micro_batch_size} and {batches}")
     device = device or next(model.parameters()).device
-    count = len(dataset) if batches is None else min(len(dataset), batches * micro_batch_size)
+    world, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    rounds = math.ceil(len(dataset) / (micro_batch_size * world))
     sums = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, count, micro_batch_size):
-            batch = _batch(dataset, first, min(micro_batch_size, count - first), device)
-            sums += _loss_sum(model, batch)
+        for number in range(rounds if batches is None else min(rounds, batches)):
+            before_round()
+            first = (number * world + rank) * micro_batch_size
+            sums += _loss_sum(model, _batch(dataset, first, micro_batch_size, device))
     finally:
         model.train(was_training)
+    if accelerator is not None and world > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
     loss_sum, tokens = sums.tolist()
     if tokens == 0:
         raise ValueError(f"nothing to evaluate: the dataset of {len(dataset)} sequences has no token to predict")
-    return EvalResult.of(loss_sum, int(tokens), bytes_per_token)
-
-
-def validate(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    data: LoadedData,
-    *,
-    micro_batch_size: int,
-    batches: int | None,
-    interrupted: Callable[[], bool],
-) -> EvalResult | None:
-    """:func:`evaluate` during a run, over the validation sequences or the first ``batches`` rounds of batches.
-
-    Each round has one batch per process, so all make the same number of forward passes, as sharded models need. The
-    last round is filled up with sequences without labels. Draws no random numbers.
-
-    Returns None if ``interrupted()``, which is called before each round in all processes, was true.
-    """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    per_round = micro_batch_size * world
-    rounds = math.ceil(len(data.validation) / per_round)
-    rounds = rounds if batches is None else min(rounds, batches)
-    sums = torch.zeros(2, dtype=torch.float64)
-    model.eval()
-    try:
-        for number in range(rounds):
-            if interrupted():
-                return None
-            first = number * per_round + rank * micro_batch_size
-            sums += _loss_sum(model, _batch(data.validation, first, micro_batch_size, accelerator.device))
-    finally:
-        model.train()
-    if world > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    loss_sum, tokens = sums.tolist()
-    return EvalResult.of(loss_sum, int(tokens), data.bytes_per_token)
+    loss = loss_sum / tokens
+    bits = None if not bytes_per_token else loss / math.log(2) / bytes_per_token
+    return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, int(tokens))
 
 
 @torch.no_grad()
@@ -137,9 +115,6 @@ def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 def _batch(dataset: Any, first: int, size: int, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Batch ``size`` sequences from ``first`` on. Those past the end repeat the last one, without labels."""
     last = len(dataset) - 1
-    items = [dataset[min(index, last)] for index in range(first, first + size)]
-    batch = default_collate(items)
-    for row, index in enumerate(range(first, first + size)):
-        if index > last:
-            batch["labels"][row] = IGNORED
+    batch = default_collate([dataset[min(index, last)] for index in range(first, first + size)])
+    batch["labels"][max(0, last + 1 - first) :] = IGNORED
     return {key: value.to(device) for key, value in batch.items()}

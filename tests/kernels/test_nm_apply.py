@@ -59,8 +59,9 @@ def test_fast_ones_equal_the_definition(dtype, dirty_memory):
 def test_a_weight_with_a_gradient_has_the_derivative():
     weight, mask = case(torch.float64)
     weight.requires_grad_()
-    nm_apply(weight, mask, torch.tensor(0.3, dtype=torch.float64)).sum().backward()
-    torch.testing.assert_close(weight.grad, torch.where(mask, 1.0, 0.3).double(), rtol=1e-14, atol=0)
+    alpha = torch.tensor(0.3, dtype=torch.float64)
+    nm_apply(weight, mask, alpha).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.where(mask, torch.ones_like(alpha), alpha), rtol=1e-14, atol=0)
 
 
 def test_bad_arguments_are_named():

@@ -82,6 +82,23 @@ def test_the_first_step_measures_and_nothing_is_kept_between_steps():
     assert optimizer.state_bytes() == param.numel() * 8 + 8 + 4
 
 
+def test_a_state_saved_between_the_halves_under_older_names_goes_on():
+    (param, optimizer), (twin, resumed) = (one("rms", lr=0.1) for _ in range(2))
+    halves = [torch.randn(NORMS["rms"], dtype=torch.float64) for _ in range(2)]
+    param.grad = halves[0] / 2
+    optimizer.mark_half()
+    older = copy.deepcopy(optimizer.state_dict())
+    for group in older["param_groups"]:
+        group["half_is"], group["half_seen"] = group.pop("half_content"), group.pop("half_marked")
+    resumed.load_state_dict(older)
+    assert not {"half_is", "half_seen"} & resumed.param_groups[0].keys()
+    for p, o in ((param, optimizer), (twin, resumed)):
+        p.grad = (halves[0] + halves[1]) / 2
+        o.step()
+    assert resumed.noise_report()[0]["H"] == optimizer.noise_report()[0]["H"] > 0
+    assert torch.equal(param, twin)
+
+
 def test_clipping_and_scaling_after_mark_whole_do_not_change_the_estimate():
     values = []
     for way in ("plain", "clipped", "scaled"):

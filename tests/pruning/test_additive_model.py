@@ -56,14 +56,14 @@ def test_distortions_add_up_and_the_allocation_is_the_best_of_all(score, pattern
         best = min(
             sum(curves[f"{g}"].distortion[k] for g, k in enumerate(ks))
             for ks in choices
-            if sum(curves[f"{g}"].kept[k] for g, k in enumerate(ks)) <= target
+            if sum(curves[f"{g}"].counts[k] for g, k in enumerate(ks)) <= target
         )
         found = allocate(layers, sparsity, curves=curves)
         if not pattern:
             # any count may be kept: at least as good as the best of the levels, up to the fit between them
             assert found.predicted <= best * 1.01
             continue
-        chosen = [curves[layer.name].kept.index(found.kept[layer.name]) for layer in layers]
+        chosen = [curves[layer.name].counts.index(found.counts[layer.name]) for layer in layers]
         assert found.predicted == pytest.approx(best, rel=1e-9)
         assert distortion([copy[k] for copy, k in zip(copies, chosen, strict=True)]) == pytest.approx(best, rel=1e-6)
 
@@ -72,6 +72,6 @@ def test_distortions_add_up_and_the_allocation_is_the_best_of_all(score, pattern
 def test_the_allocation_beats_uniform_where_layers_differ(seed):
     layers, curves, copies, distortion = oracle(seed, "wanda", True)
     found = allocate(layers, 0.5, curves=curves)
-    chosen = [curves[layer.name].kept.index(found.kept[layer.name]) for layer in layers]
+    chosen = [curves[layer.name].counts.index(found.counts[layer.name]) for layer in layers]
     uniform = distortion([copy[4] for copy in copies])
     assert distortion([copy[k] for copy, k in zip(copies, chosen, strict=True)]) < 0.5 * uniform

@@ -21,7 +21,7 @@ from leanstep.pruning import (
     outlier_ratio,
     snap,
 )
-from leanstep.pruning.allocate import allocation
+from leanstep.pruning.allocate import allocation, knapsack
 from leanstep.pruning.allocate.closed_form import lamp_scores
 
 
@@ -59,13 +59,17 @@ def test_every_rule_keeps_exactly_what_was_asked(blocks, method, sparsity):
     layers, curves = blocks
     total = sum(layer.numel for layer in layers)
     found = allocate(layers, sparsity, method=method, curves=curves, **needs(method, layers))
-    assert sum(found.kept.values()) == found.target == total - int(np.ceil(sparsity * total - 1e-6))
+    assert sum(found.counts.values()) == found.target == total - int(np.ceil(sparsity * total - 1e-6))
     assert found.sparsity >= sparsity and found.sparsity - sparsity < 1 / total
-    assert list(found.kept) == [layer.name for layer in layers]
-    assert all(0 <= found.kept[layer.name] <= layer.numel for layer in layers)
-    assert Allocation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert list(found.counts) == [layer.name for layer in layers]
+    assert all(0 <= found.counts[layer.name] <= layer.numel for layer in layers)
+    saved = json.loads(json.dumps(found.to_dict()))
+    assert Allocation.from_dict(saved) == found
+    # as before the counts were renamed
+    former = {"kept" if key == "counts" else key: value for key, value in saved.items()} | {"lagrange_gap": 0.0}
+    assert Allocation.from_dict(former) == found and found.kept == found.counts
     reverse = allocate(layers[::-1], sparsity, method=method, curves=curves, **needs(method, layers))
-    assert reverse.kept == found.kept and reverse.predicted == pytest.approx(found.predicted, rel=1e-12)
+    assert reverse.counts == found.counts and reverse.predicted == pytest.approx(found.predicted, rel=1e-12)
 
 
 def jagged(rng, numel, levels):
@@ -91,15 +95,15 @@ def test_no_allocation_of_measured_levels_beats_the_program(seed, scale):
     """Exact up to 65,536 weights between sparsest and densest; above, costs are rounded to 1/32768 of the layers."""
     layers, curves = jagged_layers(seed, [n * scale for n in (150, 400, 700, 333)], 5)
     every = list(itertools.product(*(range(6) for _ in layers)))
-    paid = np.array([sum(curves[x.name].kept[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
+    paid = np.array([sum(curves[x.name].counts[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
     lost = np.array([sum(curves[x.name].distortion[k] for x, k in zip(layers, ks, strict=True)) for ks in every])
     for budget in np.random.default_rng(seed).permutation(paid)[:60].tolist():
         found = allocate(layers, budget=Budget("params", budget), curves=curves)
         best = lost[paid <= budget].min()
         assert found.predicted <= best * (1 + (1e-12 if scale == 1 else 1e-3)) + 1e-15
-        if all(found.kept[x.name] in curves[x.name].kept for x in layers):
+        if all(found.counts[x.name] in curves[x.name].counts for x in layers):
             assert found.predicted == sum(
-                curves[x.name].distortion[curves[x.name].kept.index(found.kept[x.name])] for x in layers
+                curves[x.name].distortion[curves[x.name].counts.index(found.counts[x.name])] for x in layers
             )
 
 
@@ -111,7 +115,7 @@ def test_one_layer_is_predicted_what_was_measured(sparsity):
     layer, measured = Layer("w", (1, 100_000)), Curve("w", 100_000, kept, distortion, (0.0,) * len(kept), "kl")
     for count, expected in zip(kept, distortion, strict=True):
         found = allocate([layer], budget=Budget("params", count), curves={"w": measured})
-        assert found.kept == {"w": count} and found.predicted == expected
+        assert found.counts == {"w": count} and found.predicted == expected
 
 
 @pytest.mark.parametrize("method", ["dp", "uniform", "global", "lamp", "erk", "owl", "atp"])
@@ -119,16 +123,20 @@ def test_bounds_hold_and_the_total_too(blocks, method):
     layers, curves = blocks
     before = {layer.name: layer.numel - 100 * i for i, layer in enumerate(layers)}
     before = {name: max(count, 500) for name, count in before.items()}
-    found = allocate(layers, 0.6, method=method, curves=curves, at_least=0.3, at_most=before, **needs(method, layers))
-    assert sum(found.kept.values()) == found.target
+    found = allocate(layers, 0.6, method=method, curves=curves, at_most=before, **needs(method, layers))
+    assert sum(found.counts.values()) == found.target
     for layer in layers:
-        assert np.ceil(0.3 * layer.numel) <= found.kept[layer.name] <= before[layer.name]
+        assert 0 <= found.counts[layer.name] <= before[layer.name]
 
 
 def test_uniform_differs_by_rounding_only():
     layers = [Layer(name, (1, n)) for name, n in (("a", 10), ("b", 7), ("c", 100))]
-    assert allocate(layers, 0.5, method="uniform").kept == {"a": 5, "b": 3, "c": 50}  # 58.5 kept: zeros are rounded up
-    assert allocate(layers, 0.0, method="uniform").kept == {"a": 10, "b": 7, "c": 100}
+    assert allocate(layers, 0.5, method="uniform").counts == {
+        "a": 5,
+        "b": 3,
+        "c": 50,
+    }  # 58.5 kept: zeros are rounded up
+    assert allocate(layers, 0.0, method="uniform").counts == {"a": 10, "b": 7, "c": 100}
 
 
 def test_what_is_a_whole_number_is_not_rounded_up():
@@ -139,9 +147,9 @@ def test_what_is_a_whole_number_is_not_rounded_up():
 def test_global_keeps_the_largest_of_all():
     layers = [Layer("a", (2, 3)), Layer("b", (2, 2))]
     scores = {"a": torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.8, 0.0]]), "b": torch.tensor([[5.0, 0.2], [0.4, 0.6]])}
-    assert allocate(layers, 0.5, method="global", scores=scores).kept == {"a": 3, "b": 2}
-    assert allocate(layers, 0.9, method="global", scores=scores).kept == {"a": 0, "b": 1}
-    assert allocate(layers, 0.5, method="global", scores=scores, at_least={"b": 0.75}).kept == {"a": 2, "b": 3}
+    assert allocate(layers, 0.5, method="global", scores=scores).counts == {"a": 3, "b": 2}
+    assert allocate(layers, 0.9, method="global", scores=scores).counts == {"a": 0, "b": 1}
+    assert allocate(layers, 0.5, method="global", scores=scores, at_most={"a": 2}).counts == {"a": 2, "b": 3}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -158,10 +166,10 @@ def test_the_threshold_is_that_of_a_sort(seed):
     for sparsity in (0.0, 0.1, 0.5, 0.77, 0.99):
         found = allocate(layers, sparsity, method="global", scores=scores)
         threshold = every[found.target - 1] if found.target else torch.inf
-        assert sum(found.kept.values()) == found.target
+        assert sum(found.counts.values()) == found.target
         for layer in layers:
             score = scores[layer.name].float()
-            assert int((score > threshold).sum()) <= found.kept[layer.name] <= int((score >= threshold).sum())
+            assert int((score > threshold).sum()) <= found.counts[layer.name] <= int((score >= threshold).sum())
 
 
 def test_negative_scores_cannot_be_compared():
@@ -177,10 +185,10 @@ def test_lamp_divides_by_the_squares_of_the_larger_ones():
     layers = [Layer("a", (2, 2)), Layer("b", (1, 2))]
     weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 4.0]]), "b": torch.tensor([[1e-3, 2e-3]])}
     # b's scores: 1/5 and 1; the scale of a layer does not matter
-    assert allocate(layers, 0.5, method="lamp", scores=weights).kept == {"a": 2, "b": 1}
-    assert allocate(layers, 0.34, method="lamp", scores=weights).kept == {"a": 2, "b": 1}
-    assert allocate(layers, 0.33, method="lamp", scores=weights).kept == {"a": 2, "b": 2}
-    assert allocate(layers, 0.66, method="lamp", scores=weights).kept == {"a": 1, "b": 1}
+    assert allocate(layers, 0.5, method="lamp", scores=weights).counts == {"a": 2, "b": 1}
+    assert allocate(layers, 0.34, method="lamp", scores=weights).counts == {"a": 2, "b": 1}
+    assert allocate(layers, 0.33, method="lamp", scores=weights).counts == {"a": 2, "b": 2}
+    assert allocate(layers, 0.66, method="lamp", scores=weights).counts == {"a": 1, "b": 1}
 
 
 def test_erk_is_dense_where_it_would_be_more_than_dense():
@@ -189,8 +197,8 @@ def test_erk_is_dense_where_it_would_be_more_than_dense():
     found = allocate(layers, 0.5, method="erk")
     # c = 2744 / 198 would give the head 0.15 c > 1: it is dense, and the others share the rest
     c = (2744 - 200) / (0.0625 * 288 + 0.03 * 5000)
-    assert found.kept == {"conv": round(c * 18), "fc": round(c * 150), "head": 200}
-    sparse = allocate(layers, 0.95, method="erk").kept
+    assert found.counts == {"conv": round(c * 18), "fc": round(c * 150), "head": 200}
+    sparse = allocate(layers, 0.95, method="erk").counts
     total = sum(sparse.values())
     c = total / (0.0625 * 288 + 0.03 * 5000 + 0.15 * 200)
     assert all(abs(sparse[n] - c * s) < 1 for n, s in (("conv", 18), ("fc", 150), ("head", 30)))
@@ -202,25 +210,25 @@ def test_owl_is_its_formula_where_blocks_are_equal():
     r = (o - o.min()) / (o.max() - o.min()) * 2 * 0.08
     expected = (r - r.mean() + (1 - 0.7)) * 1000
     found = allocate(layers, 0.7, method="owl", outliers=dict(enumerate(o)))
-    assert sum(found.kept.values()) == 1200
-    assert max(abs(found.kept[f"{b}"] - expected[b]) for b in range(4)) < 1
+    assert sum(found.counts.values()) == 1200
+    assert max(abs(found.counts[f"{b}"] - expected[b]) for b in range(4)) < 1
     by_name = allocate(layers, 0.7, method="owl", outliers={f"{b}": o[b] for b in range(4)})
-    assert by_name.kept == found.kept
+    assert by_name.counts == found.counts
     flat = allocate(layers, 0.7, method="owl", outliers=dict.fromkeys(range(4), 2.0))
-    assert set(flat.kept.values()) == {300}
+    assert set(flat.counts.values()) == {300}
     wide = allocate(layers, 0.7, method="owl", outliers=dict(enumerate(o)), spread=0.2)
-    assert wide.kept["0"] - wide.kept["2"] == pytest.approx(400, abs=1)
+    assert wide.counts["0"] - wide.counts["2"] == pytest.approx(400, abs=1)
 
 
 def test_owl_and_atp_meet_the_target_where_blocks_differ_in_size():
     """A mean over blocks is not a mean over weights: the papers' formulas would miss the target here."""
     layers = [Layer("small", (10, 10), 0), Layer("large", (100, 90), 1)]
     found = allocate(layers, 0.7, method="owl", outliers={0: 5.0, 1: 0.0})
-    assert sum(found.kept.values()) == 2730
-    assert found.kept["small"] / 100 - found.kept["large"] / 9000 == pytest.approx(0.16, abs=0.01)
+    assert sum(found.counts.values()) == 2730
+    assert found.counts["small"] / 100 - found.counts["large"] / 9000 == pytest.approx(0.16, abs=0.01)
     deep = allocate(layers, 0.7, method="atp", beta=0.2)
-    assert sum(deep.kept.values()) == 2730
-    assert deep.kept["small"] / 100 - deep.kept["large"] / 9000 == pytest.approx(0.2, abs=0.01)
+    assert sum(deep.counts.values()) == 2730
+    assert deep.counts["small"] / 100 - deep.counts["large"] / 9000 == pytest.approx(0.2, abs=0.01)
 
 
 def test_outliers_are_counted_over_a_block():
@@ -255,15 +263,14 @@ def test_dp_is_the_best_of_all_combinations_of_patterns(seed):
     total = sum(layer.numel for layer in layers)
     for sparsity in (0.1, 0.35, 0.5, 0.62):
         found = allocate(layers, sparsity, curves=curves)
-        assert sum(found.kept.values()) <= found.target
+        assert sum(found.counts.values()) <= found.target
         best = min(
             sum(curves[layer.name].distortion[k] for layer, k in zip(layers, ks, strict=True))
             for ks in itertools.product(range(6), repeat=4)
-            if sum(curves[layer.name].kept[k] for layer, k in zip(layers, ks, strict=True)) <= found.target
+            if sum(curves[layer.name].counts[k] for layer, k in zip(layers, ks, strict=True)) <= found.target
         )
         assert found.predicted == pytest.approx(best, abs=1e-12)
-        assert all(int(found.patterns[layer.name][0]) * layer.numel == 8 * found.kept[layer.name] for layer in layers)
-        assert found.lagrange_gap >= 0
+        assert all(int(found.patterns[layer.name][0]) * layer.numel == 8 * found.counts[layer.name] for layer in layers)
     with pytest.raises(InfeasibleBudget, match="the levels of the layers cost") as caught:
         allocate(layers, 0.63, curves=curves)
     assert caught.value.lowest == total * 3 // 8
@@ -301,7 +308,7 @@ def test_targets_from_one_table_are_those_from_their_own(blocks):
     together = allocations_along(layers, sparsities, curves=curves)
     for sparsity, found in zip(sparsities, together, strict=True):
         alone = allocate(layers, sparsity, curves=curves)
-        assert (found.kept, found.predicted) == (alone.kept, alone.predicted)
+        assert (found.counts, found.predicted) == (alone.counts, alone.predicted)
     costs, losses = zip(*together[0].front, strict=True)
     assert (np.diff(costs) > 0).all() and (np.diff(losses) < 0).all()
     assert 100 < len(costs) <= 200
@@ -313,20 +320,22 @@ def test_a_coarse_table_is_over_satisfied_by_a_unit_at_most_and_then_repaired(bl
     exact = allocate(layers, 0.6, curves=curves)
     for states in (100, 1000):
         monkeypatch.setattr(allocation, "STATES", states)
+        monkeypatch.setattr(knapsack, "STATES", states)
         coarse = allocate(layers, 0.6, curves=curves)
-        assert sum(coarse.kept.values()) == coarse.target == exact.target
+        assert sum(coarse.counts.values()) == coarse.target == exact.target
         assert coarse.predicted >= exact.predicted * (1 - 1e-3)
     assert coarse.predicted == pytest.approx(exact.predicted, rel=0.02)
 
 
 def test_what_rounding_leaves_goes_where_it_saves_most(monkeypatch):
     monkeypatch.setattr(allocation, "STATES", 3)
+    monkeypatch.setattr(knapsack, "STATES", 3)
     monkeypatch.setattr(allocation, "POINTS", 2)
     layers = [Layer("flat", (10, 10)), Layer("steep", (10, 10))]
     flat = Curve("flat", 100, (100, 50), (0.0, 1.0), (0.0, 0.0), "kl")
     steep = Curve("steep", 100, (100, 50), (0.0, 5.0), (0.0, 0.0), "kl")
     found = allocate(layers, 0.435, curves={"flat": flat, "steep": steep})
-    assert found.kept == {"flat": 50, "steep": 63} and found.target == 113
+    assert found.counts == {"flat": 50, "steep": 63} and found.target == 113
 
 
 def test_a_budget_of_operations_counts_uses():
@@ -337,7 +346,7 @@ def test_a_budget_of_operations_counts_uses():
     budget = Budget.fraction("flops", 0.5, layers)
     assert budget.target == dense / 2
     found = allocate(layers, curves=curves, budget=budget)
-    spent = 2 * (1024 * found.kept["early"] + 16 * found.kept["late"])
+    spent = 2 * (1024 * found.counts["early"] + 16 * found.counts["late"])
     assert spent == found.cost and budget.target - 2 * 16 < spent <= budget.target
     by_weights = allocate(layers, 0.5, curves=curves)
     assert found.layer_sparsity("early") > by_weights.layer_sparsity("early")
@@ -349,9 +358,9 @@ def test_a_budget_of_bytes_counts_the_mask_until_dense_is_smaller():
     curves = {"a": power_curve(layers[0], 1.0), "b": power_curve(layers[1], 50.0)}
     budget = Budget.fraction("bytes", 0.6, layers)
     found = allocate(layers, curves=curves, budget=budget)
-    stored = sum(min(1600, 2 * kept + 100) for kept in found.kept.values())
+    stored = sum(min(1600, 2 * kept + 100) for kept in found.counts.values())
     assert stored == found.cost and budget.target - 2 < stored <= budget.target == 0.6 * 3200
-    assert found.kept["b"] > found.kept["a"]
+    assert found.counts["b"] > found.counts["a"]
 
 
 def test_a_budget_of_seconds_reads_the_table():
@@ -380,9 +389,9 @@ def test_nothing_that_was_pruned_comes_back():
         "b": Curve("b", 1000, (900, 500, 100), (0.0, 0.1, 0.2), (0.0,) * 3, "kl"),
     }
     found = allocate(layers, 0.6, curves=curves)
-    assert found.kept == {"a": 300, "b": 500}
+    assert found.counts == {"a": 300, "b": 500}
     held = allocate(layers, 0.6, curves=curves, at_most={"a": 250})
-    assert held.kept["a"] <= 250 and sum(held.kept.values()) == 800
+    assert held.counts["a"] <= 250 and sum(held.counts.values()) == 800
 
 
 def test_baselines_snap_to_patterns_within_their_total():
@@ -390,17 +399,17 @@ def test_baselines_snap_to_patterns_within_their_total():
     wanted = allocate(layers, 0.4, method="erk")
     levels = {layer.name: nm_levels(layer.numel, 8, 2) for layer in layers}
     found = snap(wanted, levels)
-    assert sum(found.kept.values()) <= sum(wanted.kept.values())
+    assert sum(found.counts.values()) <= sum(wanted.counts.values())
     best = min(
-        sum((k - wanted.kept[layer.name]) ** 2 / layer.numel for k, layer in zip(kept, layers, strict=True))
+        sum((k - wanted.counts[layer.name]) ** 2 / layer.numel for k, layer in zip(kept, layers, strict=True))
         for kept in itertools.product(*(levels[layer.name][0] for layer in layers))
-        if sum(kept) <= sum(wanted.kept.values())
+        if sum(kept) <= sum(wanted.counts.values())
     )
     assert sum(
-        (found.kept[layer.name] - wanted.kept[layer.name]) ** 2 / layer.numel for layer in layers
+        (found.counts[layer.name] - wanted.counts[layer.name]) ** 2 / layer.numel for layer in layers
     ) == pytest.approx(best)
     for layer in layers:
-        assert int(found.patterns[layer.name][0]) * layer.numel == 8 * found.kept[layer.name]
+        assert int(found.patterns[layer.name][0]) * layer.numel == 8 * found.counts[layer.name]
     with pytest.raises(InfeasibleBudget, match="the patterns keep 56 or more"):
         snap(allocate(layers, 0.9, method="uniform"), levels)
 
@@ -420,10 +429,10 @@ def test_what_cannot_be_allocated_is_refused_with_the_reason(blocks):
         (lambda: allocate([], 0.5, method="uniform"), "unique names"),
         (lambda: allocate(layers, 0.5, curves={}), "'0.q' has none"),
         (lambda: allocate([Layer("0.q", (5, 5))], 0.5, curves=curves), "for 1024 weights, the layer has 25"),
-        (lambda: allocate(layers, 0.5, method="uniform", at_least=1.5), "bounds of"),
-        (lambda: allocate(layers, 0.5, method="uniform", at_least=0.6), "the bounds allow"),
+        (lambda: allocate(layers, 0.5, method="uniform", at_most={"0.q": -1}), "at_most >= 0, got -1 for '0.q'"),
+        (lambda: allocate(layers, 0.5, method="uniform", at_most={x.name: 9 for x in layers}), "the bounds allow"),
         (lambda: allocate(layers, 0.99, curves=curves), "cannot be met: .* sparsities of 0 to 0.9498, not 0.99"),
-        (lambda: allocate(layers, 0.5, curves={n: c for n, c in curves.items()}, at_least=0.6), "cannot be met"),
+        (lambda: allocate(layers, 0.5, curves=curves, at_most={"0.q": 9}), "no level of '0.q' keeps 9 weights or"),
         (lambda: Budget("params", 0), "positive target"),
         (lambda: Budget("watts", 1.0), "kind must be one of"),
         (lambda: Budget("latency", 1.0), "goes with a table"),

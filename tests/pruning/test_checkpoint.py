@@ -13,14 +13,8 @@ from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_v
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leanstep.pruning.folder.checkpoint import (
-    checkpoint_values,
-    copy_others,
-    load_model,
-    open_checkpoint,
-    stored_parameters,
-    write_weights,
-)
+from leanstep.pruning.folder.checkpoint import copy_others, write_weights
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.run import check_output, new_folder
 from leanstep.pruning.score.targets import find_targets
 

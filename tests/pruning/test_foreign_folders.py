@@ -10,7 +10,8 @@ from pruned_models import make_llama, save_model
 
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
-from leanstep.pruning.folder.checkpoint import copy_others, open_checkpoint
+from leanstep.pruning.folder.checkpoint import copy_others
+from leanstep.pruning.folder.loading import open_checkpoint
 
 PLAIN = {"sparsity": 0.5, "score": "magnitude", "allocation": "uniform"}
 

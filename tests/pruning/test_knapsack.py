@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from leanstep.pruning import InfeasibleBudget, solve_knapsack, solve_lagrange
+from leanstep.pruning import InfeasibleBudget, solve_knapsack
 from leanstep.pruning.allocate import knapsack
 from leanstep.pruning.allocate.knapsack import level_at, next_row
 
@@ -63,17 +63,7 @@ def test_the_front_is_that_of_brute_force_and_falls(seed):
     np.testing.assert_allclose(values[np.searchsorted(at, steps, side="right") - 1], best, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_lagrange_is_never_better_and_never_over_budget(seed):
-    costs, losses = instance(seed)
-    for budget in range(sum(int(c.min()) for c in costs), sum(int(c.max()) for c in costs) + 2):
-        levels, loss = solve_lagrange(costs, losses, budget)
-        assert sum(int(c[k]) for c, k in zip(costs, levels, strict=True)) <= budget
-        assert loss == pytest.approx(sum(d[k] for d, k in zip(losses, levels, strict=True)))
-        assert loss >= solve_knapsack(costs, losses, budget).value() - 1e-12
-
-
-def test_lagrange_is_exact_on_convex_curves_at_the_hull_s_budgets():
+def test_convex_curves_spend_where_the_slope_is_steepest():
     rng = np.random.default_rng(0)
     costs, losses = [], []
     for _ in range(5):
@@ -83,15 +73,14 @@ def test_lagrange_is_exact_on_convex_curves_at_the_hull_s_budgets():
         losses.append(10 - np.concatenate([[0], np.cumsum(slopes * steps)]))
     slopes = np.concatenate([-np.diff(d) / np.diff(c) for c, d in zip(costs, losses, strict=True)])
     steps = np.concatenate([np.diff(c) for c in costs])
-    for budget in np.cumsum([0, *steps[np.argsort(-slopes)]]).tolist():
-        exact = solve_knapsack(costs, losses, budget).value()
-        assert solve_lagrange(costs, losses, budget)[1] == pytest.approx(exact, abs=1e-12)
+    order = np.argsort(-slopes)
+    saved = np.cumsum([0, *(slopes * steps)[order]])
+    for budget, less in zip(np.cumsum([0, *steps[order]]).tolist(), saved, strict=True):
+        assert solve_knapsack(costs, losses, budget).value() == pytest.approx(50 - less, abs=1e-12)
 
 
-def test_lagrange_cannot_find_what_is_inside_the_hull():
-    costs, losses = [[0, 1, 2]], [[1.0, 0.9, 0.0]]
-    assert solve_lagrange(costs, losses, 1) == ([0], 1.0)
-    assert solve_knapsack(costs, losses, 1).choose() == [1]
+def test_a_level_inside_the_hull_is_a_level_too():
+    assert solve_knapsack([[0, 1, 2]], [[1.0, 0.9, 0.0]], 1).choose() == [1]
 
 
 def test_of_equal_losses_the_one_that_keeps_more_is_taken():

@@ -8,12 +8,13 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import find_targets, measure_curves
+from leanstep.pruning.folder.run import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.batches import as_batches, token_sequences
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, statistics_for
-from leanstep.pruning.score.targets import make_groups, split_kept
+from leanstep.pruning.score.targets import make_groups, split_count
 
 LEVELS = (0.5, 0.9)
 MODELS = {
@@ -67,7 +68,7 @@ def test_a_curve_is_the_distortion_of_one_pruned_matrix():
         pruned = model(samples).logits.double().log_softmax(-1)
     values = (dense.exp() * (dense - pruned)).sum(-1).mean(-1)
     curve = curves[target.name]
-    assert curve.kept == (target.layer.numel, target.layer.numel // 2)
+    assert curve.counts == (target.layer.numel, target.layer.numel // 2)
     assert curve.distortion[1] == pytest.approx(values.mean().item(), rel=1e-3)
     assert curve.stderr[1] == pytest.approx(values.std().item() / math.sqrt(len(values)), rel=1e-2)
 
@@ -173,8 +174,8 @@ def test_matrices_of_a_group_share_a_level():
     sizes = {group.name: group.layer.numel for group in make_groups(find_targets(model), "role")}
     assert {name: curve.numel for name, curve in curves.items()} == sizes
     assert list(measure_curves(model, samples, levels=(0.5,), granularity="block")) == ["block 0: all", "block 1: all"]
-    assert split_kept(7, [10, 10, 1]) == [4, 3, 0]
-    assert [sum(split_kept(kept, [3, 5, 9])) for kept in range(18)] == list(range(18))
+    assert split_count(7, [10, 10, 1]) == [4, 3, 0]
+    assert [sum(split_count(kept, [3, 5, 9])) for kept in range(18)] == list(range(18))
 
 
 def test_levels_can_be_patterns():
@@ -185,14 +186,13 @@ def test_levels_can_be_patterns():
         measure_curves(model, tokens(2), pattern="N:16")
 
 
-@pytest.mark.parametrize("metric", ["kl", "kl_topk", "mse_logits", "nmse_hidden", "ce_delta", "local_nmse", "fisher"])
+@pytest.mark.parametrize("metric", ["kl", "kl_topk", "mse_logits"])
 def test_every_metric_gives_curves(metric):
     model = make_llama(1)
     curves = measure_curves(model, tokens(4), metric=metric, levels=LEVELS, score="magnitude")
     assert all(curve.metric == metric for curve in curves.values())
-    # the loss of a model with random weights may well fall
     rising = [curve for curve in curves.values() if 0 < curve.distortion[1] < curve.distortion[2]]
-    assert len(rising) >= (2 if metric == "ce_delta" else 6)
+    assert len(rising) >= 6
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -380,4 +380,3 @@ def test_the_joint_distortion_of_unchanged_weights_is_zero():
     assert measurement.joint().mean == 0.0
     find_targets(model)[0].weight.zero_()
     assert measurement.joint().mean > 0.0
-    measurement.close()

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 from leanstep.pruning import LayerStatistics, as_matrix, layer_pruner
+from leanstep.pruning.score.base import NEEDS
 from leanstep.sparsity import is_nm
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "mfac")
@@ -116,7 +117,7 @@ def test_rows_share_a_count_that_they_do_not_divide():
 
 def test_statistics_add_up_over_batches_of_any_shape():
     x = torch.randn(6, 5, 8)
-    whole, parts = (LayerStatistics.for_score(s, 8) for s in ("sparsegpt", "wanda"))
+    whole, parts = (LayerStatistics.empty(NEEDS[s], 8) for s in ("sparsegpt", "wanda"))
     whole.add(x)
     for piece in x.split(2):
         parts.add(piece.to(torch.float64))

@@ -98,7 +98,7 @@ def test_the_command_takes_images_and_gives_what_the_function_gives(trained, fol
         levels=(0.3, 0.5, 0.7, 0.85),
     )
     content = json.loads((tmp_path / "out" / "sparsity.json").read_text())
-    assert content["allocation"]["kept"] == expected.allocation.kept
+    assert content["allocation"]["counts"] == expected.allocation.counts
     again = ViTForImageClassification.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(again(chosen).logits, model(chosen).logits)

@@ -10,7 +10,7 @@ from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
 from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.config.catalog import describe
-from leanstep.recipes.config.loader import load, recipe_names, recipe_path
+from leanstep.recipes.config.loader import find_recipe, load, recipe_names
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.training.checkpoint import disk_need
 from leanstep.recipes.training.folder import RunFolder
@@ -60,7 +60,7 @@ def test_a_run_that_can_start(run, name, capsys, tmp_path):
     config = run(name=name)
     assert check(config) == 0
     out = capsys.readouterr().out
-    for title in ("Recipe", "Device", "Trackers", "Data", "Length", "Parameter groups", "Memory", "Disk", "Output"):
+    for title in ("Recipe", "Device", "Data", "Length", "Parameter groups", "Memory", "Disk", "Output"):
         assert f"\n{title}\n" in out
     assert "tokens_per_step: 128" in out
     assert "76,800 (128 a step)" in out
@@ -180,11 +180,11 @@ def test_trackers_are_looked_for(run, monkeypatch):
     from accelerate import tracking
 
     (found,) = problems(run("log.trackers=[wandbb]"))
-    assert found.startswith("Trackers: 'wandbb' is not a tracker of Accelerate, which has ")
+    assert found.startswith("Device: log.trackers: 'wandbb' is not available here (Accelerate knows ")
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["trackio"])
     assert problems(run("log.trackers=[trackio]")) == []
     (found,) = problems(run("log.trackers=[wandb]"))
-    assert "wandb is not installed: pip install wandb" in found
+    assert "'wandb' is not available here (pip install wandb)" in found
 
 
 def test_an_optimizer_that_refuses_its_arguments_is_a_problem(run):
@@ -310,11 +310,11 @@ def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
     assert check(run("log.trackers=[wandbb]", "optimizer.groups=[{match: zzz, lr: 1}]")) == 1
     out = capsys.readouterr().out
     listed = out[out.index(" problems\n") :]
-    assert "- trackers: 'wandbb'" in listed and "- parameter groups: " in listed
+    assert "- device: log.trackers: 'wandbb'" in listed and "- parameter groups: " in listed
     assert "ready" not in out
 
 
-FINE_TUNING = [name for name in recipe_names() if "  init_from:" in recipe_path(name).read_text("utf-8")]
+FINE_TUNING = [name for name in recipe_names() if "  init_from:" in find_recipe(name).read_text("utf-8")]
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in FINE_TUNING])

@@ -14,7 +14,7 @@ import torch
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import sources, tokens
-from leanstep.recipes.data.sequences import IGNORED, epoch_order, load_data
+from leanstep.recipes.data.sequences import IGNORED, load_data, shuffled
 from leanstep.recipes.data.tokens import build_once, cache_root, encode, read_shard, train_bpe, write_shard
 
 DOCUMENTS = texts.documents(60)
@@ -148,19 +148,19 @@ def test_no_validation_when_none_is_asked_for(corpus):
 # -- order ----------------------------------------------------------------------------------------------------------
 
 
-def test_epoch_order_is_a_permutation_of_its_arguments_alone():
-    order = epoch_order(1000, seed=3, epoch=2)
+def test_shuffled_is_a_permutation_of_its_arguments_alone():
+    order = shuffled(1000, 3, 2)
     assert order.dtype == torch.int64
     assert torch.equal(order.sort().values, torch.arange(1000))
     state = torch.get_rng_state()
     torch.manual_seed(99)
     moved = torch.get_rng_state()
-    assert torch.equal(epoch_order(1000, seed=3, epoch=2), order)
+    assert torch.equal(shuffled(1000, 3, 2), order)
     assert torch.equal(torch.get_rng_state(), moved)
     torch.set_rng_state(state)
-    for other in (epoch_order(1000, 3, 3), epoch_order(1000, 4, 2), epoch_order(1000, 2, 3)):
+    for other in (shuffled(1000, 3, 3), shuffled(1000, 4, 2), shuffled(1000, 2, 3)):
         assert (other != order).sum() > 900
-    assert len(epoch_order(0, 0, 0)) == 0
+    assert len(shuffled(0, 0, 0)) == 0
 
 
 # -- sources --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import streaming
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.data.sources import open_stream
-from leanstep.recipes.data.streaming import StreamedSequences, world_of_process
+from leanstep.recipes.data.streaming import StreamedSequences
 from leanstep.recipes.data.tokens import load_tokenizer
 
 DOCUMENTS = texts.documents(90)
@@ -184,15 +184,6 @@ def test_through_a_data_loader(stream, monkeypatch):
 def test_bad_ranks(stream, rank, world_size):
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size\)"):
         stream(rank=rank, world_size=world_size)
-
-
-def test_world_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert world_of_process() == (2, 4)
-    monkeypatch.delenv("RANK")
-    monkeypatch.delenv("WORLD_SIZE")
-    assert world_of_process() == (0, 1)
 
 
 def test_load_data_streams_a_local_copy_as_published(c4, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import texts
 from transformers import AutoTokenizer
 
+from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data import tokens as module
-from leanstep.recipes.data.tokens import encode, load_tokenizer, open_tokenizer, train_bpe, trained_size
+from leanstep.recipes.data.tokens import encode, load_tokenizer, open_tokenizer, train_bpe
 
 TEXT = texts.documents(40)
 
@@ -131,7 +132,7 @@ def test_saved_folder_opens_with_auto_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("spec", ["train:", "train:many", "train:256", "train:-5", "train:1.5"])
 def test_bad_sizes(spec):
-    with pytest.raises(ValueError, match="expected train:SIZE with SIZE at least 257.*got 'train:"):
+    with pytest.raises(ValueError, match="must be 'train:SIZE' with a size of at least 257.*got 'train:"):
         trained_size(spec)
 
 

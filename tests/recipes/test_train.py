@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
-from leanstep.recipes.data.sequences import epoch_order
+from leanstep.recipes.data.sequences import shuffled
 from leanstep.recipes.training.build import schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_rate
@@ -201,7 +201,7 @@ def test_schedule_shapes(name):
 
 def test_the_order_is_a_function_of_the_position():
     whole = [index for batch in MicroBatches(10, seed=3, batch_size=4, start=0, count=10) for index in batch]
-    assert whole[:10] == epoch_order(10, 3, 0).tolist() and whole[10:20] == epoch_order(10, 3, 1).tolist()
+    assert whole[:10] == shuffled(10, 3, 0).tolist() and whole[10:20] == shuffled(10, 3, 1).tolist()
     assert sorted(whole[30:40]) == list(range(10))
     later = [index for batch in MicroBatches(10, seed=3, batch_size=2, start=14, count=5) for index in batch]
     assert later == whole[14:24]
