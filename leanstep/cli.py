@@ -294,13 +294,14 @@ def _prune(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
+    from leanstep._files import one_line
     from leanstep.sparsity import verify
 
     rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
     try:
         verdict = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
     return 1 if verdict.ok is False else 0
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from leanstep._checkpoint import load_tensors
 from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.merge import config_of_merged, merged_state_dict
@@ -226,7 +226,7 @@ class Saver:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
         expected = model.state_dict()
         loaded: set[str] = set()
-        files_with_weights = ((file, without_sparse(model, load_file(file))) for file in files)
+        files_with_weights = ((file, without_sparse(model, load_tensors(file))) for file in files)
         for file, weights in chain(files_with_weights, [(Path(trainer), load_sparse(model, Path(trainer)))]):
             result = model.load_state_dict(weights, strict=False)
             if result.unexpected_keys:
