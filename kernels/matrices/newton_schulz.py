@@ -121,7 +121,7 @@ def nuclear_norm(
         multiplies singular values above 1.5 % of ||A||_F^0.5 by 0.83 to 1.16, and smaller ones by less. The error is
         1 % for Gaussian matrices, and -16 to +1 % for low-rank, power-law and exponential spectra of 512 rows. With
         coefficients="polar_express" and steps=5, it is -9 to +3 % at nearly twice the cost
-        (benchmarks/newton_schulz.py prints the table).
+        (benchmarks/optimizers/newton_schulz.py prints the table).
         Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for entries of any size.
     """
     triples = _triples(coefficients, steps)

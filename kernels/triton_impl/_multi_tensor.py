@@ -202,13 +202,12 @@ class Staging:
     def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
         """Return the tensor that a kernel updates, its rounding state, and its rounding.
 
-        An fp32 parameter needs no rounding state. Its remainder is added to it. A master copy is updated instead of the
-        parameter, and `finish` copies it to the parameter.
+        An fp32 parameter needs no rounding state. Its remainder is added to it. `finish` copies it to its master copy.
         """
         if state is not None and param.dtype == torch.float32:
             if rounding == "master":
-                self._written.append((param.detach(), state.detach()))
-                return state, None, "nearest"
+                self._written.append((state.detach(), param.detach()))
+                return param, None, "nearest"
             param.detach().add_(state.detach())
             state.detach().zero_()
             return param, None, "nearest"

@@ -88,14 +88,20 @@ def dump(config: RunConfig) -> str:
 
 def recipe_names() -> list[str]:
     """Sorted names of the shipped recipes, without aliases."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    """The file of each shipped recipe, by its name."""
+    return {path.stem: path for path in FOLDER.glob("*/*.yaml")}
 
 
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a shipped recipe or of a path. Raises ConfigError with the nearest names."""
     text = os.fspath(name_or_path)
-    if text in ALIASES or text in recipe_names():
-        return FOLDER / f"{ALIASES.get(text, text)}.yaml"
+    shipped = _shipped().get(ALIASES.get(text, text))
+    if shipped is not None:
+        return shipped
     path = Path(text)
     if path.is_file():
         return path

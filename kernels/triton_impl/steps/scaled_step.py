@@ -1,8 +1,7 @@
 """The update of SinkGD, `p = p * decay - step * (r_i * G_ij) * c_j`, as one launch for all matrices of a list.
 
-Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master, which it
-reads instead of p. The scale vectors come from the cache. A small launch first searches the column scales for NaN: 4
-bytes per column.
+Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master. The
+scale vectors come from the cache. A small launch first searches the column scales for NaN: 4 bytes per column.
 """
 
 import itertools
@@ -131,7 +130,7 @@ def scaled_step_kernel(
             p_ptrs = p_ptr + offs_m[:, None] * p_stride_m + offs_n[None, :] * p_stride_n
             e_ptrs = e_ptr + offs_m[:, None] * e_stride_m + offs_n[None, :] * e_stride_n
             g = load_tile(g_ptr + offs_m[:, None] * g_stride_m + offs_n[None, :] * g_stride_n, mask)
-            # [BLOCK_M, BLOCK_N]; with a master copy, p_old is not used and the compiler removes its load
+            # [BLOCK_M, BLOCK_N]
             p_old = load_tile(p_ptrs, mask)
             e_old = p_old
             if ROUNDING == "kahan" or ROUNDING == "master":
@@ -231,7 +230,7 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     return dict(
         label=f"p {p} g {g} {rounding} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize + state + (0 if rounding == "master" else p.itemsize),
+        read=g.itemsize + state + p.itemsize,
         written=p.itemsize + state,
         wide=aligned,
     )
