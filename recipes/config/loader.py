@@ -81,7 +81,7 @@ def load(
 def dump(config: RunConfig) -> str:
     """Write the configuration as YAML that :func:`load` reads back to an equal object.
 
-    References are resolved, but those to environment variables, which may be secret.
+    Resolves references, except those to environment variables, which may be secret.
     """
     return OmegaConf.to_yaml(OmegaConf.create(recorded(config)))
 

@@ -1,9 +1,9 @@
 """References in a recipe: ``${key.path}`` is another value of it, ``${oc.env:NAME}`` an environment variable.
 
 ``${oc.env:NAME,DEFAULT}`` has a default, ``${oc.decode:TEXT}`` reads a text as YAML, ``${.key}`` names a key beside
-this one, and ``\\${`` is the text ``${``. A reference alone takes over any value, inside a text it becomes text.
+this one, and ``\\${`` is the text ``${``. A reference alone has any value; inside a text it becomes text.
 
-Texts of environment variables may be secret: files of a run have the reference, not the value (:func:`recorded`).
+Environment variables may be secret: files of a run have the reference, not the value (:func:`recorded`).
 """
 
 import os
@@ -23,7 +23,7 @@ _ENVIRONMENT, _DECODE = "oc.env:", "oc.decode:"
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:
-    """The settings of ``config`` as files may show them: where environment variables were read, the reference."""
+    """The settings of ``config`` for files: references to environment variables instead of their values."""
     settings = resolved(config)
     for path, text in config.references.items():
         set_at(settings, path, text)
@@ -57,7 +57,7 @@ class References:
         self._copied = 0
 
     def resolve(self, path: KeyPath) -> tuple[Any, bool]:
-        """Return the value at ``path``, and whether it must be recorded by its text (environment, escapes).
+        """Return the value at ``path``, and whether files record its text instead (environment variables, escapes).
 
         Raises ValueError for a missing key or variable, a reference to itself, and values beyond the limits.
         """
