@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import open_regular, parse_json, read_text, replacing, write_text
+from leanstep._files import open_regular, parse_json, read_text, remove, replacing, write_text
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
@@ -88,7 +88,7 @@ class RunFolder:
         self._lock: int | None = None
 
     def claim(self) -> None:
-        """Create and lock the folder.
+        """Create and lock the folder, and remove the temporary files of a killed run.
 
         The lock ends with the process, also after ``kill -9``.
 
@@ -114,6 +114,10 @@ class RunFolder:
             ) from None
         except OSError:
             pass  # some network file systems have no locks
+        else:
+            # temporary files and links of a killed run
+            for path in self.root.glob(".*.tmp"):
+                remove(path)
         self._refuse_links()
 
     def _refuse_links(self) -> None:
