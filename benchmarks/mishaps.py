@@ -207,6 +207,8 @@ def torchrun_restarts(files: Files, folder: Path, chance: random.Random, expecte
         from torch.distributed.run import main
 
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        # torch 2.13's shared store gives the addresses of the first start to the second
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
         main(
             [*options, "-m", "leanstep.recipes.training.train", files.recipe, f"out={out}", "batch.micro_batch_size=2"]
