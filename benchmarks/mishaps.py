@@ -270,7 +270,7 @@ def run(names: list[str], options: Any, files: Files, results: Path) -> None:
             begin = time.monotonic()
             try:
                 row = trial(files, folder, forks.chance_of(options.seed, name, number), digests[world])
-            except (TimeoutError, RuntimeError) as error:
+            except (TimeoutError, RuntimeError, OSError) as error:
                 row = {"how": "", "problem": str(error)[-500:]}
             row |= {"kind": name, "trial": number, "seed": options.seed, "seconds": time.monotonic() - begin}
             append_json_line(results, row)

@@ -139,8 +139,9 @@ class RunFolder:
 
     def describe(self, config_yaml: str, facts: dict[str, Any]) -> None:
         """Write config.yaml, command.txt and env.json."""
-        self.checkpoints.mkdir(exist_ok=True)
+        # first: without it, the next start takes the folder for one that holds no run
         write_text(self.root / "config.yaml", config_yaml)
+        self.checkpoints.mkdir(exist_ok=True)
         write_text(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
         write_text(self.root / "env.json", self._public(json.dumps(facts, indent=2)) + "\n")
 

@@ -52,6 +52,18 @@ def die_while_removing_a_checkpoint():
     shutil.rmtree = die
 
 
+def die_before_the_checkpoints():
+    """Be killed when the folder ``checkpoints`` of a new run has just been made."""
+    mkdir = os.mkdir
+
+    def die(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        if str(path).endswith("/checkpoints"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.mkdir = die
+
+
 def die_while_linking():
     """Be killed between making the new link ``last`` and giving it its name."""
     from leanstep.recipes.training import checkpoint

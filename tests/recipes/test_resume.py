@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from faults import (
+    die_before_the_checkpoints,
     die_before_the_marker,
     die_before_the_rename,
     die_while_linking,
@@ -342,6 +343,14 @@ def test_killed_while_tidying_leaves_nothing_behind(recipe, whole, tmp_path, die
     assert numbers(out) == numbers(whole)
     left, expected = (sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (out, whole))
     assert left == expected
+
+
+def test_killed_while_describing_the_run_begins_again(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    assert run(recipe, ["steps=12"], out, prepare=die_before_the_checkpoints).codes == [-9]
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0], again.text()
+    assert "beginning again at step 0" in again.text() and numbers(out) == numbers(whole)
 
 
 def test_killed_before_the_first_checkpoint_begins_again(recipe, whole, tmp_path):
