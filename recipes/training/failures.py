@@ -110,10 +110,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def lost_process(error: BaseException, world_size: int) -> str | None:
-    """What gloo or NCCL says when another process of the run has ended; None for other errors."""
-    said = str(error).partition("\n")[0]
+    """Message of gloo or NCCL if another process of the run has ended; None for other errors."""
+    message = str(error).partition("\n")[0]
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
-    return said[:200] if world_size > 1 and any(sign in said for sign in signs) else None
+    return message[:200] if world_size > 1 and any(sign in message for sign in signs) else None
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:

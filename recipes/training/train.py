@@ -22,8 +22,8 @@ from leanstep._process import InterruptibleStart, end_with_parent, open_standard
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.config.references import hidden_texts, recorded
 from leanstep.recipes.config.schema import RunConfig, targets_note
+from leanstep.recipes.config.values import hidden_texts, recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.tokens import vocabulary_size
@@ -232,7 +232,7 @@ class Run:
             vocabulary = vocabulary_size(self.data.tokenizer)
             try:
                 self.memory = estimate(config, vocabulary, world_size=world, device=accelerator.device.type)
-            except Exception as error:  # it must not end a run
+            except Exception as error:  # an estimate must not end a run
                 self.memory_unknown = str(error) or type(error).__name__
             warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
             if warning:
