@@ -26,11 +26,11 @@ class RunFailure(Exception):
         super().__init__(message)
 
 
-def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
+def nonfinite_message(config: RunConfig, folder: Path, step: int, event: str) -> str:
     """Describe a non-finite step: the event, the last good checkpoint, and settings to try, cheapest first."""
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
     lines = [
-        f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"step {step}: {event}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
         f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",

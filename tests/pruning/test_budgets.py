@@ -109,7 +109,7 @@ REFUSED = {
     "a pattern for all": (["--budget", "flops", "--pattern", "2:4"], "the same for every matrix, whatever the budget"),
     "out of reach": (
         ["--budget", "bytes", "--sparsity", "0.97"],
-        r"removing 0.97 of the cost \(bytes\) is out of reach: the levels of these matrices remove from 0 to 0.9",
+        r"removing 0.97 of the cost \(bytes\) is out of reach: the matrices' levels remove from 0 to 0.9",
     ),
     "too slow": (
         ["--budget", "latency", "--latency-table", "table.json", "--sparsity", "0.5"],
