@@ -349,11 +349,11 @@ class Check:
         elif is_held(out):
             section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
         elif folder.is_empty():
-            section.add("found", "no run: a new one begins")
+            section.add("state", "no run: a new one begins")
         elif not (out / "config.yaml").is_file() and not (out / "checkpoints").is_dir():
             section.problems.append(f"{out} is not empty and holds no run; choose another with out=FOLDER")
         else:
-            section.add("found", _describe_run(folder))
+            section.add("state", _describe_run(folder))
             if self.config.checkpoint.resume == "never":
                 section.problems.append(
                     f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER"
