@@ -107,10 +107,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         nuclear: estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias common to all layers cancels
             in f. "svd": exact and slow. "frobenius": the Frobenius norm, a lower bound by up to a factor of
             sqrt(rank), without matrix products; use it for layers of similar shape.
-        transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D``.
-            :func:`leanstep.optimizers.param_groups` sets it, and ``flatten``.
-        flatten: the group's tensors of three dimensions are matrices (m, rest), not stacks, as in one-dimensional
-            convolutions.
+        transposed, flatten: as for :class:`leanstep.optimizers.SinkGD`.
         momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
             parameters, and adds up to 2^-9 of the gradient to the noise.
@@ -295,9 +292,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
         if stochastic:
             offsets_of(stochastic, local(layers[0].param).device)
         return [self._whole_step(layers)]
-
-    def _groups_with_halves(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
 
     def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
         yield from step(layers, self._estimated())

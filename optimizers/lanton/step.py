@@ -121,8 +121,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
         shards += [layer.shard] * count
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
-    if any(s.groups for s in shards):
-        yield from sum_over_shards(table, shards)
+    yield from sum_over_shards(table, shards)
     nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
     _count_nonfinite(layers, nonfinite)
     # H and f

@@ -177,7 +177,7 @@ def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[T
     """All-gather the updates of parameters with ``shard_window``."""
     sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for i, (entry, update) in enumerate(zip(entries, updates, strict=True)):
-        if update is not None and entry.columns.cut is not None:
+        if update is not None and entry.columns.chunk is not None:
             sets.setdefault(update.dtype, []).append((i, update))
     for parts in sets.values():
         whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts])
