@@ -34,19 +34,12 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 class Columns(NamedTuple):
-    """The columns of one parameter's window on this process: one per weight of its shard.
+    """The columns of one parameter's window on this process: one per weight of its shard."""
 
-    Attributes:
-        shape: shape of the shard.
-        groups: process groups; sums over all of them in turn are sums over the whole parameter.
-        offset: row-major index of the first element; None if the shard is not a contiguous range.
-        chunk: (dimension, start, length) of the shard with ``shard_window``; None otherwise.
-    """
-
-    shape: tuple[int, ...]
-    groups: tuple[Any, ...] = ()
-    offset: int | None = 0
-    chunk: tuple[int, int, int] | None = None
+    shape: tuple[int, ...]  # of the shard
+    groups: tuple[Any, ...] = ()  # as in common.sharding.Shard
+    offset: int | None = 0  # as in common.sharding.Shard
+    chunk: tuple[int, int, int] | None = None  # (dimension, start, length) of the shard with shard_window
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return this process's shard of a gradient or parameter as a plain tensor."""
@@ -127,20 +120,12 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Piece(NamedTuple):
-    """Consecutive columns of one parameter.
+    """Consecutive columns of one parameter, in one or more blocks of equal length with a Gram matrix each."""
 
-    Attributes:
-        param_index: index of the parameter in the batch of scopes.
-        gram: index of the columns' Gram matrix, or of the first one of several blocks.
-        span: (start, end) of the columns in the flattened shard; None for all of them.
-        state: state of the parameter.
-        blocks: number of equally long blocks of the columns; each has its own Gram matrix.
-    """
-
-    param_index: int
-    gram: int
-    span: tuple[int, int] | None
-    state: dict[str, Any]
+    param_index: int  # in the batch of scopes
+    gram: int  # index of the first block's Gram matrix
+    span: tuple[int, int] | None  # (start, end) in the flattened shard; None for all columns
+    state: dict[str, Any]  # of the parameter
     blocks: int = 1
 
 

@@ -53,12 +53,9 @@ def _normalize_alike(
     """Compute the scales of matrices that are sharded along the same side over the same processes, or unsharded."""
     if side is None:
         return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
-    if side == "rows":
-        totals = [matrix_shape(s)[0] for s in shards]
-        iteration = sinkhorn_of_rows(matrices, num_iters, end_with_rows=end_with_rows, rows_total=totals)
-    else:
-        totals = [matrix_shape(s)[1] for s in shards]
-        iteration = sinkhorn_of_columns(matrices, num_iters, end_with_rows=end_with_rows, cols_total=totals)
+    axis, sinkhorn_of_shards = (0, sinkhorn_of_rows) if side == "rows" else (1, sinkhorn_of_columns)
+    lengths = [matrix_shape(s)[axis] for s in shards]
+    iteration = sinkhorn_of_shards(matrices, num_iters, lengths, end_with_rows=end_with_rows)
     while True:
         try:
             partial, op = next(iteration)

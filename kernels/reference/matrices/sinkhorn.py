@@ -80,7 +80,7 @@ def sinkhorn(mat: Tensor, num_iters: int, *, end_with_rows: bool = False) -> tup
 
 
 def iterate(squares: Tensor, prescale: Tensor, num_iters: int, *, end_with_rows: bool) -> tuple[Tensor, Tensor]:
-    """The iterations on H and r0."""
+    """Iterate on H and r0; return (r, c)."""
     m, n = squares.shape[-2:]
     cols = squares.new_ones((*squares.shape[:-2], n))
     inverse = torch.ones_like(prescale)
