@@ -95,7 +95,9 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     vector_sizes = [size // LANES * LANES for size in sizes]
     ends = [i for i, size in enumerate(sizes) if size > vector_sizes[i]]
     if ends:
-        first, second, third, fourth = ([_flat(c[i])[vector_sizes[i] :] for i in ends] for c in columns)
+        first, second, third, fourth = (
+            [c[i].as_strided((sizes[i],), (1,))[vector_sizes[i] :] for i in ends] for c in columns
+        )
         _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
     torch._foreach_add_(steps, 1)
     counts = [int(step) for step in steps]
@@ -104,11 +106,6 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     scalars = (ctypes.c_float * len(rows))(*rows)
     macros = {"MAXIMIZE": int(options.maximize)}
     call("steps/adamw_step", "adamw_step", macros, len(sizes), *columns, vector_sizes, scalars)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """View a dense tensor in storage order, in one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @functools.cache

@@ -28,26 +28,19 @@ def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
     Descends into lists (``nn.ModuleList``, ``nn.Sequential``), and into a module with most of its parent's weights, as
     ``model.model``.
     """
-    candidates = list(_expand(model, "", inside_list=False))
-    calls: dict[str, int] = {}
-    order: list[str] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            order.append(name)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates]
+    modules = dict(_expand(model, "", inside_list=False))
+    calls: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
+        for name, module in modules.items()
+    ]
     try:
         with torch.no_grad():
             batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    modules = dict(candidates)
-    return [(name, modules[name]) for name in order if calls[name] == 1]
+    return [(name, modules[name]) for name in calls if calls.count(name) == 1]
 
 
 def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tuple[str, nn.Module]]:
@@ -69,9 +62,9 @@ class ActivationCache:
     """Runs a model on fixed batches from one of its stages on.
 
     The cache holds the output of the last stage before :attr:`position` for every batch: tokens x width values, in the
-    model's dtype and on its device. A position is the index of a stage. :attr:`starts` has those from which the model
-    can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the time of
-    :meth:`advance`.
+    model's dtype and on its device. A position is the index of a stage. :attr:`starts` lists the positions from which
+    the model can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the
+    time of :meth:`advance`.
 
     Args:
         model: run in its current mode.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from leanstep._files import write_text
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
@@ -33,7 +35,7 @@ class Curve:
         counts: number of weights left at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
-        metric: what D is, for instance "kl"; D of different metrics must not be added.
+        metric: name of the metric, such as "kl". D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
 
@@ -227,9 +229,9 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
         ValueError: if groups of m do not fill ``numel`` weights, or ``fewest`` is not in 0 .. m.
     """
     if m < 1 or numel % m or not 0 <= fewest <= m:
-        raise ValueError(f"nm_levels: groups of {m} must fill the {numel} weights, and 0 <= fewest = {fewest} <= {m}")
-    every = range(m, fewest - 1, -1)
-    return tuple(numel // m * n for n in every), tuple(f"{n}:{m}" for n in every)
+        raise ValueError(f"nm_levels: expected m to divide numel and 0 <= fewest <= m; got {m}, {numel} and {fewest}")
+    group_counts = range(m, fewest - 1, -1)
+    return tuple(numel // m * n for n in group_counts), tuple(f"{n}:{m}" for n in group_counts)
 
 
 def levels_of(
@@ -269,6 +271,8 @@ def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list
 class PartialCurves:
     """A file with one line per measured point. Its first line identifies model, data and settings.
 
+    Each line is JSON, a space and the CRC-32 of the JSON.
+
     Args:
         path: the file; created with the first point.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
@@ -288,21 +292,33 @@ class PartialCurves:
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
             if new:
-                file.write(json.dumps({"identity": self.identity}) + "\n")
-            file.write(json.dumps([name, count, point.mean, point.stderr]) + "\n")
+                file.write(_line({"identity": self.identity}))
+            file.write(_line([name, count, point.mean, point.stderr]))
             file.flush()
             os.fsync(file.fileno())
         self.points[name, count] = point
 
+    def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
+        """Check a point that was read from the file, and add it."""
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
+        if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
+            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, mean, stderr]}")
+        if (name, count) in self.points:
+            raise ValueError(f"it has {name} with {count} weights twice")
+        self.points[name, count] = Distortion(mean, stderr)
+
     def _read(self) -> None:
-        raw = self.path.read_text(encoding="utf-8")
-        whole = raw[: raw.rfind("\n") + 1]
-        lines = whole.splitlines()
         try:
-            identity = json.loads(lines[0])["identity"] if lines else self.identity
-            rows = [json.loads(line) for line in lines[1:]]
-            self.points = {(str(name), int(count)): Distortion(mean, error) for name, count, mean, error in rows}
-        except (ValueError, KeyError, TypeError) as error:
+            raw = self.path.read_text(encoding="utf-8")
+            whole = raw[: raw.rfind("\n") + 1]
+            lines = whole.split("\n")[:-1]
+            contents = [_content(line) for line in lines]
+            identity = contents[0]["identity"] if lines else self.identity
+            if not isinstance(identity, dict):
+                raise ValueError("its first line identifies no model")
+            for row in contents[1:]:
+                self._take(*row)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} holds no measured curves ({error}); remove it, or name another file"
             ) from None
@@ -314,10 +330,20 @@ class PartialCurves:
                 "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
-            partial = self.path.with_name(f"{self.path.name}.tmp")
-            partial.write_text(whole, encoding="utf-8")
             if lines:
-                os.replace(partial, self.path)
+                write_text(self.path, whole)
             else:
-                partial.unlink()
                 self.path.unlink()
+
+
+def _line(content: Any) -> str:
+    """JSON and its checksum, as one line."""
+    text = json.dumps(content)
+    return f"{text} {zlib.crc32(text.encode()):08x}\n"
+
+
+def _content(line: str) -> Any:
+    text, _, checksum = line.rpartition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        raise ValueError("the checksum of a line is wrong")
+    return json.loads(text)

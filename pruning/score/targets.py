@@ -136,11 +136,11 @@ def find_targets(
     Args:
         model: any module; frozen parameters count as well.
         include: wildcards over parameter names, such as ``"*.mlp.*"``. Takes only matching matrices, including
-            a matching head or router. None: all of the above.
+            a matching head or router. None: the matrices named above.
         exclude: wildcards; matching parameters are left out.
 
     Raises:
-        ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
+        ValueError: for a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
             parametrized.
     """
     names = prunable_names(model, include=include, exclude=exclude)
@@ -317,8 +317,12 @@ class Group:
 
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
-    """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
-    (``"role"``); or a whole ``"block"``. A matrix outside of blocks stays alone.
+    """Group targets that share a level. A matrix outside of blocks is a group of its own.
+
+    Args:
+        targets: the matrices.
+        granularity: ``matrix``: every matrix alone. ``role``: a block's q and k, v and o, up and gate, others by name.
+            ``block``: all matrices of a block.
 
     Raises:
         ValueError: for another granularity.
@@ -329,17 +333,16 @@ def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[
     for target in targets:
         name = target.name
         if target.layer.block is not None and granularity != "matrix":
-            role = _role(name) if granularity == "role" else "all"
+            kinds = (kind for kind, pattern in _ROLES if pattern.search(name))
+            role = next(kinds, role_of(name)) if granularity == "role" else "all"
             name = f"block {target.layer.block}: {role}"
         by_group.setdefault(name, []).append(target)
     return [Group(_joined(name, group), tuple(group)) for name, group in by_group.items()]
 
 
-def _role(name: str) -> str:
-    for role, pattern in _ROLES:
-        if pattern.search(name):
-            return role
-    return re.sub(r"\[\d+\]$", "", name.removesuffix(".weight")).rpartition(".")[2]
+def role_of(name: str) -> str:
+    """The kind of a matrix within its block: ``q_proj``, ``c_fc``, ``down_proj``."""
+    return re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").rpartition(".")[2]
 
 
 def _joined(name: str, targets: Sequence[Target]) -> Layer:

@@ -26,7 +26,7 @@ KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in li
 # limits of a document: characters, nesting, values and characters with aliases expanded, characters of a number
 _MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
 _YAML = "tag:yaml.org,2002:"
-_MOST_PROBLEMS = 50  # that one check reports
+_MOST_PROBLEMS = 50  # in one check
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +67,10 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each syntax error."""
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each syntax error.
+
+    ``values`` and ``characters`` count its size with aliases expanded.
+    """
 
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -233,7 +236,7 @@ def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Proble
         (the validated value or None, one problem for each wrong key).
     """
     try:
-        # strict JSON allows what a recipe may hold: no text for a number, no number for a flag, lists for tuples
+        # strict JSON mode takes lists for tuples, but no text for a number and no number for a flag
         return _adapter(schema).validate_json(json.dumps(value), strict=True), []
     except ValidationError as failure:
         by_key: dict[tuple[int | str, ...], list[Any]] = {}
@@ -273,7 +276,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
         return path, _cut(f"{key} {first['ctx']['error']}", 400)
     for step in steps:
         value = value[step]
-    # of a union, a number out of range says more than the other types; exact types, since True is an int
+    # of the errors of a union, report the range alone if there is one; exact types, since True is an int
     of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and type(value) in (int, float)]
     expected = " or ".join(dict.fromkeys(error["msg"] for error in of_range[:1] or errors))
     for word, ours in _WORDS.items():
@@ -290,7 +293,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
 def _fields(section: Any) -> dict[str, Any]:
     """Name -> type of the keys of a section; empty for a type without keys."""
     if is_dataclass(section):
-        return {item.name: item.type for item in fields(section) if item.name != "source_file"}
+        return {item.name: item.type for item in fields(section) if item.name not in ("source_file", "references")}
     return dict(section.__annotations__) if is_typeddict(section) else {}
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
 
-# bytes per held-out token to keep from the tokenizer's training, before its tokens are known. More than any vocabulary
-# here reaches (5.1 at 16,384 on English prose).
+# bytes of text per held-out token, an upper estimate: the tokenizer must not train on this text, and its tokens are
+# counted later. On English prose, a vocabulary of 16,384 reaches 5.1.
 _BYTES_HELD_OUT = 8
 _MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more change few merges and take minutes
 
@@ -112,7 +112,7 @@ class LoadedData:
         bytes_per_token: UTF-8 bytes per token of the validation sequences, end-of-text tokens included;
             ``loss / ln 2 / bytes_per_token`` is bits per byte. None without validation text.
         stream: whether ``train`` is a :class:`leanstep.recipes.data.streaming.StreamedSequences`.
-        facts: what :meth:`summary` prints, in order.
+        facts: the lines of :meth:`summary`, by name.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -169,7 +169,10 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
             f"data: '{corpus.label}' leaves {boundary:,} tokens to train on, fewer "
             f"than one sequence of data.seq_len {config.seq_len}; give more text, or lower seq_len or val_tokens"
         )
-    facts["training"] = _describe(config, train)
+    facts["training"] = f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
+    if config.packing:
+        tokens = f"{len(train) * config.seq_len:,} tokens an epoch"
+        facts["training"] = f"{len(train):,} sequences of {config.seq_len} tokens ({tokens})"
     return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
 
 
@@ -240,7 +243,7 @@ def _boundary(config: "DataConfig", file: TokenFile, val_tokens: int) -> int:
 
 
 def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
-    """Count the bytes of text from token ``boundary`` on, up to a character cut there."""
+    """Count the bytes of text from token ``boundary`` on; exact unless it cuts a character."""
     if boundary >= len(file):
         return 0
     first = int(np.searchsorted(file.ends, boundary, side="right"))
@@ -289,12 +292,6 @@ def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tup
     _, validation = _split(config, tokenizer, file, 0)
     bytes_per_token = _bytes_per_token(config, tokenizer, file, 0)
     return validation, bytes_per_token, f"{corpus.label}: {len(file):,} tokens, {len(validation):,} sequences"
-
-
-def _describe(config: "DataConfig", train: Any) -> str:
-    if not config.packing:
-        return f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
-    return f"{len(train):,} sequences of {config.seq_len} tokens ({len(train) * config.seq_len:,} tokens an epoch)"
 
 
 def _describe_tail(corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:

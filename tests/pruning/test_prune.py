@@ -16,7 +16,6 @@ from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.measure import weights_hash
-from leanstep.pruning.prune import Planner
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune import _summary
@@ -139,14 +138,12 @@ def test_a_sum_that_is_not_near_what_it_stands_for_is_told_where_it_was_taken(cu
     assert by_curves.joint < uniform.joint and 2 / 3 < by_curves.ratio < 1.5
     assert not [note for note in result.notes if "add up" in note]
     for joint, told in ((1.4, False), (1.6, True), (0.7, False), (0.6, True), (math.inf, True)):
-        plan = Planner.__new__(Planner)
-        plan.notes = []
-        plan._note_ratio(Additivity("dp", joint, 0.0, 1.0))
-        assert bool(plan.notes) == told, joint
-        assert not told or f"{joint:.2f} times the sum" in plan.notes[0]
+        note = Additivity("dp", joint, 0.0, 1.0).note()
+        assert bool(note) == told, joint
+        assert not told or f"{joint:.2f} times the sum" in note
     # the notes are in the summary of the command and in the report
-    assert "may do better" in _summary(replace(result, notes=plan.notes), "out")
-    assert "may do better" in report_page({**result.to_dict(), "notes": plan.notes})
+    assert "may do better" in _summary(replace(result, notes=[note]), "out")
+    assert "may do better" in report_page({**result.to_dict(), "notes": [note]})
 
 
 def test_corrections_find_what_is_no_worse_on_the_data_they_saw(curves):
@@ -238,14 +235,14 @@ BAD = {
     "allocation": ({"allocation": "best"}, "allocation must be one of dp, uniform"),
     "score": ({"score": "best"}, "score must be one of magnitude"),
     "pattern": ({"pattern": "2of4"}, "expected 'N:M'"),
-    "pattern and sparsity": ({"pattern": "2:4", "sparsity": 0.6}, "is a sparsity of 0.5"),
+    "pattern and sparsity": ({"pattern": "2:4", "sparsity": 0.6}, "has a sparsity of 0.5, got sparsity=0.6"),
     "metric": ({"metric": "accuracy"}, "metric must be one of kl"),
     "granularity": ({"granularity": "row"}, "granularity must be one of matrix"),
     "correction": ({"correction": "all"}, "correction must be one of none"),
     "batch size": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "correction of rules": ({"allocation": "erk", "correction": "relinearise"}, "which only allocation='dp' has"),
     "nothing to measure": ({"data": None}, "needs data"),
-    "nothing to hold out": ({"data": tokens(1)}, "one at least has to be held out"),
+    "nothing to hold out": ({"data": tokens(1)}, "at least one is held out"),
     "out of reach": ({"pattern": "N:8", "sparsity": 0.9}, "out of reach"),
     "rule": ({"exclude": ["*.ffn.*"]}, "matches no matrix"),
     "no curve": ({"curves": {}}, "needs a curve of every layer, and .* has none"),
