@@ -223,7 +223,7 @@ class SinkGD(LeanOptimizer):
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         shapes = super()._state_shapes(group, param)
-        if group["spectral"] and algorithm_of(group, param) != "adamw":
+        if group["spectral"] and algorithm_of(group, param) != "adamw" and param.dim() >= 2:
             shapes["power_vector"] = power_vector_shape(param, group)
         return shapes
 
