@@ -38,7 +38,7 @@ SHAPES = ((4, 3), (5,))
         ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
         ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
         ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
-        ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*whole rows"),
+        ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*uncompressed rows"),
         ({"shard_window": True}, ValueError, "not initialized; call init_process_group"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
         ({"masks": [None]}, ValueError, "masks belong to a group"),
