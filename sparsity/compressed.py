@@ -116,7 +116,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 
 
 def is_compressed(path: str | Path) -> bool:
-    """Whether :func:`export_compressed` wrote a file, judged by its header."""
+    """Whether the header of a file is that of :func:`export_compressed`."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -158,9 +158,9 @@ def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, 
         values, indices = nm_compress(padded, pattern.n, pattern.m)
     except ValueError as error:
         raise ValueError(f"export_compressed: {name}: {error}") from None
-    back = nm_decompress(values, indices, pattern.m)
+    restored = nm_decompress(values, indices, pattern.m)
     # bytes tell negative zeros from positive ones
-    if not torch.equal(back.contiguous().view(torch.uint8), padded.view(torch.uint8)):
+    if not torch.equal(restored.contiguous().view(torch.uint8), padded.view(torch.uint8)):
         raise ValueError(
             f"export_compressed: {name} has more negative zeros than {pattern} has room for; add 0.0 to the weight "
             "(or squash it), which makes them positive"
@@ -198,7 +198,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             stored = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"load_compressed: {path} cannot be read ({error}): it is not there, truncated, or no safetensors file"
+            f"load_compressed: {path} cannot be read ({error}): it is not there, truncated, or not a safetensors file"
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(

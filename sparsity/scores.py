@@ -11,7 +11,7 @@ from torch import Tensor
 from leanstep.kernels import BlockInverseFisher
 from leanstep.sparsity.patterns import NM, as_pattern
 
-# longest group for which to try all sets
+# longest group for which _prune_exactly tries all sets
 _MAX_EXACT_M = 8
 # elements of the matrices solved in one call
 _TILE = 1 << 22
@@ -85,10 +85,10 @@ def nm_obs_mask(weight: Tensor, inverse_fisher: BlockInverseFisher, pattern: NM 
         :class:`ObsMask`.
 
     Raises:
-        ValueError: for shapes that do not match, or M that does not divide ``in``.
+        ValueError: for shapes that do not match, or M that does not divide ``in`` or the size of the blocks.
 
     Notes:
-        Computes in float64. The exact mask takes C(M, N) systems of size M - N per group. Groups are independent.
+        Computes in float64. The exact mask solves C(M, N) systems of size M - N per group. Groups are independent.
 
     References:
         Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1992); Kurtic et al.,
