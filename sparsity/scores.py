@@ -141,16 +141,16 @@ def _prune_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tens
     w, inverse = groups.clone(), inverses.clone()
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     total = groups.new_zeros(len(groups))
-    each = torch.arange(len(groups), device=groups.device)
+    group = torch.arange(len(groups), device=groups.device)
     for _ in range(pattern.m - pattern.n):
         diagonal = inverse.diagonal(dim1=1, dim2=2)
         saliency = torch.where(keep, w.square() / (2 * diagonal), torch.inf)
         index = saliency.argmin(dim=1)
-        total += saliency[each, index]
-        keep[each, index] = False
-        column, pivot = inverse[each, :, index], diagonal[each, index]
-        w = w - column * (w[each, index] / pivot).unsqueeze(1)
+        total += saliency[group, index]
+        keep[group, index] = False
+        column, pivot = inverse[group, :, index], diagonal[group, index]
+        w = w - column * (w[group, index] / pivot).unsqueeze(1)
         inverse = inverse - column.unsqueeze(2) * column.unsqueeze(1) / pivot.view(-1, 1, 1)
         # the pruned diagonal is now a rounding error: avoid dividing by it
-        inverse[each, index, index] = 1
+        inverse[group, index, index] = 1
     return keep, total

@@ -134,15 +134,15 @@ def fill(values: Tensor, mask: Tensor, n: int) -> Tensor:
         s, tiles = values[todo], mask[todo]
         i = rows_lack[todo].int().argmax(dim=1)
         j = columns_lack[todo].int().argmax(dim=1)
-        each = torch.arange(len(todo), device=values.device)
+        tile = torch.arange(len(todo), device=values.device)
         # gain of exchanging (k, c): s[i, c] + s[k, j] - s[k, c]
-        gain = s[each, i].unsqueeze(1) + s[each, :, j].unsqueeze(2) - s
-        allowed = tiles & ~tiles[each, i].unsqueeze(1) & ~tiles[each, :, j].unsqueeze(2)
+        gain = s[tile, i].unsqueeze(1) + s[tile, :, j].unsqueeze(2) - s
+        allowed = tiles & ~tiles[tile, i].unsqueeze(1) & ~tiles[tile, :, j].unsqueeze(2)
         best = gain.masked_fill(~allowed, -torch.inf).flatten(1).argmax(dim=1)
         k, c = best // s.shape[2], best % s.shape[2]
-        tiles[each, k, c] = False
-        tiles[each, i, c] = True
-        tiles[each, k, j] = True
+        tiles[tile, k, c] = False
+        tiles[tile, i, c] = True
+        tiles[tile, k, j] = True
         mask[todo] = tiles
 
 
@@ -176,10 +176,10 @@ def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
         predecessors = torch.where(better, previous, predecessors)
         if not better.any():
             return better.any(dim=1)
-    each = torch.arange(count, device=values.device)
+    tile = torch.arange(count, device=values.device)
     row = better.int().argmax(dim=1)
     for _ in range(m):
-        row = predecessors[each, row]
+        row = predecessors[tile, row]
     return _use_cycle(mask, row, predecessors, gain, columns, tolerance.squeeze(1)) & better.any(dim=1)
 
 
@@ -189,28 +189,28 @@ def _edges(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     m = values.shape[1]
     # the columns of each row's entries, [t, q, n]
     columns = mask.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., :n]
-    at = columns.unsqueeze(1).expand(-1, m, -1, -1)
+    candidates = columns.unsqueeze(1).expand(-1, m, -1, -1)
     open_values = values.masked_fill(mask, -torch.inf)
-    gained = open_values.unsqueeze(2).expand(-1, -1, m, -1).gather(3, at)
+    gained = open_values.unsqueeze(2).expand(-1, -1, m, -1).gather(3, candidates)
     gain, index = (gained - values.gather(2, columns).unsqueeze(1)).max(dim=3)
-    return gain, at.gather(3, index.unsqueeze(3)).squeeze(3)
+    return gain, candidates.gather(3, index.unsqueeze(3)).squeeze(3)
 
 
 def _use_cycle(
     mask: Tensor, start: Tensor, predecessors: Tensor, gain: Tensor, columns: Tensor, tolerance: Tensor
 ) -> Tensor:
     """Exchange along each tile's cycle of predecessors through row ``start`` if it gains; returns the changed tiles."""
-    each = torch.arange(len(mask), device=mask.device)
+    tile = torch.arange(len(mask), device=mask.device)
     changed = mask.clone()
     total = gain.new_zeros(len(mask))
     active = torch.ones_like(total, dtype=torch.bool)
     row = start
     for _ in range(mask.shape[1]):
-        previous = predecessors[each, row]
-        column = columns[each, previous, row]
-        changed[each, previous, column] |= active
-        changed[each, row, column] &= ~active
-        total += torch.where(active, gain[each, previous, row], 0)
+        previous = predecessors[tile, row]
+        column = columns[tile, previous, row]
+        changed[tile, previous, column] |= active
+        changed[tile, row, column] &= ~active
+        total += torch.where(active, gain[tile, previous, row], 0)
         row = previous
         active = active & (row != start)
     useful = total > tolerance

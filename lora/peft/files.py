@@ -200,7 +200,7 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the base weights of embedding and head among ``others``, the file's keys that are not the adapter's.
+    """Shapes of the embedding and head weights among ``others``, the file's keys outside the adapter.
 
     PEFT writes these weights if they are adapted or resized.
     """
@@ -216,8 +216,8 @@ def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Pa
         current = model.get_parameter(key)
         if not is_dtensor(current) and not torch.equal(value.to(current), current):
             warnings.warn(
-                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that is not the model's; "
-                "it replaces the model's, and save_adapter does not write it",
+                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that differs from the "
+                "model's; it replaces the model's, and save_adapter does not write it",
                 stacklevel=3,
             )
 
@@ -266,10 +266,10 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
     scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
-        name, (current, wanted) = next(iter(differ.items()))
+        name, (current, stored) = next(iter(differ.items()))
         more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
         raise ValueError(
-            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {current:g} in "
+            f"load_adapter: {where} does not fit this model: {name} has scale {stored:g} in the file, {current:g} in "
             f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first to adapt it by "
             "the file's configuration"
         )
@@ -277,10 +277,10 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
 
 def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
     """Warn if the file names another base model."""
-    wanted, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
-    if wanted and name and _normalized(wanted) != _normalized(name):
+    stored, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
+    if stored and name and _normalized(stored) != _normalized(name):
         warnings.warn(
-            f"load_adapter: {source} was made for {wanted!r}, and this model is {name!r}; if their weights differ, the "
+            f"load_adapter: {source} was made for {stored!r}, and this model is {name!r}; if their weights differ, the "
             "adapter does not fit this model",
             stacklevel=3,
         )

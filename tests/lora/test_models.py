@@ -190,7 +190,7 @@ def test_layers_with_inputs_of_their_own_leave_the_group():
     assert group.broken
     path = attention.v_proj.fast_path
     assert path.on and path.reason.endswith(
-        "for this layer alone: the layers beside it were given other inputs, so each keeps its own"
+        "for this layer alone: its sibling layers got other inputs, so each layer saves its input"
     )
     assert "alone" not in adapted().model.layers[0].self_attn.v_proj.fast_path.reason
     plain = slow_copy(model).model.layers[0].self_attn
@@ -387,7 +387,7 @@ def test_groups_say_what_was_not_found():
     with pytest.raises(ValueError, match=r"expected trained parameters called lora_A or lora_B, got 21 others"):
         lora_groups(tiny_llama(), b={"lr": 1e-2})
     model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], save="lora_fa"))
-    with pytest.warns(UserWarning, match="trains nothing that belongs to lora_A, rest"):
+    with pytest.warns(UserWarning, match="ignored the options for lora_A, rest"):
         groups = lora_groups(model, a={"lr": 1e-3}, b={"lr": 1e-2}, rest={"lr": 1.0})
     assert [group["name"] for group in groups] == ["lora_B"]
     lora_groups(model, b={"lr": 1e-2})
