@@ -137,23 +137,6 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _why_not_triton(device: torch.device) -> str | None:
-    if not has_triton():
-        return "the triton package is not installed"
-    if device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"tensors on {device.type!r} need a GPU for Triton (or TRITON_INTERPRET=1, to test)"
-
-
-def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if device.type != "cpu":
-        return f"C++ kernels run on the CPU, not on {device.type!r}"
-    foreign = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
-    if foreign:
-        return f"the C++ kernels take fp32 and bf16, not {', '.join(foreign)}"
-    return why_not_cpp()
-
-
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``device`` with tensors of ``dtypes``; None when it can."""
     if backend not in OPS[op]:
@@ -161,9 +144,15 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
     if backend == "triton":
         if torch.float64 in dtypes:
             return "the Triton kernels compute in fp32, which float64 parameters would lose by"
-        return _why_not_triton(device)
+        if not has_triton():
+            return "the triton package is not installed"
+        if device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"tensors on {device.type!r} need a GPU for Triton (or TRITON_INTERPRET=1, to test)"
     if backend == "cpp":
-        return _why_not_cpp(device, dtypes)
+        if device.type != "cpu":
+            return f"C++ kernels run on the CPU, not on {device.type!r}"
+        foreign = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
+        return f"the C++ kernels take fp32 and bf16, not {', '.join(foreign)}" if foreign else why_not_cpp()
     return None
 
 

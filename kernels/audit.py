@@ -126,33 +126,25 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
     compiled = _compile.compile_case(case, target)
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     disassembled = case.wide or all_widths
-    cached_file = _compile.cache_folder() / "leanstep-audit" / f"{compiled.hash}-{code}-{disassembled:d}.json"
-    if cached_file.exists():
-        values = json.loads(cached_file.read_text())
-    else:
-        build = _compile.disassemble(compiled, disassembled)
-        values = {"shared": build.shared} | _resources(build.resources) | _widths(build.machine_code)
-        values["loops"] = loop_traffic(build.ttir)
-        cached_file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cached_file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(values))
-        unfinished.replace(cached_file)
+    cache, name = _compile.get_cache_manager(compiled.hash), f"leanstep-audit-{code}-{disassembled:d}.json"
+    path = cache.get_file(name)
+    if path is None:
+        machine_code, resources = _compile.disassemble(compiled, disassembled)
+        measured = {"shared": compiled.metadata.shared} | _resources(resources) | _widths(machine_code)
+        measured["loops"] = loop_traffic(compiled.asm["ttir"])
+        path = cache.put(json.dumps(measured), name, binary=False)
+    values = json.loads(Path(path).read_text())
     loops = sorted(values.pop("loops"), reverse=True)[: case.sweeps]
     for name in ("loads", "stores", "main_loads", "main_stores"):
         values[name] = {int(bits): count for bits, count in values[name].items()}
     return Measurement(
         kernel=case.kernel.__name__,
-        label=case.label,
         target=target,
-        threads=case.threads,
-        elements=case.elements,
         read=sum(read for read, _ in loops) / case.elements,
         written=sum(written for _, written in loops) / case.elements,
         promised_read=case.read,
         promised_written=case.written,
-        cached=case.cached,
-        wide=case.wide,
-        flat=case.flat,
+        **{name: getattr(case, name) for name in ("label", "threads", "elements", "cached", "wide", "flat")},
         **values,
     )
 

@@ -15,18 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from leanstep._files import one_line
+
 TEMPLATES = "additional_chat_templates"
 # files of a folder whose keys may name code or other files
 _NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
 _DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
 _CHUNK = 2**22  # elements of one comparison with infinity
-
-
-def one_line(text: object) -> str:
-    """A message in one printable line: spaces for line breaks, escapes for control characters and lone surrogates."""
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
 
 
 def reason(error: BaseException) -> str:
@@ -172,7 +168,7 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """
     try:
         text = checked_file(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique if unique else None)
+        content = json.loads(text, object_pairs_hook=unique_names if unique else None)
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -184,7 +180,8 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=)``: refuse a name that occurs twice, of which json takes the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

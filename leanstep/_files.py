@@ -263,3 +263,9 @@ def format_bytes(size: float) -> str:
         if size < 1000:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} GiB"
+
+
+def one_line(text: object) -> str:
+    """A message in one printable line: spaces for line breaks, escapes for control characters and lone surrogates."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)

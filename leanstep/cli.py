@@ -1,6 +1,7 @@
 """The command line. Commands import their modules when they run, so help and recipe errors need no torch."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from leanstep._process import InterruptibleStart, open_standard_streams, output_error
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +46,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed check, 2 bad input; ``train`` has more."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C; ``train`` has more.
+
+    A closed pipe (``| head``) does not change the code, other lost output is a failure; training goes on without it.
+    """
+    open_standard_streams()
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"the working folder cannot be used ({error.strerror}); change to one that exists", file=sys.stderr)
+        return EXIT_BAD_INPUT
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if not arguments:
@@ -52,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     options, rest = parser.parse_known_args(arguments)
     try:
-        code = options.run(options, rest)
-        sys.stdout.flush()
-        return int(code)
-    except BrokenPipeError:  # `leanstep recipes list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = int(options.run(options, rest))
+        lost = output_error()
+        if code == 0 and options.run is not _train and lost is not None and lost.errno != errno.EPIPE:
+            print(f"the output could not be written: {lost.strerror}", file=sys.stderr)
+            return EXIT_FAILED
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (UsageError, _imported("leanstep.recipes.config.loader", "ConfigError")) as error:
@@ -239,8 +250,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.recipe, overrides, processes)
         return launch(options.recipe, overrides, processes)
-    from leanstep.recipes.training.train import train
-
+    # packages may swallow Ctrl-C while they are imported
+    with InterruptibleStart():
+        from leanstep.recipes.training.train import train
     return train(config)
 
 
@@ -282,13 +294,14 @@ def _prune(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
+    from leanstep._files import one_line
     from leanstep.sparsity import verify
 
     rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
     try:
         verdict = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
     return 1 if verdict.ok is False else 0
 

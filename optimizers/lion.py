@@ -41,8 +41,10 @@ class Lion(LeanOptimizer):
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402).
         rounding: how to round the fp32 result to a bf16 or fp16 parameter. "nearest". "stochastic": unbiased, bf16
             only, reproducible from ``seed``. "kahan": carry the rounding error in a compensation of the parameter's
-            dtype. "master": update fp32 weights in the state. The first step copies them from the parameter; weights
-            that are loaded into the model later are overwritten.
+            dtype. "master": update fp32 weights in the state. Every step compares each entry of the parameter with its
+            rounded master, and continues from the parameter where they differ: after ``model.load_state_dict``, or any
+            other write, also through ``.data`` and into shards. "kahan" drops compensations that exceed half the
+            distance to the next number; smaller ones of older weights move a weight by less than its own rounding.
         momentum_dtype: dtype of m; None: the parameter's.
         seed: seed of stochastic rounding, an int in [0, 2**32).
         nonfinite: how to treat infinite or NaN gradients. "skip": leave these entries of parameter and momentum

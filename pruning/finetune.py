@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanstep._torch import StepHooks, place_like, whole_tensor
 from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.score.targets import find_targets
 
 Result = TypeVar("Result")
@@ -322,17 +323,16 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     if not norms:
         return 0
     batches = as_batches(data, model, batch_size=batch_size)
-    modes = {module: module.training for module in model.modules()}
     before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
-    model.eval()
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            # None: mean over all batches, not a moving average
-            norm.momentum = None
-            norm.train()
-        for batch in batches:
-            batch.run(model)
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                # None: mean over all batches, not a moving average
+                norm.momentum = None
+                norm.train()
+            for batch in batches:
+                batch.run(model)
     except BaseException:
         for norm, (_, buffers) in zip(norms, before, strict=True):
             for name, value in norm.named_buffers():
@@ -341,6 +341,4 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     finally:
         for norm, (momentum, _) in zip(norms, before, strict=True):
             norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
     return len(norms)

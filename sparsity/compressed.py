@@ -2,12 +2,15 @@
 
 A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of the same dtype and
 ``NAME.nm_indices``, a uint8 vector of ``ceil(out * in / M * N * bits / 8)`` bytes, bit i of the stream in bit i % 8 of
-byte i // 8. Other tensors are stored unchanged. The file's metadata lists the weights, with checksums.
+byte i // 8. Other tensors are stored unchanged. The file's metadata has ``layout`` and its checksum, ``layout_crc32``.
+The layout lists the weights, tied names, and checksums of all tensors with their dtypes and shapes.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from leanstep._checkpoint import TensorFile
+from leanstep._files import one_line
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
 from leanstep.sparsity.masks import tightest
 from leanstep.sparsity.modules import sparse_layers
@@ -78,10 +82,11 @@ def export_compressed(
         pattern, dim = layouts[name]
         values, indices = _compress(name, dense, pattern, dim)
         stored[name + _VALUES], stored[name + _INDICES] = values, indices
-        checks = [_checksum(values), _checksum(indices)]
-        layout["tensors"][name] = {"pattern": str(pattern), "dim": dim, "shape": list(dense.shape), "crc32": checks}
+        layout["tensors"][name] = {"pattern": str(pattern), "dim": dim, "shape": list(dense.shape)}
         rows.append(Stored(name, pattern, dense.nbytes, values.nbytes + indices.nbytes))
-    save_file(stored, path, metadata={"format": FORMAT, "layout": json.dumps(layout)})
+    layout["crc32"] = {name: _checksum(tensor) for name, tensor in stored.items()}
+    text = json.dumps(layout)
+    save_file(stored, path, metadata={"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))})
     return rows
 
 
@@ -99,9 +104,13 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
     Raises:
         ValueError: for a truncated or damaged file (a wrong checksum or index), another format, a model that is sparse
             itself, or a model with other names or shapes.
+
+    Notes:
+        Warns for a file of a version before 0.1.0, which has checksums of the N:M weights only.
     """
     path = Path(path)
     layout, stored = _read(path)
+    _compare_checksums(path, stored, layout)
     state: dict[str, Tensor] = {}
     try:
         for name, entry in layout["tensors"].items():
@@ -118,9 +127,9 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 def is_compressed(path: str | Path) -> bool:
     """Whether the header of a file is that of :func:`export_compressed`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
+        with TensorFile(Path(path)) as file:
+            return file.metadata.get("format") == FORMAT
+    except (ValueError, OSError):
         return False
 
 
@@ -169,47 +178,87 @@ def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, 
 
 
 def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any]) -> Tensor:
-    pattern, dim, shape = NM.parse(entry["pattern"]), entry["dim"], entry["shape"]
+    pattern, dim, shape = _checked_entry(where, entry)
     moved = [*(size for i, size in enumerate(shape) if i != dim), shape[dim]]
     expected = (*moved[:-1], -(-shape[dim] // pattern.m), pattern.n)
-    if tuple(values.shape) != expected or packed.numel() != -(-values.numel() * index_bits(pattern.m) // 8):
+    size = -(-math.prod(expected) * index_bits(pattern.m) // 8)
+    if tuple(values.shape) != expected or packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
         raise ValueError(
-            f"load_compressed: {where}: expected values {expected} for {pattern} of {shape}, got {tuple(values.shape)} "
-            f"and {packed.numel()} bytes of indices"
+            f"load_compressed: {where}: expected values {expected} for {pattern} of {shape} and {size} bytes of "
+            f"indices, got {tuple(values.shape)} and {tuple(packed.shape)} of {packed.dtype}"
         )
-    if [_checksum(values), _checksum(packed)] != entry["crc32"]:
+    if entry.get("crc32") not in (None, [_bytes_checksum(values), _bytes_checksum(packed)]):
         raise ValueError(
             f"load_compressed: {where}: the checksum is wrong: values or indices were changed after writing"
         )
     indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
     try:
         rows = nm_decompress(values, indices, pattern.m)
-    except ValueError as error:
-        raise ValueError(f"load_compressed: {where}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # wrong indices; a shape that no memory holds
+        raise ValueError(f"load_compressed: {where}: {one_line(error)}") from None
     return rows[..., : shape[dim]].movedim(-1, dim).contiguous()
+
+
+def _checked_entry(where: str, entry: Any) -> tuple[NM, int, list[int]]:
+    """Check a weight's entry of the layout; returns its pattern, dimension and shape."""
+    try:
+        pattern, dim, shape = NM.parse(entry["pattern"]), entry["dim"], entry["shape"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"load_compressed: {where}: the layout is damaged: {error}") from None
+    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**48 for size in shape)
+    if not sizes or type(dim) is not int or not 0 <= dim < len(shape) or pattern.m > 256:
+        raise ValueError(
+            f"load_compressed: {where}: the layout is damaged: pattern {pattern}, dim {dim!r}, shape {shape!r}"
+        )
+    return pattern, dim, shape
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The layout in a file's header, and the stored tensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys() if metadata.get("format") == FORMAT else ()
-            stored = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"load_compressed: {path} cannot be read ({error}): it is not there, truncated, or not a safetensors file"
-        ) from None
+        with TensorFile(path) as file:
+            metadata = file.metadata
+            names = file.names if metadata.get("format") == FORMAT else ()
+            stored = {name: file.tensor(name) for name in names}
+    except FileNotFoundError:
+        raise ValueError(f"load_compressed: {path} is not there") from None
+    except ValueError as error:
+        raise ValueError(f"load_compressed: {error}: it is truncated, or not a safetensors file") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}, as "
             "export_compressed writes it; plain safetensors files are read by safetensors.torch.load_file"
         )
+    text = metadata.get("layout", "")
+    if metadata.get("layout_crc32", str(zlib.crc32(text.encode()))) != str(zlib.crc32(text.encode())):
+        raise ValueError(f"load_compressed: the header of {path} is damaged: the checksum of its layout is wrong")
     try:
-        layout = json.loads(metadata["layout"])
-        return {"tensors": dict(layout["tensors"]), "aliases": dict(layout["aliases"])}, stored
-    except (KeyError, ValueError, TypeError) as error:
+        layout = json.loads(text)
+        sections = {key: layout.get(key) for key in ("tensors", "aliases", "crc32")}
+        if not all(isinstance(sections[key], dict) for key in ("tensors", "aliases")):
+            raise ValueError("expected objects 'tensors' and 'aliases'")
+        if ("layout_crc32" in metadata) != isinstance(sections["crc32"], dict):
+            raise ValueError("expected checksums of the tensors and of the layout, or neither")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
+    return sections, stored
+
+
+def _compare_checksums(path: Path, stored: Mapping[str, Tensor], layout: Mapping[str, Any]) -> None:
+    checksums = layout["crc32"]
+    if checksums is None:
+        warnings.warn(
+            f"load_compressed: {path} was written by an earlier version, without checksums of all its tensors; export "
+            "it again to have them",
+            stacklevel=3,
+        )
+        return
+    differing = sorted(stored.keys() ^ checksums.keys())
+    if differing:
+        raise ValueError(f"load_compressed: {path} is damaged: only its tensors or only its layout has {differing[0]}")
+    wrong = [name for name, tensor in stored.items() if _checksum(tensor) != checksums[name]]
+    if wrong:
+        raise ValueError(f"load_compressed: {path}: the checksum is wrong: {wrong[0]} was changed after writing")
 
 
 def _state_and_layouts(
@@ -258,4 +307,9 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    """Checksum of dtype, shape and bytes."""
+    return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), _bytes_checksum(tensor))
+
+
+def _bytes_checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

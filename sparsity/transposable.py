@@ -33,7 +33,7 @@ def transposable_mask(scores: Tensor, pattern: NM | str, *, method: str = "auto"
         pattern: N:M.
         method: "exact": the maximal sum of scores in every tile (2:4 tries all 90 masks, others cancel cycles).
             "greedy": take the largest scores while row and column have room, then fill the gaps by the best exchanges;
-            reaches at least half of the maximal sum (``benchmarks/nm_mask.py`` measures it). "auto": exact up to
+            reaches at least half of the maximal sum (``benchmarks/sparsity/mask.py`` measures it). "auto": exact up to
             M = 16.
 
     Returns:

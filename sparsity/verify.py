@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from leanstep._checkpoint import TensorFile, load_pickled, read_json
 from leanstep.sparsity.compressed import is_compressed, load_compressed
 from leanstep.sparsity.masks import pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -174,7 +172,7 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
         return "the state dict", _noted(source), {}
     path = Path(source).expanduser()
     if path.is_file():
-        return str(path), _read(path), {}
+        return str(path), _read(path.resolve()), {}  # a link that the caller names is followed
     if not path.is_dir():
         raise ValueError(f"verify: {path} is not there; expected a checkpoint file or a folder with one")
     for folder in (path, *(path / inner for inner in _INNER)):
@@ -190,43 +188,37 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         # a pruned model's file has more entries, and matrices without a pattern
         rows = {name: entry for name, entry in content.get("tensors", content).items() if set(entry) != {"sparsity"}}
-        return {str(name): {"pattern": entry["pattern"], "dim": int(entry["dim"])} for name, entry in rows.items()}
+        recorded = {name: {"pattern": str(NM.parse(row["pattern"])), "dim": row["dim"]} for name, row in rows.items()}
+        if any(type(row["dim"]) is not int or row["dim"] not in (0, 1) for row in recorded.values()):
+            raise ValueError("expected dim 0 or 1")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"verify: {file} is not a patterns file: {error}") from None
+    return recorded
 
 
 def _read(path: Path) -> Tensors:
     """Read the tensors of a file, one at a time if the format allows it."""
-    if path.suffix == ".safetensors":
-        if is_compressed(path):
-            yield from _noted(load_compressed(path))
-            return
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    yield from _noted({name: file.get_tensor(name)})
-        except SafetensorError as error:
-            raise ValueError(
-                f"verify: {path} cannot be read ({error}): it is damaged or not a safetensors file"
-            ) from None
-        return
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(
-            f"verify: {path} cannot be read ({why}): it is damaged, or neither a safetensors file nor one of torch.save"
-        ) from error
-    state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else {}
-    yield from _noted({name: value for name, value in state.items() if isinstance(value, Tensor)})
+        if path.suffix != ".safetensors":
+            content = load_pickled(path)
+            state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else {}
+            yield from _noted(state if isinstance(state, Mapping) else {})
+        elif is_compressed(path):
+            yield from _noted(load_compressed(path))
+        else:
+            with TensorFile(path) as file:
+                for name in file.names:
+                    yield from _noted({name: file.tensor(name)})
+    except ValueError as error:
+        raise ValueError(f"verify: {error}") from None
 
 
 def _noted(state: Mapping[str, Any]) -> Tensors:
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
             continue
         module, parametrized, rest = name.partition(".parametrizations.")
         if parametrized and rest.endswith(".original"):

@@ -121,11 +121,21 @@ struct RoundingState<Param, KAHAN> {
     using type = Param;
 };
 
+// A rounding error is at most half the distance to the next number. Shrunk a little, it changes no rounding.
+constexpr float SHRINK = 127.0f / 128.0f;
+
+// the parameter's value alone where the state does not round to it: it was written between two steps
 template <int rounding, typename Param, typename StateT>
 inline float weight_of(Param param, const StateT* state, int64_t i) {
-    if constexpr (rounding == MASTER) return state[i];
-    if constexpr (rounding == KAHAN) return widen(param) + widen(state[i]);
-    return widen(param);
+    const float value = widen(param);
+    if constexpr (rounding == MASTER || rounding == KAHAN) {
+        const float stored = widen(state[i]);
+        Param rounded;
+        narrow(rounding == MASTER ? stored : value + stored * SHRINK, rounded);
+        const float whole = rounding == MASTER ? stored : value + stored;
+        return widen(rounded) == value ? whole : value;
+    }
+    return value;
 }
 
 // writes the new weight where `keep` is false

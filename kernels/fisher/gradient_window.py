@@ -240,9 +240,19 @@ def _check(
                     f"{tuple(window.shape[1:])}"
                 )
     check_groups(groups, len(windows), name)
-    expected = (m,) if groups is None else (max(groups) + 1, m)
+    expected = _table_shape(m, groups)
     if scales is not None and tuple(scales.shape) != expected:
         raise ValueError(f"{name}: expected scales of shape {expected}, got {tuple(scales.shape)}")
+
+
+def _table_shape(m: int, groups: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of numbers per row, of each group if there are groups."""
+    return (m,) if groups is None else (max(groups) + 1, m)
+
+
+def new_dots(window: Tensor, groups: Sequence[int] | None) -> Tensor:
+    """Allocate the result of :func:`row_dots`."""
+    return window.new_empty(_table_shape(window.shape[0], groups), dtype=torch.float64)
 
 
 def check_groups(groups: Sequence[int] | None, count: int, name: str) -> None:
@@ -253,7 +263,7 @@ def check_groups(groups: Sequence[int] | None, count: int, name: str) -> None:
 
 def check_coefficients(coefficients: Tensor, m: int, groups: Sequence[int] | None, name: str) -> None:
     """Raise ValueError unless each of m rows has a coefficient, in each group."""
-    expected = (m,) if groups is None else (max(groups) + 1, m)
+    expected = _table_shape(m, groups)
     if tuple(coefficients.shape) != expected:
         raise ValueError(f"{name}: expected coefficients of shape {expected}, got {tuple(coefficients.shape)}")
 
@@ -274,10 +284,4 @@ _row_dots_op = torch.library.custom_op("leanstep::row_dots", _run_dots, mutates_
 _linear_combination_op = torch.library.custom_op(
     "leanstep::linear_combination", _run_combination, mutates_args=("out",)
 )
-
-
-@_row_dots_op.register_fake
-def _(windows, vectors, scales, groups):
-    m = windows[0].shape[0]
-    shape = (m,) if groups is None else (max(groups) + 1, m)
-    return windows[0].new_empty(shape, dtype=torch.float64)
+_row_dots_op.register_fake(lambda windows, vectors, scales, groups: new_dots(windows[0], groups))

@@ -162,8 +162,6 @@ def _check(gram: Tensor, damping: float | Tensor, denominator: float) -> None:
 
 
 _solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _run, mutates_args=())
-
-
-@_solve_op.register_fake
-def _(gram, right, damping, denominator):
-    return torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32)
+_solve_op.register_fake(
+    lambda gram, right, *_: (torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32))
+)

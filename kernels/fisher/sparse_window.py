@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -134,7 +135,7 @@ def sparse_row_dots(
     if all(layout.is_dense for layout in layouts):
         return dense.row_dots(values, vectors, groups=groups)
     run = torch.ops.leanstep.sparse_row_dots if torch.compiler.is_compiling() else _run_dots
-    return run(list(values), list(indices), list(vectors), _numbers(layouts), as_list(groups))
+    return run(list(values), list(indices), list(vectors), list(chain(*layouts)), as_list(groups))
 
 
 @torch.no_grad()
@@ -176,7 +177,7 @@ def sparse_linear_combination(
     if all(layout.is_dense for layout in layouts):
         return dense.linear_combination(values, coefficients, groups=groups, out=out)
     run = torch.ops.leanstep.sparse_linear_combination if torch.compiler.is_compiling() else _run_combination
-    run(list(values), list(indices), coefficients, _numbers(layouts), as_list(groups), list(out))
+    run(list(values), list(indices), coefficients, list(chain(*layouts)), as_list(groups), list(out))
     return list(out)
 
 
@@ -215,12 +216,8 @@ def _run_combination(
     dense.run_combination(_SPARSE, (values, indices, _layouts(numbers)), coefficients, groups, out)
 
 
-def _numbers(layouts: Sequence[SparseLayout]) -> list[int]:
-    """Flatten layouts to the integers that a registered op takes."""
-    return [number for layout in layouts for number in layout]
-
-
 def _layouts(numbers: Sequence[int]) -> list[SparseLayout]:
+    """Layouts from their numbers one after the other, as a registered op takes them."""
     return [SparseLayout(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
 
 
@@ -258,10 +255,4 @@ _sparse_row_dots_op = torch.library.custom_op("leanstep::sparse_row_dots", _run_
 _sparse_linear_combination_op = torch.library.custom_op(
     "leanstep::sparse_linear_combination", _run_combination, mutates_args=("out",)
 )
-
-
-@_sparse_row_dots_op.register_fake
-def _(values, indices, vectors, numbers, groups):
-    m = values[0].shape[0]
-    shape = (m,) if groups is None else (max(groups) + 1, m)
-    return values[0].new_empty(shape, dtype=torch.float64)
+_sparse_row_dots_op.register_fake(lambda values, indices, vectors, numbers, groups: dense.new_dots(values[0], groups))

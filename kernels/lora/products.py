@@ -177,22 +177,8 @@ _down_op = torch.library.custom_op("leanstep::lora_down", _down, mutates_args=()
 _down_backward_op = torch.library.custom_op("leanstep::lora_down_backward", _down_backward, mutates_args=())
 _up_op = torch.library.custom_op("leanstep::lora_up_", _up, mutates_args=("y",))
 
-
-@_dropout_op.register_fake
-def _(x, p, seed):
-    return torch.empty_like(x)
-
-
-@_down_op.register_fake
-def _(x, a, p, seed):
-    return x.new_empty(x.shape[0], a.shape[0])
-
-
-@_down_backward_op.register_fake
-def _(x, e, a, p, seed):
-    return x.new_empty(e.shape[1], x.shape[1]), x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
-
-
-@_up_op.register_fake
-def _(y, h, b, scale, p, seed):
-    return None
+_dropout_op.register_fake(lambda x, p, seed: torch.empty_like(x))
+_down_op.register_fake(lambda x, a, p, seed: x.new_empty(x.shape[0], a.shape[0]))
+_down_backward_op.register_fake(
+    lambda x, e, a, p, seed: (x.new_empty(e.shape[1], x.shape[1]), x.new_empty(x.shape[0], 0 if a is None else len(a)))
+)

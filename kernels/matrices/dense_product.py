@@ -1,8 +1,8 @@
 """Products of dense matrices: in fp32 on a CPU, by the faster of torch's two libraries.
 
 On x86, ``torch.mm`` in fp32 calls MKL. torch also ships oneDNN, which it calls for 16-bit products. On AMD processors
-with AVX-512, oneDNN is twice as fast as MKL in fp32 (benchmarks/dense_product.py), and :func:`product` calls it. In all
-other cases :func:`product` calls ``torch.mm``.
+with AVX-512, oneDNN is twice as fast as MKL in fp32 (benchmarks/lora/dense_product.py), and :func:`product` calls it.
+In all other cases :func:`product` calls ``torch.mm``.
 """
 
 import functools

@@ -121,7 +121,7 @@ def nuclear_norm(
         multiplies singular values above 1.5 % of ||A||_F^0.5 by 0.83 to 1.16, and smaller ones by less. The error is
         1 % for Gaussian matrices, and -16 to +1 % for low-rank, power-law and exponential spectra of 512 rows. With
         coefficients="polar_express" and steps=5, it is -9 to +3 % at nearly twice the cost
-        (benchmarks/newton_schulz.py prints the table).
+        (benchmarks/optimizers/newton_schulz.py prints the table).
         Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for entries of any size.
     """
     triples = _triples(coefficients, steps)
@@ -136,27 +136,20 @@ def nuclear_norm(
     return _run_nuclear(list(matrices), estimator, flat, dtype)
 
 
-def flops(
-    shape: Sequence[int],
-    steps: int = 5,
-    method: str = "auto",
-    *,
-    coefficients: str | Sequence[Triple] = "jordan",
-    dtype: torch.dtype = torch.bfloat16,
-) -> int:
+def flops(shape: Sequence[int], steps: int = 5, method: str = "auto") -> int:
     """Count the multiplications and additions in the products of :func:`newton_schulz` on one tensor.
 
-    For sides m <= n, a step of "standard" takes ``4 m^2 n + 2 m^3``. A run of "gram", k steps and one product with X,
-    takes ``4 m^2 n + (8 k - 6) m^3``; k depends on the coefficients and on ``dtype``.
+    Assumes bf16 and the coefficients "jordan". For sides m <= n, a step of "standard" takes ``4 m^2 n + 2 m^3``. A run
+    of "gram", k steps and one product with X, takes ``4 m^2 n + (8 k - 6) m^3``.
 
     Raises:
         ValueError: as for :func:`newton_schulz`.
     """
     if method not in METHODS:
         raise ValueError(f"flops: expected method in {METHODS}, got {method!r}")
-    triples = _triples(coefficients, steps)
     m, n = shape[-2:]
-    return torch.Size(shape[:-2]).numel() * operations(m, n, plan(triples, dtype, method, m, n))
+    runs = plan(_triples("jordan", steps), torch.bfloat16, method, m, n)
+    return torch.Size(shape[:-2]).numel() * operations(m, n, runs)
 
 
 def _triples(coefficients: str | Sequence[Triple], steps: int) -> list[Triple]:
@@ -248,15 +241,12 @@ def _as_given(matrices: Sequence[Tensor], factors: Sequence[Tensor], dtype: torc
     """Return one result per tensor of the caller; stack the results of a stack's matrices."""
     results, position = [], 0
     for mat in matrices:
-        count = mat.shape[:-2].numel()
-        results_of_stack = factors[position : position + count]
-        position += count
+        stack = list(factors[position : position + mat.shape[:-2].numel()])
+        position += len(stack)
         if mat.numel() == 0:
             results.append(torch.empty(mat.shape, dtype=dtype, device=mat.device))
         else:
-            results.append(
-                results_of_stack[0] if mat.dim() == 2 else torch.stack(list(results_of_stack)).view(mat.shape)
-            )
+            results.append(stack[0] if mat.dim() == 2 else torch.stack(stack).view(mat.shape))
     return results
 
 

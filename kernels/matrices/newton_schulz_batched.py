@@ -67,10 +67,6 @@ class Products(NamedTuple):
     add: Callable[[Tensor, Tensor, Tensor, float, float, Tensor], Tensor]
 
 
-def _gram(x: Tensor, out: Tensor) -> Tensor:
-    return multiply(x, x.mT, out)
-
-
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left right, of batches or of single matrices, to ``out``."""
     return torch.mm(left, right, out=out) if out.dim() == 2 else torch.bmm(left, right, out=out)
@@ -84,7 +80,7 @@ def add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: f
 
 # torch computes every entry: no BLAS has a batched product that fills one triangle, and blocks of half the work gain
 # nothing on matrices of a few hundred rows
-TORCH_PRODUCTS = Products(_gram, multiply, add_product)
+TORCH_PRODUCTS = Products(lambda x, out: multiply(x, x.mT, out), multiply, add_product)
 
 
 class Scratch:

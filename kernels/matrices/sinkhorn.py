@@ -90,8 +90,7 @@ def sinkhorn_of_rows(
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
-    cols_total = [m.shape[-1] for m in mats]
-    for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+    for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, backend):
         yield sums, "sum"
     return scales
 
@@ -106,20 +105,15 @@ def sinkhorn_of_columns(
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
-
-    def of_rows(flat: Tensor) -> list[Tensor]:
-        views = _scales(mats, flat, scales.flat_cols).rows
-        return [view.view(batch.shape[:-1]) for view, batch in zip(views, batches, strict=True)]
-
+    cols = _scales(batches, scales.flat_rows, scales.flat_cols).cols
     sums = torch.zeros_like(scales.flat_rows)
-    row_sums_of = of_rows(sums)
-    cols = [c.view(b.shape[0], -1) for c, b in zip(scales.cols, batches, strict=True)]
+    row_sums_of = _scales(batches, sums, scales.flat_cols).rows
     for batch, row_sums in zip(batches, row_sums_of, strict=True):
         if batch.numel():
             row_sums.copy_(batch.abs().amax(dim=-1))
     yield sums, "max"
     prescale = reference.inverse_of_largest(sums)
-    prescales = of_rows(prescale)
+    prescales = _scales(batches, prescale, scales.flat_cols).rows
     for iteration in range(num_iters + end_with_rows):
         for batch, row_sums, r0, c, n in zip(batches, row_sums_of, prescales, cols, cols_total, strict=True):
             row_sums.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
@@ -141,8 +135,8 @@ def _run(mats: Sequence[Tensor], num_iters: int, end_with_rows: bool) -> Scales:
     if backend == "cpp":
         _cpp_sinkhorn(mats, scales, num_iters, end_with_rows)
     elif backend == "triton":
-        rows_total, cols_total = [m.shape[-2] for m in mats], [m.shape[-1] for m in mats]
-        for _ in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, cols_total, backend):
+        rows_total = [m.shape[-2] for m in mats]
+        for _ in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, backend):
             pass  # the matrices are whole: there is nothing to reduce
     else:
         for mat, rows, cols in zip(mats, scales.rows, scales.cols, strict=True):
@@ -174,7 +168,6 @@ def _iterate_together(
     num_iters: int,
     end_with_rows: bool,
     rows_total: Sequence[int],
-    cols_total: Sequence[int],
     backend: str,
 ) -> Generator[Tensor, None, None]:
     """Iterate all matrices together, with one launch per iteration on a GPU. Yield the column means of each iteration.
@@ -187,24 +180,22 @@ def _iterate_together(
         if backend == "triton":
             from leanstep.kernels.triton_impl.matrices.sinkhorn import sinkhorn_pass
 
-            colmeans = sinkhorn_pass(batches, scales.flat_rows, scales.flat_cols, rows_total, cols_total, first)
+            colmeans = sinkhorn_pass(batches, scales.flat_rows, scales.flat_cols, rows_total, first)
         else:
-            colmeans = _reference_pass(batches, scales, rows_total, cols_total, first)
+            colmeans = _reference_pass(batches, scales, rows_total, first)
         if iteration == num_iters:  # the closing row half-iteration needs no columns
             break
         yield colmeans
         scales.flat_cols.copy_(finish_columns(colmeans))
 
 
-def _reference_pass(
-    batches: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], cols_total: Sequence[int], first: bool
-) -> Tensor:
+def _reference_pass(batches: Sequence[Tensor], scales: Scales, rows_total: Sequence[int], first: bool) -> Tensor:
     colmeans = torch.zeros_like(scales.flat_cols)
     means = _scales(batches, scales.flat_rows, colmeans).cols
     rows, cols = _scales(batches, scales.flat_rows, scales.flat_cols)[:2]
-    for batch, r, c, out, m, n in zip(batches, rows, cols, means, rows_total, cols_total, strict=True):
+    for batch, r, c, out, total in zip(batches, rows, cols, means, rows_total, strict=True):
         if batch.numel():
-            new_rows, new_means = reference.sinkhorn_pass(batch, r, c, rows_total=m, cols_total=n, first=first)
+            new_rows, new_means = reference.sinkhorn_pass(batch, r, c, rows_total=total, first=first)
             r.copy_(new_rows)
             out.copy_(new_means)
     return colmeans
@@ -216,8 +207,4 @@ def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor
 
 
 _sinkhorn_op = torch.library.custom_op("leanstep::sinkhorn", _op, mutates_args=())
-
-
-@_sinkhorn_op.register_fake
-def _(mats, num_iters, end_with_rows):
-    return new_scales(mats)[2:]
+_sinkhorn_op.register_fake(lambda mats, *_: new_scales(mats)[2:])

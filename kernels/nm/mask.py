@@ -79,23 +79,22 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
         for score, mask in zip(scores, out, strict=True):
             mask.copy_(reference.nm_mask(score, n, m, dim))
         return
-    run = _triton_mask if backend == "triton" else _cpp_mask
     dense = [
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
     flat = [score.detach().contiguous() for score in scores]
     for indices in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
-        run([flat[i] for i in indices], n, m, dim, [dense[i] for i in indices])
+        group = ([flat[i] for i in indices], n, m, dim, [dense[i] for i in indices])
+        if backend == "triton":
+            from leanstep.kernels.triton_impl.nm import mask as triton_mask
+
+            triton_mask.nm_mask(*group)
+        else:
+            _cpp_mask(*group)
     for mask, written in zip(out, dense, strict=True):
         if written is not mask:
             mask.copy_(written)
     torch.autograd.graph.increment_version(out)
-
-
-def _triton_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
-    from leanstep.kernels.triton_impl.nm import mask as triton_mask
-
-    triton_mask.nm_mask(scores, n, m, dim, out)
 
 
 def _cpp_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
@@ -131,8 +130,3 @@ def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Ten
 
 
 _nm_mask_op = torch.library.custom_op("leanstep::nm_mask", _run, mutates_args=("out",))
-
-
-@_nm_mask_op.register_fake
-def _(scores, n, m, dim, out):
-    return None

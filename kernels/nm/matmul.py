@@ -77,7 +77,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         Computes in fp32 (fp64 for fp64) and rounds once. A CPU reads the compressed matrix once per 64 rows of x (once
         per 16 of the remaining rows). A GPU reads it once per 4 rows if x has fewer than 32. Both do n / m of the dense
         product's multiplications. For more rows, a GPU forms the dense matrix first, as the reference does, in scratch
-        memory of its size. ``benchmarks/nm_matmul.py`` measures where this is faster than the dense product.
+        memory of its size. ``benchmarks/sparsity/matmul.py`` measures where this is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
@@ -130,8 +130,4 @@ def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> Non
 
 
 _nm_matmul_op = torch.library.custom_op("leanstep::nm_matmul", _run, mutates_args=())
-
-
-@_nm_matmul_op.register_fake
-def _(x, values, indices, m):
-    return x.new_empty(x.shape[0], values.shape[0])
+_nm_matmul_op.register_fake(lambda x, values, indices, m: x.new_empty(x.shape[0], values.shape[0]))

@@ -7,6 +7,9 @@
   of the element's index and a seed, so a step can be replayed.
 * ``kahan``: ``rounding_state`` (parameter's dtype) holds the rounding error. Both together have about 16 bits.
 * ``master``: ``rounding_state`` (fp32) is the weight. The parameter is its rounded copy.
+
+A parameter may be written from outside between two steps, as by ``model.load_state_dict``. An entry that the rounding
+state no longer rounds to is such an entry: its value is the parameter's, and its rounding state is dropped.
 """
 
 from __future__ import annotations
@@ -16,19 +19,34 @@ from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 
+# A rounding error is at most half the distance to the next number. Shrunk a little, it changes no rounding.
+_SHRINK = 127 / 128
+
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit
 
 
 def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor:
     """The value of a parameter in the dtype of the update: fp64 for fp64 parameters, else fp32."""
+    wide = param if param.dtype == torch.float64 else param.float()
     if rounding == "master":
         assert rounding_state is not None
-        return rounding_state
-    wide = param if param.dtype == torch.float64 else param.float()
+        return torch.where(rounded_to(rounding_state, param.dtype) == param, rounding_state, wide)
     if rounding == "kahan":
         assert rounding_state is not None
-        return wide + rounding_state.to(wide.dtype)
+        error = rounding_state.to(wide.dtype)
+        return torch.where(rounded_to(wide + error * _SHRINK, param.dtype) == param, wide + error, wide)
     return wide
+
+
+def rounded_to(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to ``dtype``, also in code that torch.compile's inductor generates.
+
+    After a plain conversion, inductor computes on with the unrounded fp32 value. The integer operation prevents that.
+    """
+    rounded = value.to(dtype)
+    if dtype.itemsize == 2 and torch.compiler.is_compiling():
+        return (rounded.view(torch.int16) & -1).view(dtype)
+    return rounded
 
 
 def as_int32(value: Tensor | int, device: torch.device) -> Tensor:
@@ -77,7 +95,7 @@ def narrow(
         assert seed is not None
         return round_stochastic(value, hash32(element_index(value, 0 if offset is None else offset), seed)), None
     if rounding == "kahan":
-        rounded = value.to(param.dtype)
+        rounded = rounded_to(value, param.dtype)
         return rounded, (value - rounded.to(value.dtype)).to(param.dtype)
     if rounding == "master":
         return value, value

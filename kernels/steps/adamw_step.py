@@ -95,7 +95,7 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     whole = [size // LANES * LANES for size in sizes]
     ends = [i for i, size in enumerate(sizes) if size > whole[i]]
     if ends:
-        first, second, third, fourth = ([_flat(c[i])[whole[i] :] for i in ends] for c in columns)
+        first, second, third, fourth = ([c[i].as_strided((sizes[i],), (1,))[whole[i] :] for i in ends] for c in columns)
         _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
     torch._foreach_add_(steps, 1)
     taken = [int(step) for step in steps]
@@ -103,11 +103,6 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     rows = [number for step in taken for number in numbers[step]]
     scalars = (ctypes.c_float * len(rows))(*rows)
     call("steps/adamw_step", "adamw_step", {"MAXIMIZE": int(options.maximize)}, len(sizes), *columns, whole, scalars)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """View a dense tensor in storage order, in one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @functools.cache

@@ -132,7 +132,10 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
     flags = torch.zeros(len(tensors), dtype=torch.int32)
     dense = [is_dense(t) for t in tensors]
     for indices in group_by_dtypes([tensors], dense):
-        flags[indices] = _cpp_nonfinite([tensors[i] for i in indices])
+        group, group_flags = [tensors[i] for i in indices], flags.new_zeros(len(indices))
+        macros, sizes = {"TENSOR": TYPES[group[0].dtype]}, [t.numel() for t in group]
+        call("steps/nonfinite_flags", "nonfinite_flags", macros, len(group), group, sizes, group_flags)
+        flags[indices] = group_flags
     strided = [i for i, walkable in enumerate(dense) if not walkable]
     if strided:
         flags[strided] = _nonfinite([tensors[i] for i in strided])
@@ -141,11 +144,3 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
 
 def _nonfinite(tensors: list[Tensor]) -> Tensor:
     return torch.stack([~torch.isfinite(t).all() for t in tensors]).to(torch.int32)
-
-
-def _cpp_nonfinite(tensors: list[Tensor]) -> Tensor:
-    """The flags of dense tensors of one dtype."""
-    flags, sizes = torch.zeros(len(tensors), dtype=torch.int32), [t.numel() for t in tensors]
-    macros = {"TENSOR": TYPES[tensors[0].dtype]}
-    call("steps/nonfinite_flags", "nonfinite_flags", macros, len(tensors), tensors, sizes, flags)
-    return flags

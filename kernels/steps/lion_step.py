@@ -1,7 +1,5 @@
 """The Lion step on lists of tensors."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -68,14 +66,13 @@ def _step(
         return triton_lion.lion_step(params, grads, exp_avgs, rounding_state, options)
     lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    remaining: Sequence[int] = range(len(params))
+    row_major = options.rounding == "stochastic"
+    walkable = [backend == "cpp" and same_layout(row, row_major=row_major) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, walkable):
+        flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
     if backend == "cpp":
-        walkable = [same_layout(row, row_major=options.rounding == "stochastic") for row in zip(*lists, strict=True)]
-        for indices in group_by_dtypes(lists, walkable):
-            flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
         torch.autograd.graph.increment_version([t for ts in (params, exp_avgs, rounding_state) for t in ts])
-        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
-    for i in remaining:
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
         flag = reference.lion_step(*(ts[i] for ts in lists), options=options.of(i))
         if flag is not None:
             flags[i] = flag
@@ -143,14 +140,11 @@ def _agreement(
 
         return triton_lion.lion_agreement(grads, exp_avgs, options)
     counts = torch.zeros(len(grads), device=grads[0].device)
-    remaining: Sequence[int] = range(len(grads))
-    if backend == "cpp":
-        walkable = [same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
-        for indices in group_by_dtypes([grads, exp_avgs], walkable):
-            exact = _cpp_agreement([grads[i] for i in indices], [exp_avgs[i] for i in indices], options)
-            counts[indices] = exact.to(counts.dtype)
-        remaining = [i for i, is_covered in enumerate(walkable) if not is_covered]
-    for i in remaining:
+    walkable = [backend == "cpp" and same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
+    for indices in group_by_dtypes([grads, exp_avgs], walkable):
+        exact = _cpp_agreement([grads[i] for i in indices], [exp_avgs[i] for i in indices], options)
+        counts[indices] = exact.to(counts.dtype)
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
         counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], options)
     return counts
 
@@ -175,12 +169,5 @@ _step_op = torch.library.custom_op(
 )
 _agreement_op = torch.library.custom_op("leanstep::lion_agreement", _agreement, mutates_args=())
 
-
-@_step_op.register_fake
-def _(params, grads, exp_avgs, rounding_state, scalars, *_):
-    return scalars.new_empty(len(params), dtype=torch.int32)
-
-
-@_agreement_op.register_fake
-def _(grads, exp_avgs, scalars, *_):
-    return scalars.new_empty(len(grads), dtype=torch.float32)
+_step_op.register_fake(lambda params, g, m, state, scalars, *_: scalars.new_empty(len(params), dtype=torch.int32))
+_agreement_op.register_fake(lambda grads, m, scalars, *_: scalars.new_empty(len(grads), dtype=torch.float32))

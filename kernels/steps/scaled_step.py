@@ -1,7 +1,6 @@
 """The step p <- p * decay - step * r_i c_j G_ij on lists of matrices, with given scales or with Sinkhorn's."""
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -122,15 +121,12 @@ def _step(
         return triton_step.scaled_step(params, mats, rows, cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
-    remaining: Sequence[int] = range(len(params))
+    contiguous = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, contiguous):
+        flags[indices] = _cpp_step(*([ts[i] for i in indices] for ts in lists), options=options.of(indices))
     if backend == "cpp":
-        contiguous = [all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-        for indices in group_by_dtypes(lists, contiguous):
-            selected = [[ts[i] for i in indices] for ts in lists]
-            flags[indices] = _cpp_step(*selected, options=options.of(indices))
         torch.autograd.graph.increment_version([*params, *rounding_state])
-        remaining = [i for i, is_covered in enumerate(contiguous) if not is_covered]
-    for i in remaining:
+    for i in (i for i, is_covered in enumerate(contiguous) if not is_covered):
         nonfinite = torch.isnan(cols[i]).any(dim=-1) if skip_nonfinite else None
         if nonfinite is not None:
             flags[i] = nonfinite.any()
@@ -201,8 +197,6 @@ def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
 
 
 _step_op = torch.library.custom_op("leanstep::scaled_step", _step, mutates_args=("params", "rounding_state"))
-
-
-@_step_op.register_fake
-def _(params, mats, rows, cols, rounding_state, scalars, *_):
-    return scalars.new_empty(len(params), dtype=torch.int32)
+_step_op.register_fake(
+    lambda params, mats, rows, cols, state, scalars, *_: scalars.new_empty(len(params), dtype=torch.int32)
+)

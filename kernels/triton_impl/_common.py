@@ -72,13 +72,19 @@ def stochastic_bfloat16(x, random):
 
 @triton.jit
 def parameter_value(p, state, ROUNDING: tl.constexpr):
-    """fp32 value of the parameter: plus its Kahan remainder, or of its fp32 master copy."""
+    """fp32 value of the parameter: plus its Kahan remainder, or of its fp32 master copy.
+
+    The parameter's alone where the state does not round to it: it was written between two steps.
+    """
+    value = to_float(p)
     if ROUNDING == "master":
-        value = to_float(state)
+        stored = to_float(state)
+        value = tl.where(to_float(round_to(stored, p.dtype)) == value, stored, value)
     elif ROUNDING == "kahan":
-        value = to_float(p) + to_float(state)
-    else:
-        value = to_float(p)
+        stored = to_float(state)
+        # a rounding error, at most half the distance to the next number, changes no rounding if shrunk a little
+        rounded = to_float(round_to(value + stored * 0.9921875, p.dtype))
+        value = tl.where(rounded == value, value + stored, value)
     return value
 
 

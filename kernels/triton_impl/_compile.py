@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager as get_cache_manager
 from triton.runtime.jit import JITFunction, mangle_type
 
 import leanstep.kernels.triton_impl as package
@@ -80,10 +81,12 @@ class AuditCase(Launch):
     flat: bool = False
 
 
-def recorded_cases(
-    launch_all: Callable[[], object], promises: Mapping[Any, Callable[[Launch], dict[str, Any]]]
-) -> list[AuditCase]:
-    """Record the distinct launches of `launch_all`, and add the fields that `promises` returns for each kernel.
+# for each kernel, the function that returns the fields that an AuditCase adds to a launch
+Promises = Mapping[Any, Callable[[Launch], dict[str, Any]]]
+
+
+def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
+    """Record the distinct launches of `launch_all`, and add the fields that its promises return for each kernel.
 
     No kernel runs: `launch_all` calls launchers with CPU or meta tensors, and their launches are only recorded.
     """
@@ -99,23 +102,14 @@ def recorded_cases(
         launch = Launch(
             kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion
         )
-        if kernel in promises and launch not in launches:  # launchers may use kernels of other modules
+        if launch not in launches:
             launches.append(launch)
 
     with mock.patch.object(JITFunction, "run", record):
-        launch_all()
-    return [AuditCase(**vars(launch), **promises[launch.kernel](launch)) for launch in launches]
-
-
-@dataclass(frozen=True)
-class Build:
-    """A compiled kernel as text: intermediate code, machine code and table of resources."""
-
-    key: str
-    ttir: str
-    machine_code: str
-    resources: str
-    shared: int
+        promises = launch_all()
+    # launchers may use kernels of other modules
+    promised = [launch for launch in launches if launch.kernel in promises]
+    return [AuditCase(**vars(launch), **promises[launch.kernel](launch)) for launch in promised]
 
 
 @cache
@@ -123,13 +117,13 @@ def modules() -> list[ModuleType]:
     """The modules of this package that define kernels."""
     names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     loaded = [importlib.import_module(name) for name in sorted(names)]
-    return [module for module in loaded if hasattr(module, "audit_cases")]
+    return [module for module in loaded if hasattr(module, "audit_launches")]
 
 
 @cache
 def cases() -> list[AuditCase]:
     """Every configuration that a launcher of this package can choose."""
-    return [case for module in modules() for case in module.audit_cases()]
+    return [case for module in modules() for case in recorded_cases(module.audit_launches)]
 
 
 def compile_case(case: AuditCase, target: str) -> Any:
@@ -144,26 +138,18 @@ def compile_case(case: AuditCase, target: str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-def disassemble(compiled: Any, machine_code: bool = True) -> Build:
-    """Disassemble a compiled kernel with the tools that ship in Triton's wheel.
+def disassemble(compiled: Any, machine_code: bool = True) -> tuple[str, str]:
+    """Machine code and table of resources of a compiled kernel, by the tools that ship in Triton's wheel.
 
     `machine_code=False` leaves the machine code empty for NVIDIA's targets, which halves the time.
     """
-    asm = compiled.asm
-    if "amdgcn" in asm:
-        text = resources = asm["amdgcn"]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(asm["cubin"])
-            text = _tool("nvdisasm", "-c", "-ndf", str(cubin)) if machine_code else ""
-            resources = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    return Build(compiled.hash, asm["ttir"], text, resources, compiled.metadata.shared)
-
-
-def cache_folder() -> Path:
-    """Triton's cache folder (TRITON_CACHE_DIR)."""
-    return Path(triton.knobs.cache.dir)
+    if "amdgcn" in compiled.asm:
+        return (compiled.asm["amdgcn"],) * 2
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = _tool("nvdisasm", "-c", "-ndf", str(cubin)) if machine_code else ""
+        return text, _tool("cuobjdump", "--dump-resource-usage", str(cubin))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -146,15 +146,10 @@ def warps(threads: int) -> int:
     return threads // (64 if torch.version.hip else 32)
 
 
-def by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[bool]]:
-    """Map each distinct key, in order of first appearance, to a mask of the indices that have it."""
-    return {key: [other == key for other in keys] for key in dict.fromkeys(keys)}
-
-
 def launches(keys: Sequence[Hashable], pieces: Sequence[int], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """Yield (key, map of programs) per launch: one launch per distinct key, `pieces[i]` programs for tensor i."""
-    for key, selected in by_key(keys).items():
-        programs = device_programs([n * is_in for n, is_in in zip(pieces, selected, strict=True)], device)
+    for key in dict.fromkeys(keys):
+        programs = device_programs([n * (other == key) for n, other in zip(pieces, keys, strict=True)], device)
         if programs is not None:
             yield key, programs
 
@@ -173,6 +168,12 @@ def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
     if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
         return "nearest"
     return rounding
+
+
+def native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
+    """The dtype in which a kernel takes a tensor: its own if the kernel has a variant for it, else fp32 (exact)."""
+    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
+    return dtype if dtype in native else torch.float32
 
 
 class Staging:
@@ -201,13 +202,12 @@ class Staging:
     def rounded(self, param: Tensor, state: Tensor | None, rounding: str) -> tuple[Tensor, Tensor | None, str]:
         """Return the tensor that a kernel updates, its rounding state, and its rounding.
 
-        An fp32 parameter needs no rounding state. Its remainder is added to it. A master copy is updated instead of the
-        parameter, and `finish` copies it to the parameter.
+        An fp32 parameter needs no rounding state. Its remainder is added to it. `finish` copies it to its master copy.
         """
         if state is not None and param.dtype == torch.float32:
             if rounding == "master":
-                self._written.append((param.detach(), state.detach()))
-                return state, None, "nearest"
+                self._written.append((state.detach(), param.detach()))
+                return param, None, "nearest"
             param.detach().add_(state.detach())
             state.detach().zero_()
             return param, None, "nearest"

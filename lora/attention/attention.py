@@ -66,7 +66,7 @@ def low_rank_attention(
     Notes:
         Sums run in fp32, or fp64 for fp64 inputs. Saved for backward: q, k, v, the output and one number per query.
         Scratch memory: the features of one chunk and a state of k x (e + 1), for as many heads as fit 16 MB (1 GB on a
-        GPU). ``benchmarks/low_rank_attention.py`` compares time and error with exact attention.
+        GPU). ``benchmarks/lora/low_rank_attention.py`` compares time and error with exact attention.
 
     References:
         Alman, Song, Fast Attention Requires Bounded Entries, arXiv:2302.13214; Hu, Su, Kuo, Song, Liu, Computational

@@ -16,11 +16,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leanstep._files import replacing, write_text
+from leanstep._checkpoint import load_pickled, load_tensors, read_json
+from leanstep._files import one_line, replacing, write_text
 from leanstep._torch import is_dtensor, place_like, whole_tensor
 from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
@@ -154,25 +154,23 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
 def read_config(folder: Path) -> LoraConfig:
     """Read the configuration in a folder. Raises FileNotFoundError and ValueError as :func:`load_adapter` does."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    settings = read_json(path, unique=True)
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}; expected PEFT's settings by name")
-    return LoraConfig.from_dict(settings)
+        return LoraConfig.from_dict(settings)
+    except (TypeError, OverflowError, RecursionError) as error:  # values of types that no field takes
+        raise ValueError(f"{path} cannot be understood: {one_line(error)}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        try:
-            return load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}; it is damaged or of another kind") from error
-    if (folder / OLD_WEIGHTS).is_file():
-        return torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
+    if (folder / WEIGHTS).exists():
+        return load_tensors(folder / WEIGHTS)
+    if (folder / OLD_WEIGHTS).exists():
+        content = load_pickled(folder / OLD_WEIGHTS)
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise ValueError(f"{folder / OLD_WEIGHTS} holds a {type(content).__name__}; expected tensors by name")
+        return content
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
 
 

@@ -382,8 +382,14 @@ class BudgetConstraint:
             total += self.budget.seconds[layer.name][max(enough, default=0)]
         return total
 
-    def reach(self, levels: Levels, upper: Mapping[str, int]) -> tuple[float, float]:
-        """Least and largest total cost of levels that keep at most ``upper`` weights."""
+    def check_reach(self, levels: Levels, upper: Mapping[str, int], sparsity: float | None) -> None:
+        """Raise InfeasibleBudget for a target that no levels with at most ``upper`` weights meet.
+
+        Args:
+            levels: of each layer.
+            upper: most weights of each layer.
+            sparsity: for the message, if it gave the target as a number of weights.
+        """
         least = most = 0.0
         for layer in self.layers:
             counts = levels[layer.name][0]
@@ -394,7 +400,20 @@ class BudgetConstraint:
             allowed = costs[[count <= upper[layer.name] for count in counts]]
             allowed = allowed if len(allowed) else costs[-1:]
             least, most = least + float(allowed.min()), most + float(allowed.max())
-        return least, most
+        if self.budget.target >= least:
+            return
+        wanted, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))
+        if sparsity is not None:
+            message = (
+                f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
+                f"{smallest:.4g} to {largest:.4g}"
+            )
+        else:
+            message = (
+                f"removing {wanted:.4g} of the cost ({self.budget.kind}) is out of reach: the levels of these matrices "
+                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}"
+            )
+        raise InfeasibleBudget(message, least, most)
 
     def uniform(self, upper: Mapping[str, int], levels: Levels | None) -> tuple[dict[str, int], dict[str, str]] | None:
         """Counts and patterns of the densest uniform sparsity within the budget; None if there is none.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanstep._checkpoint import unique_names
 from leanstep.pruning.score.targets import Group
 
 # largest distance of a sparsity from the level it means: 0.333 means 3:9
@@ -51,7 +52,7 @@ class LatencyTable:
         """
         path = Path(path).expanduser()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
             if not isinstance(content, dict) or set(content) != {"levels", "seconds"}:
                 got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
                 raise ValueError(f"expected an object with 'levels' and 'seconds', got {got or 'an empty one'}")
@@ -62,7 +63,7 @@ class LatencyTable:
             return cls(tuple(levels), rows)
         except OSError as error:
             raise ValueError(f"the latency table {path} cannot be read: {error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the latency table {path}: {error}") from None
 
     def of(self, groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:

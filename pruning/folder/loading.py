@@ -23,10 +23,10 @@ from leanstep._checkpoint import (
     code_files,
     index_files,
     load_pickled,
-    one_line,
     read_json,
     reason,
 )
+from leanstep._files import one_line
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -369,10 +369,13 @@ def _class(model_class: Any) -> Any:
 def _opening(kind: str, source: str | Path) -> Iterator[str]:
     """Context manager: yields a checked path or name for transformers; any error becomes a ValueError of one line."""
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
-    else:
-        folder = _snapshot(str(source)) or folder
+    try:
+        if folder.is_dir():
+            check_folder(folder)
+        else:
+            folder = _snapshot(str(source)) or folder
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None
     try:
         yield str(folder) if Path(source).expanduser().is_dir() else str(source)
     except BaseException as error:

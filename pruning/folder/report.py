@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from leanstep._charts import COLORS, Series, chart, compact
 from leanstep._page import render
 from leanstep.pruning.allocate.allocation import UNITS
+from leanstep.pruning.score.targets import role_of
 
 _MOST_LINES = COLORS
 _MOST_CHARTS = 12
@@ -89,11 +89,6 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
     return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
-
-
-def role_of(name: str) -> str:
-    """The kind of a matrix within its block: ``q_proj``, ``c_fc``, ``down_proj``."""
-    return re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").rpartition(".")[2]
 
 
 def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:

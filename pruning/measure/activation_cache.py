@@ -28,26 +28,19 @@ def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
     Descends into lists (``nn.ModuleList``, ``nn.Sequential``), and into a module with most of its parent's weights, as
     ``model.model``.
     """
-    candidates = list(_expand(model, "", inside_list=False))
-    calls: dict[str, int] = {}
-    order: list[str] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            order.append(name)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates]
+    modules = dict(_expand(model, "", inside_list=False))
+    calls: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
+        for name, module in modules.items()
+    ]
     try:
         with torch.no_grad():
             batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    modules = dict(candidates)
-    return [(name, modules[name]) for name in order if calls[name] == 1]
+    return [(name, modules[name]) for name in calls if calls.count(name) == 1]
 
 
 def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tuple[str, nn.Module]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from leanstep._files import write_text
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
@@ -269,6 +271,8 @@ def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list
 class PartialCurves:
     """A file with one line per measured point. Its first line identifies model, data and settings.
 
+    Each line ends in the checksum of what stands before it in the line.
+
     Args:
         path: the file; created with the first point.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
@@ -288,21 +292,33 @@ class PartialCurves:
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
             if new:
-                file.write(json.dumps({"identity": self.identity}) + "\n")
-            file.write(json.dumps([name, count, point.mean, point.stderr]) + "\n")
+                file.write(_line({"identity": self.identity}))
+            file.write(_line([name, count, point.mean, point.stderr]))
             file.flush()
             os.fsync(file.fileno())
         self.points[name, count] = point
 
+    def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
+        """Take a point from the file, if it is one and the first of its kind."""
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
+        if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
+            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, mean, stderr]}")
+        if (name, count) in self.points:
+            raise ValueError(f"it has {name} with {count} weights twice")
+        self.points[name, count] = Distortion(mean, stderr)
+
     def _read(self) -> None:
-        raw = self.path.read_text(encoding="utf-8")
-        whole = raw[: raw.rfind("\n") + 1]
-        lines = whole.splitlines()
         try:
-            identity = json.loads(lines[0])["identity"] if lines else self.identity
-            rows = [json.loads(line) for line in lines[1:]]
-            self.points = {(str(name), int(count)): Distortion(mean, error) for name, count, mean, error in rows}
-        except (ValueError, KeyError, TypeError) as error:
+            raw = self.path.read_text(encoding="utf-8")
+            whole = raw[: raw.rfind("\n") + 1]
+            lines = whole.split("\n")[:-1]
+            contents = [_content(line) for line in lines]
+            identity = contents[0]["identity"] if lines else self.identity
+            if not isinstance(identity, dict):
+                raise ValueError("its first line identifies no model")
+            for row in contents[1:]:
+                self._take(*row)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} holds no measured curves ({error}); remove it, or name another file"
             ) from None
@@ -314,10 +330,20 @@ class PartialCurves:
                 "remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
-            partial = self.path.with_name(f"{self.path.name}.tmp")
-            partial.write_text(whole, encoding="utf-8")
             if lines:
-                os.replace(partial, self.path)
+                write_text(self.path, whole)
             else:
-                partial.unlink()
                 self.path.unlink()
+
+
+def _line(content: Any) -> str:
+    """JSON and its checksum, as one line."""
+    text = json.dumps(content)
+    return f"{text} {zlib.crc32(text.encode()):08x}\n"
+
+
+def _content(line: str) -> Any:
+    text, _, checksum = line.rpartition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        raise ValueError("the checksum of a line is wrong")
+    return json.loads(text)

@@ -151,11 +151,7 @@ class MSELogits(_TokenMetric):
         return (dense - self._reference_of(rows)).square().mean(-1)
 
 
-METRICS: dict[str, Callable[[], Metric]] = {
-    "kl": KL,
-    "kl_topk": KLTopK,
-    "mse_logits": MSELogits,
-}
+METRICS: dict[str, Callable[[], Metric]] = {"kl": KL, "kl_topk": KLTopK, "mse_logits": MSELogits}
 
 
 def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:

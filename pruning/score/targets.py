@@ -329,17 +329,16 @@ def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[
     for target in targets:
         name = target.name
         if target.layer.block is not None and granularity != "matrix":
-            role = _role(name) if granularity == "role" else "all"
+            kinds = (kind for kind, pattern in _ROLES if pattern.search(name))
+            role = next(kinds, role_of(name)) if granularity == "role" else "all"
             name = f"block {target.layer.block}: {role}"
         by_group.setdefault(name, []).append(target)
     return [Group(_joined(name, group), tuple(group)) for name, group in by_group.items()]
 
 
-def _role(name: str) -> str:
-    for role, pattern in _ROLES:
-        if pattern.search(name):
-            return role
-    return re.sub(r"\[\d+\]$", "", name.removesuffix(".weight")).rpartition(".")[2]
+def role_of(name: str) -> str:
+    """The kind of a matrix within its block: ``q_proj``, ``c_fc``, ``down_proj``."""
+    return re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").rpartition(".")[2]
 
 
 def _joined(name: str, targets: Sequence[Target]) -> Layer:

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from leanstep._files import format_bytes
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.loading import check_weights
-from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token, meta_model
+from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
 from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
@@ -188,6 +188,11 @@ class Check:
             if not self.offline:
                 check_hub(data.name or "")
             section.add("source", f"hub dataset {data.name} {'not looked for' if self.offline else 'is there'}")
+            return
+        try:
+            check_layers(config)
+        except ValueError:
+            section.add("source", "not read, because of problems below that do not depend on it")
             return
         files = find_files(data.path, data.source) if data.path and data.source != "sotu" else []
         if data.streaming or unknown or sum(file.stat().st_size for file in files) > LOAD_LIMIT:

@@ -27,10 +27,10 @@ from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import open_config
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.schema import RunConfig, trained_size
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
-from leanstep.recipes.methods.pruned import mask_bytes
+from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
 
@@ -107,7 +107,12 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(config, vocab_size, device)
         optimizer = build_optimizer(config.optimizer, model)
-        activations = _activation_bytes(config, model, device)
+        ids = torch.zeros(config.batch.micro_batch_size, config.data.seq_len, dtype=torch.int64, device=device)
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
+        with saved_storages(model) as saved, context:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         weights = unique_bytes(model.parameters())
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         gradient = unique_bytes(gradients)
@@ -127,17 +132,33 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
         weights=-(-weights // shards),
         gradients=-(-(gradient + half) // shards),
         optimizer_state=-(-state // shards),
-        activations=activations,
+        activations=sum(storage.nbytes() for storage in saved.values()),
         logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
     )
 
 
+def check_layers(config: RunConfig) -> None:
+    """Check the settings that select layers or parameters against the model, without its weights or the text.
+
+    Raises ValueError for a pattern, selector or wildcard without a match, and for layers that cannot be as asked.
+    """
+    known = trained_size(config.data.tokenizer) or 0
+    # no setting depends on the vocabulary
+    model = meta_model(config, max(known, config.model.config.get("vocab_size", 0)) or 512)
+    build_optimizer(config.optimizer, model)
+    if config.sparsity.patterns:
+        plan(config, model)
+    if config.pruning.keep_masks:
+        masked_names(config, model)
+
+
 def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of a pruned model's masks, or of the masks and unsharded masked copies for sparse training."""
     if config.pruning.keep_masks:
-        return mask_bytes(config, meta_model(config, vocab_size))
+        model = meta_model(config, vocab_size)
+        return sum(model.get_parameter(name).numel() for name in masked_names(config, model))
     if not config.sparsity.patterns:
         return 0
     layers = plan(config, meta_model(config, vocab_size))
@@ -210,18 +231,6 @@ def _first_step(optimizer: torch.optim.Optimizer) -> None:
 def unique_bytes(tensors: Any) -> int:
     """Bytes of distinct storages: tied weights and views count once."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def _activation_bytes(config: RunConfig, model: Any, device: str) -> int:
-    """Bytes that one micro batch saves for backward. Leaves its gradients in the parameters."""
-    shape = (config.batch.micro_batch_size, config.data.seq_len)
-    input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
-    with saved_storages(model) as saved, context:
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    loss.backward()
-    return sum(storage.nbytes() for storage in saved.values())
 
 
 FORMULA = (

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
+from leanstep.recipes.config.references import recorded, resolved
 from leanstep.recipes.config.schema import RunConfig
 
 # section -> the key without which it has no effect
@@ -12,7 +12,8 @@ SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_mod
 
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
-_FREE = {"name", "description", "source_file", "expect", "out", "eval", "checkpoint", "log", "stop", "device"}
+_FREE = {"name", "description", "source_file", "references", "expect", "out", "eval", "checkpoint", "log", "stop"}
+_FREE |= {"device"}
 _ROUNDING = {
     "batch.micro_batch_size",
     "activation_checkpointing",
@@ -35,7 +36,7 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> tuple[list[s
     free_steps = config.schedule.name == "constant" and config.schedule.warmup_steps is not None and not planned
     forbidden: list[str] = []
     rounding: list[str] = []
-    for key, before, now in _changes(saved, asdict(config)):
+    for key, before, now in _changes(saved, config):
         if key == "steps" and free_steps:
             continue
         planner = "sparsity plans masks" if planned else f"schedule.name {config.schedule.name} plans the rate"
@@ -50,18 +51,23 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
 
     Leaves out the seed, which the tolerance covers, and keys that the recipe leaves open (``???``).
     """
-    changed = [key for key, before, _ in _changes(recipe, asdict(config)) if before != "???"]
+    changed = [key for key, before, _ in _changes(recipe, config) if before != "???"]
     # which batches are evaluated changes the number that is compared
     measured = ["eval.batches"] if (recipe.get("eval") or {}).get("batches") != config.eval.batches else []
     return [*(key for key in changed if key not in _ROUNDING and key != "seed"), *measured]
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of the keys that affect a run's numbers, sorted."""
+def _changes(before: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) of the keys that affect a run's numbers, sorted.
+
+    The same reference to an environment variable is no change: a folder has another path on another machine.
+    """
+    trees = before, resolved(config), recorded(config)
     # JSON turns the tuples of a RunConfig into the lists of a saved one
-    old, new = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in (before, now))
+    old, new, texts = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in trees)
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE and key != "data.cache_dir":
+        same = old.get(key) in (new.get(key), texts.get(key))
+        if not same and key.split(".")[0] not in _FREE and key != "data.cache_dir":
             yield key, old.get(key), new.get(key)
 
 

@@ -1,7 +1,7 @@
 """Read a recipe file and command-line overrides into a frozen :class:`~leanstep.recipes.config.schema.RunConfig`.
 
 Reports all errors of a recipe at once, with file, line and the nearest valid key, and does not import torch. PyYAML
-gives the lines, OmegaConf resolves ``${...}``, pydantic checks the values.
+gives the lines, :mod:`leanstep.recipes.config.references` resolves ``${...}``, pydantic checks the values.
 
 A recipe with ``base: NAME_OR_FILE`` inherits the values that it does not set, except ``name``, ``description`` and
 ``expect``. Mappings are merged key by key. A recipe that sets ``optimizer.name`` or ``model.family`` does not inherit
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from leanstep._files import read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
+from leanstep.recipes.config.references import References, recorded
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
 from leanstep.recipes.config.values import (
@@ -79,10 +79,11 @@ def load(
 
 
 def dump(config: RunConfig) -> str:
-    """Write the resolved configuration as YAML that :func:`load` reads back to an equal object."""
-    content = asdict(config)
-    del content["source_file"]
-    return OmegaConf.to_yaml(OmegaConf.create(content))
+    """Write the configuration as YAML that :func:`load` reads back to an equal object.
+
+    References are resolved, but those to environment variables, which may be secret.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(config)))
 
 
 def recipe_names() -> list[str]:
@@ -90,19 +91,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def recipe_path(name: str) -> Path:
-    """Return the file of a shipped recipe or alias. Raises KeyError for another name."""
-    path = FOLDER / f"{ALIASES.get(name, name)}.yaml"
-    if not path.is_file():
-        raise KeyError(f"no recipe is named {name!r}; there are {', '.join(recipe_names())}")
-    return path
-
-
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a shipped recipe or of a path. Raises ConfigError with the nearest names."""
     text = os.fspath(name_or_path)
     if text in ALIASES or text in recipe_names():
-        return recipe_path(text)
+        return FOLDER / f"{ALIASES.get(text, text)}.yaml"
     path = Path(text)
     if path.is_file():
         return path
@@ -183,9 +176,10 @@ class _Reader:
         # null switches an optional section off
         given = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
         self.value = {"name": self.stem, "out": "runs/${name}", **given}
-        self._resolve()
-        if "source_file" in self.value:
-            self._add(("source_file",), unknown_key(("source_file",), ()))
+        references = self._resolve()
+        for key in ("source_file", "references"):
+            if key in self.value:
+                self._add((key,), unknown_key((key,), ()))
         for path, message in check(RunConfig, self.value)[1]:
             if path not in self.broken:
                 self._add(path, message)
@@ -204,7 +198,7 @@ class _Reader:
                 self._add(self._written(paths), f"{keys[0]} {message}", joint=True)
         if self.problems:
             raise ConfigError(self._report())
-        return config
+        return replace(config, references=references)
 
     def expectation(self, config: RunConfig) -> ExpectConfig:
         """Return the expected result: the file's, unless overrides affect it."""
@@ -221,25 +215,25 @@ class _Reader:
         source = f"the recipe expects {expect.val_loss:g} without these changes: {names}"
         return replace(expect, val_loss=None, source=source)
 
-    def _resolve(self) -> None:
-        """Replace every text with ``${...}`` by its value, before the checks."""
+    def _resolve(self) -> dict[KeyPath, str]:
+        """Replace every text with ``${...}`` by its value, before the checks; return the texts to record instead."""
         texts = [(path, text) for path, text in leaves(self.value) if isinstance(text, str)]
         referring = any("${" in text for _, text in texts)
-        defaults = asdict(RunConfig(name=self.stem)) if referring else {}
-        whole = OmegaConf.create(overlay(defaults, self.value)) if referring else None
+        references = References(overlay(asdict(RunConfig(name=self.stem)), self.value) if referring else {})
+        texts_to_record = {}
         for path, text in texts:
             if text == "???":
                 self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
             elif "${" in text:
                 try:
-                    node: Any = whole
-                    for step in path:
-                        node = node[int(step) if OmegaConf.is_list(node) else step]
-                    resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-                    set_at(self.value, path, resolved)
-                except OmegaConfBaseException as error:
-                    reason = str(error).splitlines()[0]
-                    self._add(path, f"{'.'.join(path)}: {text!r} cannot be resolved: {reason}")
+                    value, private = references.resolve(path)
+                    set_at(self.value, path, value)
+                except ValueError as error:
+                    self._add(path, f"{'.'.join(path)}: {show(text)} cannot be resolved: {error}")
+                    continue
+                if private:
+                    texts_to_record[path] = text
+        return texts_to_record
 
     def _check_class_keys(self) -> None:
         """Check the keys that a class defines: optimizer arguments and groups, model configuration.

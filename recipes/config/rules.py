@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict
 from typing_extensions import TypedDict
 
-from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size
+from leanstep.recipes.config.schema import MOST_TOKENS, RunConfig, accumulation_steps, trained_size
 
 
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -75,6 +75,7 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
     yield from _pruning_problems(config)
     yield from _lora_problems(config)
     yield from _size_problems(config)
+    yield from _limit_problems(config)
 
 
 def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -178,6 +179,52 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             f"must be at least the tokenizer's {trained} (data.tokenizer {tokenizer}), got {vocabulary}; "
             f"leave it out to take the tokenizer's",
         )
+
+
+# sizes that no model or run has: building or running them would end in a lack of memory, or never
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 1000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 2**14),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim"), 2**20),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**27),
+    "vocab_size": MOST_TOKENS,
+}
+_MOST_ITERATIONS = 1000
+_MOST_WEIGHTS = 10**14
+
+
+def _limit_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Sizes beyond any model, heads that rotary embeddings cannot halve, and iterations that would not end."""
+    sizes = config.model.config
+    for key, most in _MOST.items():
+        if isinstance(size := sizes.get(key), int) and size > most:
+            yield (f"model.config.{key}",), f"must be at most {most:,}, got {size:,}"
+    sections = [("optimizer.args", config.optimizer.args)]
+    sections += [(f"optimizer.groups.{index}", group) for index, group in enumerate(config.optimizer.groups)]
+    for section, options in sections:
+        for key in ("num_iters", "ns_steps"):
+            if isinstance(count := options.get(key), int) and count > _MOST_ITERATIONS:
+                yield (f"{section}.{key}",), f"must be at most {_MOST_ITERATIONS:,} iterations, got {count:,}"
+    if config.model.init_from:
+        return
+    if config.model.family == "llama":
+        width = sizes.get("hidden_size", 4096)
+        head = sizes.get("head_dim") or width // sizes.get("num_attention_heads", 32)
+        if head % 2:
+            yield (
+                ("model.config.head_dim", "model.config.hidden_size", "model.config.num_attention_heads"),
+                f"must be even for rotary position embeddings, got {head} (hidden_size / num_attention_heads)",
+            )
+        layers, inner = sizes.get("num_hidden_layers", 32), sizes.get("intermediate_size", 11008)
+        weights = layers * width * (4 * width + 3 * inner) + sizes.get("vocab_size", 0) * width
+        keys = ("model.config.hidden_size", "model.config.num_hidden_layers", "model.config.intermediate_size")
+    else:
+        width, layers = sizes.get("n_embd", 768), sizes.get("n_layer", 12)
+        inner = sizes.get("n_inner") or 4 * width
+        weights = layers * width * (4 * width + 2 * inner) + sizes.get("vocab_size", 0) * width
+        keys = ("model.config.n_embd", "model.config.n_layer", "model.config.n_inner")
+    if weights > _MOST_WEIGHTS:
+        yield keys, f"makes a model of {weights:,} weights, expected at most {_MOST_WEIGHTS:,}"
 
 
 TABLE_FILE = Path(__file__).with_name("arguments.json")

@@ -26,6 +26,9 @@ MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+MOST_TOKENS = 2**24  # of a vocabulary
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
@@ -44,9 +47,10 @@ def trained_size(tokenizer: str) -> int | None:
     if kind != "train":
         return None
     # every vocabulary has 256 bytes and the end-of-text token
-    if not size.isdecimal() or int(size) < 257:
+    if not (size.isdecimal() and len(size) < 20 and 257 <= int(size) <= MOST_TOKENS):
         raise ValueError(
-            f"must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text), got {tokenizer!r}"
+            "must be 'train:SIZE' with a size of at least 257 (256 bytes and end-of-text) and at most "
+            f"{MOST_TOKENS:,}, got {tokenizer!r}"
         )
     return int(size)
 
@@ -61,6 +65,8 @@ def _pattern(value: Any) -> Any:
     if numbers is None:
         hint = "; put it in quotes" if isinstance(value, (int, float)) else ""
         raise ValueError(f"must have a text such as '2:4', got {value!r}{hint}")
+    if len(value) > 12 or int(numbers[2]) > 2**16:
+        raise ValueError(f"must be N:M with M at most {2**16:,}, got {value[:40]!r}")
     if not 0 < int(numbers[1]) <= int(numbers[2]):
         raise ValueError(f"keeps {numbers[1]} of {numbers[2]}; expected 0 < N <= M in N:M")
     return value
@@ -119,9 +125,9 @@ class DataConfig:
     subset: str | None = None
     text_key: Text = "text"
     tokenizer: Tokenizer = "train:2048"
-    seq_len: int = Field(default=256, ge=2)
+    seq_len: int = Field(default=256, ge=2, le=2**24)
     packing: bool = True
-    val_tokens: int = Field(default=150_000, ge=0)
+    val_tokens: int = Field(default=150_000, ge=0, le=2**40)
     val_path: str | None = None
     streaming: bool = False
     cache_dir: str | None = None
@@ -135,8 +141,8 @@ class BatchConfig:
     of processes.
     """
 
-    tokens_per_step: int = Field(default=4096, ge=1)
-    micro_batch_size: int = Field(default=16, ge=1)
+    tokens_per_step: int = Field(default=4096, ge=1, le=2**40)
+    micro_batch_size: int = Field(default=16, ge=1, le=2**24)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -190,7 +196,7 @@ class SparsityConfig:
     finetune: float = Field(default=0.0, ge=0, le=1)
     decay: float | None = Field(default=None, gt=0)
     alpha_end: float | None = Field(default=None, ge=0, lt=1)
-    coarsest: int = Field(default=8, ge=1)
+    coarsest: int = Field(default=8, ge=1, le=2**16)
     freeze_mask_in_finetune: bool = False
     mask_every: int = Field(default=1, ge=1)
     score: Literal["magnitude", "gradient", "transposable"] = "magnitude"
@@ -225,7 +231,7 @@ class LoraSectionConfig:
     """
 
     target_modules: list[str] = Field(default_factory=list)
-    r: int = Field(default=8, ge=1)
+    r: int = Field(default=8, ge=1, le=2**16)
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_rslora: bool = False
@@ -254,7 +260,7 @@ class CheckpointConfig:
     """
 
     every: int = Field(default=200, ge=0)
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: int = Field(default=2, ge=1, le=10**6)
     keep_best: bool = False
     on_signal: bool = True
     resume: Text = "auto"
@@ -302,7 +308,7 @@ class RunConfig:
     description: str = ""
     expect: ExpectConfig = Field(default_factory=ExpectConfig)
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    steps: int = Field(default=600, ge=1)
+    steps: int = Field(default=600, ge=1, le=10**9)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
@@ -323,7 +329,9 @@ class RunConfig:
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    source_file: str = Field(default="", exclude=True)  # the file it was loaded from; not a key
+    # not keys: the file it was loaded from, and the texts of keys whose values come from environment variables
+    source_file: str = Field(default="", exclude=True)
+    references: dict[tuple[str, ...], str] = Field(default_factory=dict, exclude=True)
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:

@@ -290,7 +290,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
 def _fields(section: Any) -> dict[str, Any]:
     """Name -> type of the keys of a section; empty for a type without keys."""
     if is_dataclass(section):
-        return {item.name: item.type for item in fields(section) if item.name != "source_file"}
+        return {item.name: item.type for item in fields(section) if item.name not in ("source_file", "references")}
     return dict(section.__annotations__) if is_typeddict(section) else {}
 
 

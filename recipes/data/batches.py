@@ -8,6 +8,7 @@ the same sequences on any number of processes.
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -82,16 +83,8 @@ class Windows:
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self._loader)
         for _ in range(self._count):
-            window = []
-            for _ in range(self._accumulation):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    raise ValueError(
-                        "data: the stream ended before the last step; lower steps, or give more text"
-                    ) from None
-                window.append({key: value.to(self._device) for key, value in batch.items()})
-            yield window
+            window = islice(batches, self._accumulation)
+            yield [{key: value.to(self._device) for key, value in batch.items()} for batch in window]
 
     def positions(self, step: int) -> list[int] | None:
         """First and last position of the window after ``step`` steps; None for a stream."""

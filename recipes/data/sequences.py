@@ -169,7 +169,10 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
             f"data: '{corpus.label}' leaves {boundary:,} tokens to train on, fewer "
             f"than one sequence of data.seq_len {config.seq_len}; give more text, or lower seq_len or val_tokens"
         )
-    facts["training"] = _describe(config, train)
+    facts["training"] = f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
+    if config.packing:
+        tokens = f"{len(train) * config.seq_len:,} tokens an epoch"
+        facts["training"] = f"{len(train):,} sequences of {config.seq_len} tokens ({tokens})"
     return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
 
 
@@ -289,12 +292,6 @@ def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tup
     _, validation = _split(config, tokenizer, file, 0)
     bytes_per_token = _bytes_per_token(config, tokenizer, file, 0)
     return validation, bytes_per_token, f"{corpus.label}: {len(file):,} tokens, {len(validation):,} sequences"
-
-
-def _describe(config: "DataConfig", train: Any) -> str:
-    if not config.packing:
-        return f"{len(train):,} documents, each cut or padded to {config.seq_len} tokens"
-    return f"{len(train):,} sequences of {config.seq_len} tokens ({len(train) * config.seq_len:,} tokens an epoch)"
 
 
 def _describe_tail(corpus: Corpus, file: TokenFile, boundary: int, validation: Any) -> str:

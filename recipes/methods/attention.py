@@ -6,7 +6,7 @@ import torch
 
 from leanstep.lora import LowRankGate, NormMonitor
 from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.training.checkpoint import CheckpointError
+from leanstep.recipes.training.checkpoint import reading
 
 
 def build_monitor(model: torch.nn.Module) -> NormMonitor:
@@ -48,8 +48,6 @@ def read_gate(gate: LowRankGate, trainer: Path, rank: int, world: int) -> str | 
             f"{trainer.parent} has the gate's decisions of {written} processes, not of {world}: layers are judged anew"
         )
     file = trainer / f"gate_{rank}.pt"
-    try:
+    with reading(file):
         gate.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
     return None

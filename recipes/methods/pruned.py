@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from leanstep._checkpoint import TensorFile, read_json
 from leanstep.lora import keep_zeros
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.pruning import MaskKeeper, keep_masks
@@ -67,19 +67,13 @@ def pruned_start_warning(config: RunConfig) -> str:
     )
 
 
-def mask_bytes(config: RunConfig, model: torch.nn.Module) -> int:
-    """Bytes of the masks: one per weight of the masked matrices."""
-    parameters = dict(model.named_parameters())
-    return sum(parameters[name].numel() for name in masked_names(config, model))
-
-
 def zeros_of(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
     """Name -> (zeros, elements) of these tensors in a folder's safetensors files."""
     counts = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in set(names) & set(weights.keys()):
-                tensor = weights.get_tensor(name)
+        with TensorFile(file) as weights:
+            for name in set(names) & set(weights.names):
+                tensor = weights.tensor(name)
                 counts[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
     return {name: counts[name] for name in names if name in counts}
 
@@ -103,7 +97,7 @@ def write_sparsity(names: list[str], source: str, path: Path) -> None:
 def _patterns(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> pattern and dimension from a folder's sparsity file; empty without one."""
     try:
-        content = json.loads((folder / PATTERNS_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / PATTERNS_FILE)
         entries = content.get("tensors", content).items()
         return {name: {key: row[key] for key in ("pattern", "dim")} for name, row in entries if row.get("pattern")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from leanstep._checkpoint import TensorFile, load_tensors
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
 from leanstep.sparsity import Controller, Schedule, sparsify
@@ -61,8 +61,8 @@ def write_patterns(model: torch.nn.Module, path: Path) -> None:
         # transformers renames the tensors of some models when it stores them
         stored: set[str] = set()
         for file in path.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                stored |= set(weights.keys())
+            with TensorFile(file) as weights:
+                stored |= set(weights.names)
         named = [(name, layer) for layer in layers for name in layer.names if name in stored]
         content = {name: {"pattern": str(layer.target), "dim": layer.dim} for name, layer in named}
         (path / PATTERNS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -84,7 +84,7 @@ def load_sparse(model: torch.nn.Module, trainer: Path) -> dict[str, torch.Tensor
     file = trainer / STATE_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: the checkpoint is of a run without sparsity")
-    return load_file(file)
+    return load_tensors(file)
 
 
 def without_sparse(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

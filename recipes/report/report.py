@@ -70,7 +70,11 @@ def _name_apart(runs: list[Run]) -> None:
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
-    shared = {"version": version, "footer": [str(run.folder) for run in runs], "curves": curves(runs, most_points)}
+    shared = {
+        "version": version,
+        "footer": [run.folder.resolve().name for run in runs],
+        "curves": curves(runs, most_points),
+    }
     if len(runs) == 1:
         return render(_TEMPLATES / "run.html", **shared, **_single(runs[0], most_points, most_text))
     return render(_TEMPLATES / "comparison.html", **shared, **_comparison(runs, most_text))

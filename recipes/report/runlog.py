@@ -232,7 +232,7 @@ def _judge(run: Run) -> list[str]:
     elif run.state != "done":
         notes.append(f"The run is not done ({run.state}): step {step} of {steps}.")
     if (run.folder / "nan_dump").is_dir():
-        notes.append(f"The batch that went wrong is in {run.folder / 'nan_dump'}.")
+        notes.append("The batch that went wrong is in the run's folder nan_dump.")
     if math.isfinite(skipped := run.last("nonfinite") or 0.0) and skipped >= 1:
         notes.append(f"{_count(int(skipped), 'step')} with a loss or gradient that was not finite.")
     if broken := sum(1 for value in run.column("loss") if value is None or not math.isfinite(value)):

@@ -26,14 +26,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep import optimizers
 from leanstep.optimizers import param_groups
@@ -49,10 +42,6 @@ from leanstep.recipes.config.schema import (
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "gpt2": (GPT2Config, GPT2LMHeadModel),
-}
 T = TypeVar("T")
 
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
@@ -210,15 +199,24 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 as a warning before they kill.
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
+# kill, terminals SIGHUP when they close.
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGUSR2: 143,
+    signal.SIGINT: 130,
+}
 
 
 class StopFlag:
-    """Context manager that stores SIGTERM, SIGUSR1 or SIGINT in :attr:`received` and restores the old handlers.
+    """Context manager that stores a signal of :data:`EXIT_CODES` in :attr:`received` and restores the old handlers.
 
-    A second SIGINT calls ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it
-    installs no handlers. Raises ValueError outside the main thread.
+    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
+    with code 130, without saving. With ``enabled=False`` it installs no handlers.
+
+    Raises ValueError outside the main thread.
     """
 
     def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
@@ -229,7 +227,7 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if self._enabled:
-            for number in EXIT_CODES:
+            for number in (number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -268,7 +266,7 @@ def build_model(
         model = _initial_model(config, dtype)
         _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
-    config_class, model_class = FAMILIES[config.family]
+    config_class = CONFIG_MAPPING[config.family]
     known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
     unknown = sorted(set(config.config) - known)
     if unknown:
@@ -276,7 +274,7 @@ def build_model(
     # no pad_token_id: nn.Embedding does not train the row of its padding index
     settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
-    model = model_class(config_class(**settings)).to(dtype)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config_class(**settings)).to(dtype)
     # transformers derives the loss from the class name, and warns where it cannot
     model.loss_type = "ForCausalLM"
     return model
@@ -335,14 +333,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Import the optimizer class ``name``. Raises ValueError if this installation lacks it."""
+    """Import the optimizer class ``name``."""
     module, _, cls = OPTIMIZERS[name].partition(":")
-    try:
-        return getattr(import_module(module), cls)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name != module:
-            raise
-        raise ValueError(f"optimizer.name: '{name}' is {module}.{cls}, which this installation does not have") from None
+    return getattr(import_module(module), cls)
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -353,7 +346,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     first entry that selects a parameter wins.
 
     Raises:
-        ValueError: an optimizer that is not installed, an unknown argument, a refused value, or an entry of ``groups``
+        ValueError: an unknown argument, a refused value, or an entry of ``groups``
             that selects nothing.
     """
     cls = optimizer_class(config.name)

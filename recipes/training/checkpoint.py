@@ -14,15 +14,19 @@ A checkpoint is written into ``.writing-step-000100``, flushed to disk and renam
 import dataclasses
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
+import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
@@ -61,6 +65,26 @@ class TrainState:
     nonfinite: int = 0
     world_size: int = 1
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn any error of the block but a lack of memory into a CheckpointError of one line about ``path``."""
+    try:
+        with warnings.catch_warnings():
+            # an error follows, which says more
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError:
+        # torch advises to load such files without its checks
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values") from None
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "weights_only" in str(error):
+            reason = "it is damaged, or holds more than tensors and plain values"
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}): {reason[:300]}") from None
 
 
 def checkpoint_name(step: int) -> str:

@@ -15,7 +15,7 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.checkpoint import find_checkpoints
 
-EXIT_DONE, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 2, 3, 4
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 1, 2, 3, 4
 
 
 class RunFailure(Exception):
@@ -107,6 +107,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def lost_process(error: BaseException, world_size: int) -> str | None:
+    """What gloo or NCCL says when another process of the run has ended; None for other errors."""
+    said = str(error).partition("\n")[0]
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+    return said[:200] if world_size > 1 and any(sign in said for sign in signs) else None
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,14 @@ class _Lines:
 
 
 class RunFolder:
-    """Paths and files of one run. :meth:`claim` locks the folder until :meth:`release`."""
+    """Paths and files of one run. :meth:`claim` locks the folder until :meth:`release`.
 
-    def __init__(self, root: Path) -> None:
+    ``hidden``: texts that its logs must not show -> their replacements.
+    """
+
+    def __init__(self, root: Path, hidden: Mapping[str, str] | None = None) -> None:
         self.root = root
+        self._hidden = dict(hidden or {})
         self.checkpoints = root / "checkpoints"
         self.final = root / "final"
         self._log = _Lines(root / "log.jsonl")
@@ -133,7 +138,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         write_text(self.root / "config.yaml", config_yaml)
         write_text(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
-        write_text(self.root / "env.json", json.dumps(facts, indent=2) + "\n")
+        write_text(self.root / "env.json", self._public(json.dumps(facts, indent=2)) + "\n")
 
     def status(self, status: str, **facts: Any) -> None:
         """Write status.json: ``running``, ``done``, ``interrupted`` or ``failed:<reason>``, and ``facts``."""
@@ -163,7 +168,12 @@ class RunFolder:
 
     def text(self, line: str) -> None:
         """Append one line to train.log."""
-        self._text.add(line)
+        self._text.add(self._public(line))
+
+    def _public(self, text: str) -> str:
+        for value, reference in self._hidden.items():
+            text = text.replace(value, reference)
+        return text
 
     def rewind_log(self, step: int) -> None:
         """Remove broken lines from log.jsonl, and those of steps after ``step``, which the run repeats."""

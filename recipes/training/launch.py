@@ -18,6 +18,8 @@ from leanstep.recipes.data.sources import look
 _MODULE = "leanstep.recipes.training.train"
 # seconds that workers get after a signal to finish their step and save (torchrun: 30)
 _SHUTDOWN_S = 300
+_FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+LAUNCHER_VARIABLE = "LEANSTEP_LAUNCHER"
 
 
 def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int) -> int:
@@ -73,18 +75,24 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     os.environ["LEANSTEP_NPROC"] = str(world)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
-    # the agent forwards these to the workers and waits; Slurm sends SIGUSR1 as a warning
-    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", signals]
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    # the agent forwards these to the workers and waits; one that is ignored stays so (nohup)
+    names = [name for name in _FORWARDED if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
+    arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", ",".join(names)]
     options = get_args_parser().parse_args([*arguments, "-m", _MODULE, recipe, *overrides])
     try:
         torchrun(options)
     except SignalException as ended:
         return 130 if ended.sigval == signal.SIGINT else 143
     except ChildFailedError as failed:
+        for rank, failure in failed.failures.items():
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"error: process {rank} was ended by {name}; the same command continues the run", file=sys.stderr)
         return _worst(failure.exitcode for failure in failed.failures.values())
     finally:
-        os.environ.pop("LEANSTEP_NPROC", None)
+        for variable in ("LEANSTEP_NPROC", LAUNCHER_VARIABLE):
+            os.environ.pop(variable, None)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Log a run: the line on a terminal, log.jsonl, trackers, status.json, and reports at the end."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from leanstep._files import write_text
 from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
+from leanstep.recipes.config.references import recorded
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods import sparse
 from leanstep.recipes.training.build import describe_world, device_name
@@ -96,7 +98,7 @@ class Progress:
     def __init__(self, folder: RunFolder, steps: int, *, active: bool, live: bool | None = None) -> None:
         self._folder, self._steps, self._active = folder, steps, active
         self._bar: Any = None
-        self._live = active and (sys.stdout.isatty() if live is None else live)
+        self._live = active and (sys.stdout is not None and sys.stdout.isatty() if live is None else live)
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -110,7 +112,8 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.stop()
             self._bar = None
 
     def say(self, text: str, *, error: bool = False) -> None:
@@ -119,17 +122,20 @@ class Progress:
             return
         for line in text.splitlines() or [""]:
             self._folder.text(line)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        # a closed terminal, a broken pipe or a full disk ends no run: train.log has the line
+        with contextlib.suppress(OSError, ValueError):
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
     def line(self, step: int, text: str, wanted: bool) -> None:
         """Show a step: on a live line always, in plain output and train.log only if ``wanted``."""
         if not self._active:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.update(self._task, completed=step, description=text)
             if wanted:
                 self._folder.text(text)
         elif wanted:
@@ -179,7 +185,7 @@ class RunLogger:
             self.folder.describe(dump(config), facts)
         self.status("running", state)
         if config.log.trackers:
-            accelerator.init_trackers("leanstep", config=flat_scalars(dataclasses.asdict(config)))
+            accelerator.init_trackers("leanstep", config=flat_scalars(recorded(config)))
 
     def step(
         self, state: TrainState, result: StepResult, rate: float, sources: Mapping[str, Any], note: str | None = None

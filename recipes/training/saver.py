@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from leanstep._checkpoint import load_tensors
 from leanstep._files import format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.merge import config_of_merged, merged_state_dict
@@ -35,6 +35,7 @@ from leanstep.recipes.training.checkpoint import (
     find_checkpoints,
     point,
     prune,
+    reading,
     staging,
     write_state,
 )
@@ -189,13 +190,16 @@ class Saver:
         """
         accelerator = self._accelerator
         trainer = path / "trainer"
-        accelerator.load_state(str(trainer))
+        with reading(trainer):
+            accelerator.load_state(str(trainer))
         # Accelerate restores its count of passes, which is wrong after a change of accumulation; windows begin at 0
         accelerator.step = 0
         if state.world_size == accelerator.num_processes:
             # Accelerate only logs that it could not restore the random state
-            saved = load(trainer / f"random_states_{accelerator.process_index}.pkl")
-            if not torch.equal(saved["torch_manual_seed"], torch.get_rng_state()):
+            file = trainer / f"random_states_{accelerator.process_index}.pkl"
+            with reading(file):
+                restored = torch.equal(load(file)["torch_manual_seed"], torch.get_rng_state())
+            if not restored:
                 raise CheckpointError(f"{trainer}: the state of torch's random generator could not be restored")
         streams = sorted(trainer.glob("stream_*.pt"))
         if not streams:
@@ -205,9 +209,9 @@ class Saver:
                 f"{path}: its stream was read by {len(streams)} processes, this run has {accelerator.num_processes}; "
                 f"continue it with --nproc {len(streams)}"
             )
-        loaded = torch.load(trainer / f"stream_{accelerator.process_index}.pt", weights_only=True)
-        assert isinstance(loaded, dict)
-        return loaded
+        file = trainer / f"stream_{accelerator.process_index}.pt"
+        with reading(file):
+            return dict(torch.load(file, weights_only=True))
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
         """Load-state hook of Accelerate: load the weights from ``hf/``."""
@@ -222,7 +226,7 @@ class Saver:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
         expected = model.state_dict()
         loaded: set[str] = set()
-        files_with_weights = ((file, without_sparse(model, load_file(file))) for file in files)
+        files_with_weights = ((file, without_sparse(model, load_tensors(file))) for file in files)
         for file, weights in chain(files_with_weights, [(Path(trainer), load_sparse(model, Path(trainer)))]):
             result = model.load_state_dict(weights, strict=False)
             if result.unexpected_keys:

@@ -8,7 +8,6 @@ evaluates and saves, ``finish`` writes the model and the reports.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import signal
@@ -19,9 +18,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from leanstep._process import InterruptibleStart, end_with_parent, open_standard_streams
 from leanstep._version import __version__
-from leanstep.recipes.check.costs import MemoryEstimate, estimate, flops_per_token
+from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
+from leanstep.recipes.config.references import hidden_texts, recorded
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
@@ -45,19 +46,29 @@ from leanstep.recipes.training.build import (
     release_gradients,
     seed_process,
 )
-from leanstep.recipes.training.checkpoint import TrainState, check_room, choose_start, read_state, rename_skipped
+from leanstep.recipes.training.checkpoint import (
+    TrainState,
+    check_room,
+    choose_start,
+    read_state,
+    reading,
+    rename_skipped,
+)
 from leanstep.recipes.training.failures import (
     EXIT_BAD_CONFIG,
     EXIT_DONE,
+    EXIT_FAILED,
     EXIT_MEMORY,
     EXIT_NAN,
     RunFailure,
     dump_step,
     is_out_of_memory,
+    lost_process,
     memory_message,
     nonfinite_message,
 )
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.logger import Progress, RunLogger
 from leanstep.recipes.training.saver import Saver, finish, write_report
 from leanstep.recipes.training.step import (
@@ -79,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m leanstep.recipes.training.train", description=__doc__)
     parser.add_argument("recipe", help="name of a shipped recipe, or a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="auto|never|PATH", help="where to continue from")
+    open_standard_streams()
     options = parser.parse_args(argv)
-    overrides = list(options.overrides)
-    if options.resume is not None:
-        overrides.append(f"checkpoint.resume={options.resume}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.environ.get(LAUNCHER_VARIABLE)
+        end_with_parent(int(launcher) if launcher else None)
     try:
-        config = load(options.recipe, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        config = load(options.recipe, options.overrides)
     except ConfigError as error:
         return _refuse(error)
     return train(config)
@@ -94,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig) -> int:
     """Run ``config`` in this process, alone or as one of several. Returns the exit code.
 
-    0: done, now or before. 1: the final model could not be written. 2: the run cannot start. 3: a non-finite loss or
-    gradient, or a loss above ``stop.loss_above``. 4: out of memory. 130, 143: ended by a signal or after
-    ``stop.max_hours``, with a checkpoint to resume from.
+    0: done, now or before. 1: the final model could not be written, or another process of the run ended. 2: the run
+    cannot start. 3: a non-finite loss or gradient, or a loss above ``stop.loss_above``. 4: out of memory. 130, 143:
+    ended by a signal or after ``stop.max_hours``, with a checkpoint to resume from; 130 also by Ctrl-C before training.
     """
     try:
         accelerator = build_accelerator(config)
@@ -104,7 +115,7 @@ def train(config: RunConfig) -> int:
         return _refuse(error)
     # transformers draws a bar for every file
     disable_progress_bar()
-    folder = RunFolder(Path(config.out))
+    folder = RunFolder(Path(config.out), hidden_texts(config))
     with Progress(folder, config.steps, active=accelerator.is_main_process) as progress:
         run = Run(config, accelerator, folder, progress)
         try:
@@ -113,10 +124,21 @@ def train(config: RunConfig) -> int:
             run.logger.status(f"failed:{failure.reason}", run.state, any_process=True)
             progress.say(str(failure), error=True)
             return failure.exit_code
-        except Exception as error:
+        except KeyboardInterrupt:
             if run.begun:
-                run.logger.status(f"failed:{type(error).__name__}", run.state, any_process=True)
-            raise
+                run.logger.status("interrupted", run.state)
+            if accelerator.is_main_process:
+                print("interrupted, nothing saved since the last checkpoint", file=sys.stderr)
+            return EXIT_CODES[signal.SIGINT]
+        except Exception as error:
+            lost = lost_process(error, accelerator.num_processes)
+            reason = "another process ended" if lost else type(error).__name__
+            if run.begun:
+                run.logger.status(f"failed:{reason}", run.state, any_process=True)
+            if lost is None:
+                raise
+            progress.say(f"error: {reason} after step {run.state.step} ({lost})", error=True)
+            return EXIT_FAILED
         finally:
             folder.release()
 
@@ -140,8 +162,10 @@ class Run:
     def go(self) -> int:
         """Begin, train, finish; returns the exit code."""
         try:
-            if not self.begin():
-                return EXIT_DONE
+            # libraries may swallow Ctrl-C
+            with InterruptibleStart():
+                if not self.begin():
+                    return EXIT_DONE
         except (ValueError, ImportError, OSError) as error:
             return _refuse(error)
         leave = lambda: self.logger.status("interrupted", self.state)  # noqa: E731
@@ -185,6 +209,7 @@ class Run:
                 f"{self.folder.root}"
             )
             return False
+        check_layers(config)
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
@@ -257,11 +282,12 @@ class Run:
         # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
         stream = None if checkpoint is None else self.saver.load(checkpoint, state)
-        if stream is not None:
-            self.data.train.load_state_dict(stream)
+        if checkpoint is not None and stream is not None:
+            with reading(checkpoint / "trainer"):
+                self.data.train.load_state_dict(stream)
         if checkpoint is not None and state.world_size != world:
             self.say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
-        state.config, state.world_size = dataclasses.asdict(config), world
+        state.config, state.world_size = recorded(config), world
         if config.release_gradients:
             release_gradients(accelerator, model, optimizer)
         self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None

@@ -115,9 +115,6 @@ def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 def _batch(dataset: Any, first: int, size: int, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Batch ``size`` sequences from ``first`` on. Those past the end repeat the last one, without labels."""
     last = len(dataset) - 1
-    items = [dataset[min(index, last)] for index in range(first, first + size)]
-    batch = default_collate(items)
-    for row, index in enumerate(range(first, first + size)):
-        if index > last:
-            batch["labels"][row] = IGNORED
+    batch = default_collate([dataset[min(index, last)] for index in range(first, first + size)])
+    batch["labels"][max(0, last + 1 - first) :] = IGNORED
     return {key: value.to(device) for key, value in batch.items()}

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any, Literal, Union
 
 import torch
+from transformers.activations import ACT2FN
 
 from leanstep.optimizers import param_groups
 from leanstep.recipes.config.rules import TABLE_FILE
@@ -38,6 +39,9 @@ MODEL_BOUNDS = {
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), _PROBABILITY),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "initializer_range"), _SCALE),
 }
+
+
+ACTIVATIONS = ("hidden_act", "activation_function")
 
 
 def load(spec: str) -> Any:
@@ -118,7 +122,7 @@ def model_entries(cls: type) -> dict[str, dict[str, Any]]:
     scope = {"torch": torch, **{base.__name__: base for base in cls.__mro__}}
     hints = typing.get_type_hints(cls, localns=scope)
     return {
-        name: {**shape(hint), **MODEL_BOUNDS.get(name, {})}
+        name: {**shape(hint), **MODEL_BOUNDS.get(name, {})} if name not in ACTIVATIONS else {"choices": sorted(ACT2FN)}
         for name, hint in hints.items()
         if typing.get_origin(hint) is not typing.ClassVar and not name.startswith("__")
     }

@@ -135,6 +135,29 @@ def signal_in_step_4(number):
     train.backward = signalled
 
 
+def hangup_under_nohup():
+    """Ignore SIGHUP, as nohup does, and get one in the fourth step."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in_step_4(signal.SIGHUP)
+
+
+def swallowed_interrupt_while_starting():
+    """Get Ctrl-C where the text is read, in code that catches everything."""
+    from leanstep.recipes.training import train
+
+    load_data = train.load_data
+
+    def careless(*arguments, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except BaseException:
+            pass
+        return load_data(*arguments, **options)
+
+    train.load_data = careless
+
+
 def signal_in_evaluation(number):
     """Send this process a signal in the middle of its first evaluation."""
     from leanstep.recipes.training import validation
@@ -228,6 +251,12 @@ def with_a_tracker():
             self.write({"end": True})
 
     tracking.register_tracker_class(Notebook)
+
+
+def with_a_variable(name, value):
+    """Set an environment variable, and give Accelerate the tracker of :func:`with_a_tracker`."""
+    os.environ[name] = value
+    with_a_tracker()
 
 
 def with_a_talking_optimizer(*others):

@@ -180,13 +180,17 @@ def test_cases_are_the_distinct_launches_of_a_launcher():
             grads, momenta = [torch.ones(5, dtype=dtype)], [torch.ones(5)]
             counts.append(triton_lion.lion_agreement(grads, momenta, StepOptions(torch.zeros(6))).item())
 
+        return promises
+
     def promise(launch):
         return dict(label=str(launch.dtype("G_DTYPE")), elements=7, read=1, written=2)
 
-    cases = recorded_cases(launch_all, {triton_lion.lion_agreement_kernel: promise})
+    promises = {triton_lion.lion_agreement_kernel: promise}
+    cases = recorded_cases(launch_all)
     assert [case.label for case in cases] == ["torch.float32", "torch.bfloat16"] and counts == [0, 0, 0]
     pointers = dict.fromkeys(("rows", "programs", "counts"), "*i64")
     assert cases[0].arguments == pointers | {"scalars": "*fp32", "mode": "i32"}
     assert cases[1].constants["BLOCK"] == triton_lion.BLOCK and cases[1].constants["M_DTYPE"].name == "fp32"
     assert (cases[0].threads, cases[0].fp_fusion, cases[0].elements, cases[0].cached) == (256, False, 7, 0)
-    assert not recorded_cases(launch_all, {})
+    promises.clear()
+    assert not recorded_cases(launch_all)

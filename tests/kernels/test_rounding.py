@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from leanstep.kernels import StepOptions, lion_step, scaled_step, use_backend
 from leanstep.kernels.reference.rounding import element_index, hash32, narrow, round_stochastic, widen
 
 
@@ -77,6 +78,70 @@ def test_kahan_carries_what_rounding_dropped():
 
 def test_master_is_the_weight():
     value, extra = torch.randn(5), torch.randn(5)
-    assert widen(torch.zeros(5, dtype=torch.float16), extra, "master") is extra
+    assert torch.equal(widen(extra.half(), extra, "master"), extra)
     new_param, new_extra = narrow(value, torch.empty(5, dtype=torch.float16), "master")
     assert new_param is value and new_extra is value
+
+
+# ---- parameters written between two steps
+
+
+def stepped_state(dtype, rounding):
+    """A parameter and its rounding state after a step; remainders of all sizes, at powers of two and zero too."""
+    chance = torch.Generator().manual_seed(0)
+    value = torch.randn(4096, generator=chance) * torch.logspace(-3, 3, 4096)
+    value[:64] = 2.0 ** torch.arange(-6, 2).repeat(8) * (1 + torch.linspace(-0.002, 0.002, 64))
+    value[64:72] = 0.0
+    param = value.to(dtype)
+    _, state = narrow(value, param, rounding)
+    return value, param, state.to(torch.float32 if rounding == "master" else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_the_state_of_a_step_is_kept_and_of_a_written_entry_dropped(dtype, rounding):
+    value, param, state = stepped_state(dtype, rounding)
+    kept = widen(param, state, rounding)
+    assert torch.equal(kept, state if rounding == "master" else param.float() + state.float())
+    assert (kept - value).abs().max() <= (param.float() - value).abs().max()
+    written = param.clone()
+    written[::2] = 0.0
+    mixed = widen(written, state, rounding)
+    assert torch.equal(mixed[1::2], kept[1::2])
+    dropped = mixed[::2] != 0.0
+    # such a master is the rounded value of zero already
+    assert not dropped.any() or (rounding == "master" and (mixed[::2][dropped].to(dtype) == 0).all())
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_all_backends_drop_the_state_of_the_same_entries(rounding, backend):
+    def stepped(backend):
+        _, param, state = stepped_state(torch.bfloat16, rounding)
+        param[::3] = torch.linspace(-2, 2, len(param[::3])).bfloat16()
+        other, other_state = param.clone().view(64, 64), state.clone().view(64, 64)
+        grad = torch.randn(4096, generator=torch.Generator().manual_seed(1)).bfloat16()
+        momentum = torch.zeros_like(param)
+        with use_backend(backend):
+            lion = StepOptions(torch.tensor([0.01, 0.99, 0.9, 0.1, 0.99, 0.01]), rounding)
+            lion_step([param], [grad], [momentum], [state], lion)
+            scaled = StepOptions(torch.tensor([0.01, 0.99]), rounding)
+            scaled_step([other], [grad.view(64, 64)], [torch.ones(64)], [torch.ones(64)], [other_state], scaled)
+        return param, state, other, other_state
+
+    for got, want in zip(stepped(backend), stepped("reference"), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_generated_code_rounds_as_the_definition(rounding):
+    """Inductor leaves out conversions to low precision that are followed by conversions back."""
+
+    def step(param, state):
+        return narrow(widen(param, state, rounding) * 1.001, param, rounding)
+
+    _, param, state = stepped_state(torch.bfloat16, rounding)
+    generated = torch.compile(step, backend="inductor", fullgraph=True)(param, state)
+    for got, want in zip(generated, step(param, state), strict=True):
+        assert torch.equal(got, want)
+    torch._dynamo.reset()

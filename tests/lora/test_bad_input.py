@@ -192,7 +192,7 @@ def test_configurations_of_other_classes_are_refused(tmp_path):
     assert LoraConfig(rank_pattern=None, alpha_pattern=None).rank_pattern == {}
     path = tmp_path / "adapter_config.json"
     path.write_text("[]")
-    with pytest.raises(ValueError, match="adapter_config.json holds a list; expected PEFT's settings by name"):
+    with pytest.raises(ValueError, match="adapter_config.json cannot be understood: expected a JSON object, got list"):
         load_adapter(tiny_llama(), tmp_path)
     with pytest.raises(ValueError, match="adapter_config.json is a file; expected a folder"):
         save_adapter(apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"])), path)

@@ -252,7 +252,7 @@ def damaged(folder, how, tmp_path):
         ("extra", r"1 keys are not of this model and configuration, such as .*z_proj"),
         ("shape", r"has shape \(4, 31\), the model needs \(4, 32\)"),
         ("one model short", r"4 keys are missing.*4 keys are not"),
-        ("cut", "cannot be read"),
+        ("cut", "is damaged"),
     ],
 )
 def test_a_damaged_adapter_leaves_the_model_as_it_was(how, message, tmp_path):

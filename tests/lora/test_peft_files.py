@@ -1,6 +1,7 @@
 """Files of PEFT's that differ from what this package writes: which open, and which are refused in which words."""
 
 import json
+import os
 import warnings
 
 import peft
@@ -157,3 +158,16 @@ def test_the_head_of_a_task_is_trained_and_saved(task, tmp_path):
     save_adapter(plain, tmp_path / "plain")
     edit(tmp_path / "plain", task_type="SEQ_CLS")
     assert not load_adapter(tiny_bert(), tmp_path / "plain").classifier.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_files_of_an_adapter_are_ordinary_files_of_its_folder(tmp_path, name, kind):
+    save_adapter(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    (tmp_path / "adapter" / name).rename(tmp_path / name)
+    if kind == "link":
+        (tmp_path / "adapter" / name).symlink_to(tmp_path / name)
+    else:
+        os.mkfifo(tmp_path / "adapter" / name)
+    with pytest.raises(ValueError, match=f"{name} is (a link to .* outside of the checkpoint|no ordinary file)"):
+        load_adapter(tiny_llama(), tmp_path / "adapter")

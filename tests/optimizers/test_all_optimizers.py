@@ -843,3 +843,79 @@ def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
         unit = torch.finfo(case.dtype).eps
         torch.testing.assert_close(a, b, rtol=64 * unit, atol=64 * unit)
     torch._dynamo.reset()
+
+
+# ---- parameters written from outside
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("write", ["load_state_dict", "data", "set", "one row"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.kwargs.get("rounding") == "master"], ids=lambda case: case.name)
+def test_a_written_parameter_replaces_its_master(case: OptimizerCase, write, backend):
+    """The next step is that of a state whose master was replaced by hand; other entries keep their master."""
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(3))
+    other_params, other = copy.deepcopy((params, optimizer))
+    for p, q in zip(params, other_params, strict=True):
+        new = p.detach() * 0.5 + 3
+        if write == "load_state_dict":
+            module = torch.nn.Module()
+            module.register_buffer("weight", p)
+            module.load_state_dict({"weight": new})
+        elif write == "data":
+            p.data.copy_(new)
+        elif write == "set":
+            p.data = new.clone()
+        elif p.dim() and len(p):
+            p.data[0] = new[0]
+        q.data.copy_(p)
+        master = other.state[q]["master_param"]
+        if write != "one row":
+            master.copy_(new)
+        elif p.dim() and len(p):
+            master[0] = new[0]
+    with use_backend(backend):
+        for o, ps in ((optimizer, params), (other, other_params)):
+            run(o, ps, range(3, 5))
+    assert_same(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.kwargs.get("rounding") == "kahan"], ids=lambda case: case.name)
+def test_a_written_parameter_drops_its_compensation(case: OptimizerCase, backend):
+    """Without gradients' help, a compensation of large weights would move the zeros that were loaded."""
+    params = [(100 * p.detach()).requires_grad_() for p in case.params()]
+    optimizer = case.build(params, lr=1.0)
+    run(optimizer, params, range(3))
+    other_params, other = copy.deepcopy((params, optimizer))
+    assert any(other.state[q]["kahan_compensation"].any() for q in other_params)
+    for p, q in zip(params, other_params, strict=True):
+        p.data.zero_()
+        q.data.zero_()
+        other.state[q]["kahan_compensation"].zero_()
+    with use_backend(backend):
+        for o, ps in ((optimizer, params), (other, other_params)):
+            run(o, ps, range(3, 5))
+    assert_same(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.kwargs.get("rounding") in ("master", "kahan")], ids=lambda case: case.name
+)
+def test_rolling_model_and_optimizer_back_is_exact(case: OptimizerCase, order):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(3))
+    saved = {"model": [p.detach().clone() for p in params], "optimizer": copy.deepcopy(optimizer.state_dict())}
+    run(optimizer, params, range(3, 6))
+    expected = snapshot(optimizer)
+    for which in order:
+        if which == "optimizer":
+            optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(params, saved["model"])
+    run(optimizer, params, range(3, 6))
+    assert_same(snapshot(optimizer), expected)

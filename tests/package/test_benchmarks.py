@@ -10,31 +10,32 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SHARED = {"common", "models"}
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.py"))
+NAMES = [*SCRIPTS, "common", "models"]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def commands(text: str) -> list[str]:
-    """What follows ``python benchmarks/`` in fenced blocks, up to the end of the line, and in inline code."""
+    """What follows ``python benchmarks `` in fenced blocks, up to the end of the line, and in inline code."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     inline = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [command for block in fenced for command in re.findall(r"python benchmarks/([^\n#&]+)", block)]
-    return lines + re.findall(r"`python benchmarks/([^`]+)`", inline)
+    lines = [command for block in fenced for command in re.findall(r"python benchmarks ([^\n#&]+)", block)]
+    return lines + re.findall(r"`python benchmarks ([^`]+)`", inline)
 
 
 @pytest.fixture(scope="module")
 def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        for name in NAMES:
+        imported = {name: name.replace("/", ".") for name in NAMES}
+        for name in {*imported.values(), *(name.split("/")[0] for name in SCRIPTS)}:
             patch.delitem(sys.modules, name, raising=False)
-        yield {name: importlib.import_module(name) for name in NAMES}
-        for name in NAMES:
+        yield {name: importlib.import_module(module) for name, module in imported.items()}
+        for name in {*imported.values(), *(name.split("/")[0] for name in SCRIPTS)}:
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - SHARED))
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help(modules, name, capsys):
     with pytest.raises(SystemExit) as end:
         modules[name].PARSER.parse_args(["--help"])
@@ -46,15 +47,15 @@ def test_help(modules, name, capsys):
 def test_documented_commands_parse(modules, page):
     text = (ROOT / page).read_text("utf-8")
     named = commands(text)
-    assert len(named) == text.count("python benchmarks/"), f"{page}: a command is neither inline code nor in a block"
+    assert len(named) == text.count("python benchmarks "), f"{page}: a command is neither inline code nor in a block"
     for command in named:
         script, *arguments = shlex.split(command)
-        modules[script.removesuffix(".py")].PARSER.parse_args(arguments)
+        modules[script].PARSER.parse_args(arguments)
 
 
 def test_usage_lines_name_options_that_exist(modules):
-    for name in set(NAMES) - SHARED:
-        usage = re.findall(rf"(?m)^    python benchmarks/{name}\.py(.*(?:\n {{8}}.*)*)", modules[name].__doc__)
+    for name in SCRIPTS:
+        usage = re.findall(rf"(?m)^    python benchmarks {name}(.*(?:\n {{8}}.*)*)", modules[name].__doc__)
         assert usage, f"{name}: its docstring names no command"
         for option in re.findall(r"--[\w-]+", " ".join(usage)):
             assert option in modules[name].PARSER.format_help(), f"{name} has no {option}"

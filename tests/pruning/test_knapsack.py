@@ -209,7 +209,7 @@ def test_llama_7b_is_solved_in_units_of_2_to_the_20_without_rounding():
 
 
 def test_states_grow_with_the_budget():
-    # counted rather than timed (benchmarks/knapsack.py times)
+    # counted rather than timed (benchmarks/pruning/knapsack.py times)
     rng = np.random.default_rng(0)
     narrow = [np.arange(0, 60, 3) + rng.integers(0, 2) for _ in range(40)]
     values = [rng.random(20) for _ in range(40)]

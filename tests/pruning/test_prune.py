@@ -16,7 +16,6 @@ from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.measure import weights_hash
-from leanstep.pruning.prune import Planner
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune import _summary
@@ -139,14 +138,12 @@ def test_a_sum_that_is_not_near_what_it_stands_for_is_told_where_it_was_taken(cu
     assert by_curves.joint < uniform.joint and 2 / 3 < by_curves.ratio < 1.5
     assert not [note for note in result.notes if "add up" in note]
     for joint, told in ((1.4, False), (1.6, True), (0.7, False), (0.6, True), (math.inf, True)):
-        plan = Planner.__new__(Planner)
-        plan.notes = []
-        plan._note_ratio(Additivity("dp", joint, 0.0, 1.0))
-        assert bool(plan.notes) == told, joint
-        assert not told or f"{joint:.2f} times the sum" in plan.notes[0]
+        note = Additivity("dp", joint, 0.0, 1.0).note()
+        assert bool(note) == told, joint
+        assert not told or f"{joint:.2f} times the sum" in note
     # the notes are in the summary of the command and in the report
-    assert "may do better" in _summary(replace(result, notes=plan.notes), "out")
-    assert "may do better" in report_page({**result.to_dict(), "notes": plan.notes})
+    assert "may do better" in _summary(replace(result, notes=[note]), "out")
+    assert "may do better" in report_page({**result.to_dict(), "notes": [note]})
 
 
 def test_corrections_find_what_is_no_worse_on_the_data_they_saw(curves):

@@ -1,7 +1,6 @@
 """From configuration to objects."""
 
 import copy
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -97,26 +96,7 @@ def test_the_table_of_optimizers_is_that_of_the_package():
     own = {cls for name, cls in vars(leanstep.optimizers).items() if isinstance(cls, type)}
     own = {cls for cls in own if issubclass(cls, torch.optim.Optimizer)}
     assert own <= {optimizer_class(name) for name in INSTALLED} and own
-    assert set(OPTIMIZERS) - set(INSTALLED) <= {"lanton", "mfac"}, (
-        "only what the package is about to have may be missing"
-    )
-
-
-@pytest.mark.parametrize("source", [None, "VALUE = 1\n"], ids=["no module", "no class"])
-def test_an_optimizer_that_is_not_there_is_named(monkeypatch, tmp_path, source):
-    monkeypatch.setitem(OPTIMIZERS, "novel", "novel_package.inner.novel:Novel")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "novel_package" / "inner").mkdir(parents=True)
-    if source is not None:
-        (tmp_path / "novel_package" / "inner" / "novel.py").write_text(source)
-    try:
-        with pytest.raises(ValueError, match=r"optimizer.name: 'novel' is novel_package.inner.novel.Novel, which this"):
-            config = OptimizerConfig()
-            object.__setattr__(config, "name", "novel")
-            build_optimizer(config, build_model(LLAMA, 300))
-    finally:
-        for name in [name for name in sys.modules if name.startswith("novel_package")]:
-            del sys.modules[name]
+    assert set(INSTALLED) == set(OPTIMIZERS)
 
 
 def test_muon_is_torchs_muon_for_hidden_matrices_and_adamw_for_the_rest():

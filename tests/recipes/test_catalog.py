@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from leanstep.recipes.config.catalog import describe, parameter_count
-from leanstep.recipes.config.loader import ALIASES, dump, load, recipe_names, recipe_path
+from leanstep.recipes.config.loader import ALIASES, ConfigError, dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.schema import ModelConfig, accumulation_steps
 
 NAMES = recipe_names()
@@ -37,16 +37,16 @@ def test_the_recipes_that_are_promised_are_there():
     sizes = [f"llama-{size}-{optimizer}" for size in PUBLISHED for optimizer in ("adamw", "sinkgd")]
     assert set(NAMES) >= {*NANO, *sizes, "gpt2-124m"}
     for alias, name in ALIASES.items():
-        assert recipe_path(alias) == recipe_path(name)
+        assert find_recipe(alias) == find_recipe(name)
         assert load(alias) == load(name)
-    with pytest.raises(KeyError, match="llama-nano-sinkgd"):
-        recipe_path("nothing")
+    with pytest.raises(ConfigError, match="no recipe or file of that name"):
+        find_recipe("nothing")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_recipe_loads_describes_itself_and_round_trips(name, tmp_path):
     config = load(name)
-    text = recipe_path(name).read_text()
+    text = find_recipe(name).read_text()
     assert config.name == name
     assert text.startswith(f"# {name}: ")
     assert f"leanstep train {name}" in text

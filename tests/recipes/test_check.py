@@ -10,7 +10,7 @@ from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
 from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.config.catalog import describe
-from leanstep.recipes.config.loader import load, recipe_names, recipe_path
+from leanstep.recipes.config.loader import find_recipe, load, recipe_names
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.training.checkpoint import disk_need
 from leanstep.recipes.training.folder import RunFolder
@@ -314,7 +314,7 @@ def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
     assert "ready" not in out
 
 
-FINE_TUNING = [name for name in recipe_names() if "  init_from:" in recipe_path(name).read_text("utf-8")]
+FINE_TUNING = [name for name in recipe_names() if "  init_from:" in find_recipe(name).read_text("utf-8")]
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in FINE_TUNING])

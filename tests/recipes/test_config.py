@@ -66,7 +66,7 @@ def test_numbers_in_every_notation(recipe, text):
 def test_an_override_replaces_the_value_at_its_path(recipe):
     path = recipe(BASE + "log: {every: 3, trackers: [tensorboard]}\n")
     assert load(path, ["log.trackers=[]"]).log.trackers == []
-    assert load(path, ["model.config={hidden_size: 32}"]).model.config == {"hidden_size": 32}
+    assert load(path, ["model.config={hidden_size: 128}"]).model.config == {"hidden_size": 128}
     groups = "optimizer.groups=[{match: norm, lr: 0.1}, {role: head, weight_decay: 0.0}]"
     assert load(path, [groups, "optimizer.groups.1.lr=0.5"]).optimizer.groups[1] == {
         "role": "head",

@@ -273,7 +273,13 @@ def test_which_errors_are_the_disk(tmp_path):
     assert "cannot write" in disk_trouble(PermissionError(13, "Permission denied"), tmp_path, enough)
 
 
-CODES = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+CODES = [
+    (signal.SIGTERM, 143),
+    (signal.SIGHUP, 143),
+    (signal.SIGUSR1, 143),
+    (signal.SIGUSR2, 143),
+    (signal.SIGINT, 130),
+]
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)

@@ -1,7 +1,9 @@
 """Run folders from elsewhere: links, pipes and git configurations in them, and the modes of what a run writes."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import stat
 import subprocess
@@ -10,6 +12,7 @@ from functools import partial
 
 import faults
 import pytest
+import torch
 from training import run, write_recipe
 
 from leanstep.recipes.report.report import write_report
@@ -247,3 +250,42 @@ def _config(out):
     from leanstep.recipes.config.schema import RunConfig
 
     return RunConfig(out=str(out))
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def with_contents(checkpoint, name, content):
+    """Replace a file of a checkpoint and its entry in the marker, as whoever hands out a checkpoint can."""
+    path = checkpoint / "trainer" / name
+    path.write_bytes(content)
+    marker = json.loads((checkpoint / "COMPLETE").read_text())
+    marker["files"][f"trainer/{name}"] = {"size": len(content), "crc32": zlib.crc32(content)}
+    (checkpoint / "COMPLETE").write_text(json.dumps(marker))
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("kind", ["payload", "noise", "empty", "other", "cut"])
+def test_hostile_state_is_told_in_one_line_and_runs_nothing(kind, name, finished, tmp_path):
+    recipe, out = finished
+    copy = shutil.copytree(out, tmp_path / "run", symlinks=True)
+    (copy / "status.json").write_text('{"status": "interrupted"}')
+    checkpoint = copy / "checkpoints" / "step-000003"
+    shutil.rmtree(copy / "checkpoints" / "step-000006")
+    other = io.BytesIO()
+    torch.save({"step": torch.ones(3)}, other)
+    contents = {"payload": pickle.dumps(Payload(tmp_path / "executed")), "noise": os.urandom(1000), "empty": b""}
+    contents |= {"other": other.getvalue(), "cut": (checkpoint / "trainer" / name).read_bytes()[:-50]}
+    with_contents(checkpoint, name, contents[kind])
+    training = run(recipe, ["steps=6"], copy)
+    assert training.codes == [2], training.text()
+    assert not (tmp_path / "executed").exists()
+    assert "Traceback" not in training.text() and "weights_only" not in training.text()
+    assert training.text().count("error: ") == 1 and "trainer" in training.text()

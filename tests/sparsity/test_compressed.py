@@ -1,6 +1,7 @@
 """Compressed files: the size of the formula, every bit back, and damage found."""
 
 import json
+import random
 import zlib
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
-from leanstep.sparsity import NM, export_compressed, load_compressed, nm_mask, sparsify, squash
+from leanstep.sparsity import NM, compressed, export_compressed, load_compressed, nm_mask, sparsify, squash
 from leanstep.sparsity.compressed import compressed_bytes, pack_indices, unpack_indices
 
 PATTERNS = ["1:2", "2:4", "1:4", "4:8", "3:8", "1:8", "1:16", "4:32", "1:32", "2:7", "1:128", "8:128", "3:3", "0:4"]
@@ -140,14 +141,22 @@ def _sparse():
     return model
 
 
-def rewrite(path, change, metadata=lambda layout: None):
+def rewrite(path, change, metadata=lambda layout: None, *, checksums="old"):
+    """Change tensors and layout of a file; its checksums stay the ``old`` ones, are made ``new``, or are removed."""
     stored = load_file(path)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     layout = json.loads(header["layout"])
     change(stored)
     metadata(layout)
-    save_file(stored, path, metadata={**header, "layout": json.dumps(layout)})
+    if checksums == "new":
+        layout["crc32"] = {name: compressed._checksum(tensor) for name, tensor in stored.items()}
+    if checksums == "none":
+        del layout["crc32"], header["layout_crc32"]
+    header["layout"] = json.dumps(layout)
+    if checksums == "new":
+        header["layout_crc32"] = str(zlib.crc32(header["layout"].encode()))
+    save_file(stored, path, metadata=header)
 
 
 def test_damage_is_found_and_the_model_left_alone(exported):
@@ -156,26 +165,43 @@ def test_damage_is_found_and_the_model_left_alone(exported):
     def flip(stored):
         stored["2.weight.nm_indices"][3] ^= 1
 
-    def forged(layout):
-        # a writer that counted its checksum over wrong indices
-        stored = load_file(exported)
-        packed = torch.full_like(stored["0.weight.nm_indices"], 0b11111111)
-        layout["tensors"]["0.weight"]["crc32"][1] = zlib.crc32(packed.numpy().tobytes())
+    def edit(change, metadata=lambda layout: None, checksums="old"):
+        return lambda: rewrite(exported, change, metadata, checksums=checksums)
+
+    def entry(**changes):
+        return lambda layout: layout["tensors"]["0.weight"].update(changes)
+
+    def same(stored):
+        pass
 
     cases = [
         (lambda: exported.write_bytes(whole[:-10]), "incomplete metadata.*truncated"),
-        (lambda: exported.write_bytes(whole[:40]), "not there, truncated, or no"),
-        (lambda: rewrite(exported, flip), "2.weight: the checksum is wrong"),
+        (lambda: exported.write_bytes(whole[:40]), "truncated, or not a safetensors file"),
+        (edit(flip), "the checksum is wrong: 2.weight.nm_indices"),
+        (edit(lambda s: s["0.bias"].add_(1)), "the checksum is wrong: 0.bias"),
+        (edit(lambda s: s.update({"0.bias": s["0.bias"].view(torch.int32)})), "the checksum is wrong: 0.bias"),
+        (edit(lambda s: s["0.weight.nm_indices"].fill_(255), checksums="new"), "not ascending numbers below 4"),
+        (edit(lambda s: s.pop("0.weight.nm_values")), "0.weight.nm_values is in its tensors or its layout only"),
+        (edit(lambda s: s.pop("0.weight.nm_values"), checksums="new"), "no tensor '0.weight.nm_values'"),
+        (edit(lambda s: s.update({"more": torch.ones(1)})), "more is in its tensors or its layout only"),
+        (edit(lambda s: s.update({"more": torch.ones(1)}), checksums="new"), "of another model: more"),
+        (edit(same, entry(pattern="1:4")), "the checksum of its layout is wrong"),
+        (edit(same, lambda layout: layout["aliases"].update(more="0.bias")), "the checksum of its layout is wrong"),
+        (edit(same, entry(pattern="1:4"), "new"), "expected values"),
+        (edit(same, entry(dim=0), "new"), "expected values"),
+        (edit(same, entry(dim=7), "new"), "the layout is damaged: .*dim 7"),
+        (edit(same, entry(dim=True), "new"), "the layout is damaged: .*dim True"),
+        (edit(same, entry(shape=[-1, 4]), "new"), "the layout is damaged"),
+        (edit(same, entry(shape=[2**60, 4], pattern="0:4"), "new"), "the layout is damaged"),
+        (edit(same, entry(pattern=3), "new"), "the layout is damaged"),
+        (edit(same, lambda layout: layout.update(aliases=[1]), "new"), "expected objects 'tensors' and 'aliases'"),
+        (edit(same, lambda layout: layout.pop("crc32")), "the checksum of its layout is wrong"),
         (
-            lambda: rewrite(exported, lambda s: s["0.weight.nm_indices"].fill_(255), forged),
-            "not ascending numbers below 4",
+            edit(
+                lambda s: s.update({"0.weight.nm_indices": s["0.weight.nm_indices"].to(torch.int16)}), checksums="new"
+            ),
+            "bytes of indices, got .*int16",
         ),
-        (lambda: rewrite(exported, lambda s: s.pop("0.weight.nm_values")), "no tensor '0.weight.nm_values'"),
-        (
-            lambda: rewrite(exported, lambda s: None, lambda x: x["tensors"]["0.weight"].update(pattern="1:4")),
-            "expected values",
-        ),
-        (lambda: rewrite(exported, lambda s: s.update({"more": torch.ones(1)})), "of another model: more"),
         (lambda: save_file({"w": torch.ones(2)}, exported), "has the format None, expected 'leanstep-nm-1'"),
         (lambda: exported.unlink(), "is not there"),
     ]
@@ -187,6 +213,39 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         with pytest.raises(ValueError, match=message):
             load_compressed(exported, model)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_without_checksums_of_all_tensors_load_with_a_warning(exported):
+    expected = load_compressed(exported)
+
+    def as_before(layout):
+        stored = load_file(exported)
+        for name, entry in layout["tensors"].items():
+            tensors = [stored[name + end] for end in (".nm_values", ".nm_indices")]
+            entry["crc32"] = [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
+
+    rewrite(exported, lambda stored: None, as_before, checksums="none")
+    with pytest.warns(UserWarning, match="written by an earlier version, without checksums"):
+        state = load_compressed(exported)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    rewrite(exported, lambda stored: stored["0.weight.nm_values"].add_(1), checksums="kept")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="0.weight: the checksum is wrong"):
+        load_compressed(exported)
+
+
+def test_every_flipped_bit_of_a_file_is_noticed(exported):
+    whole, expected = exported.read_bytes(), load_compressed(exported)
+    chance = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        exported.write_bytes(damaged)
+        try:
+            state = load_compressed(exported)
+        except ValueError:
+            continue
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[n], t) and state[n].dtype == t.dtype for n, t in expected.items())
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

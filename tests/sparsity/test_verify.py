@@ -144,9 +144,9 @@ def test_the_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is not there"),
-        (["broken.safetensors"], "cannot be read"),
-        (["broken.pt"], "cannot be read .*neither a safetensors file nor one of torch.save"),
-        (["."], "broken.safetensors cannot be read"),
+        (["broken.safetensors"], "broken.safetensors is damaged"),
+        (["broken.pt"], "broken.pt cannot be read as tensors"),
+        (["."], "broken.safetensors is damaged"),
         (["whole.safetensors", "--expect", "5:4"], "0 <= n <= m"),
         (["whole.safetensors", "--expect", "x=2:4"], "'x' .* matches no layer"),
         (["vector.safetensors"], "holds no matrix"),
@@ -162,3 +162,21 @@ def test_what_cannot_be_verified_is_said(arguments, message, tmp_path, monkeypat
         (tmp_path / name).write_bytes(b"no checkpoint at all")
     assert main(["verify", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("entry", [{"dim": 7}, {"dim": "1"}, {"dim": True}, {"pattern": 3}, {"pattern": "5:4"}])
+def test_recorded_patterns_out_of_range_are_refused(tmp_path, entry, capsys):
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "sparsity.json").write_text(json.dumps({"a.weight": {"pattern": "2:4", "dim": 1} | entry}))
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "sparsity.json is not a patterns file" in capsys.readouterr().err
+
+
+def test_links_out_of_a_folder_are_not_followed_and_links_that_are_named_are(tmp_path, capsys):
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "outside.safetensors")
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "folder" / "model.safetensors"
+    link.symlink_to(tmp_path / "outside.safetensors")
+    assert main(["verify", str(tmp_path / "folder")]) == 2
+    assert "outside of the checkpoint" in capsys.readouterr().err
+    assert main(["verify", str(link)]) == 0

@@ -12,7 +12,7 @@ from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 
 # elements of a chunk: a megabyte of fp32, which stays in the cache. 16-bit matrices are not cut into chunks: more calls
-# of the BLAS cost more than the cache saves.
+# of the BLAS cost more than the cache saves, and a sum over chunks would be rounded to 16 bits after each one.
 CHUNK = 2**18
 
 
@@ -33,10 +33,6 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
     """``e^T dropout(x)``; with ``a``, also ``dropout(x) a^T``."""
-    if x.dtype != torch.float32:
-        # a sum over chunks would be rounded to 16 bits after each chunk
-        dropped = dropout(x, p, seed)
-        return e.t() @ dropped, None if a is None else dropped @ a.t()
     gradient = x.new_zeros(e.shape[1], x.shape[1])
     h = None if a is None else x.new_empty(x.shape[0], a.shape[0])
     for rows, dropped in _dropped(x, p, seed):

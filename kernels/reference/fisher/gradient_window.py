@@ -20,10 +20,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def column_chunks(window: Tensor, elements: int = _CHUNK_ELEMENTS) -> Iterator[slice]:
-    """Slices of columns of a window [m, n], with about ``elements`` elements each."""
+def column_chunks(window: Tensor) -> Iterator[slice]:
+    """Slices of columns of a window [m, n], with about ``_CHUNK_ELEMENTS`` elements each."""
     m, n = window.shape
-    width = max(1, elements // max(m, 1))
+    width = max(1, _CHUNK_ELEMENTS // max(m, 1))
     return (slice(start, min(start + width, n)) for start in range(0, n, width))
 
 

@@ -59,14 +59,12 @@ def finish_columns(colmeans: Tensor) -> Tensor:
     return reciprocal_or_zero(colmeans.sqrt())
 
 
-def sinkhorn_pass(
-    mat: Tensor, rows: Tensor, cols: Tensor, *, rows_total: int, cols_total: int, first: bool
-) -> tuple[Tensor, Tensor]:
+def sinkhorn_pass(mat: Tensor, rows: Tensor, cols: Tensor, *, rows_total: int, first: bool) -> tuple[Tensor, Tensor]:
     """One iteration up to the column means: new row scales [B, m] and colmeans [B, n] (see ``kernels.sinkhorn``)."""
     if first:
         rows, cols = row_prescale(mat), torch.ones_like(cols)
     squares = scaled_squares(mat, rows)
-    inverse = reciprocal_or_zero(row_half(squares, cols, cols_total))
+    inverse = reciprocal_or_zero(row_half(squares, cols, mat.shape[-1]))
     return finish_rows(rows, inverse), column_half(squares, inverse, rows_total)
 
 
@@ -76,11 +74,7 @@ def sinkhorn(mat: Tensor, num_iters: int, *, end_with_rows: bool = False) -> tup
     ``end_with_rows`` appends one more row half-iteration.
     """
     prescale = row_prescale(mat)
-    return iterate(scaled_squares(mat, prescale), prescale, num_iters, end_with_rows=end_with_rows)
-
-
-def iterate(squares: Tensor, prescale: Tensor, num_iters: int, *, end_with_rows: bool) -> tuple[Tensor, Tensor]:
-    """The iterations on H and r0."""
+    squares = scaled_squares(mat, prescale)
     m, n = squares.shape[-2:]
     cols = squares.new_ones((*squares.shape[:-2], n))
     inverse = torch.ones_like(prescale)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_rows,
@@ -57,6 +57,16 @@ def eights(number, ALIGNED: tl.constexpr):
     return number
 
 
+@triton.jit
+def dots_tile(table, programs, m, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The program's row of a table of WIDTH columns, its chunk of columns, and its BLOCK_M rows of the window."""
+    entry = tl.load(programs + tl.program_id(0))
+    piece = (entry & 0xFFFFFFFF).to(tl.int32)
+    row_blocks = tl.cdiv(m, BLOCK_M)
+    offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return table + (entry >> 32) * WIDTH, piece // row_blocks, offs_m, offs_m < m
+
+
 @triton.jit(do_not_specialize=["m"])
 def window_dots_kernel(
     table, programs, partial, m,
@@ -64,13 +74,7 @@ def window_dots_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of TILES * BLOCK_N columns. A row of the table is (window, vector, n, pitch, first chunk, 0)."""
-    entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 6
-    piece = (entry & 0xFFFFFFFF).to(tl.int32)
-    row_blocks = tl.cdiv(m, BLOCK_M)
-    chunk = piece // row_blocks
-    offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < m
+    row, chunk, offs_m, mask_m = dots_tile(table, programs, m, 6, BLOCK_M)
     pitch = eights(tl.load(row + 3), ALIGNED)
     start = chunk.to(tl.int64) * (TILES * BLOCK_N)
     count = eights(tl.minimum(tl.load(row + 2) - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
@@ -204,19 +208,16 @@ def linear_combination(
     staging.finish()
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        # rows that start on 16-byte boundaries, and rows that do not
-        for dtype, n in itertools.product(TL_DTYPE, (8, 7)):
-            window, vector = torch.zeros(2, n, dtype=dtype), torch.zeros(n)
-            for x in (vector.to(dtype), vector):
-                row_dots([window], [x], [0], 1)
-            linear_combination([window], torch.zeros(1, 2, dtype=torch.float64), [0], [vector])
-
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    # rows that start on 16-byte boundaries, and rows that do not
+    for dtype, n in itertools.product(TL_DTYPE, (8, 7)):
+        window, vector = torch.zeros(2, n, dtype=dtype), torch.zeros(n)
+        for x in (vector.to(dtype), vector):
+            row_dots([window], [x], [0], 1)
+        linear_combination([window], torch.zeros(1, 2, dtype=torch.float64), [0], [vector])
     promises = {window_dots_kernel: _dots_promise, window_combination_kernel: _promise}
-    return recorded_cases(launch_all, promises | {window_reduce_kernel: _reduce_promise})
+    return promises | {window_reduce_kernel: _reduce_promise}
 
 
 def _dots_promise(launch: Launch) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
 from leanstep.kernels.triton_impl._common import TL_DTYPE, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_rows,
@@ -26,7 +26,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     on_device,
     warps,
 )
-from leanstep.kernels.triton_impl.fisher.gradient_window import eights, pointer_to, reduce_chunks
+from leanstep.kernels.triton_impl.fisher.gradient_window import dots_tile, eights, pointer_to, reduce_chunks
 
 BLOCK_M, BLOCK_N, THREADS = 8, 256, 256
 TILES = 8
@@ -43,13 +43,7 @@ def sparse_dots_kernel(
 
     A row of the table is (values, indices, vector, k, entries per block, elements per block, first chunk, 0).
     """
-    entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 8
-    piece = (entry & 0xFFFFFFFF).to(tl.int32)
-    row_blocks = tl.cdiv(m, BLOCK_M)
-    chunk = piece // row_blocks
-    offs_m = (piece % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < m
+    row, chunk, offs_m, mask_m = dots_tile(table, programs, m, 8, BLOCK_M)
     k = eights(tl.load(row + 3), ALIGNED)
     v_ptr = pointer_to(tl.load(row + 0), V_DTYPE, ALIGNED)
     i_ptr = pointer_to(tl.load(row + 1), tl.int16, ALIGNED)
@@ -176,19 +170,16 @@ def linear_combination(
     torch._foreach_copy_(list(out), sums)
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype, per_block in itertools.product(TL_DTYPE, (*WIDTHS, 7)):  # 7: rows that do not start on 16 bytes
-            values, indices = torch.zeros(2, per_block, dtype=dtype), torch.zeros(2, per_block, dtype=torch.int16)
-            layout = SparseLayout(numel=2048, block=2048, per_block=per_block, last=0)
-            dense = torch.zeros(2048)
-            row_dots([values], [indices], [layout], [dense], [0], 1)
-            linear_combination([values], [indices], [layout], torch.zeros(1, 2, dtype=torch.float64), [0], [dense])
-
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype, per_block in itertools.product(TL_DTYPE, (*WIDTHS, 7)):  # 7: rows that do not start on 16 bytes
+        values, indices = torch.zeros(2, per_block, dtype=dtype), torch.zeros(2, per_block, dtype=torch.int16)
+        layout = SparseLayout(numel=2048, block=2048, per_block=per_block, last=0)
+        dense = torch.zeros(2048)
+        row_dots([values], [indices], [layout], [dense], [0], 1)
+        linear_combination([values], [indices], [layout], torch.zeros(1, 2, dtype=torch.float64), [0], [dense])
     promises = {sparse_dots_kernel: _dots_promise, sparse_combination_kernel: _combination_promise}
-    return recorded_cases(launch_all, promises)
+    return promises
 
 
 def _dots_promise(launch: Launch) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.lora import norms as reference
 from leanstep.kernels.triton_impl._common import INTERPRETED, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # columns of a tile, and rows of a program by padded rank: with more rows, A is read less often, but by fewer programs
@@ -93,16 +93,13 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, 
     return norms
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can choose."""
-
-    def launch_all() -> None:
-        for dtype in _DTYPES:
-            for r in ROWS:
-                weight, a, b = torch.zeros(8, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(8, r)
-                lora_norms(weight, a, b, torch.zeros(8, r), 1.0, torch.zeros(8))
-
-    return recorded_cases(launch_all, {lora_norms_kernel: _promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype in _DTYPES:
+        for r in ROWS:
+            weight, a, b = torch.zeros(8, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(8, r)
+            lora_norms(weight, a, b, torch.zeros(8, r), 1.0, torch.zeros(8))
+    return {lora_norms_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

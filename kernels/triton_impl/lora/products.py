@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.lora.products import gain, seed_key, threshold
 from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, load_tile, random_bits, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 BLOCK, THREADS = 2048, 256
@@ -199,19 +199,16 @@ def _numbers(p: float, seed: int) -> tuple[int, int, float]:
     return seed_key(seed), limit - 2**32 if limit >= 2**31 else limit, gain(p)
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
-            for r in RANKS if dtype != torch.float32 else ():
-                x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((8, 16), (r, 16), (8, r)))
-                lora_down_backward(x, h, a, 0.5, 1)
-                lora_up_(x, h, a, 1.0, 0.5, 1)
-
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype in TL_DTYPE:
+        dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
+        for r in RANKS if dtype != torch.float32 else ():
+            x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((8, 16), (r, 16), (8, r)))
+            lora_down_backward(x, h, a, 0.5, 1)
+            lora_up_(x, h, a, 1.0, 0.5, 1)
     products = dict.fromkeys((lora_down_kernel, lora_down_backward_kernel, lora_up_kernel), _product_promise)
-    return recorded_cases(launch_all, products | {lora_dropout_kernel: _dropout_promise})
+    return products | {lora_dropout_kernel: _dropout_promise}
 
 
 def _dropout_promise(launch: Launch) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # rows and columns of a tile, and the number of tiles, one below the other, in a sum
@@ -80,17 +80,14 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -
     return inner, sums.sum(0)
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
-            lora_scale_(y, c, None)
-            lora_scale_(y, c, y[0])
-            lora_scale_backward(y, y, c, y)
-
-    return recorded_cases(launch_all, {lora_scale_kernel: _promise, lora_scale_backward_kernel: _backward_promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype in TL_DTYPE:
+        y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
+        lora_scale_(y, c, None)
+        lora_scale_(y, c, y[0])
+        lora_scale_backward(y, y, c, y)
+    return {lora_scale_kernel: _promise, lora_scale_backward_kernel: _backward_promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

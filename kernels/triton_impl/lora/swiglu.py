@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # 8 elements per thread: one 128-bit access of a 16-bit tensor
@@ -86,16 +86,13 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
     return out, de, grad
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            x = torch.empty(2**31, dtype=dtype, device="meta")
-            swiglu(x, x)
-            swiglu_backward_(x, x, x)
-
-    return recorded_cases(launch_all, dict.fromkeys((swiglu_kernel, swiglu_backward_kernel), _promise))
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype in TL_DTYPE:
+        x = torch.empty(2**31, dtype=dtype, device="meta")
+        swiglu(x, x)
+        swiglu_backward_(x, x, x)
+    return dict.fromkeys((swiglu_kernel, swiglu_backward_kernel), _promise)
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

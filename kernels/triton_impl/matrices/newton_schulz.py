@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import INTERPRETED, TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import has_aligned_rows, on_device, warps
 
 # (BLOCK, BLOCK_K, threads). Unaligned sizes need smaller blocks, because storing single entries takes registers.
@@ -130,17 +130,14 @@ def _launch(left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha
     return out
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtype, side in itertools.product(DTYPES, (8, 7)):
-            x = torch.zeros(side, side, dtype=dtype)
-            gram(x, x)
-            gram(x.mT, x)
-            add_product(x, x, x, 1.0, 1.0, x)
-
-    return recorded_cases(launch_all, {symmetric_product_kernel: _promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype, side in itertools.product(DTYPES, (8, 7)):
+        x = torch.zeros(side, side, dtype=dtype)
+        gram(x, x)
+        gram(x.mT, x)
+        add_product(x, x, x, 1.0, 1.0, x)
+    return {symmetric_product_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     device_programs,
     device_rows,
@@ -87,6 +87,19 @@ def _matrix(row, batch, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _row_block(table, programs):
+    """The program's row of the table, piece of all row blocks, matrix of the batch, first row and number of rows."""
+    entry = tl.load(programs + tl.program_id(0))
+    row = table + (entry >> 32) * 16
+    piece = (entry & 0xFFFFFFFF).to(tl.int32)
+    blocks = tl.load(row + 9).to(tl.int32)
+    per_block = tl.load(row + 10)
+    start = (piece % blocks) * per_block
+    count = tl.minimum(tl.load(row + 1) - start, per_block).to(tl.int32)
+    return row, piece, piece // blocks, start, count
+
+
+@triton.jit
 def _partial_sums(row, partial, piece):
     """Pointer to a row block's column sums. Offset and pitch are multiples of 8, which the rounding proves."""
     return partial + (tl.load(row + 8) // 8) * 8 + piece * ((tl.load(row + 13) // 8) * 8)
@@ -100,17 +113,9 @@ def sinkhorn_tile_kernel(
     """Iterate on a block of rows of at most BLOCK_N columns, with BLOCK_M rows at a time in registers.
 
     A row of the table is (address, m, n, stride_b, stride_m, stride_n, rows offset, cols offset, partial offset,
-    blocks, rows per block, cols_total, rows_total, partial pitch, column blocks, 0).
+    blocks, rows per block, n, rows_total, partial pitch, column blocks, 0).
     """
-    entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 16
-    piece = (entry & 0xFFFFFFFF).to(tl.int32)
-    blocks = tl.load(row + 9).to(tl.int32)
-    batch = piece // blocks
-    per_block = tl.load(row + 10)
-    start = (piece % blocks) * per_block
-    m = tl.load(row + 1)
-    count = tl.minimum(m - start, per_block).to(tl.int32)
+    row, piece, batch, start, count = _row_block(table, programs)
     g_ptr, n, stride_m, stride_n = _matrix(row, batch, DTYPE, ALIGNED)
     inv_cols = _inverse(tl.load(row + 11))
 
@@ -118,7 +123,7 @@ def sinkhorn_tile_kernel(
     mask_n = offs_n < n
     known = offs_n < tl.where(first != 0, 0, n)
     c = tl.load(cols + tl.load(row + 7) + batch * tl.load(row + 2) + offs_n, mask=known, other=1.0)
-    r_ptr = rows + tl.load(row + 6) + batch * m + start
+    r_ptr = rows + tl.load(row + 6) + batch * tl.load(row + 1) + start
     g_ptr += start * stride_m
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for t in range(0, tl.cdiv(count, BLOCK_M)):
@@ -171,20 +176,12 @@ def sinkhorn_wide_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Like `sinkhorn_tile_kernel`, for rows that do not fit in registers; BLOCK_M whole rows at a time."""
-    entry = tl.load(programs + tl.program_id(0))
-    row = table + (entry >> 32) * 16
-    piece = (entry & 0xFFFFFFFF).to(tl.int32)
-    blocks = tl.load(row + 9).to(tl.int32)
-    batch = piece // blocks
-    per_block = tl.load(row + 10)
-    start = (piece % blocks) * per_block
-    m = tl.load(row + 1)
-    count = tl.minimum(m - start, per_block).to(tl.int32)
+    row, piece, batch, start, count = _row_block(table, programs)
     g_ptr, n, stride_m, stride_n = _matrix(row, batch, DTYPE, ALIGNED)
     inv_cols = _inverse(tl.load(row + 11))
     known = tl.where(first != 0, 0, n)
     c_ptr = cols + tl.load(row + 7) + batch * tl.load(row + 2)
-    r_ptr = rows + tl.load(row + 6) + batch * m + start
+    r_ptr = rows + tl.load(row + 6) + batch * tl.load(row + 1) + start
     sum_ptr = _partial_sums(row, partial, piece)
     g_ptr += start * stride_m
     for t in range(0, tl.cdiv(count, BLOCK_M)):
@@ -239,7 +236,6 @@ def sinkhorn_pass(
     rows: Tensor,
     cols: Tensor,
     rows_total: Sequence[int],
-    cols_total: Sequence[int],
     first: bool,
 ) -> Tensor:
     """Overwrite `rows` with this iteration's row scales. Return the column means under these scales.
@@ -248,14 +244,14 @@ def sinkhorn_pass(
         mats: matrices [B, m, n] or [m, n] of fp32, bf16 or fp16, with any strides.
         rows: row scales, fp32, B * m entries per matrix, matrix by matrix; read unless `first`, then overwritten.
         cols: column scales, fp32, B * n entries per matrix; read unless `first`.
-        rows_total, cols_total: sizes of the whole matrices, of which `mats` may be shards.
+        rows_total: rows of the whole matrices, of which `mats` may be shards.
         first: start from r = 1 / max_j |G_ij| and c = 1.
 
     Returns:
         fp32, laid out as `cols`: (1 / rows_total) * sum_i (r_i G_ij)^2.
     """
     colmeans = torch.empty_like(cols)
-    table, keys, blocks, column_blocks, size = _table(mats, rows_total, cols_total)
+    table, keys, blocks, column_blocks, size = _table(mats, rows_total)
     partial = torch.empty(size, dtype=torch.float32, device=rows.device)
     if not table:
         return colmeans
@@ -276,11 +272,11 @@ def sinkhorn_pass(
     return colmeans
 
 
-def _table(mats: Sequence[Tensor], rows_total: Sequence[int], cols_total: Sequence[int]):
+def _table(mats: Sequence[Tensor], rows_total: Sequence[int]):
     """Return, per matrix, table row, configuration and both numbers of programs; and the length of `partial`."""
     table, keys, blocks, column_blocks = [], [], [], []
     row_offset = col_offset = partial_offset = 0
-    for mat, m_total, n_total in zip(mats, rows_total, cols_total, strict=True):
+    for mat, m_total in zip(mats, rows_total, strict=True):
         mat = mat.detach() if mat.dim() == 3 else mat.detach().unsqueeze(0)
         b, m, n = mat.shape
         per_block = _round_up(max(ROWS, triton.cdiv(m, MAX_BLOCKS)), 16)
@@ -288,20 +284,17 @@ def _table(mats: Sequence[Tensor], rows_total: Sequence[int], cols_total: Sequen
         n_blocks = triton.cdiv(n, REDUCE_COLS)
         table.append(
             (mat.data_ptr(), m, n, *mat.stride(), row_offset, col_offset, partial_offset, row_blocks, per_block,
-             n_total, m_total, pitch, n_blocks, 0)
+             n, m_total, pitch, n_blocks, 0)
         )  # fmt: skip
         aligned = has_aligned_rows(mat)
-        keys.append((mat.dtype, aligned, next((width for width in _widths(aligned) if n <= width), WIDER)))
+        widths = TILES if aligned else UNALIGNED_TILES
+        keys.append((mat.dtype, aligned, next((width for width in widths if n <= width), WIDER)))
         blocks.append(b * row_blocks)
         column_blocks.append(b * n_blocks)
         row_offset += b * m
         col_offset += b * n
         partial_offset += b * row_blocks * pitch
     return table, keys, blocks, column_blocks, partial_offset
-
-
-def _widths(aligned: bool) -> tuple[int, ...]:
-    return tuple(TILES) if aligned else UNALIGNED_TILES
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -317,16 +310,13 @@ def _configuration(dtype: torch.dtype, aligned: bool, width: int):
     return sinkhorn_tile_kernel, constants | {"BLOCK_M": block_m, "BLOCK_N": width}, threads
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that `sinkhorn_pass` can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            for n in (*TILES, MAX_TILE + 8, *(width - 1 for width in UNALIGNED_TILES), MAX_TILE + 1):
-                sinkhorn_pass([torch.zeros(1, 1, n, dtype=dtype)], torch.zeros(1), torch.zeros(n), [1], [n], True)
-
+def audit_launches() -> Promises:
+    """Launch every configuration that `sinkhorn_pass` can choose, and return what the kernels promise."""
+    for dtype in TL_DTYPE:
+        for n in (*TILES, MAX_TILE + 8, *(width - 1 for width in UNALIGNED_TILES), MAX_TILE + 1):
+            sinkhorn_pass([torch.zeros(1, 1, n, dtype=dtype)], torch.zeros(1), torch.zeros(n), [1], True)
     promises = dict.fromkeys((sinkhorn_tile_kernel, sinkhorn_wide_kernel), _pass_promise)
-    return recorded_cases(launch_all, promises | {sinkhorn_reduce_kernel: _reduce_promise})
+    return promises | {sinkhorn_reduce_kernel: _reduce_promise}
 
 
 def _pass_promise(launch: Launch) -> dict[str, Any]:

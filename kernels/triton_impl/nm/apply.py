@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, load_tile, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 # 16 elements per thread and tile: one 128-bit load of the mask
@@ -50,16 +50,13 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     return out
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can choose."""
-
-    def launch_all() -> None:
-        for dtype in TL_DTYPE:
-            weight = torch.empty(2**31, dtype=dtype, device="meta")
-            mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")
-            nm_apply(weight, mask, alpha)
-
-    return recorded_cases(launch_all, {nm_apply_kernel: _promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
+    for dtype in TL_DTYPE:
+        weight = torch.empty(2**31, dtype=dtype, device="meta")
+        mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")
+        nm_apply(weight, mask, alpha)
+    return {nm_apply_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

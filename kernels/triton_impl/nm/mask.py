@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.nm.mask import INFINITE
 from leanstep.kernels.triton_impl._common import aligned_pointer
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import device_programs, device_rows, is_aligned, on_device, warps
 
 # 16 elements per thread and tile: one 128-bit store of the mask
@@ -30,8 +31,6 @@ MOST_ROUNDS, LONG = 8, 64
 EXACT = (2, 4, 8, 16, 32, 64, 128)
 # group lengths of the strided kernel; shorter groups are padded
 PADDED = (8, 32, 128)
-# bit pattern of infinity; every NaN has a larger one
-INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 WORDS = {4: tl.int32, 2: tl.int16}
 
 
@@ -46,19 +45,19 @@ def _keys(x, infinite):
 
 
 @triton.jit
-def _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
+def _largest_by_rounds(keys, lane, m, rounds, dropping, AXIS: tl.constexpr):
     """Take the largest entry `rounds` times, of equals the last. Or drop the smallest one, of equals the first."""
     keys = tl.where((dropping != 0) & (keys >= 0), 0x7FFFFFFF - keys, keys)
-    place = tl.where(dropping != 0, m - 1 - lane, lane)
+    index = tl.where(dropping != 0, m - 1 - lane, lane)
     for _ in range(0, rounds):
         best = tl.max(keys, AXIS, keep_dims=True)
-        found = tl.max(tl.where(keys == best, place, -1), AXIS, keep_dims=True)
-        keys = tl.where(place == found, -1, keys)
+        best_index = tl.max(tl.where(keys == best, index, -1), AXIS, keep_dims=True)
+        keys = tl.where(index == best_index, -1, keys)
     return (keys == -1) != (dropping != 0)
 
 
 @triton.jit
-def _kept_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
+def _largest_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
     """Take the n largest entries, of equals the last. Finds the smallest key, then its first index, bit by bit."""
     threshold = tl.sum(keys * 0, AXIS, keep_dims=True)
     for step in range(0, BITS):
@@ -66,23 +65,23 @@ def _kept_by_threshold(keys, lane, n, AXIS: tl.constexpr, BITS: tl.constexpr):
         count = tl.sum((keys >= trial).to(tl.int32), AXIS, keep_dims=True)
         threshold = tl.where(count >= n, trial, threshold)
     # larger than all indices where the key is above the threshold, smaller where it is below
-    place = tl.where(keys == threshold, lane, tl.where(keys > threshold, 128, -1))
+    index = tl.where(keys == threshold, lane, tl.where(keys > threshold, 128, -1))
     first = tl.sum(keys * 0, AXIS, keep_dims=True)
     for step in range(0, 7):
         trial = first | (1 << (6 - step))
-        count = tl.sum((place >= trial).to(tl.int32), AXIS, keep_dims=True)
+        count = tl.sum((index >= trial).to(tl.int32), AXIS, keep_dims=True)
         first = tl.where(count >= n, trial, first)
-    return place >= first
+    return index >= first
 
 
 @triton.jit
-def _kept(keys, lane, n, m, rounds, dropping, AXIS: tl.constexpr, WORD: tl.constexpr, THRESHOLD: tl.constexpr):
+def _selection(keys, lane, n, m, rounds, dropping, AXIS: tl.constexpr, WORD: tl.constexpr, THRESHOLD: tl.constexpr):
     """1 where an entry is kept."""
     if THRESHOLD:
-        kept = _kept_by_threshold(keys, lane, n, AXIS, WORD.primitive_bitwidth - 1)
+        selected = _largest_by_threshold(keys, lane, n, AXIS, WORD.primitive_bitwidth - 1)
     else:
-        kept = _kept_by_rounds(keys, lane, m, rounds, dropping, AXIS)
-    return kept.to(tl.int8)
+        selected = _largest_by_rounds(keys, lane, m, rounds, dropping, AXIS)
+    return selected.to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["n", "rounds", "dropping", "infinite"])
@@ -100,8 +99,8 @@ def nm_mask_kernel(
     for t in range(0, tl.minimum(tl.load(row + 2) - first, TILES).to(tl.int32)):
         offs = t * BLOCK + tl.arange(0, BLOCK)
         keys = tl.reshape(_keys(tl.load(s_ptr + offs), infinite), [BLOCK // M, M])
-        kept = _kept(keys, lane, n, M, rounds, dropping, 1, WORD, THRESHOLD)
-        tl.store(k_ptr + offs, tl.reshape(kept, [BLOCK]))
+        selected = _selection(keys, lane, n, M, rounds, dropping, 1, WORD, THRESHOLD)
+        tl.store(k_ptr + offs, tl.reshape(selected, [BLOCK]))
 
 
 @triton.jit(do_not_specialize=["n", "m", "rounds", "dropping", "infinite"])
@@ -125,7 +124,7 @@ def nm_mask_strided_kernel(
     mask = (group < tl.load(row + 2))[None, :] & (lane < m)
     # the padding of a group is neither the largest nor the smallest entry
     keys = tl.where(lane < m, _keys(tl.load(s_ptr + offs, mask=mask, other=0), infinite), -2)
-    tl.store(k_ptr + offs, _kept(keys, lane, n, m, rounds, dropping, 0, WORD, THRESHOLD), mask=mask)
+    tl.store(k_ptr + offs, _selection(keys, lane, n, m, rounds, dropping, 0, WORD, THRESHOLD), mask=mask)
 
 
 def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Tensor]) -> None:
@@ -149,7 +148,8 @@ def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Te
             begin = blocks * BLOCK
             rest.append((score.data_ptr() + begin * score.itemsize, mask.data_ptr() + begin, groups, apart))
     dropping, rounds = int(m - n < n), min(n, m - n)
-    selection = (rounds, dropping, INFINITE[scores[0].dtype], WORDS[scores[0].itemsize], _by_threshold(m, rounds))
+    threshold = _padded(m) >= LONG and rounds > MOST_ROUNDS
+    selection = (rounds, dropping, INFINITE[scores[0].dtype], WORDS[scores[0].itemsize], threshold)
     device = scores[0].device
     with on_device(device):
         if whole:
@@ -171,21 +171,14 @@ def _padded(m: int) -> int:
     return next(size for size in PADDED if m <= size)
 
 
-def _by_threshold(m: int, rounds: int) -> bool:
-    return _padded(m) >= LONG and rounds > MOST_ROUNDS
-
-
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can choose."""
-
-    def launch_all() -> None:
-        for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):
-            for n in {1, m // 2}:
-                for blocks in (BLOCK, m):  # whole blocks of adjacent groups, and a group alone
-                    score = torch.zeros(blocks, dtype=dtype)
-                    nm_mask([score], n, m, 0, [score.bool()])
-
-    return recorded_cases(launch_all, {nm_mask_kernel: _promise, nm_mask_strided_kernel: _promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):
+        for n in {1, m // 2}:
+            for blocks in (BLOCK, m):  # whole blocks of adjacent groups, and a group alone
+                score = torch.zeros(blocks, dtype=dtype)
+                nm_mask([score], n, m, 0, [score.bool()])
+    return {nm_mask_kernel: _promise, nm_mask_strided_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference.nm.matmul import decompress
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
@@ -69,15 +69,12 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     return out
 
 
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launcher above can choose."""
-
-    def launch_all() -> None:
-        for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
-            values = torch.zeros(8, 2, 1, dtype=dtype)
-            nm_matmul(torch.zeros(tokens, 8, dtype=dtype), values, values.to(torch.uint8), 4)
-
-    return recorded_cases(launch_all, {nm_matmul_kernel: _promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
+        values = torch.zeros(8, 2, 1, dtype=dtype)
+        nm_matmul(torch.zeros(tokens, 8, dtype=dtype), values, values.to(torch.uint8), 4)
+    return {nm_matmul_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:

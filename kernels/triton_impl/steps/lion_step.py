@@ -26,12 +26,13 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_rows,
     is_aligned,
     launches,
+    native_dtype,
     on_device,
     seeds_and_offsets,
     warps,
@@ -195,8 +196,8 @@ def lion_step(
     for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
         p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
         p = staging.write(p)
-        g = staging.read(g, _native_dtype(g.dtype, p.dtype))
-        m = staging.write(m, _native_dtype(m.dtype, p.dtype, torch.bfloat16))
+        g = staging.read(g, native_dtype(g.dtype, p.dtype))
+        m = staging.write(m, native_dtype(m.dtype, p.dtype, torch.bfloat16))
         e = None if e is None else staging.write(e)
         aligned = is_aligned(p, g, m, e)
         rows.append(
@@ -235,7 +236,7 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
     rows, keys, pieces = [], [], []
     for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
         g = staging.read(g)
-        m = staging.read(m, _native_dtype(m.dtype, g.dtype, torch.bfloat16))
+        m = staging.read(m, native_dtype(m.dtype, g.dtype, torch.bfloat16))
         rows.append((g.data_ptr(), m.data_ptr(), g.numel(), is_aligned(g, m), i, 0))
         keys.append((g.dtype, m.dtype))
         pieces.append(triton.cdiv(g.numel(), BLOCK * TILES))
@@ -251,24 +252,15 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
     return counts.to(torch.float32)
 
 
-def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype, *besides: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes a tensor: its own if the kernel has a variant for it, else fp32 (exact)."""
-    native = (param_dtype, torch.float32, *(() if param_dtype == torch.float16 else besides))
-    return dtype if dtype in native else torch.float32
-
-
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that the launchers above can choose."""
-
-    def launch_all() -> None:
-        for dtypes in itertools.product(TL_DTYPE, repeat=3):
-            p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
-            lion_agreement([g], [m], StepOptions(torch.zeros(6)))
-            for rounding in ROUNDINGS:
-                state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
-                lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding))
-
-    return recorded_cases(launch_all, {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    for dtypes in itertools.product(TL_DTYPE, repeat=3):
+        p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
+        lion_agreement([g], [m], StepOptions(torch.zeros(6)))
+        for rounding in ROUNDINGS:
+            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+            lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding))
+    return {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The update of SinkGD, `p = p * decay - step * (r_i * G_ij) * c_j`, as one launch for all matrices of a list.
 
-Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master, which it
-reads instead of p. The scale vectors come from the cache. A small launch first searches the column scales for NaN: 4
-bytes per column.
+Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master. The
+scale vectors come from the cache. A small launch first searches the column scales for NaN: 4 bytes per column.
 """
 
 import itertools
@@ -26,13 +25,14 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     to_float,
 )
-from leanstep.kernels.triton_impl._compile import AuditCase, Launch, recorded_cases
+from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
     device_programs,
     device_rows,
     has_aligned_rows,
     launches,
+    native_dtype,
     on_device,
     seeds_and_offsets,
     warps,
@@ -130,7 +130,7 @@ def scaled_step_kernel(
             p_ptrs = p_ptr + offs_m[:, None] * p_stride_m + offs_n[None, :] * p_stride_n
             e_ptrs = e_ptr + offs_m[:, None] * e_stride_m + offs_n[None, :] * e_stride_n
             g = load_tile(g_ptr + offs_m[:, None] * g_stride_m + offs_n[None, :] * g_stride_n, mask)
-            # [BLOCK_M, BLOCK_N]; with a master copy, p_old is not used and the compiler removes its load
+            # [BLOCK_M, BLOCK_N]
             p_old = load_tile(p_ptrs, mask)
             e_old = p_old
             if ROUNDING == "kahan" or ROUNDING == "master":
@@ -175,11 +175,11 @@ def scaled_step(
             column_nan_kernel[(scans.numel(),)](
                 device_table, scans, bad, flags, BLOCK=SCAN, num_warps=warps(SCAN_THREADS), enable_fp_fusion=False
             )
-        for key, programs in launches(keys, pieces, device):
+        for (*dtypes, rounds, aligned), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             scaled_step_kernel[(programs.numel(),)](
-                device_table, programs, options.scalars, seeds, offsets, bad, **_constants(*key),
-                num_warps=warps(THREADS), enable_fp_fusion=False,
+                device_table, programs, options.scalars, seeds, offsets, bad, *(TL_DTYPE[d] for d in dtypes), rounds,
+                aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
@@ -198,7 +198,7 @@ def _table(
     table, keys, pieces, batches = [], [], [], []
     for i, (p, g, r, c) in enumerate(zip(params, mats, rows, cols, strict=True)):
         p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
-        g = staging.hold(g.detach().to(_native_dtype(g.dtype, p.dtype)))
+        g = staging.hold(g.detach().to(native_dtype(g.dtype, p.dtype, torch.bfloat16)))
         p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
         row_blocks, column_blocks = triton.cdiv(m, ROWS), triton.cdiv(n, BLOCK_N)
@@ -213,30 +213,14 @@ def _table(
     return table, keys, pieces, batches
 
 
-def _native_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel takes G: its own if the kernel has a variant for it, else fp32 (exact)."""
-    native = (param_dtype, torch.float32, torch.bfloat16 if param_dtype == torch.float32 else param_dtype)
-    return dtype if dtype in native else torch.float32
-
-
-def _constants(p: torch.dtype, g: torch.dtype, e: torch.dtype, rounding: str, aligned: bool):
-    return {
-        "P_DTYPE": TL_DTYPE[p], "G_DTYPE": TL_DTYPE[g], "E_DTYPE": TL_DTYPE[e], "ROUNDING": rounding,
-        "ALIGNED": aligned, "ROWS": ROWS, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N,
-    }  # fmt: skip
-
-
-def audit_cases() -> list[AuditCase]:
-    """Every configuration that `scaled_step` can choose."""
-
-    def launch_all() -> None:
-        # rows that start on 16-byte boundaries, and rows that do not
-        for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
-            p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
-            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
-            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], state, StepOptions(torch.zeros(2), rounding))
-
-    return recorded_cases(launch_all, {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise})
+def audit_launches() -> Promises:
+    """Launch every configuration that `scaled_step` can choose, and return what the kernels promise."""
+    # rows that start on 16-byte boundaries, and rows that do not
+    for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
+        p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
+        state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+        scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], state, StepOptions(torch.zeros(2), rounding))
+    return {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
@@ -246,7 +230,7 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     return dict(
         label=f"p {p} g {g} {rounding} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
-        read=g.itemsize + state + (0 if rounding == "master" else p.itemsize),
+        read=g.itemsize + state + p.itemsize,
         written=p.itemsize + state,
         wide=aligned,
     )

@@ -1,6 +1,6 @@
 """The arithmetic of an M-FAC step against its floor, two reads of the window, and against the published recursion.
 
-    python benchmarks/mfac_step.py [--rows 64 256 1024] [--columns 1000000] [--dtype float32 bfloat16] [--device cuda]
+    python benchmarks optimizers/mfac_step [--rows 64 256 1024] [--columns 1000000] [--dtype float32] [--device cuda]
 
 A step here is what M-FAC adds to a gradient: store it as a row of the window [m, d], form its row of the Gram matrix,
 solve the m x m system in float64, and combine the rows. The window is cut into the blocks that a small transformer's
@@ -152,7 +152,8 @@ def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, r
     print_table(["", "median ms", "x floor"], cells)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = start(PARSER)
     warnings.simplefilter("ignore")
     for dtype, columns, rows in itertools.product(options.dtype, options.columns, options.rows):

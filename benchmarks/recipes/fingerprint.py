@@ -1,7 +1,7 @@
 """Losses and hashes of every nano recipe after a few steps: whether a change of the code changed a single bit.
 
-    python benchmarks/fingerprint.py --out runs/before.json        # on the old code
-    python benchmarks/fingerprint.py --compare runs/before.json    # on the new code, same machine; 1 if they differ
+    python benchmarks recipes/fingerprint --out runs/before.json        # on the old code
+    python benchmarks recipes/fingerprint --compare runs/before.json    # on the new code: 1 if they differ
 
 Each recipe trains ``--steps`` steps on one process from its own seed. The fingerprint holds every logged loss, the
 validation loss, a SHA-256 of the final weights, and a SHA-256 of the optimizer's state tensors in the order of the
@@ -16,7 +16,6 @@ import os
 import pydoc_data.topics
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -91,7 +90,3 @@ def main() -> int:
     different = [name for name, value in prints.items() if before.get(name) != value]
     print(f"different: {', '.join(different)}" if different else f"the same bits as {options.compare}")
     return 1 if different else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

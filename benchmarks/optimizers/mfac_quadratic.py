@@ -1,6 +1,6 @@
 """Steps that M-FAC and SGD need on a quadratic and on logistic regressions over real data, both with tuned settings.
 
-    python benchmarks/mfac_quadratic.py [--figure docs/mfac-steps.svg] [--seeds 5] [--steps 1000]
+    python benchmarks optimizers/mfac_quadratic [--figure docs/mfac-steps.svg] [--seeds 5] [--steps 1000]
 
 Problems, all convex, trained on mini-batches of 64 and judged by their whole loss:
 
@@ -223,7 +223,3 @@ def main() -> None:
     print_table(head, rows, left=range(6))
     if options.figure:
         plot(curves, options.figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Losses of adapters in training beside PEFT's, step by step, in one process and under DDP.
 
-    python benchmarks/lora_parity.py
+    python benchmarks lora/parity
 
 A small LLaMA in fp32 reads the bytes of Python's language reference. PEFT makes the adapter; PEFT, leanstep with the
 same adapter, PEFT accelerated by leanstep, and PEFT with the rows of every batch reversed train it with the same
@@ -107,7 +107,3 @@ def train(options, model, text, rank, size, backwards=False):
         losses[step] = loss.detach()
     dist.all_reduce(losses)
     return losses / size
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""Curves with and without the prefix cache, on a LLaMA of 30 layers: processor time, and whether they are equal.
+"""Curves with and without cached activations, on a LLaMA of 30 layers: processor time, and whether they are equal.
 
-    python benchmarks/prune_prefix.py [--layers 30] [--hidden 128] [--levels 8] [--rounds 3]
+    python benchmarks pruning/activation_cache [--layers 30] [--hidden 128] [--levels 8] [--rounds 3]
 
 Weights are random: what is measured is time. Eight levels of each matrix are half of what ``leanstep prune`` measures,
 where the work that is done once counts less. Rounds alternate, and medians of processor time are compared, which other
@@ -19,7 +19,8 @@ from leanstep.pruning import measure_curves
 PARSER = command_line(__doc__, layers=30, hidden=128, sequences=4, seq_len=64, levels=8, rounds=3)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = PARSER.parse_args()
     model = random_llama(options.hidden, 3 * options.hidden, options.layers, 256).eval()
     data = torch.randint(512, (options.sequences, options.seq_len))

@@ -1,6 +1,6 @@
 """Time of a LoRA step, forward and backward, beside PEFT's and beside the frozen model's.
 
-    python benchmarks/lora_step.py
+    python benchmarks lora/step
 
 All models are made from one, live in one process, and take turns in shuffled order; medians are printed, and ratios to
 PEFT. The frozen model computes the gradient of its embeddings and nothing else. Needs peft, of the extra ``bench``.
@@ -68,7 +68,3 @@ def step(model, embeddings, inputs, clock):
     end = clock()
     model.zero_grad(set_to_none=True)
     return middle - begin, end - middle
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Products with a compressed N:M matrix beside the dense product: where they are faster, and where they are not.
 
-    python benchmarks/nm_matmul.py [--size 4096] [--threads 2] [--rounds 9] [--device cuda] [--tokens 1 8 64 512]
+    python benchmarks sparsity/matmul [--size 4096] [--threads 2] [--rounds 9] [--device cuda] [--tokens 1 8 64 512]
         [--dtype float32 bfloat16] [--patterns 2:4 1:8] [--cpu-time]
 
 Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
@@ -60,7 +60,3 @@ def main() -> None:
         print()
         head = [f"{options.size} x {options.size} {name}", *columns, "bytes"]
         print_table(head, measure(options, getattr(torch, name)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Fine-tuning a pretrained checkpoint by adapters on another text, with three optimizers on the factors.
 
     leanstep train llama-nano-sinkgd
-    python benchmarks/lora_runs.py --base runs/llama-nano-sinkgd/final --out runs/lora [key=value ...]
+    python benchmarks lora/runs --base runs/llama-nano-sinkgd/final --out runs/lora [key=value ...]
 
 The recipe llama-nano-lora reads Python's language reference, once with every optimizer and learning rate; finished
 runs are not repeated. The table has the loss on the last 20,000 tokens of the text. Then the adapter of the best run
@@ -62,7 +62,3 @@ def final_losses(base, final):
     opened = required("peft").PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final / "adapter")
     for model in (merged, opened):
         yield f"{sum(model.eval()(row[None], labels=row[None]).loss.item() for row in rows) / len(rows):.6f}"
-
-
-if __name__ == "__main__":
-    main()

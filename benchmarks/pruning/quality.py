@@ -1,7 +1,7 @@
 """Perplexity of a small language model pruned by every allocation and score, at several sparsities, one command.
 
     leanstep train llama-nano-sinkgd
-    python benchmarks/prune_quality.py --model runs/llama-nano-sinkgd/final --out runs/prune-quality
+    python benchmarks pruning/quality --model runs/llama-nano-sinkgd/final --out runs/prune-quality
 
 Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed;
 perplexity is measured on sequences of the newest ones, which neither the model nor the calibration has seen, the same
@@ -192,7 +192,8 @@ def mean_and_spread(values: list[float]) -> str:
     return format(mean, digits) + (f" ± {spread}" if float(spread) else "")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     bench = Bench(PARSER.parse_args())
     bench.run()
     print()

@@ -1,7 +1,7 @@
 """Allocations on a small convolutional network and real images: one-shot, without data, and with fine-tuning between.
 
     pip install -e '.[bench]'
-    python benchmarks/prune_digits.py [--seeds 0 1 2]
+    python benchmarks pruning/digits [--seeds 0 1 2]
 
 The network (three convolutions with batch norms, and a head; about 24 thousand weights) is trained on scikit-learn's
 1797 digits of 8 x 8, of which a fifth, drawn by the seed, is held out. Every layer is pruned by magnitude, the head and
@@ -132,7 +132,3 @@ def main() -> None:
         return [setting, *texts, f"{means[setting, RATIO]:.2f}" if (setting, RATIO) in means else "-"]
 
     print_table(["", *columns, RATIO], map(row, settings))
-
-
-if __name__ == "__main__":
-    main()

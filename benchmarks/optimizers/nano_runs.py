@@ -1,6 +1,6 @@
 """Optimizers at equal tokens on the nano recipes, each at its own tuned learning rate.
 
-    python benchmarks/nano_runs.py --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] \
+    python benchmarks optimizers/nano_runs --out runs/nano [--family llama] [--seeds 0 1 2] [--tune-steps 150] \
         [--steps 300] [--optimizers lion] [key=value ...]
 
 First every optimizer runs ``--tune-steps`` steps, with a schedule of that length, at each learning rate of its grid
@@ -124,7 +124,3 @@ def main() -> None:
         rows.append([name, f"{rates[name]:g}", f"{statistics.mean(losses):.4f}", spread, each, f"{tokens_per_s:.0f}"])
     print()
     print_table(head, rows, left=(0, 4))
-
-
-if __name__ == "__main__":
-    main()

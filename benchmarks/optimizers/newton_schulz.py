@@ -1,6 +1,6 @@
 """Newton-Schulz: bias of the nuclear norm, error against the polar factor, and time beside torch's Muon.
 
-    python benchmarks/newton_schulz.py [bias] [error] [time] [--threads 2] [--rounds 7] [--dtype float32 bfloat16]
+    python benchmarks optimizers/newton_schulz [bias] [error] [time] [--threads 2] [--rounds 7] [--dtype float32]
 
 ``bias``: estimates of the nuclear norm over the exact one, by spectrum, coefficients and dtype. ``error``: distance
 of the result from U V^T, and from the polynomial evaluated exactly, by spectrum, coefficients, form and dtype.
@@ -122,7 +122,3 @@ def main() -> None:
         for table in runs[name]:
             print()
             table()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Seconds from the command to the first loss line of a nano run.
 
-    python benchmarks/first_loss.py [RECIPE] [--cold]
+    python benchmarks recipes/first_loss [RECIPE] [--cold]
 
 ``--cold`` uses an empty cache: the tokenizer is trained and the text tokenised, as on a machine's first run.
 """
@@ -36,7 +36,3 @@ def main() -> None:
             print(f"{options.recipe}: ended without a loss line")
         process.kill()
         process.wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Low-rank over exact attention, forward and backward, by length: time, operations and the error made.
 
-    python benchmarks/low_rank_attention.py [--lengths 4096 65536] [--figure docs/low-rank-attention.svg] [--threads 1]
+    python benchmarks lora/low_rank_attention [--lengths 4096 65536] [--figure FILE] [--threads 1]
 
 One causal head of size 64 in fp32, degree 2: the two run in turns in one process, on inputs whose certified bound of
 the logits (``scale * max |q| * max |k|``) is 1; the bound is what the error depends on, and the second table varies
@@ -133,7 +133,3 @@ def main() -> None:
     by_bound(rows[0].length)
     if options.figure:
         plot(rows, options.figure)
-
-
-if __name__ == "__main__":
-    main()

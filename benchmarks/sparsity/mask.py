@@ -1,6 +1,6 @@
 """N:M masks: time beside sorting and copying, and how good transposable masks are.
 
-    python benchmarks/nm_mask.py [time] [transposable] [--size 4096] [--threads 2] [--rounds 9] [--device cuda]
+    python benchmarks sparsity/mask [time] [transposable] [--size 4096] [--threads 2] [--rounds 9] [--device cuda]
         [--dtype float32 bfloat16] [--patterns 2:4 1:8] [--cpu-time]
 
 ``time``: masks of one matrix of normal scores by pattern, through the op here, through argsort and topk with a scatter,
@@ -93,7 +93,3 @@ def main() -> None:
         head += ["exact ÷ rows only", "greedy s per M", "exact s per M"]
         print()
         print_table(head, transposable(options.rounds, clock, options.device), left=(0, 1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Step time of LANTON beside torch.optim.Muon on the hidden matrices of LLaMA-60M, one process, interleaved.
 
-    python benchmarks/lanton_step.py [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 10]
+    python benchmarks optimizers/lanton_step [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 10]
 
 "every fifth" is the mean over five steps, of which one estimates the noise.
 """
@@ -44,7 +44,8 @@ def measure(dtype: str, rounds: int, device: str) -> None:
     print_table([dtype, "median ms", "÷ torch Muon"], rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = start(PARSER)
     for name in options.dtype:
         measure(name, options.rounds, options.device)

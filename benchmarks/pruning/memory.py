@@ -1,6 +1,6 @@
 """Peak memory of pruning a checkpoint, in bytes per byte of its weights.
 
-    python benchmarks/prune_memory.py
+    python benchmarks pruning/memory
 
 A LLaMA of random weights, wide and with few blocks, is saved in one file (``--shards N``: in several) and pruned by
 :func:`leanstep.pruning.prune_checkpoint`, in a process of its own for each row. Counted is the largest resident size of
@@ -53,7 +53,7 @@ def table(options):
 
 def child(*arguments):
     """What this program prints in a new process."""
-    command = [sys.executable, __file__, *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).parents[1]), "pruning/memory", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -97,7 +97,3 @@ def run(folder, name, allocation, score):
             folder / name, Path(out) / "out", data[2:], held_out=data[:2], curve_data=data[2:4], sparsity=0.5,
             allocation=allocation, score=score, levels=(0.5, 0.7) if allocation == "dp" else None,
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Step times of optimizers on the parameter list of LLaMA-60M, side by side in one process.
 
-    python benchmarks/optimizer_step.py [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 15] [--slow]
+    python benchmarks optimizers/step [--device cuda] [--dtype float32 bfloat16] [--threads 2] [--rounds 15] [--slow]
 
 All optimizers step the same parameters with the same gradients, one step each per round, in shuffled order; medians
 over the rounds. "bytes" is what the rule must read and write, divided by the bandwidth of a copy measured in the same
@@ -78,7 +78,8 @@ def measure(dtype: str, rounds: int, slow: bool, device: str) -> None:
     print_table([dtype, "median ms", "÷ AdamW fused", "x copy of its bytes", "first step s"], rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = start(PARSER)
     warnings.simplefilter("ignore")
     for name in options.dtype:

@@ -1,6 +1,6 @@
 """What N:M methods cost in accuracy: a small vision transformer on scikit-learn's digits, sparse while it trains.
 
-    python benchmarks/sparse_quality.py [--seeds 3] [--steps 500] [--rate 1e-3] [--srste-lambda 2e-4] \
+    python benchmarks sparsity/quality [--seeds 3] [--steps 500] [--rate 1e-3] [--srste-lambda 2e-4] \
         [--results runs/sparse-quality.jsonl] [--figure docs/sparse-quality.svg]
 
 SR-STE, two kinds of mask decay (MDGF) and two of structure decay (SDGF) train to 2:4, 1:4, 1:8, 1:16 and 1:32, and a
@@ -196,7 +196,8 @@ def plot(done: dict[Run, dict[str, Any]], path: Path) -> None:
     save_svg(figure, path, transparent=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = PARSER.parse_args()
     torch.set_num_threads(options.threads)
     done = results(options.results, runs(options))

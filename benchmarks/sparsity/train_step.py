@@ -1,6 +1,6 @@
 """What N:M masks add to a training step of the nano LLaMA, by method and pattern.
 
-    python benchmarks/nm_train_step.py [--threads 2] [--rounds 15] [--only ste] [--recipe NAME] [--cpu-time]
+    python benchmarks sparsity/train_step [--threads 2] [--rounds 15] [--only ste] [--recipe NAME] [--cpu-time]
 
 Every candidate has its own copy of the recipe's model and its optimizer, and makes the same step of the recipe's batch
 in every round, in shuffled order: forward and backward of each micro batch, and the optimizer's step with the masks.
@@ -86,7 +86,3 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         rows.append([name, f"{statistics.median(seconds) * 1e3:.0f}", f"{middle:.3f}", f"{low:.2f} to {high:.2f}"])
     print_table(["step", "median ms", "÷ dense", "quartiles"], rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Bytes of bf16 weights plus optimizer state for the LLaMA sizes of the C4 benchmark, from the optimizers' own rules.
 
-    python benchmarks/state_memory.py
+    python benchmarks optimizers/state_memory
 
 Nothing is allocated: models are built with fake tensors, and the state is what the optimizer would create for them.
 """
@@ -34,7 +34,8 @@ def gigabytes(size: str, optimizer: str, overrides: list[str]) -> float:
     return total / 1e9
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     PARSER.parse_args()
     rows = ([name, *(f"{gigabytes(size, *row):.2f}" for size in SIZES)] for name, row in ROWS.items())
     print_table(["weights + state, GB", *(f"{size[:-1]}{size[-1].upper()}" for size in SIZES)], rows)

@@ -1,7 +1,7 @@
 """Bytes that adapters add to what autograd keeps, beside PEFT's.
 
-    python benchmarks/lora_memory.py
-    python benchmarks/lora_memory.py --designs
+    python benchmarks lora/memory
+    python benchmarks lora/memory --designs
 
 The model is a small LLaMA with adapters on all seven linear layers of each block. Counted are the distinct storages
 that autograd saves in one forward pass, parameters left out: the model with adapters minus the frozen model with
@@ -91,7 +91,3 @@ def count(decoder, tokens, inputs=False):
     decoder.train()
     embeddings = decoder.embed_tokens(tokens).detach().requires_grad_(inputs)
     return saved_bytes(lambda: decoder(inputs_embeds=embeddings).last_hidden_state, decoder.parameters())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The exact knapsack on the matrices of LLaMA-7B: time and memory by size of the budget and number of levels.
 
-    python benchmarks/knapsack.py [--rounds 5]
+    python benchmarks pruning/knapsack [--rounds 5]
 
 The table and the way back, beside the same recursion in numpy with an array of choices; interleaved in one process,
 medians of processor time on one core.
@@ -73,7 +73,8 @@ def solve(rounds: int) -> Iterator[list[str]]:
         yield [str(levels), str(budget), *row]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = start(PARSER)
     head = ["levels", "budget, units", "CPU ms", "table, MB", "written out, CPU ms", "ratio"]
     print_table(head, solve(options.rounds), left=())

@@ -1,6 +1,6 @@
 """Time of fp32 products by torch.mm over those that adapters take on this processor.
 
-    python benchmarks/dense_product.py [--threads 2] [--rounds 15]
+    python benchmarks lora/dense_product [--threads 2] [--rounds 15]
 
 Interleaved, medians; 1 where both are torch.mm (``leanstep info`` says which library runs, and why).
 """
@@ -26,7 +26,8 @@ def measure(rounds: int) -> Iterator[list[str]]:
         yield [f"{rows} x {inner} x {columns}", *speeds, f"{seconds['mm'] / seconds['ours']:.2f}"]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the table."""
     options = start(PARSER)
     head = ["rows x inner x columns", "torch.mm GFLOP/s", "ours GFLOP/s", "torch.mm ÷ ours"]
     print()

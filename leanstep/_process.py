@@ -1,0 +1,130 @@
+"""The process of a command: its standard streams, Ctrl-C while it starts, the end of its parent. Imports no torch."""
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+class LossyOutput(io.RawIOBase):
+    """Writes to a descriptor until that fails, and then drops everything.
+
+    Attributes:
+        error: why it failed (a closed pipe, a full disk, a closed terminal), or None.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.error: OSError | None = None
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, content: Any) -> int:
+        size = memoryview(content).nbytes
+        while self.error is None:
+            try:
+                return os.write(self._descriptor, content)
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                self.error = error
+        return size
+
+
+def open_standard_streams() -> None:
+    """Make output to sys.stdout and sys.stderr never fail, and open on /dev/null the streams that are closed.
+
+    Without that, the next file that is opened takes the number of a closed stream and receives its output. Characters
+    that the encoding lacks are escaped. Streams that Python code has replaced are left alone.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # takes the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        by_line = number == 2 or os.isatty(number)
+        if stream is not None:
+            try:
+                # PYTHONUNBUFFERED leaves the buffer out
+                raw = getattr(stream.buffer, "raw", None)
+                if stream.fileno() != number or isinstance(raw, LossyOutput):
+                    continue
+                by_line |= raw is None
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                continue
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                io.BufferedWriter(LossyOutput(number)),
+                encoding=getattr(stream, "encoding", "utf-8"),
+                errors="backslashreplace",
+                line_buffering=by_line,
+            ),
+        )
+
+
+def output_error() -> OSError | None:
+    """Flush sys.stdout; return why its output was lost, or None."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.error if isinstance(raw, LossyOutput) else None
+
+
+class InterruptibleStart:
+    """Context manager: Ctrl-C raises KeyboardInterrupt at its end if the code inside swallowed it.
+
+    A second Ctrl-C ends the process with code 130. Other handlers than Python's own, and ignored signals, stay.
+    """
+
+    def __enter__(self) -> "InterruptibleStart":
+        self._interrupted = self._installed = False
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._installed = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._interrupted and kind is not KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            os._exit(130)
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Send this process SIGTERM when its parent ends; on Linux only.
+
+    Args:
+        parent: the process that started this one. If it has ended already, this process ends now.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        sys.exit(143)

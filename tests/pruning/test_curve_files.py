@@ -1,0 +1,80 @@
+"""Files of measured points and of latencies: whatever is changed in them is noticed, or makes no difference."""
+
+import json
+import random
+import zlib
+
+import pytest
+
+from leanstep.pruning import LatencyTable
+from leanstep.pruning.measure.curves import PartialCurves
+from leanstep.pruning.measure.metrics import Distortion
+
+IDENTITY = {"model": "abc", "levels": [0.5, 0.75], "metric": "kl"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    curves = PartialCurves(tmp_path / "out.curves.jsonl", IDENTITY)
+    for layer in range(3):
+        for kept in (64, 32, 16):
+            curves.add(f"layer.{layer}.weight", kept, Distortion(kept / 7, 0.25))
+    return curves.path
+
+
+def points(file):
+    return PartialCurves(file, IDENTITY).points
+
+
+def test_every_flipped_bit_is_noticed_or_costs_the_last_line(file):
+    whole, expected = file.read_bytes(), points(file)
+    chance = random.Random(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        place = chance.randrange(len(whole))
+        damaged[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            curves = points(file)
+        except ValueError as error:
+            assert str(file) in str(error)
+            continue
+        # another line break says the same; without the last one, the last line counts as cut short
+        assert curves == expected or (place == len(whole) - 1 and curves == dict(list(expected.items())[:-1]))
+
+
+def test_cut_files_keep_their_whole_lines(file):
+    whole, expected = file.read_bytes(), list(points(file).items())
+    for length in range(0, len(whole), 7):
+        file.write_bytes(whole[:length])
+        lines = whole[:length].count(b"\n")
+        assert points(file) == dict(expected[: max(0, lines - 1)])
+
+
+ROWS = {
+    "text for a number": ["w", 3, "0.5", 0.1],
+    "NaN": ["w", 3, float("nan"), 0.1],
+    "a negative error": ["w", 3, 0.5, -0.1],
+    "a fraction of a weight": ["w", 3.5, 0.5, 0.1],
+    "a truth value": ["w", True, 0.5, 0.1],
+    "no name": [7, 3, 0.5, 0.1],
+    "too few": ["w", 3],
+    "no list": 5,
+    "a point twice": ["layer.0.weight", 64, 0.5, 0.1],
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_are_no_points_are_refused(file, case):
+    text = json.dumps(ROWS[case])
+    with file.open("a") as lines:
+        lines.write(f"{text} {zlib.crc32(text.encode()):08x}\n")
+    with pytest.raises(ValueError, match="holds no measured curves"):
+        points(file)
+
+
+def test_a_layer_with_two_rows_of_latencies_is_refused(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text('{"levels": [0, 0.5], "seconds": {"w": [2, 1], "v": [2, 1], "w": [4, 1]}}')
+    with pytest.raises(ValueError, match="table.json: it has the name 'w' twice"):
+        LatencyTable.read(file)

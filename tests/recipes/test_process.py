@@ -1,0 +1,152 @@
+"""Runs in real processes: closed streams, signals, and what happens when one of several processes ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import pytest
+from training import Training, read_log, run, status, write_recipe
+
+from leanstep._process import InterruptibleStart
+
+ENDLESS = ["eval.every=0", "checkpoint.every=0", "log.every=1"]
+SHORT = ["steps=3", "checkpoint.every=0", "eval.every=0"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def shell(line, cwd, **environment):
+    """Run a line of bash that may use ``leanstep``; returns its result."""
+    line = f'set -o pipefail\nleanstep() {{ {sys.executable} -m leanstep "$@"; }}\n{line}'
+    environment = os.environ | {"TERM": "dumb"} | environment
+    return subprocess.run(
+        ["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "streams", ["| head -n 1", "> /dev/full", ">&- 2>&- <&-"], ids=["a broken pipe", "a full disk", "closed streams"]
+)
+def test_output_that_cannot_be_written_ends_no_run(streams, recipe, tmp_path):
+    ended = shell(f"leanstep train {recipe} out=run {' '.join(SHORT)} {streams}", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert status(tmp_path / "run")["status"] == "done" and "Traceback" not in ended.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "step 3/3" in log and "report: " in log and (tmp_path / "run" / "report.html").is_file()
+    assert log.startswith("leanstep ") and (tmp_path / "run" / ".lock").read_bytes() == b""
+
+
+def test_a_failed_run_whose_output_is_closed_fails(recipe, tmp_path):
+    ended = shell(f"leanstep train {recipe} out=run {' '.join(SHORT)} optimizer.lr=1e30 2>&1 | head -n 1", tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert status(tmp_path / "run")["status"] == "failed:nan"
+
+
+def test_lost_output_of_other_commands(recipe, tmp_path):
+    assert shell("leanstep recipes list | head -n 1", tmp_path).returncode == 0
+    full = shell("leanstep recipes list > /dev/full", tmp_path)
+    assert full.returncode == 1 and full.stderr == "the output could not be written: No space left on device\n"
+    closed = shell(f"leanstep check {recipe} stepz=3 >&- 2>&-", tmp_path)
+    assert closed.returncode == 2
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(recipe, tmp_path):
+    (tmp_path / "ünï.yaml").write_text(recipe.read_text())
+    ended = shell("leanstep train ünï.yaml --dry-run 'description=\u00b1'", tmp_path, PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and "\\xb1" in ended.stdout, ended.stderr
+
+
+def test_a_deleted_working_folder_is_told_in_a_line(tmp_path):
+    (tmp_path / "gone").mkdir()
+    ended = shell("cd gone && rmdir ../gone && leanstep recipes list", tmp_path)
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith("the working folder cannot be used")
+    assert "Traceback" not in ended.stderr
+
+
+def test_nohup_is_obeyed(recipe, tmp_path):
+    training = run(recipe, ["steps=5", "checkpoint.every=0"], tmp_path / "run", prepare=faults.hangup_under_nohup)
+    assert training.codes == [0] and status(tmp_path / "run")["status"] == "done", training.text()
+
+
+def test_an_interrupt_that_is_swallowed_counts():
+    with pytest.raises(KeyboardInterrupt), InterruptibleStart():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except BaseException:
+            pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_starting_ends_the_run(recipe, tmp_path):
+    training = run(recipe, SHORT, tmp_path / "run", prepare=faults.swallowed_interrupt_while_starting)
+    assert training.codes == [130] and "Traceback" not in training.text()
+    assert read_log(tmp_path / "run") == []
+
+
+def processes_of(out):
+    """Ids of the processes whose command line names ``out``; an ended one has none."""
+    ids = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and str(out).encode() in Path(f"/proc/{entry}/cmdline").read_bytes():
+                ids.append(int(entry))
+        except OSError:
+            continue
+    return ids
+
+
+def wait_until(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition(), process
+
+
+def launched(recipe, out):
+    """Start two workers that train until they are stopped; their output is in ``out.console``."""
+    command = [sys.executable, "-m", "leanstep", "train", str(recipe), f"out={out}", "steps=100000", "--nproc", "2"]
+    with out.with_suffix(".console").open("w") as console:
+        return subprocess.Popen([*command, *ENDLESS], stdout=console, stderr=subprocess.STDOUT)
+
+
+def test_workers_end_with_their_launcher(recipe, tmp_path):
+    out = tmp_path / "run"
+    launcher = launched(recipe, out)
+    wait_until(lambda: read_log(out), launcher)
+    assert len(processes_of(out)) == 3
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not processes_of(out), launcher)
+    # each worker saved like after any SIGTERM
+    assert status(out)["status"] == "interrupted" and (out / "last").is_symlink()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_process_ends_the_others(rank, recipe, tmp_path):
+    out = tmp_path / "run"
+    launcher = launched(recipe, out)
+    wait_until(lambda: read_log(out), launcher)
+    workers = sorted(pid for pid in processes_of(out) if pid != launcher.pid)
+    os.kill(workers[rank], signal.SIGKILL)
+    launcher.wait(timeout=120)
+    said = out.with_suffix(".console").read_text()
+    assert launcher.returncode == 1 and "was ended by SIGKILL; the same command continues the run" in said
+    assert "Traceback" not in said, said
+    assert processes_of(out) == []
+
+
+def test_ranks_that_lose_another_end_with_one_line(recipe, tmp_path):
+    training = Training(recipe, ["steps=100000", "checkpoint.every=0", "eval.every=0"], tmp_path / "run", world=2)
+    training.wait_for(lambda training: training.last_step() >= 2)
+    training.kill(1)
+    assert training.wait(60) == [1, -9]
+    assert "another process ended" in training.text() and "Traceback" not in training.text()
+    assert status(tmp_path / "run")["status"] == "failed:another process ended"
