@@ -195,12 +195,12 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     """Train whole modules. Copies the parameters that they share with other modules first."""
-    inside = {id(module) for whole in saved.values() for module in whole.modules()}
+    inside = {id(module) for root in saved.values() for module in root.modules()}
     elsewhere = {
         id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
     }
-    for whole in saved.values():
-        for module in whole.modules():
+    for root in saved.values():
+        for module in root.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) in elsewhere:
                     parameter = nn.Parameter(parameter.detach().clone())

@@ -94,8 +94,8 @@ def sparsify(
             their parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M
             prunes everything, with a warning. A single pattern applies to every such layer except a transformers
             model's output head.
-        schedule: the way to N:M. An integer: number of steps of the method's own kind of schedule. None: only for
-            methods with a constant schedule.
+        schedule: the way to N:M. An integer: number of steps; the method sets the kind. None: only for methods with
+            a constant schedule.
         method: a row of the table. None: the method of the schedule's kind; "ste" for a constant schedule.
         score: "magnitude"; "gradient" (|W * gradient| of the last step); "transposable" (magnitudes, with masks that
             are N:M along the outputs too, see :func:`transposable_mask`; slower, see ``mask_every``); or a function of

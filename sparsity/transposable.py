@@ -19,7 +19,7 @@ from leanstep.sparsity.patterns import NM, as_pattern
 METHODS = ("auto", "exact", "greedy")
 # largest tile side that "auto" solves exactly
 _MAX_EXACT_M = 16
-# elements of the tensors of one batch of tiles
+# elements in one batch of tiles
 _TILE = 1 << 22
 # gains below this fraction of a tile's largest score are rounding errors
 _TOLERANCE = 1e-12

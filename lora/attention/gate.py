@@ -44,7 +44,7 @@ class LowRankGate:
     Args:
         model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). Its own implementation is
             the exact one; :meth:`close` restores it.
-        mode: ``"exact"``, ``"auto"``, or, for research, ``"force"``: low-rank wherever possible, whatever the error.
+        mode: ``"exact"``, ``"auto"``, or, for research, ``"force"``: low-rank wherever possible, at any error.
         degree: even degree of Taylor's sum.
         tolerance: largest accepted relative error of softmax weights, and of the output on sampled queries.
         every: number of calls between judgements of a layer that runs exactly.
@@ -327,7 +327,7 @@ class LowRankGate:
 
 
 def _update_center(state: LayerState, inputs: AttentionInputs) -> None:
-    """Move the running mean of the keys a tenth of the way to the mean of these keys."""
+    """Update the running mean of the keys: 0.9 times the old one, plus 0.1 times the mean of these keys."""
     means = key_means(inputs.key, inputs.key_mask).mean(dim=0)
     state.center = means if state.center is None else state.center.lerp(means, 0.1)
 
@@ -341,7 +341,7 @@ def _as_layer(out: Tensor) -> tuple[Tensor, None]:
 
 
 def why_impossible(call: Call) -> str | None:
-    """The reason why a call cannot run low-rank, whatever its norms; None if it can."""
+    """The reason why a call cannot run low-rank at any norms; None if it can."""
     query, key, value = call.inputs[:3]
     if call.unsupported_mask is not None:
         return call.unsupported_mask

@@ -235,8 +235,8 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
                 shapes[f"{name}.lora_B.bias"] = (m,)
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (m,)
-    for name, whole in modules_to_save(model, config).items():
-        shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in whole.named_parameters()}
+    for name, root in modules_to_save(model, config).items():
+        shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
     for name, parameter in model.named_parameters():
         owner, _, end = name.rpartition(".")
         if end == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in plan)):

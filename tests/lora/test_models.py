@@ -157,7 +157,7 @@ def test_every_layer_says_whether_it_is_fast():
     layer, block = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp
     assert layer.fast_path.on and block.fast_path.on
     layer.weight.requires_grad_(True)
-    assert layer.fast_path == (False, "the base weight is trained, whose gradient is a full matrix")
+    assert layer.fast_path == (False, "the base weight is trained, and its gradient is a full matrix")
     x = torch.randn(3, 32, dtype=torch.float64)
     layer(x).sum().backward()
     assert layer.weight.grad.shape == layer.weight.shape

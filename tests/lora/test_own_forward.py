@@ -141,7 +141,7 @@ def test_a_weight_of_a_class_of_its_own_is_multiplied_by_that():
     wanted = model(inputs())
     apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
     torch.testing.assert_close(model(inputs()), wanted)
-    assert model.first.fast_path == (False, "the base weight is a Halved, whose own operations multiply it")
+    assert model.first.fast_path == (False, "the base weight is a Halved, which defines its own products")
 
 
 def test_a_subclass_without_a_forward_of_its_own_is_fast():
