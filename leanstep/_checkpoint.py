@@ -284,7 +284,9 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
     Raises:
         ValueError: the message names the first such tensor and counts the others.
     """
-    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    # a process that gets its weights from another one has them without values
+    stored = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point() and not tensor.is_meta)
+    broken = [name for name, tensor in stored if not _is_finite(tensor)]
     if broken:
         more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
         raise ValueError(f"{where}: {one_line(broken[0])} holds NaN or infinity{more}; expected finite weights")

@@ -186,7 +186,7 @@ def check_choices(
     if fixed is not None:
         if sparsity is not None and abs(sparsity - fixed.sparsity) > 1e-9:
             raise ValueError(
-                f"pattern {pattern} is a sparsity of {fixed.sparsity:g}, and {sparsity:g} was asked for; leave "
+                f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, got sparsity={sparsity:g}; leave "
                 f"sparsity out, or use the pattern N:{fixed.m}, which chooses n for each matrix"
             )
         if allocation not in ("uniform", "dp"):
@@ -227,7 +227,7 @@ def _split_data(
         whole = data if isinstance(data, Tensor) else as_batches(data, model, batch_size=batch_size)
         if len(whole) < 2:
             unit = "sample" if isinstance(data, Tensor) else "batch"
-            raise ValueError(f"data has one {unit}: one at least has to be held out; give more, or held_out")
+            raise ValueError(f"data has one {unit}, and at least one is held out; give more, or held_out")
         first = len(whole) - max(1, len(whole) // 5)
         data, held_out = whole[:first], whole[first:]
     batches = as_batches(data, model, batch_size=batch_size)

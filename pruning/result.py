@@ -11,7 +11,7 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
 
 _FRONT_POINTS = 100
-# a joint distortion over the summed one, or its inverse, from which the reader is told
+# a note appears if joint / summed distortion, or its inverse, is larger
 _ADDITIVE = 1.5
 
 
@@ -76,8 +76,8 @@ class Additivity:
         method: of the allocation.
         joint, joint_stderr: distortion with all matrices pruned.
         summed: sum of the distortions with one matrix pruned at a time, at the same levels.
-        ratio: joint / summed; NaN for 0 / 0. The paper's theorem predicts 1, where distortions add up. Far from 1, the
-            sum does not rank allocations.
+        ratio: joint / summed; NaN for 0 / 0. It is 1 where distortions add up, as the paper's theorem predicts. Far
+            from 1, the sum does not rank allocations.
     """
 
     method: str

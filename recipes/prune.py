@@ -77,12 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         default="params",
         choices=("params", "flops", "bytes", "latency"),
-        help="cost of which --sparsity is the fraction to remove: weights (default), operations, bytes, or seconds",
+        help="unit of --sparsity, the fraction to remove: weights (default), operations, bytes, or seconds",
     )
     add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
     add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
-    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: some n of 8 each; or 2:4 for all")
+    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--data",
         metavar="sotu|FILE",
@@ -91,21 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add(
-        "--curve-samples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="how many of --samples the curves use; default 16",
-    )
+    add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
     add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
-    add(
-        "--granularity", default="matrix", choices=("matrix", "role", "block"), help="unit that gets one level, with dp"
-    )
-    add("--correction", default="none", choices=("none", "relinearise"), help="where sums do not add up")
+    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
+    add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
@@ -210,10 +202,10 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
 
 def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split off the newest documents as held-out text. The recipes do not train on these either."""
-    left, first = _HELD_OUT_BYTES, len(documents)
-    while first > 1 and left - len(documents[first - 1]) >= 0:
+    room, first = _HELD_OUT_BYTES, len(documents)
+    while first > 1 and room - len(documents[first - 1]) >= 0:
         first -= 1
-        left -= len(documents[first])
+        room -= len(documents[first])
     return documents[:first], documents[first:]
 
 

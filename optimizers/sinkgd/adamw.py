@@ -130,7 +130,8 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     states, rounding, device = batch.states, batch.rounding, params[0].device
     rounding_state = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
     pairs = zip(params, rounding_state, strict=True)
-    wide = [r.copy_(widen(p, r, rounding)) if rounding == "master" else widen(p, r, rounding) for p, r in pairs]
+    masters = rounding == "master"
+    wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
     _update(wide, [g.float() for g in grads], states, batch.group, skip)
     seeds: Any = [None] * len(params)
     offsets: Any = [0] * len(params)

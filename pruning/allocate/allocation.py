@@ -38,14 +38,14 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that the pruned layers may cost together.
+    """Largest total cost of the pruned layers.
 
     Attributes:
         kind: * "params": weights that are left.
             * "flops": operations per sample, 2 for every weight left and use (``Layer.uses``).
             * "bytes": the values left and a mask of one bit per weight, or the dense matrix if that is smaller.
             * "latency": seconds, from a table.
-        target: the most, in that unit.
+        target: the largest cost, in that unit.
         seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
 
     Raises:
@@ -69,7 +69,7 @@ class Budget:
     def fraction(
         cls, kind: str, of_dense: float, layers: Sequence[Layer], seconds: Mapping[str, Sequence[float]] | None = None
     ) -> Budget:
-        """A fraction of the dense layers' cost. In ``seconds``, the first level of each layer is the dense one."""
+        """A budget of ``of_dense`` times the dense cost. The first of a layer's ``seconds`` is its dense cost."""
         return cls(kind, of_dense * dense_cost(kind, layers, seconds), seconds)
 
 
@@ -81,7 +81,7 @@ def dense_cost(kind: str, layers: Sequence[Layer], seconds: Mapping[str, Sequenc
 
 
 def cost(kind: str, layer: Layer, counts: npt.ArrayLike) -> Ints:
-    """Integer cost of counts of weights that are left; every kind except "latency"."""
+    """Cost of a layer with ``counts`` weights left, int64; for every kind except "latency"."""
     counts = np.asarray(counts, dtype=np.int64)
     if kind == "flops":
         return 2 * layer.uses * counts
@@ -151,10 +151,10 @@ def allocate(
         ValueError: for an unknown method, duplicate names, a missing argument of the method, or values out of range.
 
     Notes:
-        "dp" is exact for weights and operations where the cheapest and the dearest levels are at most 65,536 units
-        apart. Above, costs are rounded up to 1 / 32,768 of the dense cost; allocations whose true cost fits are still
-        considered. It takes 32,768 additions per layer and level, and 8 bytes per layer and state. That distortions add
-        up is an assumption; measure the result on other data.
+        "dp" is exact, except for latencies, if the cheapest and the dearest levels are at most 65,536 units apart.
+        Otherwise costs are rounded up to 1 / 32,768 of the dense cost; allocations whose true cost fits are still
+        considered. Time: at most 65,536 additions per layer and level. Memory: 8 bytes per layer and state.
+        "dp" assumes that distortions add up: measure the result on other data.
 
     References:
         Xu et al., arXiv 2308.10438 ("dp"); Frantar, Alistarh, "SPDY", arXiv 2201.13096 (the same program under
@@ -290,8 +290,8 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float)
     else:
         if not curve.patterns and counts[-1] < upper < counts[0]:
             # add the bound as a level
-            every = np.union1d(counts, [upper]).astype(np.int64)[::-1]
-            counts, loss = every, np.interp(every, counts[::-1], loss[::-1])
+            bounded = np.union1d(counts, [upper]).astype(np.int64)[::-1]
+            counts, loss = bounded, np.interp(bounded, counts[::-1], loss[::-1])
         costs = cost(budget.kind, layer, counts).astype(np.float64)
     inside = counts <= upper
     if not inside.any():
@@ -301,7 +301,7 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float)
             int(counts[-1]),
             int(counts[0]),
         )
-    patterns = tuple(p for p, ok in zip(curve.patterns, inside, strict=False) if ok)
+    patterns = tuple(p for p, fits in zip(curve.patterns, inside, strict=False) if fits)
     between = None if curve.patterns or budget.seconds is not None else partial(cost, budget.kind, layer)
     return LayerLevels(layer.name, layer.numel, counts[inside], loss[inside], costs[inside], patterns, between)
 
@@ -388,7 +388,7 @@ class BudgetConstraint:
         Args:
             levels: of each layer.
             upper: most weights of each layer.
-            sparsity: for the message, if it gave the target as a number of weights.
+            sparsity: the requested sparsity, for the message; None for costs.
         """
         least = most = 0.0
         for layer in self.layers:

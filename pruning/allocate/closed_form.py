@@ -189,7 +189,7 @@ def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:
 
 
 def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
-    """Candidates for ``beta``: multiples of ``step`` up to the largest possible slope.
+    """Candidates for ``beta``: multiples of ``step`` up to the largest slope, or that slope alone.
 
     Notes:
         The paper takes the one with the lowest perplexity on the test set. Do not choose on the text you report.

@@ -12,7 +12,7 @@ from typing import Any
 from leanstep._checkpoint import unique_names
 from leanstep.pruning.score.targets import Group
 
-# largest distance of a sparsity from the level it means: 0.333 means 3:9
+# largest distance between a sparsity and its level in the table: 0.333 stands for 1/3
 _NEAR = 1e-3
 
 
@@ -82,8 +82,8 @@ class LatencyTable:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
-                f"the latency table has no row for {missing[0]}{more}; every matrix that is pruned needs one, others "
-                "are left out with exclude"
+                f"the latency table has no row for {missing[0]}{more}; every pruned matrix needs one; leave others "
+                "out with exclude"
             )
         seconds = {}
         for group in groups:

@@ -115,7 +115,7 @@ def prune_checkpoint(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} is not there: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = check_output(out)
     partial = out.with_name(f"{out.name}.curves.jsonl")
     if partial.exists() and not resume:

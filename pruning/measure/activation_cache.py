@@ -62,9 +62,9 @@ class ActivationCache:
     """Runs a model on fixed batches from one of its stages on.
 
     The cache holds the output of the last stage before :attr:`position` for every batch: tokens x width values, in the
-    model's dtype and on its device. A position is the index of a stage. :attr:`starts` has those from which the model
-    can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the time of
-    :meth:`advance`.
+    model's dtype and on its device. A position is the index of a stage. :attr:`starts` lists the positions from which
+    the model can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the
+    time of :meth:`advance`.
 
     Args:
         model: run in its current mode.

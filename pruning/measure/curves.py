@@ -35,7 +35,7 @@ class Curve:
         counts: number of weights left at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
-        metric: what D is, for instance "kl"; D of different metrics must not be added.
+        metric: name of the metric, such as "kl". D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
 
@@ -229,9 +229,9 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
         ValueError: if groups of m do not fill ``numel`` weights, or ``fewest`` is not in 0 .. m.
     """
     if m < 1 or numel % m or not 0 <= fewest <= m:
-        raise ValueError(f"nm_levels: groups of {m} must fill the {numel} weights, and 0 <= fewest = {fewest} <= {m}")
-    every = range(m, fewest - 1, -1)
-    return tuple(numel // m * n for n in every), tuple(f"{n}:{m}" for n in every)
+        raise ValueError(f"nm_levels: expected m to divide numel and 0 <= fewest <= m; got {m}, {numel} and {fewest}")
+    group_counts = range(m, fewest - 1, -1)
+    return tuple(numel // m * n for n in group_counts), tuple(f"{n}:{m}" for n in group_counts)
 
 
 def levels_of(
@@ -271,7 +271,7 @@ def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list
 class PartialCurves:
     """A file with one line per measured point. Its first line identifies model, data and settings.
 
-    Each line ends in the checksum of what stands before it in the line.
+    Each line is JSON, a space and the CRC-32 of the JSON.
 
     Args:
         path: the file; created with the first point.
@@ -299,7 +299,7 @@ class PartialCurves:
         self.points[name, count] = point
 
     def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
-        """Take a point from the file, if it is one and the first of its kind."""
+        """Check a point that was read from the file, and add it."""
         numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
         if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
             raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, mean, stderr]}")

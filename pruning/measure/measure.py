@@ -196,8 +196,8 @@ class Measurement:
         if abs(change) > _NOISE:
             raise RuntimeError(
                 f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {change:g} in "
-                f"{self.metric.name} when earlier stages are answered from the cache; use "
-                "measure_curves(prefix_cache=False)"
+                f"{self.metric.name} when the cache answers for earlier stages; measure with "
+                "measure_curves(prefix_cache=False), and prune with these curves and held_out=False"
             )
 
     def _run(self) -> Distortion:
@@ -243,8 +243,8 @@ class WeightSnapshot:
 
     Args:
         targets: matrices that will be changed.
-        stored: function from a parameter's name to its values on the CPU, or None. Values equal to the model's are not
-            copied. None: all are copied.
+        stored: function from a parameter's name to its stored values on the CPU, or to None. Parameters equal to their
+            stored values are not copied. Without a function, all are.
     """
 
     def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:

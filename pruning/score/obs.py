@@ -59,10 +59,10 @@ class FisherPruner(LayerPruner):
             raise ValueError(f"FisherPruner: update must be one of {', '.join(UPDATES)}, got {update!r}")
         if not damping > 0 or block_size < 1:
             raise ValueError(f"FisherPruner: expected damping > 0 and block_size >= 1, got {damping} and {block_size}")
-        alive = (self.weight != 0).flatten()
+        nonzero = (self.weight != 0).flatten()
         rows = gradients.detach()
-        if not bool(alive.all()):
-            rows = rows * alive
+        if not bool(nonzero.all()):
+            rows = rows * nonzero
         # row by row: no float64 copy of them all
         mean_square = sum(float(row.to(torch.float64).square().mean()) for row in rows) / len(rows)
         if not 0 < mean_square < torch.inf:
@@ -94,16 +94,16 @@ class FisherPruner(LayerPruner):
 
     def _updated(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The updated weights, and their mask."""
-        flat, left = self.weight.to(torch.float64).flatten(), mask.flatten()
+        flat, remaining = self.weight.to(torch.float64).flatten(), mask.flatten()
         if self._update == "independent":
-            flat = flat + self._fisher.solve(torch.where(left, 0.0, -flat / self._diagonal))
+            flat = flat + self._fisher.solve(torch.where(remaining, 0.0, -flat / self._diagonal))
         elif self._update == "exact":
-            flat = flat + self._least_increase(flat, left)
+            flat = flat + self._least_increase(flat, remaining)
         updated = flat.view_as(self.weight).masked_fill(self.weight == 0, 0.0)
         return updated.to(self.weight.dtype), mask
 
-    def _least_increase(self, flat: Tensor, left: Tensor) -> Tensor:
-        """The change of the kept weights R with the least increase of the loss when the others S become zero.
+    def _least_increase(self, flat: Tensor, remaining: Tensor) -> Tensor:
+        """The change of the ``remaining`` weights R that raises the loss least when the others S become zero.
 
         Solves the ridge regression ``min |G_R d_R - v|^2 + damping * m * |d_R|^2`` with ``v = G_S w_S``. Of its primal
         and dual form, takes the one with the smaller matrix.
@@ -111,7 +111,7 @@ class FisherPruner(LayerPruner):
         change = torch.zeros_like(flat)
         m = self._fisher.rows.shape[0]
         for window, tile in self._blocks():
-            w, r = flat[window].view(tile.shape[0], -1, 1), left[window].view(tile.shape[0], 1, -1)
+            w, r = flat[window].view(tile.shape[0], -1, 1), remaining[window].view(tile.shape[0], 1, -1)
             v = tile @ (w * ~r.mT)
             tile = tile * r
             dual = m < tile.shape[2]
@@ -123,7 +123,7 @@ class FisherPruner(LayerPruner):
         return change
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(weights, their gradients in float64 [blocks, m, width]), some blocks of one width at a time."""
+        """(slice of weights, their gradients, float64 [blocks, m, width]), some blocks of one width at a time."""
         rows, width = self._fisher.rows, self._fisher.block_size
         m, d = rows.shape
         many = max(1, _TILE // (m * width)) * width

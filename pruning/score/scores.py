@@ -75,38 +75,38 @@ def layer_pruner(
     """
     _check_options(weight, score, statistics, scope, update, spacing)
 
-    def make(matrix: Tensor, about: LayerStatistics | None) -> LayerPruner:
+    def make(matrix: Tensor, statistics: LayerStatistics | None) -> LayerPruner:
         if score == "sparsegpt":
-            assert about is not None and about.gram is not None
+            assert statistics is not None and statistics.gram is not None
             return SparseGPTPruner(
-                matrix, about.gram, damping=0.01 if damping is None else damping, block_size=block_size
+                matrix, statistics.gram, damping=0.01 if damping is None else damping, block_size=block_size
             )
         if score == "mfac":
-            assert about is not None and about.gradients is not None
+            assert statistics is not None and statistics.gradients is not None
             return FisherPruner(
                 matrix,
-                about.gradients,
+                statistics.gradients,
                 damping=0.1 if damping is None else damping,
                 block_size=block_size,
                 update=update,
             )
         mask_scope = scope or (_SCOPE.get(score, "matrix") if isinstance(score, str) else "matrix")
-        return ScoredPruner(matrix, _scores(matrix, score, about), mask_scope)
+        return ScoredPruner(matrix, _scores(matrix, score, statistics), mask_scope)
 
     if spacing > 1:
         return SpacedPruner(weight, spacing, make, statistics)
     return make(weight, statistics)
 
 
-def _scores(matrix: Tensor, score: str | ScoreFunction, about: LayerStatistics | None) -> Tensor:
+def _scores(matrix: Tensor, score: str | ScoreFunction, statistics: LayerStatistics | None) -> Tensor:
     """Scores for a pruner that leaves the other weights unchanged."""
     wide = matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
     if callable(score):
-        return score(wide, about)
+        return score(wide, statistics)
     if score == "magnitude":
         return magnitude(wide)
-    assert about is not None and about.square_sum is not None
-    return magnitude_times_activation(wide, about.square_sum.sqrt().to(wide.device))
+    assert statistics is not None and statistics.square_sum is not None
+    return magnitude_times_activation(wide, statistics.square_sum.sqrt().to(wide.device))
 
 
 def _check_options(

@@ -136,11 +136,11 @@ def find_targets(
     Args:
         model: any module; frozen parameters count as well.
         include: wildcards over parameter names, such as ``"*.mlp.*"``. Takes only matching matrices, including
-            a matching head or router. None: all of the above.
+            a matching head or router. None: the matrices named above.
         exclude: wildcards; matching parameters are left out.
 
     Raises:
-        ValueError: a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
+        ValueError: for a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
             parametrized.
     """
     names = prunable_names(model, include=include, exclude=exclude)
@@ -317,8 +317,12 @@ class Group:
 
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:
-    """Group targets: each ``"matrix"`` alone; a block's q and k, v and o, up and gate, and the rest by name
-    (``"role"``); or a whole ``"block"``. A matrix outside of blocks stays alone.
+    """Group targets that share a level. A matrix outside of blocks is a group of its own.
+
+    Args:
+        targets: the matrices.
+        granularity: ``matrix``: every matrix alone. ``role``: a block's q and k, v and o, up and gate, others by name.
+            ``block``: all matrices of a block.
 
     Raises:
         ValueError: for another granularity.

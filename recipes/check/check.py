@@ -127,7 +127,7 @@ class Check:
         """List what the run downloads. Asks once whether the hub answers; later sections reuse the answer."""
         base = self.config.model.init_from
         if base and is_folder_name(base) and not Path(base).expanduser().exists():
-            section.problems.append(f"model.init_from: the folder '{base}' does not exist; train what writes it first")
+            section.problems.append(f"model.init_from: the folder '{base}' does not exist; run its recipe first")
         wanted = from_hub(self.config)
         if not wanted:
             return
@@ -187,12 +187,12 @@ class Check:
         if data.source == "hf":
             if not self.offline:
                 check_hub(data.name or "")
-            section.add("source", f"hub dataset {data.name} {'not looked for' if self.offline else 'is there'}")
+            section.add("source", f"hub dataset {data.name} {'not checked' if self.offline else 'exists'}")
             return
         try:
             check_layers(config)
         except ValueError:
-            section.add("source", "not read, because of problems below that do not depend on it")
+            section.add("source", "not read: repair the problems below first")
             return
         files = find_files(data.path, data.source) if data.path and data.source != "sotu" else []
         if data.streaming or unknown or sum(file.stat().st_size for file in files) > LOAD_LIMIT:

@@ -142,11 +142,11 @@ def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device:
 def check_layers(config: RunConfig) -> None:
     """Check the settings that select layers or parameters against the model, without its weights or the text.
 
-    Raises ValueError for a pattern, selector or wildcard without a match, and for layers that cannot be as asked.
+    Raises ValueError for a pattern, selector or wildcard without a match, or a layer that does not support its setting.
     """
-    known = trained_size(config.data.tokenizer) or 0
+    trained = trained_size(config.data.tokenizer) or 0
     # no setting depends on the vocabulary
-    model = meta_model(config, max(known, config.model.config.get("vocab_size", 0)) or 512)
+    model = meta_model(config, max(trained, config.model.config.get("vocab_size", 0)) or 512)
     build_optimizer(config.optimizer, model)
     if config.sparsity.patterns:
         plan(config, model)
@@ -181,8 +181,8 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
     with unset_fake_temporarily(), torch.device("meta"):
         if config.model.init_from is None:
             return build_model(config.model, vocab_size, dtype)
-        known = open_config(config.model.init_from)
-        model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
+        base_config = open_config(config.model.init_from)
+        model = AutoModelForCausalLM.from_config(base_config, dtype=dtype, trust_remote_code=False)
         if config.lora.target_modules:
             adapt(config, model)
         return model

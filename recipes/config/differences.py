@@ -1,11 +1,11 @@
-"""Compare two recipes: which differences forbid to resume a run, or to compare its result with the expected one."""
+"""Compare two recipes: find differences that forbid resuming a run, or comparing its result with the expected one."""
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from leanstep.recipes.config.references import recorded, resolved
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.values import recorded, resolved
 
 # section -> the key without which it has no effect
 SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
@@ -52,7 +52,7 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
     Leaves out the seed, which the tolerance covers, and keys that the recipe leaves open (``???``).
     """
     changed = [key for key, before, _ in _changes(recipe, config) if before != "???"]
-    # which batches are evaluated changes the number that is compared
+    # the compared loss depends on the validation batches
     measured = ["eval.batches"] if (recipe.get("eval") or {}).get("batches") != config.eval.batches else []
     return [*(key for key in changed if key not in _ROUNDING and key != "seed"), *measured]
 

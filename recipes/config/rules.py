@@ -123,7 +123,7 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
     if config.release_gradients:
         yield (
             (*keys, "release_gradients"),
-            "acts between backward and step, which are one in release_gradients",
+            "acts between backward and step, which release_gradients joins; set one of them to false",
         )
     if config.sparsity.patterns:
         yield (*keys, "sparsity.patterns"), "and sparsity.patterns both decide what is zero; take one of them"
@@ -139,7 +139,7 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         return
     keys = ("lora.target_modules",)
     if not config.model.init_from:
-        yield (*keys, "model.init_from"), "adapts a model that is there already; name its folder in model.init_from"
+        yield (*keys, "model.init_from"), "adapts an existing model; name its folder in model.init_from"
     if config.distributed.strategy == "fsdp2":
         yield (*keys, "distributed.strategy"), "goes with distributed.strategy ddp, whose models are whole"
     if config.sparsity.patterns:
@@ -181,7 +181,7 @@ def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-# sizes that no model or run has: building or running them would end in a lack of memory, or never
+# largest sizes: a larger model would exhaust the memory, or its run would never end
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 1000),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 2**14),

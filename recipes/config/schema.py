@@ -244,7 +244,10 @@ class LoraSectionConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
-    """Validation every ``every`` steps (0: at the end only), with ``at_start`` before the first, on ``batches``."""
+    """Validation every ``every`` steps (0: at the end only), on ``batches`` batches (null: all).
+
+    ``at_start`` adds one before the first step.
+    """
 
     every: int = Field(default=100, ge=0)
     at_start: bool = False
@@ -297,7 +300,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    """A whole run: everything that decides its result. ``name`` and ``out`` default to the file's name.
+    """A whole run: everything that decides its result. ``name`` defaults to the file's name, ``out`` to ``runs/NAME``.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
     optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
@@ -26,7 +26,8 @@ KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in li
 # limits of a document: characters, nesting, values and characters with aliases expanded, characters of a number
 _MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
 _YAML = "tag:yaml.org,2002:"
-_MOST_PROBLEMS = 50  # that one check reports
+_MOST_PROBLEMS = 50  # in one check
+_SHORTEST_HIDDEN = 4  # characters; shorter values would be replaced in other words
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +68,10 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each syntax error."""
+    """A parsed file: its value, the line of each key path, and ``(line, message)`` for each syntax error.
+
+    ``values`` and ``characters`` count its size with aliases expanded.
+    """
 
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -233,7 +237,7 @@ def check(schema: Any, value: Any, path: KeyPath = ()) -> tuple[Any, list[Proble
         (the validated value or None, one problem for each wrong key).
     """
     try:
-        # strict JSON allows what a recipe may hold: no text for a number, no number for a flag, lists for tuples
+        # strict JSON mode takes lists for tuples, but no text for a number and no number for a flag
         return _adapter(schema).validate_json(json.dumps(value), strict=True), []
     except ValidationError as failure:
         by_key: dict[tuple[int | str, ...], list[Any]] = {}
@@ -273,7 +277,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
         return path, _cut(f"{key} {first['ctx']['error']}", 400)
     for step in steps:
         value = value[step]
-    # of a union, a number out of range says more than the other types; exact types, since True is an int
+    # of the errors of a union, report the range alone if there is one; exact types, since True is an int
     of_range = [error for error in errors if error["type"] in _RANGE_ERRORS and type(value) in (int, float)]
     expected = " or ".join(dict.fromkeys(error["msg"] for error in of_range[:1] or errors))
     for word, ours in _WORDS.items():
@@ -332,6 +336,31 @@ def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def recorded(config: RunConfig) -> dict[str, Any]:
+    """The settings of ``config`` for files: references to environment variables instead of their values."""
+    settings = resolved(config)
+    for path, text in config.references.items():
+        set_at(settings, path, text)
+    return settings
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The settings of ``config`` with the values of all references."""
+    settings = asdict(config)
+    del settings["source_file"], settings["references"]
+    return settings
+
+
+def hidden_texts(config: RunConfig) -> dict[str, str]:
+    """Value -> reference of the texts that a run's files must not show."""
+    return {
+        value: text
+        for path, text in config.references.items()
+        for key, value in leaves(resolved(config))
+        if key[: len(path)] == path and isinstance(value, str) and len(value) >= _SHORTEST_HIDDEN
+    }
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -25,7 +25,7 @@ def offline_recipes() -> list[str]:
 
 
 def from_hub(config: "RunConfig") -> dict[str, str]:
-    """Recipe key -> name on the hub, for all that a recipe needs from the hub."""
+    """Recipe key -> name of each dataset, tokenizer and model that a recipe needs from the hub."""
     data, model = config.data, config.model
     names = {}
     if data.source == "hf" and data.name:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a position without a target, as torch's cross_entropy and transformers have it
 
-# bytes per held-out token to keep from the tokenizer's training, before its tokens are known. More than any vocabulary
-# here reaches (5.1 at 16,384 on English prose).
+# bytes of text per held-out token, an upper estimate: the tokenizer must not train on this text, and its tokens are
+# counted later. On English prose, a vocabulary of 16,384 reaches 5.1.
 _BYTES_HELD_OUT = 8
 _MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more change few merges and take minutes
 
@@ -112,7 +112,7 @@ class LoadedData:
         bytes_per_token: UTF-8 bytes per token of the validation sequences, end-of-text tokens included;
             ``loss / ln 2 / bytes_per_token`` is bits per byte. None without validation text.
         stream: whether ``train`` is a :class:`leanstep.recipes.data.streaming.StreamedSequences`.
-        facts: what :meth:`summary` prints, in order.
+        facts: the lines of :meth:`summary`, by name.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -243,7 +243,7 @@ def _boundary(config: "DataConfig", file: TokenFile, val_tokens: int) -> int:
 
 
 def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
-    """Count the bytes of text from token ``boundary`` on, up to a character cut there."""
+    """Count the bytes of text from token ``boundary`` on; exact unless it cuts a character."""
     if boundary >= len(file):
         return 0
     first = int(np.searchsorted(file.ends, boundary, side="right"))

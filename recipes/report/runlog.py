@@ -106,7 +106,8 @@ def number(value: Any) -> float | None:
     except ValueError:
         return None
     except OverflowError:
-        converted = math.inf if value > 0 else -math.inf
+        # only of whole numbers
+        converted = -math.inf if isinstance(value, int) and value < 0 else math.inf
     return converted if abs(converted) <= LARGEST or converted != converted else math.copysign(math.inf, converted)
 
 

@@ -6,8 +6,10 @@ import shutil
 import socket
 
 import pytest
+import torch
 from pruned_models import make_llama, save_model
 
+from leanstep._checkpoint import check_finite
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others
@@ -153,3 +155,11 @@ def test_the_output_is_not_in_the_source(folder, tmp_path):
         with pytest.raises(ValueError, match="exists already|lies in the checkpoint"):
             prune_checkpoint(tmp_path / "link", out, **PLAIN)
     assert "out" not in os.listdir(folder)
+
+
+def test_nonfinite_weights_are_named_and_weights_without_values_are_left_out():
+    tensors = {"meta": torch.empty(2, device="meta"), "ids": torch.ones(2, dtype=torch.int64), "w": torch.ones(3)}
+    check_finite(tensors.items(), "here")
+    broken = torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="here: b\\.x holds NaN or infinity, and 1 more tensors"):
+        check_finite([*tensors.items(), ("b.x", broken), ("c", broken)], "here")

@@ -138,7 +138,7 @@ REFUSED = {
     "no sequence": (["--sparsity", "0.5", "--samples", "0"], {}, "samples, curve_samples and held_out of at least 1"),
     "empty sequence": (["--sparsity", "0.5", "--seq-len", "0"], {}, "seq_len must be from 2 to"),
     "batch size": (["--sparsity", "0.5", "--batch-size", "0"], {}, "batch_size must be at least 1, got 0"),
-    "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not there"),
+    "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not available"),
     "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
 }
 

@@ -171,7 +171,7 @@ def test_dry_run_reads_no_more_than_the_beginning(recipe, tmp_path, capsys, monk
     printed = capsys.readouterr().out
     assert f"# data.path: {path}, 1 file, 400,001 bytes" in printed and f"# data.val_path: {path}" in printed
     assert dry_run("llama-60m") == 0
-    assert "# data.name: allenai/c4 on the hub, not asked for" in capsys.readouterr().out
+    assert "# data.name: allenai/c4 on the hub, not checked" in capsys.readouterr().out
 
 
 def test_bad_recipes_and_numbers_are_exit_code_2(recipe, capsys):
