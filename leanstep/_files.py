@@ -4,8 +4,10 @@ Folders may come from elsewhere: nothing here writes through a symbolic link or 
 """
 
 import errno
+import grp
 import json
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -102,7 +104,8 @@ def cache_folders() -> list[Path]:
 def private_folder(folder: Path) -> Path:
     """Make a folder to which no other user can write, and return its path without symbolic links.
 
-    Root and the owner of ``/`` are trusted. Parents may also be writable by all if they are sticky, as /tmp. Each
+    Root and the owner of ``/`` are trusted. Parents may also be writable by all if they are sticky, as /tmp. The
+    user's private group may write, as under the umask 002 of many distributions. Each
     parent is checked before its entries, so nobody can exchange what has been checked.
 
     Raises:
@@ -119,7 +122,7 @@ def private_folder(folder: Path) -> Path:
             facts = os.lstat(path)
         # in a user namespace that does not map root, root's folders seem to belong to another user
         owners = (user, 0) if path == folder else (user, 0, root_owner)
-        shared = facts.st_mode & 0o022 and (path == folder or not facts.st_mode & stat.S_ISVTX)
+        shared = _others_may_write(facts, user) and (path == folder or not facts.st_mode & stat.S_ISVTX)
         if not stat.S_ISDIR(facts.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "expected a folder", str(path))
         if facts.st_uid not in owners:
@@ -130,6 +133,18 @@ def private_folder(folder: Path) -> Path:
             mode = stat.S_IMODE(facts.st_mode)
             raise PermissionError(errno.EPERM, f"others may write to it (mode {mode:o}; chmod go-w)", str(path))
     return folder
+
+
+def _others_may_write(facts: os.stat_result, user: int) -> bool:
+    """Whether the mode lets another user write; the private group of a user has no other member."""
+    if facts.st_mode & 0o002 or not facts.st_mode & 0o020:
+        return bool(facts.st_mode & 0o002)
+    try:
+        group, account = grp.getgrgid(facts.st_gid), pwd.getpwuid(user)
+    except KeyError:
+        return True
+    private = account.pw_gid == group.gr_gid and account.pw_name == group.gr_name
+    return not (private and set(group.gr_mem) <= {account.pw_name})
 
 
 def sync(path: Path) -> None:

@@ -129,7 +129,8 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     states, rounding, device = batch.states, batch.rounding, params[0].device
     rounding_state: Any = batch.rounding_state() or [None] * len(params)
     pairs = zip(params, rounding_state, strict=True)
-    wide = [r.copy_(widen(p, r, rounding)) if rounding == "master" else widen(p, r, rounding) for p, r in pairs]
+    masters = rounding == "master"
+    wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
     _update(wide, [g.float() for g in grads], states, batch.group, skip)
     seeds: Any = [None] * len(params)
     offsets: Any = [0] * len(params)

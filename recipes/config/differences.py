@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from leanstep.recipes.config.references import recorded, resolved
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.values import recorded, resolved
 
 # section -> the key without which it has no effect
 SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from leanstep._files import read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
-from leanstep.recipes.config.references import References, recorded
+from leanstep.recipes.config.references import References
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
 from leanstep.recipes.config.values import (
@@ -31,6 +31,7 @@ from leanstep.recipes.config.values import (
     overlay,
     parse_scalar,
     read_document,
+    recorded,
     remove_at,
     set_at,
     show,
@@ -223,22 +224,23 @@ class _Reader:
 
     def _resolve(self) -> dict[KeyPath, str]:
         """Replace every text with ``${...}`` by its value, before the checks; return the texts to record instead."""
-        texts = [(path, text) for path, text in leaves(self.value) if isinstance(text, str)]
-        referring = any("${" in text for _, text in texts)
-        references = References(overlay(asdict(RunConfig(name=self.stem)), self.value) if referring else {})
+        texts = {path: text for path, text in leaves(self.value) if isinstance(text, str)}
+        for path in (path for path, text in texts.items() if text == "???"):
+            self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
+        referring = {path: text for path, text in texts.items() if "${" in text}
+        if not referring:
+            return {}
+        references = References(overlay(asdict(RunConfig(name=self.stem)), self.value))
         texts_to_record = {}
-        for path, text in texts:
-            if text == "???":
-                self._add(path, f"{'.'.join(path)} has no value yet ('???'); give it one")
-            elif "${" in text:
-                try:
-                    value, private = references.resolve(path)
-                    set_at(self.value, path, value)
-                except ValueError as error:
-                    self._add(path, f"{'.'.join(path)}: {show(text)} cannot be resolved: {error}")
-                    continue
-                if private:
-                    texts_to_record[path] = text
+        for path, text in referring.items():
+            try:
+                value, private = references.resolve(path)
+                set_at(self.value, path, value)
+            except ValueError as error:
+                self._add(path, f"{'.'.join(path)}: {show(text)} cannot be resolved: {error}")
+                continue
+            if private:
+                texts_to_record[path] = text
         return texts_to_record
 
     def _check_class_keys(self) -> None:

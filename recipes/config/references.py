@@ -3,48 +3,21 @@
 ``${oc.env:NAME,DEFAULT}`` has a default, ``${oc.decode:TEXT}`` reads a text as YAML, ``${.key}`` names a key beside
 this one, and ``\\${`` is the text ``${``. A reference alone has any value; inside a text it becomes text.
 
-Environment variables may be secret: files of a run have the reference, not the value (:func:`recorded`).
+Environment variables may be secret: files of a run have the reference, not the value
+(:func:`leanstep.recipes.config.values.recorded`).
 """
 
 import os
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict
 from typing import Any
 
-from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import KeyPath, leaves, parse_scalar, set_at
 
 # limits: references that lead on to references, characters of a resolved text, values that references copy
 _MOST_STEPS, _MOST_TEXT, _MOST_VALUES = 20, 10_000, 5000
-_SHORTEST_HIDDEN = 4  # characters; shorter values would be replaced in other words
 _ENVIRONMENT, _DECODE = "oc.env:", "oc.decode:"
-
-
-def recorded(config: RunConfig) -> dict[str, Any]:
-    """The settings of ``config`` for files: references to environment variables instead of their values."""
-    settings = resolved(config)
-    for path, text in config.references.items():
-        set_at(settings, path, text)
-    return settings
-
-
-def resolved(config: RunConfig) -> dict[str, Any]:
-    """The settings of ``config`` with the values of all references."""
-    settings = asdict(config)
-    del settings["source_file"], settings["references"]
-    return settings
-
-
-def hidden_texts(config: RunConfig) -> dict[str, str]:
-    """Value -> reference of the texts that a run's files must not show."""
-    return {
-        value: text
-        for path, text in config.references.items()
-        for key, value in leaves(resolved(config))
-        if key[: len(path)] == path and isinstance(value, str) and len(value) >= _SHORTEST_HIDDEN
-    }
 
 
 class References:

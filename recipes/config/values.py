@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
@@ -27,6 +27,7 @@ KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in li
 _MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
 _YAML = "tag:yaml.org,2002:"
 _MOST_PROBLEMS = 50  # in one check
+_SHORTEST_HIDDEN = 4  # characters; shorter values would be replaced in other words
 
 
 class _Loader(yaml.SafeLoader):
@@ -335,6 +336,31 @@ def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def recorded(config: RunConfig) -> dict[str, Any]:
+    """The settings of ``config`` for files: references to environment variables instead of their values."""
+    settings = resolved(config)
+    for path, text in config.references.items():
+        set_at(settings, path, text)
+    return settings
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The settings of ``config`` with the values of all references."""
+    settings = asdict(config)
+    del settings["source_file"], settings["references"]
+    return settings
+
+
+def hidden_texts(config: RunConfig) -> dict[str, str]:
+    """Value -> reference of the texts that a run's files must not show."""
+    return {
+        value: text
+        for path, text in config.references.items()
+        for key, value in leaves(resolved(config))
+        if key[: len(path)] == path and isinstance(value, str) and len(value) >= _SHORTEST_HIDDEN
+    }
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from leanstep._files import write_text
 from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
-from leanstep.recipes.config.references import recorded
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.values import recorded
 from leanstep.recipes.methods import sparse
 from leanstep.recipes.training.build import describe_world, device_name
 from leanstep.recipes.training.checkpoint import TrainState

@@ -22,8 +22,8 @@ from leanstep._process import InterruptibleStart, end_with_parent, open_standard
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.config.references import hidden_texts, recorded
 from leanstep.recipes.config.schema import RunConfig, targets_note
+from leanstep.recipes.config.values import hidden_texts, recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.tokens import vocabulary_size

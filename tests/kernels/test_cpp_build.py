@@ -1,6 +1,8 @@
 """Builds of the C++ kernels and their cache: shared by processes, private to the user, repaired when damaged."""
 
+import grp
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -154,8 +156,8 @@ def test_a_folder_that_others_can_change_is_replaced_by_the_next(fresh_cache, tm
     run(BUILD)  # a library that must not be loaded
     folder = fresh_cache if "folder" in refused else fresh_cache.parent
     if "writable" in refused:
-        folder.chmod(0o775)
-        reason = f"{folder}: others may write to it .mode 775; chmod go-w"
+        folder.chmod(0o777)
+        reason = f"{folder}: others may write to it .mode 777; chmod go-w"
     else:
         give_away(folder, monkeypatch)
         reason = "expected a folder of uid .*, it belongs to"
@@ -178,6 +180,19 @@ def test_a_sticky_folder_such_as_tmp_is_a_parent_but_no_cache(tmp_path):
     assert private_folder(tmp_path / "cache") == tmp_path / "cache"
     with pytest.raises(PermissionError, match="others may write to it"):
         private_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("member", "private"), [((), True), (("guest",), False)])
+def test_the_private_group_of_the_user_may_write_to_parents(tmp_path, monkeypatch, member, private):
+    account = pwd.getpwuid(os.geteuid())
+    group = grp.struct_group((account.pw_name, "x", account.pw_gid, list(member)))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    tmp_path.chmod(0o775)
+    if private:
+        assert private_folder(tmp_path / "cache") == tmp_path / "cache"
+    else:
+        with pytest.raises(PermissionError, match="others may write to it"):
+            private_folder(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["writable", "a symbolic link"])

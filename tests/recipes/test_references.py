@@ -11,7 +11,7 @@ from training import numbers, run, write_recipe
 
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, dump, load
-from leanstep.recipes.config.references import recorded
+from leanstep.recipes.config.values import recorded
 
 SECRET = "s3cr3t-value-of-a-variable"
 FROM = "model: {init_from: x}"
