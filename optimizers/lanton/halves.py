@@ -118,7 +118,7 @@ class MarkedHalves:
             group["half_content"] = "difference"
 
     def _groups_with_halves(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
+        raise NotImplementedError
 
     def _check_marked(self, group: dict[str, Any]) -> None:
         """Raise RuntimeError if mark_half() was never called, because all factors would silently stay at 1.

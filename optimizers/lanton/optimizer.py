@@ -293,6 +293,9 @@ class LANTON(MarkedHalves, LeanOptimizer):
             offsets_of(stochastic, local(layers[0].param).device)
         return [self._whole_step(layers)]
 
+    def _groups_with_halves(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
+
     def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
         yield from step(layers, self._estimated())
         for group in self._groups_with_halves():
