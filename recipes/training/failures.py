@@ -26,11 +26,11 @@ class RunFailure(Exception):
         super().__init__(message)
 
 
-def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
+def nonfinite_message(config: RunConfig, folder: Path, step: int, event: str) -> str:
     """Describe a non-finite step: the event, the last good checkpoint, and settings to try, cheapest first."""
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
     lines = [
-        f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"step {step}: {event}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
         f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",
@@ -122,10 +122,10 @@ def lost_process(error: BaseException, world_size: int) -> tuple[str, str] | Non
 
     None for other errors.
     """
-    said = str(error).partition("\n")[0]
+    message = str(error).partition("\n")[0]
     for reason, signs in _LOST.items():
-        if world_size > 1 and any(sign in said for sign in signs):
-            return reason, said[:200]
+        if world_size > 1 and any(sign in message for sign in signs):
+            return reason, message[:200]
     return None
 
 

@@ -239,7 +239,7 @@ class Run:
             vocabulary = vocabulary_size(self.data.tokenizer)
             try:
                 self.memory = estimate(config, vocabulary, world_size=world, device=accelerator.device.type)
-            except Exception as error:  # it must not end a run
+            except Exception as error:  # an estimate must not end a run
                 self.memory_unknown = str(error) or type(error).__name__
             warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
             if warning:
