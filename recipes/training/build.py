@@ -94,7 +94,7 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
-    """Yield what this machine lacks for the run: a GPU, or a tracker (Accelerate would only warn)."""
+    """Yield the problems of this machine: no GPU, or a missing tracker (Accelerate would only warn)."""
     if cpu and config.precision == "fp16":
         yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
     if cpu and config.distributed.strategy == "fsdp2":
@@ -346,8 +346,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     first entry that selects a parameter wins.
 
     Raises:
-        ValueError: an unknown argument, a refused value, or an entry of ``groups``
-            that selects nothing.
+        ValueError: an unknown argument, a refused value, or an entry of ``groups`` that selects nothing.
     """
     cls = optimizer_class(config.name)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}

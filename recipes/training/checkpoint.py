@@ -90,7 +90,7 @@ class TrainState:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error of the block but a lack of memory into a CheckpointError of one line about ``path``."""
+    """Turn errors of the block, except out-of-memory, into a CheckpointError of one line about ``path``."""
     try:
         with warnings.catch_warnings():
             # an error follows, which says more
@@ -177,14 +177,14 @@ def verify(path: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing")
         if Path(name).is_absolute() or file.resolve() != path.resolve() / name:
-            raise CheckpointError(f"{path} cannot be used: {name} is reached by a symbolic link or outside of it")
+            raise CheckpointError(f"{path} cannot be used: {name} lies outside of it, or behind a symbolic link")
         if file.stat().st_size != size:
             raise CheckpointError(
                 f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size} (a full disk "
                 "or an interrupted copy truncates files)"
             )
         if "crc32" in files[name] and _fingerprint(file) != files[name]:
-            raise CheckpointError(f"{path} is damaged: the content of {name} is not what was written")
+            raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -252,7 +252,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 class Start:
     """Where a run begins: at ``checkpoint``, or at step 0 if that is None. ``notes`` are lines to print.
 
-    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` renames them with.
+    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` puts before their names.
     """
 
     checkpoint: Path | None = None
@@ -273,7 +273,7 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     """
     folder.claim()
     start = Start(
-        notes=[f"removed what an interrupted save left: {name}" for name in clean_leftovers(folder.checkpoints)]
+        notes=[f"removed the leftover of an interrupted save: {name}" for name in clean_leftovers(folder.checkpoints)]
     )
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
@@ -302,7 +302,7 @@ def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
         target = path.with_name(f"{word}-{path.name}")
         remove(target)
         os.replace(path, target)
-        lines.append(f"a checkpoint that was passed over is kept as {target.name}")
+        lines.append(f"renamed a skipped checkpoint to {target.name}")
     if lines and start.checkpoint is not None and last.is_symlink():
         point(last, start.checkpoint)
     return lines
@@ -373,7 +373,7 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
         checkpoints = find_checkpoints(folder.checkpoints)
         aside.update({later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step})
     elif not folder.is_empty():
-        raise FolderError(f"out: {folder.root} already holds another run than that of {path}. {_ways_out()}")
+        raise FolderError(f"out: {folder.root} already holds a run other than that of {path}. {_ways_out()}")
     return path
 
 
@@ -408,7 +408,7 @@ def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: l
         also = f" (the weights alone can be taken over with model.init_from={weights})" if weights.is_dir() else ""
         raise CheckpointError(
             f"{keys} of the recipe changed since {where} was written, so this would not be the same run:\n{listed}\n"
-            f"Put back what changed to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
+            f"Undo the changes to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
         )
     if rounding:
         notes.append("differs from the checkpoint, same maths but not the same rounding: " + "; ".join(rounding))

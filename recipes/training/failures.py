@@ -27,7 +27,7 @@ class RunFailure(Exception):
 
 
 def nonfinite_message(
-    config: RunConfig, folder: Path, step: int, what: str, *, updated: bool = False, advice: Iterable[str] = ()
+    config: RunConfig, folder: Path, step: int, event: str, *, updated: bool = False, advice: Iterable[str] = ()
 ) -> str:
     """Describe a non-finite step or a spike: the event, the last good checkpoint, and settings to try, cheapest first.
 
@@ -36,7 +36,7 @@ def nonfinite_message(
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
     applied = "release_gradients has updated the weights already" if updated else "The weights were not updated"
     lines = [
-        f"step {step}: {what}. {applied}; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"step {step}: {event}. {applied}; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
         *(f"  {line}" for line in advice),
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
@@ -117,10 +117,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def lost_process(error: BaseException, world_size: int) -> str | None:
-    """What gloo or NCCL says when another process of the run has ended; None for other errors."""
-    said = str(error).partition("\n")[0]
+    """Message of gloo or NCCL if another process of the run has ended; None for other errors."""
+    message = str(error).partition("\n")[0]
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
-    return said[:200] if world_size > 1 and any(sign in said for sign in signs) else None
+    return message[:200] if world_size > 1 and any(sign in message for sign in signs) else None
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:

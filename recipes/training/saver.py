@@ -101,8 +101,8 @@ class Saver:
     ) -> str | None:
         """Fill the folder ``staged`` in every process, then publish it in the first one.
 
-        Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``
-        are the bytes to write.
+        Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``:
+        bytes to write.
         """
         problem, failure = None, None
         for work in (fill, publish):

@@ -1,4 +1,4 @@
-"""Loss spikes: detect them, choose what to do, and return to the last checkpoint (``stop.on_spike``).
+"""Loss spikes: detect them, choose an action, and return to the last checkpoint (``stop.on_spike``).
 
 The reduced loss and the losses in :class:`SpikeRecord` decide, so every process decides the same, and a resumed run
 decides as the uninterrupted one. Runs without ``stop.on_spike`` do not import this module.
@@ -42,13 +42,13 @@ def spike_threshold(losses: Sequence[float], stop: StopConfig) -> float | None:
 class Spike:
     """A spike and the action: ``stop``, ``skip``, or ``rollback`` to ``checkpoint``.
 
-    ``what`` describes it for messages, ``why`` adds the reason for the action.
+    ``event`` describes it for messages, ``why`` adds the reason for the action.
     """
 
     step: int
     loss: float
     threshold: float | None
-    what: str
+    event: str
     action: str
     why: str = ""
     checkpoint: Path | None = None
@@ -81,16 +81,16 @@ class SpikeDetector:
         if spike.action != "rollback":
             self._log(spike, spike.step)
         if spike.action == "skip":
-            self._logger.say(f"step {spike.step}: {spike.what}; step skipped{spike.why}")
+            self._logger.say(f"step {spike.step}: {spike.event}; step skipped{spike.why}")
         return spike
 
     def _choose(self, state: TrainState, result: StepResult, threshold: float | None) -> Spike:
         """Choose the action: that of the recipe, ``skip`` without a checkpoint, ``stop`` at the limit."""
         record, limit = state.spikes, self._stop.spike_limit
         if result.finite():
-            what = f"loss {result.loss:.4f} is a spike, above {threshold:.4f}"
+            event = f"loss {result.loss:.4f} is a spike, above {threshold:.4f}"
         else:
-            what = f"{describe_nonfinite(result.loss, result.norm)}, a spike"
+            event = f"{describe_nonfinite(result.loss, result.norm)}, a spike"
         action, checkpoint, why = str(self._stop.on_spike), None, ""
         advice: tuple[str, ...] = (
             "go on past the spike: stop.on_spike=skip or stop.on_spike=rollback, then the same command",
@@ -101,11 +101,11 @@ class SpikeDetector:
                 action, why = "skip", ", because there is no checkpoint yet to roll back to"
             elif record.returned_to == _step_of(checkpoint) and record.rollbacks_here >= limit:
                 action, advice = "stop", (f"go on: stop.spike_limit={2 * limit}, then the same command",)
-                what += f", after {_count(limit, 'rollback')} to {checkpoint.name} (stop.spike_limit)"
+                event += f", after {_count(limit, 'rollback')} to {checkpoint.name} (stop.spike_limit)"
         if action == "skip" and record.in_row >= limit:
             action, advice = "stop", (f"go on: stop.spike_limit={2 * limit}, then the same command",)
-            what += f", after {_count(limit, 'skipped step')} in a row (stop.spike_limit)"
-        return Spike(state.step + 1, result.loss, threshold, what, action, why, checkpoint, advice)
+            event += f", after {_count(limit, 'skipped step')} in a row (stop.spike_limit)"
+        return Spike(state.step + 1, result.loss, threshold, event, action, why, checkpoint, advice)
 
     def _last_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint, from the first process."""
@@ -138,7 +138,7 @@ class SpikeDetector:
         """Print and log a rollback that is done. Its line in log.jsonl has the step of the checkpoint."""
         record, steps = state.spikes, spike.step - state.step
         self._logger.say(
-            f"step {spike.step}: {spike.what}; rolled back to step {state.step}, whose next data is that after the "
+            f"step {spike.step}: {spike.event}; rolled back to step {state.step}, whose next data is that after the "
             f"spike ({_count(steps, 'step')} of data left out), rollback {record.rollbacks_here} of at most "
             f"{self._stop.spike_limit} to this checkpoint"
         )

@@ -237,7 +237,7 @@ class Run:
             vocabulary = vocabulary_size(self.data.tokenizer)
             try:
                 self.memory = estimate(config, vocabulary, world_size=world, device=accelerator.device.type)
-            except Exception as error:  # it must not end a run
+            except Exception as error:  # an estimate must not end a run
                 self.memory_unknown = str(error) or type(error).__name__
             warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
             if warning:
@@ -384,7 +384,7 @@ class Run:
         sound = self.check(window, result)
         spike = None if self.spikes is None else self.spikes.judge(self.state, result, sound)
         if spike is not None and spike.action == "stop":
-            raise self.failure(window, result, spike.what, "spike", spike.advice)
+            raise self.failure(window, result, spike.event, "spike", spike.advice)
         if spike is not None and spike.action == "rollback":
             self.roll_back(spike)
             return number

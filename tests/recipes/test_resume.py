@@ -316,7 +316,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path
     assert left == {"step-000003", ".writing-step-000006"}
     again = run(recipe, ["steps=12"], tmp_path / "run")
     assert again.codes == [0], again.text()
-    assert "removed what an interrupted save left: .writing-step-000006" in again.text()
+    assert "removed the leftover of an interrupted save: .writing-step-000006" in again.text()
     assert "step-000003, step 3 of 12" in again.text()
     assert numbers(tmp_path / "run") == numbers(whole)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

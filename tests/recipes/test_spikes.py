@@ -275,7 +275,7 @@ def test_rollbacks_without_progress_end_the_run(detector):
     state.spikes.losses = [1.0] * 5
     second = detector.judge(state, StepResult(9.0, 1.0, 100, 0), True)
     assert second.action == "stop" and second.advice == ("go on: stop.spike_limit=2, then the same command",)
-    assert second.what == "loss 9.0000 is a spike, above 1.1000, after 1 rollback to step-000010 (stop.spike_limit)"
+    assert second.event == "loss 9.0000 is a spike, above 1.1000, after 1 rollback to step-000010 (stop.spike_limit)"
     # a later checkpoint is progress
     state.spikes.returned_to = 9
     assert detector.judge(state, StepResult(9.0, 1.0, 100, 0), True).action == "rollback"
@@ -283,7 +283,7 @@ def test_rollbacks_without_progress_end_the_run(detector):
 
 def test_a_non_finite_step_is_a_spike_from_the_first_step_on(detector):
     spike = detector.judge(TrainState(step=2), StepResult(float("nan"), 1.0, 100, 0), False)
-    assert spike.action == "rollback" and spike.what == "loss is nan, a spike" and spike.threshold is None
+    assert spike.action == "rollback" and spike.event == "loss is nan, a spike" and spike.threshold is None
 
 
 def test_dropped_gradients_end_the_step_of_a_gradient_scaler():
