@@ -311,9 +311,14 @@ class StopConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DistributedConfig:
-    """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``)."""
+    """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``).
+
+    A process that waits for another one longer than ``timeout_minutes`` ends the run. Text that one process tokenises
+    while the others wait must be ready by then.
+    """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    timeout_minutes: float = Field(default=30.0, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

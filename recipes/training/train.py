@@ -137,12 +137,16 @@ def train(config: RunConfig) -> int:
             return EXIT_CODES[signal.SIGINT]
         except Exception as error:
             lost = lost_process(error, accelerator.num_processes)
-            reason = "another process ended" if lost else type(error).__name__
+            reason = lost[0] if lost else type(error).__name__
             if run.begun:
                 run.logger.status(f"failed:{reason}", run.state, any_process=True)
             if lost is None:
                 raise
-            progress.say(f"error: {reason} after step {run.state.step} ({lost})", error=True)
+            message = f"{reason} after step {run.state.step} ({lost[1]}); the same command continues the run"
+            progress.say(f"error: {message}", error=True)
+            if not accelerator.is_main_process:
+                # the first process may be the lost one
+                print(f"error: process {accelerator.process_index}: {message}", file=sys.stderr, flush=True)
             return EXIT_FAILED
         finally:
             folder.release()
@@ -213,6 +217,9 @@ class Run:
                 f"this run is done (step {self.state.step}); to run it again, take out=ANOTHER_FOLDER or remove "
                 f"{self.folder.root}"
             )
+            # the run may have been killed before it wrote it
+            if accelerator.is_main_process and not (self.folder.root / "report.html").exists():
+                write_report(self.folder, self.say)
             return False
         check_layers(config)
         self.load_data()

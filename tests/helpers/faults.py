@@ -36,6 +36,48 @@ def die_before_the_rename():
     _files.os = types.SimpleNamespace(**{**vars(os), "replace": die})
 
 
+def die_while_removing_a_checkpoint():
+    """Be killed when the oldest checkpoint is removed, with one of its files gone."""
+    import shutil
+
+    rmtree = shutil.rmtree
+
+    def die(path, *arguments, **options):
+        weights = path / "hf" / "model.safetensors"
+        if "step-000003" in path.name and weights.exists():
+            weights.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rmtree(path, *arguments, **options)
+
+    shutil.rmtree = die
+
+
+def die_before_the_checkpoints():
+    """Be killed when the folder ``checkpoints`` of a new run has just been made."""
+    mkdir = os.mkdir
+
+    def die(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        if str(path).endswith("/checkpoints"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.mkdir = die
+
+
+def die_while_linking():
+    """Be killed between making the new link ``last`` and giving it its name."""
+    from leanstep.recipes.training import checkpoint
+
+    replace = os.replace
+
+    def die(source, target):
+        if str(target).endswith("/last"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": die})
+
+
 def refuse_to_load():
     """Let a checkpoint that looks whole fail while it is loaded."""
     from leanstep.recipes.training.checkpoint import CheckpointError
