@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile
-from leanstep._files import one_line
+from leanstep._files import one_line, replacing
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
 from leanstep.sparsity.masks import tightest
 from leanstep.sparsity.modules import sparse_layers
@@ -86,7 +86,9 @@ def export_compressed(
         rows.append(Stored(name, pattern, dense.nbytes, values.nbytes + indices.nbytes))
     layout["crc32"] = {name: _checksum(tensor) for name, tensor in stored.items()}
     text = json.dumps(layout)
-    save_file(stored, path, metadata={"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))})
+    metadata = {"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))}
+    with replacing(Path(path)) as partial:
+        save_file(stored, partial, metadata=metadata)
     return rows
 
 

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from accelerate import Accelerator, tracking
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
 )
@@ -80,6 +82,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes))],
     )
     check_world(accelerator.num_processes, asked_world_size())
     accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)

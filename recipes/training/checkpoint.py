@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import secrets
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -40,11 +39,32 @@ if TYPE_CHECKING:
     from leanstep.recipes.check.costs import MemoryEstimate
 
 MARKER = "COMPLETE"
+_REMOVED = ".removed-"
 _CHECKSUM_LIMIT = 256 * 1024**2
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: missing, incomplete, damaged, or made by another recipe."""
+
+
+@dataclass
+class SpikeRecord:
+    """Loss spikes of a run (``stop.on_spike``).
+
+    ``losses`` are those of the last steps without a spike, at most ``stop.spike_window``. ``skipped`` and ``rollbacks``
+    count, and ``steps`` are the newest spikes. ``in_row`` counts the steps skipped since the last update,
+    ``rollbacks_here`` the rollbacks to the checkpoint of step ``returned_to``. ``windows_ahead``: windows of data that
+    rollbacks left out, so the next step reads window ``step + windows_ahead``, counted from 0.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    rollbacks: int = 0
+    steps: list[int] = field(default_factory=list)
+    in_row: int = 0
+    rollbacks_here: int = 0
+    returned_to: int = -1
+    windows_ahead: Annotated[int, Ge(0)] = 0
 
 
 @dataclass
@@ -63,6 +83,7 @@ class TrainState:
     best_step: int | None = None
     eval_pending: bool = False
     nonfinite: int = 0
+    spikes: SpikeRecord = field(default_factory=SpikeRecord)
     world_size: int = 1
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -128,10 +149,10 @@ def commit(staged: Path) -> Path:
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove the staging folders of a killed run and return their names. The caller must hold the run's lock."""
+    """Remove what a killed run half wrote or half removed; return the names. The caller must hold the run's lock."""
     if not folder.is_dir():
         return []
-    left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED))]
+    left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED, _REMOVED))]
     for path in left:
         original = folder / path.name.removeprefix(REPLACED)
         if path.name.startswith(REPLACED) and not original.exists():
@@ -184,9 +205,11 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
     spared = {path.resolve() for path in keep}
     removed = [path for path in find_checkpoints(folder)[:-keep_last] if path.resolve() not in spared]
     for path in removed:
-        # without its marker, a half-removed folder is not taken for a checkpoint
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        # a half-removed folder is not taken for a checkpoint, and the next start removes the rest
+        renamed = path.with_name(f"{_REMOVED}{path.name}")
+        remove(renamed)
+        os.replace(path, renamed)
+        remove(renamed)
     return removed
 
 

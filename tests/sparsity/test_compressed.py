@@ -135,6 +135,19 @@ def exported(tmp_path):
     return path
 
 
+def test_a_failed_export_leaves_the_older_file(exported, monkeypatch):
+    before = exported.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compressed, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_compressed(squash(_sparse()), exported)
+    assert exported.read_bytes() == before and list(exported.parent.iterdir()) == [exported]
+
+
 def _sparse():
     model = make_mlp()
     sparsify(model, MLP)
