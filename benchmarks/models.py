@@ -1,8 +1,10 @@
-"""Models and data that several benchmarks use."""
+"""Models, data, and hashes of tensors that several benchmarks use."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,3 +61,24 @@ def digit_images(seed: int) -> tuple[Tensor, Tensor]:
     data = required("sklearn.datasets").load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
     return torch.from_numpy(data.images).float().unsqueeze(1)[order], torch.from_numpy(data.target).long()[order]
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over dtype, shape and bytes of the tensors, in order."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:24]
+
+
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """All tensors of nested dicts and lists, dict keys in sorted order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key in sorted(value, key=lambda k: (isinstance(k, str), k)):
+            yield from tensors_of(value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)

@@ -108,7 +108,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend() -> str:
-    """The name given to the innermost :func:`use_backend`, or "auto"."""
+    """Return the name given to the innermost :func:`use_backend`, or "auto"."""
     return _requested.get()
 
 
@@ -138,12 +138,12 @@ def has_triton() -> bool:
 
 
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device`` with tensors of ``dtypes``; None when it can."""
+    """Say why ``backend`` cannot run ``op`` on ``device`` with tensors of ``dtypes``; None if it can."""
     if backend not in OPS[op]:
         return f"{op} has no {backend} implementation"
     if backend == "triton":
         if torch.float64 in dtypes:
-            return "the Triton kernels compute in fp32, which float64 parameters would lose by"
+            return "the Triton kernels compute in fp32, and float64 parameters need float64"
         if not has_triton():
             return "the triton package is not installed"
         if device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
@@ -151,8 +151,8 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
     if backend == "cpp":
         if device.type != "cpu":
             return f"C++ kernels run on the CPU, not on {device.type!r}"
-        foreign = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
-        return f"the C++ kernels take fp32 and bf16, not {', '.join(foreign)}" if foreign else why_not_cpp()
+        unsupported = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
+        return f"the C++ kernels take fp32 and bf16, not {', '.join(unsupported)}" if unsupported else why_not_cpp()
     return None
 
 
@@ -182,7 +182,7 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:
-    """Rows (op, device, backend, reason) for the CPU and, where there is one, the accelerator."""
+    """Return rows (op, device, backend, reason) for the CPU and the accelerator, if there is one."""
     devices = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None:

@@ -99,12 +99,12 @@ def problems(measured: Measurement) -> list[str]:
     return wrong
 
 
-def _narrow(measured: Measurement, what: str, widths: dict[int, int], promised: float) -> list[str]:
+def _narrow(measured: Measurement, kind: str, widths: dict[int, int], promised: float) -> list[str]:
     wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * measured.threads
     if wide < promised * measured.elements:
-        return [f"128-bit {what} cover {wide} of {promised * measured.elements:.0f} bytes per turn of the main loop"]
+        return [f"128-bit {kind} cover {wide} of {promised * measured.elements:.0f} bytes per turn of the main loop"]
     if measured.flat and any(bits < 128 for bits in widths):
-        return [f"narrow {what} in the main loop: {widths}"]
+        return [f"narrow {kind} in the main loop: {widths}"]
     return []
 
 
@@ -183,7 +183,7 @@ def _widths(text: str) -> dict[str, dict[int, int]]:
 
 
 def _access(line: str) -> tuple[bool, int] | None:
-    """(is a load, bits) of a global access."""
+    """Return (is a load, bits) of a global access; None for other instructions."""
     access = _ACCESS.search(line)
     if access is None:
         return None
@@ -209,7 +209,7 @@ def _wide_bytes(widths: Counter[int]) -> int:
 
 
 def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last line of every loop: from a label to the last branch back to it."""
+    """Return first and last line of every loop, from a label to the last branch back to it."""
     labels: dict[str, int] = {}
     loops: dict[str, tuple[int, int]] = {}
     for number, line in enumerate(lines):
@@ -226,7 +226,7 @@ _TENSOR = re.compile(r"tt\.(load|store)\b.*: tensor<([\dx]+)x!tt\.ptr<([a-z]+)(\
 
 
 def loop_traffic(ttir: str) -> list[tuple[int, int]]:
-    """Bytes read and written per turn of every innermost loop, from Triton's intermediate code."""
+    """Count the bytes read and written per turn of every innermost loop, in Triton's intermediate code."""
     loops: list[list[int]] = []
     # the loop index of every open region
     stack: list[int | None] = []

@@ -50,5 +50,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Public names and subpackages, loaded or not."""
+    """Return public names and subpackages, loaded or not."""
     return sorted({*globals(), *__all__, *_SUBPACKAGES})

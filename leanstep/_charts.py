@@ -31,7 +31,7 @@ class Series:
 
 
 def smooth(values: Sequence[float | None], width: int) -> list[float | None]:
-    """Centred moving average over ``width`` neighbours on each side, fewer at the ends.
+    """Compute the centred moving average over ``width`` neighbours on each side, fewer at the ends.
 
     Runs in linear time by running sums. Non-finite values become gaps, and so do values beyond 1e9, which would take
     digits from the sums.
@@ -82,7 +82,7 @@ def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[flo
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """About ``wanted`` round numbers from ``low`` to ``high``."""
+    """Return about ``wanted`` round numbers from ``low`` to ``high``."""
     raw = (high - low) / max(1, wanted)
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next((unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999), unit * 10)
@@ -101,7 +101,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, float]:
-    """Range of the vertical axis, with a margin. Leaves out rare outliers that would flatten the other values."""
+    """Return the range of the vertical axis, with a margin, without rare outliers that would flatten the curves."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if len(ordered) >= 40:
@@ -161,7 +161,7 @@ def chart(
     """Draw curves over one pair of axes and return an HTML ``<figure>``, or "" if there is nothing to draw.
 
     Args:
-        series: the curves; a logarithmic axis leaves out what is not positive.
+        series: the curves; a logarithmic axis leaves out values that are not positive.
         title, x_label: texts. No two charts on a page may have the same title.
         y_format: formats a value in the legend and on hover.
         log_y: logarithmic vertical axis.
@@ -211,7 +211,7 @@ def chart(
 
 
 def _points(line: Series, log_y: bool) -> list[tuple[float, float | None]]:
-    """The points with a finite x; a y that cannot be drawn is None."""
+    """Return the points with a finite x; a y that cannot be drawn is None."""
 
     def drawable(y: float | None) -> bool:
         return y is not None and math.isfinite(y) and (y > 0 or not log_y)
@@ -247,7 +247,7 @@ def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
 def _dots(
     points: list[tuple[float, float | None]], plane: _Plane, name: str, y_format: Callable[[float], str]
 ) -> list[tuple[float, float, str]]:
-    """Pixels and text of about 40 points, the last one among them."""
+    """Return pixels and text of about 40 points, including the last one."""
     usable = [(x, y) for x, y in points if y is not None]
     every = math.ceil(len(usable) / 40)
     return [(plane.px(x), plane.py(y), f"{name}, {compact(x)}: {y_format(y)}") for x, y in usable[::-1][::every][::-1]]

@@ -7,13 +7,16 @@ import errno
 import grp
 import json
 import os
+import platform
 import pwd
 import secrets
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +164,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield an empty file beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
 
     Readers see the old content or the new. When the block raises, ``path`` stays as it was and the new file is removed.
-    The file has the mode of new files (the umask), also where the writer replaces it by a private one.
+    The next call for ``path`` removes the files of killed processes. The file has the mode of new files (the umask),
+    also where the writer replaces it by a private one.
 
     Raises:
         OSError: the file cannot be written, or ``path`` is a folder, device or pipe.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is not a regular file", str(path))
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}.tmp")
+    remove_partials(path)
+    writer = f"{secrets.token_hex(4)}-{_process_space()}-{os.getpid()}"
+    partial = path.with_name(f".{path.stem}.{writer}{path.suffix}.tmp")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
@@ -180,6 +186,37 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove half-written files of :func:`replacing` for ``path`` whose process has ended on this machine."""
+    start, end = f".{path.stem}.", f"{path.suffix}.tmp"
+    try:
+        names = [name for name in os.listdir(path.parent) if name.startswith(start) and name.endswith(end)]
+    except OSError:
+        return
+    for name in names:
+        writer = name.removeprefix(start).removesuffix(end).split("-")
+        if (
+            len(writer) == 3
+            and writer[1] == _process_space()
+            and writer[2].isdigit()
+            and not _is_running(int(writer[2]))
+        ):
+            with suppress(OSError):
+                path.with_name(name).unlink()
+
+
+@cache
+def _process_space() -> str:
+    """A name for the processes among which a process number is unique: machine, start of it, and PID namespace.
+
+    A folder on a network disk has partial files of other machines, whose processes may run.
+    """
+    facts = [platform.node()]
+    with suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return f"{zlib.crc32(repr(facts).encode()):08x}"
 
 
 def write_text(path: Path, text: str) -> None:

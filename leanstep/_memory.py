@@ -18,7 +18,7 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def free_memory(device: "torch.device | str") -> int | None:
-    """Bytes that this process can still allocate on a device; None where the system does not tell.
+    """Return the bytes that this process can still allocate on a device; None if the system does not report them.
 
     CPU: the machine's available memory, or less where control groups limit it (cgroup v1 and v2: containers, Slurm,
     systemd). CUDA and ROCm: the device's free memory and the unused memory of torch's allocator.
@@ -44,7 +44,7 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def _cgroups() -> Iterator[tuple[Path, str, tuple[str, str, str]]]:
-    """(mount point, path below it, file names) of each hierarchy that limits memory."""
+    """Yield (mount point, path below it, file names) of each hierarchy that limits memory."""
     try:
         lines = PROCESS_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:

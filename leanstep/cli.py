@@ -343,13 +343,13 @@ def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:
     """Collect the ``key=value`` words before and after options."""
     flags = [word for word in rest if word.startswith("-")]
     if flags:
-        raise UsageError(f"unknown option {flags[0]}; `leanstep COMMAND --help` lists those there are")
+        raise UsageError(f"unknown option {flags[0]}; `leanstep COMMAND --help` lists its options")
     return [*options.overrides, *rest]
 
 
 def _nothing_left(rest: list[str]) -> None:
     if rest:
-        raise UsageError(f"unexpected argument {rest[0]!r}; `leanstep COMMAND --help` shows what the command takes")
+        raise UsageError(f"unexpected argument {rest[0]!r}; `leanstep COMMAND --help` lists its arguments")
 
 
 def _need(group: str) -> None:
@@ -361,7 +361,7 @@ def _need(group: str) -> None:
 
 
 def _short(number: float | None) -> str:
-    """1115264 as 1.1M."""
+    """Write 1115264 as 1.12M."""
     if number is None:
         return "?"
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

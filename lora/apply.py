@@ -13,7 +13,7 @@ from leanstep._torch import is_conv1d, is_dtensor
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
-from leanstep.lora.layers.frozen import is_linear, why_own_forward, why_unsupported, widths
+from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
 from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
@@ -126,7 +126,7 @@ def remove_lora(model: Model) -> Model:
 
 @torch.no_grad()
 def set_adapters(model: nn.Module, enabled: bool) -> None:
-    """Turn all adapters on or off. Without them, adapted layers compute the same as those of the base.
+    """Turn all adapters on or off. Layers with adapters off compute as in the base model.
 
     Modules in ``modules_to_save`` and biases keep their trained values in both cases.
 
@@ -149,7 +149,7 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     """The reasons why a selected module cannot be adapted."""
     is_embedding = isinstance(module, nn.Embedding)
     if not is_linear(module) and not is_embedding:
-        yield f"{name} is a {type(module).__name__}; adapted are linear layers, Conv1D and embeddings"
+        yield f"{name} is a {type(module).__name__}; expected a linear layer, Conv1D or embedding"
         return
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -160,22 +160,22 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     reason = why_not_adaptable(model, name, module)
     if reason is not None:
         yield f"{name} cannot be adapted: {reason}; leave it out with exclude_modules"
-    slow = "its weight is sharded (DTensor)" if is_dtensor(weight) else None
-    slow = slow or (None if is_embedding else why_own_forward(type(module)))
-    if config.fast_path and slow is not None:
-        yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {slow}"
+    reason = "its weight is sharded (DTensor)" if is_dtensor(weight) else None
+    reason = reason or (None if is_embedding else why_custom_forward(type(module)))
+    if config.fast_path and reason is not None:
+        yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {reason}"
     sides, rank = tuple(weight.shape) if is_embedding else widths(module), rank_of(config, name)
     if rank > min(sides):
         yield (
-            f"{name} has a weight of {tuple(sides)}, rank {rank} is larger; take at most {min(sides)}, there by "
-            "rank_pattern, or leave it out with exclude_modules"
+            f"{name} has a weight of {sides}, rank {rank} is larger; set at most {min(sides)} with rank_pattern, or "
+            "leave it out with exclude_modules"
         )
     if config.lora_bias and is_embedding:
-        yield f"{name} is an embedding, which has no bias on B; leave it out, or lora_bias"
+        yield f"{name} is an embedding, which has no bias on B; unset lora_bias, or leave it out"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not support"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
-        yield f"{name} has a forward of its own, put there by another tool, which would skip the adapter"
+        yield f"{name} has a custom forward, set by another tool, which would skip the adapter"
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -185,22 +185,22 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
         ValueError: for a name that fits no module.
     """
     modules: dict[str, nn.Module] = {}
-    for wanted in config.modules_to_save or ():
-        hits = {n: m for n, m in model.named_modules() if n == wanted or n.endswith(f".{wanted}")}
-        if not hits:
-            raise ValueError(f"apply_lora: modules_to_save {wanted!r} fits no module of the model")
-        modules |= hits
+    for entry in config.modules_to_save or ():
+        matches = {name: m for name, m in model.named_modules() if name == entry or name.endswith(f".{entry}")}
+        if not matches:
+            raise ValueError(f"apply_lora: modules_to_save {entry!r} fits no module of the model")
+        modules |= matches
     return modules
 
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     """Train whole modules. Copies the parameters that they share with other modules first."""
-    inside = {id(module) for whole in saved.values() for module in whole.modules()}
+    inside = {id(module) for root in saved.values() for module in root.modules()}
     elsewhere = {
         id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
     }
-    for whole in saved.values():
-        for module in whole.modules():
+    for root in saved.values():
+        for module in root.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) in elsewhere:
                     parameter = nn.Parameter(parameter.detach().clone())

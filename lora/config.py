@@ -32,7 +32,7 @@ _FOREIGN = (
     "use_qalora",
 )
 # initialisations that leave the base unchanged; others move some of the base into the factors
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
 
@@ -170,11 +170,11 @@ class LoraConfig:
             except re.error as error:
                 problems.append(f"{name} {expression!r} is no regular expression: {error}")
         if self.use_dora and self.lora_bias:
-            problems.append("use_dora does not go with lora_bias: PEFT does not open such an adapter; leave out one")
+            problems.append("use_dora and lora_bias exclude each other: PEFT cannot load such an adapter; unset one")
         if self.layers_pattern and self.layers_to_transform is None:
-            problems.append("layers_pattern is only for layers_to_transform, which is not set")
+            problems.append("layers_pattern needs layers_to_transform, which is not set")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            problems.append("layers_to_transform goes with a list of target_modules, not with a pattern")
+            problems.append("layers_to_transform needs a list of target_modules, not a regular expression")
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,16 +205,16 @@ class LoraConfig:
         ignored |= {"lora_ga_config", "velora_config", "qalora_group_size", "megatron_core", "runtime_config"}
         unknown = sorted(key for key, value in settings.items() if value and key not in names | ignored)
         if unknown:
-            warnings.warn(f"LoraConfig: left out {', '.join(unknown)}, which are not known here", stacklevel=2)
+            warnings.warn(f"LoraConfig: ignored the unknown fields {', '.join(unknown)}", stacklevel=2)
         known = {key: value for key, value in settings.items() if key in names}
-        start = known.get("init_lora_weights", True)
-        if start not in _PLAIN_STARTS:
+        init = known.get("init_lora_weights", True)
+        if init not in _PLAIN_INITS:
             raise ValueError(
-                f"LoraConfig: the adapter began with init_lora_weights {start!r}, which changes the base, so it does "
+                f"LoraConfig: the adapter began with init_lora_weights {init!r}, which changes the base, so it does "
                 "not fit the plain base; convert it with peft: save_pretrained("
                 "path_initial_model_for_weight_conversion=...)"
             )
-        if not isinstance(start, bool):
+        if not isinstance(init, bool):
             # the factors come from the file, so their initialisation does not matter
             known["init_lora_weights"] = True
         return cls(**known)

@@ -90,12 +90,13 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
 
     Raises:
         ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight, a quantised
-            base (which would need a second quantisation), or a bias on B without a bias in the base. No weight is
+            or parametrized base weight, a sharded tied one, or a bias on B without a bias in the base. No weight is
             changed.
 
     Notes:
-        Unties adapted weights that are tied, such as those of an embedding and an output head, with a warning. The
-        config of a transformers model then has ``tie_word_embeddings=False``. :func:`unmerge` ties them again.
+        Unties adapted weights that are tied, such as those of an embedding and an output head, with a warning. If no
+        ties remain in a transformers model, its config gets ``tie_word_embeddings=False``. :func:`unmerge` ties them
+        again.
     """
     layers = dict(adapted_layers(model))
     if not layers:
@@ -135,9 +136,9 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
     kind = quantized_kind(layer)
     if kind is not None:
-        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load it in 16 bits")
+        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load the base in 16 bits")
     if _has_bias_on_b(layer) and layer.bias is None:
-        raise ValueError(f"merge: {name} has a bias on B and none of its own to add it to")
+        raise ValueError(f"merge: {name} has a bias on B, but its base layer has none to add it to")
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
         raise ValueError(f"merge: the weight of {name} is made by a parametrization; remove that first")
 
@@ -198,21 +199,20 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of the base model with the adapter merged, without changing the model.
 
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
-    :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or
-    parametrised bases.
+    :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
     """
     layers = dict(adapted_layers(model))
     untied = {holder.name for group in tied_groups(model) for holder in group}
     state = {}
     for name, value in model.state_dict().items():
-        owner, _, end = name.rpartition(".")
+        owner, _, key = name.rpartition(".")
         layer = layers.get(owner)
         if "lora_" in name:
             continue
-        if layer is not None and not layer.lora.merged and end == "weight":
+        if layer is not None and not layer.lora.merged and key == "weight":
             _check_mergeable(owner, layer)
             value = merged_weight(layer).to(value.dtype)
-        elif layer is not None and not layer.lora.merged and end == "bias" and _has_bias_on_b(layer):
+        elif layer is not None and not layer.lora.merged and key == "bias" and _has_bias_on_b(layer):
             value = value + _bias_shift(layer)
         elif name in untied:
             # a copy, so that the file stores tied parameters under every name
@@ -282,12 +282,12 @@ def _add_to_bias(layer: Any, sign: int) -> None:
 class Holder(NamedTuple):
     """A module that holds a tied parameter, and whether merging its adapter changes that parameter.
 
-    ``name`` is the parameter's full name, ``end`` the attribute's.
+    ``name`` is the parameter's full name, ``key`` its name in the module.
     """
 
     name: str
     module: nn.Module
-    end: str
+    key: str
     changed: bool
 
 
@@ -304,9 +304,9 @@ def tied_groups(model: nn.Module) -> list[list[Holder]]:
     holders: dict[Any, list[Holder]] = defaultdict(list)
     layers = {name: layer for name, layer in adapted_layers(model) if not layer.lora.merged}
     for owner, module in model.named_modules():
-        for end, parameter in module.named_parameters(recurse=False):
-            changed = owner in layers and (end == "weight" or (end == "bias" and _has_bias_on_b(layers[owner])))
-            holder = Holder(f"{owner}.{end}" if owner else end, module, end, changed)
+        for key, parameter in module.named_parameters(recurse=False):
+            changed = owner in layers and (key == "weight" or (key == "bias" and _has_bias_on_b(layers[owner])))
+            holder = Holder(f"{owner}.{key}" if owner else key, module, key, changed)
             holders[_memory(parameter)].append(holder)
     return [group for group in holders.values() if len(group) > 1 and any(holder.changed for holder in group)]
 
@@ -328,7 +328,7 @@ def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
         ValueError: for a sharded parameter, which cannot be untied; nothing is changed.
     """
     for first, *others in groups:
-        if is_dtensor(getattr(first.module, first.end)):
+        if is_dtensor(getattr(first.module, first.key)):
             raise ValueError(
                 f"merge: {first.name} and {others[0].name} are one parameter, which is sharded; load the base with "
                 "tie_word_embeddings=False, or merge before it is sharded"
@@ -337,11 +337,11 @@ def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
     for group in groups:
         unchanged = next((holder for holder in group if not holder.changed), None)
         for holder in group:
-            shared = getattr(holder.module, holder.end)
+            shared = getattr(holder.module, holder.key)
             ties.parameters.append((holder, shared))
             if holder is not unchanged:
                 copy = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                setattr(holder.module, holder.end, copy)
+                setattr(holder.module, holder.key, copy)
     for module in _untied_models(model, groups):
         ties.configs.append((module, module.all_tied_weights_keys))
         module.config.tie_word_embeddings, module.all_tied_weights_keys = False, {}
@@ -361,7 +361,7 @@ def retie(model: nn.Module) -> set[str]:
     if ties is None:
         return set()
     for holder, parameter in ties.parameters:
-        setattr(holder.module, holder.end, parameter)
+        setattr(holder.module, holder.key, parameter)
     for module, keys in ties.configs:
         module.config.tie_word_embeddings, module.all_tied_weights_keys = True, keys
     del model.lora_ties

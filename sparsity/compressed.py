@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile
-from leanstep._files import one_line
+from leanstep._files import one_line, replacing
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
 from leanstep.sparsity.masks import tightest
 from leanstep.sparsity.modules import sparse_layers
@@ -86,7 +86,9 @@ def export_compressed(
         rows.append(Stored(name, pattern, dense.nbytes, values.nbytes + indices.nbytes))
     layout["crc32"] = {name: _checksum(tensor) for name, tensor in stored.items()}
     text = json.dumps(layout)
-    save_file(stored, path, metadata={"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))})
+    metadata = {"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))}
+    with replacing(Path(path)) as partial:
+        save_file(stored, partial, metadata=metadata)
     return rows
 
 
@@ -125,7 +127,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 
 
 def is_compressed(path: str | Path) -> bool:
-    """Whether :func:`export_compressed` wrote a file, judged by its header."""
+    """Whether the header of a file is that of :func:`export_compressed`."""
     try:
         with TensorFile(Path(path)) as file:
             return file.metadata.get("format") == FORMAT
@@ -167,9 +169,9 @@ def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, 
         values, indices = nm_compress(padded, pattern.n, pattern.m)
     except ValueError as error:
         raise ValueError(f"export_compressed: {name}: {error}") from None
-    back = nm_decompress(values, indices, pattern.m)
+    restored = nm_decompress(values, indices, pattern.m)
     # bytes tell negative zeros from positive ones
-    if not torch.equal(back.contiguous().view(torch.uint8), padded.view(torch.uint8)):
+    if not torch.equal(restored.contiguous().view(torch.uint8), padded.view(torch.uint8)):
         raise ValueError(
             f"export_compressed: {name} has more negative zeros than {pattern} has room for; add 0.0 to the weight "
             "(or squash it), which makes them positive"
@@ -200,7 +202,7 @@ def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any
 
 
 def _checked_entry(where: str, entry: Any) -> tuple[NM, int, list[int]]:
-    """Pattern, dimension and shape of an entry of the layout, all in range."""
+    """Check a weight's entry of the layout; returns its pattern, dimension and shape."""
     try:
         pattern, dim, shape = NM.parse(entry["pattern"]), entry["dim"], entry["shape"]
     except (ValueError, TypeError, KeyError) as error:
@@ -223,7 +225,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except FileNotFoundError:
         raise ValueError(f"load_compressed: {path} is not there") from None
     except ValueError as error:
-        raise ValueError(f"load_compressed: {error}: it is truncated, or no safetensors file") from None
+        raise ValueError(f"load_compressed: {error}: it is truncated, or not a safetensors file") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}, as "
@@ -234,14 +236,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"load_compressed: the header of {path} is damaged: the checksum of its layout is wrong")
     try:
         layout = json.loads(text)
-        parts = {key: layout.get(key) for key in ("tensors", "aliases", "crc32")}
-        if not all(isinstance(parts[key], dict) for key in ("tensors", "aliases")):
+        sections = {key: layout.get(key) for key in ("tensors", "aliases", "crc32")}
+        if not all(isinstance(sections[key], dict) for key in ("tensors", "aliases")):
             raise ValueError("expected objects 'tensors' and 'aliases'")
-        if ("layout_crc32" in metadata) != isinstance(parts["crc32"], dict):
+        if ("layout_crc32" in metadata) != isinstance(sections["crc32"], dict):
             raise ValueError("expected checksums of the tensors and of the layout, or neither")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
-    return parts, stored
+    return sections, stored
 
 
 def _compare_checksums(path: Path, stored: Mapping[str, Tensor], layout: Mapping[str, Any]) -> None:
@@ -255,7 +257,7 @@ def _compare_checksums(path: Path, stored: Mapping[str, Tensor], layout: Mapping
         return
     differing = sorted(stored.keys() ^ checksums.keys())
     if differing:
-        raise ValueError(f"load_compressed: {path} is damaged: {differing[0]} is in its tensors or its layout only")
+        raise ValueError(f"load_compressed: {path} is damaged: only its tensors or only its layout has {differing[0]}")
     wrong = [name for name, tensor in stored.items() if _checksum(tensor) != checksums[name]]
     if wrong:
         raise ValueError(f"load_compressed: {path}: the checksum is wrong: {wrong[0]} was changed after writing")

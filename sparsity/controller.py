@@ -31,7 +31,7 @@ class Controller:
 
     Attributes:
         layers: the sparse layers.
-        schedule, method, srste_lambda, mask_every, measure_every: the settings of :func:`sparsify`.
+        schedule, method, score, srste_lambda, mask_every, measure_every: the settings of :func:`sparsify`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Controller:
             parameters={layer.names[0]: layer.weight for layer in self.layers},
         )  # fmt: skip
         if self.step_count == 0:
-            # wrapping or sharding may have replaced the weights with those of another process
+            # wrapping or sharding may have replaced the weights by those of another process
             self.refresh()
         return self
 
@@ -152,15 +152,15 @@ class Controller:
         * ``flip_rate``: fraction of mask entries that the last measured step changed (a swap changes two; Hu et al.,
           arXiv 2404.01847, judge the decay of pruned weights by it).
         * ``gradient_noise``: fraction of the last measured gradient's squared norm that falls on pruned entries, before
-          SR-STE's term. It updates weights that the forward pass does not use. It is ``1 - N/M`` for a gradient
-          independent of the mask, and 0 with ``grad_flow="fixed"``.
+          SR-STE's term; this part updates weights that the forward pass does not use. ``1 - N/M`` for a gradient
+          independent of the mask, 0 with ``grad_flow="fixed"``.
 
         The last two are None before the first measurement (``measure_every``). Waits for the device. If weights are
         sharded, every process has to call it.
         """
-        numbers = [self._numbers(layer) for layer in self.layers]
+        measurements = [self._measurements(layer) for layer in self.layers]
         # wait for the device once for all layers
-        values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+        values = torch.stack([row.to(measurements[0].device) for row in measurements]).tolist()
         rows = []
         for layer, (density, magnitude, flips, noise) in zip(self.layers, values, strict=True):
             stage = self.stage(layer)
@@ -183,15 +183,15 @@ class Controller:
     def diagnostics(self) -> dict[str, float]:
         """The :meth:`statistics` as numbers for a log.
 
-        Keys: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``WHAT/LAYER`` for ``sparsity``,
+        Keys: ``sparsity/all`` over all sparse layers, ``alpha/TARGET``, and ``KEY/LAYER`` for the keys ``sparsity``,
         ``flip_rate``, ``kept_magnitude`` and ``gradient_noise``.
         """
         rows = self.statistics()
         zeros = sum(row["sparsity"] * row["weights"] for row in rows)
         numbers = {"sparsity/all": zeros / sum(row["weights"] for row in rows)}
         numbers |= {f"alpha/{row['target']}": row["alpha"] for row in rows}
-        for what in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"):
-            numbers |= {f"{what}/{row['layer']}": row[what] for row in rows if row[what] is not None}
+        for key in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"):
+            numbers |= {f"{key}/{row['layer']}": row[key] for row in rows if row[key] is not None}
         return numbers
 
     def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
@@ -209,7 +209,7 @@ class Controller:
         for entry in params:
             layer = layers.get(id(entry[1] if isinstance(entry, tuple) else entry))
             if layer is not None and is_dtensor(layer.weight):
-                raise ValueError(f"Controller.masks_of: the weight of layer {layer.name!r} is sharded; call it before")
+                raise ValueError(f"Controller.masks_of: layer {layer.name!r} is sharded; call masks_of before sharding")
             masks.append(None if layer is None else layer.transform.mask.clone())
         return masks
 
@@ -248,14 +248,14 @@ class Controller:
         self.gradient_noise[layer.name] = noise.clamp(0, 1)
 
     @torch.no_grad()
-    def _numbers(self, layer: SparseLayer) -> Tensor:
+    def _measurements(self, layer: SparseLayer) -> Tensor:
         """Density, ``kept_magnitude``, flip rate and gradient noise (-1 if unknown): fp64 [4]."""
         mask, magnitude = layer.local_mask(), local_part(layer.weight.detach()).abs()
         sums = torch.stack([t.sum(dtype=torch.float64) for t in (mask, torch.where(mask, magnitude, 0), magnitude)])
         count, kept_magnitude, total_magnitude = layer.total(sums)
         fraction = torch.where(total_magnitude > 0, kept_magnitude / total_magnitude, torch.ones_like(kept_magnitude))
         unknown = torch.full((), -1.0, device=sums.device)
-        measured = (measurements.get(layer.name, unknown) for measurements in (self.flip_rates, self.gradient_noise))
+        measured = (values.get(layer.name, unknown) for values in (self.flip_rates, self.gradient_noise))
         return torch.stack([count / layer.transform.mask.numel(), fraction, *(number.double() for number in measured)])
 
     def _advance(self, measure: bool, always: bool = False) -> None:
@@ -278,7 +278,7 @@ class Controller:
                 weight = layer.weight
                 due.setdefault((stage.pattern, layer.dim, weight.device, weight.dtype), []).append(layer)
         for (pattern, dim, *_), layers in due.items():
-            self._renew(layers, pattern, dim, measure)
+            self._update_masks(layers, pattern, dim, measure)
 
     def _is_due(self, layer: SparseLayer, stage: Stage) -> bool:
         if layer.transform.pattern != stage.pattern:
@@ -286,7 +286,7 @@ class Controller:
         frozen = self.method.fixed or (self.schedule.freeze_mask_in_finetune and stage.phase == "finetune")
         return not frozen and stage.phase != "dense" and layer.transform.steps % self.mask_every == 0
 
-    def _renew(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
+    def _update_masks(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
         scores = [self._score(layer) for layer in layers]
         for layer in layers:
             layer.check_sharding()
@@ -323,11 +323,11 @@ class Controller:
         return weight
 
     def _check_installed(self) -> None:
-        gone = [layer.name for layer in self.layers if not layer.installed]
-        if gone:
+        removed = [layer.name for layer in self.layers if not layer.installed]
+        if removed:
             raise ValueError(
-                f"the sparse parametrization of {', '.join(gone[:5])} is gone (squash removes it); training on would "
-                "fill the zeros: call detach() first if that is what you want"
+                f"the sparse parametrization of {', '.join(removed[:5])} is gone (squash removes it); a step would "
+                "fill the zeros: call detach() first to train dense"
             )
 
 

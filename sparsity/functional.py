@@ -154,11 +154,13 @@ def soft_threshold(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tenso
 
 
 def s_ste_scale(weight: Tensor, pattern: NM | str, *, dim: int = -1) -> Tensor:
-    """The beta that minimises ``||W - beta * S(W)||``: ``<W, S(W)> / <S(W), S(W)>``, 0-d; 1 if S(W) is zero.
+    """The beta that minimises ``||W - beta * S(W)||``: ``<W, S(W)> / <S(W), S(W)>``; 1 if S(W) is zero.
 
-    S-STE computes it from the initial weights and keeps it.
+    S-STE computes it once, from the initial weights. Returns a 0-d tensor, fp32, or fp64 for an fp64 weight. Raises
+    ValueError if M does not divide the size along ``dim``.
     """
     shrunk = soft_threshold(weight.detach(), pattern, dim=dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = shrunk.to(wide).square().sum()
-    return torch.where(norm > 0, (weight.detach().to(wide) * shrunk.to(wide)).sum() / norm, torch.ones_like(norm))
+    square = shrunk.to(wide).square().sum()
+    product = (weight.detach().to(wide) * shrunk.to(wide)).sum()
+    return torch.where(square > 0, product / square, torch.ones_like(square))

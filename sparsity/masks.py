@@ -87,14 +87,12 @@ def fill_masks(scores: Sequence[Tensor], pattern: NM, dim: int, out: Sequence[Te
 def check_fit(shape: torch.Size, pattern: NM, dim: int, pad: str, where: str) -> None:
     """Raise ValueError for groups that are longer than a row, or do not fill it unless ``pad`` is "zero".
 
-    An empty row is short of nothing.
+    Accepts empty rows.
     """
     size = shape[dim]
     where = f"{where} of shape {tuple(shape)} has {size} entries along dimension {dim}"
     if pattern.m > size > 0:
-        raise ValueError(
-            f"{where}, fewer than the {pattern.m} of a group of {pattern}; take a pattern with a smaller m"
-        )
+        raise ValueError(f"{where}, fewer than a group of {pattern} holds; take a pattern with a smaller m")
     if size % pattern.m and pad == "refuse":
         raise ValueError(
             f"{where}, which groups of {pattern.m} ({pattern}) do not fill; take a divisor of {size}, leave the weight "
@@ -116,18 +114,18 @@ def tightest(weight: Tensor, dim: int) -> NM | None:
 def pattern_of(weight: Tensor, dim: int) -> NM | None:
     """The N:M that a tensor was pruned to; None for a dense tensor, or if its zeros look random.
 
-    Random zeros, too, obey some pattern with long groups, such as 26:128. A pattern counts if nearly every group has N
-    nonzeros, or if equally many random zeros would almost certainly break it. Of several patterns, returns the one that
-    random zeros would break most surely. Equal numbers of zeros in all rows of a wide matrix, as Wanda leaves them, do
+    Random zeros also obey some pattern with long groups, such as 26:128. A pattern counts if nearly every group has N
+    nonzeros, or if equally many random zeros would almost certainly violate it. Of several patterns, returns the one
+    that random zeros are least likely to obey. Rows of a wide matrix with equally many zeros, as Wanda leaves them, do
     not count as groups.
     """
     size, numel = weight.shape[dim], weight.numel()
     density = float((weight.detach() != 0).double().mean()) if numel else 1.0
-    best, surest = None, -1.0
+    best, strongest = None, -1.0
     for pattern in _obeyed_patterns(weight, dim, min(size if size <= _ROW else size // 2, _LONGEST)):
         evidence = numel // pattern.m * _evidence(pattern, density, size)
-        if evidence > surest and (density >= _FULL * pattern.density or evidence > _SURE):
-            best, surest = pattern, evidence
+        if evidence > strongest and (density >= _FULL * pattern.density or evidence > _SURE):
+            best, strongest = pattern, evidence
     return best
 
 
@@ -144,7 +142,7 @@ def _obeyed_patterns(weight: Tensor, dim: int, longest: int) -> Iterator[NM]:
 
 
 def _evidence(pattern: NM, density: float, size: int) -> float:
-    """-log of the probability that a group obeys a pattern if the row's nonzeros lie at random."""
+    """-log(probability that a group obeys a pattern) if the row's nonzeros lie at random."""
     n, m, nonzeros = pattern.n, pattern.m, round(density * size)
     # hypergeometric: assumes the same number of nonzeros in every row, as Wanda leaves them
     ways = sum(math.comb(nonzeros, k) * math.comb(size - nonzeros, m - k) for k in range(n + 1))

@@ -26,7 +26,8 @@ class Method:
 
     Attributes:
         kind: the schedule's kind; None: any.
-        grad_flow, srste_lambda: arguments of :func:`leanstep.sparsity.sparse_weight`.
+        grad_flow: argument of :func:`leanstep.sparsity.sparse_weight`.
+        srste_lambda: factor of SR-STE's term.
         fixed: whether the mask changes only with the pattern.
         continuous: whether layers use S-STE's function of the weight instead of a mask.
     """
@@ -93,8 +94,8 @@ def sparsify(
             their parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M
             prunes everything, with a warning. A single pattern applies to every such layer except a transformers
             model's output head.
-        schedule: the way to N:M. An integer: number of steps of the method's own kind of schedule. None: only for
-            methods with a constant schedule.
+        schedule: the way to N:M. An integer: number of steps; the method sets the kind. None: only for methods with
+            a constant schedule.
         method: a row of the table. None: the method of the schedule's kind; "ste" for a constant schedule.
         score: "magnitude"; "gradient" (|W * gradient| of the last step); "transposable" (magnitudes, with masks that
             are N:M along the outputs too, see :func:`transposable_mask`; slower, see ``mask_every``); or a function of
@@ -110,7 +111,7 @@ def sparsify(
         The :class:`Controller`. Attach it to the optimizer, or call its ``step`` after every step.
 
     Raises:
-        TypeError: for anything but patterns.
+        TypeError: for patterns or a schedule of another type.
         ValueError: for a rule that matches no layer; M larger than a row, or no divisor of it; a layer that is already
             parametrized, quantised or sharded; tied weights with two patterns; settings that contradict each other.
             The model is unchanged.
@@ -160,7 +161,7 @@ def resolve_schedule(schedule: Schedule | int | None, method: str | None) -> tup
         ValueError: for an unknown method, a schedule of the wrong kind for the method, or a missing schedule.
     """
     if method is not None and method not in METHODS:
-        raise ValueError(f"sparsify: expected a method of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"sparsify: method must be one of {', '.join(METHODS)}, got {method!r}")
     name = method or (schedule.kind if isinstance(schedule, Schedule) else "ste")
     resolved = METHODS.get(name, METHODS["ste"])
     kind = resolved.kind or "constant"

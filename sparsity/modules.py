@@ -36,9 +36,9 @@ _HEADER = struct.Struct("<6q2d")
 class SparseWeight(nn.Module):
     """The parametrization of one weight: computes the masked weight from the dense weight that the optimizer trains.
 
-    A parametrization preserves the layer's class and works for every layer that reads an attribute. It changes the keys
-    of ``state_dict``, so dense weights under a mask do not load into a dense model by mistake; :func:`squash` makes a
-    checkpoint that does.
+    A parametrization preserves the layer's class and works for every layer that reads its weight as an attribute. It
+    changes the keys of ``state_dict``, so dense weights under a mask do not load into a dense model by mistake. A model
+    after :func:`squash` has the dense keys again.
 
     :class:`Controller` writes the buffers ``mask`` and ``alpha`` in place, so torch.compile does not recompile. The
     buffers are not persistent: ``state_dict`` stores them and the number of steps as one uint8 tensor (packed mask
@@ -94,7 +94,7 @@ class SparseWeight(nn.Module):
         return f"{self.target} along dimension {self.dim}, now {self.pattern}, grad_flow={self.grad_flow!r}"
 
     def get_extra_state(self) -> Tensor:
-        """All state besides the weights that the next step depends on, as uint8."""
+        """The mask, pattern, alpha, beta and number of steps as one uint8 vector; empty on the meta device."""
         if self.mask.is_meta:
             return torch.empty(0, dtype=torch.uint8)
         numbers = (self.steps, self.pattern.n, self.pattern.m, self.target.n, self.target.m, self.dim)
@@ -201,7 +201,7 @@ class SparseLayer:
             mask.copy_(whole_tensor(join_parts(shard.view(torch.uint8), self.weight, mask.shape)).view(torch.bool))
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum a number over all shards of the weight; ``value`` is that of this process's shard."""
+        """Sum a tensor over all shards of the weight; ``value`` is this process's summand."""
         if not is_dtensor(self.weight):
             return value
         from torch.distributed.tensor import Partial
@@ -256,7 +256,7 @@ def plan_layers(
     if not candidates:
         raise ValueError(f"sparsify: {type(model).__name__} has no linear or convolution layer to make sparse")
     targets = match_patterns(candidates, patterns)
-    owners = _owners(model)
+    uses_by_id = _parameter_uses(model)
     layers: dict[int, SparseLayer] = {}
     for name, target in targets.items():
         layer = candidates[name]
@@ -267,7 +267,7 @@ def plan_layers(
         if earlier is None:
             layer.target = target
             check_fit(weight.shape, target, layer.dim, pad, f"sparsify: layer {name!r}")
-            layer.uses, layer.names = owners[id(weight)]
+            layer.uses, layer.names = uses_by_id[id(weight)]
             layers[id(weight)] = layer
         elif earlier.target != target:
             raise ValueError(
@@ -331,15 +331,15 @@ def _layer_name(module_name: str, attribute: str) -> str:
     return module_name if attribute == "weight" and module_name else f"{module_name}.{attribute}".lstrip(".")
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
+def _parameter_uses(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
     """Uses and names of every parameter, by the parameter's id."""
-    owners: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
+    uses_by_id: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses, names = owners.setdefault(id(parameter), ([], []))
+            uses, names = uses_by_id.setdefault(id(parameter), ([], []))
             uses.append((module, attribute))
             names.append(f"{module_name}.{attribute}".lstrip("."))
-    return owners
+    return uses_by_id
 
 
 def _check_weight(layer: SparseLayer) -> nn.Parameter:
@@ -347,8 +347,8 @@ def _check_weight(layer: SparseLayer) -> nn.Parameter:
     module, attribute = layer.uses[0]
     where = f"sparsify: layer {layer.name!r}"
     if parametrize.is_parametrized(module, attribute):
-        again = transform_of(module, attribute) is not None
-        advice = "squash it first to begin again" if again else "remove that parametrization first"
+        is_sparse = transform_of(module, attribute) is not None
+        advice = "squash it first to begin again" if is_sparse else "remove that parametrization first"
         raise ValueError(f"{where} is parametrized already ({_holder(module, attribute)[0]}); {advice}")
     weight = getattr(module, attribute)
     if nn.parameter.is_lazy(weight):

@@ -112,8 +112,8 @@ def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM |
             matched[name] = match[1]
     for rule, pattern in parsed:
         if rule not in used:
-            taken = [name for name in names if fnmatchcase(name, rule)]
-            why = f"earlier rules took {_listed(taken)}" if taken else f"the names are {_listed(names)}"
+            earlier = [name for name in names if fnmatchcase(name, rule)]
+            why = f"earlier rules took {_listed(earlier)}" if earlier else f"the names are {_listed(names)}"
             raise ValueError(f"match_patterns: the rule {rule!r} (pattern {pattern}) matches no layer; {why}")
     return matched
 

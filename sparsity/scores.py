@@ -11,7 +11,7 @@ from torch import Tensor
 from leanstep.kernels import BlockInverseFisher
 from leanstep.sparsity.patterns import NM, as_pattern
 
-# longest group for which to try all sets
+# longest group for which _prune_exactly tries all sets
 _MAX_EXACT_M = 8
 # elements of the matrices solved in one call
 _TILE = 1 << 22
@@ -85,10 +85,10 @@ def nm_obs_mask(weight: Tensor, inverse_fisher: BlockInverseFisher, pattern: NM 
         :class:`ObsMask`.
 
     Raises:
-        ValueError: for shapes that do not match, or M that does not divide ``in``.
+        ValueError: for shapes that do not match, or M that does not divide ``in`` or the size of the blocks.
 
     Notes:
-        Computes in float64. The exact mask takes C(M, N) systems of size M - N per group. Groups are independent.
+        Computes in float64. The exact mask solves C(M, N) systems of size M - N per group. Groups are independent.
 
     References:
         Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1992); Kurtic et al.,
@@ -141,16 +141,16 @@ def _prune_greedily(groups: Tensor, inverses: Tensor, pattern: NM) -> tuple[Tens
     w, inverse = groups.clone(), inverses.clone()
     keep = torch.ones(groups.shape, dtype=torch.bool, device=groups.device)
     total = groups.new_zeros(len(groups))
-    each = torch.arange(len(groups), device=groups.device)
+    group = torch.arange(len(groups), device=groups.device)
     for _ in range(pattern.m - pattern.n):
         diagonal = inverse.diagonal(dim1=1, dim2=2)
         saliency = torch.where(keep, w.square() / (2 * diagonal), torch.inf)
         index = saliency.argmin(dim=1)
-        total += saliency[each, index]
-        keep[each, index] = False
-        column, pivot = inverse[each, :, index], diagonal[each, index]
-        w = w - column * (w[each, index] / pivot).unsqueeze(1)
+        total += saliency[group, index]
+        keep[group, index] = False
+        column, pivot = inverse[group, :, index], diagonal[group, index]
+        w = w - column * (w[group, index] / pivot).unsqueeze(1)
         inverse = inverse - column.unsqueeze(2) * column.unsqueeze(1) / pivot.view(-1, 1, 1)
         # the pruned diagonal is now a rounding error: avoid dividing by it
-        inverse[each, index, index] = 1
+        inverse[group, index, index] = 1
     return keep, total

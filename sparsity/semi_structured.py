@@ -71,7 +71,7 @@ def obstacle(
 ) -> str:
     """The reason why a layer's weight cannot be a semi-structured tensor of a backend; "" if it can.
 
-    ``device`` and ``capability`` describe another machine than the weight's device.
+    ``device`` and ``capability`` override those of the weight's device, to ask about another machine.
     """
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is parametrized; squash the model first"

@@ -59,7 +59,7 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
 
 
 def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The state dict that the model would have after ``squash(model, unfinished="keep")``, without changing the model.
+    """Compute the state dict of ``squash(model, unfinished="keep")`` without changing the model.
 
     Args:
         model: a model that :func:`sparsify` changed; any other model gives its own state dict.
@@ -111,7 +111,7 @@ def _original_key(name: str) -> str:
     return f"{module}.parametrizations.{attribute}.original".lstrip(".")
 
 
-def check_finished(layers: list[SparseLayer], caller: str, way_out: str = "take unfinished='keep'") -> None:
+def check_finished(layers: list[SparseLayer], caller: str, advice: str = "take unfinished='keep'") -> None:
     """Raise ValueError, in the name of ``caller``, for a layer that has not reached its target with alpha 0."""
     for layer in layers:
         transform = layer.transform
@@ -119,5 +119,5 @@ def check_finished(layers: list[SparseLayer], caller: str, way_out: str = "take 
             raise ValueError(
                 f"{caller}: layer {layer.name!r} is on its way to {layer.target}: after step {transform.steps} it has "
                 f"the pattern {transform.pattern} and alpha {float(transform.alpha):.3g}, so its weights are not "
-                f"{layer.target} yet; train to the end of the schedule, or {way_out}"
+                f"{layer.target} yet; train to the end of the schedule, or {advice}"
             )

@@ -43,7 +43,7 @@ class SparsityCallback(TrainerCallback):
         self.controller.attach(objects["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
-        """Add the controller's numbers, as ``sparse/WHAT/LAYER``, to the training log and its history."""
+        """Add the controller's numbers, as ``sparse/KEY/LAYER``, to the training log and its history."""
         if logs is None or "loss" not in logs:
             return
         numbers = {f"sparse/{key}": value for key, value in self.controller.diagnostics().items()}

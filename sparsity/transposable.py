@@ -19,7 +19,7 @@ from leanstep.sparsity.patterns import NM, as_pattern
 METHODS = ("auto", "exact", "greedy")
 # largest tile side that "auto" solves exactly
 _MAX_EXACT_M = 16
-# elements of the tensors of one batch of tiles
+# elements in one batch of tiles
 _TILE = 1 << 22
 # gains below this fraction of a tile's largest score are rounding errors
 _TOLERANCE = 1e-12
@@ -98,8 +98,8 @@ def _best_of_90(values: Tensor) -> Tensor:
     sums = values.flatten(1) @ masks.flatten(1).to(values.dtype).T
     # ties go to the first mask; argmax does not define its choice
     best = sums == sums.max(dim=1, keepdim=True).values
-    number = torch.arange(len(masks), device=values.device)
-    return masks[torch.where(best, number, len(masks)).min(dim=1).values.clamp_max(len(masks) - 1)]
+    indices = torch.arange(len(masks), device=values.device)
+    return masks[torch.where(best, indices, len(masks)).min(dim=1).values.clamp_max(len(masks) - 1)]
 
 
 def greedy(values: Tensor, n: int) -> Tensor:
@@ -134,20 +134,20 @@ def fill(values: Tensor, mask: Tensor, n: int) -> Tensor:
         s, tiles = values[todo], mask[todo]
         i = rows_lack[todo].int().argmax(dim=1)
         j = columns_lack[todo].int().argmax(dim=1)
-        each = torch.arange(len(todo), device=values.device)
+        tile = torch.arange(len(todo), device=values.device)
         # gain of exchanging (k, c): s[i, c] + s[k, j] - s[k, c]
-        gain = s[each, i].unsqueeze(1) + s[each, :, j].unsqueeze(2) - s
-        allowed = tiles & ~tiles[each, i].unsqueeze(1) & ~tiles[each, :, j].unsqueeze(2)
+        gain = s[tile, i].unsqueeze(1) + s[tile, :, j].unsqueeze(2) - s
+        allowed = tiles & ~tiles[tile, i].unsqueeze(1) & ~tiles[tile, :, j].unsqueeze(2)
         best = gain.masked_fill(~allowed, -torch.inf).flatten(1).argmax(dim=1)
         k, c = best // s.shape[2], best % s.shape[2]
-        tiles[each, k, c] = False
-        tiles[each, i, c] = True
-        tiles[each, k, j] = True
+        tiles[tile, k, c] = False
+        tiles[tile, i, c] = True
+        tiles[tile, k, j] = True
         mask[todo] = tiles
 
 
 def cancel_cycles(values: Tensor, mask: Tensor) -> Tensor:
-    """The best masks with the row and column sums of ``mask``, for tiles [t, M, M]."""
+    """Improve masks of tiles [t, M, M] to the best ones with the same row and column sums."""
     mask = mask.clone()
     todo = torch.arange(len(mask), device=mask.device)
     while len(todo):
@@ -165,50 +165,52 @@ def _cancel_one_each(values: Tensor, mask: Tensor) -> Tensor:
     cycles of positive gain: some row still improves after M rounds, and its predecessors lead to the cycle.
     """
     count, m, _ = values.shape
-    gain, via = _edges(values, mask)
+    gain, columns = _edges(values, mask)
     tolerance = _TOLERANCE * values.flatten(1).amax(dim=1).view(-1, 1)
     length = values.new_zeros(count, m)
-    before = torch.arange(m, device=values.device).expand(count, m).clone()
+    predecessors = torch.arange(m, device=values.device).expand(count, m).clone()
     for _ in range(m):
-        best, predecessor = (length.unsqueeze(2) + gain).max(dim=1)
+        best, previous = (length.unsqueeze(2) + gain).max(dim=1)
         better = best > length + tolerance
         length = torch.where(better, best, length)
-        before = torch.where(better, predecessor, before)
+        predecessors = torch.where(better, previous, predecessors)
         if not better.any():
             return better.any(dim=1)
-    each = torch.arange(count, device=values.device)
+    tile = torch.arange(count, device=values.device)
     row = better.int().argmax(dim=1)
     for _ in range(m):
-        row = before[each, row]
-    return _use_cycle(mask, row, before, gain, via, tolerance.squeeze(1)) & better.any(dim=1)
+        row = predecessors[tile, row]
+    return _use_cycle(mask, row, predecessors, gain, columns, tolerance.squeeze(1)) & better.any(dim=1)
 
 
 def _edges(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """gain[t, p, q] = max of values[p, c] - values[q, c] over columns c that q holds and p lacks; and the best c."""
+    """gain[t, p, q]: max of values[p, c] - values[q, c] over columns c with an entry in q and none in p; the best c."""
     n = int(mask[0, 0].sum())
     m = values.shape[1]
-    # columns that every row holds, [t, q, n]
+    # the columns of each row's entries, [t, q, n]
     columns = mask.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., :n]
-    at = columns.unsqueeze(1).expand(-1, m, -1, -1)
+    candidates = columns.unsqueeze(1).expand(-1, m, -1, -1)
     open_values = values.masked_fill(mask, -torch.inf)
-    gained = open_values.unsqueeze(2).expand(-1, -1, m, -1).gather(3, at)
+    gained = open_values.unsqueeze(2).expand(-1, -1, m, -1).gather(3, candidates)
     gain, index = (gained - values.gather(2, columns).unsqueeze(1)).max(dim=3)
-    return gain, at.gather(3, index.unsqueeze(3)).squeeze(3)
+    return gain, candidates.gather(3, index.unsqueeze(3)).squeeze(3)
 
 
-def _use_cycle(mask: Tensor, start: Tensor, before: Tensor, gain: Tensor, via: Tensor, tolerance: Tensor) -> Tensor:
+def _use_cycle(
+    mask: Tensor, start: Tensor, predecessors: Tensor, gain: Tensor, columns: Tensor, tolerance: Tensor
+) -> Tensor:
     """Exchange along each tile's cycle of predecessors through row ``start`` if it gains; returns the changed tiles."""
-    each = torch.arange(len(mask), device=mask.device)
+    tile = torch.arange(len(mask), device=mask.device)
     changed = mask.clone()
     total = gain.new_zeros(len(mask))
     active = torch.ones_like(total, dtype=torch.bool)
     row = start
     for _ in range(mask.shape[1]):
-        previous = before[each, row]
-        column = via[each, previous, row]
-        changed[each, previous, column] |= active
-        changed[each, row, column] &= ~active
-        total += torch.where(active, gain[each, previous, row], 0)
+        previous = predecessors[tile, row]
+        column = columns[tile, previous, row]
+        changed[tile, previous, column] |= active
+        changed[tile, row, column] &= ~active
+        total += torch.where(active, gain[tile, previous, row], 0)
         row = previous
         active = active & (row != start)
     useful = total > tolerance

@@ -67,7 +67,7 @@ class Verification:
         return all(results) if results else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as plain dicts, for JSON."""
         rows = [{**asdict(report), "ok": report.ok} for report in self.tensors]
         return {"source": self.source, "ok": self.ok, "tensors": rows}
 
@@ -83,7 +83,7 @@ class Verification:
             verdict += f", {unstructured} unstructured"
         results = [report.ok for report in self.tensors if report.ok is not None]
         if results:
-            verdict += f"; {sum(results)} of the {len(results)} that should be are"
+            verdict += f"; {sum(results)} of {len(results)} obey the expected pattern"
         return "\n".join([*lines, verdict])
 
 
@@ -100,8 +100,8 @@ def verify(
             applies to every matrix. None: the patterns in the folder's sparsity.json, if any.
 
     Returns:
-        :class:`Verification`; print it for a table. Groups lie along dimension 1 (inputs of (out, in) weights,
-        in-channels) or 0, whichever fits, unless sparsity.json says it.
+        :class:`Verification`; print it for a table. sparsity.json names the dimension of the groups. Without it, this
+        is 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
 
     Raises:
         ValueError: for a path without a checkpoint, a damaged file, or a rule that matches nothing.
@@ -111,17 +111,17 @@ def verify(
     matrices = {name: (t, note) for name, t, note in tensors if t.dim() > 1 and t.is_floating_point()}
     if not matrices:
         raise ValueError(f"verify: {where} holds no matrix of floating dtype")
-    wanted: dict[str, NM] = {}
+    patterns: dict[str, NM] = {}
     if expected is not None:
         layers = {name.removesuffix(".weight"): name for name in matrices}
-        wanted = {layers[layer]: pattern for layer, pattern in match_patterns(layers, expected).items()}
+        patterns = {layers[layer]: pattern for layer, pattern in match_patterns(layers, expected).items()}
     elif recorded:
         missing = [name for name in recorded if name not in matrices]
         if missing:
             raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} lists")
-        wanted = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
+        patterns = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
         dims = {name: entry["dim"] for name, entry in recorded.items()}
-    reports = [_report(name, *matrix, wanted.get(name), dims.get(name)) for name, matrix in matrices.items()]
+    reports = [_report(name, *matrix, patterns.get(name), dims.get(name)) for name, matrix in matrices.items()]
     return Verification(where, tuple(reports))
 
 
@@ -157,7 +157,7 @@ def _cells(report: TensorReport) -> tuple[str, ...]:
         report.pattern or ("dense" if report.sparsity < _UNSTRUCTURED else "unstructured"),
         "" if report.dim is None else f"dim {report.dim}",
         report.expected or "",
-        "; ".join(part for part in (verdict, report.note) if part),
+        "; ".join(filter(None, (verdict, report.note))),
     )
 
 

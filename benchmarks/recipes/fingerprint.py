@@ -10,18 +10,17 @@ parameters and of the sorted keys. Key names are not hashed: a renamed key with 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pydoc_data.topics
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from common import TRAIN, command_line, read_json_lines
+from models import digest, tensors_of
 from safetensors.torch import load_file
 
 RECIPES = [
@@ -32,27 +31,6 @@ RECIPES = [
 PARSER = command_line(__doc__, steps=30, recipes=RECIPES)
 PARSER.add_argument("--out", type=Path, help="write the fingerprints to this file")
 PARSER.add_argument("--compare", type=Path, help="a file of an earlier call")
-
-
-def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 over dtype, shape and bytes of the tensors, in order."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:24]
-
-
-def tensors_of(value: object) -> Iterator[torch.Tensor]:
-    """All tensors of nested dicts and lists, dict keys in sorted order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for key in sorted(value, key=lambda k: (isinstance(k, str), k)):
-            yield from tensors_of(value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)
 
 
 def fingerprint(recipe: str, steps: int, folder: Path) -> dict[str, object]:

@@ -34,10 +34,10 @@ struct Matrix {
 };
 
 // Prefetches part k of `parts` of the next matrix in small shares, so that requests do not queue
-class Coming {
+class Prefetch {
 public:
-    Coming() = default;  // nothing
-    Coming(const Matrix& next, int64_t k, int64_t parts, int64_t shares) {
+    Prefetch() = default;  // nothing
+    Prefetch(const Matrix& next, int64_t k, int64_t parts, int64_t shares) {
         if (next.stride != next.n) return;
         const int64_t lines = (next.bytes() + LINE - 1) / LINE;
         const char* data = reinterpret_cast<const char*>(next.data);
@@ -160,9 +160,9 @@ void add(float* __restrict sums, const float* __restrict part, int64_t n) {
 }
 
 // Rows begin..end of one iteration: computes their inverse mean squares and, unless null, adds to column_sums.
-// scratch: ROWS + 1 rows. coming: the part of the next matrix to prefetch meanwhile.
+// scratch: ROWS + 1 rows. prefetch: reads ahead in the next matrix meanwhile.
 void pass(
-    const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums, Coming coming
+    const Matrix& a, int64_t begin, int64_t end, bool first, float* scratch, float* column_sums, Prefetch prefetch
 ) {
     float* h = scratch;
     float* part = scratch + ROWS * padded(a.n);
@@ -171,7 +171,7 @@ void pass(
         const int64_t to = std::min(from + ROWS_OF_SUM, end);
         std::fill(part, part + a.n, 0.0f);
         for (int64_t i = from; i < to; i += ROWS) {
-            coming.fetch_share();
+            prefetch.fetch_share();
             const MAT* rows[ROWS];
             float r0[ROWS], sums[ROWS], factors[ROWS];
             const int64_t count = std::min(ROWS, to - i);
@@ -219,8 +219,9 @@ void alone(const Matrix& a, const Matrix* next, int64_t num_iters, bool end_with
         const bool columns = k < num_iters;
         std::fill(sums.data(), sums.data() + a.n, 0.0f);
         // the first iteration reads its own matrix from memory
-        const Coming coming = next && k > 0 ? Coming(*next, k - 1, passes - 1, (a.m + ROWS - 1) / ROWS) : Coming();
-        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr, coming);
+        Prefetch prefetch;
+        if (next && k > 0) prefetch = Prefetch(*next, k - 1, passes - 1, (a.m + ROWS - 1) / ROWS);
+        pass(a, 0, a.m, k == 0, scratch.data(), columns ? sums.data() : nullptr, prefetch);
         if (columns) invert_columns(a, sums.data());
     }
     finish(a, passes > 0);
@@ -242,7 +243,7 @@ void together(const Matrix& a, int64_t num_iters, bool end_with_rows, int thread
 #pragma omp for schedule(static)
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 pass(a, piece * height, std::min((piece + 1) * height, a.m), k == 0, scratch.data(),
-                     columns ? sums.data() + piece * padded(a.n) : nullptr, Coming());
+                     columns ? sums.data() + piece * padded(a.n) : nullptr, Prefetch());
             }
         }
         if (!columns) continue;

@@ -54,11 +54,11 @@ def runs_on_onednn(x: Tensor) -> bool:
 
 @functools.cache
 def why_not_onednn() -> str | None:
-    """Why fp32 products on this CPU run in ``torch.mm``, or None if they run in oneDNN."""
+    """Say why fp32 products on this CPU run in ``torch.mm``; None if they run in oneDNN."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return "this torch has no oneDNN with linear layers"
     if not torch.backends.mkl.is_available():
-        return "torch.mm is not MKL's here"
+        return "torch.mm does not call MKL here"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no AVX-512"
     if not _vendor().startswith(("AuthenticAMD", "AMD")):

@@ -97,7 +97,7 @@ def nuclear_norm(
     coefficients: str | Sequence[Triple] = "nuclear",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sum of the singular values of every matrix, exact or estimated.
+    """Compute the sum of the singular values of every matrix, exactly or by an estimate.
 
     Args:
         matrices: [m, n] or stacks [..., m, n] of one device, of any sizes, strides and floating dtypes; never written.
@@ -174,7 +174,7 @@ def _check(matrices: Sequence[Tensor], method: str, op: str) -> None:
 
 
 def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
-    """The dtype of a matrix's products, for the argument ``dtype`` of :func:`newton_schulz`."""
+    """Return the dtype of a matrix's products, for the argument ``dtype`` of :func:`newton_schulz`."""
     if dtype is not None:
         if dtype not in GROWTH:
             raise ValueError(f"Newton-Schulz: expected dtype in {[str(d) for d in GROWTH]}, got {dtype}")
@@ -190,8 +190,8 @@ def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
 
 @functools.cache
 def _multiplies_bf16() -> bool:
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _products(backend: str, dtype: torch.dtype) -> Products:

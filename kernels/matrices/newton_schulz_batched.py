@@ -32,7 +32,7 @@ _GPU_CHUNK = 1 << 25
 
 
 def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
-    """Lengths of the Gram form's runs of steps; each run starts from X."""
+    """Return the lengths of the Gram form's runs of steps; each run starts from X."""
     runs: list[int] = []
     slope = 1.0
     for a, _, _ in triples:
@@ -45,13 +45,13 @@ def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
 
 
 def operations(m: int, n: int, runs: Sequence[int]) -> int:
-    """Multiplications and additions of the products of these runs on one matrix."""
+    """Count the multiplications and additions in the products of these runs on one matrix."""
     small, large = sorted((m, n))
     return sum(4 * small**2 * large + (8 * run - 6) * small**3 for run in runs)
 
 
 def plan(triples: Sequence[Triple], dtype: torch.dtype, method: str, m: int, n: int) -> list[int]:
-    """Lengths of the runs for matrices [m, n]; runs of one step are the standard form."""
+    """Return the lengths of the runs for matrices [m, n]; runs of one step are the standard form."""
     forms = {"standard": [1] * len(triples), "gram": lengths_of_runs(triples, dtype)}
     if method == "auto":
         return min(forms.values(), key=lambda runs: operations(m, n, runs))

@@ -81,12 +81,12 @@ def new_scales(mats: Sequence[Tensor]) -> Scales:
 
 
 def sinkhorn_of_rows(
-    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, rows_total: Sequence[int]
+    mats: Sequence[Tensor], num_iters: int, rows_total: Sequence[int], *, end_with_rows: bool = False
 ) -> Generator[tuple[Tensor, str], None, Scales]:
     """:func:`sinkhorn` of shards of rows, as a generator, so that the caller can reduce several lists at once.
 
-    Yields (flat buffer, "sum") once per iteration, with this shard's part of the column means. The caller sums the
-    buffer over the shards, in place.
+    ``rows_total``: the rows of each matrix before sharding. Yields (flat buffer, "sum") once per iteration, with this
+    shard's share of the column means. The caller sums the buffer over the shards, in place.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
@@ -96,12 +96,13 @@ def sinkhorn_of_rows(
 
 
 def sinkhorn_of_columns(
-    mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = False, cols_total: Sequence[int]
+    mats: Sequence[Tensor], num_iters: int, cols_total: Sequence[int], *, end_with_rows: bool = False
 ) -> Generator[tuple[Tensor, str], None, Scales]:
     """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
 
-    First yields (flat buffer, "max") with the largest entry of every row. Then yields (flat buffer, "sum") with the row
-    means, each time rows are scaled. The caller reduces each buffer over the shards, in place.
+    ``cols_total``: the columns of each matrix before sharding. First yields (flat buffer, "max") with the largest entry
+    of every row. Then yields (flat buffer, "sum") with the row means, each time rows are scaled. The caller reduces
+    each buffer over the shards, in place.
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]

@@ -29,8 +29,8 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 
     Notes:
         Computes in fp32 and rounds once. Reads weight and mask and writes the result once: 9 bytes per fp32 element.
-        All backends agree bit for bit. Under torch.compile, plain torch runs, which the compiler fuses; also for a
-        weight that requires a gradient, since only autograd's operations have one.
+        All backends agree bit for bit. Plain torch runs under torch.compile, which fuses it, and for a weight that
+        requires a gradient, which only plain torch provides.
     """
     _check(weight, mask, alpha, "nm_apply")
     differentiable = torch.is_grad_enabled() and weight.requires_grad

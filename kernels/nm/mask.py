@@ -25,7 +25,7 @@ def nm_mask(
     check: bool = False,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Mask of the n entries of largest magnitude in every group of m consecutive entries along a dimension.
+    """Select the n largest magnitudes in every group of m consecutive entries along a dimension.
 
     Of entries with equal ``|score|``, the last is kept, so masks are reproducible. A group of zeros keeps its last n
     entries, so a layer that starts at zero can grow.
@@ -79,19 +79,19 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
         for score, mask in zip(scores, out, strict=True):
             mask.copy_(reference.nm_mask(score, n, m, dim))
         return
-    dense = [
+    outputs = [
         mask if mask.is_contiguous() else torch.empty_like(mask, memory_format=torch.contiguous_format) for mask in out
     ]
-    flat = [score.detach().contiguous() for score in scores]
-    for indices in group_by_dtypes([flat], [score.numel() > 0 for score in flat]):
-        group = ([flat[i] for i in indices], n, m, dim, [dense[i] for i in indices])
+    inputs = [score.detach().contiguous() for score in scores]
+    for indices in group_by_dtypes([inputs], [score.numel() > 0 for score in inputs]):
+        group = ([inputs[i] for i in indices], n, m, dim, [outputs[i] for i in indices])
         if backend == "triton":
             from leanstep.kernels.triton_impl.nm import mask as triton_mask
 
             triton_mask.nm_mask(*group)
         else:
             _cpp_mask(*group)
-    for mask, written in zip(out, dense, strict=True):
+    for mask, written in zip(out, outputs, strict=True):
         if written is not mask:
             mask.copy_(written)
     torch.autograd.graph.increment_version(out)

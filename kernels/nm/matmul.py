@@ -63,7 +63,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     Args:
         x: [..., in], floating; not written.
         values: [out, in / m, n] of x's dtype, from :func:`nm_compress`.
-        indices: uint8 [out, in / m, n], each below m; not checked. A wrong index reads a wrong entry of x.
+        indices: uint8 [out, in / m, n], each below m; not checked. A larger one may read memory outside of x.
         m: entries per group.
 
     Returns:
@@ -74,10 +74,10 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Computes in fp32 (fp64 for fp64) and rounds once. A CPU reads the compressed matrix once per 64 rows of x (once
-        per 16 of the remaining rows). A GPU reads it once per 4 rows if x has fewer than 32. Both do n / m of the dense
-        product's multiplications. For more rows, a GPU forms the dense matrix first, as the reference does, in scratch
-        memory of its size. ``benchmarks/sparsity/matmul.py`` measures where this is faster than the dense product.
+        Computes in fp32 (fp64 for fp64) and rounds once. A CPU reads the compressed matrix once per 64 rows of x, a GPU
+        once per 4. Both do n / m of the dense product's multiplications. From 32 rows on, a GPU forms the dense matrix
+        first, as the reference does, in scratch memory of its size. ``benchmarks/sparsity/matmul.py`` measures where
+        this is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:

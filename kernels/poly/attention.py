@@ -52,8 +52,8 @@ def poly_attention(
     Notes:
         With ``k = C(d + g, g)`` features, the forward pass takes about ``2 k e (Hq L + H M)`` floating-point operations
         and the backward pass ``2 k e (2 Hq L + 3 H M)``; :func:`poly_attention_flops` and
-        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). The backward pass
-        keeps q, k, v, out and D. Scratch memory: one or two states [k, e + 1] per head, and the features of one chunk
+        :func:`poly_attention_backward_flops` count them exactly. Sums run in fp32 (fp64 for fp64). Autograd saves
+        q, k, v, out and D. Scratch memory: one or two states [k, e + 1] per head, and the features of one chunk
         for as many heads as fit into 16 MB (1 GB on a GPU). fp32 sums of features cancel, so D has an error of about
         1e-7 * (scale |q| |k|)^g / g!, even where p(s) is small.
     """
@@ -92,7 +92,7 @@ def _check(
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(
             f"{_NAME}: causal attention needs as many keys as queries, got {k.shape[2]} and {q.shape[2]}; "
-            "decoding with a cache of keys has nothing to gain from it: use exact attention there"
+            "use exact attention to decode with a cache of keys"
         )
     if len(coefficients) < 1 or chunk < 1:
         raise ValueError(f"{_NAME}: expected coefficients and a chunk >= 1, got {list(coefficients)} and {chunk}")
@@ -246,7 +246,7 @@ def poly_attention_backward_flops(
 
 
 def _rows(q_shape: Sequence[int], k_shape: Sequence[int], causal: bool, chunk: int) -> tuple[int, int, int]:
-    """Number of queries that read a state, of keys that are added to one, and of pairs inside chunks; of all heads."""
+    """Count, over all heads, the queries that read a state, the keys added to one, and the pairs inside chunks."""
     batch, query_heads, length, _ = q_shape
     if not causal:
         return batch * query_heads * length, batch * k_shape[1] * k_shape[2], 0

@@ -121,7 +121,7 @@ class _State:
         return self.sum if self.ratios is None else self.sum * self.ratios
 
 
-def _within(heads: Heads, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_products(heads: Heads, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Products [n, g c, c] of a chunk's queries [n, d, g c] and keys [n, d, c], and the causal mask."""
     length = y.shape[-1]
     visible = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
@@ -133,8 +133,8 @@ def forward(heads: Heads) -> tuple[Tensor, Tensor]:
     n, group, length, _ = heads.q.shape
     out = heads.v.new_empty(n, group, length, heads.v.shape[-1])
     normaliser = torch.empty(n, group, length, dtype=heads.wide, device=out.device)
-    for span, few in heads.split():
-        (_forward_causal if heads.causal else _forward_full)(few, out[span], normaliser[span])
+    for span, subset in heads.split():
+        (_forward_causal if heads.causal else _forward_full)(subset, out[span], normaliser[span])
     return out, normaliser
 
 
@@ -150,9 +150,9 @@ def _forward_full(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
     state = _State(heads)
     for span in heads.slices(heads.k.shape[1]):
         state.add(poly_features(heads.keys(span), heads.degree), heads.values(span))
-    weights = state.read()
+    state_sum = state.read()
     for span in heads.slices(heads.q.shape[2]):
-        sums = torch.bmm(poly_features(heads.queries(span), heads.degree).mT, weights)
+        sums = torch.bmm(poly_features(heads.queries(span), heads.degree).mT, state_sum)
         _divide(sums, out[:, :, span], normaliser[:, :, span])
 
 
@@ -161,7 +161,7 @@ def _forward_causal(heads: Heads, out: Tensor, normaliser: Tensor) -> None:
     slices = heads.slices(heads.k.shape[1])
     for span in slices:
         x, y, values = heads.queries(span), heads.keys(span), heads.values(span)
-        products, visible = _within(heads, x, y)
+        products, visible = _chunk_products(heads, x, y)
         sums = torch.bmm(polynomial(products, heads.coefficients).mul_(visible), values)
         if span.start:
             torch.baddbmm(sums, poly_features(x, heads.degree).mT, state.read(), out=sums)
@@ -188,8 +188,8 @@ class _Upstream:
             self.out[:, :, span].to(wide),
             self.normaliser[:, :, span, None],
         )
-        both = torch.cat([grad, -(grad * out).sum(dim=-1, keepdim=True)], dim=-1)
-        return torch.where(total == 0, 0.0, both / total).flatten(1, 2)
+        rows = torch.cat([grad, -(grad * out).sum(dim=-1, keepdim=True)], dim=-1)
+        return torch.where(total == 0, 0.0, rows / total).flatten(1, 2)
 
 
 def backward(
@@ -198,10 +198,10 @@ def backward(
     """Gradients of q, k and v, in their dtype, from the output's gradient; None where not wanted."""
     inputs = (heads.q, heads.k, heads.v)
     results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
-    for span, few in heads.split():
+    for span, subset in heads.split():
         rows = [None if result is None else result[span] for result in results]
         upstream = _Upstream(grad[span], out[span], normaliser[span], *rows)
-        (_backward_causal if heads.causal else _backward_full)(few, upstream)
+        (_backward_causal if heads.causal else _backward_full)(subset, upstream)
     dq, dk, dv = (None if x is None else x.to(heads.q.dtype) for x in results)
     return dq, dk, dv
 
@@ -227,23 +227,23 @@ def _add_values(heads: Heads, dv: Tensor, span: slice, rows: Tensor) -> None:
 
 
 def _backward_full(heads: Heads, up: _Upstream) -> None:
-    of_queries, of_keys = heads.slices(heads.q.shape[2]), heads.slices(heads.k.shape[1])
+    query_slices, key_slices = heads.slices(heads.q.shape[2]), heads.slices(heads.k.shape[1])
     keys_wanted = up.dk is not None or up.dv is not None
     state, suffix = _State(heads), _State(heads)
     if up.dq is not None:
-        for span in of_keys:
+        for span in key_slices:
             state.add(poly_features(heads.keys(span), heads.degree), heads.values(span))
-    weights = state.read()
-    for span in of_queries:
+    state_sum = state.read()
+    for span in query_slices:
         x, rows = heads.queries(span), up.rows(span, heads.wide)
         if up.dq is not None:
-            _add_queries(heads, up, span, x, torch.bmm(weights, rows.mT))
+            _add_queries(heads, up, span, x, torch.bmm(state_sum, rows.mT))
         if keys_wanted:
             suffix.add(poly_features(x, heads.degree), rows)
     if keys_wanted:
-        weights = suffix.read()
-        for span in of_keys:
-            _add_keys(heads, up, span, heads.keys(span), weights)
+        suffix_sum = suffix.read()
+        for span in key_slices:
+            _add_keys(heads, up, span, heads.keys(span), suffix_sum)
 
 
 def _backward_causal(heads: Heads, up: _Upstream) -> None:
@@ -271,7 +271,7 @@ def _backward_within(
     heads: Heads, up: _Upstream, span: slice, x: Tensor, y: Tensor, values: Tensor, rows: Tensor
 ) -> None:
     """Add the gradients that come from pairs of a query and a key inside one chunk."""
-    products, visible = _within(heads, x, y)
+    products, visible = _chunk_products(heads, x, y)
     if up.dv is not None:
         weights = polynomial(products, heads.coefficients).mul_(visible)
         _add_values(heads, up.dv, span, torch.bmm(weights.mT, rows[..., :-1]))

@@ -91,10 +91,10 @@ def _ups(
     variables = np.arange(dim)[None, :]
     ups, counts = [], []
     for t in range(degree):
-        here = np.arange(starts[t + 1] - starts[t])[:, None]
+        local = np.arange(starts[t + 1] - starts[t])[:, None]
         # index of the first monomial of degree t + 1 that ends in variable i
         begins = starts[t + 1] + np.array([math.comb(i + t, t + 1) for i in range(dim)])
-        direct = begins[None, :] + here
+        direct = begins[None, :] + local
         if t == 0:
             ups.append(direct)
             counts.append(np.zeros((1, dim), np.int64))

@@ -26,7 +26,7 @@ _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit
 
 
 def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor:
-    """The value of a parameter in the dtype of the update: fp64 for fp64 parameters, else fp32."""
+    """Return the value of a parameter in the dtype of the update: fp64 for fp64 parameters, else fp32."""
     wide = param if param.dtype == torch.float64 else param.float()
     if rounding == "master":
         assert rounding_state is not None
@@ -55,7 +55,7 @@ def as_int32(value: Tensor | int, device: torch.device) -> Tensor:
 
 
 def hash32(index: Tensor, seed: Tensor | int) -> Tensor:
-    """32 well-mixed bits for each index, as int32: two rounds of xor-shift and multiply, modulo 2**32.
+    """Hash each index to 32 well-mixed bits, as int32: two rounds of xor-shift and multiply, modulo 2**32.
 
     Args:
         index: integer tensor of element indices; the low 32 bits count.
@@ -81,7 +81,7 @@ def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
 
 
 def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
-    """Row-major index of every element of ``like``, plus ``offset`` (the shard's first index), modulo 2**32."""
+    """Return the row-major index of every element, plus ``offset`` (the shard's first index), modulo 2**32."""
     dtype = torch.int32 if like.numel() < 2**31 else torch.int64
     index = torch.arange(like.numel(), dtype=dtype, device=like.device).to(torch.int32)
     return index.view(like.shape) + as_int32(offset, like.device)

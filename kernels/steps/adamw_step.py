@@ -75,7 +75,7 @@ class _Options(NamedTuple):
     maximize: bool
 
     def numbers(self, step: int) -> tuple[float, ...]:
-        """The kernel's scalars for step number ``step``, in double precision as torch computes them."""
+        """Return the kernel's scalars for step number ``step``, in double precision as torch computes them."""
         lr, (beta1, beta2) = float(self.lr), self.betas
         size = -lr / (1 - beta1**step)
         return 1 - lr * self.weight_decay, 1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), self.eps, size
@@ -92,28 +92,31 @@ def _torch(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
 def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
     # torch updates the elements that fill no vector: its loop over single elements rounds differently
     sizes = [p.numel() for p in columns[0]]
-    whole = [size // LANES * LANES for size in sizes]
-    ends = [i for i, size in enumerate(sizes) if size > whole[i]]
+    vector_sizes = [size // LANES * LANES for size in sizes]
+    ends = [i for i, size in enumerate(sizes) if size > vector_sizes[i]]
     if ends:
-        first, second, third, fourth = ([c[i].as_strided((sizes[i],), (1,))[whole[i] :] for i in ends] for c in columns)
+        first, second, third, fourth = (
+            [c[i].as_strided((sizes[i],), (1,))[vector_sizes[i] :] for i in ends] for c in columns
+        )
         _torch((first, second, third, fourth), [steps[i].clone() for i in ends], options)
     torch._foreach_add_(steps, 1)
-    taken = [int(step) for step in steps]
-    numbers = {step: options.numbers(step) for step in set(taken)}
-    rows = [number for step in taken for number in numbers[step]]
+    counts = [int(step) for step in steps]
+    numbers = {count: options.numbers(count) for count in set(counts)}
+    rows = [number for count in counts for number in numbers[count]]
     scalars = (ctypes.c_float * len(rows))(*rows)
-    call("steps/adamw_step", "adamw_step", {"MAXIMIZE": int(options.maximize)}, len(sizes), *columns, whole, scalars)
+    macros = {"MAXIMIZE": int(options.maximize)}
+    call("steps/adamw_step", "adamw_step", macros, len(sizes), *columns, vector_sizes, scalars)
 
 
 @functools.cache
 def _same_bits() -> bool:
     """Whether the C++ kernel gives the bits of this build of torch. Compilers may fuse products differently."""
-    chance = torch.Generator().manual_seed(0)
-    made = [torch.randn(64 * LANES, generator=chance) * scale for scale in (2e-2, 1e-3, 1e-4, 1e-6)]
+    generator = torch.Generator().manual_seed(0)
+    *tensors, squares = (torch.randn(64 * LANES, generator=generator) * scale for scale in (2e-2, 1e-3, 1e-4, 1e-6))
     for betas in ((0.9, 0.999), (0.0, 0.5)):
         results = []
         for run in (_torch, _cpp):
-            param, grad, avg, avg_sq = (t.abs().bfloat16() if t is made[3] else t.bfloat16() for t in made)
+            param, grad, avg, avg_sq = (t.bfloat16() for t in (*tensors, squares.abs()))
             run(([param], [grad], [avg], [avg_sq]), [torch.zeros(())], _Options(1e-3, betas, 1e-8, 0.1, False))
             results.append(torch.stack([param, avg, avg_sq]))
         if not torch.equal(*results):

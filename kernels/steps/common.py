@@ -40,7 +40,7 @@ class StepOptions(NamedTuple):
     offsets: Tensor | None = None
 
     def of(self, selection: int | list[int]) -> StepOptions:
-        """The options of some tensors, or of one, with 0-d ``cautious_scale``, ``seeds`` and ``offsets``."""
+        """Return the options of the tensors at these indices; for one index, the fields per tensor are 0-d."""
         scale, seeds, offsets = (
             None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets)
         )
@@ -48,12 +48,12 @@ class StepOptions(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which parameters of ``dtype`` are updated: fp64 for fp64, else fp32."""
+    """Return the dtype in which parameters of ``dtype`` are updated: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def decay_factor(lr: float | Tensor, weight_decay: float) -> float | Tensor:
-    """1 - lr * weight_decay, in double precision until it is packed."""
+    """Return 1 - lr * weight_decay in double precision; :func:`pack` rounds it."""
     if isinstance(lr, Tensor):
         return 1.0 - lr.to(torch.float64) * weight_decay
     return 1.0 - lr * weight_decay
@@ -89,7 +89,7 @@ _captured: list[Tensor] = []
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1-D tensor of Python numbers, from a small cache. Do not write to it.
+    """Return a 1-D tensor of Python numbers from a small cache. Do not write to it.
 
     Numbers of an earlier step are not sent to a GPU again, so the step can be captured.
     """
@@ -112,7 +112,7 @@ def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtyp
 
 @torch.no_grad()
 def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
-    """int32 [len(tensors)]: 1 where a tensor has an infinite or NaN entry.
+    """Return int32 [len(tensors)]: 1 where a tensor has an infinite or NaN entry.
 
     Args:
         tensors: floating tensors of one device, any shape and strides.

@@ -166,19 +166,19 @@ def _cpp_step(
     }
     # the kernel takes single matrices; owners gives the parameter of each
     owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]
-    within = [e for p in params for e in range(p.shape[:-2].numel())]
-    first = [0] * len(params) if options.offsets is None else options.offsets.tolist()
+    stack_indices = [e for p in params for e in range(p.shape[:-2].numel())]
+    starts = [0] * len(params) if options.offsets is None else options.offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
-    offsets = [first[t] + e * sizes[t] for t, e in zip(owners, within, strict=True)]
+    offsets = [starts[t] + e * sizes[t] for t, e in zip(owners, stack_indices, strict=True)]
     seeds = None if options.seeds is None else options.seeds[owners]
     scales: list[list[Tensor]] | list[list[int]]
     if rows is not None and cols is not None:
         name, scales = "scaled_step", [_matrices(rows, 1), _matrices(cols, 1)]
     else:
         memory = torch.empty(sum(heights) + sum(widths))
-        steps = (memory.element_size() * size for size in (*heights, *widths))
-        addresses = list(itertools.accumulate(steps, initial=memory.data_ptr()))
+        byte_sizes = (memory.element_size() * size for size in (*heights, *widths))
+        addresses = list(itertools.accumulate(byte_sizes, initial=memory.data_ptr()))
         name, scales = "sinkhorn_step", [addresses[: len(owners)], addresses[len(owners) :]]
     state = _matrices(rounding_state, 2) if rounding_state else None
     flags = torch.zeros(len(params), dtype=torch.int32)
@@ -190,7 +190,7 @@ def _cpp_step(
 
 
 def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
-    """Cut stacks [..., m, n], or their scales [..., m], into single matrices or scales."""
+    """Split stacks [..., m, n], or their scales [..., m], into single matrices or scales."""
     if all(t.dim() == dims for t in tensors):
         return tensors
     return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]

@@ -111,8 +111,8 @@ def key_means(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
             "low_rank_attention: expected a bool key_mask [B, M], True where a key counts, for keys "
             f"{tuple(key.shape)}, got {tuple(key_mask.shape)} of {key_mask.dtype}"
         )
-    counted = torch.where(key_mask[:, None, :, None], wide, 0.0).sum(dim=-2)
-    return counted / key_mask.sum(dim=-1).clamp(min=1)[:, None, None]
+    sums = torch.where(key_mask[:, None, :, None], wide, 0.0).sum(dim=-2)
+    return sums / key_mask.sum(dim=-1).clamp(min=1)[:, None, None]
 
 
 def check_normalisers(total: Tensor, degree: int, causal: bool, key_mask: Tensor | None) -> None:
@@ -128,7 +128,7 @@ def check_normalisers(total: Tensor, degree: int, causal: bool, key_mask: Tensor
         first = tuple(wrong.nonzero()[0].tolist())
         raise LowRankAttentionError(
             f"low_rank_attention: {int(wrong.sum())} of {wrong.numel()} normalisers are not positive and finite; the "
-            f"first is {float(total[first]):g}, of (batch, head, query) {first}. A polynomial of degree "
+            f"first is {float(total[first]):g}, at (batch, head, query) {first}. A polynomial of degree "
             f"{degree} does not approximate exp at these logits: take exact attention here, or an even degree"
         )
 
@@ -154,12 +154,12 @@ def relative_error(coefficients: Sequence[float], bound: float) -> float:
 
     The maximum is exact, not sampled: it lies at an end of the interval or where ``p' = p``.
     """
-    return _error_of(Polynomial(list(coefficients)), bound)
+    return _max_relative_error(Polynomial(list(coefficients)), bound)
 
 
 def slope_error(coefficients: Sequence[float], bound: float) -> float:
     """delta of the polynomial's derivative, which replaces exp in the gradient."""
-    return _error_of(Polynomial(list(coefficients)).deriv(), bound)
+    return _max_relative_error(Polynomial(list(coefficients)).deriv(), bound)
 
 
 def softmax_error(delta: float) -> float:
@@ -167,9 +167,9 @@ def softmax_error(delta: float) -> float:
     return 2 * delta / (1 - delta) if delta < 1 else math.inf
 
 
-def _error_of(p: Polynomial, bound: float) -> float:
+def _max_relative_error(p: Polynomial, bound: float) -> float:
     if not bound >= 0:
-        raise ValueError(f"expected a bound >= 0 of the logits, got {bound}")
+        raise ValueError(f"expected a bound >= 0 on the logits, got {bound}")
     if bound > 300:
         return math.inf
     points = [-bound, 0.0, bound]

@@ -36,7 +36,11 @@ def largest_logit(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | N
         torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in (query, key)
     )
-    return abs(scale) * _largest(q) * _largest(_counted(k, key_mask)).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (
+        abs(scale)
+        * _largest(q)
+        * _largest(_without_masked(k, key_mask)).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    )
 
 
 def error_bounds(
@@ -81,16 +85,18 @@ def error_bounds(
     delta = _map(logit, lambda s: relative_error(coefficients, s))
     eta = _map(delta, softmax_error)
     infinite = torch.full_like(eta, torch.inf)
-    largest_value = _largest(_counted(value.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    largest_value = _largest(_without_masked(value.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
     out = eta * largest_value
     if grad is None:
         return ErrorBounds(out, infinite, infinite[:, ::group], infinite[:, ::group], logit, eta)
     grad = grad.detach().double()
     slope = _map(logit, lambda s: slope_error(coefficients, s))
     eta_slope = torch.where(delta < 1, (delta + slope) / (1 - delta), infinite)
-    norm = _largest(_counted(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    norm = _largest(_without_masked(value.norm(dim=-1), key_mask)).repeat_interleave(group, dim=1)
     factor = abs(scale) * (2 * eta_slope + eta) * norm * _largest(grad.norm(dim=-1))
-    bound_query = factor * _largest(_counted(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(group, dim=1)
+    bound_query = factor * _largest(_without_masked(shifted.abs().amax(dim=-1), key_mask)).repeat_interleave(
+        group, dim=1
+    )
     sums = _column_sums(query, shifted, coefficients, scale, causal, key_mask)
     # exact column sums exceed the approximate ones by at most this factor
     growth = torch.where(delta < 1, (1 + delta) / (1 - delta), infinite)
@@ -111,8 +117,8 @@ def _column_sums(
     return _largest(sums.squeeze(-1).abs())
 
 
-def _counted(rows: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Per-key numbers [B, H, M], with 0 at masked keys."""
+def _without_masked(rows: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Per-key numbers [B, H, M], set to 0 at masked keys."""
     return rows if key_mask is None else torch.where(key_mask[:, None, :], rows, 0.0)
 
 

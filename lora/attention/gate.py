@@ -44,7 +44,7 @@ class LowRankGate:
     Args:
         model: a transformers model that calls attention by name (LLaMA, GPT-2 and others). Its own implementation is
             the exact one; :meth:`close` restores it.
-        mode: ``"exact"``, ``"auto"``, or, for research, ``"force"``: low-rank wherever possible, whatever the error.
+        mode: ``"exact"``, ``"auto"``, or, for research, ``"force"``: low-rank wherever possible, at any error.
         degree: even degree of Taylor's sum.
         tolerance: largest accepted relative error of softmax weights, and of the output on sampled queries.
         every: number of calls between judgements of a layer that runs exactly.
@@ -105,9 +105,9 @@ class LowRankGate:
             raise ValueError(f"LowRankGate: expected every >= 1 and patience >= 1, got {every} and {patience}")
         if not tolerance > 0 or (speed is not None and not speed > 0):
             raise ValueError(f"LowRankGate: expected tolerance > 0 and speed > 0, got {tolerance} and {speed}")
-        taken = [tap.name for tap in attach(model).values() if tap.gate is not None]
-        if taken:
-            raise ValueError(f"LowRankGate: {taken[0]} has a gate already; close that one first")
+        gated = [tap.name for tap in attach(model).values() if tap.gate is not None]
+        if gated:
+            raise ValueError(f"LowRankGate: {gated[0]} has a gate already; close that one first")
         self.model, self.mode, self.degree, self.tolerance = model, mode, degree, tolerance
         self.every, self.patience, self.speed = every, patience, speed
         self.coefficients = taylor_coefficients(degree)
@@ -188,14 +188,14 @@ class LowRankGate:
             return _as_layer(self._attention(call.inputs, state.last_center)[0])
         state.calls += 1
         state.low_rank, state.last_center = False, None
-        if outside_dispatch_modes(lambda: self._wanted(call, state)):
+        if outside_dispatch_modes(lambda: self._should_run(call, state)):
             out, total = self._attention(call.inputs, state.center)
             if outside_dispatch_modes(lambda: self._passes(call.inputs, out, total, state)):
                 state.low_rank_calls += 1
                 return _as_layer(out)
         return call.exact()
 
-    def _wanted(self, call: Call, state: LayerState) -> bool:
+    def _should_run(self, call: Call, state: LayerState) -> bool:
         """Whether to run the call low-rank; ``state.reason`` says why not."""
         if self.mode == "exact":
             state.reason = "mode is 'exact'"
@@ -242,8 +242,10 @@ class LowRankGate:
     def _judge(self, call: Call, state: LayerState) -> None:
         """Measure the norms of all heads and the error on sampled queries, and switch the layer on or off."""
         inputs = call.inputs
-        few = inputs.sequences(self._sequences(inputs))
-        norms = head_norms(few, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator)
+        sample = inputs.sequences(self._sequences(inputs))
+        norms = head_norms(
+            sample, degrees=(self.degree,), rows=self.rows, center=state.center, generator=self.generator
+        )
         # the bound covers the whole batch
         shift = key_means(inputs.key, inputs.key_mask) if state.center is None else state.center
         centred = inputs.key.detach() - shift[..., None, :]
@@ -252,7 +254,7 @@ class LowRankGate:
         state.error, state.logit = float(norms.errors.max()), sampled
         good, why = verdict(certified, sampled, state.error, self.coefficients, self.tolerance)
         if why != NON_FINITE:
-            _update_center(state, few)
+            _update_center(state, sample)
         state.good = state.good + 1 if good else 0
         state.on = state.good >= self.patience
         waiting = "" if state.on or not good else f" ({state.good} of {self.patience} judgements)"
@@ -269,9 +271,9 @@ class LowRankGate:
             self._fall_back(state, str(error) if all_finite(inputs) else NON_FINITE)
             return False
         sequences = self._sequences(inputs)
-        few = inputs.sequences(sequences)
+        sample = inputs.sequences(sequences)
         indices = sample_rows(inputs.query.shape[2], self.rows, self.generator).to(out.device)
-        state.error = float(sampled_error(few, out[sequences], indices).max())
+        state.error = float(sampled_error(sample, out[sequences], indices).max())
         if self.mode == "auto" and not state.error <= self.tolerance:
             why = f"sampled error {state.error:.2g} is over the tolerance {self.tolerance:g}"
             self._fall_back(state, why if math.isfinite(state.error) or all_finite(inputs) else NON_FINITE)
@@ -279,7 +281,7 @@ class LowRankGate:
         state.largest_error = max(state.largest_error, state.error)
         state.low_rank, state.last_center = True, center
         if self.mode == "force" or not inputs.causal or state.low_rank_calls % 8 == 0:
-            _update_center(state, few)
+            _update_center(state, sample)
         if out.requires_grad and state.low_rank_calls % self.spot_every == 0:
             self._spot_check(inputs, center, out, state)
         return True
@@ -310,9 +312,9 @@ class LowRankGate:
         @torch.enable_grad()
         def compare(grad: Tensor) -> None:
             leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-            alone = AttentionInputs(*leaves, inputs.scale, inputs.causal, mask)
+            one_head = AttentionInputs(*leaves, inputs.scale, inputs.causal, mask)
             upstream = grad.detach()[batch, head][None, None]
-            outputs = self._attention(alone, shift)[0], exact_attention(alone)
+            outputs = self._attention(one_head, shift)[0], exact_attention(one_head)
             low_rank, exact = (
                 [t.detach().float() for t in (y, *torch.autograd.grad(y, leaves, upstream))] for y in outputs
             )
@@ -325,7 +327,7 @@ class LowRankGate:
 
 
 def _update_center(state: LayerState, inputs: AttentionInputs) -> None:
-    """Move the running mean of the keys a tenth of the way to the mean of these keys."""
+    """Update the running mean of the keys: 0.9 times the old one, plus 0.1 times the mean of these keys."""
     means = key_means(inputs.key, inputs.key_mask).mean(dim=0)
     state.center = means if state.center is None else state.center.lerp(means, 0.1)
 
@@ -339,7 +341,7 @@ def _as_layer(out: Tensor) -> tuple[Tensor, None]:
 
 
 def why_impossible(call: Call) -> str | None:
-    """The reason why a call cannot run low-rank, whatever its norms; None if it can."""
+    """The reason why a call cannot run low-rank at any norms; None if it can."""
     query, key, value = call.inputs[:3]
     if call.unsupported_mask is not None:
         return call.unsupported_mask

@@ -60,11 +60,11 @@ class LayerState(GateReport):
     last_center: Tensor | None = None
 
     def report(self) -> GateReport:
-        """The state as the user sees it."""
+        """Copy the fields of :class:`GateReport`."""
         return GateReport(**{item.name: getattr(self, item.name) for item in fields(GateReport)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the name, for :meth:`restore`."""
+        """All fields except ``layer`` and ``last_center``, for :meth:`restore`."""
         return {key: getattr(self, key) for key in _SAVED}
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
@@ -83,16 +83,16 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
     Raises:
         ValueError: for anything but a gate's state, or a state of other layers or settings.
     """
-    wanted = {"settings", "generator", "speeds", "layers"}
-    if not isinstance(state, Mapping) or wanted - state.keys():
-        raise ValueError(f"LowRankGate: expected a state with {', '.join(sorted(wanted))}, as state_dict() gives it")
+    required = {"settings", "generator", "speeds", "layers"}
+    if not isinstance(state, Mapping) or required - state.keys():
+        raise ValueError(f"LowRankGate: expected a state with {', '.join(sorted(required))}, as state_dict() gives it")
     names = list(layers)
     missing = [name for name in names if name not in state["layers"]]
     foreign = [name for name in state["layers"] if name not in names]
     if missing or foreign:
         raise ValueError(
-            f"LowRankGate: the state is of other attention layers: it lacks {_few(missing)}, and the model lacks "
-            f"{_few(foreign)}"
+            f"LowRankGate: the state is of other attention layers: it lacks {_listed(missing)}, and the model lacks "
+            f"{_listed(foreign)}"
         )
     differ = [
         f"{key} was {state['settings'].get(key)}, is {value}"
@@ -106,9 +106,9 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
         )
     broken = [name for name, saved in state["layers"].items() if set(_SAVED) - saved.keys()]
     if broken:
-        raise ValueError(f"LowRankGate: the state of {_few(broken)} lacks some of {', '.join(sorted(_SAVED))}")
+        raise ValueError(f"LowRankGate: the state of {_listed(broken)} lacks some of {', '.join(sorted(_SAVED))}")
 
 
-def _few(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]) or "no layer") + more

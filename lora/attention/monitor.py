@@ -56,7 +56,7 @@ class HeadReport:
         error: relative error of the output on the sampled queries, at ``degree`` or at the highest degree tried.
         cost: predicted cost relative to exact attention at that degree, forward and backward.
         pays_from: sequence length from which ``cost`` is below 1.
-        of: the larger of the projections, "q" or "k", which the following numbers describe.
+        of: the projection with the larger norm, "q" or "k", which the following numbers describe.
         input, base, adapter: largest entries of X, of ``sqrt(scale) X W*`` and of ``sqrt(scale) s X A^T B^T``; DoRA
             multiplies the last two by magnitude / norm. None if the projections are unknown.
         dominant: "X", "W*" or "sBA", for the largest of ``|X|``, ``|X W*| / |X|`` and ``|s X A^T B^T| / |X|``.
@@ -180,7 +180,7 @@ class NormMonitor:
     def report(self) -> list[HeadReport]:
         """The last measurement of every head, in the model's order; empty before the first measurement.
 
-        ``skipped`` maps layers that could not be measured to the reason. A warning says if that is all of them.
+        ``skipped`` maps each layer that could not be measured to the reason. A pass that measures no layer warns.
         """
         return [row for rows in self._reports.values() for row in rows]
 
@@ -209,8 +209,7 @@ class NormMonitor:
         if self._active and self.skipped and not self._reports:
             reasons = "; ".join(dict.fromkeys(self.skipped.values()))
             warnings.warn(
-                f"NormMonitor: no attention layer of {type(self.model).__name__} could be measured, which have: "
-                f"{reasons}",
+                f"NormMonitor: no attention layer of {type(self.model).__name__} could be measured: {reasons}",
                 stacklevel=2,
             )
         self._active = False
@@ -243,7 +242,7 @@ class NormMonitor:
         pays_from = {degree: break_even(shape, degree, speed=self.speed) for degree in degrees}
         threshold = math.sqrt(math.log(length))
         for head in range(heads):
-            q, k, certified, sampled = (float(x[head]) for x in values[:4])
+            gamma_q, gamma_k, certified, sampled = (float(x[head]) for x in values[:4])
             # without a finite bound on all logits, no degree is enough, even if the sampled logits are finite
             needed = [
                 needed_degree(s, self.tolerance) if math.isfinite(certified) and math.isfinite(s) else None
@@ -252,12 +251,12 @@ class NormMonitor:
             tried = needed[1] if needed[1] in costs else max(costs)
             error = float(values.errors[tried // 2 - 1, head])
             status, degree = judge(needed[0], needed[1], error, costs, self.tolerance)
-            gamma, of = max((q, "q"), (k, "k"))
+            gamma, of = max((gamma_q, "q"), (gamma_k, "k"))
             x, base, adapter, dominant = _largest_factors(
                 projections.largest.get(of), head if of == "q" else head * key_heads // heads, abs(inputs.scale) ** 0.5
             )
             row = HeadReport(
-                layer=name, head=head, length=length, gamma_q=q, gamma_k=k,
+                layer=name, head=head, length=length, gamma_q=gamma_q, gamma_k=gamma_k,
                 gamma_full=None if projections.full is None else abs(inputs.scale) * float(projections.full[head]),
                 threshold=threshold, rho=gamma / threshold, certified=certified, sampled=sampled,
                 certified_degree=needed[0], degree=needed[1], error=error, cost=costs[degree],

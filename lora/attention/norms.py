@@ -24,7 +24,7 @@ from leanstep.lora.layers.pruned import masked_update
 from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.peft.bridge import PeftLinear
 
-# why a layer is judged exact
+# reason for exact attention in reports
 NON_FINITE = "non-finite logits"
 
 
@@ -72,10 +72,10 @@ def head_norms(
         q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (inputs.query, inputs.key))
         shift = key_means(k, inputs.key_mask) if center is None else center.to(k.dtype)
         group = q.shape[1] // k.shape[1]
-        counted = k if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], k, 0.0)
+        unmasked = k if inputs.key_mask is None else torch.where(inputs.key_mask[:, None, :, None], k, 0.0)
         root = abs(inputs.scale) ** 0.5
         gamma_q = root * q.abs().amax(dim=(0, 2, 3))
-        gamma_k = root * counted.abs().amax(dim=(0, 2, 3)).repeat_interleave(group)
+        gamma_k = root * unmasked.abs().amax(dim=(0, 2, 3)).repeat_interleave(group)
         certified = largest_logit(q, k - shift[..., None, :], inputs.scale, inputs.key_mask).amax(dim=0)
         indices = sample_rows(q.shape[2], rows, generator).to(q.device)
         sampled, errors = [], []
@@ -121,8 +121,8 @@ class _Sample(NamedTuple):
 def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:
     """Mask of the keys visible to the queries at ``indices``: [1 or B, 1, rows, M]."""
     keys = torch.arange(inputs.key.shape[2], device=indices.device)
-    every = torch.ones(len(indices), len(keys), dtype=torch.bool, device=indices.device)
-    visible = (keys <= indices[:, None]) if inputs.causal else every
+    all_keys = torch.ones(len(indices), len(keys), dtype=torch.bool, device=indices.device)
+    visible = (keys <= indices[:, None]) if inputs.causal else all_keys
     return visible[None, None] if inputs.key_mask is None else visible & inputs.key_mask[:, None, None, :]
 
 
@@ -205,7 +205,7 @@ def _active_adapters(module: Any) -> Iterator[tuple[Tensor, Tensor, float, Tenso
     elif hasattr(module, "active_adapters") and not module.disable_adapters and not module.merged:
         layers = [PeftLinear(module, adapter=name) for name in module.active_adapters if name in module.lora_A]
     for layer in layers:
-        _, a, b, _, magnitude = layer.parts()
+        _, a, b, _, magnitude = layer.operand_tensors()
         yield a, b, layer.lora.scale, None if magnitude is None else dora_factor(magnitude.detach(), layer.norms())
 
 
@@ -226,8 +226,8 @@ class ProjectionNorms:
         largest: for "q" and "k", a dict of ``input``, the largest entry of X, and of ``base`` and ``adapter`` [heads],
             the largest entries of X W* and of scale * X A^T B^T before rotary embeddings. DoRA multiplies both by
             ``magnitude / norm``.
-        full: [heads], the theorem's third norm, needed if K is adapted too: the largest entry of ``X W_Q W_K``, of up
-            to 64 tokens per sequence; None if the weight of K cannot be read.
+        full: [heads], the theorem's third norm, needed if K is adapted too: the largest entry of ``X W_Q W_K``, on 64
+            to 127 tokens of each longer sequence; None if the weight of K cannot be read.
     """
 
     def __init__(self, layer: nn.Module) -> None:

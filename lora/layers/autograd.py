@@ -1,8 +1,8 @@
 """Linear layers with adapters as one autograd function that saves their input and little else.
 
-The formulas are in :mod:`leanstep.lora.layers.rule`. Layers with the same input save X once. Backward recomputes H, at
-``2 M n r`` operations, and dropout's mask from its seed. DoRA saves Y and gets ``Z = Y / c`` from it. With a bias,
-``Y - b`` would lose digits of Z, so backward recomputes Z from X.
+The formulas are in :mod:`leanstep.lora.layers.rule`. Layers with the same input save X once. With ``save="min"``,
+backward recomputes H, at ``2 M n r`` operations; it always recomputes dropout's mask from its seed. DoRA then saves Y
+and gets ``Z = Y / c`` from it. With a bias, ``Y - b`` would lose digits of Z, so backward recomputes Z from X.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ def tensors_to_save(layer: LayerPass) -> tuple[Tensor, tuple[Tensor | None, Tens
     minimal = setting.save == "min"
     h = layer.h if needs.b and (not minimal or not needs.a) else None
     z = layer.z if needs.magnitude and not minimal else None
-    exact = setting.dropout == 0 and layer.weights.bias is None
-    y = layer.y if needs.magnitude and z is None and exact else None
+    y_gives_z = setting.dropout == 0 and layer.weights.bias is None
+    y = layer.y if needs.magnitude and z is None and y_gives_z else None
     needs_input = needs.a or (needs.b and h is None) or (needs.magnitude and z is None and y is None)
     return layer.y, (h, z, y), bool(needs_input)
 
@@ -323,11 +323,11 @@ def inner_gradients(layer: LayerPass, dy: Tensor, overwrite: bool = False) -> In
     dz, sums = dy, None
     if weights.magnitude is not None:
         assert weights.norm is not None
-        formed = layer.y if layer.z is None else layer.z
+        saved = layer.y if layer.z is None else layer.z
         # recomputing Z for the magnitude's gradient needs dY again
-        last_use = (formed is not None or not needs.magnitude) and setting.dropout == 0 and not needs.bias
+        last_use = (saved is not None or not needs.magnitude) and setting.dropout == 0 and not needs.bias
         c = rule.dora_factor(weights.magnitude, weights.norm)
-        dz, sums = rule.gradient_of_product(dy, formed, c, overwrite and last_use)
+        dz, sums = rule.gradient_of_product(dy, saved, c, overwrite and last_use)
     needs_e = needs.a or not setting.path.backward
     return InnerGradients(dy, dz, rule.gradient_of_hidden(dz, weights.b.to(dy.dtype)) if needs_e else None, sums)
 

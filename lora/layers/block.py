@@ -38,7 +38,7 @@ class Siblings:
     """Layers of one block that are called with the same input one after another.
 
     The first call computes the outputs of all layers in one function, with one gradient of the input. The calls of the
-    other layers return the outputs that wait for them. If a layer is called with another input, as in cross-attention,
+    other layers return their waiting outputs. If a layer is called with another input, as in cross-attention,
     the group breaks for good, and every layer computes its own output.
     """
 
@@ -71,8 +71,8 @@ class Siblings:
         if self._waiting:
             assert self._source is not None
             reference, version, grad = self._source
-            same = reference() is x and version == x._version and grad == torch.is_grad_enabled()
-            if index in self._waiting and same:
+            same_input = reference() is x and version == x._version and grad == torch.is_grad_enabled()
+            if index in self._waiting and same_input:
                 return self._waiting.pop(index)
             # if the input is gone, an exception ended the pass that left outputs waiting
             self.broken = reference() is not None
@@ -95,10 +95,10 @@ def join_siblings(model: nn.Module) -> None:
     for module in model.modules():
         for names in GROUPS:
             layers = [fast_linear(getattr(module, name, None)) for name in names]
-            free = [layer for layer in layers if layer is not None and layer.siblings is None]
-            if len(free) == len(names):
-                group = Siblings(free)
-                for layer in free:
+            ungrouped = [layer for layer in layers if layer is not None and layer.siblings is None]
+            if len(ungrouped) == len(names):
+                group = Siblings(ungrouped)
+                for layer in ungrouped:
                     layer.siblings = group
 
 
@@ -190,11 +190,11 @@ class FusedSwiGLU(Mixin):
 def swiglu_fast_path(block: nn.Module) -> FastPath:
     """Whether a SwiGLU block runs as one function, and why (not)."""
     reason = why_not_fused(block)
-    return FastPath(reason is None, reason or "one function that keeps its input and the two inner projections")
+    return FastPath(reason is None, reason or "one function that saves its input and the two inner projections")
 
 
 def swiglu_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The SwiGLU blocks of a model of which every layer is a fast one, by name."""
+    """The SwiGLU blocks of a model whose three layers are fast, by name."""
     return {name: m for name, m in model.named_modules() if is_swiglu(m) and len(swiglu_layers(m)) == 3}
 
 
@@ -207,7 +207,7 @@ def swiglu_layers(block: nn.Module) -> list[FastLinear]:
 def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
     """The reason why a SwiGLU block cannot run as one function (on ``x``, if given); None if it can."""
     if is_watched(block.act_fn):  # type: ignore[arg-type]
-        return "act_fn has hooks or a forward of its own, which one function for the block would skip"
+        return "act_fn has hooks or a custom forward, which one function for the block would skip"
     for name in SWIGLU:
         module = getattr(block, name)
         layer = fast_linear(module)
@@ -216,7 +216,7 @@ def why_not_fused(block: nn.Module, x: Tensor | None = None) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has hooks, which one function for the block would skip"
         if layer is module and "forward" in vars(module):
-            return f"{name} has a forward of its own"
+            return f"{name} has a custom forward"
         # the input of down does not exist yet, but has the dtype of x
         reason = layer.why_not_fast(x)
         if reason is not None:

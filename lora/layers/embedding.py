@@ -32,7 +32,7 @@ class LoRAEmbeddingLayer(LoRALayer):
         return self.lora_embedding_A, self.lora_embedding_B
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[...] to [..., width]."""
+        """Integer tokens [...] to [..., width]."""
         base = super().forward(tokens, *args, **kwargs)
         if self.lora.merged or not self.lora.enabled:
             return base
@@ -57,7 +57,7 @@ class LoRAEmbeddingLayer(LoRALayer):
     def fast_path(self) -> FastPath:
         """Whether the next forward pass runs on the fast path, and why (not)."""
         reason = why_not_fast(self.lora, {"weight": self.weight})
-        return FastPath(reason is None, reason or "torch's own operations, which keep r numbers per token")
+        return FastPath(reason is None, reason or "torch's own operations, which save r numbers per token")
 
     def norms(self) -> Tensor:
         """DoRA's norms, one per column of the embedding: (width,), without a gradient."""

@@ -42,19 +42,19 @@ def widths(module: Any) -> tuple[int, int]:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its class's forward: hooks, or a forward of the instance."""
+    """Whether calling a module runs more than its class's forward: hooks, or a forward set on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
-def why_own_forward(cls: type[nn.Module]) -> str | None:
+def why_custom_forward(cls: type[nn.Module]) -> str | None:
     """The reason why the fast path cannot replace a class's forward; None for :data:`KNOWN_FORWARDS`."""
     forward = cls.forward
     name = f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', None)}"
     # functools.wraps copies the name of the wrapped function
     if name in KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
         return None
-    return f"{cls.__name__} has a forward of its own, which may compute more than x W^T + b"
+    return f"{cls.__name__} has a custom forward, which may compute more than x W^T + b"
 
 
 class _WithoutHooks(nn.Module):
@@ -69,11 +69,11 @@ class _WithoutHooks(nn.Module):
 
 
 def why_no_tensor(module: nn.Module, width: int) -> str | None:
-    """The reason why a layer's output cannot take an adapter: it is not a tensor. None if it is, or if unknown.
+    """The reason why a layer's output is not a tensor, to which an adapter can be added; None if it is, or if unknown.
 
-    Runs an unknown forward once on tensors without data ("meta").
+    Runs a custom forward once on meta tensors, which hold no data.
     """
-    if why_own_forward(type(module)) is None:
+    if why_custom_forward(type(module)) is None:
         return None
     bare = _WithoutHooks(module)
     tensors = itertools.chain(bare.named_parameters(), bare.named_buffers())
@@ -84,7 +84,7 @@ def why_no_tensor(module: nn.Module, width: int) -> str | None:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = torch.func.functional_call(bare, meta, (x,))
-    except Exception:  # an unknown forward may fail on such tensors in any way
+    except Exception:  # a custom forward may fail on such tensors in any way
         return None
     if isinstance(output, Tensor):
         return None
@@ -138,7 +138,7 @@ def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
     kind = quantized_kind(module)
     if kind is None:
         name, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
-        return f"its weight is {name}; adapted are layers in {', '.join(known)}, and in bitsandbytes' 4 and 8 bits"
+        return f"its weight is {name}; expected {', '.join(known)}, or bitsandbytes' 4 or 8 bits"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -22,7 +22,7 @@ from leanstep.kernels._modes import outside_dispatch_modes
 from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path
 from leanstep.lora.layers.dora import NormCache
-from leanstep.lora.layers.frozen import dequantizer, why_own_forward, widths
+from leanstep.lora.layers.frozen import dequantizer, why_custom_forward, widths
 from leanstep.lora.layers.rule import dora_factor
 
 
@@ -64,7 +64,7 @@ class Adapter:
     undo: Any = None
 
 
-# --- classes made of two ----------------------------------------------------------------------------------------------
+# --- mixed classes ----------------------------------------------------------------------------------------------------
 
 
 class Mixin(nn.Module):
@@ -73,19 +73,19 @@ class Mixin(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = super().__reduce_ex__(protocol)
         bases = type(self).__bases__[::-1]
-        known = len(bases) == 2 and mixture(*bases) is type(self)
-        return (_new, bases, *state[2:]) if known else state
+        is_mixture = len(bases) == 2 and mixture(*bases) is type(self)
+        return (_new, bases, *state[2:]) if is_mixture else state
 
 
 @functools.cache
 def mixture(cls: Any, mixin: Any) -> Any:
-    """The subclass of a mixin and a module's class, one per pair."""
+    """The class that derives from a mixin and a module's class; one per pair."""
     return type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": mixin.__module__})
 
 
 def _new(cls: Any, mixin: Any) -> nn.Module:
-    made = mixture(cls, mixin)
-    return made.__new__(made)
+    mixed = mixture(cls, mixin)
+    return mixed.__new__(mixed)
 
 
 class LoRALayer(Mixin):
@@ -138,7 +138,7 @@ def why_not_fast(lora: Adapter, tensors: dict[str, Tensor | None]) -> str | None
     if not lora.enabled:
         return "the adapter is disabled: the base layer runs"
     if lora.keep_zeros:
-        return "the zeros of the base weight are kept, which needs the masked product of the factors"
+        return "keep_zeros needs the masked product of the factors"
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             return f"{name} is sharded (DTensor), which only torch's own operations can multiply"
@@ -160,7 +160,7 @@ class FastLinear:
     siblings: Any = None
     training: bool
 
-    def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def operand_tensors(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The module with the base weight and bias, A, B, B's bias, and DoRA's magnitude."""
         raise NotImplementedError
 
@@ -175,22 +175,22 @@ class FastLinear:
         if reason is not None:
             return FastPath(False, reason)
         alone = self.siblings is not None and self.siblings.broken
-        others = ", for this layer alone: the layers beside it were given other inputs, so each keeps its own"
-        return FastPath(True, "one autograd function that keeps only the input" + (others if alone else ""))
+        others = ", for this layer alone: its sibling layers got other inputs, so each layer saves its input"
+        return FastPath(True, "one autograd function that saves only the input" + (others if alone else ""))
 
     def why_not_fast(self, x: Tensor | None = None) -> str | None:
         """The reason why the layer cannot run on the fast path (on ``x``, if given); None if it can."""
-        base, a, _, _, _ = self.parts()
+        base, a, _, _, _ = self.operand_tensors()
         weight, lora = base.weight, self.lora
         assert isinstance(weight, Tensor)
-        reason = why_not_fast(lora, {"weight": weight, "lora_A": a}) or why_own_forward(lora.base)
+        reason = why_not_fast(lora, {"weight": weight, "lora_A": a}) or why_custom_forward(lora.base)
         if reason is not None:
             return reason
         if weight.requires_grad:
-            return "the base weight is trained, whose gradient is a full matrix"
+            return "the base weight is trained, and its gradient is a full matrix"
         quantized = dequantizer(base) is not None
         if not quantized and type(weight).__module__.split(".")[0] != "torch":
-            return f"the base weight is a {type(weight).__name__}, whose own operations multiply it"
+            return f"the base weight is a {type(weight).__name__}, which defines its own products"
         if not quantized and not weight.is_floating_point():
             return f"the base weight is {weight.dtype}, which the fast path cannot multiply"
         if x is None:
@@ -222,7 +222,7 @@ class FastLinear:
 
     def operands(self, x: Tensor) -> tuple[Setting, Weights]:
         """The layer's arguments for :func:`leanstep.lora.layers.autograd.lora_linears` on ``x``."""
-        base, a, b, b_bias, magnitude = self.parts()
+        base, a, b, b_bias, magnitude = self.operand_tensors()
         lora, dense = self.lora, dequantizer(base)
         p = lora.dropout if self.training else 0.0
         save, norm, path = lora.save, None, ContractionPath()
@@ -241,7 +241,7 @@ class FastLinear:
         return outside_dispatch_modes(self._norms)
 
     def _norms(self) -> Tensor:
-        base, a, b, _, _ = self.parts()
+        base, a, b, _, _ = self.operand_tensors()
         a, b, lora = a.detach(), b.detach(), self.lora
         assert isinstance(base.weight, Tensor)
         weight = base.weight.detach() if base.weight.is_floating_point() else base.weight
@@ -254,8 +254,8 @@ class FastLinear:
 
 def _can_read(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read without waiting for a device."""
-    real = type(tensor) in (Tensor, nn.Parameter)
-    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    has_values = type(tensor) in (Tensor, nn.Parameter)
+    return has_values and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ class LoRALinearLayer(FastLinear, LoRALayer):
         """A (r, in) and B (out, r)."""
         return self.lora_A.weight, self.lora_B.weight
 
-    def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def operand_tensors(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The layer, A, B, B's bias, and DoRA's magnitude."""
         return self, self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, self.lora_magnitude_vector
 
@@ -322,7 +322,7 @@ class LoRALinearLayer(FastLinear, LoRALayer):
             )
         if self.lora_magnitude_vector is None:
             return (base + update).to(base.dtype)
-        if why_own_forward(self.lora.base) is None:
+        if why_custom_forward(self.lora.base) is None:
             lora = self.lora
             setting = Setting(lora.scale, transposed=lora.transposed, dense=dequantizer(self))
             product = nn.functional.linear(dropped, dense_weight(setting, self.weight, dropped.dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanstep.lora.layers.frozen import quantized_kind, why_own_forward
+from leanstep.lora.layers.frozen import quantized_kind, why_custom_forward
 from leanstep.lora.layers.linear import LoRALinearLayer
 
 
@@ -29,7 +29,7 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
 
     Raises:
         ValueError: for a name that is not an adapted linear layer, DoRA (its norms need the unmasked sum), a quantised
-            base, a layer with an unknown forward, ``fast_path=True``, or a merged adapter. The model is unchanged.
+            base, a layer with a custom forward, ``fast_path=True``, or a merged adapter. The model is unchanged.
 
     Notes:
         Such a layer forms the (out, in) product of its factors, and autograd saves a matrix of its weight's size. An
@@ -46,7 +46,7 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
     names = list(layers)
     for name in names:
         if name not in adapted:
-            raise ValueError(f"keep_zeros: {name!r} is no linear layer with an adapter")
+            raise ValueError(f"keep_zeros: {name!r} is not an adapted linear layer")
         reason = _why_not(adapted[name])
         if reason is not None:
             raise ValueError(f"keep_zeros: {name} {reason}")
@@ -60,7 +60,7 @@ def _why_not(layer: LoRALinearLayer) -> str | None:
         return "has DoRA, whose norms need the unmasked sum; use LoRA"
     if quantized_kind(layer) is not None:
         return f"is a {quantized_kind(layer)}, whose zeros are not exact; use a base in 16 bits"
-    if why_own_forward(layer.lora.base) is not None:
+    if why_custom_forward(layer.lora.base) is not None:
         return f"is a {layer.lora.base.__name__}, whose forward may compute more than a product with its weight"
     if layer.lora.fast_path is True:
         return "has fast_path=True, and the fast path cannot mask the product"

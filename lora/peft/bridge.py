@@ -39,7 +39,7 @@ class Acceleration:
         return layers | {name: swiglu_fast_path(block) for name, block in self._blocks.items() if _is_ours(block)}
 
     def undo(self) -> None:
-        """Restore every module's own forward. A second call does nothing."""
+        """Restore the original forward of every module. A second call does nothing."""
         for module in (*self._blocks.values(), *self._layers.values()):
             _restore_forward(module)
         self._layers, self._blocks = {}, {}
@@ -61,12 +61,12 @@ def accelerate_peft(
         The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
 
     Raises:
-        ValueError: for unknown values, a model without linear LoRA layers of PEFT, a layer with a forward of its own,
+        ValueError: for unknown values, a model without linear LoRA layers of PEFT, a layer with a custom forward,
             or, with ``fast_path=True``, a layer that cannot run on the fast path. The model is unchanged.
 
     Notes:
         An accelerated model, or a deepcopy of one, gets the new settings; any of its handles undoes the acceleration.
-        After PEFT's ``merge_and_unload`` or ``unload``, ``undo()`` or the next pass restores a block's own forward.
+        After PEFT's ``merge_and_unload`` or ``unload``, ``undo()`` or the next pass restores a block's forward.
         Outputs equal PEFT's up to rounding: in 16 bits, products r wide use the base's dtype, where PEFT uses fp32.
         Dropout drops other entries than ``torch.nn.Dropout``, with the same probability.
     """
@@ -79,9 +79,9 @@ def accelerate_peft(
     }
     if not layers:
         raise ValueError(f"accelerate_peft: {_why_none(model)}")
-    taken = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
-    if taken:
-        raise ValueError(f"accelerate_peft: {taken[0]} has a forward of its own already; take that away first")
+    custom = [name for name, layer in layers.items() if "forward" in vars(layer.module) and not _is_ours(layer.module)]
+    if custom:
+        raise ValueError(f"accelerate_peft: {custom[0]} has a custom forward already; remove that first")
     reasons = {name: layer.why_not_fast() for name, layer in layers.items()}
     if fast_path and any(reasons.values()):
         name, reason = next((name, reason) for name, reason in reasons.items() if reason)
@@ -102,13 +102,13 @@ def accelerate_peft(
 class PeftLinear(FastLinear):
     """One of PEFT's LoRA layers. Reads it at every call, so PEFT can still add, switch and merge adapters.
 
-    ``adapter`` is the name of an adapter to look at; None: the first active one.
+    ``adapter`` is the name of the adapter to read; None: the first active one.
     """
 
     def __init__(
-        self, module: Any, name: str = "", save: str = "min", wanted: bool | None = None, adapter: str | None = None
+        self, module: Any, name: str = "", save: str = "min", requested: bool | None = None, adapter: str | None = None
     ) -> None:
-        self.module, self.name, self.save, self.wanted, self.adapter = module, name, save, wanted, adapter
+        self.module, self.name, self.save, self.requested, self.adapter = module, name, save, requested, adapter
         self.siblings = None
         self.norm_cache = NormCache()
 
@@ -127,7 +127,7 @@ class PeftLinear(FastLinear):
             scale=module.scaling[name],
             dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
             save=self.save,
-            fast_path=self.wanted,
+            fast_path=self.requested,
             transposed=is_conv1d(module.get_base_layer()),
             base=type(module.get_base_layer()),
             merged=bool(module.merged),
@@ -135,7 +135,7 @@ class PeftLinear(FastLinear):
             norms=self.norm_cache,
         )
 
-    def parts(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def operand_tensors(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The base layer, A, B, B's bias, and DoRA's magnitude."""
         module, name = self.module, self.adapter or self._active()[0]
         a, b = module.lora_A[name], module.lora_B[name]
@@ -162,7 +162,7 @@ class PeftLinear(FastLinear):
         if any(type(factor[active[0]]) is not nn.Linear for factor in (module.lora_A, module.lora_B)):
             return "its factors are not plain linear layers"
         if is_watched(base):
-            return "the base layer has hooks or a forward of its own, which the fast path would skip"
+            return "the base layer has hooks or a custom forward, which the fast path would skip"
         for name in _INNER:
             # runs at every call, and nn.Module's own look-up is slower than _modules
             inner = module._modules[name]._modules.get(active[0])
@@ -177,7 +177,7 @@ class PeftLinear(FastLinear):
         return self.run(x)
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's own forward."""
+        """PEFT's forward."""
         return type(self.module).forward(self.module, x, *args, **kwargs)
 
 
@@ -204,8 +204,8 @@ def _why_none(model: nn.Module) -> str:
     layers = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
     kinds = sorted({type(module).__name__ for module in layers})
     if kinds:
-        return f"the model has no linear LoRA layer of PEFT's; found were {', '.join(kinds)}, which stay PEFT's own"
-    return "the model has no LoRA layer of PEFT's; for a plain model, use apply_lora"
+        return f"the model has no linear LoRA layer of PEFT, only {', '.join(kinds)}, which keep PEFT's forward"
+    return "the model has no LoRA layer of PEFT; for a plain model, use apply_lora"
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -198,7 +198,7 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the base weights of embedding and head among ``others``, the file's keys that are not the adapter's.
+    """Shapes of the embedding and head weights among ``others``, the file's keys outside the adapter.
 
     PEFT writes these weights if they are adapted or resized.
     """
@@ -214,8 +214,8 @@ def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Pa
         current = model.get_parameter(key)
         if not is_dtensor(current) and not torch.equal(value.to(current), current):
             warnings.warn(
-                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that is not the model's; "
-                "it replaces the model's, and save_adapter does not write it",
+                f"load_adapter: {source} has a base weight of {key.removesuffix('.weight')} that differs from the "
+                "model's; it replaces the model's, and save_adapter does not write it",
                 stacklevel=3,
             )
 
@@ -235,8 +235,8 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
                 shapes[f"{name}.lora_B.bias"] = (m,)
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (m,)
-    for name, whole in modules_to_save(model, config).items():
-        shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in whole.named_parameters()}
+    for name, root in modules_to_save(model, config).items():
+        shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
     for name, parameter in model.named_parameters():
         owner, _, end = name.rpartition(".")
         if end == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in plan)):
@@ -264,10 +264,10 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
     scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
-        name, (current, wanted) = next(iter(differ.items()))
+        name, (current, stored) = next(iter(differ.items()))
         more = f" (and {len(differ) - 1} layers more)" if len(differ) > 1 else ""
         raise ValueError(
-            f"load_adapter: {where} does not fit this model: {name} has scale {wanted:g} in the file, {current:g} in "
+            f"load_adapter: {where} does not fit this model: {name} has scale {stored:g} in the file, {current:g} in "
             f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first to adapt it by "
             "the file's configuration"
         )
@@ -275,10 +275,10 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
 
 def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
     """Warn if the file names another base model."""
-    wanted, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
-    if wanted and name and _normalized(wanted) != _normalized(name):
+    stored, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
+    if stored and name and _normalized(stored) != _normalized(name):
         warnings.warn(
-            f"load_adapter: {source} was made for {wanted!r}, and this model is {name!r}; if their weights differ, the "
+            f"load_adapter: {source} was made for {stored!r}, and this model is {name!r}; if their weights differ, the "
             "adapter does not fit this model",
             stacklevel=3,
         )

@@ -10,17 +10,12 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.loading import (
-    refuse_foreign,
-    refuse_misfits,
-    refuse_resized,
-    restore_dtypes,
-    upgraded,
-)
+from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes, upgraded
 from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
+    all_reduce_flags,
     check_class,
     has_memory,
     offsets_of,
@@ -29,7 +24,6 @@ from leanstep.optimizers.common.sharding import (
     readable,
     run,
     shard_of,
-    sum_over_shards,
     together,
 )
 
@@ -112,24 +106,20 @@ class LeanOptimizer(torch.optim.Optimizer):
         try:
             super().add_param_group(group)
         except ValueError as error:
-            duplicate = self._duplicate(group)
+            group_names = {p: g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
+            duplicate = next((i for i, p in enumerate(group["params"]) if p in group_names), None)
             if duplicate is None:
                 raise
-            raise ValueError(f"{type(self).__name__}: {error}: {duplicate}") from None
+            other = group_names[group["params"][duplicate]]
+            raise ValueError(
+                f"{type(self).__name__}: {error}: {describe(group, duplicate)} is in group {other!r} already"
+            ) from None
         _name_dtypes(self.param_groups[-1])
         try:
             self._check_params(self.param_groups[-1], param_group)
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _duplicate(self, new_group: dict[str, Any]) -> str | None:
-        """Name a parameter that is in another group already; None if there is none."""
-        group_names = {id(p): g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
-        for position, param in enumerate(new_group["params"]):
-            if isinstance(param, Tensor) and id(param) in group_names:
-                return f"{describe(new_group, position)} is in group {group_names[id(param)]!r} already"
-        return None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if a setting is out of range. Subclasses extend the check to their settings."""
@@ -160,17 +150,18 @@ class LeanOptimizer(torch.optim.Optimizer):
             ValueError: the parameter was resized after its state was created. Kernels would write past its end.
         """
         state = self._init_state(group, position, param)
-        for key in (*self._shaped_state, *STATE_KEY.values()):
-            if key in state and state[key].shape != param.shape:
-                refuse_resized(self, group, position, key, tuple(state[key].shape), tuple(param.shape))
-        for key, shape in self._other_shapes(group, param).items():
+        for key, shape in self._state_shapes(group, param).items():
             if key in state and tuple(state[key].shape) != shape:
-                refuse_resized(self, group, position, key, tuple(state[key].shape), shape)
+                raise ValueError(
+                    f"{type(self).__name__}: expected the state {key!r} of {describe(group, position)} to have shape "
+                    f"{shape}, got {tuple(state[key].shape)}: the parameter was resized after its state was created. "
+                    f"Nothing was changed. Drop the state ({self._drop_state}), or build a new optimizer."
+                )
         return state
 
-    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of state tensors that depend on their parameter's shape without being equal to it."""
-        return {}
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""
+        return {key: tuple(param.shape) for key in (*self._shaped_state, *STATE_KEY.values())}
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         """Return generators that update a group, or only its parameter at position ``only``.
@@ -269,9 +260,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
-            missing = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
-            missing.pop("differentiable", None)  # which torch adds to the defaults on loading
-            group.update({key: value for key, value in missing.items() if key not in group})
+            first_values = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
+            first_values.pop("differentiable", None)  # torch adds it to the defaults on loading
+            group.update({key: value for key, value in first_values.items() if key not in group})
             _name_dtypes(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -358,10 +349,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         if not named:
             return
         device = named[0][1].device
-        flags = torch.stack([~torch.isfinite(readable(grad)).all().to(device) for *_, grad in named]).float()
-        shards = [shard_of(param) for _, param, _ in named]
-        if any(s.groups for s in shards):  # all processes raise, or none
-            run(sum_over_shards(flags, shards))
+        flags = torch.stack([~torch.isfinite(readable(grad)).all().to(device) for *_, grad in named])
+        run(all_reduce_flags(flags, [shard_of(param) for _, param, _ in named]))  # all processes raise, or none
         bad = [name for (name, *_), flag in zip(named, flags.tolist(), strict=True) if flag]
         if bad:
             raise NonFiniteGradientError(

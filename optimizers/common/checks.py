@@ -33,7 +33,7 @@ def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str
     Args:
         groups: the groups with "auto".
         owner: name of the optimizer.
-        matrices, rest: what it does with matrices and with other parameters.
+        matrices, rest: how the message names its treatment of matrices and of other parameters.
         choice: the setting that silences the warning.
     """
     params = [p for group in groups if group.get("name") not in ("lora_A", "lora_B") for p in group["params"]]

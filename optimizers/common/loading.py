@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from leanstep.optimizers.common.checks import describe
-from leanstep.optimizers.common.rounding import STATE_KEY
 
 if TYPE_CHECKING:
     from leanstep.optimizers.common.base import LeanOptimizer
@@ -80,32 +79,15 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
             state = state_dict["state"].get(key, {})
-            shaped = (*optimizer._shaped_state, *STATE_KEY.values())
-            wrong = [k for k in shaped if isinstance(state.get(k), Tensor) and state[k].shape != param.shape]
-            if wrong:
-                named = saved.get("param_names")
-                whose = named[position] if named else f"parameter {position} of its group"
-                raise ValueError(
-                    f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, whose "
-                    f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}; nothing was changed. Build the "
-                    "optimizer with its parameters in the order of the saved state."
-                )
-
-
-def refuse_resized(
-    optimizer: LeanOptimizer,
-    group: dict[str, Any],
-    position: int,
-    key: str,
-    shape: tuple[int, ...],
-    expected: tuple[int, ...],
-) -> NoReturn:
-    """Raise ValueError: a state tensor does not fit its parameter, which was resized after its first step."""
-    raise ValueError(
-        f"{type(optimizer).__name__}: expected the state {key!r} of {describe(group, position)} to have shape "
-        f"{expected}, got {shape}: the parameter was resized after its state was created. Nothing was changed. Drop "
-        f"the state ({optimizer._drop_state}), or build a new optimizer."
-    )
+            for name, shape in optimizer._state_shapes({**group, **saved}, param).items():
+                if isinstance(state.get(name), Tensor) and tuple(state[name].shape) != shape:
+                    named = saved.get("param_names")
+                    whose = named[position] if named else f"parameter {position} of its group"
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, "
+                        f"whose {name} has shape {tuple(state[name].shape)}; nothing was changed. Build the optimizer "
+                        "with its parameters in the order of the saved state."
+                    )
 
 
 def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:

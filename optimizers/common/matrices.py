@@ -71,12 +71,12 @@ def write_back(
     Returns:
         The flags of ``step``.
     """
-    parts = [readable(w) for w in weights]
-    matrices = [as_written(w, s) for w, s in zip(parts, stacked, strict=True)]
+    plain_weights = [readable(w) for w in weights]
+    matrices = [as_written(w, s) for w, s in zip(plain_weights, stacked, strict=True)]
     states = [as_written(t, s) for t, s in zip(rounding_states, stacked, strict=True)] if rounding_states else []
     flags = step(matrices, states)
-    for stored, matrix in zip([*parts, *rounding_states], [*matrices, *states], strict=True):
+    for stored, matrix in zip([*plain_weights, *rounding_states], [*matrices, *states], strict=True):
         if stored.dim() > matrix.dim() and not stored.is_contiguous():  # flattening may have copied it
             stored.copy_(matrix.view_as(stored))
-    store(parts, weights)
+    store(plain_weights, weights)
     return flags

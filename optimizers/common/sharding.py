@@ -83,10 +83,15 @@ def shard_of(param: Tensor) -> Shard:
         return Shard(param.shape, None, None, groups, placements)
     if placement.dim != 0:
         return Shard(param.shape, placement.dim, None, groups, placements)
-    rows = param.shape[0]
-    chunk = -(-rows // mesh.size(sharded[0]))  # DTensor splits like torch.chunk
-    start = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
+    start, _ = chunk_of(param.shape[0], mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
     return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
+
+
+def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
+    """Return (start, length) of a process's rows, split like torch.chunk and DTensor."""
+    chunk = -(-length // processes)
+    start = min(rank * chunk, length)
+    return start, min(chunk, length - start)
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -221,29 +226,29 @@ def together(rules: Sequence[Reducer[T]]) -> Reducer[list[T]]:
         return []
     results: dict[int, T] = {}
     while len(results) < len(rules):
-        asked: list[Reduction] = []
+        requests: list[Reduction] = []
         for i, rule in enumerate(rules):
             if i in results:
                 continue
             try:
-                asked += next(rule)
+                requests += next(rule)
             except StopIteration as end:
                 results[i] = end.value
-        if asked:
-            yield asked
+        if requests:
+            yield requests
     return [results[i] for i in range(len(rules))]
 
 
 def run(steps: Reducer[Any]) -> None:
     """Run a generator to its end, and perform the reductions that it requests."""
-    for asked in steps:
-        _reduce(asked)
+    for requests in steps:
+        _reduce(requests)
 
 
-def _reduce(asked: list[Reduction]) -> None:
+def _reduce(requests: list[Reduction]) -> None:
     """Perform one all-reduce per (process group, operation, dtype, device), on a flat copy of several tensors."""
     sets: dict[Any, list[Tensor]] = {}
-    for tensor, group, op in asked:
+    for tensor, group, op in requests:
         sets.setdefault((group, op, tensor.dtype, tensor.device), []).append(tensor)
     for (group, op, *_), tensors in sets.items():
         alone = len(tensors) == 1 and tensors[0].is_contiguous()

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from leanstep.optimizers.common.sharding import chunk_of
+
 if TYPE_CHECKING:
     from leanstep.optimizers.lanton.matrices import MatrixTask
-
-
-def shard_sizes(length: int, world: int) -> list[int]:
-    """Return how many of ``length`` rows each process has; DTensor splits like torch.chunk."""
-    chunk = -(-length // world)
-    return [max(0, min(chunk, length - r * chunk)) for r in range(world)]
 
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
@@ -41,8 +37,11 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
     """
     pieces: dict[int, Tensor] = {}
     for group, example, rank, owned in _exchanges(tasks, like):
-        world = len(owned)
-        sent = [[_shard_of(cast("Tensor", wholes[k]), tasks[k], world, r) for k in owned[rank]] for r in range(world)]
+        world, mine = len(owned), [(k, tasks[k]) for k in owned[rank]]
+        sent = [
+            [cast("Tensor", wholes[k]).narrow(t.dim, *chunk_of(t.shape[t.dim], world, r)) for k, t in mine]
+            for r in range(world)
+        ]
         shapes = [[_shard_shape(tasks[k], world, rank) for k in ks] for ks in owned]
         for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
             pieces.update(zip(ks, row, strict=True))
@@ -61,13 +60,8 @@ def _exchanges(
         yield group, like[indices[0]], torch.distributed.get_rank(group), owned
 
 
-def _shard_of(whole: Tensor, task: MatrixTask, world: int, rank: int) -> Tensor:
-    sizes = shard_sizes(task.shape[task.dim], world)
-    return whole.narrow(task.dim, sum(sizes[:rank]), sizes[rank])
-
-
 def _shard_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
-    size = shard_sizes(task.shape[task.dim], world)[rank]
+    _, size = chunk_of(task.shape[task.dim], world, rank)
     return (*task.shape[: task.dim], size, *task.shape[task.dim + 1 :])
 
 

@@ -70,11 +70,11 @@ class MarkedHalves:
             raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
         copies: list[Tensor] = []
         for group in groups:
-            group["half_content"], group["half_fraction"], group["half_marked"] = "none", float(fraction), True
+            self._delete_halves(group)
+            group["half_fraction"], group["half_marked"] = float(fraction), True
             if group["noise_clock"]:
                 continue
             for position, param in enumerate(group["params"]):
-                self.state.get(param, {}).pop("half_grad", None)
                 if param.grad is None:
                     continue
                 grad = dense_gradient("LANTON", group, position, param).detach()
@@ -82,9 +82,9 @@ class MarkedHalves:
                 self.state[param]["half_grad"] = half
                 copies.append(half)
             group["half_content"] = "gradient"
-        whole = [c for c in copies if not is_dtensor(c)]
-        if whole and averaged is not True:
-            _average(whole, averaged, process_group)
+        replicated = [c for c in copies if not is_dtensor(c)]
+        if replicated and averaged is not True:
+            _average(replicated, averaged, process_group)
         if not copies and any(g["half_content"] == "gradient" for g in groups):
             raise RuntimeError(
                 "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first "
@@ -140,7 +140,7 @@ class MarkedHalves:
             )
 
     def _delete_halves(self, group: dict[str, Any]) -> None:
-        """Delete the copies after the step."""
+        """Delete the copies of a group's gradients."""
         for param in group["params"]:
             self.state.get(param, {}).pop("half_grad", None)
         group["half_content"] = "none"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
+from leanstep.optimizers.common import matrices as common
 from leanstep.optimizers.common.matrices import as_matrices, as_written
-from leanstep.optimizers.common.sharding import dtype_of, local
+from leanstep.optimizers.common.sharding import Shard, chunk_of, dtype_of, local
 from leanstep.optimizers.lanton import exchange, rule
 
 if TYPE_CHECKING:
@@ -39,11 +40,6 @@ class MatrixTask(NamedTuple):
     group: Any = None  # the processes that shard it; None if it needs no gathering
     owner: int = 0  # rank of the owner in the group
 
-    @property
-    def mine(self) -> bool:
-        """Whether this process does the work."""
-        return self.group is None or torch.distributed.get_rank(self.group) == self.owner
-
 
 def is_stack(group: dict[str, Any], norm: str, dims: int) -> bool:
     """Whether a parameter of ``dims`` dimensions is a stack of matrices, each with its own noise estimate."""
@@ -52,9 +48,7 @@ def is_stack(group: dict[str, Any], norm: str, dims: int) -> bool:
 
 def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
     """Return (out, in) of a matrix, stack of matrices or convolution of the stored ``shape``."""
-    stack = is_stack(group, "rms", len(shape))
-    m, n = (shape[-2], shape[-1]) if stack else (shape[0], math.prod(shape[1:]))
-    return (n, m) if group["transposed"] else (m, n)
+    return common.matrix_shape(common.oriented(Shard(shape), group["transposed"], group["flatten"]))
 
 
 def scale_of(layer: LayerStep) -> float:
@@ -91,28 +85,23 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
         if stack and shard.dim == 0:
-            sizes = exchange.shard_sizes(shard.shape[0], world)
+            chunks = [chunk_of(shard.shape[0], world, r) for r in range(world)]
+            shapes = [torch.Size((size, *shard.shape[1:])) for _, size in chunks]
             rank = torch.distributed.get_rank(group)
-            tasks.append(MatrixTask(i, torch.Size((sizes[rank], *shard.shape[1:])), first=sum(sizes[:rank])))
-            for r, size in enumerate(sizes):
-                load[r] += _cost(layer, torch.Size((size, *shard.shape[1:])))
+            tasks.append(MatrixTask(i, shapes[rank], first=chunks[rank][0]))
+            load[:] = [cost + _cost(layer, shape) for cost, shape in zip(load, shapes, strict=True)]
         elif stack:
             shape = torch.Size(shard.shape[1:])
             tasks += [MatrixTask(i, shape, k, k, shard.dim - 1, group) for k in range(shard.shape[0])]
         else:
             tasks.append(MatrixTask(i, shard.shape, dim=shard.dim, group=group))
-    return _with_owners(tasks, [_cost(layers[t.layer_index], t.shape) for t in tasks], loads) if loads else tasks
-
-
-def _with_owners(tasks: list[MatrixTask], costs: list[float], loads: dict[Any, list[float]]) -> list[MatrixTask]:
-    assigned = list(tasks)
-    sharded = [k for k, task in enumerate(tasks) if task.group is not None]
-    for k in sorted(sharded, key=lambda k: (-costs[k], k)):
+    costs = {k: _cost(layers[t.layer_index], t.shape) for k, t in enumerate(tasks) if t.group is not None}
+    for k, cost in sorted(costs.items(), key=lambda item: -item[1]):
         load = loads[tasks[k].group]
         owner = load.index(min(load))
-        load[owner] += costs[k]
-        assigned[k] = tasks[k]._replace(owner=owner)
-    return assigned
+        load[owner] += cost
+        tasks[k] = tasks[k]._replace(owner=owner)
+    return tasks
 
 
 def _cost(layer: LayerStep, shape: torch.Size) -> float:
@@ -206,7 +195,8 @@ def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[
     """Group the tasks of this process by settings, device, dtype and shape."""
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
-        if task.mine and math.prod(task.shape) > 0:
+        here = task.group is None or torch.distributed.get_rank(task.group) == task.owner
+        if here and math.prod(task.shape) > 0:
             layer = layers[task.layer_index]
             settings = tuple(layer.group[name] for name in _BATCH_SETTINGS)
             shape = (len(task.shape), *matrix_shape(layer.group, task.shape))

@@ -107,10 +107,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         nuclear: estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias common to all layers cancels
             in f. "svd": exact and slow. "frobenius": the Frobenius norm, a lower bound by up to a factor of
             sqrt(rank), without matrix products; use it for layers of similar shape.
-        transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D``.
-            :func:`leanstep.optimizers.param_groups` sets it, and ``flatten``.
-        flatten: the group's tensors of three dimensions are matrices (m, rest), not stacks, as in one-dimensional
-            convolutions.
+        transposed, flatten: as for :class:`leanstep.optimizers.SinkGD`.
         momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
             parameters, and adds up to 2^-9 of the gradient to the noise.

@@ -121,17 +121,16 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
         shards += [layer.shard] * count
     table = torch.zeros(len(shards), 4, dtype=estimate_dtype(device), device=device)
     _measure(layers, rows, table)
-    if any(s.groups for s in shards):
-        yield from sum_over_shards(table, shards)
-    nonfinite = table[constant([r.start for r in rows], device, torch.int64), _NONFINITE] > 0
+    yield from sum_over_shards(table, shards)
+    nonfinite = table[constant([span.start for span in rows], device, torch.int64), _NONFINITE] > 0
     _count_nonfinite(layers, nonfinite)
     # H and f
     _update_noise(layers, rows, table, nonfinite)
     factors = _factors(layers, estimated, device)
     infos = []
-    for layer, r, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
-        active = (table[r, _ACTIVE] > 0).to(local(layer.param).device)
-        infos.append(GradientInfo(layer, factor, flag.to(active.device), active, table[r.start, _SQUARE]))
+    for layer, span, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
+        active = (table[span, _ACTIVE] > 0).to(local(layer.param).device)
+        infos.append(GradientInfo(layer, factor, flag.to(active.device), active, table[span.start, _SQUARE]))
     counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic"]
     if counters:
         torch._foreach_add_(counters, 1)
@@ -154,17 +153,17 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
         flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
         starts = constant([rows[checked[k]].start for k in positions], table.device, torch.int64)
         table[starts, _NONFINITE] = flags.to(table)
-    for layer, r in zip(layers, rows, strict=True):
+    for layer, span in zip(layers, rows, strict=True):
         if layer.measures or layer.stores:
             grad = local(layer.grad)
-            active = grad.flatten(1).any(dim=1) if r.stop - r.start > 1 else _any(grad).view(1)
-            _local_values(layer, table[r, _ACTIVE]).copy_(active)
+            active = grad.flatten(1).any(dim=1) if span.stop - span.start > 1 else _any(grad).view(1)
+            _local_values(layer, table[span, _ACTIVE]).copy_(active)
         if layer.norm == "vector":
             momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
-            ahead = _direction_momentum(layer, momentum)
-            table[r.start, _SQUARE] = torch.linalg.vector_norm(ahead, dtype=table.dtype).square()
+            momentum = _direction_momentum(layer, momentum)
+            table[span.start, _SQUARE] = torch.linalg.vector_norm(momentum, dtype=table.dtype).square()
         if layer.measures and layer.norm != "rms":
-            table[r.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
+            table[span.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
     hidden = [i for i, layer in enumerate(layers) if layer.measures and layer.norm == "rms"]
     for task, norms in matrices.nuclear_norms([layers[i] for i in hidden], lambda i: _difference(layers[hidden[i]])):
         start = rows[hidden[task.layer_index]].start + task.first
@@ -192,7 +191,7 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, non
     measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.stores]
     if not measuring:
         return
-    pairs = [(i, r) for i in measuring for r in range(rows[i].start, rows[i].stop)]
+    pairs = [(i, row) for i in measuring for row in range(rows[i].start, rows[i].stop)]
     states = [layers[i].state for i in measuring]
 
     def per_matrix(value: Callable[[LayerStep], float]) -> Tensor:
@@ -200,7 +199,7 @@ def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, non
         numbers = [value(layers[i]) for i, _ in pairs]
         return constant([(1.0 if v else 0.0) if isinstance(v, bool) else v for v in numbers], table.device, table.dtype)
 
-    values = table[constant([r for _, r in pairs], table.device, torch.int64)]
+    values = table[constant([row for _, row in pairs], table.device, torch.int64)]
     usable = (values[:, _ACTIVE] > 0) & ~nonfinite[constant([i for i, _ in pairs], table.device, torch.int64)]
     is_vector = per_matrix(lambda layer: layer.norm == "vector") > 0
     duals = torch.where(is_vector, values[:, _DUAL].sqrt(), values[:, _DUAL]) * per_matrix(_remaining_scale)
@@ -235,12 +234,12 @@ def _distribute(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> 
 def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.device) -> list[Tensor]:
     """Return f of every layer, [1] or [e]; 1 for layers without estimates."""
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
-    known: dict[Tensor, Tensor] = {}
+    by_param: dict[Tensor, Tensor] = {}
     if estimated:
         counts = [matrix_count(layer) for layer in estimated]
-        parts = factors_and_noise(estimated, device)[0].split(counts)
-        known = {layer.param: part for layer, part in zip(estimated, parts, strict=True)}
-    return [known[layer.param] if layer.param in known else one.expand(matrix_count(layer)) for layer in layers]
+        factors = factors_and_noise(estimated, device)[0].split(counts)
+        by_param = {layer.param: factor for layer, factor in zip(estimated, factors, strict=True)}
+    return [by_param.get(layer.param, one.expand(matrix_count(layer))) for layer in layers]
 
 
 def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,9 +360,10 @@ def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | 
 def _write(updates: list[Update]) -> None:
     """Write updates, with one call per group, device and dtype."""
     sets: dict[Any, list[Update]] = {}
-    for u in updates:
-        if u.weight.numel() > 0:
-            sets.setdefault((id(u.info.layer.group), u.weight.device, u.weight.dtype), []).append(u)
+    for update in updates:
+        weight = update.weight
+        if weight.numel() > 0:
+            sets.setdefault((id(update.info.layer.group), weight.device, weight.dtype), []).append(update)
     for alike in sets.values():
         _write_alike(alike)
 

@@ -89,8 +89,8 @@ class SparseRows(DenseRows):
         lead, m = lead_of(param.shape), settings["window"]
         if tuple(columns.shape[len(lead) :]) != tuple(param.shape[len(lead) :]):
             raise ValueError(
-                f"MFAC: compression='topk' keeps the largest entries of every row, but a parameter of shape "
-                f"{tuple(param.shape)} is cut inside its rows (this shard: {tuple(columns.shape)}). Shard it "
+                f"MFAC: compression='topk' stores the largest entries of every row, but a parameter of shape "
+                f"{tuple(param.shape)} is sharded inside its rows (this shard: {tuple(columns.shape)}). Shard it "
                 f"along dimension 0 (fully_shard does), or use compression=None."
             )
         count = entries_per_row(param.shape, settings["density"])
@@ -127,8 +127,7 @@ class SparseRows(DenseRows):
 
     @override
     def dots(self, n: int) -> Tensor:
-        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
-        return sparse_row_dots(values, indices, self.rows, self.layouts, groups=self.grams)
+        return sparse_row_dots(*self._stored(n), self.rows, self.layouts, groups=self.grams)
 
     @override
     def squared_norms(self) -> Tensor:
@@ -143,10 +142,12 @@ class SparseRows(DenseRows):
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        n = coefficients.shape[1]
-        values, indices = [v[:n] for v in self.values], [i[:n] for i in self.indices]
+        values, indices = self._stored(coefficients.shape[1])
         coefficients = coefficients[: self.gram_count]
         sparse_linear_combination(values, indices, coefficients, self.layouts, groups=self.grams, out=out)
+
+    def _stored(self, n: int) -> tuple[list[Tensor], list[Tensor]]:
+        return [v[:n] for v in self.values], [i[:n] for i in self.indices]
 
 
 class LowRankRows(DenseRows):
@@ -168,7 +169,7 @@ class LowRankRows(DenseRows):
         Raises:
             ValueError: the parameter is sharded.
         """
-        if columns.groups or columns.cut:
+        if columns.groups or columns.chunk:
             raise ValueError(
                 f"MFAC: compression='lowrank' takes whole matrices, but a parameter of shape {tuple(param.shape)} is "
                 f"sharded (this shard: {tuple(columns.shape)}). Use compression='topk' or None."

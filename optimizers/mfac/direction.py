@@ -23,24 +23,17 @@ _JITTERED, _EIGEN, _CLIPPED, _RATIO, _DECREASE, _NORM = range(len(STATS))
 
 
 class Problem(NamedTuple):
-    """Inputs of one scope's direction, which updates ``scope_state`` and ``states`` in place.
+    """Inputs of one scope's direction. Computing it updates ``scope_state`` and ``states`` in place.
 
-    Attributes:
-        settings: the scope's shared settings.
-        scope_state: gram, counters, stats and window_scale.
-        states: state per parameter.
-        formats: format of the rows per parameter.
-        columns: this process's columns per parameter.
-        vectors: this process's shard of each gradient, with sign, decay and mask applied.
-        lr: learning rate.
+    The lists have one entry per parameter of the scope.
     """
 
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # that the groups of the scope share
     scope_state: dict[str, Any]
     states: list[dict[str, Any]]
     formats: list[type[DenseRows]]
     columns: list[Columns]
-    vectors: list[Tensor]
+    vectors: list[Tensor]  # this process's shards of the gradients, with sign, decay and mask applied
     lr: float | Tensor
 
 
@@ -95,10 +88,10 @@ class ScopeBatch:
     def _make_row_sets(self) -> list[tuple[DenseRows, tuple[Any, ...]]]:
         """Group pieces by format, device, process groups and dtypes; return their rows with the process groups."""
         sets: dict[Any, list[Piece]] = {}
-        for number, (i, k) in enumerate(self.param_keys):
+        for param_index, (i, k) in enumerate(self.param_keys):
             problem, first_gram = self.problems[i], self.grams_of_scope[i].start
             state, row_format, columns = problem.states[k], problem.formats[k], problem.columns[k]
-            pieces = pieces_of(number, first_gram, columns, state, self.settings["scope"])
+            pieces = pieces_of(param_index, first_gram, columns, state, self.settings["scope"])
             if pieces:
                 vector = problem.vectors[k]
                 key = (columns.groups, vector.device, row_format, state[row_format.key].dtype, wide_dtype(vector.dtype))
@@ -160,12 +153,11 @@ class ScopeBatch:
 
     def _check_finite(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
         """Return the flag of every parameter, and the scopes that take a step. Waits for the device once."""
-        verdict = torch.cat([nonfinite, (~torch.isfinite(squares)).to(nonfinite.dtype)]).tolist()
-        count = len(self.param_keys)
-        flags = [int(f > 0) for f in verdict[:count]]
-        skipped = {self.param_keys[number][0] for number, flag in enumerate(flags) if flag}
-        for gram, overflow in enumerate(verdict[count:]):
-            scope = self.scope_of_gram[gram]
+        counts = torch.cat([nonfinite, (~torch.isfinite(squares)).to(nonfinite.dtype)]).tolist()
+        params = len(self.param_keys)
+        flags = [int(count > 0) for count in counts[:params]]
+        skipped = {scope for (scope, _), flag in zip(self.param_keys, flags, strict=True) if flag}
+        for scope, overflow in zip(self.scope_of_gram, counts[params:], strict=True):
             if overflow and scope not in skipped:  # the squared norm overflows
                 skipped.add(scope)
                 flags = [1 if i == scope else flag for (i, _), flag in zip(self.param_keys, flags, strict=True)]
@@ -233,11 +225,11 @@ class ScopeBatch:
                 out.append(whole if piece.span is None else whole[piece.span[0] : piece.span[1]])
             rows.combine(coefficients.to(out[0].device), out)
         by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
-        for number, (i, k) in enumerate(self.param_keys):
+        for param_index, (i, k) in enumerate(self.param_keys):
             if i in by_scope:
                 vector = self.problems[i].vectors[k]
                 empty = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # of an empty shard
-                by_scope[i].append(updates.get(number, empty))
+                by_scope[i].append(updates.get(param_index, empty))
         return by_scope
 
     def _over_processes(

@@ -228,8 +228,8 @@ class MFAC(LeanOptimizer):
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
-    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        return {"window": (group["window"], *param.shape)}
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        return {**super()._state_shapes(group, param), "window": (group["window"], *param.shape)}
 
     def _init_group(self) -> None:
         super()._init_group()

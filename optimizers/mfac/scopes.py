@@ -38,18 +38,11 @@ class ScopeParam(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """Parameters whose gradients form the rows of one window (of several, with blocks).
+    """Parameters whose gradients form the rows of one window (of several, with blocks)."""
 
-    Attributes:
-        entries: its parameters that have state.
-        settings: the settings that its groups share.
-        scope_state: the state of the first entry, which also holds ``gram``, ``counters``, ``stats`` and
-            ``window_scale``.
-    """
-
-    entries: list[ScopeParam]
-    settings: dict[str, Any]
-    scope_state: dict[str, Any]
+    entries: list[ScopeParam]  # the parameters that have state
+    settings: dict[str, Any]  # that the groups of the scope share
+    scope_state: dict[str, Any]  # the first entry's state, with ``gram``, ``counters``, ``stats`` and ``window_scale``
 
 
 def scope_key(group: dict[str, Any], group_index: int, position: int, param_index: int) -> tuple[Any, ...]:
@@ -177,7 +170,7 @@ def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[T
     """All-gather the updates of parameters with ``shard_window``."""
     sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for i, (entry, update) in enumerate(zip(entries, updates, strict=True)):
-        if update is not None and entry.columns.cut is not None:
+        if update is not None and entry.columns.chunk is not None:
             sets.setdefault(update.dtype, []).append((i, update))
     for parts in sets.values():
         whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts])

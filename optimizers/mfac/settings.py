@@ -45,7 +45,7 @@ def check_settings(group: dict[str, Any]) -> None:
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
     check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
-    _check_positive("density", group["density"], "the fraction of entries kept, in (0, 1]")
+    _check_positive("density", group["density"], "a fraction of entries in (0, 1]")
     check_number("MFAC", "momentum value", group["momentum"], 0.0, 1.0, open_high=True)
     check_choice("MFAC", "decay", group["decay"], DECAYS)
     if group["max_update_norm"] is not None:
@@ -78,15 +78,15 @@ def _check_schedule(schedule: Any) -> None:
 def _check_joint(group: dict[str, Any]) -> None:
     """Raise ValueError for settings that exclude each other."""
     if group["compression"] and group["storage"] == "fp16":
-        raise ValueError("MFAC: storage='fp16' is for whole rows; with a compression use 'bf16' or 'fp32'")
+        raise ValueError("MFAC: storage='fp16' is for uncompressed rows; with a compression use 'bf16' or 'fp32'")
     if group["compression"] and isinstance(group["scope"], int):
         raise ValueError(
-            f"MFAC: scope={group['scope']} (blocks) is for whole rows; with compression={group['compression']!r} use "
-            f"one of {SCOPES}"
+            f"MFAC: scope={group['scope']} (blocks) is for uncompressed rows; with compression="
+            f"{group['compression']!r} use one of {SCOPES}"
         )
     if group["shard_window"] and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
-            "MFAC: shard_window=True spreads the window over the processes of torch.distributed, which is not "
+            "MFAC: shard_window=True shards the window over the processes of torch.distributed, which is not "
             "initialized; call init_process_group first, or leave it False"
         )
     if group["shard_window"] and group["compression"] == "lowrank":
@@ -109,7 +109,7 @@ def check_masks(group: dict[str, Any]) -> None:
 
 
 def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if a saved window has another size, format, parameters or order of parameters."""
+    """Raise ValueError if a saved window has another size or format, or its parameters have other names."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         return  # torch raises
@@ -127,11 +127,3 @@ def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
                 (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
             )
             raise ValueError(f"MFAC: the saved window has its parameters in another order ({difference}); {advice}")
-        for position, (param, number) in enumerate(zip(group["params"], saved["params"], strict=False)):
-            state = state_dict["state"].get(number, {})
-            shape = state["window"].shape[1:] if "window" in state else getattr(state.get("error"), "shape", None)
-            if shape not in (None, param.shape):
-                raise ValueError(
-                    f"MFAC: the saved window of {describe(group, position)} is of a parameter of shape {tuple(shape)}: "
-                    f"the parameters have another order, or are other ones; {advice}"
-                )

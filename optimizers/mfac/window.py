@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.sharding import shard_of
+from leanstep.optimizers.common.sharding import chunk_of, shard_of
 from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -34,24 +34,17 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 class Columns(NamedTuple):
-    """The columns of one parameter's window on this process: one per weight of its shard.
+    """The columns of one parameter's window on this process: one per weight of its shard."""
 
-    Attributes:
-        shape: shape of the shard.
-        groups: process groups; sums over all of them in turn are sums over the whole parameter.
-        offset: row-major index of the first element; None if the shard is not a contiguous range.
-        cut: (dimension, start, length) of the shard with ``shard_window``; None otherwise.
-    """
-
-    shape: tuple[int, ...]
-    groups: tuple[Any, ...] = ()
-    offset: int | None = 0
-    cut: tuple[int, int, int] | None = None
+    shape: tuple[int, ...]  # of the shard
+    groups: tuple[Any, ...] = ()  # as in common.sharding.Shard
+    offset: int | None = 0  # as in common.sharding.Shard
+    chunk: tuple[int, int, int] | None = None  # (dimension, start, length) of the shard with shard_window
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return this process's shard of a gradient or parameter as a plain tensor."""
-        held = local_part(tensor)
-        return held if self.cut is None else held.narrow(*self.cut)
+        shard = local_part(tensor)
+        return shard if self.chunk is None else shard.narrow(*self.chunk)
 
 
 def columns_of(param: Tensor, *, spread: bool) -> Columns:
@@ -62,16 +55,9 @@ def columns_of(param: Tensor, *, spread: bool) -> Columns:
     if not spread or param.dim() == 0:
         return Columns(tuple(param.shape))
     group = torch.distributed.group.WORLD
-    start, length = _rows_of_process(param.shape[0], torch.distributed.get_world_size(), torch.distributed.get_rank())
+    start, length = chunk_of(param.shape[0], torch.distributed.get_world_size(), torch.distributed.get_rank())
     offset = start * math.prod(param.shape[1:])
     return Columns((length, *param.shape[1:]), (group,), offset, (0, start, length))
-
-
-def _rows_of_process(rows: int, processes: int, rank: int) -> tuple[int, int]:
-    """Return (start, length) of a process's rows, split like torch.chunk and DTensor."""
-    chunk = -(-rows // processes)
-    start = min(rank * chunk, rows)
-    return start, min(chunk, rows - start)
 
 
 def new_columns(
@@ -86,9 +72,11 @@ def new_columns(
         window: m, or None.
     """
     lead, whole = () if window is None else (window,), tuple(param.shape)
-    here = [columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)]
-    zeros = torch.zeros((*lead, *here), dtype=dtype, device=local_part(param).device)
-    if not is_dtensor(param) and columns.cut is None:
+    local_tail = [
+        columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)
+    ]
+    zeros = torch.zeros((*lead, *local_tail), dtype=dtype, device=local_part(param).device)
+    if not is_dtensor(param) and columns.chunk is None:
         return zeros
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
@@ -120,7 +108,7 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
         params: the parameters.
     """
     processes = torch.distributed.get_world_size()
-    lengths = [[_rows_of_process(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
+    lengths = [[chunk_of(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
     sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
     padded = updates[0].new_zeros(max(map(sum, sizes)))
     flat = torch.cat([u.reshape(-1) for u in updates])
@@ -132,20 +120,12 @@ def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Piece(NamedTuple):
-    """Consecutive columns of one parameter.
+    """Consecutive columns of one parameter, in one or more blocks of equal length with a Gram matrix each."""
 
-    Attributes:
-        param_index: index of the parameter in the batch of scopes.
-        gram: index of the columns' Gram matrix, or of the first one of several blocks.
-        span: (start, end) of the columns in the flattened shard; None for all of them.
-        state: state of the parameter.
-        blocks: number of equally long blocks of the columns; each has its own Gram matrix.
-    """
-
-    param_index: int
-    gram: int
-    span: tuple[int, int] | None
-    state: dict[str, Any]
+    param_index: int  # in the batch of scopes
+    gram: int  # index of the first block's Gram matrix
+    span: tuple[int, int] | None  # (start, end) in the flattened shard; None for all columns
+    state: dict[str, Any]  # of the parameter
     blocks: int = 1
 
 
@@ -250,7 +230,7 @@ class DenseRows:
 
     def dots(self, n: int) -> Tensor:
         """Return the dots of the first ``n`` stored rows with the new one, fp64 [grams, n]."""
-        return self._scaled(rule.gram_row(self._filled(n), self.rows, self._scales(n), self.grams))
+        return self._scaled(rule.gram_row([w[:n] for w in self.windows], self.rows, self._scales(n), self.grams))
 
     def squared_norms(self) -> Tensor:
         """Return the squared norms of the new rows, fp64 [grams]."""
@@ -270,10 +250,8 @@ class DenseRows:
         """Write the first n rows, combined with ``coefficients`` [grams, n], to ``out``: one flat tensor per piece."""
         n = coefficients.shape[1]
         shaped = [o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)]
-        rule.direction(self._filled(n), coefficients[: self.gram_count], self._scales(n), self.grams, shaped)
-
-    def _filled(self, count: int) -> list[Tensor]:
-        return [w[:count] for w in self.windows]
+        rows = [w[:n] for w in self.windows]
+        rule.direction(rows, coefficients[: self.gram_count], self._scales(n), self.grams, shaped)
 
     def _scales(self, n: int) -> Tensor | None:
         return None if self.scales is None else self.scales[:, :n].contiguous()

@@ -14,7 +14,7 @@ from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
-from leanstep.optimizers.common.rounding import STATE_KEY, seeds_for
+from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, new_state, offsets_of, readable, store
 
 
@@ -86,21 +86,21 @@ def _update(
     backups = []
     if skip is not None and not fused:  # only the fused kernel takes a flag
         backups = [(t, t.clone()) for t in (*params, *exp_avgs, *exp_avg_sqs, *steps)]
-    columns = [params, grads, exp_avgs, exp_avg_sqs]
-    inputs = list(zip(*columns, strict=True))
+    stored = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+    rows: list[tuple[Tensor, ...]] = list(stored)
     if fused:  # torch's fused CPU kernel ignores strides
         contiguous = torch.contiguous_format
-        inputs = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in inputs]
-    used_params, used_grads, used_avgs, used_avg_sqs = (list(column) for column in zip(*inputs, strict=True))
+        rows = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in stored]
+    params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*rows, strict=True))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        adamw_step_on_host(used_params, used_grads, used_avgs, used_avg_sqs, steps, betas=(beta1, beta2), **rule)
+        adamw_step_on_host(params, grads, exp_avgs, exp_avg_sqs, steps, betas=(beta1, beta2), **rule)
     else:
         adamw(
-            used_params,
-            used_grads,
-            used_avgs,
-            used_avg_sqs,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
             [],
             steps,
             # torch's foreach functions accept no tensor lr
@@ -114,12 +114,11 @@ def _update(
             **rule,
         )
     if fused:
-        for row, used in zip(zip(*columns, strict=True), inputs, strict=True):
-            if used is not row and used[0] is not row[0]:
-                for i in (0, 2, 3):
-                    row[i].copy_(used[i])
+        for (param, _, *moments), (new_param, _, *new_moments) in zip(stored, rows, strict=True):
+            if new_param is not param:
+                torch._foreach_copy_([param, *moments], [new_param, *new_moments])
             else:
-                torch.autograd.graph.increment_version([row[0], row[2], row[3]])  # the fused kernels omit this
+                torch.autograd.graph.increment_version([param, *moments])  # the fused kernels omit this
     for tensor, before in backups:
         assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
@@ -128,7 +127,7 @@ def _update(
 def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
     """Step AdamW on fp32 copies (or master weights) of the batch, then round into the parameters."""
     states, rounding, device = batch.states, batch.rounding, params[0].device
-    rounding_state = [local(s[STATE_KEY[rounding]]) if rounding in STATE_KEY else None for s in states]
+    rounding_state: Any = batch.rounding_state() or [None] * len(params)
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]

@@ -221,9 +221,11 @@ class SinkGD(LeanOptimizer):
         init_rounding(state, param, rounding)
         return state
 
-    def _other_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        spectral = group["spectral"] and algorithm_of(group, param) != "adamw"
-        return {"power_vector": power_vector_shape(param, group)} if spectral else {}
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        shapes = super()._state_shapes(group, param)
+        if group["spectral"] and algorithm_of(group, param) != "adamw" and param.dim() >= 2:
+            shapes["power_vector"] = power_vector_shape(param, group)
+        return shapes
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))
@@ -242,19 +244,18 @@ def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
     matrices = [as_matrices(local(g), transposed, flatten) for g in batch.grads]
     if group["maximize"]:
         matrices = [-g for g in matrices]
-    after = group["momentum_order"] == "post" and not balanced
+    momentum_last = group["momentum_order"] == "post" and not balanced
     nonfinite = None
     if momentum:
         if group["nonfinite"] == "skip":
             nonfinite = nonfinite_flags(matrices)
             yield from all_reduce_flags(nonfinite, shards)
-        if not after:
+        if not momentum_last:
             matrices = _average(matrices, batch, nonfinite, nesterov=balanced or group["nesterov"])
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
-        if any(sides):
-            yield from all_reduce_row_norms(norms, totals, shards, sides)
+        yield from all_reduce_row_norms(norms, totals, shards, sides)
         matrices = [
             rule.mask_rows(g, norm, total, matrix_shape(shard)[0], group["row_mask_tau"])
             for g, norm, total, shard in zip(matrices, norms, totals, shards, strict=True)
@@ -262,7 +263,7 @@ def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
     if not (momentum or group["spectral"] or transposed or group["base_width"] or any(sides)):
         _write(batch, matrices, None, end_with_rows=balanced)
         return
-    if any(sides):
+    if any(sides):  # not by a generator otherwise: torch.compile loses its return value
         scales = yield from normalize(matrices, shards, sides, group["num_iters"], end_with_rows=balanced)
     else:
         scales = rule.normalize(matrices, group["num_iters"], end_with_rows=balanced)
@@ -274,7 +275,7 @@ def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
     if nonfinite is not None:
         for cols, flag in zip(scales.cols, nonfinite, strict=True):
             cols.masked_fill_(flag > 0, math.nan)
-    if momentum and after:
+    if momentum and momentum_last:
         normalized = [rule.scaled(*each) for each in zip(matrices, scales.rows, scales.cols, strict=True)]
         matrices = _average(normalized, batch, nonfinite, nesterov=group["nesterov"])
         _reset(scales)

@@ -30,15 +30,17 @@ def normalize(
         sets.setdefault((side, shard.groups if side else ()), []).append(i)
     results = yield from together(
         [
-            _normalize_alike([matrices[i] for i in set_], [shards[i] for i in set_], side, num_iters, end_with_rows)
-            for (side, _), set_ in sets.items()
+            _normalize_alike(
+                [matrices[i] for i in indices], [shards[i] for i in indices], side, num_iters, end_with_rows
+            )
+            for (side, _), indices in sets.items()
         ]
     )
     if len(results) == 1:
         return results[0]
     by_index: dict[int, tuple[Tensor, Tensor]] = {}
-    for set_, scales in zip(sets.values(), results, strict=True):
-        by_index.update(zip(set_, zip(scales.rows, scales.cols, strict=True), strict=True))
+    for indices, scales in zip(sets.values(), results, strict=True):
+        by_index.update(zip(indices, zip(scales.rows, scales.cols, strict=True), strict=True))
     (rows, flat_rows), (cols, flat_cols) = (
         _in_one_buffer([by_index[i][k] for i in range(len(matrices))]) for k in (0, 1)
     )
@@ -51,12 +53,9 @@ def _normalize_alike(
     """Compute the scales of matrices that are sharded along the same side over the same processes, or unsharded."""
     if side is None:
         return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
-    if side == "rows":
-        totals = [matrix_shape(s)[0] for s in shards]
-        iteration = sinkhorn_of_rows(matrices, num_iters, end_with_rows=end_with_rows, rows_total=totals)
-    else:
-        totals = [matrix_shape(s)[1] for s in shards]
-        iteration = sinkhorn_of_columns(matrices, num_iters, end_with_rows=end_with_rows, cols_total=totals)
+    axis, sinkhorn_of_shards = (0, sinkhorn_of_rows) if side == "rows" else (1, sinkhorn_of_columns)
+    lengths = [matrix_shape(s)[axis] for s in shards]
+    iteration = sinkhorn_of_shards(matrices, num_iters, lengths, end_with_rows=end_with_rows)
     while True:
         try:
             partial, op = next(iteration)

@@ -19,7 +19,7 @@ _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
 
 
 def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-    """Return [n], or [e, n] for a stack."""
+    """Return the shape of ``power_vector`` before sharding: [n], or [e, n] for a stack."""
     shard = oriented(shard_of(param), group["transposed"], group["flatten"])
     return (*shard.shape[:-2], matrix_shape(shard)[1]) if len(shard.shape) == 3 else (matrix_shape(shard)[1],)
 
@@ -27,18 +27,15 @@ def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
 def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Create the vector of the power iteration, zero until the first finite nonzero gradient.
 
-    The shape is [n], or [e, n] for a stack. The vector is replicated, except for a stack sharded along e, whose
-    vectors are sharded along e, too.
+    The vector is replicated; the vectors of a stack sharded along e are sharded along e, too.
     """
     if "power_vector" in state:
         return
-    shard = oriented(shard_of(param), group["transposed"], group["flatten"])
-    stacked = len(shard.shape) == 3
-    size = (local(param).shape[0],) if stacked else ()
-    vector = torch.zeros(*size, matrix_shape(shard)[1], device=local(param).device, dtype=compute_dtype(param.dtype))
-    if stacked and shard.groups and shard.dim == 0:
-        vector = join_parts(vector, param, (param.shape[0], vector.shape[1]))
-    state["power_vector"] = vector
+    shape, shard, weight = power_vector_shape(param, group), shard_of(param), local(param)
+    here = (weight.shape[0], shape[1]) if len(shape) == 2 else shape
+    vector = torch.zeros(here, device=weight.device, dtype=compute_dtype(param.dtype))
+    sharded = len(shape) == 2 and shard.groups and shard.dim == 0
+    state["power_vector"] = join_parts(vector, param, shape) if sharded else vector
 
 
 def pin_operator_norms(
@@ -56,13 +53,13 @@ def pin_operator_norms(
     """
     if "columns" in sides:
         raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
-    parts: list[Reducer[None]] = []
+    reducers: list[Reducer[None]] = []
     for i, (matrix, rows, cols, state) in enumerate(zip(matrices, scales.rows, scales.cols, states, strict=True)):
         if shards[i].shape.numel() > 0:
             process_group = shards[i].groups[0] if sides[i] else None
             target = rule.spectral_target(kind, *matrix_shape(shards[i]))
-            parts.append(_pin_one(matrix, rows, cols, state, process_group, target))
-    yield from together(parts)
+            reducers.append(_pin_one(matrix, rows, cols, state, process_group, target))
+    yield from together(reducers)
 
 
 def _pin_one(
@@ -82,9 +79,9 @@ def _pin_one(
     update = rule.scaled(matrix, rows, cols)
     new = torch.where(known, vector, rule.first_power_vector(vector))
     norm = usable = vector.new_zeros(())
-    for done in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
+    for iteration in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
         # no cold matrix has a usable gradient
-        if done == 1 and not tracing and not (usable & ~known).any():
+        if iteration == 1 and not tracing and not (usable & ~known).any():
             break
         square, new = rule.power_step(update, new)
         if process_group is not None:

@@ -402,7 +402,7 @@ class BudgetConstraint:
             least, most = least + float(allowed.min()), most + float(allowed.max())
         if self.budget.target >= least:
             return
-        wanted, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))
+        requested, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))
         if sparsity is not None:
             message = (
                 f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
@@ -410,7 +410,7 @@ class BudgetConstraint:
             )
         else:
             message = (
-                f"removing {wanted:.4g} of the cost ({self.budget.kind}) is out of reach: the levels of these matrices "
+                f"removing {requested:.4g} of the cost ({self.budget.kind}) is out of reach: the matrices' levels "
                 f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}"
             )
         raise InfeasibleBudget(message, least, most)

@@ -19,13 +19,13 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
-    """Round ``wanted`` to integers within bounds that add up to ``total``.
+def apportion(shares: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
+    """Round ``shares`` to integers within bounds that add up to ``total``.
 
     Rounds down, then adds one to the counts with the largest remainders (Hamilton's method). Ties go to the first.
 
     Args:
-        wanted: [n], between the bounds; its sum is ``total`` up to rounding.
+        shares: [n], between the bounds; its sum is ``total`` up to rounding.
         total: sum of the result.
         lower, upper: bounds [n].
 
@@ -33,11 +33,11 @@ def apportion(wanted: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
         InfeasibleBudget: if the bounds exclude ``total``.
     """
     check_total(total, lower, upper)
-    counts = np.clip(np.floor(wanted + 1e-9).astype(np.int64), lower, upper)
+    counts = np.clip(np.floor(shares + 1e-9).astype(np.int64), lower, upper)
     while (missing := total - int(counts.sum())) != 0:
         step = 1 if missing > 0 else -1
         room = counts < upper if step > 0 else counts > lower
-        order = np.argsort(-step * (wanted - counts), kind="stable")
+        order = np.argsort(-step * (shares - counts), kind="stable")
         changed = order[room[order]][: abs(missing)]
         counts[changed] += step
     return counts
@@ -59,15 +59,15 @@ def shifted(base: Floats, numel: Ints, total: int, upper: Ints) -> Ints:
     return _fitted(lambda c: (base + c) * numel, float(-base.max()), float(1 - base.min()), total, upper)
 
 
-def _fitted(wanted: Callable[[float], Floats], low: float, high: float, total: int, upper: Ints) -> Ints:
-    """Bisect the argument of the non-decreasing ``wanted`` until its clipped counts add up to ``total``; round them."""
+def _fitted(counts_at: Callable[[float], Floats], low: float, high: float, total: int, upper: Ints) -> Ints:
+    """Bisect the argument of the non-decreasing ``counts_at`` until its clipped counts sum to ``total``; round them."""
     for _ in range(200):
         middle = (low + high) / 2
-        if np.clip(wanted(middle), 0, upper).sum() < total:
+        if np.clip(counts_at(middle), 0, upper).sum() < total:
             low = middle
         else:
             high = middle
-    return apportion(np.clip(wanted(high), 0, upper), total, np.zeros_like(upper), upper)
+    return apportion(np.clip(counts_at(high), 0, upper), total, np.zeros_like(upper), upper)
 
 
 def check_total(total: int, lower: Ints, upper: Ints) -> None:

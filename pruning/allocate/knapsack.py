@@ -341,8 +341,8 @@ class Program:
         sparsities = ""
         if self._kind == "params":
             total = sum(x.numel for x in self._layers)
-            lowest, highest, wanted = (1 - count / total for count in (most, least, target))
-            sparsities = f": sparsities of {lowest:.4g} to {highest:.4g}, not {wanted:.4g}"
+            lowest, highest, requested = (1 - count / total for count in (most, least, target))
+            sparsities = f": sparsities of {lowest:.4g} to {highest:.4g}, not {requested:.4g}"
         raise InfeasibleBudget(
             f"a budget of {target:.12g} ({self._kind}) cannot be met: the levels of the layers cost "
             f"{least:.12g} to {most:.12g}{sparsities}",

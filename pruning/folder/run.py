@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from leanstep._files import free_bytes, is_disk_full, remove_leftovers, staged_folder
+from leanstep._files import free_bytes, is_disk_full, remove_leftovers, remove_partials, staged_folder
 from leanstep._version import __version__
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.loading import (
@@ -96,7 +96,8 @@ def prune_checkpoint(
         data: a :class:`CalibrationText` for language models, or data as for :func:`prune`.
         held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
         evaluate: measure perplexity on the held-out sequences before and after.
-        resume: continue with the curves of an interrupted run, from ``OUT.curves.jsonl``.
+        resume: continue with the curves of an interrupted run, from ``OUT.curves.jsonl``. If that run had finished
+            ``out``, removes them, and raises the error of an ``out`` that exists.
         device: of the model during calibration.
         progress: see :func:`measure_curves`.
         **settings: those of :func:`prune`.
@@ -116,8 +117,12 @@ def prune_checkpoint(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
-    out = check_output(out)
+    out = Path(out).expanduser()
     partial = out.with_name(f"{out.name}.curves.jsonl")
+    if resume and (out / SIDECAR).is_file():
+        # the interrupted run had written its folder and was about to remove these
+        partial.unlink(missing_ok=True)
+    check_output(out)
     if partial.exists() and not resume:
         raise ValueError(
             f"{partial} holds curves that an interrupted run measured: go on with it (--resume), or remove it to "
@@ -158,6 +163,7 @@ def prune_checkpoint(
         (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
         (folder / REPORT).write_text(report_page(content), encoding="utf-8")
     partial.unlink(missing_ok=True)
+    remove_partials(partial)
     return result
 
 

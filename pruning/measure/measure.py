@@ -85,7 +85,7 @@ def measure_curves(
         Deep Neural Networks", arXiv 2308.10438.
     """
     groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
-    wanted = levels_of(groups, sparsity, pattern, levels=levels)
+    levels_by_name = levels_of(groups, sparsity, pattern, levels=levels)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
     partial = None
@@ -97,13 +97,13 @@ def measure_curves(
             "metric": metric_name(metric, model),
             "score": score,
             "score options": dict(score_options or {}),
-            "levels": hashlib.sha256(repr(wanted).encode()).hexdigest(),
+            "levels": hashlib.sha256(repr(levels_by_name).encode()).hexdigest(),
         }
         partial = PartialCurves(Path(resume), identity)
     with evaluating(model):
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
         cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
-        return measurement.curves(groups, wanted, Pruning(cache, score, score_options), partial, progress)
+        return measurement.curves(groups, levels_by_name, Pruning(cache, score, score_options), partial, progress)
 
 
 class Measurement:
@@ -149,10 +149,10 @@ class Measurement:
         progress: Progress | None = None,
     ) -> dict[str, Curve]:
         """Measure the curves of all groups, in the order of the stages."""
-        wanted = {group.name: counts_and_patterns(levels[group.name])[1:] for group in groups}
+        pruned_levels = {group.name: counts_and_patterns(levels[group.name])[1:] for group in groups}
         points = {} if partial is None else partial.points
-        missing = {n: [x for x in pairs if (n, x[0]) not in points] for n, pairs in wanted.items()}
-        total = sum(map(len, wanted.values()))
+        missing = {n: [x for x in pairs if (n, x[0]) not in points] for n, pairs in pruned_levels.items()}
+        total = sum(map(len, pruned_levels.values()))
         done = total - sum(map(len, missing.values()))
         for group, pruners in self._pruned_alone([group for group in groups if missing[group.name]], pruning):
             for count, pattern in missing[group.name]:
@@ -168,7 +168,7 @@ class Measurement:
             group.name: curve_of(
                 group,
                 levels[group.name],
-                [points[group.name, count] for count, _ in wanted[group.name]],
+                [points[group.name, count] for count, _ in pruned_levels[group.name]],
                 self.metric.name,
             )
             for group in groups

@@ -33,7 +33,7 @@ class FisherPruner(LayerPruner):
     Args:
         weight: [out, in].
         gradients: G [m, out * in].
-        damping: added to F's diagonal, as a fraction of the mean of the diagonal of G^T G / m, > 0. The published
+        damping: > 0, added to F's diagonal, as a fraction of the mean diagonal entry of G^T G / m. The published
             code adds an absolute 1e-5, so that its mask depends on the scale of the loss and on the batch size.
         block_size: weights of a block, consecutive in the flattened matrix; at most all of them.
         update: a name of the list above.

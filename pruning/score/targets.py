@@ -216,7 +216,7 @@ def _choose(
         selected = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
     else:
         selected = [name for name in matrices if any(fnmatchcase(name, rule) for rule in include)]
-        wrong = [name for name in selected if not _is_pruned(model, name, roles[name], asked=True)]
+        wrong = [name for name in selected if not _is_pruned(model, name, roles[name], named=True)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
     selected = [name for name in selected if not any(fnmatchcase(name, rule) for rule in exclude)]
@@ -225,13 +225,13 @@ def _choose(
     return selected
 
 
-def _is_pruned(model: nn.Module, name: str, role: str, *, asked: bool = False) -> bool:
-    """Whether a matrix is pruned by default, or if a rule names it (``asked``)."""
+def _is_pruned(model: nn.Module, name: str, role: str, *, named: bool = False) -> bool:
+    """Whether a matrix is pruned by default, or if a rule names it (``named``)."""
     if role == "other":
         # linear layers with one output, and bare matrices of modules that are not torch's
         parameter = model.get_parameter(name)
-        return parameter.dim() == 2 and (asked or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear))
-    return role in _PRUNED_ROLES or (asked and role in ("head", "router"))
+        return parameter.dim() == 2 and (named or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear))
+    return role in _PRUNED_ROLES or (named and role in ("head", "router"))
 
 
 def _special(model: nn.Module, name: str) -> bool:

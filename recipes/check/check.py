@@ -128,17 +128,17 @@ class Check:
         base = self.config.model.init_from
         if base and is_folder_name(base) and not Path(base).expanduser().exists():
             section.problems.append(f"model.init_from: the folder '{base}' does not exist; run its recipe first")
-        wanted = from_hub(self.config)
-        if not wanted:
+        names = from_hub(self.config)
+        if not names:
             return
-        section.add("from the hub", ", ".join(f"{name} ({key})" for key, name in wanted.items()))
+        section.add("from the hub", ", ".join(f"{name} ({key})" for key, name in names.items()))
         reason = unreachable()
         if reason is None:
             section.add("hub", "can be reached")
             return
         self.offline = True
         with offline():
-            missing = [f"{name} ({key})" for key, name in wanted.items() if not _is_cached(key, name)]
+            missing = [f"{name} ({key})" for key, name in names.items() if not _is_cached(key, name)]
         section.add("hub", f"cannot be reached ({reason})")
         section.add("offline recipes", ", ".join(offline_recipes()))
         if missing:
@@ -176,13 +176,13 @@ class Check:
             self.vocabulary = size if size is not None else vocabulary_size(open_tokenizer(data.tokenizer))
             at_most = "" if size is None else "at most "
             section.add("tokenizer", f"{data.tokenizer}, {at_most}{self.vocabulary:,} tokens")
-        wanted = config.model.config.get("vocab_size")
-        if wanted is not None:
-            section.add("model", f"vocabulary of {wanted:,}")
-            if self.vocabulary > wanted:
+        model_vocabulary = config.model.config.get("vocab_size")
+        if model_vocabulary is not None:
+            section.add("model", f"vocabulary of {model_vocabulary:,}")
+            if self.vocabulary > model_vocabulary:
                 section.problems.append(
                     f"the tokenizer {data.tokenizer} produces {self.vocabulary:,} tokens, model.config.vocab_size is "
-                    f"{wanted:,}; raise it, or leave it out to take the tokenizer's"
+                    f"{model_vocabulary:,}; raise it, or leave it out to take the tokenizer's"
                 )
         if data.source == "hf":
             if not self.offline:
@@ -349,11 +349,11 @@ class Check:
         elif is_held(out):
             section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
         elif folder.is_empty():
-            section.add("found", "no run: a new one begins")
+            section.add("state", "no run: a new one begins")
         elif not (out / "config.yaml").is_file() and not (out / "checkpoints").is_dir():
             section.problems.append(f"{out} is not empty and holds no run; choose another with out=FOLDER")
         else:
-            section.add("found", _describe_run(folder))
+            section.add("state", _describe_run(folder))
             if self.config.checkpoint.resume == "never":
                 section.problems.append(
                     f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER"

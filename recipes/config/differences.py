@@ -13,7 +13,7 @@ SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_mod
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
 _FREE = {"name", "description", "source_file", "references", "expect", "out", "eval", "checkpoint", "log", "stop"}
-_FREE |= {"device"}
+_FREE |= {"device", "data.cache_dir", "distributed.timeout_minutes"}
 _ROUNDING = {
     "batch.micro_batch_size",
     "activation_checkpointing",
@@ -67,7 +67,7 @@ def _changes(before: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, A
     old, new, texts = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in trees)
     for key in sorted(old.keys() | new.keys()):
         same = old.get(key) in (new.get(key), texts.get(key))
-        if not same and key.split(".")[0] not in _FREE and key != "data.cache_dir":
+        if not same and not {key, key.split(".")[0]} & _FREE:
             yield key, old.get(key), new.get(key)
 
 

@@ -112,8 +112,8 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         raise ConfigError([f"{text} is a folder, not a recipe{hint}"])
     near = get_close_matches(path.stem, [*ALIASES, *recipe_names()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "`leanstep recipes list` shows all"
-    what = "no such file" if path.suffix in (".yaml", ".yml") or "/" in text else "no recipe or file of that name"
-    raise ConfigError([f"{text}: {what}; {hint}"])
+    problem = "no such file" if path.suffix in (".yaml", ".yml") or "/" in text else "no recipe or file of that name"
+    raise ConfigError([f"{text}: {problem}; {hint}"])
 
 
 class _Reader:

@@ -122,8 +122,8 @@ def text_corpus(path: str, key: str = "data.path") -> Corpus:
             _add_text(digest, text)
             names.append(file.name)
     if not names:
-        what = f"'{files[0]}' is empty" if len(files) == 1 else f"all {len(files)} files of '{path}' are empty"
-        raise ValueError(f"{key}: {what}; training needs text")
+        problem = f"'{files[0]}' is empty" if len(files) == 1 else f"all {len(files)} files of '{path}' are empty"
+        raise ValueError(f"{key}: {problem}; training needs text")
     return Corpus(f"text {path}", digest.hexdigest(), read, tuple(names))
 
 

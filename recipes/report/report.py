@@ -17,7 +17,7 @@ _MOST_EVALUATIONS = 25
 _WORD, _ROWS, _COLUMNS = 200, 200, 40  # characters of a name; rows and columns of a table from a run's files
 _TEMPLATES = Path(__file__).with_name("templates")
 # section of the log -> title, file of its rows, columns to show (none: all)
-_PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+_SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sparsity": ("Sparsity", "sparsity_report.json", ()),
     "attention": (
         "Attention norms",
@@ -29,7 +29,7 @@ _PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "gate_report.json",
         ("layer", "low_rank", "calls", "low_rank_calls", "fallbacks", "error", "largest_error", "cost", "reason"),
     ),
-    "optimizer": ("What the optimizer says", "optimizer_report.json", ()),
+    "optimizer": ("Optimizer", "optimizer_report.json", ()),
 }
 _SHARED_FACTS = ("device", "versions.torch", "versions.leanstep", "world")
 
@@ -88,7 +88,7 @@ def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
         "run": run,
         "lead": _lead(run),
         "numbers": _tiles(run),
-        "parts": list(_parts(run, most_points, most_text)),
+        "sections": list(_sections(run, most_points, most_text)),
         "sample": _cut(run.sample, most_text),
         "evaluations": _evaluations(run),
         "configuration": _cut(run.config_text, most_text),
@@ -137,6 +137,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     step, steps = number(run.status.get("step")), number(run.status.get("steps"))
     if step is not None:
         shown.append(("Steps", _count(step), "" if steps is None else f"of {_count(steps)}"))
+    if spikes := run.spikes():
+        shown.append(("Loss spikes", f"{spikes[0] + spikes[1]:,}", f"{spikes[0]:,} skipped, {spikes[1]:,} rolled back"))
     if (tokens := run.last("tokens")) is not None:
         shown.append(("Tokens", compact(tokens), "targets trained on"))
     if (speed := run.median("tokens_per_s")) is not None:
@@ -150,7 +152,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return shown
 
 
-def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any]]:
+def _sections(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any]]:
     """Sections of the methods in this run: curves, and rows of the final report."""
     layers = run.sparsity_report.get("layers")
     rows = {
@@ -159,7 +161,7 @@ def _parts(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, Any
         "gate": run.gate_report,
         "optimizer": run.optimizer_report,
     }
-    for name, (title, file, columns) in _PARTS.items():
+    for name, (title, file, columns) in _SECTIONS.items():
         if run.reported_keys(name) or rows[name] or (name == "sparsity" and run.sparsity_report):
             yield {
                 "title": title,

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from accelerate import Accelerator, tracking
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
 )
@@ -80,6 +82,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=list(config.log.trackers) or None,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes))],
     )
     check_world(accelerator.num_processes, asked_world_size())
     accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)
@@ -94,7 +97,7 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
-    """Yield what this machine lacks for the run: a GPU, or a tracker (Accelerate would only warn)."""
+    """Yield the problems of this machine: no GPU, or a missing tracker (Accelerate would only warn)."""
     if cpu and config.precision == "fp16":
         yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
     if cpu and config.distributed.strategy == "fsdp2":
@@ -346,8 +349,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     first entry that selects a parameter wins.
 
     Raises:
-        ValueError: an unknown argument, a refused value, or an entry of ``groups``
-            that selects nothing.
+        ValueError: an unknown argument, a refused value, or an entry of ``groups`` that selects nothing.
     """
     cls = optimizer_class(config.name)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}

@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import secrets
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -40,11 +39,32 @@ if TYPE_CHECKING:
     from leanstep.recipes.check.costs import MemoryEstimate
 
 MARKER = "COMPLETE"
+_REMOVED = ".removed-"
 _CHECKSUM_LIMIT = 256 * 1024**2
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: missing, incomplete, damaged, or made by another recipe."""
+
+
+@dataclass
+class SpikeRecord:
+    """Loss spikes of a run (``stop.on_spike``).
+
+    ``losses`` are those of the last steps without a spike, at most ``stop.spike_window``. ``skipped`` and ``rollbacks``
+    count, and ``steps`` are the newest spikes. ``in_row`` counts the steps skipped since the last update,
+    ``rollbacks_here`` the rollbacks to the checkpoint of step ``returned_to``. ``windows_ahead``: windows of data that
+    rollbacks left out, so the next step reads window ``step + windows_ahead``, counted from 0.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    rollbacks: int = 0
+    steps: list[int] = field(default_factory=list)
+    in_row: int = 0
+    rollbacks_here: int = 0
+    returned_to: int = -1
+    windows_ahead: Annotated[int, Ge(0)] = 0
 
 
 @dataclass
@@ -63,13 +83,14 @@ class TrainState:
     best_step: int | None = None
     eval_pending: bool = False
     nonfinite: int = 0
+    spikes: SpikeRecord = field(default_factory=SpikeRecord)
     world_size: int = 1
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error of the block but a lack of memory into a CheckpointError of one line about ``path``."""
+    """Turn errors of the block, except out-of-memory, into a CheckpointError of one line about ``path``."""
     try:
         with warnings.catch_warnings():
             # an error follows, which says more
@@ -128,10 +149,10 @@ def commit(staged: Path) -> Path:
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove the staging folders of a killed run and return their names. The caller must hold the run's lock."""
+    """Remove what a killed run half wrote or half removed; return the names. The caller must hold the run's lock."""
     if not folder.is_dir():
         return []
-    left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED))]
+    left = [path for path in folder.iterdir() if path.name.startswith((STAGED, REPLACED, _REMOVED))]
     for path in left:
         original = folder / path.name.removeprefix(REPLACED)
         if path.name.startswith(REPLACED) and not original.exists():
@@ -156,14 +177,14 @@ def verify(path: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing")
         if Path(name).is_absolute() or file.resolve() != path.resolve() / name:
-            raise CheckpointError(f"{path} cannot be used: {name} is reached by a symbolic link or outside of it")
+            raise CheckpointError(f"{path} cannot be used: {name} lies outside of it, or behind a symbolic link")
         if file.stat().st_size != size:
             raise CheckpointError(
                 f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size} (a full disk "
                 "or an interrupted copy truncates files)"
             )
         if "crc32" in files[name] and _fingerprint(file) != files[name]:
-            raise CheckpointError(f"{path} is damaged: the content of {name} is not what was written")
+            raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -184,9 +205,11 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
     spared = {path.resolve() for path in keep}
     removed = [path for path in find_checkpoints(folder)[:-keep_last] if path.resolve() not in spared]
     for path in removed:
-        # without its marker, a half-removed folder is not taken for a checkpoint
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        # a half-removed folder is not taken for a checkpoint, and the next start removes the rest
+        renamed = path.with_name(f"{_REMOVED}{path.name}")
+        remove(renamed)
+        os.replace(path, renamed)
+        remove(renamed)
     return removed
 
 
@@ -231,7 +254,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 class Start:
     """Where a run begins: at ``checkpoint``, or at step 0 if that is None. ``notes`` are lines to print.
 
-    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` renames them with.
+    ``aside``: newer checkpoints that the run skips -> the word that :func:`rename_skipped` puts before their names.
     """
 
     checkpoint: Path | None = None
@@ -252,7 +275,7 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     """
     folder.claim()
     start = Start(
-        notes=[f"removed what an interrupted save left: {name}" for name in clean_leftovers(folder.checkpoints)]
+        notes=[f"removed the leftover of an interrupted save: {name}" for name in clean_leftovers(folder.checkpoints)]
     )
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
@@ -281,7 +304,7 @@ def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
         target = path.with_name(f"{word}-{path.name}")
         remove(target)
         os.replace(path, target)
-        lines.append(f"a checkpoint that was passed over is kept as {target.name}")
+        lines.append(f"renamed a skipped checkpoint to {target.name}")
     if lines and start.checkpoint is not None and last.is_symlink():
         point(last, start.checkpoint)
     return lines
@@ -352,7 +375,7 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
         checkpoints = find_checkpoints(folder.checkpoints)
         aside.update({later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step})
     elif not folder.is_empty():
-        raise FolderError(f"out: {folder.root} already holds another run than that of {path}. {_ways_out()}")
+        raise FolderError(f"out: {folder.root} already holds a run other than that of {path}. {_ways_out()}")
     return path
 
 
@@ -387,7 +410,7 @@ def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: l
         also = f" (the weights alone can be taken over with model.init_from={weights})" if weights.is_dir() else ""
         raise CheckpointError(
             f"{keys} of the recipe changed since {where} was written, so this would not be the same run:\n{listed}\n"
-            f"Put back what changed to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
+            f"Undo the changes to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
         )
     if rounding:
         notes.append("differs from the checkpoint, same maths but not the same rounding: " + "; ".join(rounding))

@@ -26,12 +26,19 @@ class RunFailure(Exception):
         super().__init__(message)
 
 
-def nonfinite_message(config: RunConfig, folder: Path, step: int, what: str) -> str:
-    """Describe a non-finite step: the event, the last good checkpoint, and settings to try, cheapest first."""
+def nonfinite_message(
+    config: RunConfig, folder: Path, step: int, event: str, *, updated: bool = False, advice: Iterable[str] = ()
+) -> str:
+    """Describe a non-finite step or a spike: the event, the last good checkpoint, and settings to try, cheapest first.
+
+    ``updated``: whether ``release_gradients`` has applied the step already. ``advice`` are lines to show first.
+    """
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
+    applied = "release_gradients has updated the weights already" if updated else "The weights were not updated"
     lines = [
-        f"step {step}: {what}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"step {step}: {event}. {applied}; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
+        *(f"  {line}" for line in advice),
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
         f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",
     ]
@@ -109,11 +116,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def lost_process(error: BaseException, world_size: int) -> str | None:
-    """What gloo or NCCL says when another process of the run has ended; None for other errors."""
-    said = str(error).partition("\n")[0]
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
-    return said[:200] if world_size > 1 and any(sign in said for sign in signs) else None
+_LOST = {
+    "another process ended": (
+        "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited",
+    ),
+    "another process did not answer": ("Timed out waiting", "Watchdog caught collective operation timeout"),
+}  # fmt: skip
+
+
+def lost_process(error: BaseException, world_size: int) -> tuple[str, str] | None:
+    """The reason and what gloo or NCCL says when another process of the run has ended or does not answer.
+
+    None for other errors.
+    """
+    message = str(error).partition("\n")[0]
+    for reason, signs in _LOST.items():
+        if world_size > 1 and any(sign in message for sign in signs):
+            return reason, message[:200]
+    return None
 
 
 def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
@@ -123,8 +143,12 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     with less than ``needed`` bytes free counts as a full disk, and every OSError as a disk error.
     """
     other = isinstance(error, Exception) and not isinstance(error, OSError)
-    if is_disk_full(error) or (other and free_bytes(folder) < needed):
-        return f"disk full, {format_bytes(free_bytes(folder))} free"
+    try:
+        free = free_bytes(folder)
+    except OSError as gone:
+        return f"cannot write: {gone}"
+    if is_disk_full(error) or (other and free < needed):
+        return f"disk full, {format_bytes(free)} free"
     return f"cannot write: {error}" if isinstance(error, OSError) else None
 
 

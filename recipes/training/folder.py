@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import open_regular, parse_json, read_text, replacing, write_text
+from leanstep._files import open_regular, parse_json, read_text, remove, replacing, write_text
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
@@ -88,7 +88,7 @@ class RunFolder:
         self._lock: int | None = None
 
     def claim(self) -> None:
-        """Create and lock the folder.
+        """Create and lock the folder, and remove the temporary files of a killed run.
 
         The lock ends with the process, also after ``kill -9``.
 
@@ -114,6 +114,10 @@ class RunFolder:
             ) from None
         except OSError:
             pass  # some network file systems have no locks
+        else:
+            # temporary files and links of a killed run
+            for path in self.root.glob(".*.tmp"):
+                remove(path)
         self._refuse_links()
 
     def _refuse_links(self) -> None:
@@ -135,8 +139,9 @@ class RunFolder:
 
     def describe(self, config_yaml: str, facts: dict[str, Any]) -> None:
         """Write config.yaml, command.txt and env.json."""
-        self.checkpoints.mkdir(exist_ok=True)
+        # first: without it, the next start takes the folder for one that holds no run
         write_text(self.root / "config.yaml", config_yaml)
+        self.checkpoints.mkdir(exist_ok=True)
         write_text(self.root / "command.txt", " ".join([sys.executable, *sys.orig_argv[1:]]) + "\n")
         write_text(self.root / "env.json", self._public(json.dumps(facts, indent=2)) + "\n")
 

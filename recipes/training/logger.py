@@ -61,8 +61,8 @@ class Clock:
         self._window_steps += 1
 
     @contextmanager
-    def pause(self, what: str) -> Iterator[Callable[[], float]]:
-        """Exclude the block from the rates; ``what`` is ``eval`` or ``save``. Yields a function for its seconds."""
+    def pause(self, activity: str) -> Iterator[Callable[[], float]]:
+        """Exclude the block from the rates; ``activity`` is ``eval`` or ``save``. Yields a function for its seconds."""
         begin = time.perf_counter()
         spent = 0.0
         try:
@@ -70,7 +70,7 @@ class Clock:
         finally:
             spent = time.perf_counter() - begin
             self._window_paused += spent
-            self._pauses.setdefault(what, []).append(spent)
+            self._pauses.setdefault(activity, []).append(spent)
 
     def measure(self) -> None:
         """End the window: set :attr:`rate_now` (tokens per second) and :attr:`step_s` (seconds per step)."""
@@ -85,7 +85,7 @@ class Clock:
         """Seconds for so many steps, evaluations and saves; None before the end of the first window."""
         if self.step_s is None:
             return None
-        mean = {what: sum(spent) / len(spent) for what, spent in self._pauses.items()}
+        mean = {activity: sum(spent) / len(spent) for activity, spent in self._pauses.items()}
         return steps * self.step_s + evals * mean.get("eval", 0.0) + saves * mean.get("save", 0.0)
 
 
@@ -129,16 +129,16 @@ class Progress:
             else:
                 print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
-    def line(self, step: int, text: str, wanted: bool) -> None:
-        """Show a step: on a live line always, in plain output and train.log only if ``wanted``."""
+    def line(self, step: int, text: str, is_logged: bool) -> None:
+        """Show a step: on a live line always, in plain output and train.log only if ``is_logged``."""
         if not self._active:
             return
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.update(self._task, completed=step, description=text)
-            if wanted:
+            if is_logged:
                 self._folder.text(text)
-        elif wanted:
+        elif is_logged:
             self.say(text)
 
 
@@ -195,8 +195,8 @@ class RunLogger:
         ``sources``: name in the log -> object with ``diagnostics()``, or None.
         """
         config, is_logged = self.config, self.is_logged(state.step)
-        asked = {name: _diagnostics(source) for name, source in sources.items()} if is_logged else {}
-        reported = {name: values for name, values in asked.items() if values}
+        diagnostics = {name: _diagnostics(source) for name, source in sources.items()} if is_logged else {}
+        reported = {name: values for name, values in diagnostics.items() if values}
         if not self.main:
             return
         first_here = self.clock.rate_now is None
@@ -214,6 +214,8 @@ class RunLogger:
             "nonfinite": state.nonfinite + (_skipped_updates(sources["optimizer"]) if is_logged else 0),
             "tflops": self.tflops,
         }
+        if config.stop.on_spike is not None:
+            entry["spikes"] = state.spikes.skipped + state.spikes.rollbacks
         if self._peak is not None and self.tflops is not None:
             entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
         if self.accelerator.device.type == "cuda":
@@ -245,6 +247,7 @@ class RunLogger:
 
     def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
         """Write status.json from the first process; with ``any_process`` also from another one that fails."""
+        spikes, shown = state.spikes, ("skipped", "rollbacks", "steps")
         if self.main or any_process:
             self.folder.status(
                 status,
@@ -255,6 +258,7 @@ class RunLogger:
                 best_step=state.best_step,
                 tokens=state.tokens,
                 tflops=self.tflops,
+                **({"spikes": {name: getattr(spikes, name) for name in shown}} if spikes.steps else {}),
             )
 
     def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:

@@ -3,6 +3,7 @@
 Training goes on when a full disk prevents a checkpoint. The newest complete checkpoint stays.
 """
 
+import errno
 import math
 import shutil
 from collections.abc import Callable
@@ -80,11 +81,14 @@ class Saver:
         leaves = [*self._model.parameters(), *torch.utils._pytree.tree_leaves(states)]
         needed = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
-        def disk_full() -> str | None:
-            free = free_bytes(self._folder.root)
+        def disk_problem() -> str | None:
+            try:
+                free = free_bytes(self._folder.root)
+            except OSError as error:
+                return f"cannot write: {error}"
             return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free" if free < needed else None
 
-        problem = main_does(self._accelerator, disk_full)
+        problem = main_does(self._accelerator, disk_problem)
         if problem is None:
             staged = Path(main_does(self._accelerator, lambda: str(self._stage(state.step))))
             fill = partial(self._fill, state=state, windows=windows)
@@ -101,8 +105,8 @@ class Saver:
     ) -> str | None:
         """Fill the folder ``staged`` in every process, then publish it in the first one.
 
-        Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``
-        are the bytes to write.
+        Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``:
+        bytes to write.
         """
         problem, failure = None, None
         for work in (fill, publish):
@@ -131,6 +135,9 @@ class Saver:
 
     def _fill(self, staged: Path, state: TrainState, windows: Windows) -> None:
         accelerator = self._accelerator
+        if accelerator.is_main_process and not staged.is_dir():
+            # the writers would make a folder that has been moved away anew
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(staged))
         self.export(staged / "hf")
         accelerator.save_state(str(staged / "trainer"))
         stream = windows.state()

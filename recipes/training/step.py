@@ -82,7 +82,7 @@ def all_reduce_step_scalars(
 ) -> tuple[float, float | None, int]:
     """Sum loss and signals over all processes in one collective call and one synchronisation.
 
-    SIGUSR1 and a run out of time (``late``) count as SIGTERM.
+    Signals other than SIGINT, and a run out of time (``late``), count as SIGTERM.
     """
     interrupted = received == signal.SIGINT
     terminated = late or received not in (0, signal.SIGINT)

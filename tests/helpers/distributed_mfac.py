@@ -176,7 +176,7 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     model = shard(new_model(), world.size)
     refused(ValueError, "takes whole matrices", lambda: step_once(MFAC, model, compression="lowrank", rank=1))
     model = by_hand(2, Shard(1))
-    refused(ValueError, "cut inside its rows", lambda: step_once(MFAC, model, compression="topk", density=0.3))
+    refused(ValueError, "sharded inside its rows", lambda: step_once(MFAC, model, compression="topk", density=0.3))
     refused(ValueError, "is no range", lambda: step_once(MFAC, model, scope=5))
     refused(ValueError, "excludes shard_window", lambda: MFAC(
         new_model().parameters(), compression="lowrank", shard_window=True

@@ -89,7 +89,7 @@ def test_without_oneDNN_as_torch_is_told_products_are_torchs(library):
         ("AuthenticAMD", "AVX2", True, "no AVX-512"),
         ("GenuineIntel", "AVX512", True, "MKL is made for this processor"),
         ("", "AVX512", True, "MKL is made for this processor"),
-        ("AuthenticAMD", "AVX512", False, "torch.mm is not MKL's here"),
+        ("AuthenticAMD", "AVX512", False, "torch.mm does not call MKL here"),
     ],
 )
 @pytest.mark.skipif(not has_onednn, reason="this torch has no oneDNN with linear layers")

@@ -17,10 +17,10 @@ from leanstep.lora import LoraConfig, apply_lora, load_adapter, remove_lora, sav
         ({"target_modules": None}, "target_modules is not set; this model has .*q_proj.*or take 'all-linear'"),
         (
             {"target_modules": ["q_proj"], "r": 33},
-            r"q_proj has a weight of \(32, 32\), rank 33 is larger; take at most 32",
+            r"q_proj has a weight of \(32, 32\), rank 33 is larger; set at most 32",
         ),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern 'k_proj' fits none of the 2"),
-        ({"target_modules": ["mlp"]}, "model.layers.0.mlp is a LlamaMLP; adapted are linear layers"),
+        ({"target_modules": ["mlp"]}, "model.layers.0.mlp is a LlamaMLP; expected a linear layer"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "modules_to_save 'head' fits no module"),
         (
             {"target_modules": "q_proj"},
@@ -32,7 +32,7 @@ from leanstep.lora import LoraConfig, apply_lora, load_adapter, remove_lora, sav
             {"target_modules": ["embed_tokens", "q_proj"], "lora_bias": True},
             "embed_tokens is an embedding.*no bias on B",
         ),
-        ({"target_modules": ["lm_head"], "r": 33}, "at most 32, there by rank_pattern, or leave it out with exclude_m"),
+        ({"target_modules": ["lm_head"], "r": 33}, "at most 32 with rank_pattern, or leave it out with exclude_m"),
         ({"target_modules": ["q_proj"], "exclude_modules": r".*"}, "all of which exclude_modules.*leave out"),
     ],
     ids=str,
@@ -58,7 +58,7 @@ def test_targets_that_cannot_be(settings, message):
         ({"bias": "some"}, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         ({"save": "all"}, "save must be one of"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of"),
-        ({"target_modules": "a", "layers_to_transform": [1]}, "layers_to_transform goes with a list"),
+        ({"target_modules": "a", "layers_to_transform": [1]}, "layers_to_transform needs a list"),
         ({"r": 0, "lora_dropout": -1}, "r must be.*; lora_dropout must be"),
         ({"lora_alpha": 0}, "lora_alpha must be a finite number above 0, got 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number above 0, got nan"),
@@ -80,8 +80,8 @@ def test_targets_that_cannot_be(settings, message):
         ({"layers_to_transform": [0, "1"]}, r"list of them, got \[0, '1'\]"),
         ({"rank_pattern": [1]}, r"rank_pattern must be a dictionary of names and numbers, got \[1\]"),
         ({"alpha_pattern": {1: 2}}, "alpha_pattern must be a dictionary of names and numbers"),
-        ({"use_dora": True, "lora_bias": True}, "use_dora does not go with lora_bias: PEFT does not open"),
-        ({"layers_pattern": "layers"}, "for layers_to_transform, which is not set"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias exclude each other: PEFT cannot load"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform, which is not set"),
     ],
     ids=str,
 )
@@ -93,12 +93,12 @@ def test_settings_that_cannot_be(settings, message):
 def test_bases_that_cannot_be_adapted():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="1 cannot be adapted: its weight is int8; adapted are layers in float64"):
+    with pytest.raises(ValueError, match="1 cannot be adapted: its weight is int8; expected float64"):
         apply_lora(model, LoraConfig(target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].forward = model[0].forward
-    with pytest.raises(ValueError, match="0 has a forward of its own, put there by another tool"):
+    with pytest.raises(ValueError, match="0 has a custom forward, set by another tool"):
         apply_lora(model, LoraConfig(target_modules=["0"]))
     model = nn.Sequential(nn.Embedding(8, 8, max_norm=1.0))
     with pytest.raises(ValueError, match="embedding with max_norm or sparse gradients"):

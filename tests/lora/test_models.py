@@ -157,7 +157,7 @@ def test_every_layer_says_whether_it_is_fast():
     layer, block = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp
     assert layer.fast_path.on and block.fast_path.on
     layer.weight.requires_grad_(True)
-    assert layer.fast_path == (False, "the base weight is trained, whose gradient is a full matrix")
+    assert layer.fast_path == (False, "the base weight is trained, and its gradient is a full matrix")
     x = torch.randn(3, 32, dtype=torch.float64)
     layer(x).sum().backward()
     assert layer.weight.grad.shape == layer.weight.shape
@@ -190,7 +190,7 @@ def test_layers_with_inputs_of_their_own_leave_the_group():
     assert group.broken
     path = attention.v_proj.fast_path
     assert path.on and path.reason.endswith(
-        "for this layer alone: the layers beside it were given other inputs, so each keeps its own"
+        "for this layer alone: its sibling layers got other inputs, so each layer saves its input"
     )
     assert "alone" not in adapted().model.layers[0].self_attn.v_proj.fast_path.reason
     plain = slow_copy(model).model.layers[0].self_attn
@@ -387,7 +387,7 @@ def test_groups_say_what_was_not_found():
     with pytest.raises(ValueError, match=r"expected trained parameters called lora_A or lora_B, got 21 others"):
         lora_groups(tiny_llama(), b={"lr": 1e-2})
     model = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], save="lora_fa"))
-    with pytest.warns(UserWarning, match="trains nothing that belongs to lora_A, rest"):
+    with pytest.warns(UserWarning, match="ignored the options for lora_A, rest"):
         groups = lora_groups(model, a={"lr": 1e-3}, b={"lr": 1e-2}, rest={"lr": 1.0})
     assert [group["name"] for group in groups] == ["lora_B"]
     lora_groups(model, b={"lr": 1e-2})

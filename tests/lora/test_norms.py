@@ -454,7 +454,7 @@ def test_a_model_of_which_nothing_can_be_measured_is_said_to_be_one():
     with NormMonitor(model) as monitor:
         model(input_ids=IDS, labels=IDS)
         monitor.arm()
-        message = "no attention layer of T5ForConditionalGeneration could be measured, which have: position_bias"
+        message = "no attention layer of T5ForConditionalGeneration could be measured: position_bias"
         with pytest.warns(UserWarning, match=message):
             model(input_ids=IDS, labels=IDS)
         assert monitor.report() == [] and set(monitor.skipped.values()) == {"position_bias"}

@@ -79,7 +79,7 @@ def test_a_subclass_with_a_forward_of_its_own_computes_it(kind, dora):
     apply_lora(model, LoraConfig(r=2, target_modules="all-linear", use_dora=dora))
     torch.testing.assert_close(model(inputs()), wanted, rtol=1e-5, atol=1e-6)
     on, reason = model.first.fast_path
-    assert not on and reason.startswith(f"{kind.__name__} has a forward of its own")
+    assert not on and reason.startswith(f"{kind.__name__} has a custom forward")
     assert model.last.fast_path.on
 
 
@@ -111,13 +111,13 @@ def test_an_accelerated_peft_layer_computes_the_subclasss_forward(kind):
     acceleration = accelerate_peft(adapted)
     torch.testing.assert_close(adapted(inputs()), wanted)
     reasons = acceleration.fast_path()
-    assert "forward of its own" in reasons["base_model.model.first"].reason
+    assert "custom forward" in reasons["base_model.model.first"].reason
     assert reasons["base_model.model.last"].on
 
 
 def test_a_subclass_that_was_asked_to_be_fast_is_refused():
     model = Model(QAT)
-    with pytest.raises(ValueError, match="first cannot run on the fast path: QAT has a forward of its own"):
+    with pytest.raises(ValueError, match="first cannot run on the fast path: QAT has a custom forward"):
         apply_lora(model, LoraConfig(r=2, target_modules=["first"], fast_path=True))
     assert type(model.first) is QAT
     apply_lora(model, LoraConfig(r=2, target_modules=["first"]))
@@ -141,7 +141,7 @@ def test_a_weight_of_a_class_of_its_own_is_multiplied_by_that():
     wanted = model(inputs())
     apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
     torch.testing.assert_close(model(inputs()), wanted)
-    assert model.first.fast_path == (False, "the base weight is a Halved, whose own operations multiply it")
+    assert model.first.fast_path == (False, "the base weight is a Halved, which defines its own products")
 
 
 def test_a_subclass_without_a_forward_of_its_own_is_fast():

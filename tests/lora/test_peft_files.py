@@ -120,7 +120,7 @@ def test_the_base_embedding_of_a_file_replaces_the_models(tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[3] += 1
     with pytest.warns(
-        UserWarning, match="base weight of model.embed_tokens that is not the model's; it replaces the model's"
+        UserWarning, match="base weight of model.embed_tokens that differs from the model's; it replaces the model's"
     ):
         load_adapter(model, tmp_path)
     torch.testing.assert_close(model.eval()(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)

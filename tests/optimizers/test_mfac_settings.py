@@ -37,8 +37,8 @@ SHAPES = ((4, 3), (5,))
         ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
         ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
         ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
-        ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for whole rows"),
-        ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*whole rows"),
+        ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
+        ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*uncompressed rows"),
         ({"shard_window": True}, ValueError, "not initialized; call init_process_group"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
         ({"masks": [None]}, ValueError, "masks belong to a group"),
@@ -147,7 +147,7 @@ def trained(options=None, shapes=SHAPES, names=("a", "b"), steps=3):
         ({"compression": "topk"}, SHAPES, ("a", "b"), "saved with compression=None, here it is 'topk'"),
         ({}, SHAPES, ("b", "a"), "parameters in another order .'a' where 'b' is here."),
         ({}, SHAPES, ("a", "c"), "'b' where 'c' is here"),
-        ({}, ((3, 4), (5,)), ("a", "b"), "saved window of a .3, 4. is of a parameter of shape .4, 3."),
+        ({}, ((3, 4), (5,)), ("a", "b"), "a .3, 4. cannot take the state of a, whose window has shape .2, 4, 3."),
     ],
 )
 def test_another_window_or_other_parameters_are_refused_and_nothing_changes(options, shapes, names, message):
@@ -168,7 +168,9 @@ def test_another_order_without_names_is_seen_by_the_shapes():
     source, optimizer = MFAC(params, window=2), MFAC(swapped, window=2)
     set_grads(params, 0)
     source.step()
-    with pytest.raises(ValueError, match="saved window of parameter 0 .* is of a parameter of shape .4, 3."):
+    with pytest.raises(
+        ValueError, match="parameter 0 .* cannot take the state of parameter 0 .*, whose window has shape .2, 4, 3."
+    ):
         optimizer.load_state_dict(source.state_dict())
     assert not optimizer.state
 

@@ -339,3 +339,17 @@ def test_small_updates_of_bf16_matrices():
     assert abs(ends["stochastic"].mean().item() - 0.99) < 3 * deviation
     torch.testing.assert_close(ends["master"], torch.full((64, 128), 0.99), rtol=0, atol=1e-5)
     torch.testing.assert_close(ends["kahan"], torch.full((64, 128), 0.99), rtol=0, atol=1e-4)
+
+
+def test_the_power_vector_of_another_parameter_is_refused():
+    long, short = (torch.nn.Parameter(torch.ones(4, n)) for n in (6, 3))
+    source, optimizer = (
+        SinkGD(params, spectral="unit", algorithm="sinkgd") for params in ([long, short], [short, long])
+    )
+    fill_grads([long, short], 0)
+    source.step()
+    with pytest.raises(
+        ValueError, match=r"cannot take the state of .*power_vector has shape \(6,\); nothing was changed"
+    ):
+        optimizer.load_state_dict(source.state_dict())
+    assert not optimizer.state

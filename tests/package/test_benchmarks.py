@@ -1,8 +1,10 @@
 """The benchmarks import, print their help, and understand every command that the documentation names."""
 
 import importlib
+import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.py"))
-NAMES = [*SCRIPTS, "common", "models"]
+FILES = [*FOLDER.glob("*/*.py"), FOLDER / "faults.py"]
+SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
+NAMES = [*SCRIPTS, "common", "models", "forks", "mishaps"]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -81,3 +84,34 @@ def test_interleaved_warms_up_in_order_and_gives_every_run_its_turn(modules):
 def test_print_table(modules, capsys):
     modules["common"].print_table(["name", "ms"], [["a", "1.5"], ["b", None]])
     assert capsys.readouterr().out == "| name | ms |\n| --- | ---: |\n| a | 1.5 |\n| b |  |\n"
+
+
+def test_the_command_lists_every_script():
+    listed = subprocess.run([sys.executable, FOLDER], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == SCRIPTS
+
+
+def test_killed_runs_lose_nothing_and_finished_trials_are_not_repeated(tmp_path):
+    command = [sys.executable, FOLDER / "faults.py", "--kills", "2", "--only", "lion", "prune", "--out", tmp_path]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    results = (tmp_path / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in results.splitlines()]
+    assert [(row["kind"], row["trial"]) for row in rows] == [("lion", 0), ("prune", 0), ("lion", 1), ("prune", 1)]
+    assert all(row["moments"] for row in rows), "a trial without a kill proves nothing"
+    subprocess.run([*command, "--table"], check=True)
+    assert (tmp_path / "results.jsonl").read_text() == results
+
+
+def test_a_digest_tells_what_differs(modules):
+    differences = modules["forks"].differences
+    whole = {"final weights": "a", "log": [1, 2], "files": ["last", "log.jsonl"]}
+    assert differences(whole, dict(whole)) == ""
+    changed = {"final weights": "b", "log": [1, 2], "files": ["last", "log.jsonl", ".status.1.json.tmp"]}
+    assert differences(whole, changed) == "files (extra .status.1.json.tmp), final weights"
+
+
+def test_the_slope_of_the_soak_is_robust(modules):
+    slope = modules["mishaps"].slope
+    assert slope([5.0, 5.0, 900.0, 5.0, 5.0, 5.0]) == 0.0
+    assert slope([float(3 * index) for index in range(9)]) == 3.0

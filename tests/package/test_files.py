@@ -79,6 +79,22 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_the_next_writer_removes_the_file_of_a_killed_one_only(tmp_path):
+    path, other = tmp_path / "a.json", tmp_path / ".a.0000-elsewhere-999999999.json.tmp"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from leanstep._files import replacing\n"
+        "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-P", "-c", code, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    other.write_text("a process of another machine writes here")
+    with replacing(path) as partial:
+        write_text(path, "by another thread")
+        assert set(os.listdir(tmp_path)) == {"a.json", partial.name, other.name}
+        partial.write_text("new")
+    assert set(os.listdir(tmp_path)) == {"a.json", other.name} and path.read_text() == "new"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -109,7 +109,7 @@ REFUSED = {
     "a pattern for all": (["--budget", "flops", "--pattern", "2:4"], "the same for every matrix, whatever the budget"),
     "out of reach": (
         ["--budget", "bytes", "--sparsity", "0.97"],
-        r"removing 0.97 of the cost \(bytes\) is out of reach: the levels of these matrices remove from 0 to 0.9",
+        r"removing 0.97 of the cost \(bytes\) is out of reach: the matrices' levels remove from 0 to 0.9",
     ),
     "too slow": (
         ["--budget", "latency", "--latency-table", "table.json", "--sparsity", "0.5"],
@@ -175,7 +175,7 @@ def test_a_matrix_without_seconds_is_named_before_anything_is_measured():
     model = make_llama(1)
     rows = {name: tuple(row) for name, row in seconds_of(model).items() if "up_proj" not in name}
     before = weights_hash(model)
-    with pytest.raises(ValueError, match="no row for model.layers.0.mlp.up_proj.weight; every matrix"):
+    with pytest.raises(ValueError, match="no row for model.layers.0.mlp.up_proj.weight; every pruned matrix"):
         prune(model, tokens(6), sparsity=0.2, budget=LatencyTable(LEVELS, rows))
     assert weights_hash(model) == before
     found = prune(model, tokens(6), sparsity=0.2, budget=LatencyTable(LEVELS, rows), exclude=["*up_proj*"])

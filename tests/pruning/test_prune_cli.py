@@ -213,6 +213,26 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
         assert (out / name).read_bytes() == raw, name
 
 
+def test_a_run_killed_after_its_folder_was_written_leaves_no_curves(base, tmp_path, capsys):
+    dying = """
+import os, signal, sys
+from leanstep.cli import main
+from leanstep.pruning.folder import run
+def die(path): os.kill(os.getpid(), signal.SIGKILL)
+run.Path.unlink = lambda path, missing_ok=False: "curves" in path.name and die(path)
+main(sys.argv[1:])
+"""
+    out = tmp_path / "out"
+    arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
+    command = [sys.executable, "-P", "-c", dying, *arguments, "--sparsity", "0.6"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.curves.jsonl"}
+    before = snapshot(out)
+    assert main([*arguments, "--sparsity", "0.6", "--resume"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and snapshot(out) == before
+
+
 def test_where_nothing_tells_the_memory_the_rest_is_told(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resource", None)
     quick = ["--allocation", "uniform", "--score", "magnitude", "--sparsity", "0.5"]

@@ -237,9 +237,9 @@ def test_what_is_said_of_a_file_is_what_the_run_says(trained, of_a_run, capsys):
         "trained on: the run's own data.path, all but its last 150,000 tokens"
     )
     assert said(f"{{source: text, path: a.txt, val_path: {text}}}").startswith("held out: the run's own data.val_path")
-    assert "trained on text a.txt; that it holds this file is not known" in said("{source: text, path: a.txt}")
+    assert "trained on text a.txt; whether it holds this file is not known" in said("{source: text, path: a.txt}")
     told = said("{source: sotu}", "{init_from: other/model}")
-    assert told.endswith("; what other/model, where its weights began, was trained on is not known")
+    assert told.endswith("; the training text of other/model, where its weights began, is not known")
     assert said("[no, section]").startswith("not known"), "a damaged file says nothing"
 
 

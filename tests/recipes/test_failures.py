@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
 from leanstep.recipes.check.costs import MemoryEstimate
+from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.rules import optimizer_arguments
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
-from leanstep.recipes.config.values import check
+from leanstep.recipes.config.values import check, recorded
 from leanstep.recipes.training import checkpoint
 from leanstep.recipes.training.checkpoint import find_checkpoints
 from leanstep.recipes.training.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
@@ -171,6 +172,24 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
     assert numbers(out) == numbers(whole)
 
 
+def test_a_folder_that_vanishes_and_comes_back(recipe, whole, tmp_path):
+    out, away = tmp_path / "run", tmp_path / "away"
+    options = ["steps=8", "checkpoint.every=2"]
+    training = Training(recipe, options, out, prepare=partial(faults.held_at, 5))
+    training.wait_for(lambda seen: seen.last_step() >= 4)
+    training.wait_for(lambda seen: len(find_checkpoints(out / "checkpoints")) == 2)
+    out.rename(away)
+    assert training.wait() == [1], training.text()
+    text = training.text()
+    assert text.count("No such file or directory") >= 3 and "Traceback" not in text
+    assert "checkpoint at step 6 failed: cannot write" in text and f"{out}/final could not be written" in text
+    assert not out.exists(), "nothing makes it anew"
+    away.rename(out)
+    again = run(recipe, options, out)
+    assert again.codes == [0], again.text()
+    assert "step-000004, step 4 of 8" in again.text() and numbers(out) == numbers(whole)
+
+
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_start(recipe, tmp_path):
     out = tmp_path / "run"
     refused = run(recipe, ["steps=8"], out, prepare=partial(faults.disk_of, 1000))
@@ -321,6 +340,27 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(recipe, tmp_path):
         "random_states_0.pkl",
         "random_states_1.pkl",
     ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_ends_the_run_after_the_timeout(recipe, tmp_path, victim):
+    options = ["steps=100000", "checkpoint.every=2", "eval.every=0", "batch.micro_batch_size=2"]
+    training = Training(recipe, [*options, "distributed.timeout_minutes=0.05"], tmp_path / "run", world=2)
+    training.wait_for(lambda seen: seen.last_step() >= 3)
+    os.kill(training.processes[victim].pid, signal.SIGSTOP)
+    # the processes stop waiting after 3 s; by default they would wait half an hour
+    training.processes[1 - victim].join(60)
+    training.kill(victim)
+    assert training.processes[1 - victim].exitcode == 1, training.text()
+    told = [line for line in training.text().splitlines() if "another process did not answer after step" in line]
+    assert len(told) == 1 and "the same command continues the run" in told[0]
+    assert "Traceback" not in training.text()
+    assert status(tmp_path / "run")["status"] == "failed:another process did not answer"
+
+
+def test_the_timeout_may_differ_in_a_resumed_run():
+    config = RunConfig(distributed=DistributedConfig(timeout_minutes=1.0))
+    assert config_differences(recorded(config), RunConfig()) == ([], [])
 
 
 def test_a_second_interrupt_leaves_at_once(recipe, tmp_path):

@@ -107,7 +107,7 @@ def test_what_the_optimizer_reports_at_the_end_is_kept_and_shown(talking):
     assert rows[0] == {"name": "layer.0", "H": 0.25, "lr": 1e-3} and rows[1]["group"] == "hidden"
     page = (talking.out / "report.html").read_text()
     assert "<h3>Optimizer: noise</h3>" in page and "<h3>Optimizer: asked</h3>" in page
-    assert "<h2>What the optimizer says</h2>" in page and "<th>layer.1</th>" in page
+    assert "<h2>Optimizer</h2>" in page and "<th>layer.1</th>" in page
 
 
 def test_optimizers_that_say_nothing_leave_nothing(recipe, tmp_path):

@@ -152,7 +152,7 @@ def test_comparison(tmp_path):
     for name in ("llama-nano-sinkgd", "llama-nano-lion", "llama-nano-adamw"):
         assert name in page.text
     # what differs is shown, what does not is not
-    differs = page.text.split("What differs")[1].split("Where they ran")[0]
+    differs = html.split("<h2>Differences</h2>")[1].split("<h2>Environments</h2>")[0]
     assert "optimizer.lr" in differs
     assert "tokens_per_step" not in differs
     validation = re.search(r"<h3>Validation loss</h3>.*?</figure>", html, re.DOTALL)[0]

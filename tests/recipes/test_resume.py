@@ -10,8 +10,11 @@ from functools import partial
 import pytest
 import torch
 from faults import (
+    die_before_the_checkpoints,
     die_before_the_marker,
     die_before_the_rename,
+    die_while_linking,
+    die_while_removing_a_checkpoint,
     explode_after_step_6,
     held_at,
     on_backend,
@@ -126,6 +129,15 @@ def test_a_finished_run_is_left_as_it_is(recipe, whole):
     again = run(recipe, ["steps=12"], whole)
     assert again.codes == [0] and "this run is done" in again.text()
     assert numbers(whole) == before
+
+
+def test_a_run_killed_before_its_report_writes_it(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    (out / "report.html").unlink()
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0] and "this run is done" in again.text()
+    assert (out / "report.html").read_text().startswith("<!") and numbers(out) == numbers(whole)
 
 
 def test_a_run_killed_before_it_wrote_final_only_writes_that(recipe, whole, tmp_path):
@@ -316,10 +328,29 @@ def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path
     assert left == {"step-000003", ".writing-step-000006"}
     again = run(recipe, ["steps=12"], tmp_path / "run")
     assert again.codes == [0], again.text()
-    assert "removed what an interrupted save left: .writing-step-000006" in again.text()
+    assert "removed the leftover of an interrupted save: .writing-step-000006" in again.text()
     assert "step-000003, step 3 of 12" in again.text()
     assert numbers(tmp_path / "run") == numbers(whole)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("die", [die_while_removing_a_checkpoint, die_while_linking])
+def test_killed_while_tidying_leaves_nothing_behind(recipe, whole, tmp_path, die):
+    out = tmp_path / "run"
+    assert run(recipe, ["steps=12"], out, prepare=die).codes == [-9]
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(whole)
+    left, expected = (sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (out, whole))
+    assert left == expected
+
+
+def test_killed_while_describing_the_run_begins_again(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    assert run(recipe, ["steps=12"], out, prepare=die_before_the_checkpoints).codes == [-9]
+    again = run(recipe, ["steps=12"], out)
+    assert again.codes == [0], again.text()
+    assert "beginning again at step 0" in again.text() and numbers(out) == numbers(whole)
 
 
 def test_killed_before_the_first_checkpoint_begins_again(recipe, whole, tmp_path):

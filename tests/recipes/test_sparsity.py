@@ -153,7 +153,7 @@ def test_the_result_is_an_ordinary_folder_with_exact_zeros(finished, capsys):
     model = AutoModelForCausalLM.from_pretrained(out / "final")
     assert main(["verify", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "6 of the 6 that should be are" in printed
+    assert "6 of 6 obey the expected pattern" in printed
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert int((weight == 0).sum()) == weight.numel() * 7 // 8
     assert "sparsity    mdgf-linear: " in finished.text()

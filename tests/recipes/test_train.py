@@ -377,8 +377,8 @@ def test_the_clock_leaves_pauses_out(monkeypatch):
 def test_the_live_line_follows_every_step(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     with Progress(folder, 10, active=True, live=True) as progress:
-        progress.line(1, "step 1/10  loss 4.0000", wanted=True)
-        progress.line(2, "step 2/10  loss 3.9000", wanted=False)
+        progress.line(1, "step 1/10  loss 4.0000", is_logged=True)
+        progress.line(2, "step 2/10  loss 3.9000", is_logged=False)
         progress.say("[brackets] are not markup")
     assert (tmp_path / "train.log").read_text() == "step 1/10  loss 4.0000\n[brackets] are not markup\n"
     printed = capsys.readouterr().out
@@ -388,7 +388,7 @@ def test_the_live_line_follows_every_step(tmp_path, capsys):
 def test_other_processes_are_silent(tmp_path, capsys):
     with Progress(RunFolder(tmp_path), 10, active=False) as progress:
         progress.say("nothing")
-        progress.line(1, "nothing", wanted=True)
+        progress.line(1, "nothing", is_logged=True)
     assert capsys.readouterr().out == "" and not (tmp_path / "train.log").exists()
 
 

@@ -28,14 +28,14 @@ class Int8Linear(nn.Linear):
 CASES = {
     "matches no layer": ({"*.mlp.*": "2:4"}, {}, r"'\*.mlp.\*' .* matches no layer; the names are '0', '2', '4'"),
     "hidden by an earlier rule": ({"*": "2:4", "0": "1:4"}, {}, "earlier rules took '0'"),
-    "longer than the row": ({"2": "1:32"}, {}, r"'2' of shape \(16, 16\) has 16 entries .*, fewer than the 32"),
+    "longer than the row": ({"2": "1:32"}, {}, r"'2' of shape \(16, 16\) has 16 entries .*fewer than a group of 1:32"),
     "no divisor": ({"2": "1:3"}, {}, r"which groups of 3 \(1:3\) do not fill; take a divisor of 16.*pad='zero'"),
     "n above m": ({"2": "5:4"}, {}, "0 <= n <= m"),
     "no pattern": ({"2": 0.5}, {}, "expected an N:M pattern"),
     "no text": ({"2": "2-4"}, {}, "expected 'N:M', such as '2:4'"),
     "dense only": ({"*": NM(4, 4)}, {}, "leave every layer dense"),
     "nothing": ({}, {}, "at least one rule"),
-    "unknown method": (MLP, {"method": "magic"}, "expected a method of ste, srste, .*got 'magic'"),
+    "unknown method": (MLP, {"method": "magic"}, "method must be one of ste, srste, .*got 'magic'"),
     "needs a schedule": (MLP, {"method": "mdgf-linear"}, "needs to know how long training is"),
     "part of another kind": (
         MLP,

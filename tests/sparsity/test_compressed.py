@@ -135,6 +135,19 @@ def exported(tmp_path):
     return path
 
 
+def test_a_failed_export_leaves_the_older_file(exported, monkeypatch):
+    before = exported.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compressed, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_compressed(squash(_sparse()), exported)
+    assert exported.read_bytes() == before and list(exported.parent.iterdir()) == [exported]
+
+
 def _sparse():
     model = make_mlp()
     sparsify(model, MLP)
@@ -176,14 +189,14 @@ def test_damage_is_found_and_the_model_left_alone(exported):
 
     cases = [
         (lambda: exported.write_bytes(whole[:-10]), "incomplete metadata.*truncated"),
-        (lambda: exported.write_bytes(whole[:40]), "truncated, or no safetensors"),
+        (lambda: exported.write_bytes(whole[:40]), "truncated, or not a safetensors file"),
         (edit(flip), "the checksum is wrong: 2.weight.nm_indices"),
         (edit(lambda s: s["0.bias"].add_(1)), "the checksum is wrong: 0.bias"),
         (edit(lambda s: s.update({"0.bias": s["0.bias"].view(torch.int32)})), "the checksum is wrong: 0.bias"),
         (edit(lambda s: s["0.weight.nm_indices"].fill_(255), checksums="new"), "not ascending numbers below 4"),
-        (edit(lambda s: s.pop("0.weight.nm_values")), "0.weight.nm_values is in its tensors or its layout only"),
+        (edit(lambda s: s.pop("0.weight.nm_values")), "only its tensors or only its layout has 0.weight.nm_values"),
         (edit(lambda s: s.pop("0.weight.nm_values"), checksums="new"), "no tensor '0.weight.nm_values'"),
-        (edit(lambda s: s.update({"more": torch.ones(1)})), "more is in its tensors or its layout only"),
+        (edit(lambda s: s.update({"more": torch.ones(1)})), "only its tensors or only its layout has more"),
         (edit(lambda s: s.update({"more": torch.ones(1)}), checksums="new"), "of another model: more"),
         (edit(same, entry(pattern="1:4")), "the checksum of its layout is wrong"),
         (edit(same, lambda layout: layout["aliases"].update(more="0.bias")), "the checksum of its layout is wrong"),

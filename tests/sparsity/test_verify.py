@@ -44,7 +44,7 @@ def test_every_tensor_is_named_for_what_it_is(tmp_path):
 def test_expectations_are_met_or_counted():
     model, _ = finished()
     found = verify(model, MLP)
-    assert found.ok is True and "3 of the 3 that should be are" in str(found)
+    assert found.ok is True and "3 of 3 obey the expected pattern" in str(found)
     found = verify(model, {"0": "2:4", "2": "1:8"})
     assert found.ok is False and rows(found)["0.weight"].ok and rows(found)["4.weight"].ok is None
     wrong = rows(found)["2.weight"]

@@ -44,16 +44,16 @@ extern "C" void lora_scale_backward(
         float* __restrict sum = sums + b * columns;
         std::fill(sum, sum + columns, 0.0f);
         for (int64_t i = b * ROWS; i < std::min(rows, (b + 1) * ROWS); ++i) {
-            const VALUE* from = g + i * columns;
-            const VALUE* __restrict with = y + i * columns;
-            VALUE* to = inner + i * columns;
+            const VALUE* g_row = g + i * columns;
+            const VALUE* __restrict y_row = y + i * columns;
+            VALUE* inner_row = inner + i * columns;
 #pragma omp simd
             for (int64_t j = 0; j < columns; ++j) {
-                const float value = widen(from[j]);
-                sum[j] += value * widen(with[j]);
+                const float value = widen(g_row[j]);
+                sum[j] += value * widen(y_row[j]);
                 VALUE rounded;
                 narrow(value * c[j], rounded);
-                to[j] = rounded;
+                inner_row[j] = rounded;
             }
         }
     }

@@ -16,7 +16,7 @@ constexpr int64_t LONG = 32;
 constexpr int64_t MOST_ROUNDS = 8;
 // longest group that is ranked, which takes m comparisons per entry
 constexpr int64_t MOST_RANKED = 64;
-// marks an entry that a round has taken
+// mark the entries that rounds have taken or dropped
 constexpr int32_t TAKEN = -1, DROPPED = 0x7FFFFFFF;
 
 constexpr int BITS = 8 * sizeof(WORD) - 1;
@@ -31,7 +31,7 @@ using Vec = int32_t __attribute__((vector_size(64)));
 using Bytes = int8_t __attribute__((vector_size(16)));
 using Lane = std::make_integer_sequence<int, 16>;
 
-// adds to each entry's rank the number of the group's other M - 1 entries before it; of equal ones the last is first
+// adds to each entry's rank the number of entries that rank before it; the last of equal entries ranks first
 template <int M, int by, int... lane>
 inline void rank_entries(Vec key, Vec& rank, std::integer_sequence<int, lane...> lanes) {
     if constexpr (by < M) {
@@ -48,32 +48,32 @@ void mask_by_rank(const int32_t* keys, uint8_t* mask, int64_t count, int32_t n) 
         Vec key, rank = {};
         std::memcpy(&key, keys + i, sizeof key);
         rank_entries<M, 1>(key, rank, Lane());
-        const Bytes kept = __builtin_convertvector(rank < n, Bytes) & 1;
-        std::memcpy(mask + i, &kept, sizeof kept);
+        const Bytes selected = __builtin_convertvector(rank < n, Bytes) & 1;
+        std::memcpy(mask + i, &selected, sizeof selected);
     }
 }
 
-// takes the group's largest entry `rounds` times, of equal ones the last; or the smallest, of equal ones the first
+// takes the largest entry `rounds` times, the last of equal ones; or drops the smallest, the first of equal ones
 template <bool dropping>
 void select_in_row(int32_t* keys, int64_t m, int64_t rounds) {
     for (; rounds > 0; --rounds) {
-        int32_t best = dropping ? DROPPED : TAKEN, place = dropping ? m : -1;
+        int32_t best = dropping ? DROPPED : TAKEN, index = dropping ? m : -1;
         if constexpr (dropping) {
 #pragma omp simd reduction(min : best)
             for (int32_t j = 0; j < m; ++j) best = std::min(best, keys[j]);
-#pragma omp simd reduction(min : place)
-            for (int32_t j = 0; j < m; ++j) place = std::min(place, keys[j] == best ? j : static_cast<int32_t>(m));
+#pragma omp simd reduction(min : index)
+            for (int32_t j = 0; j < m; ++j) index = std::min(index, keys[j] == best ? j : static_cast<int32_t>(m));
         } else {
 #pragma omp simd reduction(max : best)
             for (int32_t j = 0; j < m; ++j) best = std::max(best, keys[j]);
-#pragma omp simd reduction(max : place)
-            for (int32_t j = 0; j < m; ++j) place = std::max(place, keys[j] == best ? j : -1);
+#pragma omp simd reduction(max : index)
+            for (int32_t j = 0; j < m; ++j) index = std::max(index, keys[j] == best ? j : -1);
         }
-        keys[place] = dropping ? DROPPED : TAKEN;
+        keys[index] = dropping ? DROPPED : TAKEN;
     }
 }
 
-// counts, for every entry, the entries before it; of equal ones the last is first
+// counts the entries that rank before each entry; the last of equal entries ranks first
 void take_by_rank(int32_t* keys, int32_t m, int32_t n) {
     int32_t rank[MOST_RANKED] = {};
     for (int32_t j = 0; j < m; ++j) {
@@ -110,19 +110,19 @@ using Keys = int32_t (*)[LANES];
 
 template <bool dropping>
 void select_in_lanes(Keys keys, int64_t m, int64_t rounds) {
-    constexpr int32_t found = dropping ? DROPPED : TAKEN;
+    constexpr int32_t marker = dropping ? DROPPED : TAKEN;
     for (; rounds > 0; --rounds) {
-        int32_t best[LANES], place[LANES] = {};
-        std::fill(best, best + LANES, found);
+        int32_t best[LANES], index[LANES] = {};
+        std::fill(best, best + LANES, marker);
         for (int64_t j = 0; j < m; ++j) {
             for (int64_t l = 0; l < LANES; ++l) {
                 const bool better = dropping ? keys[j][l] < best[l] : keys[j][l] >= best[l];
                 best[l] = better ? keys[j][l] : best[l];
-                place[l] = better ? static_cast<int32_t>(j) : place[l];
+                index[l] = better ? static_cast<int32_t>(j) : index[l];
             }
         }
         for (int64_t j = 0; j < m; ++j) {
-            for (int64_t l = 0; l < LANES; ++l) keys[j][l] = place[l] == j ? found : keys[j][l];
+            for (int64_t l = 0; l < LANES; ++l) keys[j][l] = index[l] == j ? marker : keys[j][l];
         }
     }
 }
@@ -160,11 +160,11 @@ void mask_rows(
 ) {
     for (int64_t i = 0; i < count; ++i) keys[i] = key_of(scores[i], infinite);
     if (m < LONG) {
-        alignas(64) uint8_t kept[CHUNK];
+        alignas(64) uint8_t selected[CHUNK];
         (m == 2 ? mask_by_rank<2> : m == 4 ? mask_by_rank<4> : m == 8 ? mask_by_rank<8> : mask_by_rank<16>)(
-            keys, kept, count, n
+            keys, selected, count, n
         );
-        std::memcpy(mask, kept, count);
+        std::memcpy(mask, selected, count);
         return;
     }
     for (int64_t g = 0; g < count; g += m) {
@@ -191,11 +191,11 @@ void mask_lanes(
     const WORD* __restrict scores, uint8_t* __restrict mask, int64_t first, int64_t count, int64_t inner, int32_t n,
     int64_t m, int32_t infinite, Keys keys
 ) {
-    const bool together = first / inner == (first + count - 1) / inner;
+    const bool adjacent = first / inner == (first + count - 1) / inner;
     int64_t begin[LANES] = {};
     for (int64_t l = 0; l < count; ++l) begin[l] = (first + l) / inner * m * inner + (first + l) % inner;
     for (int64_t j = 0; j < m; ++j) {
-        if (together) {
+        if (adjacent) {
             const WORD* row = scores + begin[0] + j * inner;
             for (int64_t l = 0; l < count; ++l) keys[j][l] = key_of(row[l], infinite);
         } else {
@@ -211,7 +211,7 @@ void mask_lanes(
     }
     const bool dropping = drops(n, m);
     for (int64_t j = 0; j < m; ++j) {
-        if (together) {
+        if (adjacent) {
             uint8_t* row = mask + begin[0] + j * inner;
             for (int64_t l = 0; l < count; ++l) row[l] = dropping ? keys[j][l] != DROPPED : keys[j][l] == TAKEN;
         } else {
@@ -229,15 +229,15 @@ extern "C" void nm_mask(
     int64_t count, const WORD** scores, uint8_t** masks, const int64_t* groups, const int64_t* inner, int64_t n,
     int64_t m, int64_t infinite, int threads
 ) {
-    const bool fits = m >= LONG || m == 2 || m == 4 || m == 8 || m == 16;
-    const int64_t together = std::max<int64_t>(1, CHUNK / m);
+    const bool fills_vectors = m >= LONG || m == 2 || m == 4 || m == 8 || m == 16;
+    const int64_t step = std::max<int64_t>(1, CHUNK / m);
     const auto block = [=](int64_t) { return std::max(LANES, BLOCK / m / LANES * LANES); };
     for_blocks(count, groups, threads, block, [=](int64_t t, int64_t begin, int64_t end) {
-        if (inner[t] == 1 && fits) {
+        if (inner[t] == 1 && fills_vectors) {
             std::vector<int32_t> keys(std::max(CHUNK, m));
-            for (int64_t g = begin; g < end; g += together) {
-                fetch(scores[t], (g + together) * m, std::min(g + 2 * together, end) * m);
-                mask_rows(scores[t] + g * m, masks[t] + g * m, std::min(together, end - g) * m, n, m, infinite,
+            for (int64_t g = begin; g < end; g += step) {
+                fetch(scores[t], (g + step) * m, std::min(g + 2 * step, end) * m);
+                mask_rows(scores[t] + g * m, masks[t] + g * m, std::min(step, end - g) * m, n, m, infinite,
                           keys.data());
             }
         } else {

@@ -1,15 +1,15 @@
 // Products with a compressed N:M matrix: reference/nm/matmul.py. VALUE: float or bf16.
 //
-// WIDE or NARROW rows of x are laid side by side, so that a kept weight multiplies vectors. If x has one row, every row
-// of the matrix gathers its entries.
+// WIDE or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every
+// row of the matrix gathers its entries.
 #include "common.h"
 
 namespace {
 
 constexpr int64_t WIDE = 64, NARROW = 16;
-// rows of the matrix that are processed together, and kept weights of a row before the next row's turn
-constexpr int64_t ROWS = 64, KEPT = 64;
-// number of rows that kept weights are prefetched ahead
+// rows of a band of the matrix, and stored weights of a row before the next row's turn
+constexpr int64_t ROWS = 64, WEIGHTS = 64;
+// stored weights are prefetched this number of rows ahead
 constexpr int64_t AHEAD = 4;
 
 // a vector stays in registers; an array of floats would not
@@ -29,23 +29,23 @@ void add_row(const Compressed& w, int64_t row, int64_t begin, int64_t end, const
     Vec local[TOKENS / LANES];
     std::memcpy(local, sums, sizeof local);
     const VALUE* v = w.values + row * w.row_length() + begin * w.n;
-    const uint8_t* places = w.indices + row * w.row_length() + begin * w.n;
+    const uint8_t* index = w.indices + row * w.row_length() + begin * w.n;
     for (int64_t g = begin; g < end; ++g) {
         for (int64_t k = 0; k < w.n; ++k) {
             const float value = widen(*v++);
-            const float* column = columns + (g * w.m + *places++) * TOKENS;
+            const float* column = columns + (g * w.m + *index++) * TOKENS;
 #pragma GCC unroll 4
-            for (int64_t part = 0; part < TOKENS / LANES; ++part) {
+            for (int64_t block = 0; block < TOKENS / LANES; ++block) {
                 Vec entries;
-                std::memcpy(&entries, column + part * LANES, sizeof entries);
-                local[part] += value * entries;
+                std::memcpy(&entries, column + block * LANES, sizeof entries);
+                local[block] += value * entries;
             }
         }
     }
     std::memcpy(sums, local, sizeof local);
 }
 
-// prefetches the kept weights of a row in `count` groups from `begin` on
+// prefetches the stored weights of a row in `count` groups from `begin` on
 void fetch_row(const Compressed& w, int64_t row, int64_t begin, int64_t count) {
     constexpr int64_t LINE = 64;
     const int64_t first = row * w.row_length() + begin * w.n, last = first + std::min(count, w.groups - begin) * w.n;
@@ -59,7 +59,7 @@ void fetch_row(const Compressed& w, int64_t row, int64_t begin, int64_t count) {
 template <int64_t TOKENS>
 void multiply_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count, float* columns, int threads) {
     const int64_t in = w.groups * w.m, bands = (w.rows + ROWS - 1) / ROWS;
-    const int64_t step = std::max<int64_t>(1, KEPT / std::max<int64_t>(1, w.n));
+    const int64_t step = std::max<int64_t>(1, WEIGHTS / std::max<int64_t>(1, w.n));
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -72,7 +72,7 @@ void multiply_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t coun
             const int64_t from = band * ROWS, height = std::min(ROWS, w.rows - from);
             for (int64_t g = 0; g < w.groups; g += step) {
                 for (int64_t r = 0; r < height; ++r) {
-                    // hardware prefetching does not recognise the pattern of pieces of long rows
+                    // the hardware does not prefetch pieces of long rows
                     fetch_row(w, from + (r + AHEAD) % height, r + AHEAD < height ? g : g + step, step);
                     add_row<TOKENS>(w, from + r, g, std::min(g + step, w.groups), columns, sums[r]);
                 }
@@ -108,10 +108,10 @@ void multiply_one(const Compressed& w, const VALUE* x, VALUE* out, int threads) 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < w.rows; ++row) {
         const VALUE* v = w.values + row * length;
-        const uint8_t* places = w.indices + row * length;
+        const uint8_t* index = w.indices + row * length;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < length; ++k) sum += widen(v[k]) * entries[begin[k] + places[k]];
+        for (int64_t k = 0; k < length; ++k) sum += widen(v[k]) * entries[begin[k] + index[k]];
         narrow(sum, out[row]);
     }
 }

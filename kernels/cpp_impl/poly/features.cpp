@@ -1,4 +1,5 @@
-// Polynomial features of columns and their gradient: reference/poly/features.py, one pass each.
+// Polynomial features of columns and their gradient: reference/poly/features.py, one pass each, with the tables of
+// kernels/poly/tables.py.
 //
 // A thread processes LANES adjacent columns of one matrix, whose x and gradient stay in the first-level cache.
 #include "common.h"

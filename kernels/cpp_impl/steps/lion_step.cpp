@@ -38,10 +38,10 @@ static inline float signed_gradient(float gradient) { return MAXIMIZE ? -gradien
 template <bool skipping>
 static void step(
     PARAM* __restrict p, const GRAD* __restrict g, AVG* __restrict m, StateT* __restrict state, int64_t n,
-    const float* hyper_values, float cautious_scale, uint32_t seed, uint32_t offset
+    const float* scalar_values, float cautious_scale, uint32_t seed, uint32_t offset
 ) {
     float scalars[6];
-    std::copy(hyper_values, hyper_values + 6, scalars);
+    std::copy(scalar_values, scalar_values + 6, scalars);
     int64_t done = 0;
     if constexpr (!skipping && all_bf16<PARAM, GRAD, AVG> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
         done = n / 2 * 2;

@@ -72,7 +72,7 @@ def lora_norms_kernel(
     mix = tl.load(mix_ptr + at, mask=mask, other=0.0)
     added = tl.sum((2 * scale * cross + mix) * b, 1)
     total = tl.load(squares_ptr + offs_m, mask=inside, other=0.0) + added
-    # a NaN stays one
+    # a NaN stays NaN
     total = tl.where(total < 0, 0.0, total)
     tl.store(out_ptr + offs_m, tl.sqrt_rn(total), mask=inside)
 
@@ -94,7 +94,7 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, mix: Tensor, scale: float, 
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in _DTYPES:
         for r in ROWS:
             weight, a, b = torch.zeros(8, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(8, r)

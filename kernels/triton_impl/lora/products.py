@@ -35,7 +35,7 @@ def _survives(index, key, limit):
 
 
 @triton.jit
-def _factor(x, DTYPE: tl.constexpr):
+def _operand(x, DTYPE: tl.constexpr):
     """Convert to DTYPE, for a product. The interpreter keeps fp32, because its bf16 products are wrong."""
     return to_float(x) if INTERPRETED else x.to(DTYPE)
 
@@ -77,16 +77,16 @@ def lora_down_kernel(
     key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    kind = x_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     sums = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for k in range(0, n, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         x = _dropped(x_ptr, offs_m, offs_k, rows, n, key, limit, gain)
         mask = (offs_r < r)[:, None] & (offs_k < n)[None, :]
         a = tl.load(a_ptr + offs_r.to(tl.int64)[:, None] * n + offs_k[None, :], mask=mask, other=0.0)
-        sums = tl.dot(_factor(x, kind), tl.trans(_factor(a, kind)), sums)
+        sums = tl.dot(_operand(x, dtype), tl.trans(_operand(a, dtype)), sums)
     at = offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]
-    tl.store(h_ptr + at, round_to(sums, kind), mask=(offs_m < rows)[:, None] & (offs_r < r)[None, :])
+    tl.store(h_ptr + at, round_to(sums, dtype), mask=(offs_m < rows)[:, None] & (offs_r < r)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "n", "r", "key", "limit", "gain"])
@@ -98,14 +98,14 @@ def lora_down_backward_kernel(
     key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
-    kind = x_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     sums = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     for start in range(0, CHUNK, BLOCK_M):
         offs_m = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK_M)
         x = _dropped(x_ptr, offs_m, offs_k, rows, n, key, limit, gain)
         mask = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
         e = tl.load(e_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :], mask=mask, other=0.0)
-        sums = tl.dot(tl.trans(_factor(e, kind)), _factor(x, kind), sums)
+        sums = tl.dot(tl.trans(_operand(e, dtype)), _operand(x, dtype), sums)
     at = (tl.program_id(1).to(tl.int64) * r + offs_r)[:, None] * n + offs_k[None, :]
     tl.store(out_ptr + at, sums, mask=(offs_r < r)[:, None] & (offs_k < n)[None, :])
 
@@ -120,17 +120,17 @@ def lora_up_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    kind = y_ptr.dtype.element_ty
+    dtype = y_ptr.dtype.element_ty
     mask_h = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
     h = tl.load(h_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :], mask=mask_h, other=0.0)
     mask_b = (offs_r < r)[:, None] & (offs_n < m)[None, :]
     offs_b = offs_r.to(tl.int64)[:, None] * step_r + offs_n.to(tl.int64)[None, :] * step_m
     b = tl.load(b_ptr + offs_b, mask=mask_b, other=0.0)
-    product = tl.dot(_factor(h, kind), _factor(b, kind)) * (scale * gain)
+    product = tl.dot(_operand(h, dtype), _operand(b, dtype)) * (scale * gain)
     at = offs_m.to(tl.int64)[:, None] * m + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < m)[None, :]
     y = to_float(tl.load(y_ptr + at, mask=mask, other=0.0)) + tl.where(_survives(at, key, limit), product, 0.0)
-    tl.store(y_ptr + at, round_to(y, kind), mask=mask)
+    tl.store(y_ptr + at, round_to(y, dtype), mask=mask)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -138,7 +138,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     out = torch.empty_like(x)
     with on_device(x.device):
         lora_dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x, out, x.numel(), *_numbers(p, seed), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=False
+            x, out, x.numel(), *_scalars(p, seed), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=False
         )
     return out
 
@@ -151,7 +151,7 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     h = x.new_empty(rows, r)
     with on_device(x.device):
         lora_down_kernel[(triton.cdiv(rows, DOWN_M),)](
-            x, a.contiguous(), h, rows, n, r, *_numbers(p, seed), BLOCK_M=DOWN_M, BLOCK_K=DOWN_K,
+            x, a.contiguous(), h, rows, n, r, *_scalars(p, seed), BLOCK_M=DOWN_M, BLOCK_K=DOWN_K,
             BLOCK_R=_block_r(x, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
     return h
@@ -167,7 +167,7 @@ def lora_down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: i
     sums = x.new_empty(chunks, r, n, dtype=torch.float32)
     with on_device(x.device):
         lora_down_backward_kernel[(triton.cdiv(n, BLOCK_K), chunks)](
-            x, e.contiguous(), sums, rows, n, r, *_numbers(p, seed), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+            x, e.contiguous(), sums, rows, n, r, *_scalars(p, seed), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
             BLOCK_R=_block_r(x, r), CHUNK=CHUNK, num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
     return sums.sum(0).to(x.dtype), None if a is None else lora_down(x, a, p, seed)
@@ -181,7 +181,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
         return
     with on_device(y.device):
         lora_up_kernel[(triton.cdiv(m, BLOCK_K), triton.cdiv(rows, BLOCK_M))](
-            y, h.contiguous(), b, rows, m, r, *b.stride(), scale, *_numbers(p, seed), BLOCK_M=BLOCK_M,
+            y, h.contiguous(), b, rows, m, r, *b.stride(), scale, *_scalars(p, seed), BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_K, BLOCK_R=_block_r(y, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -193,14 +193,14 @@ def _block_r(x: Tensor, r: int) -> int | None:
     return next((block for block in RANKS if r <= block), None)
 
 
-def _numbers(p: float, seed: int) -> tuple[int, int, float]:
+def _scalars(p: float, seed: int) -> tuple[int, int, float]:
     """Key and threshold as signed 32-bit numbers, and the gain."""
     limit = min(threshold(p), 2**32 - 1)
     return seed_key(seed), limit - 2**32 if limit >= 2**31 else limit, gain(p)
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in TL_DTYPE:
         dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
         for r in RANKS if dtype != torch.float32 else ():

@@ -81,7 +81,7 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in TL_DTYPE:
         y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
         lora_scale_(y, c, None)

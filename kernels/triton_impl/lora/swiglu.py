@@ -36,10 +36,10 @@ def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, offs, mask):
     g, e = to_float(load_tile(g_ptr + offs, mask)), to_float(load_tile(e_ptr + offs, mask))
     u = to_float(load_tile(u_ptr + offs, mask))
     s = _sigmoid(e)
-    kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + offs, round_to(e * s * u, kind), mask=mask)
-    tl.store(de_ptr + offs, round_to(g * u * s * (1.0 + e * (1.0 - s)), kind), mask=mask)
-    tl.store(g_ptr + offs, round_to(g * (e * s), kind), mask=mask)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + offs, round_to(e * s * u, dtype), mask=mask)
+    tl.store(de_ptr + offs, round_to(g * u * s * (1.0 + e * (1.0 - s)), dtype), mask=mask)
+    tl.store(g_ptr + offs, round_to(g * (e * s), dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -87,7 +87,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in TL_DTYPE:
         x = torch.empty(2**31, dtype=dtype, device="meta")
         swiglu(x, x)

@@ -19,9 +19,9 @@ TILES = 2
 @triton.jit
 def _apply_tile(w_ptr, k_ptr, out_ptr, offs, mask, alpha):
     w = load_tile(w_ptr + offs, mask)
-    kept = load_tile(k_ptr + offs, mask) != 0
+    unpruned = load_tile(k_ptr + offs, mask) != 0
     decayed = tl.where(alpha == 0.0, 0.0, to_float(w) * alpha)
-    tl.store(out_ptr + offs, tl.where(kept, w, round_to(decayed, w.dtype)), mask=mask)
+    tl.store(out_ptr + offs, tl.where(unpruned, w, round_to(decayed, w.dtype)), mask=mask)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -51,7 +51,7 @@ def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
+    """Launch every configuration that the launcher above can choose, and return their promises."""
     for dtype in TL_DTYPE:
         weight = torch.empty(2**31, dtype=dtype, device="meta")
         mask, alpha = torch.empty(2**31, dtype=torch.bool, device="meta"), torch.zeros((), device="meta")

@@ -138,15 +138,15 @@ def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Te
         return
     whole, rest = [], []
     for score, mask in zip(scores, out, strict=True):
-        apart = math.prod(score.shape[dim % score.dim() + 1 :])
-        exact = apart == 1 and m in EXACT and is_aligned(score, mask)
+        inner = math.prod(score.shape[dim % score.dim() + 1 :])
+        exact = inner == 1 and m in EXACT and is_aligned(score, mask)
         blocks = score.numel() // BLOCK if exact else 0
         if blocks:
             whole.append((score.data_ptr(), mask.data_ptr(), blocks))
         groups = (score.numel() - blocks * BLOCK) // m
         if groups:
             begin = blocks * BLOCK
-            rest.append((score.data_ptr() + begin * score.itemsize, mask.data_ptr() + begin, groups, apart))
+            rest.append((score.data_ptr() + begin * score.itemsize, mask.data_ptr() + begin, groups, inner))
     dropping, rounds = int(m - n < n), min(n, m - n)
     threshold = _padded(m) >= LONG and rounds > MOST_ROUNDS
     selection = (rounds, dropping, INFINITE[scores[0].dtype], WORDS[scores[0].itemsize], threshold)
@@ -172,7 +172,7 @@ def _padded(m: int) -> int:
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):
         for n in {1, m // 2}:
             for blocks in (BLOCK, m):  # whole blocks of adjacent groups, and a group alone

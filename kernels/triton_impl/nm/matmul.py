@@ -1,8 +1,8 @@
 """Products with a compressed N:M matrix: every row of the matrix gathers its entries of a few rows of x.
 
-Bytes: each tile of rows of x reads values and indices once, 5 bytes per kept fp32 weight, 3 in 16 bits. It gathers one
-entry of x per kept weight and row from the cache. Products of many rows use the decompressed matrix, because tensor
-cores do not gather.
+Bytes: each tile of rows of x reads values and indices once, 5 bytes per stored fp32 weight, 3 in 16 bits. It gathers
+one entry of x per stored weight and row from the cache. Products of many rows use the decompressed matrix, because
+tensor cores do not gather.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
 
 THREADS = 128
-# rows of x in a tile -> rows of the matrix and kept weights of each in a tile
+# rows of x in a tile -> rows of the matrix and stored weights of each in a tile
 TILES = {1: (16, 64), 4: (16, 32)}
 # from this number of rows of x on, the dense product runs
 MANY = 32
@@ -30,7 +30,7 @@ def nm_matmul_kernel(
     x_ptr, v_ptr, i_ptr, out_ptr, tokens, rows, length, n, m, stride_x,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows of x times BLOCK_O rows of the matrix; `length` is the number of kept weights of a row."""
+    """BLOCK_T rows of x times BLOCK_O rows of the matrix; `length` is the number of stored weights of a row."""
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_o = (offs_o < rows)[None, :, None]
@@ -70,7 +70,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
 
 def audit_launches() -> Promises:
-    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
         values = torch.zeros(8, 2, 1, dtype=dtype)
         nm_matmul(torch.zeros(tokens, 8, dtype=dtype), values, values.to(torch.uint8), 4)

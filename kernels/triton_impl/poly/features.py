@@ -122,7 +122,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tenso
 
 
 def audit_launches() -> Promises:
-    """Launch both kernels, which take the degree as a runtime argument, and return what they promise."""
+    """Launch both kernels, which take the degree as a runtime argument, and return their promises."""
     x, tables = torch.zeros(1, 4, 8), poly_tables(4, 2, torch.device("cpu"))
     poly_features_backward(poly_features(x, tables), x, tables)
     return {poly_features_kernel: _promise, poly_features_backward_kernel: _backward_promise}
